@@ -39,8 +39,8 @@ from results import print_result
 import sartor
 from sartor.core.records import Feedback
 from sartor.core.statistics import interval
-from sartor.retrain import suspects
-from sartor.retrain.work import Work
+from sartor.learn import promotion_checks
+from sartor.learn.run_record import Work
 
 PARTS = ("corrections", "poisoned", "broken_slice", "rollback", "personal", "deleted")
 SMALL_ASSETS = ("home-intents", "chitchat")
@@ -130,8 +130,10 @@ def named(draws: int) -> dict[str, Any]:
             for seed in range(draws):
                 draw = random.Random(f"{good}{what}{seed}")
                 told = [(number % KEYS, draw.random() < good) for number in range(size.ratings)]
-                rates = suspects.by_key((f"key-{key}", 1.0 if is_right != (key == liar) else -1.0) for key, is_right in told)
-                some = [suspect.key for suspect in suspects.suspects(rates)]
+                rates = promotion_checks.by_key(
+                    (f"key-{key}", 1.0 if is_right != (key == liar) else -1.0) for key, is_right in told
+                )
+                some = [suspect.key for suspect in promotion_checks.suspects(rates)]
                 count += ("key-0" in some) if liar == 0 else bool(some)
             low, high = interval(count, draws)
             said[what][str(good)] = {"estimate": count / draws, "low": low, "high": high}

@@ -40,8 +40,8 @@ TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry"
               "sartor.federate.secure.client", "sartor.federate.secure.server", "sartor.federate.rounds.transport",
               "sartor.federate.flower.lead", "sartor.federate.flower.trainer", "sartor.federate.flower.waiting",
               "sartor.federate.aggregate.exactness", "sartor.federate.robust.rules", "sartor.federate.privacy.clients",
-              "sartor.serving.dispatch.personal_versions", "sartor.personal.people", "sartor.personal.forgetting", "sartor.personal.options",
-              "sartor.retrain.watch", "sartor.retrain.learnt", "sartor.retrain.verdicts",
+              "sartor.serving.dispatch.personal_versions", "sartor.learn.user_data", "sartor.learn.user_erasure", "sartor.learn.personal_options",
+              "sartor.learn.triggers", "sartor.learn.training_data", "sartor.learn.promotion_checks",
               "sartor.federate.tuning.recipe", "sartor.federate.privacy.worth", "sartor.federate.privacy.attacks.report")  # fmt: skip
 LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4
 # (what, ceiling) -> the reason. The list only shrinks.

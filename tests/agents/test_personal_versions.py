@@ -26,8 +26,8 @@ from sartor.core.errors import (
 )
 from sartor.core.filesystem import writer_lock
 from sartor.inference.engine import About
+from sartor.learn.user_data import Needles
 from sartor.models.lora_tensors import cut, rank_of
-from sartor.personal.remains import Needles
 from sartor.serving.admission.admission import Ground, admit_personal
 from sartor.serving.commands.agent_commands import _looked_at
 from sartor.serving.receipts import ReceiptBook

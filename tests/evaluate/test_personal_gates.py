@@ -12,7 +12,7 @@ import pytest
 from sartor.core.errors import SourceError
 from sartor.evaluate import training_facts
 from sartor.evaluate.bootstrap import paired
-from sartor.personal import gate as server
+from sartor.learn import personal_tuning as server
 from sartor.personalization import acceptance as device
 from sartor.serving.team_config import PersonalTerms
 

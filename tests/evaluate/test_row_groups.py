@@ -21,12 +21,11 @@ from sartor.evaluate import audit, bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias
 from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import lifts__personal_adapters, shards
+from sartor.learn import personal_tuning, promotion_checks, retrain
 from sartor.models.packing import Encoded
-from sartor.personal import gate
 from sartor.personalization import benefit_report, user_tokens
 from sartor.personalization.user_rows import Row
 from sartor.release import gate as checks
-from sartor.retrain import stages, verdicts
 from sartor.synthesize.validate import samples as validating
 from sartor.tune import dataset_encoding as tuning
 from sartor.tune.recipe import Data
@@ -55,11 +54,11 @@ def of_audit(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
 
 def of_retrain(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     """Of held-out ratings, as the gate of a retrain compares them."""
-    patch.setattr(stages.learnt, "held_ratings", lambda job: list(rows))
-    patch.setattr(stages, "likelihoods", lambda path, held, notice: [0.0] * len(held))
+    patch.setattr(retrain.learnt, "held_ratings", lambda job: list(rows))
+    patch.setattr(retrain, "likelihoods", lambda path, held, notice: [0.0] * len(held))
     record = SimpleNamespace(live=SimpleNamespace(release="live"))
     job = SimpleNamespace(work=SimpleNamespace(record=record), notice=None)
-    table = stages._liked(job, Path("adapter"))["ratings"]  # type: ignore[arg-type]
+    table = retrain._liked(job, Path("adapter"))["ratings"]  # type: ignore[arg-type]
     return [group_of_stored(one) for one in table]
 
 
@@ -69,10 +68,10 @@ def of_validate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]
 
 
 def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(gate.stored, "read_examples", lambda dataset: list(rows))
-    patch.setattr(gate, "LEAST_TRAINED", 0)
-    patch.setattr(gate, "LEAST_HELD_OUT", 0)
-    return gate.own_rows(None, Rows(held_out=encoded(rows))).groups  # type: ignore[arg-type]
+    patch.setattr(personal_tuning.stored, "read_examples", lambda dataset: list(rows))
+    patch.setattr(personal_tuning, "LEAST_TRAINED", 0)
+    patch.setattr(personal_tuning, "LEAST_HELD_OUT", 0)
+    return personal_tuning.own_rows(None, Rows(held_out=encoded(rows))).groups  # type: ignore[arg-type]
 
 
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
@@ -141,7 +140,7 @@ def test_bias_has_intervals_of_rows_without_a_group(tmp_path: Path) -> None:
 def test_retrain_reads_reports_made_before_this_release() -> None:
     """They have no group of rows without one; then it is the row."""
     table = [{"id": str(place), "group": "", "live": 0.0, "new": 1.0} for place in range(12)]
-    assert verdicts.of_rows(table).low > 0
+    assert promotion_checks.of_rows(table).low > 0
 
 
 def test_what_the_model_is_shown_is_the_group() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sartor.core.artifacts import write_artifact
 from sartor.evaluate.evaluation import Beside
-from sartor.retrain import stages
+from sartor.learn import retrain
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(replace)
         report(out, replace=replace, dtype="bfloat16", numerics=2)
 
-    monkeypatch.setattr(stages, "measure", measure)
-    monkeypatch.setattr(stages, "beside", lambda *_: Beside("f1", []))
-    monkeypatch.setattr(stages, "write_beside", lambda *_: None)
-    monkeypatch.setattr(stages, "_liked", lambda *_: {})
+    monkeypatch.setattr(retrain, "measure", measure)
+    monkeypatch.setattr(retrain, "beside", lambda *_: Beside("f1", []))
+    monkeypatch.setattr(retrain, "write_beside", lambda *_: None)
+    monkeypatch.setattr(retrain, "_liked", lambda *_: {})
     return found
 
 
@@ -59,11 +59,11 @@ def test_a_report_of_another_arithmetic_is_made_anew(
 ) -> None:
     report(tmp_path / "report", **base)
     notices: list[str] = []
-    assert stages.evaluate(job(tmp_path, notices))["metric"] == "f1"
+    assert retrain.evaluate(job(tmp_path, notices))["metric"] == "f1"
     assert measured == ([True] if is_replaced else [])
     assert bool([line for line in notices if "measured anew: made by numerics" in line]) == is_replaced
 
 
 def test_where_none_stands_it_is_made(tmp_path: Path, measured: list[bool]) -> None:
-    stages.evaluate(job(tmp_path, []))
+    retrain.evaluate(job(tmp_path, []))
     assert measured == [False]

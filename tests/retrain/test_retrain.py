@@ -19,10 +19,9 @@ from sartor.core import database
 from sartor.core.errors import ConfigError, GateError, ModelError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import Feedback, Voice
-from sartor.retrain import news, suspects, verdicts, watch
-from sartor.retrain.job import Job, Wishes, bumped
-from sartor.retrain.verb import retrain
-from sartor.retrain.work import Work, held, works
+from sartor.learn import promotion_checks, triggers
+from sartor.learn.retrain import retrain
+from sartor.learn.run_record import Job, Wishes, Work, bumped, held, works
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import Version
 from sartor.serving.team_config import NotWorse, Team, load
@@ -195,7 +194,7 @@ def test_a_trial_is_looked_after_before_anything_new_begins(team: Team, then: st
     if then == "rollback":
         sartor.rollback_agent(team, "faq")
     say(team, 4, correction="yes", date="2126-01-01T00:00:00Z")
-    (row,) = watch.due(Path(team.state).parent / "team.yaml").rows
+    (row,) = triggers.list_due(Path(team.state).parent / "team.yaml").rows
     assert works(Path(team.state), "faq")[0].record.decision == decision
     assert row["due"] is (decision != "canary")
     found = retrain(team, "faq", stages=stages())
@@ -209,7 +208,7 @@ def test_triggers(team: Team) -> None:
     state, rules = Path(team.state), team.retrain
 
     def why(**changes: Any) -> tuple[str, ...]:
-        return news.due(state, "faq", replace(rules, **changes)).triggers
+        return triggers.check_triggers(state, "faq", replace(rules, **changes)).triggers
 
     say(team, 30, rating=1.0, date="2026-01-01T00:00:00Z")
     assert why() == ("30 ratings",) and why(every_hours=1.0) == ("30 ratings", "never retrained")
@@ -219,11 +218,11 @@ def test_triggers(team: Team) -> None:
     assert why() == ("bad ratings: 0 of 30 before, 15 of 15 since",)
     assert why(drift=replace(rules.drift, bad_ratings=1.0)) == ()
     assert why(every_hours=1e-9)[-1].endswith("hours")
-    assert news.news(state / "inbox", "faq", "").ratings.seen == 45
+    assert triggers.news(state / "inbox", "faq", "").ratings.seen == 45
 
 
 def news_live() -> Any:
-    from sartor.retrain.work import Live
+    from sartor.learn.run_record import Live
 
     return Live("1", "/faq-1", "a" * 64)
 
@@ -233,12 +232,15 @@ def test_the_router_finding_requests_less_like_the_agents_is_a_trigger(team: Tea
     draw = random.Random(0)
     before, after = ([draw.gauss(mean, 0.1) for _ in range(200)] for mean in (0.8, 0.6))
     state, rules = Path(team.state), team.retrain
-    (found,) = news.due(state, "faq", rules, (before, after)).triggers
+    (found,) = triggers.check_triggers(state, "faq", rules, (before, after)).triggers
     assert found.startswith("input: ")
-    assert news.due(state, "faq", rules, (before, before[::-1])).triggers == ()
-    assert news.due(state, "faq", rules, (after, before)).triggers == ()
-    assert news.due(state, "faq", replace(rules, drift=replace(rules.drift, input=1.0)), (before, after)).triggers == ()
-    assert news.routed(state, "faq", "x") == ([], [])
+    assert triggers.check_triggers(state, "faq", rules, (before, before[::-1])).triggers == ()
+    assert triggers.check_triggers(state, "faq", rules, (after, before)).triggers == ()
+    assert (
+        triggers.check_triggers(state, "faq", replace(rules, drift=replace(rules.drift, input=1.0)), (before, after)).triggers
+        == ()
+    )
+    assert triggers.routed(state, "faq", "x") == ([], [])
 
 
 def test_the_loop_starts_what_is_due_once_and_waits_after_a_fault(team: Team) -> None:
@@ -248,9 +250,9 @@ def test_the_loop_starts_what_is_due_once_and_waits_after_a_fault(team: Team) ->
         started.append(command[3:])
         return 1
 
-    assert watch.watch(file, every_s=0.0, looks=2, start=start, notice=told.append) == 0
+    assert triggers.watch(file, every_s=0.0, looks=2, start=start, notice=told.append) == 0
     say(team, 4, correction="yes")
-    assert watch.watch(file, every_s=0.0, looks=5, start=start, notice=told.append) == 1
+    assert triggers.watch(file, every_s=0.0, looks=5, start=start, notice=told.append) == 1
     assert started == [["retrain", str(file), "--agent", "faq"]] and "ended with 1" in told[-1]
 
 
@@ -263,42 +265,45 @@ def rows(count: int, live: float, new: float, **fields: str) -> Iterator[dict[st
 
 def test_a_slice_of_too_few_rows_is_named_and_never_passes() -> None:
     lost = [*rows(5, 1.0, 0.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
-    assert list(verdicts.slices(lost, NotWorse())) == ["slice:intent=on"]
-    assert verdicts.unjudged(lost, NotWorse()) == "intent=off (5 rows)"
-    asked = verdicts.slices(lost, NotWorse(slice_rows=5))["slice:intent=off"]
+    assert list(promotion_checks.slices(lost, NotWorse())) == ["slice:intent=on"]
+    assert promotion_checks.unjudged(lost, NotWorse()) == "intent=off (5 rows)"
+    asked = promotion_checks.slices(lost, NotWorse(slice_rows=5))["slice:intent=off"]
     assert asked.outcome == "cannot tell" and asked.holds_back and "over 5 groups of rows; 6 are the least" in asked.detail
     of_one_group = [dict(row, group="one") if "off" in row["id"] else row for row in [*lost, *rows(9, 1.0, 0.0, intent="off")]]
-    assert verdicts.slices(of_one_group, NotWorse())["slice:intent=off"].outcome == "cannot tell"
+    assert promotion_checks.slices(of_one_group, NotWorse())["slice:intent=off"].outcome == "cannot tell"
     even = [*rows(5, 1.0, 1.0, intent="off"), *rows(40, 1.0, 1.0, intent="on")]
-    assert list(verdicts.slices(even, NotWorse(slice_rows=5))) == ["slice:intent=on"]
-    assert verdicts.unjudged(even, NotWorse(slice_rows=5)) == "intent=off (5 rows)"
+    assert list(promotion_checks.slices(even, NotWorse(slice_rows=5))) == ["slice:intent=on"]
+    assert promotion_checks.unjudged(even, NotWorse(slice_rows=5)) == "intent=off (5 rows)"
 
 
 def test_an_equal_average_with_a_broken_slice_fails() -> None:
     rules = NotWorse()
     broken = [*rows(40, 0.8, 0.95, intent="on"), *rows(40, 0.8, 0.95, intent="off"), *rows(15, 0.8, 0.0, intent="lock")]
-    assert verdicts.of_rows(broken).difference == pytest.approx(0.0, abs=0.01)
-    found = verdicts.slices(broken, rules)
+    assert promotion_checks.of_rows(broken).difference == pytest.approx(0.0, abs=0.01)
+    found = promotion_checks.slices(broken, rules)
     assert {name: check.outcome for name, check in found.items()} == {
         "slice:intent=lock": "fail", "slice:intent=off": "pass", "slice:intent=on": "pass"
     }  # fmt: skip
     assert "15 rows" in found["slice:intent=lock"].detail and found["slice:intent=lock"].remedy
     even = [*rows(40, 0.8, 0.8, intent="on"), *rows(15, 0.8, 0.75, intent="lock")]
-    assert all(check.outcome == "pass" for check in verdicts.slices(even, rules).values())
-    assert not list(verdicts.cut([*rows(20, 1, 1)], (), 5)) and not list(verdicts.cut(broken, (), 50))
+    assert all(check.outcome == "pass" for check in promotion_checks.slices(even, rules).values())
+    assert not list(promotion_checks.cut([*rows(20, 1, 1)], (), 5)) and not list(promotion_checks.cut(broken, (), 50))
     named = [dict(row, reference=json.dumps({"intent": "on", "name": str(n)})) for n, row in enumerate(broken)]
-    assert {name for name, _ in verdicts.cut([*named, *broken], (), 5)} == {"intent=on", "intent=off", "intent=lock"}
+    assert {name for name, _ in promotion_checks.cut([*named, *broken], (), 5)} == {"intent=on", "intent=off", "intent=lock"}
 
 
 def test_better_is_better_by_an_interval_and_worse_is_not_let_pass() -> None:
-    better = {"feedback": verdicts.of_rows(list(rows(15, 0.0, 0.6))), "held_out": verdicts.of_rows(list(rows(60, 0.8, 0.8)))}
-    check, of = verdicts.gain(better)
+    better = {
+        "feedback": promotion_checks.of_rows(list(rows(15, 0.0, 0.6))),
+        "held_out": promotion_checks.of_rows(list(rows(60, 0.8, 0.8))),
+    }
+    check, of = promotion_checks.gain(better)
     assert (check.outcome, of) == ("pass", "feedback")
-    check, of = verdicts.gain({"feedback": verdicts.of_rows(list(rows(15, 0.5, 0.5)))})
+    check, of = promotion_checks.gain({"feedback": promotion_checks.of_rows(list(rows(15, 0.5, 0.5)))})
     assert check.outcome == "fail" and "no interval" in check.detail
-    assert verdicts.not_worse(better["held_out"], 0.02).outcome == "pass"
-    assert verdicts.not_worse(verdicts.of_rows(list(rows(60, 0.8, 0.5))), 0.02).outcome == "fail"
-    unchanged = verdicts.not_worse(verdicts.of_rows(list(rows(39, 1.0, 1.0))), 0.02)
+    assert promotion_checks.not_worse(better["held_out"], 0.02).outcome == "pass"
+    assert promotion_checks.not_worse(promotion_checks.of_rows(list(rows(60, 0.8, 0.5))), 0.02).outcome == "fail"
+    unchanged = promotion_checks.not_worse(promotion_checks.of_rows(list(rows(39, 1.0, 1.0))), 0.02)
     assert unchanged.outcome == "fail" and "held-out rows of 40 groups or more to tell" in unchanged.remedy
 
 
@@ -310,11 +315,11 @@ def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_no
             found.append((key, -rating if key == flips else rating))
         return found
 
-    assert suspects.check(suspects.by_key(said(""))).outcome == "pass"
-    check = suspects.check(suspects.by_key(said("k3")))
+    assert promotion_checks.check(promotion_checks.by_key(said(""))).outcome == "pass"
+    check = promotion_checks.check(promotion_checks.by_key(said("k3")))
     assert check.outcome == "fail" and check.detail.startswith("k3 found") and "--ignore or --believe k3" in check.remedy
-    assert suspects.check(suspects.by_key(said("k3")), ["k3"]).outcome == "pass"
-    assert suspects.check(suspects.by_key([("only", -1.0)] * 50)).outcome == "pass"
+    assert promotion_checks.check(promotion_checks.by_key(said("k3")), ["k3"]).outcome == "pass"
+    assert promotion_checks.check(promotion_checks.by_key([("only", -1.0)] * 50)).outcome == "pass"
 
 
 def test_versions_go_up() -> None:
@@ -329,7 +334,7 @@ def test_versions_go_up() -> None:
 
 def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(Path(team.state).parent / "team.yaml")
-    monkeypatch.setattr("sartor.retrain.verb._step_back", lambda rules: None)
+    monkeypatch.setattr("sartor.learn.retrain._step_back", lambda rules: None)
 
     def run(*arguments: str) -> tuple[int, Any]:
         with pytest.raises(SystemExit) as ended:

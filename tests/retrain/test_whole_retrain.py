@@ -17,9 +17,8 @@ from conftest import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, Voice
 from sartor.evaluate import audit
-from sartor.retrain import learnt, stages
-from sartor.retrain.job import Job
-from sartor.retrain.work import works
+from sartor.learn import retrain, training_data
+from sartor.learn.run_record import Job, works
 from sartor.serving.admission import admission
 from sartor.serving.registry.server_presence import Presence
 from sartor.serving.team_config import load
@@ -180,22 +179,22 @@ def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(
     (work,) = works(team.parent / ".team", "door")
     assert not work.record.stages
     job = Job(load(team), work, sartor.Wishes(ignore=("k0",)), lambda line: None)
-    assert learnt.distrusted(job) == []
+    assert training_data.distrusted(job) == []
 
 
 def test_recipes_are_laid_over_each_other_and_a_budget_takes_the_place_of_another() -> None:
     under = {"budget": {"epochs": 3.0}, "optimizer": {"learning_rate": 1.0, "clip_norm": 1.0}, "seed": 0}
     over = {"budget": {"updates": 4}, "optimizer": {"learning_rate": 2.0}}
-    assert stages.merged(under, over) == {
+    assert retrain.merged(under, over) == {
         "budget": {"updates": 4},
         "optimizer": {"learning_rate": 2.0, "clip_norm": 1.0},
         "seed": 0,
     }
     with pytest.raises(sartor.SartorError, match="no mapping"):
-        stages.merged(under, ["epochs"])  # type: ignore[arg-type]
+        retrain.merged(under, ["epochs"])  # type: ignore[arg-type]
 
 
 def test_lines_of_an_inbox_have_keys(team: Path) -> None:
     say(team, [("a", "b"), ("c", "d")])
-    keys = learnt.keys_of_lines(team.parent / ".team" / "inbox")
+    keys = training_data.keys_of_lines(team.parent / ".team" / "inbox")
     assert keys == {"feedback-2026-01-01.jsonl:1": "k0", "feedback-2026-01-01.jsonl:2": "k1"}

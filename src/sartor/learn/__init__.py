@@ -8,9 +8,9 @@
     verb.py     the verb: begins, goes on, looks after a trial
     watch.py    --due and --watch
 
-`sartor.retrain(...)` calls the verb.
+`sartor.learn(...)` calls the verb.
 """
 
 from sartor.core.lazy_import import callable_package
 
-callable_package(__name__, "sartor.retrain.verb")
+callable_package(__name__, "sartor.learn.retrain")

@@ -1,4 +1,4 @@
-"""What is asked of a personal tuning. No torch."""
+"""Options of personal tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own rows -> a Dataset below their folder: what they said of replies (the inbox), or a file."""
+"""A user's feedback or file as a Dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sartor.core.records import Feedback
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import row_of
 from sartor.curate.sources.feedback_lines import over
-from sartor.personal.options import INBOX
+from sartor.learn.personal_options import INBOX
 from sartor.serving.feedback_store import Inbox
 from sartor.serving.registry.user_versions import ANYBODY
 

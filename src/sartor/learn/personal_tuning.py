@@ -1,40 +1,153 @@
-"""The verb: rows of a user -> ranks of their own on an agent's live version -> served, or refused with the reason."""
+"""Verb personal tune: tune, test, register.
+
+Both are non-inferiority tests: the upper end of the 95 % interval over groups (`evaluate.compare`) may not lie above a
+margin. A delta that learnt nothing passes, and changes nothing; one that is worse than it may be does not.
+"""
 
 from __future__ import annotations
 
 import getpass
+import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from sartor.core import catalogue, config, model_refs
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import WEIGHTS, Artifact, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError, SourceError, UnknownAgentError
 from sartor.core.filesystem import make_parent, writer_lock
+from sartor.core.records import Example
+from sartor.core.splits import group_of
+from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired
+from sartor.evaluate.predictions import HeldOut
 from sartor.inference.engine import adapter_digest
-from sartor.personal import gate, rows
-from sartor.personal.gate import Verdict
-from sartor.personal.options import PersonalOptions
+from sartor.learn import personal_rows
+from sartor.learn.personal_options import PersonalOptions
+from sartor.models.lora_tensors import Tensors
+from sartor.models.packing import Encoded
+from sartor.personalization import benefit_report
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, too_few_prompts
 from sartor.personalization.stacked_adapter import Losses, Stack
-from sartor.personalization.user_tokens import recipe_of
+from sartor.personalization.user_rows import example_of
+from sartor.personalization.user_tokens import encoded, recipe_of
 from sartor.serving.admission import release_copies
 from sartor.serving.feedback_store import Inbox
 from sartor.serving.receipts import team_digest
 from sartor.serving.registry.registry import Cause, Registry
 from sartor.serving.registry.registry_schema import Version
 from sartor.serving.registry.user_versions import ADAPTER, TUNING, PeopleBook, Personal, folder_of, named, speakers
-from sartor.serving.team_config import Team, load
+from sartor.serving.team_config import PersonalTerms, Team, load
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
 from sartor.tune.shared_base import Resident
 from sartor.tune.tokenized_dataset import Rows
+
+# Held-out rows of the live version that are looked at: more narrow the interval, and cost time
+MOST_PROBE_ROWS = 64
+_MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor index DIR"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows to be judged by, and the group of each."""
+
+    rows: Sequence[Encoded]
+    groups: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval says."""
+
+    own: Comparison
+    elsewhere: Comparison
+    verdict: str
+    why: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What the registry and the command say."""
+        return {**asdict(self), "unit": "nats per token"}
+
+
+def own_rows(dataset: Artifact, rows: Rows) -> Asked:
+    """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
+    group = {example.id: group_of(example) for example in stored.read_examples(dataset)}
+    asked = Asked(rows.held_out, [group[row.example_id] for row in rows.held_out])
+    if len(rows.train) < LEAST_TRAINED or len(set(asked.groups)) < LEAST_HELD_OUT:
+        raise SourceError(
+            f"{len(rows.train)} rows to tune on and {len(set(asked.groups))} held-out prompts are too few; "
+            f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed",
+            "wait for more feedback of that user, or --data FILE with more rows",
+        )
+    return asked
+
+
+def probe_rows(release: Artifact, stack: Stack) -> Asked:
+    """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's canaries.
+
+    Raises SourceError where there are fewer than two of either.
+    """
+    chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
+    coded = [(encoded(one, one.id, chat, most), group_of(one)) for one in [*_held_out(release), *_canaries(release)]]
+    usable = [(row, group) for row, group in coded if isinstance(row, Encoded)][:MOST_PROBE_ROWS]
+    if len({group for _, group in usable}) < 2:
+        raise SourceError(
+            f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
+            _MORE_PROBE,
+        )
+    return Asked([row for row, _ in usable], [group for _, group in usable])
+
+
+def check_probe(probe: Asked, terms: PersonalTerms) -> None:
+    """Raise SourceError where so few prompts could not show, whatever is tuned, that nothing was forgotten."""
+    if terms.most_elsewhere < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
+        raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
+
+
+def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: PersonalTerms) -> Verdict:
+    """Compare the tuned ranks with none, on both."""
+    mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
+    why = ""
+    if not mine.high <= terms.most_worse:
+        why = f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+    elif not other.high <= terms.most_elsewhere:
+        why = (
+            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
+            f"the limit is {terms.most_elsewhere:g}"
+        )
+        if too_few := too_few_prompts(probe.groups):
+            why = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
+    return Verdict(mine, other, mine.verdict(higher_is_better=False), why)
+
+
+def _compared(stack: Stack, tuned: Tensors, asked: Asked) -> Comparison:
+    rows = benefit_report.Own(asked.rows, asked.groups, HeldOut([], Path()))
+    before, after = (benefit_report.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
+    return paired(before, after, asked.groups, rows.tokens, is_bounded=False)
+
+
+def _held_out(release: Artifact) -> list[Example]:
+    """Of the Dataset that the Release's adapter was tuned on; none where it is not on this machine, or holds out nothing."""
+    with suppress(ArtifactError, OSError, ValueError, KeyError):
+        parents = json.loads((release.path / "sartor.json").read_bytes())["parents"]
+        for parent in parents:
+            if parent["kind"] == "dataset" and (path := catalogue.locate(parent["id"], parent["path"])):
+                return [one for one in stored.read_examples(open_artifact(path, "dataset")) if one.split == "eval"]
+    return []
+
+
+def _canaries(release: Artifact) -> list[Example]:
+    told = release.manifest.get("canaries", [])
+    return [example_of({"messages": [*one["messages"], {"role": "assistant", "content": one["reply"]}]}) for one in told]
+
 
 Notice = Callable[[str], object]
 
@@ -69,18 +182,18 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
     made = team if isinstance(team, Team) else load(Path(team))
     began = time.monotonic()
     with _opened(made, options) as ground, _workplace(made, ground) as folder:
-        wanted = rows.Wanted(
+        wanted = personal_rows.Wanted(
             ground.person, options.agent, options.data, _speakers(ground), options.eval_fraction, options.seed,
             ground.release.manifest["system_prompt"],
         )  # fmt: skip
-        collected = rows.collect(Inbox(Path(made.state) / "inbox"), wanted, folder)
+        collected = personal_rows.collect(Inbox(Path(made.state) / "inbox"), wanted, folder)
         stack, own = _prepared(ground, collected.dataset, notice)
-        asked, probe = gate.own_rows(collected.dataset, own), gate.probe_rows(ground.release, stack)
-        gate.check_probe(probe, made.personal)
+        asked, probe = own_rows(collected.dataset, own), probe_rows(ground.release, stack)
+        check_probe(probe, made.personal)
         notice(f"tuning {stack.rank} ranks on {len(own.train)} rows; {len(asked.rows)} are held out")
         recipe = stack.resident.recipe
         tuned, losses = stack.tuned(own, stack.start, stack.own, recipe.budget, recipe.optimizer.learning_rate)
-        verdict = gate.judge(stack, tuned, asked, probe, made.personal)
+        verdict = judge(stack, tuned, asked, probe, made.personal)
         if verdict.why:
             ground.book.refuse(ground.blank, verdict.why, ground.cause)
             raise GateError(

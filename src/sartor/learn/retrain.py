@@ -1,25 +1,30 @@
-"""The stages of a retrain, in their order. Each finds what it had finished before a kill, and makes the rest."""
+"""Verb retrain and its stages."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import kind_of, open_artifact
-from sartor.core.errors import ConfigError, GateError
+from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
+from sartor.core.resource_limits import limit_data
 from sartor.core.splits import group_of
 from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.evaluation import beside, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
 from sartor.evaluate.limits import Check
+from sartor.learn import promotion_checks, training_data, triggers
+from sartor.learn.run_record import Job, Live, Notice, Stage, Wishes, Work, bumped, held, live_version, read_registry, settle
 from sartor.release.release import release as sign
-from sartor.retrain import learnt, suspects, verdicts
-from sartor.retrain.job import Job, Stage, bumped, read_registry
 from sartor.serving.commands.agent_commands import add_agent, promote_agent
 from sartor.serving.registry import server_presence
+from sartor.serving.team_config import Retraining, Team, load
 from sartor.tune.trainer import tune as train
 
 # what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
@@ -30,18 +35,18 @@ EPOCHS = 2.0
 
 def curate(job: Job) -> Mapping[str, Any]:
     """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
-    if found := learnt.distrusted(job):
+    if found := training_data.distrusted(job):
         # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
         raise GateError(f"keys: {'; '.join(found)}", "look at what they said (sartor agents feedback); then --ignore KEY")
-    said = learnt.heard(job)
-    made = learnt.written(job, said)
+    said = training_data.heard(job)
+    made = training_data.written(job, said)
     if not made.legs:
         raise GateError(
             f"of what was said {made.corrections} corrections and {made.ratings} ratings can be learnt from; dropped: "
             f"{dict(said.manifest['counts']['dropped']) or 'none'}",
             f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
         )
-    keys = suspects.check(made.rates, job.wishes.believe)
+    keys = promotion_checks.check(made.rates, job.wishes.believe)
     if keys.outcome == "fail":  # before anything is spent on what they said
         raise GateError(f"keys: {keys.detail}", keys.remedy)
     return {**dataclasses.asdict(made), "keys": keys.detail}
@@ -63,8 +68,8 @@ def tune(job: Job) -> Mapping[str, Any]:
 def recipe_of(job: Job, leg: str, start: Path) -> dict[str, Any]:
     """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
     own = open_artifact(job.work.record.live.release, "release").path / "sartor.json"
-    known = learnt.read_recipe(own)
-    known["data"] = {**known["data"], "path": str(job.at(learnt.FOLDERS[leg])), "rows": 0}
+    known = training_data.read_recipe(own)
+    known["data"] = {**known["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     known["objective"] = {"kind": leg}
     known["budget"] = {"epochs": EPOCHS}
     if not known["method"].get("start"):  # that of a version which was retrained itself is gentle already
@@ -112,7 +117,7 @@ def _numerics_difference(report: Path) -> str:
 
 def _liked(job: Job, adapter: Path) -> dict[str, Any]:
     """How likely both versions find the held-out replies that people rated, the rating's sign before it."""
-    held = learnt.held_ratings(job)
+    held = training_data.held_ratings(job)
     if not held:
         return {"ratings": []}
     live, new = (likelihoods(path, held, job.notice) for path in (job.work.record.live.release, adapter))
@@ -137,26 +142,26 @@ def gate(job: Job) -> Mapping[str, Any]:
 def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
     table = list(parquet_io.read_file(job.at("beside.parquet")))
-    feedback = learnt.ids_of_feedback(job)
+    feedback = training_data.ids_of_feedback(job)
     kinds = {
         "feedback": [row for row in table if row["id"] in feedback],
         "held_out": [row for row in table if row["id"] not in feedback],
         "ratings": list(job.work.facts("evaluate")["ratings"]),
     }
-    compared = {kind: verdicts.of_rows(some) for kind, some in kinds.items() if len(some) > 1}
+    compared = {kind: promotion_checks.of_rows(some) for kind, some in kinds.items() if len(some) > 1}
     if "held_out" not in compared:
         raise GateError(
             "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
         )
-    better, of = verdicts.gain(compared)
+    better, of = promotion_checks.gain(compared)
     rules = job.rules.gate
-    not_worse = verdicts.not_worse(compared["held_out"], rules.margin)
-    if few := verdicts.unjudged(kinds["held_out"], rules):
+    not_worse = promotion_checks.not_worse(compared["held_out"], rules.margin)
+    if few := promotion_checks.unjudged(kinds["held_out"], rules):
         not_worse = dataclasses.replace(not_worse, detail=f"{not_worse.detail}; slices of too few rows to be judged: {few}")
     checks = {
         "gain over live": better,
         "not worse": not_worse,
-        **verdicts.slices(kinds["held_out"], rules),
+        **promotion_checks.slices(kinds["held_out"], rules),
     }
     return checks, compared, of
 
@@ -199,3 +204,122 @@ def bring_in(job: Job) -> Mapping[str, Any]:
 STAGES: dict[str, Stage] = {
     "curate": curate, "tune": tune, "evaluate": evaluate, "gate": gate, "release": release, "bring in": bring_in
 }  # fmt: skip
+
+
+# Somebody's rule says no: an answer, and the end of this retrain. Other errors leave it to be gone on with.
+REFUSALS = (GateError, LicenceError, AdmissionError)
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retrain came to. folder: of its record; "" where none was begun."""
+
+    decision: str
+    reason: str
+    gain: Mapping[str, Any] | None
+    agent: str
+    folder: str = ""
+    version: str = ""
+    checks: Mapping[str, str] | None = None
+    wall_s: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {**vars(self), "gain": dict(self.gain) if self.gain else None, "wall_s": round(self.wall_s, 1)}
+
+    @classmethod
+    def of(cls, work: Work, began: float) -> Retrained:
+        """As the record has it."""
+        record = work.record
+        checks = {name: one["outcome"] for name, one in record.stages.get("gate", {}).get("checks", {}).items()}
+        version = record.stages.get("release", {}).get("version", "")
+        decided = (record.decision, record.reason, record.gain, record.agent)
+        return cls(*decided, str(work.folder), version, checks or None, time.monotonic() - began)
+
+
+def retrain(
+    team: Team | Path | str,
+    agent: str,
+    *,
+    wishes: Wishes | None = None,
+    flags: Sequence[str] = (),
+    steps_back: bool = False,
+    stages: Mapping[str, Stage] = STAGES,
+    notice: Notice = lambda line: None,
+) -> Retrained:
+    """Let an agent learn from what was said of it: a new version, on trial or live, or a refusal with reasons.
+
+    One that was killed is gone on with; one on trial is looked after, and none is begun before it is decided. Too little to
+    learn from is a refusal that says how much is lacking. `steps_back` gives this process the priority and the memory that
+    `retrain:` of TEAM.yaml says, for good. `stages`: by name, in their order. Raises ConfigError while another process retrains
+    the agent, UnknownAgentError, and what the stages raise; the same call goes on then.
+    """
+    began = time.monotonic()
+    made = team if isinstance(team, Team) else load(Path(team), flags)
+    if not made.retrain.key:
+        raise ConfigError(
+            "retrain.key is not set: nobody would sign the new Release", "retrain: {key: keys}, of sartor keygen keys"
+        )
+    if steps_back:
+        _step_back(made.retrain)
+    wishes, state = wishes or Wishes(), Path(made.state)
+    live = live_version(made, agent)
+    with held(state, agent):
+        work = triggers.last(state, agent)
+        if work is not None and not work.is_open:
+            settle(made, work)
+        if work is not None and work.record.decision == "canary":
+            return Retrained.of(work, began)
+        if work is not None and work.is_open and work.record.live.release_id != live.release_id:
+            _overtaken(work, live)
+            if work.record.decision == "promoted":
+                return Retrained.of(work, began)
+        if work is None or not work.is_open:
+            due = triggers.check_triggers(state, agent, made.retrain, triggers.routed(state, agent, live.release_id))
+            if not (due.triggers or wishes.anyway):
+                return Retrained("refused", due.lacking, None, agent)
+            notice(f"retraining {agent}@{live.version}: {'; '.join(due.triggers) or 'asked for'}")
+            work = Work.begun(state, agent, live)
+        else:
+            notice(f"going on with {work.folder}, after {list(work.record.stages) or 'nothing'}")
+        _run(Job(made, work, wishes, notice), stages)
+        return Retrained.of(work, began)
+
+
+def _overtaken(work: Work, live: Live) -> None:
+    """Another version is live than the one that it was held against: its own, if it was killed right behind the promotion."""
+    name = f"{work.record.agent}@{live.version}"
+    if work.done("release") and work.facts("release")["version"] == live.version:
+        work.decide("promoted", f"{name} is live", work.facts("gate")["gain"])
+    else:
+        work.decide("refused", f"{name} has become live since; it was held against {work.record.live.version}")
+
+
+def _run(job: Job, stages: Mapping[str, Stage]) -> None:
+    """Every stage that is not done; the record says after each that it is, and in the end what came of it."""
+    work = job.work
+    for name, stage in stages.items():
+        if work.done(name):
+            continue
+        job.notice(f"{name}")
+        try:
+            work.finish(name, stage(job))
+        except REFUSALS as error:
+            work.decide("refused", f"{name}: {error.problem} (try: {error.remedy})")
+            return
+        except ConflictError as error:  # somebody changed the agent meanwhile: what was found is of another version
+            work.decide("refused", f"{name}: {error.problem}")
+            return
+        if refused := work.facts(name).get("refused"):
+            work.decide("refused", refused, work.facts(name).get("gain"))
+            return
+    last = work.facts(list(stages)[-1])
+    found = work.facts("gate")
+    work.decide(last["decision"], last["reason"], found["gain"])
+
+
+def _step_back(rules: Retraining) -> None:
+    """For this process and what it starts: who serves goes first, and memory has an end."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(os.getpriority(os.PRIO_PROCESS, 0), rules.nice))
+    if rules.memory_bytes:
+        limit_data(rules.memory_bytes)

@@ -1,4 +1,4 @@
-"""What a retrain learns from: the feedback of one agent by kind, and rows of the live version's own Dataset beside it.
+"""Training data from feedback, with rehearsal rows.
 
     feedback/     Dataset: what the inbox held of the agent when the retrain began, as curate reads it; a quarter held out
     data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and corrections
@@ -25,8 +25,8 @@ from sartor.curate.dataset_writer import write_derived
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
-from sartor.retrain import news, suspects
-from sartor.retrain.job import Job
+from sartor.learn import promotion_checks, triggers
+from sartor.learn.run_record import Job
 from sartor.serving.dispatch.sequential_tests import Rate
 
 STEP = "retrain"
@@ -86,13 +86,13 @@ def written(job: Job, feedback: Artifact) -> Learnt:
     every = list(parquet_io.read_examples(feedback))
     said = [row for row in every if not _keys_of(row, keys) <= set(job.wishes.ignore)]
     corrections, ratings = [row for row in said if not row.rating], [row for row in said if row.rating]
-    rates = suspects.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
+    rates = promotion_checks.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
     held = _held_out(job, own, corrections)
     least = job.rules.at_least
     counted = {"sft": (corrections, least.corrections), "kto": (ratings, least.ratings)}
     legs, rehearsal = [], 0
     for leg, (some, enough) in counted.items():
-        if len(some) < (FEWEST if job.wishes.anyway else enough * news.EARLY_FRACTION):
+        if len(some) < (FEWEST if job.wishes.anyway else enough * triggers.EARLY_FRACTION):
             continue
         train = [row for row in some if row.split == "train"]
         beside = rehearsed(own, round(job.rules.rehearsal * len(train)), job.work.record.number)
@@ -130,7 +130,7 @@ def held_ratings(job: Job) -> list[Example]:
 
 def keys_of_lines(inbox: Path) -> dict[str, str]:
     """Locator of a line -> the key that said it; "(no key)" where a team has none."""
-    return {f"{file.name}:{line}": said.by.key or NO_KEY for file, line, said in news.lines(inbox)}
+    return {f"{file.name}:{line}": said.by.key or NO_KEY for file, line, said in triggers.lines(inbox)}
 
 
 def _keys_of(row: Example, keys: Mapping[str, str]) -> set[str]:

@@ -1,22 +1,29 @@
-"""What was said of an agent since it was retrained last, and whether that makes a retrain due."""
+"""Feedback counts, triggers and the watch loop.
+
+Each retrain of the loop is a process of its own: what it took is given back when it ends, and a fault of one ends no other.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sartor.core.errors import ConfigError, SartorError
 from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
-from sartor.retrain.work import Work, works
+from sartor.learn.run_record import Notice, Work, held, live_version, read_registry, settle, works
 from sartor.serving.dispatch.sequential_tests import Rate, excess
-from sartor.serving.team_config import Retraining
+from sartor.serving.team_config import Retraining, Team, load
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
 ALPHA = 0.01
@@ -86,7 +93,9 @@ def last(state: Path, agent: str) -> Work | None:
     return next(iter(reversed(works(state, agent))), None)
 
 
-def due(state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())) -> Due:
+def check_triggers(
+    state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())
+) -> Due:
     """Whether an agent is to be retrained. scores: the router's of its requests, before the last retrain and since."""
     newest = last(state, agent)
     since = newest.record.began if newest else ""
@@ -162,3 +171,87 @@ def _score(folder: Path, placed: Placed, agent: str) -> float | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return float(found) if isinstance(found, int | float) else None
+
+
+# How often the loop looks
+EVERY_S = 60.0
+# a retrain that ended with an error is tried again after that many looks
+PAUSE_LOOKS = 30
+Start = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Dues:
+    """Every agent that learns, and whether it is due."""
+
+    rows: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {"rows": self.rows, "due": [row["agent"] for row in self.rows if row["due"]]}
+
+
+def list_due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
+    """What a retrain of each agent would be begun for now, or what is lacking; nothing is begun. A trial is looked after."""
+    made = load(Path(team), flags)
+    state, rows = Path(made.state), []
+    names = made.retrain.agents or sorted({*(member.name for member in made.agents), *read_registry(made).agents})
+    for name in names:
+        live = live_version(made, name)
+        found = check_triggers(state, name, made.retrain, routed(state, name, live.release_id)).as_json()
+        rows.append({**found, **_standing(made, name), "live": live.version})
+    return Dues(rows)
+
+
+def _standing(team: Team, name: str) -> dict[str, Any]:
+    """What stands in the way of a new retrain, or has to be gone on with."""
+    try:
+        with held(Path(team.state), name):
+            work = last(Path(team.state), name)
+            if work is None:
+                return {}
+            if work.is_open:
+                return {"due": True, "why": f"{work.folder} was not finished"}
+            settle(team, work)
+            return {"due": False, "why": work.record.reason} if work.record.decision == "canary" else {}
+    except ConfigError as error:
+        return {"due": False, "why": error.problem}
+
+
+def watch(
+    team: Path | str,
+    flags: Sequence[str] = (),
+    *,
+    every_s: float = EVERY_S,
+    looks: int = 0,
+    start: Start = lambda command: subprocess.run(command, check=False).returncode,
+    notice: Notice = lambda line: None,
+) -> int:
+    """Look every so often, and retrain what is due, one agent after the other; returns how many retrains were started.
+
+    looks: 0 is for ever, until a signal ends the process; the retrain in work ends with it and is gone on with next time.
+    """
+    pausing: dict[str, int] = {}
+    started, look, pause = 0, 0, threading.Event()
+    while not looks or look < looks:
+        look += 1
+        for name in _due_now(team, flags, notice):
+            if pausing.get(name, 0) > look:
+                continue
+            command = [sys.executable, "-m", "sartor", "retrain", str(team), "--agent", name, *flags]
+            notice(f"retraining {name}")
+            started += 1
+            if code := start(command):
+                pausing[name] = look + PAUSE_LOOKS
+                notice(f"the retrain of {name} ended with {code}; it is tried again in {PAUSE_LOOKS * every_s:.0f} s")
+        if look != looks:
+            pause.wait(every_s)
+    return started
+
+
+def _due_now(team: Path | str, flags: Sequence[str], notice: Notice) -> list[str]:
+    try:
+        return [str(row["agent"]) for row in list_due(team, flags).rows if row["due"]]
+    except SartorError as error:  # a registry that is locked, another retrain by hand: the next look may find it otherwise
+        notice(f"{error.kind}: {error.problem}")
+        return []

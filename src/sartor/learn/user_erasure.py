@@ -1,4 +1,4 @@
-"""The verb: a user is forgotten, and what was done and searched is signed.
+"""Verb personal forget with a signed proof.
 
 In this order, so that nothing that is removed is made again: registry rows (a server hears of it, lets go of the adapter,
 forgets remembered words and replaces its workers), files, feedback, Datasets made of it, receipts; then the databases are
@@ -30,8 +30,7 @@ from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, wri
 from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
 from sartor.curate.dataset_writer import write_derived
-from sartor.personal.people import opened
-from sartor.personal.remains import Found, Needles, is_made_of, search
+from sartor.learn.user_data import Found, Needles, is_made_of, opened, search
 from sartor.personalization.erasure_receipt import check_receipt, write_receipt
 from sartor.serving.feedback_store import Inbox
 from sartor.serving.receipts import Seal, erase_receipts, team_digest
