@@ -41,14 +41,14 @@ from sartor.core import parquet_io as stored
 from sartor.evaluate.bootstrap import paired
 from sartor.evaluate.predictions import HeldOut, fitting, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.personal import personalise
-from sartor.federate.tuning.recipe import FederateRecipe, Personal, Settings, load
-from sartor.federate.tuning.shards import Shards
+from sartor.federate import updates as arrays
+from sartor.federate.recipe import FederateRecipe, Personal, Settings, load
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.personal_adapters import personalise
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulation import simulate
-from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import Tensors, plus
 from sartor.tune.shared_base import Resident
 from sartor.tune.tokenized_dataset import Rows

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from results import print_result
 
 from sartor.core.errors import GuardError
-from sartor.federate.aggregate.modes import FreezeA
-from sartor.federate.aggregate.tensors__updates import Update
-from sartor.federate.robust.rules import AnyRule, Mean, Rule
+from sartor.federate.aggregation import FreezeA
+from sartor.federate.robust_aggregation import AnyRule, Mean, Rule
+from sartor.federate.updates import Update
 from sartor.models.lora_tensors import A, B, Tensors
 
 FEATURES, CLASSES, RANK, CLIENTS, LIARS, ROUNDS, STEPS, RATE = 16, 5, 12, 10, 2, 30, 5, 0.5

@@ -21,15 +21,13 @@ import smallest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from results import print_result
 
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, Rules
-from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Plan
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
 from sartor.federate.rounds.transport import Carried, InProcess, run_round
-from sartor.federate.secure.graph import failure_bound
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.terms import Policy
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.secagg_terms import Policy, failure_bound
 from sartor.models.lora_tensors import Tensors
 
 

@@ -37,12 +37,12 @@ TORCH_FREE = ("sartor", "sartor.core.parquet_io", "sartor.core.lineage.ancestry"
               "sartor.edge.tuning.budgeted_tuning", "sartor.edge.device_commands", "sartor.edge.publisher_commands", "sartor.edge.runtime.ask_device",
               "sartor.edge.runtime.gguf_runtime",
               "sartor.edge.tuning.energy_policy", "sartor.edge.owner.row_keys", "sartor.edge.owner.encrypted_rows", "sartor.edge.owner.local_adapters",
-              "sartor.federate.secure.client", "sartor.federate.secure.server", "sartor.federate.rounds.transport",
-              "sartor.federate.flower.lead", "sartor.federate.flower.trainer", "sartor.federate.flower.waiting",
-              "sartor.federate.aggregate.exactness", "sartor.federate.robust.rules", "sartor.federate.privacy.clients",
+              "sartor.federate.secure.secagg_client", "sartor.federate.secure.secagg_server", "sartor.federate.rounds.transport",
+              "sartor.federate.flower.round_driver", "sartor.federate.flower.local_rpc", "sartor.federate.flower.flower_run",
+              "sartor.federate.aggregation", "sartor.federate.robust_aggregation", "sartor.federate.privacy.client_noise",
               "sartor.serving.dispatch.personal_versions", "sartor.learn.user_data", "sartor.learn.user_erasure", "sartor.learn.personal_options",
               "sartor.learn.triggers", "sartor.learn.training_data", "sartor.learn.promotion_checks",
-              "sartor.federate.tuning.recipe", "sartor.federate.privacy.worth", "sartor.federate.privacy.attacks.report")  # fmt: skip
+              "sartor.federate.recipe", "sartor.federate.privacy.accountant", "sartor.federate.privacy.privacy_attacks")  # fmt: skip
 LINES, BODY, ARGUMENTS, FIELDS, NESTING = 400, 60, 7, 12, 4
 # (what, ceiling) -> the reason. The list only shrinks.
 EXCEPTIONS = {

@@ -25,7 +25,7 @@ import sartor
 from sartor.cli import main
 from sartor.core import model_refs
 from sartor.core.filesystem import file_digest
-from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.round_journal import Journal
 from sartor.serving.api_keys import Keys
 from sartor.serving.team_config import load
 from sartor.tune.checkpoint import open_checkpoint

@@ -20,7 +20,7 @@ from sartor.edge.owner import private_tuning
 from sartor.evaluate import audit, bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias
 from sartor.evaluate.predictions import HeldOut
-from sartor.federate.tuning import lifts__personal_adapters, shards
+from sartor.federate.tuning import client_shards, personal_adapters
 from sartor.learn import personal_tuning, promotion_checks, retrain
 from sartor.models.packing import Encoded
 from sartor.personalization import benefit_report, user_tokens
@@ -87,11 +87,11 @@ def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
         resident=SimpleNamespace(base=None),
         dataset_of=lambda name: SimpleNamespace(path=Path()),
     )
-    return lifts__personal_adapters.own_rows(people, "a", {one.id: one for one in rows}).groups  # type: ignore[arg-type]
+    return personal_adapters.own_rows(people, "a", {one.id: one for one in rows}).groups  # type: ignore[arg-type]
 
 
 def of_shards(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
-    members = shards._members(rows)
+    members = client_shards._members(rows)
     return [next(name for name, some in members.items() if one in some) for one in rows]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sartor.federate.aggregate.modes import Mode
+from sartor.federate.aggregation import Mode
 from sartor.models.lora_tensors import A, B, Tensors, cut, widened
 
 Q, V, WHOLE = (

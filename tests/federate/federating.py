@@ -11,11 +11,11 @@ import numpy as np
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from sartor.federate.secure.client import Client
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.ring import Vector, scale_for
-from sartor.federate.secure.server import Server, Sum
-from sartor.federate.secure.terms import Policy, Round, Slot, Terms, least_threshold
+from sartor.federate.secure.fixed_point import Vector, scale_for
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.secagg_client import Client
+from sartor.federate.secure.secagg_server import Server, Sum
+from sartor.federate.secure.secagg_terms import Policy, Round, Slot, Terms, least_threshold
 
 COORDINATOR = "coordinator"
 # a test's graph has few neighbours

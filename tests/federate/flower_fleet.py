@@ -28,8 +28,8 @@ from federating import COORDINATOR, identity, names, roster_of, write_keys
 from round_parties import START
 
 import sartor
-from sartor.federate.flower.app import ENVIRONMENT, write_app
-from sartor.federate.rounds import tensors as arrays
+from sartor.federate import updates as arrays
+from sartor.federate.flower.flower_run import ENVIRONMENT, write_app
 
 HERE = Path(__file__).parent
 WARDS = names(3)

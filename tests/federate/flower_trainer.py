@@ -10,12 +10,11 @@ import numpy as np
 from federating import COORDINATOR, LENIENT, identity, names
 from round_parties import Pull
 
-from sartor.federate.flower.trainer import serve
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest
-from sartor.federate.rounds.task import Learnt
-from sartor.federate.secure.identity import Roster
+from sartor.federate.flower.local_rpc import serve
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.federate.secure.identities import Roster
 from sartor.models.lora_tensors import Tensors
 
 

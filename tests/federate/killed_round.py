@@ -24,9 +24,9 @@ from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import RULES, START, Pull
 
 from sartor.core.errors import SartorError
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.journal import Journal
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Plan
+from sartor.federate.rounds.round_journal import Journal
 from sartor.federate.rounds.transport import finish, run_round
 
 COUNT = 5

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, Rules
-from sartor.federate.rounds.task import Learnt
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Plan
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
 from sartor.federate.rounds.transport import InProcess
 from sartor.models.lora_tensors import Tensors
 

@@ -13,8 +13,16 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ConflictError, ExtraError
-from sartor.federate.privacy.accountant import SAMPLED_ORDERS, Account, Budget, Spending, calibrated, epsilon_of, most_times
-from sartor.federate.privacy.worth import worth
+from sartor.federate.privacy.accountant import (
+    SAMPLED_ORDERS,
+    Account,
+    Budget,
+    Spending,
+    calibrated,
+    epsilon_of,
+    most_times,
+    worth,
+)
 
 dp_accounting = pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
 DELTA = 1e-5

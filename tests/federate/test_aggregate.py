@@ -13,10 +13,9 @@ from hypothesis import strategies as some
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.aggregate import exactness
-from sartor.federate.aggregate.modes import Alternate, AnyMode, Combined, Factors, FreezeA, Mode, Residual, fold
-from sartor.federate.aggregate.tensors__updates import Update, mean
-from sartor.federate.rounds.tensors import mean_of, weighted
+from sartor.federate import aggregation
+from sartor.federate.aggregation import Alternate, AnyMode, Combined, Factors, FreezeA, Mode, Residual, fold
+from sartor.federate.updates import Update, mean, mean_of, weighted
 from sartor.models import lora_tensors
 from sartor.models.lora_tensors import A, B, flat, modules, pair, plus, unflat
 
@@ -87,29 +86,29 @@ def test_the_mean_of_factors_is_far_from_it(seed: int) -> None:
 def test_the_canary_tells_what_the_whole_products_tell(mode: Mode) -> None:
     held, ends, sent = round_of(mode, 3, 6, 4, step=1.0)
     made = mode.combine(held, sent, 3)
-    whole = exactness.seen_error(exactness.draw(held, 0, columns=0), mode, held, sent, made, 3)
+    whole = aggregation.seen_error(aggregation.draw(held, 0, columns=0), mode, held, sent, made, 3)
     assert whole == pytest.approx(error(mode, held, ends, sent, 3), abs=5e-7)
-    some_inputs = exactness.seen_error(exactness.draw(held, 0), mode, held, sent, made, 3)
+    some_inputs = aggregation.seen_error(aggregation.draw(held, 0), mode, held, sent, made, 3)
     assert some_inputs <= 1e-6 if mode.is_exact else some_inputs > 0.05
 
 
 def test_the_canary_is_the_same_everywhere_and_finds_what_was_changed() -> None:
     held, ends, sent = round_of(FreezeA(), 1, 4, 9)
-    canary, again = exactness.draw(held, 7, most_modules=1), exactness.draw(held, 7, most_modules=1)
+    canary, again = aggregation.draw(held, 7, most_modules=1), aggregation.draw(held, 7, most_modules=1)
     assert list(canary.inputs) == list(again.inputs) and len(canary.inputs) == 1
     assert all(np.array_equal(value, again.inputs[name]) for name, value in canary.inputs.items())
-    canary = exactness.draw(held, 7)
+    canary = aggregation.draw(held, 7)
     answers = [Update(one.client, canary.responses(end), one.examples) for one, end in zip(sent, ends, strict=True)]
     made = FreezeA().combine(held, sent, 1)
-    assert exactness.exactness_error(canary, made, mean(answers)) <= 1e-6
+    assert aggregation.exactness_error(canary, made, mean(answers)) <= 1e-6
     wrong = Combined(plus(made.tensors, {V + B: np.full((16, 8), 0.05)}))
-    assert exactness.exactness_error(canary, wrong, mean(answers)) > 1e-3
+    assert aggregation.exactness_error(canary, wrong, mean(answers)) > 1e-3
     assert (
-        exactness.exactness_error(canary, Combined(held), {name: 0 * value for name, value in canary.responses(held).items()})
+        aggregation.exactness_error(canary, Combined(held), {name: 0 * value for name, value in canary.responses(held).items()})
         == np.inf
     )
     with pytest.raises(ConfigError, match="no factors"):
-        exactness.draw({WHOLE: held[WHOLE]}, 0)
+        aggregation.draw({WHOLE: held[WHOLE]}, 0)
 
 
 @linear

@@ -16,20 +16,19 @@ import sartor
 from sartor.core.artifacts import Artifact, open_artifact, seal
 from sartor.core.errors import GateError
 from sartor.evaluate import audit
+from sartor.federate.privacy import privacy_attacks
 from sartor.federate.privacy.accountant import Budget
-from sartor.federate.privacy.attacks import inversion
-from sartor.federate.privacy.attacks.report import open_report
-from sartor.federate.rounds.manifest import Rules
-from sartor.federate.tuning import reading, running
-from sartor.federate.tuning.attacking import Target
-from sartor.federate.tuning.attacking import attacked as attack
-from sartor.federate.tuning.auditing import Canaries, canaries_for
-from sartor.federate.tuning.clients import open_clients
-from sartor.federate.tuning.noise import noised
-from sartor.federate.tuning.recipe import load
-from sartor.federate.tuning.running import Setting
+from sartor.federate.privacy.client_noise import noised
+from sartor.federate.privacy.privacy_attacks import open_report
+from sartor.federate.recipe import load
+from sartor.federate.rounds.round_manifest import Rules
+from sartor.federate.tuning import attack_runner, simulated_rounds
+from sartor.federate.tuning.attack_runner import Canaries, Target, canaries_for
+from sartor.federate.tuning.attack_runner import attacked as attack
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.simulated_clients import open_clients
+from sartor.federate.tuning.simulated_rounds import Setting
 from sartor.federate.tuning.simulation import simulate
-from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import A, B, norm, plus
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import Encoded
@@ -121,7 +120,7 @@ def test_noise_that_was_not_drawn_fails_the_release_by_name(
     def miserly(tensors: Any, manifest: Any) -> Any:
         return noised(tensors, replace(manifest, rules=replace(manifest.rules, noise=manifest.rules.noise / 100)))
 
-    monkeypatch.setattr(running, "noised", miserly)
+    monkeypatch.setattr(simulated_rounds, "noised", miserly)
     monkeypatch.setattr(audit, "chitchat_rows", lambda: [row("probe", n) for n in range(6)])
     adapter = tmp_path / "adapter"
     simulate(recipe(tiny_base, dataset), adapter, shards={"count": 3, "by": "."})
@@ -168,20 +167,20 @@ def test_the_tokens_of_a_short_row_are_read_off_its_gradient(tiny_base: Path, da
     resident = open_clients(load(recipe(tiny_base, dataset)), [dataset], None).resident
     start, module = resident.taken(), "base_model.model.model.layers.0.self_attn.v_proj"
     ids = [3, 40, 41, 77, 42, 120, 9, 200]
-    found = reading.gradient(resident, start, Encoded(ids, [False] + [True] * 7), module + B)
-    inputs = reading.inputs_of(resident, module)
+    found = attack_runner.gradient(resident, start, Encoded(ids, [False] + [True] * 7), module + B)
+    inputs = attack_runner.inputs_of(resident, module)
     assert inputs.shape == (320, 32)
-    assert inversion.from_factor(found, start[module + A], inputs) == set(ids[:-1]), "the last is read by nothing"
+    assert privacy_attacks.from_factor(found, start[module + A], inputs) == set(ids[:-1]), "the last is read by nothing"
 
 
 def test_a_row_has_the_loss_that_transformers_gives_it(tiny_base: Path, dataset: Path, fp32: None) -> None:
     people = open_clients(load(recipe(tiny_base, dataset)), [dataset], None)
     rows = people.rows["client-0"].train[:9]
-    found = reading.row_losses(people.resident, people.resident.taken(), rows)
+    found = attack_runner.row_losses(people.resident, people.resident.taken(), rows)
     for row, loss in zip(rows, found, strict=True):
         plainly = transformers_backend.row_losses(people.resident.model, [row], "cpu").mean().detach()
         assert float(plainly) == pytest.approx(loss, abs=1e-5)
-    assert reading.row_losses(people.resident, people.resident.taken(), []) == []
+    assert attack_runner.row_losses(people.resident, people.resident.taken(), []) == []
 
 
 def test_canaries_are_apart_and_as_long_as_the_clip() -> None:

@@ -11,10 +11,9 @@ from scipy.stats import norm
 
 from sartor.core.errors import ArtifactError, ConfigError, GateError
 from sartor.evaluate.audit import membership_inference
+from sartor.federate.privacy import privacy_attacks
 from sartor.federate.privacy.accountant import Budget, calibrated
-from sartor.federate.privacy.attacks import audit, inversion
-from sartor.federate.privacy.attacks.canaries import Exposure, exposure
-from sartor.federate.privacy.attacks.report import AttackReport, open_report
+from sartor.federate.privacy.privacy_attacks import AttackReport, Exposure, exposure, open_report
 
 DELTA = 1e-5
 
@@ -71,34 +70,36 @@ def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_r
     inputs, true = source.standard_normal((200, 32)), {3, 17, 42, 99, 150}
     gradient = np.zeros((200, 32))
     gradient[list(true)] = source.standard_normal((5, 32))
-    named = inversion.from_embedding(gradient)
-    assert inversion.judged("embedding", named, true) == inversion.Inversion("embedding", 5, 1.0, 1.0)
-    assert inversion.from_embedding(np.zeros((4, 2))) == set()
+    named = privacy_attacks.from_embedding(gradient)
+    assert privacy_attacks.judged("embedding", named, true) == privacy_attacks.Inversion("embedding", 5, 1.0, 1.0)
+    assert privacy_attacks.from_embedding(np.zeros((4, 2))) == set()
     for ranks, is_blind in ((16, False), (4, True)):
         a = source.standard_normal((ranks, 32))
         change = source.standard_normal((24, 5)) @ (inputs[list(true)] @ a.T)
-        found = inversion.judged("factor", inversion.from_factor(change.astype(np.float32), a, inputs), true)
+        found = privacy_attacks.judged("factor", privacy_attacks.from_factor(change.astype(np.float32), a, inputs), true)
         assert found.is_blind == is_blind and (is_blind or (found.precision, found.recall) == (1.0, 1.0))
         assert ("blind" in str(found)) == is_blind
     few = source.standard_normal((4, 5)) @ (inputs[list(true)] @ source.standard_normal((16, 32)).T)
-    assert inversion.from_factor(few, source.standard_normal((16, 32)), inputs) is None, "four outputs, five tokens"
-    assert inversion.from_factor(np.zeros((24, 16)), source.standard_normal((16, 32)), inputs) == set()
+    assert privacy_attacks.from_factor(few, source.standard_normal((16, 32)), inputs) is None, "four outputs, five tokens"
+    assert privacy_attacks.from_factor(np.zeros((24, 16)), source.standard_normal((16, 32)), inputs) == set()
     with pytest.raises(ConfigError, match="do not fit"):
-        inversion.from_factor(np.zeros((24, 5)), np.zeros((16, 32)), inputs)
+        privacy_attacks.from_factor(np.zeros((24, 5)), np.zeros((16, 32)), inputs)
 
 
 def test_one_run_by_closed_form() -> None:
     canaries = 100
-    is_in = audit.coins(canaries, 0)
-    sure = audit.one_run(is_in.astype(float), is_in, 0.0, guess_fraction=0.8)
+    is_in = privacy_attacks.coins(canaries, 0)
+    sure = privacy_attacks.one_run(is_in.astype(float), is_in, 0.0, guess_fraction=0.8)
     coin = 0.05 ** (1 / 80)
     assert sure.right == sure.guesses == 80 and sure.epsilon_low == pytest.approx(math.log(coin / (1 - coin)), abs=1e-3)
     assert sure.most == sure.epsilon_low
-    assert audit.one_run(is_in.astype(float), is_in, 1e-3, 0.8).epsilon_low < sure.epsilon_low - 0.1, "delta lets some be told"
-    assert audit.one_run(-is_in.astype(float), is_in, 0.0).epsilon_low == 0
-    assert audit.coins(10_000, 1).mean() == pytest.approx(0.5, abs=0.02)
+    assert privacy_attacks.one_run(is_in.astype(float), is_in, 1e-3, 0.8).epsilon_low < sure.epsilon_low - 0.1, (
+        "delta lets some be told"
+    )
+    assert privacy_attacks.one_run(-is_in.astype(float), is_in, 0.0).epsilon_low == 0
+    assert privacy_attacks.coins(10_000, 1).mean() == pytest.approx(0.5, abs=0.02)
     with pytest.raises(ConfigError, match="at least 10"):
-        audit.one_run([1.0] * 9, [True] * 9, 0.0)
+        privacy_attacks.one_run([1.0] * 9, [True] * 9, 0.0)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
@@ -107,18 +108,20 @@ def test_the_bound_of_a_mechanism_whose_epsilon_is_exact_holds_and_is_near(epsil
     for _ in range(60):
         is_in = source.random(1000) < 0.5
         honest = source.random(1000) < 1 / (1 + math.exp(-epsilon))  # randomised response
-        bounds.append(audit.one_run(np.where(honest, is_in, ~is_in) + source.random(1000) / 10, is_in, DELTA).epsilon_low)
+        bounds.append(
+            privacy_attacks.one_run(np.where(honest, is_in, ~is_in) + source.random(1000) / 10, is_in, DELTA).epsilon_low
+        )
     assert np.mean(np.array(bounds) > epsilon) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5
     assert np.median(bounds) > 0.6 * epsilon
 
 
 def test_many_runs_by_closed_form() -> None:
     high = 1 - 0.025 ** (1 / 100)  # Clopper & Pearson, none of 100
-    found = audit.many_runs([1.0] * 100, [0.0] * 100, 0.0, threshold=0.5)
+    found = privacy_attacks.many_runs([1.0] * 100, [0.0] * 100, 0.0, threshold=0.5)
     assert found.epsilon_low == pytest.approx(math.log((1 - high) / high), rel=1e-6) and found.right == 200
-    assert audit.many_runs([1.0, 0.0] * 50, [1.0, 0.0] * 50, DELTA, 0.5).epsilon_low == 0
+    assert privacy_attacks.many_runs([1.0, 0.0] * 50, [1.0, 0.0] * 50, DELTA, 0.5).epsilon_low == 0
     with pytest.raises(ConfigError, match="both are needed"):
-        audit.many_runs([], [1.0], 0.0, 0.5)
+        privacy_attacks.many_runs([], [1.0], 0.0, 0.5)
 
 
 def learner_scores(noise: float, is_in: np.ndarray, rounds: int = 20, seed: int = 0) -> np.ndarray:
@@ -142,26 +145,26 @@ def adapter_folder(tmp_path: Path) -> Path:
 
 def test_without_noise_the_claim_is_refuted_and_the_release_fails(adapter_folder: Path) -> None:
     pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
-    claim, is_in = Budget(1.0, DELTA), audit.coins(300, 5)
-    leaky = AttackReport(claim, audit=audit.one_run(learner_scores(0.0, is_in), is_in, DELTA))
+    claim, is_in = Budget(1.0, DELTA), privacy_attacks.coins(300, 5)
+    leaky = AttackReport(claim, audit=privacy_attacks.one_run(learner_scores(0.0, is_in), is_in, DELTA))
     assert leaky.audit and leaky.audit.epsilon_low > 2
     with pytest.raises(GateError, match=r"epsilon 1 at delta 1e-05 is claimed; \d+ of 150 guesses show epsilon"):
         leaky.check()
     assert leaky.write(adapter_folder).is_file(), "what was found is written, whatever it is"
     noise = calibrated(claim, 20)
-    quiet = AttackReport(claim, audit=audit.one_run(learner_scores(noise, is_in), is_in, DELTA))
+    quiet = AttackReport(claim, audit=privacy_attacks.one_run(learner_scores(noise, is_in), is_in, DELTA))
     assert quiet.audit and quiet.audit.epsilon_low < 1 < quiet.audit.most
     quiet.check()
 
 
 def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path) -> None:
-    is_in = audit.coins(20, 0)
+    is_in = privacy_attacks.coins(20, 0)
     report = AttackReport(
         Budget(8.0, DELTA),
         (membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0]),),
         (Exposure("phone", 8, 6.0, 8.0, 1 / 64),),
-        (inversion.judged("factor", None, {1}), inversion.judged("embedding", {1, 2}, {1})),
-        audit.one_run(is_in.astype(float), is_in, DELTA),
+        (privacy_attacks.judged("factor", None, {1}), privacy_attacks.judged("embedding", {1, 2}, {1})),
+        privacy_attacks.one_run(is_in.astype(float), is_in, DELTA),
     )
     report.write(adapter_folder)
     assert open_report(adapter_folder) == report
@@ -183,9 +186,9 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
 def test_a_claim_without_an_audit_or_with_one_at_another_delta_fails_and_no_claim_passes() -> None:
     with pytest.raises(GateError, match="no audit was made"):
         AttackReport(Budget(8.0)).check()
-    is_in = audit.coins(20, 0)
+    is_in = privacy_attacks.coins(20, 0)
     with pytest.raises(GateError, match=r"audit was made at delta 0\.1"):
-        AttackReport(Budget(8.0, DELTA), audit=audit.one_run(np.zeros(20), is_in, 0.1)).check()
+        AttackReport(Budget(8.0, DELTA), audit=privacy_attacks.one_run(np.zeros(20), is_in, 0.1)).check()
     nothing = AttackReport(None)
     nothing.check()
     assert list(nothing.sentences()) == ["no privacy is claimed", "no audit was made"]

@@ -10,9 +10,8 @@ import pytest
 from scipy.stats import chisquare
 
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.privacy import noise
-from sartor.federate.privacy.clients import ClientNoise, step_of
-from sartor.federate.privacy.noise import discrete_gaussian
+from sartor.federate.privacy import client_noise
+from sartor.federate.privacy.client_noise import ClientNoise, discrete_gaussian, step_of
 from sartor.models.lora_tensors import norm
 
 
@@ -47,9 +46,9 @@ def test_a_wide_one_has_its_moments_and_an_odd_count() -> None:
 
 
 def test_remainders_favour_nobody() -> None:
-    most = noise._below(3, 3, lambda count: np.array([2**64 - 1, 2**64 - 2, 5], np.uint64).tobytes())
+    most = client_noise._below(3, 3, lambda count: np.array([2**64 - 1, 2**64 - 2, 5], np.uint64).tobytes())
     assert most.tolist() == [2, 2], "the last of 2^64 = 3 k + 1 is left out"
-    assert set(noise._below(2**20, 1000, seeded(0)) < 2**20) == {True}
+    assert set(client_noise._below(2**20, 1000, seeded(0)) < 2**20) == {True}
 
 
 def upload(seed: int, size: float, values: int = 6000) -> dict[str, np.ndarray]:

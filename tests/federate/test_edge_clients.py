@@ -21,13 +21,12 @@ from sartor.edge.store.version_pointers import installed, states
 from sartor.edge.tuning import memory_plan
 from sartor.edge.tuning.budgeted_tuning import verify_receipt
 from sartor.edge.tuning.memory_plan import Floor
-from sartor.federate.rounds.manifest import Manifest, Rules
-from sartor.federate.rounds.task import Learnt
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.device import Device, EdgeTask, devices_of
-from sartor.federate.tuning.recipe import FederateRecipe, load
-from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
-from sartor.federate.tuning.task import LoraTask, Losses
+from sartor.federate.recipe import FederateRecipe, load
+from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
+from sartor.federate.tuning.edge_client import Device, EdgeTask, devices_of
+from sartor.federate.tuning.lora_task import LoraTask, Losses
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
+from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, Setting
 from sartor.models.lora_tensors import A, B, Tensors, norm, plus
 
 

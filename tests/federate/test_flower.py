@@ -24,12 +24,12 @@ from round_parties import Pull
 import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
-from sartor.federate.flower.hatch import ask
-from sartor.federate.flower.lead import Lead, lead_rounds
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.journal import Journal
+from sartor.federate.flower.local_rpc import ask
+from sartor.federate.flower.round_driver import Lead, lead_rounds
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_journal import Journal
 from sartor.federate.rounds.transport import InProcess
-from sartor.federate.secure.identity import Roster
+from sartor.federate.secure.identities import Roster
 
 pytestmark = [
     pytest.mark.services,

@@ -23,14 +23,13 @@ from federating import write_keys
 from round_parties import START, House, mean_of_numbers
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, RoundError
-from sartor.federate.flower import lead as leading
-from sartor.federate.flower.app import write_app
-from sartor.federate.flower.hatch import Hatch, Limits, Said, ask
-from sartor.federate.flower.lead import Lead, lead_rounds
-from sartor.federate.flower.trainer import said_to
-from sartor.federate.flower.transport import AGAIN, ANSWERED, FlowerTransport, Node, Reply
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.journal import Journal
+from sartor.federate import updates as arrays
+from sartor.federate.flower import round_driver as leading
+from sartor.federate.flower.flower_run import write_app
+from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, FlowerTransport, Node, Reply
+from sartor.federate.flower.local_rpc import Hatch, Limits, Said, ask, said_to
+from sartor.federate.flower.round_driver import Lead, lead_rounds
+from sartor.federate.rounds.round_journal import Journal
 from sartor.federate.rounds.transport import InProcess, run_round
 
 NOBODY = 65_534
@@ -380,5 +379,5 @@ def test_the_app_is_a_folder_that_flower_bundles(tmp_path: Path) -> None:
 
 
 def test_the_carriers_side_loads_neither_keys_nor_tensors() -> None:
-    code = "import sartor.federate.flower.hatch, sartor.federate.flower.transport, sys; print({'numpy', 'cryptography'} & set(sys.modules))"
+    code = "import sartor.federate.flower.local_rpc, sartor.federate.flower.flower_transport, sys; print({'numpy', 'cryptography'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -11,16 +11,15 @@ from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import START, Pull
 
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundError, SignatureError
-from sartor.federate.aggregate.tensors__updates import Update, mean
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.client import Agreement, Member, RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.inspected import Inspected
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
+from sartor.federate import updates as arrays
+from sartor.federate.rounds.round_client import Agreement, Member, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Inspected, Plan
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.rounds.transport import InProcess, finish
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import Payload, Shown
+from sartor.federate.updates import Update, mean
 from sartor.models.lora_tensors import Tensors
 
 WARDS = names(3)

@@ -21,18 +21,18 @@ import sartor
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError, SartorError
-from sartor.federate.flower import waiting
-from sartor.federate.flower.client import ClientOptions, enrolled, round_client, task_of
-from sartor.federate.flower.coordinator import CoordinatorOptions, coordinate
-from sartor.federate.flower.lead import Lead, lead_rounds
-from sartor.federate.rounds.client import RoundClient
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.flower import flower_run
+from sartor.federate.flower.flower_client import ClientOptions, enrolled, round_client, task_of
+from sartor.federate.flower.flower_coordinator import CoordinatorOptions, coordinate
+from sartor.federate.flower.round_driver import Lead, lead_rounds
+from sartor.federate.recipe import load
+from sartor.federate.rounds.round_client import RoundClient
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
 from sartor.federate.rounds.transport import InProcess
-from sartor.federate.tuning import canaries
-from sartor.federate.tuning.recipe import load
+from sartor.federate.tuning import round_schedule
+from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulation import simulate
-from sartor.federate.tuning.task import LoraTask
 
 WARDS = ("ward-a", "ward-b", "ward-c")
 
@@ -106,7 +106,7 @@ class Federation:
 
 @pytest.fixture
 def federation(tmp_path: Path, asked: dict[str, Any], dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
-    monkeypatch.setattr(waiting, "_POLL_S", 0.05)
+    monkeypatch.setattr(flower_run, "_POLL_S", 0.05)
     return Federation(tmp_path / "federation", asked, dict.fromkeys(WARDS, dataset))
 
 
@@ -248,22 +248,22 @@ def test_a_super_link_that_takes_no_run_is_tried_again_and_given_up(
 ) -> None:
     begun: list[float] = []
 
-    def fails(watch: waiting.Watch) -> subprocess.Popen[bytes]:
+    def fails(watch: flower_run.Watch) -> subprocess.Popen[bytes]:
         begun.append(watch.patience_s)
         watch.log.write_text("nobody is at that address\n")
         return subprocess.Popen(["false"])
 
-    monkeypatch.setattr(waiting, "_begun", fails)
-    monkeypatch.setattr(waiting, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(flower_run, "_begun", fails)
+    monkeypatch.setattr(flower_run, "_AGAIN_S", 0.05)
     with pytest.raises(MissingError, match="nobody is at that address"):
         coordinate(federation.asked, tmp_path / "out", federation.options(link="wards", patience_s=1.0))
     assert len(begun) > 1
 
-    def stopped(watch: waiting.Watch) -> subprocess.Popen[bytes]:
+    def stopped(watch: flower_run.Watch) -> subprocess.Popen[bytes]:
         watch.lead.trouble.write_text('{"kind": "GuardError", "problem": "half", "remedy": "look"}')
         return fails(watch)
 
-    monkeypatch.setattr(waiting, "_begun", stopped)
+    monkeypatch.setattr(flower_run, "_begun", stopped)
     with pytest.raises(GuardError, match="half"):
         coordinate(federation.asked, tmp_path / "out", federation.options(link="wards"), resume=True)
 
@@ -281,20 +281,20 @@ def tensors(seed: int, b: float = 1.0) -> dict[str, np.ndarray]:
 def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str, exact: bool) -> None:
     shared, rules = tensors(0), Rules(clip=2.0)
     trained = {name: value for name, value in shared.items() if f"lora_{sent}" in name}
-    beside = canaries.besides(canaries.of_round(shared, 5, 1), shared, trained, rules.clip)
+    beside = round_schedule.besides(round_schedule.of_round(shared, 5, 1), shared, trained, rules.clip)
     manifest = Manifest("r", 1, "c", Work("lora", "0" * 64), terms_for("abc", trained, rules, beside=beside), 0, rules)
     bounds = {one.name: one.bound for one in beside}
     changes = [{name: 3 * tensors(seed)[name] for name in trained} for seed in (1, 2, 3)]
-    found = [canaries.responses(manifest, shared, change, 5) for change in changes]
+    found = [round_schedule.responses(manifest, shared, change, 5) for change in changes]
     for one in found:
         assert {name: value.shape for name, value in one.items()} == {one.name: one.shape for one in beside}
         assert all(np.abs(value).max() <= bounds[name] for name, value in one.items()), "it fits into the ring"
     clip = [{name: value * 2 / np.sqrt(sum((v**2).sum() for v in c.values())) for name, value in c.items()} for c in changes]
     mean = {name: np.mean([one[name] for one in clip], axis=0) for name in trained}
     mean |= {name: np.mean([one[name] for one in found], axis=0) for name in bounds}
-    error = canaries.error_of(shared, mean, 5, 1)
+    error = round_schedule.error_of(shared, mean, 5, 1)
     assert error is not None and (error <= 1e-6 if exact else error > 1e-3)
-    assert canaries.error_of(shared, {name: mean[name] for name in trained}, 5, 1) is None
+    assert round_schedule.error_of(shared, {name: mean[name] for name in trained}, 5, 1) is None
 
 
 def test_the_commands_refuse_before_anything_takes_long(

@@ -16,12 +16,12 @@ import sartor
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.records import Example, Message, Origin
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.recipe import FederateRecipe, load
-from sartor.federate.tuning.shards import Shards
+from sartor.federate.recipe import FederateRecipe, load
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulation import simulate
-from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import B, Tensors, norm
 from sartor.models.losses.transformers_backend import row_losses
 from sartor.tune import sampler

@@ -12,9 +12,9 @@ from scipy import stats
 
 from sartor.core.errors import RoundError, SartorError, SignatureError
 from sartor.federate.secure import messages
-from sartor.federate.secure.client import Client
 from sartor.federate.secure.messages import Keys, Lists, Peers, Unmask
-from sartor.federate.secure.terms import Policy, Round
+from sartor.federate.secure.secagg_client import Client
+from sartor.federate.secure.secagg_terms import Policy, Round
 
 VICTIM = "ward-0004"
 

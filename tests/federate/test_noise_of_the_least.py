@@ -10,11 +10,11 @@ import pytest
 import round_parties
 from round_parties import House
 
-from sartor.federate.rounds.client import RoundClient
-from sartor.federate.rounds.manifest import Rules
+from sartor.federate.privacy.client_noise import noise_of, noised
+from sartor.federate.rounds.round_client import RoundClient
+from sartor.federate.rounds.round_manifest import Rules
 from sartor.federate.rounds.transport import InProcess, run_round
-from sartor.federate.secure.terms import least_threshold
-from sartor.federate.tuning.noise import noise_of, noised
+from sartor.federate.secure.secagg_terms import least_threshold
 
 RULES = Rules(clip=1.0, noise=3.0, most_examples=1)
 

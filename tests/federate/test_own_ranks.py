@@ -17,10 +17,10 @@ from conftest import write_jsonl
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError
+from sartor.federate.recipe import load
 from sartor.federate.tuning import simulation
-from sartor.federate.tuning.clients import open_clients
-from sartor.federate.tuning.recipe import load
-from sartor.federate.tuning.shards import Shards
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.simulated_clients import open_clients
 from sartor.federate.tuning.simulation import simulate
 from sartor.models.lora_tensors import A, B, Tensors, cut, joined, modules, norm, pair, rank_of
 from sartor.tune.recipe import load as load_tuning

@@ -14,15 +14,14 @@ from safetensors.numpy import load_file
 
 from sartor.core import config
 from sartor.core.errors import BudgetError, ConfigError, ConflictError
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
-from sartor.federate.tuning import guard
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.guard import RowGuard, row_means, updates_of
-from sartor.federate.tuning.recipe import FederateRecipe, Local, Privacy, Settings, load
-from sartor.federate.tuning.residual import fewest
+from sartor.federate import updates as arrays
+from sartor.federate.recipe import FederateRecipe, Local, Privacy, Settings, load
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.tuning import lora_task
+from sartor.federate.tuning.lora_task import LoraTask, RowGuard, row_means, updates_of
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
+from sartor.federate.tuning.simulated_rounds import fewest
 from sartor.federate.tuning.simulation import simulate
-from sartor.federate.tuning.task import LoraTask
 from sartor.models import quantization
 from sartor.models.lora_tensors import A, B, Pair, Tensors, cut, modules, norm, pair, plus, rank_of
 from sartor.models.losses.transformers_backend import row_losses
@@ -92,7 +91,7 @@ def test_a_round_repeats_to_the_bits_and_another_round_or_secret_does_not(
 
     first = learnt("one")
     assert set(first) == {name for name in shared if name.endswith(B)} and norm(first) > 0
-    assert (tmp_path / "one" / guard.SECRET).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "one" / lora_task.SECRET).stat().st_mode & 0o777 == 0o600
     before = RowGuard.open(privacy, tmp_path / "one").account.epsilon()
     again = learnt("one")
     assert all(np.array_equal(again[name], value) for name, value in first.items())

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
-from sartor.federate.privacy import examples
+from sartor.federate.privacy import dp_sgd, privacy_attacks
 from sartor.federate.privacy.accountant import Budget, calibrated
-from sartor.federate.privacy.attacks import canaries, inversion
-from sartor.federate.privacy.examples import RowNoise, drawn, private_updates
+from sartor.federate.privacy.dp_sgd import RowNoise, drawn, private_updates
 from sartor.models import adapters
 
 pytest.importorskip("opacus", reason="pip install 'sartor[federated]'")
@@ -155,7 +154,7 @@ def test_rows_are_drawn_each_for_itself_and_the_account_counts_that() -> None:
             RowNoise(*wrong)
 
 
-def exposed(noise: float, updates: int = 20) -> canaries.Exposure:
+def exposed(noise: float, updates: int = 20) -> privacy_attacks.Exposure:
     """A tiny Llama learns 24 rows and one with a secret, eight times; how far the secret stands out among 128."""
     model, source = adapted(), np.random.default_rng(5)
     prompt, secrets = [40, 41, 42, 43, 44], source.integers(3, 320, (128, 4)).tolist()
@@ -167,7 +166,7 @@ def exposed(noise: float, updates: int = 20) -> canaries.Exposure:
             update(drawn(rows, how, seeded(place)))
     with torch.no_grad():
         losses = losses_of(model)([prompt + secret for secret in secrets]).tolist()
-    return canaries.exposure("secret", 8, losses[0], losses[1:])
+    return privacy_attacks.exposure("secret", 8, losses[0], losses[1:])
 
 
 def test_a_repeated_secret_is_exposed_without_noise_and_not_with_it() -> None:
@@ -189,8 +188,8 @@ def test_a_first_update_tells_which_tokens_were_read_while_it_has_more_ranks_tha
     with torch.no_grad():
         inputs = layer.input_layernorm(model.get_input_embeddings().weight)
     change = (-0.1 * factor.lora_B["default"].weight.grad).numpy()  # what one step of SGD sends
-    named = inversion.from_factor(change, factor.lora_A["default"].weight.detach().numpy(), inputs.numpy())
-    found = inversion.judged("first update of v_proj", named, row)
+    named = privacy_attacks.from_factor(change, factor.lora_A["default"].weight.detach().numpy(), inputs.numpy())
+    found = privacy_attacks.judged("first update of v_proj", named, row)
     assert found.is_blind == is_blind
     if not is_blind:
         assert found.precision == 1 and found.recall >= 6 / 7, "the last token is read by nobody"
@@ -200,6 +199,6 @@ def test_the_noisy_gradient_has_no_bits_below_the_grid() -> None:
     how = RowNoise(1.0, 1.0, 1)
     part = torch.nn.Parameter(torch.zeros(500))
     part.grad = torch.rand(500)
-    examples._noise([part], how, seeded(0))
-    steps = part.grad.double() / examples.GRID
+    dp_sgd._noise([part], how, seeded(0))
+    steps = part.grad.double() / dp_sgd.GRID
     assert torch.equal(steps, steps.round())

@@ -13,8 +13,8 @@ import pytest
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, GuardError, InputError
-from sartor.federate.aggregate.tensors__updates import Update
-from sartor.federate.robust.rules import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, Rule, Screened, Trimmed
+from sartor.federate.robust_aggregation import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, Rule, Screened, Trimmed
+from sartor.federate.updates import Update
 
 RULES = [member() for member in get_args(AnyRule)]
 every = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.kind)

@@ -13,11 +13,11 @@ from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
 
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
-from sartor.federate.rounds import manifest as manifests
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.coordinator import Ended
-from sartor.federate.rounds.journal import Journal, Kept
-from sartor.federate.rounds.manifest import Manifest, Rules, Work
+from sartor.federate import updates as arrays
+from sartor.federate.rounds import round_manifest as manifests
+from sartor.federate.rounds.round_coordinator import Ended
+from sartor.federate.rounds.round_journal import Journal, Kept
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work
 from sartor.federate.rounds.transport import Carried, InProcess, finish, run_round
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import Invite, Lists, Outcome, Payload

@@ -11,7 +11,7 @@ import yaml
 import sartor
 from sartor.core.artifacts import open_artifact
 from sartor.edge.store.version_pointers import installed, states
-from sartor.federate.privacy.attacks.report import open_report
+from sartor.federate.privacy.privacy_attacks import open_report
 
 DEVICES = {"ann": ("kitchen", "hall"), "bob": ("attic", "porch"), "eve": ("cellar", "den")}
 

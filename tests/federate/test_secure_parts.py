@@ -13,10 +13,9 @@ from hypothesis import strategies as some
 
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, RoundError, SignatureError
-from sartor.federate.secure import masks, messages, ring, shares
-from sartor.federate.secure.graph import Graph, failure_bound, most_degree
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.terms import MOST_SUM, Round, Slot, Terms, least_threshold
+from sartor.federate.secure import fixed_point, masking_crypto, messages
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.secagg_terms import MOST_SUM, Graph, Round, Slot, Terms, failure_bound, least_threshold, most_degree
 
 SEED = "ab" * 32
 DIGEST = "cd" * 32
@@ -26,32 +25,32 @@ DIGEST = "cd" * 32
 @given(some.binary(min_size=32, max_size=32), some.integers(1, 12), some.data())
 def test_any_threshold_of_shares_rebuilds_the_secret(value: bytes, threshold: int, data: some.DataObject) -> None:
     places = data.draw(some.lists(some.integers(1, 5_000), min_size=threshold, max_size=threshold + 6, unique=True))
-    made = shares.split(value, threshold, places, masks.stream_bytes(secret(value), (threshold - 1) * 48))
+    made = masking_crypto.split(value, threshold, places, masking_crypto.stream_bytes(secret(value), (threshold - 1) * 48))
     chosen = data.draw(some.permutations(places))[:threshold]
-    assert shares.combine({place: made[place] for place in chosen}, threshold) == value
+    assert masking_crypto.combine({place: made[place] for place in chosen}, threshold) == value
     with pytest.raises(RoundError):
-        shares.combine({place: made[place] for place in chosen[1:]}, threshold)
+        masking_crypto.combine({place: made[place] for place in chosen[1:]}, threshold)
 
 
 @settings(max_examples=20, deadline=None)
 @given(some.binary(min_size=32, max_size=32), some.binary(min_size=32, max_size=32))
 def test_fewer_shares_fit_every_secret(one: bytes, other: bytes) -> None:
     """For the shares of `one` at two places there are coefficients with which `other` has the same shares."""
-    made = shares.split(one, 3, [1, 2, 3], masks.stream_bytes(secret(one), 96))
+    made = masking_crypto.split(one, 3, [1, 2, 3], masking_crypto.stream_bytes(secret(one), 96))
     # the polynomial through (0, other), (1, made[1]), (2, made[2]) has degree 2 as well
     points = {0: int.from_bytes(other, "big"), 1: int.from_bytes(made[1], "big"), 2: int.from_bytes(made[2], "big")}
-    half = pow(2, -1, shares.PRIME)
-    second = (points[2] - 2 * points[1] + points[0]) * half % shares.PRIME
-    first = (points[1] - points[0] - second) % shares.PRIME
-    again = shares.split(other, 3, [1, 2], second.to_bytes(48, "big") + first.to_bytes(48, "big"))
+    half = pow(2, -1, masking_crypto.PRIME)
+    second = (points[2] - 2 * points[1] + points[0]) * half % masking_crypto.PRIME
+    first = (points[1] - points[0] - second) % masking_crypto.PRIME
+    again = masking_crypto.split(other, 3, [1, 2], second.to_bytes(48, "big") + first.to_bytes(48, "big"))
     assert again == {1: made[1], 2: made[2]}
 
 
 def test_the_field_is_prime_and_holds_every_secret() -> None:
-    assert shares.PRIME > 1 << 256
-    assert all(pow(base, shares.PRIME - 1, shares.PRIME) == 1 for base in (2, 3, 5, 7, 11, 13))
+    assert masking_crypto.PRIME > 1 << 256
+    assert all(pow(base, masking_crypto.PRIME - 1, masking_crypto.PRIME) == 1 for base in (2, 3, 5, 7, 11, 13))
     full = b"\xff" * 32
-    assert shares.combine(shares.split(full, 2, [1, 2], bytes(range(48))), 2) == full
+    assert masking_crypto.combine(masking_crypto.split(full, 2, [1, 2], bytes(range(48))), 2) == full
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,20 +59,20 @@ def test_the_field_is_prime_and_holds_every_secret() -> None:
     some.integers(1, 50),
     some.sampled_from(["nearest", "stochastic"]),
 )
-def test_a_value_is_right_to_a_unit_of_the_ring(values: list[float], count: int, rounding: ring.Rounding) -> None:
+def test_a_value_is_right_to_a_unit_of_the_ring(values: list[float], count: int, rounding: fixed_point.Rounding) -> None:
     tensors = {"weight": np.array(values, np.float32)}
-    layout = ring.layout_for(tensors, 1.0, count)
+    layout = fixed_point.layout_for(tensors, 1.0, count)
     of = Terms(names(count), count, layout)
     total = np.zeros(of.size, np.uint32)
     for number in range(count):  # the worst case: everyone sends the same
-        total += ring.encode(tensors, of, rounding, np.random.default_rng(number))
-    found = ring.decode(total, layout)["weight"]
+        total += fixed_point.encode(tensors, of, rounding, np.random.default_rng(number))
+    found = fixed_point.decode(total, layout)["weight"]
     assert np.abs(found - count * tensors["weight"].astype(np.float64)).max() <= count * layout[0].scale * 1.001
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
     of = Terms(names(1), 1, (Slot("weight", (20_000,), 1.0),))
-    units = ring.quantise({"weight": np.full(20_000, 0.3)}, of.layout, "stochastic", np.random.default_rng(0))
+    units = fixed_point.quantise({"weight": np.full(20_000, 0.3)}, of.layout, "stochastic", np.random.default_rng(0))
     assert set(np.unique(units)) == {0, 1}
     assert abs(units.mean() - 0.3) < 0.02
 
@@ -82,10 +81,10 @@ def test_headroom_is_checked_and_nothing_is_clipped() -> None:
     of = terms(10, 3)
     most = of.most * of.layout[0].scale
     assert 10 * of.most <= MOST_SUM
-    ring.encode({"weight": np.array([1.0, -1.0, 0.0])}, of)
+    fixed_point.encode({"weight": np.array([1.0, -1.0, 0.0])}, of)
     for value in (most * 1.001, -1e30):
         with pytest.raises(BudgetError, match="clip the update"):
-            ring.encode({"weight": np.array([0.0, value, 0.0])}, of)
+            fixed_point.encode({"weight": np.array([0.0, value, 0.0])}, of)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +92,32 @@ def test_headroom_is_checked_and_nothing_is_clipped() -> None:
 )
 def test_an_update_of_another_form_is_refused(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ConfigError):
-        ring.encode(tensors, terms(10, 3))
+        fixed_point.encode(tensors, terms(10, 3))
 
 
 def test_masks_of_a_pair_cancel_and_follow_the_stream_of_the_rfc() -> None:
     vector = np.zeros(200_001, np.uint32)
-    masks.add_stream(vector, secret("key"), 1)
-    assert vector[:2].tobytes() == masks.stream_bytes(secret("key"), 8)
-    assert vector.tobytes() == masks.stream_bytes(secret("key"), 4 * vector.size)
-    masks.add_stream(vector, secret("key"), -1)
+    masking_crypto.add_stream(vector, secret("key"), 1)
+    assert vector[:2].tobytes() == masking_crypto.stream_bytes(secret("key"), 8)
+    assert vector.tobytes() == masking_crypto.stream_bytes(secret("key"), 4 * vector.size)
+    masking_crypto.add_stream(vector, secret("key"), -1)
     assert not vector.any()
     # RFC 8439, appendix A.1, test vector 1: the key and the nonce are zeros
-    assert masks.stream_bytes(bytes(32), 8).hex() == "76b8e0ada0f13d90"
+    assert masking_crypto.stream_bytes(bytes(32), 8).hex() == "76b8e0ada0f13d90"
 
 
 def test_a_key_is_of_one_purpose_round_and_direction() -> None:
-    made = {masks.derive(b"s" * 32, digest, *purpose) for digest in (DIGEST, SEED) for purpose in (("a",), ("a", "b"), ("ab",))}
+    made = {
+        masking_crypto.derive(b"s" * 32, digest, *purpose)
+        for digest in (DIGEST, SEED)
+        for purpose in (("a",), ("a", "b"), ("ab",))
+    }
     assert len(made) == 6
-    box = masks.seal(b"text", secret("agreed"), DIGEST, "one", "two")
-    assert masks.unseal(box, secret("agreed"), DIGEST, "one", "two") == b"text"
+    box = masking_crypto.seal(b"text", secret("agreed"), DIGEST, "one", "two")
+    assert masking_crypto.unseal(box, secret("agreed"), DIGEST, "one", "two") == b"text"
     for changed in ((DIGEST, "two", "one"), (SEED, "one", "two"), (DIGEST, "one", "three")):
         with pytest.raises(SignatureError):
-            masks.unseal(box, secret("agreed"), *changed)
+            masking_crypto.unseal(box, secret("agreed"), *changed)
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,8 +9,8 @@ import pytest
 from federating import Session, names
 
 from sartor.core.errors import ConflictError, RoundError
-from sartor.federate.secure import messages, ring
-from sartor.federate.secure.server import STAGES
+from sartor.federate.secure import fixed_point, messages
+from sartor.federate.secure.secagg_server import STAGES
 
 ALL = STAGES[:-1]
 
@@ -122,9 +122,10 @@ def test_what_quantising_costs_of_the_norm_of_the_sum() -> None:
     session = Session(count=count, size=size)
     for rounding in ("nearest", "stochastic"):
         units = [
-            ring.encode({"weight": one}, session.terms, rounding, np.random.default_rng(n)) for n, one in enumerate(updates)
+            fixed_point.encode({"weight": one}, session.terms, rounding, np.random.default_rng(n))
+            for n, one in enumerate(updates)
         ]
-        total = ring.decode(np.sum(units, axis=0, dtype=np.uint32), session.terms.layout)["weight"]
+        total = fixed_point.decode(np.sum(units, axis=0, dtype=np.uint32), session.terms.layout)["weight"]
         exact = updates.astype(np.float64).sum(axis=0)
         assert np.linalg.norm(total - exact) <= 1e-3 * np.linalg.norm(exact) * (0.005 if rounding == "nearest" else 0.01)
 

@@ -9,9 +9,9 @@ import pytest
 from tuning_rounds import manifest
 
 from sartor.core.errors import ModelError
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.recipe import FederateRecipe, load
-from sartor.federate.tuning.task import LoraTask
+from sartor.federate.recipe import FederateRecipe, load
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.personalization.stacked_adapter import Stack
 from sartor.tune.recipe import Budget
 from sartor.tune.training_loop import Run

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core import config
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
-from sartor.federate.tuning.clients import Clients
-from sartor.federate.tuning.recipe import FederateRecipe, Settings
+from sartor.federate import updates as arrays
+from sartor.federate.recipe import FederateRecipe, Settings
+from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.tuning.simulated_clients import Clients
 from sartor.models.lora_tensors import Tensors
 
 

@@ -1,4 +1,4 @@
-"""The recipe of a federated tuning: what rounds of many clients make one adapter of. No torch."""
+"""Recipe of a federated tuning."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.federate.aggregate.modes import Alternate, Factors, FreezeA, Mode, Residual
+from sartor.federate.aggregation import Alternate, Factors, FreezeA, Mode, Residual
 from sartor.federate.privacy.accountant import Budget as PrivacyBudget
-from sartor.federate.robust.rules import AnyRule
+from sartor.federate.robust_aggregation import AnyRule
 from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
 from sartor.tune.shared_base import recipe_digest  # noqa: F401
 

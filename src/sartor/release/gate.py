@@ -21,7 +21,7 @@ it is no JSON or lacks such a field, offends too**: what nobody can read nobody 
 whole reply; a value that is no text is compared by its JSON. `bias` and `memorisation` ask for a Report with an audit.
 No torch.
 
-`attacks.json` is written by `federate/privacy/attacks/report.py`, and judged here, below it, so that the gate and whoever
+`attacks.json` is written by `federate/privacy/privacy_attacks.py`, and judged here, below it, so that the gate and whoever
 makes a report say the same. A bound of epsilon below the claim proves nothing; the detail says what could have been shown.
 """
 

@@ -11,8 +11,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from sartor.core.errors import MissingError, RequestError
-from sartor.federate.flower import hatch, wire
-from sartor.federate.flower.transport import AGAIN, ANSWERED, Reply
+from sartor.federate.flower import flower_grid, local_rpc
+from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, Reply
 
 app = ClientApp()
 
@@ -21,14 +21,14 @@ app = ClientApp()
 def hand_over(message: Message, context: Context) -> Message:
     """One letter: each request to the trainer, in order; what it says to each."""
     place = Path(str(context.node_config["trainer"]))
-    heard = [_asked(place, request, message.metadata.ttl) for request in wire.requests_of(message.content)]
+    heard = [_asked(place, request, message.metadata.ttl) for request in flower_grid.requests_of(message.content)]
     reply = Reply(tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
-    return Message(wire.content_of(reply), reply_to=message)
+    return Message(flower_grid.content_of(reply), reply_to=message)
 
 
 def _asked(place: Path, request: bytes, wait_s: float) -> tuple[str, bytes]:
     try:
-        said = hatch.ask(place, request, wait_s)
+        said = local_rpc.ask(place, request, wait_s)
     except (MissingError, RequestError):
         return AGAIN, b""
     if said.kind == "answer":

@@ -1,4 +1,4 @@
-"""take_part(recipe, dataset, name, options): a client of rounds over Flower, with its rows, its key and a model that stays.
+"""Verb federate client.
 
 It answers at a socket to the ClientApp of this machine's SuperNode (`trainer`, `hatch`), until it is told to stop. Whatever
 comes through the socket is held against what this client agreed to: its coordinator's key, its roster, its recipe.
@@ -21,17 +21,16 @@ from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.config import REQUIRED, is_name, option
 from sartor.core.errors import ConfigError, RoundError
-from sartor.federate.flower.trainer import LOG, serve
+from sartor.federate.flower.local_rpc import LOG, serve
 from sartor.federate.privacy.accountant import Account
-from sartor.federate.rounds.client import Agreement, Member, RoundClient
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, read
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.tuning.guard import RowGuard
-from sartor.federate.tuning.noise import noise_of, noised, values_of
-from sartor.federate.tuning.recipe import FederateRecipe, tuning
-from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.task import NAME, LoraTask
+from sartor.federate.privacy.client_noise import noise_of, noised, values_of
+from sartor.federate.recipe import FederateRecipe, tuning
+from sartor.federate.recipe import load as load_recipe
+from sartor.federate.rounds.round_client import Agreement, Member, RoundClient
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Manifest, read
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.tuning.lora_task import NAME, LoraTask, RowGuard
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.shared_base import Resident
 

@@ -1,4 +1,4 @@
-"""coordinate(recipe, out, options) -> Adapter: the rounds of a recipe over Flower, led to their end whatever is killed.
+"""Verb federate coordinator.
 
     OUT.rounds/   lead.yaml, start.tensors    what the ServerApp leads, and from where
                   app/                        the folder that `flwr run` bundles
@@ -30,19 +30,19 @@ from sartor.core.errors import ConfigError, RoundError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
-from sartor.federate.flower.app import write_app
-from sartor.federate.flower.lead import Lead, RoundOptions
-from sartor.federate.flower.waiting import Watch, run_to_the_end
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.terms import Policy
-from sartor.federate.tuning.attacking import Target, attacked
-from sartor.federate.tuning.clients import Clients
-from sartor.federate.tuning.course import LoraOptions, lines_of
-from sartor.federate.tuning.recipe import FederateRecipe, tuning
-from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.running import Setting, TuningTask, work_of
+from sartor.federate import updates as arrays
+from sartor.federate.flower.flower_run import Watch, run_to_the_end, write_app
+from sartor.federate.flower.round_driver import Lead, RoundOptions
+from sartor.federate.recipe import FederateRecipe, tuning
+from sartor.federate.recipe import load as load_recipe
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.secagg_terms import Policy
+from sartor.federate.tuning.attack_runner import Target, attacked
+from sartor.federate.tuning.lora_task import LoraTask
+from sartor.federate.tuning.round_schedule import LoraOptions, lines_of
+from sartor.federate.tuning.simulated_clients import Clients
+from sartor.federate.tuning.simulated_rounds import Setting, TuningTask, work_of
 from sartor.federate.tuning.simulation import (
     Simulated,
     check_same,
@@ -53,7 +53,6 @@ from sartor.federate.tuning.simulation import (
     without_recipe,
     written,
 )
-from sartor.federate.tuning.task import LoraTask
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
 from sartor.tune.checkpoint import Found, full_disk

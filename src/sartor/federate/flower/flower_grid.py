@@ -1,4 +1,4 @@
-"""Letters as messages of Flower 1.42: a Post over its Grid, and the two ends of a RecordDict. Imports flwr: the apps alone do.
+"""Messages over Flower's Grid; imports flwr.
 
 requests   ArrayRecord: "0000", "0001", ... the bytes of each; arrays are what Flower cuts into pieces and sends on from
            where a transfer stopped, so no message is too large for it
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from sartor.federate.flower.transport import Node, Reply
+from sartor.federate.flower.flower_transport import Node, Reply
 
 # a query: Flower's own counters of training and evaluation stay empty
 KIND = "query"

@@ -1,4 +1,4 @@
-"""Requests to clients behind nodes that come and go, and their answers back: what Flower carries, without a line of Flower.
+"""Requests to nodes that come and go.
 
 Which node is whose is said by whoever registers its key (`flwr supernode register KEY --name CLIENT`), and is believed only for
 where to send: an answer counts by its client's signature. Of two nodes with one name each gets that client's requests, which

@@ -1,4 +1,4 @@
-"""The hatch between whoever carries messages and the process that has keys and data: a Unix socket, and nothing else of it.
+"""Requests over a Unix socket with checked peers.
 
     the carrier says   8 bytes: length N, big-endian; N bytes: one request
     and hears          1 byte: what it is (Said.kind); 8 bytes: length; that many bytes; the end of the connection
@@ -6,13 +6,19 @@
 A request of no bytes asks for the name of who answers. A connection carries one request. Who connects is asked of the system
 (SO_PEERCRED: Linux alone), not of the carrier. What is too long, too slow, malformed or of a stranger ends that connection and
 touches nothing else; requests are answered one at a time, by the thread that serves.
+
+Each request is checked by RoundClient as if an enemy had sent it, for an enemy may: of what a carrier says nothing is believed
+but what the coordinator signed. A refusal leaves as the error's class and check; its text, which may name what lies on this
+machine, stays in the log.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
+import signal
 import socket
 import stat
 import struct
@@ -22,9 +28,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Protocol
 
-from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError
+from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, SartorError
 
 # answer; no: a refusal, as `KIND check`; busy: ask again later; stranger: this user is not heard; none: a request of no form
 Kind = Literal["answer", "no", "busy", "stranger", "none"]
@@ -265,3 +271,49 @@ def _clear(path: Path) -> None:
         if probe.connect_ex(str(path)) == 0:
             raise BusyError(f"another process answers at {path}", "stop it, or choose another path")
     path.unlink()
+
+
+LOG = logging.getLogger("sartor.trainer")
+
+
+class Answers(Protocol):
+    """RoundClient, or what stands for it."""
+
+    def answer(self, request: bytes) -> bytes:
+        """The answer; empty where none is due."""
+        ...
+
+
+def serve(
+    client: Answers,
+    name: str,
+    path: Path,
+    *,
+    allowed: frozenset[int] | None = None,
+    group: int | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Answer at the socket `path` until SIGTERM or SIGINT. See Hatch for the options and errors.
+
+    name: whom the coordinator's roster calls this client. To be called in the thread that opened the client's journal.
+    """
+    with Hatch(path, allowed, group, limits) as hatch:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: hatch.stop())
+        LOG.info("%s answers at %s", name, path)
+        hatch.serve(name, lambda request: said_to(client, request))
+
+
+def said_to(client: Answers, request: bytes) -> Said:
+    """The answer, or why there is none. Raises nothing, for the next request is another."""
+    since = time.monotonic()
+    try:
+        answer = client.answer(request)
+    except SartorError as error:
+        LOG.warning("refused a request of %d bytes: %s", len(request), error)
+        return Said("no", f"{error.kind} {error.check}".strip().encode())
+    except Exception:
+        LOG.exception("a request of %d bytes could not be answered", len(request))
+        return Said("no", b"failed")
+    LOG.info("answered %d bytes with %d in %.2f s", len(request), len(answer), time.monotonic() - since)
+    return Said("answer", answer)

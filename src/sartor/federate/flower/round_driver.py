@@ -1,4 +1,4 @@
-"""What a coordinator is to lead, as a YAML file beside its key and journal; and the rounds led by it, over any transport.
+"""Drives rounds over any transport.
 
     run: triage
     rounds: 10                      up to this number, also in a run that goes on
@@ -25,15 +25,15 @@ from typing import Any, Protocol
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BusyError, ConflictError, MissingError
-from sartor.federate.flower.transport import FlowerTransport
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.client import Member
-from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan, Pool, added
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Beside, Rules
+from sartor.federate import updates as arrays
+from sartor.federate.flower.flower_transport import FlowerTransport
+from sartor.federate.rounds.round_client import Member
+from sartor.federate.rounds.round_coordinator import Coordinator, Ended, Plan, Pool, added
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Beside, Rules
 from sartor.federate.rounds.transport import Carried, Transport, finish
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.tuning.course import LoraCourse, LoraOptions
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.tuning.round_schedule import LoraCourse, LoraOptions
 from sartor.models.lora_tensors import Tensors
 
 # a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then

@@ -14,9 +14,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from sartor.core.errors import SartorError
 from sartor.core.filesystem import write_file_atomic
-from sartor.federate.flower.lead import Lead, lead_rounds
-from sartor.federate.flower.transport import FlowerTransport
-from sartor.federate.flower.wire import GridPost
+from sartor.federate.flower.flower_grid import GridPost
+from sartor.federate.flower.flower_transport import FlowerTransport
+from sartor.federate.flower.round_driver import Lead, lead_rounds
 
 # what this logger says, `flwr run --stream` shows
 LOG = logging.getLogger("flwr")

@@ -1,4 +1,4 @@
-"""Example-level privacy in the client: DP-SGD (Abadi et al. 2016, arXiv:1607.00133) through opacus, around any model and loss.
+"""DP-SGD through opacus.
 
 Each row's gradient is clipped to a norm, their sum gets noise, and the optimiser goes on from that. It needs a gradient of each
 row alone, so rows are not packed and share no beginnings: the general path, a row of the batch a row of the data. What an
@@ -24,7 +24,7 @@ import torch
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError, ModelError, need
 from sartor.federate.privacy.accountant import Spending
-from sartor.federate.privacy.noise import Source, gaussian
+from sartor.federate.privacy.client_noise import Source, gaussian
 
 T = TypeVar("T")
 Losses = Callable[[Sequence[T]], torch.Tensor]

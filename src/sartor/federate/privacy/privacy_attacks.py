@@ -1,23 +1,43 @@
-"""A lower bound of epsilon, by attack: where members are told from others this well, epsilon is at least this (95 %).
+"""Epsilon audit, canary exposure, inversion, report.
 
 `one_run`: coins decide which of m canaries are trained on, once; their scores are guessed from (Steinke, Nasr, Jagielski 2023,
 arXiv:2305.08846). `many_runs`: one row is in or out of each of many runs (Jagielski et al. 2020, arXiv:2006.07709). The rows of
 one run are no independent runs, so its rates must not go into the second.
 
 A bound below the claim proves nothing; one above it refutes it.
+
+Exposure is log2 |R| - log2 rank, where R are all candidates, the canary with them, ordered by loss. A model that never saw the
+canary gives it any rank, so an exposure of x or more has a chance of 2^-x. The most that can be seen is log2 |R|.
+
+An embedding's gradient has a row for each token that was read, and zeros elsewhere. A factor's does not say it so plainly: the
+change of B is a sum over tokens t of g_t (A x_t)^T, so its rows lie in the span of A x_t, and of the first layer's x_v, the
+normalised embedding, the server knows one for each word v of the vocabulary: those with A x_v in the span were read (DAGER,
+Petrov et al. 2024, arXiv:2405.15586, there for full gradients). It is blind once the rows have more tokens than the adapter has
+ranks, and for a sum of clients, since that has all their tokens; several steps of an optimiser such as Adam bend the span.
+
+attacks.json    {"schema": 1, "kind": "attack-report", "adapter": {file: sha256}, "claimed": ..., what each attack found}
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
 
-from sartor.core.errors import ConfigError
+from sartor.core.artifacts import digests
+from sartor.core.errors import ArtifactError, ConfigError, GateError
+from sartor.core.filesystem import write_file_atomic
+from sartor.evaluate.audit.membership_inference import Membership
+from sartor.federate.privacy.accountant import Budget
+from sartor.models.lora_tensors import Array
+from sartor.release import gate
+from sartor.release.gate import FILE, KIND, SCHEMA
 
 CONFIDENCE = 0.95
 MOST_EPSILON = 60.0
@@ -106,3 +126,145 @@ def _chance(trials: int, guesses: int, right: int, epsilon: float, delta: float)
     below = np.cumsum(binom.pmf(np.arange(right - 1, -1, -1), guesses, coin))  # of right - i .. right - 1, for i = 1 ..
     lifted = float((below / np.arange(1, right + 1)).max(initial=0.0))
     return min(1.0, float(binom.sf(right - 1, guesses, coin)) + 2 * trials * delta * lifted)
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Of one canary, in bits. repeats: how often it was trained on; chance: of so much or more where it was not."""
+
+    name: str
+    repeats: int
+    bits: float
+    most_bits: float
+    chance: float
+
+    def __str__(self) -> str:
+        return f"canary {self.name}, trained on {self.repeats} times: {self.bits:.1f} of at most {self.most_bits:.1f} bits"
+
+
+def exposure(name: str, repeats: int, loss: float, candidates: Sequence[float]) -> Exposure:
+    """candidates: losses of the same row with other secrets, drawn as the canary's was. Ties count against the model.
+
+    Raises ConfigError without candidates.
+    """
+    if not len(candidates):
+        raise ConfigError(f"canary {name!r} has no candidates to be compared with", "255 other secrets show up to 8 bits")
+    rank, count = 1 + int((np.asarray(candidates, float) < loss).sum()), len(candidates) + 1
+    return Exposure(name, repeats, math.log2(count / rank), math.log2(count), rank / count)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """attack: of what; precision: of the tokens that were named, recall: of those that were there, both 0..1.
+
+    is_blind: the update spans everything, and nothing can be said of it.
+    """
+
+    attack: str
+    named: int
+    precision: float
+    recall: float
+    is_blind: bool = False
+
+    def __str__(self) -> str:
+        if self.is_blind:
+            return f"inversion of the {self.attack}: blind, more tokens than ranks"
+        found = f"precision {self.precision:.2f}, recall {self.recall:.2f}"
+        return f"inversion of the {self.attack}: {self.named} tokens named, {found}"
+
+
+def from_embedding(gradient: Array, tolerance: float = 1e-6) -> set[int]:
+    """Tokens with a gradient (V, D), beside the largest row's norm."""
+    rows = np.linalg.norm(gradient.astype(np.float64), axis=1)
+    return set(np.flatnonzero(rows > tolerance * rows.max()).tolist()) if rows.any() else set()
+
+
+def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3) -> set[int] | None:
+    """Tokens v whose A x_v lies in the row space of `change`; None where that is everything, or full without one of them.
+
+    change: (out, R) of B; a: (R, in); inputs: x_v (V, in), what the module reads where token v is alone, as in a first layer.
+    tolerance: distance from the span over length. Raises ConfigError for shapes that do not fit.
+    """
+    if change.shape[1] != a.shape[0] or a.shape[1] != inputs.shape[1]:
+        shapes = f"change {change.shape}, A {a.shape}, inputs {inputs.shape}"
+        raise ConfigError(f"{shapes} do not fit each other", "give all three of one module")
+    _, sizes, rows = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    span = rows[sizes > tolerance * sizes[0]] if len(sizes) and sizes[0] else rows[:0]
+    if len(span) == change.shape[1]:
+        return None
+    mapped = inputs.astype(np.float64) @ a.astype(np.float64).T
+    outside = np.linalg.norm(mapped - mapped @ span.T @ span, axis=1)
+    lengths = np.linalg.norm(mapped, axis=1)
+    found = set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
+    # a module of few outputs spans no more than so many tokens, and of more says as little as one of few ranks
+    return None if not found and len(span) == min(change.shape) else found
+
+
+def judged(attack: str, named: Collection[int] | None, true: Collection[int]) -> Inversion:
+    """Held against the tokens that were there."""
+    if named is None:
+        return Inversion(attack, 0, 0.0, 0.0, is_blind=True)
+    right = len(set(named) & set(true))
+    return Inversion(attack, len(named), right / len(named) if named else 0.0, right / len(true) if true else 0.0)
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """claimed: the privacy that the adapter is said to have, None for none. skipped: attack -> why it was not made."""
+
+    claimed: Budget | None
+    membership: tuple[Membership, ...] = ()
+    canaries: tuple[Exposure, ...] = ()
+    inversions: tuple[Inversion, ...] = ()
+    audit: Audit | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
+        claimed, audit = (asdict(one) if one else None for one in (self.claimed, self.audit))
+        if found := gate.fault(claimed, audit):
+            raise GateError(*found)
+
+    def sentences(self) -> Iterator[str]:
+        """What was found, a line each."""
+        yield (f"claimed: {gate.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
+        for found in (*self.membership, *self.canaries, *self.inversions):
+            yield str(found)
+        if "audit" not in self.skipped:
+            yield str(self.audit) if self.audit else "no audit was made"
+        for attack, why in self.skipped.items():
+            yield f"{attack}: not measured, {why}"
+
+    def write(self, folder: Path) -> Path:
+        """Write it beside the adapter in `folder`, whole, also where `check` refuses. Returns the file.
+
+        Raises ArtifactError where no adapter lies there.
+        """
+        bound = digests(folder)
+        if not bound:
+            raise ArtifactError(f"{folder} holds no adapter, so there is nothing to report of", "give the adapter's folder")
+        said = {"schema": SCHEMA, "kind": KIND, "adapter": bound, **asdict(self)}
+        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        return folder / FILE
+
+
+def open_report(folder: Path) -> AttackReport:
+    """The report beside an adapter. Raises ArtifactError where it is absent, not whole, or of other files."""
+    file = folder / FILE
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+            raise ValueError("another schema or kind")
+        report = AttackReport(
+            claimed=Budget(**said["claimed"]) if said["claimed"] else None,
+            membership=tuple(Membership(**one) for one in said["membership"]),
+            canaries=tuple(Exposure(**one) for one in said["canaries"]),
+            inversions=tuple(Inversion(**one) for one in said["inversions"]),
+            audit=Audit(**said["audit"]) if said["audit"] else None,
+            skipped=dict(said.get("skipped", {})),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is no attack report: {error!r}", "attack the adapter, and write one") from None
+    if said["adapter"] != digests(folder):
+        raise ArtifactError(f"{file} speaks of other files than lie beside it", "attack the adapter again")
+    return report

@@ -1,4 +1,4 @@
-"""One client of the rounds: a request in, an answer out; the same answer to the same request, also after a kill.
+"""Client state machine of a round.
 
 An answer is in the journal before it is returned, so what was sent is known to whoever goes on. Which rounds it took part in
 stays in the journal for good: a round that is replayed, and a second manifest of one number, are refused.
@@ -16,15 +16,14 @@ import numpy as np
 
 from sartor.core import records
 from sartor.core.errors import RoundError
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.journal import Journal, Kept, State
-from sartor.federate.rounds.manifest import Manifest, Mode, read
-from sartor.federate.rounds.task import Learnt, Noise, Tasks, find
-from sartor.federate.secure import messages, ring
-from sartor.federate.secure.client import ROOT_BYTES, Client
-from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate import updates as arrays
+from sartor.federate.rounds.round_journal import Journal, Kept, State
+from sartor.federate.rounds.round_manifest import Learnt, Manifest, Mode, Noise, Tasks, find, read
+from sartor.federate.secure import fixed_point, messages
+from sartor.federate.secure.identities import Identity, Roster
 from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Payload, Peers, Shown, Signed, Unmask
-from sartor.federate.secure.terms import Policy
+from sartor.federate.secure.secagg_client import ROOT_BYTES, Client
+from sartor.federate.secure.secagg_terms import Policy
 from sartor.models.lora_tensors import Tensors
 
 Chance = Callable[[Manifest], np.random.Generator | None]
@@ -223,12 +222,12 @@ class RoundClient:
             case _:
                 raise RoundError(f"{signed.sender} sends {signed.body.kind!r}, which asks for nothing", "look at it", "stage")
 
-    def _vector(self, manifest: Manifest) -> ring.Vector:
+    def _vector(self, manifest: Manifest) -> fixed_point.Vector:
         """What goes out of this client, in the ring."""
         # noise stands in whole units already, and to the nearest they stay as they were drawn
-        rounding: ring.Rounding = "nearest" if manifest.rules.noise else "stochastic"
+        rounding: fixed_point.Rounding = "nearest" if manifest.rules.noise else "stochastic"
         weight, tensors = self._clipped(manifest)
-        return ring.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
+        return fixed_point.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
 
     def _outgoing(self, manifest: Manifest) -> Tensors:
         weight, tensors = self._clipped(manifest)

@@ -1,4 +1,4 @@
-"""What a party of the rounds has said and heard, in SQLite: on the disk before anybody hears of it.
+"""Durable journal of a participant in SQLite.
 
 WAL with synchronous=FULL: a commit is durable when it returns. The file is its owner's alone (0600), since it holds a client's
 secrets of the round, and one process's alone: two would answer twice. Secrets are overwritten when their round ends.

@@ -1,4 +1,4 @@
-"""What a round is, signed by its coordinator; every key, mask and message of the round is bound to its digest.
+"""Signed round manifest and Task protocol.
 
     {"schema": 2, "kind": "round", "run": "triage", "number": 4, "coordinator": "coordinator", "work": {...}, "rules": {...},
      "terms": {...}, "stage_s": 60, "work_s": 600, "deadline": 1780000000, "signature": {...}}
@@ -13,19 +13,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from sartor.core import records, signing
 from sartor.core.config import is_name
-from sartor.core.errors import ArtifactError, ConfigError, SignatureError
-from sartor.federate.rounds.tensors import WEIGHT
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.secure.ring import layout_for, scale_for
-from sartor.federate.secure.terms import Round, Slot, Terms, least_threshold
+from sartor.core.errors import ArtifactError, ConfigError, RoundError, SignatureError
+from sartor.federate.secure.fixed_point import layout_for, scale_for
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.secagg_terms import Round, Slot, Terms, least_threshold
+from sartor.federate.updates import WEIGHT
 from sartor.models.lora_tensors import Tensors
 
 SCHEMA, KIND = 2, "round"
@@ -204,3 +204,41 @@ def terms_for(
 @dataclass(frozen=True)
 class _Number:
     shape: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it.
+
+    beside: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
+    """
+
+    tensors: Tensors
+    examples: int
+    beside: Tensors = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A type of work."""
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """The change that this client's data makes to the shared tensors. Raises a SartorError for settings it lacks."""
+        ...
+
+
+# Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few as
+# terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
+Noise = Callable[[Tensors, Manifest], Tensors]
+Tasks = Mapping[str, Task]
+
+
+def find(tasks: Tasks, manifest: Manifest) -> Task:
+    """The task that a manifest names. Raises RoundError where this client has none of that name."""
+    task = tasks.get(manifest.work.task)
+    if task is None:
+        raise RoundError(
+            f"the round asks for the task {manifest.work.task!r}; installed here are {', '.join(sorted(tasks)) or 'none'}",
+            "install it, if you want it: a round never brings code",
+            "task",
+        )
+    return task

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sartor.core.errors import InputError, RefusedError, SartorError
-from sartor.federate.rounds.client import RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Ended, Plan
+from sartor.federate.rounds.round_client import RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Ended, Plan
 
 # between two tries where a transport returns before its time
 _POLL_S = 0.05

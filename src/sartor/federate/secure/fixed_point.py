@@ -1,4 +1,4 @@
-"""float32 tensors <-> integers modulo 2**32, in which masks are added: a vector of uint32, 4 bytes a number.
+"""Floats as fixed-point integers modulo 2**32.
 
 A tensor's scale (the value of one unit) stands in the manifest, so each client rounds alike and the sum needs none of them. No
 client may send more than (2**31 - 1) / n units, so the sum of n never leaves the ring; what is larger is refused, not clipped:
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sartor.core.errors import BudgetError, ConfigError, RoundError
-from sartor.federate.secure.terms import MOST_SUM, Slot, Terms
+from sartor.federate.secure.secagg_terms import MOST_SUM, Slot, Terms
 
 Vector = npt.NDArray[np.uint32]
 Integers = npt.NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Who is who: an Ed25519 key each, pinned at enrolment, never learnt from a message.
+"""Ed25519 identities and the pinned key list.
 
 A roster is a folder of public keys, NAME.pub, as `sartor keygen` writes them; of the clients and of the coordinator. Who fills
 it is the root of trust: a roster of clients that are all the coordinator's protects nobody.
@@ -6,6 +6,7 @@ it is the root of trust: a roster of clients that are all the coordinator's prot
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,3 +73,17 @@ class Roster:
             raise SignatureError(
                 f"this message is not {name}'s: the pinned key did not sign it, or it was changed", "look at who carries it"
             ) from None
+
+
+def keygen(directory: Path | str, name: str) -> dict[str, str]:
+    """Make the identity of a client or a coordinator: `sartor.key` (0600), `sartor.pub`, and NAME.pub as a roster holds it.
+
+    Returns name, key_id, private, and public: the file to hand over. Raises ConfigError for a name of another form, and where a
+    key stands.
+    """
+    if not is_name(name):
+        raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")
+    made = signing.keygen(Path(directory))
+    public = Path(directory) / f"{name}.pub"
+    shutil.copyfile(made["public"], public)
+    return {"name": name, "key_id": made["key_id"], "private": made["private"], "public": str(public)}

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NewType, TypeVar, get_type_hints
 from sartor.core import records
 from sartor.core.config import is_name
 from sartor.core.errors import ArtifactError, RoundError
-from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure.identities import Identity, Roster
 
 SCHEMA = 1
 # of the line: keys or signatures of a few thousand neighbours

@@ -1,4 +1,4 @@
-"""A client's side of one sum: five answers, and the refusals that keep them harmless.
+"""Client side of secure aggregation.
 
 What it draws comes from one secret of the round (`root`), so the same requests have the same answers, to the byte: a client
 that was killed goes on from its root and the requests that it kept. To a second, different request of one stage it says no: a
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sartor.core.errors import RoundError
-from sartor.federate.secure import masks, messages, shares
-from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure import masking_crypto, messages
+from sartor.federate.secure.fixed_point import Vector
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.masking_crypto import COEFFICIENT_BYTES, SHARE_BYTES
 from sartor.federate.secure.messages import (
     Any_Body,
     Boxes,
@@ -27,9 +29,7 @@ from sartor.federate.secure.messages import (
     Shares,
     Unmask,
 )
-from sartor.federate.secure.ring import Vector
-from sartor.federate.secure.shares import COEFFICIENT_BYTES, SHARE_BYTES
-from sartor.federate.secure.terms import Policy, Round
+from sartor.federate.secure.secagg_terms import Policy, Round
 
 ROOT_BYTES = 32
 _CHEAT = "leave this coordinator, and tell the others"
@@ -37,12 +37,12 @@ _CHEAT = "leave this coordinator, and tell the others"
 
 def commitment(seed: bytes, round_digest: str, name: str) -> bytes:
     """What is published of a seed before it is revealed."""
-    return hashlib.sha256(masks.derive(seed, round_digest, "commitment", name)).digest()
+    return hashlib.sha256(masking_crypto.derive(seed, round_digest, "commitment", name)).digest()
 
 
 def own_mask_key(seed: bytes, round_digest: str, name: str) -> bytes:
     """The key of the mask that only `name` adds."""
-    return masks.derive(seed, round_digest, "own mask", name)
+    return masking_crypto.derive(seed, round_digest, "own mask", name)
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Client:
         self.round, self.name = round_, me.name
         self._me, self._roster = me, roster
         digest = round_.digest
-        self._channel = masks.private_key(root, digest, "channel key")
-        self._mask_secret = masks.derive(root, digest, "mask key")
-        self._mask = masks.private_key(root, digest, "mask key")
-        self._seed = masks.derive(root, digest, "seed")
+        self._channel = masking_crypto.private_key(root, digest, "channel key")
+        self._mask_secret = masking_crypto.derive(root, digest, "mask key")
+        self._mask = masking_crypto.private_key(root, digest, "mask key")
+        self._seed = masking_crypto.derive(root, digest, "seed")
         length = (round_.terms.share_threshold - 1) * COEFFICIENT_BYTES
-        randomness = masks.stream_bytes(masks.derive(root, digest, "coefficients"), 2 * length)
+        randomness = masking_crypto.stream_bytes(masking_crypto.derive(root, digest, "coefficients"), 2 * length)
         self._randomness = randomness[:length], randomness[length:]
         self._neighbours = round_.terms.graph.neighbours(me.name)
         self._asked: dict[str, str] = {}
@@ -98,12 +98,12 @@ class Client:
         self._peers = found
         terms, digest = self.round.terms, self.round.digest
         places = [terms.places[holder] for holder in (self.name, *sorted(found))]
-        seeds = shares.split(self._seed, terms.share_threshold, places, self._randomness[0])
-        keys_ = shares.split(self._mask_secret, terms.share_threshold, places, self._randomness[1])
+        seeds = masking_crypto.split(self._seed, terms.share_threshold, places, self._randomness[0])
+        keys_ = masking_crypto.split(self._mask_secret, terms.share_threshold, places, self._randomness[1])
         mine = terms.places[self.name]
         self._own = Held(seeds[mine], keys_[mine])
         boxes = {
-            holder: masks.seal(
+            holder: masking_crypto.seal(
                 seeds[terms.places[holder]] + keys_[terms.places[holder]], self._agreed(holder), digest, self.name, holder
             )
             for holder in sorted(found)
@@ -118,7 +118,7 @@ class Client:
         self._check_count(len(boxes) + 1, "have shared their secrets")
         held = {}
         for sender, box in boxes.items():
-            plain = masks.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
+            plain = masking_crypto.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
             if len(plain) != 2 * SHARE_BYTES:
                 raise RoundError(f"the shares of {sender} have {len(plain)} bytes", "leave that client out", "shares")
             held[sender] = Held(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
@@ -133,10 +133,12 @@ class Client:
             )
         self.masked_before()
         digest = self.round.digest
-        masks.add_stream(vector, own_mask_key(self._seed, digest, self.name), 1)
+        masking_crypto.add_stream(vector, own_mask_key(self._seed, digest, self.name), 1)
         for peer in sorted(set(self._held) - {self.name}):
-            agreed = masks.agree(self._mask, self._peers[peer].mask, peer)
-            masks.add_stream(vector, masks.pair_key(agreed, digest, self.name, peer), masks.sign_between(self.name, peer))
+            agreed = masking_crypto.agree(self._mask, self._peers[peer].mask, peer)
+            masking_crypto.add_stream(
+                vector, masking_crypto.pair_key(agreed, digest, self.name, peer), masking_crypto.sign_between(self.name, peer)
+            )
         return self._sealed(Masked(Payload(vector.astype("<u4", copy=False).tobytes())))
 
     def masked_before(self) -> None:
@@ -203,7 +205,7 @@ class Client:
 
     def _agreed(self, peer: str) -> bytes:
         if peer not in self._agreements:
-            self._agreements[peer] = masks.agree(self._channel, self._peers[peer].channel, peer)
+            self._agreements[peer] = masking_crypto.agree(self._channel, self._peers[peer].channel, peer)
         return self._agreements[peer]
 
     def _opened(self, request: bytes, kind: type[Any_Body]) -> Any_Body:

@@ -1,4 +1,4 @@
-"""The coordinator's side of one sum: it gathers, forwards, and takes the masks off the sum.
+"""Server side of secure aggregation.
 
 Pure: what it holds follows from the messages it took and the stages it closed, in their order, so a coordinator that was killed
 is rebuilt from its journal. It learns the sum of those in `active`, as long as fewer than a third of each client's holders tell
@@ -19,12 +19,12 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from sartor.core.errors import ConflictError, RoundError
-from sartor.federate.secure import masks, messages, shares
-from sartor.federate.secure.client import commitment, own_mask_key
-from sartor.federate.secure.identity import Identity, Roster
+from sartor.federate.secure import masking_crypto, messages
+from sartor.federate.secure.fixed_point import Vector
+from sartor.federate.secure.identities import Identity, Roster
 from sartor.federate.secure.messages import Body, Boxes, Consent, Keys, Lists, Masked, Peers, Reveal, Shares, Unmask
-from sartor.federate.secure.ring import Vector
-from sartor.federate.secure.terms import Round
+from sartor.federate.secure.secagg_client import commitment, own_mask_key
+from sartor.federate.secure.secagg_terms import Round
 
 Stage = Literal["keys", "shares", "masked", "consent", "reveal", "done"]
 STAGES: tuple[Stage, ...] = ("keys", "shares", "masked", "consent", "reveal", "done")
@@ -190,11 +190,13 @@ class Server:
             if private.public_key().public_bytes_raw() != self._got.keys[name].mask:
                 raise _false_share(name)
         for name, seed in seeds.items():
-            masks.add_stream(self._total, own_mask_key(seed, digest, name), -1)
+            masking_crypto.add_stream(self._total, own_mask_key(seed, digest, name), -1)
         for name, private in privates.items():
             for peer in self._is_masked_with(name):
-                agreed = masks.agree(private, self._got.keys[peer].mask, peer)
-                masks.add_stream(self._total, masks.pair_key(agreed, digest, peer, name), -masks.sign_between(peer, name))
+                agreed = masking_crypto.agree(private, self._got.keys[peer].mask, peer)
+                masking_crypto.add_stream(
+                    self._total, masking_crypto.pair_key(agreed, digest, peer, name), -masking_crypto.sign_between(peer, name)
+                )
 
     def _is_masked_with(self, dropped: str) -> list[str]:
         """Who in the sum added a mask with one who vanished: those who were given its shares."""
@@ -214,7 +216,7 @@ class Server:
                 "begin a new round when more clients are there",
                 "threshold",
             )
-        return shares.combine(found, terms.share_threshold)
+        return masking_crypto.combine(found, terms.share_threshold)
 
 
 def _false_share(name: str) -> RoundError:

@@ -1,4 +1,4 @@
-"""The attack report of a federated adapter: what it, or the rounds that made it, tell of the rows.
+"""Runs privacy attacks on a federated adapter.
 
     membership   of the tuned adapter: losses of trained and of held-out rows, beside the untuned base's
     exposure     of rows with a secret, planted in a run of rounds of their own, which makes no adapter that is shipped
@@ -7,35 +7,174 @@
 
 Whoever writes such an adapter calls this. A coordinator of real clients has none of their rows: what needs them is left out
 with the reason, and made-up clients do the rest.
+
+A canary is a direction: values of an update that are no other canary's, with random signs. A client of the audit sends the sum
+of those of its canaries whose coins say so, as long as the clip, through the same rounds that tuned the adapter: the clip, the
+noise as it is really drawn, the ring, the secure sum, as many rounds (as Andrew et al. 2023, arXiv:2302.03098, do with random
+directions, and as the worst case of Nasr et al. 2021, arXiv:2101.04535). How far the shared adapter moved along a canary is its
+score; guessing the coins from the scores bounds epsilon from below (`privacy.attacks.audit.one_run`).
+
+What is measured is the mechanism as installed here, not the shipped adapter, which holds no canary. A client has many canaries,
+so one is a part of what a client can change: the bound holds for the client's epsilon, and is looser than with one each.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate.audit import membership_inference
 from sartor.evaluate.audit.membership_inference import Membership
+from sartor.federate.aggregation import Mode
+from sartor.federate.privacy import privacy_attacks
 from sartor.federate.privacy.accountant import Budget
-from sartor.federate.privacy.attacks import audit, inversion
-from sartor.federate.privacy.attacks.audit import Audit
-from sartor.federate.privacy.attacks.canaries import Exposure, exposure
-from sartor.federate.privacy.attacks.inversion import Inversion
-from sartor.federate.privacy.attacks.report import AttackReport
-from sartor.federate.tuning import reading
-from sartor.federate.tuning.auditing import Canaries, CanaryTask, canaries_for
-from sartor.federate.tuning.guard import RowGuard
-from sartor.federate.tuning.recipe import MODES
-from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting
-from sartor.federate.tuning.task import LoraTask
-from sartor.models.lora_tensors import A, B, Tensors, modules, plus
+from sartor.federate.privacy.privacy_attacks import AttackReport, Audit, Exposure, Inversion, exposure
+from sartor.federate.recipe import MODES
+from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.federate.tuning.lora_task import LoraTask, Losses, RowGuard
+from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, Setting
+from sartor.models import packing
+from sartor.models.lora_tensors import A, Array, B, Tensors, flat, modules, plus, unflat
+from sartor.models.losses.loss_backend import Wish
 from sartor.models.packing import Encoded
+from sartor.tune.shared_base import Resident
 from sartor.tune.tokenized_dataset import Rows
+
+LEAST, MOST = 64, 16_384
+
+
+def canaries_for(claim: Budget, values: int) -> int:
+    """As many as can show a tenth more than the claim if every guess is right, where an update has room for them."""
+    wanted = 2 * math.ceil(-math.log(1 - privacy_attacks.CONFIDENCE) * math.exp(min(1.1 * claim.epsilon, 20.0)))
+    return max(10, min(max(LEAST, wanted), MOST, values))
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """count canaries over an update's values (P,): `signs` (P,), each value's canary `owner` (P,), and the coins `is_in`."""
+
+    owner: NDArray[np.int64]
+    signs: NDArray[np.float64]
+    is_in: NDArray[np.bool_]
+
+    @classmethod
+    def drawn(cls, count: int, values: int, seed: int) -> Canaries:
+        """From a seed."""
+        source = np.random.default_rng([seed, 1])
+        owner = source.permutation(np.arange(values, dtype=np.int64) % count)
+        return cls(owner, np.where(source.random(values) < 0.5, 1.0, -1.0), privacy_attacks.coins(count, seed))
+
+    def sent(self, canaries: Sequence[int], like: Tensors, length: float) -> Tensors:
+        """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for none."""
+        chosen = np.isin(self.owner, [one for one in canaries if self.is_in[one]])
+        whole = np.where(chosen, self.signs, 0.0)
+        norm = float(np.linalg.norm(whole))
+        return unflat(whole * (length / norm if norm else 0.0), like)
+
+    def scores(self, moved: Tensors) -> NDArray[np.float64]:
+        """(count,): how far each canary's direction was gone along."""
+        along = np.bincount(self.owner, flat(moved) * self.signs, len(self.is_in))
+        return np.asarray(along / np.sqrt(np.bincount(self.owner, minlength=len(self.is_in))))
+
+    def audited(self, moved: Tensors, claim: Budget) -> Audit:
+        """What guessing the coins shows."""
+        return privacy_attacks.one_run(self.scores(moved).tolist(), self.is_in.tolist(), claim.delta)
+
+
+@dataclass
+class CanaryTask:
+    """A client of the audit: it trains nothing. canaries: which are its own."""
+
+    mode: Mode
+    drawn: Canaries
+    canaries: Sequence[int]
+    losses: dict[int, Losses] = field(default_factory=dict)
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """See Task: the same in each round that sends the tensors of the first one, and nothing in another."""
+        like = self.mode.sent(shared, manifest.number)
+        if set(like) != set(self.mode.sent(shared, 1)):
+            return Learnt({name: np.zeros_like(value) for name, value in like.items()}, 1)
+        return Learnt(self.drawn.sent(self.canaries, like, manifest.rules.clip), 1)
+
+
+# tokens that are looked at together
+_AT_ONCE = 4_096
+
+
+@torch.no_grad()
+def row_losses(resident: Resident, shared: Tensors, rows: Sequence[Encoded]) -> list[float]:
+    """Mean nats per supervised token of each row under an adapter, in the rows' order."""
+    resident.put(shared)
+    resident.model.eval()
+    path, found = resident.path(resident.model, rows, Wish()), list[float]()
+    asked = resident.recipe.compute.micro_batch_tokens
+    for micro in packing.micro_batches(rows, asked if isinstance(asked, int) else 1, share=False) if rows else []:
+        losses, _ = path.losses(micro)
+        parts = losses.float().split([row.supervised_tokens for row in micro])
+        found += [float(part.mean()) for part in parts]
+    return found
+
+
+def gradient(resident: Resident, shared: Tensors, row: Encoded, name: str) -> Array:
+    """The gradient of one row's loss in the factor `name`, which a client that steps along gradients would send."""
+    resident.put(shared)
+    resident.hold(lambda other: other == name)
+    path = resident.path(resident.model, [row], Wish())
+    losses, _ = path.losses([row])
+    losses.mean().backward()  # type: ignore[no-untyped-call]
+    factor = resident.factors[name]
+    found: Array = (factor.grad if factor.grad is not None else torch.zeros_like(factor)).detach().float().cpu().numpy()
+    factor.grad = None
+    return found
+
+
+class _Read(Exception):
+    """The module's input was read; the rest of the pass is not wanted."""
+
+
+def inputs_of(resident: Resident, module: str) -> NDArray[np.float32]:
+    """(V, in): what a module reads where each token of the vocabulary stands alone. Nothing behind it is computed.
+
+    module: as PEFT's files name it, without the factor.
+    """
+    count = int(resident.model.get_input_embeddings().weight.shape[0])
+    with _watched(resident.model.get_submodule(module)) as read, torch.no_grad():
+        for low in range(0, count, _AT_ONCE):
+            ids = torch.arange(low, min(low + _AT_ONCE, count), device=resident.device)[:, None]
+            try:
+                resident.model(input_ids=ids, use_cache=False)
+            except _Read:
+                continue
+    return np.concatenate(read)
+
+
+@contextmanager
+def _watched(module: Any) -> Iterator[list[NDArray[np.float32]]]:
+    """The inputs (N, in) of a module, each of which ends the pass."""
+    read: list[NDArray[np.float32]] = []
+
+    def look(_: Any, given: tuple[torch.Tensor, ...]) -> None:
+        read.append(given[0].reshape(-1, given[0].shape[-1]).float().cpu().numpy())
+        raise _Read
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        yield read
+    finally:
+        handle.remove()
+
 
 Notice = Callable[[str], object]
 # copies of a planted row in a client's rows, a canary each; other secrets that it stands among: 6 bits at most
@@ -113,9 +252,7 @@ def _membership(target: Target, skipped: dict[str, str]) -> tuple[Membership, ..
         skipped["membership"] = few if target.rows else _NOBODYS
         return ()
     resident, start = target.setting.resident, target.setting.start
-    losses, base = (
-        [reading.row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start)
-    )
+    losses, base = ([row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start))
     return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
@@ -142,7 +279,7 @@ def _exposures(target: Target) -> tuple[Exposure, ...]:
     found = []
     for place, canary in enumerate(planted):
         candidates = [row(place) for _ in range(OTHERS)]
-        loss, *others = reading.row_losses(setting.resident, shared, [canary, *candidates])
+        loss, *others = row_losses(setting.resident, shared, [canary, *candidates])
         rows = own[names[place % len(names)]]
         found.append(
             exposure(f"of six digits, {COPIES[place]} of {len(rows)} rows", _times(target, rows, rounds, place), loss, others)
@@ -167,17 +304,19 @@ def _inversions(target: Target, skipped: dict[str, str]) -> tuple[Inversion, ...
         skipped["inversion"] = _NOBODYS if first else f"no factor stands at {', '.join(readers)} of the first layer"
         return ()
     module, resident = first[0], setting.resident
-    inputs, a = reading.inputs_of(resident, module), setting.start[module + A]
+    inputs, a = inputs_of(resident, module), setting.start[module + A]
     client = min(sorted(rows), key=lambda name: len(rows[name].train))
     sent = _task(target, rows[client], "first").update(setting.manifest(setting.start, 1), setting.start)
     alone = min(rows[client].train, key=lambda row: len(row.ids))
     seen = {
         f"first update of {client}, of {len(rows[client].train)} rows": (sent.tensors[module + B], rows[client].train),
-        f"gradient of one row of {client}": (reading.gradient(resident, setting.start, alone, module + B), [alone]),
+        f"gradient of one row of {client}": (gradient(resident, setting.start, alone, module + B), [alone]),
     }
     # the last token of a row is read by nothing
     return tuple(
-        inversion.judged(what, inversion.from_factor(change, a, inputs), {token for row in of for token in row.ids[:-1]})
+        privacy_attacks.judged(
+            what, privacy_attacks.from_factor(change, a, inputs), {token for row in of for token in row.ids[:-1]}
+        )
         for what, (change, of) in seen.items()
     )
 
@@ -210,9 +349,9 @@ def _audit_of_rows(target: Target, claim: Budget, skipped: dict[str, str]) -> Au
         return None
     rows = [*target.members[:count], *target.held_out[:count]]
     resident, start = target.setting.resident, target.setting.start
-    before, after = (reading.row_losses(resident, shared, rows) for shared in (start, target.shared))
+    before, after = (row_losses(resident, shared, rows) for shared in (start, target.shared))
     scores = [was - now for was, now in zip(before, after, strict=True)]
-    return audit.one_run(scores, [True] * count + [False] * count, claim.delta)
+    return privacy_attacks.one_run(scores, [True] * count + [False] * count, claim.delta)
 
 
 def rounds_of(setting: Setting) -> Rounds:

@@ -1,4 +1,4 @@
-"""One Dataset dealt out to clients who see unlike things: for simulations.
+"""Deals one Dataset out to simulated clients.
 
 Of each label every client gets a share that is drawn from a Dirichlet distribution (Hsu, Qi, Brown 2019, arXiv:1909.06335):
 with a small alpha few clients have most of a label, with a large one all have as much. Groups are dealt whole.

@@ -1,4 +1,4 @@
-"""A client that is an edge device: its round's work is a tuning of `edge`, from its store, within its budget.
+"""Edge device as a federated client.
 
     store   NAME.base, the base; NAME.shared, the adapter that the round starts from: whole versions, as releases are
     work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that the system holds
@@ -31,10 +31,9 @@ from sartor.edge.store.release_store import Store
 from sartor.edge.tuning.budgeted_tuning import Budget, Receipt, tune_within
 from sartor.edge.tuning.memory_plan import Planner, Rung
 from sartor.edge.tuning.tuning_job import Job, Share
-from sartor.federate.rounds.manifest import Manifest
-from sartor.federate.rounds.task import Learnt
-from sartor.federate.tuning.recipe import MODES, Settings
-from sartor.federate.tuning.task import Losses, change, local_recipe, settings_of
+from sartor.federate.recipe import MODES, Settings
+from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.federate.tuning.lora_task import Losses, change, local_recipe, settings_of
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import sampler
 from sartor.tune.recipe import Recipe

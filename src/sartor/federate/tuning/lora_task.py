@@ -1,9 +1,12 @@
-"""A client's rows kept private in the rounds of a run: DP-SGD as its training, a budget of its own, and noise that repeats.
+"""Client task: LoRA training, privately if asked.
 
 Neighbours are the client's rows with and without one of them; how many they are counts as known. All that the client sends is
 computed from what the noise went into, so the rest, the coordinator included, may know every update. The noise is a ChaCha20
 stream under a secret that was drawn from the system once and stays here: for each manifest and set of rows another, and the
 same for the same, so that a client that was killed does its round again to the bits and nobody gets two draws of one round.
+
+Loop, losses, optimiser and order of rows are those of `tune`. What is repeated is repeated: a round's work follows from the
+shared adapter, the rows, the round's number and the recipe alone, so that a client that was killed does it again to the bits.
 """
 
 from __future__ import annotations
@@ -12,24 +15,31 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core import config
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, RoundError
 from sartor.core.filesystem import PrivateFileSystem
+from sartor.federate.aggregation import Mode
 from sartor.federate.privacy.accountant import Account, Budget, Spending, calibrated
-from sartor.federate.privacy.examples import RowNoise, drawn, private_updates
-from sartor.federate.rounds.manifest import Manifest
-from sartor.federate.secure import masks
-from sartor.federate.tuning.recipe import Local, Privacy, Settings
+from sartor.federate.privacy.dp_sgd import RowNoise, drawn, private_updates
+from sartor.federate.recipe import MODES, Local, Privacy, Settings
+from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.federate.secure import masking_crypto
+from sartor.federate.tuning import round_schedule
 from sartor.models import quantization
+from sartor.models.lora_tensors import Array, Tensors, plus
 from sartor.models.packing import Encoded, pack
 from sartor.tune import optimizers
-from sartor.tune.shared_base import Resident
+from sartor.tune.recipe import Budget as recipe_Budget
+from sartor.tune.recipe import Recipe
+from sartor.tune.sampler import Part
+from sartor.tune.shared_base import _NOWHERE, _WHOLE, LocalRun, Resident, train  # noqa: F401
 from sartor.tune.tokenized_dataset import Rows
 from sartor.tune.training_loop import learning_rate
 
@@ -49,9 +59,9 @@ class RowGuard:
         """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
         account = Account(folder / ACCOUNT, asked.budget)
         if not (folder / SECRET).exists():
-            PrivateFileSystem().replace(folder / SECRET, os.urandom(masks.KEY_BYTES))
+            PrivateFileSystem().replace(folder / SECRET, os.urandom(masking_crypto.KEY_BYTES))
         secret = (folder / SECRET).read_bytes()
-        if len(secret) != masks.KEY_BYTES:
+        if len(secret) != masking_crypto.KEY_BYTES:
             raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")
         return cls(asked, account, secret)
 
@@ -78,7 +88,7 @@ class RowGuard:
         _check(resident)
         spending, how = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
         self.account.spend(spending)
-        source = masks.stream(masks.derive(self.secret, manifest.digest, "rows", rows.digest()))
+        source = masking_crypto.stream(masking_crypto.derive(self.secret, manifest.digest, "rows", rows.digest()))
         learning = [one for one in resident.factors.values() if one.requires_grad]
         optimizer = optimizers.make(learning, resident.recipe.optimizer, resident.device)
 
@@ -131,3 +141,82 @@ def _check(resident: Resident) -> None:
         raise ConfigError(problem, "base.bits: 16")
     if resident.model.config.is_encoder_decoder:
         raise ConfigError("the base has an encoder, which sees the padding of a batch", "a causal base")
+
+
+NAME = "lora"
+# of the first update of a round, and of the last; None where none was made here
+Losses = tuple[float | None, float | None]
+
+
+@dataclass
+class LoraTask:
+    """See `rounds.task.Task`. rows: this client's; losses: round -> (loss of the first update, of the last).
+
+    rank: of the shared ranks this client trains the first so many, and holds the others still; None: it trains all.
+    guard: makes its updates private of its rows.
+    """
+
+    resident: Resident
+    rows: Rows
+    rank: int | None = None
+    guard: RowGuard | None = None
+    losses: dict[int, Losses] = field(default_factory=dict)
+
+    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+        """The change of what the round's mode trains, by PEFT's names; of factors too it is the change that is sent.
+
+        Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that explodes.
+        """
+        settings = settings_of(manifest, self.resident.ref.digest, self.resident.digest)
+        mode, resident, number = MODES[settings.mode], self.resident, manifest.number
+        resident.put(shared)
+        resident.hold(lambda name: mode.trains(name, number), slice(self.rank))
+        if self.guard:
+            self.guard.train(resident, self.rows, settings, manifest)
+        else:
+            self._train(settings, number)
+        learnt = change(mode, shared, resident.taken(), number)
+        return Learnt(learnt, len(self.rows.train), round_schedule.responses(manifest, shared, learnt, resident.recipe.seed))
+
+    def _train(self, settings: Settings, number: int) -> None:
+        recipe, part = local_recipe(self.resident.recipe, settings), Part(number - 1, settings.rounds)
+        try:
+            run = train(self.resident, self.rows, recipe, part)
+        except ModelError as error:
+            problem = f"round {number}: {error.brief}"
+            raise ModelError(problem, "lower optimizer.learning_rate, or look at this client's rows") from None
+        self.losses[number] = run.losses["first"], run.losses["last"]
+
+
+def local_recipe(recipe: Recipe, settings: Settings) -> Recipe:
+    """A client's recipe with what a round decides."""
+    local, optimizer = settings.local, replace(recipe.optimizer, learning_rate=settings.learning_rate)
+    budget = recipe_Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
+    return replace(recipe, budget=budget, optimizer=optimizer)
+
+
+def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[str, Array]:
+    """What a client sends: of the modes that send factors whole, their change, since a round clips what it sums.
+
+    The mean of changes, added, is the mean of factors.
+    """
+    upload = mode.upload(shared, trained, number)
+    is_whole = len(upload) == len(shared)
+    return plus(upload, {name: shared[name] for name in upload}, -1.0) if is_whole else dict(upload)
+
+
+def settings_of(manifest: Manifest, base: str, recipe: str) -> Settings:
+    """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for settings
+    that it lacks.
+    """
+    for what, said, here in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
+        if said != here:
+            raise RoundError(
+                f"the round is of a {what} with the digest {said[:16] or 'none'}; this client's has {here[:16]}",
+                f"tune with the {what} that the coordinator has",
+                "manifest",
+            )
+    try:
+        return config.load(Settings, dict(manifest.work.settings))
+    except ConfigError as error:
+        raise RoundError(f"the settings of the task {NAME}: {error.problem}", error.remedy, "task") from None

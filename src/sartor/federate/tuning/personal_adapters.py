@@ -1,4 +1,4 @@
-"""After the rounds: each client tunes ranks of its own on top of the shared adapter, which is held still (`stacking.py`).
+"""Personal adapters of clients after the rounds.
 
 One after the other, as FedDPA-F does (Yang et al. 2024, arXiv:2403.19211): local training after averaging is as good as what is
 far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no message of any round depends on what is private. What
@@ -11,6 +11,7 @@ is written is one PEFT directory, as a person's delta on a device is (`edge.pers
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +20,50 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from sartor.core import catalogue, config, records
+from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
-from sartor.federate.tuning import lifts__personal_adapters
-from sartor.federate.tuning.clients import Clients
-from sartor.federate.tuning.recipe import FederateRecipe, Local, Personal
+from sartor.core.records import Example
+from sartor.core.splits import group_of
+from sartor.evaluate import predictions
+from sartor.evaluate.predictions import HeldOut, refusal
+from sartor.federate.recipe import FederateRecipe, Local, Personal
+from sartor.federate.tuning.simulated_clients import Clients
 from sartor.models.lora_tensors import Tensors, nothing
 from sartor.personalization import benefit_report
+from sartor.personalization.benefit_report import SHORT_TOKENS, Own
 from sartor.personalization.stacked_adapter import Losses, Stack
 from sartor.tune import resume, sampler
 from sartor.tune.checkpoint import Found, full_disk
 from sartor.tune.recipe import Budget
 from sartor.tune.shared_base import Resident
 from sartor.tune.tokenized_dataset import Rows
+
+
+def examples_of(people: Clients) -> dict[str, Example]:
+    """Every row of every Dataset, by its id."""
+    return {one.id: one for dataset in people.datasets for one in stored.read_examples(dataset)}
+
+
+def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own:
+    """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
+    encoded, base = people.rows[name].held_out, people.resident.base
+    found = [examples[row.example_id] for row in encoded]
+    groups = [group_of(one) for one in found]
+    folder = people.dataset_of(name).path
+    if not found or (limit := predictions.reply_limit(base, found)) > SHORT_TOKENS + predictions.SPARE_TOKENS:
+        return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
+    asked: list[Example] = []
+    left_out: Counter[str] = Counter()
+    for one in found:
+        reason = "no_reply" if one.is_document else refusal(base, one, folder, limit)[0]
+        if reason:
+            left_out[reason] += 1
+        else:
+            asked.append(one)
+    return Own(encoded, groups, HeldOut(asked, folder, dict(left_out)), limit)
+
 
 Notice = Callable[[str], object]
 WEIGHTS, REPORT = "adapter_model.safetensors", "personal.json"
@@ -160,7 +191,7 @@ def updates_of(rows: Rows, local: Local, recipe: FederateRecipe) -> int:
 
 def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
     """The report: every client's adapters, each on that client's held-out rows."""
-    examples = lifts__personal_adapters.examples_of(desk.people)
+    examples = examples_of(desk.people)
     everyone = Rows(train=[row for rows in desk.people.rows.values() for row in rows.train])
     central = None
     if desk.asked.compare:
@@ -168,7 +199,7 @@ def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[st
         central = desk.alone(everyone, sum(desk.all_updates(name) for name in made))
     judged = {}
     for name, adapter in made.items():
-        own = lifts__personal_adapters.own_rows(desk.people, name, examples)
+        own = own_rows(desk.people, name, examples)
         sides = {
             what: benefit_report.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)
         }

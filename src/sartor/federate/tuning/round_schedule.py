@@ -1,26 +1,144 @@
-"""The rounds of a recipe, led by who sees no update: what each is to be, and what can be said of it. No torch."""
+"""What each round trains, and its metrics.
+
+What a client adds is R_i = (B_i A_i - B A) X, of its clipped update: how the response of the shared adapter changes with it
+(`aggregate.exactness` has X, drawn from the recipe's seed and the round's number). The sum of them, over the sum of the
+weights, is the mean of what no server sees; the coordinator holds the adapter that it made against that. Both have been through
+the ring, so what is measured includes the ring's rounding. In the exact modes R_i is linear in the update: its sum tells
+nothing that the sum of the updates does not tell. Under noise nobody is asked for one.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sartor.core import records
 from sartor.core.config import REQUIRED, option
-from sartor.federate.aggregate.tensors__updates import Update
+from sartor.federate import aggregation
+from sartor.federate import updates as arrays
+from sartor.federate.aggregation import PREFIX, Canary, Combined
 from sartor.federate.privacy.accountant import Account, Budget
-from sartor.federate.robust.rules import AnyRule, Pooled
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Beside, Manifest
-from sartor.federate.tuning import canaries, measures
-from sartor.federate.tuning.measures import Line
-from sartor.federate.tuning.noise import noise_of, values_of
-from sartor.federate.tuning.recipe import MODES, ModeName
-from sartor.models.lora_tensors import Tensors, norm, plus
+from sartor.federate.privacy.client_noise import noise_of, values_of
+from sartor.federate.recipe import MODES, ModeName
+from sartor.federate.robust_aggregation import AnyRule, Pooled
+from sartor.federate.rounds.round_coordinator import Coordinator, Plan
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Beside, Learnt, Manifest, Rules
+from sartor.federate.updates import Update, mean
+from sartor.models.lora_tensors import A, Array, B, Tensors, norm, plus
+
+# of X: enough for a figure, and half a percent of the upload of a model of 100 M weights
+_COLUMNS = 2
+# of a module that nothing of is trained, whose response does not change
+_LEAST = 1e-9
+
+
+def of_round(shared: Tensors, seed: int, number: int) -> Canary:
+    """The canary of a round. seed: the recipe's."""
+    return aggregation.draw(shared, seed + number, columns=_COLUMNS)
+
+
+def besides(canary: Canary, shared: Tensors, trained: Tensors, clip: float) -> list[Beside]:
+    """What the round asks for: a change (out, K) for each module, and how large it can be where an update has the norm `clip`.
+
+    trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
+    """
+    found = []
+    for module, inputs in canary.inputs.items():
+        a, b = shared[module + A].astype(np.float64), shared[module + B].astype(np.float64)
+        bound, longest = 0.0, float(np.linalg.norm(inputs, axis=0).max())
+        if module + B in trained:
+            bound += clip * float(np.linalg.norm(a @ inputs, axis=0).max())
+        if module + A in trained:
+            bound += clip * norm({"": b}) * longest
+        if {module + A, module + B} <= set(trained):
+            bound += clip**2 * longest
+        # a hair more, as responses are rounded to float32
+        found.append(Beside(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
+    return found
+
+
+def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -> dict[str, Array]:
+    """What a client adds to the sum besides its change: nothing, where the round does not ask for it."""
+    if not any(slot.name.startswith(PREFIX) for slot in manifest.terms.layout):
+        return {}
+    canary = of_round(shared, seed, manifest.number)
+    changed = canary.responses(plus(shared, arrays.clipped(change, manifest.rules.clip)))
+    return plus(changed, canary.responses(shared), -1.0)
+
+
+def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | None:
+    """How far the adapter of the mean change is from the mean of the clients' products, relative; None if none was asked for.
+
+    mean: of the updates and, by the names of a canary, of the responses.
+    """
+    canary = of_round(shared, seed, number)
+    if not all(PREFIX + module in mean for module in canary.inputs):
+        return None
+    wanted = plus(canary.responses(shared), mean)
+    return aggregation.exactness_error(canary, Combined(plus(shared, mean)), wanted)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too long; these
+    are None where updates stay unseen, as over a network.
+
+    exactness_error: of the adapter that the mean makes, before the ring's rounding and noise, from the mean of the clients'
+    products, relative (`aggregate.exactness`); over a network it has the ring's rounding in it, and is None under noise
+    (`canaries`). quantisation_error: of the mean by the ring's rounding, over the mean's norm; None under noise and over a
+    network. uploaded_bytes: of all clients. epsilon: spent with this round; None without privacy; of the worst client where
+    each has a budget of its own, which epsilons has. verdicts: of a robust rule.
+    """
+
+    round: int
+    clients: int
+    clipped: int | None
+    update_norm: float
+    exactness_error: float | None
+    quantisation_error: float | None
+    uploaded_bytes: int
+    loss_first: float | None
+    loss_last: float | None
+    epsilon: float | None = None
+    epsilons: Mapping[str, float] = field(default_factory=dict)
+    verdicts: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of log.jsonl, and of the journal."""
+        return asdict(self)
+
+
+def seen(learnt: Mapping[str, Learnt], rules: Rules) -> list[Update]:
+    """The updates as they are weighed and summed: clipped, and none of more examples than count."""
+    return [
+        Update(name, arrays.clipped(one.tensors, rules.clip), min(one.examples, rules.most_examples))
+        for name, one in learnt.items()
+    ]
+
+
+def clipped_of(learnt: Mapping[str, Learnt], rules: Rules) -> int:
+    """How many updates are longer than the clip."""
+    return sum(norm(one.tensors) > rules.clip for one in learnt.values())
+
+
+def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
+    """How far the adapter of the mean change is from the mean of the clients' products, on a canary of this seed."""
+    canary = aggregation.draw(shared, seed)
+    answers = [Update(one.client, canary.responses(plus(shared, one.tensors)), one.examples) for one in updates]
+    return aggregation.exactness_error(canary, Combined(plus(shared, mean(updates))), mean(answers))
+
+
+def rounding_error(found: Tensors, updates: list[Update]) -> float:
+    """The distance of the mean that came out of the ring from the mean that went in, over its norm."""
+    wanted = mean(updates)
+    length = norm(wanted)
+    return norm(plus(wanted, found, -1.0)) / length if length else 0.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +166,8 @@ class LoraCourse:
         plan = replace(self._common, trained=tuple(trained))
         if plan.rules.noise or plan.rules.mode != "private":
             return plan, ()
-        canary = canaries.of_round(shared, self._options.seed, number)
-        return plan, canaries.besides(canary, shared, trained, plan.rules.clip)
+        canary = of_round(shared, self._options.seed, number)
+        return plan, besides(canary, shared, trained, plan.rules.clip)
 
     def opened(self, coordinator: Coordinator) -> None:
         """Pay for the round's noise, before a noised number is seen. Raises BudgetError for a round that the budget lacks."""
@@ -70,7 +188,7 @@ class LoraCourse:
         if self._seen:
             updates, pooled = self._seen
             verdicts = tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)
-            error = measures.exactness_error(shared, updates, self._options.seed + line.round)
+            error = exactness_error(shared, updates, self._options.seed + line.round)
             line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
         self._journal.keep(line_place(line.round), records.canonical(line.as_json()))
         return plus(shared, mean)
@@ -82,7 +200,7 @@ class LoraCourse:
             clients=len(active),
             clipped=None,
             update_norm=norm(change),
-            exactness_error=canaries.error_of(shared, mean, self._options.seed, manifest.number),
+            exactness_error=error_of(shared, mean, self._options.seed, manifest.number),
             quantisation_error=None,
             uploaded_bytes=self._journal.bytes_of(manifest.digest, "answer"),
             loss_first=None,

@@ -1,4 +1,4 @@
-"""The clients of a simulation: a Dataset each, or one that is dealt out; on one resident base."""
+"""Clients of a simulation on one base."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.federate.rounds.manifest import Rules
-from sartor.federate.tuning.guard import RowGuard
-from sartor.federate.tuning.recipe import FederateRecipe, tuning
-from sartor.federate.tuning.shards import Shards
-from sartor.federate.tuning.task import LoraTask
+from sartor.federate.recipe import FederateRecipe, tuning
+from sartor.federate.rounds.round_manifest import Rules
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.lora_task import LoraTask, RowGuard
 from sartor.models.lora_tensors import Tensors, nothing
 from sartor.models.packing import Encoded
 from sartor.tune.dataset_encoding import encode_rows

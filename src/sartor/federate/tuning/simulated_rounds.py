@@ -1,7 +1,11 @@
-"""The rounds of a simulation in this process: by a secure sum, or by a robust rule that sees every update.
+"""Secure, inspected and residual rounds in process.
 
 Both go on after a kill, from journals on the disk, to the bits: rounding is drawn from the seed, and a client that was cut
 short does its work again. Noise is the exception: it is drawn from the system, once, and stands in the journal.
+
+Every client's factors are seen. What their mean misses is not folded into the base, which an Adapter is bound to, but kept as
+ranks beyond the shared R that all clients hold still: the same weights, since W + s E + s B A = W + s [B, B_E] [A; A_E]. Rounds
+add up, so after each the residual is brought to the fewest ranks that compute it, at most min(in, out) of a module.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,25 +22,25 @@ import numpy as np
 
 from sartor.core import config, records, signing
 from sartor.core.errors import BudgetError
-from sartor.federate.aggregate.tensors__updates import Update
+from sartor.federate import aggregation
+from sartor.federate import updates as arrays
+from sartor.federate.aggregation import Combined, Residual
 from sartor.federate.privacy.accountant import Account
-from sartor.federate.robust.rules import AnyRule
-from sartor.federate.rounds import tensors as arrays
-from sartor.federate.rounds.client import Member, RoundClient
-from sartor.federate.rounds.coordinator import Coordinator, Plan
-from sartor.federate.rounds.journal import Journal
-from sartor.federate.rounds.manifest import Manifest, Rules, Work, terms_for
-from sartor.federate.rounds.manifest import read as read_manifest
-from sartor.federate.rounds.task import Learnt, Task
+from sartor.federate.privacy.client_noise import noise_of, noised, values_of
+from sartor.federate.recipe import MODES, FederateRecipe, Settings
+from sartor.federate.robust_aggregation import AnyRule
+from sartor.federate.rounds.round_client import Member, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Plan
+from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules, Task, Work, terms_for
+from sartor.federate.rounds.round_manifest import read as read_manifest
 from sartor.federate.rounds.transport import Carried, InProcess, finish
-from sartor.federate.secure.identity import Identity, Roster
-from sartor.federate.tuning import measures
-from sartor.federate.tuning.course import line_place, lines_of
-from sartor.federate.tuning.measures import Line
-from sartor.federate.tuning.noise import noise_of, noised, values_of
-from sartor.federate.tuning.recipe import MODES, FederateRecipe, Settings
-from sartor.federate.tuning.task import NAME, LoraTask, Losses
-from sartor.models.lora_tensors import Tensors, norm, plus
+from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.tuning import round_schedule
+from sartor.federate.tuning.lora_task import NAME, LoraTask, Losses
+from sartor.federate.tuning.round_schedule import Line, line_place, lines_of
+from sartor.federate.updates import Update, mean
+from sartor.models.lora_tensors import A, Array, B, Pair, Tensors, cut, joined, modules, norm, pair, plus, rank_of
 from sartor.tune.shared_base import Resident
 
 RUN, COORDINATOR = "simulation", "coordinator"
@@ -228,15 +232,15 @@ class SecureRounds:
         manifest, rules = self._manifest(), self._setting.rules
         declined = self._transport.declined
         learnt = _each({name: task.of for name, task in self._seen.items()}, manifest, shared, declined)
-        updates = measures.seen(learnt, rules)
+        updates = round_schedule.seen(learnt, rules)
         epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setting.spent
         line = Line(
             manifest.number,
             len(updates),
-            measures.clipped_of(learnt, rules),
+            round_schedule.clipped_of(learnt, rules),
             norm(mean),
-            measures.exactness_error(shared, updates, self._setting.recipe.seed + manifest.number),
-            None if rules.noise else measures.rounding_error(mean, updates),
+            round_schedule.exactness_error(shared, updates, self._setting.recipe.seed + manifest.number),
+            None if rules.noise else round_schedule.rounding_error(mean, updates),
             self._carried.received_bytes,
             *self._setting.losses(manifest.number),
             epsilon,
@@ -277,13 +281,13 @@ class InspectedRounds:
         learnt = self._learnt(shared, number, declined)
         if not learnt:
             raise next(iter(declined.values()))
-        updates = measures.seen(learnt, setting.rules)
+        updates = round_schedule.seen(learnt, setting.rules)
         pooled = self._rule.pool(updates)
         made, error = self._made(shared, updates, pooled.tensors, setting.recipe.seed + number)
         line = Line(
             number,
             len(updates),
-            measures.clipped_of(learnt, setting.rules),
+            round_schedule.clipped_of(learnt, setting.rules),
             norm(pooled.tensors),
             error,
             0.0,
@@ -303,7 +307,7 @@ class InspectedRounds:
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
-        return plus(shared, pooled), measures.exactness_error(shared, updates, seed)
+        return plus(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
 
     def close(self) -> None:
         """See Rounds."""
@@ -348,3 +352,80 @@ def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:
             signing.keygen(folder / "keys" / name)
             shutil.copyfile(folder / "keys" / name / "sartor.pub", public)
     return Roster.open(folder / "roster")
+
+
+# a singular value below this, of the largest, is rounding in fp64
+_NOTHING = 1e-12
+
+
+class ResidualRounds(InspectedRounds):
+    """`shared` has the R shared ranks first, then the residual's. The tasks' base follows it."""
+
+    def __init__(self, setting: Setting, rule: AnyRule) -> None:
+        super().__init__(setting, rule)
+        self._fit(self._shared)
+
+    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, Learnt]:
+        self._fit(shared)
+        whole = super()._learnt(shared, number, declined)
+        return {name: replace(one, tensors=cut(one.tensors, self._rank)[0]) for name, one in whole.items()}
+
+    def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
+        means, residual = cut(shared, self._rank)
+        whole = [replace(one, tensors=plus(means, one.tensors)) for one in updates]
+        combined = Residual().combine(means, whole, 1)
+        missed = {
+            module: Pair(*_together(combined.residual[module], pair(residual, module) if residual else None))
+            for module in modules(means)
+        }
+        made = joined(combined.tensors, fewest(missed))
+        canary = aggregation.draw(means, seed)
+        before = {module: pair(residual, module) for module in modules(means)} if residual else {}
+        answers = [replace(one, tensors=canary.responses(one.tensors, before)) for one in whole]
+        self._fit(made)
+        return made, aggregation.exactness_error(canary, Combined(made), mean(answers))
+
+    @property
+    def _rank(self) -> int:
+        """R, of what clients train."""
+        return self._setting.recipe.method.rank
+
+    def _fit(self, shared: Tensors) -> None:
+        """Give the tasks a base with room for all ranks, of which they train the first R."""
+        self._setting.resident.refit(rank_of(shared))
+        for task in self._setting.tasks.values():
+            if isinstance(task, LoraTask):
+                task.rank = self._rank
+
+
+def _together(one: Pair, other: Pair | None) -> tuple[Array, Array]:
+    """(A, B) of the sum of two products, in fp64."""
+    parts = [one, *([other] if other else [])]
+    return (
+        np.concatenate([part.a.astype(np.float64) for part in parts]),
+        np.concatenate([part.b.astype(np.float64) for part in parts], axis=1),
+    )
+
+
+def fewest(residual: dict[str, Pair]) -> dict[str, Array]:
+    """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least one.
+
+    By a singular value decomposition of the product of the triangles of two QR decompositions.
+    """
+    found = {module: _decomposed(one) for module, one in residual.items()}
+    rank = max(1, *(len(one.a) for one in found.values()))
+    tensors: dict[str, Array] = {}
+    for module, one in found.items():
+        spare = rank - len(one.a)
+        tensors[module + A] = np.pad(one.a, ((0, spare), (0, 0))).astype(np.float32)
+        tensors[module + B] = np.pad(one.b, ((0, 0), (0, spare))).astype(np.float32)
+    return tensors
+
+
+def _decomposed(one: Pair) -> Pair:
+    left, upper = np.linalg.qr(one.b)
+    right, lower = np.linalg.qr(one.a.T)
+    u, sizes, v = np.linalg.svd(upper @ lower.T)
+    rank = int((sizes > _NOTHING * max(float(sizes[0]), np.finfo(np.float64).tiny)).sum())
+    root = np.sqrt(sizes[:rank])
+    return Pair((right @ (v[:rank].T * root)).T, left @ (u[:, :rank] * root))

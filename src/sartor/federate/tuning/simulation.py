@@ -24,20 +24,19 @@ from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.federate.privacy.accountant import Account, calibrated
-from sartor.federate.privacy.attacks.report import AttackReport, open_report
-from sartor.federate.privacy.clients import ClientNoise
-from sartor.federate.rounds.manifest import Mode, Rules, terms_for
-from sartor.federate.secure.terms import least_threshold
-from sartor.federate.tuning.attacking import Target, attacked
-from sartor.federate.tuning.clients import Clients, open_clients
-from sartor.federate.tuning.device import Device, EdgeTask, devices_of
-from sartor.federate.tuning.personal import check_free as check_personal_free
-from sartor.federate.tuning.personal import personalise
-from sartor.federate.tuning.recipe import MODES, FederateRecipe
-from sartor.federate.tuning.recipe import load as load_recipe
-from sartor.federate.tuning.residual import ResidualRounds
-from sartor.federate.tuning.running import InspectedRounds, Rounds, SecureRounds, Setting, TuningTask
-from sartor.federate.tuning.shards import Shards
+from sartor.federate.privacy.client_noise import ClientNoise
+from sartor.federate.privacy.privacy_attacks import AttackReport, open_report
+from sartor.federate.recipe import MODES, FederateRecipe
+from sartor.federate.recipe import load as load_recipe
+from sartor.federate.rounds.round_manifest import Mode, Rules, terms_for
+from sartor.federate.secure.secagg_terms import least_threshold
+from sartor.federate.tuning.attack_runner import Target, attacked
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.edge_client import Device, EdgeTask, devices_of
+from sartor.federate.tuning.personal_adapters import check_free as check_personal_free
+from sartor.federate.tuning.personal_adapters import personalise
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
+from sartor.federate.tuning.simulated_rounds import InspectedRounds, ResidualRounds, Rounds, SecureRounds, Setting, TuningTask
 from sartor.models import adapters, hardware
 from sartor.models.base import machine
 from sartor.models.lora_tensors import Tensors
