@@ -35,10 +35,10 @@ import smallest
 from results import print_result
 
 import sartor
-from sartor import intents
 from sartor.core import assets, config, records
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
+from sartor.demo import home_intents
 from sartor.evaluate.bootstrap import paired
 from sartor.evaluate.scorers import exact_match
 from sartor.inference.engine import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
@@ -56,9 +56,9 @@ AGENT = "home"
 TEMPERATURE, MENDS = 0.8, 4
 MOST_TOKENS = 96
 SMALL_ASKED = 4
-NAMES = sorted({one for names in intents.NAMES.values() for one in names})
-KNOWN = {"area": intents.AREAS, "floor": intents.FLOORS, "name": NAMES}
-SAID = ("area", "floor", "name", *intents.WILDCARDS)
+NAMES = sorted({one for names in home_intents.NAMES.values() for one in names})
+KNOWN = {"area": home_intents.AREAS, "floor": home_intents.FLOORS, "name": NAMES}
+SAID = ("area", "floor", "name", *home_intents.WILDCARDS)
 
 
 class Events:
@@ -238,8 +238,8 @@ async def measured(
 
 def made_rows(quick: bool) -> list[dict[str, Any]]:
     if not quick:
-        return intents.rows(assets.install("home-intents"))
-    rooms = [room for room in intents.AREAS if " " not in room]
+        return home_intents.rows(assets.install("home-intents"))
+    rooms = [room for room in home_intents.AREAS if " " not in room]
     said = [("on", "HassTurnOn"), ("off", "HassTurnOff")]
     return [
         {

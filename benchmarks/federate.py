@@ -35,9 +35,9 @@ from results import print_result, run_tests
 from safetensors.numpy import load_file
 
 import sartor
-from sartor import intents
 from sartor.core import assets, config
 from sartor.core import parquet_io as stored
+from sartor.demo import home_intents
 from sartor.evaluate.bootstrap import paired
 from sartor.evaluate.predictions import HeldOut, fitting, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
@@ -119,7 +119,11 @@ class Homes:
 
     def data(self) -> dict[str, Any]:
         """Rows of the grammar as a Dataset, held out by template."""
-        made = made_up() if self.asked.small else intents.rows(assets.install("home-intents"), per_intent=self.asked.per_intent)
+        made = (
+            made_up()
+            if self.asked.small
+            else home_intents.rows(assets.install("home-intents"), per_intent=self.asked.per_intent)
+        )
         file = self.work / "rows.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
         source = {"path": str(file), "licence": "Apache-2.0"}

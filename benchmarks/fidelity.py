@@ -217,7 +217,7 @@ def encoded(base: Path, name: str, seed: int) -> list[dict[str, Any]]:
 def read_rows(name: str) -> list[tuple[str, str]]:
     """Return (prompt, reply) of every row of a set."""
     from sartor.core import assets
-    from sartor.intents import rows as intents
+    from sartor.demo.home_intents import rows as intents
 
     if name == "home-intents":
         turns = [row["messages"] for row in intents(assets.install(name))]

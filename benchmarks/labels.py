@@ -24,11 +24,11 @@ import smallest
 from results import print_result
 from sklearn.metrics import roc_auc_score
 
-from sartor import intents
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 from sartor.curate.step import Gathered
 from sartor.curate.steps.label_errors import EVIDENCE, SuspiciousLabels
+from sartor.demo import home_intents
 
 SHARES = (0.10, 0.12, 0.20)
 SMALL_ROWS = 120
@@ -48,22 +48,22 @@ def spoken(parsed: Any, block: Any, sentence: Any, rng: random.Random) -> tuple[
     from hassil.intents import TextSlotList
 
     domains = block.requires_context.get("domain", [])
-    names = [name for domain in domains if isinstance(domain, str) for name in intents.NAMES.get(domain, ())]
+    names = [name for domain in domains if isinstance(domain, str) for name in home_intents.NAMES.get(domain, ())]
     lists = {
         **parsed.slot_lists,
-        "area": TextSlotList.from_strings(intents.AREAS),
-        "floor": TextSlotList.from_strings(intents.FLOORS),
+        "area": TextSlotList.from_strings(home_intents.AREAS),
+        "floor": TextSlotList.from_strings(home_intents.FLOORS),
         **block.slot_lists,
         "name": TextSlotList.from_strings(names or ["chandelier", "radio", "front door"]),
     }
-    walk = intents.Walk(rng, lists, {**parsed.expansion_rules, **block.expansion_rules})
+    walk = home_intents.Walk(rng, lists, {**parsed.expansion_rules, **block.expansion_rules})
     return " ".join(walk.words(sentence.expression)[0].split()), walk.slots
 
 
 def sample(count: int, language: str, how: str, seed: int) -> list[tuple[str, dict[str, Any]]]:
     """(prompt, reply) rows with different prompts."""
     if how == "demo":
-        rows = intents.rows(assets.install("home-intents"), per_intent=100, seed=seed)[:count]
+        rows = home_intents.rows(assets.install("home-intents"), per_intent=100, seed=seed)[:count]
         return [(row["messages"][1]["content"], json.loads(row["messages"][2]["content"])) for row in rows]
     parsed, sentences = grammar(language)
     by_intent: dict[str, list[Any]] = {}

@@ -21,7 +21,7 @@ import sartor
 from sartor.core import assets
 from sartor.core.artifacts import kind_of
 from sartor.core.records import Feedback, Voice
-from sartor.intents import rehearsal_rows, rows
+from sartor.demo.home_intents import rehearsal_rows, rows
 
 KNOWN = (
     "HassTurnOn", "HassTurnOff", "HassGetWeather", "HassSetVolume", "HassMediaPause", "HassStartTimer", "HassVacuumCleanArea",

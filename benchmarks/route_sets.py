@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sartor import intents
 from sartor.core import assets
+from sartor.demo import home_intents
 from sartor.serving.routing.exemplars import Exemplars, Prompt
 
 MOST_FITTED, MOST_HELD, MOST_ASKED = 180, 60, 60
@@ -128,7 +128,7 @@ def pools() -> dict[str, list[tuple[str, str]]]:
 @cache
 def commands() -> list[dict[str, Any]]:
     """The English ones."""
-    return intents.rows(assets.install("home-intents"), per_intent=60)
+    return home_intents.rows(assets.install("home-intents"), per_intent=60)
 
 
 def foreign(asked: Mapping[str, Known], each: int, rng: random.Random) -> dict[str, list[str]]:
@@ -191,7 +191,7 @@ def spoken(language: str, most: int = 24, seed: int = 0) -> dict[str, list[tuple
         rng.shuffle(sentences)
         drawn: dict[str, str] = {}
         for block, sentence in itertools.islice(itertools.cycle(sentences), 3 * most):
-            walk = intents.Walk(
+            walk = home_intents.Walk(
                 rng, closed({**grammar.slot_lists, **block.slot_lists}), {**grammar.expansion_rules, **block.expansion_rules}
             )
             try:

@@ -23,7 +23,7 @@ from results import print_result
 
 from sartor.core import assets
 from sartor.core.splits import held_out_groups
-from sartor.intents import rows
+from sartor.demo.home_intents import rows
 from sartor.media.speech.batch_synthesis import Clip, say_many
 
 VOICES = ("espeak:en-us", "espeak:en-gb", "espeak:en-us+f3", "espeak:en-gb+m3", "espeak:en-us+f5")

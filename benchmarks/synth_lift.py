@@ -32,9 +32,9 @@ import yaml
 from results import print_result
 
 import sartor
-from sartor import intents
 from sartor.core import assets
 from sartor.core.errors import GateError
+from sartor.demo import home_intents
 
 REAL = 60
 # few enough for ten minutes, and enough for each of 350 rows to be seen some seven times
@@ -56,12 +56,12 @@ class Size:
 
 size = Size()
 SMALL = Size(16, 40, 8, 2, {"permutations": 199, "encoder": "tfidf", "limits": dict.fromkeys(LOOSE, 5.0)})
-AREA, FLOOR = list(intents.AREAS), list(intents.FLOORS)
-PLAYER, FAN, HEATER = (list(intents.NAMES[kind]) for kind in ("media_player", "fan", "climate"))
-LISTS, LAMP, COVER = (list(intents.NAMES[kind]) for kind in ("todo", "light", "cover"))
-MOWER, VACUUM, WEATHER = (list(intents.NAMES[kind]) for kind in ("lawn_mower", "vacuum", "weather"))
-BUY, DO = intents.WILDCARDS["shopping_list_item"], intents.WILDCARDS["todo_list_item"]
-SONG, TIMER = intents.WILDCARDS["search_query"], intents.WILDCARDS["timer_name"]
+AREA, FLOOR = list(home_intents.AREAS), list(home_intents.FLOORS)
+PLAYER, FAN, HEATER = (list(home_intents.NAMES[kind]) for kind in ("media_player", "fan", "climate"))
+LISTS, LAMP, COVER = (list(home_intents.NAMES[kind]) for kind in ("todo", "light", "cover"))
+MOWER, VACUUM, WEATHER = (list(home_intents.NAMES[kind]) for kind in ("lawn_mower", "vacuum", "weather"))
+BUY, DO = home_intents.WILDCARDS["shopping_list_item"], home_intents.WILDCARDS["todo_list_item"]
+SONG, TIMER = home_intents.WILDCARDS["search_query"], home_intents.WILDCARDS["timer_name"]
 SLOTS: dict[str, list[str]] = {
     "area": AREA, "floor": FLOOR, "player": PLAYER, "fan": FAN, "heater": HEATER, "list": LISTS, "lamp": LAMP, "cover": COVER,
     "mower": MOWER, "vacuum": VACUUM, "city": WEATHER, "buy": list(BUY), "do": list(DO), "song": list(SONG),
@@ -78,7 +78,7 @@ def notice(line: str) -> None:
 
 def real(folder: Path, seed: int) -> Path:
     """The demo's rows as a Dataset: half held out, 60 of the others to learn from."""
-    rows = intents.rows(assets.install("home-intents"))
+    rows = home_intents.rows(assets.install("home-intents"))
     random.Random(seed).shuffle(rows)
     sources = []
     for name, part in (("eval", rows[: len(rows) // 2][: size.held_out]), ("train", rows[len(rows) // 2 :][:REAL])):
@@ -95,7 +95,7 @@ def generate(folder: Path, reality: Path, seed: int) -> Path:
     ways: list[Any] = [{"slot_substitution": {"slots": SLOTS, "numbers": True, "per_row": 1}}]
     wordings = yaml.safe_load(WORDINGS.read_text(encoding="utf-8"))
     for rest, prompts in list(wordings.items())[: size.wordings]:
-        said = {"prompts": list(prompts), "reply": f'{{"intent":{rest}}}', "system": intents.SYSTEM_PROMPT, "count": 4}
+        said = {"prompts": list(prompts), "reply": f'{{"intent":{rest}}}', "system": home_intents.SYSTEM_PROMPT, "count": 4}
         used = {name: values for name, values in SLOTS.items() if f"{{{name}}}" in rest}
         ways.append({"templates": {**said, "slots": used or {"none": ["-"]}}})
     recipe = {"sources": [{"path": str(reality)}], "licence": "Apache-2.0", "ways": ways, "seed": seed}

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sartor import intents
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
+from sartor.demo import home_intents
 from sartor.synthesize.validate.samples import Sides
 from sartor.text.demographics import group_terms
 
@@ -39,7 +39,7 @@ def row(asked: str, replied: str, mode: str, group: str) -> Row:
 
 def commands() -> list[Row]:
     """home-intents: short commands, JSON replies, a group per template."""
-    rows = intents.rows(assets.install("home-intents"))
+    rows = home_intents.rows(assets.install("home-intents"))
     made = [(one["messages"][-2]["content"], one["messages"][-1]["content"], one["group"]) for one in rows]
     return [row(asked, replied, json.loads(replied)["intent"], group) for asked, replied, group in made]
 

@@ -16,8 +16,8 @@ import pytest
 from sartor.core import assets, model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
+from sartor.demo.home_intents import rehearsal_rows
 from sartor.evaluate.audit import probes as audit
-from sartor.intents import rehearsal_rows
 
 pytestmark = pytest.mark.circle
 

@@ -17,7 +17,7 @@ from typing import Any
 from sartor.core import assets, model_refs
 from sartor.core.errors import SartorError
 from sartor.core.records import Example, Message
-from sartor.intents import rows as intents
+from sartor.demo.home_intents import rows as intents
 from sartor.models.base import convert, open_chat
 
 TURNS = (1, 2, 2, 2)  # drawn from: what is said to a home, a few commands at a time

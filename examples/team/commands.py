@@ -1,6 +1,6 @@
 """Spoken commands of a home and their JSON, as JSONL: `python examples/team/commands.py home.jsonl general.jsonl`.
 
-The first file holds 860 commands sampled from home-assistant-intents (the rows of `sartor demo`, see `sartor.intents`), the
+The first file holds 860 commands sampled from home-assistant-intents (the rows of `sartor demo`, see `sartor.demo.home_intents`), the
 second a few rows of general talk, which every agent of this team rehearses so that it keeps its manners.
 """
 
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sartor import intents
 from sartor.core import assets
+from sartor.demo import home_intents
 
 ROWS = 860
 
@@ -27,5 +27,5 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("python examples/team/commands.py HOME.jsonl GENERAL.jsonl")
-    write(Path(sys.argv[2]), intents.rehearsal_rows())
-    write(Path(sys.argv[1]), intents.rows(assets.install("home-intents"))[:ROWS])
+    write(Path(sys.argv[2]), home_intents.rehearsal_rows())
+    write(Path(sys.argv[1]), home_intents.rows(assets.install("home-intents"))[:ROWS])

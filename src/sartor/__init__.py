@@ -37,7 +37,7 @@ _NAMES = {
     "bias": "sartor.curate.bias_report:bias",
     "curate": "sartor.curate",
     "dedup": "sartor.curate.dedup.dedup_files:dedup",
-    "demo": "sartor.circle:demo",
+    "demo": "sartor.demo.end_to_end:demo",
     "drain_agent": "sartor.serving.commands.agent_commands:drain_agent",
     "edge_add": "sartor.edge.owner_commands:add",
     "edge_ask": "sartor.edge.runtime.ask_device:ask",

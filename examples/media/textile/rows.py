@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import assets
-from sartor.intents import rehearsal_rows
+from sartor.demo.home_intents import rehearsal_rows
 from sartor.media.speech.batch_synthesis import Clip, say_many
 
 HERE = Path(__file__).parent

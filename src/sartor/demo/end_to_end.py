@@ -1,4 +1,4 @@
-"""Several verbs in a row: the demo goes once around the circle on real data, and leaves every recipe that it used."""
+"""Verb demo: curate to ask on real data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sartor.core.artifacts import check_free
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.curate.pipeline import Curated, curate
+from sartor.demo.home_intents import rehearsal_rows, rows
 from sartor.evaluate.evaluation import Evaluated, evaluate
-from sartor.intents import rehearsal_rows, rows
 from sartor.release.release import Released, Waiver, release, verify
 from sartor.serving.commands.ask_release import ask
 from sartor.serving.commands.ask_types import Reply

@@ -1,4 +1,4 @@
-"""The demo's real data: home-assistant-intents' English sentence templates, sampled into commands and their JSON.
+"""Home-assistant-intents templates as training rows.
 
 The asset `home-intents` holds templates such as `<turn> on [<the>] {area} fan[s]`. Each is walked at random with
 `hassil`'s own parse of it, so the slots of a sentence are known by construction. The template is the row's `group`:
