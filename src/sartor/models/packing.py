@@ -10,7 +10,7 @@ distinct tokens.
 
 A pack is a forest of segments (`Segments`): without shared prefixes every segment is a whole example and a root; with them a
 segment goes on where its parent ends. Two readers of that forest compute the same thing: the C++ kernel walks the
-segments themselves (`kernels/native.cpp`); `attend` below gathers segments of about equal length into rectangles
+segments themselves (`kernels/train_kernels.cpp`); `attend` below gathers segments of about equal length into rectangles
 (`Rows`) and uses batched matrix products, on any device and under autograd.
 """
 

@@ -40,7 +40,7 @@ _SWAP = 3  # the most words of a place that holds one thing here, another there
 
 @dataclass(frozen=True)
 class Words:
-    """The lists of words.toml. `opposites` gives the numbers of the groups that a word is in."""
+    """The lists of equivalence.toml. `opposites` gives the numbers of the groups that a word is in."""
 
     function: frozenset[str]
     clitics: frozenset[str]
@@ -53,7 +53,7 @@ class Words:
 @cache
 def words() -> Words:
     """The lists, read once."""
-    lists = tomllib.loads((importlib.resources.files("sartor.curate.likeness") / "words.toml").read_text(encoding="utf-8"))
+    lists = tomllib.loads((importlib.resources.files("sartor.text") / "equivalence.toml").read_text(encoding="utf-8"))
     opposites: dict[str, frozenset[int]] = {}
     for number, group in enumerate(lists["opposites"]):
         for word in group.split():

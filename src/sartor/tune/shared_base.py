@@ -17,7 +17,8 @@ from sartor.core.processes import Signals
 from sartor.models import adapters, packing
 from sartor.models.base import Base
 from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
-from sartor.models.losses.loss_backend import Path, Wish
+from sartor.models.losses.loss_backend import Path as LossPath
+from sartor.models.losses.loss_backend import Wish
 from sartor.tune.checkpoint import Saver
 from sartor.tune.cost_model import Interval, Load, Settled
 from sartor.tune.model_setup import adapted, open_chosen
@@ -62,7 +63,7 @@ class Resident:
         named = self.model.named_parameters()
         self.factors = {name.replace(".default.", "."): one for name, one in named if one.requires_grad}
         modules(self.factors)
-        self._path: Path | None = None
+        self._path: LossPath | None = None
         self._masks: list[Any] = []
 
     @classmethod
@@ -103,7 +104,7 @@ class Resident:
         """See Ground."""
         return self.base.dtype
 
-    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> Path:
+    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> LossPath:
         """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
         if self._path is None:
             still = [one for one in self.factors.values() if not one.requires_grad]

@@ -1,6 +1,6 @@
 """Decoder layers on a CPU by compiled kernels.
 
-Every token is computed by itself, in one order, whatever is computed beside it (see serving.cpp). So prompts may be read in
+Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts may be read in
 chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
 """
 
@@ -229,7 +229,7 @@ def _move(fast: Fast, projections: Sequence[Projection]) -> None:
 
 
 def _check(fast: Fast, projections: Sequence[Projection]) -> None:
-    """Raise NoKernels for what serving.cpp does not compute."""
+    """Raise NoKernels for what decode_kernels.cpp does not compute."""
     norms = [fast.norm, *(norm for block in fast.blocks for norm in _norms(block))]
     tensors = [fast.head, *(norm.weight for norm in norms), *(m.weight for part in projections for m in part.modules)]
     reasons = {

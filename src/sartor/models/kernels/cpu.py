@@ -27,9 +27,9 @@ from sartor.core.home import folder
 from sartor.models.kernels.reference import Eager, Geometry, Layout
 from sartor.models.packing import Shape, forest, rows_of
 
-# and what each is compiled with besides FLAGS: vectors.h says why the second
-SOURCES = {Path(__file__).with_name(name): own for name, own in (("native.cpp", ()), ("serving.cpp", ("-ffp-contract=off",)))}
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "products.h", "looks.h"))
+# and what each is compiled with besides FLAGS: simd.h says why the second
+SOURCES = {Path(__file__).with_name(name): own for name, own in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))}
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
@@ -40,7 +40,7 @@ class NoKernels(Exception):
 
 
 class _Geometry(ctypes.Structure):
-    """`Geometry` of native.cpp; scale and soft-cap are C's float or double."""
+    """`Geometry` of train_kernels.cpp; scale and soft-cap are C's float or double."""
 
     arrays = ("start", "length", "first", "ancestors", "ancestor_ends")
     sizes = ("segments", "tokens", "heads", "groups", "width", "rotary", "window")

@@ -15,7 +15,7 @@ import torch
 
 from sartor.models.kernels import cpu
 
-PAGE = 64  # as in serving.cpp
+PAGE = 64  # as in decode_kernels.cpp
 RANKS = 16  # a factor's rank is a multiple of it
 _MOST_ROPES = 2
 _WIDE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14

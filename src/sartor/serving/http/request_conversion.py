@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request as HttpRequest
 
 from sartor.core.records import Part
 from sartor.inference.tool_calls import read_choice, read_tools
@@ -33,7 +33,6 @@ from sartor.serving.http.request_models import (
 from sartor.serving.http.shutdown import while_there
 from sartor.serving.team_config import Limits
 from sartor.serving.types import Request
-from sartor.serving.types import Request as Question
 from sartor.text.json_schema import JSON_OBJECT, read_schema
 
 SEED_BITS = 31
@@ -192,7 +191,7 @@ def texts_of(asked: str | Sequence[str]) -> list[str]:
     return [asked] if isinstance(asked, str) else list(asked)
 
 
-async def opened_for(request: Request, questions: Sequence[Question], user: str = "", count: int = 1) -> Answers:
+async def opened_for(request: HttpRequest, questions: Sequence[Request], user: str = "", count: int = 1) -> Answers:
     """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
 
     user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.

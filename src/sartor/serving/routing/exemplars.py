@@ -176,8 +176,8 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
 
 @cache
 def general() -> Mapping[str, tuple[Prompt, ...]]:
-    """Sartor's own general prompts, by kind (general.yaml)."""
-    text = importlib.resources.files("sartor").joinpath("agents/routing/general.yaml").read_text(encoding="utf-8")
+    """Sartor's own general prompts, by kind (general_prompts.yaml)."""
+    text = importlib.resources.files("sartor").joinpath("serving/routing/general_prompts.yaml").read_text(encoding="utf-8")
     return {
         kind: tuple(Prompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
         for kind, prompts in yaml.safe_load(text).items()

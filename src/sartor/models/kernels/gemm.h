@@ -2,7 +2,7 @@
 // vectors for any processor and type; AMX tiles or products of pairs for bf16 where the processor has them. Weights are (outputs, inputs) as they
 // stand in memory.
 #pragma once
-#include "vectors.h"
+#include "simd.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define SARTOR_AMX

@@ -6,7 +6,7 @@
 //
 // Work is cut into contiguous ranges by a rule that depends on sizes and the number of threads alone, so that sums are taken
 // in the same order in every run: exact resume needs that.
-#include "vectors.h"
+#include "simd.h"
 
 namespace {
 

@@ -51,7 +51,7 @@ inline void put(bf16& to, float x) {
   to.bits = uint16_t(bits >> 16);
 }
 
-// a b + c, rounded once where the processor does that in one instruction. serving.cpp is compiled so that a compiler joins no
+// a b + c, rounded once where the processor does that in one instruction. decode_kernels.cpp is compiled so that a compiler joins no
 // product with a sum by itself: it would do so in one copy of a loop and not in another, and a bit would hang on the copy.
 inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)

@@ -3,7 +3,7 @@
 // A page of one group of heads holds PAGE keys and PAGE values. Columns are queries that look at the same pages: heads of one
 // token, and for tiles heads of several tokens that follow each other.
 #pragma once
-#include "products.h"
+#include "gemm.h"
 
 namespace {
 

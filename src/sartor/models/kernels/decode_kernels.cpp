@@ -12,7 +12,7 @@
 // Threads share the work by claiming pieces of it, each first its own part and then what others left; they go on when every
 // piece of a stage is done, not when every thread has come: one that another process has put aside is not waited for, unless
 // it was put aside within a piece.
-#include "looks.h"
+#include "paged_attention.h"
 
 #include <atomic>
 #include <chrono>
@@ -30,7 +30,7 @@ struct Product {  // linear modules that read the same input; outputs stand side
 struct Layer {
   const void *norm, *mlp_norm, *after[2], *head_norms[2];
   Product products[4];
-  void* cache;  // (pages, groups): keys and values, as looks.h has them
+  void* cache;  // (pages, groups): keys and values, as paged_attention.h has them
   Long turns, window;
 };
 struct Model {
