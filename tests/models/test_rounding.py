@@ -17,12 +17,12 @@ import transformers
 import tiny
 from sartor.inference.local.lora_stacks import Pair
 from sartor.inference.local.torch_decoder import Angles, Blocks
-from sartor.models import adapters, fp32_copy, kernels, packing
-from sartor.models import lora_rounding as adapted_layers
+from sartor.models import adapters, kernels, packing
 from sartor.models.base import open_base
 from sartor.models.composed_model import compose
 from sartor.models.kernels.reference import Eager
-from sartor.models.losses import transformers_backend
+from sartor.models.losses import fp32_copy, transformers_backend
+from sartor.models.losses import lora_rounding as adapted_layers
 from sartor.models.losses.fused_decoder import Fast
 from sartor.models.losses.lora_linear import LoraLinear, MappedLinear, Projection
 from sartor.models.packing import Encoded

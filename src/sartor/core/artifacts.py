@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, MissingError
-from sartor.core.filesystem import (  # noqa: F401
+from sartor.core.filesystem import (
     DISK_FULL,
-    FileSystem,
     _remove_leftovers,
     create_directory_atomic,
     file_digest,

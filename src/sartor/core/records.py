@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from sartor.core import reply_markup
-from sartor.core.errors import SourceError, TemplateMarkupError
+from sartor.core.errors import SourceError
 
 PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -257,14 +256,6 @@ class Malformed(Exception):
 
 class SetAside(Malformed):
     """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under `--strict`."""
-
-
-def with_fields(example: Example) -> Example:
-    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises Malformed."""
-    try:
-        return reply_markup.read_example(example)
-    except TemplateMarkupError as error:
-        raise Malformed(error.reason, error.problem) from None
 
 
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence

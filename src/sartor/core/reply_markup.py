@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core.errors import TemplateMarkupError
-from sartor.core.records import Example, Message, Part
+from sartor.core.records import Example, Malformed, Message, Part
 
 _KNOWN = (
     r"<\|(?:im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|"
@@ -67,6 +67,14 @@ def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = Fals
     if keep_id:
         vars(read)["id"] = example.id  # where the cached property keeps it
     return read
+
+
+def with_fields(example: Example) -> Example:
+    """Return a row whose replies spell no markup of chat templates: calls and reasoning are fields. Raises Malformed."""
+    try:
+        return read_example(example)
+    except TemplateMarkupError as error:
+        raise Malformed(error.reason, error.problem) from None
 
 
 def _read_turns(messages: tuple[Message, ...], spelt: Spelt) -> tuple[Message, ...]:

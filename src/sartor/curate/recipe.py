@@ -7,7 +7,7 @@ from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.curate.sources.types import Owned, Source, _day  # noqa: F401
+from sartor.curate.sources.types import Source
 from sartor.curate.steps import Step, makes_copies
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 

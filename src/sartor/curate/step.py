@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sartor.core.records import TEXT_KEPT, Drop, Example, dropped, evidence_text  # noqa: F401
+from sartor.core.records import Drop, Example
 
 RowFunction = Callable[[Example], Example | Drop]
 

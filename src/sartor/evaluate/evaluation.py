@@ -29,6 +29,7 @@ from sartor.evaluate.audit import probes as audit
 from sartor.evaluate.audit.audit import Options
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import LOWER_IS_BETTER, NAMES, Measures, Side
 from sartor.evaluate.predictions import HeldOut, answer, fitting, held_out, losses, reply_limit, side
@@ -160,7 +161,10 @@ def _measure(
 
 
 def _audited(adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: Options, notice: Notice) -> dict[str, Any]:
-    return run.audit(adapter, Sides(base, model, asked.folder), asked.examples, options, notice)
+    answers = run.audit(adapter, Sides(base, model, asked.folder), asked.examples, options, notice)
+    judged = judge_bias(answers["bias"], BiasLimits())
+    notice(f"bias: {judged.outcome}: {judged.detail}")
+    return answers
 
 
 def _measures(asked: HeldOut, label: str) -> Measures:

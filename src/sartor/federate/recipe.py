@@ -14,7 +14,6 @@ from sartor.federate.aggregation import Alternate, Factors, FreezeA, Mode, Resid
 from sartor.federate.privacy.accountant import Budget as PrivacyBudget
 from sartor.federate.robust_aggregation import AnyRule
 from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
-from sartor.tune.shared_base import recipe_digest  # noqa: F401
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), Factors())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]

@@ -17,7 +17,7 @@ from sartor.core.errors import ConfigError, ModelError
 from sartor.models import composed_model, quantization
 from sartor.models.composed_model import ComposedMedia
 from sartor.models.loading import quiet
-from sartor.models.lora_rounding import round_once
+from sartor.models.losses.lora_rounding import round_once
 from sartor.models.losses.transformers_backend import without_peft
 from sartor.models.media_tokens import MediaEmbedding, embedding_of
 from sartor.models.multimodal.trainable_parts import Targeted

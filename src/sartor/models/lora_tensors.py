@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError, InputError
-from sartor.federate.updates import Update, checked, cohort, mean  # noqa: F401
 
 Array = NDArray[np.floating]
 Tensors = Mapping[str, Array]

@@ -19,7 +19,6 @@ from sartor.evaluate import predictions
 from sartor.evaluate.bootstrap import Comparison, paired
 from sartor.evaluate.predictions import HeldOut
 from sartor.evaluate.scorers import exact_match
-from sartor.federate.tuning.personal_adapters import examples_of, own_rows  # noqa: F401
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import Encoded
 from sartor.tune.shared_base import Resident

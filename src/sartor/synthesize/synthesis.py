@@ -38,7 +38,6 @@ from sartor.synthesize.generators import asks_teacher, make
 from sartor.synthesize.recipe import SynthesizeRecipe
 from sartor.synthesize.teacher import Answer, Question, Teacher
 from sartor.synthesize.teacher_options import Endpoint, Price
-from sartor.text.json_schema import check_schema  # noqa: F401
 
 MOST_STARTS = 50
 _SHOWN = 3000

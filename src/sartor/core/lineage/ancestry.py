@@ -23,7 +23,6 @@ from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import column, example_of, numbers, places, words
-from sartor.core.records import tally  # noqa: F401
 
 ABSENT = "not in this Dataset"
 COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others

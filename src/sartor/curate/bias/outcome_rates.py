@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.statistics import Z, holm, newcombe, wilson  # noqa: F401
+from sartor.core.statistics import Z, holm, newcombe, wilson
 from sartor.curate.bias.group_membership import Memberships
 
 F64 = NDArray[np.float64]

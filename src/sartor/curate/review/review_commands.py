@@ -24,7 +24,6 @@ from sartor.curate.review.review_store import (
     Entry,
     Rule,
     View,
-    open_items,  # noqa: F401
     opened,
     signer,
 )

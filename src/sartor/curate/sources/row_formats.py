@@ -20,7 +20,8 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
-from sartor.core.records import ROLES, Example, Malformed, Message, Origin, Part, PartKind, with_fields
+from sartor.core.records import ROLES, Example, Malformed, Message, Origin, Part, PartKind
+from sartor.core.reply_markup import with_fields
 from sartor.core.splits import stated_group
 from sartor.curate.sources.file_formats import kind_of
 

@@ -20,7 +20,7 @@ from sartor.core.errors import ConfigError, ExtraError, HubError, need
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.sources import row_formats, row_readers, safe_paths, sql
 from sartor.curate.sources.row_readers import (
-    Piece,  # noqa: F401
+    Piece,
     Read,
     drop_nulls,
 )

@@ -39,7 +39,7 @@ from sartor.models.losses.fused_decoder import Fast
 from sartor.models.mmap_llama import MappedLlama
 from sartor.models.packing import Encoded, pack
 from sartor.personalization import user_tokens
-from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts  # noqa: F401  # noqa: F401
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts
 from sartor.personalization.user_rows import example_of, now
 from sartor.personalization.user_tokens import Material
 from sartor.tune.recipe import Lora, Recipe, load

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import records
-from sartor.core.artifacts import CONFIG, MANIFEST, WEIGHTS  # noqa: F401
+from sartor.core.artifacts import MANIFEST
 from sartor.core.errors import HealthError, StoreError
 from sartor.edge.store.release_store import Store
 from sartor.edge.store.version_pointers import Installed, installed

@@ -31,7 +31,6 @@ from sartor.core.resource_limits import Limits, run
 from sartor.edge.tuning.tuner_process import write_tokens
 from sartor.edge.tuning.tuning_job import Job
 from sartor.models.packing import Encoded
-from sartor.personalization.user_tokens import _FACTOR, DEFAULTS, Material, _method, encoded, material, recipe_of  # noqa: F401
 from sartor.tune.tokenized_dataset import Rows
 
 IN_MEMORY = ("tmpfs", "ramfs")

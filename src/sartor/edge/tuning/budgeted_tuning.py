@@ -28,7 +28,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from sartor.core import errors, resource_limits
 from sartor.core.artifacts import (
-    ADAPTER,  # noqa: F401
     digests,
 )
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError

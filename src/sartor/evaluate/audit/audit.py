@@ -16,7 +16,6 @@ from sartor.evaluate import training_facts
 from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
 from sartor.evaluate.audit.counterfactual_bias import Array, Blocks, Outcomes, Paired, findings, outcomes_of, spread
 from sartor.evaluate.audit.model_pair import Sides
-from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.predictions import reply_limit
 from sartor.evaluate.reply_labels import label_of
 from sartor.text.demographics.group_terms import KINDS, groups
@@ -46,8 +45,6 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
     system = training_facts.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
     said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
-    judged = judge_bias(said["bias"], BiasLimits())
-    notice(f"bias: {judged.outcome}: {judged.detail}")
     if options.benchmarks:
         notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
         said["benchmarks"] = benchmarks.measure(sides)

@@ -39,7 +39,7 @@ from sartor.tune import optimizers
 from sartor.tune.recipe import Budget as recipe_Budget
 from sartor.tune.recipe import Recipe
 from sartor.tune.sampler import Part
-from sartor.tune.shared_base import _NOWHERE, _WHOLE, LocalRun, Resident, train  # noqa: F401
+from sartor.tune.shared_base import Resident, train
 from sartor.tune.tokenized_dataset import Rows
 from sartor.tune.training_loop import learning_rate
 

@@ -28,7 +28,10 @@ from sartor.models.kernels.reference import Eager, Geometry, Layout
 from sartor.models.packing import Shape, forest, rows_of
 
 # and what each is compiled with besides FLAGS: simd.h says why the second
-SOURCES = {Path(__file__).with_name(name): own for name, own in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))}
+SOURCES = {
+    Path(__file__).with_name(name): own
+    for name, own in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))
+}
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
 # No -ffast-math: it would let a NaN pass for a number.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")

@@ -26,11 +26,11 @@ from transformers import AttentionInterface
 
 from sartor.models import kernels
 from sartor.models import packing as batches
-from sartor.models.fp32_copy import in_fp32
 from sartor.models.loading import quiet
-from sartor.models.lora_rounding import rounded_twice
+from sartor.models.losses.fp32_copy import in_fp32
 from sartor.models.losses.fused_decoder import Fast
 from sartor.models.losses.lora_linear import Unsupported, rounds
+from sartor.models.losses.lora_rounding import rounded_twice
 from sartor.models.losses.loss_backend import WISH, FastPath, Path, Wish, reuse
 from sartor.models.media_tokens import own_inputs
 from sartor.models.multimodal.native_media import is_plain, native_media

@@ -19,7 +19,7 @@ from sartor.serving.http.http_errors import FieldError
 from sartor.serving.http.reply_collection import Answers
 from sartor.serving.http.request_conversion import (
     chat_request,
-    opened_for,  # noqa: F401
+    opened_for,
     text_requests,
 )
 from sartor.serving.http.request_models import ChatRequest, Delivered, TextRequest
