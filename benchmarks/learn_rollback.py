@@ -1,4 +1,5 @@
-"""After how many requests a version that drifts after its promotion is sent back: `serving/dispatch/rollout.py`, on simulated replies.
+"""After how many requests a version that drifts after its promotion is sent back: `serving/dispatch/rollout.py`, on simulated
+replies.
 
 Of the version before, WINDOW_REPLIES replies were seen. The promoted one is as good for `calm` requests; then a fraction `bad`
 of its replies breaks the format, or is rated bad by those who rate (a fraction RATED of the requests). Counted are the requests

@@ -141,7 +141,8 @@ def case_memory(name: str, bits: Any, tokens: int) -> dict[str, Any]:
     loss, step_s = updates()
     return {
         "imports_bytes": before, "opened_peak_bytes": opened, "peak_bytes": peak_bytes(), "open_s": round(seconds, 1),
-        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name, "linear_bytes": quantization.linear_bytes(base.model),
+        "step_s": round(step_s, 1), "loss": loss, "path": updates.path.name,
+        "linear_bytes": quantization.linear_bytes(base.model),
     }  # fmt: skip
 
 

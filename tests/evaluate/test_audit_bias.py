@@ -7,15 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sartor.evaluate.audit.counterfactual_bias import (
-    LEAST_BLOCKS,
-    Blocks,
-    findings,
-    gap_chances,
-    needed_blocks,
-    smallest_chance,
-    spread,
-)
+from sartor.evaluate.group_gap_tests import LEAST_BLOCKS, Blocks, findings, gap_chances, needed_blocks, smallest_chance, spread
 
 
 def blocks(tuned: np.ndarray, base: np.ndarray | None = None, kind: str = "names", clusters: tuple[str, ...] = ()) -> Blocks:

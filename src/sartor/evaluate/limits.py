@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.evaluate.audit.counterfactual_bias import MOST_CHANCE, needed_blocks
+from sartor.evaluate.group_gap_tests import MOST_CHANCE, needed_blocks
 from sartor.text.demographics.group_terms import KINDS, groups
 
 # Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).

@@ -4,8 +4,9 @@ Two kinds of rows are compared: `held_out`, which the live version's own Dataset
 were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
 alone: they show that what people said was learnt, and only the first can show that nothing else suffered.
 
-Each key is held against all others by the monitors' own evidence (`serving/dispatch/sequential_tests.py`), both ways. A key that is named has
-done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides (`--believe`, `--ignore`).
+Each key is held against all others by the monitors' own evidence (`serving/dispatch/sequential_tests.py`), both ways. A key
+that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
+(`--believe`, `--ignore`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Llama read from memory-mapped files, also in NF4.
 
 Weights stay in the mapped file, in the dtype that they have there, and are widened product by product; what is held of them
-is page cache, which the kernel may take back. The modules have the names that `models/losses/fused_decoder.py` reads off transformers'.
+is page cache, which the kernel may take back. The modules have the names that `models/losses/fused_decoder.py` reads off
+transformers'.
 
 NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, appendix E): 64 weights end to end share their largest absolute value; each
 is the nearest of 16 quantiles of the normal distribution. Blocks' linear weights are so held, 4.5 bits a weight; embedding,

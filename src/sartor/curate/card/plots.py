@@ -55,8 +55,8 @@ def bars(
     left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
     room, most = HALF - left - ends, max((value for _, value, _ in rows), default=0) or 1
     marks = []
-    for place, (label, value, end) in enumerate(rows):
-        y = place * _STEP
+    for index, (label, value, end) in enumerate(rows):
+        y = index * _STEP
         width = max(room * value / most, 1.5 if value else 0)
         marks.append(
             _text(left - 8, y + 13, _fit(label, 190), anchor="end", fill="var(--ink)")
@@ -85,28 +85,28 @@ def columns(
     step = (HALF - 2 * left) / max(len(labels), 1)
     marks = [_legend([label for label, _ in series], left)] if len(series) > 1 else []
     marks.append(f'<line x1="0" y1="{bottom}" x2="{HALF}" y2="{bottom}" stroke="var(--line)"/>')
-    for place, value in enumerate(series[0][1] if series else ()):
+    for index, value in enumerate(series[0][1] if series else ()):
         height = max((bottom - top - 14) * value / most, 1.5 if value else 0)
-        x = left + place * step
+        x = left + index * step
         marks.append(_rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0]))
     for number, (_, values) in enumerate(series[1:], 1):
         points = "".join(
-            f"{'L' if place else 'M'}{_n(left + place * step)} {_n(bottom - (bottom - top - 14) * value / most)}h{_n(step)}"
-            for place, value in enumerate(values)
+            f"{'L' if index else 'M'}{_n(left + index * step)} {_n(bottom - (bottom - top - 14) * value / most)}h{_n(step)}"
+            for index, value in enumerate(values)
         )
         marks.append(f'<path d="{points}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2.2"/>')
     if series and series[0][1]:
-        highest = max(range(len(series[0][1])), key=lambda place: series[0][1][place])
+        highest = max(range(len(series[0][1])), key=lambda index: series[0][1][index])
         near = range(max(highest - 2, 0), min(highest + 3, len(labels)))  # the label must clear the lines beside it as well
-        over = max(values[place] for _, values in series for place in near)
+        over = max(values[index] for _, values in series for index in near)
         said, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
         x = min(max(x, _wide(said) / 2), HALF - _wide(said) / 2)
         marks.append(_text(x, bottom - (bottom - top - 14) * over / most - 5, said, anchor="middle"))
     every = max(1, math.ceil(max((_wide(label) + 8 for label in labels), default=1) / step))
     marks += [
-        _text(left + (place + 0.5) * step, bottom + 16, label, anchor="middle")
-        for place, label in enumerate(labels)
-        if place % every == 0
+        _text(left + (index + 0.5) * step, bottom + 16, label, anchor="middle")
+        for index, label in enumerate(labels)
+        if index % every == 0
     ]
     marks.append(_text(HALF / 2, bottom + 34, axis, anchor="middle"))
     return Picture(name, title, "".join(marks), HALF, bottom + 40, note)
@@ -115,9 +115,9 @@ def columns(
 def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, note: str = "") -> Picture:
     """One bar in parts, and below it what each part is: (label, value, its number)."""
     total, x, marks = sum(value for _, value, _ in parts) or 1, 0.0, []
-    for place, (label, value, number) in enumerate(parts):
-        colour, width = _COLOURS[min(place, len(_COLOURS) - 1)], HALF * value / total
-        y = 36 + place * 24
+    for index, (label, value, number) in enumerate(parts):
+        colour, width = _COLOURS[min(index, len(_COLOURS) - 1)], HALF * value / total
+        y = 36 + index * 24
         marks.append(_rect(x, 0, max(width - 1.5, 0.5), 22, colour))
         marks.append(_rect(0, y, 11, 11, colour) + _text(18, y + 10, _fit(label, 270), fill="var(--ink)"))
         marks.append(_text(HALF, y + 10, number, anchor="end"))
@@ -131,9 +131,9 @@ def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, not
     ends = max(_wide(_ends(left_over, lost)) for _, left_over, lost in stages) + 12
     room, most = WHOLE - left - ends, max((kept + lost for _, kept, lost in stages), default=0) or 1
     marks = []
-    for place, (label, kept, lost) in enumerate(stages):
-        y, width, gone = place * (_STEP + 4), room * kept / most, room * lost / most
-        last = place == len(stages) - 1
+    for index, (label, kept, lost) in enumerate(stages):
+        y, width, gone = index * (_STEP + 4), room * kept / most, room * lost / most
+        last = index == len(stages) - 1
         marks.append(
             _text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last)
             + _rect(left, y, width, 20, "var(--green)" if last else "var(--blue)")
@@ -149,8 +149,8 @@ def _ends(kept: int, lost: int) -> str:
 
 def _legend(labels: Sequence[str], x: float) -> str:
     marks = []
-    for place, label in enumerate(labels):
-        shape = _rect(x, 4, 11, 11, _COLOURS[0]) if place == 0 else _rect(x, 8, 14, 2.5, _COLOURS[place])
+    for index, label in enumerate(labels):
+        shape = _rect(x, 4, 11, 11, _COLOURS[0]) if index == 0 else _rect(x, 8, 14, 2.5, _COLOURS[index])
         marks.append(shape + _text(x + 19, 14, _fit(label, 120)))
         x += 19 + _wide(_fit(label, 120)) + 18
     return "".join(marks)
@@ -236,7 +236,7 @@ def lengths(contents: Contents) -> Iterator[Picture]:
             (f"{split or 'all'}, median {median(found[split]):,}", np.pad(bins, (0, size - len(bins))) / max(bins.sum(), 1))
             for split, bins in binned.items()
         ]
-        first = next((place for place in range(size) if any(values[place] for _, values in series)), 0)
+        first = next((index for index in range(size) if any(values[index] for _, values in series)), 0)
         shown = [(label, values[first:].tolist()) for label, values in series]
         if len(shown) == 1:
             title = f"{title} (median {median(found[order[0]]):,})"

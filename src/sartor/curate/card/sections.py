@@ -54,8 +54,8 @@ def differences(one: str, other: str) -> tuple[list[Piece], list[Piece]]:
     left, right = _words(one), _words(other)
     found: tuple[list[Piece], list[Piece]] = ([], [])
     steps = list(LCSseq.opcodes(left, right))
-    for place, step in enumerate(steps):
-        ends = (place == 0, place == len(steps) - 1)
+    for index, step in enumerate(steps):
+        ends = (index == 0, index == len(steps) - 1)
         for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
             if words:
                 found[side].extend(_alike(words, ends) if step.tag == "equal" else _unlike(words))

@@ -103,10 +103,10 @@ def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
 def _is_within(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Whether all numbers of the shorter are in the longer."""
     short, long = sorted((list(one), list(other)), key=len)
-    for number in short:
-        if number not in long:
+    for value in short:
+        if value not in long:
             return False
-        long.remove(number)
+        long.remove(value)
     return True
 
 

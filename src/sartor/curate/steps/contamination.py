@@ -42,7 +42,8 @@ from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.safe_paths import open_regular
 from sartor.curate.step import Gathered, Removal, Verdicts
 from sartor.curate.steps.media_filters import media_of
-from sartor.text.example_text import texts, words
+from sartor.text import example_text
+from sartor.text.example_text import words
 
 _HEAD_ROWS = 50
 _MOST_BYTES = 64 << 20
@@ -352,7 +353,7 @@ class Contamination:
         index = _index(self.against, self.ngram, _stamp(self.against))
         media = [_media_of(example) for example in examples]
         said = [
-            ([], []) if names else (texts(example, "prompt"), texts(example, "replies"))
+            ([], []) if names else (example_text.texts(example, "prompt"), example_text.texts(example, "replies"))
             for example, names in zip(examples, media, strict=True)
         ]
         found = [index.of_media(names) or best for names, best in zip(media, index.grams.best(said), strict=True)]

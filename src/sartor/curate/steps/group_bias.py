@@ -143,8 +143,8 @@ def _table(before: Rates, after: Rates | None) -> Any:
 class Counterfactuals:
     """Add each training row that names somebody of a group again about somebody of another one, the reply's outcome kept.
 
-    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or that speaks of people of
-    several groups, gets no copy.
+    English, by the lexicon of `text/demographics/group_terms.py`. A row in which grammar or sense cannot be kept, or that
+    speaks of people of several groups, gets no copy.
     """
 
     group: tuple[str, ...] = option(("sex",), f"by what: {', '.join(ATTRIBUTES)}")

@@ -2,8 +2,8 @@
 
     peak = floor + rows + factors and moments + the largest of (head, backward pass, forward pass)
 
-floor: Python with torch, measured once (`floor.py`). The rest is counted: every tensor that `models/losses/fused_decoder.py` holds at the
-moments that can be the fullest. That works since the tuner gives memory back at once (`tuner.py`). No torch.
+floor: Python with torch, measured once (`floor.py`). The rest is counted: every tensor that `models/losses/fused_decoder.py`
+holds at the moments that can be the fullest. That works since the tuner gives memory back at once (`tuner.py`). No torch.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from sartor.core.lineage import ancestry
 from sartor.core.records import Example
 from sartor.evaluate import training_facts
 from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
-from sartor.evaluate.audit.counterfactual_bias import Array, Blocks, Outcomes, Paired, findings, outcomes_of, spread
+from sartor.evaluate.audit.counterfactual_bias import Outcomes, Paired, outcomes_of
 from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.group_gap_tests import Array, Blocks, findings, spread
 from sartor.evaluate.predictions import reply_limit
 from sartor.evaluate.reply_labels import label_of
 from sartor.text.demographics.group_terms import KINDS, groups

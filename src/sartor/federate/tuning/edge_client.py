@@ -1,7 +1,8 @@
 """Edge device as a federated client.
 
     store   NAME.base, the base; NAME.shared, the adapter that the round starts from: whole versions, as releases are
-    work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that the system holds
+    work    a process of the device's own tuner (`python -m sartor.edge.tuning.tuner_process`) under limits that
+            the system holds
 
 The update is `LoraTask`'s but for rounding: rows in the same order at the same rates, the same factors held still. A way to
 tune that saves memory by learning less is not taken: it would be another update. What does not fit, in memory as planned or in

@@ -1,7 +1,7 @@
 """Decoder layers on a CPU by compiled kernels.
 
-Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts may be read in
-chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
+Every token is computed by itself, in one order, whatever is computed beside it (see decode_kernels.cpp). So prompts may be read
+in chunks of any size, and what a reply left in the cache has the bits that it would have as a prompt.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ class NativeBlocks:
         return Model(
             len(layers), fast.head.shape[1], block.shape.heads, block.shape.groups, block.width, rotary,
             block.activation != "silu", self.vocabulary, block.shape.scale, block.shape.softcap or 0.0, fast.norm.eps,
-            fast.norm.offset, fast.softcap or 0.0, layers, cpu_forward.address(fast.norm.weight), cpu_forward.address(fast.head),
+            fast.norm.offset, fast.softcap or 0.0, layers, cpu_forward.address(fast.norm.weight),
+            cpu_forward.address(fast.head),
         )  # fmt: skip
 
     def _layer(self, block: Block, cache: torch.Tensor) -> Layer:

@@ -1,7 +1,7 @@
 """Decoder layers in torch over a paged cache.
 
-The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is the cache and that every
-row may have factors of its own. What makes a row's numbers independent of its neighbours:
+The architecture is read by `models/losses/fused_decoder.py` (a family is a line in its table); what differs here is the cache
+and that every row may have factors of its own. What makes a row's numbers independent of its neighbours:
 
 - a chunk of a prompt is computed by itself, and where chunks begin depends on that prompt alone;
 - newest tokens are computed in blocks of exactly BLOCK_ROWS rows, filled up with padding, so a matrix product has one shape
@@ -10,8 +10,9 @@ row may have factors of its own. What makes a row's numbers independent of its n
 
 It holds in fp32 and in bf16, since it is a matter of order and not of precision.
 
-In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it (models/losses/lora_linear.py says
-why), for rows without an adapter onto zeros, so that their product is the same one; and the residual stream is fp32.
+In 16 bits the low-rank term of each row is made first and the frozen product is accumulated onto it
+(models/losses/lora_linear.py says why), for rows without an adapter onto zeros, so that their product is the same one; and the
+residual stream is fp32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Child process that asks llama.cpp for logits.
 
-`python -m sartor.release.export.llamacpp_process JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on loopback while it
-lives, behind a key that only this process knows. No torch here.
+`python -m sartor.release.export.llamacpp_process JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on
+loopback while it lives, behind a key that only this process knows. No torch here.
 """
 
 from __future__ import annotations
