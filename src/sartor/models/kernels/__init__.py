@@ -12,16 +12,16 @@ from __future__ import annotations
 import torch
 
 from sartor.models.kernels import cpu, cuda
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 
 
-def choose(device: torch.device) -> tuple[Eager, str]:
+def choose_kernels(device: torch.device) -> tuple[ReferenceKernels, str]:
     """The fastest kernels for a device, and what they are, for the log."""
     if device.type == "cuda":
         return cuda.load()
     if device.type == "cpu":
         try:
-            return cpu.load(), cpu.Native.name
+            return cpu.load(), cpu.CpuKernels.name
         except cpu.NoKernels as why:
-            return Eager(), f"{Eager.name}: {why}"
-    return Eager(), Eager.name
+            return ReferenceKernels(), f"{ReferenceKernels.name}: {why}"
+    return ReferenceKernels(), ReferenceKernels.name
