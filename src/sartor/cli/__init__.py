@@ -126,7 +126,7 @@ def _show(result: Any, as_json: bool) -> None:
         return
     rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in said.items()]
     width = max(len(name) for name, _ in rows)
-    _print(f"{'' if place else name:{width}}  {line}" for name, value in rows for place, line in enumerate(_lines(value)))
+    _print(f"{'' if index else name:{width}}  {line}" for name, value in rows for index, line in enumerate(_lines(value)))
 
 
 def _print(lines: Iterable[str]) -> None:

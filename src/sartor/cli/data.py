@@ -193,11 +193,11 @@ def validate(
     if prove is not None and out is None:
         raise ConfigError("--prove tunes on the accepted rows, so they need a place", "--out DIR")
     chosen = sartor.load_validate_options(options or {}, flags)
-    found = sartor.validate(synthetic, reality, seeds=seeds, options=chosen, out=out, replace=replace)
+    result = sartor.validate(synthetic, reality, seeds=seeds, options=chosen, out=out, replace=replace)
     if prove is None or out is None:
-        return found
+        return result
     proof = sartor.prove(out, reality, prove, out.with_name(f"{out.name}-proof"), replace=replace, notice=notice)
-    return {**found.as_json(), "proof": proof.as_json()}
+    return {**result.as_json(), "proof": proof.as_json()}
 
 
 @app.command

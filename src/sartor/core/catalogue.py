@@ -139,7 +139,7 @@ def _stands(path: Path, artifact_id: str) -> bool:
 
 def index(root: Path) -> list[Artifact]:
     """Find every artefact below `root` (links are not followed) and register it; returns those found, unreadable ones not."""
-    found = []
+    result = []
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
         # hidden folders are other writers' unfinished work; a Report inside a Release is a part of it
         hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
@@ -148,5 +148,5 @@ def index(root: Path) -> list[Artifact]:
             with contextlib.suppress(ArtifactError):
                 artifact = Artifact(folder.absolute(), read_manifest(folder))
                 register(artifact)
-                found.append(artifact)
-    return found
+                result.append(artifact)
+    return result

@@ -252,7 +252,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         raise _wrong(where, value, _describe_type(hint), _meant(value, get_args(hint)))
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_build(get_args(hint)[0], item, f"{where}[{place}]") for place, item in enumerate(items))
+        return tuple(_build(get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(items))
     if hint is float and isinstance(value, str):
         try:
             return float(value)

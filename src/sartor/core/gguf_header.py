@@ -89,10 +89,10 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
 def _bytes(stream: BinaryIO, count: int) -> bytes:
     if count > _LONGEST:
         raise ValueError(f"a part of {count} bytes")
-    found = stream.read(count)
-    if len(found) < count:
+    result = stream.read(count)
+    if len(result) < count:
         raise EOFError("it ends inside its head")
-    return found
+    return result
 
 
 def _number(stream: BinaryIO, form: str) -> Any:

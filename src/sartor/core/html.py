@@ -111,7 +111,7 @@ def format_value(value: Any) -> str:
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one, its keys joined by dots."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in nested.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return found
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return result

@@ -213,9 +213,9 @@ def _from_hub(name: str, revision: str) -> Path:
         raise
     except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated, full disk
         offline = os.environ.get("HF_HUB_OFFLINE") or "onnection" in str(error) or "offline" in str(error).lower()
-        why = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = "the hub cannot be reached" if offline else f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise HubError(
-            f"the base {name!r} could not be fetched from the Hugging Face hub: {why}",
+            f"the base {name!r} could not be fetched from the Hugging Face hub: {reason}",
             "base: starter works offline; or download the model elsewhere and give its directory",
         ) from None
 

@@ -45,11 +45,11 @@ def known(text: str) -> list[str]:
     """
     if "<" not in text and "[" not in text:
         return []
-    found = [match.group() for match in KNOWN.finditer(text)]
+    result = [match.group() for match in KNOWN.finditer(text)]
     # <s>struck out</s> is HTML; a lone one opens or ends a text
-    if not found and text.count("<s>") != text.count("</s>"):
-        found = [mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)]
-    return found
+    if not result and text.count("<s>") != text.count("</s>"):
+        result = [mark for mark, ends in (("<s>", text.lstrip().startswith), ("</s>", text.rstrip().endswith)) if ends(mark)]
+    return result
 
 
 def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = False) -> Example:

@@ -118,10 +118,10 @@ def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, SafetensorsEntr
 
 
 def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         raise ValueError("a key stands twice in its header")
-    return made
+    return result
 
 
 def _tensor(file: Path, name: str, said: Any, start: int) -> SafetensorsEntry:

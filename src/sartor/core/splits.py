@@ -66,7 +66,7 @@ def prompt_group(row: Example) -> str:
 
 def conversation_group(row: Example) -> str:
     """A name for the conversation: that of its first question, which is the prompt's own where it asks one thing."""
-    first = next((place for place, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1)
+    first = next((index for index, message in enumerate(row.messages) if message.role == "user"), len(row.messages) - 1)
     return prompt_group(replace(row, messages=(*row.messages[: first + 1], row.messages[-1])))
 
 

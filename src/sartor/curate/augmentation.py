@@ -53,19 +53,19 @@ class AugmentedShards:
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Of each step: rows copied, copies made, and how many of those are Drops."""
-        found = {step.kind: {"rows": 0, "copies": 0, "dropped": 0} for step in self.steps}
+        result = {step.kind: {"rows": 0, "copies": 0, "dropped": 0} for step in self.steps}
         for step, part in self.parts:
-            counts = found[step.kind]
+            counts = result[step.kind]
             counts["rows"] += len(part.index["was"].unique())
             counts["copies"] += part.kept + int(part.summary["dropped"])
             counts["dropped"] += int(part.summary["dropped"])
         for one in self.removed:
-            found[one.step]["dropped"] += 1
-        return found
+            result[one.step]["dropped"] += 1
+        return result
 
     def _left(self, part: Shard, table: Any) -> Any:
         gone = {one.place for one in self.removed if one.part.path == part.path}
-        return table.take(pa.array([place for place in range(len(table)) if place not in gone], pa.int64())) if gone else table
+        return table.take(pa.array([index for index in range(len(table)) if index not in gone], pa.int64())) if gone else table
 
 
 def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe) -> AugmentedShards:
@@ -106,9 +106,9 @@ def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) ->
     seen = set(ids.take(pa.array(list(outcome.living()), pa.int64())).to_pylist())
     removed = []
     for step, part in copies.parts:
-        for place, (copy, parent) in enumerate(zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)):
+        for index, (copy, parent) in enumerate(zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)):
             if copy in seen:
-                removal = Removal(place, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content")
-                removed.append(Removed(part, place, removal, step.kind, copy, len(state.moves), False))
+                removal = Removal(index, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content")
+                removed.append(Removed(part, index, removal, step.kind, copy, len(state.moves), False))
             seen.add(copy)
     return removed

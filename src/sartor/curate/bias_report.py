@@ -55,7 +55,7 @@ def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0
     said = [_telling(row) for row in rows]
     found: list[WordAssociation] = []
     for attribute, values in people.items():
-        spoken = [place for place, value in enumerate(values) if value is not None]
+        spoken = [index for index, value in enumerate(values) if value is not None]
         counts = Counter(word for place in spoken for word in said[place])
         vocabulary = [word for word, count in counts.most_common(MOST_WORDS) if FEWEST <= count < len(spoken)]
         if not vocabulary:
@@ -140,11 +140,11 @@ class Biased:
         for name, found in (("before", self.before), ("after", self.after)):
             if found is not None:
                 lines += [(name, [_line(gap) for gap in found.gaps[:8]] or "nothing can be compared")]
-                ratios = [one for one in found.ratios if not one.passes_four_fifths]
+                ratios = [ratio for ratio in found.ratios if not ratio.passes_four_fifths]
                 lines += [
                     (f"{name}: under four fifths", [f"{one.attribute}, {one.outcome!r:.40}: {one.ratio:.2f}" for one in ratios])
                 ]
-        lines += [("words", [f"{one['group']}: {one['word']} (PMI {one['pmi']:.2f})" for one in self.words[:8]])]
+        lines += [("words", [f"{word['group']}: {word['word']} (PMI {word['pmi']:.2f})" for word in self.words[:8]])]
         if self.written:
             lines += [("changed", self.changed), ("out", str(self.written.path))]
         return lines
@@ -196,7 +196,7 @@ def bias(
         raise SourceError("the replies have no outcome: they are free text", "--outcome KEY, or regex:PATTERN")
     tables = {name: cells.table(values, target.labels) for name, values in people.items()}
     needed = {name: more for name, some in tables.items() if (more := cells.rows_to_add(some))}
-    found = Biased(
+    result = Biased(
         opened.path,
         len(training),
         target.why,
@@ -205,23 +205,23 @@ def bias(
         needed,
     )
     if out is None:
-        return found
+        return result
     work = _Mitigation(training, people, target.labels, seed)
     new, drops = work.run(mitigate, tables, needed, generate)
     after_people, after = _people(new, group), outcomes(new, target.chosen if target.chosen != "text" else outcome)
     after_rates = measure_rates(after_people, after.labels, [row.weight for row in new])
     # they stand first: a new row that equals one of them is that one, and is not trained on
     held_out = [row for row in everything if row.split == "eval"]
-    facts = {"mitigation": mitigate, "changed": work.changed, "before": found.before.as_json(), "after": after_rates.as_json()}
+    facts = {"mitigation": mitigate, "changed": work.changed, "before": result.before.as_json(), "after": after_rates.as_json()}
     written = write_dataset_from(out, [opened], [*held_out, *new], drops, step={STEP: facts}, replace=replace)
-    return dataclasses.replace(found, mitigation=mitigate, after=after_rates, changed=work.changed, written=written)
+    return dataclasses.replace(result, mitigation=mitigate, after=after_rates, changed=work.changed, written=written)
 
 
 def _people(some: Sequence[Example], group: Sequence[str]) -> Memberships:
-    found = memberships(some, group)
-    if not found:
+    result = memberships(some, group)
+    if not result:
         raise SourceError("the rows name no two groups of people", "--group FIELD: of their JSON, or of `Name: value` lines")
-    return found
+    return result
 
 
 class _Mitigation:
@@ -249,9 +249,9 @@ class _Mitigation:
     def _weighed(self) -> list[Example]:
         found = weights.reweighing_factors(self.people, self.labels, [row.weight for row in self.training])
         new = []
-        for place, row in enumerate(self.training):
-            said = {name: values[place] for name, values in self.people.items()}
-            factor = weights.weight_of(found, said, self.labels[place])
+        for index, row in enumerate(self.training):
+            said = {name: values[index] for name, values in self.people.items()}
+            factor = weights.weight_of(found, said, self.labels[index])
             new.append(dataclasses.replace(row, weight=row.weight * factor))
         self.changed = {"weights": sum(one.weight != row.weight for one, row in zip(new, self.training, strict=True))}
         return new
@@ -277,8 +277,8 @@ class _Mitigation:
         attributes = self._attributes()
         new, known_ids = list(self.training), {row.id for row in self.training}
         unchanged = 0
-        for place, row in enumerate(self.training):
-            if not any(values[place] for values in self.people.values()):
+        for index, row in enumerate(self.training):
+            if not any(values[index] for values in self.people.values()):
                 continue
             copies = [copy for copy, _ in pairs.counterfactuals(row, attributes) if copy.id not in known_ids]
             unchanged += not copies
@@ -292,10 +292,10 @@ class _Mitigation:
         gone = set(cells.rows_to_drop(tables[name], self.seed))
         drops = []
         for place in sorted(gone):
-            why = f"{name} {self.people[name][place]}, {self.labels[place]!r:.60}: more of it than of the other groups"
-            drops.append(drop_of(self.training[place], "group_outcome", why, step=STEP))
+            reason = f"{name} {self.people[name][place]}, {self.labels[place]!r:.60}: more of it than of the other groups"
+            drops.append(drop_of(self.training[place], "group_outcome", reason, step=STEP))
         self.changed = {"dropped": len(gone)}
-        return [row for place, row in enumerate(self.training) if place not in gone], drops
+        return [row for index, row in enumerate(self.training) if index not in gone], drops
 
     def _generated(
         self, tables: dict[str, dict[Cell, list[int]]], needed: dict[str, dict[Cell, int]], generate: Generate

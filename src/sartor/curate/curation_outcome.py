@@ -79,7 +79,7 @@ def kept_tables(state: PassState, outcome: SplitDecision) -> Iterator[Any]:
 
 
 def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
-    living = [place for place in range(part.kept) if start + place not in outcome.gone]
+    living = [index for index in range(part.kept) if start + index not in outcome.gone]
     table = part.table().take(pa.array(living, pa.int64()))
     columns = {
         "group": pa.array([outcome.groups[start + place] for place in living], pa.string()),
@@ -98,12 +98,12 @@ def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
 
 def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
     """The rows that left for their group, as removals."""
-    found = []
+    result = []
     for row in outcome.leaked:
         part, place = state.where(row)
         detail = f"its group {outcome.groups[row][:80]!r} is held out for evaluation"
-        found.append(Removed(state.parts[part], place, Removal(row, "group_held_out", detail), "split", "", 0, False))
-    return found
+        result.append(Removed(state.parts[part], place, Removal(row, "group_held_out", detail), "split", "", 0, False))
+    return result
 
 
 def drop_tables(state: PassState, removed: Sequence[Removed], masks: Masks) -> Iterator[Any]:
@@ -162,7 +162,7 @@ def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]
     removed = sorted(removed, key=_place)
     made: dict[int, str] = {}
     for known in {one.known for one in removed}:
-        places = [place for place, one in enumerate(removed) if one.known == known and one.kept]
+        places = [index for index, one in enumerate(removed) if one.known == known and one.kept]
         made.update(zip(places, moved_ids(state, known, [removed[place].kept for place in places]), strict=True))
     return [replace(one, kept=made.get(place, "")) for place, one in enumerate(removed)]
 

@@ -323,7 +323,7 @@ def _merged(examples: Iterable[Example]) -> list[Example]:
     found: dict[str, Example] = {}
     for example in examples:
         known = found.setdefault(example.id, example)
-        if known is not example and (more := [one for one in example.origins if one not in known.origins]):
+        if known is not example and (more := [origin for origin in example.origins if origin not in known.origins]):
             # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
             found[example.id] = Example(
                 known.messages, (*known.origins, *more), known.group, known.split, known.weight, known.rejected, known.tools,

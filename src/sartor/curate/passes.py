@@ -99,9 +99,9 @@ class Passes:
 
     def copies(self, state: PassState, tasks: Sequence[ShardTask]) -> list[Shard]:
         """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its drops."""
-        made = self._execute(tasks)
-        state.drops += [part.path / "drops.parquet" for part in made]
-        return made
+        result = self._execute(tasks)
+        state.drops += [part.path / "drops.parquet" for part in result]
+        return result
 
     def _execute(self, tasks: Sequence[ShardTask]) -> list[Shard]:
         steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets, tasks[0].copying)] if tasks else []
@@ -137,13 +137,13 @@ class Passes:
 
     def _decide(self, state: PassState, sets: tuple[SetStep, ...]) -> list[Any]:
         """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row step."""
-        for place, step in enumerate(sets):
-            living, table = self._living(state, place)
+        for index, step in enumerate(sets):
+            living, table = self._living(state, index)
             verdicts = step.decide(self._gathered(state, living, table))
             record(state, step, living, verdicts)
             if verdicts.then is not None:
                 state.then.append(verdicts.then)
-                return list(sets[place + 1 :])
+                return list(sets[index + 1 :])
         return []
 
     def _living(self, state: PassState, place: int) -> tuple[Sequence[int], Any]:
@@ -184,7 +184,7 @@ def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...
 
 def with_final_dedup(steps: Sequence[Any]) -> list[Any]:
     """The steps, with `exact_duplicates` at the end if rows could be equal there: ids are unique in a Dataset."""
-    last = max((place for place, step in enumerate(steps) if isinstance(step, ExactDuplicates)), default=-1)
+    last = max((index for index, step in enumerate(steps) if isinstance(step, ExactDuplicates)), default=-1)
     unique = last >= 0 and all(needs_all_rows(step) for step in steps[last:])
     return list(steps) if unique else [*steps, ExactDuplicates()]
 
@@ -231,14 +231,14 @@ def inherited_fields(state: PassState) -> dict[int, TakenOver]:
     wanted = sorted({row for kept, others in state.taken.items() for row in (kept, *others)})
     columns = ["origins", "split", "group"]
     known = dict(zip(wanted, take_rows(state.parts, map(state.where, wanted), columns), strict=True))
-    found = {}
+    result = {}
     for kept, others in state.taken.items():
         equals = [known[row] for row in (kept, *sorted(others))]
         origins = tuple(origin for row in equals[1:] for origin in map(parquet_io.origin_of, row["origins"]))
         splits = [row["split"] for row in equals if row["split"]]
         chosen = "eval" if "eval" in splits else next(iter(splits), "")
-        found[kept] = TakenOver(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
-    return found
+        result[kept] = TakenOver(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
+    return result
 
 
 ID_COLUMNS = ("id", "a", "b")
@@ -266,13 +266,13 @@ def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -
             }
         return value
 
-    for place, column in enumerate(table.schema):
+    for index, column in enumerate(table.schema):
         is_named = column.type == pa.string() and column.name in names
         if is_named or pa.types.is_nested(column.type):
             values = table[column.name].to_pylist()
             changed = [None if value is None else change(value) if is_named else inside(value) for value in values]
             if not all(value is None for value in changed):
-                table = table.set_column(place, column, pa.array(changed, column.type))
+                table = table.set_column(index, column, pa.array(changed, column.type))
     return table
 
 

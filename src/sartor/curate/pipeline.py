@@ -341,16 +341,16 @@ class CurationRun:
 
     def _execute(self, name: str, tasks: Sequence[ShardTask]) -> list[Shard]:
         sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
-        made = []
+        result = []
         self.progress.begin(name, sum(sizes))
         for task, size, summary in zip(tasks, sizes, self.engine(tasks, sizes, self.recipe.workers), strict=True):
             self.found += summary["was_there"]
             self.progress.advance(size, summary["kept"] + summary["dropped"])
             self._count(task, summary)
-            made.append(Shard(task.part, summary))
+            result.append(Shard(task.part, summary))
         if self.found:
             self.notice(f"{name}: going on with {self.found} parts that an interrupted run had finished")
-        return made
+        return result
 
     def _count(self, task: ShardTask, summary: Mapping[str, Any]) -> None:
         if task.source is not None:

@@ -54,7 +54,7 @@ def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace:
 
 def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequence[Any]]:
     """The step, and the row steps behind it."""
-    places = [place for place, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
+    places = [index for index, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
     if len(places) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
         raise ConfigError(f"{old.path} was not made with near_duplicates, or with several", "curate again")
     later = recipe.steps[places[0] + 1 :]
@@ -81,7 +81,7 @@ class _Rethreshold:
         self.kept = _read(old, "examples")
         self.aside = _read(old, "set_aside")
         ids = self.kept["id"].to_pylist() + (self.aside["was"].to_pylist() if len(self.aside) else [])
-        self.number = {name: place for place, name in enumerate(ids)}
+        self.number = {name: index for index, name in enumerate(ids)}
         self.ids = ids
         self._decide()
 
@@ -118,7 +118,7 @@ class _Rethreshold:
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write the new Dataset's files; returns what its manifest says."""
         back, fallen = self._returned()
-        staying = [place for place in range(len(self.kept)) if place not in self.gone]
+        staying = [index for index in range(len(self.kept)) if index not in self.gone]
         splits = self._splits(staying, back)
         returned = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in back]
         writer.examples([self.kept.take(pa.array(staying, pa.int64())), parquet_io.examples_table(returned)])
@@ -158,10 +158,10 @@ class _Rethreshold:
         back: dict[str, Example] = {}
         fallen: list[Drop] = []
         known = set(self.kept["id"].to_pylist())
-        for place in range(len(self.kept), len(self.ids)):
-            if place in self.gone:
+        for index in range(len(self.kept), len(self.ids)):
+            if index in self.gone:
                 continue
-            outcome = apply_steps(self._example(place), self.functions)
+            outcome = apply_steps(self._example(index), self.functions)
             if isinstance(outcome, Example) and (outcome.id in known or outcome.id in back):
                 outcome = dataclasses.replace(
                     drop_of(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),

@@ -67,7 +67,7 @@ def watch(
     counted = fleet_monitor.tally(found, repository, devices, policy)
     done = fleet_monitor.watch(repository, keys, counted, widen=widen)
     acts = [{"name": one.name, "version": one.version, "did": one.action, **_to(one.to)} for one in done]
-    return {"versions": [one.as_json() for one in counted.tallies], "refused": counted.refused, "done": acts}
+    return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": acts}
 
 
 def _to(percent: int) -> dict[str, int]:

@@ -172,8 +172,8 @@ def _audited(
 def _measures(asked: HeldOut, label: str) -> MetricSet:
     """What can be measured of the rows. A row with a recording whose reference is text is a transcript."""
     heard = [
-        place
-        for place, row in enumerate(asked.examples)
+        index
+        for index, row in enumerate(asked.examples)
         if any(part.kind == "audio" for part in media_of(row)) and not is_json(row.reply)
     ]
     return MetricSet(
@@ -299,7 +299,7 @@ def compare_with_live(
     answered = measure_model(base, model, asked, found.manifest["label"], tuned=True)
     primary = str(found.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
-    heard = [place for place, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
+    heard = [index for index, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
     measures = MetricSet(
         [row["reference"] for row in said], [group_of_stored(row) for row in said], found.manifest["label"], None, heard
     )

@@ -90,7 +90,7 @@ def findings(sections: Sequence[VariantOutcomes]) -> list[GroupFinding]:
 def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
     """A Finding of each group; of two groups the one with the lower rate, since the other is its mirror."""
     rates, chances = blocks.chances[1].mean(0), gap_chances(blocks)
-    found = []
+    result = []
     for place in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
         base, tuned = (side[:, place] - np.delete(side, place, 1).mean(1) for side in blocks.chances)
         # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts whose
@@ -99,7 +99,7 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
             bootstrap.paired_bootstrap(list(before), list(tuned), blocks.members, is_bounded=False)
             for before in (np.zeros(len(tuned)), base)
         )
-        found.append(
+        result.append(
             GroupFinding(
                 kind=blocks.kind,
                 group=blocks.groups[place],
@@ -115,7 +115,7 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
                 rows=_worst(tuned, blocks.ids),
             )
         )
-    return found
+    return result
 
 
 def gap_chances(blocks: VariantOutcomes) -> Array:
@@ -141,9 +141,9 @@ def _cluster_gaps(blocks: VariantOutcomes) -> Array:
     tuned, count = blocks.chances[1], len(blocks.groups)
     gaps = (tuned - tuned.mean(1, keepdims=True)) * count / (count - 1)
     names, member = np.unique(blocks.members, return_inverse=True)
-    found = np.zeros((len(names), count))
-    np.add.at(found, member, gaps)
-    return found
+    result = np.zeros((len(names), count))
+    np.add.at(result, member, gaps)
+    return result
 
 
 def needed_blocks(deviation: float, groups: int, tests: int, gap: float) -> int:

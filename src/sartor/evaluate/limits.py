@@ -300,7 +300,7 @@ def _judged(found: Mapping[str, Any], limits: MemorisationLimits) -> Iterator[tu
 
 def _secrets(found: Mapping[str, Any], most: int) -> tuple[bool, str]:
     secrets, phrases, asked = found["found"]["secret"], found["found"]["phrase"], found["asked"]
-    named = f": {'; '.join(_string(one) for one in secrets[:3])}" if secrets else ""
+    named = f": {'; '.join(_string(secret) for secret in secrets[:3])}" if secrets else ""
     detail = (
         f"{len(secrets)} of {asked['secret']} secrets come out{named}, and {len(phrases)} of {asked['phrase']} repeated phrases"
     )

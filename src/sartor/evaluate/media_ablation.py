@@ -112,9 +112,9 @@ def ablate(
     for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under `exact_match` as well.
     Rows that another's media make too long for the model are left out.
     """
-    limit, found = reply_limit(base, asked.examples), {}
+    limit, result = reply_limit(base, asked.examples), {}
     for kind in MEDIA:
-        places = [place for place, row in enumerate(asked.examples) if any(part.kind == kind for part in media_of(row))]
+        places = [index for index, row in enumerate(asked.examples) if any(part.kind == kind for part in media_of(row))]
         if not places:
             continue
         notice(f"asking {len(places)} rows again with each {kind} shuffled and blank")
@@ -131,8 +131,8 @@ def ablate(
         costs = {
             each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}
         }
-        found[kind] = {"rows": len(places), "metric": name, **costs.pop(name), **costs}
-    return found
+        result[kind] = {"rows": len(places), "metric": name, **costs.pop(name), **costs}
+    return result
 
 
 def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Example]:
@@ -152,7 +152,7 @@ def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Exam
     order.sort(key=lambda place: rank[groups[place]])
     step = max(sizes.values()) % len(order) or 1
     partner = {place: order[(at + step) % len(order)] for at, place in enumerate(order)}
-    return [_with_media(example, kind, examples[partner[place]]) for place, example in enumerate(examples)]
+    return [_with_media(example, kind, examples[partner[index]]) for index, example in enumerate(examples)]
 
 
 def _with_media(example: Example, kind: str, other: Example) -> Example:

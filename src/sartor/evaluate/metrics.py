@@ -67,7 +67,7 @@ class MetricSet:
     ) -> None:
         self.references, self.groups, self.field = list(references), list(groups), field
         self.labels = list(labels) if labels is not None else [label_of(text, field) if field else None for text in references]
-        self.labelled = [place for place, label in enumerate(self.labels) if label is not None]
+        self.labelled = [index for index, label in enumerate(self.labels) if label is not None]
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
             known = known_fields(self.references)
@@ -83,9 +83,9 @@ class MetricSet:
         """Raise ConfigError unless these rows have the metric `name`."""
         if name in self.names:
             return
-        why = "; it needs --label FIELD" if name in OF_LABELS else "; it needs recordings with their transcripts"
+        reason = "; it needs --label FIELD" if name in OF_LABELS else "; it needs recordings with their transcripts"
         raise ConfigError(
-            f"there is no {name} of these rows{why if name in NAMES else ''}", f"--scorer {' | '.join(self.names)}"
+            f"there is no {name} of these rows{reason if name in NAMES else ''}", f"--scorer {' | '.join(self.names)}"
         )
 
     def of(self, places: Sequence[int]) -> MetricSet:
@@ -99,12 +99,12 @@ class MetricSet:
 
     def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
         """Every metric of both sides."""
-        found = {name: self.one(name, before, after) for name in self.names}
+        result = {name: self.one(name, before, after) for name in self.names}
         if self.labelled and before.confidence and after.confidence:
-            found["ece"] = self._calibration(before, after)
+            result["ece"] = self._calibration(before, after)
         if before.loss and after.loss:
-            found["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
-        return found
+            result["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
+        return result
 
     def one(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         """One metric of `names`. Raises ConfigError for another."""
@@ -120,13 +120,13 @@ class MetricSet:
     def by_row(self, side: ModelOutputs) -> dict[str, list[float | None]]:
         """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
         places = range(len(self.references))
-        found: dict[str, list[float | None]] = {name: [self._score(name, side, place) for place in places] for name in SCORERS}
+        result: dict[str, list[float | None]] = {name: [self._score(name, side, place) for place in places] for name in SCORERS}
         if self.labelled:
-            found["accuracy"] = [None if self.labels[p] is None else self._score("accuracy", side, p) for p in places]
+            result["accuracy"] = [None if self.labels[p] is None else self._score("accuracy", side, p) for p in places]
         if self.transcripts:
             said = set(self.transcripts)
-            found["wer"] = [self._errors(side, p)[0] / max(self._errors(side, p)[1], 1) if p in said else None for p in places]
-        return found
+            result["wer"] = [self._errors(side, p)[0] / max(self._errors(side, p)[1], 1) if p in said else None for p in places]
+        return result
 
     def _score(self, name: str, side: ModelOutputs, place: int) -> float:
         if name == "accuracy":
@@ -145,7 +145,7 @@ class MetricSet:
         return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
     def _macro_f1(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        count, number = len(self.classes), {label: place for place, label in enumerate(self.classes)}
+        count, number = len(self.classes), {label: index for index, label in enumerate(self.classes)}
         base, tuned = (self._counted(side, number) for side in (before, after))
 
         def macro(found: Array) -> Array:

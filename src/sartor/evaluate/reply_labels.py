@@ -25,9 +25,9 @@ def value_at(data: Any, field: str) -> tuple[bool, Any]:
         return False, None
     if field in data:
         return True, data[field]
-    for place, letter in enumerate(field):
-        if letter == "." and field[:place] in data:
-            return value_at(data[field[:place]], field[place + 1 :])
+    for index, letter in enumerate(field):
+        if letter == "." and field[:index] in data:
+            return value_at(data[field[:index]], field[index + 1 :])
     return False, None
 
 
@@ -89,25 +89,25 @@ def _find(text: str, start: int, field: str) -> tuple[int, int]:
     members = _members(text, start)
     if field in members:
         return members[field]
-    key = next(key for key in (field[:place] for place, letter in enumerate(field) if letter == ".") if key in members)
+    key = next(key for key in (field[:index] for index, letter in enumerate(field) if letter == ".") if key in members)
     return _find(text, members[key][0], field[len(key) + 1 :])
 
 
 def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
     """Key -> [start, end) of its value, of the object that begins at `start`."""
-    found: dict[str, tuple[int, int]] = {}
+    result: dict[str, tuple[int, int]] = {}
     place = _blanks(text, start + 1)
     while text[place] == '"':
         key, place = _DECODER.raw_decode(text, place)
         begin = _blanks(text, _blanks(text, place) + 1)  # behind the colon
         _, end = _DECODER.raw_decode(text, begin)
-        found[key] = begin, end
+        result[key] = begin, end
         place = _blanks(text, _blanks(text, end) + 1)  # behind the comma, or the end
         if place >= len(text):
             break
-    return found
+    return result
 
 
 def _blanks(text: str, place: int) -> int:
-    found = _BLANKS.match(text, place)
-    return found.end() if found else place
+    match = _BLANKS.match(text, place)
+    return match.end() if match else place

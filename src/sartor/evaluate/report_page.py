@@ -92,8 +92,8 @@ def _intervals(report: Mapping[str, Any]) -> str:
         f'text-anchor="middle">{tick / 4:g}</text>'
         for tick in range(5)
     ]
-    for place, (name, metric) in enumerate(rows):
-        y = step * place + step / 2
+    for index, (name, metric) in enumerate(rows):
+        y = step * index + step / 2
         low, high = (min(max(metric["base"] + metric[end], 0), 1) for end in ("low", "high"))
         x = {
             key: left + width * value for key, value in (("b", metric["base"]), ("t", metric["tuned"]), ("l", low), ("h", high))
@@ -158,11 +158,11 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
         for name, check in judged.items()
     )
     counts = [
-        (f"{name.replace('_', ' ')}: {one['what']}", one)
+        (f"{name.replace('_', ' ')}: {item['what']}", item)
         for name, items in found.get("benchmarks", {}).items()
         if isinstance(items, Mapping)
-        for one in items.values()
-        if isinstance(one, Mapping)
+        for item in items.values()
+        if isinstance(item, Mapping)
     ]
     counts += [
         (f"refused of what {name.replace('_', ' ')} be", one) for name, one in found["refusals"].items() if "base" in one
@@ -234,12 +234,12 @@ PIXELS = 96
 
 def thumbnails(asked: HeldOut, places: Iterable[int]) -> dict[int, str]:
     """Data URLs of JPEGs of at most PIXELS each way: of these rows the first picture, where one can be decoded."""
-    found = {}
+    result = {}
     for place in places:
         pictures = [part for part in media_of(asked.examples[place]) if part.kind == "image"]
         if pictures and (url := _thumbnail(pictures[0], asked)):
-            found[place] = url
-    return found
+            result[place] = url
+    return result
 
 
 def _thumbnail(part: Part, asked: HeldOut) -> str:

@@ -226,12 +226,12 @@ class ExactnessProbe:
     def responses(self, tensors: Tensors, residual: Mapping[str, LoraPair] | None = None) -> dict[str, Array]:
         """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained adapter."""
         extra = residual or {}
-        found = {}
+        result = {}
         for module, inputs in self.inputs.items():
             parts = [pair(tensors, module), *([extra[module]] if module in extra else [])]
             sums = [part.b.astype(np.float64) @ (part.a.astype(np.float64) @ inputs) for part in parts]
-            found[PREFIX + module] = np.sum(sums, axis=0).astype(np.float32)
-        return found
+            result[PREFIX + module] = np.sum(sums, axis=0).astype(np.float32)
+        return result
 
 
 def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) -> ExactnessProbe:
@@ -263,5 +263,8 @@ def seen_error(
     canary: ExactnessProbe, mode: Mode, shared: Tensors, updates: Sequence[Update], made: Combined, number: int
 ) -> float:
     """`exactness_error` where the uploads are seen one by one."""
-    each = [Update(one.client, canary.responses(mode.applied(shared, one.tensors, number)), one.examples) for one in updates]
+    each = [
+        Update(update.client, canary.responses(mode.applied(shared, update.tensors, number)), update.examples)
+        for update in updates
+    ]
     return exactness_error(canary, made, mean(each))

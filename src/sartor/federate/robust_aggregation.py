@@ -23,7 +23,7 @@ Numbers = NDArray[np.float64]
 
 def stacked(updates: Sequence[Update], name: str) -> Numbers:
     """One tensor of all updates, (clients, values)."""
-    return np.stack([one.tensors[name].ravel() for one in updates]).astype(np.float64)
+    return np.stack([update.tensors[name].ravel() for update in updates]).astype(np.float64)
 
 
 def by_value(updates: Sequence[Update], pooled: Callable[[Numbers], Numbers]) -> dict[str, Array]:
@@ -228,20 +228,20 @@ class Screened:
                 f"screening would leave out {len(odd)} of {len(updates)} clients, the first {odd[0].client!r}: {odd[0].reason}"
             )
             raise GuardError(problem, "look at the clients, or lower least_cosine and raise most_times_median")
-        return Pooled(_plain([one for one in updates if one.client not in reasons]), odd)
+        return Pooled(_plain([update for update in updates if update.client not in reasons]), odd)
 
     def _reasons(self, updates: Sequence[Update]) -> dict[str, str]:
         """Client -> why it is left out."""
         lengths = norms(updates)
         most = self.most_times_median * float(np.median(lengths))
         alike = cosines(updates, Median().pool(updates).tensors)
-        found = {}
+        result = {}
         for one, length, cosine in zip(updates, lengths, alike, strict=True):
             if length > most:
-                found[one.client] = f"its norm is {length:.3g}; the limit is {most:.3g}"
+                result[one.client] = f"its norm is {length:.3g}; the limit is {most:.3g}"
             elif length and cosine < self.least_cosine:
-                found[one.client] = f"its cosine to the median update is {cosine:.2f}; the limit is {self.least_cosine:.2f}"
-        return found
+                result[one.client] = f"its cosine to the median update is {cosine:.2f}; the limit is {self.least_cosine:.2f}"
+        return result
 
 
 AnyRule = Mean | NormBound | Median | Trimmed | Krum | MultiKrum | Screened
@@ -254,7 +254,7 @@ def _taken(updates: Sequence[Update]) -> Sequence[Update]:
 
 def _plain(updates: Sequence[Update]) -> Tensors:
     """The mean, each client alike."""
-    return mean([Update(one.client, one.tensors) for one in updates])
+    return mean([Update(update.client, update.tensors) for update in updates])
 
 
 def _scaled(update: Update, factor: float) -> Update:

@@ -39,13 +39,13 @@ def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
         sizes = {name: math.prod(shape) for name, shape in head.items()}
         if len(values) != 4 * sum(sizes.values()) or any(size < 0 for size in sizes.values()):
             raise ValueError(f"{len(values)} bytes of values")
-        found, start = {}, 0
+        result, start = {}, 0
         for name in sorted(head):
-            found[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
+            result[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
             start += sizes[name]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"these are no tensors of a round: {error}", "get them again from the coordinator") from None
-    return found
+    return result
 
 
 def digest(content: bytes) -> str:

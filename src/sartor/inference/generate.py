@@ -143,7 +143,7 @@ def _by_own_forward(
     media = native_media(model)
     if media is None:
         return {}
-    inside, made = without_peft(model), {}
+    inside, result = without_peft(model), {}
     reply = whisper_base.reply if isinstance(media, whisper_base.WhisperMedia) else native_replies.reply
     for row, prompt in enumerate(prompts):
         if native_replies.is_plain(inside, media, prompt):
@@ -155,8 +155,8 @@ def _by_own_forward(
 
         ids = reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
         has_ended = bool(ids) and ids[-1] in set(stop)
-        made[row] = choose.ended(row, ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
-    return made
+        result[row] = choose.ended(row, ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
+    return result
 
 
 def _check_finite(logits: torch.Tensor) -> None:

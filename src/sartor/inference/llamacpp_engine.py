@@ -217,7 +217,7 @@ class LlamaCppEngine(StreamEngine):
             "repeat_last_n": MOST_CONTEXT,
             "prompt": reply.prompt,
             "id_slot": reply.seat,
-            "lora": [{"id": place, "scale": float(adapter == call.adapter)} for place, adapter in enumerate(self._loaded)],
+            "lora": [{"id": index, "scale": float(adapter == call.adapter)} for index, adapter in enumerate(self._loaded)],
             "n_predict": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -131,8 +131,8 @@ def _rendered(chat: ChatTokenizer, ways: Sequence[Sequence[Message]], tools: str
 
 def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
     """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it out."""
-    messages = [_message(said, place) for place, said in enumerate(call.messages)]
-    return [with_reasoning(one, chat.markup.spelt) if one.role == "assistant" else one for one in messages]
+    messages = [_message(said, index) for index, said in enumerate(call.messages)]
+    return [with_reasoning(message, chat.markup.spelt) if message.role == "assistant" else message for message in messages]
 
 
 def _message(said: Any, place: int) -> Message:
@@ -232,7 +232,7 @@ def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
 
 def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
     """With a note: at the end of a first system turn or in one of its own, or before the first user turn's text."""
-    first = next((place for place, message in enumerate(messages) if message.role == role), None)
+    first = next((index for index, message in enumerate(messages) if message.role == role), None)
     if first is None or (role == "system" and first):
         return [Message.of(role, note), *messages]
     content = messages[first].content

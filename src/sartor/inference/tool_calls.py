@@ -40,8 +40,8 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
         raise RequestError(
             f"{len(tools)} tools are declared; at most {MOST_TOOLS} are read", "declare those that fit the request"
         )
-    for place, tool in enumerate(tools):
-        _check(tool, place)
+    for index, tool in enumerate(tools):
+        _check(tool, index)
     names = [name_of(tool) for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise RequestError(f"two tools have the name {twice!r}", "give each its own name")
@@ -106,7 +106,7 @@ def reply_schema(call: GenerateCall) -> str:
         raise RequestError(f"the tool {call.must_call!r} must be called and is not declared", "declare it in tools")
     if len(called) == 1:
         return json.dumps(_form(called[0], "#"))
-    return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{place}") for place, tool in enumerate(called)]})
+    return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{index}") for index, tool in enumerate(called)]})
 
 
 def _form(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class CallReader:
         found, rest = _bare_calls(self._kept, self._names) if not self._passed else ([], self._kept)
         if not found:
             found, rest = _tagged_calls(self._kept, self._names)
-        return rest, tuple(_as_openai(self._id, place, *call) for place, call in enumerate(found))
+        return rest, tuple(_as_openai(self._id, index, *call) for index, call in enumerate(found))
 
     def _certain(self) -> int:
         """Characters of what is kept that are text; sets `_holds` where a call may have begun."""
@@ -190,7 +190,7 @@ class CallReader:
         if places:
             return min(places)
         return next(
-            (place for place in range(max(0, len(text) - 16), len(text)) if _may_begin(text[place:], _MARKS)), len(text)
+            (index for index in range(max(0, len(text) - 16), len(text)) if _may_begin(text[index:], _MARKS)), len(text)
         )
 
 

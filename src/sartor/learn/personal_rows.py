@@ -90,8 +90,8 @@ def _learnt(inbox: FeedbackStore, wanted: Wanted, left_out: Counter[str]) -> Ite
             older = newest.pop(said.receipt, None)
             newest[said.receipt] = over(said, older) if older else said
     for said in newest.values():
-        if why := _unfit(said, wanted):
-            left_out[why] += 1
+        if reason := _unfit(said, wanted):
+            left_out[reason] += 1
             continue
         row = row_of(said)
         # the server puts the system prompt there, too

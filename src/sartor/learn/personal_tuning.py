@@ -123,17 +123,19 @@ def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
 def judge(stack: StackedAdapter, tuned: Tensors, own: JudgedRows, probe: JudgedRows, terms: PersonalTerms) -> AcceptanceResult:
     """Compare the tuned ranks with none, on both."""
     mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
-    why = ""
+    reason = ""
     if not mine.high <= terms.most_worse:
-        why = f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+        reason = (
+            f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+        )
     elif not other.high <= terms.most_elsewhere:
-        why = (
+        reason = (
             f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
             f"the limit is {terms.most_elsewhere:g}"
         )
         if too_few := too_few_prompts(probe.groups):
-            why = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
-    return AcceptanceResult(mine, other, mine.verdict(higher_is_better=False), why)
+            reason = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
+    return AcceptanceResult(mine, other, mine.verdict(higher_is_better=False), reason)
 
 
 def _compared(stack: StackedAdapter, tuned: Tensors, asked: JudgedRows) -> Comparison:
@@ -148,7 +150,7 @@ def _held_out(release: Artifact) -> list[Example]:
         parents = json.loads((release.path / "sartor.json").read_bytes())["parents"]
         for parent in parents:
             if parent["kind"] == "dataset" and (path := catalogue.locate(parent["id"], parent["path"])):
-                return [one for one in stored.read_examples(open_artifact(path, "dataset")) if one.split == "eval"]
+                return [example for example in stored.read_examples(open_artifact(path, "dataset")) if example.split == "eval"]
     return []
 
 
@@ -238,10 +240,10 @@ def _opened(team: Team, options: PersonalOptions) -> Iterator[_Ground]:
 def _release_of(team: Team, live: AgentVersion) -> Artifact:
     """The Release of the live version: the team's own copy, or where it was registered. Raises ArtifactError."""
     copy = release_copies.folder(Path(team.state)) / live.release_id
-    found = open_artifact(copy if copy.is_dir() else Path(live.release), "release")
-    if found.id != live.release_id:
-        raise ArtifactError(f"{found.path} is not the Release of {live.name} any more", "sartor agents list")
-    return found
+    result = open_artifact(copy if copy.is_dir() else Path(live.release), "release")
+    if result.id != live.release_id:
+        raise ArtifactError(f"{result.path} is not the Release of {live.name} any more", "sartor agents list")
+    return result
 
 
 def _speakers(ground: _Ground) -> Mapping[str, frozenset[str]]:

@@ -64,7 +64,7 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
     A slice of too few groups for any verdict cannot tell where it was seen to fall by more; otherwise it is no check
     (`unjudged`).
     """
-    found = {}
+    result = {}
     for name, rows in slice_rows(table, rules.slices, rules.slice_rows):
         compared, groups = of_rows(rows), _groups(rows)
         if groups < LEAST_GROUPS:
@@ -73,15 +73,15 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
                     f"cannot tell: {format_comparison(compared)} over {groups} groups of rows; "
                     f"{LEAST_GROUPS} are the least that tell"
                 )
-                found[f"slice:{name}"] = Check(
+                result[f"slice:{name}"] = Check(
                     "cannot tell", detail, f"more held-out rows of {name}, or look at what was said of it"
                 )
             continue
         is_worse = compared.high < 0 and -compared.difference > rules.slice_margin
         remedy = f"rows of {name} among the rehearsal, or look at what was said of it" if is_worse else ""
         detail = f"{format_comparison(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
-        found[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
-    return found
+        result[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
+    return result
 
 
 def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
@@ -146,11 +146,11 @@ class Suspect:
 
 def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
     """(key, rating) -> what each key said; a rating of 0 says nothing."""
-    found: dict[str, FailureRate] = {}
+    result: dict[str, FailureRate] = {}
     for key, rating in ratings:
         if rating:
-            found.setdefault(key, FailureRate()).count(rating < 0)
-    return found
+            result.setdefault(key, FailureRate()).count(rating < 0)
+    return result
 
 
 def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:

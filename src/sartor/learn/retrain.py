@@ -94,11 +94,11 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Options with others laid over them, mapping by mapping; a limit of the budget takes the place of all others."""
     if not isinstance(over, Mapping):
         raise ConfigError(f"retrain.tuning is {over!r}, no mapping of options", "tuning: {budget: {epochs: 2}}")
-    found = dict(under)
+    result = dict(under)
     for name, value in over.items():
-        is_inner = isinstance(value, Mapping) and isinstance(found.get(name), Mapping) and name != "budget"
-        found[name] = merged(found[name], value) if is_inner else value
-    return found
+        is_inner = isinstance(value, Mapping) and isinstance(result.get(name), Mapping) and name != "budget"
+        result[name] = merged(result[name], value) if is_inner else value
+    return result
 
 
 def evaluate(job: RetrainContext) -> Mapping[str, Any]:
@@ -199,16 +199,16 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
 def register_version(job: RetrainContext) -> Mapping[str, Any]:
     """Registered; on trial where somebody serves the team, live at once where a person asks for it, else waiting."""
     made, live = job.work.facts("release"), job.work.record.live
-    why = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
+    reason = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
     name = f"{job.agent}@{made['version']}"
-    add_agent(job.team, made["release"], name=job.agent, why=why)
+    add_agent(job.team, made["release"], name=job.agent, why=reason)
     if server_presence.running(Path(job.team.state)):
-        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=why)
+        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=reason)
         told = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
         return {"decision": "canary", "reason": f"{name} {told}"}
     if job.wishes.promote:
-        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=0.0, shadow=0.0, why=why)
-        return {"decision": "promoted", "reason": f"{name} is live: {why}"}
+        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=0.0, shadow=0.0, why=reason)
+        return {"decision": "promoted", "reason": f"{name} is live: {reason}"}
     how = f"sartor agents promote {job.agent} {made['version']}"
     return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {how}, or --promote"}
 

@@ -198,10 +198,10 @@ class RetrainContext:
     def live(self) -> Artifact:
         """The Release that is live. Raises ArtifactError where it is gone, or another one stands there."""
         known = self.work.record.live
-        found = open_artifact(known.release, "release")
-        if found.id != known.release_id:
+        result = open_artifact(known.release, "release")
+        if result.id != known.release_id:
             raise ArtifactError(f"{known.release} is no longer the Release {known.release_id[:16]}", "restore it from a copy")
-        return found
+        return result
 
     def own_rows(self) -> Artifact:
         """The Dataset that the live version was tuned on. Raises ArtifactError where it is gone."""
@@ -263,8 +263,8 @@ def resolve_trial(team: Team, work: RunRecord) -> None:
         work.decide("promoted", f"{record.agent}@{version} has become live after its trial")
     elif agent is None or agent.candidate != version:
         sent_back = known is not None and known.status == "rolled_back"
-        why = "was sent back: sartor agents events " + record.agent if sent_back else "is no longer on trial"
-        work.decide("rolled back", f"{record.agent}@{version} {why}")
+        reason = "was sent back: sartor agents events " + record.agent if sent_back else "is no longer on trial"
+        work.decide("rolled back", f"{record.agent}@{version} {reason}")
 
 
 def next_version(version: str, taken: Collection[str]) -> str:
@@ -277,8 +277,8 @@ def next_version(version: str, taken: Collection[str]) -> str:
     """
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", version)
     head, number, tail = match.groups() if match else (f"{version}.", "0", "")
-    found = version
-    while found == version or found in taken:
+    result = version
+    while result == version or result in taken:
         number = str(int(number) + 1)
-        found = f"{head}{number}{tail}"
-    return found
+        result = f"{head}{number}{tail}"
+    return result

@@ -76,7 +76,7 @@ def _terms(job: RetrainContext) -> InboxTerms:
 def distrusted(job: RetrainContext) -> list[str]:
     """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
     standings = of_folder(_inbox(job), _terms(job)).standings
-    return [one.why for one in standings if one.is_aside and one.key not in job.wishes.ignore]
+    return [standing.why for standing in standings if standing.is_aside and standing.key not in job.wishes.ignore]
 
 
 def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData:

@@ -75,7 +75,7 @@ class SearchTerms:
 
 def _pieces(text: str) -> Iterator[str]:
     """What begins at each word of a text, and at every PIECE characters where there are no words."""
-    starts = [place for place in range(len(text)) if place % PIECE == 0 or text[place - 1].isspace()]
+    starts = [index for index in range(len(text)) if index % PIECE == 0 or text[index - 1].isspace()]
     yield from {piece for start in starts if len(piece := text[start : start + PIECE]) >= LEAST}
 
 

@@ -190,8 +190,8 @@ def _without(dataset: Artifact, places: set[str]) -> Iterator[dict[str, Any]]:
         return all(locator.rpartition("/")[2] in places for locator in locators)
 
     examples, drops = list(stored.read_examples(dataset)), list(stored.read_drops(dataset))
-    kept = [one for one in examples if not is_of([origin.locator for origin in one.origins])]
-    clean = [one for one in drops if not is_of([one.locator])]
+    kept = [example for example in examples if not is_of([origin.locator for origin in example.origins])]
+    clean = [drop for drop in drops if not is_of([drop.locator])]
     if (len(kept), len(clean)) == (len(examples), len(drops)):
         return
     made = [asdict(one) for one in catalogue.descendants(dataset.id)]

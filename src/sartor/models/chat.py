@@ -171,7 +171,7 @@ class ChatTokenizer:
             return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
         shown = self._shown(example)
         text = self.write(shown.messages, tools=shown.tools)
-        spans = [self._span(shown, place, text) for place, message in enumerate(shown.messages) if message.role == "assistant"]
+        spans = [self._span(shown, index, text) for index, message in enumerate(shown.messages) if message.role == "assistant"]
         if spans and not self._ends_in_stop(text[: spans[-1].end]):
             # the template writes no end-of-turn: without one the model would never learn to stop
             text = text[: spans[-1].end] + self.tokenizer.eos_token
@@ -263,13 +263,13 @@ class ChatTokenizer:
         pieces: list[Piece] = []
         reached, marks = 0, self.marks(text, seen)
         ends = [*(mark.start() for mark in marks), len(text)]
-        for place, end in enumerate(ends):
-            begin = marks[place - 1].end() if place else 0
-            if place:
-                pieces += [(token, reached, begin) for token in seen[place - 1]]
+        for index, end in enumerate(ends):
+            begin = marks[index - 1].end() if index else 0
+            if index:
+                pieces += [(token, reached, begin) for token in seen[index - 1]]
                 reached = begin
             within = [cut - begin for cut in cuts if begin < cut < end]
-            for token, start, stop in pieces_of(self.tokenizer, text[begin:end], within, is_first=not place):
+            for token, start, stop in pieces_of(self.tokenizer, text[begin:end], within, is_first=not index):
                 pieces.append((token, min(begin + start, reached), begin + stop))
                 reached = begin + stop
         return pieces

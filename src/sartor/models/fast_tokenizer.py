@@ -162,13 +162,13 @@ def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **o
 
 
 def _sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    result = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
-    made.filters["tojson"] = _json
-    made.globals["raise_exception"] = _refuse
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
+    result.filters["tojson"] = _json
+    result.globals["raise_exception"] = _refuse
+    result.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return result
 
 
 _SANDBOX = _sandbox()

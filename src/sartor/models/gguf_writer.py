@@ -87,12 +87,12 @@ class GgufLayout:
 
     def name(self, parameter: str) -> str:
         """llama.cpp's name of a parameter (`model.layers.0.self_attn.q_proj.weight`). Raises ModelError where it has none."""
-        found = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        result = self._names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if result is None:
             raise ModelError(
                 f"llama.cpp's {self.family.name} has no place for {parameter}", "use a base without it, or --to merged"
             )
-        return found
+        return result
 
     def ordered(self, parameter: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """A weight (out, in), bias (out) or factor B (out, R) with its rows as llama.cpp wants them.
@@ -117,12 +117,12 @@ def read_config(base: Path | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(base, Mapping):
         return base
     try:
-        found = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        result = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{base} has no readable config.json: {error}", "give the directory of the base") from None
-    if not isinstance(found, dict):
+    if not isinstance(result, dict):
         raise ModelError(f"{base / 'config.json'} is no mapping", "give the directory of the base")
-    return found
+    return result
 
 
 def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path, *, template: str = "") -> Path:

@@ -100,8 +100,8 @@ def weights_in(folder: Path) -> int:
 
 
 def _machine_bytes() -> int:
-    if found := _fields(Path("/proc/meminfo")).get("MemAvailable"):
-        return found
+    if result := _fields(Path("/proc/meminfo")).get("MemAvailable"):
+        return result
     import psutil  # comes with accelerate
 
     return int(psutil.virtual_memory().available)
@@ -147,14 +147,14 @@ def _limits() -> Iterator[FreeMemory]:
 
 def _fields(file: Path) -> dict[str, int]:
     """The `Name: N kB` lines of a file of /proc, in bytes; empty where there is no such file."""
-    found = {}
+    result = {}
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
             name, _, value = line.partition(":")
             words = value.split()
             if len(words) == 2 and words[1] == "kB":
-                found[name] = int(words[0]) * 1024
-    return found
+                result[name] = int(words[0]) * 1024
+    return result
 
 
 def best_device() -> torch.device:

@@ -38,7 +38,7 @@ def virtual_ids(key: int, count: int) -> list[int]:
     """
     if count > MOST_TOKENS:
         raise SourceError(f"one media file has {count} tokens; {MOST_TOKENS} can be read", "cut it into parts")
-    return [-1 - (key << PLACE_BITS | place) for place in range(count)]
+    return [-1 - (key << PLACE_BITS | index) for index in range(count)]
 
 
 def keys_in(ids: Sequence[int]) -> list[int]:
@@ -128,8 +128,8 @@ def own_inputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     embedding = embedding_of(model)
     if embedding is None:
         return {"input_ids": ids}
-    found: dict[str, torch.Tensor] = embedding.media.inputs(ids, is_blank=embedding.is_blank)
-    return found
+    result: dict[str, torch.Tensor] = embedding.media.inputs(ids, is_blank=embedding.is_blank)
+    return result
 
 
 @contextmanager

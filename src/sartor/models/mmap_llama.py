@@ -180,7 +180,7 @@ class MappedLlama(torch.nn.Module):
         self.model = ModuleNamespace(
             embed_tokens=MappedEmbedding(embedding, dtype),
             rotary_emb=Rotary(config.rope_theta, config.head_dim),
-            layers=torch.nn.ModuleList(self._layer(place) for place in range(config.num_hidden_layers)),
+            layers=torch.nn.ModuleList(self._layer(index) for index in range(config.num_hidden_layers)),
             norm=self._norm("model.norm"),
         )
         self.lm_head = MappedLinear(embedding if config.tie_word_embeddings else self._tensor("lm_head.weight"), None)
@@ -191,8 +191,8 @@ class MappedLlama(torch.nn.Module):
 
     def get_input_embeddings(self) -> MappedEmbedding:
         """The embedding."""
-        found: MappedEmbedding = self.model.embed_tokens
-        return found
+        result: MappedEmbedding = self.model.embed_tokens
+        return result
 
     def get_output_embeddings(self) -> MappedLinear:
         """The LM head."""
@@ -245,9 +245,9 @@ class MappedLlama(torch.nn.Module):
     def _linear(self, name: str) -> MappedLinear:
         bias = self._tensors.get(f"{name}.bias")
         bias = None if bias is None else bias.to(self._dtype)
-        made = narrow_linear(self._tensors, name, bias) or MappedLinear(self._tensor(f"{name}.weight"), bias)
-        self.linear[name] = made
-        return made
+        result = narrow_linear(self._tensors, name, bias) or MappedLinear(self._tensor(f"{name}.weight"), bias)
+        self.linear[name] = result
+        return result
 
     def _norm(self, name: str) -> Any:
         return SimpleNamespace(weight=self._tensor(f"{name}.weight").to(self._dtype), variance_epsilon=self.config.rms_norm_eps)

@@ -346,7 +346,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two rows have in common from the beginning."""
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
-            return place
+            return index
     return min(len(one), len(other))

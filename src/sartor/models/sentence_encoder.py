@@ -82,7 +82,7 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> Any:
         """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
         self._cut = self._tokens = 0
-        order = sorted((place for place, text in enumerate(texts) if text.strip()), key=lambda place: len(texts[place]))
+        order = sorted((index for index, text in enumerate(texts) if text.strip()), key=lambda place: len(texts[place]))
         vectors = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), CHUNK):
             places = order[start : start + CHUNK]

@@ -168,12 +168,12 @@ class Markup:
         """(start, end) of every piece of markup, also of those that overlap."""
         if not self.tokens:
             return []
-        found = []
+        result = []
         if self._any.search(text):
-            found = [match.span(1) for match in self._each.finditer(text)]
+            result = [match.span(1) for match in self._each.finditer(text)]
         if self._fold:
-            found = sorted({*found, *self._folded_places(text)})
-        return found
+            result = sorted({*result, *self._folded_places(text)})
+        return result
 
     def _folded_places(self, text: str) -> list[tuple[int, int]]:
         """What becomes markup when the tokenizer normalises the text: full-width letters, say."""

@@ -121,11 +121,11 @@ class TensorCache:
                 self._total -= size
 
     def _stored(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
+        result = []
         for file in self.folder.glob("*/*.safetensors"):
             with contextlib.suppress(OSError):
-                found.append((file, file.stat()))
-        return found
+                result.append((file, file.stat()))
+        return result
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -164,7 +164,7 @@ def _config(variables: Mapping[str, NDArray[Any]], tokenizer: Any) -> Any:
     """What the shapes say. Raises KeyError where a variable is absent."""
 
     def layers(side: str) -> int:
-        return 1 + max(int(found[1]) for name in variables if (found := re.match(rf"{side}/layer_(\d+)/", name)))
+        return 1 + max(int(match[1]) for name in variables if (match := re.match(rf"{side}/layer_(\d+)/", name)))
 
     width, mels, _ = variables["encoder/conv1/weight"].shape
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")

@@ -39,14 +39,14 @@ def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
         for asked, before, after in (private, probe)
     )
     verdict = mine.verdict(higher_is_better=False)
-    why = ""
+    reason = ""
     if verdict != "better":
-        why = f"on the person's own rows: {verdict} ({mine.low:+.3f} to {mine.high:+.3f} nats a token)"
+        reason = f"on the person's own rows: {verdict} ({mine.low:+.3f} to {mine.high:+.3f} nats a token)"
     elif not other.high <= most_probe_loss:
-        why = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
+        reason = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
         if too_few := too_few_prompts(probe[0].groups):
-            why = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
-    return AcceptanceResult(mine, other, why)
+            reason = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
+    return AcceptanceResult(mine, other, reason)
 
 
 def too_few_prompts(groups: Sequence[str]) -> str:

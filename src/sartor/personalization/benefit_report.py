@@ -40,7 +40,7 @@ class Own:
     @property
     def asked_groups(self) -> list[str]:
         """Of the rows that are asked."""
-        return [group_of(one) for one in self.asked.examples]
+        return [group_of(example) for example in self.asked.examples]
 
     @property
     def tokens(self) -> list[float]:
@@ -130,16 +130,16 @@ def _said(one: ClientBenefit) -> dict[str, Any]:
 
 
 def _over(own: Own, other: AdapterScores, mine: AdapterScores) -> dict[str, Any]:
-    found = {
+    result = {
         "loss": _difference(
             paired_bootstrap(other.losses, mine.losses, own.groups, own.tokens, is_bounded=False), higher_is_better=False
         )
     }
     if mine.matches:
-        found["exact_match"] = _difference(
+        result["exact_match"] = _difference(
             paired_bootstrap(other.matches, mine.matches, own.asked_groups), higher_is_better=True
         )
-    return found
+    return result
 
 
 def _difference(compared: Comparison, *, higher_is_better: bool) -> dict[str, Any]:

@@ -50,17 +50,17 @@ class Material:
 
 def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, most_tokens: int) -> Material:
     """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and why."""
-    found = Material()
+    result = Material()
     for row in rows:
         coded = encode_user_row(row.learnt, row.id, chat, most_tokens) if row.learnt else "rated bad, and not corrected"
         if isinstance(coded, str):
-            found.left_out.setdefault(coded, []).append(row.id)
+            result.left_out.setdefault(coded, []).append(row.id)
         elif row.is_held_out(held_out_fraction):
-            found.held_out.append(coded)
-            found.groups.append(row.group)
+            result.held_out.append(coded)
+            result.groups.append(row.group)
         else:
-            found.train.append(coded)
-    return found
+            result.train.append(coded)
+    return result
 
 
 def encode_user_row(example: Example, name: str, chat: ChatTokenizer, most_tokens: int) -> TokenizedExample | str:
@@ -79,10 +79,10 @@ def encode_user_row(example: Example, name: str, chat: ChatTokenizer, most_token
 
 def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe that goes on from a release's adapter: its method, DEFAULTS, and a person's changes to these."""
-    made = {"base": str(base), "data": {"path": "personal"}, **DEFAULTS, **changes, "method": _method(adapter, base)}
-    made["compute"] = {**DEFAULTS["compute"], **changes.get("compute", {}), "reuse_frozen": False}
-    config.load(Recipe, made)
-    return made
+    result = {"base": str(base), "data": {"path": "personal"}, **DEFAULTS, **changes, "method": _method(adapter, base)}
+    result["compute"] = {**DEFAULTS["compute"], **changes.get("compute", {}), "reuse_frozen": False}
+    config.load(Recipe, result)
+    return result
 
 
 def _method(adapter: Path, base: Path) -> dict[str, Any]:
@@ -100,7 +100,9 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
     whole = {(layer, module) for layer in range(lowest, layers) for module in modules}
     odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if said.get(name)]
     if odd or not adapted or adapted != whole or not all(found):
-        why = f": {', '.join(odd)}" if odd else ""
-        raise ConfigError(f"{adapter} is no plain LoRA of the layers next to the head{why}", "a release tuned by sartor tune")
+        reason = f": {', '.join(odd)}" if odd else ""
+        raise ConfigError(
+            f"{adapter} is no plain LoRA of the layers next to the head{reason}", "a release tuned by sartor tune"
+        )
     targets = {"modules": modules, **({"layers": f"top-{layers - lowest}"} if lowest else {})}
     return {"kind": "lora", "rank": rank, "alpha": alpha, "targets": targets}

@@ -45,7 +45,7 @@ def _picture() -> bytes:
 
 
 def _clip() -> bytes:
-    times = (place / RATE for place in range(int(RATE * SECONDS)))
+    times = (index / RATE for index in range(int(RATE * SECONDS)))
     samples = (round(9000 * math.sin(2 * math.pi * (300 + 400 * at) * at)) for at in times)
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
@@ -98,8 +98,8 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
     looks = tuple(_look(adapter, kind, system) for kind in reads)
     if said:
         calls = [
-            GenerateCall(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING)
-            for place, one in enumerate(said)
+            GenerateCall(f"canary-{index}", adapter, tuple(one["messages"]), sampling=SAMPLING)
+            for index, one in enumerate(said)
         ]
         return CanaryPrompts(tuple(calls), tuple(one["reply"] for one in said), looks, _not_checked(said, manifest))
     asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
@@ -111,7 +111,7 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
 def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
     """Return why recorded replies cannot be compared. A canary that states no dtype has that of the Release's base."""
     dtype = manifest.get("base", {}).get("dtype", "")
-    found = [numerics.not_checked(one.get("numerics"), str(one.get("dtype", dtype))) for one in canaries]
+    found = [numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries]
     return next(filter(None, found), "")
 
 
@@ -122,7 +122,9 @@ def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> Gener
 
 def _is_canary(said: Mapping[str, Any]) -> bool:
     messages = said.get("messages")
-    return isinstance(said.get("reply"), str) and isinstance(messages, list) and all(_is_message(one) for one in messages)
+    return (
+        isinstance(said.get("reply"), str) and isinstance(messages, list) and all(_is_message(message) for message in messages)
+    )
 
 
 def _is_message(said: Any) -> bool:

@@ -109,7 +109,7 @@ class GateRules:
     def judged(self, report: Artifact) -> dict[str, Check]:
         """The checks of the slices, by the rows of a Report."""
         table = list(parquet_io.read_file(report.path / "rows.parquet"))
-        return {f"slice:{one.name}": _judge(one, table) for one in self.slices}
+        return {f"slice:{slice_name.name}": _judge(slice_name, table) for slice_name in self.slices}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
     said = config.load_any(GateFile, rules)
     if said == GateFile():
         raise ConfigError("the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}")
-    names = [one.name for one in said.slices]
+    names = [slice_name.name for slice_name in said.slices]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two slices have the name {min(twice)!r}", "give each a name of its own")
     text = canonical_text(rules) if isinstance(rules, Mapping) else Path(rules).read_text(encoding="utf-8-sig")

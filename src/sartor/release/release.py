@@ -140,7 +140,7 @@ def gate(
     manifest, limits = report.manifest, own.limits if own else GateLimits()
     primary = manifest["primary"]
     dataset = ancestry.find_parent(adapter, "dataset")
-    found = {
+    result = {
         "gain": checks.check_gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
         "forgetting": checks.check_forgetting(manifest["forgetting"], limits.forgetting),
         "licence": checks.check_licence(adapter, use),
@@ -151,14 +151,14 @@ def gate(
         **(own.judged(report) if own else {}),
     }
     for waiver in waivers:
-        if waiver.check not in found:
-            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(found)}")
+        if waiver.check not in result:
+            raise ConfigError(f"the gate has no check {waiver.check!r}", f"--waive {' | '.join(result)}")
         if not (waiver.by.strip() and waiver.reason.strip()):
             raise ConfigError(f"the waiver of {waiver.check!r} lacks a name or a reason", "--by NAME --reason TEXT")
-        if found[waiver.check].holds_back:
-            detail = f"{found[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
-            found[waiver.check] = Check("waived", detail)
-    return found
+        if result[waiver.check].holds_back:
+            detail = f"{result[waiver.check].detail}; waived by {waiver.by}: {waiver.reason}"
+            result[waiver.check] = Check("waived", detail)
+    return result
 
 
 def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit | None) -> dict[str, Check]:

@@ -325,8 +325,8 @@ class ApiKeyStore:
         if table is None or not self._was_keyed:
             return {}
         if error is not None or self._cache.age_s > STALE_S:
-            why = error.problem if error is not None else "it does not answer"
-            return {TROUBLE: f"the keys cannot be read; those known hold for {STALE_S:.0f} s: {why}"}
+            reason = error.problem if error is not None else "it does not answer"
+            return {TROUBLE: f"the keys cannot be read; those known hold for {STALE_S:.0f} s: {reason}"}
         return {} if table.rows else {TROUBLE: f"the registry {self._database.name} has none any more: nobody is let in"}
 
     def admit(self, secret: str) -> Principal:

@@ -198,11 +198,11 @@ def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[StoredFeedbac
     """Rewrite a file without some lines, whole or not at all; returns those."""
     gone: list[StoredFeedback] = []
     lines = file.read_bytes().splitlines()
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         said = _read(line) if line.strip() else None
         if line.strip() and (said is None or goes(said)):
-            gone.append(StoredFeedback(f"{file.name}:{place + 1}", said))
-            lines[place] = b""
+            gone.append(StoredFeedback(f"{file.name}:{index + 1}", said))
+            lines[index] = b""
     if not gone:
         return []
     write_file_atomic(file, b"".join(line + b"\n" for line in lines), mode=0o600)

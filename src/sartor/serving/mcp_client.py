@@ -108,10 +108,10 @@ class McpConnection:
                     self._session, wait_s = session, FIRST_WAIT_S
                     self._tried.set()
                     await self._broken.wait()
-                why = "it broke off, and is opened again"
+                reason = "it broke off, and is opened again"
             except Exception as error:  # whatever a foreign program does, it is a trouble of this server alone
-                why = error.problem if isinstance(error, SartorError) else _cause(error)
-            self._session, self.troubles = None, {f"tools {self.terms.name}": why}
+                reason = error.problem if isinstance(error, SartorError) else _cause(error)
+            self._session, self.troubles = None, {f"tools {self.terms.name}": reason}
             self._tried.set()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), wait_s)

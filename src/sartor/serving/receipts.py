@@ -50,12 +50,12 @@ from sartor.text.json_schema import JSON_OBJECT
 
 def lines_with(file: Path, needle: bytes) -> list[tuple[int, bytes]]:
     """(where it begins, the line without its end) of each line that holds these bytes; one that a kill cut short too."""
-    found, start = [], 0
+    result, start = [], 0
     for line in file.read_bytes().split(b"\n"):
         if needle in line:
-            found.append((start, line))
+            result.append((start, line))
         start += len(line) + 1
-    return found
+    return result
 
 
 def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
@@ -105,7 +105,11 @@ class RequestDigestInput:
     def of_request(cls, said: Mapping[str, Any]) -> RequestDigestInput:
         """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its form."""
         messages, text = said.get("messages") or [], said.get("text") or said.get("prompt") or ""
-        if not isinstance(messages, list) or not all(isinstance(one, Mapping) for one in messages) or not isinstance(text, str):
+        if (
+            not isinstance(messages, list)
+            or not all(isinstance(message, Mapping) for message in messages)
+            or not isinstance(text, str)
+        ):
             raise ArtifactError("the messages are no list of messages", '[{"role": "user", "content": "..."}]')
         tools, must_call = read_choice(said.get("tool_choice"), read_tools(_without_none(said.get("tools") or [])))
         return cls._of(messages, text, tools, must_call, _schema_of(said.get("response_format")))
@@ -246,10 +250,10 @@ def read_secret(file: Path) -> bytes:
     """The HMAC's key of a team. Raises ConfigError for one that is cut, or that others can read."""
     if os.name == "posix" and file.stat().st_mode & 0o077:
         raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
-    found = file.read_bytes()
-    if len(found) != _SECRET_BYTES:
-        raise ConfigError(f"{file} has {len(found)} bytes, not {_SECRET_BYTES}", "restore it from a copy, or move it away")
-    return found
+    result = file.read_bytes()
+    if len(result) != _SECRET_BYTES:
+        raise ConfigError(f"{file} has {len(result)} bytes, not {_SECRET_BYTES}", "restore it from a copy, or move it away")
+    return result
 
 
 def build_receipt(given: FinishedReply, about: EngineInfo, seal: TeamSigner) -> dict[str, Any]:

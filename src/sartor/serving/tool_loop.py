@@ -57,10 +57,10 @@ class ToolServers:
 
     def of(self, agent: str) -> dict[str, OfferedTool]:
         """What an agent may call, by name; of two tools of one name the first server's."""
-        found: dict[str, OfferedTool] = {}
+        result: dict[str, OfferedTool] = {}
         for name in self._of.get(agent, ()):
-            found = {**self._held[name].tools, **found}
-        return found
+            result = {**self._held[name].tools, **result}
+        return result
 
     def declared(self, agent: str) -> tuple[Mapping[str, Any], ...]:
         """The same as a prompt has it."""
@@ -121,7 +121,7 @@ class ToolCallingAgent:
             course.count(end)
             said = "".join(event.text for event in events if isinstance(event, TextDelta))
             turn = {"role": "assistant", "content": said, "tool_calls": list(calls)}
-            results = [await self._result(answer, tools, call, place, course) for place, call in enumerate(calls)]
+            results = [await self._result(answer, tools, call, index, course) for index, call in enumerate(calls)]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
             asked = replace(asked, model=model, messages=(*asked.messages, turn, *results))
             if course.is_looping or number == ROUNDS - 1:

@@ -47,20 +47,20 @@ def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, 
     """The object in an answer that fits the schema. Texts around it, and fences, are left out."""
     if answer.finish == "refused":
         return Unusable("teacher_refused", "the teacher would not answer")
-    found = _object_in(answer.text)
-    if found is None:
+    result = _object_in(answer.text)
+    if result is None:
         if answer.finish == "length":
             return Unusable("answer_cut", "the answer was cut at max_tokens, before its JSON ended")
         return Unusable("no_json", "there is no JSON object in the answer")
     # an empty registry: a `$ref` to an address is an error, not a request
     checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
     try:
-        error = next(iter(checker.iter_errors(found)), None)
+        error = next(iter(checker.iter_errors(result)), None)
     except referencing.exceptions.Unresolvable as missing:
         raise ConfigError(f"the schema refers to {missing.ref!r}, which is not in it", "put that under $defs") from None
     if error is not None:
         return Unusable("schema_mismatch", f"at {error.json_path}: {error.message[:200]}")
-    return found
+    return result
 
 
 def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) -> TeacherQuestion:

@@ -54,24 +54,24 @@ class Seeds:
 
 def read_seeds(sources: tuple[SourceOptions, ...], max_row_bytes: int, folder: Path) -> Seeds:
     """The seeds, their media copied below `folder`. A row that stands there twice is one seed. Raises as `curate`."""
-    found = Seeds()
+    result = Seeds()
     for source in sources:
         path = Path(source.path)
         if path.is_dir() and kind_of(path) == "dataset":
-            coming: Iterator[Example | Drop] = _of_dataset(open_artifact(path, "dataset"), found, folder)
+            coming: Iterator[Example | Drop] = _of_dataset(open_artifact(path, "dataset"), result, folder)
         else:
-            coming = _of_files(source, max_row_bytes, found, folder)
+            coming = _of_files(source, max_row_bytes, result, folder)
         for row in coming:
             if isinstance(row, Drop):
-                found.drops.append(row)
+                result.drops.append(row)
             elif row.split == "eval":
-                found.held_out += 1
+                result.held_out += 1
             else:
-                found.rows.append(row)
-    once = {row.id: row for row in reversed(found.rows)}
-    found.repeated = len(found.rows) - len(once)
-    found.rows = list(reversed(once.values()))
-    return found
+                result.rows.append(row)
+    once = {row.id: row for row in reversed(result.rows)}
+    result.repeated = len(result.rows) - len(once)
+    result.rows = list(reversed(once.values()))
+    return result
 
 
 def _of_files(source: SourceOptions, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:

@@ -66,9 +66,9 @@ def counts(texts: Sequence[str]) -> Any:
     """Damped counts (1 + log n) of hashed words, pairs of words and pieces of 2 to 5 characters: a sparse float32 matrix."""
     sparse, words, pieces = _parts()
     cut = [_STOPS.sub(" ", text[:MOST_CHARACTERS]) for text in texts]
-    found = sparse.hstack([words.transform(cut), pieces.transform(cut)], format="csr", dtype=np.float32)
-    found.data = 1 + np.log(found.data)
-    return found
+    result = sparse.hstack([words.transform(cut), pieces.transform(cut)], format="csr", dtype=np.float32)
+    result.data = 1 + np.log(result.data)
+    return result
 
 
 def _parts() -> tuple[Any, Any, Any]:

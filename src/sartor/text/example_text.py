@@ -47,8 +47,8 @@ def texts(example: Example, field: str) -> list[str]:
     """The texts of a field that are not blank, in order."""
     return [
         text
-        for place, message in enumerate(example.messages)
-        if is_chosen(field, place, example) and (text := message.text).strip()
+        for index, message in enumerate(example.messages)
+        if is_chosen(field, index, example) and (text := message.text).strip()
     ]
 
 
@@ -58,11 +58,11 @@ def rewritten(example: Example, change: Callable[[str], str], field: str, step: 
     A system message of which nothing is left goes; any other turn of which nothing is left makes the row a Drop.
     """
     messages, emptied = [], ""
-    for place, message in enumerate(example.messages):
-        after = _changed(message, change) if is_chosen(field, place, example) else message
+    for index, message in enumerate(example.messages):
+        after = _changed(message, change) if is_chosen(field, index, example) else message
         gone = after is not message and _is_blank(after) and not _is_blank(message)
         if gone and message.role != "system":
-            emptied = emptied or f"turn {place + 1} ({message.role})"
+            emptied = emptied or f"turn {index + 1} ({message.role})"
         if not (gone and message.role == "system"):
             messages.append(after)
     rejected = example.rejected if field in ("prompt", "system") else tuple(_changed(turn, change) for turn in example.rejected)

@@ -82,15 +82,15 @@ def folder_of(out: Path) -> Path:
 
 def newest(folder: Path) -> CheckpointState:
     """The newest valid checkpoint in `folder`, which may be absent."""
-    found = CheckpointState()
+    result = CheckpointState()
     for path in reversed(_all(folder)):
         try:
-            found.checkpoint = open_checkpoint(path)
+            result.checkpoint = open_checkpoint(path)
         except ArtifactError as error:
-            found.invalid.append((path, error.problem))
+            result.invalid.append((path, error.problem))
         else:
             break
-    return found
+    return result
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -282,7 +282,7 @@ class RandomState:
             "rng.python": torch.tensor(self.python[1], dtype=torch.int64),
             "rng.numpy": torch.from_numpy(self.numpy[1].astype(np.int64)),
             "rng.torch": self.torch,
-            **{f"rng.device.{place}": state for place, state in enumerate(self.device)},
+            **{f"rng.device.{index}": state for index, state in enumerate(self.device)},
         }
 
     def facts(self) -> dict[str, Any]:
@@ -299,5 +299,5 @@ class RandomState:
             (version, tuple(tensors["rng.python"].tolist()), gauss),
             (algorithm, tensors["rng.numpy"].numpy().astype(np.uint32), *rest),
             tensors["rng.torch"].clone(),
-            tuple(tensors[f"rng.device.{place}"].clone() for place in range(devices)),
+            tuple(tensors[f"rng.device.{index}"].clone() for index in range(devices)),
         )

@@ -362,13 +362,13 @@ def simulate_updates(
     if budget.epochs is None and budget.updates is None and budget.tokens is None:
         return None
     lengths = [load.tokens for load in loads]
-    epoch_tokens, made = sum(lengths), []
+    epoch_tokens, result = sum(lengths), []
     beside, others = sampler.RehearsalPosition(), [load.tokens for load in rehearsal]
     for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         own = sum(lengths[index] for index in chosen)
         rehearsed, beside = beside.after(others, own, recipe.data.rehearsal.fraction, recipe.seed)
         update = [*(loads[index] for index in chosen), *(rehearsal[index] for index in rehearsed)]
-        made.append(update)
+        result.append(update)
         together = total(update)
         counters.updates += 1
         counters.tokens += together.tokens
@@ -376,7 +376,7 @@ def simulate_updates(
         counters.rehearsal_tokens += together.tokens - own
         if counters.fraction(budget, epoch_tokens, 0.0) >= 1:
             break
-    return made
+    return result
 
 
 def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchLoad]:
@@ -388,13 +388,13 @@ def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchL
 
 def epoch(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
     """The updates of the first epoch."""
-    lengths, seen, made = [load.tokens for load in loads], 0, []
+    lengths, seen, result = [load.tokens for load in loads], 0, []
     for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
-        made.append([loads[index] for index in chosen])
+        result.append([loads[index] for index in chosen])
         seen += len(chosen)
         if seen == len(loads):
             break
-    return made
+    return result
 
 
 def heaviest(recipe: Recipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:

@@ -50,7 +50,7 @@ def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = 
 
 def _last_reply(row: TokenizedExample, of: Example) -> TokenizedExample:
     """The row with its last run of learnt tokens alone: a rating is of that reply, and not of the turns before it."""
-    end = max((place for place, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
+    end = max((index for index, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
     start = end
     while start and row.learnt[start - 1]:
         start -= 1
@@ -99,14 +99,14 @@ def mismatched_pairs(
 
 def numbered(rows: Sequence[TokenizedExample], first: int) -> list[TokenizedExample]:
     """Lessons with their lines in the table of reference log-probabilities, from `first` on."""
-    made: list[TokenizedExample] = []
+    result: list[TokenizedExample] = []
     for row in rows:
         if isinstance(row, PreferenceExample):
-            made.append(replace(row, number=first))
+            result.append(replace(row, number=first))
             first += 1
         else:
-            made.append(row)
-    return made
+            result.append(row)
+    return result
 
 
 def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsal: Artifact | None = None) -> TokenizedDataset:
@@ -118,7 +118,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
     """
     data = TokenizedDataset()
     examples = _hold_out(list(parquet_io.read_examples(dataset)), recipe.data, recipe.seed)
-    train = _read([one for one in examples if one.split == "train"], dataset, recipe, chat, data)
+    train = _read([example for example in examples if example.split == "train"], dataset, recipe, chat, data)
     held_out = _read([one for one in examples if one.split != "train"], dataset, recipe, chat, data)
     if recipe.data.rows and (beyond := train[recipe.data.rows :]):
         data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in beyond))
@@ -174,11 +174,11 @@ def _as_lessons(
     read: Sequence[tuple[TokenizedExample, Example]], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer
 ) -> list[TokenizedExample]:
     """The rows; of kto, with what their divergence is estimated on."""
-    found = [row for row, _ in read]
+    result = [row for row, _ in read]
     if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
-        return found
+        return result
     examples = [example for _, example in read]
-    return mismatched_pairs(found, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
+    return mismatched_pairs(result, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
 
 
 def _nothing(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:

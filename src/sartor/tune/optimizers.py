@@ -107,8 +107,8 @@ class AdamW:
 
     def load_state_dict(self, said: Mapping[str, Any]) -> None:
         """What `state_dict` gave. A parameter of which nothing is said begins without moments."""
-        for place, parameter in enumerate(self.state):
-            self.state[parameter] = dict(said["state"].get(place, {}))
+        for index, parameter in enumerate(self.state):
+            self.state[parameter] = dict(said["state"].get(index, {}))
 
 
 class Still(AdamW):

@@ -225,10 +225,10 @@ def hourly(price: str | float) -> float | None:
     """A price per hour from `0.45/h` or a number; None from the empty text. Raises ConfigError."""
     if price == "":
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*(h|d|min|s))?\s*", str(price))
-    if not found:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:/\s*(h|d|min|s))?\s*", str(price))
+    if not match:
         raise ConfigError(f"the price is {price!r}; it must be a number per time", "--price 0.45/h (or /d, /min, /s)")
-    return float(found[1]) / _HOURS[found[2] or "h"]
+    return float(match[1]) / _HOURS[match[2] or "h"]
 
 
 def device_named(name: str) -> torch.device:

@@ -32,21 +32,21 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     if replace:
         check_output_free(out, replace=True)
         return CheckpointState()
-    found = newest(folder_of(out))
+    result = newest(folder_of(out))
     if not resume:
         check_output_free(out, replace=False)
-        if found.checkpoint or found.invalid:
-            reached = f"reached update {found.checkpoint.update}" if found.checkpoint else "left only damaged checkpoints"
+        if result.checkpoint or result.invalid:
+            reached = f"reached update {result.checkpoint.update}" if result.checkpoint else "left only damaged checkpoints"
             problem = f"an unfinished run of {out} {reached}; its checkpoints are in {folder_of(out)}"
             raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
-        return found
-    for _, why in found.invalid:
+        return result
+    for _, why in result.invalid:
         notice(f"{why}; it is removed, and the one before it is used")
     if kind_of(out) != "adapter":
         check_output_free(out, replace=False)
-        if not found.checkpoint:
+        if not result.checkpoint:
             notice(f"there is no checkpoint in {folder_of(out)}; starting from the beginning")
-    return found
+    return result
 
 
 def finished(out: Path, found: CheckpointState, now: Mapping[str, Any]) -> Artifact | None:

@@ -106,7 +106,7 @@ class SharedBase:
     def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
         """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
         if self._path is None:
-            still = [one for one in self.factors.values() if not one.requires_grad]
+            still = [factor for factor in self.factors.values() if not factor.requires_grad]
             for parameter in still:
                 parameter.requires_grad_(True)
             self._path = self.base.path(model, rows, wish)

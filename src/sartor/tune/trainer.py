@@ -188,7 +188,7 @@ def _facts(work: TuningContext, run: TrainingRun) -> dict[str, Any]:
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(work.recipe),
-        "parents": [one.as_parent() | _role(one, place) for place, one in enumerate(work.parents)],
+        "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(work.parents)],
         "sources": _sources(work.parents),
         "licence": compliance.combine([*(one.licence for one in work.parents), base.ref.licence, *base.tower_licences]),
         "left_out": work.data.left_out,
@@ -226,10 +226,10 @@ def _role(parent: Artifact, place: int) -> dict[str, str]:
 
 def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:
     """Those of all parents, each once."""
-    found: list[dict[str, Any]] = []
-    for place, parent in enumerate(parents):
+    result: list[dict[str, Any]] = []
+    for index, parent in enumerate(parents):
         for source in parent.manifest.get("sources", []):
-            said = {**source, "rehearsal": True} if _role(parent, place) else source
-            if said not in found:
-                found.append(said)
-    return found
+            said = {**source, "rehearsal": True} if _role(parent, index) else source
+            if said not in result:
+                result.append(said)
+    return result

@@ -118,7 +118,7 @@ class TrainingRun:
         # what the objective says of the update that was last computed, beside its loss
         self.said: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
-        self.evaluation_points = [(place + 1) / count for place in range(count)]
+        self.evaluation_points = [(index + 1) / count for index in range(count)]
         # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
@@ -228,12 +228,12 @@ class TrainingRun:
                 parameter.copy_(tensors[f"adapter.{name}"])
         state = self.optimizer.state_dict()
         state["state"] = {
-            place: {
+            index: {
                 key.removeprefix(f"optimizer.{name}."): value
                 for key, value in tensors.items()
                 if key.startswith(f"optimizer.{name}.")
             }
-            for place, name in enumerate(self.named)
+            for index, name in enumerate(self.named)
         }
         state["state"] = {place: held for place, held in state["state"].items() if held}
         self.optimizer.load_state_dict(state)

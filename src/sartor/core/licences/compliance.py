@@ -94,7 +94,7 @@ def combine(licences: Iterable[str]) -> str:
 
 def _choose(expressions: Iterable[str]) -> dict[str, frozenset[str]]:
     """Each expression's alternative, chosen together while there are few ways to; else each by its own rank."""
-    choices = {one: sorted(alternatives(one), key=_preference) for one in sorted(set(expressions))}
+    choices = {expression: sorted(alternatives(expression), key=_preference) for expression in sorted(set(expressions))}
     ways = 1
     for found in choices.values():
         ways *= len(found)
@@ -147,31 +147,31 @@ def _objections_to(licence: str, use: str, terms: LicenceTerms) -> list[str]:
     if family is UNKNOWN_TERMS:
         # the owner's declaration is all that there is to go by; _objections_of holds `use` against it
         return [] if terms.use else [f"is {licence}, whose terms Sartor does not know, and declares no `use`"]
-    found = []
+    result = []
     if not family.commercial and use in _COMMERCIAL:
-        found.append(
+        result.append(
             f"is {licence}, which forbids commercial use" + (" (as work inside a firm is)" if use == "internal" else "")
         )
     if family.derived == "no" or (family.derived == "kept" and use != "internal"):
-        found.append(
+        result.append(
             f"is {licence}, which forbids derived works" + (" that are handed out" if family.derived == "kept" else "")
         )
-    return found
+    return result
 
 
 def _objections_of(terms: LicenceTerms, use: str, today: str) -> list[str]:
     """What the owner's own terms forbid, whatever the licence says."""
-    found = []
+    result = []
     if terms.use and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
-        found.append(f"is declared for {' and '.join(terms.use)} use")
+        result.append(f"is declared for {' and '.join(terms.use)} use")
     if terms.non_commercial and use in _COMMERCIAL:
-        found.append("has terms of its own that forbid commercial use")
+        result.append("has terms of its own that forbid commercial use")
     if terms.expires and terms.expires < today:
-        found.append(f"may not be used after {terms.expires}; today is {today}")
+        result.append(f"may not be used after {terms.expires}; today is {today}")
     if terms.consent in ("withdrawn", "pending"):
         state = "has been withdrawn" if terms.consent == "withdrawn" else "is pending"
-        found.append(f"needs a consent that {state}")
-    return found
+        result.append(f"needs a consent that {state}")
+    return result
 
 
 def permitted(sources: Sequence[Mapping[str, Any]]) -> list[Use]:
@@ -226,18 +226,18 @@ _LIMITS = "{a} demands that a derived work carries its terms and no stricter one
 @cache
 def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
     """Pairs of licences that one derived work cannot satisfy, each with its sentence."""
-    found = []
+    result = []
     for one, other in itertools.combinations(sorted(licences), 2):
         pair = frozenset({without_exception(one), without_exception(other)})
         strict, limit = sorted((one, other), key=lambda licence: _family(licence).commercial, reverse=True)
         if pair in CLASHES:
-            found.append((one, other, f"{{a}} and {{b}}: {CLASHES[pair]}"))
+            result.append((one, other, f"{{a}} and {{b}}: {CLASHES[pair]}"))
         elif _family(one).demands_own_terms and _family(other).demands_own_terms:
             if not _common_target([one, other]):
-                found.append((one, other, _EACH))
+                result.append((one, other, _EACH))
         elif _family(strict).demands_own_terms and _family(strict).commercial and not _family(limit).commercial:
-            found.append((strict, limit, _LIMITS))
-    return found
+            result.append((strict, limit, _LIMITS))
+    return result
 
 
 def _common_target(licences: Sequence[str]) -> bool:

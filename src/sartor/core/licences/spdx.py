@@ -81,8 +81,8 @@ def _licensing() -> Any:
 
 def categories() -> dict[str, str]:
     """The ids that SPDX lists, licences and exceptions, with the category in which ScanCode's index files each."""
-    found: dict[str, str] = _licensing()[1]
-    return found
+    result: dict[str, str] = _licensing()[1]
+    return result
 
 
 def _parse(expression: str) -> Any:

@@ -78,7 +78,7 @@ def _row(dataset: Artifact, number: int) -> dict[str, Any]:
 
 def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:
     """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped it."""
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     seen: set[str] = set()
     level = list(dict.fromkeys(parents))
     while level:
@@ -93,10 +93,10 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
             of = [*origins.get(one, []), *([dropped[one]] if one in dropped else [])]
             places_of = [{"source": origin["source"], "locator": origin["locator"]} for origin in of]
             above = [parent for origin in origins.get(one, []) for parent in origin["parents"]]
-            found.append({"id": one, "state": state, "origins": places_of, "parents": above})
-        above = [parent for one in found[-len(level) :] for parent in one["parents"]]
+            result.append({"id": one, "state": state, "origins": places_of, "parents": above})
+        above = [parent for one in result[-len(level) :] for parent in one["parents"]]
         level = [one for one in dict.fromkeys(above) if one not in seen]
-    return found
+    return result
 
 
 def _made_from(index: Any, example: str) -> list[str]:
@@ -105,8 +105,8 @@ def _made_from(index: Any, example: str) -> list[str]:
     named = numbers(pc.list_parent_indices(parents))[
         numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
     ]
-    found: list[str] = column(index, "id").take(to_index_array(np.unique(named))).unique().to_pylist()
-    return found
+    result: list[str] = column(index, "id").take(to_index_array(np.unique(named))).unique().to_pylist()
+    return result
 
 
 def _changes(dataset: Artifact, example: str) -> list[str]:

@@ -190,10 +190,10 @@ class _Graph:
 
     def made_from(self, ids: Any) -> Any:
         """Which origins name one of these Examples as a parent."""
-        made = np.zeros(len(self.row), bool)
+        result = np.zeros(len(self.row), bool)
         named = numbers(pc.is_in(pc.list_flatten(self.parents), value_set=ids))
-        made[numbers(pc.list_parent_indices(self.parents))[named]] = True
-        return made
+        result[numbers(pc.list_parent_indices(self.parents))[named]] = True
+        return result
 
     def made_from_drops_of(self, pairs: set[Pair]) -> Any:
         """Origins made from rows of these files that were themselves dropped, so that no Example stands for the parent."""
@@ -257,5 +257,5 @@ class _Graph:
         """The ids of these Examples."""
         if not len(examples):
             return []
-        found: list[str] = self._load_ids().take(to_index_array(np.searchsorted(self.row, examples))).to_pylist()
-        return found
+        result: list[str] = self._load_ids().take(to_index_array(np.searchsorted(self.row, examples))).to_pylist()
+        return result

@@ -60,14 +60,14 @@ def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memb
 
 
 def _by_lexicon(rows: Sequence[Example]) -> Memberships:
-    found: Memberships = {name: [] for name in ATTRIBUTES}
+    result: Memberships = {name: [] for name in ATTRIBUTES}
     for row in rows:
         text = spoken_of(row)
         said = {"sex": sexes_of(text), "name_origin": origins_of(text)}
         said |= {kind: {one.group for one in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")}
         for name, values in said.items():
-            found[name].append(next(iter(values)) if len(values) == 1 else None)
-    return found
+            result[name].append(next(iter(values)) if len(values) == 1 else None)
+    return result
 
 
 def sexes_of(text: str) -> set[str]:
@@ -141,16 +141,16 @@ def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """The same of the replies alone."""
     form = form if _is_form(form) else f"json:{form}"
     class_labels.check(form)
-    found = class_labels.find(replies, form)
-    if any(found.labels):
-        return found
+    result = class_labels.find(replies, form)
+    if any(result.labels):
+        return result
     if form not in ("auto", "text"):
         raise ConfigError(f"no reply has the outcome {form!r}", "auto, reply, json:KEY or regex:PATTERN")
     seen = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
     if form == "auto" and 2 <= len(seen) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
         labels = [class_labels.as_label(reply) for reply in replies]
         return ClassLabels(labels, "reply", f"whole replies: {len(seen)} values in {seen.total():,} of {len(replies):,} rows")
-    return found
+    return result
 
 
 def _is_form(form: str) -> bool:

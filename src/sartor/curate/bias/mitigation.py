@@ -51,7 +51,7 @@ def substituted(
         known, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
         named = [{one for message in row.messages for one in _named(message.text, attribute)} for row in rows]
         for outcome in dict.fromkeys(outcomes):
-            places = [place for place, there in enumerate(named) if there and outcomes[place] == outcome]
+            places = [index for index, there in enumerate(named) if there and outcomes[index] == outcome]
             first = int(rng.integers(len(known)))
             for turn, place in enumerate(rng.permutation(places).astype(int).tolist()):
                 to = known[(first + turn) % len(known)]
@@ -132,9 +132,9 @@ Cell = tuple[str, str]  # group, outcome
 def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[Cell, list[int]]:
     """(group, outcome) -> its rows, of the rows that have both; a cell without rows is there too."""
     found: dict[Cell, list[int]] = defaultdict(list)
-    for place, (group, outcome) in enumerate(zip(values, outcomes, strict=True)):
+    for index, (group, outcome) in enumerate(zip(values, outcomes, strict=True)):
         if group is not None and outcome is not None:
-            found[group, outcome].append(place)
+            found[group, outcome].append(index)
     groups, kinds = {cell[0] for cell in found}, {cell[1] for cell in found}
     return {(group, outcome): found.get((group, outcome), []) for group in sorted(groups) for outcome in sorted(kinds)}
 
@@ -159,13 +159,13 @@ def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
 def rows_to_add(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
     """The fewest rows to add to each cell so that every group has the outcome rates of all rows together."""
     rates = _rates(cells)
-    found = {}
+    result = {}
     for group in dict.fromkeys(cell[0] for cell in cells):
         size = max(len(rows) / rates[outcome] for (name, outcome), rows in cells.items() if name == group)
         for outcome, rate in rates.items():
             if (more := math.ceil(size * rate - 1e-9) - len(cells[group, outcome])) > 0:
-                found[group, outcome] = more
-    return found
+                result[group, outcome] = more
+    return result
 
 
 def _rates(cells: dict[Cell, list[int]]) -> dict[str, float]:
@@ -185,7 +185,7 @@ def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weig
 
     Of several attributes each is made independent in turn until all are (raking, Deming and Stephan 1940).
     """
-    found: Factors = {}
+    result: Factors = {}
     now = [float(weight) for weight in weights]
     for _ in range(ROUNDS):
         moved = 0.0
@@ -193,13 +193,13 @@ def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weig
             step = _of_one(values, outcomes, now)
             for (group, outcome), factor in step.items():
                 key = attribute, group, outcome
-                found[key] = found.get(key, 1.0) * factor
+                result[key] = result.get(key, 1.0) * factor
                 moved = max(moved, abs(factor - 1))
             pairs = zip(now, values, outcomes, strict=True)
             now = [weight * step.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs]
         if moved < CLOSE:
             break
-    return found
+    return result
 
 
 def _of_one(

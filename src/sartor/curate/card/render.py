@@ -235,7 +235,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _rule(size: int, numbers: frozenset[int]) -> str:
-    return _row(["--:" if place in numbers else "---" for place in range(size)])
+    return _row(["--:" if index in numbers else "---" for index in range(size)])
 
 
 def _cell(cell: Line) -> str:

@@ -52,14 +52,14 @@ def differences(one: str, other: str) -> tuple[list[TextPiece], list[TextPiece]]
     The longest common subsequence of words (rapidfuzz). Words are what blanks part; a line break is a word of its own.
     """
     left, right = _words(one), _words(other)
-    found: tuple[list[TextPiece], list[TextPiece]] = ([], [])
+    result: tuple[list[TextPiece], list[TextPiece]] = ([], [])
     steps = list(LCSseq.opcodes(left, right))
     for index, step in enumerate(steps):
         ends = (index == 0, index == len(steps) - 1)
         for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
             if words:
-                found[side].extend(_alike(words, ends) if step.tag == "equal" else _unlike(words))
-    return found
+                result[side].extend(_alike(words, ends) if step.tag == "equal" else _unlike(words))
+    return result
 
 
 def _words(text: str) -> list[str]:

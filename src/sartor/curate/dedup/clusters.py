@@ -161,7 +161,7 @@ def check_removals(
         sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept, return_index=True, return_counts=True
     )
     source = keys // (len(sources) + 1)
-    allowed = np.isin(source, [place for place, name in enumerate(names) if name in limits.allow])
+    allowed = np.isin(source, [index for index, name in enumerate(names) if name in limits.allow])
     over = (counts > limits.source_fraction * sizes[source]) & (counts >= limits.least) & ~allowed
     if over.any():
         worst = int(np.flatnonzero(over)[np.argmax(counts[over])])

@@ -180,9 +180,9 @@ class _LinesTarget(_Target):
 
 
 def _pieces(block: RecordBlock, keep: Mask) -> Iterator[bytes]:
-    for place, (row, stays) in enumerate(zip(block.rows, keep.tolist(), strict=True)):
-        if place in block.gaps:
-            yield block.gaps[place]
+    for index, (row, stays) in enumerate(zip(block.rows, keep.tolist(), strict=True)):
+        if index in block.gaps:
+            yield block.gaps[index]
         if stays:
             yield row if isinstance(row, bytes) else row.raw
     if len(block.rows) in block.gaps:
@@ -320,8 +320,8 @@ def sketch_files(files: Sequence[FileOfRows], how: Shingling, store: Path, most_
                 yield block.rows, file.choice, file.kind, how
 
     with store.open("wb") as stream:
-        for place, (sketches, text_lengths, found) in enumerate(means.spread(sketch_rows, items())):
-            number, at, size = places[place]
+        for index, (sketches, text_lengths, found) in enumerate(means.spread(sketch_rows, items())):
+            number, at, size = places[index]
             first = sum(counts)
             _append(stream, sketches)
             of_file.append(np.full(len(at), number, np.int32))
@@ -364,13 +364,13 @@ def sketch_rows(
     A row that cannot be used has an empty set.
     """
     texts, faults = [], []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if isinstance(row, bytes):
             text = parse_line(row, choice)
         else:
             text = parsed(row if kind != "csv" or isinstance(row, BadRecord) else row.fields, choice)
         if isinstance(text, BadRecord):
-            faults.append((place, text))
+            faults.append((index, text))
             text = ""
         texts.append(text)
     return shingles.sketch(texts, how), np.fromiter(map(len, texts), np.int64, len(texts)), faults

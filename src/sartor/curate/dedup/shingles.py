@@ -165,10 +165,10 @@ def sketch(texts: Sequence[str], how: Shingling) -> Sketches:
 def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
     """Runs of texts of about _CHUNK_BYTES; a longer text is a run of its own."""
     chunks, first, size = [], 0, 0
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if size and size + len(text) > _CHUNK_BYTES:
-            chunks.append(texts[first:place])
-            first, size = place, 0
+            chunks.append(texts[first:index])
+            first, size = index, 0
         size += len(text) + 2
     return [*chunks, texts[first:]] if first < len(texts) else chunks
 
@@ -369,9 +369,9 @@ def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Frequ
 
 def levels(shingles: U32, common: FrequentShingles) -> U8:
     """(S,) the level of each shingle, 0 for those that are not common."""
-    found = np.zeros(len(shingles), np.uint8)
+    result = np.zeros(len(shingles), np.uint8)
     if not len(common.shingles):
-        return found
+        return result
     shift = np.uint32(32 - _TABLE_BITS)
     perhaps = np.zeros(1 << _TABLE_BITS, bool)
     perhaps[common.shingles >> shift] = True
@@ -379,8 +379,8 @@ def levels(shingles: U32, common: FrequentShingles) -> U8:
         chunk = np.asarray(shingles[first : first + CHUNK])
         maybe = np.flatnonzero(perhaps[chunk >> shift])
         place = np.minimum(np.searchsorted(common.shingles, chunk[maybe]), len(common.shingles) - 1)
-        found[first + maybe] = np.where(common.shingles[place] == chunk[maybe], common.level[place], 0)
-    return found
+        result[first + maybe] = np.where(common.shingles[place] == chunk[maybe], common.level[place], 0)
+    return result
 
 
 # A common shingle is a row's text, no set phrase, from half as many rows on as the row's common shingles have in the mean.

@@ -109,8 +109,8 @@ def _auto(replies: Sequence[str]) -> ClassLabels:
             labels = [label if seen[label] > 1 else None for label in labels]
         spelling = _spelling(labels, replies, "reply")
         return ClassLabels(labels, "reply", _counted(labels, "short replies, as a whole"), spelling=spelling)
-    why = "no field of a JSON reply and no short reply has few, repeated values: replies are compared as free text"
-    return ClassLabels([None] * len(replies), "text", why)
+    reason = "no field of a JSON reply and no short reply has few, repeated values: replies are compared as free text"
+    return ClassLabels([None] * len(replies), "text", reason)
 
 
 def _rank(name: str) -> int:
@@ -119,12 +119,12 @@ def _rank(name: str) -> int:
 
 
 def _spelling(labels: Sequence[str | None], replies: Sequence[str], form: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     if form == "reply":
         for label, reply in zip(labels, replies, strict=True):
             if label is not None:
-                found.setdefault(label, reply.strip())
-    return found
+                result.setdefault(label, reply.strip())
+    return result
 
 
 def _json_fields(objects: Sequence[Mapping[str, Any] | None], rows: int) -> Iterable[str]:
@@ -170,8 +170,8 @@ def _pattern_reader(pattern: str) -> Callable[[str], str | None]:
     compiled = re.compile(pattern)
 
     def read(reply: str) -> str | None:
-        found = compiled.search(reply)
-        return None if found is None else as_label(found.group(1 if compiled.groups else 0) or "")
+        match = compiled.search(reply)
+        return None if match is None else as_label(match.group(1 if compiled.groups else 0) or "")
 
     return read
 

@@ -201,9 +201,11 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
     distinct = int(groups.max(initial=-1)) + 1
     for few, least, what in ((len(labels), LEAST_ROWS, "rows"), (distinct, 2, "prompts"), (count, 2, "labels")):
         if few < least:
-            why = f"{few} different {what}" if what != "rows" else f"{few} rows"
+            reason = f"{few} different {what}" if what != "rows" else f"{few} rows"
             blank = np.zeros(len(labels), np.int64)
-            return LabelQuality(np.ones(len(labels)), blank, blank > 0, why=f"{why}; it takes at least {least} to judge labels")
+            return LabelQuality(
+                np.ones(len(labels)), blank, blank > 0, why=f"{reason}; it takes at least {least} to judge labels"
+            )
     features = LabelFeatures(vectors, _columns(prompts))
     likely = _with_same_prompts(out_of_fold_probabilities(features, labels, groups, seed=seed), labels, groups)
     likely = _lone_labels(likely, labels, count)
@@ -257,9 +259,9 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
 def _commonest(pairs: I64, counts: I64, base: int, groups: int) -> I64:
     """(groups,) the most frequent label of each group."""
     order = np.argsort(counts, kind="stable")
-    found = np.zeros(groups, np.int64)
-    found[pairs[order] // base] = pairs[order] % base
-    return found
+    result = np.zeros(groups, np.int64)
+    result[pairs[order] // base] = pairs[order] % base
+    return result
 
 
 def _lone_labels(likely: Likely, labels: I64, count: int) -> Likely:

@@ -294,7 +294,7 @@ def _by_label(
         return {}
     labels = [found.labels[row] or "" for row in rows.tolist()]
     names = sorted(set(labels))
-    places = {name: place for place, name in enumerate(names)}
+    places = {name: index for index, name in enumerate(names)}
     numbers = np.array([places[label] for label in labels], np.int64)
     prompts = [asked[row] for row in rows.tolist()]
     judged = confident_learning(prompts, ruling.vectors[rows], numbers, seed=seed)
@@ -338,11 +338,11 @@ def _by_replies(
         agreement=agreement,
     )
     ruling.quality[rows], ruling.wrong[rows] = found.quality, found.wrong
-    for place, row in enumerate(rows.tolist()):
+    for index, row in enumerate(rows.tolist()):
         ruling.kinds[row] = BY_REPLY
-        ruling.near[row] = [(int(rows[other]), score) for other, score in found.near.get(place, ())]
-        if found.suggested[place] >= 0:
-            ruling.suggested[row] = replies[int(rows[found.suggested[place]])]
+        ruling.near[row] = [(int(rows[other]), score) for other, score in found.near.get(index, ())]
+        if found.suggested[index] >= 0:
+            ruling.suggested[row] = replies[int(rows[found.suggested[index]])]
     return {
         "free_text": len(rows),
         "free_text_compared": found.compared,

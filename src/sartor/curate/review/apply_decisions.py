@@ -68,7 +68,7 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
     if not decided:
         problem = f"nothing is decided about {view.dataset.path.name}"
         raise ConfigError(problem, "sartor review list DATASET, then accept, edit or reject")
-    concerned = {one for entry in decided for one in entry.item.examples}
+    concerned = {example for entry in decided for example in entry.item.examples}
     standing = rows_of(view.dataset, concerned)
     private = {one for entry in view.items.values() if entry.kind == "personal" for one in entry.examples}
     done = _done(view.dataset)
@@ -103,14 +103,14 @@ def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decisio
 
 def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
     """Of each row that stands, the edits that were decided, each once."""
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    result: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for entry in decided:
         decision = entry.standing.decision
         if decision is not None and decision.verdict == "edit" and entry.item.examples[0] in ids:
-            known = found.setdefault(entry.item.examples[0], [])
+            known = result.setdefault(entry.item.examples[0], [])
             if all(change != decision.change for _, change in known):
                 known.append((entry.item.id, decision.change))
-    return found
+    return result
 
 
 def _edited(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Example:
@@ -127,8 +127,8 @@ def _edited(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Exa
 
 def _drop(row: Example, item: ReviewItem, decision: Decision, *, is_private: bool = False) -> Drop:
     """With who, when and why; of a row that holds personal data without its text."""
-    why = decision.reason or "no reason given"
-    detail = f"rejected by {decision.by} at {decision.at}: {why} ({item.kind} {item.reason}, item {item.id})"
+    reason = decision.reason or "no reason given"
+    detail = f"rejected by {decision.by} at {decision.at}: {reason} ({item.kind} {item.reason}, item {item.id})"
     drop = drop_of(row, STEP, detail, step=STEP)
     return replace(drop, text="") if is_private or item.kind == "personal" else drop
 
@@ -231,7 +231,7 @@ class _Applying:
 
     def _changed(self, table: Any, touched: Any, seen: set[str]) -> Iterator[Any]:
         table = _in_form(table)
-        places = [place for place, hit in enumerate(pc.is_in(table["id"], value_set=touched).to_pylist()) if hit]
+        places = [index for index, hit in enumerate(pc.is_in(table["id"], value_set=touched).to_pylist()) if hit]
         start = 0
         for place in places:
             if start < place:
@@ -262,13 +262,13 @@ class _Applying:
 
     def _groups(self) -> dict[str, str]:
         """group -> split, of the rows that stay as they are."""
-        found: dict[str, str] = {}
+        result: dict[str, str] = {}
         for file in origin_index.example_files(self.old):
             table = pq.read_table(file, columns=["group", "split"]).group_by(["group", "split"]).aggregate([])
             for row in table.to_pylist():
-                if found.setdefault(row["group"], row["split"]) != row["split"]:
-                    found[row["group"]] = "eval"
-        return found
+                if result.setdefault(row["group"], row["split"]) != row["split"]:
+                    result[row["group"]] = "eval"
+        return result
 
     def _write_review(self, folder: Path) -> None:
         decisions = [decision for entry in self.entries for decision in entry.decisions]

@@ -157,7 +157,7 @@ def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool
             "state": entry.standing.state,
             "rows": [_row(everywhere_masked(row) if masked else row, row.id) for row in shown],
             "would": _would(entry.item, proposed is not None),
-            "decisions": [_decision(one) for one in entry.decisions],
+            "decisions": [_decision(decision) for decision in entry.decisions],
         }
 
 
@@ -192,7 +192,7 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
         ids = _of_split(view, split)
         count = quality_control.size(len(ids), error, confidence, allow)
         rows = quality_control.drawn(ids, count, seed)
-        items = [ReviewItem("sample", (one,), reason=DRAWN, origin="review sample") for one in rows]
+        items = [ReviewItem("sample", (row,), reason=DRAWN, origin="review sample") for row in rows]
         plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
                 "population": len(ids), "size": count}  # fmt: skip
         view.queue.sample(view.dataset.id, {**plan, "rows": rows}, items)
@@ -244,7 +244,9 @@ def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> d
     with open_review(dataset, queue, make=True) as view:
         if kind_of(source) == "dataset":
             with open_review(source, queue) as other:
-                lines = review_file.Lines(dict(other.items), [one for entry in other.all_entries() for one in entry.decisions])
+                lines = review_file.Lines(
+                    dict(other.items), [decision for entry in other.all_entries() for decision in entry.decisions]
+                )
         else:
             lines = review_file.read_review_file(source, of=review_file.content_of(view.dataset))
         return _taken(view, lines, str(source))
@@ -254,7 +256,7 @@ def _taken(view: View, lines: review_file.Lines, source: str) -> dict[str, Any]:
     """Take lines into the queue, all or none; returns how many, and how many of them are new."""
     assert view.queue is not None
     known = {**view.items, **lines.items}
-    if strange := [one.item for one in lines.decisions if one.item not in known]:
+    if strange := [decision.item for decision in lines.decisions if decision.item not in known]:
         problem = f"{source} decides about {strange[0]}, which is no item of it or of the Dataset"
         raise ConfigError(problem, "give a file that has its finding too: sartor review export")
     signed = sum(bool(signer(one)) for one in lines.decisions)
@@ -272,7 +274,7 @@ def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict
         raise ConfigError(f"{out} exists", "choose another --out")
     with open_review(dataset, queue) as view:
         entries = view.entries()
-        decisions = [one for entry in entries for one in entry.decisions]
+        decisions = [decision for entry in entries for decision in entry.decisions]
         review_file.write_review_file(out, (entry.item for entry in entries), decisions)
     return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
 

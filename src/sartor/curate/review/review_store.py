@@ -109,14 +109,14 @@ class Queue:
 
     def decisions(self, items: Iterable[str]) -> dict[str, list[Decision]]:
         """Every decision about these items, by item, in the order in which they came in."""
-        found: dict[str, list[Decision]] = {}
+        result: dict[str, list[Decision]] = {}
         column = decisions.c
         with self.database.read() as connection:
             for some in _batched(items):
                 query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(some))
                 for row in connection.execute(query.order_by(column.number)).mappings():
-                    found.setdefault(str(row["item"]), []).append(decision_of(_said(dict(row), "decision about", row["item"])))
-        return found
+                    result.setdefault(str(row["item"]), []).append(decision_of(_said(dict(row), "decision about", row["item"])))
+        return result
 
     def samples(self, dataset: str) -> list[dict[str, Any]]:
         """The samples that were drawn from a Dataset."""
@@ -265,22 +265,22 @@ class View:
 
     def concerns(self, item: ReviewItem) -> bool:
         """Whether it is still about something of this Dataset."""
-        return item.row is not None or not item.examples or any(one in self.ids for one in item.examples)
+        return item.row is not None or not item.examples or any(example in self.ids for example in item.examples)
 
     def stand(self, decisions: list[Decision]) -> ItemState:
         """What these decisions come to by the rule."""
-        counted = [one for one in decisions if signer(one)] if self.rule.signed else decisions
+        counted = [decision for decision in decisions if signer(decision)] if self.rule.signed else decisions
         return item_state(counted, self.rule.reviewers)
 
     def _decisions(self, items: Collection[str]) -> dict[str, list[Decision]]:
-        found: dict[str, list[Decision]] = {}
+        result: dict[str, list[Decision]] = {}
         queued = self.queue.decisions(items) if self.queue else {}
         of_files = (one for one in self.lines.decisions if one.item in items)
         for decision in [*of_files, *(one for some in queued.values() for one in some)]:
-            known = found.setdefault(decision.item, [])
+            known = result.setdefault(decision.item, [])
             if decision not in known:
                 known.append(decision)
-        return found
+        return result
 
 
 def signer(decision: Decision) -> str:

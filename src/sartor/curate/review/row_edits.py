@@ -71,15 +71,15 @@ def _child(origin: Origin, parent: Example) -> Origin:
 
 
 def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]:
-    found = [(_turn_number(example, key), str(text)) for key, text in dict(change.get("turns") or {}).items()]
+    result = [(_turn_number(example, key), str(text)) for key, text in dict(change.get("turns") or {}).items()]
     if "reply" in change:
-        found.append((len(example.messages) - 1, str(change["reply"])))
+        result.append((len(example.messages) - 1, str(change["reply"])))
     if "prompt" in change:
-        users = [place for place, message in enumerate(example.messages) if message.role == "user"]
+        users = [index for index, message in enumerate(example.messages) if message.role == "user"]
         if not users:
             raise ConfigError(f"row {example.id} has no question", "change its reply")
-        found.append((users[-1], str(change["prompt"])))
-    return found
+        result.append((users[-1], str(change["prompt"])))
+    return result
 
 
 def _turn_number(example: Example, said: Any) -> int:

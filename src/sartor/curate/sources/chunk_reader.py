@@ -126,7 +126,7 @@ def read_chunk(
 
 def _of_inbox(unit: InputChunk, source: SourceOptions, reading: _Reading) -> Iterator[Example | Drop]:
     """An inbox is read whole: who is trusted shows in all of its lines together."""
-    files = [inbox.InboxFile(place, file.path, file.bytes, file.sha256) for place, file in enumerate(unit.files)]
+    files = [inbox.InboxFile(index, file.path, file.bytes, file.sha256) for index, file in enumerate(unit.files)]
     judged = inbox.FeedbackInbox(
         [file for file, one in zip(files, unit.files, strict=True) if not one.refusal[0]], source.inbox, unit.most_bytes
     )

@@ -87,8 +87,11 @@ class DocumentReader:
         if code is not None and code > 0:
             yield str(page), MalformedRow(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
             return
-        why = f"by signal {-code}" if code else "as too slow"
-        yield str(page), MalformedRow(f"{kind}_bomb", f"reading it was ended {why} after {spent:.0f} s; the rest is not read")
+        reason = f"by signal {-code}" if code else "as too slow"
+        yield (
+            str(page),
+            MalformedRow(f"{kind}_bomb", f"reading it was ended {reason} after {spent:.0f} s; the rest is not read"),
+        )
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [path for path in sys.path if path]

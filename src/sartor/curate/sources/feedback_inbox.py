@@ -78,7 +78,7 @@ def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterT
 
 def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[Giver, RaterTrust]:
     """Those that are set aside, by key and user."""
-    return {(one.key, one.user): one for one in standings if one.is_aside}
+    return {(standing.key, standing.user): standing for standing in standings if standing.is_aside}
 
 
 def _is_of(giver: Giver, voice: RaterTrust) -> bool:
@@ -112,7 +112,7 @@ def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[s
         *(_tested(voice, keys, terms) for voice in ((key, WHOLE) for key in users)),
         *(_tested(voice, people, terms) for voice in wanted),
     ]
-    counted = [place for place, one in enumerate(tested) if one.compared]
+    counted = [index for index, one in enumerate(tested) if one.compared]
     for place, p in zip(counted, holm_correction([tested[place].p for place in counted]), strict=True):
         tested[place] = replace(tested[place], p=p)
     return tested
@@ -120,7 +120,7 @@ def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[s
 
 def _trials(votes: Votes, known: Mapping[str, int], voice_of: Any) -> dict[Giver, tuple[int, int]]:
     """Voice -> (against, compared)."""
-    found: dict[Giver, tuple[int, int]] = {}
+    result: dict[Giver, tuple[int, int]] = {}
     for item, by in votes.items():
         sums: Counter[Giver] = Counter()
         for giver, said in by.items():
@@ -130,9 +130,9 @@ def _trials(votes: Votes, known: Mapping[str, int], voice_of: Any) -> dict[Giver
         for voice, own in signs.items():
             judgement = known.get(item) or _sign(together - own)
             if own and judgement:
-                against, compared = found.get(voice, (0, 0))
-                found[voice] = against + (own != judgement), compared + 1
-    return found
+                against, compared = result.get(voice, (0, 0))
+                result[voice] = against + (own != judgement), compared + 1
+    return result
 
 
 def _sign(number: int) -> int:
@@ -145,7 +145,7 @@ def _tested(voice: Giver, trials: Mapping[Giver, tuple[int, int]], terms: InboxT
     against, compared = trials.get(voice, (0, 0))
     if not compared:
         return RaterTrust(*voice)
-    all_against, all_compared = (sum(one[place] for one in trials.values()) for place in (0, 1))
+    all_against, all_compared = (sum(trial[place] for trial in trials.values()) for place in (0, 1))
     p = float(binom.sf(against - 1, compared, terms.disagreement))
     if all_compared > compared:
         p = max(p, float(hypergeom.sf(against - 1, all_compared, all_against, compared)))

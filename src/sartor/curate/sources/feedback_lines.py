@@ -146,7 +146,11 @@ def _feedback(row: Any) -> Feedback | MalformedRow:
 def _is_whole(said: Feedback) -> bool:
     texts = (said.receipt, said.agent, said.date, said.correction, said.text, said.reply, said.by.key, said.by.user)
     rated = said.rating is None or (isinstance(said.rating, int | float) and -1 <= said.rating <= 1)
-    return rated and all(isinstance(text, str) for text in texts) and all(isinstance(one, Mapping) for one in said.messages)
+    return (
+        rated
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(message, Mapping) for message in said.messages)
+    )
 
 
 _ROW_BYTES = 4 << 20

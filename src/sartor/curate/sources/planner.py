@@ -40,29 +40,29 @@ class ReadPlan:
 
 def plan_reading(wanted: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
     """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
-    made = ReadPlan()
+    result = ReadPlan()
     for index, source in enumerate(map(source_files.with_licence, wanted)):
         if source_files.scheme(source.path) in ("sql", "hub"):
             facts = source_files.query_facts(source)
             head = source_files.queried(source, max_row_bytes, source_files.HEAD_ROWS)
             form = source_files.form_of(head)
-            made.files.append(replace(facts, form=form or "unknown"))
-            made.units.append(InputChunk(len(made.units), index, _asked(source), form, max_row_bytes))
+            result.files.append(replace(facts, form=form or "unknown"))
+            result.units.append(InputChunk(len(result.units), index, _asked(source), form, max_row_bytes))
             continue
         if source_files.scheme(source.path) == "inbox":
             files = tuple(_of_inbox(found, max_row_bytes) for found in source_files.files_of(source))
-            made.files += [_facts(source, file) for file in files]
+            result.files += [_facts(source, file) for file in files]
             asked = records.digest([_asked(source), asdict(source.inbox), feedback_lines.mark(source.inbox.known)])[:16]
-            made.units.append(InputChunk(len(made.units), index, asked, inbox.FORM, max_row_bytes, files))
+            result.units.append(InputChunk(len(result.units), index, asked, inbox.FORM, max_row_bytes, files))
             continue
-        cutter = _Cutter(made, index, _asked(source), max_row_bytes)
+        cutter = _Cutter(result, index, _asked(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
-            made.files.append(_facts(source, file))
+            result.files.append(_facts(source, file))
             if file.caption is not None:
-                made.files.append(_facts(source, file.caption))
+                result.files.append(_facts(source, file.caption))
             cutter.add(file, pieces)
         cutter.flush()
-    return made
+    return result
 
 
 def _of_inbox(found: SourceFile, most_bytes: int) -> InputFile:

@@ -39,12 +39,12 @@ def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
     named = {kind: _named(row, kind) for kind in _FIELDS}
     left = {kind: iter(found) for kind, found in named.items()}
     counts = dict.fromkeys(_FIELDS, 0)
-    made = [_placeholders_turn(turn, left, counts, has_marks=any(named.values())) for turn in turns]
+    result = [_placeholders_turn(turn, left, counts, has_marks=any(named.values())) for turn in turns]
     for kind, found in named.items():
         if counts[kind] != len(found):
             problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(found)}: each mark is one {kind}"
             raise MalformedRow("placeholder_count", problem)
-    return made
+    return result
 
 
 def asked(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
@@ -348,7 +348,7 @@ def _turns(value: Any, media: Media) -> tuple[Message, ...]:
     value = _loads(value)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise MalformedRow("bad_field", f"the turns are a {type(value).__name__}, not a list")
-    return tuple(_turn(turn, place, media) for place, turn in enumerate(value, 1))
+    return tuple(_turn(turn, index, media) for index, turn in enumerate(value, 1))
 
 
 def _turn(turn: Any, place: int, media: Media) -> Message:

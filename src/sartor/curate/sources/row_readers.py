@@ -144,8 +144,8 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
         yield "1", whole
         return
     (name, rows), *others = lists.items()
-    for place, row in enumerate(rows, 1):
-        yield str(place), row
+    for index, row in enumerate(rows, 1):
+        yield str(index), row
     for other, unread in others:
         detail = f"the object holds several lists; {name[:40]!r} is read, the {len(unread):,} entries of {other[:40]!r} are not"
         yield str(len(rows) + 1), MalformedRow("unread_list", detail)
@@ -313,7 +313,7 @@ def pieces(stream: BinaryIO) -> Iterator[tuple[int, int, int, int, int]]:
         unfolded, rows = unfolded + group.total_byte_size, rows + group.num_rows
         if unfolded >= PIECE_BYTES or number == metadata.num_row_groups - 1:
             spans = [
-                _parquet_span(column) for place in range(begin, number + 1) for column in _columns(metadata.row_group(place))
+                _parquet_span(column) for index in range(begin, number + 1) for column in _columns(metadata.row_group(index))
             ]
             start = max(0, min((first for first, _ in spans), default=0))
             yield start, max(0, max((last for _, last in spans), default=0) - start), row, begin, number
@@ -344,8 +344,8 @@ def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterat
                 yield number, drop_nulls(row)
                 number += 1
             continue
-        for place in range(batch.num_rows):
-            one = batch.slice(place, 1)
+        for index in range(batch.num_rows):
+            one = batch.slice(index, 1)
             run = run + 1 if one.nbytes > most_bytes else 0
             if not run:
                 yield number, drop_nulls(one.to_pylist()[0])
@@ -380,7 +380,7 @@ def _longest(array: Any) -> int:
         lengths = pc.binary_length(array.dictionary)
         return int(pc.max(lengths).as_py() or 0)
     if pa.types.is_struct(array.type):
-        return max((_longest(array.field(place)) for place in range(array.type.num_fields)), default=0)
+        return max((_longest(array.field(index)) for index in range(array.type.num_fields)), default=0)
     if pa.types.is_map(array.type):
         return max(_longest(array.keys), _longest(array.items))
     nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type)
@@ -395,7 +395,7 @@ def drop_nulls(value: Any) -> Any:
 
 
 def _columns(group: Any) -> list[Any]:
-    return [group.column(place) for place in range(group.num_columns)]
+    return [group.column(index) for index in range(group.num_columns)]
 
 
 def _parquet_span(column: Any) -> tuple[int, int]:

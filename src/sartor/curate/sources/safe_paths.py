@@ -50,19 +50,19 @@ def find_files(declared: str) -> list[SourceFile]:
         if not glob.has_magic(root) and error.errno != errno.ENOENT:
             raise ConfigError(f"the source {declared[:200]!r}: {error.strerror}", "check the path") from None
     if stat.S_ISDIR(mode):
-        found = list(_walk(root))
-        found.sort(key=lambda file: file.name.split("/"))
+        result = list(_walk(root))
+        result.sort(key=lambda file: file.name.split("/"))
     elif mode and not stat.S_ISREG(mode):
         raise ConfigError(f"the source {declared!r} is {_kind_name(mode)}, not a file or folder", "name a regular file")
     elif mode:
         return [SourceFile(root, safe_name(os.path.basename(root)))]
     else:
         paths = sorted(glob.glob(root, recursive=True)) if glob.has_magic(root) else []
-        found = [_listed(path) for path in paths if not os.path.isdir(path)]
-    if not found:
+        result = [_listed(path) for path in paths if not os.path.isdir(path)]
+    if not result:
         what = "is an empty folder" if mode else "names no file"
         raise ConfigError(f"the source {declared!r} {what}", "check the path; it is taken from the current directory")
-    return found
+    return result
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -258,18 +258,18 @@ def turn_order(example: Example) -> str:
     if example.is_document:
         return ""
     before = ""
-    for place, message in enumerate(example.messages, 1):
+    for index, message in enumerate(example.messages, 1):
         role = message.role
-        if role == "system" and place > 1:
-            return f"turn {place} is the system's; it must be the first"
+        if role == "system" and index > 1:
+            return f"turn {index} is the system's; it must be the first"
         if role == "assistant" and before in ("", "system"):
-            return f"turn {place} is the assistant's, and nobody asked"
+            return f"turn {index} is the assistant's, and nobody asked"
         if role == before and role in ("user", "assistant"):
-            return f"turns {place - 1} and {place} are both the {role}'s"
+            return f"turns {index - 1} and {index} are both the {role}'s"
         if role == "tool" and before not in ("tool", "assistant"):
-            return f"turn {place} is a tool's, after no call"
-        if role == "tool" and before == "assistant" and not example.messages[place - 2].tool_calls:
-            return f"turn {place} is a tool's, and the assistant called none"
+            return f"turn {index} is a tool's, after no call"
+        if role == "tool" and before == "assistant" and not example.messages[index - 2].tool_calls:
+            return f"turn {index} is a tool's, and the assistant called none"
         before = role
     return ""
 
@@ -322,11 +322,11 @@ class ChatQuality:
             yield "turn_order", fault
         if self.language and detect and names_a_language(system_text(example)):
             detect = None  # the system asks for a language
-        for place, message in enumerate(example.messages):
+        for index, message in enumerate(example.messages):
             if message.role == "assistant":
-                asked = asked_before(example, place)
-                for reason, fault in self._of_answer(example, place, asked, detect):
-                    yield reason, fault if place == len(example.messages) - 1 else f"turn {place + 1}: {fault}"
+                asked = asked_before(example, index)
+                for reason, fault in self._of_answer(example, index, asked, detect):
+                    yield reason, fault if index == len(example.messages) - 1 else f"turn {index + 1}: {fault}"
 
     def _of_answer(self, example: Example, place: int, asked: str, detect: Detector | None) -> Iterator[tuple[str, str]]:
         message = example.messages[place]
@@ -353,8 +353,8 @@ _REPETITION = Repetition()
 def quality(example: Example) -> float:
     """0 (nothing of use) to 1 (nothing against it)."""
     marks = [
-        _of_answer(message, asked_before(example, place))
-        for place, message in enumerate(example.messages)
+        _of_answer(message, asked_before(example, index))
+        for index, message in enumerate(example.messages)
         if message.role == "assistant"
     ]
     if not marks:

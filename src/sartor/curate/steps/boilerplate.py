@@ -42,8 +42,8 @@ class Boilerplate:
         if self.min_rows < 2 or self.min_words < 1 or not 0 <= self.min_fraction <= 1:
             said = f"min_rows {self.min_rows}, min_words {self.min_words}, min_fraction {self.min_fraction}"
             raise ConfigError(f"{said}: they must be at least 2, at least 1, and 0 to 1", "min_rows: 20")
-        for place, pattern in enumerate(self.patterns):
-            compiled(pattern, f"patterns[{place}]")
+        for index, pattern in enumerate(self.patterns):
+            compiled(pattern, f"patterns[{index}]")
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: the hashes of a row's lines and sentences, each once."""
@@ -103,7 +103,7 @@ class RemoveLines:
     def open(self, folder: Path) -> RowFunction:
         """See RowStep."""
         lines = frozenset(self.lines)
-        patterns = [compiled(pattern, f"patterns[{place}]") for place, pattern in enumerate(self.patterns)]
+        patterns = [compiled(pattern, f"patterns[{index}]") for index, pattern in enumerate(self.patterns)]
 
         def apply(example: Example) -> Example | Drop:
             sieve = _Sieve(lines, patterns, Clock())

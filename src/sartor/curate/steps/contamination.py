@@ -63,18 +63,18 @@ class EvalSet:
 
 def read_set(path: str) -> EvalSet:
     """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be used."""
-    found = EvalSet(path)
+    result = EvalSet(path)
     for file, name in files_of(path):
-        for place, texts, named in _items(file, found.unread):
+        for place, texts, named in _items(file, result.unread):
             for digest in named:
-                found.media.setdefault(digest, len(found.items))
-            found.items.append((f"{name}:{place}", texts))
-    if not found.items:
-        why = ", ".join(f"{count} {reason}" for reason, count in found.unread.items()) or "it is empty"
+                result.media.setdefault(digest, len(result.items))
+            result.items.append((f"{name}:{place}", texts))
+    if not result.items:
+        why = ", ".join(f"{count} {reason}" for reason, count in result.unread.items()) or "it is empty"
         raise ConfigError(
             f"the evaluation set {path!r} has no item that can be read: {why}", "give JSONL, CSV, Parquet or text"
         )
-    return found
+    return result
 
 
 def files_of(path: str) -> list[tuple[Path, str]]:
@@ -426,7 +426,7 @@ class _Index:
 
     def of_media(self, digests: Sequence[str]) -> tuple[int, float] | None:
         """(item, 1) of the first file that an item names."""
-        return next(((self.media[one], 1.0) for one in digests if one in self.media), None)
+        return next(((self.media[digest], 1.0) for digest in digests if digest in self.media), None)
 
 
 @cache

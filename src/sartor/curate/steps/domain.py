@@ -70,7 +70,7 @@ class Domain:
         model = self._model()
         found = ["\n".join(texts(example, self.field))[:_LOOKED_AT] for example in examples]
         table = model.probabilities(found) if found else np.empty((0, len(model.labels)))
-        wanted = table[:, [place for place, label in enumerate(model.labels) if label in self.keep]].sum(axis=1)
+        wanted = table[:, [index for index, label in enumerate(model.labels) if label in self.keep]].sum(axis=1)
         best = table.argmax(axis=1) if len(found) else np.empty(0, int)
         return pa.table(
             {

@@ -156,7 +156,7 @@ def _candidates(hashes: NDArray[np.uint64], asked: I64) -> tuple[I64, I64, int]:
         ordered = keys[order]
         crowd = np.searchsorted(ordered, keys, "right") - np.searchsorted(ordered, keys, "left") > CROWD
         crowded |= crowd
-        for flip in (0, *(1 << place for place in range(BAND_BITS))):
+        for flip in (0, *(1 << index for index in range(BAND_BITS))):
             found += _matches(keys, order, ordered, flip, crowd, hashes)
         if crowd.any():
             found.append(_neighbours(order[crowd[order]], keys, hashes))
@@ -185,7 +185,7 @@ def _neighbours(rows: I64, keys: I64, hashes: NDArray[np.uint64]) -> I64:
     """Pairs of crowded rows, each with the next few of its bucket by hash, and with the first few of it."""
     pairs = [(rows[:-step], rows[step:]) for step in range(1, min(NEIGHBOURS, len(rows) - 1) + 1)]
     begin = np.searchsorted(keys[rows], keys[rows], "left")  # rows are in the order of their keys
-    pairs += [(rows[np.minimum(begin + place, np.arange(len(rows)))], rows) for place in range(FIRST_OF_CROWD)]
+    pairs += [(rows[np.minimum(begin + index, np.arange(len(rows)))], rows) for index in range(FIRST_OF_CROWD)]
     a, b = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     same = keys[a] == keys[b]
     return _close(a[same], b[same], hashes)

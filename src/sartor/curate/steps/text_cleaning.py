@@ -103,7 +103,7 @@ def _blocks(tokens: list[Any], keeps_code: bool) -> str:
     marks: list[str] = []
     cells: list[str] = []
     depth = upto = 0  # of lists; lines of the source that are done
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token.type in _LISTS:
             depth += token.nesting
         elif token.type == "list_item_open":
@@ -111,7 +111,7 @@ def _blocks(tokens: list[Any], keeps_code: bool) -> str:
         elif token.type == "tr_close":
             lines.append(" | ".join(cells))
             cells = []
-        elif token.type == "inline" and tokens[place - 1].type in ("td_open", "th_open"):
+        elif token.type == "inline" and tokens[index - 1].type in ("td_open", "th_open"):
             cells.append(_inline(token.children, keeps_code))
             upto = token.map[1] if token.map else upto
         elif token.type in ("inline", "fence"):
@@ -125,7 +125,7 @@ def _blocks(tokens: list[Any], keeps_code: bool) -> str:
 
 def _indented(body: str, mark: str, depth: int) -> list[str]:
     outer = "  " * max(depth - 1, 0)
-    return [outer + (" " * len(mark) if place else mark) + line for place, line in enumerate(body.split("\n"))]
+    return [outer + (" " * len(mark) if index else mark) + line for index, line in enumerate(body.split("\n"))]
 
 
 def _fence(token: Any, keeps_code: bool) -> str:

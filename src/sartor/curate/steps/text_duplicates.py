@@ -175,14 +175,14 @@ class NearDuplicates:
 
 
 def _removals(found: clusters.Removals, locators: Any) -> list[Removal]:
-    made = []
+    result = []
     for row, kept, score, method in zip(
         found.rows.tolist(), found.kept.tolist(), found.score.tolist(), found.method.tolist(), strict=True
     ):
         name = METHODS[method]
         detail = f"{'' if name == 'exact' else f'{score:.3f} '}{_SAID[name]} {locators[kept].as_py()}"
-        made.append(Removal(row, "near_duplicate", detail, kept, round(score, 6), name))
-    return made
+        result.append(Removal(row, "near_duplicate", detail, kept, round(score, 6), name))
+    return result
 
 
 def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, gathered: StepInput) -> Any:

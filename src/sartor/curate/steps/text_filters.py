@@ -80,10 +80,10 @@ def _looped(said: Sequence[str], loop: int) -> str:
         return ""
     for size in range(1, _LONGEST_LOOP + 1):
         run = longest = end = 0
-        for place in range(size, len(said)):
-            run = run + 1 if said[place] == said[place - size] else 0
+        for index in range(size, len(said)):
+            run = run + 1 if said[index] == said[index - size] else 0
             if run > longest:
-                longest, end = run, place
+                longest, end = run, index
         covered = longest + size
         if longest and covered >= size * loop and 2 * covered >= len(said):
             phrase = " ".join(said[end - size + 1 : end + 1])
@@ -133,10 +133,10 @@ def _seen_share(said: list[str], lengths: list[int], size: int) -> int:
     """Characters of the words that are in an n-gram seen before, each counted once."""
     seen: set[tuple[str, ...]] = set()
     covered, upto = 0, 0
-    for place, gram in enumerate(zip(*(said[shift:] for shift in range(size)), strict=False)):
+    for index, gram in enumerate(zip(*(said[shift:] for shift in range(size)), strict=False)):
         if gram in seen:
-            covered += sum(lengths[max(place, upto) : place + size])
-            upto = place + size
+            covered += sum(lengths[max(index, upto) : index + size])
+            upto = index + size
         else:
             seen.add(gram)
     return covered

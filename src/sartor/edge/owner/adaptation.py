@@ -125,8 +125,8 @@ class AdapterTuner:
             raise ConfigError(f"{too_few}: nothing that is tuned could be shown not to forget", _MORE_PROBE)
         names = self.diary.names(row.example_id for row in [*found.train, *found.held_out])
         key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in found.train]])
-        if why := self._no_need(found, key, again):
-            return _adapted("", why, found)
+        if reason := self._no_need(found, key, again):
+            return _adapted("", reason, found)
         out = self._work(key)
         job = _job(release, self.settings.base, recipe, room / "tokens.safetensors", out)
         private_tuning.write_job(job, found.train)

@@ -61,8 +61,8 @@ class _State:
     @cached_property
     def said(self) -> dict[str, Any]:
         """The header as a mapping."""
-        found: dict[str, Any] = json.loads(self.header)
-        return found
+        result: dict[str, Any] = json.loads(self.header)
+        return result
 
     @property
     def size(self) -> int:
@@ -97,7 +97,7 @@ class _State:
 
     def rows(self) -> list[UserRow]:
         """Every row."""
-        plain = (self.plain(place) for place in range(len(self.lines)))
+        plain = (self.plain(index) for index in range(len(self.lines)))
         names = (line.partition(b" ")[0].decode() for line in self.lines)
         return [UserRow.from_json(name, json.loads(one)) for name, one in zip(names, plain, strict=True) if one is not None]
 
@@ -189,7 +189,7 @@ class EncryptedRowStore:
 
     def _rewrite(self, state: _State, kept: Sequence[UserRow], source: KeySource) -> None:
         new = self._fresh(state.said["name"], state.secret[KEY_BYTES:], source)
-        new.lines = [new.seal(row, place) for place, row in enumerate(kept)]
+        new.lines = [new.seal(row, index) for index, row in enumerate(kept)]
         self._disk.replace(self._file, new.content)
         source.settle(new.said["source"])
         self._known = (new.header, new.secret)
@@ -207,7 +207,7 @@ class EncryptedRowStore:
         with self._disk.open(self._file) as stream:
             header, *lines = stream.read().split(b"\n")
         state = _State(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
-        broken = next((place for place in range(len(state.lines)) if state.plain(place) is None), len(state.lines))
+        broken = next((index for index in range(len(state.lines)) if state.plain(index) is None), len(state.lines))
         if tail := state.lines[broken:]:
             if not _may_be_torn(tail):
                 raise StoreError(

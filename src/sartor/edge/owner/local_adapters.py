@@ -51,10 +51,10 @@ class LocalAdapter:
 
 def shipped(store: Path, name: str) -> Installed:
     """The release that a device was given. Raises StoreError if there is none."""
-    found = installed(store, name)
-    if found is None:
+    result = installed(store, name)
+    if result is None:
         raise StoreError(f"the store {store} holds no release {name}", "sync it first")
-    return found
+    return result
 
 
 def digest_of(release: Installed) -> str:
@@ -99,9 +99,9 @@ class LocalAdapterStore:
                 self._put_blank(store, "it was not taken", activate=False)
                 store.collect()
                 raise
-        made = self.current()
-        assert made is not None
-        return made
+        result = self.current()
+        assert result is not None
+        return result
 
     def undo(self, reason: str) -> LocalAdapter:
         """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is none."""

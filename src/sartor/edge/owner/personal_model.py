@@ -93,11 +93,11 @@ class OwnerModel:
 
     def status(self) -> Status:
         """What works, and why."""
-        works, why = active_adapter(self.folder, self.store, self.settings.name)
+        works, reason = active_adapter(self.folder, self.store, self.settings.name)
         release = shipped(self.store, self.settings.name)
         rows = self.diary.count()
         digest = works.digest if works else ""
-        return Status(self.adapter(), digest, why, release.version, rows, tuple(self.diary.notes))
+        return Status(self.adapter(), digest, reason, release.version, rows, tuple(self.diary.notes))
 
     # tuning
 
@@ -230,8 +230,10 @@ class OwnerModel:
         try:
             yield
         except OSError as error:
-            why = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
-            raise MissingError(f"{self.folder} could not be written: {why}", "see to its disk; then the same call") from error
+            reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
+            raise MissingError(
+                f"{self.folder} could not be written: {reason}", "see to its disk; then the same call"
+            ) from error
 
 
 def signing_key(folder: Path) -> Path:

@@ -63,7 +63,7 @@ class Gguf:
         return {
             **PLAIN,
             "prompt": prompt,
-            "lora": [{"id": place, "scale": 1.0} for place in range(self._adapters)],
+            "lora": [{"id": index, "scale": 1.0} for index in range(self._adapters)],
             "n_predict": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

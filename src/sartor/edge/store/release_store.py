@@ -221,7 +221,7 @@ class ReleaseStore:
                 if known:  # it was staged with other files: nothing may name a tree that is not whole
                     pointer = replace(pointer, staged=None)
                     self._pointers.write(pointer)
-                copied = sum(self._trees.copied_bytes(name, one, pointer.current) for one in files.values())
+                copied = sum(self._trees.copied_bytes(name, file, pointer.current) for file in files.values())
                 self._make_room(f"{name} {version}", copied)
                 self._pointers.settle()  # a tree of this name may be replaced
                 self._trees.build(name, new, pointer.current)
@@ -261,12 +261,12 @@ class ReleaseStore:
         try:
             healthy(self._trees.path(name, version))
         except Exception as error:
-            why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             if found is not pointer.current and not isinstance(error, (MissingError, BudgetError)):
                 with self._writing(f"{name} {version}"):
-                    self._pointers.write(version_pointers.refused(pointer, version, why))
+                    self._pointers.write(version_pointers.refused(pointer, version, reason))
             stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
-            raise HealthError(f"{name} {version} is not healthy: {why}; {stays}", "publish a version that passes") from error
+            raise HealthError(f"{name} {version} is not healthy: {reason}; {stays}", "publish a version that passes") from error
         if found is pointer.current:
             return
         with self._writing(f"{name} {version}"):
@@ -359,7 +359,7 @@ class ReleaseStore:
         before = self._room.used_bytes()
         self._pointers.settle()
         pointers = list(self._pointers.all())
-        trees = {self._trees.path(one.name, version.version) for one in pointers for version in one.versions}
+        trees = {self._trees.path(pointer.name, version.version) for pointer in pointers for version in pointer.versions}
         held = {digest for one in pointers for version in one.versions for digest in version.files.values()}
         blobs, wanted = self._blobs, self._blobs.wanted
         garbage = [tree for tree in self._trees.all() if tree not in trees]
@@ -387,10 +387,10 @@ class ReleaseStore:
         """
         with self._writing("what was mended"):
             self.mended += self._pointers.restore()
-            found = self._rot.found()
-            for digest in found:
+            result = self._rot.found()
+            for digest in result:
                 self._rot.mend_blob(digest)
-            for digest in found:
+            for digest in result:
                 self._rot.mend_trees(digest)
             self.mended += [said for pointer in list(self._pointers.all()) if (said := self._rot.fall_back(pointer))]
-        return found
+        return result

@@ -159,7 +159,7 @@ class DeviceBudget:
         """What is left after some attempts, as limits of a process. Raises BudgetError where time is spent."""
         left = []
         for limit, used in (
-            (self.wall_s, sum(one.usage.wall_s for one in attempts)),
+            (self.wall_s, sum(attempt.usage.wall_s for attempt in attempts)),
             (self.cpu_s, sum(one.usage.cpu_s for one in attempts)),
         ):
             if limit and used >= limit:
@@ -214,8 +214,8 @@ class FallbackTuning:
 
     def climb_down(self, planner: Planner) -> Receipt:
         """See `tune_within`."""
-        if why := self.policy():
-            return self._end("paused", why, {})
+        if reason := self.policy():
+            return self._end("paused", reason, {})
         most_tokens = 0
         plan: MemoryPlan | None = None
         while True:
@@ -275,8 +275,8 @@ class FallbackTuning:
             self._stop = Stop(StopCause.SIGNAL, self.signals.received.name)
         if self._stop is None and now - self._asked_at >= ASK_S:
             self._asked_at = now
-            why = self.policy()
-            self._stop = Stop(StopCause.POLICY, why) if why else self._over_disk()
+            reason = self.policy()
+            self._stop = Stop(StopCause.POLICY, reason) if reason else self._over_disk()
         return self._stop is not None
 
     def _over_disk(self) -> Stop | None:
@@ -357,13 +357,13 @@ def _updates(log: Path) -> int:
         lines = log.read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    found = 0
+    result = 0
     for line in lines:
         try:
-            found = max(found, int(json.loads(line).get("update", 0)))
+            result = max(result, int(json.loads(line).get("update", 0)))
         except ValueError:  # the last line of a process that was killed
             continue
-    return found
+    return result
 
 
 def _used_bytes(folder: Path) -> int:

@@ -86,8 +86,8 @@ def _measured() -> dict[str, Any]:
     if done.returncode:
         problem = f"the tuner does not run on this machine: {done.stderr.strip().splitlines()[-1:]}"
         raise MissingError(problem, "pip install 'sartor[edge]'")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def held_bytes() -> int:

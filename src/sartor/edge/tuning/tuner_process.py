@@ -100,9 +100,9 @@ class DeviceBase:
 
     def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
         """The fast path, whose activations are computed again in the backward pass if the recipe says so."""
-        made, why = kernels.choose_kernels(self.device)
+        made, reason = kernels.choose_kernels(self.device)
         fast = FusedDecoder(model, made, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
-        return FusedBackend(fast, self.device, f"llama block by hand, {why}; weights mapped", wish.share)
+        return FusedBackend(fast, self.device, f"llama block by hand, {reason}; weights mapped", wish.share)
 
 
 def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:

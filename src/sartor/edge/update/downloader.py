@@ -221,18 +221,18 @@ def _connection(parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http
     assert parts.hostname
     if parts.scheme == "https":
         context = ssl.create_default_context()
-        made: http.client.HTTPConnection
-        made = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=limits.connect_s, context=context)
+        result: http.client.HTTPConnection
+        result = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=limits.connect_s, context=context)
     else:
-        made = http.client.HTTPConnection(parts.hostname, parts.port, timeout=limits.connect_s)
+        result = http.client.HTTPConnection(parts.hostname, parts.port, timeout=limits.connect_s)
     try:
-        made.connect()
-        assert made.sock is not None
-        made.sock.settimeout(limits.read_s)
+        result.connect()
+        assert result.sock is not None
+        result.sock.settimeout(limits.read_s)
     except OSError as error:
-        made.close()
+        result.close()
         raise TransientDownloadError(f"cannot connect ({type(error).__name__}: {error})") from None
-    return made
+    return result
 
 
 @contextmanager

@@ -128,8 +128,8 @@ def _votes(
         except ArtifactError:
             refused["malformed"] += 1
             continue
-        if why := _wrong(report, signature, offers, devices):
-            refused[why] += 1
+        if reason := _wrong(report, signature, offers, devices):
+            refused[reason] += 1
             continue
         place = (report.name, report.version, report.device)
         if (known := votes.get(place)) is not None:

@@ -170,10 +170,10 @@ def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}", "a JSONL file of prompts") from None
-    found = tuple(_prompt(file, place, line) for place, line in enumerate(lines, 1) if line.strip())
-    if not found:
+    result = tuple(_prompt(file, index, line) for index, line in enumerate(lines, 1) if line.strip())
+    if not result:
         raise ConfigError(f"{file} holds no prompt", '{"prompt": "...", "expected": {"contains": "..."}}')
-    return found
+    return result
 
 
 def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
@@ -187,7 +187,9 @@ def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
             raise ValueError("give prompt or messages, one of them")
         kind, wanted = _expected(said.get("expected"))
         messages = said.get("messages", [{"role": "user", "content": said.get("prompt")}])
-        if not messages or not all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages):
+        if not messages or not all(
+            isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
+        ):
             raise ValueError("prompt is a text, messages a list of role and content")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}, line {line}: {error}", '{"prompt": "...", "expected": {"exact": "..."}}') from None

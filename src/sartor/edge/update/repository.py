@@ -111,7 +111,7 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] =
             there = ", ".join(folder.name for folder in known.values())
             raise ConfigError(f"{role} has no such key as {', '.join(old)}; in {keys} are {there}", f"--old {role}-1")
         number = max([int(folder.name.rpartition("-")[2]) for folder in known.values()], default=0)
-        made = [keys / f"{role}-{number + place + 1}" for place in range(len(gone))]
+        made = [keys / f"{role}-{number + index + 1}" for index in range(len(gone))]
         for identity, folder in zip(gone, made, strict=True):
             signing.keygen(folder)
             root.revoke_key(identity, role)

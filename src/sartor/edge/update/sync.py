@@ -214,13 +214,13 @@ class _Metadata(FetcherInterface):
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         try:
-            found = self.fetcher.small(url, max_length)
+            result = self.fetcher.small(url, max_length)
         except ArtifactError as error:
             raise exceptions.DownloadLengthMismatchError(error.problem) from error
-        if found is None:
+        if result is None:
             # how the client learns that there is no newer root
             raise exceptions.DownloadHTTPError(f"there is no {url}", 404)
-        return found
+        return result
 
 
 def _refreshed(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:

@@ -90,10 +90,10 @@ def layout_of(stream: BinaryIO) -> SafetensorsLayout:
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
     if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
         raise _unfit(f"its header has {length:,} bytes")
-    found = _layout(lead + stream.read(length))
-    if found.file_bytes != size:
-        raise _unfit(f"its header is of a file of {found.file_bytes:,} bytes, it has {size:,}")
-    return found
+    result = _layout(lead + stream.read(length))
+    if result.file_bytes != size:
+        raise _unfit(f"its header is of a file of {result.file_bytes:,} bytes, it has {size:,}")
+    return result
 
 
 def _layout(header: bytes) -> SafetensorsLayout:
@@ -302,11 +302,11 @@ class _Stream:
 
 
 def _open_streams(delta: BinaryIO, lengths: dict[str, int], at: int) -> dict[str, _Stream]:
-    found = {}
+    result = {}
     for key, length in lengths.items():
-        found[key] = _Stream(delta, at, length)
+        result[key] = _Stream(delta, at, length)
         at += length
-    return found
+    return result
 
 
 def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:

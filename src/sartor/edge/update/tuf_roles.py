@@ -59,12 +59,12 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
     if any(_FOLDER.match(path.name) for path in keys.glob("*")):
         raise ConfigError(f"{keys} holds keys already", "choose another directory; an overwritten key is lost for ever")
     make_parent(keys)
-    found: dict[RoleName, list[str]] = {}
+    result: dict[RoleName, list[str]] = {}
     for role in ROLES:
-        found[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])]
+        result[role] = [signing.keygen(keys / f"{role}-{number + 1}")["key_id"] for number in range(thresholds[role][0])]
     lines = "".join(f"{role} {thresholds[role][1]}\n" for role in ROLES)
     (keys / "thresholds").write_text(lines, encoding="utf-8")
-    return found
+    return result
 
 
 def folders(keys: Path, role: RoleName) -> list[Path]:
@@ -131,11 +131,11 @@ class Documents:
         root = Metadata(first_root(keys, expiry))
         # version 0 is never seen: every write counts up first
         rest = (Metadata(Targets(version=1)), Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
-        made = cls(folder, root, *rest)
+        result = cls(folder, root, *rest)
         for document in rest:
             document.signed.version = 0
-        made.write_root(keys, [root.signed])
-        return made
+        result.write_root(keys, [root.signed])
+        return result
 
     @classmethod
     def open(cls, folder: Path) -> Documents:
@@ -190,9 +190,9 @@ def expiries(folder: Path) -> dict[str, str]:
 
 def _read(kind: type[T], path: Path) -> Metadata[T]:
     try:
-        found: Metadata[T] = Metadata.from_bytes(path.read_bytes())
+        result: Metadata[T] = Metadata.from_bytes(path.read_bytes())
     except (OSError, DeserializationError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", "restore the repository's metadata from a copy") from None
-    if not isinstance(found.signed, kind):
+    if not isinstance(result.signed, kind):
         raise ArtifactError(f"{path} is no {kind.type}", "restore the repository's metadata from a copy")
-    return found
+    return result

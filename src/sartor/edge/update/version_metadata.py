@@ -114,23 +114,23 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
     try:
         said = json.loads(document)
         files = {path: Blob(**blob) for path, blob in said["files"].items()}
-        found = VersionContent(said["name"], said["version"], files, tuple(DeltaStep(**step) for step in said["deltas"]))
+        result = VersionContent(said["name"], said["version"], files, tuple(DeltaStep(**step) for step in said["deltas"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _wrong(name, version, type(error).__name__) from None
     if said.get("schema") != SCHEMA:
         raise _wrong(name, version, f"it has schema {said.get('schema')}; this version of Sartor reads {SCHEMA}")
-    if (found.name, found.version) != (name, version):
-        raise _wrong(name, version, f"it is of {found.name} {found.version}")
+    if (result.name, result.version) != (name, version):
+        raise _wrong(name, version, f"it is of {result.name} {result.version}")
     if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):
         raise _wrong(name, version, "a path in it leads out of the release, or there are too many")
-    digests = [*found.blobs, *(step.sha256 for step in found.deltas), *(step.result for step in found.deltas)]
-    sizes = [*found.blobs.values(), *(step.bytes for step in found.deltas)]
-    digests += [step.base for step in found.deltas if step.base]
-    if not all(isinstance(one, str) and DIGEST.fullmatch(one) for one in digests) or not all(
+    digests = [*result.blobs, *(step.sha256 for step in result.deltas), *(step.result for step in result.deltas)]
+    sizes = [*result.blobs.values(), *(step.bytes for step in result.deltas)]
+    digests += [step.base for step in result.deltas if step.base]
+    if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in digests) or not all(
         type(size) is int and size >= 0 for size in sizes
     ):
         raise _wrong(name, version, "a digest or a size in it is none")
-    return found
+    return result
 
 
 def _is_inside(path: str) -> bool:

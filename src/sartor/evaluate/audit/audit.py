@@ -136,14 +136,16 @@ def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired
 
 def _told(made: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
     """`kinds`: how many prompts there are of each, and what tells how many it takes; `findings`: what they show."""
-    counts = {paired.kind: _counted(paired, [one for one in sections if one.kind == paired.kind]) for paired in made}
+    counts = {
+        paired.kind: _counted(paired, [section for section in sections if section.kind == paired.kind]) for paired in made
+    }
     return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)], "tests": len(sections)}
 
 
 def _counted(paired: Paired, sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
     counts = {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond}
     if not sections:
-        why = "every prompt that speaks of it was left out" if paired.left_out else "no prompt speaks of it"
-        return {**counts, "skipped": why}
-    clusters, deviation = len(set(sections[0].members)), max(spread(one) for one in sections)
+        reason = "every prompt that speaks of it was left out" if paired.left_out else "no prompt speaks of it"
+        return {**counts, "skipped": reason}
+    clusters, deviation = len(set(sections[0].members)), max(spread(section) for section in sections)
     return {**counts, "clusters": clusters, "groups": len(sections[0].groups), "spread": deviation}

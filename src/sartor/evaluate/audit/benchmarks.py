@@ -85,7 +85,7 @@ def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkI
         pairs = [(one, other) for one, other in zip(*found, strict=True) if one is not None and other is not None]
         if pairs:
             before, after = ([pair[side] for pair in pairs] for side in (0, 1))
-            compared = bootstrap.paired_bootstrap(before, after, [str(place) for place in range(len(pairs))])
+            compared = bootstrap.paired_bootstrap(before, after, [str(index) for index in range(len(pairs))])
             said[name] = {"what": what, "counted": len(pairs), **asdict(compared)}
     return said
 
@@ -100,19 +100,19 @@ def _likelihoods(sides: ModelPair, items: Sequence[BenchmarkItem]) -> list[Array
         sides.encoded(_prompt(item), text) if item.prompt else sides.sentence(text) for item in items for text in item.texts
     ]
     scores = -sides.nats(rows)
-    found, place = [], 0
+    result, place = [], 0
     for item in items:
         each = slice(place, place + len(item.texts))
         tokens = [row.supervised_tokens for row in rows[each]] if item.prompt else 1.0
-        found.append(scores[:, each] / np.asarray(tokens))
+        result.append(scores[:, each] / np.asarray(tokens))
         place += len(item.texts)
-    return found
+    return result
 
 
 def _bbq(file: Path) -> Iterator[BenchmarkItem]:
     for row in _lines(file):
         options = tuple(line.split(". ", 1)[-1] for line in row["options"].split("\n"))
-        right = next((place for place, option in enumerate(options) if option == row["answer"][0]), -1)
+        right = next((index for index, option in enumerate(options) if option == row["answer"][0]), -1)
         question = row["question"].split("\n")[0]
         if right >= 0:
             is_ambiguous = any(word in options[right].lower() for word in _UNKNOWN)

@@ -124,7 +124,7 @@ def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
     ]
     # spread over all merits, not the first of them alone
     most = min(max(LEAST_OF_TEMPLATES, MOST_PROMPTS // len(groups(kind))), MOST_OF_TEMPLATES, len(found))
-    chosen = [found[place * len(found) // most] for place in range(most)] if most else []
+    chosen = [found[index * len(found) // most] for index in range(most)] if most else []
     return Paired(kind, tuple(chosen), len(made) - len(found), len(found) - len(chosen))
 
 

@@ -144,8 +144,8 @@ def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     asked = [one for kind in ("secret", "phrase") for one in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
     rows = {row.id: row for row in train}
     tries = [
-        (place, id, at)
-        for place, one in enumerate(asked)
+        (index, id, at)
+        for index, one in enumerate(asked)
         for id, at in one.places[:TRIES]
         if sides.fits(rows[id].prompt, rows[id].reply)
     ]
@@ -228,8 +228,8 @@ def phrases(rows: Sequence[Example]) -> list[TrainingString]:
 
 
 def _runs(said: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for place in range(len(said) - PHRASE_WORDS + 1):
-        yield said[place][1], tuple(word for word, _ in said[place : place + PHRASE_WORDS])
+    for index in range(len(said) - PHRASE_WORDS + 1):
+        yield said[index][1], tuple(word for word, _ in said[index : index + PHRASE_WORDS])
 
 
 def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[TrainingString]:

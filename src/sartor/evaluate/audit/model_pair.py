@@ -47,7 +47,7 @@ class ModelPair:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
         row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), ()), self.folder)
         start = _last_reply(row.learnt)
-        return replace(row, learnt=[learnt and place >= start for place, learnt in enumerate(row.learnt)])
+        return replace(row, learnt=[learnt and index >= start for index, learnt in enumerate(row.learnt)])
 
     def sentence(self, text: str) -> TokenizedExample:
         """A text outside the chat template. Every token is judged, also the first: before it stands one that says nothing."""
@@ -92,5 +92,5 @@ class ModelPair:
 
 def _last_reply(learnt: Sequence[bool]) -> int:
     """Where the last run of learnt tokens begins."""
-    end = max(place for place, one in enumerate(learnt) if one)
+    end = max(index for index, one in enumerate(learnt) if one)
     return next((place + 1 for place in range(end, -1, -1) if not learnt[place]), 0)

@@ -75,7 +75,7 @@ def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
             said[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
-        compared = bootstrap.paired_bootstrap(counts[0], counts[1], [str(place) for place in range(len(asked))])
+        compared = bootstrap.paired_bootstrap(counts[0], counts[1], [str(index) for index in range(len(asked))])
         said[name] = {"asked": len(asked), **asdict(compared)}
     return said
 

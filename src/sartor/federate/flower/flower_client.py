@@ -157,7 +157,7 @@ def _journal(name: str, options: ClientOptions) -> Path:
 
 def _users(names: Sequence[str]) -> frozenset[int] | None:
     try:
-        return frozenset(int(one) if one.isdigit() else pwd.getpwnam(one).pw_uid for one in names) or None
+        return frozenset(int(name) if name.isdigit() else pwd.getpwnam(name).pw_uid for name in names) or None
     except KeyError as error:
         raise ConfigError(f"this machine has no such user: {error.args[0]}", "useradd --system flower, or a number") from None
 

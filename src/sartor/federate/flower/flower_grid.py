@@ -40,7 +40,7 @@ class GridPost:
         """See Post. What SuperLink did not take has the id ""."""
         if "" in ids:
             yield "", None
-        if asked := [one for one in ids if one]:
+        if asked := [row_id for row_id in ids if row_id]:
             for message in self._grid.pull_messages(asked):
                 found = None if message.has_error() else _reply(message.content)
                 yield message.metadata.reply_to_message_id, found
@@ -56,7 +56,7 @@ def requests_of(content: RecordDict) -> list[bytes]:
 
 def content_of(reply: NodeReply) -> RecordDict:
     """What a node sends back."""
-    answers = {place: answer for place, answer in enumerate(reply.answers) if answer}
+    answers = {index: answer for index, answer in enumerate(reply.answers) if answer}
     head = ConfigRecord({"said": list(reply.said)})
     return RecordDict({_REPLY: head, _ANSWERS: _array(answers)})
 
@@ -71,7 +71,7 @@ def _reply(content: RecordDict) -> NodeReply | None:
         answers = _bytes(content.array_records.get(_ANSWERS))
     except ValueError:
         return None
-    return NodeReply(tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
+    return NodeReply(tuple(map(str, said)), tuple(answers.get(index, b"") for index in range(len(said))))
 
 
 def _array(contents: Mapping[int, bytes]) -> ArrayRecord:

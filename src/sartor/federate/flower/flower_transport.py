@@ -135,7 +135,7 @@ class FlowerTransport:
         for name, requests in letters.items():
             for node in self._of(name) & there.keys():
                 if self._way.needs(node, there[node].came, requests, self.clock()):
-                    number = self.post.send(node, [one.content for one in requests], max(left_s, 0.0) + _GRACE_S)
+                    number = self.post.send(node, [request.content for request in requests], max(left_s, 0.0) + _GRACE_S)
                     self._way.letters[number] = _Letter(name, node, there[node].came, requests)
 
     def _collect(self) -> None:
@@ -145,16 +145,16 @@ class FlowerTransport:
     def _take(self, letter: _Letter, reply: NodeReply) -> None:
         """What came of each request of a letter."""
         again = []
-        for place, request in enumerate(letter.requests):
-            said = reply.said[place] if place < len(reply.said) else AGAIN
+        for index, request in enumerate(letter.requests):
+            said = reply.said[index] if index < len(reply.said) else AGAIN
             if said == AGAIN:
                 again.append(request)
                 continue
             self._way.settled.add((letter.node, request.digest))
             if said != ANSWERED:
                 self.said_no[f"{letter.client} {said.removeprefix('no ')}"] += 1
-            elif place < len(reply.answers) and reply.answers[place]:
-                self._way.arrived.append(reply.answers[place])
+            elif index < len(reply.answers) and reply.answers[index]:
+                self._way.arrived.append(reply.answers[index])
         if again:
             self.lost += 1
             self._way.wait(letter.node, again, self.clock() + _AGAIN_S)

@@ -68,11 +68,11 @@ def _discrete_laplace(scale: int, count: int, source: Source) -> Integers:
 
 def _geometric(count: int, source: Source) -> Integers:
     """How often in a row something of chance 1/e happens."""
-    found, alive = np.zeros(count, np.int64), np.arange(count)
+    result, alive = np.zeros(count, np.int64), np.arange(count)
     while len(alive):
         alive = alive[_happens(np.full(len(alive), math.exp(-1)), source)]
-        found[alive] += 1
-    return found
+        result[alive] += 1
+    return result
 
 
 def _below(bound: int, count: int, source: Source) -> Integers:
@@ -132,13 +132,13 @@ class ClientNoise:
             return 0.0
         reach = self.clip_norm + self.step * math.sqrt(values) / 2
         tau = 10 * sum(math.exp(-2 * (math.pi * self.sigma) ** 2 * k / (k + 1)) for k in range(1, self.sharers))
-        found = 1 / (reach / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
-        if found < 0.95 * self.noise_multiplier:
+        result = 1 / (reach / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
+        if result < 0.95 * self.noise_multiplier:
             finest = self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / 3
             step = min(0.05 * self.clip_norm / math.sqrt(values), finest)
-            problem = f"at a step of {self.step:.3g} the noise counts as {found:.3g}, not {self.noise_multiplier:g}"
+            problem = f"at a step of {self.step:.3g} the noise counts as {result:.3g}, not {self.noise_multiplier:g}"
             raise ConfigError(problem, f"step: {step:.3g} or finer")
-        return found
+        return result
 
     def spending(self, name: str, values: int) -> Spending:
         """What a round costs, whose upload has so many values."""

@@ -85,7 +85,7 @@ def private_updates(
 
     def update(rows: Sequence[T]) -> None:
         stepping.zero_grad()
-        micros = [rows[place : place + micro_rows] for place in range(0, len(rows), micro_rows)]
+        micros = [rows[index : index + micro_rows] for index in range(0, len(rows), micro_rows)]
         for micro in micros:
             with warnings.catch_warnings():  # of the lowest adapted layer, whose input needs no gradient
                 warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)

@@ -147,17 +147,17 @@ def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manif
             UpdateRules(**said.pop("rules")),
             SecureSumTerms.of(said.pop("terms")),
         )
-        found = Manifest(work=work, rules=rules, terms=terms, **said)
-        _check(found)
+        result = Manifest(work=work, rules=rules, terms=terms, **said)
+        _check(result)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
         raise ArtifactError(f"this is no manifest of a round: {error}", "look at who sends it") from None
-    if found.coordinator != coordinator or coordinator not in roster.keys:
+    if result.coordinator != coordinator or coordinator not in roster.keys:
         raise SignatureError(
-            f"the manifest is of {found.coordinator}; this client listens to {coordinator}",
+            f"the manifest is of {result.coordinator}; this client listens to {coordinator}",
             "ask the coordinator that you enrolled with",
         )
-    signing.check_signature(found.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
-    return found
+    signing.check_signature(result.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
+    return result
 
 
 def _check(found: Manifest) -> None:

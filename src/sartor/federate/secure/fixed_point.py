@@ -94,12 +94,12 @@ def decode(vector: Vector, layout: Sequence[TensorSlot]) -> dict[str, Floats]:
     """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
     if vector.size != (size := sum(slot.size for slot in layout)):
         raise RoundError(f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest")
-    found, start = {}, 0
+    result, start = {}, 0
     for slot in layout:
         units = vector[start : start + slot.size].view(np.int32).astype(np.float64)
-        found[slot.name] = (units * slot.scale).reshape(slot.shape)
+        result[slot.name] = (units * slot.scale).reshape(slot.shape)
         start += slot.size
-    return found
+    return result
 
 
 def _slot_at(layout: Sequence[TensorSlot], place: int) -> TensorSlot:

@@ -36,7 +36,7 @@ class Graph:
     def _ring(self) -> tuple[list[str], dict[str, int], list[int]]:
         ring = sorted(self._names, key=self._drawn)
         offsets = sorted(range(2, (len(ring) + 1) // 2), key=lambda offset: self._drawn(str(offset)))[: self._degree // 2 - 1]
-        return ring, {name: place for place, name in enumerate(ring)}, [1, *offsets]
+        return ring, {name: index for index, name in enumerate(ring)}, [1, *offsets]
 
     def _drawn(self, what: str) -> bytes:
         return hashlib.sha256(f"{self._seed} {what}".encode()).digest()
@@ -154,7 +154,7 @@ class SecureSumTerms:
     @cached_property
     def places(self) -> Mapping[str, int]:
         """The place of each client's shares, from 1."""
-        return {name: place for place, name in enumerate(self.cohort, 1)}
+        return {name: index for index, name in enumerate(self.cohort, 1)}
 
     def as_json(self) -> dict[str, Any]:
         """As a manifest says it."""
@@ -169,10 +169,10 @@ class SecureSumTerms:
             layout = tuple(
                 TensorSlot(str(one["name"]), tuple(map(_whole, one["shape"])), _number(one["scale"])) for one in said["layout"]
             )
-            found = cls(tuple(said["cohort"]), _whole(said["threshold"]), layout, _whole(said["degree"]), str(said["seed"]))
+            result = cls(tuple(said["cohort"]), _whole(said["threshold"]), layout, _whole(said["degree"]), str(said["seed"]))
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"the terms of a sum are malformed: {error}", "look at who sends them") from None
-        return found
+        return result
 
 
 def _whole(value: Any) -> int:

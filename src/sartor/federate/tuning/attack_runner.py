@@ -77,7 +77,7 @@ class GradientCanaries:
 
     def sent(self, canaries: Sequence[int], like: Tensors, length: float) -> Tensors:
         """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for none."""
-        chosen = np.isin(self.owner, [one for one in canaries if self.is_in[one]])
+        chosen = np.isin(self.owner, [canary for canary in canaries if self.is_in[canary]])
         whole = np.where(chosen, self.signs, 0.0)
         norm = float(np.linalg.norm(whole))
         return unflat(whole * (length / norm if norm else 0.0), like)
@@ -135,9 +135,9 @@ def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name:
     losses, _ = path.losses([row])
     losses.mean().backward()  # type: ignore[no-untyped-call]
     factor = resident.factors[name]
-    found: Array = (factor.grad if factor.grad is not None else torch.zeros_like(factor)).detach().float().cpu().numpy()
+    result: Array = (factor.grad if factor.grad is not None else torch.zeros_like(factor)).detach().float().cpu().numpy()
     factor.grad = None
-    return found
+    return result
 
 
 class _Read(Exception):
@@ -213,8 +213,8 @@ def attacked(target: AttackTarget, notice: Notice = lambda line: None) -> Attack
     """
     recipe = target.setting.recipe
     claimed = recipe.privacy.budget if recipe.privacy else None
-    if why := _unwanted(target):
-        return AttackReport(claimed, skipped=dict.fromkeys(("membership", "canaries", "inversion", "audit"), why))
+    if reason := _unwanted(target):
+        return AttackReport(claimed, skipped=dict.fromkeys(("membership", "canaries", "inversion", "audit"), reason))
     skipped: dict[str, str] = {}
     report = AttackReport(
         claimed,
@@ -269,20 +269,20 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
 
     planted = [row(place) for place in range(len(COPIES))]
     own = {name: list(rows.train[: target.most_rows]) for name, rows in target.rows.items()}
-    for place, canary in enumerate(planted):
-        own.setdefault(names[place % len(names)], []).extend([canary] * COPIES[place])
+    for index, canary in enumerate(planted):
+        own.setdefault(names[index % len(names)], []).extend([canary] * COPIES[index])
     # a client of whom nothing is here has something to learn all the same
     tasks = {name: _task(target, TokenizedDataset(own.get(name) or [row(0)]), f"planted/{name}") for name in names}
     rounds = min(MOST_ROUNDS, setting.recipe.rounds)
     shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "canaries"), rounds)
     shutil.rmtree(setting.folder / "planted", ignore_errors=True)
     found = []
-    for place, canary in enumerate(planted):
-        candidates = [row(place) for _ in range(OTHERS)]
+    for index, canary in enumerate(planted):
+        candidates = [row(index) for _ in range(OTHERS)]
         loss, *others = row_losses(setting.resident, shared, [canary, *candidates])
-        rows = own[names[place % len(names)]]
+        rows = own[names[index % len(names)]]
         found.append(
-            exposure(f"of six digits, {COPIES[place]} of {len(rows)} rows", _times(target, rows, rounds, place), loss, others)
+            exposure(f"of six digits, {COPIES[index]} of {len(rows)} rows", _times(target, rows, rounds, index), loss, others)
         )
     return tuple(found)
 
@@ -332,7 +332,7 @@ def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
     mode, names = MODES[setting.recipe.mode], sorted(setting.tasks)
     values = sum(value.size for value in mode.sent(setting.start, 1).values())
     drawn = GradientCanaries.drawn(canaries_for(claim, values), values, setting.recipe.seed)
-    tasks = {name: CanaryTask(mode, drawn, range(place, len(drawn.is_in), len(names))) for place, name in enumerate(names)}
+    tasks = {name: CanaryTask(mode, drawn, range(index, len(drawn.is_in), len(names))) for index, name in enumerate(names)}
     shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "audit"), setting.recipe.rounds)
     moved = add_changes(shared, setting.start, -1.0)
     return drawn.audited({name: moved[name] for name in mode.sent(setting.start, 1)}, claim)

@@ -45,11 +45,11 @@ class Shards:
         too few groups for so many clients.
         """
         members = _members(examples)
-        if self.by and all(label_of(one.reply, self.by) is None for one in examples):
+        if self.by and all(label_of(example.reply, self.by) is None for example in examples):
             raise ConfigError(f"no reply has the field {self.by!r}", "--by FIELD of the JSON replies, or . for the whole reply")
         sizes = {group: len(rows) for group, rows in members.items()}
         owners = self._owners(self._of_label(members), sizes)
-        return {one.id: owners[group] for group, rows in members.items() for one in rows}
+        return {row.id: owners[group] for group, rows in members.items() for row in rows}
 
     def deal_like(self, owners: Mapping[str, int], dealt: Sequence[Example], others: Sequence[Example]) -> dict[str, int]:
         """Other rows, by example's id, of each label in the shares in which `dealt` has gone to its `owners`.
@@ -61,27 +61,27 @@ class Shards:
             label: np.bincount([owners[one.id] for group in groups for one in given[group]], minlength=self.count)
             for label, groups in self._of_label(given).items()
         }
-        shuffle, found = random.Random(self.seed), {}
+        shuffle, result = random.Random(self.seed), {}
         for label, groups in sorted(self._of_label(members).items()):
             if label in shares:
                 shuffle.shuffle(groups)
                 sizes = [len(members[group]) for group in groups]
                 ends = np.cumsum(shares[label]) * (sum(sizes) / shares[label].sum())
                 for group, owner in zip(groups, _by_middle(sizes, ends), strict=True):
-                    found.update({one.id: owner for one in members[group]})
-        return found
+                    result.update({member.id: owner for member in members[group]})
+        return result
 
     def _of_label(self, members: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
         """Label -> groups, sorted. A group has the label that most of its rows have."""
-        labels = self._labels([one for rows in members.values() for one in rows])
-        found: dict[str, list[str]] = defaultdict(list)
+        labels = self._labels([row for rows in members.values() for row in rows])
+        result: dict[str, list[str]] = defaultdict(list)
         for group in sorted(members):
-            counted = Counter(labels[one.id] for one in members[group])
-            found[min(counted, key=lambda label: (-counted[label], label))].append(group)
-        return found
+            counted = Counter(labels[member.id] for member in members[group])
+            result[min(counted, key=lambda label: (-counted[label], label))].append(group)
+        return result
 
     def _labels(self, examples: Sequence[Example]) -> dict[str, str]:
-        return {one.id: (label_of(one.reply, self.by) or "") if self.by else "" for one in examples}
+        return {example.id: (label_of(example.reply, self.by) or "") if self.by else "" for example in examples}
 
     def _owners(self, of_label: dict[str, list[str]], sizes: dict[str, int]) -> dict[str, int]:
         """Group -> client."""
@@ -105,10 +105,10 @@ class Shards:
 
 def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Group -> its rows."""
-    found: dict[str, list[Example]] = defaultdict(list)
+    result: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        found[group_of(example)].append(example)
-    return found
+        result[group_of(example)].append(example)
+    return result
 
 
 def _by_middle(sizes: Sequence[int], ends: NDArray[np.float64]) -> list[int]:

@@ -72,7 +72,7 @@ class DeviceFile:
 
 def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
     """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for both."""
-    files = [Path(one) for one in clients if Path(one).suffix in (".yaml", ".yml")]
+    files = [Path(client) for client in clients if Path(client).suffix in (".yaml", ".yml")]
     if files and len(files) < len(clients):
         raise ConfigError(
             f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
@@ -208,9 +208,9 @@ def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path |
             for offset, chunk in _chunks(content):
                 store.append(digests[path], offset, chunk)
             store.finish(digests[path])
-    made = store.stage(name, version, digests)
+    result = store.stage(name, version, digests)
     store.activate(name, version, lambda path: None)
-    return made
+    return result
 
 
 def _chunks(content: Path | bytes) -> Iterator[tuple[int, bytes]]:

@@ -89,15 +89,15 @@ class RowPrivacy:
         spending, how = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
         self.account.spend(spending)
         source = masking_crypto.stream(masking_crypto.derive(self.secret, manifest.digest, "rows", rows.digest()))
-        learning = [one for one in resident.factors.values() if one.requires_grad]
+        learning = [factor for factor in resident.factors.values() if factor.requires_grad]
         optimizer = optimizers.make(learning, resident.recipe.optimizer, resident.device)
 
         def losses(chosen: Sequence[TokenizedExample]) -> torch.Tensor:
             return row_means(resident.model, chosen, resident.device)
 
         with private_updates(resident.model, optimizer, losses, how, source=source) as update:
-            for place in range(spending.times):
-                fraction = (manifest.number - 1 + place / spending.times) / settings.rounds
+            for index in range(spending.times):
+                fraction = (manifest.number - 1 + index / spending.times) / settings.rounds
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(resident, settings, min(1.0, fraction))
                 update(poisson_sample(rows.train, how, source))

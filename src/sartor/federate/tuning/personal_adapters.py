@@ -43,7 +43,7 @@ from sartor.tune.tokenized_dataset import TokenizedDataset
 
 def examples_of(people: Clients) -> dict[str, Example]:
     """Every row of every Dataset, by its id."""
-    return {one.id: one for dataset in people.datasets for one in stored.read_examples(dataset)}
+    return {example.id: example for dataset in people.datasets for example in stored.read_examples(dataset)}
 
 
 def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own:

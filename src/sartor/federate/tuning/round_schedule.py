@@ -48,7 +48,7 @@ def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip
 
     trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
     """
-    found = []
+    result = []
     for module, inputs in canary.inputs.items():
         a, b = shared[module + A].astype(np.float64), shared[module + B].astype(np.float64)
         bound, longest = 0.0, float(np.linalg.norm(inputs, axis=0).max())
@@ -59,8 +59,8 @@ def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip
         if {module + A, module + B} <= set(trained):
             bound += clip**2 * longest
         # a hair more, as responses are rounded to float32
-        found.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
-    return found
+        result.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
+    return result
 
 
 def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -> dict[str, Array]:
@@ -130,7 +130,9 @@ def clipped_of(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
 def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
     """How far the adapter of the mean change is from the mean of the clients' products, on a canary of this seed."""
     canary = aggregation.draw(shared, seed)
-    answers = [Update(one.client, canary.responses(add_changes(shared, one.tensors)), one.examples) for one in updates]
+    answers = [
+        Update(update.client, canary.responses(add_changes(shared, update.tensors)), update.examples) for update in updates
+    ]
     return aggregation.exactness_error(canary, Combined(add_changes(shared, mean(updates))), mean(answers))
 
 
@@ -187,7 +189,7 @@ class LoraSchedule:
         line = self._line(self._coordinator.manifest, self._coordinator.active, shared, mean)
         if self._seen:
             updates, pooled = self._seen
-            verdicts = tuple(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)
+            verdicts = tuple(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts)
             error = exactness_error(shared, updates, self._options.seed + line.round)
             line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
         self._journal.keep(line_place(line.round), records.canonical(line.as_json()))

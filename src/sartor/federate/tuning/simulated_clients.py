@@ -93,11 +93,11 @@ def open_clients(
         raise ConfigError("shards are dealt of a Dataset, and the recipe names none", "data: {path: DIR}")
     datasets = [open_artifact(Path(folder), "dataset") for folder in folders or [recipe.data.path]]
     resident = SharedBase.open(tuning(recipe, str(datasets[0].path)), notice)
-    encoded = [encode_rows(one, tuning(recipe, str(one.path)), resident.base.chat) for one in datasets]
+    encoded = [encode_rows(dataset, tuning(recipe, str(dataset.path)), resident.base.chat) for dataset in datasets]
     if shards:
         rows = _dealt(datasets[0], encoded[0], shards)
     else:
-        rows = {f"client-{place:0{len(str(len(encoded)))}}": one for place, one in enumerate(encoded)}
+        rows = {f"client-{index:0{len(str(len(encoded)))}}": one for index, one in enumerate(encoded)}
     trained = {row.example_id for one in rows.values() for row in one.train}
     rows = {
         name: replace(one, held_out=[row for row in one.held_out if row.example_id not in trained])
@@ -113,7 +113,7 @@ def open_clients(
 
 def _dealt(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:
     """The rows of one Dataset by client, the held-out ones like the others."""
-    examples = {one.id: one for one in stored.read_examples(dataset)}
+    examples = {example.id: example for example in stored.read_examples(dataset)}
     train, held_out = ([examples[row.example_id] for row in part] for part in (encoded.train, encoded.held_out))
     owners = shards.deal(train)
     owners |= shards.deal_like(owners, train, held_out)
@@ -123,6 +123,6 @@ def _dealt(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict
         return [row for row in rows if owners.get(row.example_id) == place]
 
     return {
-        f"client-{place:0{width}}": TokenizedDataset(train=of(place, encoded.train), held_out=of(place, encoded.held_out))
-        for place in range(shards.count)
+        f"client-{index:0{width}}": TokenizedDataset(train=of(index, encoded.train), held_out=of(index, encoded.held_out))
+        for index in range(shards.count)
     }

@@ -182,7 +182,7 @@ class SecureRounds:
         self._member = Participant(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
         self._seen = {name: _Seen(setting.tasks[name]) for name in names}
         self._journal = self._open(COORDINATOR)
-        clients = {name: self._client(name, place, roster) for place, name in enumerate(names)}
+        clients = {name: self._client(name, index, roster) for index, name in enumerate(names)}
         self._transport = _Strict(clients)
         self._coordinator = Coordinator(self._member, self._journal, RUN, self._merged, lambda: 0.0)
         if self._journal.kept(f"shared {RUN}") is None:
@@ -311,10 +311,13 @@ class InspectedRounds:
             norm(pooled.tensors),
             error,
             0.0,
-            sum(len(arrays.pack_tensors(one.tensors)) for one in updates),
+            sum(len(arrays.pack_tensors(update.tensors)) for update in updates),
             *setting.losses(number),
             *setting.spent,
-            verdicts=(*_said(declined), *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
+            verdicts=(
+                *_said(declined),
+                *(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts),
+            ),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], made
         self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(made))
@@ -392,7 +395,7 @@ class ResidualRounds(InspectedRounds):
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         means, residual = split_ranks(shared, self._rank)
-        whole = [replace(one, tensors=add_changes(means, one.tensors)) for one in updates]
+        whole = [replace(update, tensors=add_changes(means, update.tensors)) for update in updates]
         combined = Residual().combine(means, whole, 1)
         missed = {
             module: LoraPair(*_together(combined.residual[module], pair(residual, module) if residual else None))

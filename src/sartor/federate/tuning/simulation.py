@@ -166,7 +166,7 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
         return rules
     # the finest noise is wanted for the largest upload of any round: all its factors
     sent = MODES[recipe.mode].sent(shared, 1)
-    layout = terms_for([f"client-{place}" for place in range(clients)], sent, rules, seed="0" * 64).layout
+    layout = terms_for([f"client-{index}" for index in range(clients)], sent, rules, seed="0" * 64).layout
     how = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
     counted = how.effective_multiplier(sum(value.size for value in shared.values()))
     return dataclasses.replace(rules, noise=noise * noise / counted * (1 + 1e-4))

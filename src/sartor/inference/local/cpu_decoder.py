@@ -162,7 +162,7 @@ class CpuDecoder:
         reach = -(-max(ends) // PAGE)
         positions = torch.tensor([position for run, end in zip(runs, ends, strict=True) for position in range(run.first, end)])
         tables = [[*run.pages[:reach], *[0] * (reach - len(run.pages))] for run in runs]
-        rows = [place for place, run in enumerate(runs) for _ in run.ids]
+        rows = [index for index, run in enumerate(runs) for _ in run.ids]
         sheets = [self.factors.at(run.slot) for run in runs]
         turns = [self._angles.turns(kind, max(ends)) for kind in self._kinds]
         x, start = self._fast.embed(ids.clamp(min=0)).float(), 0
@@ -261,8 +261,8 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecod
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
         angles = Angles(fast, model.config, context_tokens)
-    except Unsupported as why:
-        raise ModelError(f"the engine cannot serve this base: {why}", "engine: {kind: llamacpp} or {kind: openai}") from None
+    except Unsupported as error:
+        raise ModelError(f"the engine cannot serve this base: {error}", "engine: {kind: llamacpp} or {kind: openai}") from None
     try:
         if model.device.type != "cpu":
             raise cpu.NoKernels("they are for CPUs")
@@ -307,7 +307,7 @@ def _few(blocks: TorchDecoder | CpuDecoder, pairs: Mapping[str, ModuleLora]) -> 
     """Logits of two prompts, the first in two parts and with an adapter, and of a token after each."""
     blocks.factors.add("a", pairs)
     own = blocks.factors.slot("a")
-    ids = [place * 7 % 50 for place in range(90)]
+    ids = [index * 7 % 50 for index in range(90)]
     blocks.advance([TokenRun(ids[:64], 0, (0, 1), own)], [])
     read = blocks.advance([TokenRun(ids[64:], 64, (0, 1), own), TokenRun(ids[:9], 0, (2,), -1)], [0, 1])
     written = blocks.advance([TokenRun([3], 90, (0, 1), own, newest=True), TokenRun([4], 9, (2,), -1, newest=True)], [0, 1])

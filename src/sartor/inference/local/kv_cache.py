@@ -61,9 +61,9 @@ class PagedKvCache:
     def keep(self, number: int, text: Sequence[int], pages: Sequence[int]) -> None:
         """Let later rows use the whole pages of a computed text. The row goes on using them, until `give_back`."""
         before = -1 - number
-        for place in range(len(text) // PAGE_TOKENS):
-            key = (before, tuple(text[place * PAGE_TOKENS : (place + 1) * PAGE_TOKENS]))
-            page = pages[place]
+        for index in range(len(text) // PAGE_TOKENS):
+            key = (before, tuple(text[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
+            page = pages[index]
             if key not in self._kept and page not in self._keys:
                 self._kept[key], self._keys[page], self._numbers[page] = page, key, number
                 if before >= 0:

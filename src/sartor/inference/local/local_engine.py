@@ -199,7 +199,7 @@ class LocalEngine:
         ]
         for row, chunk in chunks:
             row.read += len(chunk)
-        done = [place for place, (row, _) in enumerate(chunks) if row.read == len(row.prompt)]
+        done = [index for index, (row, _) in enumerate(chunks) if row.read == len(row.prompt)]
         rows = [*(chunks[place][0] for place in done), *writing]
         scores = self._blocks.advance(runs, [*done, *range(len(chunks), len(runs))])
         for row in rows[: len(done)]:
@@ -209,13 +209,13 @@ class LocalEngine:
 
     def _choose(self, rows: Sequence[SequenceState], scores: Scores) -> None:
         """The next token of each row."""
-        for place, row in enumerate(rows):
-            if scores.likeliest[place] < 0:
+        for index, row in enumerate(rows):
+            if scores.likeliest[index] < 0:
                 self._fail(row, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again"))
                 continue
             self._keep(row)
             try:
-                told = row.take(scores.likeliest[place] if row.is_plain else row.choose(scores.logits[place]))
+                told = row.take(scores.likeliest[index] if row.is_plain else row.choose(scores.logits[index]))
             except SartorError as error:
                 self._fail(row, error)
                 continue

@@ -93,7 +93,7 @@ class LoraStacks:
             stack.scales[slot] = 0
 
     def _modules(self) -> Sequence[tuple[Site, int, str]]:
-        return [(site, place, module) for site in self.sites for place, module in enumerate(site.modules)]
+        return [(site, index, module) for site in self.sites for index, module in enumerate(site.modules)]
 
     @staticmethod
     def _shape(site: Site, place: int) -> tuple[int, int]:
@@ -116,22 +116,22 @@ class LoraStacks:
             return
         new = self._empty(site, wanted, slots if slot < slots else max(4, 2 * slots))
         new.scales[:slots] = old.scales
-        for place, rank in enumerate(old.ranks):
-            span = site.high[place] - site.low[place]
-            start, b_start = new.module_a(place).start, new.module_b(place).start
-            new.a[:slots, start : start + rank] = old.a[:, old.module_a(place)]
-            new.b[:slots, b_start : b_start + rank * span] = old.b[:, old.module_b(place)]
+        for index, rank in enumerate(old.ranks):
+            span = site.high[index] - site.low[index]
+            start, b_start = new.module_a(index).start, new.module_b(index).start
+            new.a[:slots, start : start + rank] = old.a[:, old.module_a(index)]
+            new.b[:slots, b_start : b_start + rank * span] = old.b[:, old.module_b(index)]
         self.stacks[number] = new
 
     @staticmethod
     def _write(stack: LoraStack, site: Site, pairs: Mapping[str, ModuleLora], slot: int) -> None:
-        for place, module in enumerate(site.modules):
+        for index, module in enumerate(site.modules):
             pair = pairs.get(module)
-            stack.scales[slot, place] = pair.scale if pair else 0.0
+            stack.scales[slot, index] = pair.scale if pair else 0.0
             if pair is None:
                 continue
             rank = len(pair.a)
-            a, b = stack.a[slot, stack.module_a(place)], stack.b[slot, stack.module_b(place)].view(stack.ranks[place], -1)
+            a, b = stack.a[slot, stack.module_a(index)], stack.b[slot, stack.module_b(index)].view(stack.ranks[index], -1)
             a[:rank], a[rank:] = pair.a.to(a.dtype), 0
             b[:rank], b[rank:] = pair.b.T.to(b.dtype), 0
 

@@ -34,7 +34,7 @@ class MediaPrompt:
 
     def of(self, start: int, chunk: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """For the ids from `start` on: (places within the chunk, their embeddings); None if no media stands there."""
-        places = [place for place, token in enumerate(chunk) if token < 0]
+        places = [index for index, token in enumerate(chunk) if token < 0]
         if not places:
             return None
         first = sum(token < 0 for token in self.ids[:start])

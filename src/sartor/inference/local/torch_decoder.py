@@ -79,14 +79,14 @@ class Angles:
 
     def turns(self, kind: str, end: int) -> RotaryTable:
         """Of a kind of layer, for at least the positions before `end`."""
-        made = self._made.get(kind)
-        if made is None or len(made.cos) < end:
+        result = self._made.get(kind)
+        if result is None or len(result.cos) < end:
             reach = min(max(2 * end, _FIRST_ANGLES), max(self._most, end))
             head = self._fast.head
             like, places = head.new_empty(0, dtype=torch.float32), torch.arange(reach, device=head.device)[None]
             cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
-            made = self._made[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
-        return made
+            result = self._made[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
+        return result
 
 
 class TorchDecoder:
@@ -124,10 +124,10 @@ class TorchDecoder:
     def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
         """Take each run through all layers; what comes after the last token of each run in `wanted`, in its order."""
         found: dict[int, Scores] = {}
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             if not run.newest:
                 x = self._read(run)
-                found |= {place: self._scores(x[-1:])} if place in wanted else {}
+                found |= {index: self._scores(x[-1:])} if index in wanted else {}
         newest = [place for place, run in enumerate(runs) if run.newest]
         for start in range(0, len(newest), BLOCK_ROWS):
             block = newest[start : start + BLOCK_ROWS]
@@ -175,9 +175,9 @@ class TorchDecoder:
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
             self._adapt_chunk(site, y, x, slot)
 
-        for place in range(len(self._fast.blocks)):
-            last = place == len(self._fast.blocks) - 1 and not all_rows
-            x = self._block(place, x, mix, adapt if slot >= 0 else _leave, only_last=last)
+        for index in range(len(self._fast.blocks)):
+            last = index == len(self._fast.blocks) - 1 and not all_rows
+            x = self._block(index, x, mix, adapt if slot >= 0 else _leave, only_last=last)
         return x
 
     def _decoded(self, runs: Sequence[TokenRun]) -> torch.Tensor:
@@ -198,8 +198,8 @@ class TorchDecoder:
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
             self._serving.adapt(y, x, self.factors.stacks[site], own)
 
-        for place in range(len(self._fast.blocks)):
-            x = self._block(place, x, mix, adapt if max(slots) >= 0 else _leave)
+        for index in range(len(self._fast.blocks)):
+            x = self._block(index, x, mix, adapt if max(slots) >= 0 else _leave)
         return x[: len(ids)]
 
     def _block(self, place: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
@@ -239,11 +239,11 @@ class TorchDecoder:
         """y (T, O) += scale x A^T B^T of one adapter."""
         stack = self.factors.stacks[site]
         low = x @ stack.a[slot].T
-        for place, rank in enumerate(stack.ranks):
-            scale = float(stack.scales[slot, place])
+        for index, rank in enumerate(stack.ranks):
+            scale = float(stack.scales[slot, index])
             if rank and scale:
-                b = stack.b[slot, stack.module_b(place)].view(rank, -1)
-                y[:, stack.low[place] : stack.high[place]].addmm_(low[:, stack.module_a(place)], b, alpha=scale)
+                b = stack.b[slot, stack.module_b(index)].view(rank, -1)
+                y[:, stack.low[index] : stack.high[index]].addmm_(low[:, stack.module_a(index)], b, alpha=scale)
 
 
 def _leave(site: int, y: torch.Tensor, x: torch.Tensor) -> None:

@@ -165,8 +165,8 @@ class _Running:
                 raise voice.too_slow(self._name, limit_s) from None
             if line is None:
                 raise voice.ended(self._name, self._process.wait())
-            if found := _WROTE.search(line):
-                return Path(self._folder.name) / Path(found[1].decode()).name
+            if match := _WROTE.search(line):
+                return Path(self._folder.name) / Path(match[1].decode()).name
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -225,10 +225,10 @@ class Espeak(TtsVoice):
 
 def program() -> str:
     """Where espeak-ng is. Raises ExtraError."""
-    found = shutil.which(PROGRAM)
-    if found is None:
+    result = shutil.which(PROGRAM)
+    if result is None:
         raise ExtraError(f"{PROGRAM}, which speaks, is not on this machine", f"apt-get install {PROGRAM} (macOS: brew install)")
-    return found
+    return result
 
 
 def _check(where: str, language: str) -> None:

@@ -143,10 +143,10 @@ class TtsVoice(ABC):
             )
         if len(text) > MOST_CHARACTERS:
             raise ConfigError(f"the text has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}", "say it in parts")
-        made = pieces(clean(text))
-        if not made:
+        result = pieces(clean(text))
+        if not result:
             raise ConfigError("nothing in the text can be said", "give a text with words in it")
-        return made
+        return result
 
     @abstractmethod
     def speak(self, piece: str, speed: float) -> AudioClip:

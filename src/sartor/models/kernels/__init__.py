@@ -22,6 +22,6 @@ def choose_kernels(device: torch.device) -> tuple[ReferenceKernels, str]:
     if device.type == "cpu":
         try:
             return cpu.load(), cpu.CpuKernels.name
-        except cpu.NoKernels as why:
-            return ReferenceKernels(), f"{ReferenceKernels.name}: {why}"
+        except cpu.NoKernels as error:
+            return ReferenceKernels(), f"{ReferenceKernels.name}: {error}"
     return ReferenceKernels(), ReferenceKernels.name

@@ -193,10 +193,10 @@ def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
 @functools.cache
 def load() -> CpuKernels:
     """The kernels, compiled if need be and checked. Raises NoKernels with the reason."""
-    made = CpuKernels(ctypes.CDLL(str(_library())))
-    if problem := difference(made):
+    result = CpuKernels(ctypes.CDLL(str(_library())))
+    if problem := difference(result):
         raise NoKernels(f"the compiled kernels are wrong on this machine: {problem}")
-    return made
+    return result
 
 
 def _library() -> Path:

@@ -238,11 +238,11 @@ class PagedKernels:
         own = slots.clamp(min=0)
         scales = torch.where(slots[:, None] < 0, 0.0, stack.scales[own])
         low = torch.bmm(stack.a[own], x[:, :, None])[:, :, 0]
-        for place, rank in enumerate(stack.ranks):
+        for index, rank in enumerate(stack.ranks):
             if rank:
-                b = stack.b[own, stack.module_b(place)].unflatten(1, (rank, -1))
-                part = torch.bmm(low[:, None, stack.module_a(place)], b)[:, 0].float() * scales[:, place, None]
-                y[:, stack.low[place] : stack.high[place]] += part.to(y.dtype)
+                b = stack.b[own, stack.module_b(index)].unflatten(1, (rank, -1))
+                part = torch.bmm(low[:, None, stack.module_a(index)], b)[:, 0].float() * scales[:, index, None]
+                y[:, stack.low[index] : stack.high[index]] += part.to(y.dtype)
 
 
 def _sees(places: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:

@@ -146,8 +146,8 @@ class HeadNorms:
         """The gradient of what `forward` got."""
         parts = [part.reshape(-1, self._width) for part in qkv.split(self._sizes, 1)]
         grads = [part.reshape(-1, self._width) for part in d.split(self._sizes, 1)]
-        for place, norm in enumerate(self.norms):
-            grads[place] = norm.backward(grads[place], parts[place], norm.forward(parts[place])[1])
+        for index, norm in enumerate(self.norms):
+            grads[index] = norm.backward(grads[index], parts[index], norm.forward(parts[index])[1])
         return torch.cat([part.view(len(qkv), -1) for part in grads], 1)
 
 
@@ -312,9 +312,9 @@ class _HeadNode(torch.autograd.Function):
         wants = ctx.needs_input_grad[0]
         ctx.fast = fast
         if fast.mapped is not None:
-            found, slope = mapped_losses(normed, fast.mapped, targets, wants, fast.logits_bytes)
+            result, slope = mapped_losses(normed, fast.mapped, targets, wants, fast.logits_bytes)
             ctx.save_for_backward(hidden, rstd, *(() if slope is None else (slope,)))
-            return found
+            return result
         losses, slopes = [], []
         rows = max(1, fast.logits_bytes // (fast.head.shape[0] * hidden.element_size()))
         for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
@@ -359,7 +359,7 @@ class FusedDecoder:
         self.mapped = head if isinstance(head, MappedLinear) else None
         if self.mapped is not None and self.softcap:
             raise Unsupported("a mapped LM head whose logits are capped")
-        adapted = [place for place, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)]
+        adapted = [index for index, block in enumerate(self.blocks) if any(part.requires_grad for part in block.parameters)]
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
         covered = {id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]}
@@ -399,14 +399,14 @@ class FusedDecoder:
         layout = AttentionLayout(batch.segments, batch.rows, batch.tokens)
         like = torch.empty(0, dtype=self.dtype, device=batch.ids.device)
         turns: dict[str, list[torch.Tensor]] = {}
-        made = []
+        result = []
         for block in self.blocks:
             if block.rope_kind not in turns:
                 kind = (block.rope_kind,) if block.rope_kind else ()
                 turns[block.rope_kind] = [part[0] for part in self.rope(like, batch.positions, *kind)]
             cos, sin = turns[block.rope_kind]
-            made.append(Geometry(block.shape, block.width, cos, sin, layout))
-        return made
+            result.append(Geometry(block.shape, block.width, cos, sin, layout))
+        return result
 
     def frozen(self, x: torch.Tensor, geometries: Sequence[Geometry]) -> torch.Tensor:
         """(T, D) embeddings -> (T, D) input of the lowest adapted layer. Call under no_grad."""
@@ -417,10 +417,10 @@ class FusedDecoder:
     def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
         """(T, D) input of the lowest adapted layer -> (S,) losses, differentiable."""
         wanted, inverse = torch.unique(batch.predict, return_inverse=True)
-        for place in range(self.lowest, len(self.blocks)):
-            block, is_last = self.blocks[place], place == len(self.blocks) - 1
+        for index in range(self.lowest, len(self.blocks)):
+            block, is_last = self.blocks[index], index == len(self.blocks) - 1
             only = wanted if is_last else None
-            x = _BlockNode.apply(x, block, geometries[place], only, self.recompute, *block.parameters)
+            x = _BlockNode.apply(x, block, geometries[index], only, self.recompute, *block.parameters)
         if self.lowest == len(self.blocks):
             x = x[wanted]
         return _HeadNode.apply(x[inverse], self, batch.targets)

@@ -85,7 +85,7 @@ class ActivationCache:
     def inputs(self, rows: Sequence[TokenizedExample], batch: Pack) -> torch.Tensor:
         """(T, D) input of the lowest adapted layer for a pack of `rows`. Call under no_grad."""
         x = torch.empty(batch.tokens, self.fast.head.shape[1], dtype=self.fast.head.dtype, device=self.device)
-        unknown = [place for place, row in enumerate(rows) if tuple(row.ids) not in self.parts]
+        unknown = [index for index, row in enumerate(rows) if tuple(row.ids) not in self.parts]
         for row, places in zip(rows, batch.places, strict=True):
             ids = tuple(row.ids)
             if ids in self.parts:

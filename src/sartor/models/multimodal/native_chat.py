@@ -138,10 +138,10 @@ class _Whole:
         self._begins: list[int] = []  # of each media in the whole
         self._spans: list[tuple[int, int, int]] = []  # its end in the whole, start and end of its mark
         whole, done = "", 0
-        for place, mark in enumerate(marks):
+        for index, mark in enumerate(marks):
             whole += text[done : mark.start()]
             self._begins.append(len(whole))
-            whole += seen[place].text  # type: ignore[attr-defined]  # the media of a native base write texts
+            whole += seen[index].text  # type: ignore[attr-defined]  # the media of a native base write texts
             self._spans.append((len(whole), mark.start(), mark.end()))
             done = mark.end()
         self.text = whole + text[done:]

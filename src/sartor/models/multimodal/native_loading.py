@@ -38,18 +38,18 @@ class VoxtralProcessor(transformers.VoxtralProcessor):
     def _process_audio(self, audio: Any, **options: Any) -> tuple[dict[str, Any], list[str]]:
         positions = int(options.pop("max_source_positions"))
         chunks = [self._retrieve_input_features([one], positions, **options) for one in audio]
-        texts = [f"[BEGIN_AUDIO]{self.audio_token * (len(one) * positions // FRAMES)}" for one in chunks]
+        texts = [f"[BEGIN_AUDIO]{self.audio_token * (len(chunk) * positions // FRAMES)}" for chunk in chunks]
         return {"input_features": torch.cat(chunks)}, texts
 
 
 def tokenizer(path: Path) -> Any:
     """The tokenizer in a base's `tekken.json`. Raises ModelError where there is no chat template and none can be made."""
-    made = convert_tekken_tokenizer(str(path / TEKKEN))
-    if made.chat_template is None:
+    result = convert_tekken_tokenizer(str(path / TEKKEN))
+    if result.chat_template is None:
         raise ModelError(
             f"mistral-common writes the chat template of {path}, and is not installed", "pip install mistral-common"
         )
-    return made
+    return result
 
 
 # What transformers needs for some of them, beside what Sartor installs

@@ -83,21 +83,21 @@ def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, p
 
 
 def _language(model: Any, parts: BaseParts, wanted: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
-    found = parts.language
+    result = parts.language
     if top is not None:
         layers = len(model.get_decoder().layers)
         if top > layers:
             raise ConfigError(f"method.targets.layers: top-{top}, and the base has {layers} layers", f"layers: top-{layers}")
-        above = [f"{parts.decoder}.layers.{place}" for place in range(layers - top, layers)]
-        found = tuple(name for name in found if any(_is_in(name, layer) for layer in above))
+        above = [f"{parts.decoder}.layers.{index}" for index in range(layers - top, layers)]
+        result = tuple(name for name in result if any(_is_in(name, layer) for layer in above))
     if isinstance(wanted, str):
-        return found
+        return result
     for target in wanted:
         if not any(_ends(name, target) for name in parts.language):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in parts.language}))
             problem = f"method.targets: {target!r} names no module of this base's language model"
             raise ConfigError(problem, f"method.targets: all-linear, or some of {known}")
-    return tuple(name for name in found if any(_ends(name, target) for target in wanted))
+    return tuple(name for name in result if any(_ends(name, target) for target in wanted))
 
 
 def _projectors(model: Any, decoder: str) -> Iterator[str]:
@@ -115,9 +115,9 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
             taken.append(name)
             yield name
             continue
-        for place in range(len(module)):
-            taken.append(f"{name}.{place}")
-            yield f"{name}.{place}"
+        for index in range(len(module)):
+            taken.append(f"{name}.{index}")
+            yield f"{name}.{index}"
 
 
 def _is_layer(name: str, decoder: str) -> bool:

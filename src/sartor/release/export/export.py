@@ -208,7 +208,7 @@ def _parity(
             "base_digest": base.ref.digest,
             "device": str(base.device),
         },
-        "prompts": records.count_values(one.asked.source for one in traces),
+        "prompts": records.count_values(trace.asked.source for trace in traces),
         "positions": sum(len(one.reply) for one in traces),
         "most_reply_tokens": reference.REPLY_TOKENS,
         "likeliest": LIKELIEST,

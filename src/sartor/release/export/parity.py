@@ -61,7 +61,7 @@ class ParityPrompt:
         return (
             not self.tools
             and not self.spells_markup
-            and not any(one.tool_calls or one.tool_call_id or one.name for one in self.messages)
+            and not any(message.tool_calls or message.tool_call_id or message.name for message in self.messages)
         )
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -95,7 +95,11 @@ def _held_out(release: Artifact, count: int) -> Found:
             examples = held_out(release, None, 4 * count, release.path).examples
         except SourceError:  # it holds nothing out
             examples = []
-        return [("held-out rows", one.prompt, one.tools) for one in examples if not one.is_document and one.prompt]
+        return [
+            ("held-out rows", example.prompt, example.tools)
+            for example in examples
+            if not example.is_document and example.prompt
+        ]
     system = str(release.manifest.get("system_prompt", ""))
     table = pq.read_table(release.path / "report" / "rows.parquet", columns=["prompt"])
     return [("rows of the Report", _turns(system, text), "") for text in table["prompt"].to_pylist() if text]
@@ -233,15 +237,15 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
     for one, told in zip(traces, answers.likeliest, strict=True):
         logprobs = one.logits.log_softmax(-1)
         same.append(sum(likeliest[0][0] == token for token, likeliest in zip(one.reply, told, strict=True)))
-        for place, likeliest in enumerate(told):
+        for index, likeliest in enumerate(told):
             known = {token: value for token, value in likeliest if value is not None}
-            differences.append((logprobs[place, list(known)] - torch.tensor(list(known.values()))).abs())
+            differences.append((logprobs[index, list(known)] - torch.tensor(list(known.values()))).abs())
     tokens, whole, length = 0, 0, 0
     for one, greedy in zip(traces, answers.greedy, strict=True):
         tokens += sum(mine == theirs for mine, theirs in zip(one.reply, greedy, strict=False))
         length += max(len(one.reply), len(greedy))
         whole += list(one.reply) == greedy
-    lengths = [len(one.reply) for one in traces]
+    lengths = [len(trace.reply) for trace in traces]
     positions, agreement = sum(lengths), sum(same) / sum(lengths)
     spread = sum((agreed - agreement * count) ** 2 for agreed, count in zip(same, lengths, strict=True)) ** 0.5
     each = torch.cat([*differences, torch.zeros(1)])
@@ -262,7 +266,7 @@ def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOu
 
 def with_prompts(figures: Figures, traces: Sequence[Trace], rendered: Sequence[Sequence[int]]) -> Figures:
     """The figures with the fraction of plain prompts that came out in the same tokens."""
-    plain = [one for one in traces if one.asked.is_plain]
+    plain = [trace for trace in traces if trace.asked.is_plain]
     same = sum(one.prompt == list(ids) for one, ids in zip(plain, rendered, strict=True))
     return replace(figures, alike=same / len(plain) if plain else None)
 
@@ -302,7 +306,7 @@ TIME_LIMIT_S = 6 * 3600.0
 
 def check_own_decoding(traces: Sequence[Trace]) -> Figures:
     """Sartor against itself: one token at a time with a cache (the replies) against all at once (the logits)."""
-    likeliest = [_likeliest(one.logits) for one in traces]
+    likeliest = [_likeliest(trace.logits) for trace in traces]
     return compare("sartor", "sartor", traces, RuntimeOutputs([list(one.reply) for one in traces], likeliest))
 
 
@@ -330,15 +334,15 @@ def _ask_torch(runtime: str, form: str, model: Any, chat: ChatTokenizer, traces:
     began = time.monotonic()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(part), local_files_only=True, trust_remote_code=False)
     rendered = [
-        tokenizer.apply_chat_template(one.asked.as_json(), add_generation_prompt=True, return_dict=True)["input_ids"]
-        for one in traces
-        if one.asked.is_plain
+        tokenizer.apply_chat_template(trace.asked.as_json(), add_generation_prompt=True, return_dict=True)["input_ids"]
+        for trace in traces
+        if trace.asked.is_plain
     ]
     logits = [logits_along(model, one.prompt, one.reply[:-1]) for one in traces]
     greedy: list[list[int]] = []
     for start in range(0, len(traces), ROWS_TOGETHER):
         greedy += _generate(model, chat, [one.prompt for one in traces[start : start + ROWS_TOGETHER]])
-    answers = RuntimeOutputs(greedy, [_likeliest(one) for one in logits], logits)
+    answers = RuntimeOutputs(greedy, [_likeliest(logit) for logit in logits], logits)
     figures = compare(f"{runtime} {importlib.metadata.version(runtime)}", form, traces, answers)
     return replace(with_prompts(figures, traces, rendered), wall_s=round(time.monotonic() - began, 1))
 
@@ -362,7 +366,7 @@ def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> 
 
 
 def _until_stop(row: list[int], stops: set[int]) -> list[int]:
-    end = next((place for place, token in enumerate(row) if token in stops), len(row))
+    end = next((index for index, token in enumerate(row) if token in stops), len(row))
     return row[: end + 1]
 
 
@@ -393,7 +397,7 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
     Raises GateError where it cannot open them, or holds another chat template than `template`.
     """
     began = time.monotonic()
-    longest = max(len(one.asked.ids) for one in traces) + REPLY_TOKENS + 8
+    longest = max(len(trace.asked.ids) for trace in traces) + REPLY_TOKENS + 8
     job = {
         "model": str(file),
         "adapter": str(adapter) if adapter else "",

@@ -123,7 +123,7 @@ def _config(said: Mapping[str, Any]) -> LoraConfig:
     if not targets:
         raise _refusal("target_modules", targets, "at least one name of a module")
     layers = [layers] if type(layers) is int else layers
-    if layers and not (isinstance(layers, list) and all(type(one) is int and one >= 0 for one in layers)):
+    if layers and not (isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)):
         raise _refusal("layers_to_transform", layers, "numbers of layers")
     return LoraConfig(
         rank=rank,
@@ -231,10 +231,10 @@ def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> 
     tensors, metadata = read_whole(path / PROJECTORS)
     if model_refs.SAID not in metadata:
         raise _projectors_refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.SAID!r}")
-    found = Projectors(_towers(metadata[model_refs.SAID]), tensors)
-    for tower in found.towers:
+    result = Projectors(_towers(metadata[model_refs.SAID]), tensors)
+    for tower in result.towers:
         _check_tower(tower)
-    return found
+    return result
 
 
 def _towers(text: str) -> tuple[TowerEntry, ...]:

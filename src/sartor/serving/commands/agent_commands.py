@@ -193,7 +193,7 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
     made, asked = _asked(team, key, user)
     inbox = _inbox(made)
     counted = _counted(kept.said for kept in inbox.lines() if kept.said and asked.is_by(kept.said))
-    standings = {(one.key, one.user): one for one in feedback_inbox.of_folder(inbox.path).standings}
+    standings = {(standing.key, standing.user): standing for standing in feedback_inbox.of_folder(inbox.path).standings}
     return CommandRows(
         [_feedback_book_row(standings[voice], counted[voice]) for voice in sorted(counted) if voice in standings]
     )
@@ -223,11 +223,11 @@ def _inbox(team: Team) -> FeedbackStore:
 
 
 def _counted(every: Iterable[Feedback]) -> Mapping[feedback_inbox.Giver, _Counted]:
-    found: dict[feedback_inbox.Giver, _Counted] = {}
+    result: dict[feedback_inbox.Giver, _Counted] = {}
     for said in every:
         for voice in ((said.by.key, feedback_inbox.WHOLE), (said.by.key, said.by.user)):
-            found.setdefault(voice, _Counted()).count(said)
-    return found
+            result.setdefault(voice, _Counted()).count(said)
+    return result
 
 
 def _feedback_book_row(standing: feedback_inbox.RaterTrust, counted: _Counted) -> dict[str, Any]:

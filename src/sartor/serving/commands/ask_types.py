@@ -92,8 +92,8 @@ def read_media(kind: PartKind, file: Path | str) -> Part:
         try:
             content = Path(file).expanduser().read_bytes()
         except (OSError, ValueError) as error:
-            why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise MediaError("missing_media", f"{str(file)[:200]!r} cannot be read: {why}", "give a file") from None
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise MediaError("missing_media", f"{str(file)[:200]!r} cannot be read: {reason}", "give a file") from None
     try:
         mime = mime_of(kind, content)
     except MediaError as error:

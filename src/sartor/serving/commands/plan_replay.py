@@ -69,15 +69,15 @@ class Replay:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         told = [
-            {"run": one.run, "plan": one.plan, "steps": one.steps, "same": one.is_same,
-             **({"differs": vars(one.differs)} if one.differs else {}), **({"note": one.note} if one.note else {})}
-            for one in self.runs
+            {"run": run.run, "plan": run.plan, "steps": run.steps, "same": run.is_same,
+             **({"differs": vars(run.differs)} if run.differs else {}), **({"note": run.note} if run.note else {})}
+            for run in self.runs
         ]  # fmt: skip
         return {"same": all(one.is_same for one in self.runs), "runs": told}
 
     def table(self) -> list[tuple[str, str]]:
         """A line a run."""
-        return [(one.run, f"{one.plan}, {one.steps} steps: {_sentence(one)}") for one in self.runs] or [("runs", "none")]
+        return [(run.run, f"{run.plan}, {run.steps} steps: {_sentence(run)}") for run in self.runs] or [("runs", "none")]
 
 
 def _sentence(one: Replayed) -> str:

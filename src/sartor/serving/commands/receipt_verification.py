@@ -167,7 +167,12 @@ def _completed(
     if content is None or release is None:
         return content
     prompt, tools = release.manifest["system_prompt"], release.manifest.get("tools", [])
-    if prompt and content.messages and not content.system and all(one.get("role") != "system" for one in content.messages):
+    if (
+        prompt
+        and content.messages
+        and not content.system
+        and all(message.get("role") != "system" for message in content.messages)
+    ):
         content = replace(content, system=({"role": "system", "content": prompt},))
     if tools and not content.tools and receipt["prompt"].get("tools"):
         content = replace(content, tools=tuple(tools))
@@ -209,8 +214,8 @@ def _check_text(given: _Evidence, notice: Callable[[str], object]) -> str:
         sampling = Sampling(**receipt["sampling"])
     except (ConfigError, TypeError) as error:
         raise ArtifactError(f"the receipt has no sampling of a reply: {error}", "give it as it was") from None
-    if why := _unfit(given, sampling):
-        return f"not checked: {why}"
+    if reason := _unfit(given, sampling):
+        return f"not checked: {reason}"
     try:
         frame = _engine_frame(given)
         notice("making the reply anew")

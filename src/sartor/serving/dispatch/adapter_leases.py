@@ -54,8 +54,8 @@ class AdapterLeases:
         """Raise UnavailableError, saying why, for a version that is not held."""
         if not self.holds(version):
             trouble = self.troubles.get(version.name)
-            why = trouble.problem if trouble else "its adapter is being loaded"
-            raise UnavailableError(f"{version.name} cannot answer: {why}", trouble.remedy if trouble else "ask again")
+            reason = trouble.problem if trouble else "its adapter is being loaded"
+            raise UnavailableError(f"{version.name} cannot answer: {reason}", trouble.remedy if trouble else "ask again")
 
     @contextmanager
     def leased(self, adapter: str) -> Iterator[None]:
@@ -120,14 +120,14 @@ class AdapterLeases:
         return await self._same(version, Path(version.release))
 
     async def _same(self, version: AgentVersion, path: Path) -> AgentVersion:
-        found = await self._admit(path, version.agent)
-        if (found.release_id, found.adapter) != (version.release_id, version.adapter):
+        result = await self._admit(path, version.agent)
+        if (result.release_id, result.adapter) != (version.release_id, version.adapter):
             raise AdmissionError(
-                f"{path} is the Release {found.release_id[:16]}, not {version.release_id[:16]} any more",
+                f"{path} is the Release {result.release_id[:16]}, not {version.release_id[:16]} any more",
                 f"bring back the Release of {version.name}, or promote another version",
                 "release",
             )
-        return found
+        return result
 
     def want(self, versions: Collection[AgentVersion]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""

@@ -194,7 +194,7 @@ class Dispatcher:
                 f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
             ) from None
         errors: list[SartorError] = []
-        for place, choice in enumerate(found.choices):
+        for index, choice in enumerate(found.choices):
             left_s = due - time.monotonic()
             if left_s <= 0:
                 raise DeadlineError(f"{request.deadline_s:g} s were over before anybody answered", "allow more time")
@@ -202,7 +202,7 @@ class Dispatcher:
             if errors:
                 reasons = (*found.choices[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
             try:
-                return await self._begin(replace(request, deadline_s=left_s), found, place, receipt, join_reasons(reasons))
+                return await self._begin(replace(request, deadline_s=left_s), found, index, receipt, join_reasons(reasons))
             except STEPS_IN as error:
                 errors.append(error)
         if len(errors) == 1:

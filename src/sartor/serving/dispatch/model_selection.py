@@ -135,8 +135,8 @@ def _opened(request: AgentRequest, agents: Mapping[str, Agent], name: str) -> Ag
     if agents[name].state == "draining":
         raise UnavailableError(f"{name} takes no requests: it is being drained", "ask later, or another agent")
     if not agents[name].live and BASE_AGENT not in agents[name].fallback:
-        why = agents[name].note or "it has no version"
-        raise UnavailableError(f"{name} cannot answer: {why}", "sartor agents list says more; sartor agents add RELEASE")
+        reason = agents[name].note or "it has no version"
+        raise UnavailableError(f"{name} cannot answer: {reason}", "sartor agents list says more; sartor agents add RELEASE")
     return agents[name]
 
 

@@ -66,7 +66,7 @@ class UserVersionSelector:
             return plan
         personal = self._people.known.get((request.person, agent.name))
         name = f"{agent.name}@{agent.live}"
-        place = next((place for place, choice in enumerate(plan.choices) if choice.agent == name), None)
+        place = next((index for index, choice in enumerate(plan.choices) if choice.agent == name), None)
         if personal is None or not personal.adapter or place is None:
             return plan
         live = versions.get(name)

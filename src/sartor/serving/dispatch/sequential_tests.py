@@ -175,14 +175,16 @@ def first_alarm(candidate: VersionTally, live: VersionTally, rules: Rollout, win
         else:
             evidence = log_evidence(mine, theirs, margin)
         if evidence >= -math.log(alpha):
-            why = f"{name}: {mine.bad} of {mine.seen} against {theirs.bad} of {theirs.seen} of the live version"
-            return Alarm(name, f"{why}; the margin is {margin}", _numbers(candidate, live, alpha, evidence))
+            reason = f"{name}: {mine.bad} of {mine.seen} against {theirs.bad} of {theirs.seen} of the live version"
+            return Alarm(name, f"{reason}; the margin is {margin}", _numbers(candidate, live, alpha, evidence))
     for mine_s, theirs_s in zip(candidate.latency, live.latency, strict=True):
         part = alpha / _CLASSES / 2
         limit_s = rules.latency_factor * theirs_s.median_at_most_s(part)
         if mine_s.is_mostly_above(limit_s, part):
-            why = f"latency: {mine_s.median_s():.4g} s per token against {theirs_s.median_s():.4g} s of the live version"
-            return Alarm("latency", f"{why}; the limit is {rules.latency_factor} times", _numbers(candidate, live, alpha, None))
+            reason = f"latency: {mine_s.median_s():.4g} s per token against {theirs_s.median_s():.4g} s of the live version"
+            return Alarm(
+                "latency", f"{reason}; the limit is {rules.latency_factor} times", _numbers(candidate, live, alpha, None)
+            )
     return None
 
 

@@ -74,11 +74,11 @@ class ServedAgents:
                 cause = ChangeCause("TEAM.yaml", "not in the registry yet")
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
-                why = _refusal(error)
-                self._refused[name] = why
-                self.agents[name] = Agent(name, "", fallback=member.fallback, note=why)
+                reason = _refusal(error)
+                self._refused[name] = reason
+                self.agents[name] = Agent(name, "", fallback=member.fallback, note=reason)
                 with suppress(SartorError):  # a registry that cannot be written to is a trouble of its own
-                    await asyncio.to_thread(self.registry.refuse, name, why, fallback=member.fallback)
+                    await asyncio.to_thread(self.registry.refuse, name, reason, fallback=member.fallback)
 
     async def reload(self) -> None:
         """Serve what the registry has now, as far as its adapters are held; the others are fetched, and served then.

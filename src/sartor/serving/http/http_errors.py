@@ -249,9 +249,9 @@ def _media(body: Any) -> Iterator[FieldError]:
     messages = body.get("messages") if isinstance(body, dict) else None
     for turn, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
-        for place, part in enumerate(content if isinstance(content, list) else []):
+        for index, part in enumerate(content if isinstance(content, list) else []):
             kind = part.get("type") if isinstance(part, dict) else None
-            param = f"messages[{turn}].content[{place}]"
+            param = f"messages[{turn}].content[{index}]"
             if kind in _OTHERS:
                 yield FieldError(f"{param} is of type {kind!r}, which no agent reads", f"send {_INSTEAD}", param)
             elif kind in _READ and message.get("role") != "user":

@@ -100,9 +100,9 @@ def _placed(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, s
     """(name of the field, kind, data URL) of each media part."""
     for turn, message in enumerate(messages):
         content = message.get("content")
-        for place, part in enumerate(content if isinstance(content, list | tuple) else ()):
+        for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
             if is_media(part):
-                yield f"messages[{turn}].content[{place}]", MEDIA[part["type"]], url_in(part)
+                yield f"messages[{turn}].content[{index}]", MEDIA[part["type"]], url_in(part)
 
 
 def data_url(url: str, kind: str, param: str) -> str:

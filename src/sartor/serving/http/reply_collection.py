@@ -86,7 +86,7 @@ class ReplyGroup:
 
     async def whole(self) -> list[CollectedReply]:
         """All replies, each to its end. When one fails the others are closed, and its error is raised."""
-        return await gather_or_cancel([self._collect(place) for place in range(len(self.answers))])
+        return await gather_or_cancel([self._collect(index) for index in range(len(self.answers))])
 
     async def _collect(self, place: int) -> CollectedReply:
         events = [event async for event in self.events(place)]
@@ -101,7 +101,7 @@ class ReplyGroup:
                 yield 0, event
             return
         waiting: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception] = asyncio.Queue(MOST_WAITING_EVENTS)
-        tasks = [asyncio.ensure_future(self._pump(place, waiting)) for place in range(len(self.answers))]
+        tasks = [asyncio.ensure_future(self._pump(index, waiting)) for index in range(len(self.answers))]
         left = len(tasks)
         try:
             while left:
@@ -164,7 +164,7 @@ async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms
         entry.agent, entry.receipt = places[0].agent, places[0].receipt
         # `base@` and its digest is a name that replies carry and nobody asks for
         same = "base" if entry.agent.startswith("base@") else entry.agent
-        await gather_or_cancel([begin(place, replace(request, model=same)) for place, request in enumerate(requests[1:], 1)])
+        await gather_or_cancel([begin(index, replace(request, model=same)) for index, request in enumerate(requests[1:], 1)])
     except BaseException:
         await opened().close()
         raise

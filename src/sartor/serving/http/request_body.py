@@ -153,12 +153,12 @@ def _real(text: str) -> float:
 
 
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise RequestError(f"the key {twice[:80]!a} stands twice in one object", "keep one of the two")
-    return made
+    return result
 
 
 def _check_texts(value: Any) -> None:
@@ -171,9 +171,9 @@ def _check_texts(value: Any) -> None:
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
-        elif isinstance(item, str) and (found := _NOT_TEXT.search(item)):
-            kind = "half of a surrogate pair" if found[0] >= "\ud800" else "control character"
+        elif isinstance(item, str) and (match := _NOT_TEXT.search(item)):
+            kind = "half of a surrogate pair" if match[0] >= "\ud800" else "control character"
             raise RequestError(
-                f"a text of the request holds the {kind} U+{ord(found[0]):04X} at place {found.start()}",
+                f"a text of the request holds the {kind} U+{ord(match[0]):04X} at place {match.start()}",
                 "leave it out; tab and line ends are allowed",
             )

@@ -64,7 +64,7 @@ def chat_request(asked: ChatRequest, limits: RequestLimits) -> AgentRequest:
         _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
     return AgentRequest(
         model=asked.model,
-        messages=tuple(_message(turn, place) for place, turn in enumerate(asked.messages)),
+        messages=tuple(_message(turn, index) for index, turn in enumerate(asked.messages)),
         sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
         schema=_schema(asked),
         tools=tools if asked.tools else None,
@@ -86,7 +86,7 @@ def text_requests(asked: TextRequest, limits: RequestLimits) -> list[AgentReques
 def choices(request: AgentRequest, count: int) -> list[AgentRequest]:
     """The same question `count` times, each with a seed of its own that follows from the first."""
     seed = request.sampling["seed"]
-    seeds = [(seed + place + 2**63) % 2**64 - 2**63 for place in range(count)]
+    seeds = [(seed + index + 2**63) % 2**64 - 2**63 for index in range(count)]
     return [replace(request, sampling={**request.sampling, "seed": seed}) for seed in seeds]
 
 
@@ -107,9 +107,9 @@ def _check_speech(asked: ChatRequest) -> None:
     if asked.audio is not None and asked.stream:
         remedy = '"stream": false; or stream the text and send its sentences to /v1/audio/speech'
         raise FieldError("stream is set and audio too; speech comes with the whole reply", remedy, "stream")
-    for place, turn in enumerate(asked.messages):
+    for index, turn in enumerate(asked.messages):
         if isinstance(turn, AssistantTurn) and turn.audio is not None and turn.content is None:
-            param = f"messages[{place}].audio"
+            param = f"messages[{index}].audio"
             raise FieldError(f"{param} stands without content; no speech is kept here", "send the reply's content", param)
 
 
@@ -175,7 +175,7 @@ def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str |
         return content
     if all(isinstance(part, TextPart) for part in content):
         return "".join(part.text for part in content if isinstance(part, TextPart))
-    return [_part(part, f"{param}[{place}]").plain() for place, part in enumerate(content)]
+    return [_part(part, f"{param}[{index}]").plain() for index, part in enumerate(content)]
 
 
 def _part(part: TextPart | MediaPart, param: str) -> Part:

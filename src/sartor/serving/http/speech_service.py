@@ -67,8 +67,8 @@ class SpeechService:
         Raises FieldError: no client names a file or a program.
         """
         self.check_on()
-        if found := self._voices.get(self.default if name == DEFAULT else name):
-            return found
+        if result := self._voices.get(self.default if name == DEFAULT else name):
+            return result
         known = [DEFAULT, *self._voices]
         if has_espeak := any(isinstance(voice, tts_engines.Espeak) for voice in self._voices.values()):
             known.append("espeak:LANGUAGE+VARIANT, as espeak:de or espeak:en-us+f3")

@@ -92,10 +92,10 @@ def _workers(workers: Any) -> Iterator[Metric]:
     memory = GaugeMetricFamily("sartor_worker_memory_bytes", "resident memory", labels=["worker"])
     restarts = CounterMetricFamily("sartor_worker_restarts", "restarts of a worker's place", labels=["worker"])
     counted: dict[str, int] = {}
-    for place, worker in enumerate(workers):
+    for index, worker in enumerate(workers):
         counted[worker["state"]] = counted.get(worker["state"], 0) + 1
-        memory.add_metric([str(place)], worker["memory_bytes"])
-        restarts.add_metric([str(place)], worker["restarts"])
+        memory.add_metric([str(index)], worker["memory_bytes"])
+        restarts.add_metric([str(index)], worker["restarts"])
     for state, count in counted.items():
         states.add_metric([state], count)
     yield from (states, memory, restarts)

@@ -89,15 +89,15 @@ class PlanDispatcher:
     def troubles(self) -> dict[str, str]:
         """What a plan cannot do as it is declared, by its name."""
         known = {*self._known(), *self._plans, BASE_AGENT, AUTO}
-        found = {}
+        result = {}
         for name, plan in self._plans.items():
             if absent := sorted({step.agent for step in agents_of_plan(plan) if step.agent.partition("@")[0] not in known}):
-                found[name] = f"nobody of its steps is called {', '.join(absent)}"
+                result[name] = f"nobody of its steps is called {', '.join(absent)}"
             elif name in self._known():
-                found[name] = "an agent has its name too, and the plan answers"
+                result[name] = "an agent has its name too, and the plan answers"
         if self._log.lost or self.receipts_lost:
-            found["plans"] = f"{self._log.lost} runs and {self.receipts_lost} receipts could not be written"
-        return found
+            result["plans"] = f"{self._log.lost} runs and {self.receipts_lost} receipts could not be written"
+        return result
 
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin an answer; returns when its first event is there.

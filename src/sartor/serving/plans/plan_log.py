@@ -107,8 +107,8 @@ def _told(line: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
     error = line.error
     if not content:
         return {**said, "findings": len(line.findings), "why": error.kind if error else ""}
-    why = f"{error.kind}: {error.problem}" if error else ""
-    return {**said, "findings": list(line.findings), "why": why, "content": {"asked": asked, "said": line.said}}
+    reason = f"{error.kind}: {error.problem}" if error else ""
+    return {**said, "findings": list(line.findings), "why": reason, "content": {"asked": asked, "said": line.said}}
 
 
 def _plain(value: Any) -> Any:

@@ -75,7 +75,7 @@ def majority_reply(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
     forms = [comparison_key(reply, vote.fields) for reply in replies]
     counts = Counter(forms)
     most = max(counts.values())
-    return next((place, most) for place, form in enumerate(forms) if counts[form] == most)
+    return next((index, most) for index, form in enumerate(forms) if counts[form] == most)
 
 
 def merge_json_replies(replies: Sequence[str], merge: Merge) -> tuple[str, int]:
@@ -100,7 +100,7 @@ def _united(name: str, values: Sequence[Mapping[str, Any]], rule: Rule) -> Any:
     said = [value.get(name, _ABSENT) for value in values]
     forms = ["" if one is _ABSENT else records.canonical_text(one) for one in said]
     counts = Counter(forms)
-    return said[next(place for place, form in enumerate(forms) if counts[form] == max(counts.values()))]
+    return said[next(index for index, form in enumerate(forms) if counts[form] == max(counts.values()))]
 
 
 _BETWEEN = "\n\n"

@@ -86,7 +86,7 @@ class PlanStepInput:
         turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.request]
         alone = len(turns) == 1 and turns[0]["role"] == "user"
         said = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
-        return {**said, "findings": [asdict(one) for one in self.findings]} if "findings" in gets else said
+        return {**said, "findings": [asdict(finding) for finding in self.findings]} if "findings" in gets else said
 
     def messages(self, step: PlanStep, role: Role) -> Messages:
         """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
@@ -101,7 +101,7 @@ class PlanStepInput:
             return self.request
         if step.form == "turns":
             draft = ({"role": "assistant", "content": self.draft},) if "draft" in gets else ()
-            found = "\n".join(one.says for one in self.findings) if "findings" in gets else ""
+            found = "\n".join(finding.says for finding in self.findings) if "findings" in gets else ""
             return (*self.request, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], found]))})
         fields = {name: value for name, value in self.as_json(gets).items() if name in gets}
         said = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)

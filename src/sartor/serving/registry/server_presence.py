@@ -55,7 +55,7 @@ class ServerPresence:
 
 def running(state: Path) -> Mapping[int, int]:
     """By process id, the generation that each server of this state directory has heard. What dead ones left is removed."""
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     for file in sorted((state / FOLDER).glob("*.json")):
         lock = FileLock(file.with_suffix(".lock"))
         try:
@@ -64,12 +64,12 @@ def running(state: Path) -> Mapping[int, int]:
             with suppress(OSError, ValueError, KeyError):
                 said = json.loads(file.read_bytes())
                 pid, generation = int(said["pid"]), int(said["generation"])
-                found[pid] = min(generation, found.get(pid, generation))
+                result[pid] = min(generation, result.get(pid, generation))
             continue
         file.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-    return found
+    return result
 
 
 def wait_for(

@@ -177,11 +177,11 @@ class UserVersionStore:
 
 def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     """By key, for whom it may speak; a row that was changed from outside allows nothing."""
-    found: dict[str, frozenset[str]] = {}
+    result: dict[str, frozenset[str]] = {}
     for row in connection.execute(select(registry_schema.speakers)).mappings():
         if is_whole(dict(row)):
-            found[row["key"]] = found.get(row["key"], frozenset()) | {row["person"]}
-    return found
+            result[row["key"]] = result.get(row["key"], frozenset()) | {row["person"]}
+    return result
 
 
 def _replace(connection: Connection, personal: UserVersion) -> None:

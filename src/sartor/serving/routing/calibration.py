@@ -105,7 +105,7 @@ def _assembled(
     if not is_learnt:
         return replace(fitted, figures={"held_out": 0, "accuracy": 0.0, "to_base": 0.0})
     score, is_right = held.told(shared)
-    own = [score[held.agent == place] for place in range(len(names))]
+    own = [score[held.agent == index] for index in range(len(names))]
     right = [is_right[held.agent == place] for place in range(len(names))]
     strange = {one.name: one.told(shared)[0] for one in foreign}
     threshold = choose(own, right, list(strange.values()), *limits)

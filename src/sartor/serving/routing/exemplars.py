@@ -193,7 +193,7 @@ def digest(found: Exemplars) -> str:
 
 def general_digest() -> str:
     """Of the general prompts."""
-    return records.digest({kind: [one.text for one in prompts] for kind, prompts in general().items()})
+    return records.digest({kind: [prompt.text for prompt in prompts] for kind, prompts in general().items()})
 
 
 def fold(kind: str) -> int:

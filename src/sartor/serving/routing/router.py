@@ -111,8 +111,8 @@ class AutoRouter:
         try:
             fitted, judged, note = await self._judged(self._fitted, texts, openable)
         except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
-            why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
-            return RoutingDecision(BASE, f"the router failed: {why}")
+            reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
+            return RoutingDecision(BASE, f"the router failed: {reason}")
         route = chosen(fitted, judged, openable)
         silent = [name for name in self._silent if name in openable]
         more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""
@@ -128,14 +128,14 @@ class AutoRouter:
             async with asyncio.timeout(EMBED_WAIT_S):
                 vectors = np.array((await self._crew.embed(texts, fitted.encoder)).vectors, dtype=np.float32)
         except TimeoutError:
-            why = f"{fitted.encoder} took more than {EMBED_WAIT_S:g} s"
+            reason = f"{fitted.encoder} took more than {EMBED_WAIT_S:g} s"
         except SartorError as error:
-            why = f"{fitted.encoder}: {error.problem}"
+            reason = f"{fitted.encoder}: {error.problem}"
         else:
             return fitted, await asyncio.to_thread(fitted.judge, texts, vectors, openable), ""
         if self._words is None:
-            raise ArtifactError(why, "ask again")
-        return self._words, await asyncio.to_thread(self._words.judge, texts, None, openable), f"; by words alone ({why})"
+            raise ArtifactError(reason, "ask again")
+        return self._words, await asyncio.to_thread(self._words.judge, texts, None, openable), f"; by words alone ({reason})"
 
     async def _refit(self, releases: Mapping[str, Path]) -> None:
         """Fit routers for these Releases, the cheapest first, and answer by the best."""
@@ -186,7 +186,7 @@ class AutoRouter:
         """The router by one encoder: parts that are there already, and the lacking ones."""
         ground = await self._space(encoder)
         parts = {name: await self._part(found, ground) for name, found in agents.items()}
-        kept = {(encoder, one.digest) for one in parts.values()}
+        kept = {(encoder, part.digest) for part in parts.values()}
         self._parts = {key: one for key, one in self._parts.items() if key[0] != encoder or key in kept}
         with suppress(OSError):
             await asyncio.to_thread(agent_classifier.keep_only, self._folder, {one.digest for one in parts.values()})
@@ -232,12 +232,12 @@ class AutoRouter:
         vectors = None
         if ground.dense is not None:
             vectors = await self._embedded(agent_classifier.rows_of(found).texts, ground.encoder)
-        made = await _apart(lambda: agent_classifier.fit(found, ground, vectors))
+        result = await _apart(lambda: agent_classifier.fit(found, ground, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
             await asyncio.to_thread(
-                agent_classifier.save_part, self._folder, ground.encoder, made, self._made_in(ground.encoder)
+                agent_classifier.save_part, self._folder, ground.encoder, result, self._made_in(ground.encoder)
             )
-        return made
+        return result
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
         """(N, D) vectors."""
@@ -259,13 +259,13 @@ class AutoRouter:
         return (await self._crew.embed(texts, encoder)).vectors
 
     def _read(self, releases: Mapping[str, Path]) -> dict[str, Exemplars]:
-        found = {}
+        result = {}
         for name, release in releases.items():
             try:
-                found[name] = exemplars.read_exemplars(release, name)
+                result[name] = exemplars.read_exemplars(release, name)
             except ArtifactError as error:
                 self.troubles[f"router: {name}"] = error.problem
-        return found
+        return result
 
     async def _stop(self) -> None:
         if self._task is not None and not self._task.done():
@@ -330,8 +330,8 @@ def chosen(fitted: Fitted, judged: Sequence[RoutedText], openable: Collection[st
     said = f"{said}; {fitted.encoder}"
     if score < fitted.threshold:
         return RoutingDecision(BASE, f"no agent fits: {said}", scores)
-    if why := _no_gain(fitted, found, name):
-        return RoutingDecision(BASE, f"{name} fits, {why}: {said}", scores, name)
+    if reason := _no_gain(fitted, found, name):
+        return RoutingDecision(BASE, f"{name} fits, {reason}: {said}", scores, name)
     return RoutingDecision(name, said, scores)
 
 
@@ -346,11 +346,11 @@ def _no_gain(fitted: Fitted, found: RoutedText, name: str) -> str:
 
 def user_turns(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The texts of the user's turns that hold any; a content of parts is the text of its text parts."""
-    found = []
+    result = []
     for message in messages:
         if message.get("role") == "user" and (text := _text(message.get("content")).strip()):
-            found.append(text)
-    return found
+            result.append(text)
+    return result
 
 
 def _text(content: Any) -> str:

@@ -116,7 +116,7 @@ class Fitted:
     def _places(self, openable: Collection[str] | None) -> Any:
         if openable is None or len(self.agents) <= CANDIDATES:
             return None
-        return np.array([place for place, name in enumerate(self.agents) if name in openable], dtype=int)
+        return np.array([index for index, name in enumerate(self.agents) if name in openable], dtype=int)
 
     def _judged(self, asked: TextFeatures, agents: Any, probability: F32) -> RoutedText:
         score, nearest, poor = {}, {}, {}
@@ -182,11 +182,11 @@ class Linear:
 
     def likeness(self, asked: TextFeatures, agents: Any) -> F32:
         """(N, K): mean likeness to the nearest prompts of each candidate."""
-        found = np.zeros(agents.shape, dtype=np.float32)
+        result = np.zeros(agents.shape, dtype=np.float32)
         for place in np.unique(agents):
             rows, columns = np.nonzero(agents == place)
-            found[rows, columns] = neighbours(asked.at(rows).likeness(self.parts[place].own))
-        return found
+            result[rows, columns] = neighbours(asked.at(rows).likeness(self.parts[place].own))
+        return result
 
 
 def best_places(scores: F32) -> Any:

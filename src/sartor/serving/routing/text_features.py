@@ -68,10 +68,10 @@ class TextFeatures:
 
     def likeness(self, others: TextFeatures) -> F32:
         """(N, M): how alike each of these is to each of the others."""
-        found = np.asarray((self.words @ others.words.T).todense(), dtype=np.float32)
+        result = np.asarray((self.words @ others.words.T).todense(), dtype=np.float32)
         if self.dense is None or others.dense is None:
-            return found
-        return (found + self.dense @ others.dense.T) / 2
+            return result
+        return (result + self.dense @ others.dense.T) / 2
 
     @property
     def count(self) -> int:

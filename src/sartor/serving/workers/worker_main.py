@@ -92,7 +92,7 @@ class _Embedding:
         try:
             vector = next(self.parts)
         except StopIteration:
-            cut = [place for place, vector in enumerate(self.made) if vector.is_cut]
+            cut = [index for index, vector in enumerate(self.made) if vector.is_cut]
             vectors = [vector.values for vector in self.made]
             return {"vectors": vectors, "tokens": sum(vector.tokens for vector in self.made), "cut": cut}
         if vector is not None:

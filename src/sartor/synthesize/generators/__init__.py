@@ -30,5 +30,5 @@ def make(way: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterato
     """What a way without a teacher makes."""
     if isinstance(way, get_args(AnyCopyingWay)):
         return copied(way, seeds, folder)
-    made: Iterator[GeneratedRow | Drop | Skipped] = way.make(seeds, seed, folder)
-    return made
+    result: Iterator[GeneratedRow | Drop | Skipped] = way.make(seeds, seed, folder)
+    return result

@@ -78,10 +78,10 @@ class SlotSubstitution:
 
     def _copies(self, row: Example, values: Sequence[str], homes: dict[str, list[str]], seed: int) -> list[GeneratedRow]:
         draw = draw_of(seed, self.kind, row.id)
-        made: list[GeneratedRow] = []
+        result: list[GeneratedRow] = []
         seen: set[tuple[tuple[str, str], ...]] = {()}
         for _ in range(TRIES * self.per_row):
-            if len(made) == self.per_row or not values:
+            if len(result) == self.per_row or not values:
                 break
             instead = {value: _other(value, homes.get(value), draw) for value in values}
             changes = tuple((old, new) for old, new in instead.items() if old != new)
@@ -90,8 +90,10 @@ class SlotSubstitution:
                 continue
             seen.add(changes)
             words = "; ".join(f"{old} to {new}" for old, new in changes)
-            made.append(GeneratedRow(_changed(row, instead), f"{row.id[:16]}.{len(made) + 1}", (row,), split_group(row), words))
-        return made
+            result.append(
+                GeneratedRow(_changed(row, instead), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words)
+            )
+        return result
 
 
 def _pattern(value: str) -> re.Pattern[str]:
@@ -163,14 +165,14 @@ class Counterfactual:
     def _swapped(self, row: Example, text: str, kind: Kind, seed: int) -> list[GeneratedRow]:
         turned = list(self.to or groups(kind))
         draw_of(seed, self.kind, row.id, kind).shuffle(turned)
-        made: list[GeneratedRow] = []
+        result: list[GeneratedRow] = []
         for to in turned:
-            if to in groups(kind) and len(made) < self.per_row and (changed := swap(text, kind, to)):
+            if to in groups(kind) and len(result) < self.per_row and (changed := swap(text, kind, to)):
                 number = f"{row.id[:16]}.{kind}.{to}"
-                made.append(
+                result.append(
                     GeneratedRow(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}")
                 )
-        return made
+        return result
 
 
 def _texts(row: Example) -> list[str]:
@@ -183,8 +185,10 @@ def _with_texts(row: Example, texts: Sequence[str]) -> Example:
 
     def turned(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return tuple(
-            replace(one, content=tuple(Part("text", next(coming)) if part.kind == "text" else part for part in one.content))
-            for one in messages
+            replace(
+                message, content=tuple(Part("text", next(coming)) if part.kind == "text" else part for part in message.content)
+            )
+            for message in messages
         )
 
     return replace(row, messages=turned(row.messages), rejected=turned(row.rejected))
@@ -209,7 +213,7 @@ class SpokenQuestions:
         """See MakingWay. Raises MissingError where no voice is installed."""
         wanted = sample_seeds(seeds, self.rows, seed, self.kind)
         speakable = [row for row in wanted if not refusal_reason(row)]
-        yield from (Skipped(why) for row in wanted if (why := refusal_reason(row)))
+        yield from (Skipped(reason) for row in wanted if (reason := refusal_reason(row)))
         for speed in self.speeds:
             clips = say_all([row.messages[-2].text for row in speakable], self.voice, speed, folder / "clips")
             for row, clip in zip(speakable, clips, strict=True):

@@ -43,8 +43,8 @@ def asks(
     """`counts`: (per_row, rows). text: (row, number of the variant, draw) -> what is asked of it."""
     per_row, rows = counts
     for row in sample_seeds(seeds, rows, seed, kind):
-        if why := refusal_reason(row):
-            yield Skipped(why)
+        if reason := refusal_reason(row):
+            yield Skipped(reason)
             continue
         for number in range(1, per_row + 1):
             place = f"{row.id[:16]}.{number}"

@@ -43,11 +43,11 @@ def faults(
 ) -> tuple[dict[int, str], int]:
     """(row -> what does not hold, how many rows cite something). places: id of a row -> characters of its parent's text."""
     found, citing = {}, 0
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if cited := cited_by(row, seeds, places.get(row.id)):
             citing += 1
             if fault := fault_of(cited):
-                found[place] = fault
+                found[index] = fault
     return found, citing
 
 

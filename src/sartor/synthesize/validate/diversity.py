@@ -56,17 +56,17 @@ def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float
     rng = np.random.default_rng([seed, 4])
     own = space.pool.is_synthetic
     most = min(int(own.sum()), int((~own).sum()), _SAMPLE)
-    found = {}
+    result = {}
     for name, side in (("synthetic", own), ("real", ~own)):
         rows = rng.choice(np.flatnonzero(side), most, replace=False)
         texts = [_said(space.pool.rows[row]) for row in rows.tolist()]
-        found[name] = {
+        result[name] = {
             "rows": float(most),
             **{f"distinct_{size}": round(_distinct(texts, size), 4) for size in (1, 2, 3)},
             "self_bleu": round(self_bleu(texts), 4),
             "vendi": round(vendi_score(space.vectors[rows]), 2),
         }
-    return found
+    return result
 
 
 def _said(row: Example) -> list[str]:
@@ -103,18 +103,18 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
     tops = [_tops([of[size] for of in grams]) for size in range(_GRAMS)]
     lengths = [len(text) for text in texts]
-    scores = [_bleu(place, grams[place], tops, lengths) for place in range(len(texts)) if lengths[place]]
+    scores = [_bleu(index, grams[index], tops, lengths) for index in range(len(texts)) if lengths[index]]
     return sum(scores) / len(scores) if scores else 0.0
 
 
 def _tops(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int, int]]:
     """run of words -> (most often in a text, which text, most often in another one)."""
-    found: dict[tuple[str, ...], tuple[int, int, int]] = {}
-    for place, of in enumerate(counts):
+    result: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    for index, of in enumerate(counts):
         for gram, count in of.items():
-            most, holder, second = found.get(gram, (0, -1, 0))
-            found[gram] = (count, place, most) if count > most else (most, holder, max(second, count))
-    return found
+            most, holder, second = result.get(gram, (0, -1, 0))
+            result[gram] = (count, index, most) if count > most else (most, holder, max(second, count))
+    return result
 
 
 def _bleu(
@@ -164,7 +164,8 @@ def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
     pairs = pairs.judged(rules.threshold, rules.contained)
     columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
     return [
-        CopyPair(a, b, score, METHODS[method]) for a, b, score, method in zip(*(one.tolist() for one in columns), strict=True)
+        CopyPair(a, b, score, METHODS[method])
+        for a, b, score, method in zip(*(column.tolist() for column in columns), strict=True)
     ]
 
 

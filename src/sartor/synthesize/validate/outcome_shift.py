@@ -43,8 +43,8 @@ def group_outcome(
     """
     cells = list(_cells(people, named, pool.is_synthetic))
     if not cells:
-        why = "no group that the rows name has rows enough on both sides" if any(named) else "no outcome is known"
-        return not_tested("group_outcome", limits.group_outcome, why)
+        reason = "no group that the rows name has rows enough on both sides" if any(named) else "no outcome is known"
+        return not_tested("group_outcome", limits.group_outcome, reason)
     found = [_change(cell, members) for cell in cells]
     z = np.stack([np.abs(change / error) for change, error in found])
     largest = int(z[:, 0].argmax())

@@ -63,16 +63,16 @@ def permuted(pool: Pool, permutations: int, seed: int) -> F32:
     rng = np.random.default_rng([seed, 1])
     sizes = np.bincount(pool.units)
     wanted = int(pool.is_synthetic.sum())
-    found = np.empty((1 + permutations, pool.count), np.float32)
-    found[0] = pool.is_synthetic
+    result = np.empty((1 + permutations, pool.count), np.float32)
+    result[0] = pool.is_synthetic
     for draw in range(1, 1 + permutations):
         order = rng.permutation(len(sizes))
         ends = sizes[order].cumsum()
         cut = int(np.searchsorted(ends - sizes[order] / 2, wanted))
         chosen = np.zeros(len(sizes), np.float32)
         chosen[order[: min(max(cut, 1), len(sizes) - 1)]] = 1
-        found[draw] = chosen[pool.units]
-    return found
+        result[draw] = chosen[pool.units]
+    return result
 
 
 def finding_of(
@@ -108,7 +108,7 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
     (Westfall and Young 1993), so tests that say the same cost nothing. One that does not permute is an alarm of its own: of m
     tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
     """
-    tested = [place for place, test in enumerate(tests) if test.p is not None]
+    tested = [index for index, test in enumerate(tests) if test.p is not None]
     together = [place for place in tested if tests[place].draws is not None]
     corrected = {place: min(1.0, (tests[place].p or 0.0) * len(tested)) for place in tested}
     if together:

@@ -150,7 +150,7 @@ def _drawn(
     sizes = np.bincount(member)[order]
     # at least one unit, and no more than `most` rows where units are small enough for that
     taken = set(order[: max(1, int(np.searchsorted(sizes.cumsum(), most, side="right")))].tolist())
-    places = [place for place, name in enumerate(member.tolist()) if name in taken]
+    places = [index for index, name in enumerate(member.tolist()) if name in taken]
     return [some[place] for place in places], [units[place] for place in places]
 
 

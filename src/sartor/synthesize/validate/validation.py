@@ -116,7 +116,7 @@ STEP = "validate"
 def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], found: Validated, *, replace: bool) -> Path:
     """Write the synthetic rows without a flaw; returns where. The first flaw of a row is its Drop's reason."""
     flaws = {flaw.place: flaw for flaw in reversed(found.flaws)}
-    kept = [row for place, row in enumerate(rows) if place not in flaws]
+    kept = [row for index, row in enumerate(rows) if index not in flaws]
     drops = [drop_of(rows[place], flaw.reason, flaw.detail, step=STEP) for place, flaw in sorted(flaws.items())]
     facts = {
         "reality": str(found.reality.name),
@@ -261,8 +261,8 @@ def _tests(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> l
     pool = space.pool
     fewest = min(pool.units_of(synthetic=side) for side in (True, False))
     if fewest < FEWEST_UNITS:
-        why = f"the rows of a side are of {fewest} units (groups, seeds); under {FEWEST_UNITS} chance cannot be told"
-        return [not_tested(name, 0.0, why) for name in ("distinguishable", "mmd", "coverage", "novelty", "length")]
+        reason = f"the rows of a side are of {fewest} units (groups, seeds); under {FEWEST_UNITS} chance cannot be told"
+        return [not_tested(name, 0.0, reason) for name in ("distinguishable", "mmd", "coverage", "novelty", "length")]
     members = permuted(pool, options.permutations, options.seed)
     pairs = copies.near_copies(pool.rows)
     named = outcomes(pool.rows, options.label)

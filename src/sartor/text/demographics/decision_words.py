@@ -32,8 +32,8 @@ def decision_of(text: str) -> Decision | None:
     ('unfavourable', 'favourable', None)
     """
     said = text.lower().replace("\u2019", "'")
-    found = _WORD.search(said)
-    if found is None:
+    match = _WORD.search(said)
+    if match is None:
         return None
-    decided: Decision = "favourable" if found.lastgroup == "favourable" else "unfavourable"
-    return _OPPOSITE[decided] if _NOT.search(said[: found.start()]) else decided
+    decided: Decision = "favourable" if match.lastgroup == "favourable" else "unfavourable"
+    return _OPPOSITE[decided] if _NOT.search(said[: match.start()]) else decided

@@ -115,7 +115,7 @@ def _name_tables() -> tuple[re.Pattern[str], dict[str, tuple[str, int]], dict[st
     first, last = {}, {}
     for origin, lists in lexicon()["names"].items():
         for sex in SEXES:
-            first.update({name: (f"{origin}_{sex}", place) for place, name in enumerate(lists[sex])})
+            first.update({name: (f"{origin}_{sex}", index) for index, name in enumerate(lists[sex])})
         last.update({name: (origin, place) for place, name in enumerate(lists["surnames"])})
     return re.compile(rf"\b({_any(list(first))})(?: ({_any(list(last))}))?\b(?!-)"), first, last
 

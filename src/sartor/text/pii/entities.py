@@ -92,7 +92,7 @@ class NormalizedText:
     @cached_property
     def runs(self) -> list[Span]:
         """Spans of six or more digits with at most three marks between two of them."""
-        found: list[Span] = []
+        result: list[Span] = []
         begin, last, count = 0, -9, 0
         for start, end in [*self.numbers, (len(self.flat) + 9, 0)]:
             gap = self.flat[last:start]
@@ -100,25 +100,25 @@ class NormalizedText:
                 count += end - start
             else:
                 if count >= 6:
-                    found.append((begin, last))
+                    result.append((begin, last))
                 begin, count = start, end - start
             last = end
-        return found
+        return result
 
     @cached_property
     def tokens(self) -> list[Span]:
         """Words of letters, digits, `_` and `-` in which a digit stands beside a letter or a mark: ids and keys are such."""
-        found: list[Span] = []
+        result: list[Span] = []
         for start, end in self.numbers:
-            if found and end <= found[-1][1]:
+            if result and end <= result[-1][1]:
                 continue
             if _IN_WORD(self.at(start - 1)) or _IN_WORD(self.at(end)):
                 while start and _IN_WORD(self.flat[start - 1]):
                     start -= 1
                 while end < len(self.flat) and _IN_WORD(self.flat[end]):
                     end += 1
-                found.append((start, end))
-        return found
+                result.append((start, end))
+        return result
 
     def has(self, *words: str) -> bool:
         """Whether one of the words (in lower case) is there."""

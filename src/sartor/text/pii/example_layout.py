@@ -149,9 +149,9 @@ def _texts(example: Example) -> Iterator[tuple[Place, FieldName, str]]:
 def _of_message(where: str, number: int, field: FieldName, message: Message) -> Iterator[tuple[Place, FieldName, str]]:
     if message.name:
         yield (where, number, "name", 0), field, message.name
-    for place, part in enumerate(message.content):
+    for index, part in enumerate(message.content):
         if part.text:
-            yield (where, number, "content", place), field, part.text
+            yield (where, number, "content", index), field, part.text
     if message.tool_calls:
         yield (where, number, "tool_calls", 0), field, message.tool_calls
     for name in ("tool_call_id", "reasoning_content"):
@@ -204,8 +204,8 @@ def _message(where: str, number: int, message: Message, texts: Mapping[Place, st
     return replace(
         message,
         content=tuple(
-            replace(part, text=new("content", place, part.text)) if part.kind == "text" else part
-            for place, part in enumerate(message.content)
+            replace(part, text=new("content", index, part.text)) if part.kind == "text" else part
+            for index, part in enumerate(message.content)
         ),
         **{name: new(name, 0, getattr(message, name)) for name in _FIELDS},
     )

@@ -139,14 +139,14 @@ def cz_rc(text: str) -> bool:
 def mx_curp(text: str) -> bool:
     """Modulo 10 over the values of letters and digits, Ñ between N and O."""
     signs = "0123456789ABCDEFGHIJKLMNÑOPQRSTUVWXYZ"
-    total = sum(signs.index(sign) * (18 - place) for place, sign in enumerate(text[:17]))
+    total = sum(signs.index(sign) * (18 - index) for index, sign in enumerate(text[:17]))
     return str((10 - total % 10) % 10) == text[17]
 
 
 def cl_rut(text: str) -> bool:
     """Modulo 11 with K as ten."""
     body, sign = re.sub(r"[.\s]", "", text).upper().split("-")
-    total = sum(int(digit) * (2 + place % 6) for place, digit in enumerate(reversed(body)))
+    total = sum(int(digit) * (2 + index % 6) for index, digit in enumerate(reversed(body)))
     return "0K987654321"[total % 11] == sign
 
 

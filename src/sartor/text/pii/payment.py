@@ -50,8 +50,8 @@ _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 def luhn(number: str) -> bool:
     """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
     total = 0
-    for place, digit in enumerate(reversed(number)):
-        value = int(digit) * (1 + place % 2)
+    for index, digit in enumerate(reversed(number)):
+        value = int(digit) * (1 + index % 2)
         total += value - 9 if value > 9 else value
     return total % 10 == 0
 
@@ -133,7 +133,7 @@ def ibans(sight: NormalizedText) -> Iterator[PiiEntity]:
         match = _IBAN.match(sight.flat, start)
         if match is None:
             continue
-        places = [place for place, sign in enumerate(match[0]) if sign.isalnum()]
+        places = [index for index, sign in enumerate(match[0]) if sign.isalnum()]
         text = "".join(match[0][place] for place in places[: IBAN_LENGTHS[match[0][:2].upper()]])
         end = start + places[len(text) - 1] + 1
         if is_iban(text) and not sight.at(end).isalnum() and _is_written_as_one(sight.flat[start:end]):

@@ -66,7 +66,11 @@ class Allowed:
 
     def holds(self, finding: PiiEntity, text: str) -> bool:
         """Whether the finding, which reads `text`, is allowed."""
-        return finding.value in self.values or _plain(text) in self.values or any(one.fullmatch(text) for one in self.patterns)
+        return (
+            finding.value in self.values
+            or _plain(text) in self.values
+            or any(pattern.fullmatch(text) for pattern in self.patterns)
+        )
 
 
 def _compiled(one: str) -> re.Pattern[str]:

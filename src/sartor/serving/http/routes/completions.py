@@ -119,7 +119,7 @@ async def _whole(
         replies = await until_disconnect(request.receive, opened.whole())
     finally:
         await opened.close()
-    said = [shape.whole(place, reply) for place, reply in enumerate(replies)]
+    said = [shape.whole(index, reply) for index, reply in enumerate(replies)]
     if aloud is not None:
         await until_disconnect(request.receive, opened.within(aloud.add(said, opened)))
     usage = get_record(request).usage.as_json()

@@ -45,8 +45,8 @@ async def embeddings(asked: VectorRequest, request: Request) -> JsonResponse:
     entry.agent, entry.usage.prompt = asked.model, made.tokens
     as_text = asked.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": place, "embedding": _packed(vector) if as_text else vector}
-        for place, vector in enumerate(made.vectors)
+        {"object": "embedding", "index": index, "embedding": _packed(vector) if as_text else vector}
+        for index, vector in enumerate(made.vectors)
     ]
     usage = {"prompt_tokens": made.tokens, "total_tokens": made.tokens}
     return JsonResponse({"object": "list", "model": asked.model, "data": data, "usage": usage})

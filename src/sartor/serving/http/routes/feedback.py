@@ -67,10 +67,10 @@ async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Reques
 
 
 async def _find(desk: AppState, receipt: str) -> Mapping[str, Any]:
-    found = await desk.house.receipts.find(receipt)
-    if found is None:
+    result = await desk.house.receipts.find(receipt)
+    if result is None:
         raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
-    return found
+    return result
 
 
 def _check_opens(visitor: Principal, agent: str) -> None:

@@ -60,6 +60,7 @@ async def _names(desk: AppState, visitor: Principal) -> dict[str, dict[str, Any]
         live = f"{agent.name}@{agent.live}" if agent.live else agent.name
         found.append(name(agent.name, live, "base", agent.reads.get(agent.live, ())))
         found += [
-            name(f"{agent.name}@{one}", f"{agent.name}@{one}", "base", agent.reads.get(one, ())) for one in agent.versions
+            name(f"{agent.name}@{version}", f"{agent.name}@{version}", "base", agent.reads.get(version, ()))
+            for version in agent.versions
         ]
     return {str(said["id"]): said for said in found}
