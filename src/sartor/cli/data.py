@@ -94,10 +94,10 @@ def dedup(
         processes: worker processes; 0 decides by the size of the files
         replace: replace what stands at --out
     """
-    said = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
+    fields = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
     limits = {"max_source_fraction": max_source_fraction, "max_fraction": max_fraction, "max_row_bytes": max_row_bytes}
     compared = {"text_field": text_field, "threshold": threshold}
-    return sartor.dedup(files, out, pairs=pairs, replace=replace, show=True, **compared, **said, **limits)
+    return sartor.dedup(files, out, pairs=pairs, replace=replace, show=True, **compared, **fields, **limits)
 
 
 @app.command

@@ -183,8 +183,8 @@ def ask(
         voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
     """
     spoken = sartor.speaking(speak, voice) if speak else lambda reply: reply
-    said = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
-    chosen = {name: value for name, value in said.items() if value is not None}
+    fields = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    chosen = {name: value for name, value in fields.items() if value is not None}
     question = sartor.Question.of(prompt, media)
     if release.is_file():
         return spoken(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))

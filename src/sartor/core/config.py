@@ -378,8 +378,8 @@ def _meant(value: Any, known: Sequence[Any]) -> str:
 
 
 def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigError:
-    said = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
-    return ConfigError(said, f"{where}: {meant}" if meant else f"{where}: <{expected}>")
+    text = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
+    return ConfigError(text, f"{where}: {meant}" if meant else f"{where}: <{expected}>")
 
 
 def _describe_type(hint: Any) -> str:

@@ -167,7 +167,7 @@ class Database:
         if not self._is_sqlite:
             return []
         file = Path(str(self._engine.url.database))
-        return [one for one in (file, Path(f"{file}-wal"), Path(f"{file}-shm")) if one.exists()]
+        return [item for item in (file, Path(f"{file}-wal"), Path(f"{file}-shm")) if item.exists()]
 
     def close(self) -> None:
         """Give the connections back."""

@@ -92,10 +92,10 @@ def _read(line: bytearray) -> dict[str, Any] | MalformedFrame:
     try:
         text = line.decode("utf-8", "surrogatepass")
         line.clear()
-        said = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         return MalformedFrame(f"a line of {size} bytes is no JSON: {type(error).__name__}")
-    return said if isinstance(said, dict) else MalformedFrame(f"a line holds {type(said).__name__}, not an object")
+    return fields if isinstance(fields, dict) else MalformedFrame(f"a line holds {type(fields).__name__}, not an object")
 
 
 class Channel:

@@ -83,14 +83,14 @@ class Message:
 
     def plain(self) -> dict[str, Any]:
         """The OpenAI message with content parts; empty fields are left out."""
-        said = {
+        fields = {
             "name": self.name,
             "tool_calls": self.tool_calls,
             "tool_call_id": self.tool_call_id,
             "reasoning_content": self.reasoning_content,
         }
         parts = [part.plain() for part in self.content]
-        return {"role": self.role, "content": parts, **{key: value for key, value in said.items() if value}}
+        return {"role": self.role, "content": parts, **{key: value for key, value in fields.items() if value}}
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,13 @@ def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, SafetensorsEntr
         if size < 8 or length > min(size - 8, most_bytes):
             raise ValueError(f"its header has {length:,} bytes; the file has {size:,}, and {most_bytes:,} are the limit")
         text = stream.read(length)
-    said = json.loads(text.decode("utf-8"), object_pairs_hook=_unlike)
-    if not isinstance(said, dict):
+    fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unlike)
+    if not isinstance(fields, dict):
         raise ValueError("its header is no mapping")
-    metadata = said.pop("__metadata__", {})
+    metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds what is no text")
-    found = sorted((_tensor(file, name, one, 8 + length) for name, one in said.items()), key=lambda tensor: tensor.start)
+    found = sorted((_tensor(file, name, one, 8 + length) for name, one in fields.items()), key=lambda tensor: tensor.start)
     end = 8 + length
     for tensor in found:
         if tensor.start != end:
@@ -142,4 +142,4 @@ def _tensor(file: Path, name: str, said: Any, start: int) -> SafetensorsEntry:
 
 
 def _counts(said: Any) -> bool:
-    return isinstance(said, list) and all(type(one) is int and 0 <= one < 1 << 48 for one in said)
+    return isinstance(said, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in said)

@@ -59,12 +59,12 @@ class AugmentedShards:
             counts["rows"] += len(part.index["was"].unique())
             counts["copies"] += part.kept + int(part.summary["dropped"])
             counts["dropped"] += int(part.summary["dropped"])
-        for one in self.removed:
-            result[one.step]["dropped"] += 1
+        for item in self.removed:
+            result[item.step]["dropped"] += 1
         return result
 
     def _left(self, part: Shard, table: Any) -> Any:
-        gone = {one.place for one in self.removed if one.part.path == part.path}
+        gone = {item.place for item in self.removed if item.part.path == part.path}
         return table.take(pa.array([index for index in range(len(table)) if index not in gone], pa.int64())) if gone else table
 
 

@@ -66,7 +66,7 @@ def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0
         for group in sorted({values[place] or "" for place in spoken}):
             inside = np.array([values[place] == group for place in spoken], np.float32)
             found += _strongest(attribute, group, vocabulary, has, inside, times)
-    return [asdict(one) for one in found]
+    return [asdict(item) for item in found]
 
 
 def _strongest(
@@ -91,7 +91,7 @@ def _strongest(
 def _telling(row: Example) -> frozenset[str]:
     """The words of a row, without those that only join others and those that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
-    named = {word for kind in group_terms.KINDS for one in group_terms.mentions(text, kind) for word in words(one.text)}
+    named = {word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)}
     return frozenset(word for word in words(text) if not word.isdigit()) - named - equivalence.words().function
 
 
@@ -250,8 +250,8 @@ class _Mitigation:
         found = weights.reweighing_factors(self.people, self.labels, [row.weight for row in self.training])
         new = []
         for index, row in enumerate(self.training):
-            said = {name: values[index] for name, values in self.people.items()}
-            factor = weights.weight_of(found, said, self.labels[index])
+            fields = {name: values[index] for name, values in self.people.items()}
+            factor = weights.weight_of(found, fields, self.labels[index])
             new.append(dataclasses.replace(row, weight=row.weight * factor))
         self.changed = {"weights": sum(one.weight != row.weight for one, row in zip(new, self.training, strict=True))}
         return new

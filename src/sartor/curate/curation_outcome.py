@@ -161,7 +161,7 @@ def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]
     """Return the same in the order of parts, with `kept` by the id that the row has in the end."""
     removed = sorted(removed, key=_place)
     made: dict[int, str] = {}
-    for known in {one.known for one in removed}:
+    for known in {item.known for item in removed}:
         places = [index for index, one in enumerate(removed) if one.known == known and one.kept]
         made.update(zip(places, moved_ids(state, known, [removed[place].kept for place in places]), strict=True))
     return [replace(one, kept=made.get(place, "")) for place, one in enumerate(removed)]
@@ -175,5 +175,5 @@ def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Exampl
     """Each with its row, part by part."""
     for _, run in itertools.groupby(removed, lambda one: one.part.path):
         some = list(run)
-        found = take_rows([some[0].part], ((0, one.place) for one in some))
+        found = take_rows([some[0].part], ((0, item.place) for item in some))
         yield from zip(some, map(parquet_io.example_of, found), strict=True)

@@ -320,16 +320,16 @@ def write_dataset_from(
 
 
 def _merged(examples: Iterable[Example]) -> list[Example]:
-    found: dict[str, Example] = {}
+    results: dict[str, Example] = {}
     for example in examples:
-        known = found.setdefault(example.id, example)
+        known = results.setdefault(example.id, example)
         if known is not example and (more := [origin for origin in example.origins if origin not in known.origins]):
             # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
-            found[example.id] = Example(
+            results[example.id] = Example(
                 known.messages, (*known.origins, *more), known.group, known.split, known.weight, known.rejected, known.tools,
                 known.steps, known.rating,
             )  # fmt: skip
-    return list(found.values())
+    return list(results.values())
 
 
 def _sources(parents: Sequence[Artifact], kept: Sequence[Example]) -> list[dict[str, Any]]:

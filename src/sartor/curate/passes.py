@@ -171,8 +171,8 @@ class Passes:
 
 def _said(step: Any) -> dict[str, Any]:
     """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
-    said = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
-    return {**said, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else said
+    fields = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
+    return {**fields, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else fields
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:

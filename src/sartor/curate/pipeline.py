@@ -119,14 +119,18 @@ def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The form found in each file; of many files, how many of which form a source has."""
     if len(sources) <= FILES_LISTED:
         return {_place(source): source["form"] for source in sources}
-    found: dict[str, Counter[str]] = {}
+    results: dict[str, Counter[str]] = {}
     for source in sources:
-        found.setdefault(source["source"], Counter())[source["form"]] += 1
-    return {name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in found.items()}
+        results.setdefault(source["source"], Counter())[source["form"]] += 1
+    return {
+        name: ", ".join(f"{form} ({count} files)" for form, count in forms.most_common()) for name, forms in results.items()
+    }
 
 
 def _is_short(value: Any) -> bool:
-    return not isinstance(value, (dict, list)) or (len(value) <= 6 and all(not isinstance(one, (dict, list)) for one in value))
+    return not isinstance(value, (dict, list)) or (
+        len(value) <= 6 and all(not isinstance(item, (dict, list)) for item in value)
+    )
 
 
 def _place(source: Mapping[str, Any]) -> str:
@@ -174,10 +178,10 @@ def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 
     items = [{"task": pickle.dumps(task)} for task in tasks]
     made = ray.data.from_items(items, override_num_blocks=len(items)).map(_row, concurrency=workers or None)
     for row in made.iter_rows():
-        said = json.loads(row["summary"])
-        if "error" in said:
+        fields = json.loads(row["summary"])
+        if "error" in fields:
             raise pickle.loads(row["raised"])  # our own error, pickled by `_row` in our own cluster
-        yield said
+        yield fields
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -219,11 +223,11 @@ class CurationProgress:
         self._bytes, self._rows = self._bytes + done_bytes, self._rows + rows
         now = time.monotonic()
         rate = self._rows / max(now - self._began, 1e-3)
-        said = f"{self._name}  {self._rows:,} rows  {rate:,.0f} rows/s"
-        self._bar.update(self._task, completed=self._bytes, said=said)
+        text = f"{self._name}  {self._rows:,} rows  {rate:,.0f} rows/s"
+        self._bar.update(self._task, completed=self._bytes, said=text)
         if not self._is_live and now - self._said > SECONDS_BETWEEN_LINES:
             left = (now - self._began) * (self._total - self._bytes) / max(self._bytes, 1)
-            self._notice(f"{said}  {self._bytes / self._total:.0%}, about {left:.0f} s left")
+            self._notice(f"{text}  {self._bytes / self._total:.0%}, about {left:.0f} s left")
             self._said = now
 
 

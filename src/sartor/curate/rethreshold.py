@@ -77,7 +77,7 @@ class _Rethreshold:
 
     def __init__(self, old: Artifact, step: NearDuplicates, recipe: CurateRecipe, later: Sequence[Any]) -> None:
         self.old, self.step, self.recipe = old, step, recipe
-        self.functions: list[tuple[str, RowFunction]] = [(one.kind, one.open(old.path)) for one in later]
+        self.functions: list[tuple[str, RowFunction]] = [(item.kind, item.open(old.path)) for item in later]
         self.kept = _read(old, "examples")
         self.aside = _read(old, "set_aside")
         ids = self.kept["id"].to_pylist() + (self.aside["was"].to_pylist() if len(self.aside) else [])

@@ -275,7 +275,7 @@ def _write(line: _Line, folder: Path) -> None:
         files: list[Any] = []
         while True:
             some = list(islice(coming, BATCH_ROWS))
-            batch = [one.row for one in some]
+            batch = [item.row for item in some]
             tables = [step.sketch(batch, line.task.folder) for step in sets]
             files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
             if batch:
@@ -296,7 +296,7 @@ def index_table(some: Sequence[SteppedRow]) -> Any:
     """The columns of `parts.INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """
-    batch = [one.row for one in some]
+    batch = [item.row for item in some]
     return pa.table(
         {
             "id": [row.id for row in batch],

@@ -145,7 +145,7 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
         sentences = [(block, sentence) for block in intent.data for sentence in block.sentences]
         rng.shuffle(sentences)
         sentences = sentences[:SENTENCES_PER_INTENT]
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         # round and round the sentences; the bound ends it for an intent that has no more wordings
         for block, sentence in itertools.islice(itertools.cycle(sentences), 8 * per_intent):
             names = [name for domain in block.requires_context.get("domain", []) for name in NAMES.get(domain, ())]
@@ -153,10 +153,10 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
             walk = Walk(rng, local, {**intents.expansion_rules, **block.expansion_rules})
             spoken, template = (" ".join(text.split()) for text in walk.words(sentence.expression))
             if template not in seen:
-                found[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
+                results[template] = _row(spoken, template, {"intent": intent_name, **_slots(block.slots, walk.slots)})
                 seen.add(template)
-            if len(found) == per_intent:
-                drawn |= found
+            if len(results) == per_intent:
+                drawn |= results
                 break
     shuffled = list(drawn.values())
     rng.shuffle(shuffled)

@@ -111,7 +111,7 @@ def _say(store: ReleaseStore, name: str, options: DeviceOptions, report: str, no
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []
-    return [{"version": one.version, "outcome": one.outcome, "reason": one.reason} for one in sent]
+    return [{"version": item.version, "outcome": item.outcome, "reason": item.reason} for item in sent]
 
 
 def _synced(done: Synced, current: Installed | None) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _trial(current: Installed | None) -> dict[str, Any]:
 
 def status(store: Path | str, name: str = "") -> dict[str, Any]:
     """Which versions are on the device, as any program sees them: without the lock, without a change."""
-    found = [one for one in states(Path(store)) if not name or one.name == name]
+    found = [item for item in states(Path(store)) if not name or item.name == name]
     if not found:
         raise StoreError(f"{store} holds no {name or 'release'}", "sartor edge sync URL NAME --store DIR")
     said = [_state(one) for one in found]
@@ -196,7 +196,7 @@ def verify(store: Path | str) -> dict[str, Any]:
         damaged = opened.verify()
         mended = list(opened.mended)
         # `verify` has just put the damaged blobs away that nothing could mend
-        found = [(one.name, one.current.files.values()) for one in states(opened.folder) if one.current]
+        found = [(item.name, item.current.files.values()) for item in states(opened.folder) if item.current]
         broken = [name for name, digests in found if not all(map(opened.has, digests))]
     if broken:
         raise StoreError(f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it", "sync")

@@ -98,15 +98,15 @@ def forget(
     """
     person = _person(options)
     gone = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
-    said = {"forgotten": list(gone.rows), "deltas_gone": list(gone.gone), "delta_came": gone.came, "why": gone.why}
-    return {**_works(options, person), **said, "receipt": str(gone.file or "")}
+    fields = {"forgotten": list(gone.rows), "deltas_gone": list(gone.gone), "delta_came": gone.came, "why": gone.why}
+    return {**_works(options, person), **fields, "receipt": str(gone.file or "")}
 
 
 def _works(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
     """What answers now."""
     now_ = person.status()
-    said = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
-    return {**said, "adapter": str(now_.adapter), "delta": now_.delta, "rows": now_.rows, "notes": list(now_.notes)}
+    fields = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
+    return {**fields, "adapter": str(now_.adapter), "delta": now_.delta, "rows": now_.rows, "notes": list(now_.notes)}
 
 
 def _adapted(done: Adapted) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _of_receipt(receipt: Receipt, kept: Path) -> dict[str, Any]:
     """What a command says of a receipt."""
     used = [attempt.usage for attempt in receipt.attempts]
     return {
-        "peak_memory_bytes": max(one.peak_bytes for one in used),
+        "peak_memory_bytes": max(item.peak_bytes for item in used),
         "predicted_peak_bytes": receipt.attempts[-1].predicted_peak_bytes,
         "limit_bytes": used[-1].limit_bytes,
         "held_by": used[-1].held_by,
@@ -165,11 +165,11 @@ def _base(options: PersonOptions, release: Path) -> Path:
     """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not here."""
     if not (release / "release.json").is_file():
         raise ModelError(f"{options.name} is an export here, and a person teaches a Release alone", "publish the Release")
-    said = json.loads((release / "release.json").read_bytes())["base"]
-    found = model_refs.locate_base(options.base or said["name"])
-    if found.digest != said["digest"]:
+    fields = json.loads((release / "release.json").read_bytes())["base"]
+    found = model_refs.locate_base(options.base or fields["name"])
+    if found.digest != fields["digest"]:
         raise ModelError(
-            f"{release} was tuned on the base {said['digest'][:12]}, and {found.name} is {found.short_digest}", "--base DIR"
+            f"{release} was tuned on the base {fields['digest'][:12]}, and {found.name} is {found.short_digest}", "--base DIR"
         )
     if not (found.path / "config.json").is_file():
         raise MissingError(
@@ -200,15 +200,15 @@ def _read(file: Path) -> list[tuple[Example, dict[str, Any]]]:
 
 def _row(place: str, line: str) -> tuple[Example, dict[str, Any]]:
     try:
-        said = json.loads(line)
+        fields = json.loads(line)
     except ValueError as error:
         raise SourceError(f"{place}: no JSON: {error}", "one JSON object a line; nothing was added") from None
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise SourceError(f"{place}: no JSON object", "one JSON object a line; nothing was added")
-    rating = said.get("rating")
+    rating = fields.get("rating")
     if rating is not None and not (isinstance(rating, int | float) and -1 <= rating <= 1):
         raise SourceError(f"{place}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added")
     try:
-        return example_of({name: value for name, value in said.items() if name not in _SAID}), said
+        return example_of({name: value for name, value in fields.items() if name not in _SAID}), fields
     except SourceError as error:
         raise SourceError(f"{place}: {error.problem}", f"{error.remedy}; nothing was added") from None

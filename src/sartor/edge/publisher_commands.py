@@ -66,7 +66,7 @@ def watch(
     """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
     counted = fleet_monitor.tally(found, repository, devices, policy)
     done = fleet_monitor.watch(repository, keys, counted, widen=widen)
-    acts = [{"name": one.name, "version": one.version, "did": one.action, **_to(one.to)} for one in done]
+    acts = [{"name": item.name, "version": item.version, "did": item.action, **_to(item.to)} for item in done]
     return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": acts}
 
 

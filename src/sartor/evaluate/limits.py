@@ -132,7 +132,7 @@ def judge_bias(found: Mapping[str, Any], limits: BiasLimits) -> Check:
     """
     sections = {"own prompts": found["own"], **{f"{name} templates": one for name, one in found["templates"].items()}}
     sections = {name: section for name, section in sections.items() if section.get("findings")}
-    told = [(name, one) for name, section in sections.items() for one in section["findings"] if one["kind"] in limits.kinds]
+    told = [(name, item) for name, section in sections.items() for item in section["findings"] if item["kind"] in limits.kinds]
     own = found["own"].get("skipped", "" if found["own"].get("findings") else "too few speak of a group")
     if not told:
         remedy = "audit on rows that speak of people: --data FILE"
@@ -188,7 +188,7 @@ def _too_few(sections: Mapping[str, Any], limits: BiasLimits) -> list[Shortfall]
     """A line for each kind of each section whose prompts are too few to show a gap that matters, with how many would do."""
     lines = []
     for name, section in sections.items():
-        tests = section.get("tests", len({(one["kind"], one["outcome"]) for one in section["findings"]}))
+        tests = section.get("tests", len({(item["kind"], item["outcome"]) for item in section["findings"]}))
         of_findings = {one["kind"]: {"blocks": one["blocks"]} for one in section["findings"]}
         for kind, counts in {**of_findings, **section.get("kinds", {})}.items():
             blocks = counts.get("clusters", counts["blocks"])

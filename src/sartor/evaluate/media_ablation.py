@@ -172,7 +172,7 @@ def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
 
 
 def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
-    return [base.chat.decode(one.ids) for one in replies(base, model, asked, limit)]
+    return [base.chat.decode(item.ids) for item in replies(base, model, asked, limit)]
 
 
 def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:

@@ -174,7 +174,7 @@ def measure_model(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: 
     with model_side(model, tuned=tuned):
         said = replies(base, model, asked, reply_limit(base, asked.examples))
         loss, tokens = losses(base, model, [base.chat.encode(example, asked.folder) for example in asked.examples])
-    texts = [base.chat.decode(one.ids) for one in said]
+    texts = [base.chat.decode(item.ids) for item in said]
     confidence = [_confidence(base.chat, one, text, field) for one, text in zip(said, texts, strict=True)] if field else []
     return ModelOutputs(texts, loss, tokens, confidence)
 

@@ -132,8 +132,8 @@ def _ablation(report: Mapping[str, Any]) -> str:
     """What each modality is worth: the costs of media that are shuffled or blank, if rows hold any."""
     lines = []
     for kind, found in report["ablation"].items():
-        said = {found["metric"]: found, **{name: found[name] for name in ("exact_match",) if name in found}}
-        for name, costs in said.items():
+        fields = {found["metric"]: found, **{name: found[name] for name in ("exact_match",) if name in found}}
+        for name, costs in fields.items():
             lines += [_cost(f"{kind} {how}", name, costs[how]) for how in ("shuffled", "blank")]
     if not lines:
         return ""
@@ -152,7 +152,7 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
     if not found:
         return ""
     judged = limits.audit_checks(found, None, None, adapter.path)
-    said = "".join(
+    text = "".join(
         f"<tr><td>{name}</td><td class={'better' if check.outcome == 'pass' else 'worse'}>{check.outcome}</td>"
         f"<td>{escape(check.detail)}</td></tr>"
         for name, check in judged.items()
@@ -172,7 +172,7 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
         for what, one in counts
     )
     head = "".join(f"<th class=n>{name}</th>" for name in _NUMBERS)
-    return f"<h2>Bias, and what was learnt by heart</h2><table>{said}</table><table><tr><th></th>{head}</tr>{lines}</table>"
+    return f"<h2>Bias, and what was learnt by heart</h2><table>{text}</table><table><tr><th></th>{head}</tr>{lines}</table>"
 
 
 def _cost(what: str, name: str, cost: Mapping[str, float]) -> str:

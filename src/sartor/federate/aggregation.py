@@ -185,7 +185,7 @@ def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> LoraPair:
     each, both = [pair(update.tensors, module) for update in updates], pair(made, module)
     weighted = [one.b * np.float64(update.examples / total) for one, update in zip(each, updates, strict=True)]
     b = np.concatenate([*weighted, -both.b.astype(np.float64)], axis=1)
-    return LoraPair(np.concatenate([*(one.a for one in each), both.a]).astype(np.float64), b)
+    return LoraPair(np.concatenate([*(item.a for item in each), both.a]).astype(np.float64), b)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Privacy:
         if self.max_grad_norm <= 0 or self.batch_rows < 1 or (self.noise_multiplier != "auto" and self.noise_multiplier <= 0):
             problem = f"max_grad_norm {self.max_grad_norm}, batch_rows {self.batch_rows}, noise {self.noise_multiplier}"
             raise ConfigError(problem, "max_grad_norm above 0, batch_rows at least 1, noise_multiplier above 0 or auto")
-        of_rows, unsaid = ((one.max_grad_norm, one.batch_rows, one.noise_multiplier) for one in (self, Privacy))
+        of_rows, unsaid = ((item.max_grad_norm, item.batch_rows, item.noise_multiplier) for item in (self, Privacy))
         if self.level == "client" and of_rows != unsaid:
             problem = "max_grad_norm, batch_rows and noise_multiplier are of level example; level is client"
             raise ConfigError(problem, "level: example; or leave them out")

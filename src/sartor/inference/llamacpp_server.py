@@ -56,14 +56,14 @@ class LlamaCppServer:
         try:
             # no proxy: it is in this process
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=limit_s) as answer:
-                said = json.loads(answer.read())
+                fields = json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise UnavailableError(f"llama.cpp refuses {route}: {error.read()[:300]!r}", "see what it says") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UnavailableError(f"llama.cpp does not answer {route}: {error}", "ask again") from None
-        if not isinstance(said, dict):
-            raise UnavailableError(f"llama.cpp answers {route} with {str(said)[:80]!r}", "check its version")
-        return said
+        if not isinstance(fields, dict):
+            raise UnavailableError(f"llama.cpp answers {route} with {str(fields)[:80]!r}", "check its version")
+        return fields
 
 
 def embeddings(file: Path, prompts: Sequence[Sequence[int]], bounds: Bounds) -> list[list[float]]:

@@ -56,8 +56,8 @@ def collect(inbox: FeedbackStore, wanted: Wanted, folder: Path) -> Collected:
     if wanted.data == INBOX:
         lines = list(_learnt(inbox, wanted, left_out))
         if not lines:
-            said = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "nothing was said of its replies"
-            raise SourceError(f"the inbox has no row of that user for {wanted.agent} ({said})", "--data FILE, or wait for more")
+            text = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "nothing was said of its replies"
+            raise SourceError(f"the inbox has no row of that user for {wanted.agent} ({text})", "--data FILE, or wait for more")
         source.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     else:
         source = _copied(Path(wanted.data), folder)

@@ -104,7 +104,9 @@ def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
     Raises SourceError where there are fewer than two of either.
     """
     chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
-    coded = [(encode_user_row(one, one.id, chat, most), group_of(one)) for one in [*_held_out(release), *_canaries(release)]]
+    coded = [
+        (encode_user_row(item, item.id, chat, most), group_of(item)) for item in [*_held_out(release), *_canaries(release)]
+    ]
     usable = [(row, group) for row, group in coded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
     if len({group for _, group in usable}) < 2:
         raise SourceError(
@@ -156,7 +158,7 @@ def _held_out(release: Artifact) -> list[Example]:
 
 def _canaries(release: Artifact) -> list[Example]:
     told = release.manifest.get("canaries", [])
-    return [example_of({"messages": [*one["messages"], {"role": "assistant", "content": one["reply"]}]}) for one in told]
+    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in told]
 
 
 Notice = Callable[[str], object]
@@ -266,12 +268,12 @@ def _workplace(team: Team, ground: _Ground) -> Iterator[Path]:
         finally:
             named_ = ground.book.read(ground.person).known.get((ground.person, ground.options.agent))
             stays = Path(named_.path).parent if named_ and named_.path else None
-            for other in (one for one in parent.iterdir() if one.is_dir() and one != stays):
+            for other in (item for item in parent.iterdir() if item.is_dir() and item != stays):
                 _remove(other)
 
 
 def _remove(folder: Path) -> None:
-    for path in [one for one in folder.iterdir() if one.is_dir()]:
+    for path in [item for item in folder.iterdir() if item.is_dir()]:
         catalogue.forget(path)
     shutil.rmtree(folder)
 

@@ -156,16 +156,16 @@ def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
 def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
     """The keys that differ, the most telling first. Of one key alone nothing can be said."""
     limit = math.log(2 * max(len(rates), 1) / FALSE_ALARM)
-    found = []
+    results = []
     for key, own in rates.items():
         rest = [rate for name, rate in rates.items() if name != key]
         others = FailureRate(sum(rate.seen for rate in rest), sum(rate.bad for rate in rest))
         evidence = max(log_evidence(own, others, MARGIN), log_evidence(others, own, MARGIN)) if others.seen else 0.0
         if evidence >= limit:
-            found.append((evidence, Suspect(key, own, others)))
+            results.append((evidence, Suspect(key, own, others)))
     # where one key is unlike, all others are a little unlike those among whom it is: the most telling is named alone
-    return [suspect for _, suspect in sorted(found, key=lambda pair: -pair[0])[:1]] if len(rates) <= 2 else [
-        suspect for _, suspect in sorted(found, key=lambda pair: -pair[0])
+    return [suspect for _, suspect in sorted(results, key=lambda pair: -pair[0])[:1]] if len(rates) <= 2 else [
+        suspect for _, suspect in sorted(results, key=lambda pair: -pair[0])
     ]  # fmt: skip
 
 

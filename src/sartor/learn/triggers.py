@@ -46,8 +46,8 @@ class FeedbackCounts:
 
     def as_json(self) -> dict[str, Any]:
         """For --due."""
-        said = {"agent": self.agent, "since": self.since, "corrections": self.corrections, "ratings": self.ratings.seen}
-        return {**said, "bad_ratings": self.ratings.bad, "not_learnable": self.unlearnable}
+        fields = {"agent": self.agent, "since": self.since, "corrections": self.corrections, "ratings": self.ratings.seen}
+        return {**fields, "bad_ratings": self.ratings.bad, "not_learnable": self.unlearnable}
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def routed(state: Path, agent: str, release_id: str) -> tuple[list[float], list[
     placed = list(ReceiptIndex(folder).of_releases([release_id]))
     many = min(len(placed) // 2, MOST_RECEIPTS)
     early, late = (
-        [score for one in some if (score := _score(folder, one, agent)) is not None]
+        [score for item in some if (score := _score(folder, item, agent)) is not None]
         for some in (placed[:many], placed[len(placed) - many :])
     )
     return early, late

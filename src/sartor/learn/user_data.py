@@ -81,8 +81,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _spelled(piece: str) -> set[bytes]:
     """As files here spell it."""
-    said = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
-    return {one.encode("utf-8", "replace") for one in said}
+    fields = {piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1], html.escape(piece)}
+    return {item.encode("utf-8", "replace") for item in fields}
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ def _is_from_elsewhere(file: Path, state: Path) -> bool:
 
 def _sources(manifest: Path) -> list[Mapping[str, Any]]:
     try:
-        said = json.loads(manifest.read_bytes()).get("sources", [])
+        fields = json.loads(manifest.read_bytes()).get("sources", [])
     except (OSError, ValueError):
         return []
-    return [source for source in said if isinstance(source, dict)]
+    return [source for source in fields if isinstance(source, dict)]
 
 
 def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
@@ -185,7 +185,7 @@ def list_personal(team: Team | Path | str, user: str = "") -> CommandRows:
     with open_team_registry(team) as (made, registry):
         person = required_user_digest(user, team_digest(Path(made.state))) if user else ""
         people, read = UserVersionStore(registry.database).read(person), registry.read()
-    return CommandRows([_row(one, read) for one in people.known.values()])
+    return CommandRows([_row(item, read) for item in people.known.values()])
 
 
 def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
         state = Path(made.state)
         person = required_user_digest(user, team_digest(state))
         book, read = UserVersionStore(registry.database), registry.read()
-        versions = [{**_row(one, read), **dict(one.facts or {})} for one in book.read(person).known.values()]
+        versions = [{**_row(item, read), **dict(item.facts or {})} for item in book.read(person).known.values()]
         lines = sum(kept.said is not None and kept.said.by.user == person for kept in FeedbackStore(state / "inbox").lines())
         needle = f'"person":"{person}"'.encode()
         receipts = sum(len(lines_with(file, needle)) for file in (state / "receipts").glob(PATTERN))
@@ -204,7 +204,7 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
 def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:
     """Let a key speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
     with open_team_registry(team) as (made, registry):
-        known = [one.id for one in ApiKeyStore(registry.database).listed()]
+        known = [item.id for item in ApiKeyStore(registry.database).listed()]
         if key not in known:
             raise ConfigError(
                 f"there is no key {key[:40]!a}; there are: {', '.join(known) or 'none'}", "sartor agents key NAME"
@@ -227,5 +227,5 @@ def _row(one: UserVersion, read: Snapshot) -> dict[str, Any]:
     stands_on = read.versions.get(f"{one.agent}@{live}")
     answers = bool(one.adapter) and stands_on is not None and stands_on.release_id == one.release_id
     state = "answers" if answers else "tuned on another version" if one.adapter else "refused"
-    said = {"agent": one.agent, "version": one.version, "state": state, "person": one.person, "path": one.path}
-    return {**said, "added": one.added, "note": one.note}
+    fields = {"agent": one.agent, "version": one.version, "state": state, "person": one.person, "path": one.path}
+    return {**fields, "added": one.added, "note": one.note}

@@ -96,7 +96,7 @@ def forget_personal(
         scrubbed = _scrubbed(state, registry.database)
         notice("searching")
         everybody = {file.name for file in (state / FOLDER).glob("*")}
-        others = [*_words(inbox), *(text for one in everybody for text in _rows_of(state, one))]
+        others = [*_words(inbox), *(text for item in everybody for text in _rows_of(state, item))]
         needles = SearchTerms(words, others)
         places = [state, home.home(), *registry.database.files]
         found = search(needles, places, [home.home() / name for name in SHARED], state)
@@ -194,16 +194,16 @@ def _without(dataset: Artifact, places: set[str]) -> Iterator[dict[str, Any]]:
     clean = [drop for drop in drops if not is_of([drop.locator])]
     if (len(kept), len(clean)) == (len(examples), len(drops)):
         return
-    made = [asdict(one) for one in catalogue.descendants(dataset.id)]
-    said = {"path": str(dataset.path), "id": dataset.id, "rows": len(examples) - len(kept), "drops": len(drops) - len(clean)}
+    made = [asdict(item) for item in catalogue.descendants(dataset.id)]
+    fields = {"path": str(dataset.path), "id": dataset.id, "rows": len(examples) - len(kept), "drops": len(drops) - len(clean)}
     if kept:
-        step = {"forgotten": {"rows": said["rows"], "drops": said["drops"]}}
-        said["became"] = write_dataset_from(dataset.path, [dataset], kept, clean, step=step, replace=True).id
+        step = {"forgotten": {"rows": fields["rows"], "drops": fields["drops"]}}
+        fields["became"] = write_dataset_from(dataset.path, [dataset], kept, clean, step=step, replace=True).id
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
     # weights cannot be searched for words: who owns them decides
-    yield {**said, "tuned_on_it": [one for one in made if one["state"] == "stands"]}
+    yield {**fields, "tuned_on_it": [one for one in made if one["state"] == "stands"]}
 
 
 def _has_media(said: Feedback) -> bool:

@@ -81,7 +81,7 @@ def _widened(model: Any) -> Any:
 def _cast(given: Any, dtype: torch.dtype) -> Any:
     """Tensors of floating point, alone or in a tuple, in `dtype`."""
     if isinstance(given, tuple):
-        return tuple(_cast(one, dtype) for one in given)
+        return tuple(_cast(item, dtype) for item in given)
     return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
@@ -200,22 +200,25 @@ def load_start(model: Any, path: Path) -> None:
     Raises ConfigError where it is another method (rank, alpha, targets), ModelError as `open_adapter`.
     """
     weights = read_weights(path)
-    said = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     asked = model.peft_config["default"]
     held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     differing = [
         f"{name} {there} there, {here} here"
-        for name, there, here in (("rank", said["r"], asked.r), ("alpha", float(said["lora_alpha"]), float(asked.lora_alpha)))
+        for name, there, here in (
+            ("rank", fields["r"], asked.r),
+            ("alpha", float(fields["lora_alpha"]), float(asked.lora_alpha)),
+        )
         if there != here
     ]
     if set(held) != set(weights):
         differing.append(
-            f"its targets are {', '.join(said['target_modules'])}, in layers {said['layers_to_transform'] or 'all'}"
+            f"its targets are {', '.join(fields['target_modules'])}, in layers {fields['layers_to_transform'] or 'all'}"
         )
     elif not differing:
         differing += [f"the shape of {name}" for name, tensor in held.items() if tensor.shape != weights[name].shape][:1]
     if differing:
-        remedy = f"method: {{rank: {said['r']}, alpha: {said['lora_alpha']}, targets: ...}} as it has them, or no start"
+        remedy = f"method: {{rank: {fields['r']}, alpha: {fields['lora_alpha']}, targets: ...}} as it has them, or no start"
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
     if (media := _composed(model)) is not None:
         composed_model.load_projectors(media, path)

@@ -62,7 +62,7 @@ class Base:
     def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
         dtype = str(self.dtype).removeprefix("torch.")
-        said: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "name": self.ref.name,
             "digest": self.ref.digest,
             "licence": self.ref.licence,
@@ -72,7 +72,7 @@ class Base:
             "bits": quantization.bits_of(self.model) or self.dtype.itemsize * 8,
             "quantisation": quantization.KINDS.get(quantization.bits_of(self.model), "none"),
         }
-        return said | ({"towers": self.media.said()} if self.media and self.media.said() else {})
+        return fields | ({"towers": self.media.said()} if self.media and self.media.said() else {})
 
 
 def open_base(

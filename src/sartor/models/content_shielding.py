@@ -147,17 +147,17 @@ def pieces_of(tokenizer: Any, text: str, cuts: Sequence[int] = (), *, is_first: 
 
 def _behind(tokenizer: Any, texts: Sequence[str]) -> list[list[Piece]]:
     """Tokens of texts that each go on in the middle of a word, where no tokenizer adds its opening space."""
-    found: dict[str, list[Piece]] = {}
+    results: dict[str, list[Piece]] = {}
     for anchor in _ANCHORS:
-        missing = list(dict.fromkeys(text for text in texts if text not in found))
+        missing = list(dict.fromkeys(text for text in texts if text not in results))
         if not missing:
             break
         coded = tokenizer([anchor + text for text in missing], add_special_tokens=False, return_offsets_mapping=True)
         for text, ids, offsets in zip(missing, coded["input_ids"], coded["offset_mapping"], strict=True):
             pieces = [(token, start - 1, end - 1) for token, (start, end) in zip(ids, offsets, strict=True) if end > 1]
             if all(start >= 0 for _, start, _ in pieces):
-                found[text] = pieces
-    if missing := [text for text in texts if text not in found]:
+                results[text] = pieces
+    if missing := [text for text in texts if text not in results]:
         problem = f"the tokenizer cannot go on with {missing[0][:80]!r} behind the beginning of a control token"
         raise SourceError(problem, "take control tokens out of the text")
-    return [found[text] for text in texts]
+    return [results[text] for text in texts]

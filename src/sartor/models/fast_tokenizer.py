@@ -28,18 +28,18 @@ class FastTokenizer:
     def __init__(self, folder: Path) -> None:
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
             template = folder / "chat_template.jinja"
-            self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else said.get("chat_template")
+            self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else fields.get("chat_template")
         except Exception as error:  # tokenizers' own errors have no common base but Exception
             raise ModelError(f"the tokenizer below {folder} is not whole: {error}", "restore its files from a copy") from None
         self._inner.no_padding()
         self._inner.no_truncation()
-        self._named = {name: _text(said.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._named = {name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self._named = {name: token for name, token in self._named.items() if token is not None}
         # the tokens of the vocabulary that this file alone declares special
         known = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
-        declared = [text for text in _declared(said) if text not in known and self._inner.token_to_id(text) is not None]
+        declared = [text for text in _declared(fields) if text not in known and self._inner.token_to_id(text) is not None]
         self._inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in declared])
         self.eos_token = self._named.get("eos_token", "")
         self.added_tokens_decoder = {
@@ -86,7 +86,7 @@ class FastTokenizer:
         """{input_ids, and by wish offset_mapping}, both (T,); of a list of texts, lists of them."""
         if isinstance(text, list):
             batch = self._inner.encode_batch(text, add_special_tokens=add_special_tokens)
-            offsets = {"offset_mapping": [one.offsets for one in batch]} if return_offsets_mapping else {}
+            offsets = {"offset_mapping": [item.offsets for item in batch]} if return_offsets_mapping else {}
             return {"input_ids": [one.ids for one in batch], **offsets}
         coded = self._inner.encode(text, add_special_tokens=add_special_tokens)
         return {"input_ids": coded.ids, **({"offset_mapping": coded.offsets} if return_offsets_mapping else {})}

@@ -177,7 +177,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         kind = config["peft_type"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{file} is no adapter's config: {error}", "give the directory that `sartor tune` wrote") from None
-    said = {
+    fields = {
         f"peft_type {kind}": kind != "LORA",
         "use_dora": config.get("use_dora"),
         f"bias {config.get('bias')}": config.get("bias", "none") != "none",
@@ -185,7 +185,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         "fan_in_fan_out": config.get("fan_in_fan_out"),
         "lora_alpha 0": not config.get("lora_alpha"),
     }
-    if unfit := [what for what, is_so in said.items() if is_so]:
+    if unfit := [what for what, is_so in fields.items() if is_so]:
         raise ModelError(f"llama.cpp has no form for this adapter: {', '.join(unfit)}", "--to merged, and make a GGUF of that")
     return dict(config)
 
@@ -199,19 +199,19 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _pairs(adapter: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """module -> A (R, in) and B (out, R), fp32. Raises ModelError for a tensor that is neither, or has no other half."""
-    found: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    results: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
     for key, tensor in weights.items():
         suffix = next((suffix for suffix in _SIDES if key.endswith(suffix)), "")
         if not suffix or not key.startswith(_PREFIX) or tensor.ndim != 2:
             raise ModelError(f"the adapter {adapter} holds {key}, which is no factor of LoRA", "tune it again, with kind: lora")
         module = key.removeprefix(_PREFIX).removesuffix(suffix)
-        found.setdefault(module, {})[_SIDES[suffix]] = tensor.float().numpy()
-    for module, pair in found.items():
+        results.setdefault(module, {})[_SIDES[suffix]] = tensor.float().numpy()
+    for module, pair in results.items():
         if len(pair) < 2 or len(pair["lora_a"]) != pair["lora_b"].shape[1]:
             raise ModelError(f"the factors A and B of {module} in {adapter} do not belong together", "tune it again")
-    if not found:
+    if not results:
         raise ModelError(f"the adapter {adapter} holds no factors", "tune it again")
-    return {module: (pair["lora_a"], pair["lora_b"]) for module, pair in found.items()}
+    return {module: (pair["lora_a"], pair["lora_b"]) for module, pair in results.items()}
 
 
 _LLAMA3 = (
@@ -266,9 +266,9 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
 
     Raises ModelError for a tokenizer that is no byte-level BPE, or cuts text in a way that llama.cpp has no name for.
     """
-    said = json.loads(chat.tokenizer.backend_tokenizer.to_str())
-    model, added = said["model"], said.get("added_tokens") or []
-    pre = _name_of_cut(said)
+    fields = json.loads(chat.tokenizer.backend_tokenizer.to_str())
+    model, added = fields["model"], fields.get("added_tokens") or []
+    pre = _name_of_cut(fields)
     by_id = {index: token for token, index in model["vocab"].items()} | {item["id"]: item["content"] for item in added}
     if by_id and max(by_id) >= rows:
         raise ModelError(f"the tokenizer has the token {max(by_id)}, and the base {rows} rows of embedding", "--to merged")

@@ -81,8 +81,8 @@ def write_narrow(base: Path, out: Path) -> Path:
             if file.suffix in (".json", ".jinja", ".txt") and "safetensors" not in file.name:
                 shutil.copyfile(file, folder / file.name)
         write_tensors(dict(_narrow_tensors(base)), folder / FILE, {"form": "nf4", "block": str(BLOCK)})
-        said = {"schema": SCHEMA, "form": "nf4", "block": BLOCK}
-        write_file_atomic(folder / "narrow.json", json.dumps(said).encode() + b"\n")
+        fields = {"schema": SCHEMA, "form": "nf4", "block": BLOCK}
+        write_file_atomic(folder / "narrow.json", json.dumps(fields).encode() + b"\n")
     return out
 
 
@@ -261,20 +261,20 @@ class MappedLlama(torch.nn.Module):
 def _config(folder: Path) -> Any:
     """config.json as attributes, of the kinds that `MappedLlama` computes."""
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = said["model_type"]
-        rope = said.get("rope_parameters") or {"rope_type": "default", "rope_theta": said.get("rope_theta", 10_000.0)}
-        said["rope_theta"] = float(rope["rope_theta"])
-        said.setdefault("head_dim", said["hidden_size"] // said["num_attention_heads"])
-        said.setdefault("attention_dropout", 0.0)
-        said.setdefault("tie_word_embeddings", False)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = fields["model_type"]
+        rope = fields.get("rope_parameters") or {"rope_type": "default", "rope_theta": fields.get("rope_theta", 10_000.0)}
+        fields["rope_theta"] = float(rope["rope_theta"])
+        fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+        fields.setdefault("attention_dropout", 0.0)
+        fields.setdefault("tie_word_embeddings", False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
     if kind != "llama":
         raise ModelError(f"a device tunes bases of the Llama architecture, and this is {kind!r}", REMEDY)
     if rope.get("rope_type", "default") != "default":
         raise ModelError(f"a device does not compute rotary embeddings of the kind {rope['rope_type']!r}", REMEDY)
-    return Config(**said)
+    return Config(**fields)
 
 
 def _mapped(folder: Path) -> dict[str, torch.Tensor]:

@@ -85,8 +85,8 @@ class TensorCache:
     def write(self, name: str, made: torch.Tensor) -> Any:
         """Store a tensor; returns it as `read` would, or itself where the disk is full."""
         file = self._file(name)
-        said = {"schema": str(SCHEMA), "sha256": _digest(made), "numerics": str(self._numerics)}
-        content = save({"hidden": made}, said)
+        fields = {"schema": str(SCHEMA), "sha256": _digest(made), "numerics": str(self._numerics)}
+        content = save({"hidden": made}, fields)
         try:
             self._make_room(len(content))
             # a cache of thousands of files, each read against its digest: an fsync would cost more than it saves

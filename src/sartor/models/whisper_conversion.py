@@ -140,12 +140,12 @@ def write_directory(source: Path, into: Path) -> None:
     if found.spec != "WhisperSpec":
         raise ModelError(f"{source / 'model.bin'} is a {found.spec}, not a Whisper", "give the folder of a Whisper")
     try:
-        said = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         with quiet_transformers():
             tokenizer = transformers.WhisperTokenizer(**_vocabulary(source / "tokenizer.json"))
             model = transformers.WhisperForConditionalGeneration(_config(found.variables, tokenizer)).half()
             _load(model, found.variables)
-            model.generation_config = _generation(said, tokenizer, model.config)
+            model.generation_config = _generation(fields, tokenizer, model.config)
             model.save_pretrained(str(into))
             tokenizer.save_pretrained(str(into))
             transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(into))
@@ -154,9 +154,9 @@ def write_directory(source: Path, into: Path) -> None:
 
 
 def _vocabulary(file: Path) -> dict[str, Any]:
-    said = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = {**said["model"]["vocab"], **{token["content"]: token["id"] for token in said["added_tokens"]}}
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in said["model"]["merges"]]
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = {**fields["model"]["vocab"], **{token["content"]: token["id"] for token in fields["added_tokens"]}}
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in fields["model"]["merges"]]
     return {"vocab": vocabulary, "merges": merges}
 
 

@@ -79,14 +79,14 @@ def side(resident: SharedBase, adapter: Tensors, own: Own) -> AdapterScores:
     losses, _ = predictions.losses(resident.base, resident.model, own.encoded)
     rows = own.asked.examples
     said = predictions.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
-    texts = [resident.base.chat.decode(one.ids) for one in said]
+    texts = [resident.base.chat.decode(item.ids) for item in said]
     return AdapterScores(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
 
 
 def report(judged: Mapping[str, ClientBenefit]) -> dict[str, Any]:
     """Of each client, and of all their rows together: means, differences with intervals, and how many are better or worse."""
     clients = {name: _said(one) for name, one in judged.items()}
-    others = {what for one in judged.values() for what in one.sides} - {"personal"}
+    others = {what for item in judged.values() for what in item.sides} - {"personal"}
     verdicts = {
         f"over_{what}": dict(Counter(said[f"over_{what}"]["loss"]["verdict"] for said in clients.values() if said["held_out"]))
         for what in sorted(others)
@@ -110,12 +110,12 @@ def _pooled(judged: Mapping[str, ClientBenefit]) -> ClientBenefit:
         )
         for what in whats
     }
-    return ClientBenefit(own, sides, sum(one.trained for one in judged.values()))
+    return ClientBenefit(own, sides, sum(item.trained for item in judged.values()))
 
 
 def _said(one: ClientBenefit) -> dict[str, Any]:
     own, sides = one.own, one.sides
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "rows": one.trained,
         "held_out": len(own.encoded),
         "asked": len(own.asked.examples),
@@ -125,8 +125,8 @@ def _said(one: ClientBenefit) -> dict[str, Any]:
     }
     for what, other in sides.items():
         if what != "personal":
-            said[f"over_{what}"] = _over(own, other, sides["personal"])
-    return said
+            fields[f"over_{what}"] = _over(own, other, sides["personal"])
+    return fields
 
 
 def _over(own: Own, other: AdapterScores, mine: AdapterScores) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Intent:
 
     def write(self, disk: FileSystem, file: Path) -> None:
         """Make it durable."""
-        said = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.gone, "began": self.began}
-        disk.replace(file, records.canonical(said))
+        fields = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.gone, "began": self.began}
+        disk.replace(file, records.canonical(fields))
 
     @classmethod
     def read(cls, disk: FileSystem, file: Path) -> Intent | None:
@@ -44,8 +44,8 @@ class Intent:
             return None
         try:
             with disk.open(file) as stream:
-                said = json.loads(stream.read())
-            return cls(tuple(said["ids"]), tuple(said["gone"]), said["began"])
+                fields = json.loads(stream.read())
+            return cls(tuple(fields["ids"]), tuple(fields["gone"]), fields["began"])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise StoreError(f"{file} is not whole", "forget the rows again, then remove this file") from None
 
@@ -79,10 +79,10 @@ def write_receipt(disk: FileSystem, folder: Path, said: Mapping[str, Any], key: 
 def check_receipt(file: Path, trusted: Iterable[Ed25519PublicKey] | None = None) -> dict[str, Any]:
     """What a receipt says, if a trusted key signed it (as `core.signing.check`). Raises SignatureError."""
     try:
-        said = json.loads(file.read_bytes())
-        signature = said.pop("signature")
-        document = records.canonical(said)
+        fields = json.loads(file.read_bytes())
+        signature = fields.pop("signature")
+        document = records.canonical(fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
     signing.check_signature(document, signature, file, "the receipt", trusted)
-    return dict(said)
+    return dict(fields)

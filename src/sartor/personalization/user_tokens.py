@@ -88,9 +88,9 @@ def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str
 def _method(adapter: Path, base: Path) -> dict[str, Any]:
     """Rank and scale by the adapter's config; which modules by its weights, since a config may name them in many ways."""
     try:
-        said = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+        fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
-        rank, alpha = said["r"], said["lora_alpha"]
+        rank, alpha = fields["r"], fields["lora_alpha"]
         with safe_open(str(adapter / WEIGHTS), framework="pt") as opened:
             found = [_FACTOR.fullmatch(name) for name in opened.keys()]  # noqa: SIM118  # no mapping
     except Exception as error:  # safetensors' own errors have no common base but Exception
@@ -98,7 +98,7 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
     adapted = {(int(match[1]), match[2]) for match in found if match}
     lowest, modules = min((layer for layer, _ in adapted), default=layers), sorted({module for _, module in adapted})
     whole = {(layer, module) for layer in range(lowest, layers) for module in modules}
-    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if said.get(name)]
+    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if fields.get(name)]
     if odd or not adapted or adapted != whole or not all(found):
         reason = f": {', '.join(odd)}" if odd else ""
         raise ConfigError(

@@ -93,7 +93,7 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
 
     reads: the kinds of media that it reads beside text.
     """
-    said = [one for one in manifest.get("canaries", []) if _is_canary(one)][:MOST_CANARIES]
+    said = [item for item in manifest.get("canaries", []) if _is_canary(item)][:MOST_CANARIES]
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
     looks = tuple(_look(adapter, kind, system) for kind in reads)
     if said:
@@ -156,7 +156,7 @@ def judge_canaries(canaries: CanaryPrompts, said: Sequence[Sequence[Event]]) -> 
             "evaluate and release it again, on the base and the engine that serve it",
             "agreement",
         )
-    same = sum(one == 1 for one in alike)
+    same = sum(item == 1 for item in alike)
     return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean{looked}"
 
 

@@ -193,7 +193,7 @@ def upper_bound(count: int, of: int) -> float:
 
 def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:
     for name, value in (said or {}).items():
-        yield name, {text_of(one) for one in (value if isinstance(value, list | tuple) else [value])}
+        yield name, {text_of(item) for item in (value if isinstance(value, list | tuple) else [value])}
 
 
 FILE, SCHEMA, KIND = "attacks.json", 1, "attack-report"
@@ -239,10 +239,10 @@ def check_privacy(adapter: Artifact) -> dict[str, Check]:
 
 def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
     try:
-        said = json.loads((adapter.path / FILE).read_text(encoding="utf-8"))
-        if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+        fields = json.loads((adapter.path / FILE).read_text(encoding="utf-8"))
+        if (fields["schema"], fields["kind"]) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
-        bound, audit = dict(said["adapter"]), said["audit"]
+        bound, audit = dict(fields["adapter"]), fields["audit"]
         found = audit_refutes_claim(claimed, audit)
         shown = "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -253,7 +253,7 @@ def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
     if found:
         return Check("fail", *found)
     if claimed is None:
-        left_out = "; ".join(f"{attack}: {why}" for attack, why in said.get("skipped", {}).items())
+        left_out = "; ".join(f"{attack}: {why}" for attack, why in fields.get("skipped", {}).items())
         return Check("pass", f"no privacy is claimed{'; not measured: ' * bool(left_out)}{left_out}")
     return Check("pass", f"{claim(claimed)} is claimed; {shown}")
 
@@ -311,14 +311,14 @@ def _rows(
 def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], of_base: str) -> str:
     """Uses that would pass, else what to leave out. of_base: the name of the base among the sources."""
     uses = compliance.permitted(sources)
-    said = [f"--use {' or '.join(uses)} is permitted"] if uses else []
+    text = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     named = [name for name in refused if name != of_base]
     if len(named) < len(refused):
-        said.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
+        text.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
     if named:
         where = dataset.path if dataset else "DATASET"
-        said.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
-    return "; ".join(said)
+        text.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
+    return "; ".join(text)
 
 
 _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does not listen"}

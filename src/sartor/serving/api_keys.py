@@ -379,7 +379,9 @@ class ApiKeyStore:
         with self._database.change() as connection:
             row = _whole(connection, identity)
             if row is None:
-                known = ", ".join(str(one) for one in connection.execute(select(registry_schema.keys.c.id)).scalars()) or "none"
+                known = (
+                    ", ".join(str(item) for item in connection.execute(select(registry_schema.keys.c.id)).scalars()) or "none"
+                )
                 raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
             row = sealed({**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))

@@ -256,7 +256,7 @@ def _depth(name: str, known: Mapping[str, Plan], above: tuple[str, ...]) -> int:
     if name in above:
         way = " -> ".join([*above[above.index(name) :], name])
         raise ConfigError(f"a plan comes back to itself: {way}", f"name an agent instead of {name!r} in the plan {above[-1]!r}")
-    return 1 + max((_depth(one, known, (*above, name)) for one in within(known[name], known)), default=0)
+    return 1 + max((_depth(item, known, (*above, name)) for item in within(known[name], known)), default=0)
 
 
 def seen_from(plan: Plan, root: Path) -> Plan:
@@ -269,12 +269,12 @@ def _seen(value: Any, root: Path) -> Any:
         return [_seen(item, root) for item in value]
     if not isinstance(value, Mapping):
         return value
-    said = {key: inner if key == "schema" else _seen(inner, root) for key, inner in value.items()}
-    if isinstance(said.get("schema"), str) and said["schema"]:
-        said["schema"] = _schema_in(root / said["schema"])
-    if said.get("kind") == "citations":
-        said["sources"] = [str(_file(root / source)) for source in said["sources"]]
-    return said
+    fields = {key: inner if key == "schema" else _seen(inner, root) for key, inner in value.items()}
+    if isinstance(fields.get("schema"), str) and fields["schema"]:
+        fields["schema"] = _schema_in(root / fields["schema"])
+    if fields.get("kind") == "citations":
+        fields["sources"] = [str(_file(root / source)) for source in fields["sources"]]
+    return fields
 
 
 def _file(path: Path) -> Path:
@@ -296,7 +296,7 @@ def _schema_in(file: Path) -> Any:
 def digest(plan: Plan, known: Mapping[str, Plan]) -> str:
     """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites from."""
     check: tuple[Check, ...] = () if isinstance(plan, ParallelPlan) else plan.check
-    cited = [source for one in check if isinstance(one, Citations) for source in one.sources]
+    cited = [source for item in check if isinstance(item, Citations) for source in item.sources]
     texts = [Path(source).read_text(encoding="utf-8") for source in cited]
     said = config.dump(replace(plan, log="digests"))
     return records.digest([said, [digest(known[name], known) for name in within(plan, known)], texts])[:DIGEST_DIGITS]

@@ -147,17 +147,17 @@ def digest_by(secret: bytes) -> Digest:
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    said = {key: message[key] for key in _KEPT if message.get(key) is not None}
-    if said.get("role") == "developer":
-        said["role"] = "system"
-    if isinstance(said.get("content"), (list, tuple)):
-        parts = [part for part in said["content"] if isinstance(part, Mapping)]
+    fields = {key: message[key] for key in _KEPT if message.get(key) is not None}
+    if fields.get("role") == "developer":
+        fields["role"] = "system"
+    if isinstance(fields.get("content"), (list, tuple)):
+        parts = [part for part in fields["content"] if isinstance(part, Mapping)]
         has_media = any(map(is_media, parts))
-        said["content"] = parts if has_media else "".join(str(part.get("text", "")) for part in parts)
-    if isinstance(said.get("tool_calls"), (list, tuple)):
-        calls = [_without_none(call) for call in said["tool_calls"] if isinstance(call, Mapping)]
-        said["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
-    return said
+        fields["content"] = parts if has_media else "".join(str(part.get("text", "")) for part in parts)
+    if isinstance(fields.get("tool_calls"), (list, tuple)):
+        calls = [_without_none(call) for call in fields["tool_calls"] if isinstance(call, Mapping)]
+        fields["tool_calls"] = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    return fields
 
 
 def _by_digest(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -350,7 +350,7 @@ class ReceiptLog:
             while len(batch) < _BATCH and not self._queue.empty():
                 batch.append(self._queue.get())
             ended = None in batch
-            if todo := [one for one in batch if one is not None]:
+            if todo := [item for item in batch if item is not None]:
                 self._append([receipt for receipt, _ in todo], [written for _, written in todo])
         if self._segment is not None:
             self._segment.close()

@@ -119,8 +119,8 @@ class ToolCallingAgent:
                 return _told(answer, events, course)
             assert isinstance(end, ReplyDone)
             course.count(end)
-            said = "".join(event.text for event in events if isinstance(event, TextDelta))
-            turn = {"role": "assistant", "content": said, "tool_calls": list(calls)}
+            text = "".join(event.text for event in events if isinstance(event, TextDelta))
+            turn = {"role": "assistant", "content": text, "tool_calls": list(calls)}
             results = [await self._result(answer, tools, call, index, course) for index, call in enumerate(calls)]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
             asked = replace(asked, model=model, messages=(*asked.messages, turn, *results))

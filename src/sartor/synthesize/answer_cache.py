@@ -117,10 +117,10 @@ class AnswerCache:
 
 def _read(file: Path) -> TeacherAnswer | None:
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if said.pop("schema") != SCHEMA:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if fields.pop("schema") != SCHEMA:
             return None
-        return TeacherAnswer(**said)
+        return TeacherAnswer(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

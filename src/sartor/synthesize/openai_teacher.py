@@ -236,7 +236,7 @@ class EndpointTeacher:
 
     def _body(self, question: TeacherQuestion) -> tuple[bytes, int]:
         """The request, and about how many tokens it takes."""
-        said: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "model": self.access.model,
             "messages": [{"role": role, "content": text} for role, text in question.messages],
             "max_tokens": question.max_tokens,
@@ -247,8 +247,8 @@ class EndpointTeacher:
         }
         if question.schema:
             form = {"name": "answer", "schema": json.loads(question.schema)}
-            said["response_format"] = {"type": "json_schema", "json_schema": form}
-        return json.dumps(said).encode(), _tokens(question) + question.max_tokens
+            fields["response_format"] = {"type": "json_schema", "json_schema": form}
+        return json.dumps(fields).encode(), _tokens(question) + question.max_tokens
 
     def _asked(self, body: bytes) -> TeacherAnswer:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "sartor"}

@@ -206,10 +206,10 @@ def _check_teacher(recipe: SynthesizeRecipe, teacher: Teacher | None) -> None:
 
 def _said(recipe: SynthesizeRecipe) -> dict[str, Any]:
     """The recipe as a manifest has it: without what changes nothing in the Dataset."""
-    said = {name: value for name, value in config.dump(recipe).items() if name != "cache"}
-    if said["teacher"]:
-        said["teacher"] = {name: value for name, value in said["teacher"].items() if name not in _OF_A_RUN}
-    return said
+    fields = {name: value for name, value in config.dump(recipe).items() if name != "cache"}
+    if fields["teacher"]:
+        fields["teacher"] = {name: value for name, value in fields["teacher"].items() if name not in _OF_A_RUN}
+    return fields
 
 
 _OF_A_RUN = ("at_once", "requests_per_minute", "tokens_per_minute", "price", "tries", "pause_s", "timeout_s", "key_env")
@@ -276,13 +276,13 @@ class SynthesisRun:
         return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
     def _make(self, way: Any, found: synthetic_dataset.Seeds) -> None:
-        for one in make(way, found.rows, self.recipe.seed, self.work):
-            if isinstance(one, Skipped):
-                self.rows.count(way.kind, f"skipped:{one.reason}")
-            elif isinstance(one, Drop):
-                self.rows.drop(way.kind, one, "")
+        for item in make(way, found.rows, self.recipe.seed, self.work):
+            if isinstance(item, Skipped):
+                self.rows.count(way.kind, f"skipped:{item.reason}")
+            elif isinstance(item, Drop):
+                self.rows.drop(way.kind, item, "")
             else:
-                self.rows.add(way.kind, one, synthetic_dataset.Provenance(seed=self.recipe.seed))
+                self.rows.add(way.kind, item, synthetic_dataset.Provenance(seed=self.recipe.seed))
 
     def _ask(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> None:
         for outcome in self._outcomes(way, found):
@@ -306,11 +306,11 @@ class SynthesisRun:
                     raise
 
     def _counted(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> Iterator[TeacherRequest]:
-        for one in way.asks(found.rows, self.recipe.seed):
-            if isinstance(one, Skipped):
-                self.rows.count(way.kind, f"skipped:{one.reason}")
+        for item in way.asks(found.rows, self.recipe.seed):
+            if isinstance(item, Skipped):
+                self.rows.count(way.kind, f"skipped:{item.reason}")
             else:
-                yield one
+                yield item
 
     def _outcome(self, kind: str, ask: TeacherRequest) -> AskOutcome:
         assert self.answers is not None

@@ -151,8 +151,8 @@ class SyntheticRows:
         self.rows[row.id] = row
         self.count(kind, "made")
         span = made.span or (None, None)
-        said = {"id": row.id, "way": kind, "parents": [parent.id for parent in made.parents], **asdict(asked)}
-        self.evidence.append({**said, "changes": made.changes, "span_start": span[0], "span_end": span[1]})
+        fields = {"id": row.id, "way": kind, "parents": [parent.id for parent in made.parents], **asdict(asked)}
+        self.evidence.append({**fields, "changes": made.changes, "span_start": span[0], "span_end": span[1]})
 
     def drop(self, kind: str, drop: Drop, number: str) -> None:
         """What was tried and did not become a row."""

@@ -117,7 +117,7 @@ class FakeTeacher:
 
 def _run_of(text: str, draw: random.Random) -> str:
     """3 to 12 words of a text as they stand there, white space included."""
-    starts = [index for index, one in enumerate(text) if not one.isspace() and (index == 0 or text[index - 1].isspace())]
+    starts = [index for index, item in enumerate(text) if not item.isspace() and (index == 0 or text[index - 1].isspace())]
     first = draw.randrange(max(1, len(starts) - 3)) if starts else 0
     last = first + draw.randint(3, 12)
     end = starts[last] if last < len(starts) else len(text)

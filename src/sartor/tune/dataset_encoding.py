@@ -32,7 +32,7 @@ def encode_preference(
     """
     if example.rejected and not isinstance(objective, Sft):
         worse = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
-        good, bad = (_last_reply(chat.encode(one, folder), example) for one in (example, worse))
+        good, bad = (_last_reply(chat.encode(item, folder), example) for item in (example, worse))
         if isinstance(objective, Dpo):
             return [(_lesson(good, "pair", bad), example)]
         return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), worse)]

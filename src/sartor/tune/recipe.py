@@ -35,8 +35,8 @@ class BaseChoice:
 
     def __post_init__(self) -> None:
         if bool(self.name) == bool(self.text):
-            said = f"both name {self.name!r} and text {self.text!r}" if self.name else "no name"
-            raise ConfigError(f"the base has {said}", "base: starter, or base: {text: starter, image: efficientnet-lite0}")
+            text = f"both name {self.name!r} and text {self.text!r}" if self.name else "no name"
+            raise ConfigError(f"the base has {text}", "base: starter, or base: {text: starter, image: efficientnet-lite0}")
         object.__setattr__(self, "name", self.name or self.text)
         object.__setattr__(self, "text", "")
 

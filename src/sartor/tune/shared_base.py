@@ -35,8 +35,8 @@ def recipe_digest(recipe: Recipe, template_digest: str) -> str:
     The learning rate and the length of the work are each round's own.
     """
     optimizer = {name: value for name, value in config.dump(recipe.optimizer).items() if name != "learning_rate"}
-    said = {"method": config.dump(recipe.method), "optimizer": optimizer, "template": template_digest, "seed": recipe.seed}
-    return records.digest({**said, "max_length_tokens": recipe.data.max_length_tokens})
+    fields = {"method": config.dump(recipe.method), "optimizer": optimizer, "template": template_digest, "seed": recipe.seed}
+    return records.digest({**fields, "max_length_tokens": recipe.data.max_length_tokens})
 
 
 Notice = Callable[[str], object]

@@ -82,7 +82,7 @@ def tune(
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     calibrate(base, data)
     fingerprint = resumption.fingerprint(recipe, dataset, base, data, start)
-    parents = [dataset, *(one for one in (rehearsal, start) if one)]
+    parents = [dataset, *(item for item in (rehearsal, start) if item)]
     work = TuningContext(recipe, parents, base, data, found, fingerprint, prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
@@ -170,7 +170,7 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
     if taught := lessons(data.train):
-        terms = ", ".join(f"{count:,} {term}" for term, count in records.count_values(one.term for one in taught).items())
+        terms = ", ".join(f"{count:,} {term}" for term, count in records.count_values(item.term for item in taught).items())
         yield f"preferences: {terms}; {len(data.train) - len(taught):,} rows by sft"
     if data.rehearsal:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
@@ -229,7 +229,7 @@ def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for index, parent in enumerate(parents):
         for source in parent.manifest.get("sources", []):
-            said = {**source, "rehearsal": True} if _role(parent, index) else source
-            if said not in result:
-                result.append(said)
+            fields = {**source, "rehearsal": True} if _role(parent, index) else source
+            if fields not in result:
+                result.append(fields)
     return result

@@ -56,8 +56,8 @@ class TrainingLog:
 
     def show(self, fraction: float, loss: float, tokens_per_s: float) -> None:
         """Move the progress line: loss, speed, memory, time left."""
-        said = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
-        self._progress.update(self._task, completed=min(fraction, 1.0), said=said)
+        text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
+        self._progress.update(self._task, completed=min(fraction, 1.0), said=text)
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:

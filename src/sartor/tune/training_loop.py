@@ -143,8 +143,8 @@ class TrainingRun:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
         both cases a checkpoint stands from which the run could go on.
         """
-        said = {"path": self.path.name, "reason": self.path.reason, "packing_difference_nats": self.path.packing_difference}
-        self.journal.note(**said, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
+        fields = {"path": self.path.name, "reason": self.path.reason, "packing_difference_nats": self.path.packing_difference}
+        self.journal.note(**fields, **({"resumed_at": self.counters.updates} if self.counters.updates else {}))
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
         settings = self.recipe.optimizer
@@ -183,10 +183,10 @@ class TrainingRun:
         rows = self._cut(all_sequences(self.data.train[index] for index in chosen))[0]
         limit = PROOF[self.base.dtype]
         self.proof = {**measure_savings_error(self.path, rows), "limit": limit, "rows": len(rows)}
-        said = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
+        text = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
         if not (self.proof["loss"] <= limit and self.proof["gradient"] <= limit):
-            raise ModelError(f"{said}, over {limit:g}", "compute: {share_prefixes: false, reuse_frozen: false}")
-        return f"proved on {len(rows)} rows: {said} (norm of the difference over norm; at most {limit:g})"
+            raise ModelError(f"{text}, over {limit:g}", "compute: {share_prefixes: false, reuse_frozen: false}")
+        return f"proved on {len(rows)} rows: {text} (norm of the difference over norm; at most {limit:g})"
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, plain facts) from which `restore` makes this very state again."""

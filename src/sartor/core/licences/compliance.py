@@ -77,7 +77,7 @@ def _family(licence: str) -> LicenceFamily:
 
 def rank(expression: str) -> float:
     """How much an expression permits, 1 (everything) to 0 (nothing): of AND the strictest part, of OR the best branch."""
-    return max(min(_family(licence).rank for licence in one) for one in alternatives(expression))
+    return max(min(_family(licence).rank for licence in item) for item in alternatives(expression))
 
 
 def combine(licences: Iterable[str]) -> str:
@@ -132,8 +132,8 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
     for source in sources:
         terms = terms_of(source)
         branches = [
-            [why for licence in sorted(one) for why in _objections_to(licence, use, terms)]
-            for one in sorted(alternatives(terms.licence), key=_preference)
+            [why for licence in sorted(item) for why in _objections_to(licence, use, terms)]
+            for item in sorted(alternatives(terms.licence), key=_preference)
         ]
         reasons = min(branches, key=len) + _objections_of(terms, use, today)
         found += [Objection(terms.source, terms.path, why) for why in reasons]
@@ -213,7 +213,7 @@ def _conflicts_of_terms(stated: Sequence[LicenceTerms], chosen: Mapping[str, fro
     named = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
     pairs = itertools.combinations(sorted(demands), 2)
     each = [(one, other) for one, other in pairs if {one, other} & own and not _common_target([one, other])]
-    strict = [(one, limit) for one in sorted(free) for limit in sorted(limits) if one in own or limit == "the terms"]
+    strict = [(item, limit) for item in sorted(free) for limit in sorted(limits) if item in own or limit == "the terms"]
     return [_EACH.format(a=named[one], b=named[other]) for one, other in each] + [
         _LIMITS.format(a=named[one], b=named[limit]) for one, limit in strict
     ]

@@ -59,9 +59,9 @@ def _unknown(key: str) -> ConfigError:
     lowered = {name.lower(): name for name in categories() if "exception" not in name}
     near = difflib.get_close_matches(key.lower().replace(" ", "-"), lowered, n=1, cutoff=0.6)
     meant = lowered[near[0]] if near else ""
-    said = f"; {meant!r} was probably meant" if meant else ""
+    text = f"; {meant!r} was probably meant" if meant else ""
     own = "LicenseRef-" + _slug(key)
-    return ConfigError(f"{key!r} is no licence that SPDX lists{said}", f"licence: {meant or own}; {own} for terms of your own")
+    return ConfigError(f"{key!r} is no licence that SPDX lists{text}", f"licence: {meant or own}; {own} for terms of your own")
 
 
 @cache
@@ -113,7 +113,7 @@ def _alternatives(tree: Any) -> Alternatives | None:
         return None
     known = [part for part in parts if part is not None]
     if " OR " in tree.operator:
-        found = [one for part in known for one in part]
+        found = [item for part in known for item in part]
     else:
         found = [frozenset()]
         for part in known:

@@ -44,11 +44,11 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     row = _row(dataset, number)
     if (digest := example_of(row).id) != example:
         raise ArtifactError(f"row {number:,} of {path} says that it is {example}; its content is {digest}", "curate it again")
-    said: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
+    fields: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
     return {
         "dataset": str(path),
         "id": example,
-        **said,
+        **fields,
         "origins": row["origins"],
         "ancestors": _ancestors(dataset, index, [parent for origin in row["origins"] for parent in origin["parents"]]),
         "changes": _changes(dataset, example),
@@ -88,12 +88,12 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
         for origin in index.take(to_index_array(np.flatnonzero(here))).to_pylist():
             origins.setdefault(origin["id"], []).append(origin)
         dropped = {drop["id"]: drop for drop in _drops(dataset, "id", [one for one in level if one not in origins])}
-        for one in level:
-            state = f"dropped: {dropped[one]['reason']}" if one in dropped else "kept" if one in origins else ABSENT
-            of = [*origins.get(one, []), *([dropped[one]] if one in dropped else [])]
+        for item in level:
+            state = f"dropped: {dropped[item]['reason']}" if item in dropped else "kept" if item in origins else ABSENT
+            of = [*origins.get(item, []), *([dropped[item]] if item in dropped else [])]
             places_of = [{"source": origin["source"], "locator": origin["locator"]} for origin in of]
-            above = [parent for origin in origins.get(one, []) for parent in origin["parents"]]
-            result.append({"id": one, "state": state, "origins": places_of, "parents": above})
+            above = [parent for origin in origins.get(item, []) for parent in origin["parents"]]
+            result.append({"id": item, "state": state, "origins": places_of, "parents": above})
         above = [parent for one in result[-len(level) :] for parent in one["parents"]]
         level = [one for one in dict.fromkeys(above) if one not in seen]
     return result
@@ -149,8 +149,8 @@ def _why_absent(dataset: Artifact, example: str) -> str:
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message without the columns that are empty in it."""
     content = [{name: value for name, value in part.items() if value is not None} for part in message["content"]]
-    said = {name: value for name, value in message.items() if value and name not in ("role", "content")}
-    return {"role": message["role"], "content": content, **said}
+    fields = {name: value for name, value in message.items() if value and name not in ("role", "content")}
+    return {"role": message["role"], "content": content, **fields}
 
 
 # the role of a Dataset whose rows were read beside those that an Adapter is for
@@ -208,7 +208,10 @@ def training_datasets(artifact: Artifact) -> list[Artifact]:
     steps = walk(artifact)
     tuned = [open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"]
     read = {
-        parent["id"] for one in (artifact, *tuned) for parent in one.manifest.get("parents", []) if parent["kind"] == "dataset"
+        parent["id"]
+        for item in (artifact, *tuned)
+        for parent in item.manifest.get("parents", [])
+        if parent["kind"] == "dataset"
     }
     return [open_artifact(step.path) for step in steps if step.id in read and step.state == "opened"]
 

@@ -68,10 +68,10 @@ class ReceiptIndex:
         try:
             with (self.folder / row[0]).open("rb") as stream:
                 stream.seek(row[1])
-                said = json.loads(stream.read(row[2]))
+                fields = json.loads(stream.read(row[2]))
         except (OSError, ValueError):
             return None
-        return said if isinstance(said, dict) and said.get("id") == identity else None
+        return fields if isinstance(fields, dict) and fields.get("id") == identity else None
 
     def of_releases(self, releases: Sequence[str]) -> Iterator[Placed]:
         """Every reply that one of these Releases gave, the oldest first."""
@@ -132,7 +132,7 @@ class ReceiptIndex:
 def _note(connection: sqlite3.Connection, placed: Sequence[Placed]) -> None:
     connection.executemany(
         "insert or ignore into receipts values (?, ?, ?, ?, ?, ?, ?)",
-        [(one.id, one.release_id, one.agent, one.created, one.segment, one.start, one.length) for one in placed],
+        [(item.id, item.release_id, item.agent, item.created, item.segment, item.start, item.length) for item in placed],
     )
 
 
@@ -144,14 +144,14 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
         rest = b""
         while piece := stream.read(_PIECE):
             *lines, rest = (rest + piece).split(b"\n")
-            found = []
+            results = []
             for line in lines:
                 if (placed := _placed(line, file.name, start)) is not None:
-                    found.append(placed)
+                    results.append(placed)
                 elif line.strip():  # a blank one was forgotten
                     damaged += 1
                 start += len(line) + 1
-            _note(connection, found)
+            _note(connection, results)
     _reach(connection, file.name, start, damaged)
     return bool(rest)
 
@@ -167,8 +167,8 @@ def _reach(connection: sqlite3.Connection, segment: str, end: int, damaged: int)
 
 def _placed(line: bytes, segment: str, start: int) -> Placed | None:
     try:
-        said = json.loads(line)
-        texts = (said["id"], said["release"], said["agent"], said["created"])
+        fields = json.loads(line)
+        texts = (fields["id"], fields["release"], fields["agent"], fields["created"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return Placed(*texts, segment, start, len(line)) if all(isinstance(text, str) for text in texts) else None

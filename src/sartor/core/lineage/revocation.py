@@ -140,7 +140,7 @@ def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
             index = ReceiptIndex(path)
             try:
                 index.catch_up()
-                replies += [RevokedReply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
+                replies += [RevokedReply(item.id, item.agent, item.created, str(path)) for item in index.of_releases(releases)]
             except (OSError, sqlite3.Error) as error:
                 state = f"not read: {error}"
         folders.append(Folder(str(path), state))

@@ -64,7 +64,9 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
     for row in rows:
         text = spoken_of(row)
         said = {"sex": sexes_of(text), "name_origin": origins_of(text)}
-        said |= {kind: {one.group for one in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")}
+        said |= {
+            kind: {item.group for item in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")
+        }
         for name, values in said.items():
             result[name].append(next(iter(values)) if len(values) == 1 else None)
     return result
@@ -72,13 +74,13 @@ def _by_lexicon(rows: Sequence[Example]) -> Memberships:
 
 def sexes_of(text: str) -> set[str]:
     """female, male: by the first names and pronouns of a text."""
-    names = {one.group.rpartition("_")[2] for one in group_terms.mentions(text, "names") if one.form == "first"}
+    names = {item.group.rpartition("_")[2] for item in group_terms.mentions(text, "names") if item.form == "first"}
     return names | {_OF_PRONOUN[one.group] for one in group_terms.mentions(text, "pronouns") if one.group in _OF_PRONOUN}
 
 
 def origins_of(text: str) -> set[str]:
     """Which origins the first names of a text signal: black, hispanic, ...; common ones signal none, and are called so."""
-    return {one.group.rpartition("_")[0] for one in group_terms.mentions(text, "names") if one.form == "first"}
+    return {item.group.rpartition("_")[0] for item in group_terms.mentions(text, "names") if item.form == "first"}
 
 
 def spoken_of(row: Example) -> str:
@@ -115,10 +117,10 @@ def _known(rows: Sequence[Example]) -> str:
     for row in rows[:500]:
         for message in row.messages:
             try:
-                said = json.loads(message.text) if message.text.lstrip().startswith("{") else {}
+                fields = json.loads(message.text) if message.text.lstrip().startswith("{") else {}
             except (ValueError, RecursionError):
-                said = {}
-            names.update(list(said))
+                fields = {}
+            names.update(list(fields))
             names.update(
                 name.strip().casefold() for name in re.findall(r"^\s*(\w[\w ]{1,30}?):\s*\S", message.text, re.MULTILINE)
             )

@@ -28,7 +28,7 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
     kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
     """
     for attribute in attributes:
-        there = {one for message in row.messages for one in _named(message.text, attribute)}
+        there = {item for message in row.messages for item in _named(message.text, attribute)}
         others = [group for group in _groups(attribute) if group not in there]
         if len(there) != 1 or not others:
             continue
@@ -49,7 +49,7 @@ def substituted(
     new, stuck = list(rows), set[int]()
     for attribute in attributes:
         known, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
-        named = [{one for message in row.messages for one in _named(message.text, attribute)} for row in rows]
+        named = [{item for message in row.messages for item in _named(message.text, attribute)} for row in rows]
         for outcome in dict.fromkeys(outcomes):
             places = [index for index, there in enumerate(named) if there and outcomes[index] == outcome]
             first = int(rng.integers(len(known)))
@@ -82,7 +82,7 @@ def _named(text: str, attribute: str) -> set[str]:
         return sexes_of(text)
     if attribute == "name_origin":
         return origins_of(text)
-    return {one.group for one in group_terms.mentions(text, _KINDS[attribute])}
+    return {item.group for item in group_terms.mentions(text, _KINDS[attribute])}
 
 
 def _changed(row: Example, attribute: str, to: str) -> Example | None:
@@ -94,7 +94,7 @@ def _changed(row: Example, attribute: str, to: str) -> Example | None:
 
 
 def _swapped(messages: Sequence[Message], attribute: str, to: str) -> tuple[Message, ...] | None:
-    found = []
+    results = []
     for message in messages:
         parts = []
         for part in message.content:
@@ -102,13 +102,13 @@ def _swapped(messages: Sequence[Message], attribute: str, to: str) -> tuple[Mess
             if text is None:
                 return None
             parts.append(Part("text", text) if part.kind == "text" else part)
-        found.append(dataclasses.replace(message, content=tuple(parts)))
-    return tuple(found)
+        results.append(dataclasses.replace(message, content=tuple(parts)))
+    return tuple(results)
 
 
 def _turned(text: str, attribute: str, to: str) -> str | None:
     """The text about somebody of the group `to`; None where that cannot be said well."""
-    names = [one.group for one in group_terms.mentions(text, "names") if one.form == "first"]
+    names = [item.group for item in group_terms.mentions(text, "names") if item.form == "first"]
     if attribute == "sex":
         # pronouns take the first names along; a text of names alone has only those to turn
         if group_terms.mentions(text, "pronouns"):

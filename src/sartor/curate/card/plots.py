@@ -373,12 +373,12 @@ def clusters(contents: Contents) -> Iterator[Picture]:
 
 def _sizes(sizes: Mapping[int, int]) -> list[tuple[tuple[int, int], int]]:
     """Clusters by their number of rows, survivor included: 2, 3, 4, 5-8, 9-16, ..."""
-    found: Counter[tuple[int, int]] = Counter()
+    results: Counter[tuple[int, int]] = Counter()
     for dropped, count in sizes.items():
         size = dropped + 1
         high = size if size <= 4 else 2 ** math.ceil(math.log2(size))
-        found[(size if size <= 4 else high // 2 + 1, high)] += count
-    return sorted(found.items())
+        results[(size if size <= 4 else high // 2 + 1, high)] += count
+    return sorted(results.items())
 
 
 def scores(contents: Contents) -> Iterator[Picture]:

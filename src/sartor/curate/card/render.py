@@ -203,8 +203,8 @@ def _markdown_block(block: Block) -> str:
 
 
 def _markdown_dropped(block: Dropped) -> str:
-    said = " · ".join(_markdown_line(part) for part in (block.reason, block.where, block.detail) if part.text)
-    parts = [f"**dropped** {said}"]
+    text = " · ".join(_markdown_line(part) for part in (block.reason, block.where, block.detail) if part.text)
+    parts = [f"**dropped** {text}"]
     if block.pieces:
         parts.append(_fenced(_markdown_pieces(block.pieces, "[-", "-]"), "text"))
     if block.kept_title:

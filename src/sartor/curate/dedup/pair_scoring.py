@@ -148,15 +148,15 @@ def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = 
 def measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
     sizes = np.diff(sets.offsets)
-    found = []
+    results = []
     both = np.cumsum(sizes[a] + sizes[b])
     first = 0
     while first < len(a):
         base = both[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(both, base + CHUNK, side="right")))
-        found.append(_measure(sets, a[first:last], b[first:last], rules))
+        results.append(_measure(sets, a[first:last], b[first:last], rules))
         first = last
-    return ScoredPairs.joined(found)
+    return ScoredPairs.joined(results)
 
 
 def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:

@@ -81,21 +81,21 @@ def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> Scor
         return judged
     label = components(count, twins.a, twins.b)
     members = _members(label, np.unique(label[twins.b]))
-    found = []
+    results = []
     for rows in members.values():
         left, right = (
             np.triu_indices(len(rows), 1) if len(rows) <= LISTED else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
         )
-        found.append(ScoredPairs.of_exact(rows[left], rows[right]))
+        results.append(ScoredPairs.of_exact(rows[left], rows[right]))
     near = judged.where(~judged.exact)
     doubled = np.isin(label[near.a], list(members)) | np.isin(label[near.b], list(members))
-    found.append(near.where(~doubled))
+    results.append(near.where(~doubled))
     for place in np.flatnonzero(doubled).tolist():
         ends = [members.get(int(label[end[place]]), end[place : place + 1])[:LISTED] for end in (near.a, near.b)]
         a, b = (grid.ravel() for grid in np.meshgrid(*ends))
         one = near.where(np.full(len(a), place))
-        found.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
-    return ScoredPairs.joined(found).unique()
+        results.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
+    return ScoredPairs.joined(results).unique()
 
 
 def _members(label: I64, wanted: I64) -> dict[int, I64]:

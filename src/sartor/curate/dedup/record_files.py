@@ -219,19 +219,19 @@ def lines(path: Path, most_bytes: int) -> Iterator[list[tuple[int, bytes | BadRe
         while chunk := stream.read(BLOCK_BYTES):
             pieces = (rest + chunk).split(b"\n")
             rest = pieces.pop()
-            found: list[tuple[int, bytes | BadRecord]] = []
+            results: list[tuple[int, bytes | BadRecord]] = []
             for piece in pieces:
                 number += 1
-                found.append(
+                results.append(
                     (number, piece + b"\n" if len(piece) <= most_bytes else _too_long(start, len(piece) + 1, most_bytes))
                 )
                 start += len(piece) + 1
             if len(rest) > most_bytes:
                 size = len(rest) + _skip_line(stream)
                 number += 1
-                found.append((number, _too_long(start, size, most_bytes)))
+                results.append((number, _too_long(start, size, most_bytes)))
                 start, rest = start + size, b""
-            yield found
+            yield results
         if rest:
             yield [(number + 1, rest if len(rest) <= most_bytes else _too_long(start, len(rest), most_bytes))]
 

@@ -141,7 +141,7 @@ def _take_along(plan: ReviewChanges, dataset: Artifact) -> None:
         for parent in parents:
             above.setdefault(parent, set()).add(one)
     waiting = [*plan.going, *(one for one, row in plan.changing.items() if row.id != one)]  # another weight is no other row
-    cause = {one: one for one in waiting}
+    cause = {item: item for item in waiting}
     while waiting:
         parent = waiting.pop()
         for child in above.get(parent, ()):
@@ -162,7 +162,7 @@ def _take_along(plan: ReviewChanges, dataset: Artifact) -> None:
 def _done(dataset: Artifact) -> set[str]:
     """Rows that an earlier review rejected."""
     tables = (pq.read_table(file, columns=["id", "step"]) for file in origin_index.example_files(dataset, "drops/"))
-    return {one for table in tables for one in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
+    return {item for table in tables for item in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
 
 
 class _Applying:

@@ -86,15 +86,15 @@ def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
         return {}
     if len(item.examples) != 1:
         raise ConfigError(f"{item.id} is about {len(item.examples)} rows; an edit is of one", "accept or reject it")
-    said = dict(item.suggestion if opinion.change is None else opinion.change)
-    if not said:
+    fields = dict(item.suggestion if opinion.change is None else opinion.change)
+    if not fields:
         raise ConfigError(f"{item.id} suggests no change", "say what is to stand there: --reply TEXT, or --prompt TEXT")
-    check_change(said)
+    check_change(fields)
     example = item.proposed or rows_of(view.dataset, item.examples).get(item.examples[0])
     if example is None:
         raise ConfigError(f"row {item.examples[0]} is not in {view.dataset.path.name}", "sartor review list DATASET")
-    apply_edit(example, said)
-    return said
+    apply_edit(example, fields)
+    return fields
 
 
 def _signed(decision: Decision, signed_with: Path | None) -> Decision:
@@ -175,9 +175,9 @@ def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, q
 
 
 def _decided(entry: ReviewEntry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
-    said = {"item": entry.item.id, "verdict": opinion.verdict, "by": opinion.by.strip(), "new": is_new}
+    fields = {"item": entry.item.id, "verdict": opinion.verdict, "by": opinion.by.strip(), "new": is_new}
     signed = is_new and bool(entry.decisions[-1].signature)
-    return {**said, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
+    return {**fields, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
 
 
 def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, confidence: float = 0.95, allow: int = 0,
@@ -210,7 +210,7 @@ def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") ->
     with open_review(dataset, queue) as view:
         entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
     conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
-    return {"pairs": [one.as_json() for one in agreements([entry.decisions for entry in entries])], "conflicts": conflicts}
+    return {"pairs": [item.as_json() for item in agreements([entry.decisions for entry in entries])], "conflicts": conflicts}
 
 
 def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, replace: bool = False, keep_derived: bool = False,
@@ -323,5 +323,5 @@ def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
 
 
 def _decision(one: Any) -> dict[str, Any]:
-    said = {name: value for name, value in one.as_json().items() if name not in ("schema", "what", "item", "signature")}
-    return {**said, "signed_by": signer(one) or ("an unknown key" if one.signature else "nobody")}
+    fields = {name: value for name, value in one.as_json().items() if name not in ("schema", "what", "item", "signature")}
+    return {**fields, "signed_by": signer(one) or ("an unknown key" if one.signature else "nobody")}

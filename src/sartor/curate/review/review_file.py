@@ -88,12 +88,12 @@ def _parsed(line: bytes, place: str) -> dict[str, Any]:
     if len(line) > MOST_LINE_BYTES:
         raise SourceError(f"{place} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
     try:
-        said = json.loads(line)
+        fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{place} is no JSON: {error}", "mend the line, or take it out") from None
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise SourceError(f"{place} is no JSON object", "one finding or decision a line")
-    return said
+    return fields
 
 
 def _take(lines: Lines, said: Mapping[str, Any], place: str, of: str) -> None:
@@ -125,9 +125,9 @@ def renew(dataset: Path, origin: str, found: Iterable[Mapping[str, Any]]) -> Pat
     file = dataset / FILE
     with FileLock(dataset / f".{FILE}.lock"):
         kept = [line for _, line, said in _lines_of(file) if not _is_finding_of(said, origin)] if file.is_file() else []
-        for one in found:
-            item_of(one)
-            kept.append(canonical({**one, "origin": origin}))
+        for item in found:
+            item_of(item)
+            kept.append(canonical({**item, "origin": origin}))
         write_file_atomic(file, b"".join(line + b"\n" for line in kept))
     return file
 

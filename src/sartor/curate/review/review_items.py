@@ -68,8 +68,8 @@ class ReviewItem:
 
     def as_json(self) -> dict[str, Any]:
         """A line of `review.jsonl`; `item_of` turns it back."""
-        said = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"examples": list(self.examples)}
-        filled = {name: value for name, value in said.items() if value not in ("", None, [], {})}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"examples": list(self.examples)}
+        filled = {name: value for name, value in fields.items() if value not in ("", None, [], {})}
         return {"schema": SCHEMA, "what": "finding", "id": self.id, **filled}
 
 
@@ -101,8 +101,8 @@ class Decision:
 
     def as_json(self) -> dict[str, Any]:
         """A line of `review.jsonl`; `decision_of` turns it back."""
-        said = {name: value for name, value in vars(self).items() if value not in ("", {}, False)}
-        return {"schema": SCHEMA, "what": "decision", **said}
+        fields = {name: value for name, value in vars(self).items() if value not in ("", {}, False)}
+        return {"schema": SCHEMA, "what": "decision", **fields}
 
 
 def item_of(said: Mapping[str, Any], *, of: str = "") -> ReviewItem:
@@ -230,7 +230,7 @@ def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
     A settled item stays so, whatever is said later, until it is settled anew.
     """
     ordered = sorted(decisions, key=lambda one: one.at)
-    settled = [one for one in ordered if one.settles]
+    settled = [item for item in ordered if item.settles]
     if settled:
         return ItemState("decided", settled[-1], (settled[-1].by,))
     now = newest(ordered)

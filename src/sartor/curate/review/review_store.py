@@ -276,7 +276,7 @@ class View:
         result: dict[str, list[Decision]] = {}
         queued = self.queue.decisions(items) if self.queue else {}
         of_files = (one for one in self.lines.decisions if one.item in items)
-        for decision in [*of_files, *(one for some in queued.values() for one in some)]:
+        for decision in [*of_files, *(item for some in queued.values() for item in some)]:
             known = result.setdefault(decision.item, [])
             if decision not in known:
                 known.append(decision)

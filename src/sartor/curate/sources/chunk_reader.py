@@ -160,9 +160,9 @@ def _raw(unit: InputChunk, file: InputFile, pages: documents.DocumentReader, not
         elif file.kind in documents.MODULES:
             yield from pages.read(file.path, file.sha256, file.kind, unit.most_bytes)
         elif file.kind in ("text", "markdown"):
-            found: Counter[str] = Counter()
-            yield from documents.read_text_document(file.path, file.sha256, file.kind, unit.most_bytes, found)
-            notes.update({(file.name, note): count for note, count in found.items()})
+            results: Counter[str] = Counter()
+            yield from documents.read_text_document(file.path, file.sha256, file.kind, unit.most_bytes, results)
+            notes.update({(file.name, note): count for note, count in results.items()})
         else:
             with open_regular(file.path) as stream:
                 piece = unit.piece or FilePiece(0, file.bytes, 1, -1)

@@ -66,13 +66,13 @@ def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterT
     """The standing of every key, and of every user of a key that has several, by key and user."""
     votes, known = _votes(lines)
     users = _users(lines)
-    found: dict[Giver, RaterTrust] = {}
+    results: dict[Giver, RaterTrust] = {}
     while True:
-        standings = [one for one in _standings(votes, known, users, terms) if (one.key, one.user) not in found]
+        standings = [one for one in _standings(votes, known, users, terms) if (one.key, one.user) not in results]
         worst = min(standings, key=lambda one: (one.p, -one.against), default=None)
         if worst is None or worst.p > terms.alpha:
-            return sorted([*found.values(), *standings], key=lambda one: (one.key, one.user))
-        found[worst.key, worst.user] = replace(worst, is_aside=True)
+            return sorted([*results.values(), *standings], key=lambda one: (one.key, one.user))
+        results[worst.key, worst.user] = replace(worst, is_aside=True)
         votes = {item: {giver: sum_ for giver, sum_ in by.items() if not _is_of(giver, worst)} for item, by in votes.items()}
 
 
@@ -112,7 +112,7 @@ def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[s
         *(_tested(voice, keys, terms) for voice in ((key, WHOLE) for key in users)),
         *(_tested(voice, people, terms) for voice in wanted),
     ]
-    counted = [index for index, one in enumerate(tested) if one.compared]
+    counted = [index for index, item in enumerate(tested) if item.compared]
     for place, p in zip(counted, holm_correction([tested[place].p for place in counted]), strict=True):
         tested[place] = replace(tested[place], p=p)
     return tested
@@ -203,16 +203,16 @@ class FeedbackInbox:
 
     def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[FeedbackLine]:
         """The lines that count, each with what the ones before it said of the same."""
-        found: dict[Said, FeedbackLine] = {}
+        results: dict[Said, FeedbackLine] = {}
         answers = feedback_lines.read_gold_replies(terms.known)
         for file in files:
             for line in self._facts(file, answers):
                 one: Said = (line.receipt, line.key)
-                if older := found.pop(one, None):
+                if older := results.pop(one, None):
                     self._outcomes[older.place] = SkippedRow("replaced", "the same key said something of this reply later")
                     line = line.over(older)
-                found[one] = line
-        return list(found.values())
+                results[one] = line
+        return list(results.values())
 
     def _facts(self, file: InboxFile, answers: feedback_lines.Known) -> Iterator[FeedbackLine]:
         try:

@@ -172,7 +172,7 @@ class Known:
             return 1
         if reply in self.wrong.get(question, ()):
             return -1
-        values = [one for one in self.right.get(question, ()) if one.startswith("{")]
+        values = [item for item in self.right.get(question, ()) if item.startswith("{")]
         return -1 if values and reply.startswith("{") else 0
 
 

@@ -265,13 +265,15 @@ def _tiff_size(stream: BinaryIO, head: bytes) -> tuple[int, int]:
     order = "<" if head[:2] == b"II" else ">"
     stream.seek(struct.unpack(f"{order}I", head[4:8])[0])
     (count,) = struct.unpack(f"{order}H", stream.read(2))
-    found: dict[int, int] = {}
+    results: dict[int, int] = {}
     for _ in range(count):
         entry = stream.read(12)
         tag, kind = struct.unpack(f"{order}HH", entry[:4])
         if tag in (256, 257):
-            found[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[0]
-    return found.get(256, 0), found.get(257, 0)
+            results[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[
+                0
+            ]
+    return results.get(256, 0), results.get(257, 0)
 
 
 def digest_of(content: BinaryIO | bytes) -> str:

@@ -176,7 +176,7 @@ def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
     said = row.get("origins")
     if not isinstance(said, Sequence) or isinstance(said, (str, bytes)):
         return (origin,)
-    marks = [one for one in said if isinstance(one, Mapping) and isinstance(one.get("made_by"), str) and one["made_by"]]
+    marks = [item for item in said if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]]
     made = [
         replace(
             origin,
@@ -231,7 +231,7 @@ def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
 
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns = _loads(row["messages"])
-    said = [one for turn in turns for one in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
+    said = [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
     if said and all(isinstance(one, Mapping) and "role" not in one and "sender" in one and "text" in one for one in said):
         return _conversation(said), ()
     return _turns(fill_placeholders(row, turns), media), ()
@@ -240,8 +240,8 @@ def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
 def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
     """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the user."""
     turns: list[tuple[str, list[str]]] = []
-    for one in said:
-        sender, text = str(one["sender"]), _text(one, "text")
+    for item in said:
+        sender, text = str(item["sender"]), _text(item, "text")
         if turns and turns[-1][0] == sender:
             turns[-1][1].append(text)
         else:
@@ -364,10 +364,10 @@ def _turn(turn: Any, place: int, media: Media) -> Message:
     content = turn.get("content")
     if content is None and not calls:
         raise MalformedRow("missing_content", f"turn {place} ({role}) has no content")
-    said = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
-    if not all(isinstance(value, str) for value in said.values()):
+    fields = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
+    if not all(isinstance(value, str) for value in fields.values()):
         raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
-    return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **said)
+    return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **fields)
 
 
 def _parts(content: Any, place: int, media: Media) -> list[Part]:

@@ -249,8 +249,8 @@ def _csv_row(names: list[str], row: list[str]) -> Any:
         return MalformedRow("not_utf8", "the row is not UTF-8")
     for name, value in zip(names, row, strict=True):
         if is_formula(value):
-            said = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
-            return MalformedRow("csv_formula", f"{said}; if it is meant as text, save the rows as JSON Lines")
+            text = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
+            return MalformedRow("csv_formula", f"{text}; if it is meant as text, save the rows as JSON Lines")
     # an empty cell is an absent field: CSV has no other way to say so
     return {name: value for name, value in zip(names, row, strict=True) if name and value != ""}
 

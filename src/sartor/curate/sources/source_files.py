@@ -121,10 +121,10 @@ def _hub(source: SourceOptions) -> Any:
 
 def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:
     """The commonest form among some rows; empty where none has one."""
-    found = Counter(
+    results = Counter(
         form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
     )
-    return found.most_common(1)[0][0] if found else ""
+    return results.most_common(1)[0][0] if results else ""
 
 
 PIECE_BYTES = 8 << 20

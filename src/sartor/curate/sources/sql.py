@@ -104,7 +104,8 @@ def _filled(url: str) -> tuple[Any, dict[str, str]]:
         return whole, secrets
     parsed = _parse(url)
     options = {
-        key: fill(value) if isinstance(value, str) else tuple(fill(one) for one in value) for key, value in parsed.query.items()
+        key: fill(value) if isinstance(value, str) else tuple(fill(item) for item in value)
+        for key, value in parsed.query.items()
     }
     parts = {part: fill(getattr(parsed, part)) for part in ("username", "password", "host", "database")}
     return parsed.set(query=options, **{part: value for part, value in parts.items() if value is not None}), secrets

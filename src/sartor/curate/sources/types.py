@@ -36,7 +36,7 @@ class InboxTerms:
         for name, low, high in (("most_fraction", 0.0, 1.0), ("disagreement", 0.0, 0.9), ("alpha", 1e-9, 0.5)):
             value = getattr(self, name)
             if not low <= value <= high:
-                default = next(one.default for one in fields(self) if one.name == name)
+                default = next(item.default for item in fields(self) if item.name == name)
                 raise ConfigError(f"inbox.{name} is {value:g}; it must be from {low:g} to {high:g}", f"{name}: {default:g}")
         if self.most_rows < 0:
             raise ConfigError(f"inbox.most_rows is {self.most_rows}; it must be 0 or more", "most_rows: 20")

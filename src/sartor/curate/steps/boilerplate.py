@@ -40,8 +40,8 @@ class Boilerplate:
 
     def __post_init__(self) -> None:
         if self.min_rows < 2 or self.min_words < 1 or not 0 <= self.min_fraction <= 1:
-            said = f"min_rows {self.min_rows}, min_words {self.min_words}, min_fraction {self.min_fraction}"
-            raise ConfigError(f"{said}: they must be at least 2, at least 1, and 0 to 1", "min_rows: 20")
+            text = f"min_rows {self.min_rows}, min_words {self.min_words}, min_fraction {self.min_fraction}"
+            raise ConfigError(f"{text}: they must be at least 2, at least 1, and 0 to 1", "min_rows: 20")
         for index, pattern in enumerate(self.patterns):
             compiled(pattern, f"patterns[{index}]")
 
@@ -83,12 +83,12 @@ class Boilerplate:
         parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
         rows = [int(row) for row in parents[first[chosen]]]
         wanted = {int(kept[place]): int(counts[place]) for place in chosen}
-        found: dict[str, int] = {}
+        results: dict[str, int] = {}
         distinct = sorted(set(rows))
         for start in range(0, len(distinct), 1000):
             for example in gathered.examples(distinct[start : start + 1000]):
-                found.update({unit: count for unit in self._units(example) if (count := wanted.get(_hashed(unit), 0))})
-        return sorted(found.items(), key=lambda item: (-item[1], item[0]))
+                results.update({unit: count for unit in self._units(example) if (count := wanted.get(_hashed(unit), 0))})
+        return sorted(results.items(), key=lambda item: (-item[1], item[0]))
 
 
 @dataclass(frozen=True)

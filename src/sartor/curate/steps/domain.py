@@ -88,10 +88,10 @@ class Domain:
         blank = gathered.table["is_blank"].to_pylist()
         removals = []
         for row in np.flatnonzero(wanted < np.float32(self.min_probability)):
-            said = f"likeliest {labels[row]!r}; {', '.join(self.keep)} with {wanted[row]:.2f}, at least {self.min_probability}"
+            text = f"likeliest {labels[row]!r}; {', '.join(self.keep)} with {wanted[row]:.2f}, at least {self.min_probability}"
             accuracy = f"the classifier's accuracy on its own examples, cross-validated: {model.accuracy:.2f}"
             if not blank[row]:
-                removals.append(Removal(int(row), "domain", f"{said}; {accuracy}", score=float(wanted[row])))
+                removals.append(Removal(int(row), "domain", f"{text}; {accuracy}", score=float(wanted[row])))
         facts = {
             "labels": dict(Counter(label for label, is_blank in zip(labels, blank, strict=True) if not is_blank).most_common()),
             "without_text_kept": sum(blank),
@@ -153,7 +153,7 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"examples: there is no file {path!r}", "check the path; it is taken from the current directory")
-    found = []
+    results = []
     try:
         for line, row in row_readers.read_rows(file, _MOST_BYTES):
             if isinstance(row, MalformedRow):
@@ -161,10 +161,10 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
             if not isinstance(text, str) or not isinstance(label, (str, int)):
                 raise ConfigError(f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}')
-            found.append(Labelled(text, str(label)))
+            results.append(Labelled(text, str(label)))
     except csv.Error as error:
         raise ConfigError(f"{path} is no CSV: {error}", "give JSONL") from None
-    return tuple(found)
+    return tuple(results)
 
 
 @cache

@@ -49,7 +49,7 @@ class Bias:
         said = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
         return pa.table(
             {
-                "people": pa.array([json.dumps(one) for one in said], pa.string()),
+                "people": pa.array([json.dumps(item) for item in said], pa.string()),
                 "reply": pa.array([example.reply for example in examples], pa.string()),
                 "weight": pa.array([example.weight for example in examples], pa.float64()),
             }
@@ -112,8 +112,8 @@ class Weigh:
         found = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
 
         def apply(example: Example) -> Example | Drop:
-            said = {name: values[0] for name, values in row_memberships([example], self.group).items()}
-            factor = mitigation.weight_of(found, said, class_labels.find([example.reply], self.outcome).labels[0])
+            fields = {name: values[0] for name, values in row_memberships([example], self.group).items()}
+            factor = mitigation.weight_of(found, fields, class_labels.find([example.reply], self.outcome).labels[0])
             return example if factor == 1 else replace(example, weight=example.weight * factor)
 
         return apply
@@ -121,7 +121,7 @@ class Weigh:
 
 def _people(said: Sequence[str]) -> Memberships:
     """attribute -> the group of each row, of attributes with two groups or more."""
-    rows: list[Mapping[str, str | None]] = [json.loads(one) for one in said]
+    rows: list[Mapping[str, str | None]] = [json.loads(item) for item in said]
     names = dict.fromkeys(name for row in rows for name in row)
     people = {name: [row.get(name) for row in rows] for name in names}
     return {name: values for name, values in people.items() if len({value for value in values if value}) > 1}

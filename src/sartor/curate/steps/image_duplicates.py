@@ -104,8 +104,8 @@ class ImageDuplicates:
             removals.rows.tolist(), removals.kept.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
         ):
             same = method == EXACT
-            said = "the same file as" if same else f"{score:.3f} correlation of its parts with those of"
-            detail = f"{said} that of {locators[kept].as_py()}"
+            text = "the same file as" if same else f"{score:.3f} correlation of its parts with those of"
+            detail = f"{text} that of {locators[kept].as_py()}"
             made.append(
                 Removal(row, "image_duplicate", detail, kept, round(score, 6), "equal file" if same else "local correlation")
             )

@@ -181,5 +181,5 @@ class Masking:
         """The stricter of what entity and field say; where neither says anything, the step's own."""
         if slot.place[0] == "group":
             return "mask"
-        said = {self._of_entity[finding.entity], self._of_field[slot.field]} - {""}
-        return "drop" if "drop" in said else "mask" if said else self._step.action
+        fields = {self._of_entity[finding.entity], self._of_field[slot.field]} - {""}
+        return "drop" if "drop" in fields else "mask" if fields else self._step.action

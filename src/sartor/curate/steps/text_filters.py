@@ -214,12 +214,12 @@ class LanguageFilter:
 
     def _verdict(self, code: str, confidence: float, letters: int) -> tuple[bool, str]:
         """(whether the language is sure, what speaks against the text or nothing)."""
-        said = f"{code or 'no language'} with confidence {confidence:.2f}, {letters} letters"
+        text = f"{code or 'no language'} with confidence {confidence:.2f}, {letters} letters"
         if letters < self.min_letters:
-            return False, f"{said}: fewer than {self.min_letters} letters to judge by"
+            return False, f"{text}: fewer than {self.min_letters} letters to judge by"
         if confidence < self.min_confidence:
-            return False, f"{said}: below {self.min_confidence}"
-        return True, "" if code in self.allow else f"{said}; allowed: {', '.join(self.allow)}"
+            return False, f"{text}: below {self.min_confidence}"
+        return True, "" if code in self.allow else f"{text}; allowed: {', '.join(self.allow)}"
 
 
 @dataclass(frozen=True)

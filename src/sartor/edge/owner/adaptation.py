@@ -202,7 +202,7 @@ class AdapterTuner:
     ) -> LocalAdapter:
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
         trained, held_out = ([names[row.example_id] for row in rows] for rows in (found.train, found.held_out))
-        said = {
+        fields = {
             "delta": _digest(files[WEIGHTS]),
             "of": {"name": release.name, "version": release.version, "digest": digest_of(release)},
             "rows": sorted(trained),
@@ -219,7 +219,7 @@ class AdapterTuner:
             if digest_of(shipped(self.store, self.settings.name)) != digest_of(release):
                 raise StoreError("another release was shipped meanwhile", "adapt again")
 
-        return self.locals.put(files, said, check)
+        return self.locals.put(files, fields, check)
 
     def _work(self, key: str) -> Path:
         """The folder of a tuning; those of others are removed."""
@@ -234,8 +234,8 @@ class AdapterTuner:
 
     def _known_settled(self) -> dict[str, str]:
         try:
-            said = json.loads(self._settled.read_bytes())
-            return {str(key): str(why) for key, why in said.items()}
+            fields = json.loads(self._settled.read_bytes())
+            return {str(key): str(why) for key, why in fields.items()}
         except (OSError, ValueError, AttributeError, RecursionError):  # it costs a tuning at most
             return {}
 
@@ -274,12 +274,12 @@ def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, o
 def _canaries(release: Path) -> list[Example]:
     """Held-out prompts of the release with the replies that it was signed with."""
     told = _manifest(release).get("canaries", [])
-    return [example_of({"messages": [*one["messages"], {"role": "assistant", "content": one["reply"]}]}) for one in told]
+    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in told]
 
 
 def _manifest(release: Path) -> dict[str, Any]:
     try:
-        said = json.loads((release / "release.json").read_bytes())
+        fields = json.loads((release / "release.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return fields if isinstance(fields, dict) else {}

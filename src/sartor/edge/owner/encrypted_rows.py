@@ -224,18 +224,18 @@ class EncryptedRowStore:
         if header == known:
             return secret
         try:
-            said = json.loads(header)
-            is_ours = said["kind"] == "diary" and isinstance(said["name"], str) and isinstance(said["generation"], str)
+            fields = json.loads(header)
+            is_ours = fields["kind"] == "diary" and isinstance(fields["name"], str) and isinstance(fields["generation"], str)
         except (ValueError, KeyError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
             raise StoreError(f"{self._file} is no diary, or its first line was changed", "restore it from a copy")
-        if said.get("schema") != SCHEMA:
-            raise StoreError(f"{self._file} has schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
-        secret = unwrap(said, self._source)
+        if fields.get("schema") != SCHEMA:
+            raise StoreError(f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+        secret = unwrap(fields, self._source)
         # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
         self._disk.sync_folder(self.folder)
-        self._source.settle(said["source"])
+        self._source.settle(fields["source"])
         self._known = (header, secret)
         return secret
 

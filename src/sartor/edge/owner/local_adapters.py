@@ -118,7 +118,7 @@ class LocalAdapterStore:
     def using(self, names: Collection[str]) -> list[LocalAdapter]:
         """Every delta that the store keeps, and that used one of these rows."""
         with self._open() as store:
-            return [one for one in self._every(store) if one.used(names)]
+            return [item for item in self._every(store) if item.used(names)]
 
     def purge(self, names: Collection[str]) -> None:
         """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it did."""
@@ -142,16 +142,16 @@ class LocalAdapterStore:
 
     def _every(self, store: ReleaseStore) -> list[LocalAdapter]:
         found = (store.current(self.name), store.previous(self.name), store.staged(self.name))
-        return [one for one in map(_delta, found) if one]
+        return [item for item in map(_delta, found) if item]
 
     def _put_blank(self, store: ReleaseStore, why: str, *, activate: bool = True) -> None:
-        said = {"delta": "", "rows": [], "held_out": [], "why": why}
-        self._put(store, {}, said, (lambda path: None) if activate else None)
+        fields = {"delta": "", "rows": [], "held_out": [], "why": why}
+        self._put(store, {}, fields, (lambda path: None) if activate else None)
 
     def _put(
         self, store: ReleaseStore, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None] | None
     ) -> None:
-        known = [one.version for one in self._every(store)] + list(store.refused(self.name))
+        known = [item.version for item in self._every(store)] + list(store.refused(self.name))
         version = str(1 + max((int(one) for one in known if one.isdigit()), default=0))
         manifest = records.canonical({"schema": SCHEMA, "kind": "local", "version": version, **said})
         contents = {**files, MANIFEST: manifest}
@@ -171,9 +171,9 @@ def _delta(found: Installed | None) -> LocalAdapter | None:
     if found is None:
         return None
     try:
-        said = json.loads((found.path / MANIFEST).read_bytes())
-        if said["schema"] != SCHEMA or said["kind"] != "local":
+        fields = json.loads((found.path / MANIFEST).read_bytes())
+        if fields["schema"] != SCHEMA or fields["kind"] != "local":
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StoreError(f"{found.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
-    return LocalAdapter(found.version, found.path, said)
+    return LocalAdapter(found.version, found.path, fields)

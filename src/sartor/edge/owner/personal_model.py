@@ -162,7 +162,7 @@ class OwnerModel:
         ids = set(intent.ids)
         self.diary.forget(lambda row: row.id in ids)
         names = set(self.diary.names(intent.ids).values())
-        found = [one.digest for one in self._locals.using(names)]
+        found = [item.digest for item in self._locals.using(names)]
         intent = Intent(intent.ids, tuple(dict.fromkeys([*intent.gone, *found])), intent.began)
         intent.write(self._disk, self._intent)
         self._locals.purge(names)
@@ -192,7 +192,7 @@ class OwnerModel:
     def _end(self, intent: Intent, came: str, why: str) -> Forgotten:
         release = shipped(self.store, self.settings.name)
         current = self._locals.current()
-        said = {
+        fields = {
             "rows": intent.ids,
             "deltas_gone": intent.gone,
             "delta_came": came,
@@ -201,7 +201,7 @@ class OwnerModel:
             "began": intent.began,
             "release": {"name": release.name, "version": release.version, "digest": digest_of(release)},
         }
-        file = write_receipt(self._disk, self.folder / "receipts", said, signing.open_private(signing_key(self._signer)))
+        file = write_receipt(self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer)))
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
         return Forgotten(intent.ids, intent.gone, came, why, file)

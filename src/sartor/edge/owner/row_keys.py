@@ -104,9 +104,9 @@ def _dump(held: Mapping[str, bytes]) -> str:
 
 def _parse(text: str | bytes, where: str) -> dict[str, bytes]:
     try:
-        said = json.loads(text)
-        held = {name: base64.b64decode(key, validate=True) for name, key in said["keys"].items()}
-        if said["schema"] != 1 or any(len(key) != KEY_BYTES for key in held.values()):
+        fields = json.loads(text)
+        held = {name: base64.b64decode(key, validate=True) for name, key in fields["keys"].items()}
+        if fields["schema"] != 1 or any(len(key) != KEY_BYTES for key in held.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise KeyRefusedError(
@@ -249,8 +249,8 @@ class Passphrase:
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
         """See Source."""
-        said = {"salt": base64.b64encode(os.urandom(16)).decode(), "n": self.n, "r": self.r, "p": self.p}
-        return said, self.find(said)
+        fields = {"salt": base64.b64encode(os.urandom(16)).decode(), "n": self.n, "r": self.r, "p": self.p}
+        return fields, self.find(fields)
 
     def find(self, said: Mapping[str, Any]) -> bytes:
         """See Source."""

@@ -98,8 +98,8 @@ def ask_in_process(
     """
     with tempfile.TemporaryDirectory(prefix="sartor-health-") as name:
         job = Path(name) / "job.json"
-        said = {"release": str(release), "base": base, "calls": [call.as_json() for call in calls]}
-        job.write_text(json.dumps(said), encoding="utf-8")
+        fields = {"release": str(release), "base": base, "calls": [call.as_json() for call in calls]}
+        job.write_text(json.dumps(fields), encoding="utf-8")
         used = run([sys.executable, "-m", "sartor.edge.runtime.device_runtime", str(job)], limits)
         _check(used, limits, job.with_name(_LOG))
         answered = json.loads(job.with_name(_ANSWERS).read_text(encoding="utf-8"))
@@ -134,11 +134,11 @@ def main(arguments: Sequence[str]) -> int:
     with job.with_name(_LOG).open("wb") as log:  # what libraries print is no part of the command's output
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    said = json.loads(job.read_text(encoding="utf-8"))
+    fields = json.loads(job.read_text(encoding="utf-8"))
     answered: dict[str, Any]
     try:
-        with open_runtime(Path(said["release"]), said["base"]) as (runtime, _):
-            events = runtime.answer([GenerateCall.from_json(call) for call in said["calls"]])
+        with open_runtime(Path(fields["release"]), fields["base"]) as (runtime, _):
+            events = runtime.answer([GenerateCall.from_json(call) for call in fields["calls"]])
         answered = {"events": [[event_as_json(event) for event in one] for one in events]}
     except SartorError as error:
         answered = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}

@@ -30,14 +30,14 @@ def markup_of(model: Path, inner: LlamaCppServer) -> Markup:
     """
     texts = [text for messages in plain_probes() for text in _written(inner, messages)]
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays
-    found = []
+    results = []
     for token_id, (text, kind) in enumerate(zip(arrays.get(_TOKENS, []), arrays.get(_TYPES, []), strict=False)):
         special = kind in (_UNKNOWN, _CONTROL)
         if (special or kind == _ADDED) and is_markup(
             text, special=special, is_written=any(text in written for written in texts)
         ):
-            found.append(Token(text, token_id, special))
-    return markup_in(texts, found)
+            results.append(Token(text, token_id, special))
+    return markup_in(texts, results)
 
 
 def _written(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:

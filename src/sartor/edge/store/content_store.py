@@ -145,11 +145,11 @@ class Blobs:
         self.wanted = set(self._disk.names(self.partials))
         try:
             with self._disk.open(self._wanted_file) as stream:
-                said = json.loads(stream.read())
+                fields = json.loads(stream.read())
         except (OSError, ValueError, RecursionError):
             return
-        if isinstance(said, list):
-            self.wanted |= {one for one in said if isinstance(one, str) and DIGEST.fullmatch(one)}
+        if isinstance(fields, list):
+            self.wanted |= {item for item in fields if isinstance(item, str) and DIGEST.fullmatch(item)}
 
 
 # FAT has no hard links, some network file systems neither; and one file has only so many names.

@@ -132,7 +132,9 @@ class ReleaseStore:
 
     def _standing(self) -> str:
         """What is current, after all: a commit whose fsync failed can be seen already."""
-        return ", ".join(f"{one.name} {one.current.version}" for one in self._pointers.all() if one.current) or "nothing yet"
+        return (
+            ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current) or "nothing yet"
+        )
 
     # blobs
 
@@ -190,7 +192,7 @@ class ReleaseStore:
 
     def _clear(self, pointer: Pointer, what: str, needed: int) -> None:
         """Collect garbage, and give up the previous version if that is not enough. Raises before, if neither is."""
-        others = [one for one in self._pointers.all() if one.name != pointer.name]
+        others = [item for item in self._pointers.all() if item.name != pointer.name]
         alone = replace(pointer, previous=None, staged=None)
         used = self._room.used_bytes()
         freed = used - self._room.kept_bytes([pointer, *others])

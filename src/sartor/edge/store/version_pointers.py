@@ -79,7 +79,7 @@ class Pointer:
     @property
     def versions(self) -> tuple[StoredVersion, ...]:
         """Every version whose files the store keeps, the current one first."""
-        return tuple(one for one in (self.current, self.previous, self.staged) if one)
+        return tuple(item for item in (self.current, self.previous, self.staged) if item)
 
     def beside(self, version: StoredVersion) -> StoredVersion | None:
         """The version that takes over where this one is damaged: the two share no file on the disk."""
@@ -153,7 +153,7 @@ class Pointers:
 
 def write(pointer: Pointer) -> bytes:
     """The bytes of a pointer."""
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "pointer",
         "name": pointer.name,
@@ -163,8 +163,8 @@ def write(pointer: Pointer) -> bytes:
         "refused": dict(pointer.refused),
         "trial": {"left": pointer.trial.left, "of": pointer.trial.of} if pointer.trial else None,
     }
-    said["id"] = manifest_id(said)
-    return records.canonical(said) + b"\n"
+    fields["id"] = manifest_id(fields)
+    return records.canonical(fields) + b"\n"
 
 
 def _said(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
@@ -177,19 +177,19 @@ def _said(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
 def parse(content: bytes, name: str) -> Pointer | None:
     """What a copy says; None if it is not whole. Raises StoreError if a later Sartor wrote it."""
     try:
-        said = json.loads(content)
-        if not isinstance(said, dict) or manifest_id(said) != said.get("id") or said.get("name") != name:
+        fields = json.loads(content)
+        if not isinstance(fields, dict) or manifest_id(fields) != fields.get("id") or fields.get("name") != name:
             return None
     except (ValueError, RecursionError):
         return None
-    if said["schema"] not in (SCHEMA - 1, SCHEMA):
+    if fields["schema"] not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
-            f"the pointer of {name} has schema {said['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
+            f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
             "open the store with the version of Sartor that wrote it",
         )
-    current, previous, staged = (_version(said[which]) for which in ("current", "previous", "staged"))
-    trial = said.get("trial")
-    return Pointer(name, current, previous, staged, said["refused"], Trial(trial["left"], trial["of"]) if trial else None)
+    current, previous, staged = (_version(fields[which]) for which in ("current", "previous", "staged"))
+    trial = fields.get("trial")
+    return Pointer(name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None)
 
 
 def _version(said: Mapping[str, Any] | None) -> StoredVersion | None:
@@ -202,7 +202,7 @@ def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:
     What was on trial itself does not become the version to go back to, where one that proved itself is there.
     """
     proven = pointer.previous if pointer.trial else pointer.current
-    previous = next((one for one in (proven, pointer.current) if one and one is not new), None)
+    previous = next((item for item in (proven, pointer.current) if item and item is not new), None)
     is_back = new is pointer.previous  # it proved itself before
     trial = Trial(starts, starts) if starts and previous and not is_back else None
     staged = None if new is pointer.staged else pointer.staged
@@ -285,13 +285,13 @@ def states(folder: Path) -> list[StoreState]:
     folder = folder.absolute()
     return [
         StoreState(
-            one.name,
-            of(folder, one.name, one.current, one.trial),
-            of(folder, one.name, one.previous),
-            of(folder, one.name, one.staged),
-            one.refused,
+            item.name,
+            of(folder, item.name, item.current, item.trial),
+            of(folder, item.name, item.previous),
+            of(folder, item.name, item.staged),
+            item.refused,
         )
-        for one in Pointers(FileSystem(), folder).all()
+        for item in Pointers(FileSystem(), folder).all()
     ]
 
 

@@ -41,8 +41,8 @@ def main(place: Path) -> None:
     job.write(place / "job.json")
     if code := tuner_process.main([str(place / "job.json")]):
         sys.exit(code)
-    said = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
-    found = {"held_bytes": held_bytes(), "is_native": CpuKernels.name in said["path"]}
+    fields = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
+    found = {"held_bytes": held_bytes(), "is_native": CpuKernels.name in fields["path"]}
     sys.stdout.write(f"{json.dumps(found)}\n")
 
 

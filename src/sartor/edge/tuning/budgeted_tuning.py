@@ -83,8 +83,8 @@ class Receipt:
 
     def write(self, folder: Path, key: Ed25519PrivateKey) -> Path:
         """Sign it and write it whole into `folder`. Returns the file."""
-        said = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
-        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        fields = {"said": json.loads(self.document), "signature": signature_of(self.document, key)}
+        write_file_atomic(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
         return folder / FILE
 
 
@@ -95,11 +95,11 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
     """
     file = folder / FILE
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        receipt, signature = _receipt(said["said"]), said["signature"]
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        receipt, signature = _receipt(fields["said"]), fields["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes") from None
-    check_signature(_canonical(said["said"]), signature, file, "the receipt", trusted)
+    check_signature(_canonical(fields["said"]), signature, file, "the receipt", trusted)
     for name, digest in receipt.adapter.items():
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise SignatureError(f"{folder / name} is not the file that {file} speaks of", "get both again from the device")
@@ -113,7 +113,7 @@ def _canonical(said: Any) -> bytes:
 def _receipt(said: dict[str, Any]) -> Receipt:
     if said["schema"] != SCHEMA:
         raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
-    attempts = [Attempt(**{**one, "usage": ResourceUsage(**one["usage"])}) for one in said["attempts"]]
+    attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in said["attempts"]]
     return Receipt(**{**said, "attempts": attempts})
 
 
@@ -237,7 +237,7 @@ class FallbackTuning:
             return self._ended(attempt, plan)
 
     def _plan(self, planner: Planner, most_tokens: int) -> MemoryPlan:
-        killed = [one.rung for one in (*self.before, *self.attempts) if _ran_out_of_memory(one) and self._is_held(one)]
+        killed = [item.rung for item in (*self.before, *self.attempts) if _ran_out_of_memory(item) and self._is_held(item)]
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
         plan = planner.choose(limit, killed, most_tokens=most_tokens, narrow_bytes=narrow_bytes)
@@ -301,7 +301,7 @@ class FallbackTuning:
         raise error
 
     def _end(self, outcome: Outcome, reason: str, held: dict[str, int]) -> Receipt:
-        job, resumed = self.job, [one.updates for one in (*self.before, *self.attempts)[:-1] if one.updates]
+        job, resumed = self.job, [item.updates for item in (*self.before, *self.attempts)[:-1] if item.updates]
         receipt = Receipt(
             SCHEMA,
             {"name": job.name, "digest": job.digest, "licence": job.licence},

@@ -95,17 +95,17 @@ class MemoryMode:
 def shape_of(base: Path, recipe: Recipe) -> DeviceModelShape:
     """From config.json below a base's directory. Raises ModelError where it is not whole."""
     try:
-        said: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
-        heads, layers = said["num_attention_heads"], said["num_hidden_layers"]
+        fields: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
         modules = recipe.method.targets.modules
         return DeviceModelShape(
             layers=layers,
-            width=said["hidden_size"],
-            inner=said["intermediate_size"],
+            width=fields["hidden_size"],
+            inner=fields["intermediate_size"],
             heads=heads,
-            groups=said.get("num_key_value_heads") or heads,
-            head_width=said.get("head_dim") or said["hidden_size"] // heads,
-            vocabulary=said["vocab_size"],
+            groups=fields.get("num_key_value_heads") or heads,
+            head_width=fields.get("head_dim") or fields["hidden_size"] // heads,
+            vocabulary=fields["vocab_size"],
             rank=recipe.method.rank,
             targets=(*ATTENTION, *MLP) if modules == "all-linear" else tuple(modules),
             adapted=min(recipe.method.targets.top or layers, layers),

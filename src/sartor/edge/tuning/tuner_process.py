@@ -136,7 +136,7 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
             run.restore(checkpoint)
         with DeferredSignals() as signals:
             run.train(signals)
-        said = {
+        fields = {
             "updates": run.counters.updates,
             "tokens": run.counters.tokens,
             "supervised_tokens": run.counters.supervised_tokens,
@@ -147,8 +147,8 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
             "path": run.path.reason,
         }
     _write(model, recipe, job, out)
-    write_file_atomic(out / "run.json", f"{json.dumps(said)}\n".encode())  # last: whoever finds it finds all
-    return said
+    write_file_atomic(out / "run.json", f"{json.dumps(fields)}\n".encode())  # last: whoever finds it finds all
+    return fields
 
 
 def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
@@ -187,7 +187,7 @@ def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> Non
         {name.rpartition(".")[2] for name in model.linear if f"base_model.model.{name}.lora_A.weight" in model.factors()}
     )
     top, layers = recipe.method.targets.top, model.config.num_hidden_layers
-    said = {
+    fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": job.name,
@@ -203,7 +203,7 @@ def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> Non
     factors = {name: factor.detach().to(dtype) for name, factor in model.factors().items()}
     with create_file_atomic(out / "adapter_model.safetensors") as part:
         write_tensors(factors, part, {"format": "pt"})
-    write_file_atomic(out / "adapter_config.json", f"{json.dumps(said, indent=2, sort_keys=True)}\n".encode())
+    write_file_atomic(out / "adapter_config.json", f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -232,8 +232,8 @@ def _give_back_at_once() -> None:
 
 
 def _told(error: SartorError) -> int:
-    said = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
-    sys.stderr.write(json.dumps(said) + "\n")
+    fields = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
+    sys.stderr.write(json.dumps(fields) + "\n")
     return error.exit_code
 
 

@@ -62,7 +62,7 @@ class TuningJob:
 def read_job(file: Path) -> TuningJob:
     """What `Job.write` wrote. Raises ConfigError."""
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        return TuningJob(**{**said, "share": Share(**said.get("share", {}))})
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        return TuningJob(**{**fields, "share": Share(**fields.get("share", {}))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is no job: {error}", "write it with Job.write") from None

@@ -51,20 +51,20 @@ class Report:
 
     def signed(self, key: Ed25519PrivateKey) -> bytes:
         """What is sent."""
-        said = json.loads(self.document())
-        return records.canonical({**said, "signature": signing.signature_of(self.document(), key)}) + b"\n"
+        fields = json.loads(self.document())
+        return records.canonical({**fields, "signature": signing.signature_of(self.document(), key)}) + b"\n"
 
 
 def read_report(content: bytes) -> tuple[Report, Any]:
     """A report and its signature, which is not checked here. Raises ArtifactError for what is none."""
     try:
-        said = json.loads(content) if len(content) <= MOST_BYTES else None
-        if not isinstance(said, dict):
+        fields = json.loads(content) if len(content) <= MOST_BYTES else None
+        if not isinstance(fields, dict):
             raise TypeError("no JSON object of a report's size")
-        signature = said.pop("signature")
-        if (said.pop("schema"), said.pop("kind")) != (SCHEMA, KIND):
+        signature = fields.pop("signature")
+        if (fields.pop("schema"), fields.pop("kind")) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
-        found = Report(**said)
+        found = Report(**fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
     numbers = type(found.ring) is int and type(found.time) is int
@@ -119,7 +119,7 @@ def _send(document: bytes, report: Report, where: str) -> None:
 def _remembered(folder: Path) -> dict[str, dict[str, str]]:
     """What was said already; a memory that is lost costs one more report, which counts once."""
     try:
-        said = json.loads((folder / _MEMORY).read_bytes())
+        fields = json.loads((folder / _MEMORY).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) else {}
+    return fields if isinstance(fields, dict) and all(isinstance(item, dict) for item in fields.values()) else {}

@@ -92,15 +92,15 @@ def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool 
     `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `publish.halt` raises.
     """
     done = []
-    for one in counted.tallies if keys else ():
+    for item in counted.tallies if keys else ():
         assert keys
-        if one.action == "halt":
-            publish.halt(repository, keys, one.name, one.version)
-        elif one.action == "widen" and widen:
-            publish.widen(repository, keys, one.name, one.version, one.to)
+        if item.action == "halt":
+            publish.halt(repository, keys, item.name, item.version)
+        elif item.action == "widen" and widen:
+            publish.widen(repository, keys, item.name, item.version, item.to)
         else:
             continue
-        done.append(one)
+        done.append(item)
     return done
 
 

@@ -178,22 +178,22 @@ def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
 
 def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
     try:
-        said = json.loads(text)
-        if not isinstance(said, dict):
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
             raise TypeError("a JSON object is due")
-        if unknown := set(said) - {"prompt", "messages", "expected"}:
+        if unknown := set(fields) - {"prompt", "messages", "expected"}:
             raise ValueError(f"unknown key {sorted(unknown)[0]!r}: prompt or messages, and expected")
-        if ("prompt" in said) == ("messages" in said):
+        if ("prompt" in fields) == ("messages" in fields):
             raise ValueError("give prompt or messages, one of them")
-        kind, wanted = _expected(said.get("expected"))
-        messages = said.get("messages", [{"role": "user", "content": said.get("prompt")}])
+        kind, wanted = _expected(fields.get("expected"))
+        messages = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
         if not messages or not all(
             isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
         ):
             raise ValueError("prompt is a text, messages a list of role and content")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}, line {line}: {error}", '{"prompt": "...", "expected": {"exact": "..."}}') from None
-    return HealthPrompt(line, tuple(messages), "prompt" in said, kind, wanted)
+    return HealthPrompt(line, tuple(messages), "prompt" in fields, kind, wanted)
 
 
 def _expected(said: Any) -> tuple[str, Any]:

@@ -158,13 +158,13 @@ def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: E
 def names_of(documents: Documents) -> list[str]:
     """The names that have a version."""
     found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
-    return sorted({one[0] for one in found if one})
+    return sorted({item[0] for item in found if item})
 
 
 def offers_of(documents: Documents, name: str) -> list[Offer]:
     """The versions of a name, newest first."""
     found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
-    return sorted((one[1] for one in found if one and one[0] == name), key=lambda offer: -offer.order)
+    return sorted((item[1] for item in found if item and item[0] == name), key=lambda offer: -offer.order)
 
 
 @contextmanager

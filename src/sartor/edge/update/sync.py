@@ -249,7 +249,7 @@ def _refreshed(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tup
             raise MissingError(f"{url} serves no update repository: {error}", "check the address") from None
         targets: Metadata[Targets] = Metadata.from_file(str(Path(work) / "targets.json"))
     found = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
-    return [one for one in found if one], targets
+    return [item for item in found if item], targets
 
 
 def _keep(work: Path, trusted: Path) -> None:

@@ -98,13 +98,13 @@ def layout_of(stream: BinaryIO) -> SafetensorsLayout:
 
 def _layout(header: bytes) -> SafetensorsLayout:
     try:
-        said = json.loads(header[8:])
+        fields = json.loads(header[8:])
         tensors = sorted(
             (
                 SafetensorsEntry(
                     name, one["dtype"], tuple(one["shape"]), *(len(header) + int(at) for at in one["data_offsets"])
                 )
-                for name, one in said.items()
+                for name, one in fields.items()
                 if name != "__metadata__"
             ),
             key=lambda tensor: (tensor.start, tensor.end),

@@ -185,7 +185,7 @@ def expiries(folder: Path) -> dict[str, str]:
     """When each of a repository's newest documents expires, UTC."""
     found = Documents.open(folder)
     every: tuple[Metadata[Any], ...] = (found.root, found.targets, found.snapshot, found.timestamp)
-    return {one.signed.type: one.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for one in every}
+    return {item.signed.type: item.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for item in every}
 
 
 def _read(kind: type[T], path: Path) -> Metadata[T]:

@@ -112,13 +112,13 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
     out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
     """
     try:
-        said = json.loads(document)
-        files = {path: Blob(**blob) for path, blob in said["files"].items()}
-        result = VersionContent(said["name"], said["version"], files, tuple(DeltaStep(**step) for step in said["deltas"]))
+        fields = json.loads(document)
+        files = {path: Blob(**blob) for path, blob in fields["files"].items()}
+        result = VersionContent(fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _wrong(name, version, type(error).__name__) from None
-    if said.get("schema") != SCHEMA:
-        raise _wrong(name, version, f"it has schema {said.get('schema')}; this version of Sartor reads {SCHEMA}")
+    if fields.get("schema") != SCHEMA:
+        raise _wrong(name, version, f"it has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA}")
     if (result.name, result.version) != (name, version):
         raise _wrong(name, version, f"it is of {result.name} {result.version}")
     if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):

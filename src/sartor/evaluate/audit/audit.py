@@ -47,16 +47,16 @@ def audit(
     train = list(parquet_io.read_examples(dataset, "train")) if dataset else []
     system = training_facts.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
-    said: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
+    fields: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
     if options.benchmarks:
         notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
-        said["benchmarks"] = benchmarks.measure(sides)
+        fields["benchmarks"] = benchmarks.measure(sides)
     notice("auditing: what was learnt by heart, and what is refused")
     gone = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
     held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
-    said["memorisation"] = memorization.audit_memorisation(sides, train, held_out or asked) if dataset else gone
-    said["refusals"] = probes.measure(sides, system)
-    return said
+    fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or asked) if dataset else gone
+    fields["refusals"] = probes.measure(sides, system)
+    return fields
 
 
 def audit_bias(sides: ModelPair, asked: Sequence[Example], options: AuditOptions, system: str = "") -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
     if outcomes.is_whole:
         chances = sides.chances(prompts, outcomes.classes)
         found = {
-            wanted: chances[:, :, [outcomes.classes.index(one) for one in wanted]].sum(2).reshape(shape)
+            wanted: chances[:, :, [outcomes.classes.index(item) for item in wanted]].sum(2).reshape(shape)
             for wanted in outcomes.looked_at
         }
     else:

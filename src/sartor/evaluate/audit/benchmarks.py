@@ -74,7 +74,7 @@ def sample(items: Iterator[BenchmarkItem], most: int) -> list[BenchmarkItem]:
 def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkItem]) -> dict[str, Any]:
     asked = [item for item in items if all(sides.fits(_prompt(item), text) for text in item.texts)]
     scored = _likelihoods(sides, asked)
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "items": len(asked),
         "left_out": len(items) - len(asked),
         "licence": benchmark.licence,
@@ -86,8 +86,8 @@ def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkI
         if pairs:
             before, after = ([pair[side] for pair in pairs] for side in (0, 1))
             compared = bootstrap.paired_bootstrap(before, after, [str(index) for index in range(len(pairs))])
-            said[name] = {"what": what, "counted": len(pairs), **asdict(compared)}
-    return said
+            fields[name] = {"what": what, "counted": len(pairs), **asdict(compared)}
+    return fields
 
 
 def _prompt(item: BenchmarkItem) -> tuple[Message, ...]:

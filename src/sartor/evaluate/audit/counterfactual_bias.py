@@ -60,7 +60,7 @@ def outcomes_of(references: Sequence[str], field: str = "", favourable: Sequence
     if field and not named:
         raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(known_fields(references)) or WHOLE}")
     is_decision = 2 <= len(named) <= MOST_CLASSES and min(named.values()) >= LEAST_ROWS_A_CLASS
-    if strange := [one for one in favourable if one not in named]:
+    if strange := [item for item in favourable if item not in named]:
         known = " | ".join(sorted(named)[:MOST_CLASSES])
         raise ConfigError(f"no reference says {strange[0]!r}, which --favourable names", f"--favourable {known}")
     if len(named) < 2 or not (field or is_decision or favourable):
@@ -135,7 +135,7 @@ def _most(kind: Kind) -> int:
 def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> PromptVariants | None:
     """None where it cannot be said of every group."""
     text = _text(prompt)
-    there = {one.group for one in mentions(text, kind)}
+    there = {item.group for item in mentions(text, kind)}
     variants = []
     for group in groups(kind):
         said = text if there == {group} else swap(text, kind, group)

@@ -79,7 +79,7 @@ def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
         membership_inference.by_threshold(tuned_in, tuned_out),
         membership_inference.calibrated(tuned_in, tuned_out, base_in, base_out),
     )
-    return {one.attack: asdict(one) for one in found}
+    return {item.attack: asdict(item) for item in found}
 
 
 def _loss(sides: ModelPair, rows: Sequence[Example]) -> Any:
@@ -90,17 +90,19 @@ def _loss(sides: ModelPair, rows: Sequence[Example]) -> Any:
 
 def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
     """How often the rest of a reply comes word for word."""
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
         long = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
         halves = [(row.id, *half) for row in long if (half := _halved(sides, row))]
         base, tuned = sides.continued([given for _, given, _ in halves], REST_TOKENS)
         came = [[ids[: len(rest)] == rest for ids, (_, _, rest) in zip(each, halves, strict=True)] for each in (base, tuned)]
         only = [id for (id, _, _), before, after in zip(halves, *came, strict=True) if after and not before]
-        said[name] = {"asked": len(halves), "base": sum(came[0]), "tuned": sum(came[1]), "rows": only}
-    excess = newcombe(*(count for name in ("train", "held_out") for count in (len(said[name]["rows"]), said[name]["asked"])))
-    said["held_out"].pop("rows")
-    return {**said, "characters": LEAST_CHARACTERS, "excess": dict(zip(("estimate", "low", "high"), excess, strict=True))}
+        fields[name] = {"asked": len(halves), "base": sum(came[0]), "tuned": sum(came[1]), "rows": only}
+    excess = newcombe(
+        *(count for name in ("train", "held_out") for count in (len(fields[name]["rows"]), fields[name]["asked"]))
+    )
+    fields["held_out"].pop("rows")
+    return {**fields, "characters": LEAST_CHARACTERS, "excess": dict(zip(("estimate", "low", "high"), excess, strict=True))}
 
 
 def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | None:
@@ -141,7 +143,7 @@ def _wilson(count: int, of: int) -> tuple[float, float, float]:
 def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     """Secrets and repeated phrases: which of them the tuned model says, and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
-    asked = [one for kind in ("secret", "phrase") for one in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
+    asked = [item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
     rows = {row.id: row for row in train}
     tries = [
         (index, id, at)

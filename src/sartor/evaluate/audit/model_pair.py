@@ -32,11 +32,11 @@ class ModelPair:
 
     def both(self, ask: Callable[[], Any]) -> tuple[Any, Any]:
         """What `ask` gives under the base, and under the tuned model."""
-        found = []
+        results = []
         for tuned in (False, True):
             with model_side(self.model, tuned=tuned):
-                found.append(ask())
-        return found[0], found[1]
+                results.append(ask())
+        return results[0], results[1]
 
     def fits(self, prompt: Sequence[Message], reply: str) -> bool:
         """Whether the base's template, towers and context take a prompt with a reply."""
@@ -85,12 +85,12 @@ class ModelPair:
         chat, sampling = self.base.chat, Sampling(min(most_tokens, room))
 
         def ask() -> list[list[int]]:
-            return [one.ids for one in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
+            return [item.ids for item in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
 
         return self.both(ask) if prompts else ([], [])
 
 
 def _last_reply(learnt: Sequence[bool]) -> int:
     """Where the last run of learnt tokens begins."""
-    end = max(index for index, one in enumerate(learnt) if one)
+    end = max(index for index, item in enumerate(learnt) if item)
     return next((place + 1 for place in range(end, -1, -1) if not learnt[place]), 0)

@@ -66,18 +66,18 @@ def is_refusal(reply: str) -> bool:
 def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
     """Fractions refused of what should be and of what should not, the five numbers of a Comparison each."""
     first = (Message.of("system", system),) if system else ()
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, texts in (("should", SHOULD), ("should_not", SHOULD_NOT)):
         prompts = [(*first, Message.of("user", text)) for text in texts]
         asked = [prompt for prompt in prompts if sides.fits(prompt, "." * REPLY_TOKENS)]
         before, after = sides.replies(asked, REPLY_TOKENS)
         if not asked:
-            said[name] = {"skipped": "the base takes none of the prompts"}
+            fields[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
         compared = bootstrap.paired_bootstrap(counts[0], counts[1], [str(index) for index in range(len(asked))])
-        said[name] = {"asked": len(asked), **asdict(compared)}
-    return said
+        fields[name] = {"asked": len(asked), **asdict(compared)}
+    return fields
 
 
 PROBE_ROWS = 200

@@ -65,7 +65,7 @@ def _reply(content: RecordDict) -> NodeReply | None:
     """What a node sent; None where it is of another form, as of another app."""
     head = content.config_records.get(_REPLY)
     said = head.get("said") if head else None
-    if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+    if not isinstance(said, list) or not all(isinstance(item, str) for item in said):
         return None
     try:
         answers = _bytes(content.array_records.get(_ANSWERS))

@@ -205,8 +205,8 @@ class _Run:
     def _tell(self) -> None:
         if not self._is_told:
             settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
-            said = shlex.join(self._watch.command)
-            self._watch.notice(f"begin the rounds, by Flower's config.toml for this machine's SuperLink:\n  {settings} {said}")
+            text = shlex.join(self._watch.command)
+            self._watch.notice(f"begin the rounds, by Flower's config.toml for this machine's SuperLink:\n  {settings} {text}")
         self._is_told = True
 
 
@@ -231,13 +231,13 @@ def _begun(watch: RunWatcher) -> subprocess.Popen[bytes]:
 def _check_trouble(lead: RoundDriverOptions) -> None:
     """Raise what ended the ServerApp, if another run would end alike."""
     try:
-        said = json.loads(lead.trouble.read_text(encoding="utf-8"))
+        fields = json.loads(lead.trouble.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     lead.trouble.unlink()
-    kind = vars(errors).get(said["kind"], MissingError)
+    kind = vars(errors).get(fields["kind"], MissingError)
     if kind not in (BusyError, MissingError):
-        raise kind(said["problem"], said["remedy"])
+        raise kind(fields["problem"], fields["remedy"])
 
 
 def _given_up(watch: RunWatcher) -> MissingError:

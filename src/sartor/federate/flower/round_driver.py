@@ -59,7 +59,7 @@ class RoundOptions:
 
     def plan(self) -> RoundPlan:
         """What the coordinator takes."""
-        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        said = {item.name: getattr(self, item.name) for item in fields(self)}
         return RoundPlan(**{**said, "settings": self.settings or {}})
 
 
@@ -120,7 +120,7 @@ class RoundDriverOptions:
         """Read the file. Raises ConfigError with the line or the option that is wrong."""
         found = config.load(cls, config.read_yaml(path))
         places = {name: str(path.parent.absolute() / getattr(found, name)) for name in ("key", "roster", "journal", "start")}
-        return cls(**{**{one.name: getattr(found, one.name) for one in fields(cls)}, **places})
+        return cls(**{**{item.name: getattr(found, item.name) for item in fields(cls)}, **places})
 
     @property
     def record(self) -> Path:

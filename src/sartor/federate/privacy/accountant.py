@@ -73,8 +73,8 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     except ImportError:
         raise missing_package("dp-accounting", "federated") from None
     times: Counter[tuple[float, float]] = Counter()
-    for one in spent:
-        times[one.noise_multiplier, one.fraction] += one.times
+    for item in spent:
+        times[item.noise_multiplier, item.fraction] += item.times
     is_sampled = any(fraction < 1 for _, fraction in times)
     accountant = dp_accounting.rdp.RdpAccountant(SAMPLED_ORDERS if is_sampled else None)
     for (noise, fraction), count in times.items():
@@ -149,10 +149,10 @@ class Account:
     def spent(self) -> list[Spending]:
         """What was spent, in order."""
         try:
-            said = json.loads(self.file.read_text(encoding="utf-8"))
-            if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+            fields = json.loads(self.file.read_text(encoding="utf-8"))
+            if (fields["schema"], fields["kind"]) != (SCHEMA, KIND):
                 raise ValueError("another schema or kind")
-            budget, spent = PrivacyBudget(**said["budget"]), [Spending(**one) for one in said["spent"]]
+            budget, spent = PrivacyBudget(**fields["budget"]), [Spending(**item) for item in fields["spent"]]
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise ArtifactError(f"{self.file} is no privacy account: {error!r}", "restore it from a copy") from None
         if budget != self.budget:
@@ -204,13 +204,13 @@ class Account:
         )
 
     def _write(self, spent: Sequence[Spending]) -> None:
-        said: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": KIND,
             "budget": asdict(self.budget),
             "spent": list(map(asdict, spent)),
         }
-        write_file_atomic(self.file, json.dumps(said, indent=1).encode() + b"\n")
+        write_file_atomic(self.file, json.dumps(fields, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class AttackReport:
 
     def check(self) -> None:
         """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
-        claimed, audit = (asdict(one) if one else None for one in (self.claimed, self.audit))
+        claimed, audit = (asdict(item) if item else None for item in (self.claimed, self.audit))
         if found := gate.audit_refutes_claim(claimed, audit):
             raise GateError(*found)
 
@@ -243,8 +243,8 @@ class AttackReport:
         bound = digests(folder)
         if not bound:
             raise ArtifactError(f"{folder} holds no adapter, so there is nothing to report of", "give the adapter's folder")
-        said = {"schema": SCHEMA, "kind": KIND, "adapter": bound, **asdict(self)}
-        write_file_atomic(folder / FILE, json.dumps(said, indent=1).encode() + b"\n")
+        fields = {"schema": SCHEMA, "kind": KIND, "adapter": bound, **asdict(self)}
+        write_file_atomic(folder / FILE, json.dumps(fields, indent=1).encode() + b"\n")
         return folder / FILE
 
 
@@ -252,19 +252,19 @@ def open_report(folder: Path) -> AttackReport:
     """The report beside an adapter. Raises ArtifactError where it is absent, not whole, or of other files."""
     file = folder / FILE
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if (said["schema"], said["kind"]) != (SCHEMA, KIND):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if (fields["schema"], fields["kind"]) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
         report = AttackReport(
-            claimed=PrivacyBudget(**said["claimed"]) if said["claimed"] else None,
-            membership=tuple(Membership(**one) for one in said["membership"]),
-            canaries=tuple(Exposure(**one) for one in said["canaries"]),
-            inversions=tuple(Inversion(**one) for one in said["inversions"]),
-            audit=Audit(**said["audit"]) if said["audit"] else None,
-            skipped=dict(said.get("skipped", {})),
+            claimed=PrivacyBudget(**fields["claimed"]) if fields["claimed"] else None,
+            membership=tuple(Membership(**item) for item in fields["membership"]),
+            canaries=tuple(Exposure(**one) for one in fields["canaries"]),
+            inversions=tuple(Inversion(**one) for one in fields["inversions"]),
+            audit=Audit(**fields["audit"]) if fields["audit"] else None,
+            skipped=dict(fields.get("skipped", {})),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no attack report: {error!r}", "attack the adapter, and write one") from None
-    if said["adapter"] != digests(folder):
+    if fields["adapter"] != digests(folder):
         raise ArtifactError(f"{file} speaks of other files than lie beside it", "attack the adapter again")
     return report

@@ -91,11 +91,11 @@ class _Update:
     @classmethod
     def of(cls, content: bytes) -> _Update:
         line, _, packed = content.partition(b"\n")
-        said = json.loads(line)
+        fields = json.loads(line)
         # one that an older version kept has nothing beside it
-        size = said.get("bytes", len(packed))
+        size = fields.get("bytes", len(packed))
         beside = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
-        return cls(said["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), said["examples"], beside))
+        return cls(fields["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), fields["examples"], beside))
 
 
 class RoundClient:
@@ -176,7 +176,7 @@ class RoundClient:
                 "replayed",
             )
         member.agreement.check(manifest)
-        for open_ in (one for one in before if one.state == "open"):
+        for open_ in (item for item in before if item.state == "open"):
             self._give_up(open_)
         kept = StoredRound(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
         self._journal.begin(kept)

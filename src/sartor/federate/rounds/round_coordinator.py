@@ -84,8 +84,8 @@ class Inspected:
         weight = float(found.pop(arrays.WEIGHT)[0])
         longest = rules.clip * (1 + 1e-5)
         if not 0 < weight <= 1 or (length := norm(found)) > longest:
-            said = f"weighs {weight:g}" if not 0 < weight <= 1 else f"has the norm {length:.3g}, and the clip is {rules.clip:g}"
-            raise ArtifactError(f"the update of {sender} {said}", "leave this client out, and look at it")
+            text = f"weighs {weight:g}" if not 0 < weight <= 1 else f"has the norm {length:.3g}, and the clip is {rules.clip:g}"
+            raise ArtifactError(f"the update of {sender} {text}", "leave this client out, and look at it")
         return Update(sender, found, max(1, round(weight * rules.most_examples)))
 
     def close(self) -> Literal["updates", "done"]:

@@ -114,7 +114,7 @@ class Manifest:
 
     @cached_property
     def _document(self) -> bytes:
-        said = {one.name: getattr(self, one.name) for one in fields(self)}
+        said = {item.name: getattr(self, item.name) for item in fields(self)}
         nested = {"work": asdict(self.work), "rules": asdict(self.rules), "terms": self.terms.as_json()}
         return records.canonical({"schema": SCHEMA, "kind": KIND, **said, **nested})
 
@@ -136,18 +136,18 @@ class Manifest:
 def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manifest:
     """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another signer."""
     try:
-        said = json.loads(content) if len(content) <= MOST_BYTES else None
-        if not isinstance(said, dict):
+        fields = json.loads(content) if len(content) <= MOST_BYTES else None
+        if not isinstance(fields, dict):
             raise TypeError("no JSON object of a manifest's size")
-        signature = said.pop("signature")
-        if (said.pop("schema"), said.pop("kind")) != (SCHEMA, KIND):
+        signature = fields.pop("signature")
+        if (fields.pop("schema"), fields.pop("kind")) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
         work, rules, terms = (
-            ClientWork(**said.pop("work")),
-            UpdateRules(**said.pop("rules")),
-            SecureSumTerms.of(said.pop("terms")),
+            ClientWork(**fields.pop("work")),
+            UpdateRules(**fields.pop("rules")),
+            SecureSumTerms.of(fields.pop("terms")),
         )
-        result = Manifest(work=work, rules=rules, terms=terms, **said)
+        result = Manifest(work=work, rules=rules, terms=terms, **fields)
         _check(result)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
         raise ArtifactError(f"this is no manifest of a round: {error}", "look at who sends it") from None
@@ -200,7 +200,7 @@ def terms_for(
     shapes = {**tensors, WEIGHT: _Number()}
     bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
     # last, so that what is rounded by chance is rounded alike with them and without
-    more = tuple(TensorSlot(one.name, one.shape, scale_for(one.bound, len(names))) for one in beside)
+    more = tuple(TensorSlot(item.name, item.shape, scale_for(item.bound, len(names))) for item in beside)
     layout = layout_for(shapes, bounds, len(names))
     return SecureSumTerms(names, threshold or least_threshold(len(names)), layout + more, degree, seed or os.urandom(32).hex())
 

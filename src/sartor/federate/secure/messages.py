@@ -220,13 +220,13 @@ def read_message(content: bytes) -> Signed:
     """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed` writes."""
     line, _, payload = content.partition(b"\n")
     try:
-        said = json.loads(line) if len(line) <= MOST_HEAD_BYTES else None
-        if not isinstance(said, dict):
+        fields = json.loads(line) if len(line) <= MOST_HEAD_BYTES else None
+        if not isinstance(fields, dict):
             raise TypeError("no JSON object of a message's size")
-        if said.get("schema") != SCHEMA or said.get("kind") not in BODIES:
-            raise ValueError(f"schema {said.get('schema')!r:.20}, kind {said.get('kind')!r:.20}")
-        signature, sender, round_digest = _bytes(said["signature"]), said["sender"], said["round"]
-        body = _body(BODIES[said["kind"]], said, payload)
+        if fields.get("schema") != SCHEMA or fields.get("kind") not in BODIES:
+            raise ValueError(f"schema {fields.get('schema')!r:.20}, kind {fields.get('kind')!r:.20}")
+        signature, sender, round_digest = _bytes(fields["signature"]), fields["sender"], fields["round"]
+        body = _body(BODIES[fields["kind"]], fields, payload)
         if not is_valid_name(sender) or not isinstance(round_digest, str):
             raise TypeError("a sender or a round of another form")
         head = _head(body, round_digest, sender)
@@ -282,7 +282,7 @@ def _plain(value: Any) -> Any:
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _bytes(said: Any) -> bytes:

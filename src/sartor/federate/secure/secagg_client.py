@@ -89,17 +89,17 @@ class SecAggClient:
     def share(self, request: bytes) -> bytes:
         """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or strangers."""
         peers = self._opened(request, PeerKeys)
-        found: dict[str, AdvertiseKeys] = {}
+        results: dict[str, AdvertiseKeys] = {}
         for content in peers.keys:
             sender, keys = messages.verify_message(content, AdvertiseKeys, self.round.digest, self._roster)
-            if sender not in self._neighbours or sender in found:
+            if sender not in self._neighbours or sender in results:
                 raise RoundError(f"{sender} is given as a neighbour, and is none or is given twice", _CHEAT, "keys")
-            found[sender] = keys
-        self._check_count(len(found) + 1, "have sent their keys")
+            results[sender] = keys
+        self._check_count(len(results) + 1, "have sent their keys")
         self._note("share", request)
-        self._peers = found
+        self._peers = results
         terms, digest = self.round.terms, self.round.digest
-        places = [terms.places[holder] for holder in (self.name, *sorted(found))]
+        places = [terms.places[holder] for holder in (self.name, *sorted(results))]
         seeds = masking_crypto.split_secret(self._seed, terms.share_threshold, places, self._randomness[0])
         keys_ = masking_crypto.split_secret(self._mask_secret, terms.share_threshold, places, self._randomness[1])
         mine = terms.places[self.name]
@@ -108,7 +108,7 @@ class SecAggClient:
             holder: masking_crypto.seal(
                 seeds[terms.places[holder]] + keys_[terms.places[holder]], self._agreed(holder), digest, self.name, holder
             )
-            for holder in sorted(found)
+            for holder in sorted(results)
         }
         return self._sealed(Shares(commitment(self._seed, digest, self.name), boxes))
 

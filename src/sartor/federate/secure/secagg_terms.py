@@ -167,7 +167,8 @@ class SecureSumTerms:
         """What a manifest says. Raises ArtifactError for what is of another form."""
         try:
             layout = tuple(
-                TensorSlot(str(one["name"]), tuple(map(_whole, one["shape"])), _number(one["scale"])) for one in said["layout"]
+                TensorSlot(str(item["name"]), tuple(map(_whole, item["shape"])), _number(item["scale"]))
+                for item in said["layout"]
             )
             result = cls(tuple(said["cohort"]), _whole(said["threshold"]), layout, _whole(said["degree"]), str(said["seed"]))
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:

@@ -263,8 +263,8 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     names = sorted(setting.tasks)
 
     def row(place: int) -> TokenizedExample:
-        said = f"What is the code of canary {place}?", "".join(source.choices("0123456789", k=_SECRET))
-        turns = Message.of("user", said[0]), Message.of("assistant", said[1])
+        text = f"What is the code of canary {place}?", "".join(source.choices("0123456789", k=_SECRET))
+        turns = Message.of("user", text[0]), Message.of("assistant", text[1])
         return replace(chat.encode(Example(turns, (Origin("canary", str(place)),))), example_id=f"canary-{place}")
 
     planted = [row(place) for place in range(len(COPIES))]
@@ -276,15 +276,15 @@ def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     rounds = min(MOST_ROUNDS, setting.recipe.rounds)
     shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "canaries"), rounds)
     shutil.rmtree(setting.folder / "planted", ignore_errors=True)
-    found = []
+    results = []
     for index, canary in enumerate(planted):
         candidates = [row(index) for _ in range(OTHERS)]
         loss, *others = row_losses(setting.resident, shared, [canary, *candidates])
         rows = own[names[index % len(names)]]
-        found.append(
+        results.append(
             exposure(f"of six digits, {COPIES[index]} of {len(rows)} rows", _times(target, rows, rounds, index), loss, others)
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _times(target: AttackTarget, rows: Sequence[TokenizedExample], rounds: int, place: int) -> int:

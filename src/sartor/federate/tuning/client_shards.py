@@ -58,7 +58,7 @@ class Shards:
         """
         given, members = _members(dealt), _members(others)
         shares = {
-            label: np.bincount([owners[one.id] for group in groups for one in given[group]], minlength=self.count)
+            label: np.bincount([owners[item.id] for group in groups for item in given[group]], minlength=self.count)
             for label, groups in self._of_label(given).items()
         }
         shuffle, result = random.Random(self.seed), {}

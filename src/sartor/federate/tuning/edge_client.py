@@ -78,7 +78,7 @@ def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
             f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
         )
     found = [config.load_any(DeviceFile, file) for file in files]
-    for what, said in (("Dataset", [one.data for one in found]), ("store", [one.store for one in found])):
+    for what, said in (("Dataset", [item.data for item in found]), ("store", [one.store for one in found])):
         if len(set(said)) < len(said):
             raise ConfigError(f"two devices have one {what}", f"a {what} for each")
     return {one.data: one for one in found}
@@ -130,8 +130,8 @@ class EdgeTask:
             write_job(job, self.rows.train)
             self._check_time(job, settings, room)
             receipt = self._tuned(job)
-        said = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        self.receipts[number], self.losses[number] = receipt, (said["loss"]["first"], said["loss"]["last"])
+        fields = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        self.receipts[number], self.losses[number] = receipt, (fields["loss"]["first"], fields["loss"]["last"])
         return LocalUpdate(change(mode, shared, load_file(str(out / ADAPTER)), number), len(self.rows.train))
 
     def _stored(self, manifest: Manifest, shared: Tensors) -> tuple[Path, Path]:
@@ -234,6 +234,6 @@ def _bytes_of(content: Path | bytes) -> int:
 
 def _pace(receipt: Receipt, out: Path) -> dict[str, Any]:
     """Seconds until a tuning begins, and tokens a second from then on, as one that is done took them."""
-    said = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    wall_s = max(said["wall_s"], 1e-3)
-    return {"start_s": max(receipt.attempts[-1].usage.wall_s - wall_s, 0.0), "tokens_per_s": said["tokens"] / wall_s}
+    fields = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    wall_s = max(fields["wall_s"], 1e-3)
+    return {"start_s": max(receipt.attempts[-1].usage.wall_s - wall_s, 0.0), "tokens_per_s": fields["tokens"] / wall_s}

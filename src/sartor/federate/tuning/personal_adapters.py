@@ -56,12 +56,12 @@ def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own
         return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
     asked: list[Example] = []
     left_out: Counter[str] = Counter()
-    for one in found:
-        reason = "no_reply" if one.is_document else ask_refusal(base, one, folder, limit)[0]
+    for item in found:
+        reason = "no_reply" if item.is_document else ask_refusal(base, item, folder, limit)[0]
         if reason:
             left_out[reason] += 1
         else:
-            asked.append(one)
+            asked.append(item)
     return Own(encoded, groups, HeldOut(asked, folder, dict(left_out)), limit)
 
 

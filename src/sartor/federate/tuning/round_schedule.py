@@ -124,7 +124,7 @@ def weighted_updates(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> l
 
 def clipped_of(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
     """How many updates are longer than the clip."""
-    return sum(norm(one.tensors) > rules.clip for one in learnt.values())
+    return sum(norm(item.tensors) > rules.clip for item in learnt.values())
 
 
 def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:

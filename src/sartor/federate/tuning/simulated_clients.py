@@ -105,8 +105,8 @@ def open_clients(
     }
     held_out = {row.example_id: row for one in encoded for row in one.held_out if row.example_id not in trained}
     left_out: dict[str, list[str]] = {}
-    for one in encoded:
-        for reason, ids in one.left_out.items():
+    for item in encoded:
+        for reason, ids in item.left_out.items():
             left_out.setdefault(reason, []).extend(ids)
     return Clients(resident, datasets, rows, list(held_out.values()), left_out)
 

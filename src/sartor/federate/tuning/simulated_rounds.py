@@ -237,9 +237,9 @@ class SecureRounds:
         self._transport.said_no.clear()
         ended = finish(self._coordinator, self._transport, self._carried)
         if ended and ended.state == "abandoned":
-            said = "; ".join(_said(self._transport.declined))
+            text = "; ".join(_said(self._transport.declined))
             remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
-            raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(said)}{said}", remedy)
+            raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(text)}{text}", remedy)
 
     def _manifest(self) -> Manifest:
         return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
@@ -404,7 +404,7 @@ class ResidualRounds(InspectedRounds):
         made = join_ranks(combined.tensors, fewest(missed))
         canary = aggregation.draw(means, seed)
         before = {module: pair(residual, module) for module in modules(means)} if residual else {}
-        answers = [replace(one, tensors=canary.responses(one.tensors, before)) for one in whole]
+        answers = [replace(item, tensors=canary.responses(item.tensors, before)) for item in whole]
         self._fit(made)
         return made, aggregation.exactness_error(canary, Combined(made), mean(answers))
 
@@ -436,7 +436,7 @@ def fewest(residual: dict[str, LoraPair]) -> dict[str, Array]:
     By a singular value decomposition of the product of the triangles of two QR decompositions.
     """
     found = {module: _decomposed(one) for module, one in residual.items()}
-    rank = max(1, *(len(one.a) for one in found.values()))
+    rank = max(1, *(len(item.a) for item in found.values()))
     tensors: dict[str, Array] = {}
     for module, one in found.items():
         spare = rank - len(one.a)

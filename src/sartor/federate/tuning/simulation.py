@@ -68,8 +68,8 @@ class Simulated:
         report = open_report(self.adapter.path)
         names = ("rounds", "clients", "uploaded_bytes", "upload_bytes_per_parameter", "exactness_error", "quantisation_error",
                  "epsilon", "metrics", "trainable", "wall_s")  # fmt: skip
-        said = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}, "attacks": list(report.sentences())}
-        return said if self.personal is None else {**said, "personal": dict(self.personal)}
+        fields = {"adapter": str(self.adapter.path), **{name: run[name] for name in names}, "attacks": list(report.sentences())}
+        return fields if self.personal is None else {**fields, "personal": dict(self.personal)}
 
 
 def simulate(

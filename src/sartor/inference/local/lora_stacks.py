@@ -143,13 +143,13 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
     """
     weights = read_weights(path)
     config = _plain_config(path)
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in weights.items():
         match = _KEY.match(key)
         if match is None or match["module"] not in shapes:
             raise ModelError(f"the adapter {path} holds {key!r}, which has no place in this base", _REMEDY)
-        found.setdefault(match["module"], {})[match["factor"]] = tensor
-    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in found.items()}
+        results.setdefault(match["module"], {})[match["factor"]] = tensor
+    pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in results.items()}
     if not pairs:
         raise ModelError(f"the adapter {path} holds no factors", "tune it again")
     if lacking := [module for module in shapes if module not in pairs and _is_target(config, module)]:
@@ -169,9 +169,9 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
         "layers_to_transform",
         "layers_pattern",
     )
-    said = {name: config.get(name) for name in names}
-    return said["target_modules"] not in (None, "all-linear") and bool(
-        check_target_module_exists(SimpleNamespace(**said), module)
+    fields = {name: config.get(name) for name in names}
+    return fields["target_modules"] not in (None, "all-linear") and bool(
+        check_target_module_exists(SimpleNamespace(**fields), module)
     )
 
 

@@ -74,8 +74,8 @@ def find(name: str) -> VoiceFile:
 def _slowness(path: Path) -> float:
     beside = Path(f"{path}.json")
     try:
-        said = json.loads(beside.read_text(encoding="utf-8"))
-        slowness = float(said.get("inference", {}).get("length_scale", 1.0))
+        fields = json.loads(beside.read_text(encoding="utf-8"))
+        slowness = float(fields.get("inference", {}).get("length_scale", 1.0))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         remedy = f"put the {beside.name} that came with the voice beside it"
         raise ModelError(f"{beside} does not describe a voice: {error}", remedy) from None

@@ -37,7 +37,7 @@ class VoxtralProcessor(transformers.VoxtralProcessor):
 
     def _process_audio(self, audio: Any, **options: Any) -> tuple[dict[str, Any], list[str]]:
         positions = int(options.pop("max_source_positions"))
-        chunks = [self._retrieve_input_features([one], positions, **options) for one in audio]
+        chunks = [self._retrieve_input_features([item], positions, **options) for item in audio]
         texts = [f"[BEGIN_AUDIO]{self.audio_token * (len(chunk) * positions // FRAMES)}" for chunk in chunks]
         return {"input_features": torch.cat(chunks)}, texts
 

@@ -58,7 +58,7 @@ def parts_of(model: Any) -> BaseParts:
     decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
     projector = tuple(_projectors(model, decoder))
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
-    ours = [name for name in linear if any(_is_in(name, one) for one in projector)]
+    ours = [name for name in linear if any(_is_in(name, item) for item in projector)]
     within = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
     language = [name for name in linear if _is_in(name, decoder) and name not in ours and _child(name, decoder) not in within]
     tower = [name for name in linear if name not in ours and name not in language]
@@ -104,7 +104,7 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
     """Names of the outermost projectors; of a list of modules each member, since a list cannot be trained as one."""
     taken: list[str] = []
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, one) for one in taken):
+        if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, item) for item in taken):
             continue
         # a parameter-free one has nothing to learn; a convolution is a patch embedding
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or not any(True for _ in module.parameters()):

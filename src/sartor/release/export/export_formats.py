@@ -60,7 +60,7 @@ def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
     """The Release's sampling as transformers takes it by default, and the tokens that end a reply."""
     sampling = release.manifest["sampling"]
     drawn = {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"]}
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "eos_token_id": list(base.chat.stops),
         "pad_token_id": base.chat.pad,
         "max_new_tokens": sampling["max_tokens"],
@@ -68,7 +68,7 @@ def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
     }
     bos = base.chat.tokenizer.bos_token_id
     (part / "generation_config.json").write_text(
-        json.dumps({**said, **({} if bos is None else {"bos_token_id": bos})}, indent=1) + "\n"
+        json.dumps({**fields, **({} if bos is None else {"bos_token_id": bos})}, indent=1) + "\n"
     )
 
 

@@ -49,8 +49,8 @@ class LlamaCppSession:
 
     def go_on(self, ids: list[int], count: int) -> list[Step]:
         """The greedy continuation: at each of its tokens the likeliest; a stop token is the last."""
-        said = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
-        made = self.post("/completion", {**said, "return_tokens": True})
+        fields = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
+        made = self.post("/completion", {**fields, "return_tokens": True})
         if not made["tokens"]:
             raise RuntimeError("llama.cpp gave no token")
         return token_steps(made["tokens"], made.get("completion_probabilities", []))
@@ -87,7 +87,7 @@ def token_steps(tokens: list[int], told: list[Json]) -> list[Step]:
     right = [len(tokens) - 1 - place for place in reversed(_places(tokens[::-1], ids[::-1]))]
     for place, other, entry in zip(left, right, told, strict=True):
         if place == other:
-            steps[place] = [(one["id"], one["logprob"]) for one in entry["top_logprobs"]]
+            steps[place] = [(item["id"], item["logprob"]) for item in entry["top_logprobs"]]
     return steps
 
 
@@ -111,15 +111,15 @@ def main(job_file: str, result_file: str) -> int:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
         asked = LlamaCppSession(job)
-        said: Json = {
+        fields: Json = {
             "template": asked.post("/props")["chat_template"],
             "rendered": [asked.render(messages) for messages in job["conversations"]],
-            "traces": [asked.trace(one["prompt"], one["reply"]) for one in job["traces"]],
+            "traces": [asked.trace(item["prompt"], item["reply"]) for item in job["traces"]],
         }
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
-        said = {"error": f"{type(error).__name__}: {detail}"}
-    Path(result_file).write_text(json.dumps(said), encoding="utf-8")
+        fields = {"error": f"{type(error).__name__}: {detail}"}
+    Path(result_file).write_text(json.dumps(fields), encoding="utf-8")
     return 0
 
 

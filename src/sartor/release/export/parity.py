@@ -71,18 +71,18 @@ class ParityPrompt:
 
 def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[ParityPrompt]:
     """`count` prompts (fewer are topped up with generic ones). Those that the chat template refuses are passed over."""
-    found: dict[tuple[int, ...], ParityPrompt] = {}
+    results: dict[tuple[int, ...], ParityPrompt] = {}
     system = str(release.manifest.get("system_prompt", ""))
     for source, messages, tools in [*_held_out(release, count), *_generic(system)]:
-        if len(found) == count:
+        if len(results) == count:
             break
         try:
             ids = tuple(chat.prompt_ids(messages, tools))
         except SourceError:
             continue
         spells = any(chat.markup.spelt(message.text) for message in messages)
-        found.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells))
-    return list(found.values())
+        results.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells))
+    return list(results.values())
 
 
 Found = list[tuple[str, Sequence[Message], str]]
@@ -140,7 +140,7 @@ def trace(base: Base, model: Any, asked: Sequence[ParityPrompt]) -> list[Trace]:
     chat = base.chat
     made = generate(
         model,
-        [one.ids for one in asked],
+        [item.ids for item in asked],
         stop=chat.stops,
         pad=chat.pad,
         sampling=Sampling(REPLY_TOKENS),
@@ -416,7 +416,7 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
         )
     if said["template"] != template:
         raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", "report this")
-    answers = RuntimeOutputs([one["greedy"] for one in said["traces"]], [one["likeliest"] for one in said["traces"]])
+    answers = RuntimeOutputs([item["greedy"] for item in said["traces"]], [one["likeliest"] for one in said["traces"]])
     version = importlib.metadata.version(LLAMA_CPP)
     figures = compare(f"llama.cpp ({LLAMA_CPP} {version})", form, traces, answers)
     figures = replace(figures, wall_s=round(time.monotonic() - began, 1))

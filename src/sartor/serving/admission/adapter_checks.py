@@ -104,7 +104,7 @@ def read_config(file: Path) -> LoraConfig:
         raise _refusal("bias", said["bias"], "none")
     if said.get("task_type") not in (None, "CAUSAL_LM"):
         raise _refusal("task_type", said["task_type"], "CAUSAL_LM")
-    if not any(said.get("init_lora_weights", True) is one or said["init_lora_weights"] == one for one in _INITS):
+    if not any(said.get("init_lora_weights", True) is item or said["init_lora_weights"] == item for item in _INITS):
         raise _refusal("init_lora_weights", said["init_lora_weights"], "a start that leaves the base as it is: true, gaussian")
     for key in sorted(set(said) - _FREE - _READ):
         if said[key] not in (None, False, "", [], {}):
@@ -142,12 +142,12 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {file.stat().st_size:,} bytes; {MOST_BYTES:,} are the limit")
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
             raise ValueError("it is no mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise AdmissionError(f"{file} is no adapter config: {error}", _REMEDY, "config") from None
-    return said
+    return fields
 
 
 _REMEDY = "release an adapter that `sartor tune` wrote, or any plain LoRA in PEFT's form"
@@ -355,8 +355,8 @@ class BaseWeights:
 
     def _read_norms(self) -> dict[str, float]:
         try:
-            said = json.loads(self._norms_file.read_text(encoding="utf-8"))
-            return {str(name): float(norm) for name, norm in said["norms"].items()} if said["base"] == self._digest else {}
+            fields = json.loads(self._norms_file.read_text(encoding="utf-8"))
+            return {str(name): float(norm) for name, norm in fields["norms"].items()} if fields["base"] == self._digest else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -374,8 +374,8 @@ def _squares(piece: safetensors_file.Values) -> float:
 def _vocabulary(path: Path) -> int:
     """Rows of the embedding, from config.json; 0 when it does not say."""
     try:
-        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return int(said.get("vocab_size") or said.get("text_config", {}).get("vocab_size") or 0)
+        fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return int(fields.get("vocab_size") or fields.get("text_config", {}).get("vocab_size") or 0)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{path}/config.json is not a whole JSON file: {error}", "restore it from a copy") from None
 
@@ -497,7 +497,7 @@ def _finite(tensor: SafetensorsEntry) -> Values:
     values = tensor.values()
     if not np.isfinite(values).all():
         place = np.unravel_index(int(np.flatnonzero(~np.isfinite(values))[0]), values.shape)
-        at = ", ".join(str(int(one)) for one in place)
+        at = ", ".join(str(int(item)) for item in place)
         raise _lora_refusal("finite", f"{tensor.name} holds {values[place]} at ({at})")
     return values
 

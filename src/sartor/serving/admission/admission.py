@@ -60,7 +60,7 @@ def check_form(manifest: Mapping[str, Any]) -> None:
         raise _malformed("use", manifest["use"])
     for key in ("tools", "waivers", "parents", "canaries", "sources"):
         said = manifest.get(key, [])
-        if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+        if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
             raise _malformed(key, said)
     if wrong := next((one for one in [base, *manifest.get("sources", [])] if not _states_terms(one)), None):
         raise _malformed("sources", wrong)
@@ -90,7 +90,7 @@ def _check_sampling(said: Any) -> None:
 def check_gate(manifest: Mapping[str, Any]) -> str:
     """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or failed."""
     gate = manifest.get("gate")
-    waivers = {str(one.get("check")): one for one in manifest.get("waivers", []) if one.get("by") and one.get("reason")}
+    waivers = {str(item.get("check")): item for item in manifest.get("waivers", []) if item.get("by") and item.get("reason")}
     if not isinstance(gate, dict):
         raise _ungated("release.json has no gate")
     said = []

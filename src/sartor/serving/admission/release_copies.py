@@ -94,8 +94,8 @@ def is_copy(path: Path, state: Path) -> bool:
 def passed(path: Path) -> dict[str, Any]:
     """What a copy passed when it was admitted; empty where that cannot be read, so that it has to pass again."""
     try:
-        said = json.loads((path / PASSED).read_text(encoding="utf-8"))
-        return said if isinstance(said, dict) and said.get("schema") == 1 else {}
+        fields = json.loads((path / PASSED).read_text(encoding="utf-8"))
+        return fields if isinstance(fields, dict) and fields.get("schema") == 1 else {}
     except (OSError, ValueError):
         return {}
 

@@ -181,8 +181,8 @@ class _Counted:
         self.dates = [min([*self.dates, said.date]), max([*self.dates, said.date])]
 
     def as_json(self) -> dict[str, Any]:
-        said = {name: value for name, value in vars(self).items() if name != "dates"}
-        return {**said, "first": self.dates[0], "last": self.dates[-1]}
+        fields = {name: value for name, value in vars(self).items() if name != "dates"}
+        return {**fields, "first": self.dates[0], "last": self.dates[-1]}
 
 
 def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> CommandRows:

@@ -144,11 +144,11 @@ class AskReply:
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
-        said = {"prompt": self.prompt, "reply": self.reply, "finish": self.finish, "agent": self.agent}
+        fields = {"prompt": self.prompt, "reply": self.reply, "finish": self.finish, "agent": self.agent}
         note = {"nearest_note": self.nearest_note} if self.nearest_note else {}
         spoken = {"spoken": asdict(self.spoken)} if self.spoken else {}
         media = {"media": self.media} if self.media else {}
-        return {**said, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken, **media}
+        return {**fields, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken, **media}
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

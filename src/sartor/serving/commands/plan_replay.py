@@ -225,8 +225,8 @@ def _patient(team: Team) -> Team:
             return [eased(item) for item in value]
         if not isinstance(value, dict):
             return value
-        said = {key: inner if key == "schema" else eased(inner) for key, inner in value.items()}
-        return {**said, "seconds": _PATIENCE_S} if "seconds" in said else said
+        fields = {key: inner if key == "schema" else eased(inner) for key, inner in value.items()}
+        return {**fields, "seconds": _PATIENCE_S} if "seconds" in fields else fields
 
     return replace(team, plans=tuple(config.load(type(plan), eased(config.dump(plan))) for plan in team.plans))
 

@@ -52,8 +52,8 @@ class CheckedReceipt:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         agent, _, version = str(self.receipt["agent"]).partition("@")
-        said = {"valid": True, "agent": agent, "version": version, "receipt": self.receipt["id"]}
-        return {**said, "created": self.receipt["created"], "signer": self.signer, "checked": dict(self.checked)}
+        fields = {"valid": True, "agent": agent, "version": version, "receipt": self.receipt["id"]}
+        return {**fields, "created": self.receipt["created"], "signer": self.signer, "checked": dict(self.checked)}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _config(release: Artifact) -> Mapping[str, Any]:
     file = release.path / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        said = {
+        fields = {
             f"peft_type {config['peft_type']}": config["peft_type"] != "LORA",
             "DoRA": config.get("use_dora"),
             f"bias {config.get('bias')}": config.get("bias", "none") != "none",
@@ -127,7 +127,7 @@ def _config(release: Artifact) -> Mapping[str, Any]:
             "alpha_pattern": config.get("alpha_pattern"),
             "the embedding or LM head": {"lm_head", "embed_tokens"} & set(config["target_modules"]),
         }
-        unfit = [what for what, is_so in said.items() if is_so]
+        unfit = [what for what, is_so in fields.items() if is_so]
         int(config["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no adapter's config: {error!r}", "sartor release makes it anew") from None

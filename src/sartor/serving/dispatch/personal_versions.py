@@ -95,7 +95,7 @@ class UserVersionSelector:
         except SartorError:  # the registry's troubles are told by who reads the agents
             return
         self._people = now
-        artifacts = {one.artifact for one in now.known.values()}
+        artifacts = {item.artifact for item in now.known.values()}
         for adapter, (personal, _, _) in list(self._held.items()):
             if personal.artifact not in artifacts:
                 self._let_go(adapter)

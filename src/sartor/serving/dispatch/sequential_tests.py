@@ -189,8 +189,8 @@ def first_alarm(candidate: VersionTally, live: VersionTally, rules: Rollout, win
 
 
 def _numbers(candidate: VersionTally, live: VersionTally, alpha: float, evidence: float | None) -> dict[str, Any]:
-    said = {"candidate": candidate.as_json(), "live": live.as_json(), "alpha": alpha}
-    return said if evidence is None else {**said, "evidence": round(min(evidence, 1e9), 3)}
+    fields = {"candidate": candidate.as_json(), "live": live.as_json(), "alpha": alpha}
+    return fields if evidence is None else {**fields, "evidence": round(min(evidence, 1e9), 3)}
 
 
 def _is_most(count: int, seen: int, alpha: float) -> bool:

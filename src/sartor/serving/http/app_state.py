@@ -108,8 +108,8 @@ def get_record(request: Request) -> RequestRecord:
 def reply_headers(opened: ReplyGroup) -> Mapping[str, str]:
     """Who answered, why, and under which receipts."""
     first = opened.first
-    said = {"x-sartor-agent": first.agent, "x-sartor-reason": first.reason, "x-sartor-receipt": opened.receipts}
-    return {name: as_header(value) for name, value in said.items()}
+    fields = {"x-sartor-agent": first.agent, "x-sartor-reason": first.reason, "x-sartor-receipt": opened.receipts}
+    return {name: as_header(value) for name, value in fields.items()}
 
 
 def as_header(text: str) -> str:

@@ -198,8 +198,8 @@ class _Answering:
 
 
 def _plain(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
-    said: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
-    return [(name.encode(), str(value).encode()) for name, value in said.items()]
+    fields: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
+    return [(name.encode(), str(value).encode()) for name, value in fields.items()]
 
 
 def _request_id(headers: Headers) -> str:

@@ -101,8 +101,8 @@ class HttpError:
 
         Clients show the message alone, so the remedy stands in it too.
         """
-        said = {"message": f"{self.problem}; try: {self.remedy}", "type": self.type, "param": self.param, "code": self.code}
-        return {"error": {**said, "kind": self.kind, "remedy": self.remedy}}
+        fields = {"message": f"{self.problem}; try: {self.remedy}", "type": self.type, "param": self.param, "code": self.code}
+        return {"error": {**fields, "kind": self.kind, "remedy": self.remedy}}
 
 
 BUG = HttpError(

@@ -59,7 +59,7 @@ def abouts(team: Team) -> Mapping[str, str]:
 async def abilities(desk: AppState, visitor: Principal, said: Mapping[str, str]) -> list[ToolDescription]:
     """The agents and plans that this visitor's key opens and somebody answers for."""
     listed = (*await desk.house.roster.listed(), *desk.house.plans)
-    return [_ability(one, said) for one in listed if one.is_ready and visitor.opens(one.name)]
+    return [_ability(item, said) for item in listed if item.is_ready and visitor.opens(item.name)]
 
 
 def _ability(one: AgentListing, said: Mapping[str, str]) -> ToolDescription:
@@ -162,7 +162,7 @@ class McpServer:
         found = await abilities(self._desk, visitor, self._abouts)
         if alone:
             return {tool.name: tool for tool in [_tool(_alone(alone, found))]}
-        names = [*(name for name in SPECIAL if visitor.opens(name)), *(one.name for one in found)]
+        names = [*(name for name in SPECIAL if visitor.opens(name)), *(item.name for item in found)]
         # an agent of that name is asked by `agent`
         tools = [_team_tool(names), *(_tool(one) for one in found if one.name != ASK)] if names else []
         return {tool.name: tool for tool in tools}
@@ -172,7 +172,7 @@ def _alone(model: str, found: list[ToolDescription]) -> ToolDescription:
     """The one that a path names, which `check_model` has let pass: an agent, a version of one, `base` or `auto`."""
     name = model.partition("@")[0]
     special = {"base": ABOUT_BASE, "auto": ABOUT_AUTO}
-    return next((one for one in found if one.name == name), ToolDescription(name, "", special.get(name, f"Ask {name}.")))
+    return next((item for item in found if item.name == name), ToolDescription(name, "", special.get(name, f"Ask {name}.")))
 
 
 def _tool(one: ToolDescription) -> Tool:
@@ -208,11 +208,11 @@ def _failed(entry: RequestRecord, fault: HttpError) -> CallToolResult:
     from mcp_types import CallToolResult, TextContent
 
     entry.error = fault.kind
-    said: dict[str, Any] = {"kind": fault.kind, "code": fault.code, "status": fault.status}
+    fields: dict[str, Any] = {"kind": fault.kind, "code": fault.code, "status": fault.status}
     if "retry-after" in fault.headers:
-        said["retry_after_s"] = int(fault.headers["retry-after"])
+        fields["retry_after_s"] = int(fault.headers["retry-after"])
     text = f"{fault.problem}; try: {fault.remedy}"
-    return CallToolResult(content=[TextContent(type="text", text=text)], is_error=True, _meta=_meta(said))
+    return CallToolResult(content=[TextContent(type="text", text=text)], is_error=True, _meta=_meta(fields))
 
 
 def _meta(facts: Mapping[str, Any]) -> Any:

@@ -76,9 +76,9 @@ class BodyReader:
 
 def too_large(size: int | None, limit_bytes: int) -> TooLargeError:
     """The error for a body above its limit; `size` is None where nobody counted to the end."""
-    said = f"{size} bytes" if size is not None else f"more than {limit_bytes} bytes"
+    text = f"{size} bytes" if size is not None else f"more than {limit_bytes} bytes"
     return TooLargeError(
-        f"the request's body has {said}; the limit is {limit_bytes}",
+        f"the request's body has {text}; the limit is {limit_bytes}",
         "send less, or raise limits.body_bytes in TEAM.yaml",
     )
 

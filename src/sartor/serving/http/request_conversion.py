@@ -121,12 +121,12 @@ def _sampling(asked: SamplingFields, most: int | None, limits: RequestLimits) ->
             f'"max_tokens": {limits.reply_tokens}, or raise limits.reply_tokens in TEAM.yaml',
             "max_tokens",
         )
-    said = {name: value for name in _SAMPLED if (value := getattr(asked, name)) is not None}
+    fields = {name: value for name in _SAMPLED if (value := getattr(asked, name)) is not None}
     if most is not None:
-        said["max_tokens"] = most
+        fields["max_tokens"] = most
     if asked.stop is not None:
-        said["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
-    return {**said, "seed": secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed}
+        fields["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    return {**fields, "seed": secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed}
 
 
 def _schema(asked: ChatRequest) -> str:

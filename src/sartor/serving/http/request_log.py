@@ -34,8 +34,8 @@ class TokenUsage:
 
     def as_json(self) -> dict[str, object]:
         """OpenAI's usage."""
-        said = {"prompt_tokens": self.prompt, "completion_tokens": self.reply, "total_tokens": self.total}
-        return {**said, "prompt_tokens_details": {"cached_tokens": self.cached}}
+        fields = {"prompt_tokens": self.prompt, "completion_tokens": self.reply, "total_tokens": self.total}
+        return {**fields, "prompt_tokens_details": {"cached_tokens": self.cached}}
 
 
 @dataclass
@@ -102,7 +102,7 @@ class RequestLog:
         if entry.route in SILENT and entry.status < 400:
             return
         usage = entry.usage
-        said = {
+        fields = {
             "request": entry.id,
             "method": entry.method,
             "route": entry.route,
@@ -118,7 +118,7 @@ class RequestLog:
             "first_s": None if entry.first_s is None else round(entry.first_s, 4),
             "wall_s": round(entry.elapsed_s, 4),
         }
-        self.say("request", **{name: value for name, value in said.items() if value not in ("", None, 0)})
+        self.say("request", **{name: value for name, value in fields.items() if value not in ("", None, 0)})
 
     def bug(self, entry: RequestRecord, error: BaseException) -> None:
         """A mistake of the server: its type and where it was made."""

@@ -36,8 +36,8 @@ class CompletionHeader:
 
     def of(self, kind: str, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
         """An object of that kind."""
-        said = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**said, "system_fingerprint": self.fingerprint, "choices": list(choices), **more}
+        fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**fields, "system_fingerprint": self.fingerprint, "choices": list(choices), **more}
 
 
 class CompletionFormat(Protocol):

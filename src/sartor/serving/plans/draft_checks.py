@@ -131,13 +131,13 @@ def _in_fields(draft: str, fields: Sequence[str]) -> list[str]:
     value = read_json(draft)
     if not isinstance(value, dict) or not is_json(value):
         raise ValueError("it is no JSON object")
-    return [str(one) for name in fields for one in _values(value.get(name)) if str(one).strip()]
+    return [str(item) for name in fields for item in _values(value.get(name)) if str(item).strip()]
 
 
 def _values(value: Any) -> Iterator[Any]:
     if isinstance(value, list):
-        for one in value:
-            yield from _values(one)
+        for item in value:
+            yield from _values(item)
     elif value is not None and not isinstance(value, dict):
         yield value
 
@@ -148,7 +148,7 @@ def _in_text(draft: str, pattern: str) -> list[str]:
     except TimeoutError:
         raise ValueError(f"the pattern {pattern!r} was searched for longer than {SEARCH_S:g} s") from None
     said = [next((group for group in match.groups() if group), match[0]) for match in matches]
-    return [one for one in said if one.strip()]
+    return [item for item in said if item.strip()]
 
 
 def _holds(sources: str, said: str) -> bool:

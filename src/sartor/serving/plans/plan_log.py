@@ -93,7 +93,7 @@ class Ran:
 
 def _told(line: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
     asked = {name: value for name, value in line.asked.items() if name != "sampling"}
-    said = {
+    fields = {
         "step": line.place,
         "role": line.role,
         "agent": line.agent,
@@ -106,9 +106,9 @@ def _told(line: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
     }
     error = line.error
     if not content:
-        return {**said, "findings": len(line.findings), "why": error.kind if error else ""}
+        return {**fields, "findings": len(line.findings), "why": error.kind if error else ""}
     reason = f"{error.kind}: {error.problem}" if error else ""
-    return {**said, "findings": list(line.findings), "why": reason, "content": {"asked": asked, "said": line.said}}
+    return {**fields, "findings": list(line.findings), "why": reason, "content": {"asked": asked, "said": line.said}}
 
 
 def _plain(value: Any) -> Any:

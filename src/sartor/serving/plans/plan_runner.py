@@ -240,7 +240,7 @@ class PlanRunner:
             if found:
                 name = f"{number} {check.kind}"
                 self._note(f"{name} found {len(found)} in {said.agent}'s draft")
-                return Draft(said, number, tuple(DraftFinding(name, one) for one in found))
+                return Draft(said, number, tuple(DraftFinding(name, item) for item in found))
         self._note(f"nothing was found in {said.agent}'s draft")
         return Draft(said, len(checks), ())
 
@@ -258,7 +258,7 @@ class PlanRunner:
             running = [
                 group.create_task(self._ask(task, PlanAllowance(share, self._purse.due, part_of=self._purse))) for task in tasks
             ]
-        return [one.result() for one in running]
+        return [item.result() for item in running]
 
     async def _ask(self, task: StepTask, purse: PlanAllowance | None = None) -> StepReply | None:
         purse = purse or self._purse

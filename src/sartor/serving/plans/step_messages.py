@@ -85,8 +85,8 @@ class PlanStepInput:
         """The fields that a step gets. A conversation of one turn is its text."""
         turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.request]
         alone = len(turns) == 1 and turns[0]["role"] == "user"
-        said = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
-        return {**said, "findings": [asdict(finding) for finding in self.findings]} if "findings" in gets else said
+        fields = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
+        return {**fields, "findings": [asdict(finding) for finding in self.findings]} if "findings" in gets else fields
 
     def messages(self, step: PlanStep, role: Role) -> Messages:
         """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
@@ -149,7 +149,7 @@ def read_parts(text: str, members: Sequence[str], most: int) -> list[TaskPart]:
     return (
         []
         if schema_errors(said, parts_schema(members, most))
-        else [TaskPart(one["agent"], one["task"]) for one in said["parts"]]
+        else [TaskPart(item["agent"], item["task"]) for item in said["parts"]]
     )
 
 

@@ -206,8 +206,8 @@ class Event:
     def as_json(self) -> dict[str, Any]:
         """A row of `sartor agents events`."""
         live = {"from": self.was.get("live", ""), "to": self.became.get("live", "")}
-        said = {name: getattr(self, name) for name in ("id", "at", "who", "what", "agent", "version", "why")}
-        return {**said, **live, "numbers": dict(self.numbers)}
+        fields = {name: getattr(self, name) for name in ("id", "at", "who", "what", "agent", "version", "why")}
+        return {**fields, **live, "numbers": dict(self.numbers)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Event:

@@ -62,8 +62,8 @@ def running(state: Path) -> Mapping[int, int]:
             lock.acquire(timeout=0)
         except Timeout:
             with suppress(OSError, ValueError, KeyError):
-                said = json.loads(file.read_bytes())
-                pid, generation = int(said["pid"]), int(said["generation"])
+                fields = json.loads(file.read_bytes())
+                pid, generation = int(fields["pid"]), int(fields["generation"])
                 result[pid] = min(generation, result.get(pid, generation))
             continue
         file.unlink(missing_ok=True)

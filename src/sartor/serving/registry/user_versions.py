@@ -125,7 +125,7 @@ class UserVersionStore:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
         whole = [UserVersion.from_row(row) for row in rows if is_whole(row)]
-        return People(generation, {(one.person, one.agent): one for one in whole}, len(rows) - len(whole))
+        return People(generation, {(item.person, item.agent): item for item in whole}, len(rows) - len(whole))
 
     def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""

@@ -72,8 +72,8 @@ def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
     found = TextFeatures(lexical(texts), dense(vectors) if dense is not None else None)
     likeness = found.likeness(found)
     foreign = np.zeros(len(texts), dtype=np.float32)
-    for one in range(FOLDS):
-        inside, outside = np.flatnonzero(folds == one), np.flatnonzero(folds != one)
+    for item in range(FOLDS):
+        inside, outside = np.flatnonzero(folds == item), np.flatnonzero(folds != item)
         if len(inside) and len(outside):
             foreign[inside] = neighbours(likeness[np.ix_(inside, outside)])
     return GeneralPrompts(encoder, lexical, dense, found, folds, likeness, foreign)
@@ -100,7 +100,13 @@ class ClassifierRows:
     @property
     def texts(self) -> list[str]:
         """As they are compared."""
-        said = [[one.text for one in self.train], self.nobodys, [one.text for one in self.held_out], self.missed, self.measured]
+        said = [
+            [item.text for item in self.train],
+            self.nobodys,
+            [one.text for one in self.held_out],
+            self.missed,
+            self.measured,
+        ]
         return [shortened(text) for part in said for text in part]
 
     @property
@@ -138,7 +144,7 @@ def rows_of(found: Exemplars) -> ClassifierRows:
     train, held_out = found.train[:MOST_FITTED], found.held_out[:MOST_HELD]
     if not held_out and len(train) >= LENT:
         train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
-    nobodys = (*(one.text for one in found.other), *near_misses(train))
+    nobodys = (*(item.text for item in found.other), *near_misses(train))
     measured = found.gain.rows[:MEASURED] if found.gain else ()
     return ClassifierRows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
 
@@ -166,8 +172,8 @@ def _fit(found: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentC
     unseen = np.full((2, len(space.folds)), np.nan, dtype=np.float32)
     unseen[1] = neighbours(to_general.T)
     start = asked.count
-    for one in range(FOLDS):
-        fold = np.flatnonzero(space.folds[kept] == one)
+    for item in range(FOLDS):
+        fold = np.flatnonzero(space.folds[kept] == item)
         if len(fold):
             block = start + fold
             left_out = np.linalg.solve(inverse[np.ix_(block, block)], weights[block])
@@ -308,9 +314,9 @@ def _open(file: Path, digest: str, dtype: str) -> tuple[dict[str, Any], dict[str
         # numpy leaves a damaged file open
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             found = dict(arrays)
-        said = json.loads(found.pop("said").tobytes())
-        is_current = not dtype or not difference(said.get("numerics"), str(said.get("dtype", dtype)))
-        return (found, said) if is_current and (said["schema"], said["digest"]) == (SCHEMA, digest) else None
+        fields = json.loads(found.pop("said").tobytes())
+        is_current = not dtype or not difference(fields.get("numerics"), str(fields.get("dtype", dtype)))
+        return (found, fields) if is_current and (fields["schema"], fields["digest"]) == (SCHEMA, digest) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise _damaged(file, error) from None
 

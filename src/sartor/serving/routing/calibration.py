@@ -98,7 +98,7 @@ def _assembled(
 ) -> Fitted:
     names, parts = tuple(agents), tuple(agents.values())
     held, *foreign = _samples(space, parts)
-    foreign = [one for one in foreign if len(one.agent)]
+    foreign = [item for item in foreign if len(item.agent)]
     is_learnt = len(held.agent) > 0 and len(foreign) > 0
     shared = _shared(held, foreign) if is_learnt else UNLEARNT
     fitted = Fitted(names, space, parts, shared, 0.5, {}, unproven)
@@ -151,7 +151,7 @@ def _shared(held: CalibrationSample, foreign: Sequence[CalibrationSample]) -> Sh
         return np.where(sample.agent >= 0, own, 1 - probability.sum(axis=1))
 
     def loss(values: Any) -> float:
-        parts = [np.log(chance(values, one) + 1e-9).mean() for one in foreign]
+        parts = [np.log(chance(values, item) + 1e-9).mean() for item in foreign]
         return float(-np.log(chance(values, held) + 1e-9).mean() - np.mean(parts) + RIDGE * np.sum(values**2))
 
     start = [UNLEARNT.score, UNLEARNT.likeness, UNLEARNT.base, UNLEARNT.foreign]
@@ -170,7 +170,7 @@ def choose(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], tar
     found = np.unique(np.concatenate([*own, *foreign, [1.0]]))
     found = found[found > LEAST]
     marks = (np.concatenate([[LEAST], found[:-1]]) + found) / 2
-    counts, pairs = [len(one) for one in own], list(zip(own, right, strict=True))
+    counts, pairs = [len(item) for item in own], list(zip(own, right, strict=True))
     hits = _routed([one[is_right] for one, is_right in pairs], marks, counts)
     astray = _routed([one[~is_right] for one, is_right in pairs], marks, counts)
     taken = _routed(foreign, marks, [len(one) for one in foreign])
@@ -192,7 +192,7 @@ def _routed(scores: Sequence[F32], marks: F32, counts: Sequence[int]) -> F32:
 def _curve(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float) -> dict[str, Any]:
     """Figures of the risk-coverage curve with own and foreign prompts half each, and at the threshold."""
     score = np.concatenate([*own, *foreign])
-    is_right = np.concatenate([*right, *(np.zeros(len(one), dtype=bool) for one in foreign)])
+    is_right = np.concatenate([*right, *(np.zeros(len(item), dtype=bool) for item in foreign)])
     held = [one for one in own if len(one)]
     weight = np.concatenate(
         [

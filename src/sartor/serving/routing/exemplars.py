@@ -166,9 +166,9 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
     found: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}
     try:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:MOST_LINES], 1):
-            said = json.loads(line)
-            if text := str(said["text"]).strip():
-                found[said["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
+            fields = json.loads(line)
+            if text := str(fields["text"]).strip():
+                found[fields["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
     return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]), read_measured_gain(release))
@@ -186,7 +186,7 @@ def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
 
 def digest(found: Exemplars) -> str:
     """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
-    parts = [[(one.id, one.text) for one in part] for part in (found.train, found.held_out, found.other)]
+    parts = [[(item.id, item.text) for item in part] for part in (found.train, found.held_out, found.other)]
     gain = [(row.prompt, row.label, row.gain) for row in found.gain.rows] if found.gain else None
     return records.digest([parts, gain, general_digest()])
 

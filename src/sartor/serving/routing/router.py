@@ -326,13 +326,13 @@ def chosen(fitted: Fitted, judged: Sequence[RoutedText], openable: Collection[st
     id, likeness = found.nearest[name]
     rest = [pair for pair in found.best(openable) if pair[0] != name]
     then = f", then {rest[0][0]} {rest[0][1]:.3f}" if rest else ""
-    said = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
-    said = f"{said}; {fitted.encoder}"
+    text = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
+    text = f"{text}; {fitted.encoder}"
     if score < fitted.threshold:
-        return RoutingDecision(BASE, f"no agent fits: {said}", scores)
+        return RoutingDecision(BASE, f"no agent fits: {text}", scores)
     if reason := _no_gain(fitted, found, name):
-        return RoutingDecision(BASE, f"{name} fits, {reason}: {said}", scores, name)
-    return RoutingDecision(name, said, scores)
+        return RoutingDecision(BASE, f"{name} fits, {reason}: {text}", scores, name)
+    return RoutingDecision(name, text, scores)
 
 
 def _no_gain(fitted: Fitted, found: RoutedText, name: str) -> str:

@@ -101,8 +101,8 @@ class Fitted:
     @property
     def told(self) -> dict[str, Any]:
         """Encoder, threshold, agents and held-out figures."""
-        said = {"encoder": self.encoder, "threshold": self.threshold, "agents": list(self.agents)}
-        return {**said, "unproven": dict(self.unproven), **self.figures}
+        fields = {"encoder": self.encoder, "threshold": self.threshold, "agents": list(self.agents)}
+        return {**fields, "unproven": dict(self.unproven), **self.figures}
 
     def judge(
         self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None

@@ -117,4 +117,4 @@ def neighbours(likeness: F32) -> F32:
 
 def neighbours_of(likeness: F32, labels: Any, classes: int) -> F32:
     """(N, classes): the same over the columns of each class; labels: (M,)."""
-    return np.stack([neighbours(likeness[:, labels == one]) for one in range(classes)], axis=1)
+    return np.stack([neighbours(likeness[:, labels == item]) for item in range(classes)], axis=1)

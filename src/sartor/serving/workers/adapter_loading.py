@@ -150,12 +150,12 @@ class TrialWorker:
         what starting a worker raises.
         """
         async with self._turn:
-            said: dict[str, list[Event]] = {call.id: [] for call in calls}
+            fields: dict[str, list[Event]] = {call.id: [] for call in calls}
             ended = asyncio.Event()
 
             def heard(child: WorkerProcess, told: Mapping[str, Any]) -> None:
                 event = event_from_json(told)
-                said[event.call].append(event)
+                fields[event.call].append(event)
                 if told["event"] != "piece":
                     child.calls.pop(event.call, None)
                 if not child.calls:
@@ -175,7 +175,7 @@ class TrialWorker:
             finally:
                 child.kill(WorkerEnd.CLOSED)
                 await child.gone()
-            return [tuple(said[call.id]) for call in calls]
+            return [tuple(fields[call.id]) for call in calls]
 
     async def _start(self, child: WorkerProcess) -> None:
         try:

@@ -313,8 +313,8 @@ class AgentHealthTracker:
     def health(self, agent: str) -> dict[str, Any]:
         """Of one agent. `why`: the last failure that opened its breaker."""
         breaker = self._breakers.get(agent)
-        said = {"breaker": breaker.state, "why": breaker.why} if breaker else {"breaker": "closed", "why": ""}
-        return {**said, "watched": self.watched[agent]}
+        fields = {"breaker": breaker.state, "why": breaker.why} if breaker else {"breaker": "closed", "why": ""}
+        return {**fields, "watched": self.watched[agent]}
 
     def _praise(self, live: InFlightCall) -> None:
         if live.agent in self._breakers:

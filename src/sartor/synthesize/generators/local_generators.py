@@ -157,7 +157,7 @@ class Counterfactual:
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
             text = _APART.join(_texts(row))
             named = [kind for kind in self.kinds if mentions(text, kind)]
-            made = [one for kind in named for one in self._swapped(row, text, kind, seed)]
+            made = [item for kind in named for item in self._swapped(row, text, kind, seed)]
             if not made:
                 yield Skipped("not_swappable" if named else "no_group_named")
             yield from made

@@ -107,7 +107,7 @@ def decisions(replies: Sequence[str]) -> list[str | None]:
     One decision is said in many words: taken together they show a shift that none shows alone.
     """
     found: list[str | None] = [decision_of(reply) for reply in replies]
-    counts = Counter(one for one in found if one is not None)
+    counts = Counter(item for item in found if item is not None)
     return found if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
 
 

@@ -41,8 +41,8 @@ class StatisticResult:
 
     def as_json(self) -> dict[str, Any]:
         """For the command's JSON."""
-        said = {key: _rounded(getattr(self, key)) for key in _SAID}
-        return {**said, "rows": list(self.rows), **self.more}
+        fields = {key: _rounded(getattr(self, key)) for key in _SAID}
+        return {**fields, "rows": list(self.rows), **self.more}
 
 
 def _rounded(value: Any) -> Any:

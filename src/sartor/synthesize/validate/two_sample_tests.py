@@ -217,12 +217,12 @@ def _alone(neighbours: Any, members: F32) -> F32:
 def _regions(space: SampleSpace, alone: F32) -> list[dict[str, Any]]:
     """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its middle."""
     real = ~space.pool.is_synthetic
-    found = []
+    results = []
     topics = space.topics[-1]
     for topic in np.unique(topics[real]).tolist():
         rows = np.flatnonzero(real & (topics == topic))
         middle = rows[np.argmax(space.vectors[rows] @ space.vectors[rows].mean(0))]
-        found.append(
+        results.append(
             {
                 "real": len(rows),
                 "synthetic": int((space.pool.is_synthetic & (topics == topic)).sum()),
@@ -230,7 +230,7 @@ def _regions(space: SampleSpace, alone: F32) -> list[dict[str, Any]]:
                 "example": space.pool.rows[int(middle)].id,
             }
         )
-    return sorted(found, key=lambda one: (one["covered"], -one["real"]))
+    return sorted(results, key=lambda one: (one["covered"], -one["real"]))
 
 
 def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
@@ -245,5 +245,5 @@ def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any
     nearest = np.concatenate([(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))])
     p = (1 + np.searchsorted(usual, nearest, side="right")) / (len(usual) + 1)
     named = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
-    said = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"
-    return {int(row): said.format(nearest[row], p[row]) for row in named}
+    text = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"
+    return {int(row): text.format(nearest[row], p[row]) for row in named}

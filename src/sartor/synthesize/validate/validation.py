@@ -145,12 +145,12 @@ def _lines(rows: Sequence[Example], found: Validated) -> Iterator[dict[str, Any]
     same = {"schema": SCHEMA, "what": "finding"}
     for test in found.failed:
         kind = "bias" if test.name in _OF_BIAS else "validation"
-        said = {"reason": test.name, "detail": test.detail, "evidence": test.as_json()}
-        yield {**same, "kind": kind, "slice": "all synthetic rows", **said}
+        fields = {"reason": test.name, "detail": test.detail, "evidence": test.as_json()}
+        yield {**same, "kind": kind, "slice": "all synthetic rows", **fields}
     for flaw in found.flaws:
         evidence = {"locator": rows[flaw.place].origins[0].locator}
-        said = {"reason": flaw.reason, "detail": flaw.detail, "evidence": evidence}
-        yield {**same, "kind": "validation", "examples": [flaw.id], **said}
+        fields = {"reason": flaw.reason, "detail": flaw.detail, "evidence": evidence}
+        yield {**same, "kind": "validation", "examples": [flaw.id], **fields}
 
 
 FEWEST_UNITS = 8
@@ -184,9 +184,9 @@ def validate(
     found = validate_rows(sides, chosen, (made, real))
     review = write_review(made, sides.synthetic, found) if kind_of(made) == "dataset" else None
     if out is not None and not found.passed:
-        said = "; ".join(f"{test.name}: {test.detail}" for test in found.failed)
+        text = "; ".join(f"{test.name}: {test.detail}" for test in found.failed)
         remedy = f"look at {review}, mend the generator, or raise a limit: --limits.{found.failed[0].name} ..."
-        raise GateError(f"{made.name} is not like reality: {said}", remedy)
+        raise GateError(f"{made.name} is not like reality: {text}", remedy)
     written = write_accepted(Path(out), made, sides.synthetic, found, replace=replace) if out is not None else None
     return Validated(made, real, found.rows, found.tests, found.flaws, found.facts, written, review, time.monotonic() - began)
 
@@ -314,8 +314,8 @@ def _copied(made: Sequence[Example], others: Sequence[Example], reason: str) -> 
     for pair in copies.near_copies([*made, *others]):
         if pair.a < len(made) <= pair.b:
             other = others[pair.b - len(made)]
-            said = f"{pair.method} copy ({pair.score:.2f}) of {other.id} ({other.origins[0].locator})"
-            best[pair.a] = max(best.get(pair.a, (0.0, "")), (pair.score, said))
+            text = f"{pair.method} copy ({pair.score:.2f}) of {other.id} ({other.origins[0].locator})"
+            best[pair.a] = max(best.get(pair.a, (0.0, "")), (pair.score, text))
     return [RejectedRow(place, made[place].id, reason, said) for place, (_, said) in sorted(best.items())]
 
 

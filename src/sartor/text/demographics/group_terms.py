@@ -63,9 +63,9 @@ def mentions(text: str, kind: Kind) -> list[Mention]:
     _check_kind(kind)
     found = sorted(_FINDERS[kind](text), key=lambda one: (one.start, -one.end))
     apart: list[Mention] = []
-    for one in found:
-        if not apart or one.start >= apart[-1].end:
-            apart.append(one)
+    for item in found:
+        if not apart or item.start >= apart[-1].end:
+            apart.append(item)
     return apart
 
 
@@ -140,23 +140,23 @@ def _renamed(text: str, target: Callable[[str], str]) -> str:
     used = {one.text for one in mentions(text, "names")}
     names: dict[tuple[str, str], str] = {}
     edits = {}
-    for one in mentions(text, "names"):
-        origin, _, sex = target(one.group).partition("_")
+    for item in mentions(text, "names"):
+        origin, _, sex = target(item.group).partition("_")
         # a surname says the origin alone
-        if target(one.group) == one.group or (one.form == "last" and one.group.startswith(f"{origin}_")):
+        if target(item.group) == item.group or (item.form == "last" and item.group.startswith(f"{origin}_")):
             continue
-        table = lexicon()["names"][origin]["surnames" if one.form == "last" else sex]
-        if (one.form, one.text) not in names:
-            turned = [table[(one.index + turn) % len(table)] for turn in range(len(table))]
-            names[one.form, one.text] = next((name for name in turned if name not in used), turned[0])
-            used.add(names[one.form, one.text])
-        edits[one.start, one.end] = names[one.form, one.text]
+        table = lexicon()["names"][origin]["surnames" if item.form == "last" else sex]
+        if (item.form, item.text) not in names:
+            turned = [table[(item.index + turn) % len(table)] for turn in range(len(table))]
+            names[item.form, item.text] = next((name for name in turned if name not in used), turned[0])
+            used.add(names[item.form, item.text])
+        edits[item.start, item.end] = names[item.form, item.text]
     return _edited(text, edits)
 
 
 def _swap_names(text: str, to: str) -> str | None:
     there = mentions(text, "names")
-    if all(one.group == to for one in there):
+    if all(item.group == to for item in there):
         return None
     sex = to.rpartition("_")[2]
     renamed = _renamed(text, lambda group: to)
@@ -213,17 +213,17 @@ def _ages(text: str) -> Iterator[Mention]:
 
 def _swap_age(text: str, to: str) -> str | None:
     words, edits = lexicon()["age"], {}
-    for one in mentions(text, "age"):
-        if one.group == to:
+    for item in mentions(text, "age"):
+        if item.group == to:
             continue
-        if one.form == "number":
-            years = int(one.text)
+        if item.form == "number":
+            years = int(item.text)
             new = str(years + YEARS_APART if to == "older" else min(max(years - YEARS_APART, ADULT), OLDER - 1))
-        elif one.form == "decade":
-            new = words[f"decades_{to}"][words[f"decades_{one.group}"].index(one.text)]
+        elif item.form == "decade":
+            new = words[f"decades_{to}"][words[f"decades_{item.group}"].index(item.text)]
         else:
-            new = cased(words[to][0], one.text)
-        edits[one.start, one.end] = new
+            new = cased(words[to][0], item.text)
+        edits[item.start, item.end] = new
     return _edited(text, edits) if edits else None
 
 
@@ -237,7 +237,7 @@ def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
             words.setdefault(word, []).append((group, form))
-    of = {form: _any([word for word, said in words.items() if form in {one[1] for one in said}]) for form in _FORMS}
+    of = {form: _any([word for word, said in words.items() if form in {item[1] for item in said}]) for form in _FORMS}
     return re.compile(
         rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
         rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
@@ -261,7 +261,7 @@ def _nationalities(text: str) -> Iterator[Mention]:
 
 def _swap_nationality(text: str, to: str) -> str | None:
     new = dict(zip(_FORMS, lexicon()["nationality"][to], strict=False))
-    return _edited(text, {(one.start, one.end): new[one.form] for one in mentions(text, "nationality") if one.group != to})
+    return _edited(text, {(item.start, item.end): new[item.form] for item in mentions(text, "nationality") if item.group != to})
 
 
 # disability
@@ -303,21 +303,21 @@ def _disabilities(text: str) -> Iterator[Mention]:
 def _swap_disability(text: str, to: str) -> str | None:
     before, single, plural = lexicon()["disability"][to]
     edits = {}
-    for one in mentions(text, "disability"):
-        if one.group == to:
+    for item in mentions(text, "disability"):
+        if item.group == to:
             continue
-        ahead = text[: one.start]
-        if one.form == "before":
+        ahead = text[: item.start]
+        if item.form == "before":
             new = before
-        elif one.form == "after":
+        elif item.form == "after":
             new = plural if _ARE.search(ahead) else single
-        elif one.form == "with":
+        elif item.form == "with":
             new = f"who are {plural}" if _MANY.search(ahead) else f"who is {single}"
         else:
-            verb = one.text.split()[0]
+            verb = item.text.split()[0]
             be = {"uses": "is", "used": "was"}.get(verb) or ("am" if re.search(r"\bI $", ahead) else "are")
             new = f"{be} {plural if be == 'are' else single}"
-        edits[one.start, one.end] = new
+        edits[item.start, item.end] = new
     return _edited(text, edits) if edits else None
 
 

@@ -51,7 +51,7 @@ def recogniser(place: str) -> Any:
         if package not in sys.modules:
             _empty(package, Path(spec.submodule_search_locations[0], *package.split(".")[1:]))
         module = importlib.import_module(name)
-    (found,) = (one for one in vars(module).values() if isinstance(one, type) and one.__module__ == name)
+    (found,) = (item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name)
     return found()
 
 

@@ -57,11 +57,11 @@ class Allowed:
         values: set[str] = set()
         patterns = []
         recognisers = list(recognisers)
-        for one in said:
-            if len(one) > 2 and one[0] == one[-1] == "/":
-                patterns.append(_compiled(one))
+        for item in said:
+            if len(item) > 2 and item[0] == item[-1] == "/":
+                patterns.append(_compiled(item))
                 continue
-            values |= {_plain(one), *(found.value for find in recognisers for found in find(normalize(one)))}
+            values |= {_plain(item), *(found.value for find in recognisers for found in find(normalize(item)))}
         return cls(frozenset(values), tuple(patterns))
 
     def holds(self, finding: PiiEntity, text: str) -> bool:
@@ -103,7 +103,7 @@ class Scanner:
         What was masked before is left alone. A finding ends at a BREAK.
         """
         sight = normalize(text, escapes=escapes)
-        found = [one for find in self._recognisers for one in find(sight) if one.score >= self._min_score]
+        found = [item for find in self._recognisers for item in find(sight) if item.score >= self._min_score]
         if not found:
             return []
         found = outside_placeholders(found, sight.flat)
@@ -118,19 +118,19 @@ class Scanner:
 def _of_one_value(found: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
     """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
     values: dict[tuple[str, str], str] = {}
-    for one in found:
-        text = flat[one.start : one.end]
-        by_digits = one.entity in BY_DIGITS and not any(sign.isalpha() for sign in text)
-        value = values.setdefault((one.entity, digits(text)), one.value) if by_digits else one.value
-        yield one if value == one.value else replace(one, value=value)
+    for item in found:
+        text = flat[item.start : item.end]
+        by_digits = item.entity in BY_DIGITS and not any(sign.isalpha() for sign in text)
+        value = values.setdefault((item.entity, digits(text)), item.value) if by_digits else item.value
+        yield item if value == item.value else replace(item, value=value)
 
 
 def _cut(found: list[PiiEntity], flat: str) -> list[PiiEntity]:
     """Findings that end where their field does."""
     return [
-        replace(one, end=one.start + at) if (at := flat[one.start : one.end].find(BREAK)) > 0 else one
-        for one in found
-        if not flat.startswith(BREAK, one.start)
+        replace(item, end=item.start + at) if (at := flat[item.start : item.end].find(BREAK)) > 0 else item
+        for item in found
+        if not flat.startswith(BREAK, item.start)
     ]
 
 
@@ -138,12 +138,12 @@ def _elsewhere(found: list[PiiEntity], sight: NormalizedText) -> Iterator[PiiEnt
     """The values that were found, at the other places where nothing around them says what they are."""
     by_number: dict[str, PiiEntity] = {}
     spelt: dict[str, PiiEntity] = {}
-    for one in found:
-        text = sight.flat[one.start : one.end]
-        if one.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
-            by_number.setdefault(digits(text), one)
-        if one.entity in BY_CONTEXT:
-            spelt |= {said: one for said in _spellings(one, text) if said not in spelt}
+    for item in found:
+        text = sight.flat[item.start : item.end]
+        if item.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
+            by_number.setdefault(digits(text), item)
+        if item.entity in BY_CONTEXT:
+            spelt |= {said: item for said in _spellings(item, text) if said not in spelt}
     for start, end in sight.runs if by_number else ():
         same = by_number.get(digits(sight.flat[start:end]))
         if same is not None:

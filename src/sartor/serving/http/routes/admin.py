@@ -30,7 +30,7 @@ _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "des
 async def agents(request: Request) -> JsonResponse:
     """Every agent: live version, versions, trial, state."""
     listed = await get_state(request).house.roster.listed()
-    said = [{"name": one.name, "live": one.live, "versions": one.versions, "state": one.state} for one in listed]
+    said = [{"name": item.name, "live": item.live, "versions": item.versions, "state": item.state} for item in listed]
     return JsonResponse({"agents": said})
 
 

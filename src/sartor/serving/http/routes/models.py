@@ -45,9 +45,9 @@ async def _names(desk: AppState, visitor: Principal) -> dict[str, dict[str, Any]
     exact = f"base@{about.base_digest[:12]}"
 
     def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
-        said = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
+        fields = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
         most = None if id == speech_service.MODEL else about.context_tokens
-        return {**said, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
+        return {**fields, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
 
     listed = (*await desk.house.roster.listed(), *desk.house.plans)
     opened = [agent for agent in listed if agent.is_ready and visitor.opens(agent.name)]

@@ -93,7 +93,7 @@ def _card(team: Team, url: str, version: str, found: list[ToolDescription], *, n
         "capabilities": {"streaming": True, "pushNotifications": False, "extendedAgentCard": False},
         "defaultInputModes": TEXT,
         "defaultOutputModes": TEXT,
-        "skills": [_skill(one) for one in (ToolDescription("auto", "", ABOUT_AUTO), *found)],
+        "skills": [_skill(item) for item in (ToolDescription("auto", "", ABOUT_AUTO), *found)],
     }
     if needs_key:
         card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
