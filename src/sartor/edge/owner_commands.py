@@ -1,6 +1,7 @@
 """Verbs of a device owner: add, tune, undo, forget.
 
-DeviceOptions of `device.py` say how releases come; PersonOptions what is learnt on top of one, and what that may take.
+DeviceOptions of `device_commands.py` say how releases come; PersonOptions what is learnt on top of one, and what that
+may take.
 """
 
 from __future__ import annotations

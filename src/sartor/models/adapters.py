@@ -1,4 +1,4 @@
-"""PEFT methods: put an adapter on a model, take it off, merge it, write it and read it in the PEFT directory format."""
+"""LoRA adapters through peft: inject, undo, merge, read and write in the PEFT directory format."""
 
 from __future__ import annotations
 

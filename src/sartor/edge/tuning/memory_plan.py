@@ -118,7 +118,7 @@ class Rung:
 
     @property
     def way(self) -> Way:
-        """As `peak.py` reads it."""
+        """As `peak_memory.py` reads it."""
         return Way(self.learning, self.name != "lora", self.name == "zeroth")
 
 

@@ -1,4 +1,4 @@
-"""simulate(recipe, out) -> Adapter: coordinator and clients of a federated tuning in this process.
+"""Verb federate simulate: coordinator and clients in one process.
 
     Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared adapter
 

@@ -255,7 +255,7 @@ def _sizes(block: Block) -> tuple[Any, ...]:
 
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> Blocks | NativeBlocks:
-    """The fastest that is right for a base. Raises ModelError for an architecture that `forward.py` does not know."""
+    """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not know."""
     names = {id(module): name for name, module in model.named_modules()}
     try:
         fast = Fast(model, kernels.choose(model.device)[0])

@@ -1,11 +1,5 @@
 """Admits a Release or personal adapter before it is loaded.
 
-    copies.py   the server's own copy: what is looked at is what is loaded
-    terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
-    tensors.py  safetensors, strictly                     weights.py  the base's matrices
-    lora.py     the factors against config and base
-    projectors.py   what it reads media with
-
 The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
 before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
 
