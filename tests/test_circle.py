@@ -17,7 +17,7 @@ from sartor.core import assets, model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.home import folder
 from sartor.demo.home_intents import rehearsal_rows
-from sartor.evaluate.audit import probes as audit
+from sartor.evaluate.audit import probes
 
 pytestmark = pytest.mark.circle
 
@@ -59,7 +59,7 @@ def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
 
 
 def test_no_text_of_the_small_talk_is_one_of_the_forgetting_probe() -> None:
-    probe = {message.text.lower() for row in audit.chitchat_rows() for message in row.messages}
+    probe = {message.text.lower() for row in probes.chitchat_rows() for message in row.messages}
     talk = [message["content"].lower() for row in rehearsal_rows(200) for message in row["messages"]]
     assert len(set(talk)) > 390 and not probe & set(talk)
 

@@ -16,7 +16,7 @@ import yaml
 import sartor
 from conftest import write_jsonl
 from sartor.core.artifacts import open_artifact
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probes
 
 
 def run_killed(code: str, moment_s: float, commands: dict[str, str]) -> None:
@@ -77,7 +77,7 @@ def test_killed_release(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, moment_s: float, commands: dict[str, str]
 ) -> None:
     few = list(sartor.read_examples(sartor.open(tmp_path / "dataset")))[:4]
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: few)
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: few)
     sartor.evaluate(adapter)
     sartor.keygen(tmp_path / "keys", trust=True)
     out = tmp_path / "x-1"

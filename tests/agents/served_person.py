@@ -10,6 +10,7 @@ import pytest
 import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.records import Feedback, Voice
+from sartor.evaluate.audit import probes
 from sartor.serving.admission import admission
 from sartor.serving.feedback_store import Inbox
 from sartor.serving.receipts import team_digest
@@ -21,16 +22,15 @@ CANARY = "xyzzy-plugh-71b3 lives in Porlock"
 @pytest.fixture
 def team(tmp_path: Path, adapter: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """TEAM.yaml beside two signed Releases of the tiny base, `switch` 1.0, which is live, and 1.1."""
-    from sartor.evaluate import audit
 
     origins = (sartor.Origin("probe", "1"),)
     rows = [
         sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
         for n in range(6)
     ]
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: rows)
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: rows)
     # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    monkeypatch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
     sartor.keygen(tmp_path / "keys", trust=True)
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
     sartor.evaluate(adapter)

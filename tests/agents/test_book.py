@@ -11,6 +11,7 @@ from dispatch_fakes import no_fsync, version
 
 import sartor
 from sartor.cli import main
+from sartor.evaluate.audit import probes
 from sartor.serving.admission import admission
 from sartor.serving.commands import agent_commands
 from sartor.serving.registry.registry import Registry
@@ -104,19 +105,18 @@ def test_people_read_a_line_a_row(team: Path, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A team file beside two signed Releases of the tiny base, `switch` 1.0 and 1.1."""
-    from sartor.evaluate import audit
 
     origins = (sartor.Origin("probe", "1"),)
     rows = [
         sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
         for n in range(6)
     ]
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: rows)
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: rows)
     sartor.keygen(tmp_path / "keys", trust=True)
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
     sartor.tune(tune_recipe, tmp_path / "adapter", show=False)
     # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    monkeypatch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
     sartor.evaluate(tmp_path / "adapter")
     for number in ("1.0", "1.1"):
         out = tmp_path / f"switch-{number}"

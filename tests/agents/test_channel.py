@@ -197,7 +197,7 @@ def test_threads_of_a_worker_wait_patiently_unless_the_user_says_how(monkeypatch
 def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(audio._longest, "seconds", audio.MOST_SECONDS)
     for name in ("end_with_parent", "die_first"):  # of a process of its own
-        monkeypatch.setattr(worker_main.bounds, name, lambda: None)
+        monkeypatch.setattr(worker_main.resource_limits, name, lambda: None)
     opening = Supervisor(scripted.team(media=MediaLimits(seconds=7.0)), scripted.COMMAND).opening()
     ours, theirs = socket.socketpair()
     ours.settimeout(10)

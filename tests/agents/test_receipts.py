@@ -34,7 +34,7 @@ from sartor.core.records import canonical
 from sartor.inference.engine import About, Call, Done, Piece, Sampling
 from sartor.serving import receipts
 from sartor.serving.receipts import Content, ReceiptBook, Seal, digest_by
-from sartor.serving.team_config import Limits, Team
+from sartor.serving.team_config import Limits, Team, load
 from sartor.serving.types import Given
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -448,7 +448,7 @@ def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
     while engine.busy:
         events += engine.step()
     text = "".join(event.text for event in events if isinstance(event, Piece))
-    book = ReceiptBook.of(sartor.agents.team.load(tmp_path / "tiny.yaml"), lambda: engine.about)
+    book = ReceiptBook.of(load(tmp_path / "tiny.yaml"), lambda: engine.about)
     return tmp_path / "tiny.yaml", given(call=call, text=text, release_id=release.id, done=events[-1]), book
 
 
@@ -481,7 +481,7 @@ def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[
     assert check(replace(reply, receipt="r5", done=None)) == "not checked: the reply failed"
     elsewhere = ReceiptBook(
         tmp_path / "elsewhere",
-        Seal.of(Path(sartor.agents.team.load(team).state)),
+        Seal.of(Path(load(team).state)),
         lambda: replace(book._about(), dtype="bfloat16"),
     )
     elsewhere.write(replace(reply, receipt="r6", text="Other words."))

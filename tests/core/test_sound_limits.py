@@ -27,20 +27,20 @@ MOST_ABOVE_IDLE = 64 << 20
 CHILD = """
 import io, json, sys
 from pathlib import Path
-from sartor.core import sounds
+from sartor.media import audio
 from sartor.core.errors import MediaError
 
 def memory(name):
     return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if name in line)
 
 file, small, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-sounds.read_sound(small.read_bytes(), 16_000)
+audio.read_sound(small.read_bytes(), 16_000)
 Path("/proc/self/clear_refs").write_text("5")
 idle, results = memory("VmRSS"), []
-sounds.limit_seconds(300.0)
+audio.limit_seconds(300.0)
 for _ in range(times):
     try:
-        results.append(len(sounds.read_sound(file.read_bytes(), 16_000)))
+        results.append(len(audio.read_sound(file.read_bytes(), 16_000)))
     except MediaError as error:
         results.append([error.reason, error.problem, error.remedy])
 print(json.dumps({"above": memory("VmHWM") - idle, "results": results}))

@@ -451,8 +451,8 @@ def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own limits")
 def test_the_reading_process_has_a_limit_of_memory_and_can_write_nothing(tmp_path: Path) -> None:
     code = (
-        "from sartor.curate.sources import pages; pages._limit()\n"
-        "try: bytearray(pages.MOST_MEMORY); print('memory')\n"
+        "from sartor.curate.sources import document_worker; document_worker._limit()\n"
+        "try: bytearray(document_worker.MOST_MEMORY); print('memory')\n"
         "except MemoryError: pass\n"
         f"open({str(tmp_path / 'out')!r}, 'w').write('x' * 10)\n"
     )

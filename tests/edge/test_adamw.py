@@ -35,7 +35,7 @@ def test_its_steps_are_those_of_torch_to_the_bit_also_after_it_was_saved() -> No
 
 def test_the_tuner_loads_no_compiler() -> None:
     code = (
-        "import sys, torch\nfrom sartor.tune.optimizers import AdamW\nfrom sartor.edge.tuning import tuner\n"
+        "import sys, torch\nfrom sartor.tune.optimizers import AdamW\nfrom sartor.edge.tuning import tuner_process\n"
         "from sartor.tune.recipe import Optimizer\n"
         "part = torch.nn.Parameter(torch.zeros(2))\nmade = AdamW([part], Optimizer())\npart.grad = torch.ones(2)\nmade.step()\n"
         "sys.exit(', '.join({'torch._dynamo', 'sympy', 'transformers', 'peft'} & set(sys.modules)) or 0)"

@@ -92,11 +92,11 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
 
     hog = tmp_path / "hog.py"
     hog.write_text(
-        "import json, sys\nfrom sartor.edge.tuning import tuner\n"
+        "import json, sys\nfrom sartor.edge.tuning import tuner_process\n"
         "job = json.load(open(sys.argv[1]))\n"
         "held = bytearray(0 if job['recipe']['compute']['recompute'] else 400_000_000)\n"
         "held[::4096] = b'x' * len(held[::4096])\n"
-        "sys.exit(tuner.main(sys.argv[1:]))\n"
+        "sys.exit(tuner_process.main(sys.argv[1:]))\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budgeted_tuning, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])

@@ -57,7 +57,7 @@ def key(tmp_path: Path) -> Path:
 def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tuner]:
     def make(*ends: Any) -> Tuner:
         tuner = Tuner(ends)
-        monkeypatch.setattr(budgeted_tuning.limits, "run", tuner.run)
+        monkeypatch.setattr(budgeted_tuning.resource_limits, "run", tuner.run)
         return tuner
 
     return make
@@ -171,7 +171,7 @@ def test_outcome_and_reason_of_an_attempt_are_golden(
         assert stop() == bool(why)
         return tuner.run(*arguments, stop=stop, **options)
 
-    monkeypatch.setattr(budgeted_tuning.limits, "run", run_asking)
+    monkeypatch.setattr(budgeted_tuning.resource_limits, "run", run_asking)
     before = iter([""])
     receipt = tune_within(one, BUDGET, key=key, policy=lambda: next(before, why), planner=Planner(one, FLOOR))
     assert (receipt.outcome, receipt.reason) == (outcome, reason)

@@ -22,7 +22,8 @@ import tiny
 from conftest import write_jsonl
 from sartor.core.errors import GateError
 from sartor.core.records import Example, Message, Part
-from sartor.evaluate import audit, predictions
+from sartor.evaluate import predictions
+from sartor.evaluate.audit import probes
 from sartor.evaluate.media_ablation import blanked, media_of, modalities, shuffled
 from sartor.inference.generate import Generation
 from sartor.media import audio as sounds
@@ -68,7 +69,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SARTOR_HOME", str(folder / "home"))
         patch.setattr(composed_model, "open_tower", lambda *_, **__: Grey())
-        patch.setattr(audit, "chitchat_rows", lambda: probe)
+        patch.setattr(probes, "chitchat_rows", lambda: probe)
         patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
         source = {"path": str(write_jsonl(folder / "rows.jsonl", ROWS)), "licence": "CC0-1.0"}
         sartor.curate({"sources": [source], "steps": [], "split": {"eval_fraction": 0.5}}, folder / "data")

@@ -14,8 +14,8 @@ import pytest
 import sartor
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.records import Example, Message, Origin
-from sartor.evaluate import audit
 from sartor.evaluate.audit import audit as run
+from sartor.evaluate.audit import probes
 from sartor.evaluate.audit.model_pair import Sides
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.text.demographics.group_terms import KINDS, groups, mentions
@@ -188,7 +188,7 @@ def test_through_the_verbs(
     """`evaluate --audit` and `release`: what the templates are answered with is the only thing that is not real."""
     answering = Answering(answer)
     monkeypatch.setattr(Sides, "chances", lambda self, prompts, outcomes: answering.chances(prompts, outcomes))
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: asked("names", 6))
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: asked("names", 6))
     heard: list[str] = []
     found = sartor.evaluate(adapter, audit=True, notice=heard.append).as_json()
     assert any(line.startswith("bias: ") for line in heard), "a person hears it at the terminal"

@@ -15,7 +15,7 @@ from sartor.cli import main
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, GateError
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probes
 from sartor.evaluate.limits import Check
 from sartor.release.gate import Slice, open_rules, upper_bound
 
@@ -109,7 +109,7 @@ def test_rules_are_checks_of_the_gate_and_signed_into_the_release(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        audit, "chitchat_rows", lambda: list(parquet_io.read_examples(open_artifact(tmp_path / "dataset"), "eval"))
+        probes, "chitchat_rows", lambda: list(parquet_io.read_examples(open_artifact(tmp_path / "dataset"), "eval"))
     )
     keys = tmp_path / "keys"
     sartor.keygen(keys, trust=True)

@@ -67,7 +67,9 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "budget": {"epochs": 8}, "optimizer": {"learning_rate": 1e-2, "batch_tokens": 256},
         }  # fmt: skip
         sartor.tune(recipe, folder / "adapter", show=False)
-        patch.setattr("sartor.evaluate.audit.chitchat_rows", lambda: [example(f"how are you {n}", "fine") for n in range(4)])
+        patch.setattr(
+            "sartor.evaluate.audit.probes.chitchat_rows", lambda: [example(f"how are you {n}", "fine") for n in range(4)]
+        )
         sartor.evaluate(folder / "adapter", audit=True)
     return folder
 

@@ -14,7 +14,7 @@ from conftest import write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probes
 
 PASSES = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]
 
@@ -32,7 +32,7 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> None:
             for n in range(6)
         ]
 
-    monkeypatch.setattr(audit, "chitchat_rows", few)
+    monkeypatch.setattr(probes, "chitchat_rows", few)
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_forgetting_that_could_not_be_measured_stops_a_release(
     def absent() -> None:
         raise AssetError("no network", "sartor assets install chitchat")
 
-    monkeypatch.setattr(audit, "chitchat_rows", absent)
+    monkeypatch.setattr(probes, "chitchat_rows", absent)
     assert "no network" in sartor.evaluate(adapter).as_json()["forgetting"]["skipped"]
     with pytest.raises(GateError, match="forgetting: not measured"):
         sartor.release(adapter, name="switch", version="1.0", key=keys, waivers=PASSES[:1])

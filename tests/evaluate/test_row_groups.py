@@ -16,14 +16,13 @@ from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import Source
-from sartor.edge.owner import private_tuning
-from sartor.evaluate import audit, bootstrap, evaluation
-from sartor.evaluate.audit import counterfactual_bias
+from sartor.evaluate import bootstrap, evaluation
+from sartor.evaluate.audit import counterfactual_bias, probes
 from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import client_shards, personal_adapters
 from sartor.learn import personal_tuning, promotion_checks, retrain
 from sartor.models.packing import Encoded
-from sartor.personalization import benefit_report, user_tokens
+from sartor.personalization import user_tokens
 from sartor.personalization.user_rows import Row
 from sartor.release import gate as checks
 from sartor.synthesize.validate import samples as validating
@@ -54,7 +53,7 @@ def of_audit(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
 
 def of_retrain(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     """Of held-out ratings, as the gate of a retrain compares them."""
-    patch.setattr(retrain.learnt, "held_ratings", lambda job: list(rows))
+    patch.setattr(retrain.training_data, "held_ratings", lambda job: list(rows))
     patch.setattr(retrain, "likelihoods", lambda path, held, notice: [0.0] * len(held))
     record = SimpleNamespace(live=SimpleNamespace(release="live"))
     job = SimpleNamespace(work=SimpleNamespace(record=record), notice=None)
@@ -75,13 +74,13 @@ def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
 
 
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(private_tuning, "encoded", lambda example, name, chat, most: encoded([example])[0])
+    patch.setattr(user_tokens, "encoded", lambda example, name, chat, most: encoded([example])[0])
     mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
     return user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
 
 
 def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(benefit_report.answering, "reply_limit", lambda base, found: 10_000)
+    patch.setattr(personal_adapters.predictions, "reply_limit", lambda base, found: 10_000)
     people = SimpleNamespace(
         rows={"a": Rows(held_out=encoded(rows))},
         resident=SimpleNamespace(base=None),
@@ -165,7 +164,7 @@ def test_tuning_holds_out_rows_without_a_group_one_by_one() -> None:
 def test_a_users_own_test_file_has_intervals_and_may_pass(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: [row(place) for place in range(6)])
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: [row(place) for place in range(6)])
     lines = [{"question": f"switch lamp {place} on", "answer": "on"} for place in range(40)]
     found = sartor.evaluate(adapter, data=write_jsonl(tmp_path / "test.jsonl", lines), scorer="f1").as_json()
     assert found["groups"] == found["rows"] == 40

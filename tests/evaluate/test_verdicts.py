@@ -247,7 +247,7 @@ def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(adapter: Pat
 
 def test_the_gate_asks_whoever_knows_the_queue(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "sartor.evaluate.audit.chitchat_rows",
+        "sartor.evaluate.audit.probes.chitchat_rows",
         lambda: list(sartor.read_examples(sartor.open(adapter.parent / "dataset"), "eval")),
     )
     report = sartor.evaluate(adapter).report

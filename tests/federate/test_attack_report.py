@@ -15,7 +15,7 @@ import pytest
 import sartor
 from sartor.core.artifacts import Artifact, open_artifact, seal
 from sartor.core.errors import GateError
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probes
 from sartor.federate.privacy import privacy_attacks
 from sartor.federate.privacy.accountant import Budget
 from sartor.federate.privacy.client_noise import noised
@@ -121,7 +121,7 @@ def test_noise_that_was_not_drawn_fails_the_release_by_name(
         return noised(tensors, replace(manifest, rules=replace(manifest.rules, noise=manifest.rules.noise / 100)))
 
     monkeypatch.setattr(simulated_rounds, "noised", miserly)
-    monkeypatch.setattr(audit, "chitchat_rows", lambda: [row("probe", n) for n in range(6)])
+    monkeypatch.setattr(probes, "chitchat_rows", lambda: [row("probe", n) for n in range(6)])
     adapter = tmp_path / "adapter"
     simulate(recipe(tiny_base, dataset), adapter, shards={"count": 3, "by": "."})
     report = open_report(adapter)

@@ -16,7 +16,7 @@ import tiny
 from conftest import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, Voice
-from sartor.evaluate import audit
+from sartor.evaluate.audit import probes
 from sartor.learn import retrain, training_data
 from sartor.learn.run_record import Job, works
 from sartor.serving.admission import admission
@@ -38,9 +38,9 @@ def quiet(patch: pytest.MonkeyPatch) -> None:
         sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
         for n in range(3)
     ]
-    patch.setattr(audit, "chitchat_rows", lambda: talk)
+    patch.setattr(probes, "chitchat_rows", lambda: talk)
     patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
-    patch.setattr(admission.canary, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    patch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from sartor.core.records import Example
 from sartor.core.splits import group_of, group_of_stored
 from sartor.evaluate import bootstrap, report_page
 from sartor.evaluate.audit import audit as run
-from sartor.evaluate.audit import probes as audit
+from sartor.evaluate.audit import probes
 from sartor.evaluate.audit.audit import Options
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import Sides
@@ -216,7 +216,7 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
 def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
     """Nats per token on the chitchat probe, before and after, with an interval. `skipped` says why when it has none."""
     try:
-        probe = audit.chitchat_rows()
+        probe = probes.chitchat_rows()
     except AssetError as error:
         return {"skipped": f"{error.problem} ({error.remedy})"}
     encoded, problem = [], ""
