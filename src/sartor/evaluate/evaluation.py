@@ -317,7 +317,7 @@ def beside(
 
 
 def write_beside(file: Path, found: Beside) -> None:
-    """The rows as Parquet, for a person and for `rows.read_file`."""
+    """The rows as Parquet, for a person and for `parquet_io.read_file`."""
     parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
 
 

@@ -389,7 +389,7 @@ _CUT = 2
 
 @dataclass(frozen=True)
 class Sets:
-    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`commons.levels`)."""
+    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`levels`)."""
 
     shingles: U32
     offsets: I64

@@ -48,7 +48,7 @@ class Personal:
     """A person's rows below `folder`, and the delta on a release in the device's store.
 
     key: of the rows (`row_keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits.
-    may_run: why not now, or '' (`energy.Policy.refusal`). signer: folder of the key that signs receipts, made if
+    may_run: why not now, or '' (`energy_policy.Policy.refusal`). signer: folder of the key that signs receipts, made if
     absent. A forgetting that a power cut interrupted is ended here.
     """
 

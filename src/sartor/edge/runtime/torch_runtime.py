@@ -16,7 +16,7 @@ UNKNOWN_TOKENS = 4096
 
 
 class Ours:
-    """See `runtime.Runtime`."""
+    """See `device_runtime.Runtime`."""
 
     name = "sartor"
 
@@ -24,11 +24,11 @@ class Ours:
         self._base, self._model = open_tuned(release, base_name=base)
 
     def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
-        """See `runtime.Runtime`."""
+        """See `device_runtime.Runtime`."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
-        """See `runtime.Runtime`."""
+        """See `device_runtime.Runtime`."""
 
     def _events(self, call: Call) -> list[Event]:
         chat = self._base.chat

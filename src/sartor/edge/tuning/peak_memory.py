@@ -83,8 +83,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Way:
-    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`, `job.Job`. native: by the
-    C++ kernels.
+    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`,
+    `tuning_job.Job`. native: by the C++ kernels.
     """
 
     learning: int

@@ -94,7 +94,7 @@ _M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
 
 @dataclass
 class Ground:
-    """A base as a run stands on it: see `tune.run.Ground`."""
+    """A base as a run stands on it: see `training_loop.Ground`."""
 
     ref: BaseRef
     device: torch.device

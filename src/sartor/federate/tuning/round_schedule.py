@@ -152,7 +152,7 @@ class LoraOptions:
 
 
 class LoraCourse:
-    """See `lead.Course`. plan: what all rounds have in common. account: where privacy that is spent is written."""
+    """See `round_driver.Course`. plan: what all rounds have in common. account: where privacy that is spent is written."""
 
     def __init__(self, options: LoraOptions, plan: Plan, journal: Journal, account: Path) -> None:
         self._options, self._common, self._journal = options, plan, journal

@@ -116,7 +116,7 @@ MOST_MOVED_BYTES = 1 << 30
 
 
 class NativeBlocks:
-    """See `blocks.Blocks`. Raises NoKernels, with the reason, where the base or the machine is not one for this."""
+    """See `torch_decoder.Blocks`. Raises NoKernels, with the reason, where the base or the machine is not one for this."""
 
     chunk_tokens = 4 * PAGE
     keeps_replies = True
@@ -137,7 +137,7 @@ class NativeBlocks:
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
-        """See `blocks.Blocks`."""
+        """See `torch_decoder.Blocks`."""
         last = [0] * len(runs)
         # neighbours with one adapter are computed together
         order = sorted(range(len(runs)), key=lambda place: runs[place].slot)
@@ -151,7 +151,7 @@ class NativeBlocks:
 
     @torch.inference_mode()
     def hidden(self, run: Run) -> torch.Tensor:
-        """See `blocks.Blocks`."""
+        """See `torch_decoder.Blocks`."""
         norm = self._fast.norm
         return Eager().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
 
