@@ -88,15 +88,17 @@ def files_of(source: Path, package: str) -> list[Path]:
 
 
 def write_rows(source: Path, files: list[Path]) -> Iterator[str]:
+    """Yield the lines of a table of files."""
     yield "| file | content |"
     yield "|---|---|"
     for path in files:
         name = path.relative_to(source).as_posix()
         text = describe(path).replace("|", "\\|")
-        yield f"| [{name}](../../{SOURCE.as_posix()}/{name}) | {text} |"
+        yield f"| [`{name}`](../../{SOURCE.as_posix()}/{name}) | {text} |"
 
 
 def write_page(root: Path) -> str:
+    """Return the page of a checkout."""
     source = root / SOURCE
     lines = [HEAD]
     levels = read_levels(root)
@@ -125,6 +127,7 @@ def find_faults(root: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write or check the page; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare the page with the code; write nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (this one by default)")
