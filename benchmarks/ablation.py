@@ -28,9 +28,9 @@ import torch
 from results import print_result
 
 from sartor.models import packing as batches
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import loss_backend, transformers_backend
-from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.transformers_backend import packing, without_peft
 
 Way = Callable[[], torch.Tensor]
@@ -45,20 +45,25 @@ class Ways:
         vocabulary = len(self.base.chat.tokenizer)
         self.rows = savings.rows(savings.ROWS, 0.0, vocabulary)
         self.common = savings.rows(savings.ROWS, savings.COMMON_FRACTION, vocabulary)
-        path = transformers_backend.choose(self.model, self.rows, self.device)
-        assert isinstance(path, loss_backend.FastPath), path.reason
+        path = transformers_backend.choose_loss_backend(self.model, self.rows, self.device)
+        assert isinstance(path, loss_backend.FusedBackend), path.reason
         self.fast = path.fast
-        self.eager = Fast(without_peft(self.model), Eager())
-        self.recompute = Fast(without_peft(self.model), self.fast.kernels, recompute=True)
+        self.eager = FusedDecoder(without_peft(self.model), ReferenceKernels())
+        self.recompute = FusedDecoder(without_peft(self.model), self.fast.kernels, recompute=True)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def of(self, fast: Fast, examples: list[batches.Encoded], share: bool = False) -> Way:
+    def of(self, fast: FusedDecoder, examples: list[batches.TokenizedExample], share: bool = False) -> Way:
         return lambda: fast.losses(batches.pack(examples, self.device, share=share)).mean()
 
-    def mixed(self, parts: tuple[str, ...]) -> Eager:
+    def mixed(self, parts: tuple[str, ...]) -> ReferenceKernels:
         """The path's kernels, with torch's operations for these parts, forward and backward."""
-        torchs = {name: getattr(Eager, name) for part in parts for name in (part, f"{part}_backward") if hasattr(Eager, name)}
-        made: Eager = copy.copy(self.fast.kernels)
+        torchs = {
+            name: getattr(ReferenceKernels, name)
+            for part in parts
+            for name in (part, f"{part}_backward")
+            if hasattr(ReferenceKernels, name)
+        }
+        made: ReferenceKernels = copy.copy(self.fast.kernels)
         made.__class__ = type("Mixed", (type(self.fast.kernels),), torchs)
         return made
 
@@ -80,13 +85,13 @@ class Ways:
         yield (
             "the C++ attention alone (torch's instead)",
             whole,
-            self.of(Fast(without_peft(self.model), self.mixed(("attention",))), self.rows),
+            self.of(FusedDecoder(without_peft(self.model), self.mixed(("attention",))), self.rows),
         )
         rest = ("rms_norm", "glu", "cross_entropy")
         yield (
             "the C++ elementwise parts alone (torch's instead)",
             whole,
-            self.of(Fast(without_peft(self.model), self.mixed(rest)), self.rows),
+            self.of(FusedDecoder(without_peft(self.model), self.mixed(rest)), self.rows),
         )
         yield "masked rows kept from the head and the last layer's tail", whole, self.all_rows_to_the_head
         yield "keeping activations (`compute.recompute`)", whole, self.of(self.recompute, self.rows)

@@ -39,17 +39,26 @@ from sartor.core import assets, config, records
 from sartor.core.artifacts import open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.demo import home_intents
-from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.evaluate.scorers import exact_match
-from sartor.inference.engine import Call, Done, Engine, Event, Piece, adapter_digest, event_as_json, event_from_json
+from sartor.inference.engine import (
+    Engine,
+    Event,
+    GenerateCall,
+    ReplyDone,
+    TextDelta,
+    adapter_digest,
+    event_as_json,
+    event_from_json,
+)
 from sartor.inference.local.local_engine import open_engine
-from sartor.serving.dispatch.dispatcher import call_of
-from sartor.serving.plans.plan_dispatch import Plans
+from sartor.serving.dispatch.dispatcher import build_call
+from sartor.serving.plans.plan_dispatch import PlanDispatcher
 from sartor.serving.plans.plan_log import PlanLog
 from sartor.serving.receipts import digest_by
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import Team
-from sartor.serving.types import Answer, Request
+from sartor.serving.types import AgentReply, AgentRequest
 
 TESTS = Path(__file__).parent.parent / "tests"
 AGENT = "home"
@@ -77,7 +86,7 @@ class Events:
         if self._is_over:
             raise StopAsyncIteration
         event = await self.queue.get()
-        self._is_over = not isinstance(event, Piece)
+        self._is_over = not isinstance(event, TextDelta)
         return event
 
     async def aclose(self) -> None:
@@ -89,7 +98,7 @@ class House:
     """One engine in this process with the specialist on it. A call that was answered before counts, and is not computed."""
 
     engine: Engine
-    version: Version
+    version: AgentVersion
     file: Path
     live: dict[str, tuple[str, Events, list[Event]]] = field(default_factory=dict)
     known: dict[str, list[Event]] = field(default_factory=dict)
@@ -107,15 +116,15 @@ class House:
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         part.replace(self.file)
 
-    async def open(self, request: Request) -> Answer:
-        call = call_of(request, self.version, f"c{self.made}", MOST_TOKENS)
+    async def open(self, request: AgentRequest) -> AgentReply:
+        call = build_call(request, self.version, f"c{self.made}", MOST_TOKENS)
         self.made += 1
         key = key_of(call)
         events = Events(self.known.get(key, ()))
         if key not in self.known:
             self.live[call.id] = (key, events, [])
             self.engine.submit(call)
-        return Answer(self.version.name, "asked by name", call.id, events)
+        return AgentReply(self.version.name, "asked by name", call.id, events)
 
     async def work(self) -> None:
         """Drive the engine while there is something to do; until cancelled."""
@@ -124,12 +133,12 @@ class House:
                 key, events, heard = self.live[event.call]
                 heard.append(event)
                 events.queue.put_nowait(event)
-                if isinstance(event, Done):
+                if isinstance(event, ReplyDone):
                     self.known[key] = heard
             await asyncio.sleep(0 if self.engine.busy else 0.001)
 
 
-def key_of(call: Call) -> str:
+def key_of(call: GenerateCall) -> str:
     """What two calls have in common that are answered alike."""
     return records.digest(json.loads(json.dumps(replace(call, id="").as_json())))
 
@@ -186,7 +195,7 @@ def team_of(schema: Mapping[str, Any], members: int, state: Path) -> Team:
     return config.load(Team, {"base": "starter", "state": str(state), "plans": said})
 
 
-async def answered(plans: Plans, rows: Sequence[Any], model: str, schema: str, at_once: int) -> Side:
+async def answered(plans: PlanDispatcher, rows: Sequence[Any], model: str, schema: str, at_once: int) -> Side:
     """Every row asked of one side."""
     gate = asyncio.Semaphore(at_once)
 
@@ -194,11 +203,11 @@ async def answered(plans: Plans, rows: Sequence[Any], model: str, schema: str, a
         sampling = {"temperature": 0.0, "seed": 0}
         messages = tuple({"role": message.role, "content": message.text} for message in row.prompt)
         async with gate:
-            answer = await plans.open(Request(model, messages, sampling=sampling, schema=schema, deadline_s=3600.0))
+            answer = await plans.open(AgentRequest(model, messages, sampling=sampling, schema=schema, deadline_s=3600.0))
             events = [event async for event in answer.events]
         end = events[-1]
-        assert isinstance(end, Done), end
-        return "".join(event.text for event in events if isinstance(event, Piece)), end.prompt_tokens + end.reply_tokens
+        assert isinstance(end, ReplyDone), end
+        return "".join(event.text for event in events if isinstance(event, TextDelta)), end.prompt_tokens + end.reply_tokens
 
     said = await asyncio.gather(*[one(row) for row in rows])
     scores = [exact_match(text, row.reply) for (text, _), row in zip(said, rows, strict=True)]
@@ -214,8 +223,10 @@ async def measured(
     working = asyncio.ensure_future(house.work())
     text = json.dumps(schema)
 
-    def plans(members: int) -> Plans:
-        return Plans(team_of(schema, members, out / "state"), house, PlanLog(out / "state/plans", digest_by(b"benchmark")))
+    def plans(members: int) -> PlanDispatcher:
+        return PlanDispatcher(
+            team_of(schema, members, out / "state"), house, PlanLog(out / "state/plans", digest_by(b"benchmark"))
+        )
 
     async def side(name: str, model: str, schema: str = "", members: int = 3) -> Side:
         began = time.monotonic()
@@ -284,7 +295,7 @@ def compared(sides: Mapping[str, Side], groups: Sequence[str]) -> dict[str, dict
     found: dict[str, dict[str, Any]] = {}
     for ours in (name for name in sides if name.startswith("checked")):
         for name in (name for name in sides if not name.startswith("checked")):
-            one = paired(sides[name].scores, sides[ours].scores, groups)
+            one = paired_bootstrap(sides[name].scores, sides[ours].scores, groups)
             interval = {"estimate": round(one.difference, 4), "low": round(one.low, 4), "high": round(one.high, 4)}
             found.setdefault(ours, {})[name] = interval
     return found
@@ -326,7 +337,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     engine.attach(digest, adapter)
     house = House(
         engine,
-        Version(AGENT, "1", str(adapter), "", digest, {"sampling": {"max_tokens": MOST_TOKENS}}),
+        AgentVersion(AGENT, "1", str(adapter), "", digest, {"sampling": {"max_tokens": MOST_TOKENS}}),
         asked.out / "known.jsonl",
     )
     sides, members = asyncio.run(measured(house, held_out, schema_of(every), asked.out, 32))

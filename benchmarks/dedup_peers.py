@@ -35,7 +35,7 @@ def sartor(texts: list[str], joined_fields: int = 0) -> list[int]:
     sketches = shingles.sketch(texts, how)
     rank = np.array([len(text) for text in texts])
     found = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
-    removals = clusters.resolve(found.pairs, rank, rules)
+    removals = clusters.resolve_clusters(found.pairs, rank, rules)
     return joined(len(texts), zip(removals.rows.tolist(), removals.kept.tolist(), strict=True))
 
 

@@ -31,16 +31,16 @@ from peers.work import plain_base
 from results import print_result, run_tests
 
 from sartor.core import model_refs, resource_limits
-from sartor.core.resource_limits import Limits, Usage
+from sartor.core.resource_limits import ResourceLimits, ResourceUsage
 from sartor.edge.tuning.budgeted_tuning import planned_job, tuner_command
-from sartor.edge.tuning.memory_plan import Name, Planner, Rung
+from sartor.edge.tuning.memory_plan import MemorySetting, Name, Planner
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.edge.update import tensor_delta
 from sartor.models.base import convert
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
@@ -137,7 +137,7 @@ class Work:
 
     def __init__(self, folder: Path, updates: int, store: str = "fp32") -> None:
         self.folder, self.updates, self.store, self._count = folder, updates, store, 0
-        self.unlimited: dict[Config, Job] = {}  # jobs that have run under a limit which they came nowhere near
+        self.unlimited: dict[Config, TuningJob] = {}  # jobs that have run under a limit which they came nowhere near
 
     def base(self, name: str) -> Path:
         """The starter in bf16, or a small Llama of random weights."""
@@ -147,14 +147,14 @@ class Work:
             return Path(ref.path)
         return small_base(self.folder / "small")
 
-    def job(self, config: Config, updates: int = 0, **changes: Any) -> Job:
+    def job(self, config: Config, updates: int = 0, **changes: Any) -> TuningJob:
         """Tokens and a job in a folder of its own."""
         self._count += 1
         out = self.folder / f"run-{self._count}"
         out.mkdir()
         base = self.base(config.base)
         vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-        write_tokens(Rows(rows_of(config.row_tokens, 2 * config.rows_at_once + 2, vocabulary), []), out / "tokens")
+        write_tokens(TokenizedDataset(rows_of(config.row_tokens, 2 * config.rows_at_once + 2, vocabulary), []), out / "tokens")
         tokens = config.row_tokens * config.rows_at_once
         recipe = {
             "base": config.base,
@@ -167,7 +167,7 @@ class Work:
             "evaluations": 0,
         }
         changes = {"store": self.store, **changes}
-        return Job(str(base), config.base, "-", "Apache-2.0", str(out / "tokens"), str(out / "out"), recipe, **changes)
+        return TuningJob(str(base), config.base, "-", "Apache-2.0", str(out / "tokens"), str(out / "out"), recipe, **changes)
 
 
 def small_base(folder: Path) -> Path:
@@ -199,24 +199,24 @@ def small_base(folder: Path) -> Path:
     return folder
 
 
-def rows_of(length: int, count: int, vocabulary: int) -> list[Encoded]:
+def rows_of(length: int, count: int, vocabulary: int) -> list[TokenizedExample]:
     """Random tokens, of which the last three quarters are learnt."""
     rng = random.Random(0)
     made = []
     for number in range(count):
         ids = [rng.randrange(vocabulary) for _ in range(length)]
-        made.append(Encoded(ids, [place >= length // 4 for place in range(length)], str(number)))
+        made.append(TokenizedExample(ids, [place >= length // 4 for place in range(length)], str(number)))
     return made
 
 
-def ran(job: Job, rung: Rung, memory_bytes: int) -> Usage:
+def ran(job: TuningJob, rung: MemorySetting, memory_bytes: int) -> ResourceUsage:
     """One run of the tuner under a limit."""
     file = Path(job.out).with_name("job.json")
     planned_job(job, rung).write(file)
-    return resource_limits.run(tuner_command(file, Path(job.out).with_name("stderr.txt")), Limits(memory_bytes))
+    return resource_limits.run(tuner_command(file, Path(job.out).with_name("stderr.txt")), ResourceLimits(memory_bytes))
 
 
-def losses_of(job: Job) -> list[float]:
+def losses_of(job: TuningJob) -> list[float]:
     """The loss of each update."""
     lines = (Path(job.out) / "log.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
@@ -228,7 +228,7 @@ def predictions(work: Work, configs: tuple[Config, ...]) -> list[dict[str, Any]]
     for config in configs:
         job = work.job(config)
         planner = Planner(job)
-        rung = Rung(config.rung, config.learning or planner.shape.layers, config.row_tokens * config.rows_at_once)
+        rung = MemorySetting(config.rung, config.learning or planner.shape.layers, config.row_tokens * config.rows_at_once)
         predicted, used = sum(planner.held(rung).values()), ran(job, rung, MUCH)
         if used.exit_code:
             sys.exit(f"{config} ended with {used}: {Path(job.out).with_name('stderr.txt').read_text()[-400:]}")
@@ -245,7 +245,7 @@ def cap(work: Work, base: str, bisections: int) -> dict[str, Any]:
     has_run = config in work.unlimited
     free = work.unlimited[config] if has_run else work.job(config)
     planner = Planner(free)
-    rung = Rung("recompute", planner.shape.layers, ROW_TOKENS)
+    rung = MemorySetting("recompute", planner.shape.layers, ROW_TOKENS)
     if not has_run:
         ran(free, rung, 0)
     predicted = sum(planner.held(rung).values())
@@ -274,7 +274,7 @@ def delta_fraction(work: Work, base: str) -> float | None:
     config = Config(base, "recompute")
     has_run = config in work.unlimited and work.store == "bf16"
     first = work.unlimited[config] if has_run else work.job(config, store="bf16")
-    rung = Rung("recompute", Planner(first).shape.layers, ROW_TOKENS)
+    rung = MemorySetting("recompute", Planner(first).shape.layers, ROW_TOKENS)
     if not has_run:
         ran(first, rung, 0)
     more = work.job(config, updates=2, store="bf16", start=first.out)
@@ -303,7 +303,7 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
     found = {}
     for what, limit in (("free", MUCH), ("at_cap", cap_bytes)):
         (folder / "result.json").unlink(missing_ok=True)
-        used = resource_limits.run(command, Limits(limit, wall_s=1800), environment=environment)
+        used = resource_limits.run(command, ResourceLimits(limit, wall_s=1800), environment=environment)
         said = (
             json.loads((folder / "result.json").read_text()) if (folder / "result.json").exists() else {"failed": used.killed}
         )

@@ -38,20 +38,20 @@ import sartor
 from sartor.core import assets, config
 from sartor.core import parquet_io as stored
 from sartor.demo import home_intents
-from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.evaluate.predictions import HeldOut, fitting, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
 from sartor.federate import updates as arrays
-from sartor.federate.recipe import FederateRecipe, Personal, Settings, load
-from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.recipe import FederateRecipe, PersonalRanks, RoundSettings, load
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.personal_adapters import personalise
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulation import simulate
-from sartor.models.lora_tensors import Tensors, plus
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.models.lora_tensors import Tensors, add_changes
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 TESTS = Path(__file__).parent.parent / "tests"
 PARTS = ("data", "untuned", "local", "federated", "centralised", "factors", "personal", "epsilon", "malicious", "byzantine")
@@ -130,7 +130,7 @@ class Homes:
         split = {"eval_fraction": self.asked.eval_fraction}
         return sartor.curate({"sources": [source], "split": split}, self.work / "dataset", replace=True).as_json()
 
-    def scores(self, adapter: Tensors, resident: Resident | None = None) -> list[float]:
+    def scores(self, adapter: Tensors, resident: SharedBase | None = None) -> list[float]:
         """Exact match of each held-out row. resident: of a method that is not the others'."""
         resident, asked = resident or self.clients.resident, self.held_out
         resident.put(adapter)
@@ -140,15 +140,17 @@ class Homes:
         texts = [resident.base.chat.decode(one.ids) for one in said]
         return [exact_match(text, row.reply) for text, row in zip(texts, asked.examples, strict=True)]
 
-    def alone(self, rows: Rows) -> list[float]:
+    def alone(self, rows: TokenizedDataset) -> list[float]:
         """One client, or all rows as one: both factors."""
         recipe, resident = self.recipe(**self.both_factors, rounds=self.asked.alone_rounds), self.clients.resident
         task, shared = LoraTask(resident, rows), dict(self.start)
         for number in range(1, recipe.rounds + 1):
-            work = Work("lora", arrays.digest(b""), resident.ref.digest, resident.digest, config.dump(Settings.of(recipe)))
-            terms = terms_for(["one"], shared, Rules(), seed="0" * 64)
+            work = ClientWork(
+                "lora", arrays.digest(b""), resident.ref.digest, resident.digest, config.dump(RoundSettings.of(recipe))
+            )
+            terms = terms_for(["one"], shared, UpdateRules(), seed="0" * 64)
             learnt = task.update(Manifest("alone", number, "nobody", work, terms, 0), shared)
-            shared = plus(shared, learnt.tensors)
+            shared = add_changes(shared, learnt.tensors)
         return self.scores(shared)
 
     @cached_property
@@ -172,7 +174,7 @@ class Homes:
             for name, rows in self.clients.rows.items():
                 self.kept(f"local-{name}", lambda rows=rows: self.alone(rows))
         elif part == "centralised":
-            everyone = Rows(train=[row for rows in self.clients.rows.values() for row in rows.train])
+            everyone = TokenizedDataset(train=[row for rows in self.clients.rows.values() for row in rows.train])
             self.kept(part, lambda: self.alone(everyone))
         elif part in ("federated", "factors"):
             self.kept(part, lambda: self.together(part, **(self.both_factors if part == "factors" else {})))
@@ -209,7 +211,7 @@ class Homes:
         data = {"path": str(self.work / "dataset"), "eval_rows": self.asked.personal_held_out, "attack_rows": 0}
         recipe, shared = self.recipe(data=data), sartor.open(self.work / "adapter-federated")
         people = open_clients(recipe, [], self.shards)
-        own = Personal(epochs=1, rank=self.asked.rank, compare=self.asked.compare)
+        own = PersonalRanks(epochs=1, rank=self.asked.rank, compare=self.asked.compare)
         return personalise(people, shared, recipe, own, again=False, notice=print_line)
 
     def malicious(self) -> dict[str, int]:
@@ -265,7 +267,7 @@ class Homes:
         if not before or not after:
             return None
         groups = [row.group or row.id for row in self.held_out.examples]
-        compared = paired(before, after, groups)
+        compared = paired_bootstrap(before, after, groups)
         return {"estimate": compared.difference, "low": compared.low, "high": compared.high}
 
 

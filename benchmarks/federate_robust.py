@@ -27,7 +27,7 @@ from results import print_result
 
 from sartor.core.errors import GuardError
 from sartor.federate.aggregation import FreezeA
-from sartor.federate.robust_aggregation import AnyRule, Mean, Rule
+from sartor.federate.robust_aggregation import AnyRule, Mean, RobustRule
 from sartor.federate.updates import Update
 from sartor.models.lora_tensors import A, B, Tensors
 
@@ -110,7 +110,7 @@ def a_little(updates: Sequence[Update]) -> list[Update]:
     return [Update(one.client, {MODULE + B: hidden}, one.examples) for one in updates[:LIARS]] + list(updates[LIARS:])
 
 
-def final_loss(one: Problem, rule: Rule, attack: str) -> tuple[float, set[str]]:
+def final_loss(one: Problem, rule: RobustRule, attack: str) -> tuple[float, set[str]]:
     """(loss on the held-out rows after all rounds, clients that were refused or bounded in any of them).
 
     A round that the rule stops changes nothing.

@@ -308,7 +308,7 @@ def serve(work: Path) -> dict[str, Any]:
     """Return the KL divergence of each way of serving in bf16 from fp32, of every next token of some rows."""
     import torch
 
-    from sartor.inference.local.cpu_decoder import NativeBlocks
+    from sartor.inference.local.cpu_decoder import CpuDecoder
     from sartor.models.kernels import cpu
 
     said = json.loads(work.read_text())
@@ -316,7 +316,7 @@ def serve(work: Path) -> dict[str, Any]:
     absent = {}
     try:
         cpu.load()
-        blocks = {"native": NativeBlocks, **blocks}
+        blocks = {"native": CpuDecoder, **blocks}
     except cpu.NoKernels as why:
         absent["served_kl.native"] = str(why)
     right = [next_logits(engine(said, torch_blocks(), 32), ids) for ids in said["rows"]]
@@ -338,10 +338,10 @@ def engine(said: dict[str, Any], kind: type, bits: int) -> Any:
     from sartor.inference.local.torch_decoder import Angles
     from sartor.models import kernels
     from sartor.models.base import open_base
-    from sartor.models.losses.fused_decoder import Fast
+    from sartor.models.losses.fused_decoder import FusedDecoder
 
     base = open_base(said["base"], bits=bits, device=torch.device("cpu"))
-    fast = Fast(base.model, kernels.choose(base.device)[0])
+    fast = FusedDecoder(base.model, kernels.choose_kernels(base.device)[0])
     module_names = {id(module): name for name, module in base.model.named_modules()}
     opened = kind(fast, 16, Angles(fast, base.model.config, 1024), module_names)
     opened.factors.put("tuned", Path(said["adapter"]))
@@ -352,30 +352,30 @@ def next_logits(opened: Any, ids: list[int]) -> Any:
     """Return (T - T / 2 - 1, V) logits: the first half of a row is a prompt, each further token is given one by one."""
     import torch
 
-    from sartor.inference.local.torch_decoder import Run
+    from sartor.inference.local.torch_decoder import TokenRun
 
     slot, half, chunk = opened.factors.slot("tuned"), len(ids) // 2, opened.chunk_tokens
     pages = tuple(range(16))
     for start in range(0, half, chunk):
-        opened.advance([Run(ids[start : min(start + chunk, half)], start, pages, slot)], [])
-    steps = (Run([ids[place]], place, pages, slot, newest=True) for place in range(half, len(ids) - 1))
+        opened.advance([TokenRun(ids[start : min(start + chunk, half)], start, pages, slot)], [])
+    steps = (TokenRun([ids[place]], place, pages, slot, newest=True) for place in range(half, len(ids) - 1))
     return torch.cat([opened.advance([step], [0]).logits.float() for step in steps])
 
 
 def torch_blocks() -> type:
     """Return the serving engine's blocks in torch's operations."""
-    from sartor.inference.local.torch_decoder import Blocks
+    from sartor.inference.local.torch_decoder import TorchDecoder
 
-    return Blocks
+    return TorchDecoder
 
 
 def rounded_first_blocks() -> type:
     """Return those blocks with the arithmetic of numerics 1: products, residual stream and logits are rounded to bf16."""
     import torch
 
-    from sartor.inference.local.torch_decoder import Blocks
+    from sartor.inference.local.torch_decoder import TorchDecoder
 
-    class RoundedFirst(Blocks):
+    class RoundedFirst(TorchDecoder):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self._residual_dtype = self.dtype

@@ -42,7 +42,7 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Array]] = {
 
 def sartor(each: Array) -> tuple[float, float]:
     """The interval that Reports have."""
-    found = bootstrap.paired(np.zeros(len(each)), each, [str(number) for number in range(len(each))])
+    found = bootstrap.paired_bootstrap(np.zeros(len(each)), each, [str(number) for number in range(len(each))])
     return found.low, found.high
 
 

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.step import Gathered
+from sartor.curate.step import StepInput
 from sartor.curate.steps.label_errors import EVIDENCE, SuspiciousLabels
 from sartor.demo import home_intents
 
@@ -95,7 +95,7 @@ def flip(replies: list[dict[str, Any]], fraction: float, seed: int) -> np.ndarra
     return flipped
 
 
-def gather(step: SuspiciousLabels, rows: list[tuple[str, str]]) -> Gathered:
+def gather(step: SuspiciousLabels, rows: list[tuple[str, str]]) -> StepInput:
     """What the pipeline would hand to the step."""
     import pyarrow as pa
 
@@ -107,7 +107,7 @@ def gather(step: SuspiciousLabels, rows: list[tuple[str, str]]) -> Gathered:
     table = table.append_column("id", pa.array([f"{row:032x}" for row in range(len(rows))]))
     table = table.append_column("source", pa.array([0] * len(rows)))
     table = table.append_column("locator", pa.array([example.origins[0].locator for example in examples]))
-    return Gathered(table, ["rows.jsonl"], lambda wanted: [examples[row] for row in wanted])
+    return StepInput(table, ["rows.jsonl"], lambda wanted: [examples[row] for row in wanted])
 
 
 def measure(step: SuspiciousLabels, rows: list[tuple[str, str]], flipped: np.ndarray) -> dict[str, Any]:

@@ -40,7 +40,7 @@ import sartor
 from sartor.core.records import Feedback
 from sartor.core.statistics import interval
 from sartor.learn import promotion_checks
-from sartor.learn.run_record import Work
+from sartor.learn.run_record import RunRecord
 
 PARTS = ("corrections", "poisoned", "broken_slice", "rollback", "personal", "deleted")
 SMALL_ASSETS = ("home-intents", "chitchat")
@@ -70,13 +70,13 @@ def notice(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[str, Any], Work | None]:
+def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[str, Any], RunRecord | None]:
     """What a retrain on this feedback comes to: the command's JSON, and its record. The team's state is made anew."""
     team, state = learn_rows.team(folder, notice), folder / f"state-{name}"
     shutil.rmtree(state, ignore_errors=True)
     learn_rows.write_inbox(state, said)
     found = sartor.retrain(team, "home", wishes=sartor.Wishes(promote=True), flags=["--state", str(state)], notice=notice)
-    return found.as_json(), Work.opened(Path(found.folder)) if found.folder else None
+    return found.as_json(), RunRecord.opened(Path(found.folder)) if found.folder else None
 
 
 def corrections(folder: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def broken_slice(folder: Path) -> dict[str, Any]:
     return _told(found, work)
 
 
-def _told(found: dict[str, Any], work: Work | None) -> dict[str, Any]:
+def _told(found: dict[str, Any], work: RunRecord | None) -> dict[str, Any]:
     """The decision, and what was found on the rows that nobody chose."""
     said = {"decision": found["decision"], "reason": found["reason"], "wall_s": found["wall_s"]}
     stages = work.record.stages if work else {}

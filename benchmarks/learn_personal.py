@@ -31,7 +31,7 @@ import sartor
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Example
-from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.predictions import HeldOut, replies, reply_limit
 from sartor.evaluate.scorers import exact_match
@@ -151,7 +151,7 @@ def measured(folder: Path) -> dict[str, Any]:
         rows = list(read_examples(open_artifact(own.path.parent / "rows"), "eval"))
         sides = scores(open_artifact(folder / "tutor-1.0"), rows, folder), scores(own, rows, folder)
         seen = len(found_in(state, canary(name)))
-        one = paired(*sides, [row.group for row in rows])
+        one = paired_bootstrap(*sides, [row.group for row in rows])
         learners[name] = {"shared": one.base, "own": one.tuned, "low": one.low, "high": one.high, "rows": len(rows)}
         learners[name] |= {"gate": made["gate"], "files_with_word_before": seen, "wall_s": made["wall_s"]}
         notice(json.dumps({name: learners[name]}))
@@ -161,7 +161,7 @@ def measured(folder: Path) -> dict[str, Any]:
     for name in size.learners:
         gone = sartor.forget_personal(team, name, by="benchmark")
         left += [*found_in(state, canary(name)), *gone["searched"]["found"]]
-    all_ = paired(before, after, groups)
+    all_ = paired_bootstrap(before, after, groups)
     return {
         "personal": {"gain": {"estimate": all_.difference, "low": all_.low, "high": all_.high}, "learners": learners},
         "deleted_found": len(left),

@@ -19,7 +19,7 @@ import smallest
 from results import print_result
 from scipy.stats import binom
 
-from sartor.serving.dispatch.rollout import Rollouts, Seen
+from sartor.serving.dispatch.rollout import ObservedReply, Rollouts
 from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
@@ -66,7 +66,9 @@ def until_rollback(drift: Drift | None, draw: random.Random, most: int = MOST) -
 
 
 def _one(rollouts: Rollouts, version: str, broken: float, disliked: float, draw: random.Random) -> bool:
-    verdict = rollouts.saw(Seen(version, failed=False, is_json=draw.random() >= broken, token_s=draw.lognormvariate(-4, 0.3)))
+    verdict = rollouts.saw(
+        ObservedReply(version, failed=False, is_json=draw.random() >= broken, token_s=draw.lognormvariate(-4, 0.3))
+    )
     if verdict is None and draw.random() < RATED:
         verdict = rollouts.heard(version, draw.random() < disliked)
     return verdict is not None

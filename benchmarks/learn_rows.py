@@ -20,7 +20,7 @@ import yaml
 import sartor
 from sartor.core import assets
 from sartor.core.artifacts import kind_of
-from sartor.core.records import Feedback, Voice
+from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.demo.home_intents import rehearsal_rows, rows
 
 KNOWN = (
@@ -118,7 +118,7 @@ def key_of(number: int) -> int:
 
 
 def feedback(number: int, row: Row, **fields: Any) -> Feedback:
-    said = Voice(key=f"key-{key_of(number)}")
+    said = FeedbackAuthor(key=f"key-{key_of(number)}")
     return Feedback(f"r{number}", "home@1.0", "2026-01-01T00:00:00Z", messages=tuple(row["messages"][:-1]), by=said, **fields)
 
 

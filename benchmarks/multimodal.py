@@ -47,16 +47,16 @@ from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
 from sartor.evaluate.evaluation import open_tuned
-from sartor.evaluate.metrics import Measures, Side
+from sartor.evaluate.metrics import MetricSet, ModelOutputs
 from sartor.evaluate.scorers import spoken, word_errors
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.media.audio import read_sound
 from sartor.models import adapters
-from sartor.models.base import machine, open_base
-from sartor.models.composed_model import Features, compose, open_towers
+from sartor.models.base import machine_facts, open_base
+from sartor.models.composed_model import TowerFeatureCache, compose_base, open_towers
 from sartor.models.losses import transformers_backend
-from sartor.models.tensor_files import Shelf
+from sartor.models.tensor_files import TensorCache
 from sartor.models.towers import open_tower
 from sartor.models.towers.audio_towers import open_speech_to_text
 
@@ -163,10 +163,10 @@ def by_label(examples: Sequence[Example], field: str) -> Callable[[Reply, Reply]
     """(one side's replies, another's) -> macro-F1 of both and of their difference."""
     references = [row.reply for row in examples]
     labels = [str(json.loads(reply)[field]) for reply in references]
-    measures = Measures(references, [row.group for row in examples], field, labels)
+    measures = MetricSet(references, [row.group for row in examples], field, labels)
 
     def compared(one: Reply, other: Reply) -> dict[str, float]:
-        return asdict(measures.compared(Side(one), Side(other))["macro_f1"])
+        return asdict(measures.compared(ModelOutputs(one), ModelOutputs(other))["macro_f1"])
 
     return compared
 
@@ -334,7 +334,7 @@ def exact(replies: Reply, references: Reply) -> float:
 
 def paired(one: Reply, other: Reply, references: Reply, groups: Sequence[str]) -> dict[str, float]:
     """The difference in exact match, with its interval."""
-    found = Measures(references, groups).compared(Side(one), Side(other))["exact_match"]
+    found = MetricSet(references, groups).compared(ModelOutputs(one), ModelOutputs(other))["exact_match"]
     return {"estimate": round(found.difference, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
 
 
@@ -391,14 +391,14 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
     """Losses and gradients of rows with media, as in tuning, with features that the tower computes and that are read."""
     found = [row for row in parquet_io.read_examples(open_artifact(data, "dataset"), "train") if media_of(row)][:MOST_MEDIA]
     base = open_base("starter")
-    base = compose(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
+    base = compose_base(base, open_towers({kind: tower}, base.device, lambda line: None), shelf=None)
     encoded, media = [base.chat.encode(row, data) for row in found], base.media
     model = adapters.inject_lora(base.model, rank=16, alpha=32, dropout=0.0, targets="all-linear", seed=0)
     adapters.train_projectors(model)
-    path = transformers_backend.choose(model, encoded, base.device)
+    path = transformers_backend.choose_loss_backend(model, encoded, base.device)
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"computed": None, "read": Shelf(Path(folder), 1 << 32)}
-        features = {name: Features(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
+        ways = {"computed": None, "read": TensorCache(Path(folder), 1 << 32)}
+        features = {name: TowerFeatureCache(media.features.towers, shelf, held_bytes=0) for name, shelf in ways.items()}
         for each in features.values():
             keys = [each.key(media_of(row)[0], data) for row in found]
 
@@ -454,7 +454,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     work, missing = folder.resolve(), absent(options.parts)
     options.parts = [part for part in options.parts if part not in missing]
-    found: dict[str, Any] = {"machine": {**machine(), "cores": os.cpu_count()}, "absent": missing}
+    found: dict[str, Any] = {"machine": {**machine_facts(), "cores": os.cpu_count()}, "absent": missing}
     if "textile" in options.parts:
         found["textile"] = textile(work, options.limit)
     if "solar" in options.parts:

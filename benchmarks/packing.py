@@ -43,25 +43,26 @@ def base(layers: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
     return model
 
 
-def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[packing.Encoded]:
+def rows(count: int = ROWS, vocabulary: int = VOCABULARY) -> list[packing.TokenizedExample]:
     """Rows of 30 to 100 tokens, two fifths of them supervised."""
     rng = random.Random(0)
     lengths = [rng.randint(30, 100) for _ in range(count)]
     return [
-        packing.Encoded([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)]) for n in lengths
+        packing.TokenizedExample([rng.randrange(vocabulary) for _ in range(n)], [place > 0.6 * n for place in range(n)])
+        for n in lengths
     ]
 
 
-def packed(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+def packed(model: LlamaForCausalLM, examples: list[packing.TokenizedExample]) -> torch.Tensor:
     with transformers_backend.packing(model):
         return transformers_backend.pack_losses(model, packing.pack(examples)).mean()
 
 
-def one_row(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+def one_row(model: LlamaForCausalLM, examples: list[packing.TokenizedExample]) -> torch.Tensor:
     return transformers_backend.row_losses(model, examples, "cpu").mean()
 
 
-def padded(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+def padded(model: LlamaForCausalLM, examples: list[packing.TokenizedExample]) -> torch.Tensor:
     width = max(len(row.ids) for row in examples)
     ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in examples])
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in examples])
@@ -74,7 +75,7 @@ def padded(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Te
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
 
 
-def dense_mask(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torch.Tensor:
+def dense_mask(model: LlamaForCausalLM, examples: list[packing.TokenizedExample]) -> torch.Tensor:
     batch = packing.pack(examples)
     owner = torch.tensor([place for place, row in enumerate(examples) for _ in row.ids])
     allowed = (owner[:, None] == owner) & torch.ones(batch.tokens, batch.tokens).tril().bool()
@@ -85,7 +86,9 @@ def dense_mask(model: LlamaForCausalLM, examples: list[packing.Encoded]) -> torc
     return F.cross_entropy(logits, batch.targets)
 
 
-def seconds(way: Callable[..., torch.Tensor], model: LlamaForCausalLM, examples: list[packing.Encoded]) -> tuple[float, float]:
+def seconds(
+    way: Callable[..., torch.Tensor], model: LlamaForCausalLM, examples: list[packing.TokenizedExample]
+) -> tuple[float, float]:
     began = time.perf_counter()
     loss = way(model, examples)
     loss.backward()

@@ -26,7 +26,7 @@ from results import print_result
 
 import sartor
 from sartor.models import adapters
-from sartor.models.base import machine, open_base
+from sartor.models.base import machine_facts, open_base
 from sartor.release.export import export_formats, parity
 from sartor.release.export.parity import LEAST_AGREEMENT, Figures
 from sartor.release.release import verify
@@ -40,7 +40,7 @@ def measured(path: Path, key: Path | None, kinds: Sequence[str]) -> dict[str, Fi
     release = verify(path, key=key).release
     said = release.manifest["base"]
     base = open_base(said["name"], licence=said["licence"], bits=32)
-    work = export_formats.Work(release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note)
+    work = export_formats.ExportContext(release, base, adapters.open_adapter(base.model, release.path), (), kinds, True, note)
     work.traces = parity.trace(base, work.model, parity.choose(release, base.chat))
     with tempfile.TemporaryDirectory() as folder:
         return {found.form: found for found in export_formats.write_gguf(work, Path(folder)).figures.values()}
@@ -110,7 +110,7 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "positions": {name: found.positions for name, found in first.items()},
         "forms": summary(releases),
-        "machine": machine(),
+        "machine": machine_facts(),
     }
 
 

@@ -33,7 +33,7 @@ from sartor.evaluate import bootstrap
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, packing
-from sartor.models.base import machine, open_base
+from sartor.models.base import machine_facts, open_base
 from sartor.models.losses import transformers_backend
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -135,7 +135,7 @@ def measured(
     made = sartor.tune(recipe, folder / f"adapter-{kind}", show=False).as_json()
     wall_s = time.monotonic() - began
     after = judged(replies(base, made["adapter"], orders), orders)
-    lost = bootstrap.paired(after["metric"], before["metric"], [asked(one) for one in orders])
+    lost = bootstrap.paired_bootstrap(after["metric"], before["metric"], [asked(one) for one in orders])
     means = {side: {name: sum(values) / len(values) for name, values in scores.items()}
              for side, scores in (("before", before), ("after", after))}  # fmt: skip
     return {
@@ -209,7 +209,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, smallest.home(options.small):
         found = run(options, Path(folder))
-    print_result({**found, "machine": machine(), "wall_s": round(time.monotonic() - began, 1)})
+    print_result({**found, "machine": machine_facts(), "wall_s": round(time.monotonic() - began, 1)})
 
 
 if __name__ == "__main__":

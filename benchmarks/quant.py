@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sartor.core.model_refs import STARTER
 from sartor.core.records import Example, Message
 from sartor.models import adapters, packing, quantization
-from sartor.models.base import Base, machine, open_base
+from sartor.models.base import Base, machine_facts, open_base
 from sartor.models.losses import transformers_backend
 
 # of the 1.1B base, with `--small`: what takes its memory is not its shape
@@ -78,15 +78,15 @@ def write_large(path: Path, shape: dict[str, Any]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(str(path))
 
 
-def random_rows(vocabulary: int, tokens: int) -> list[packing.Encoded]:
+def random_rows(vocabulary: int, tokens: int) -> list[packing.TokenizedExample]:
     """Two rows of random tokens, half of each supervised."""
     rng = torch.Generator().manual_seed(0)
     length = tokens // 2
     ids = torch.randint(10, vocabulary, (2, length), generator=rng).tolist()
-    return [packing.Encoded(row, [place >= length // 2 for place in range(length)]) for row in ids]
+    return [packing.TokenizedExample(row, [place >= length // 2 for place in range(length)]) for row in ids]
 
 
-def real_rows(base: Base) -> list[packing.Encoded]:
+def real_rows(base: Base) -> list[packing.TokenizedExample]:
     """Questions and answers in the base's chat template; the answer is supervised."""
     pairs = [(q.format(day), a) for q, a in zip(QUESTIONS, ANSWERS, strict=True) for day in DAYS]
     turns = [(Message.of("user", question), Message.of("assistant", answer)) for question, answer in pairs]
@@ -100,15 +100,15 @@ def tuned(base: Base) -> Any:
 class Updates:
     """LoRA updates by AdamW on one set of rows."""
 
-    def __init__(self, base: Base, rows: list[packing.Encoded], *, probe: bool = True, rate: float = 1e-3) -> None:
+    def __init__(self, base: Base, rows: list[packing.TokenizedExample], *, probe: bool = True, rate: float = 1e-3) -> None:
         self.model, self.rows = tuned(base), rows
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, fused=True)
         # without the probe of packing: five more passes, which take minutes where bf16 is emulated
         self.path = (
-            transformers_backend.choose(self.model, rows, base.device)
+            transformers_backend.choose_loss_backend(self.model, rows, base.device)
             if probe
-            else transformers_backend.General(self.model, base.device, "")
+            else transformers_backend.PackedTransformersBackend(self.model, base.device, "")
         )
 
     def __call__(self) -> tuple[float, float]:
@@ -232,7 +232,7 @@ def main() -> None:
     with smallest.home(arguments.small):
         shape = SMALL_SHAPE if arguments.small else SHAPE
         said = measure(arguments.base, arguments.pairs, arguments.tokens, arguments.large, shape)
-    said["machine"] = machine() | {"name": platform.node(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    said["machine"] = machine_facts() | {"name": platform.node(), "cpu": torch.backends.cpu.get_cpu_capability()}
     print_result(said)
 
 

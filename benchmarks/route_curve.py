@@ -17,10 +17,10 @@ import numpy as np
 import route_sets as sets
 
 from sartor.serving.routing import agent_classifier, calibration
-from sartor.serving.routing.agent_classifier import Space
-from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.agent_classifier import GeneralPrompts
+from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 from sartor.serving.routing.router_model import Fitted
-from sartor.serving.routing.text_features import Features
+from sartor.serving.routing.text_features import TextFeatures
 from sartor.serving.team_config import Routing
 
 FITTED, HELD, ASKED = 10, 3, 3
@@ -52,7 +52,7 @@ def members(most: int, seed: int = 0) -> dict[str, sets.Known]:
             if len(rows) < FITTED + HELD + ASKED:
                 continue
             name, texts = f"{language}-{intent}", [text for text, _ in rows]
-            numbered = [Prompt(f"{name}:{n}", text) for n, text in enumerate(texts, 1)]
+            numbered = [ExemplarPrompt(f"{name}:{n}", text) for n, text in enumerate(texts, 1)]
             exemplars = Exemplars(tuple(numbered[:FITTED]), tuple(numbered[FITTED : FITTED + HELD]))
             found[name] = sets.Known(exemplars, tuple(texts[FITTED + HELD :]))
             if len(found) == most:
@@ -64,14 +64,14 @@ def members(most: int, seed: int = 0) -> dict[str, sets.Known]:
 class Eyes:
     """Texts as the router sees them by one encoder."""
 
-    ground: Space
+    ground: GeneralPrompts
     crew: Vectors
 
     def vectors(self, texts: Sequence[str]) -> Any:
         """(N, D); None for words alone."""
         return self.crew.vectors(texts) if self.ground.dense is not None else None
 
-    def features(self, texts: Sequence[str]) -> Features:
+    def features(self, texts: Sequence[str]) -> TextFeatures:
         """Of N texts."""
         return self.ground.features(texts, self.vectors(texts))
 

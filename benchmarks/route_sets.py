@@ -19,7 +19,7 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.demo import home_intents
-from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 
 MOST_FITTED, MOST_HELD, MOST_ASKED = 180, 60, 60
 HELD_FRACTION = ASKED_FRACTION = 1 / 4
@@ -101,7 +101,7 @@ def known(name: str, rows: Sequence[tuple[str, str]], rng: random.Random) -> Kno
             held += groups[group]
         else:
             fitted += groups[group]
-    numbered = [Prompt(f"{name}:{n}", text) for n, text in enumerate(fitted[:MOST_FITTED] + held[:MOST_HELD], 1)]
+    numbered = [ExemplarPrompt(f"{name}:{n}", text) for n, text in enumerate(fitted[:MOST_FITTED] + held[:MOST_HELD], 1)]
     most = min(len(fitted), MOST_FITTED)
     return Known(Exemplars(tuple(numbered[:most]), tuple(numbered[most:])), tuple(asked[:MOST_ASKED]))
 

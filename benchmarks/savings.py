@@ -29,16 +29,16 @@ from results import print_result
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import loss_backend, transformers_backend
-from sartor.models.losses.loss_backend import Wish
-from sartor.models.losses.loss_backend import prove as compare_with_plain
-from sartor.models.packing import Encoded
+from sartor.models.losses.loss_backend import LossOptions
+from sartor.models.losses.loss_backend import measure_savings_error as compare_with_plain
+from sartor.models.packing import TokenizedExample
 
 ROWS, COMMON_FRACTION, SUPERVISED = 14, 0.4, 0.43
 # of the tiny base: more than the layers that are adapted above frozen ones, see `tops`
 SMALL_LAYERS = 12
 
 
-def rows(count: int, common_fraction: float, vocabulary: int, seed: int = 0) -> list[Encoded]:
+def rows(count: int, common_fraction: float, vocabulary: int, seed: int = 0) -> list[TokenizedExample]:
     """Rows of 40 to 104 tokens; they begin alike for `common_fraction` of their mean length."""
     rng = random.Random(seed)
     lengths = [rng.randint(40, 104) for _ in range(count)]
@@ -46,7 +46,7 @@ def rows(count: int, common_fraction: float, vocabulary: int, seed: int = 0) -> 
     made = []
     for length in lengths:
         ids = (head + [rng.randrange(vocabulary) for _ in range(length)])[:length]
-        made.append(Encoded(ids, [place >= length * (1 - SUPERVISED) for place in range(length)]))
+        made.append(TokenizedExample(ids, [place >= length * (1 - SUPERVISED) for place in range(length)]))
     return made
 
 
@@ -61,7 +61,7 @@ def tuned(layers: int, top: int | None) -> Any:
     return base, model.eval()
 
 
-def seconds(path: loss_backend.Path, examples: list[Encoded], parameters: list[Any]) -> float:
+def seconds(path: loss_backend.LossBackend, examples: list[TokenizedExample], parameters: list[Any]) -> float:
     """One forward and backward."""
     began = time.perf_counter()
     losses, weights = path.losses(examples)
@@ -85,7 +85,10 @@ def shared_prefix(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     """The ratio, on rows whose first 40 % of tokens are common."""
     base, model = tuned(layers, None)
     examples = rows(ROWS, COMMON_FRACTION, len(base.chat.tokenizer))
-    shared, plain = (transformers_backend.choose(model, examples, base.device, Wish(share=share)) for share in (True, False))
+    shared, plain = (
+        transformers_backend.choose_loss_backend(model, examples, base.device, LossOptions(share=share))
+        for share in (True, False)
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found, each = ratio(lambda: seconds(shared, examples, trained), lambda: seconds(plain, examples, trained), pairs)
     tokens = sum(len(row.ids) for row in examples)
@@ -97,11 +100,11 @@ def frozen_prefix(top: int, layers: int, pairs: int, prove: bool) -> dict[str, A
     """The ratio of an epoch after the first, with `top` layers adapted."""
     base, model = tuned(layers, top)
     examples = rows(ROWS, 0.0, len(base.chat.tokenizer))
-    plain = transformers_backend.choose(model, examples, base.device, Wish(share=False))
+    plain = transformers_backend.choose_loss_backend(model, examples, base.device, LossOptions(share=False))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with tempfile.TemporaryDirectory() as store:  # not the user's own cache
-        wish = Wish(share=False, reuse_bytes=1 << 30, identity=base.ref.digest, store=Path(store))
-        reusing = transformers_backend.choose(model, examples, base.device, wish)
+        wish = LossOptions(share=False, reuse_bytes=1 << 30, identity=base.ref.digest, store=Path(store))
+        reusing = transformers_backend.choose_loss_backend(model, examples, base.device, wish)
         first_s = seconds(reusing, examples, trained)  # the first epoch: computed and stored
         found, each = ratio(lambda: seconds(reusing, examples, trained), lambda: seconds(plain, examples, trained), pairs)
         said = {"ratio": found, "of_each_pair": each, "first_epoch_s": round(first_s, 3)}

@@ -21,13 +21,13 @@ import smallest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from results import print_result
 
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Plan
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
-from sartor.federate.rounds.transport import Carried, InProcess, run_round
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.secagg_terms import Policy, failure_bound
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, UpdateRules
+from sartor.federate.rounds.transport import InProcess, TransferStats, run_round
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_terms import SecureSumPolicy, failure_bound
 from sartor.models.lora_tensors import Tensors
 
 
@@ -37,10 +37,10 @@ class Drawn:
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """See Task."""
         values = np.random.default_rng(self.number).normal(size=shared["w"].shape).astype(np.float32)
-        return Learnt({"w": values / np.linalg.norm(values)}, 1)
+        return LocalUpdate({"w": values / np.linalg.norm(values)}, 1)
 
 
 class Losing(InProcess):
@@ -68,15 +68,15 @@ def measure(clients: int, parameters: int, degree: int, vanish: float) -> dict[s
     """One round's figures."""
     names = tuple(f"client-{number:05}" for number in range(clients))
     people = {name: Identity(name, Ed25519PrivateKey.generate()) for name in (*names, "coordinator")}
-    roster = Roster({name: one.key.public_key() for name, one in people.items()})
-    policy = Policy(least_degree=min(64, degree))
-    members = {name: Member(one, roster, policy=policy) for name, one in people.items()}
-    coordinator = Coordinator(members["coordinator"], Journal(), "benchmark")
+    roster = PinnedKeys({name: one.key.public_key() for name, one in people.items()})
+    policy = SecureSumPolicy(least_degree=min(64, degree))
+    members = {name: Participant(one, roster, policy=policy) for name, one in people.items()}
+    coordinator = Coordinator(members["coordinator"], RoundJournal(), "benchmark")
     coordinator.start({"w": np.zeros(parameters, np.float32)})
-    parties = {name: RoundClient(members[name], Journal(), {"drawn": Drawn(n)}) for n, name in enumerate(names)}
+    parties = {name: RoundClient(members[name], RoundJournal(), {"drawn": Drawn(n)}) for n, name in enumerate(names)}
     gone = set(names[: int(vanish * clients)])
-    transport, carried = Losing(parties, gone, coordinator), Carried()
-    plan = Plan("drawn", names, Rules(most_examples=1), degree=degree, stage_s=0, length_s=86_400)
+    transport, carried = Losing(parties, gone, coordinator), TransferStats()
+    plan = RoundPlan("drawn", names, UpdateRules(most_examples=1), degree=degree, stage_s=0, length_s=86_400)
     begin, begin_cpu = time.perf_counter(), time.process_time()
     ended = run_round(coordinator, transport, plan, carried)
     wall_s, cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu

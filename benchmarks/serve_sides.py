@@ -80,13 +80,13 @@ class Ours(Side):
 
     def submit(self, stream: Stream, tokens: int) -> str:
         """Queue a reply; returns its id."""
-        from sartor.inference.engine import BASE, Call, Sampling
+        from sartor.inference.engine import BASE, GenerateCall, Sampling
 
         number, prompt = stream
         self.calls += 1
         text = self.chat.tokenizer.decode(prompt)
         adapter = BASE if number < 0 else str(number)
-        self.engine.submit(Call(id=str(self.calls), adapter=adapter, text=text, sampling=Sampling(max_tokens=tokens)))
+        self.engine.submit(GenerateCall(id=str(self.calls), adapter=adapter, text=text, sampling=Sampling(max_tokens=tokens)))
         return str(self.calls)
 
     def run(self, streams: Sequence[Stream], tokens: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def write_starter(layers: int) -> None:
         tiny.write_base(part, texts=texts, num_hidden_layers=layers, max_position_embeddings=CONTEXT)
         return {"derived_from": "smallest"}
 
-    loading.make_once(ref.path, ref.digest, fill)
+    loading.convert_once(ref.path, ref.digest, fill)
 
 
 def write(name: str) -> None:
@@ -79,7 +79,7 @@ def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _starter_file(folder: Path) -> None:
     """The tiny base as the GGUF file that the real starter is converted from, in F32."""
     base = open_base(STARTER, bits=32, device=torch.device("cpu"))
-    about = gguf_writer.About("tiny", "1", "Apache-2.0", base.chat.template)
+    about = gguf_writer.GgufMetadata("tiny", "1", "Apache-2.0", base.chat.template)
     out = folder / assets.entry(STARTER).paths[0]
     out.parent.mkdir(parents=True)
     tokens = gguf_writer.from_chat(base.chat, base.model.config.vocab_size)
@@ -164,7 +164,7 @@ def _whisper(folder: Path) -> None:
         tiny_towers.tiny_whisper(part)
         return {"derived_from": "smallest"}
 
-    loading.make_once(ref.path, ref.digest, fill)
+    loading.convert_once(ref.path, ref.digest, fill)
 
 
 def _prompts(folder: Path) -> None:

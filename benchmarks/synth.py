@@ -35,9 +35,9 @@ from results import print_result
 from synth_rows import PLANTS, SETS
 
 import sartor  # noqa: F401  (offers the encoders)
-from sartor.core.encoder_registry import offer, open_encoder
+from sartor.core.encoder_registry import open_encoder, register_encoder
 from sartor.core.records import digest
-from sartor.synthesize.validate.samples import Sides
+from sartor.synthesize.validate.samples import ValidationSamples
 from sartor.synthesize.validate.types import ValidateOptions
 from sartor.synthesize.validate.validation import verdicts
 from sartor.text.encoders import prompt_text
@@ -59,7 +59,7 @@ class Case:
     name: str
     plant: str
     seed: int
-    sides: Sides
+    sides: ValidationSamples
 
 
 class Remembered:
@@ -97,7 +97,7 @@ def failures(asked: argparse.Namespace) -> list[tuple[Case, list[str]]]:
     for name in SETS:
         cases = cases_of(name, asked)
         remembered = Remembered(asked.encoder, cases)
-        offer(remembered.name, lambda known=remembered: known)  # type: ignore[misc]
+        register_encoder(remembered.name, lambda known=remembered: known)  # type: ignore[misc]
         for case in cases:
             how = ValidateOptions(encoder=remembered.name, permutations=asked.permutations, seed=case.seed)
             found.append((case, [test.name for test in verdicts(case.sides, how) if test.verdict == "fail"]))

@@ -42,7 +42,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.records import Example
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate.audit import audit as run
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import BiasLimits
 from sartor.text.demographics.group_terms import groups, lexicon
@@ -162,9 +162,9 @@ class Bench:
         """What the audit says of the adapter, asked the held-out rows, and the gate's check of it."""
         _, asked = self.rows_of(seed, planted=False)
         base, model = open_tuned(adapter)
-        sides = Sides(base, model, self.folder)
+        sides = ModelPair(base, model, self.folder)
         # the words of the audit's own templates are unknown to the tiny base: here it is asked the user's prompts alone
-        bias = run.audit_bias(sides, asked, run.Options(label=".", templates=not self.is_tiny))
+        bias = run.audit_bias(sides, asked, run.AuditOptions(label=".", templates=not self.is_tiny))
         limits = RULES["bias"] | ({"kinds": ("names",)} if self.is_tiny else {})
         check = verdicts.judge_bias(bias, BiasLimits(**limits))
         gaps = [one["gap"][0] for one in bias["own"]["findings"] if one["kind"] == "names" and one["group"] in PLANTED]

@@ -18,7 +18,7 @@ from pathlib import Path
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 from sartor.demo import home_intents
-from sartor.synthesize.validate.samples import Sides
+from sartor.synthesize.validate.samples import ValidationSamples
 from sartor.text.demographics import group_terms
 
 SETS = ("commands", "chat", "faq_sv", "faq_en", "loans", "loans_text")
@@ -150,9 +150,9 @@ def split(rows: list[Row], most: int, seed: int) -> tuple[list[Row], list[Row], 
     return parts
 
 
-def sides(synthetic: list[Row], real: list[Row], seeds: list[Row]) -> Sides:
+def sides(synthetic: list[Row], real: list[Row], seeds: list[Row]) -> ValidationSamples:
     """As `validate` takes them."""
-    return Sides(*([one.example for one in part] for part in (synthetic, real, seeds)))
+    return ValidationSamples(*([one.example for one in part] for part in (synthetic, real, seeds)))
 
 
 # plants: (rows that are like reality, how many are wanted, seeds, rng) -> rows with the fault

@@ -35,7 +35,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from sartor.core import assets
 from sartor.media.audio import read_sound
 from sartor.models import whisper_conversion
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 from sartor.models.towers import audio_towers
 from sartor.models.towers.audio_towers import SpeechToText, open_speech_to_text
 
@@ -108,7 +108,7 @@ def by_short_windows(speech: SpeechToText, sounds: Sequence[Any], after_s: float
         features = -(-len(piece) // (prepare.hop_length * audio_towers.STRIDE))
         whole = encoder(heard).last_hidden_state[:, :features]
         alike.append(torch.nn.functional.cosine_similarity(whole, states[:, :features], dim=-1).mean())
-        with quiet():
+        with quiet_transformers():
             tokens = speech.model.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 do_sample=False,

@@ -51,7 +51,7 @@ class Seeing:
             folder.mkdir()
             base = open_base(str(self.base), bits=32, device=CPU)
             names = {kind: str(self.towers[kind]) for kind in kinds}
-            made = composed_model.compose(base, composed_model.open_towers(names, CPU, lambda line: None), seed=seed)
+            made = composed_model.compose_base(base, composed_model.open_towers(names, CPU, lambda line: None), seed=seed)
             assert isinstance(made.media, composed_model.ComposedMedia)
             composed_model.write_projectors(made.media, folder)
         return folder / composed_model.FILE

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 _WORDS = "the sky is blue what colour system user assistant tool call think name arguments model im start end INST it on"
 WORDS = _WORDS.split()
@@ -144,8 +144,8 @@ class Family:
     takes_tools: bool = True
 
     @cache
-    def chat(self) -> Chat:
-        return Chat(self.tokenizer())
+    def chat(self) -> ChatTokenizer:
+        return ChatTokenizer(self.tokenizer())
 
     def tokenizer(self) -> Any:
         fast = PreTrainedTokenizerFast(tokenizer_object=self.make(), eos_token=self.eos, pad_token="<|pad|>")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sartor.inference.engine import Call, Engine, Failed, Piece
+from sartor.inference.engine import Engine, GenerateCall, ReplyFailed, TextDelta
 
 
-def replies(engine: Engine, asked: Sequence[Call]) -> dict[str, str]:
+def replies(engine: Engine, asked: Sequence[GenerateCall]) -> dict[str, str]:
     """The text of each call by its id; of one that failed, the kind of its failure in angle brackets."""
     for call in asked:
         engine.submit(call)
     said = {call.id: "" for call in asked}
     while engine.busy:
         for event in engine.step():
-            if isinstance(event, Piece):
+            if isinstance(event, TextDelta):
                 said[event.call] += event.text
-            elif isinstance(event, Failed):
+            elif isinstance(event, ReplyFailed):
                 said[event.call] = f"<{event.kind}>"
     return said

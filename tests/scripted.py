@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import InputError, ModelError
-from sartor.inference.engine import About, Call, Done, Event, Failed, Piece, Vector
+from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta, TextEmbedding
 from sartor.serving import team_config as teams
 from sartor.serving.workers import worker_main
 
@@ -32,22 +32,22 @@ _GROWTH_BYTES = 8 << 20
 def team(step_s: float = 0.002, rows: int = 4, open_s: float = 0.0, **changes: Any) -> teams.Team:
     """A team of it. The base's name says how long a step takes, its digest, and how long the engine takes to open."""
     quick = {"backoff_s": 0.01, "backoff_most_s": 0.05, "start_s": 20.0, "hang_s": 2.0, "restarts": 100}
-    workers = teams.Workers(**{**quick, **changes.pop("workers", {})})
-    return teams.Team(base=f"{step_s} digest {open_s}", engine=teams.Local(rows=rows), workers=workers, **changes)
+    workers = teams.WorkerOptions(**{**quick, **changes.pop("workers", {})})
+    return teams.Team(base=f"{step_s} digest {open_s}", engine=teams.LocalEngineOptions(rows=rows), workers=workers, **changes)
 
 
-def prompt_of(call: Call) -> str:
+def prompt_of(call: GenerateCall) -> str:
     """What it asks."""
     return call.text or str(call.messages[-1]["content"])
 
 
-def asked_by(call: Call) -> str:
+def asked_by(call: GenerateCall) -> str:
     """What its reply is about."""
     said = f"{call.adapter} {prompt_of(call)} {call.sampling.seed}"
     return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
-def reply_of(call: Call) -> str:
+def reply_of(call: GenerateCall) -> str:
     """Its whole reply: as many tokens as it may have."""
     return "".join(f"{asked_by(call)}-{place} " for place in range(call.sampling.max_tokens))
 
@@ -61,7 +61,7 @@ def adapter(folder: Path, behaviour: str = "ok") -> Path:
 
 @dataclass
 class _Row:
-    call: Call
+    call: GenerateCall
     behaviour: str
     asked: str
     said: int = 0
@@ -77,7 +77,7 @@ class Scripted:
         self._rows: list[_Row] = []
         self._cancelled: set[str] = set()
         self._adapters: dict[str, str] = {}
-        self.about = About("scripted", "scripted", digest, "template", context_tokens=4096, rows=rows, device="cpu")
+        self.about = EngineInfo("scripted", "scripted", digest, "template", context_tokens=4096, rows=rows, device="cpu")
 
     @property
     def busy(self) -> bool:
@@ -95,7 +95,7 @@ class Scripted:
     def detach(self, adapter: str) -> None:
         self._adapters.pop(adapter, None)
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: GenerateCall) -> None:
         if "REFUSED" in prompt_of(call):
             raise InputError("the prompt is refused", "another prompt")
         if "BUG" in prompt_of(call):
@@ -115,20 +115,20 @@ class Scripted:
         self._rows += self._waiting[:free]
         del self._waiting[:free]
         events = [event for row in [*self._rows, *self._waiting] for event in self._next(row)]
-        ended = {event.call for event in events if not isinstance(event, Piece)}
+        ended = {event.call for event in events if not isinstance(event, TextDelta)}
         self._rows = [row for row in self._rows if row.call.id not in ended]
         self._waiting = [row for row in self._waiting if row.call.id not in ended]
         self._cancelled -= ended
         return events
 
-    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+    def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         for text in texts:
             if "DIE" in text:
                 _misbehave("DIE")
             for _ in range(text.count("SLOW")):
                 time.sleep(0.01)
                 yield None
-            yield Vector([1.0, float(len(text))], len(text))
+            yield TextEmbedding([1.0, float(len(text))], len(text))
 
     def close(self) -> None:
         self._rows.clear()
@@ -136,7 +136,7 @@ class Scripted:
     def _next(self, row: _Row) -> list[Event]:
         call, prompt = row.call, prompt_of(row.call)
         if call.id in self._cancelled:
-            return [Done(call.id, "cancelled", 1, row.said)]
+            return [ReplyDone(call.id, "cancelled", 1, row.said)]
         if row not in self._rows:
             return []
         if row.behaviour == "poison" or "DIE0" in prompt:
@@ -145,15 +145,15 @@ class Scripted:
             row.grown.append(bytearray(os.urandom(1024) * (_GROWTH_BYTES // 1024)))
         if row.said == BAD_AT:
             if row.behaviour == "nan" or "NAN" in prompt:
-                return [Failed(call.id, "ModelError", "a logit is not finite", "another adapter")]
+                return [ReplyFailed(call.id, "ModelError", "a logit is not finite", "another adapter")]
             for word in ("DIE", "HANG", "WAIT"):
                 if word in prompt:
                     _misbehave(word)
         row.said += 1
-        piece = Piece(call.id, f"{row.asked}-{row.said - 1} ", 1)
+        piece = TextDelta(call.id, f"{row.asked}-{row.said - 1} ", 1)
         if row.said < call.sampling.max_tokens:
             return [piece]
-        return [piece, Done(call.id, "length", len(prompt.split()), row.said)]
+        return [piece, ReplyDone(call.id, "length", len(prompt.split()), row.said)]
 
 
 def _misbehave(how: str) -> None:

@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.records import Drop, Example
-from sartor.curate.sources.chunk_reader import read, unit_of_json
-from sartor.curate.sources.planner import Plan, plan
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.chunk_reader import read_chunk, unit_of_json
+from sartor.curate.sources.planner import ReadPlan, plan_reading
+from sartor.curate.sources.types import SourceOptions
 
 
 class Rows:
     """Examples and Drops of some sources, the plan and the notes."""
 
-    def __init__(self, media: Path, *sources: Source | str | Path, most: int = 4 << 20, strict: bool = False) -> None:
-        declared = [source if isinstance(source, Source) else Source(str(source), licence="MIT") for source in sources]
-        self.plan: Plan = plan(declared, most)
+    def __init__(self, media: Path, *sources: SourceOptions | str | Path, most: int = 4 << 20, strict: bool = False) -> None:
+        declared = [
+            source if isinstance(source, SourceOptions) else SourceOptions(str(source), licence="MIT") for source in sources
+        ]
+        self.plan: ReadPlan = plan_reading(declared, most)
         self.notes: Counter[tuple[str, str]] = Counter()
         self.media = media
         self.all: list[Example | Drop] = []
         for unit in self.plan.units:
             travelled = unit_of_json(json.loads(json.dumps(unit.as_json())))
             assert travelled == unit and travelled.digest == unit.digest
-            self.all += read(travelled, declared[unit.source], media, strict, self.notes)
+            self.all += read_chunk(travelled, declared[unit.source], media, strict, self.notes)
         self.kept = [row for row in self.all if isinstance(row, Example)]
         self.drops = [row for row in self.all if isinstance(row, Drop)]
 

@@ -25,8 +25,8 @@ import sartor
 from sartor.cli import main
 from sartor.core import model_refs
 from sartor.core.filesystem import file_digest
-from sartor.federate.rounds.round_journal import Journal
-from sartor.serving.api_keys import Keys
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.team_config import load
 from sartor.tune.checkpoint import open_checkpoint
 
@@ -209,13 +209,13 @@ def test_an_old_release_is_exported(form: str, frozen: Path, run: Shell) -> None
 @pytest.mark.services
 def test_an_old_gguf_export_answers_by_llama_cpp(frozen: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
-    from sartor.edge.runtime.device_runtime import opened
-    from sartor.inference.engine import BASE, Call, Piece, Sampling
+    from sartor.edge.runtime.device_runtime import open_runtime
+    from sartor.inference.engine import BASE, GenerateCall, Sampling, TextDelta
 
-    call = Call("a", BASE, ({"role": "user", "content": make.QUESTION},), sampling=Sampling(max_tokens=24))
-    with opened(frozen / "export-gguf") as (runtime, _):
+    call = GenerateCall("a", BASE, ({"role": "user", "content": make.QUESTION},), sampling=Sampling(max_tokens=24))
+    with open_runtime(frozen / "export-gguf") as (runtime, _):
         [events] = runtime.answer([call])
-    reply = "".join(event.text for event in events if isinstance(event, Piece))
+    reply = "".join(event.text for event in events if isinstance(event, TextDelta))
     assert reply == FACTS["adapters"]["1.0"]["reply"]
 
 
@@ -310,7 +310,7 @@ def test_a_registry_is_read(frozen: Path, run: Shell) -> None:
     secrets = FACTS["team"]["keys"]
     states = {name: keys[secret.split("-")[1]] for name, secret in secrets.items()}
     assert states == {"agent": "valid", "revoked": "revoked", "admin": "valid"}
-    with closing(Keys.of(load(frozen / "team.yaml"))) as door:
+    with closing(ApiKeyStore.of(load(frozen / "team.yaml"))) as door:
         opened = door.admit(secrets["agent"])
         assert opened.opens("lights") and not opened.opens("base") and door.admit(secrets["admin"]).is_admin
         with pytest.raises(sartor.SartorError, match="is revoked"):
@@ -427,7 +427,7 @@ def test_a_person_goes_on_teaching(frozen: Path, run: Shell) -> None:
 
 
 def test_a_journal_of_a_killed_federation_is_read(frozen: Path) -> None:
-    with Journal(frozen / "federated" / "adapter.rounds" / "coordinator.sqlite") as journal:
+    with RoundJournal(frozen / "federated" / "adapter.rounds" / "coordinator.sqlite") as journal:
         assert [(kept.number, kept.state) for kept in journal.rounds("simulation")] == [(1, "done")]
 
 

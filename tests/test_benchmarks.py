@@ -79,15 +79,15 @@ def test_ratios_are_medians_of_pairs() -> None:
 def test_a_homes_schema_takes_every_right_reply_and_no_room_that_is_not_there() -> None:
     import collaborate
 
-    from sartor.serving.plans.step_messages import wrong_in
+    from sartor.serving.plans.step_messages import schema_errors
 
     timer = {"messages": [{"content": '{"intent":"HassStartTimer","name":"pizza","hours":2}'}]}
     rows = [*collaborate.made_rows(quick=True), timer]
     schema = collaborate.schema_of(rows)
-    assert not any(wrong_in(json.loads(row["messages"][-1]["content"]), schema) for row in rows)
-    assert not wrong_in({"intent": "HassStartTimer", "name": "tea", "hours": 3}, schema)
+    assert not any(schema_errors(json.loads(row["messages"][-1]["content"]), schema) for row in rows)
+    assert not schema_errors({"intent": "HassStartTimer", "name": "tea", "hours": 3}, schema)
     for wrong in ({"intent": "HassTurnOn", "area": "cellar"}, {"intent": "HassTurnUp"}, {"intent": "HassTurnOn", "hours": 2}):
-        assert wrong_in(wrong, schema)
+        assert schema_errors(wrong, schema)
 
 
 def test_a_served_ratio_is_the_median_of_rounds_and_a_peer_is_its_faster_form() -> None:

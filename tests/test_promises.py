@@ -157,10 +157,10 @@ def error_texts() -> Iterator[tuple[str, str]]:
 
 
 def needed() -> Iterator[tuple[str, str, str]]:
-    """(file:line, package, extra) of every `need(...)`: the remedy names the extra, or else the package."""
+    """(file:line, package, extra) of every `missing_package(...)`: the remedy names the extra, or else the package."""
     for name, tree in trees().items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "need":
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "missing_package":
                 words = [argument.value if isinstance(argument, ast.Constant) else "" for argument in node.args]
                 yield f"{name}:{node.lineno}", words[0], words[1] if len(words) > 1 else ""
 

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from sartor.models import whisper_conversion
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 
 RATE = 16_000
 WINDOW_S, HOP = 2, 160  # of the tiny Whisper
@@ -20,7 +20,7 @@ CARD = "---\nlicense: mit\n---\n"
 
 
 def save(path: Path, *parts: Any) -> Path:
-    with quiet():
+    with quiet_transformers():
         for part in parts:
             part.save_pretrained(str(path))
     (path / "README.md").write_text(CARD)

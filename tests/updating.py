@@ -19,10 +19,10 @@ import pytest
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
-from sartor.edge.store.release_store import Store
-from sartor.edge.update.downloader import Limits
+from sartor.edge.store.release_store import ReleaseStore
+from sartor.edge.update.downloader import DownloadLimits
 
-QUICK = Limits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
+QUICK = DownloadLimits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
@@ -169,7 +169,7 @@ class World:
     key: Path
     keys: Path
     repository: Path
-    store: Store
+    store: ReleaseStore
     device: Path
 
     @property
@@ -203,5 +203,5 @@ def world(published: Path, tmp_path: Path) -> World:
     """A copy of `published`, and a device that never synced."""
     for name in ("signer", "keys", "repository"):
         shutil.copytree(published / name, tmp_path / name)
-    store = Store(tmp_path / "store")
+    store = ReleaseStore(tmp_path / "store")
     return World(tmp_path, tmp_path / "signer", tmp_path / "keys", tmp_path / "repository", store, tmp_path / "device")

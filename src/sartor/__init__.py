@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sartor.core.encoder_registry import offer, offer_directories
-from sartor.core.lazy_import import load
+from sartor.core.encoder_registry import register_encoder, register_encoder_directory
+from sartor.core.lazy_import import import_module
 from sartor.synthesize.teacher import offer_local, offer_speech
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ _NAMES = {
     "edge_withdraw": "sartor.edge.publisher_commands:withdraw",
     "evaluate": "sartor.evaluate",
     "export": "sartor.release.export.export:export",
-    "federate_client": "sartor.federate.flower.flower_client:take_part",
+    "federate_client": "sartor.federate.flower.flower_client:join_rounds",
     "federate_coordinator": "sartor.federate.flower.flower_coordinator:coordinate",
     "federate_keygen": "sartor.federate.secure.identities:keygen",
     "federate_simulate": "sartor.federate.tuning.simulation:simulate",
@@ -117,16 +117,16 @@ _NAMES = {
     "CoordinatorOptions": "sartor.federate.flower.flower_coordinator:CoordinatorOptions",
     "DedupOptions": "sartor.curate.dedup.dedup_files:DedupOptions",
     "CurateRecipe": "sartor.curate.recipe:CurateRecipe",
-    "DeviceBudget": "sartor.edge.tuning.budgeted_tuning:Budget",
+    "DeviceBudget": "sartor.edge.tuning.budgeted_tuning:DeviceBudget",
     "DeviceOptions": "sartor.edge.device_commands:DeviceOptions",
     "Drop": "sartor.core.records:Drop",
     "Example": "sartor.core.records:Example",
-    "EnergyPolicy": "sartor.edge.tuning.energy_policy:Policy",
+    "EnergyPolicy": "sartor.edge.tuning.energy_policy:EnergyPolicy",
     "Expiry": "sartor.edge.update.tuf_roles:Expiry",
-    "ExportOptions": "sartor.release.export.export:Options",
+    "ExportOptions": "sartor.release.export.export:ExportOptions",
     "FederateRecipe": "sartor.federate.recipe:FederateRecipe",
     "FederateShards": "sartor.federate.tuning.client_shards:Shards",
-    "FleetPolicy": "sartor.edge.update.fleet_monitor:Policy",
+    "FleetPolicy": "sartor.edge.update.fleet_monitor:FleetPolicy",
     "GateFile": "sartor.release.gate:GateFile",
     "Message": "sartor.core.records:Message",
     "Opinion": "sartor.curate.review.review_commands:Opinion",
@@ -134,16 +134,16 @@ _NAMES = {
     "Part": "sartor.core.records:Part",
     "PersonalOptions": "sartor.learn.personal_options:PersonalOptions",
     "PersonOptions": "sartor.edge.owner_commands:PersonOptions",
-    "Question": "sartor.serving.commands.ask_types:Question",
+    "Question": "sartor.serving.commands.ask_types:AskPrompt",
     "Recipe": "sartor.tune.recipe:Recipe",
-    "ReviewRule": "sartor.curate.review.review_store:Rule",
+    "ReviewRule": "sartor.curate.review.review_store:ReviewPolicy",
     "Sampling": "sartor.inference.engine:Sampling",
     "SartorError": "sartor.core.errors:SartorError",
     "SynthesizeRecipe": "sartor.synthesize.recipe:SynthesizeRecipe",
     "Team": "sartor.serving.team_config:Team",
     "ValidateOptions": "sartor.synthesize.validate.types:ValidateOptions",
     "Waiver": "sartor.release.release:Waiver",
-    "Wishes": "sartor.learn.run_record:Wishes",
+    "Wishes": "sartor.learn.run_record:RetrainOptions",
     # what is known of them
     "assets": "sartor.core.assets:entries",
     "describe_steps": "sartor.curate.steps:lines",
@@ -158,20 +158,23 @@ _NAMES = {
 }
 
 # what `curate` may ask texts to be turned into vectors with
-offer("tfidf", lambda: load("sartor.text.encoders").Tfidf())
-offer("minilm", lambda: load("sartor.models.sentence_encoder").MiniLM())
-offer_directories(
-    lambda path: load("sartor.text.encoders").fits(path),
-    lambda path: load("sartor.text.encoders").StaticEncoder(path),
+register_encoder("tfidf", lambda: import_module("sartor.text.encoders").Tfidf())
+register_encoder("minilm", lambda: import_module("sartor.models.sentence_encoder").MiniLM())
+register_encoder_directory(
+    lambda path: import_module("sartor.text.encoders").fits(path),
+    lambda path: import_module("sartor.text.encoders").StaticEncoder(path),
 )
-offer_directories(
-    lambda path: (path / "config.json").is_file(), lambda path: load("sartor.models.sentence_encoder").SentenceEncoder(path)
+register_encoder_directory(
+    lambda path: (path / "config.json").is_file(),
+    lambda path: import_module("sartor.models.sentence_encoder").SentenceEncoder(path),
 )
 
 # who writes synthetic rows on this machine, and who speaks them
-offer_local(lambda base, at_once, notice: load("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice))
+offer_local(lambda base, at_once, notice: import_module("sartor.synthesize.local_teacher").LocalTeacher(base, at_once, notice))
 offer_speech(
-    lambda texts, voice, speed, folder: load("sartor.media.speech.batch_synthesis").said_files(texts, voice, speed, folder)
+    lambda texts, voice, speed, folder: import_module("sartor.media.speech.batch_synthesis").said_files(
+        texts, voice, speed, folder
+    )
 )
 
 __all__ = sorted(_NAMES)  # noqa: PLE0605
@@ -181,7 +184,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'sartor' has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    found = load(module)
+    found = import_module(module)
     return getattr(found, attribute) if attribute else found
 
 

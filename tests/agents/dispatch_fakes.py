@@ -12,12 +12,12 @@ import pytest
 
 from sartor.core import database
 from sartor.core.errors import AdmissionError, ModelError, SartorError, UnavailableError
-from sartor.inference.engine import About, Call, Done, Event, Failed, Piece
-from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import Team
-from sartor.serving.types import Embedded, Given, Request, Route
+from sartor.serving.types import AgentRequest, EmbeddingResult, FinishedReply, RoutingDecision
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeEvents:
     """Three pieces and the end; `slow` lets other tasks run before each."""
 
-    def __init__(self, crew: FakeCrew, call: Call, said: str, finish: Event) -> None:
+    def __init__(self, crew: FakeCrew, call: GenerateCall, said: str, finish: Event) -> None:
         self._crew, self._call = crew, call
-        self._events: list[Event] = [*(Piece(call.id, part, 1) for part in (said[:2], said[2:4], said[4:]) if part), finish]
+        self._events: list[Event] = [*(TextDelta(call.id, part, 1) for part in (said[:2], said[2:4], said[4:]) if part), finish]
         self.closed = False
 
     def __aiter__(self) -> FakeEvents:
@@ -63,7 +63,7 @@ class FakeCrew:
         self.unloadable: set[str] = set()
         self.faults: dict[str, SartorError | str] = {}
         self.replies: dict[str, str] = {}
-        self.calls: list[Call] = []
+        self.calls: list[GenerateCall] = []
         self.cancelled: list[str] = []
         self.lost: list[str] = []
         self.live: dict[str, int] = {}
@@ -74,8 +74,8 @@ class FakeCrew:
         self.rows = 16
 
     @property
-    def about(self) -> About:
-        return About("fake", "tiny", "b" * 64, "t" * 64, 512, self.rows)
+    def about(self) -> EngineInfo:
+        return EngineInfo("fake", "tiny", "b" * 64, "t" * 64, 512, self.rows)
 
     async def attach(self, adapter: str, path: Path) -> None:
         await asyncio.sleep(0)
@@ -88,7 +88,7 @@ class FakeCrew:
         await asyncio.sleep(0)
         self.attached.pop(adapter, None)
 
-    async def reply(self, call: Call, agent: str, deadline_s: float) -> AsyncIterator[Event]:
+    async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
         self.calls.append(call)
         await asyncio.sleep(0)
         if self.breakers.get(agent):
@@ -100,11 +100,11 @@ class FakeCrew:
         if isinstance(fault, SartorError):
             raise fault
         self.live[call.adapter] = self.live.get(call.adapter, 0) + 1
-        end = Failed(call.id, fault, "broke", "mend") if fault else Done(call.id, "stop", 5, 3)
+        end = ReplyFailed(call.id, fault, "broke", "mend") if fault else ReplyDone(call.id, "stop", 5, 3)
         return FakeEvents(self, call, self.replies.get(call.adapter, f"by {call.adapter or 'base'}"), end)
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
-        return Embedded([[1.0] for _ in texts])
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
+        return EmbeddingResult([[1.0] for _ in texts])
 
     async def renew(self) -> None:
         await asyncio.sleep(0)
@@ -129,29 +129,29 @@ class FakeRouter:
     async def learn(self, releases: Mapping[str, Path]) -> None:
         self.learnt.append(dict(releases))
 
-    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Any) -> Route:
+    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Any) -> RoutingDecision:
         if self.error:
             raise self.error
-        return Route(self.chosen, self.reason or f"nearest to {self.chosen}", {self.chosen: 0.9})
+        return RoutingDecision(self.chosen, self.reason or f"nearest to {self.chosen}", {self.chosen: 0.9})
 
 
 class FakeReceipts:
     def __init__(self, error: Exception | None = None) -> None:
-        self.kept: list[Given] = []
+        self.kept: list[FinishedReply] = []
         self.error = error
 
-    def write(self, given: Given) -> None:
+    def write(self, given: FinishedReply) -> None:
         if self.error:
             raise self.error
         self.kept.append(given)
 
 
-def version(agent: str, number: str, **facts: Any) -> Version:
+def version(agent: str, number: str, **facts: Any) -> AgentVersion:
     """The version that `admit` finds at `/releases/AGENT-NUMBER`."""
-    return Version(agent, number, f"/releases/{agent}-{number}", f"id-{agent}-{number}", f"{agent}-{number}", facts)
+    return AgentVersion(agent, number, f"/releases/{agent}-{number}", f"id-{agent}-{number}", f"{agent}-{number}", facts)
 
 
-async def admit(path: Path, name: str) -> Version:
+async def admit(path: Path, name: str) -> AgentVersion:
     """By the path's last part; `bad-...` is refused."""
     agent, _, number = path.name.rpartition("-")
     if agent.startswith("bad") or number == "bad":
@@ -167,7 +167,7 @@ def sqlite_url(state: Path) -> str:
     return Team(base="tiny", state=str(state)).registry_url
 
 
-def registry(tmp_path: Path, *versions: Version) -> Registry:
+def registry(tmp_path: Path, *versions: AgentVersion) -> Registry:
     """A registry that has these; the first version of each agent is live."""
     opened = Registry.open(team(tmp_path).registry_url)
     for one in versions:
@@ -177,7 +177,7 @@ def registry(tmp_path: Path, *versions: Version) -> Registry:
 
 @asynccontextmanager
 async def dispatching(made: Team, crew: FakeCrew, of: Registry, **options: Any) -> Any:
-    dispatch = Dispatch(made, crew, of, options.pop("admit", admit), **options)
+    dispatch = Dispatcher(made, crew, of, options.pop("admit", admit), **options)
     await dispatch.start()
     try:
         yield dispatch
@@ -186,16 +186,16 @@ async def dispatching(made: Team, crew: FakeCrew, of: Registry, **options: Any) 
         of.close()
 
 
-def asked(model: str, text: str = "hello", **options: Any) -> Request:
-    return Request(model, ({"role": "user", "content": text},), **options)
+def asked(model: str, text: str = "hello", **options: Any) -> AgentRequest:
+    return AgentRequest(model, ({"role": "user", "content": text},), **options)
 
 
-async def said(dispatch: Dispatch, request: Request) -> tuple[str, str, Event]:
+async def said(dispatch: Dispatcher, request: AgentRequest) -> tuple[str, str, Event]:
     """(agent, text, last event) of a reply."""
     answer = await dispatch.open(request)
     text = ""
     async for event in answer.events:
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             text += event.text
     return answer.agent, text, event
 

@@ -9,12 +9,12 @@ import pytest
 
 import sartor
 from conftest import ROWS, write_jsonl
-from sartor.core.records import Feedback, Voice
+from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.evaluate.audit import probes
 from sartor.serving.admission import admission
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
-from sartor.serving.registry.user_versions import person_of
+from sartor.serving.registry.user_versions import user_digest
 
 CANARY = "xyzzy-plugh-71b3 lives in Porlock"
 
@@ -30,7 +30,7 @@ def team(tmp_path: Path, adapter: Path, tiny_base: Path, monkeypatch: pytest.Mon
     ]
     monkeypatch.setattr(probes, "chitchat_rows", lambda: rows)
     # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    monkeypatch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
     sartor.keygen(tmp_path / "keys", trust=True)
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
     sartor.evaluate(adapter)
@@ -50,19 +50,19 @@ def state_of(team: Path) -> Path:
 
 
 def person(team: Path, user: str = "ada") -> str:
-    return person_of(user, team_digest(state_of(team)))
+    return user_digest(user, team_digest(state_of(team)))
 
 
 def say(team: Path, user: str = "ada", rows: list[dict[str, Any]] = ROWS, canary: str = CANARY, key: str = "") -> None:
     """Corrections of a user to replies of `switch`: every word in capitals; the first holds the canary."""
-    inbox = Inbox(state_of(team) / "inbox")
+    inbox = FeedbackStore(state_of(team) / "inbox")
     for place, row in enumerate(rows):
         prompt, reply = row["messages"]
         correction = f"{reply['content'].upper()}{f' {canary}' if not place else ''}"
         inbox.add(
             Feedback(
                 f"{person(team, user)[:8]}{place:024x}", "switch@1.0", "2026-11-20T10:00:00Z", correction=correction, messages=(prompt,),
-                reply=reply["content"], by=Voice(key, person(team, user), "given"),
+                reply=reply["content"], by=FeedbackAuthor(key, person(team, user), "given"),
             )
         )  # fmt: skip
 

@@ -15,21 +15,21 @@ from typing import Any
 import httpx
 
 from sartor.core.errors import AdmissionError, BusyError, ConflictError, KeyRefusedError, SartorError, UnknownAgentError
-from sartor.inference.engine import About, Done, Event, Failed, Logprob, Piece
-from sartor.serving.api_keys import Opened
-from sartor.serving.http.request_log import Journal
-from sartor.serving.http.server import Server, bind
-from sartor.serving.http.services import House
-from sartor.serving.team_config import Http, Limits, Team
-from sartor.serving.types import Answer, Embedded, Listed, Request
+from sartor.inference.engine import EngineInfo, Event, Logprob, ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.api_keys import Principal
+from sartor.serving.http.request_log import RequestLog
+from sartor.serving.http.server import HttpServer, bind
+from sartor.serving.http.services import Services
+from sartor.serving.team_config import Http, RequestLimits, Team
+from sartor.serving.types import AgentListing, AgentReply, AgentRequest, EmbeddingResult
 
-ABOUT = About("local", "tiny", "b" * 64, "t" * 64, 512, 4)
+ABOUT = EngineInfo("local", "tiny", "b" * 64, "t" * 64, 512, 4)
 CUT_BEYOND = 1000  # characters of a text, by the crew's encoder
 KEYS = {
-    "key-faq": Opened("k1", frozenset({"faq", "auto"}), False),
-    "key-all": Opened("k2", None, False),
-    "key-admin": Opened("k3", frozenset(), True),
-    "key-both": Opened("k4", None, True),
+    "key-faq": Principal("k1", frozenset({"faq", "auto"}), False),
+    "key-all": Principal("k2", None, False),
+    "key-admin": Principal("k3", frozenset(), True),
+    "key-both": Principal("k4", None, True),
 }
 
 
@@ -42,15 +42,15 @@ class Replies:
     """
 
     text: str = "the sky is blue"
-    asked: list[Request] = field(default_factory=list)
+    asked: list[AgentRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
     fail: SartorError | Exception | None = None
     ends_with: Event | None = None
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[TextDelta] = ()
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         self.asked.append(request)
         receipt = f"r{len(self.asked)}"
         await asyncio.sleep(0)
@@ -58,9 +58,9 @@ class Replies:
             raise self.fail
         name = "faq" if request.model == "auto" else request.model
         version = "base@" + ABOUT.base_digest[:12] if name == "base" else name if "@" in name else f"{name}@1.0"
-        return Answer(version, "asked by näme\nand more", receipt, self._events(request, receipt))
+        return AgentReply(version, "asked by näme\nand more", receipt, self._events(request, receipt))
 
-    async def _events(self, request: Request, receipt: str) -> AsyncIterator[Event]:
+    async def _events(self, request: AgentRequest, receipt: str) -> AsyncIterator[Event]:
         try:
             for place, piece in enumerate(self.pieces or self._words(request)):
                 if place and self.hold is not None:
@@ -71,35 +71,35 @@ class Replies:
         finally:
             self.closed.append(receipt)
 
-    def _words(self, request: Request) -> list[Piece]:
+    def _words(self, request: AgentRequest) -> list[TextDelta]:
         if request.must_call:
             return []
         text = '{"intent": "on"}' if request.schema else self.text
         words = [word + " " for word in text.split(" ")]
-        return [Piece("c", word, 1, self._logprobs(word, request.top_logprobs)) for word in words]
+        return [TextDelta("c", word, 1, self._logprobs(word, request.top_logprobs)) for word in words]
 
     def _logprobs(self, word: str, top: int) -> tuple[Logprob, ...]:
         likely = ((word, -0.5), ("other", float("-inf")))[: max(top, 0)]
         return (Logprob(word, -0.5, likely),) if top >= 0 else ()
 
-    def _end(self, request: Request, receipt: str) -> Done:
+    def _end(self, request: AgentRequest, receipt: str) -> ReplyDone:
         name = request.tools[0]["function"]["name"] if request.tools else ""
         call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": '{"room": "hall"}'}}
-        return Done("c", "stop", 7, 4, 2, (call, call) if request.must_call else ())
+        return ReplyDone("c", "stop", 7, 4, 2, (call, call) if request.must_call else ())
 
 
 @dataclass
 class Crew:
     """Embeds a text as its length; its workers are in the states that are set."""
 
-    about: About = ABOUT
+    about: EngineInfo = ABOUT
     states: Sequence[str] = ("ready", "ready")
     breaker: str = "closed"
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         await asyncio.sleep(0)
         cut = tuple(place for place, text in enumerate(texts) if len(text) > CUT_BEYOND)
-        return Embedded([[0.0, float(len(text))] for text in texts], sum(map(len, texts)), cut)
+        return EmbeddingResult([[0.0, float(len(text))] for text in texts], sum(map(len, texts)), cut)
 
     def health(self) -> Mapping[str, Any]:
         workers = [
@@ -111,7 +111,7 @@ class Crew:
 
 @dataclass
 class Doors:
-    keys: Mapping[str, Opened] = field(default_factory=dict)
+    keys: Mapping[str, Principal] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:
@@ -121,7 +121,7 @@ class Doors:
     def has_admin(self) -> bool:
         return any(visitor.is_admin for visitor in self.keys.values())
 
-    def admit(self, secret: str) -> Opened:
+    def admit(self, secret: str) -> Principal:
         if secret not in self.keys:
             raise KeyRefusedError("nobody has this key", "sartor agents key NAME")
         return self.keys[secret]
@@ -147,8 +147,8 @@ class Roster:
     live: dict[str, str] = field(default_factory=lambda: {"faq": "1.0", "home": "2.0"})
     heard: list[tuple[str, float]] = field(default_factory=list)
 
-    async def listed(self) -> Sequence[Listed]:
-        return [Listed(name, live, (live, "0.9"), {"state": "serving"}) for name, live in self.live.items()]
+    async def listed(self) -> Sequence[AgentListing]:
+        return [AgentListing(name, live, (live, "0.9"), {"state": "serving"}) for name, live in self.live.items()]
 
     def _expect(self, name: str, expected: str | None) -> None:
         if name not in self.live:
@@ -192,20 +192,20 @@ class Receipts:
         return {"id": receipt, "agent": "base@bb" if name == "base" else f"{name.partition('@')[0]}@1.0"}
 
 
-def house(*, keys: Mapping[str, Opened] | None = None, **parts: Any) -> House:
+def house(*, keys: Mapping[str, Principal] | None = None, **parts: Any) -> Services:
     replies = parts.pop("replies", None) or Replies()
     made = {
         "replies": replies, "crew": Crew(), "doors": Doors(keys or {}), "rates": Rates(), "roster": Roster(),
         "receipts": Receipts(replies),
     }  # fmt: skip
-    return House(**{**made, **parts})
+    return Services(**{**made, **parts})
 
 
 def team(state: Path, **changes: Any) -> Team:
     """A team whose state is in `state`; `limits` and `http` are changes of those."""
     limits, http = changes.pop("limits", {}), changes.pop("http", {})
     return Team(
-        base="tiny", state=str(state), limits=replace(Limits(), **limits), http=replace(Http(port=0), **http), **changes
+        base="tiny", state=str(state), limits=replace(RequestLimits(), **limits), http=replace(Http(port=0), **http), **changes
     )
 
 
@@ -218,7 +218,7 @@ class Log(io.StringIO):
 
 
 @contextlib.contextmanager
-def running(server: Server) -> Iterator[str]:
+def running(server: HttpServer) -> Iterator[str]:
     """The server on a free port, in a thread of its own; yields its address, and drains at the end."""
     address: list[str] = []
     is_ready = threading.Event()
@@ -244,10 +244,10 @@ def running(server: Server) -> Iterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def client(served: House, made: Team, **headers: str) -> AsyncIterator[Client]:
+async def client(served: Services, made: Team, **headers: str) -> AsyncIterator[Client]:
     """A client of the application itself, without a socket; `client.log` holds the journal once it is closed."""
     log = Log()
-    server = Server(served, made, journal=Journal(log))
+    server = HttpServer(served, made, journal=RequestLog(log))
     transport = httpx.ASGITransport(server.asgi)
     try:
         async with Client(transport=transport, base_url="http://127.0.0.1:8440", headers=headers) as opened:
@@ -261,7 +261,7 @@ class Client(httpx.AsyncClient):
     """With the log of the server that it asks."""
 
     log: Log
-    server: Server
+    server: HttpServer
 
 
 def chat(text: str = "hello", **fields: Any) -> dict[str, Any]:
@@ -275,6 +275,6 @@ def events(text: str) -> list[Any]:
     return [*(json.loads(line) for line in lines[:-1]), lines[-1]]
 
 
-def failed(kind: str) -> Failed:
+def failed(kind: str) -> ReplyFailed:
     """An event that tells of an error of that kind."""
-    return Failed("c", kind, "it was too slow", "ask for less")
+    return ReplyFailed("c", kind, "it was too slow", "ask for less")

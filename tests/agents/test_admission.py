@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is 
 import bad_adapters  # noqa: E402, I001
 from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
 from sartor.serving.admission import admission
-from sartor.serving.admission.admission import CHECKS, Ground
+from sartor.serving.admission.admission import CHECKS, AdmissionContext
 from sartor.serving.admission import release_copies, adapter_checks
 from sartor.serving.admission.adapter_checks import LoraConfig, read_config
 from sartor.serving.workers.worker_main import check_digest
@@ -29,9 +29,9 @@ from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
 from sartor.release import canary_prompts
-from sartor.inference.engine import BASE, About, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import BASE, EngineInfo, GenerateCall, ReplyDone, Event, ReplyFailed, TextDelta
 
-Says = Callable[[Call], Sequence[Event]]
+Says = Callable[[GenerateCall], Sequence[Event]]
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +40,13 @@ def maker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 
 @pytest.fixture
-def ground(maker: Maker, tmp_path: Path) -> Ground:
-    about = About("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
-    return Ground(about, maker.base, tmp_path / "state", maker.public)
+def ground(maker: Maker, tmp_path: Path) -> AdmissionContext:
+    about = EngineInfo("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
+    return AdmissionContext(about, maker.base, tmp_path / "state", maker.public)
 
 
 def saying(text: str) -> Says:
-    return lambda call: [Piece(call.id, text, 1), Done(call.id, "stop", 3, 5)]
+    return lambda call: [TextDelta(call.id, text, 1), ReplyDone(call.id, "stop", 3, 5)]
 
 
 class Fake:
@@ -54,9 +54,9 @@ class Fake:
 
     def __init__(self, says: Says = saying("It is blue."), of_base: Says = saying("Hello there.")) -> None:
         self.says, self.of_base = says, of_base
-        self.calls: list[Call] = []
+        self.calls: list[GenerateCall] = []
 
-    def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
+    def __call__(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[Sequence[Event]]:
         check_digest(path, adapter)
         self.path = path
         self.calls += calls
@@ -64,12 +64,12 @@ class Fake:
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker, ground: Ground) -> None:
+def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker, ground: AdmissionContext) -> None:
     bad = CORPUS[name]
     path = maker.bad(name, maker.keys.parent / "releases" / name)
     fake = Fake(saying(bad.says or "It is blue."))
     with pytest.raises((InputError, RefusedError)) as caught:
-        admission.admit_by(path, ground, fake)
+        admission.admit_sync(path, ground, fake)
     assert caught.value.check == bad.check, caught.value
     assert caught.value.remedy and ".part-" not in str(caught.value)
     assert bool(fake.calls) == (bad.check in ("canary", "degenerate", "agreement")), "nothing runs that can be seen without"
@@ -88,11 +88,11 @@ GOOD = {
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_found(
-    name: str, maker: Maker, ground: Ground, tmp_path: Path
+    name: str, maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
     path = maker.good(tmp_path / "good", maker.draft(**GOOD[name]))
     fake = Fake()
-    admitted = admission.admit_by(path, ground, fake)
+    admitted = admission.admit_sync(path, ground, fake)
     assert set(admitted.checks) | {"degenerate", "agreement", "manifest"} == set(CHECKS)
     assert (admitted.name, admitted.version, admitted.system_prompt) == ("specialist", "1.0", "You are brief.")
     assert admitted.path == ground.state / "adapters" / admitted.release and fake.path.parent == admitted.path.parent
@@ -102,14 +102,14 @@ def test_good_ones_of_every_rank_target_and_dtype_are_admitted_and_say_what_was_
 
 @pytest.mark.parametrize("has", [(), ("release.json",), ("signature",)])
 def test_a_directory_that_is_no_release_is_refused_before_it_is_walked(
-    has: tuple[str, ...], ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has: tuple[str, ...], ground: AdmissionContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in has:
         (tmp_path / name).write_text("{}")
     walked, scandir = [], os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: walked.append(path) or scandir(path))
     with pytest.raises(SignatureError, match="no signed Release") as caught:
-        admission.admit_by(tmp_path, ground, Fake())
+        admission.admit_sync(tmp_path, ground, Fake())
     assert caught.value.check == "signature" and tmp_path not in walked and str(tmp_path) not in walked
 
 
@@ -127,8 +127,10 @@ def rewritten(maker: Maker, out: Path, **config: object) -> Path:
         {"init_lora_weights": "gaussian"}, {"revision": "main"}, {"a_method_to_come": None},
     ],
 )  # fmt: skip
-def test_plain_lora_in_any_of_its_spellings_is_admitted(config: dict, maker: Maker, ground: Ground, tmp_path: Path) -> None:
-    assert admission.admit_by(rewritten(maker, tmp_path / "good", **config), ground, Fake()).adapter
+def test_plain_lora_in_any_of_its_spellings_is_admitted(
+    config: dict, maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
+    assert admission.admit_sync(rewritten(maker, tmp_path / "good", **config), ground, Fake()).adapter
 
 
 def test_what_peft_writes_is_read_as_peft_reads_it(tmp_path: Path) -> None:
@@ -172,35 +174,35 @@ def test_the_first_pattern_that_fits_decides_and_a_stabilised_rank_has_its_own_s
     assert lora(is_rank_stabilised=True).scale_of("x") == 4.0
 
 
-def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_the_norm_is_that_of_the_whole_product(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
     draft = maker.draft(targets=("up_proj",), rank=3)
     a, b = (draft.tensors[draft.a().replace("lora_A", f"lora_{letter}")][1].astype(float) for letter in "AB")
     module = draft.a().removeprefix("base_model.model.").removesuffix(".lora_A.weight")
     weight = maker.weights.matrices[module].values()
     wanted = 2 * np.linalg.norm(b @ a) / (2 * 32**0.5)  # the tiny base's own weights are smaller than that
     path = maker.good(tmp_path / "good", draft)
-    said = admission.admit_by(path, ground, Fake()).checks["norms"]
+    said = admission.admit_sync(path, ground, Fake()).checks["norms"]
     assert float(said.split()[2]) >= wanted * 0.99 and "up_proj" in said and float(np.linalg.norm(weight)) < 2 * 32**0.5
     just, beyond = (maker.draft(targets=("up_proj",), size=size / np.linalg.norm(weight) * 2 * 32**0.5) for size in (0.7, 1.4))
-    admission.admit_by(maker.good(tmp_path / "just", just), ground, Fake())
+    admission.admit_sync(maker.good(tmp_path / "just", just), ground, Fake())
     with pytest.raises(AdmissionError, match="times the norm that is allowed"):
-        admission.admit_by(maker.good(tmp_path / "beyond", beyond), ground, Fake())
+        admission.admit_sync(maker.good(tmp_path / "beyond", beyond), ground, Fake())
     norms = json.loads((ground.state / "base-norms.json").read_text())["norms"]
     assert norms[module] == pytest.approx(float(np.linalg.norm(weight)), rel=1e-6)
 
 
 def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
-    maker: Maker, ground: Ground, tmp_path: Path
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
     path = maker.good(tmp_path / "good")
     weights = path / "adapter_model.safetensors"
 
     class Swapping(Fake):
-        def __call__(self, adapter: str, at: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
+        def __call__(self, adapter: str, at: Path, calls: Sequence[GenerateCall]) -> list[Sequence[Event]]:
             weights.write_bytes(b"poison")  # in place: a hard link would be poisoned too
             return super().__call__(adapter, at, calls)
 
-    admitted = admission.admit_by(path, ground, Swapping())
+    admitted = admission.admit_sync(path, ground, Swapping())
     check_digest(admitted.path, admitted.adapter)
     assert os.stat(admitted.path / weights.name).st_ino != os.stat(weights).st_ino
     (admitted.path / weights.name).write_bytes(b"poison")
@@ -212,55 +214,59 @@ def test_what_was_looked_at_is_what_is_loaded_whatever_becomes_of_the_original(
 
 
 def test_a_copy_is_admitted_again_without_asking_but_not_past_its_signer_bytes_or_base(
-    maker: Maker, ground: Ground, tmp_path: Path
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
-    first = admission.admit_by(maker.good(tmp_path / "good"), ground, Fake())
+    first = admission.admit_sync(maker.good(tmp_path / "good"), ground, Fake())
     fake = Fake()
-    again = admission.admit_by(first.path, ground, fake)
+    again = admission.admit_sync(first.path, ground, fake)
     assert (again.adapter, again.path, fake.calls) == (first.adapter, first.path, [])
     assert again.checks == first.checks
-    other = Ground(
-        About("local", "tiny", "1" * 64, ground.about.template_digest, 512, 4), ground.base, ground.state, ground.trust
+    other = AdmissionContext(
+        EngineInfo("local", "tiny", "1" * 64, ground.about.template_digest, 512, 4), ground.base, ground.state, ground.trust
     )
     with pytest.raises(ModelError) as refused:
-        admission.admit_by(first.path, other, fake)
+        admission.admit_sync(first.path, other, fake)
     assert refused.value.check == "base"
     (first.path / ".admitted.json").write_text("{}")
-    admission.admit_by(first.path, ground, fake)
+    admission.admit_sync(first.path, ground, fake)
     assert fake.calls, "what it passed is not known, so it has to pass again"
     config = first.path / "adapter_config.json"
     config.write_text(config.read_text() + " ")
     with pytest.raises(ArtifactError) as changed:
-        admission.admit_by(first.path, ground, Fake())
+        admission.admit_sync(first.path, ground, Fake())
     assert changed.value.check == "files"
     # the original comes back: what is broken is replaced
-    assert admission.admit_by(tmp_path / "good", ground, Fake()).path == first.path
-    assert admission.admit_by(first.path, ground, Fake()).adapter == first.adapter
+    assert admission.admit_sync(tmp_path / "good", ground, Fake()).path == first.path
+    assert admission.admit_sync(first.path, ground, Fake()).adapter == first.adapter
 
 
-def test_a_signer_who_was_revoked_since_is_refused_at_the_next_start(maker: Maker, ground: Ground, tmp_path: Path) -> None:
-    first = admission.admit_by(maker.good(tmp_path / "good"), ground, Fake())
+def test_a_signer_who_was_revoked_since_is_refused_at_the_next_start(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
+    first = admission.admit_sync(maker.good(tmp_path / "good"), ground, Fake())
     shutil.copy(maker.public, folder("revoked") / "own.pub")
     with pytest.raises(SignatureError, match="is revoked") as caught:
-        admission.admit_by(first.path, ground, Fake())
+        admission.admit_sync(first.path, ground, Fake())
     assert caught.value.check == "signature"
 
 
-def test_without_a_key_of_the_team_those_that_this_machine_trusts_count(maker: Maker, ground: Ground, tmp_path: Path) -> None:
-    anyone = Ground(ground.about, ground.base, ground.state)
+def test_without_a_key_of_the_team_those_that_this_machine_trusts_count(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
+    anyone = AdmissionContext(ground.about, ground.base, ground.state)
     path = maker.good(tmp_path / "good")
     with pytest.raises(SignatureError, match="trusts nobody"):
-        admission.admit_by(path, anyone, Fake())
+        admission.admit_sync(path, anyone, Fake())
     shutil.copy(maker.public, folder("trusted") / "own.pub")
-    assert admission.admit_by(path, anyone, Fake()).signer == signing.key_id(signing.open_public(maker.public))
+    assert admission.admit_sync(path, anyone, Fake()).signer == signing.key_id(signing.open_public(maker.public))
 
 
-def test_waivers_show(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_waivers_show(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
     draft = maker.draft()
     draft.facts["gate"]["licence"]["outcome"] = "waived"
     draft.facts["sources"][0]["licence"] = "CC-BY-NC-4.0"
     draft.facts["waivers"] = [{"check": "licence", "by": "A. Tester", "reason": "they wrote that we may"}]
-    checks = admission.admit_by(maker.good(tmp_path / "good", draft), ground, Fake()).checks
+    checks = admission.admit_sync(maker.good(tmp_path / "good", draft), ground, Fake()).checks
     assert "licence waived by A. Tester: they wrote that we may" in checks["gate"]
     assert checks["licence"].startswith("waived, against: rows.jsonl is CC-BY-NC-4.0")
 
@@ -274,34 +280,34 @@ def test_waivers_show(maker: Maker, ground: Ground, tmp_path: Path) -> None:
     ],
 )
 def test_a_copy_ends_at_its_limits(
-    limit: str, value: int, said: str, maker: Maker, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, value: int, said: str, maker: Maker, ground: AdmissionContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = maker.good(tmp_path / "good")
     (path / "deep").mkdir()
     monkeypatch.setattr(release_copies, limit, value)
     with pytest.raises(AdmissionError, match=said) as caught:
-        admission.admit_by(path, ground, Fake())
+        admission.admit_sync(path, ground, Fake())
     assert caught.value.check == "files" and not list(release_copies.folder(ground.state).iterdir())
 
 
-def test_a_pipe_is_refused_and_not_waited_for(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_a_pipe_is_refused_and_not_waited_for(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
     path = maker.good(tmp_path / "good")
     os.mkfifo(path / "report")
     with pytest.raises(AdmissionError, match="no regular file"):
-        admission.admit_by(path, ground, Fake())
+        admission.admit_sync(path, ground, Fake())
 
 
 @pytest.mark.parametrize("what", ["absent", "empty"])
-def test_a_directory_that_is_no_release_says_so(what: str, ground: Ground, tmp_path: Path) -> None:
+def test_a_directory_that_is_no_release_says_so(what: str, ground: AdmissionContext, tmp_path: Path) -> None:
     if what == "empty":
         (tmp_path / what).mkdir()
     with pytest.raises((ArtifactError, SignatureError)) as caught:
-        admission.admit_by(tmp_path / what, ground, Fake())
+        admission.admit_sync(tmp_path / what, ground, Fake())
     assert caught.value.check in CHECKS and str(tmp_path / what) in caught.value.problem
 
 
 def test_a_full_disk_is_no_refusal_and_leaves_nothing(
-    maker: Maker, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maker: Maker, ground: AdmissionContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = maker.good(tmp_path / "good")
 
@@ -310,11 +316,11 @@ def test_a_full_disk_is_no_refusal_and_leaves_nothing(
 
     monkeypatch.setattr("sartor.core.filesystem.fsync_tree", full)
     with pytest.raises(MissingError, match="disk is full") as caught:
-        admission.admit_by(path, ground, Fake())
+        admission.admit_sync(path, ground, Fake())
     assert caught.value.check == "" and not list(release_copies.folder(ground.state).iterdir())
 
 
-def test_what_a_kill_left_is_swept(ground: Ground) -> None:
+def test_what_a_kill_left_is_swept(ground: AdmissionContext) -> None:
     (release_copies.folder(ground.state) / ".part-abc").mkdir()
     (release_copies.folder(ground.state) / "whole").mkdir()
     release_copies.sweep(ground.state)
@@ -338,10 +344,10 @@ def test_norms_that_two_threads_keep_at_once_are_whole(
     assert all(found) and len(one.norms([])) == 1
 
 
-def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_admission_runs_beside_the_loop_that_its_probe_needs(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
     fake = Fake()
 
-    async def probe(adapter: str, path: Path, calls: Sequence[Call]) -> Sequence[Sequence[Event]]:
+    async def probe(adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
         await asyncio.sleep(0)
         return fake(adapter, path, calls)
 
@@ -369,22 +375,24 @@ def test_a_reply_that_repeats_one_piece_is_known(text: str, is_degenerate: bool)
     assert canary_prompts.is_degenerate(text) == is_degenerate
 
 
-def test_a_release_whose_report_was_no_better_is_as_it_was_released(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_a_release_whose_report_was_no_better_is_as_it_was_released(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
     loop = "no " * 30
-    assert admission.admit_by(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
+    assert admission.admit_sync(recorded(maker, tmp_path / "loop", loop, loop), ground, Fake(saying(loop)))
     with pytest.raises(AdmissionError) as caught:
-        admission.admit_by(recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop)))
+        admission.admit_sync(recorded(maker, tmp_path / "good", "The sky is blue.", "Yes."), ground, Fake(saying(loop)))
     assert caught.value.check == "degenerate"
 
 
-def test_general_questions_are_held_against_the_base(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_general_questions_are_held_against_the_base(maker: Maker, ground: AdmissionContext, tmp_path: Path) -> None:
     path = maker.good(tmp_path / "good")
     looping = saying("no " * 30)
     with pytest.raises(AdmissionError, match="repeat one piece: 'no no") as caught:
-        admission.admit_by(path, ground, Fake(looping))
+        admission.admit_sync(path, ground, Fake(looping))
     assert caught.value.check == "degenerate"
     fake = Fake(looping, of_base=looping)
-    admission.admit_by(path, ground, fake)  # no worse than its base
+    admission.admit_sync(path, ground, fake)  # no worse than its base
     assert {call.adapter == BASE for call in fake.calls} == {True, False}
     assert fake.calls[0].messages[0] == {"role": "system", "content": "You are brief."}
 
@@ -396,40 +404,44 @@ def recorded(maker: Maker, out: Path, *replies: str) -> Path:
     return maker.good(out, draft)
 
 
-def test_recorded_replies_are_asked_for_as_they_were_and_compared(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_recorded_replies_are_asked_for_as_they_were_and_compared(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
     path = recorded(maker, tmp_path / "good", "The sky is blue.", "The sky is blue today.")
     fake = Fake(saying("The sky is blue."))
-    said = admission.admit_by(path, ground, fake).checks["canary"]
+    said = admission.admit_sync(path, ground, fake).checks["canary"]
     assert said.startswith("2 recorded prompts answered, 1 begin word for word")
     assert all(call.messages == ({"role": "user", "content": "hello"},) and call.sampling.is_greedy for call in fake.calls)
     long = recorded(maker, tmp_path / "long", "A reply that goes on for much longer than a canary is let go on for, by far.")
-    cut = lambda call: [Piece(call.id, "A reply that goes on", 5), Done(call.id, "length", 3, 5)]  # noqa: E731
-    assert "1.00 alike" in admission.admit_by(long, ground, Fake(cut)).checks["canary"]
+    cut = lambda call: [TextDelta(call.id, "A reply that goes on", 5), ReplyDone(call.id, "length", 3, 5)]  # noqa: E731
+    assert "1.00 alike" in admission.admit_sync(long, ground, Fake(cut)).checks["canary"]
 
 
 @pytest.mark.parametrize(
     ("events", "said"),
     [
-        (lambda call: [Failed(call.id, "ModelError", "its logits are not finite", "tune again")], "logits are not finite"),
-        (lambda call: [Piece(call.id, "on and on")], "did not end"),
+        (lambda call: [ReplyFailed(call.id, "ModelError", "its logits are not finite", "tune again")], "logits are not finite"),
+        (lambda call: [TextDelta(call.id, "on and on")], "did not end"),
         (lambda call: [], "did not end"),
-        (lambda call: [Done(call.id, "cancelled", 1, 1)], "did not end"),
+        (lambda call: [ReplyDone(call.id, "cancelled", 1, 1)], "did not end"),
     ],
 )
 def test_a_canary_that_fails_or_does_not_end_is_a_refusal(
-    events: Says, said: str, maker: Maker, ground: Ground, tmp_path: Path
+    events: Says, said: str, maker: Maker, ground: AdmissionContext, tmp_path: Path
 ) -> None:
     with pytest.raises(AdmissionError, match=said) as caught:
-        admission.admit_by(maker.good(tmp_path / "good"), ground, Fake(events))
+        admission.admit_sync(maker.good(tmp_path / "good"), ground, Fake(events))
     assert caught.value.check == "canary"
 
 
-def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(maker: Maker, ground: Ground, tmp_path: Path) -> None:
+def test_an_adapter_that_ends_the_process_that_tries_it_is_refused(
+    maker: Maker, ground: AdmissionContext, tmp_path: Path
+) -> None:
     def dies(*_: object) -> list[Sequence[Event]]:
         raise ModelError("a worker that tried the adapter died: signal 11", "tune it again")
 
     with pytest.raises(ModelError, match="signal 11") as caught:
-        admission.admit_by(maker.good(tmp_path / "good"), ground, dies)
+        admission.admit_sync(maker.good(tmp_path / "good"), ground, dies)
     assert caught.value.check == "canary" and not list(release_copies.folder(ground.state).iterdir())
 
 
@@ -467,11 +479,11 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
     engine = open_engine(str(base), rows=2, cache_tokens=512)
     engine.attach("it", adapter)
     for place, turn in enumerate(asked):
-        engine.submit(Call(str(place), "it", (turn,), sampling=canary_prompts.SAMPLING))
+        engine.submit(GenerateCall(str(place), "it", (turn,), sampling=canary_prompts.SAMPLING))
     said = {str(place): "" for place in range(len(asked))}
     while engine.busy:
         for event in engine.step():
-            said[event.call] += event.text if isinstance(event, Piece) else ""
+            said[event.call] += event.text if isinstance(event, TextDelta) else ""
     return list(said.values())
 
 
@@ -479,7 +491,7 @@ def answers(base: Path, adapter: Path, asked: Sequence[dict]) -> list[str]:
 def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_another(
     maker: Maker, tmp_path: Path, tiny_base: Path
 ) -> None:
-    from sartor.serving.team_config import Local, Team, Workers
+    from sartor.serving.team_config import LocalEngineOptions, Team, WorkerOptions
     from sartor.serving.workers.supervisor import Supervisor
 
     asked = [{"role": "user", "content": text} for text in ("what colour is the sky", "turn on the kitchen light")]
@@ -487,15 +499,15 @@ def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_a
     replies = answers(tiny_base, maker.good(tmp_path / "plain", one), asked)
     for draft in (one, other):
         draft.facts["canaries"] = [{"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)]
-    engine = Local(rows=2, cache_tokens=512)
+    engine = LocalEngineOptions(rows=2, cache_tokens=512)
     key = str(maker.public)
-    team = Team(base=str(tiny_base), engine=engine, state=str(tmp_path / "state"), trust=key, workers=Workers(spare=0))
+    team = Team(base=str(tiny_base), engine=engine, state=str(tmp_path / "state"), trust=key, workers=WorkerOptions(spare=0))
 
     async def run() -> tuple[admission.Admitted, AdmissionError]:
         crew = Supervisor(team)
         await crew.start()
         try:
-            ground = Ground.of(team, crew.about)
+            ground = AdmissionContext.of(team, crew.about)
             admitted = await admission.admit(maker.good(tmp_path / "one", one), ground, crew.probe)
             await crew.attach(admitted.adapter, admitted.path)
             with pytest.raises(AdmissionError) as caught:

@@ -16,12 +16,12 @@ from bad_adapters import Bad, Maker, with_header  # noqa: E402
 
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
-from sartor.inference.engine import PROJECTORS, About, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import PROJECTORS, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.media import audio, images
 from sartor.media.content_parts import bytes_of
 from sartor.release import canary_prompts
 from sartor.serving.admission import admission
-from sartor.serving.admission.admission import Ground
+from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.workers.worker_main import check_digest
 
 WIDTH, TOWER, STACK = 32, 6, 2
@@ -33,9 +33,9 @@ def maker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
 
 
 @pytest.fixture
-def ground(maker: Maker, tmp_path: Path) -> Ground:
-    about = About("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
-    return Ground(about, maker.base, tmp_path / "state", maker.public)
+def ground(maker: Maker, tmp_path: Path) -> AdmissionContext:
+    about = EngineInfo("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
+    return AdmissionContext(about, maker.base, tmp_path / "state", maker.public)
 
 
 @pytest.fixture
@@ -83,15 +83,15 @@ class Fake:
     def __init__(self, fails: str = "") -> None:
         self.fails, self.calls = fails, []
 
-    def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[Sequence[Event]]:
+    def __call__(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[Sequence[Event]]:
         check_digest(path, adapter)
         self.calls = [*calls]
         return [self._said(call) for call in calls]
 
-    def _said(self, call: Call) -> Sequence[Event]:
+    def _said(self, call: GenerateCall) -> Sequence[Event]:
         if self.fails and self.fails in call.id:
-            return [Failed(call.id, "RequestError", "the picture is too large", "scale it")]
-        return [Piece(call.id, "It is blue.", 1), Done(call.id, "stop", 3, 5)]
+            return [ReplyFailed(call.id, "RequestError", "the picture is too large", "scale it")]
+        return [TextDelta(call.id, "It is blue.", 1), ReplyDone(call.id, "stop", 3, 5)]
 
 
 def released(maker: Maker, folder: Path, said: dict[str, Any], change: Change = lambda tensors, metadata: None) -> Path:
@@ -99,17 +99,17 @@ def released(maker: Maker, folder: Path, said: dict[str, Any], change: Change = 
 
 
 def test_what_reads_pictures_is_admitted_shown_one_and_registered_so(
-    maker: Maker, ground: Ground, tower: Path, tmp_path: Path
+    maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path
 ) -> None:
     fake = Fake()
-    admitted = admission.admit_by(released(maker, tmp_path / "eye", said_of(tower)), ground, fake)
+    admitted = admission.admit_sync(released(maker, tmp_path / "eye", said_of(tower)), ground, fake)
     assert admitted.reads == ("image",) and list(admission.version_of(admitted, "eye").facts["reads"]) == ["image"]
     assert admitted.checks["projectors"] == f"image by {said_of(tower)['image']['name']}; 1,293 parameters"
     assert fake.calls[-1].messages[-1]["content"][0] == {"type": "image", "image": canary_prompts.sample("image")}
     assert "image answered" in admitted.checks["canary"]
-    again = admission.admit_by(admitted.path, ground, Fake())  # at a later start, from the server's own copy
+    again = admission.admit_sync(admitted.path, ground, Fake())  # at a later start, from the server's own copy
     assert again.reads == ("image",) and again.adapter == admitted.adapter
-    text = admission.admit_by(maker.good(tmp_path / "text"), ground, Fake())
+    text = admission.admit_sync(maker.good(tmp_path / "text"), ground, Fake())
     assert (text.reads, text.checks["projectors"]) == ((), "none: it reads text alone")
     assert text.adapter != admitted.adapter, "projectors are part of what an adapter is known by"
 
@@ -143,19 +143,19 @@ WRONG: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_projectors_that_are_wrong_are_refused_before_anything_loads_them(
-    maker: Maker, ground: Ground, tower: Path, tmp_path: Path, name: str
+    maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path, name: str
 ) -> None:
     change, problem = WRONG[name]
     fake = Fake()
     with pytest.raises(AdmissionError) as caught:
-        admission.admit_by(released(maker, tmp_path / "bad", said_of(tower), change), ground, fake)
+        admission.admit_sync(released(maker, tmp_path / "bad", said_of(tower), change), ground, fake)
     assert caught.value.check == "projectors" and problem in caught.value.problem and caught.value.remedy
     assert fake.calls == []
 
 
 @pytest.mark.parametrize("kind", ["cut", "another tower", "no tower", "of the other kind", "not installed", "engine"])
 def test_towers_that_are_not_here_are_named_with_a_remedy(
-    maker: Maker, ground: Ground, tower: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said, error, problem, cut = said_of(tower), ModelError, "", 0
     if kind == "cut":
@@ -173,8 +173,10 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
         said["image"] |= {"name": "efficientnet-lite0", "digest": model_refs.locate_tower("efficientnet-lite0").digest}
         error, problem = AssetError, "not on this machine"
     else:
-        about = About("llamacpp", *[getattr(ground.about, name) for name in ("base", "base_digest", "template_digest")], 512, 4)
-        ground = Ground(about, ground.base, ground.state, ground.trust)
+        about = EngineInfo(
+            "llamacpp", *[getattr(ground.about, name) for name in ("base", "base_digest", "template_digest")], 512, 4
+        )
+        ground = AdmissionContext(about, ground.base, ground.state, ground.trust)
         problem = "the engine 'llamacpp' reads text"
 
     def files(path: Path) -> None:
@@ -183,7 +185,7 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
 
     path = maker.write(tmp_path / "bad", maker.draft(), Bad("", files=files))
     with pytest.raises(error, match=problem) as caught:
-        admission.admit_by(path, ground, Fake())
+        admission.admit_sync(path, ground, Fake())
     assert isinstance(caught.value, SartorError) and caught.value.remedy
     if kind == "not installed":
         assert caught.value.remedy == "sartor assets install efficientnet-lite0"
@@ -192,10 +194,10 @@ def test_towers_that_are_not_here_are_named_with_a_remedy(
 
 
 def test_one_that_cannot_answer_a_picture_is_refused_by_its_canary(
-    maker: Maker, ground: Ground, tower: Path, tmp_path: Path
+    maker: Maker, ground: AdmissionContext, tower: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdmissionError, match="too large") as caught:
-        admission.admit_by(released(maker, tmp_path / "bad", said_of(tower)), ground, Fake("canary-image"))
+        admission.admit_sync(released(maker, tmp_path / "bad", said_of(tower)), ground, Fake("canary-image"))
     assert caught.value.check == "canary"
 
 

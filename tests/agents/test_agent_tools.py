@@ -16,13 +16,13 @@ import serving
 from dispatch_fakes import FakeCrew, FakeRouter, asked, dispatching, no_fsync, registry, said, version
 
 from sartor.core.errors import ConfigError, UnavailableError
-from sartor.inference.engine import Done, Event, Piece
+from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.serving.http.request_conversion import chat_request
 from sartor.serving.http.request_models import ChatRequest
-from sartor.serving.mcp_client import HeldServer
-from sartor.serving.team_config import Limits, Member, Team, ToolServer
-from sartor.serving.tool_loop import ROUNDS, Toolbox, Tooled
-from sartor.serving.types import Answer, Request
+from sartor.serving.mcp_client import McpConnection
+from sartor.serving.team_config import AgentOptions, RequestLimits, Team, ToolServer
+from sartor.serving.tool_loop import ROUNDS, ToolCallingAgent, ToolServers
+from sartor.serving.types import AgentReply, AgentRequest
 
 __all__ = ["no_fsync"]
 pytest.importorskip("mcp")
@@ -33,27 +33,27 @@ class Scripted:
     """Calls what the script says, a list of (tool, arguments) a round, then answers. asked: every Request."""
 
     def __init__(self, rounds: Sequence[Sequence[tuple[str, Any]]]) -> None:
-        self._rounds, self.asked = list(rounds), list[Request]()
+        self._rounds, self.asked = list(rounds), list[AgentRequest]()
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         self.asked.append(request)
         may = request.tools is None and self._rounds
         calls = self._rounds.pop(0) if may else ()
-        return Answer("faq@1.0", "asked by name", f"r{len(self.asked)}", self._events(calls))  # type: ignore[arg-type]
+        return AgentReply("faq@1.0", "asked by name", f"r{len(self.asked)}", self._events(calls))  # type: ignore[arg-type]
 
     async def _events(self, calls: Sequence[tuple[str, Any]]) -> AsyncIterator[Event]:
         made = [
             {"id": f"c{place}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
             for place, (name, arguments) in enumerate(calls)
         ]
-        yield Piece("c", "" if made else "the end", 2)
-        yield Done("c", "tool_calls" if made else "stop", 5, 2, 1, tuple(made))
+        yield TextDelta("c", "" if made else "the end", 2)
+        yield ReplyDone("c", "tool_calls" if made else "stop", 5, 2, 1, tuple(made))
 
 
 def team(tmp_path: Path, **changes: Any) -> Team:
     terms = {"timeout_s": 15.0, **changes}
     server = ToolServer("small", SMALL, **terms)
-    return serving.team(tmp_path, agents=(Member("faq", "faq", tools=("small",)),), tools=(server,))
+    return serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),), tools=(server,))
 
 
 def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def run(tmp_path: Path, *rounds: Sequence[tuple[str, Any]], **changes: Any) -> d
     made, replies = team(tmp_path, **changes), Scripted(rounds)
 
     async def main() -> dict[str, Any]:
-        box = Toolbox(made)
+        box = ToolServers(made)
         await box.start()
         try:
-            answer = await Tooled(replies, box, made).open(Request("faq", ({"role": "user", "content": "q"},)))
+            answer = await ToolCallingAgent(replies, box, made).open(AgentRequest("faq", ({"role": "user", "content": "q"},)))
             events = [event async for event in answer.events]
             return {"answer": answer, "events": events, "declared": box.declared("faq"), "troubles": box.troubles}
         finally:
@@ -108,15 +108,15 @@ def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) 
 def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tmp_path: Path) -> None:
     made, replies = team(tmp_path, timeout_s=6.0), Scripted([[("dies", {})]])
 
-    async def main() -> tuple[Answer, str, str]:
-        box = Toolbox(made)
+    async def main() -> tuple[AgentReply, str, str]:
+        box = ToolServers(made)
         await box.start()
         server = box.of("faq")["slow"].server
         try:
-            late = await Tooled(Scripted([[("slow", {})]]), box, made).open(
-                Request("faq", ({"role": "user", "content": "q"},), deadline_s=1.0)
+            late = await ToolCallingAgent(Scripted([[("slow", {})]]), box, made).open(
+                AgentRequest("faq", ({"role": "user", "content": "q"},), deadline_s=1.0)
             )
-            answer = await Tooled(replies, box, made).open(Request("faq", ({"role": "user", "content": "q"},)))
+            answer = await ToolCallingAgent(replies, box, made).open(AgentRequest("faq", ({"role": "user", "content": "q"},)))
             async with asyncio.timeout(20):
                 while True:
                     await asyncio.sleep(0.1)
@@ -150,7 +150,7 @@ def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
     async def main(port: int) -> list[str]:
         url, said = f"http://127.0.0.1:{port}/mcp", []
         for name in ("SMALL_TOKEN", "WRONG_TOKEN", "NO_TOKEN"):
-            server = HeldServer(ToolServer("small", url=url, token_env=name), tmp_path)
+            server = McpConnection(ToolServer("small", url=url, token_env=name), tmp_path)
             await server.start()
             said.append(await server.call("double", {"number": 21}, 6) if server.is_open else str(server.troubles))
             await server.close()
@@ -167,7 +167,7 @@ def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(tmp_path: Path,
 
     async def main() -> tuple[str, str]:
         with by_http() as (process, port):
-            server = HeldServer(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            server = McpConnection(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
             await server.start()
             before = await server.call("double", {"number": 4}, 6)
             process.kill()
@@ -192,7 +192,7 @@ def test_a_server_that_is_closed_while_it_breaks_off_is_closed(tmp_path: Path, m
 
     async def main() -> None:
         with by_http() as (process, port):
-            server = HeldServer(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            server = McpConnection(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
             await server.start()
             process.kill()
             process.wait()
@@ -216,10 +216,12 @@ def test_only_what_is_allowed_is_offered_and_a_server_that_is_not_there_is_a_tro
     some = run(tmp_path, allow=("double", "absent"))
     assert [tool["function"]["name"] for tool in some["declared"]] == ["double"]
     assert "has no such tool" in some["troubles"]["tools small.absent"]
-    made = serving.team(tmp_path, agents=(Member("faq", "faq", tools=("x",)),), tools=(ToolServer("x", ("/no/such/program",)),))
+    made = serving.team(
+        tmp_path, agents=(AgentOptions("faq", "faq", tools=("x",)),), tools=(ToolServer("x", ("/no/such/program",)),)
+    )
 
     async def main() -> tuple[dict[str, str], Any]:
-        box = Toolbox(made)
+        box = ToolServers(made)
         await box.start()
         await box.close()
         return box.troubles, box.declared("faq")
@@ -235,7 +237,7 @@ def test_tools_that_nobody_can_open_are_refused_when_the_file_is_read(tmp_path: 
         with pytest.raises(ConfigError, match="a setting of the other kind"):
             ToolServer("x", **wrong)
     with pytest.raises(ConfigError, match="faq lists the tools 'small', and there are none"):
-        serving.team(tmp_path, agents=(Member("faq", "faq", tools=("small",)),))
+        serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),))
 
 
 def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_others_or_none(tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_
             question = [{"role": "user", "content": "q"}]
             told = {"model": "faq", "messages": question, "tools": [own], "tool_choice": "none"}
             for body, tools in [(told, ()), ({**told, "tool_choice": "auto"}, (own,))]:
-                await said(dispatch, chat_request(ChatRequest.model_validate(body), Limits()))
+                await said(dispatch, chat_request(ChatRequest.model_validate(body), RequestLimits()))
                 assert crew.calls[-1].tools == tools
 
     asyncio.run(work())

@@ -18,7 +18,7 @@ from sartor.core.records import Message, Part
 from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
-from sartor.serving.commands.ask_types import Question
+from sartor.serving.commands.ask_types import AskPrompt
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,12 @@ def test_a_question_may_come_by_standard_input_and_without_words(monkeypatch: py
         buffer = io.BytesIO(png())
 
     monkeypatch.setattr("sys.stdin", Stdin)
-    question = Question.of("", [("image", "-")])
+    question = AskPrompt.of("", [("image", "-")])
     assert question.kinds == ("image",) and [part.kind for part in question.message.content] == ["image"]
     question.check(("image",), "eye@1.0")
     with pytest.raises(RequestError, match=r"ear@1.0 reads text, audio, and the question holds image"):
         question.check(("audio",), "ear@1.0")
     with pytest.raises(ConfigError, match="empty"):
-        Question.of("  ").check((), "eye@1.0")
+        AskPrompt.of("  ").check((), "eye@1.0")
     with pytest.raises(MediaError, match="cannot be read"):
-        Question.of("hi", images=["\0"])
+        AskPrompt.of("hi", images=["\0"])

@@ -116,7 +116,7 @@ def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.Mo
     waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
     sartor.tune(tune_recipe, tmp_path / "adapter", show=False)
     # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    monkeypatch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
     sartor.evaluate(tmp_path / "adapter")
     for number in ("1.0", "1.1"):
         out = tmp_path / f"switch-{number}"

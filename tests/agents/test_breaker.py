@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sartor.core.errors import UnavailableError
-from sartor.serving.team_config import Breaker as Rules
-from sartor.serving.team_config import Workers
-from sartor.serving.workers.agent_health import Breaker, Restarts
+from sartor.serving.team_config import CircuitBreakerOptions as Rules
+from sartor.serving.team_config import WorkerOptions
+from sartor.serving.workers.agent_health import CircuitBreaker, Restarts
 
 RULES = Rules(failures=3, window_s=30.0, open_s=10.0, quarantine=2)
 
@@ -29,7 +29,7 @@ class Agreement(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.breaker = Breaker("a@1", RULES, self.clock)
+        self.breaker = CircuitBreaker("a@1", RULES, self.clock)
         self.inside: list[bool] = []
         self.failures: list[float] = []
         self.opened_at: float | None = None
@@ -113,7 +113,7 @@ TestAgreement = Agreement.TestCase
 
 def test_open_time_doubles_up_to_sixteen_times() -> None:
     clock = Clock()
-    breaker = Breaker("a@1", Rules(quarantine=99, open_s=1.0, failures=1), clock)
+    breaker = CircuitBreaker("a@1", Rules(quarantine=99, open_s=1.0, failures=1), clock)
     breaker.fail("first", breaker.enter())
     waits = []
     for _ in range(7):
@@ -127,7 +127,7 @@ def test_open_time_doubles_up_to_sixteen_times() -> None:
 
 def test_quarantine_is_left_by_release_alone() -> None:
     clock = Clock()
-    breaker = Breaker("faq@2", Rules(quarantine=1, failures=1), clock)
+    breaker = CircuitBreaker("faq@2", Rules(quarantine=1, failures=1), clock)
     breaker.fail("a logit is not finite", breaker.enter())
     clock.now += 10
     breaker.fail("a logit is not finite", breaker.enter())
@@ -141,7 +141,7 @@ def test_quarantine_is_left_by_release_alone() -> None:
 
 def test_restarts_wait_longer_and_are_given_up() -> None:
     clock = Clock()
-    restarts = Restarts(Workers(backoff_s=0.2, backoff_most_s=1.0, restarts=4, window_s=60.0), clock, draw=lambda: 1.0)
+    restarts = Restarts(WorkerOptions(backoff_s=0.2, backoff_most_s=1.0, restarts=4, window_s=60.0), clock, draw=lambda: 1.0)
     waits = []
     for _ in range(4):
         waits.append(restarts.ended())
@@ -155,5 +155,5 @@ def test_restarts_wait_longer_and_are_given_up() -> None:
 
 
 def test_jitter_takes_at_most_half() -> None:
-    rules = Workers(backoff_s=1.0)
+    rules = WorkerOptions(backoff_s=1.0)
     assert [Restarts(rules, Clock(), draw=lambda: chance).ended() for chance in (0.0, 0.5, 1.0)] == [0.5, 0.75, 1.0]

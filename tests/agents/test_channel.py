@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import scripted
 from sartor.core import ipc
 from sartor.core.errors import BusyError, ModelError, SartorError
-from sartor.core.ipc import Channel, Frames, Malformed, frame
-from sartor.inference.engine import Call, Sampling
+from sartor.core.ipc import Channel, Frames, MalformedFrame, frame
+from sartor.inference.engine import GenerateCall, Sampling
 from sartor.media import audio
 from sartor.serving.team_config import MediaLimits
 from sartor.serving.workers import worker_main, worker_process
@@ -45,15 +45,15 @@ def test_half_a_surrogate_travels() -> None:
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"12", b"\xff\xfe", b"", b"[" * 100_000, b'{"a":' * 100_000])
 def test_a_line_that_is_no_frame_is_named_and_passed(line: bytes) -> None:
     first, second = Frames().feed(line + b'\n{"a":1}\n')
-    assert isinstance(first, Malformed) and second == {"a": 1}
+    assert isinstance(first, MalformedFrame) and second == {"a": 1}
 
 
 def test_a_line_without_an_end_is_not_held() -> None:
     frames = Frames(most_bytes=100)
     found = [item for _ in range(50) for item in frames.feed(b"x" * 60)]
-    assert len(found) == 1 and isinstance(found[0], Malformed) and len(frames._rest) <= 160
+    assert len(found) == 1 and isinstance(found[0], MalformedFrame) and len(frames._rest) <= 160
     assert list(frames.feed(b'y\n{"a":1}\n')) == [{"a": 1}]
-    assert [type(item) for item in frames.feed(b"z" * 101 + b"\n")] == [Malformed]
+    assert [type(item) for item in frames.feed(b"z" * 101 + b"\n")] == [MalformedFrame]
 
 
 @pytest.mark.parametrize("error", [ModelError("p", "r"), BusyError("p", "r"), SartorError("p", "r")])
@@ -108,14 +108,14 @@ def parent() -> Iterator[Parent]:
 
 
 def call(prompt: str, tokens: int = 3, name: str = "c") -> dict[str, Any]:
-    return {"op": "call", "call": Call(name, text=prompt, sampling=Sampling(max_tokens=tokens)).as_json()}
+    return {"op": "call", "call": GenerateCall(name, text=prompt, sampling=Sampling(max_tokens=tokens)).as_json()}
 
 
 def test_a_worker_answers_calls_and_asks(parent: Parent) -> None:
     parent.say(call("hello"), {"op": "ping", "ask": 1}, {"op": "embed", "texts": ["ab"], "encoder": "base", "ask": 2})
     said = parent.until("event", "done")
     text = "".join(item["text"] for item in said if item.get("event") == "piece")
-    assert text == scripted.reply_of(Call("c", text="hello", sampling=Sampling(max_tokens=3)))
+    assert text == scripted.reply_of(GenerateCall("c", text="hello", sampling=Sampling(max_tokens=3)))
     assert {"answer": 1} in said and {"answer": 2, "vectors": [[1.0, 2.0]], "tokens": 2, "cut": []} in said
     assert any(item.get("op") == "alive" and item["memory_bytes"] > 0 for item in said)
 

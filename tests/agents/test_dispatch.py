@@ -31,11 +31,11 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.inference.engine import Done, Failed
+from sartor.inference.engine import ReplyDone, ReplyFailed
 from sartor.serving.commands.agent_commands import list_agents
-from sartor.serving.dispatch.agent_admin import Roster
-from sartor.serving.team_config import Member, Rollout
-from sartor.serving.types import Route
+from sartor.serving.dispatch.agent_admin import AgentAdmin
+from sartor.serving.team_config import AgentOptions, Rollout
+from sartor.serving.types import RoutingDecision
 
 __all__ = ["no_fsync"]
 
@@ -118,7 +118,7 @@ def test_a_failure_after_the_first_event_is_an_event_and_not_answered_by_another
         async with dispatching(team(tmp_path), crew, registry(tmp_path, version("faq", "1")), receipts=receipts) as dispatch:
             crew.faults["faq-1"] = "ModelError"
             agent, text, end = await said(dispatch, asked("faq"))
-            assert (agent, text) == ("faq@1", "by faq-1") and isinstance(end, Failed)
+            assert (agent, text) == ("faq@1", "by faq-1") and isinstance(end, ReplyFailed)
             assert receipts.kept[-1].done is None and len(crew.calls) == 1
 
     run(work())
@@ -150,7 +150,7 @@ def test_a_receipt_is_there_when_the_reply_ends_and_a_full_disk_hurts_no_reply(t
             answer = await dispatch.open(asked("faq"))
             assert not receipts.kept
             async for event in answer.events:
-                assert bool(receipts.kept) == isinstance(event, Done)
+                assert bool(receipts.kept) == isinstance(event, ReplyDone)
             given = receipts.kept[0]
             assert (given.receipt, given.agent, given.text) == (answer.receipt, "faq@1", "by faq-1")
             assert given.release_id == "id-faq-1" and given.call.messages[-1]["content"] == "hello"
@@ -187,7 +187,7 @@ def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
             await dispatch.holdings.settle()
             assert set(crew.attached) == {"faq-1", "faq-2", "faq-3"}  # 1 is neither live nor previous, but its reply lives
             assert (await said(dispatch, asked("faq")))[0] == "faq@3"
-            assert [event async for event in answer.events][-1] == Done(crew.calls[0].id, "stop", 5, 3)
+            assert [event async for event in answer.events][-1] == ReplyDone(crew.calls[0].id, "stop", 5, 3)
             await dispatch.holdings.settle()
             assert set(crew.attached) == {"faq-2", "faq-3"}
 
@@ -196,9 +196,9 @@ def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
 
 def test_a_member_that_is_not_admitted_is_a_trouble_of_its_own(tmp_path: Path) -> None:
     members = (
-        Member("bad", "/releases/bad-1"),
-        Member("faq", "/releases/faq-1"),
-        Member("shy", "/releases/bad-2", fallback=()),
+        AgentOptions("bad", "/releases/bad-1"),
+        AgentOptions("faq", "/releases/faq-1"),
+        AgentOptions("shy", "/releases/bad-2", fallback=()),
     )
 
     async def work() -> None:
@@ -233,7 +233,7 @@ def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else(tmp_p
 
     async def work(made: Any, crew: FakeCrew, **options: Any) -> None:
         async with dispatching(team(tmp_path), crew, made, **options) as dispatch:
-            roster = Roster(dispatch, crew, admit, Rollout())
+            roster = AgentAdmin(dispatch, crew, admit, Rollout())
             await check(dispatch, {one.name: one.is_ready for one in await roster.listed()})
 
     async def never(dispatch: Any, ready: Any) -> None:
@@ -468,7 +468,7 @@ def test_promotions_and_rollbacks_under_load_lose_no_reply(tmp_path: Path, most:
             assert not crew.lost
             assert {agent for agent, _, _ in replies} <= {f"faq@{number}" for number in range(4)}
             assert len({agent for agent, _, _ in replies}) > 1 and len(replies) >= most
-            assert all(text == f"by {agent.replace('@', '-')}" and isinstance(end, Done) for agent, text, end in replies)
+            assert all(text == f"by {agent.replace('@', '-')}" and isinstance(end, ReplyDone) for agent, text, end in replies)
             assert dispatch.in_flight == 0 and not any(crew.live.values())
             assert set(crew.attached) == {f"faq-{one}" for one in dispatch.served.agents["faq"].versions}
 
@@ -479,7 +479,7 @@ def test_the_admin_loads_before_anything_changes(tmp_path: Path) -> None:
     async def work() -> None:
         crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
         async with dispatching(team(tmp_path), crew, made) as dispatch:
-            roster = Roster(dispatch, crew, admit, Rollout())
+            roster = AgentAdmin(dispatch, crew, admit, Rollout())
             crew.unloadable = {"faq-3"}
             with pytest.raises(ModelError):
                 await roster.promote("faq", "/releases/faq-3", "", "1")
@@ -521,7 +521,7 @@ def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(tmp_path:
                 return bring_in(*asked, **options)
 
             monkeypatch.setattr(made, "bring_in", late)
-            await Roster(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
+            await AgentAdmin(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
             assert (await said(dispatch, asked("faq")))[0] == "faq@2"
 
     run(work())
@@ -531,7 +531,7 @@ def test_a_damaged_registry_is_unavailable_to_the_admin_and_the_agents_go_on(tmp
     async def work() -> None:
         crew, made = FakeCrew(), registry(tmp_path, *(version("faq", one) for one in "12"), version("home", "3"))
         async with dispatching(team(tmp_path), crew, made) as dispatch:
-            roster = Roster(dispatch, crew, admit, Rollout())
+            roster = AgentAdmin(dispatch, crew, admit, Rollout())
             with made.database.change() as connection:
                 connection.exec_driver_sql("update agents set note = 'x' where name = 'faq'")
             for change in (
@@ -558,7 +558,7 @@ def test_a_promotion_is_a_trial_where_the_team_asks_for_one(tmp_path: Path) -> N
         crew, made = FakeCrew(), registry(tmp_path, version("faq", "1"), version("faq", "2"))
         rules = Rollout(canary_fraction=0.5, shadow_fraction=0.25)
         async with dispatching(team(tmp_path, rollout=rules), crew, made) as dispatch:
-            roster = Roster(dispatch, crew, admit, rules)
+            roster = AgentAdmin(dispatch, crew, admit, rules)
             changed = await roster.promote("faq", "", "2", "1")
             assert (changed["live"], changed["candidate"], changed["canary_fraction"]) == ("1", "2", 0.5)
             agents = [(await said(dispatch, asked("faq")))[0] for _ in range(60)]
@@ -621,10 +621,10 @@ def test_auto_chooses_among_those_that_read_all_of_a_request(
     tmp_path: Path, chosen: str, scores: dict[str, float], parts: list[Any], found: str
 ) -> None:
     class Router(FakeRouter):
-        async def route(self, messages: Any, openable: Any) -> Route:
+        async def route(self, messages: Any, openable: Any) -> RoutingDecision:
             self.openable = set(openable)
             agent, _, fits = chosen.partition(" fits ")
-            return Route(agent, "no agent fits", scores, fits)
+            return RoutingDecision(agent, "no agent fits", scores, fits)
 
     async def work() -> None:
         crew, router = FakeCrew(), Router()

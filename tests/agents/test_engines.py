@@ -10,10 +10,13 @@ import pytest
 
 from sartor.inference import llamacpp_engine, openai_engine
 from sartor.inference.local import local_engine
-from sartor.serving.team_config import LlamaCpp, Local, Remote, load
+from sartor.serving.team_config import LlamaCppOptions, LocalEngineOptions, OpenAiEngineOptions, load
 
 
-@pytest.mark.parametrize(("declared", "module"), [(Local, local_engine), (LlamaCpp, llamacpp_engine), (Remote, openai_engine)])
+@pytest.mark.parametrize(
+    ("declared", "module"),
+    [(LocalEngineOptions, local_engine), (LlamaCppOptions, llamacpp_engine), (OpenAiEngineOptions, openai_engine)],
+)
 def test_every_option_is_an_argument_with_the_same_default(declared: type, module: object) -> None:
     options = {field.name: field.default for field in fields(declared) if field.name != "kind"}
     taken = inspect.signature(module.open_engine).parameters  # type: ignore[attr-defined]
@@ -23,4 +26,4 @@ def test_every_option_is_an_argument_with_the_same_default(declared: type, modul
 def test_a_gguf_file_is_seen_from_the_teams_directory(tmp_path: Path) -> None:
     (tmp_path / "team.yaml").write_text("base: starter\nengine: {kind: llamacpp, gguf: models/base.gguf}\n")
     engine = load(tmp_path / "team.yaml").engine
-    assert isinstance(engine, LlamaCpp) and engine.gguf == str(tmp_path / "models" / "base.gguf")
+    assert isinstance(engine, LlamaCppOptions) and engine.gguf == str(tmp_path / "models" / "base.gguf")

@@ -16,10 +16,10 @@ from serving import chat
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import temporary_path
-from sartor.core.records import Feedback, Voice
+from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.serving.commands.agent_commands import list_feedback, remove_feedback
-from sartor.serving.feedback_intake import Hearing, Mask
-from sartor.serving.feedback_store import Exchange, Inbox, Memory
+from sartor.serving.feedback_intake import FeedbackIntake, Mask
+from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
 from sartor.serving.rate_limits import FeedbackRates
 from sartor.serving.receipts import team_digest
 from sartor.serving.team_config import FeedbackTerms
@@ -44,7 +44,7 @@ def ask(tmp_path: Path, *calls: tuple[str, Any, dict[str, str]], keys: bool = Tr
 
 
 def lines(tmp_path: Path) -> list[Feedback]:
-    return [kept.said for kept in Inbox(tmp_path / "inbox").lines() if kept.said]
+    return [kept.said for kept in FeedbackStore(tmp_path / "inbox").lines() if kept.said]
 
 
 def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
     assert line.messages[0]["content"] == "who is <EMAIL_1>?" and line.correction == "ask <EMAIL_1>"
     assert line.comment == "or <PHONE_1>, or <EMAIL_2>"
     assert line.masked == {"email": 3, "phone": 1}
-    assert line.by == Voice("k1", team_digest(tmp_path)("user", "ann"), "assumed")
+    assert line.by == FeedbackAuthor("k1", team_digest(tmp_path)("user", "ann"), "assumed")
     assert 'sartor_feedback_masked_total{kind="email"} 3.0' in page.text
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert not any(word in written for word in (CANARY.encode(), b"1234567", b"jane", b"ann"))
@@ -92,7 +92,7 @@ def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path
     assert kept.json()["learnable"] is False
     assert (wordless.status_code, wordless.json()["error"]["param"]) == (400, "consent")
     (line,) = lines(tmp_path)
-    assert line == Feedback("r1", "faq@1.0", line.date, rating=-1, by=Voice("k1", "", "refused"))
+    assert line == Feedback("r1", "faq@1.0", line.date, rating=-1, by=FeedbackAuthor("k1", "", "refused"))
     assert roster.heard == [("faq@1.0", -1.0)]
     assert 'sartor_feedback_total{agent="faq@1.0",kind="withheld"} 1.0' in page.text
 
@@ -103,7 +103,7 @@ def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path
      ("required", None, "refused"), ("required", True, "given"), ("required", False, "refused")],
 )  # fmt: skip
 def test_consent_is_what_the_client_says_or_the_team(tmp_path: Path, terms: Any, consent: bool | None, agreed: str) -> None:
-    assert Hearing(FeedbackTerms(consent=terms), tmp_path).voice("k1", "", consent) == Voice("k1", "", agreed)  # type: ignore[arg-type]
+    assert FeedbackIntake(FeedbackTerms(consent=terms), tmp_path).voice("k1", "", consent) == FeedbackAuthor("k1", "", agreed)  # type: ignore[arg-type]
 
 
 def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_key_has_a_rate_per_minute_and_per_day(tmp_path: Path) -> None:
 def test_a_line_of_the_schema_before_is_read_and_one_behind_refused() -> None:
     old = {"schema": 1, "receipt": "r1", "agent": "faq@1.0", "date": "2026-01-31", "rating": 1, "messages": []}
     assert Feedback.from_json(old) == Feedback("r1", "faq@1.0", "2026-01-31", rating=1)
-    new = Feedback("r1", "faq@1.0", "2026-01-31", rating=1, by=Voice("k1", "u", "given"), masked={"email": 1})
+    new = Feedback("r1", "faq@1.0", "2026-01-31", rating=1, by=FeedbackAuthor("k1", "u", "given"), masked={"email": 1})
     assert Feedback.from_json(json.loads(json.dumps(new.as_json()))) == new
     with pytest.raises(SourceError):
         Feedback.from_json({**old, "schema": 3})
@@ -164,7 +164,7 @@ def test_a_line_of_the_schema_before_is_read_and_one_behind_refused() -> None:
 def test_what_a_key_or_a_user_said_is_found_and_taken_out(tmp_path: Path) -> None:
     team = tmp_path / "team.yaml"
     team.write_text("base: tiny\nstate: state\n")
-    hearing = Hearing(FeedbackTerms(), tmp_path / "state")
+    hearing = FeedbackIntake(FeedbackTerms(), tmp_path / "state")
     for number in range(6):
         by = hearing.voice("k1" if number % 2 else "k2", "ann" if number < 2 else "bea", consent=True)
         rated = Feedback(f"r{number}", "faq@1.0", f"2026-01-{number // 4 + 1:02}T", rating=1, correction=f"word{number}", by=by)
@@ -189,8 +189,8 @@ def test_what_a_key_or_a_user_said_is_found_and_taken_out(tmp_path: Path) -> Non
 
 
 def test_lines_are_added_while_others_are_taken_out(tmp_path: Path) -> None:
-    one, other = Inbox(tmp_path / "inbox"), Inbox(tmp_path / "inbox")
-    goes, stays = (Feedback("r", "faq@1.0", "2026-01-31", rating=1, by=Voice(key)) for key in ("goes", "stays"))
+    one, other = FeedbackStore(tmp_path / "inbox"), FeedbackStore(tmp_path / "inbox")
+    goes, stays = (Feedback("r", "faq@1.0", "2026-01-31", rating=1, by=FeedbackAuthor(key)) for key in ("goes", "stays"))
 
     def add() -> None:
         for number in range(60):
@@ -207,7 +207,7 @@ def test_lines_are_added_while_others_are_taken_out(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_inbox_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox = Inbox(tmp_path / "inbox")
+    inbox = FeedbackStore(tmp_path / "inbox")
     inbox.add(Feedback("r", "faq@1.0", "2026-01-31", rating=1))
     (file,) = inbox.path.iterdir()
     before = file.read_bytes()
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_inbox_as_it_was(tmp_path: Path, monkeypatch: pyt
 
 
 def test_removing_sweeps_what_a_killed_removal_left(tmp_path: Path) -> None:
-    inbox = Inbox(tmp_path / "inbox")
+    inbox = FeedbackStore(tmp_path / "inbox")
     inbox.add(Feedback("r", "faq@1.0", "2026-01-31", rating=1))
     (file,) = inbox.path.iterdir()
     temporary_path(file).write_bytes(file.read_bytes())

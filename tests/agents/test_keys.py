@@ -11,10 +11,10 @@ import pytest
 
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, KeyRefusedError
 from sartor.serving import api_keys as keys_module
-from sartor.serving.api_keys import Keys
-from sartor.serving.rate_limits import MOST_KEYS, Rates
+from sartor.serving.api_keys import ApiKeyStore
+from sartor.serving.rate_limits import MOST_KEYS, RateLimiter
 from sartor.serving.registry.registry_schema import open_database
-from sartor.serving.team_config import Limits, Team
+from sartor.serving.team_config import RequestLimits, Team
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def keys(file: Path, clock: Clock) -> Iterator[Keys]:
-    opened = Keys(open_database(Team(base="starter", state=str(file.parent)).registry_url), clock)
+def keys(file: Path, clock: Clock) -> Iterator[ApiKeyStore]:
+    opened = ApiKeyStore(open_database(Team(base="starter", state=str(file.parent)).registry_url), clock)
     yield opened
     opened.close()
 
 
-def test_a_key_opens_the_agents_that_it_names_and_no_other(keys: Keys) -> None:
+def test_a_key_opens_the_agents_that_it_names_and_no_other(keys: ApiKeyStore) -> None:
     assert keys.is_open and not keys.has_admin
     secret, key = keys.make(["faq", "base"])
     assert not keys.is_open
@@ -53,14 +53,14 @@ def test_a_key_opens_the_agents_that_it_names_and_no_other(keys: Keys) -> None:
     assert everything.agents is None and everything.opens("whatever") and not everything.is_admin
 
 
-def test_an_admins_key_opens_no_agent_and_an_agents_key_is_no_admins(keys: Keys) -> None:
+def test_an_admins_key_opens_no_agent_and_an_agents_key_is_no_admins(keys: ApiKeyStore) -> None:
     secret, _ = keys.make([], is_admin=True)
     opened = keys.admit(secret)
     assert opened.is_admin and keys.has_admin and not opened.opens("faq") and opened.agents == frozenset()
     assert not keys.admit(keys.make(["faq"])[0]).is_admin
 
 
-def test_a_secret_is_nowhere_but_with_who_got_it(keys: Keys, file: Path) -> None:
+def test_a_secret_is_nowhere_but_with_who_got_it(keys: ApiKeyStore, file: Path) -> None:
     secret, key = keys.make(["faq"])
     assert secret.startswith(f"sartor-{key.id}-") and len(secret.split("-", 2)[2]) == 43
     assert len({keys.make(["faq"])[0] for _ in range(5)}) == 5
@@ -74,7 +74,7 @@ def test_a_secret_is_nowhere_but_with_who_got_it(keys: Keys, file: Path) -> None
     ["", "Bearer", "Bearer ", "Basic dXNlcjpwYXNz", "Bearer sk-1234", "Bearer sartor-000000000000-" + "A" * 43, "Bearer " + "x" * 9999,
      "Bearer sartor-\u0663\u0663\u0663-\udcff"],
 )  # fmt: skip
-def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: Keys) -> None:
+def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: ApiKeyStore) -> None:
     keys.make(["faq"])
     with pytest.raises(KeyRefusedError) as caught:
         keys.check(header)
@@ -82,7 +82,7 @@ def test_what_is_no_key_is_refused_and_not_repeated(header: str, keys: Keys) -> 
     assert not sent.strip() or sent.strip() not in str(caught.value)
 
 
-def test_another_secret_with_a_known_id_is_refused_in_constant_time(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_secret_with_a_known_id_is_refused_in_constant_time(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     secret, _ = keys.make(["faq"])
     compared = []
     compare = keys_module.hmac.compare_digest
@@ -95,11 +95,11 @@ def test_another_secret_with_a_known_id_is_refused_in_constant_time(keys: Keys, 
 
 
 def test_a_revoked_key_is_refused_within_a_second_wherever_it_was_revoked_and_leaves_the_door_shut(
-    keys: Keys, file: Path, clock: Clock
+    keys: ApiKeyStore, file: Path, clock: Clock
 ) -> None:
     secret, key = keys.make(["faq"])
     assert keys.admit(secret)
-    elsewhere = Keys(open_database(f"sqlite:///{file}"))
+    elsewhere = ApiKeyStore(open_database(f"sqlite:///{file}"))
     assert elsewhere.revoke(key.id).state == "revoked"
     new, _ = elsewhere.make(["home"])
     elsewhere.close()
@@ -115,7 +115,7 @@ def test_a_revoked_key_is_refused_within_a_second_wherever_it_was_revoked_and_le
         keys.revoke("nothing")
 
 
-def test_while_the_database_cannot_be_read_what_was_read_last_holds(keys: Keys, file: Path, clock: Clock) -> None:
+def test_while_the_database_cannot_be_read_what_was_read_last_holds(keys: ApiKeyStore, file: Path, clock: Clock) -> None:
     secret, _ = keys.make(["faq"])
     keys.admit(secret)
     file.write_bytes(b"no database" * 1000)
@@ -127,7 +127,7 @@ def test_while_the_database_cannot_be_read_what_was_read_last_holds(keys: Keys, 
         keys.make(["home"])
 
 
-def test_a_key_ends_when_it_was_said_to(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_ends_when_it_was_said_to(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys_module, "_now", lambda: "2027-01-01T12:00:00Z")
     ends = {
         expires: keys.make(["faq"], expires=expires) for expires in ("2027-01-31", "2027-01-02T13:00:00+01:00", "400d", "12h")
@@ -146,13 +146,13 @@ def test_a_key_ends_when_it_was_said_to(keys: Keys, monkeypatch: pytest.MonkeyPa
     [([], {}, "one of the two"), (["faq"], {"is_admin": True}, "one of the two"), (["../x"], {}, "cannot be an agent's name"),
      (["faq"], {"expires": "soon"}, "no span and no date"), (["faq"], {"expires": "2020-01-01"}, "is over already")],
 )  # fmt: skip
-def test_a_key_that_makes_no_sense_is_not_made(agents: list[str], options: dict, said: str, keys: Keys) -> None:
+def test_a_key_that_makes_no_sense_is_not_made(agents: list[str], options: dict, said: str, keys: ApiKeyStore) -> None:
     with pytest.raises(ConfigError, match=said):
         keys.make(agents, **options)
     assert keys.is_open
 
 
-def test_a_row_that_was_changed_from_outside_opens_nothing(keys: Keys, file: Path, clock: Clock) -> None:
+def test_a_row_that_was_changed_from_outside_opens_nothing(keys: ApiKeyStore, file: Path, clock: Clock) -> None:
     secret, key = keys.make(["faq"])
     other, _ = keys.make(["home"])
     with sqlite3.connect(file) as connection:
@@ -169,7 +169,7 @@ def test_a_row_that_was_changed_from_outside_opens_nothing(keys: Keys, file: Pat
 
 def test_requests_and_tokens_are_counted_per_key_and_come_back_with_time() -> None:
     clock = Clock()
-    rates = Rates(Limits(requests_per_minute=6, tokens_per_minute=100), clock)
+    rates = RateLimiter(RequestLimits(requests_per_minute=6, tokens_per_minute=100), clock)
     for _ in range(6):
         rates.begin("one")
     with pytest.raises(BusyError, match="6 requests per minute") as caught:
@@ -192,11 +192,11 @@ def test_requests_and_tokens_are_counted_per_key_and_come_back_with_time() -> No
 
 
 def test_no_limit_is_none_and_the_memory_of_keys_is_bounded() -> None:
-    free = Rates(Limits())
+    free = RateLimiter(RequestLimits())
     for _ in range(1000):
         free.begin("")
     free.count("", 10**9)
-    rates = Rates(Limits(requests_per_minute=1), Clock())
+    rates = RateLimiter(RequestLimits(requests_per_minute=1), Clock())
     for number in range(MOST_KEYS + 5):
         rates.begin(str(number))
     assert len(rates._buckets) == MOST_KEYS

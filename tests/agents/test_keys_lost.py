@@ -19,7 +19,7 @@ from serving import chat
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, MissingError, UnavailableError
 from sartor.serving import api_keys
 from sartor.serving import api_keys as keys_module
-from sartor.serving.api_keys import KeyCache, Keys, KeyTable, remove_keys
+from sartor.serving.api_keys import ApiKeyStore, KeyCache, KeyTable, remove_keys
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import open_database
 from sartor.serving.team_config import CardTerms, McpTerms, Team
@@ -43,13 +43,13 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def opened(state: Path, clock: Clock, database_in: Path | None = None) -> Keys:
+def opened(state: Path, clock: Clock, database_in: Path | None = None) -> ApiKeyStore:
     """As a server that starts has them. database_in: where the registry lies, if not in the state directory."""
-    return Keys(open_database(f"sqlite:///{(database_in or state) / 'registry.sqlite'}"), clock, state=state)
+    return ApiKeyStore(open_database(f"sqlite:///{(database_in or state) / 'registry.sqlite'}"), clock, state=state)
 
 
 @pytest.fixture
-def keys(state: Path, clock: Clock) -> Iterator[Keys]:
+def keys(state: Path, clock: Clock) -> Iterator[ApiKeyStore]:
     with closing(opened(state, clock)) as made:
         yield made
 
@@ -72,7 +72,7 @@ def lose_database(state: Path) -> None:
     open_database(f"sqlite:///{state / 'registry.sqlite'}").close()
 
 
-def is_lost(keys: Keys, secret: str = "sartor-000000000000-" + "A" * 43) -> bool:
+def is_lost(keys: ApiKeyStore, secret: str = "sartor-000000000000-" + "A" * 43) -> bool:
     """Whether everybody is refused, whatever is sent, with something to type."""
     for refused in (lambda: keys.is_open, lambda: keys.admit(secret)):
         with pytest.raises(UnavailableError) as caught:
@@ -81,7 +81,7 @@ def is_lost(keys: Keys, secret: str = "sartor-000000000000-" + "A" * 43) -> bool
     return True
 
 
-def test_emptied_table_refuses_everybody_until_a_key_is_made(keys: Keys, state: Path, clock: Clock) -> None:
+def test_emptied_table_refuses_everybody_until_a_key_is_made(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     secret, _ = keys.make(["faq"])
     assert not keys.is_open
     empty(state)
@@ -98,7 +98,7 @@ def test_emptied_table_refuses_everybody_until_a_key_is_made(keys: Keys, state: 
 
 
 @pytest.mark.parametrize("left", ["file", "registry", "memory"])
-def test_each_mark_is_enough_alone(left: str, keys: Keys, state: Path, clock: Clock) -> None:
+def test_each_mark_is_enough_alone(left: str, keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     assert not keys.is_open
     if left == "registry":
@@ -114,7 +114,7 @@ def test_each_mark_is_enough_alone(left: str, keys: Keys, state: Path, clock: Cl
         assert is_lost(restarted)
 
 
-def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(keys: Keys, state: Path, clock: Clock) -> None:
+def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     keys.listed()
     for file in state.glob("registry.sqlite*"):
@@ -128,7 +128,7 @@ def test_new_key_ends_it_where_the_registry_was_replaced_by_an_empty_file(keys: 
     assert keys.admit(new).agents == {"faq"} and not keys.is_open
 
 
-def test_lost_mark_is_written_again(keys: Keys, state: Path, clock: Clock) -> None:
+def test_lost_mark_is_written_again(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     lose_database(state)
     clock.now += keys_module.MARK_AGAIN_S + 1
@@ -138,7 +138,7 @@ def test_lost_mark_is_written_again(keys: Keys, state: Path, clock: Clock) -> No
         assert is_lost(restarted), "the new registry has the mark too"
 
 
-def test_keys_made_by_an_older_version_are_marked(keys: Keys, state: Path, clock: Clock) -> None:
+def test_keys_made_by_an_older_version_are_marked(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     change(state, "drop trigger events_delete", "delete from events")
     (state / api_keys.FILE).unlink()
@@ -151,7 +151,7 @@ def test_keys_made_by_an_older_version_are_marked(keys: Keys, state: Path, clock
         assert is_lost(restarted)
 
 
-def test_events_say_when_keys_began_and_ended(state: Path, keys: Keys) -> None:
+def test_events_say_when_keys_began_and_ended(state: Path, keys: ApiKeyStore) -> None:
     keys.make(["faq"])
     keys.make(["home"])
     keys.remove_all()
@@ -159,7 +159,7 @@ def test_events_say_when_keys_began_and_ended(state: Path, keys: Keys) -> None:
         assert [event.what for event in registry.events()] == [api_keys.KEYED, api_keys.UNKEYED]
 
 
-def test_team_that_never_had_keys_stays_open(keys: Keys, state: Path, clock: Clock) -> None:
+def test_team_that_never_had_keys_stays_open(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     assert keys.is_open
     clock.now += 10 * keys_module.STALE_S
     assert keys.is_open
@@ -168,7 +168,7 @@ def test_team_that_never_had_keys_stays_open(keys: Keys, state: Path, clock: Clo
     assert keys.is_open and not (state / api_keys.FILE).exists() and keys.troubles() == {}
 
 
-def test_registry_of_an_older_version_without_keys_stays_open(keys: Keys, state: Path, clock: Clock) -> None:
+def test_registry_of_an_older_version_without_keys_stays_open(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     with closing(opened(state, clock)) as other:
         assert other.is_open and other.listed() == []
     with closing(Registry.open(f"sqlite:///{state / 'registry.sqlite'}")) as registry:
@@ -176,7 +176,7 @@ def test_registry_of_an_older_version_without_keys_stays_open(keys: Keys, state:
 
 
 def test_stale_keys_hold_for_a_minute_and_come_back(
-    keys: Keys, state: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    keys: ApiKeyStore, state: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each failed read is tried again a second later; none of them makes what is known any younger."""
     secret, _ = keys.make(["faq"])
@@ -197,12 +197,14 @@ def test_stale_keys_hold_for_a_minute_and_come_back(
     assert keys.admit(secret).agents == {"faq"} and not keys.is_open and keys.troubles() == {}
 
 
-def test_key_revoked_while_the_registry_was_lost_is_refused_when_it_is_back(keys: Keys, state: Path, clock: Clock) -> None:
+def test_key_revoked_while_the_registry_was_lost_is_refused_when_it_is_back(
+    keys: ApiKeyStore, state: Path, clock: Clock
+) -> None:
     secret, made = keys.make(["faq"])
     keys.admit(secret)
     hidden = state / "hidden.sqlite"
     (state / "registry.sqlite").rename(hidden)
-    with closing(Keys(open_database(f"sqlite:///{hidden}"), clock)) as elsewhere:
+    with closing(ApiKeyStore(open_database(f"sqlite:///{hidden}"), clock)) as elsewhere:
         elsewhere.revoke(made.id)
     clock.now += 30
     assert keys.admit(secret), "nothing is known of it here"
@@ -213,7 +215,7 @@ def test_key_revoked_while_the_registry_was_lost_is_refused_when_it_is_back(keys
         keys.admit(secret)
 
 
-def test_remove_all_opens_a_server_that_starts_and_no_other(keys: Keys, state: Path, clock: Clock) -> None:
+def test_remove_all_opens_a_server_that_starts_and_no_other(keys: ApiKeyStore, state: Path, clock: Clock) -> None:
     keys.make(["faq"])
     keys.make(["home"])
     with closing(opened(state, clock)) as running:
@@ -252,21 +254,23 @@ def test_servers_with_one_registry_and_two_states(tmp_path: Path, clock: Clock) 
 
 def test_remove_keys_is_a_verb(tmp_path: Path) -> None:
     (tmp_path / "team.yaml").write_text("base: starter\n")
-    keys = Keys.of(Team(base="starter", state=str(tmp_path / ".team")))
+    keys = ApiKeyStore.of(Team(base="starter", state=str(tmp_path / ".team")))
     keys.make(["faq"])
     keys.close()
     assert remove_keys(tmp_path / "team.yaml")["removed"] == 1
     assert remove_keys(tmp_path / "team.yaml")["removed"] == 0
 
 
-def test_keys_are_removed_where_there_is_no_state_directory(keys: Keys, state: Path, tmp_path: Path, clock: Clock) -> None:
+def test_keys_are_removed_where_there_is_no_state_directory(
+    keys: ApiKeyStore, state: Path, tmp_path: Path, clock: Clock
+) -> None:
     keys.make(["faq"])
     with closing(opened(tmp_path / "absent", clock, database_in=state)) as elsewhere:
         assert elsewhere.remove_all() == 1
     assert not (tmp_path / "absent").exists()
 
 
-def test_mark_that_cannot_be_removed_is_named(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mark_that_cannot_be_removed_is_named(keys: ApiKeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     keys.make(["faq"])
 
     def refuse(state: Path) -> None:
@@ -457,7 +461,7 @@ def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock
     for http in ({}, {"host": "0.0.0.0"}, {"cors": ("*",)}):
         restarted = opened(state, clock)
 
-        async def main(http: Any = http, restarted: Keys = restarted) -> int:
+        async def main(http: Any = http, restarted: ApiKeyStore = restarted) -> int:
             async with serving.client(serving.house(doors=restarted), serving.team(state, http=http)) as client:
                 return (await client.post("/v1/chat/completions", json=chat())).status_code
 

@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sartor.core.errors import BusyError, ModelError
-from sartor.inference.engine import Call, Done, Failed, Logprob, Piece
-from sartor.serving.workers.agent_health import Bulkhead, most_rows
-from sartor.serving.workers.in_flight import DiffersError, Events, LiveCall, Story
+from sartor.inference.engine import GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.workers.agent_health import AgentQueues, most_rows
+from sartor.serving.workers.in_flight import InFlightCall, InFlightEvents, ReplayBuffer, ReplayMismatchError
 
 TOKENS = ["The", " sky", " is", "", " ", "blue", "é", ".", "\ud800", " And"]
 
 
-def pieces(cuts: list[int]) -> list[Piece]:
+def pieces(cuts: list[int]) -> list[TextDelta]:
     """TOKENS in pieces of so many tokens."""
     made, at = [], 0
     for cut in [*cuts, len(TOKENS)]:
         part = TOKENS[at : at + cut]
         at += cut
-        made.append(Piece("c", "".join(part), len(part), tuple(Logprob(token, -0.5) for token in part)))
+        made.append(TextDelta("c", "".join(part), len(part), tuple(Logprob(token, -0.5) for token in part)))
     return made
 
 
@@ -34,7 +34,7 @@ CUTS = st.lists(st.integers(1, 4), max_size=5)
 def test_a_reply_that_is_made_again_is_one_reply(
     first: list[int], second: list[int], third: list[int], died: int, again: int
 ) -> None:
-    story = Story()
+    story = ReplayBuffer()
     said = []
     for cuts, until in ((first, died), (second, again), (third, 99)):
         story.restart()
@@ -47,24 +47,24 @@ def test_a_reply_that_is_made_again_is_one_reply(
 
 @pytest.mark.parametrize("again", [["The sea"], ["The"], ["the sky is"]])
 def test_a_reply_that_differs_is_found(again: list[str]) -> None:
-    story = Story()
-    story.more(Piece("c", "The sky", 2))
+    story = ReplayBuffer()
+    story.more(TextDelta("c", "The sky", 2))
     story.restart()
-    with pytest.raises(DiffersError):
+    with pytest.raises(ReplayMismatchError):
         for text in again:
-            story.more(Piece("c", text, 1))
+            story.more(TextDelta("c", text, 1))
         story.end()
 
 
-def live(agent: str = "a@1", number: int = 1) -> LiveCall:
-    return LiveCall(Call(f"{agent}-{number}"), agent, False, number)
+def live(agent: str = "a@1", number: int = 1) -> InFlightCall:
+    return InFlightCall(GenerateCall(f"{agent}-{number}"), agent, False, number)
 
 
 def deaths(*places: int) -> bool:
     """Whether a call is suspected after workers died when it had so many tokens."""
     one = live()
     for place in places:
-        one.story.more(Piece("c", "x" * place, place))
+        one.story.more(TextDelta("c", "x" * place, place))
         one.died()
     return one.is_suspect
 
@@ -77,26 +77,26 @@ def test_suspected_is_who_was_at_the_same_place_twice_or_anywhere_thrice() -> No
 def test_a_client_takes_merged_pieces_and_then_the_end() -> None:
     async def take() -> list[object]:
         one = live()
-        events = Events(one, cancel=lambda _: None)
+        events = InFlightEvents(one, cancel=lambda _: None)
         for text in "abc":
-            one.say(Piece("c", text, 1))
-        one.say(Done("c", "stop", 1, 3))
+            one.say(TextDelta("c", text, 1))
+        one.say(ReplyDone("c", "stop", 1, 3))
         return [event async for event in events]
 
-    assert asyncio.run(take()) == [Piece("c", "abc", 3), Done("c", "stop", 1, 3)]
+    assert asyncio.run(take()) == [TextDelta("c", "abc", 3), ReplyDone("c", "stop", 1, 3)]
 
 
 def test_only_an_error_without_a_piece_before_it_is_raised() -> None:
     one = live()
     assert one.error() is None
-    one.say(Failed("c", "ModelError", "p", "r"))
+    one.say(ReplyFailed("c", "ModelError", "p", "r"))
     assert isinstance(one.error(), ModelError)
-    one.say(Piece("c", "a", 1))
+    one.say(TextDelta("c", "a", 1))
     assert one.error() is None
 
 
 def test_a_flood_has_its_own_queue_and_its_turn() -> None:
-    bulkhead = Bulkhead(per_agent=3)
+    bulkhead = AgentQueues(per_agent=3)
     for number in range(3):
         bulkhead.enter("flood@1", rows=4)
         bulkhead.put(live("flood@1", number))
@@ -111,7 +111,7 @@ def test_a_flood_has_its_own_queue_and_its_turn() -> None:
 
 
 def test_a_call_that_is_made_again_keeps_its_place() -> None:
-    bulkhead = Bulkhead(per_agent=9)
+    bulkhead = AgentQueues(per_agent=9)
     for number in (5, 7, 6):
         bulkhead.put(live("a@1", number))
     order = []

@@ -20,45 +20,45 @@ from test_receipts import command, given, replied
 import sartor
 from sartor.core.errors import ArtifactError
 from sartor.core.numerics import NUMERICS
-from sartor.inference.engine import About
+from sartor.inference.engine import EngineInfo
 from sartor.models import base as bases_in_memory
 from sartor.serving.admission import admission
-from sartor.serving.admission.admission import Ground
+from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.commands.plan_replay import Remaking
 from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
-from sartor.serving.plans.plan_steps import Line
-from sartor.serving.receipts import Seal, receipt_of
+from sartor.serving.plans.plan_steps import StepLogEntry
+from sartor.serving.receipts import TeamSigner, build_receipt
 from sartor.serving.routing import agent_classifier
-from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 from sartor.serving.team_config import load
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def about(kind: str = "local", dtype: str = "bfloat16") -> About:
-    return About(kind, "tiny", "b" * 64, "c" * 64, 512, 4, dtype, "cpu")
+def about(kind: str = "local", dtype: str = "bfloat16") -> EngineInfo:
+    return EngineInfo(kind, "tiny", "b" * 64, "c" * 64, 512, 4, dtype, "cpu")
 
 
 @pytest.fixture
-def seal(tmp_path: Path) -> Seal:
+def seal(tmp_path: Path) -> TeamSigner:
     state = tmp_path / ".team"
     state.mkdir(mode=0o700)
     (tmp_path / "team.yaml").write_text("base: starter\n")
-    return Seal.of(state)
+    return TeamSigner.of(state)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "wanted"), [("local", "bfloat16", 2), ("local", "float32", 1)])
-def test_a_receipt_of_the_own_engine_states_its_arithmetic(kind: str, dtype: str, wanted: int, seal: Seal) -> None:
-    assert receipt_of(given(), about(kind, dtype), seal)["numerics"] == wanted
+def test_a_receipt_of_the_own_engine_states_its_arithmetic(kind: str, dtype: str, wanted: int, seal: TeamSigner) -> None:
+    assert build_receipt(given(), about(kind, dtype), seal)["numerics"] == wanted
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("llamacpp", "F16"), ("openai", "")])
-def test_a_receipt_of_another_engine_states_none(kind: str, dtype: str, seal: Seal) -> None:
-    assert "numerics" not in receipt_of(given(), about(kind, dtype), seal)
+def test_a_receipt_of_another_engine_states_none(kind: str, dtype: str, seal: TeamSigner) -> None:
+    assert "numerics" not in build_receipt(given(), about(kind, dtype), seal)
 
 
-def signed(seal: Seal, receipt: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def signed(seal: TeamSigner, receipt: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The receipt with changes, signed anew; None takes a key away."""
     said = {key: value for key, value in {**receipt, **changes}.items() if key != "signature" and value is not None}
     return seal.sign(said)
@@ -77,7 +77,7 @@ def test_a_greedy_reply_is_made_anew_only_by_its_own_arithmetic(
 ) -> None:
     monkeypatch.setattr(bases_in_memory, "best_dtype", lambda device: getattr(torch, dtype))
     team, reply, book = replied(tmp_path, tiny_base)
-    seal = Seal.of(Path(load(team).state))
+    seal = TeamSigner.of(Path(load(team).state))
     book.write(reply)
     receipt = dict(book.read("r1") or {})
     book.close()
@@ -100,10 +100,10 @@ def test_a_greedy_reply_is_made_anew_only_by_its_own_arithmetic(
 
 
 def test_an_old_receipt_of_sixteen_bits_is_valid_and_the_command_says_what_it_left_out(
-    tmp_path: Path, seal: Seal, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, seal: TeamSigner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = replace(given().call, tools=(), schema="")
-    receipt = receipt_of(given(release="", call=call), about(), seal)
+    receipt = build_receipt(given(release="", call=call), about(), seal)
     (tmp_path / "r.json").write_text(json.dumps(signed(seal, receipt, numerics=None)))
     code, said = command(capsys, "receipt", "verify", tmp_path / "r.json", "--team", tmp_path / "team.yaml")
     assert (code, said["valid"]) == (0, True) and said["checked"]["text"].startswith(OLD)
@@ -112,16 +112,20 @@ def test_an_old_receipt_of_sixteen_bits_is_valid_and_the_command_says_what_it_le
     assert command(capsys, *at)[0] == 3
 
 
-def test_other_engines_receipts_are_checked_as_ever(tmp_path: Path, seal: Seal) -> None:
+def test_other_engines_receipts_are_checked_as_ever(tmp_path: Path, seal: TeamSigner) -> None:
     call = replace(given().call, tools=(), schema="")
-    receipt = receipt_of(given(release="", call=call), about("llamacpp", "BF16"), seal)
+    receipt = build_receipt(given(release="", call=call), about("llamacpp", "BF16"), seal)
     (tmp_path / "r.json").write_text(json.dumps(receipt))
     found = sartor.verify_receipt(tmp_path / "r.json", team=tmp_path / "team.yaml")
     assert found.checked["text"] == "not checked: give the messages and the reply"
 
 
 def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
-    line, old, new = Line("", "answer", "p@1", "answered"), PlanLog(tmp_path, DIGEST), PlanLog(tmp_path, DIGEST, about=about)
+    line, old, new = (
+        StepLogEntry("", "answer", "p@1", "answered"),
+        PlanLog(tmp_path, DIGEST),
+        PlanLog(tmp_path, DIGEST, about=about),
+    )
     for log in (old, new):
         log.write(Ran("r", "p@1", line, (line,), line, content=False, began=0.0))
     before, after = (next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns))
@@ -153,10 +157,10 @@ def test_a_run_that_states_no_engine_is_of_this_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def ground(maker: Any, tmp_path: Path) -> Callable[[str], Ground]:  # noqa: F811
-    def of(dtype: str) -> Ground:
-        made = About("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4, dtype, "cpu")
-        return Ground(made, maker.base, tmp_path / "state", maker.public)
+def ground(maker: Any, tmp_path: Path) -> Callable[[str], AdmissionContext]:  # noqa: F811
+    def of(dtype: str) -> AdmissionContext:
+        made = EngineInfo("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4, dtype, "cpu")
+        return AdmissionContext(made, maker.base, tmp_path / "state", maker.public)
 
     return of
 
@@ -165,7 +169,7 @@ def ground(maker: Any, tmp_path: Path) -> Callable[[str], Ground]:  # noqa: F811
 def test_a_copy_that_another_arithmetic_admitted_is_asked_again_once(
     dtype: str, maker: Any, ground: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    first = admission.admit_by(maker.good(tmp_path / "good"), ground(dtype), Fake())
+    first = admission.admit_sync(maker.good(tmp_path / "good"), ground(dtype), Fake())
     note = first.path / ".admitted.json"
     said = json.loads(note.read_text())
     assert said["numerics"] == NUMERICS.get(dtype, 1)
@@ -174,13 +178,13 @@ def test_a_copy_that_another_arithmetic_admitted_is_asked_again_once(
     asked = []
     for _ in range(2):
         fake = Fake()
-        assert admission.admit_by(first.path, ground(dtype), fake).adapter == first.adapter
+        assert admission.admit_sync(first.path, ground(dtype), fake).adapter == first.adapter
         asked.append(bool(fake.calls))
     assert asked == [dtype == "bfloat16", False]
 
 
-def fitted(count: int = 8) -> tuple[Exemplars, agent_classifier.Space, Any]:
-    found = Exemplars(tuple(Prompt(f"a:{n}", f"switch on lamp {n}") for n in range(count)))
+def fitted(count: int = 8) -> tuple[Exemplars, agent_classifier.GeneralPrompts, Any]:
+    found = Exemplars(tuple(ExemplarPrompt(f"a:{n}", f"switch on lamp {n}") for n in range(count)))
     source = np.random.default_rng(0)
     general = source.normal(size=(len(agent_classifier.general_texts()), 6)).astype(np.float32)
     texts = agent_classifier.rows_of(found).texts

@@ -16,14 +16,14 @@ from dispatch_fakes import FakeCrew, FakeReceipts, admit, asked, dispatching, no
 from postgres_server import postgres
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
-from sartor.inference.engine import Piece
-from sartor.serving.api_keys import Keys
+from sartor.inference.engine import TextDelta
+from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.http.services import ANYBODY
 from sartor.serving.receipts import erase_receipts
 from sartor.serving.registry import server_presence
-from sartor.serving.registry.registry import Cause, Registry
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.registry.user_versions import FORGOTTEN, PeopleBook, Personal
+from sartor.serving.registry.registry import ChangeCause, Registry
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.user_versions import FORGOTTEN, UserVersion, UserVersionStore
 from sartor.serving.team_config import PersonalTerms, Team
 
 __all__ = ["no_fsync"]
@@ -31,30 +31,32 @@ __all__ = ["no_fsync"]
 ADA, BEN, CLEO = ("a" * 64, "b" * 64, "c" * 64)
 
 
-def own(person: str, number: str = "1", agent: str = "faq", name: str = "own") -> Personal:
+def own(person: str, number: str = "1", agent: str = "faq", name: str = "own") -> UserVersion:
     """A person's version of an agent, tuned on `number`, at a path that `admitted` takes."""
     adapter = f"{name}-{person[:4]}"
-    return Personal(person, agent, number, f"id-{agent}-{number}", adapter, f"art-{adapter}", f"/people/{adapter}", {"rows": 9})
+    return UserVersion(
+        person, agent, number, f"id-{agent}-{number}", adapter, f"art-{adapter}", f"/people/{adapter}", {"rows": 9}
+    )
 
 
-async def admitted(path: Path, name: str) -> Version:
+async def admitted(path: Path, name: str) -> AgentVersion:
     if path.parent.name == "people":
-        return Version(name, "", str(path), f"art-{path.name}", path.name)
+        return AgentVersion(name, "", str(path), f"art-{path.name}", path.name)
     return await admit(path, name)
 
 
 async def told(dispatch: Any, person: str = "", model: str = "faq", **options: Any) -> tuple[str, str, str]:
     """(agent, text, reason) of a reply."""
     answer = await dispatch.open(asked(model, person=person, **options))
-    text = "".join([event.text async for event in answer.events if isinstance(event, Piece)])
+    text = "".join([event.text async for event in answer.events if isinstance(event, TextDelta)])
     return answer.agent, text, answer.reason
 
 
-def opened(tmp_path: Path, *people: Personal) -> tuple[Registry, PeopleBook]:
+def opened(tmp_path: Path, *people: UserVersion) -> tuple[Registry, UserVersionStore]:
     of = registry(tmp_path, version("faq", "1"), version("faq", "2"))
-    book = PeopleBook(of.database)
+    book = UserVersionStore(of.database)
     for one in people:
-        book.put(one, Cause("test"))
+        book.put(one, ChangeCause("test"))
     return of, book
 
 
@@ -164,7 +166,7 @@ def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Pat
             await told(dispatch, BEN)
             crew.slow = 20
             answer = await dispatch.open(asked("faq", person=ADA))
-            generation, removed = book.forget(ADA, Cause("dpo", "asked for"))
+            generation, removed = book.forget(ADA, ChangeCause("dpo", "asked for"))
             assert removed == {"people": 1, "speakers": 0}
             state = Path(team(tmp_path).state)
             assert await asyncio.to_thread(server_presence.wait_for, state, generation, 0.0) == (
@@ -195,7 +197,7 @@ def test_a_server_that_died_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_key_speaks_for_whom_it_was_let(tmp_path: Path) -> None:
     with closing(Registry.open(team(tmp_path).registry_url)) as of:
-        keys, book = Keys(of.database, clock=lambda: 1e9 * len(made)), PeopleBook(of.database)
+        keys, book = ApiKeyStore(of.database, clock=lambda: 1e9 * len(made)), UserVersionStore(of.database)
         made: list[Any] = []
         secret, key = keys.make(["faq"])
         assert not keys.admit(secret).may_speak_for(ADA)
@@ -214,17 +216,17 @@ def test_a_key_speaks_for_whom_it_was_let(tmp_path: Path) -> None:
 def rows_of_people(url: str) -> None:
     with closing(Registry.open(url)) as of:
         of.add(version("faq", "1"))
-        book = PeopleBook(of.database)
-        book.put(own(ADA), Cause("ada"))
-        book.refuse(replace(own(ADA), adapter=""), "it is worse", Cause("ada"))
-        book.refuse(replace(own(BEN), adapter=""), "too few rows", Cause("ben"))
+        book = UserVersionStore(of.database)
+        book.put(own(ADA), ChangeCause("ada"))
+        book.refuse(replace(own(ADA), adapter=""), "it is worse", ChangeCause("ada"))
+        book.refuse(replace(own(BEN), adapter=""), "too few rows", ChangeCause("ben"))
         people = book.read()
         kept = people.known[ADA, "faq"]
         assert (kept.adapter, kept.note, kept.facts) == ("own-aaaa", "it is worse", {"rows": 9})
         assert people.known[BEN, "faq"].adapter == "" and people.hurt == 0
         assert set(book.read(BEN).known) == {(BEN, "faq")}
         before = people.generation
-        generation, removed = book.forget(ADA, Cause("dpo"))
+        generation, removed = book.forget(ADA, ChangeCause("dpo"))
         assert generation == before + 1 and removed["people"] == 1
         assert book.forgotten_since(before) == [ADA] and book.forgotten_since(generation) == []
         assert book.mentions(ADA) == {"people": 0, "speakers": 0} and of.generation() == generation
@@ -238,7 +240,7 @@ def test_the_rows_of_people(tmp_path: Path) -> None:
     with closing(Registry.open(url)) as of, of.database.change() as connection:
         connection.exec_driver_sql("update people set adapter = 'another'")
     with closing(Registry.open(url)) as of:
-        assert PeopleBook(of.database).read().hurt == 1
+        assert UserVersionStore(of.database).read().hurt == 1
 
 
 @pytest.mark.services

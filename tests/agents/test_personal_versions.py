@@ -25,14 +25,14 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.core.filesystem import writer_lock
-from sartor.inference.engine import About
-from sartor.learn.user_data import Needles
-from sartor.models.lora_tensors import cut, rank_of
-from sartor.serving.admission.admission import Ground, admit_personal
+from sartor.inference.engine import EngineInfo
+from sartor.learn.user_data import SearchTerms
+from sartor.models.lora_tensors import rank_of, split_ranks
+from sartor.serving.admission.admission import AdmissionContext, admit_personal
 from sartor.serving.commands.agent_commands import _looked_at
-from sartor.serving.receipts import ReceiptBook
+from sartor.serving.receipts import ReceiptLog
 from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import is_personal
 from sartor.serving.team_config import load
 
@@ -64,11 +64,11 @@ async def reply_for(file: Path, user: str) -> tuple[str, str, list[Any]]:
     """(agent, the adapter that made the reply, receipts) of a served team with a crew that computes nothing."""
     made, crew, receipts = load(file), FakeCrew(), FakeReceipts()
     base = open_artifact(file.parent / "switch-1.0", "release").manifest["base"]
-    about = About("local", base["name"], base["digest"], base["template_digest"], 512, 4)
+    about = EngineInfo("local", base["name"], base["digest"], base["template_digest"], 512, 4)
 
-    async def admit(path: Path, name: str) -> Version:
+    async def admit(path: Path, name: str) -> AgentVersion:
         if is_personal(path, Path(made.state)):
-            return admit_personal(path, name, Ground.of(made, about))
+            return admit_personal(path, name, AdmissionContext.of(made, about))
         return _looked_at(made, path, name)
 
     async with dispatching(made, crew, Registry.open(made.registry_url), admit=admit, receipts=receipts) as dispatch:
@@ -86,7 +86,7 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
     assert made["gate"]["own"]["high"] < 0 and made["gate"]["verdict"] == "better", "capitals can be learnt"
     adapter = open_artifact(made["adapter"], "adapter")
     shared, whole = (load_file(one.path / "adapter_model.safetensors") for one in (release, adapter))
-    head, tail = cut(whole, rank_of(shared))
+    head, tail = split_ranks(whole, rank_of(shared))
     assert all(np.array_equal(head[name], value) for name, value in shared.items()), "the live version is held still"
     assert rank_of(tail) == made["rank"] == 2
     assert [(one["kind"], one["id"] == release.id) for one in adapter.manifest["parents"]] == [
@@ -102,7 +102,7 @@ def test_a_user_is_tuned_for_served_and_forgotten(team: Path, monkeypatch: pytes
     assert agent == "switch@1.0+personal" and text != before[1]
     assert asyncio.run(reply_for(team, "ben"))[:2] == before == ("switch@1.0", before[1])
     assert receipts[0].person == person(team) and receipts[0].release_id == release.id
-    book = ReceiptBook.of(load(team), lambda: About("local", "tiny", "b" * 64, "t" * 64, 512, 4))
+    book = ReceiptLog.of(load(team), lambda: EngineInfo("local", "tiny", "b" * 64, "t" * 64, 512, 4))
     book.write(receipts[0])
     book.close()
     shown = sartor.show_personal(team, "ada")
@@ -204,9 +204,9 @@ def test_words_that_are_left_somewhere_are_found_and_the_proof_says_so(team: Pat
 
 def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> None:
     text = 'Frau Müller said "yes & no" on\nTuesday'
-    needles = Needles([text, "short"], others=["it is short"])
+    needles = SearchTerms([text, "short"], others=["it is short"])
     assert (needles.texts, needles.too_short) == (1, 1)
-    assert Needles([f"{text} {CANARY}"]).are_in(CANARY.encode()), "a part, from any word on"
+    assert SearchTerms([f"{text} {CANARY}"]).are_in(CANARY.encode()), "a part, from any word on"
     spelled = [
         text,
         json.dumps(text),
@@ -217,7 +217,7 @@ def test_every_way_in_which_a_file_spells_a_text_is_found(tmp_path: Path) -> Non
         for shift in range(9):
             assert needles.are_in(b"." * shift + said_.encode() + b"."), said_
     assert not needles.are_in(b"") and not needles.are_in(b"Frau Mueller") and not needles.are_in(b"." * 100_000)
-    assert Needles([text], others=[f"hello: {text}!"]).said_by_others == 1
-    assert not Needles([]).are_in(b"anything that is here")
+    assert SearchTerms([text], others=[f"hello: {text}!"]).said_by_others == 1
+    assert not SearchTerms([]).are_in(b"anything that is here")
     long = "".join(chr(97 + place * 7 % 26) for place in range(5000))
-    assert Needles([long]).are_in(long[-60:].encode()), "a part of a long text, as a page of a database may have it"
+    assert SearchTerms([long]).are_in(long[-60:].encode()), "a part of a long text, as a page of a database may have it"

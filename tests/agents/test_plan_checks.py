@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from sartor.core.errors import ConfigError
-from sartor.serving.plan_options import Arithmetic, Citations, FieldRule, Json, Merge, Pattern, Vote
-from sartor.serving.plans.draft_checks import SEARCH_S, found_by
-from sartor.serving.plans.plan_runner import merged, winner
+from sartor.serving.plan_options import Arithmetic, Citations, FieldRule, Json, Merge, PatternCheck, Vote
+from sartor.serving.plans.draft_checks import SEARCH_S, run_check
+from sartor.serving.plans.plan_runner import majority_reply, merge_json_replies
 
 ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall"]}}, "required": ["room"], "additionalProperties": False}
 
@@ -24,23 +24,23 @@ ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall"]}}, "required
     ],
 )
 def test_json(draft: str, said: list[str]) -> None:
-    found = found_by(Json(schema=ROOMS), draft, "")
+    found = run_check(Json(schema=ROOMS), draft, "")
     assert len(found) == len(said) and all(one.startswith(start) for one, start in zip(found, said, strict=True))
-    assert bool(found_by(Json(), draft, "")) == ("it is not JSON" in said)
+    assert bool(run_check(Json(), draft, "")) == ("it is not JSON" in said)
 
 
 def test_a_schema_fetches_nothing() -> None:
-    assert found_by(Json(schema={"$ref": "http://127.0.0.1:1/x"}), "{}", "") == [
+    assert run_check(Json(schema={"$ref": "http://127.0.0.1:1/x"}), "{}", "") == [
         "the schema refers to 'http://127.0.0.1:1/x', which is not in it"
     ]
 
 
 def test_a_pattern_is_to_be_held_or_not_and_is_not_searched_for_ever() -> None:
-    assert found_by(Pattern(r"\bkr\b"), "12 kr", "") == [] and found_by(Pattern(r"\bkr\b"), "12", "") == [
+    assert run_check(PatternCheck(r"\bkr\b"), "12 kr", "") == [] and run_check(PatternCheck(r"\bkr\b"), "12", "") == [
         "it must hold '\\\\bkr\\\\b'"
     ]
-    assert found_by(Pattern("sorry", holds=False), "so sorry", "") == ["it must not hold 'sorry'"]
-    (late,) = found_by(Pattern(r"(a|aa)+$"), "a" * 60 + "b", "")
+    assert run_check(PatternCheck("sorry", holds=False), "so sorry", "") == ["it must not hold 'sorry'"]
+    (late,) = run_check(PatternCheck(r"(a|aa)+$"), "a" * 60 + "b", "")
     assert f"longer than {SEARCH_S:g} s" in late
 
 
@@ -66,44 +66,44 @@ def test_a_pattern_is_to_be_held_or_not_and_is_not_searched_for_ever() -> None:
     ],
 )
 def test_arithmetic(draft: str, wrong: list[str]) -> None:
-    assert found_by(Arithmetic(), draft, "") == wrong
+    assert run_check(Arithmetic(), draft, "") == wrong
 
 
 def test_arithmetic_that_is_not_there() -> None:
-    assert found_by(Arithmetic(least=1), "I do not know; 1 / 0 = 7", "") == ["it holds 0 equations; at least 1"]
-    assert found_by(Arithmetic(least=1), "1 + 1 = 2", "") == []
+    assert run_check(Arithmetic(least=1), "I do not know; 1 / 0 = 7", "") == ["it holds 0 equations; at least 1"]
+    assert run_check(Arithmetic(least=1), "1 + 1 = 2", "") == []
 
 
 def test_citations_of_fields_of_the_request(tmp_path: Path) -> None:
     check = Citations(fields=("room", "names"))
     request = "turn on Dusty in the  Living\nroom"
-    assert found_by(check, '{"room": "living room", "names": ["dusty"], "on": "kitchen"}', request) == []
-    assert found_by(check, '{"room": "living"}', "the livingroom") == ["'living' is not in the request"]
-    assert found_by(check, '{"room": "attic", "names": ["dusty", "bob"]}', request) == [
+    assert run_check(check, '{"room": "living room", "names": ["dusty"], "on": "kitchen"}', request) == []
+    assert run_check(check, '{"room": "living"}', "the livingroom") == ["'living' is not in the request"]
+    assert run_check(check, '{"room": "attic", "names": ["dusty", "bob"]}', request) == [
         "'attic' is not in the request",
         "'bob' is not in the request",
     ]
-    assert found_by(check, "attic", request) == ["it is no JSON object"] == found_by(check, "3", request)
-    assert found_by(Citations(fields=("room",), least=1), "{}", request) == ["it cites 0 times; at least 1"]
+    assert run_check(check, "attic", request) == ["it is no JSON object"] == run_check(check, "3", request)
+    assert run_check(Citations(fields=("room",), least=1), "{}", request) == ["it cites 0 times; at least 1"]
 
 
 def test_citations_of_files(tmp_path: Path) -> None:
     (tmp_path / "law.txt").write_text("§ 8. A railing is at least 1.1 m high.")
     check = Citations(sources=(str(tmp_path / "law.txt"),))
-    assert found_by(check, 'It says "a railing is at least\n1.1 m high".', "") == []
-    assert found_by(check, "“a railing is 2 m high”", "") == ["'a railing is 2 m high' is not in the sources"]
+    assert run_check(check, 'It says "a railing is at least\n1.1 m high".', "") == []
+    assert run_check(check, "“a railing is 2 m high”", "") == ["'a railing is 2 m high' is not in the sources"]
     numbered = Citations(sources=check.sources, pattern=r"§ \d+", least=1)
-    assert found_by(numbered, "see § 8", "") == [] and found_by(numbered, "see § 9", "") == ["'§ 9' is not in the sources"]
+    assert run_check(numbered, "see § 8", "") == [] and run_check(numbered, "see § 9", "") == ["'§ 9' is not in the sources"]
     with pytest.raises(ConfigError, match="gone"):
-        found_by(Citations(sources=(str(tmp_path / "gone.txt"),)), '"x"', "")
+        run_check(Citations(sources=(str(tmp_path / "gone.txt"),)), '"x"', "")
 
 
 def test_votes_count_what_means_the_same() -> None:
-    assert winner(["No", "yes ", "YES"], Vote()) == (1, 2)
-    assert winner(["a", "b"], Vote()) == (0, 1)
-    assert winner(['{"a":1,"b":2}', '{"b":3,"a":1.0}', '{"a":2}'], Vote(fields=("a",))) == (0, 1)
-    assert winner(['{"a":1,"b":2}', '{"a":2}', '{"b":3,"a":1}'], Vote(fields=("a",))) == (0, 2)
-    assert winner(['{"a":null}', "{}", "{}"], Vote(fields=("a",))) == (1, 2)
+    assert majority_reply(["No", "yes ", "YES"], Vote()) == (1, 2)
+    assert majority_reply(["a", "b"], Vote()) == (0, 1)
+    assert majority_reply(['{"a":1,"b":2}', '{"b":3,"a":1.0}', '{"a":2}'], Vote(fields=("a",))) == (0, 1)
+    assert majority_reply(['{"a":1,"b":2}', '{"a":2}', '{"b":3,"a":1}'], Vote(fields=("a",))) == (0, 2)
+    assert majority_reply(['{"a":null}', "{}", "{}"], Vote(fields=("a",))) == (1, 2)
 
 
 def test_fields_are_merged_by_their_rules() -> None:
@@ -113,9 +113,14 @@ def test_fields_are_merged_by_their_rules() -> None:
         '{"room":"attic"}',
     ]
     rules = Merge(fields=(FieldRule("tags", "union"), FieldRule("note", "longest")))
-    text, count = merged([*replies, "no JSON", "[1]"], rules)
+    text, count = merge_json_replies([*replies, "no JSON", "[1]"], rules)
     assert (
         json.loads(text) == {"room": "attic", "tags": ["a", "b"], "note": "xyz"} and count == 3
     )  # `odd` is said by one of three
-    assert json.loads(merged(replies, Merge(rule="first"))[0]) == {"room": "hall", "tags": ["a"], "note": "x", "odd": 1}
-    assert merged(["no", "none"], Merge()) == ("", 0)
+    assert json.loads(merge_json_replies(replies, Merge(rule="first"))[0]) == {
+        "room": "hall",
+        "tags": ["a"],
+        "note": "x",
+        "odd": 1,
+    }
+    assert merge_json_replies(["no", "none"], Merge()) == ("", 0)

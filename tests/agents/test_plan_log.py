@@ -13,9 +13,9 @@ from plan_fakes import DIGEST, FakeReplies, ask, asked, planned
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
 from sartor.serving.commands.plan_replay import Remaking, Replayed, replay_plans
 from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
-from sartor.serving.plans.plan_steps import Line
+from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.team_config import Team
-from sartor.serving.types import Request
+from sartor.serving.types import AgentRequest
 
 PLAN: dict[str, Any] = {
     "name": "checked",
@@ -71,7 +71,7 @@ def test_old_files_are_removed_when_receipts_are(tmp_path: Path) -> None:
     for days, name in ((3, "plans-old.jsonl"), (1, "plans-young.jsonl")):
         (folder / name).touch()
         os.utime(folder / name, (time.time() - days * 86_400 - 60,) * 2)
-    line = Line("", "answer", "p@1", "answered")
+    line = StepLogEntry("", "answer", "p@1", "answered")
     log = PlanLog(folder, DIGEST, days=2)
     log.write(Ran("r", "p@1", line, (), line, content=False, began=0.0))
     assert log.lost == 0 and len(list(folder.iterdir())) == 2 and not (folder / "plans-old.jsonl").exists()
@@ -145,7 +145,7 @@ def test_steps_side_by_side_are_compared_by_their_places(tmp_path: Path) -> None
     plan = {"name": "checked", "kind": "parallel", "members": ["base", "home"], "log": "content"}
     team = planned(tmp_path, plan)
 
-    def slow(request: Request) -> str:
+    def slow(request: AgentRequest) -> str:
         return f"seed {request.sampling['seed']}"
 
     rows = logged(tmp_path, team, FakeReplies(base=slow, home=slow))

@@ -21,9 +21,9 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.inference.engine import Done, Failed
-from sartor.serving.plan_options import Chain, Critic, Divided, Json, Parallel, digest
-from sartor.serving.plans.step_messages import Finding, Handover, read_verdict
+from sartor.inference.engine import ReplyDone, ReplyFailed
+from sartor.serving.plan_options import ChainPlan, Critic, DividedPlan, Json, ParallelPlan, digest
+from sartor.serving.plans.step_messages import DraftFinding, PlanStepInput, read_verdict
 from sartor.serving.team_config import load
 
 ROOMS = {"type": "object", "properties": {"room": {"enum": ["hall", "attic"]}}, "required": ["room"]}
@@ -49,7 +49,7 @@ plans:
 """.replace("parallel: {}, ", "")
     )
     made = load(tmp_path / "team.yaml").plans
-    assert isinstance(made[0], Chain) and isinstance(made[1], Parallel)
+    assert isinstance(made[0], ChainPlan) and isinstance(made[1], ParallelPlan)
     assert made[0].check[0] == Json(schema=ROOMS) and isinstance(made[0].check[1], Critic)
     assert made[0].mend and (made[0].mend.agent, made[0].mend.times) == ("home", 1)
     assert made[1].budget.tokens == 8192
@@ -119,7 +119,7 @@ def test_draft_check_mend(tmp_path: Path) -> None:
         "fixer@1 mends; nothing was found in fixer@1's draft"
     )
     # of all three steps: 10 each, of which 2 were cached; 2 words each
-    assert said.end == Done(said.receipt, "stop", 30, 6, 6) and sum(piece.tokens for piece in said.pieces) == 6
+    assert said.end == ReplyDone(said.receipt, "stop", 30, 6, 6) and sum(piece.tokens for piece in said.pieces) == 6
     first, second = replies.of("fixer")
     told = json.loads(first.messages[0]["content"])
     assert (told["request"], told["draft"]) == ("light in the hall", "the hall") and told["task"].startswith("Mend the draft")
@@ -180,7 +180,7 @@ def test_a_verdict_that_contradicts_itself_is_a_finding() -> None:
 def test_what_a_step_is_given_is_typed_and_in_the_form_that_is_declared(tmp_path: Path) -> None:
     media = {"type": "image", "image": "data:image/png;base64,AA=="}
     turns = ({"role": "system", "content": "be brief"}, {"role": "user", "content": [media, {"type": "text", "text": "hi"}]})
-    whole = Handover(turns, "yo", (Finding("0 json", "no JSON"),))
+    whole = PlanStepInput(turns, "yo", (DraftFinding("0 json", "no JSON"),))
     step = Critic("c")
     (message,) = whole.messages(step, "mend")
     assert message["content"][0] == media
@@ -201,7 +201,10 @@ def test_what_a_step_is_given_is_typed_and_in_the_form_that_is_declared(tmp_path
 
 def test_a_failed_member_degrades_the_answer_and_nothing_at_all_is_an_error(tmp_path: Path) -> None:
     team = planned(tmp_path, CHECKED)
-    for fault in (UnavailableError("in quarantine", "later"), Failed("c", "ModelError", "a logit is not finite", "tune again")):
+    for fault in (
+        UnavailableError("in quarantine", "later"),
+        ReplyFailed("c", "ModelError", "a logit is not finite", "tune again"),
+    ):
         replies = FakeReplies(home="the hall", fixer=fault)
         said = ask(team, replies, asked("checked"))
         assert said.text == "the hall" and "fixer" in said.reason and "is left out of mend.1" in said.reason
@@ -232,12 +235,12 @@ def test_the_last_step_streams_where_the_client_hears_it_and_nothing_comes_after
         1,
         1,
     ]
-    assert said.end == Done(said.receipt, "stop", 20, 5, 4) and said.reason.endswith("polite@1 answers")
+    assert said.end == ReplyDone(said.receipt, "stop", 20, 5, 4) and said.reason.endswith("polite@1 answers")
     whole = ask(team, FakeReplies(home="hall light", polite="a b c"), asked("chain"))
     assert [piece.text for piece in whole.pieces] == ["a b c"] and whole.end.reply_tokens == 5
-    broken = Failed("c", "ModelError", "it broke", "-")
+    broken = ReplyFailed("c", "ModelError", "it broke", "-")
     cut = ask(team, FakeReplies(home="hall light", polite=broken), asked("chain", streams=True))
-    assert cut.text == "half a " and isinstance(cut.end, Failed)
+    assert cut.text == "half a " and isinstance(cut.end, ReplyFailed)
     assert ask(team, FakeReplies(home="hall light", polite=broken), asked("chain")).text == "hall light"
     refused = FakeReplies(home="hall light", polite=ModelError("it broke", "-"))
     assert ask(team, refused, asked("chain", streams=True)).text == "hall light"
@@ -287,7 +290,7 @@ def test_a_request_is_divided_answered_and_put_together(tmp_path: Path) -> None:
     assert said.text == "on" and "not divided: all of it is for home" in said.reason
     assert whole.of("home")[0].messages == asked("divided").messages
     joined = planned(tmp_path, {name: value for name, value in plan.items() if name != "answer"})
-    assert isinstance(joined.plans[0], Divided)
+    assert isinstance(joined.plans[0], DividedPlan)
     replies = FakeReplies(base=json.dumps(parts), law="1.1 m", home="on")
     assert ask(joined, replies, asked("divided")).text == "1.1 m\n\non"
     with pytest.raises(RequestError, match="obey no schema"):

@@ -23,24 +23,24 @@ from dispatch_fakes import (
 )
 
 from sartor.core.errors import ModelError, UnavailableError
-from sartor.serving.dispatch.dispatcher import Dispatch
+from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.http.app_state import as_header
-from sartor.serving.registry.registry import Cause, Registry
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.registry.user_versions import PeopleBook, Personal
-from sartor.serving.types import Request
+from sartor.serving.registry.registry import ChangeCause, Registry
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.user_versions import UserVersion, UserVersionStore
+from sartor.serving.types import AgentRequest
 
 __all__ = ["no_fsync"]
 
 ADA = "a" * 64
 BROKEN = ModelError("a logit is not finite; canary rows are", "tune again")
-PERSONAL = Personal(ADA, "faq", "1", "id-faq-1", "own-aaaa", "art-own-aaaa", "/people/own-aaaa", {"rows": 9})
+PERSONAL = UserVersion(ADA, "faq", "1", "id-faq-1", "own-aaaa", "art-own-aaaa", "/people/own-aaaa", {"rows": 9})
 Change = Callable[[Registry, FakeCrew, FakeRouter], object]
 
 
-async def admitted(path: Path, name: str) -> Version:
+async def admitted(path: Path, name: str) -> AgentVersion:
     if path.parent.name == "people":
-        return Version(name, "", str(path), f"art-{path.name}", path.name)
+        return AgentVersion(name, "", str(path), f"art-{path.name}", path.name)
     return await admit(path, name)
 
 
@@ -87,7 +87,7 @@ def choosing_the_base(of: Registry, crew: FakeCrew, router: FakeRouter) -> None:
 
 STALE = "asked by name; the user's own version was tuned on 1, and is not used until it is tuned again"
 FELL_BACK = "asked by name; a logit is not finite; canary rows are; the previous version steps in"
-CASES: list[tuple[Request, Change, str, str]] = [
+CASES: list[tuple[AgentRequest, Change, str, str]] = [
     (asked("faq"), nothing, "faq@1", "asked by name"),
     (asked("base"), nothing, "base@", "asked by name"),
     (asked("faq@1"), nothing, "faq@1", "asked by name and version"),
@@ -122,10 +122,10 @@ CASES: list[tuple[Request, Change, str, str]] = [
 ]  # fmt: skip
 
 
-async def reason_of(tmp_path: Path, request: Request, change: Change) -> tuple[str, str, str]:
+async def reason_of(tmp_path: Path, request: AgentRequest, change: Change) -> tuple[str, str, str]:
     """(version that answers, its reason, the reason in the receipt)."""
     of = registry(tmp_path, version("faq", "1"), version("faq", "2"))
-    PeopleBook(of.database).put(PERSONAL, Cause("test"))
+    UserVersionStore(of.database).put(PERSONAL, ChangeCause("test"))
     crew, router, receipts = FakeCrew(), FakeRouter(), FakeReceipts()
     change(of, crew, router)
     async with dispatching(team(tmp_path), crew, of, admit=admitted, router=router, receipts=receipts) as dispatch:
@@ -137,7 +137,7 @@ async def reason_of(tmp_path: Path, request: Request, change: Change) -> tuple[s
 
 
 @pytest.mark.parametrize(("request_", "change", "agent", "reason"), CASES)
-def test_reason_text_is_golden(tmp_path: Path, request_: Request, change: Change, agent: str, reason: str) -> None:
+def test_reason_text_is_golden(tmp_path: Path, request_: AgentRequest, change: Change, agent: str, reason: str) -> None:
     answered_by, said, in_receipt = asyncio.run(reason_of(tmp_path, request_, change))
     assert answered_by.startswith(agent)
     assert (said, in_receipt, as_header(said)) == (reason, reason, reason)
@@ -156,7 +156,7 @@ def test_routers_words_on_a_canary_stay(tmp_path: Path) -> None:
 
 
 def test_reason_of_an_agent_without_a_version_is_golden(tmp_path: Path) -> None:
-    async def work(dispatch: Dispatch) -> str:
+    async def work(dispatch: Dispatcher) -> str:
         agent = replace(dispatch.served.agents["faq"], live="", earlier=(), candidate="", note="not admitted: é; try: x")
         dispatch.served.agents = {**dispatch.served.agents, "faq": agent}
         return (await dispatch.open(asked("faq"))).reason

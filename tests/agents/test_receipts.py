@@ -31,28 +31,28 @@ from sartor.core.lineage import origin_index
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.lineage.revocation import Folder, _replies
 from sartor.core.records import canonical
-from sartor.inference.engine import About, Call, Done, Piece, Sampling
+from sartor.inference.engine import EngineInfo, GenerateCall, ReplyDone, Sampling, TextDelta
 from sartor.serving import receipts
-from sartor.serving.receipts import Content, ReceiptBook, Seal, digest_by
-from sartor.serving.team_config import Limits, Team, load
-from sartor.serving.types import Given
+from sartor.serving.receipts import ReceiptLog, RequestDigestInput, TeamSigner, digest_by
+from sartor.serving.team_config import RequestLimits, Team, load
+from sartor.serving.types import FinishedReply
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from bad_adapters import Maker  # noqa: E402
 
-ABOUT = About("local", "tiny", "b" * 64, "c" * 64, 512, 4, "float32", "cpu")
+ABOUT = EngineInfo("local", "tiny", "b" * 64, "c" * 64, 512, 4, "float32", "cpu")
 WORDS = ("zebra crossing", "quagga stripes", "okapi grazing")
 
 
-def given(identity: str = "r1", *, release: str = "d" * 64, place: int = 0, **changes: Any) -> Given:
+def given(identity: str = "r1", *, release: str = "d" * 64, place: int = 0, **changes: Any) -> FinishedReply:
     messages = ({"role": "system", "content": f"Talk of {WORDS[2]}."}, {"role": "user", "content": f"What of the {WORDS[0]}?"})
-    call = Call(
+    call = GenerateCall(
         f"{identity}-{place}" if place else identity, "e" * 64, messages, sampling=Sampling(max_tokens=9, stop=("END",)),
         tools=({"type": "function", "function": {"name": "find"}},), schema='{"type": "object"}',
     )  # fmt: skip
     said = {"receipt": identity, "agent": "faq@1.0", "reason": "asked by name", "release_id": release, "call": call,
-            "text": f"I like {WORDS[1]}.", "done": Done(call.id, "stop", 12, 5, 3), "scores": {"faq": 0.75}, "began": 1.8e9}  # fmt: skip
-    return Given(**{**said, **changes})
+            "text": f"I like {WORDS[1]}.", "done": ReplyDone(call.id, "stop", 12, 5, 3), "scores": {"faq": 0.75}, "began": 1.8e9}  # fmt: skip
+    return FinishedReply(**{**said, **changes})
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def team(tmp_path: Path) -> Team:
 
 
 @pytest.fixture
-def book(team: Team) -> Iterator[ReceiptBook]:
-    opened = ReceiptBook.of(team, lambda: ABOUT)
+def book(team: Team) -> Iterator[ReceiptLog]:
+    opened = ReceiptLog.of(team, lambda: ABOUT)
     yield opened
     opened.close()
 
@@ -72,7 +72,7 @@ def segments(team: Team) -> list[Path]:
     return sorted((Path(team.state) / "receipts").glob("*.jsonl"))
 
 
-def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(book: ReceiptBook, team: Team) -> None:
+def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(book: ReceiptLog, team: Team) -> None:
     book.write(given(place=1))
     found = asyncio.run(book.find("r1"))
     assert found is not None and asyncio.run(book.find("r2")) is None
@@ -85,12 +85,12 @@ def test_a_receipt_says_who_answered_on_what_and_how_and_is_signed_by_the_team(b
     said = dict(found)
     signature = said.pop("signature")
     public = [signing.open_public(Path(team.state) / "keys")]
-    assert signing.check_said(canonical(said), signature, Path("f"), "it", public) == signing.key_id(public[0])
+    assert signing.check_signature(canonical(said), signature, Path("f"), "it", public) == signing.key_id(public[0])
     book.write(given("r3", done=None))
     assert book.read("r3")["finish"] == "failed" and book.read("r3")["tokens"] == {}
 
 
-def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_guessed(book: ReceiptBook, team: Team) -> None:
+def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_guessed(book: ReceiptLog, team: Team) -> None:
     book.write(given())
     book.write(given("r2"))
     book.close()
@@ -109,7 +109,7 @@ def test_no_word_of_a_prompt_or_a_reply_is_on_disk_nor_a_digest_that_could_be_gu
 
 def test_the_keys_are_made_once_and_nobody_else_may_read_them(team: Team) -> None:
     state = Path(team.state)
-    books = [ReceiptBook.of(team, lambda: ABOUT) for _ in range(2)]
+    books = [ReceiptLog.of(team, lambda: ABOUT) for _ in range(2)]
     for number, book in enumerate(books):
         book.write(given(f"r{number}"))
         book.close()
@@ -120,21 +120,21 @@ def test_the_keys_are_made_once_and_nobody_else_may_read_them(team: Team) -> Non
     assert stat.S_IMODE(state.stat().st_mode) == stat.S_IMODE((state / "receipts").stat().st_mode) == 0o700
     (state / "receipts.key").chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600|read by others"):
-        Seal.of(state)
+        TeamSigner.of(state)
     (state / "receipts.key").chmod(0o600)
     (state / "receipts.key").write_bytes(b"short")
     with pytest.raises(ConfigError, match="has 5 bytes"):
-        Seal.of(state)
+        TeamSigner.of(state)
 
 
 def test_a_first_start_that_was_killed_between_the_two_keys_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "sartor.pub").write_text("of a key that never was")
-    Seal.of(tmp_path)
+    TeamSigner.of(tmp_path)
     assert signing.open_public(tmp_path / "keys")
 
 
-def test_many_replies_that_end_together_share_one_fsync(book: ReceiptBook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_replies_that_end_together_share_one_fsync(book: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
     book.write(given())
     entered, gate, synced = threading.Event(), threading.Event(), []
     fsync = os.fsync
@@ -161,7 +161,7 @@ def test_many_replies_that_end_together_share_one_fsync(book: ReceiptBook, monke
     assert all(book.read(f"many{number}") for number in range(21))
 
 
-def test_a_slow_disk_keeps_no_reply_waiting_for_long(book: ReceiptBook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_disk_keeps_no_reply_waiting_for_long(book: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(receipts, "PATIENCE_S", 0.01)
     monkeypatch.setattr(receipts.os, "fsync", lambda descriptor: gate.wait(5))
@@ -173,14 +173,14 @@ def test_a_slow_disk_keeps_no_reply_waiting_for_long(book: ReceiptBook, monkeypa
 
 
 def test_a_line_that_a_kill_cut_is_recognised_and_spoils_no_other(team: Team) -> None:
-    book = ReceiptBook.of(team, lambda: ABOUT)
+    book = ReceiptLog.of(team, lambda: ABOUT)
     for number in range(3):
         book.write(given(f"r{number}"))
     book.close()
     (segment,) = segments(team)
     segment.write_bytes(segment.read_bytes()[:-40])
     (Path(team.state) / "receipts" / "index.sqlite").unlink()
-    again = ReceiptBook.of(team, lambda: ABOUT)
+    again = ReceiptLog.of(team, lambda: ABOUT)
     assert again.torn == 1 and again.read("r1") and again.read("r2") is None
     again.write(given("r3"))
     again.close()
@@ -188,7 +188,7 @@ def test_a_line_that_a_kill_cut_is_recognised_and_spoils_no_other(team: Team) ->
     assert ReceiptIndex(Path(team.state) / "receipts").catch_up() == 1
 
 
-def test_a_lost_or_broken_index_is_made_anew_from_the_lines(team: Team, book: ReceiptBook) -> None:
+def test_a_lost_or_broken_index_is_made_anew_from_the_lines(team: Team, book: ReceiptLog) -> None:
     for number in range(5):
         book.write(given(f"r{number}"))
     index = Path(team.state) / "receipts" / "index.sqlite"
@@ -197,13 +197,13 @@ def test_a_lost_or_broken_index_is_made_anew_from_the_lines(team: Team, book: Re
     index.unlink()
     book.write(given("r5"))
     book.close()
-    again = ReceiptBook.of(team, lambda: ABOUT)
+    again = ReceiptLog.of(team, lambda: ABOUT)
     again.close()
     assert all(again.read(f"r{number}") for number in range(6)) and again.torn == 0
 
 
 def test_a_full_disk_costs_receipts_that_are_counted_and_leaves_whole_lines(
-    team: Team, book: ReceiptBook, monkeypatch: pytest.MonkeyPatch
+    team: Team, book: ReceiptLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book.write(given("before"))
     write = os.write
@@ -233,7 +233,7 @@ def test_a_full_disk_costs_receipts_that_are_counted_and_leaves_whole_lines(
 
 
 def test_where_a_line_cannot_be_undone_the_next_receipt_begins_a_file(
-    team: Team, book: ReceiptBook, monkeypatch: pytest.MonkeyPatch
+    team: Team, book: ReceiptLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book.write(given("before"))
 
@@ -249,7 +249,7 @@ def test_where_a_line_cannot_be_undone_the_next_receipt_begins_a_file(
     assert len(segments(team)) == 2 and book.read("before") and book.read("after")
 
 
-def test_what_the_index_missed_is_found_with_the_next(book: ReceiptBook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_index_missed_is_found_with_the_next(book: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(*_: object) -> None:
         raise sqlite3.OperationalError("database is locked")
 
@@ -261,7 +261,7 @@ def test_what_the_index_missed_is_found_with_the_next(book: ReceiptBook, monkeyp
     assert book.read("r1") and book.read("r2") and book.problem == ""
 
 
-def test_words_that_no_receipt_can_hold_are_counted_and_half_characters_are_none(book: ReceiptBook) -> None:
+def test_words_that_no_receipt_can_hold_are_counted_and_half_characters_are_none(book: ReceiptLog) -> None:
     book.write(given("r1", text="half of a pair: \ud83d"))
     assert book.read("r1")
     with pytest.raises(ArtifactError, match="no receipt can hold"):
@@ -270,24 +270,24 @@ def test_words_that_no_receipt_can_hold_are_counted_and_half_characters_are_none
 
 
 def test_old_files_go_when_the_team_says_so(team: Team) -> None:
-    keeping = replace(team, limits=Limits(receipts_days=7))
+    keeping = replace(team, limits=RequestLimits(receipts_days=7))
     for number in range(2):
-        book = ReceiptBook.of(keeping, lambda: ABOUT)
+        book = ReceiptLog.of(keeping, lambda: ABOUT)
         book.write(given(f"r{number}"))
         book.close()
     first, second = segments(team)
     os.utime(first, (time.time() - 8 * 86_400,) * 2)
-    again = ReceiptBook.of(keeping, lambda: ABOUT)
+    again = ReceiptLog.of(keeping, lambda: ABOUT)
     again.close()
     assert segments(team) == [second] and again.read("r0") is None and again.read("r1")
-    forever = ReceiptBook.of(team, lambda: ABOUT)
+    forever = ReceiptLog.of(team, lambda: ABOUT)
     os.utime(second, (0, 0))
     forever.close()
     assert segments(team) == [second]
 
 
 @pytest.fixture
-def file(tmp_path: Path, book: ReceiptBook) -> Path:
+def file(tmp_path: Path, book: ReceiptLog) -> Path:
     """A receipt as HTTP gives it."""
     book.write(given())
     path = tmp_path / "receipt.json"
@@ -425,7 +425,7 @@ def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys:
     assert command(capsys, "agents", "key", "--team", tmp_path / "team.yaml")[0] == 2
 
 
-def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
+def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, FinishedReply, ReceiptLog]:
     """A reply that this package's own engine gave, with a Release of the tiny base; its team, and its book."""
     from sartor.inference.local.local_engine import open_engine
 
@@ -439,7 +439,7 @@ def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
 
     adapter = adapter_digest(release.manifest["files"])
     engine.attach(adapter, release.path)
-    call = Call(
+    call = GenerateCall(
         "r1", adapter, ({"role": "system", "content": "You are brief."}, {"role": "user", "content": "turn on the light"}),
         sampling=Sampling(max_tokens=8),
     )  # fmt: skip
@@ -447,22 +447,22 @@ def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, Given, ReceiptBook]:
     events = []
     while engine.busy:
         events += engine.step()
-    text = "".join(event.text for event in events if isinstance(event, Piece))
-    book = ReceiptBook.of(load(tmp_path / "tiny.yaml"), lambda: engine.about)
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    book = ReceiptLog.of(load(tmp_path / "tiny.yaml"), lambda: engine.about)
     return tmp_path / "tiny.yaml", given(call=call, text=text, release_id=release.id, done=events[-1]), book
 
 
 @pytest.fixture
-def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, Given, ReceiptBook]:
+def served(tmp_path: Path, tiny_base: Path, fp32: None) -> tuple[Path, FinishedReply, ReceiptLog]:
     """See `replied`."""
     return replied(tmp_path, tiny_base)
 
 
-def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[Path, Given, ReceiptBook]) -> None:
+def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[Path, FinishedReply, ReceiptLog]) -> None:
     team, reply, book = served
     words = [{"role": "user", "content": "turn on the light"}]
 
-    def check(one: Given) -> str:
+    def check(one: FinishedReply) -> str:
         book.write(one)
         both = {"receipt": book.read(one.receipt), "messages": words, "reply": one.text}
         (tmp_path / "r.json").write_text(json.dumps(both))
@@ -479,9 +479,9 @@ def test_a_greedy_reply_is_made_anew_and_compared(tmp_path: Path, served: tuple[
         == "not checked: the reply was sampled"
     )
     assert check(replace(reply, receipt="r5", done=None)) == "not checked: the reply failed"
-    elsewhere = ReceiptBook(
+    elsewhere = ReceiptLog(
         tmp_path / "elsewhere",
-        Seal.of(Path(load(team).state)),
+        TeamSigner.of(Path(load(team).state)),
         lambda: replace(book._about(), dtype="bfloat16"),
     )
     elsewhere.write(replace(reply, receipt="r6", text="Other words."))
@@ -504,7 +504,7 @@ def test_revoke_finds_the_replies_of_every_release_that_it_reaches(tmp_path: Pat
     facts = {"parents": [opened.as_parent()], "sources": []}
     released = write_artifact(tmp_path / "faq-1", "release", lambda part: facts)
     catalogue.register(released)
-    book = ReceiptBook.of(team, lambda: ABOUT)
+    book = ReceiptLog.of(team, lambda: ABOUT)
     for number in range(3):
         book.write(given(f"r{number}", release=released.id if number else "f" * 64))
     said = sartor.revoke(dataset, source="a.jsonl")
@@ -522,9 +522,9 @@ WRITER = """
 import sys, dataclasses
 sys.path[:0] = {path!r}
 from test_receipts import ABOUT, given
-from sartor.serving.receipts import ReceiptBook
+from sartor.serving.receipts import ReceiptLog
 from sartor.serving.team_config import Team
-book = ReceiptBook.of(Team(base="starter", state={state!r}), lambda: ABOUT)
+book = ReceiptLog.of(Team(base="starter", state={state!r}), lambda: ABOUT)
 number = 0
 while True:
     book.write(given(f"r{{number}}"))
@@ -546,7 +546,7 @@ def test_no_receipt_that_was_acknowledged_is_lost_to_a_kill(team: Team) -> None:
         writer.stdout.close()
         writer.wait()
         acknowledged.append(lines[-1] if lines[-1].strip() else lines[-2])
-    book = ReceiptBook.of(team, lambda: ABOUT)
+    book = ReceiptLog.of(team, lambda: ABOUT)
     for segment, newest in zip(segments(team), acknowledged, strict=True):
         ids = [json.loads(line)["id"] for line in segment.read_bytes().split(b"\n")[:-1]]
         assert ids[: int(newest) + 1] == [f"r{number}" for number in range(int(newest) + 1)]
@@ -560,21 +560,23 @@ def test_media_count_by_their_bytes_in_whichever_form_and_place() -> None:
     digest = digest_by(b"k" * 32)
 
     def digests(*parts: Any) -> str:
-        return Content.of_request({"messages": [{"role": "user", "content": list(parts)}]}).digests(digest)["messages"]
+        return RequestDigestInput.of_request({"messages": [{"role": "user", "content": list(parts)}]}).digests(digest)[
+            "messages"
+        ]
 
     text = {"type": "text", "text": "What is it?"}
     short = ({"type": "image", "image": url}, text, {"type": "audio", "audio": media_files.data_url(clip, "audio/x-wav")})
     long = (media_files.image_part(picture), text, media_files.audio_part(clip))
-    call = Call("r", messages=({"role": "user", "content": list(short)},))
-    assert digests(*short) == digests(*long) == Content.of_call(call).digests(digest)["messages"]
+    call = GenerateCall("r", messages=({"role": "user", "content": list(short)},))
+    assert digests(*short) == digests(*long) == RequestDigestInput.of_call(call).digests(digest)["messages"]
     others = [
         digests(long[1], long[0], long[2]), digests(*long[:2]), digests(media_files.image_part(clip), *long[1:]), digests(text),
         digests({"type": "image_url", "image_url": {"url": "https://example.org"}}, *long[1:]), digests({"type": "image_url"}, *long[1:]),
     ]  # fmt: skip
     assert len({digests(*long), *others}) == 6, "what is no data URL is nothing, and no other picture"
-    content = Content.of_call(call)
+    content = RequestDigestInput.of_call(call)
     assert content.messages[0]["content"] == list(short), "an engine can be asked the same again"
     assert (
         digests(text)
-        == Content.of_request({"messages": [{"role": "user", "content": "What is it?"}]}).digests(digest)["messages"]
+        == RequestDigestInput.of_request({"messages": [{"role": "user", "content": "What is it?"}]}).digests(digest)["messages"]
     )

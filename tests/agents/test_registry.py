@@ -32,7 +32,7 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.serving.registry import registry_schema
-from sartor.serving.registry.registry import Cause, Registry
+from sartor.serving.registry.registry import ChangeCause, Registry
 from sartor.serving.registry.registry_schema import MOST_EARLIER
 
 __all__ = ["no_fsync"]
@@ -56,8 +56,8 @@ def execute(tmp_path: Path, *statements: str) -> None:
 
 def test_the_first_version_is_live_and_each_change_is_logged(registry: Registry) -> None:
     for one in FAQ[:3]:
-        registry.add(one, cause=Cause("ada", "a first team"))
-    registry.promote("faq", "1", expected="0", cause=Cause("ben", "better", {"gain": 0.25}))
+        registry.add(one, cause=ChangeCause("ada", "a first team"))
+    registry.promote("faq", "1", expected="0", cause=ChangeCause("ben", "better", {"gain": 0.25}))
     registry.start_canary("faq", "2", 0.1, expected="1")
     registry.rollback("faq")
     agent = registry.rollback("faq", expected="1")

@@ -11,17 +11,17 @@ import pytest
 from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
 
 from sartor.core.errors import ModelError
-from sartor.serving.dispatch.agent_admin import Roster
-from sartor.serving.dispatch.rollout import Rollouts, Seen, Verdict, is_json, takes
+from sartor.serving.dispatch.agent_admin import AgentAdmin
+from sartor.serving.dispatch.rollout import ObservedReply, Rollouts, RolloutVerdict, in_fraction, is_json
 from sartor.serving.dispatch.sequential_tests import (
     FALSE_ALARM,
     MONITORS,
     WINDOW_REPLIES,
+    FailureRate,
     Histogram,
-    Rate,
-    Tally,
-    alarm,
-    excess,
+    VersionTally,
+    first_alarm,
+    log_evidence,
 )
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
@@ -42,9 +42,9 @@ def trial(rollouts: Rollouts, **fields: Any) -> None:
     rollouts.follow(Agent("faq", "1", candidate="2", canary_fraction=0.5, **fields), Agent("faq", "1"))
 
 
-def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[Verdict]:
+def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[RolloutVerdict]:
     told = [
-        rollouts.saw(Seen(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen}))
+        rollouts.saw(ObservedReply(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen}))
         for _ in range(count)
     ]
     return [verdict for verdict in told if verdict]
@@ -52,12 +52,12 @@ def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[Verd
 
 def test_a_draw_is_the_same_for_the_same_words_and_takes_the_fraction() -> None:
     ids = [f"{number:x}" for number in range(4000)]
-    taken = [id for id in ids if takes(0.1, "faq@2", id)]
-    assert taken == [id for id in ids if takes(0.1, "faq@2", id)]
+    taken = [id for id in ids if in_fraction(0.1, "faq@2", id)]
+    assert taken == [id for id in ids if in_fraction(0.1, "faq@2", id)]
     assert len(taken) == pytest.approx(400, abs=60)
-    assert set(taken) <= {id for id in ids if takes(0.2, "faq@2", id)}  # a canary that grows keeps those that it had
-    assert set(taken) != {id for id in ids if takes(0.1, "faq@3", id)}
-    assert all(takes(1.0, "x", id) and not takes(0.0, "x", id) for id in ids)
+    assert set(taken) <= {id for id in ids if in_fraction(0.2, "faq@2", id)}  # a canary that grows keeps those that it had
+    assert set(taken) != {id for id in ids if in_fraction(0.1, "faq@3", id)}
+    assert all(in_fraction(1.0, "x", id) and not in_fraction(0.0, "x", id) for id in ids)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_what_counts_as_json(text: str, holds: bool) -> None:
 
 
 def test_evidence_is_none_where_the_candidate_is_within_the_margin_and_grows_beyond_it() -> None:
-    live = Rate(1000, 10)
-    assert excess(Rate(100, 6), live, 0.05) == 0.0
-    grown = [excess(Rate(100, bad), live, 0.05) for bad in (10, 20, 40, 100)]
+    live = FailureRate(1000, 10)
+    assert log_evidence(FailureRate(100, 6), live, 0.05) == 0.0
+    grown = [log_evidence(FailureRate(100, bad), live, 0.05) for bad in (10, 20, 40, 100)]
     assert grown == sorted(grown) and grown[0] < 3 < grown[1] < 20 < grown[2]
-    assert excess(Rate(20, 20), Rate(0, 0), 0.05) == 0.0  # nothing is known to compare with
-    assert Rate(5, 5).against(0.0) == math.inf and Rate(5, 0).against(1.0) == math.inf
+    assert log_evidence(FailureRate(20, 20), FailureRate(0, 0), 0.05) == 0.0  # nothing is known to compare with
+    assert FailureRate(5, 5).against(0.0) == math.inf and FailureRate(5, 0).against(1.0) == math.inf
 
 
 def test_the_evidence_is_a_martingale_of_mean_one_where_the_rate_is_true() -> None:
@@ -82,7 +82,7 @@ def test_the_evidence_is_a_martingale_of_mean_one_where_the_rate_is_true() -> No
     for rate in (0.02, 0.3, 0.5):
         for seen in (1, 7, 40):
             mean = sum(
-                math.comb(seen, bad) * rate**bad * (1 - rate) ** (seen - bad) * math.exp(Rate(seen, bad).against(rate))
+                math.comb(seen, bad) * rate**bad * (1 - rate) ** (seen - bad) * math.exp(FailureRate(seen, bad).against(rate))
                 for bad in range(seen + 1)
             )
             assert mean == pytest.approx(1.0)
@@ -91,7 +91,7 @@ def test_the_evidence_is_a_martingale_of_mean_one_where_the_rate_is_true() -> No
 def simulate(seed: int, candidate: float, live: float, requests: int, slower: float = 1.0) -> int:
     """A canary of a fifth of the requests; after how many of its replies there was an alarm, 0 for none."""
     draw = random.Random(seed)
-    mine, theirs = Tally(), Tally()
+    mine, theirs = VersionTally(), VersionTally()
     for _ in range(requests):
         is_mine = draw.random() < 0.2
         tally, rate, factor = (mine, candidate, slower) if is_mine else (theirs, live, 1.0)
@@ -99,7 +99,7 @@ def simulate(seed: int, candidate: float, live: float, requests: int, slower: fl
         tally.count_reply(
             failed=draw.random() < rate, is_json=draw.random() > rate, token_s=time_s * factor * load, in_flight=load
         )
-        if is_mine and alarm(mine, theirs, RULES):
+        if is_mine and first_alarm(mine, theirs, RULES):
             return mine.failures.seen
     return 0
 
@@ -128,8 +128,8 @@ def test_a_bad_candidate_is_found_soon() -> None:
 
 
 def test_each_monitor_finds_what_it_is_for() -> None:
-    def tally(**bad: int) -> Tally:
-        made = Tally()
+    def tally(**bad: int) -> VersionTally:
+        made = VersionTally()
         for number in range(100):
             made.count_reply(
                 failed=number < bad.get("failures", 0),
@@ -140,29 +140,31 @@ def test_each_monitor_finds_what_it_is_for() -> None:
             made.feedback.count(number < bad.get("feedback", 0))
         return made
 
-    assert alarm(tally(), tally(), RULES) is None
+    assert first_alarm(tally(), tally(), RULES) is None
     for monitor, bad in (("failures", 40), ("format", 40), ("feedback", 50), ("latency", 4)):
-        found = alarm(tally(**{monitor: bad}), tally(), RULES)
+        found = first_alarm(tally(**{monitor: bad}), tally(), RULES)
         assert found is not None and found.monitor == monitor and monitor in found.why
-        assert alarm(tally(**{monitor: bad}), tally(**{monitor: bad}), RULES) is None
-        assert alarm(tally(), tally(**{monitor: bad}), RULES) is None
+        assert first_alarm(tally(**{monitor: bad}), tally(**{monitor: bad}), RULES) is None
+        assert first_alarm(tally(), tally(**{monitor: bad}), RULES) is None
     assert set(MONITORS) == {"failures", "format", "feedback", "latency"}
     text = tally(format=100)  # an agent that answers in words is not held to JSON
-    assert alarm(text, tally(format=100), RULES) is None
-    assert alarm(tally(failures=10), Tally(), RULES) is None
-    assert alarm(tally(failures=40), Tally(), RULES) is not None  # of the live one nothing is known: then it does not fail
+    assert first_alarm(text, tally(format=100), RULES) is None
+    assert first_alarm(tally(failures=10), VersionTally(), RULES) is None
+    assert (
+        first_alarm(tally(failures=40), VersionTally(), RULES) is not None
+    )  # of the live one nothing is known: then it does not fail
 
 
 def test_time_per_token_is_compared_like_with_like() -> None:
     """A candidate that answers while the machine is full is not slower than a live version that had it for itself."""
-    mine, theirs = Tally(), Tally()
+    mine, theirs = VersionTally(), VersionTally()
     for _ in range(200):
         theirs.count_reply(failed=False, is_json=True, token_s=0.01, in_flight=1)
         mine.count_reply(failed=False, is_json=True, token_s=0.2, in_flight=40)
-    assert alarm(mine, theirs, RULES) is None
+    assert first_alarm(mine, theirs, RULES) is None
     for _ in range(200):
         theirs.count_reply(failed=False, is_json=True, token_s=0.02, in_flight=40)
-    assert alarm(mine, theirs, RULES) is not None
+    assert first_alarm(mine, theirs, RULES) is not None
 
 
 def test_a_histogram_knows_its_median_and_how_well() -> None:
@@ -256,7 +258,7 @@ def test_a_failing_canary_is_rolled_back_in_the_registry_with_its_numbers_and_no
         crew.faults["faq-2"] = ModelError("a logit is not finite", "tune again")
         rules = Rollout(canary_fraction=0.5)
         async with dispatching(team(tmp_path, rollout=rules), crew, made) as dispatch:
-            await Roster(dispatch, crew, admit, rules).promote("faq", "", "2", "1")
+            await AgentAdmin(dispatch, crew, admit, rules).promote("faq", "", "2", "1")
             for _ in range(80):
                 assert (await said(dispatch, asked("faq")))[0] == "faq@1"
             await until(lambda: not dispatch.served.agents["faq"].candidate)
@@ -275,7 +277,7 @@ def test_a_promoted_version_that_breaks_the_format_goes_back(tmp_path: Path) -> 
         async with dispatching(team(tmp_path), crew, made) as dispatch:
             for _ in range(60):
                 await said(dispatch, asked("faq"))
-            await Roster(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
+            await AgentAdmin(dispatch, crew, admit, Rollout()).promote("faq", "", "2", "1")
             for _ in range(60):
                 await said(dispatch, asked("faq"))
             await until(lambda: dispatch.served.agents["faq"].live == "1")

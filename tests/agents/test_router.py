@@ -20,11 +20,11 @@ from sartor.core.errors import ArtifactError, BusyError, UnavailableError
 from sartor.evaluate.training_facts import EXEMPLARS
 from sartor.serving.routing import agent_classifier, calibration, exemplars, router
 from sartor.serving.routing import exemplars as lift
-from sartor.serving.routing.exemplars import Exemplars, Prompt
+from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
 from sartor.serving.routing.router import AutoRouter, chosen, user_turns
-from sartor.serving.routing.router_model import CANDIDATES, Fitted, Judged
+from sartor.serving.routing.router_model import CANDIDATES, Fitted, RoutedText
 from sartor.serving.team_config import Routing
-from sartor.serving.types import Embedded, Route
+from sartor.serving.types import EmbeddingResult, RoutingDecision
 
 ROOMS = ("kitchen", "hall", "attic", "garage", "cellar", "office", "nursery", "bathroom", "loft", "porch")
 THINGS = ("lamp", "heater", "fan", "blind", "radio")
@@ -37,8 +37,8 @@ LISTED = {
 }
 
 
-def prompts(agent: str, start: int, stop: int, step: int = 1) -> tuple[Prompt, ...]:
-    return tuple(Prompt(f"{agent}:{n}", text) for n, text in enumerate(LISTED[agent][start:stop:step], 1))
+def prompts(agent: str, start: int, stop: int, step: int = 1) -> tuple[ExemplarPrompt, ...]:
+    return tuple(ExemplarPrompt(f"{agent}:{n}", text) for n, text in enumerate(LISTED[agent][start:stop:step], 1))
 
 
 def agents(*names: str) -> dict[str, Exemplars]:
@@ -59,17 +59,17 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def ground() -> agent_classifier.Space:
+def ground() -> agent_classifier.GeneralPrompts:
     return agent_classifier.make("tfidf", None)
 
 
-def fit(found: dict[str, Exemplars], ground: agent_classifier.Space) -> Fitted:
+def fit(found: dict[str, Exemplars], ground: agent_classifier.GeneralPrompts) -> Fitted:
     parts = {name: agent_classifier.fit(one, ground, None) for name, one in found.items()}
     return calibration.assemble(parts, ground, 0.9, 0.05)
 
 
 @pytest.fixture(scope="module")
-def two(ground: agent_classifier.Space) -> Fitted:
+def two(ground: agent_classifier.GeneralPrompts) -> Fitted:
     return fit(agents("home", "chef"), ground)
 
 
@@ -110,12 +110,12 @@ def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nob
     assert chosen(two, asked, {"stranger"}).agent == chosen(two, asked, ()).agent == "base"
 
 
-def arrays_of(one: agent_classifier.Part) -> dict[str, Any]:
+def arrays_of(one: agent_classifier.AgentClassifier) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in agent_classifier.as_arrays(one).items()}
 
 
 def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
-    ground: agent_classifier.Space, two: Fitted
+    ground: agent_classifier.GeneralPrompts, two: Fitted
 ) -> None:
     alone = arrays_of(agent_classifier.fit(agents("home")["home"], ground, None))
     beside = arrays_of(two.parts[two.agents.index("home")])
@@ -174,7 +174,7 @@ def test_risk_by_coverage_and_calibration_of_a_case_worked_by_hand() -> None:
     assert calibration.ece(confidence, is_right, weight) == pytest.approx((0.1 + 0.6 + 2 * 0.6) / 4)
 
 
-def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: agent_classifier.Space) -> None:
+def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: agent_classifier.GeneralPrompts) -> None:
     rows = agent_classifier.rows_of(Exemplars(prompts("home", 0, 50)))
     assert len(rows.held_out) == 10 and len({one.id for one in rows.train + rows.held_out}) == 50
     assert len(rows.texts) == rows.bounds[-1].stop
@@ -187,7 +187,7 @@ def test_near_misses_of_an_agents_own_words_go_to_the_base(two: Fitted) -> None:
         assert agent_of(two, asked) == "base", asked
 
 
-def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: agent_classifier.Space) -> None:
+def test_of_many_agents_those_that_may_be_chosen_are_looked_at(ground: agent_classifier.GeneralPrompts) -> None:
     many = {f"a{n}": Exemplars(prompts("home", 0, 20)) for n in range(CANDIDATES + 2)}
     fitted = fit({**many, "chef": agents("chef")["chef"]}, ground)
     (found,) = fitted.judge([LISTED["home"][0]])
@@ -211,7 +211,7 @@ def measured(release: Path, low: float, gains: Sequence[float]) -> Path:
 
 
 def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
-    ground: agent_classifier.Space, tmp_path: Path
+    ground: agent_classifier.GeneralPrompts, tmp_path: Path
 ) -> None:
     everything = [*LISTED["home"][::2], *LISTED["chef"][::2]]
     gains = [*[0.5] * 40, *[-0.1] * 40]
@@ -230,8 +230,8 @@ def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
     assert (home.agent, home.fits) == ("base", "one") and "its Report shows no gain over the base (exact_match" in home.reason
 
 
-def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: agent_classifier.Space) -> None:
-    told = tuple(lift.Measured(text, "abc"[n % 3], float(n % 3)) for n, text in enumerate(LISTED["home"][:60]))
+def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: agent_classifier.GeneralPrompts) -> None:
+    told = tuple(lift.MeasuredRow(text, "abc"[n % 3], float(n % 3)) for n, text in enumerate(LISTED["home"][:60]))
     gain = lift.Gain(True, "", told)
     found = lift.sliced(gain, ground.features([row.prompt for row in told], None))
     assert found is not None and found.gain.tolist() == [0.0, 1.0, 2.0] and found.size.tolist() == [20, 20, 20]
@@ -240,9 +240,9 @@ def test_a_reports_rows_are_sliced_by_their_class_where_they_have_one(ground: ag
     assert lift.sliced(few, ground.features([told[0].prompt], None)) is None
 
 
-def judged(score: float, agent: str = "home") -> Judged:
+def judged(score: float, agent: str = "home") -> RoutedText:
     scores = {"home": 0.0, "chef": 0.0, agent: score}
-    return Judged(scores, {name: (f"{name}:1", 0.5) for name in scores})
+    return RoutedText(scores, {name: (f"{name}:1", 0.5) for name in scores})
 
 
 def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(two: Fitted) -> None:
@@ -280,13 +280,13 @@ class Crew:
         self.asked: list[int] = []
         self.wait_s = 0.0
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         self.asked.append(len(texts))
         if self.fault is not None and self.faults > 0:
             self.faults -= 1
             raise self.fault
         await asyncio.sleep(self.wait_s)
-        return Embedded([[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts])
+        return EmbeddingResult([[float(word in text) + 0.01 for word in ("switch", "guests", "the")] for text in texts])
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_agents_that_come_to_an_empty_team_are_waited_for_and_a_fit_holds_up_no_
     begun, may_end, fits = threading.Event(), threading.Event(), []
     fit = agent_classifier.fit
 
-    def slow(*arguments: Any) -> agent_classifier.Part:
+    def slow(*arguments: Any) -> agent_classifier.AgentClassifier:
         fits.append(arguments)
         begun.set()
         assert may_end.wait(60)
@@ -382,7 +382,7 @@ def test_an_encoder_that_fails_or_is_slow_leaves_words_and_a_lost_one_costs_no_r
         route = await auto.route(home, {"home"})
         assert route.agent == "home" and route.reason.endswith("; tfidf; by words alone (base: no worker lives)")
         crew.fault = RuntimeError("a bug")
-        assert await auto.route(home, {"home"}) == Route("base", "the router failed: RuntimeError: a bug")
+        assert await auto.route(home, {"home"}) == RoutingDecision("base", "the router failed: RuntimeError: a bug")
         crew.fault, crew.wait_s = None, 60.0
         monkeypatch.setattr(router, "EMBED_WAIT_S", 0.01)
         assert "took more than" in (await auto.route(home, {"home"})).reason

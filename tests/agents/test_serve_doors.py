@@ -11,9 +11,9 @@ import serving
 from serving import chat
 
 from sartor.core.errors import ConfigError, KeyRefusedError
-from sartor.serving.api_keys import Keys
+from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.http.auth_middleware import is_loopback
-from sartor.serving.http.server import Server, bind
+from sartor.serving.http.server import HttpServer, bind
 
 COMPLETIONS = "/v1/chat/completions"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))
@@ -188,7 +188,7 @@ def test_too_many_connections_and_a_server_that_closes(tmp_path: Path) -> None:
 
 
 def test_the_team_s_own_keys_open_the_door(tmp_path: Path) -> None:
-    keys = Keys.of(serving.team(tmp_path))
+    keys = ApiKeyStore.of(serving.team(tmp_path))
     agent, made = keys.make(["faq"])
     admin, _ = keys.make([], is_admin=True)
 
@@ -215,8 +215,8 @@ def test_loopback_is_what_others_cannot_reach() -> None:
 def test_without_keys_a_server_listens_on_loopback_only(tmp_path: Path) -> None:
     for http in ({"host": "0.0.0.0"}, {"host": "::"}, {"host": "example.org"}, {"cors": ("*",)}):
         with pytest.raises(ConfigError):
-            Server(serving.house(), serving.team(tmp_path, http=http))
-        Server(serving.house(keys=serving.KEYS), serving.team(tmp_path, http=http)).close()
+            HttpServer(serving.house(), serving.team(tmp_path, http=http))
+        HttpServer(serving.house(keys=serving.KEYS), serving.team(tmp_path, http=http)).close()
 
 
 def test_an_address_that_cannot_be_had_is_a_config_error(tmp_path: Path) -> None:

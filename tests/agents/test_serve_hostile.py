@@ -18,7 +18,7 @@ from serving import chat
 
 from sartor.core.errors import BusyError, RequestError
 from sartor.serving.http import request_body
-from sartor.serving.http.request_body import MOST_NESTED, Reading, TooLargeError, nested, parse
+from sartor.serving.http.request_body import MOST_NESTED, BodyReader, TooLargeError, nested, parse
 
 COMPLETIONS = "/v1/chat/completions"
 DEEP = 100_000
@@ -254,7 +254,7 @@ async def trickle(*chunks: bytes) -> AsyncIterator[bytes]:
 
 def test_bodies_are_counted_while_they_come_in_and_together() -> None:
     async def main() -> None:
-        reading = Reading(most_bytes=10)
+        reading = BodyReader(most_bytes=10)
         assert await reading.whole(trickle(b"ab", b"cd"), {}, 4) == b"abcd"
         with pytest.raises(TooLargeError, match="more than 4 bytes"):
             await reading.whole(trickle(b"ab", b"cde", b"f"), {}, 4)

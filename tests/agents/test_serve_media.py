@@ -13,10 +13,10 @@ from serving import chat
 
 from media_files import audio_part, bomb, data_url, image_part, png, silence, sound
 from sartor.core.errors import BusyError, ConfigError
-from sartor.serving.http.media_checks import Looking
+from sartor.serving.http.media_checks import MediaChecker
 from sartor.serving.http.request_body import TooLargeError, check_weight
-from sartor.serving.team_config import Limits, MediaLimits, load
-from sartor.serving.types import Listed
+from sartor.serving.team_config import MediaLimits, RequestLimits, load
+from sartor.serving.types import AgentListing
 
 ROUTE = "/v1/chat/completions"
 TEXT = {"type": "text", "text": "What is it?"}
@@ -140,12 +140,12 @@ def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
 
 def test_media_of_all_requests_together_are_bounded() -> None:
     async def main() -> None:
-        looking = Looking(Limits(), MediaLimits(), most_bytes=1000)
+        looking = MediaChecker(RequestLimits(), MediaLimits(), most_bytes=1000)
         messages = [{"role": "user", "content": [{"type": "image", "image": data_url(png(side=1))}]}]
         size = len(data_url(png(side=1)))
         async with looking.looked_at(messages, size):
             assert looking.held_bytes == size
-            many = Looking(Limits(), MediaLimits(), most_bytes=size)
+            many = MediaChecker(RequestLimits(), MediaLimits(), most_bytes=size)
             async with many.looked_at(messages, size):
                 with pytest.raises(BusyError, match="are allowed"):
                     async with many.looked_at(messages, size):
@@ -181,7 +181,7 @@ def test_the_openapi_shows_the_parts(tmp_path: Path) -> None:
 def test_models_say_what_they_read(tmp_path: Path) -> None:
     class Roster(serving.Roster):
         async def listed(self) -> Any:
-            seeing = Listed("eye", "2", ("2", "1"), {}, True, {"2": ("image",), "1": ()})
+            seeing = AgentListing("eye", "2", ("2", "1"), {}, True, {"2": ("image",), "1": ()})
             return [*await super().listed(), seeing]
 
     async def main() -> Any:

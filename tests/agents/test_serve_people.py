@@ -12,13 +12,13 @@ import serving
 from serving import KEYS, chat
 
 from sartor.core.errors import ConfigError
-from sartor.serving.feedback_store import Exchange, Inbox, Memory
-from sartor.serving.http.services import Persons
+from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
+from sartor.serving.http.services import UserDirectory
 from sartor.serving.receipts import digest_by
-from sartor.serving.registry.user_versions import MOST_CHARACTERS, named, person_of
+from sartor.serving.registry.user_versions import MOST_CHARACTERS, required_user_digest, user_digest
 
 DIGEST = digest_by(b"k" * 32)
-ADA = person_of("ada", DIGEST)
+ADA = user_digest("ada", DIGEST)
 SPEAKS = {
     **KEYS,
     "key-ada": replace(KEYS["key-all"], speaks_for=frozenset({ADA})),
@@ -26,8 +26,8 @@ SPEAKS = {
 }
 
 
-def people() -> Persons:
-    return Persons(lambda user: person_of(user, DIGEST))
+def people() -> UserDirectory:
+    return UserDirectory(lambda user: user_digest(user, DIGEST))
 
 
 def ask(tmp_path: Path, key: str, header: str = "", **fields: Any) -> tuple[int, str, Memory]:
@@ -63,10 +63,10 @@ def test_whom_a_request_is_for(tmp_path: Path, key: str, header: str, user: str,
 def test_who_is_forgotten_is_forgotten_in_memory_whoever_asked_for_them(tmp_path: Path) -> None:
     _, _, memory = ask(tmp_path, "key-all", user="ada")
     assert memory.find("r1") is not None and memory.find("r1").person == ADA  # type: ignore[union-attr]
-    memory.keep("r2", Exchange("faq@1", [], "of ben", "yes", person=person_of("ben", DIGEST)))
+    memory.keep("r2", Exchange("faq@1", [], "of ben", "yes", person=user_digest("ben", DIGEST)))
     memory.forget_person(ADA)
     assert memory.find("r1") is None and memory.find("r2") is not None
-    memory.forget_person(person_of("ben", DIGEST))
+    memory.forget_person(user_digest("ben", DIGEST))
     assert memory._bytes == 0
 
 
@@ -78,13 +78,13 @@ def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[
             assert (await client.post("/v1/feedback", json={"receipt": "r1", "rating": 1, **user})).status_code == 200
 
     asyncio.run(main())
-    (kept,) = Inbox(tmp_path / "inbox").lines()
+    (kept,) = FeedbackStore(tmp_path / "inbox").lines()
     assert kept.said is not None and (kept.said.by.user == ADA) == (by == ADA) and len(kept.said.by.user) == 64
 
 
 def test_a_person_is_a_keyed_digest_and_no_name() -> None:
-    assert len(ADA) == 64 and ADA != person_of("ada", digest_by(b"l" * 32)) != person_of("ben", DIGEST)
-    assert person_of("", DIGEST) == "" and named("ada", DIGEST) == ADA
+    assert len(ADA) == 64 and ADA != user_digest("ada", digest_by(b"l" * 32)) != user_digest("ben", DIGEST)
+    assert user_digest("", DIGEST) == "" and required_user_digest("ada", DIGEST) == ADA
     for wrong in ("", "x" * (MOST_CHARACTERS + 1)):
         with pytest.raises(ConfigError, match="cannot be a user's id"):
-            named(wrong, DIGEST)
+            required_user_digest(wrong, DIGEST)

@@ -13,10 +13,10 @@ from serving import chat, events
 
 from sartor.core.errors import DeadlineError, UnavailableError
 from sartor.core.records import Feedback
-from sartor.inference.engine import Failed, Logprob, Piece
-from sartor.serving.feedback_store import Exchange, Inbox, Memory
+from sartor.inference.engine import Logprob, ReplyFailed, TextDelta
+from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
 from sartor.serving.http.response_models import ChatAnswer, TextAnswer, VectorAnswer
-from sartor.serving.types import Listed
+from sartor.serving.types import AgentListing
 
 COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
@@ -140,7 +140,7 @@ def test_a_text_goes_on_for_each_prompt(tmp_path: Path) -> None:
 
 
 def test_logprobs_of_a_text_count_their_offsets_over_the_whole_reply(tmp_path: Path) -> None:
-    pieces = (Piece("c", "ab", 1, (Logprob("ab", -1.0),)), Piece("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)))
+    pieces = (TextDelta("c", "ab", 1, (Logprob("ab", -1.0),)), TextDelta("c", "c", 1, (Logprob("c", -2.0, (("c", -2.0),)),)))
     body = {"model": "faq", "prompt": "a", "logprobs": 1}
     whole, stream = ask(
         tmp_path, ("POST", "/v1/completions", body), ("POST", "/v1/completions", {**body, "stream": True}),
@@ -182,14 +182,14 @@ def test_a_stream_of_tool_calls_and_of_several_choices(tmp_path: Path) -> None:
 
 
 def test_text_that_is_held_back_makes_no_chunk(tmp_path: Path) -> None:
-    pieces = (Piece("c", "", 3), Piece("c", "blue", 1))
+    pieces = (TextDelta("c", "", 3), TextDelta("c", "blue", 1))
     (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
     assert [chunk["choices"][0]["delta"] for chunk in events(answer.text)[:-1]][1:] == [{"content": "blue"}, {}]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_error_before_a_reply_is_a_status_and_after_it_an_event(tmp_path: Path, count: int) -> None:
-    failed = Failed("c", "DeadlineError", "60 s were over", "ask for less")
+    failed = ReplyFailed("c", "DeadlineError", "60 s were over", "ask for less")
     replies = serving.Replies(ends_with=failed)
     whole, stream = ask(
         tmp_path, ("POST", COMPLETIONS, chat(n=count)), ("POST", COMPLETIONS, chat(n=count, stream=True)), replies=replies
@@ -233,7 +233,7 @@ def test_a_house_that_does_not_even_begin_is_not_waited_for(tmp_path: Path, monk
 
 
 def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) -> None:
-    pieces = (Piece("c", "a\u2028b\x85c\n\r\x0bé\ud800", 1),)
+    pieces = (TextDelta("c", "a\u2028b\x85c\n\r\x0bé\ud800", 1),)
     (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat(stream=True)), replies=serving.Replies(pieces=pieces))
     lines = [line for line in answer.text.splitlines() if line]
     assert all(line.startswith("data: ") for line in lines)
@@ -243,7 +243,7 @@ def test_line_ends_that_only_some_clients_know_split_no_event(tmp_path: Path) ->
 def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None:
     class Unready(serving.Roster):
         async def listed(self) -> Any:
-            return [Listed("hurt", "", ()), Listed("shop", "1", ("1",), is_ready=False)]
+            return [AgentListing("hurt", "", ()), AgentListing("shop", "1", ("1",), is_ready=False)]
 
     said, one, other = ask(
         tmp_path,
@@ -260,7 +260,7 @@ def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None
 def test_a_reply_that_stops_without_its_end_is_no_whole_reply(tmp_path: Path) -> None:
     class Torn(serving.Replies):
         async def _events(self, request: Any, receipt: str) -> Any:
-            yield Piece("c", "half", 1)
+            yield TextDelta("c", "half", 1)
 
     (answer,) = ask(tmp_path, ("POST", COMPLETIONS, chat()), replies=Torn())
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
@@ -447,7 +447,7 @@ def test_the_memory_forgets_the_oldest_and_feedback_says_so(tmp_path: Path) -> N
 
 
 def test_an_inbox_heals_a_torn_line_and_refuses_what_the_disk_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox = Inbox(tmp_path / "inbox")
+    inbox = FeedbackStore(tmp_path / "inbox")
     said = Feedback("r1", "faq@1.0", "2026-01-31T00:00:00Z", rating=1)
     inbox.add(said)
     (file,) = inbox.path.iterdir()

@@ -12,10 +12,10 @@ import httpx
 import pytest
 import serving
 
-from sartor.serving.http.request_log import Journal
-from sartor.serving.http.server import Server
-from sartor.serving.http.speech_service import Speaker
-from sartor.serving.team_config import Speech
+from sartor.serving.http.request_log import RequestLog
+from sartor.serving.http.server import HttpServer
+from sartor.serving.http.speech_service import SpeechService
+from sartor.serving.team_config import SpeechOptions
 
 # What a request may ask for is known at run time alone: without it nearly all are 404, and little is tried
 KNOWN = {
@@ -46,8 +46,8 @@ def narrowed(openapi: dict[str, Any]) -> dict[str, Any]:
 def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     log, program = serving.Log(), Path(sys.executable).parent / "schemathesis"
     replies = serving.Replies()
-    house = serving.house(keys=serving.KEYS, replies=replies, speech=Speaker(Speech()))
-    server = Server(house, serving.team(tmp_path / "state"), journal=Journal(log))
+    house = serving.house(keys=serving.KEYS, replies=replies, speech=SpeechService(SpeechOptions()))
+    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(log))
     with serving.running(server) as url:
         (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json").json())))
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
@@ -61,7 +61,7 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
 
 
 def test_the_openapi_declares_every_status_that_is_answered(tmp_path: Path) -> None:
-    server = Server(serving.house(), serving.team(tmp_path), journal=Journal(serving.Log()))
+    server = HttpServer(serving.house(), serving.team(tmp_path), journal=RequestLog(serving.Log()))
     openapi = server.app.openapi()
     server.close()
     for path, operations in openapi["paths"].items():

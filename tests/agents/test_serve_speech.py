@@ -20,12 +20,12 @@ import soundfile
 from serving import chat
 
 from sartor.core.errors import ConfigError
-from sartor.inference.engine import Piece
-from sartor.serving.http.request_log import Journal
+from sartor.inference.engine import TextDelta
+from sartor.serving.http.request_log import RequestLog
 from sartor.serving.http.response_models import ChatAnswer
-from sartor.serving.http.server import Server
-from sartor.serving.http.speech_service import Speaker
-from sartor.serving.team_config import Speech, load
+from sartor.serving.http.server import HttpServer
+from sartor.serving.http.speech_service import SpeechService
+from sartor.serving.team_config import SpeechOptions, load
 from speaking import SAYS, needs_espeak, play_espeak, play_piper
 
 SPEECH, COMPLETIONS = "/v1/audio/speech", "/v1/chat/completions"
@@ -33,11 +33,13 @@ HI = {"model": "speech", "voice": "default", "input": "Turn on the light in the 
 ALOUD = {"modalities": ["text", "audio"], "audio": {"voice": "default", "format": "wav"}}
 
 
-def ask(tmp_path: Path, *calls: tuple[str, str, Any], speech: Speech | None = None, key: str = "", **parts: Any) -> list[Any]:
+def ask(
+    tmp_path: Path, *calls: tuple[str, str, Any], speech: SpeechOptions | None = None, key: str = "", **parts: Any
+) -> list[Any]:
     """The answers to a few requests, all at once."""
 
     async def main() -> list[Any]:
-        house = serving.house(speech=Speaker(speech or Speech(voice="espeak")), **parts)
+        house = serving.house(speech=SpeechService(speech or SpeechOptions(voice="espeak")), **parts)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         async with serving.client(house, serving.team(tmp_path / "state"), **headers) as client:
             try:
@@ -135,8 +137,10 @@ def test_a_text_above_the_body_limit_is_413(tmp_path: Path) -> None:
     assert answer.status_code == 413
 
 
-@pytest.mark.parametrize("speech", [Speech(voice="off"), Speech()])
-def test_a_team_that_does_not_speak_has_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: Speech) -> None:
+@pytest.mark.parametrize("speech", [SpeechOptions(voice="off"), SpeechOptions()])
+def test_a_team_that_does_not_speak_has_no_such_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: SpeechOptions
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     calls = [
         ("POST", SPEECH, HI),
@@ -189,7 +193,7 @@ def test_a_reply_without_words_has_no_speech_and_speech_may_come_back(tmp_path: 
     tools = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]
     (called,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD, tools=tools, tool_choice="required")))
     assert "audio" not in called.json()["choices"][0]["message"]
-    replies = serving.Replies(pieces=[Piece("c", "👍", 1)])
+    replies = serving.Replies(pieces=[TextDelta("c", "👍", 1)])
     (drawn,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)), replies=replies)
     assert drawn.json()["choices"][0]["message"] == {"role": "assistant", "content": "👍", "refusal": None}
     (first,) = ask(tmp_path, ("POST", COMPLETIONS, chat(**ALOUD)))
@@ -233,7 +237,7 @@ def test_twenty_at_once_are_spoken_and_what_is_too_many_is_told_to_wait(tmp_path
     answers = ask(tmp_path, *calls)
     assert [answer.status_code for answer in answers] == [200] * 20
     assert len({answer.content for answer in answers}) == 20
-    few = ask(tmp_path, *calls, speech=Speech(voice="espeak", at_once=1, waiting=5))
+    few = ask(tmp_path, *calls, speech=SpeechOptions(voice="espeak", at_once=1, waiting=5))
     busy = [answer for answer in few if answer.status_code == 429]
     assert len(busy) == 15 and all(int(answer.headers["retry-after"]) >= 1 for answer in busy)
 
@@ -243,7 +247,7 @@ def test_a_long_text_holds_up_neither_a_short_one_nor_a_reply(tmp_path: Path, mo
 
     async def main() -> list[str]:
         done: list[str] = []
-        house = serving.house(speech=Speaker(Speech(voice="espeak", at_once=1)))
+        house = serving.house(speech=SpeechService(SpeechOptions(voice="espeak", at_once=1)))
 
         async def post(client: Any, name: str, path: str, body: Any) -> None:
             assert (await client.post(path, json=body)).status_code == 200
@@ -270,7 +274,7 @@ def test_a_voice_that_hangs_or_dies_is_an_error_of_that_request(
 ) -> None:
     play_espeak(tmp_path, body, monkeypatch)
     calls = [("POST", SPEECH, {**HI, "response_format": form}) for form in ("wav", "pcm")]
-    answers = ask(tmp_path, *calls, ("POST", COMPLETIONS, chat()), speech=Speech(voice="espeak", patience_s=0.3))
+    answers = ask(tmp_path, *calls, ("POST", COMPLETIONS, chat()), speech=SpeechOptions(voice="espeak", patience_s=0.3))
     assert [answer.status_code for answer in answers] == [status, status, 200]
     assert all(answer.json()["error"]["remedy"] for answer in answers[:2])
 
@@ -281,7 +285,7 @@ def test_the_deadline_ends_speech_and_a_client_that_leaves_frees_its_place(
     play_espeak(tmp_path, "sleep 0.2; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
 
     async def main() -> tuple[int, int]:
-        speaker = Speaker(Speech(voice="espeak", at_once=1, waiting=1))
+        speaker = SpeechService(SpeechOptions(voice="espeak", at_once=1, waiting=1))
         house = serving.house(speech=speaker)
         long = {**HI, "input": "A sentence of words. " * 190, "response_format": "wav"}
         async with serving.client(house, serving.team(tmp_path / "state", limits={"deadline_s": 0.3})) as client:
@@ -303,8 +307,8 @@ def test_stream_that_fails_is_cut_and_noted(tmp_path: Path, monkeypatch: pytest.
     body = f"if [ -e {tmp_path}/once ]; then exit 1; fi; touch {tmp_path}/once; head -c 400 /dev/zero | tr '\\0' '\\1'"
     play_espeak(tmp_path, body, monkeypatch)
     log = serving.Log()
-    house = serving.house(speech=Speaker(Speech(voice="espeak", at_once=1)))
-    server = Server(house, serving.team(tmp_path / "state"), journal=Journal(log))
+    house = serving.house(speech=SpeechService(SpeechOptions(voice="espeak", at_once=1)))
+    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(log))
     import httpx
 
     long = {**HI, "input": "A sentence of words. " * 100, "response_format": "pcm"}
@@ -338,7 +342,7 @@ def test_a_team_with_a_voice_that_is_not_there_is_refused_at_its_start(
     play_espeak(tmp_path, "exit 1", monkeypatch)
     (tmp_path / "team.yaml").write_text(json.dumps({"base": "tiny", "speech": speech}))
     with pytest.raises(ConfigError):
-        Speaker(load(tmp_path / "team.yaml").speech)
+        SpeechService(load(tmp_path / "team.yaml").speech)
 
 
 @needs_espeak
@@ -346,8 +350,8 @@ def test_a_team_with_a_voice_that_is_not_there_is_refused_at_its_start(
 def test_openais_client_speaks(tmp_path: Path) -> None:
     import openai
 
-    house = serving.house(speech=Speaker(Speech()))
-    server = Server(house, serving.team(tmp_path / "state"), journal=Journal(serving.Log()))
+    house = serving.house(speech=SpeechService(SpeechOptions()))
+    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(serving.Log()))
     with serving.running(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert client.models.retrieve("speech").owned_by == "sartor"
         with client.audio.speech.with_streaming_response.create(model="speech", voice="default", input=HI["input"]) as answer:
@@ -377,7 +381,7 @@ def test_openais_client_speaks(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
 def test_whoever_speaks_lets_the_workers_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_espeak(tmp_path, f"nice > {tmp_path}/nice; head -c 46 /dev/zero | tr '\\0' '\\1'", monkeypatch)
-    speaker = Speaker(Speech(voice="espeak"))
+    speaker = SpeechService(SpeechOptions(voice="espeak"))
     own = os.getpriority(os.PRIO_PROCESS, 0)
 
     async def main() -> int:

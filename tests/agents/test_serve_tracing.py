@@ -16,7 +16,7 @@ from serving import chat
 
 from sartor.core.errors import ExtraError
 from sartor.serving.http import telemetry
-from sartor.serving.http.request_log import Journal, ServerLines
+from sartor.serving.http.request_log import RequestLog, ServerLines
 from sartor.serving.http.telemetry import Tracer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -59,7 +59,7 @@ def test_without_an_endpoint_there_is_no_tracing_and_nothing_is_loaded(monkeypat
 
 def test_what_the_server_library_says_is_a_line_without_its_values() -> None:
     log = serving.Log()
-    journal = Journal(log)
+    journal = RequestLog(log)
     lines = ServerLines(journal)
     try:
         raise ValueError("my secret")
@@ -78,7 +78,7 @@ def test_lines_that_nobody_takes_are_counted() -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    journal = Journal(Gone())
+    journal = RequestLog(Gone())
     for _ in range(3):
         journal.say("ready")
     journal.close()

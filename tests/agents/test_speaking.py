@@ -12,10 +12,10 @@ import soundfile
 import sartor
 from sartor.cli import main
 from sartor.core.errors import ConfigError
-from sartor.serving.commands.ask_types import Reply
+from sartor.serving.commands.ask_types import AskReply
 from speaking import needs_espeak, play_espeak
 
-REPLY = Reply("q", '{"intent": "HassTurnOn", "area": "hall"}', "stop", "home@1.0", "asked by name", [])
+REPLY = AskReply("q", '{"intent": "HassTurnOn", "area": "hall"}', "stop", "home@1.0", "asked by name", [])
 
 
 @needs_espeak
@@ -47,7 +47,7 @@ def test_a_file_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str) -> 
 @needs_espeak
 def test_a_reply_without_words_is_an_error_that_shows_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="👍"):
-        sartor.speaking(tmp_path / "hi.wav")(Reply("q", "👍", "stop", "a", "r", []))
+        sartor.speaking(tmp_path / "hi.wav")(AskReply("q", "👍", "stop", "a", "r", []))
     assert not (tmp_path / "hi.wav").exists()
 
 

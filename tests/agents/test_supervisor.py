@@ -22,26 +22,26 @@ import pytest
 
 import scripted
 from sartor.core.errors import BusyError, DeadlineError, InputError, ModelError, SartorError, UnavailableError
-from sartor.inference.engine import Call, Event, Failed, Piece, Sampling
-from sartor.serving.team_config import Breaker, Limits
-from sartor.serving.types import Embedded
+from sartor.inference.engine import Event, GenerateCall, ReplyFailed, Sampling, TextDelta
+from sartor.serving.team_config import CircuitBreakerOptions, RequestLimits
+from sartor.serving.types import EmbeddingResult
 from sartor.serving.workers.supervisor import Supervisor
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 AGENTS = ("a", "b", "c", "d")
 
 
-def call(prompt: str, adapter: str = "", tokens: int = 8) -> Call:
-    return Call("c", adapter, text=prompt, sampling=Sampling(max_tokens=tokens))
+def call(prompt: str, adapter: str = "", tokens: int = 8) -> GenerateCall:
+    return GenerateCall("c", adapter, text=prompt, sampling=Sampling(max_tokens=tokens))
 
 
-async def asked(crew: Supervisor, one: Call, deadline_s: float = 30.0) -> str:
+async def asked(crew: Supervisor, one: GenerateCall, deadline_s: float = 30.0) -> str:
     """The whole reply of an agent that is named as its adapter. Raises the error that it ends with."""
     text = ""
     async for event in await crew.reply(one, f"{one.adapter}@1" if one.adapter else "base", deadline_s):
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             text += event.text
-        elif isinstance(event, Failed):
+        elif isinstance(event, ReplyFailed):
             raise ModelError(event.problem, event.remedy)
     return text
 
@@ -197,7 +197,7 @@ def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path
 @pytest.mark.parametrize("workers", [{"count": 2, "spare": 0}, {"count": 1, "spare": 1}])
 def test_every_worker_is_replaced_and_no_reply_suffers(tmp_path: Path, workers: dict[str, int]) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={**workers, "hang_s": 0.4}, limits=Limits(deadline_s=30.0)) as crew:
+        async with running(tmp_path, workers={**workers, "hang_s": 0.4}, limits=RequestLimits(deadline_s=30.0)) as crew:
             first = pids(crew)
             await asyncio.gather(load(crew, clients=4, calls=6), crew.renew())
             assert len(first) == 2 and not any(alive(pid) for pid in first), "with all that was in their memory"
@@ -243,7 +243,7 @@ def test_a_poison_call_fails_and_nobody_else(tmp_path: Path, prompt: str, spare:
 
 def test_a_poison_call_of_the_base_takes_no_service_from_it(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, breaker=Breaker(failures=1)) as crew:
+        async with running(tmp_path, breaker=CircuitBreakerOptions(failures=1)) as crew:
             for adapter, ends in (("", 3), ("b", 4)):
                 with pytest.raises(ModelError):
                     await asked(crew, call("DIE", adapter))
@@ -279,7 +279,7 @@ def test_a_poison_agent_is_taken_out_of_service_and_nobody_else(tmp_path: Path) 
 
 def test_a_nan_agent_opens_its_breaker_and_quarantine_follows(tmp_path: Path) -> None:
     async def scene() -> None:
-        rules = Breaker(failures=2, open_s=0.05, quarantine=2)
+        rules = CircuitBreakerOptions(failures=2, open_s=0.05, quarantine=2)
         async with running(tmp_path, ("a", "x-nan"), breaker=rules) as crew:
             while crew.health()["agents"].get("x-nan@1", {}).get("breaker") != "quarantined":
                 with pytest.raises(SartorError, match="not finite"):
@@ -293,7 +293,7 @@ def test_a_nan_agent_opens_its_breaker_and_quarantine_follows(tmp_path: Path) ->
 
 def test_clients_faults_and_deadlines_blame_nobody(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, breaker=Breaker(failures=1)) as crew:
+        async with running(tmp_path, breaker=CircuitBreakerOptions(failures=1)) as crew:
             with pytest.raises(InputError):
                 await asked(crew, call("REFUSED", "a"))
             with pytest.raises(DeadlineError):
@@ -310,7 +310,7 @@ def test_clients_faults_and_deadlines_blame_nobody(tmp_path: Path) -> None:
 
 def test_a_flood_of_one_agent_delays_no_other(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, rows=4, limits=Limits(per_agent=20)) as crew:
+        async with running(tmp_path, rows=4, limits=RequestLimits(per_agent=20)) as crew:
             flood = [asyncio.ensure_future(asked(crew, call(f"{turn}", "a", 200))) for turn in range(20)]
             await asyncio.sleep(0)
             with pytest.raises(BusyError) as caught:
@@ -331,13 +331,13 @@ def test_a_flood_of_one_agent_delays_no_other(tmp_path: Path) -> None:
 
 def test_a_client_that_takes_nothing_is_cut_off_and_hinders_nobody(tmp_path: Path) -> None:
     async def scene() -> None:
-        limits = Limits(slow_client_s=0.3)
+        limits = RequestLimits(slow_client_s=0.3)
         async with running(tmp_path, workers={"hang_s": 0.4}, limits=limits) as crew:
             slow = await crew.reply(call("hello", "a", 100_000), "a@1", 60)
             await load(crew)
             await until(lambda: crew.health()["counts"].get("slow_clients"))
             events = [event async for event in slow]
-            assert [type(event) for event in events] == [Piece, Failed] and events[1].kind == "DeadlineError"
+            assert [type(event) for event in events] == [TextDelta, ReplyFailed] and events[1].kind == "DeadlineError"
             await until(lambda: all(row["live"] == 0 for row in crew.health()["workers"]))
 
     asyncio.run(scene())
@@ -367,7 +367,7 @@ def test_a_reply_that_cannot_go_on_as_it_was_is_not_mixed(tmp_path: Path) -> Non
             await anext(events)
             os.kill(pids(crew, "answers")[0], signal.SIGKILL)
             rest = [event async for event in events]
-            assert isinstance(rest[-1], Failed) and rest[-1].kind == "UnavailableError"
+            assert isinstance(rest[-1], ReplyFailed) and rest[-1].kind == "UnavailableError"
             assert crew.health()["counts"]["differing"] == 1
 
     asyncio.run(scene())
@@ -426,7 +426,7 @@ def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -
                 return await crew.probe("new", scripted.adapter(tmp_path / f"new-{behaviour}", behaviour), calls)
 
             said, _ = await asyncio.gather(probe("ok"), load(crew))
-            texts = ["".join(event.text for event in events if isinstance(event, Piece)) for events in said]
+            texts = ["".join(event.text for event in events if isinstance(event, TextDelta)) for events in said]
             assert texts[:2] == [scripted.reply_of(one) for one in calls[:2]]
             assert [type(events[-1]).__name__ for events in said] == ["Done", "Done", "Failed"]
             for behaviour, problem in (
@@ -465,7 +465,7 @@ def test_embeddings_survive_a_death(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path) as crew:
             made = await crew.embed(["a", "bc"] * 20 + ["d" * 9000], "base")
-            assert made == Embedded([[1.0, 1.0], [1.0, 2.0]] * 20 + [[1.0, 9000.0]], 9060)
+            assert made == EmbeddingResult([[1.0, 1.0], [1.0, 2.0]] * 20 + [[1.0, 9000.0]], 9060)
             with pytest.raises(SartorError, match="no encoder 'x'"):
                 await crew.embed(["a"], "x")
             await asyncio.gather(load(crew), pytest_raises(UnavailableError, crew.embed(["DIE"], "base")))
@@ -528,7 +528,7 @@ def test_draining_lets_replies_end_and_takes_no_more(tmp_path: Path) -> None:
             assert await reply == scripted.reply_of(one)
             await closing
             events = [event async for event in endless]
-            assert isinstance(events[-1], Failed) and "is stopping" in events[-1].problem
+            assert isinstance(events[-1], ReplyFailed) and "is stopping" in events[-1].problem
 
     asyncio.run(scene())
 

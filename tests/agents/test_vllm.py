@@ -15,7 +15,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.inference.engine import adapter_digest
 from sartor.serving.commands.vllm_launch import command
-from sartor.serving.team_config import Local, Member, Remote, Team
+from sartor.serving.team_config import AgentOptions, LocalEngineOptions, OpenAiEngineOptions, Team
 
 CONFIG = {"peft_type": "LORA", "r": 12, "bias": "none", "target_modules": ["q_proj"]}
 
@@ -38,7 +38,9 @@ def release(folder: Path, name: str, template: str = tiny.CHATML, **changes: Any
 
 
 def team(**engine: Any) -> Team:
-    return Team(base="starter", agents=(Member("faq", "r"), Member("home", "r")), engine=Remote(**engine))
+    return Team(
+        base="starter", agents=(AgentOptions("faq", "r"), AgentOptions("home", "r")), engine=OpenAiEngineOptions(**engine)
+    )
 
 
 def test_a_team_becomes_a_command(base: Path, tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_what_vllm_would_serve_otherwise_is_refused_by_name(base: Path, tmp_path
 
 def test_another_engine_or_address_or_config_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="local"):
-        command(replace(team(), engine=Local()), base, [])
+        command(replace(team(), engine=LocalEngineOptions()), base, [])
     with pytest.raises(ConfigError, match="address"):
         command(team(url="nothing"), base, [])
     with pytest.raises(ArtifactError, match="no adapter's config"):

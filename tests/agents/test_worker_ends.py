@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from sartor.core.errors import ModelError, UnavailableError
-from sartor.inference.engine import Call, Failed
-from sartor.serving.team_config import Breaker, Workers
-from sartor.serving.workers.adapter_loading import Shelf
-from sartor.serving.workers.agent_health import Bulkhead, Standing
-from sartor.serving.workers.in_flight import LiveCall
-from sartor.serving.workers.scheduler import Calls
-from sartor.serving.workers.worker_pool import Hooks, Places
-from sartor.serving.workers.worker_process import Child, GoneError
+from sartor.inference.engine import GenerateCall, ReplyFailed
+from sartor.serving.team_config import CircuitBreakerOptions, WorkerOptions
+from sartor.serving.workers.adapter_loading import AdapterPool
+from sartor.serving.workers.agent_health import AgentHealthTracker, AgentQueues
+from sartor.serving.workers.in_flight import InFlightCall
+from sartor.serving.workers.scheduler import CallScheduler
+from sartor.serving.workers.worker_pool import Hooks, WorkerSlots
+from sartor.serving.workers.worker_process import WorkerDiedError, WorkerProcess
 
-RULES = Workers(memory_bytes=1000, hang_s=10.0, start_s=120.0)
+RULES = WorkerOptions(memory_bytes=1000, hang_s=10.0, start_s=120.0)
 MADE = (
     "far above", "over", "renewed", "hangs", "hangs in start", "closed", "status", "SIGKILL", "SIGTERM", "start",
 )  # fmt: skip
@@ -46,25 +46,25 @@ LABELS = {
 SCRIPTS = {"status": "exit 3", "SIGKILL": "kill -9 $$", "SIGTERM": "kill -15 $$", "start": "exec sleep 60"}
 
 
-async def no_adapters(child: Child) -> None:
+async def no_adapters(child: WorkerProcess) -> None:
     """A Places without adapters."""
 
 
-def places() -> Places:
-    def make() -> Child:
+def places() -> WorkerSlots:
+    def make() -> WorkerProcess:
         raise AssertionError("no worker is to be started")
 
-    return Places(RULES, make, Hooks(no_adapters, lambda: None, lambda child: None, lambda: None))
+    return WorkerSlots(RULES, make, Hooks(no_adapters, lambda: None, lambda child: None, lambda: None))
 
 
-async def ended(how: str, of: Places | None = None) -> Child:
+async def ended(how: str, of: WorkerSlots | None = None) -> WorkerProcess:
     """A worker that ended so, in the first place of `of`."""
     held = of or places()
-    child = Child(["/bin/sh", "-c", SCRIPTS.get(how, "")], {}, lambda child, frame: None)
+    child = WorkerProcess(["/bin/sh", "-c", SCRIPTS.get(how, "")], {}, lambda child, frame: None)
     place = held._places[0]
     place.child = child
     if how in SCRIPTS:
-        with contextlib.suppress(GoneError, UnavailableError):
+        with contextlib.suppress(WorkerDiedError, UnavailableError):
             await child.start(0.05 if how == "start" else 30.0)
         await child.gone()
     elif how == "closed":
@@ -74,7 +74,7 @@ async def ended(how: str, of: Places | None = None) -> Child:
     return child
 
 
-def look(held: Places, child: Child, how: str) -> None:
+def look(held: WorkerSlots, child: WorkerProcess, how: str) -> None:
     """Let its place look at it, until it is ended."""
     place = held._places[0]
     child.state = "ready"
@@ -117,17 +117,17 @@ def test_question_of_a_worker_that_ended_has_the_text() -> None:
         child = await ended("SIGKILL")
         await child.ask("embed")
 
-    with pytest.raises(GoneError, match="^crashed: killed by SIGKILL$"):
+    with pytest.raises(WorkerDiedError, match="^crashed: killed by SIGKILL$"):
         asyncio.run(scenario())
 
 
 async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:
     """What a suspected call says after the first and the second worker that made it alone ended so, and the counts."""
-    calls = Calls(Bulkhead(4), Standing(Breaker()), RULES)
-    calls.use(places(), Shelf(lambda: [], no_worker))
+    calls = CallScheduler(AgentQueues(4), AgentHealthTracker(CircuitBreakerOptions()), RULES)
+    calls.use(places(), AdapterPool(lambda: [], no_worker))
     calls._is_poked = True  # nothing is to be dispatched
     calls._bulkhead.enter("a@1", rows=1)
-    live = LiveCall(Call("c", "a", text="hello"), "a@1", False, 1)
+    live = InFlightCall(GenerateCall("c", "a", text="hello"), "a@1", False, 1)
     said: list[Any] = []
     for number in range(2):
         child = await ended(how)
@@ -140,14 +140,14 @@ async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:
     return said, dict(calls.counts)
 
 
-async def no_worker() -> Child:
+async def no_worker() -> WorkerProcess:
     raise AssertionError("nobody is to try an adapter")
 
 
 @pytest.mark.parametrize("how", ["status", "SIGTERM", "far above"])
 def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
     (failed,), counts = asyncio.run(deaths(how))
-    assert failed == Failed(
+    assert failed == ReplyFailed(
         "c", "ModelError", f"the workers that made this reply of a@1 died: {TEXTS[how]}", "change the request"
     )
     assert counts == {"made_again": 1, "condemned": 1}
@@ -172,14 +172,14 @@ def test_an_adapter_is_blamed_by_how_workers_ended(how: str, loads: int) -> None
     async def scenario() -> int:
         tries = 0
 
-        async def to_try() -> Child:
+        async def to_try() -> WorkerProcess:
             nonlocal tries
             tries += 1
             child = await ended(how)
             child.state = "gone"
             return child
 
-        shelf = Shelf(lambda: [], to_try)
+        shelf = AdapterPool(lambda: [], to_try)
         with pytest.raises(ModelError) as caught:
             await shelf.attach("adapter-of-a-team", Path("/adapter"))
         assert caught.value.problem == f"workers died while they loaded the adapter adapter-of-a: {TEXTS[how]}"

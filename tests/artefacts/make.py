@@ -172,16 +172,16 @@ def tune(run: Path, dtype: str, *, resume: bool) -> None:
 
 def killed(run: Path, dtype: str) -> None:
     """Tune, and die in an update, after its gradients and before its step."""
-    from sartor.tune.training_loop import Run
+    from sartor.tune.training_loop import TrainingRun
 
-    check = Run._check
+    check = TrainingRun._check
 
-    def dies(self: Run, *arguments: Any) -> None:
+    def dies(self: TrainingRun, *arguments: Any) -> None:
         if self.counters.updates + 1 == KILLED_IN:
             os.kill(os.getpid(), signal.SIGKILL)
         check(self, *arguments)
 
-    Run._check = dies  # type: ignore[method-assign]
+    TrainingRun._check = dies  # type: ignore[method-assign]
     tune(run, dtype, resume=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sartor
-from sartor.core import assets
+from sartor.core import assets, home
 from sartor.core.errors import AssetError, ConfigError
 
 
@@ -70,7 +70,7 @@ def test_other_bytes_than_listed_are_refused_and_leave_nothing(listed: Path, tmp
         assets.install("tiny", copy_of(listed))
     assert "do not use" in caught.value.remedy
     assert not assets.entry("tiny").is_installed
-    assert not [path for path in assets.folder("assets").iterdir() if path.is_dir()]
+    assert not [path for path in home.folder("assets").iterdir() if path.is_dir()]
 
 
 def test_an_archive_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 from sartor.curate.steps.text_filters import Length
-from sartor.tune.recipe import Budget, Recipe
+from sartor.tune.recipe import Recipe, StopCriteria
 
 TUNE = {"base": "starter", "data": {"path": "d"}}
 CURATE = {"sources": [{"path": "f.jsonl"}]}
@@ -114,7 +114,7 @@ def test_every_option_has_a_help_text() -> None:
 
 def test_flags_complete_a_file_that_is_not_whole() -> None:
     assert config.load(Recipe, {"base": "starter"}, ["--data.path", "d"]).data.path == "d"
-    assert config.load(Recipe, TUNE, ["--budget.updates", "3"]).budget == Budget(updates=3)
+    assert config.load(Recipe, TUNE, ["--budget.updates", "3"]).budget == StopCriteria(updates=3)
 
 
 def test_a_remedy_can_be_typed_as_it_stands() -> None:

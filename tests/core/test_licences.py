@@ -173,9 +173,9 @@ def test_expired_terms_and_missing_consent_forbid_every_use(terms: dict[str, str
 
 
 def test_terms_of_an_older_manifest_have_their_defaults() -> None:
-    assert compliance.terms_of({"source": "f", "licence": "MIT", "use": ["research"], "sha256": "0" * 64}) == compliance.Terms(
-        "f", licence="MIT", use=("research",)
-    )
+    assert compliance.terms_of(
+        {"source": "f", "licence": "MIT", "use": ["research"], "sha256": "0" * 64}
+    ) == compliance.LicenceTerms("f", licence="MIT", use=("research",))
     assert compliance.terms_of({}).licence == "NOASSERTION"
 
 

@@ -25,12 +25,12 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.parquet_io import ROWS_PER_GROUP, example_row, read_examples, write_examples
-from sartor.core.records import Example, Feedback, Message, Origin, Voice, digest
-from sartor.curate.dataset_writer import write_derived
+from sartor.core.records import Example, Feedback, FeedbackAuthor, Message, Origin, digest
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.curate.review.review_items import Decision, item_of
-from sartor.synthesize.teacher import Answer, Question
-from sartor.synthesize.validate.permutation_tests import Finding
-from sartor.synthesize.validate.validation import Flaw, Validated, write_accepted
+from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
+from sartor.synthesize.validate.permutation_tests import StatisticResult
+from sartor.synthesize.validate.validation import RejectedRow, Validated, write_accepted
 
 GOLDEN = Path(__file__).parent / "golden"
 PYARROW = GOLDEN / "pyarrow.txt"
@@ -61,8 +61,8 @@ class FixedTeacher:
 
     name, at_once = "fixed", 1
 
-    def answer(self, question: Question) -> Answer:
-        return Answer(ANSWERS, "stop", 5, 7)
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
+        return TeacherAnswer(ANSWERS, "stop", 5, 7)
 
 
 def talk(prompt: str, reply: str, **more: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def curate_inbox() -> Path:
         question = ({"role": "user", "content": f"question {number}"},)
         feedback = Feedback(
             receipt=f"r{number}", agent="faq@1.0", messages=question, reply=f"answer {number}", date="2026-11-26T10:00:00Z",
-            by=Voice("k1", "", "given" if number != 5 else "refused"), **more,
+            by=FeedbackAuthor("k1", "", "given" if number != 5 else "refused"), **more,
         )  # fmt: skip
         lines.append(feedback.as_json())
     write_jsonl(Path("inbox/feedback-2026-11-26.jsonl"), lines)
@@ -175,7 +175,7 @@ def derived() -> Path:
     drop = sartor.Drop("too_much", "rows.jsonl", "rows.jsonl:1", "of this there is enough", step="join", id=others[0].id)
     parents = [sartor.open(curated), sartor.open(made)]
     rows = [first, equal, *others[1:], *added]
-    return write_derived("joined", parents, rows, [drop], step={"join": {"added": len(added)}}).path
+    return write_dataset_from("joined", parents, rows, [drop], step={"join": {"added": len(added)}}).path
 
 
 def derived_of_whole_row_groups() -> Path:
@@ -183,15 +183,15 @@ def derived_of_whole_row_groups() -> Path:
     rows = [talk(f"Question {number}?", f"Answer {number}.") for number in range(ROWS_PER_GROUP)]
     write_jsonl(Path("rows.jsonl"), rows)
     data = sartor.curate({"sources": [{"path": "rows.jsonl", "licence": "MIT"}], "workers": 1}, "data").dataset
-    return write_derived("same", [data], read_examples(data), step={"same": {}}).path
+    return write_dataset_from("same", [data], read_examples(data), step={"same": {}}).path
 
 
 def accepted() -> Path:
     """The rows that `validate` accepts; of a flawed one the Drop."""
     made = synthesize()
     rows = list(read_examples(sartor.open(made)))
-    flaws = [Flaw(0, rows[0].id, "copy_of_seed", "equal words"), Flaw(0, rows[0].id, "outside", "far away")]
-    tests = [Finding("mmd", 0.01, 0.002, 0.2, 0.4, "as far apart as chance has it", p_corrected=1.0, verdict="pass")]
+    flaws = [RejectedRow(0, rows[0].id, "copy_of_seed", "equal words"), RejectedRow(0, rows[0].id, "outside", "far away")]
+    tests = [StatisticResult("mmd", 0.01, 0.002, 0.2, 0.4, "as far apart as chance has it", p_corrected=1.0, verdict="pass")]
     found = Validated(made, Path("real"), {"synthetic": len(rows)}, tests, flaws, {"diversity": {"vendi": 1.5}})
     return write_accepted(Path("accepted"), made, rows, found, replace=False)
 

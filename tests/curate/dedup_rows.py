@@ -43,11 +43,13 @@ def edited(row: str, fraction: float, rng: random.Random) -> str:
     return " ".join(found)
 
 
-def search(rows: list[str], **changes: object) -> tuple[near_duplicates.Found, clusters.Removals, pair_scoring.Rules]:
+def search(
+    rows: list[str], **changes: object
+) -> tuple[near_duplicates.NearDuplicatePairs, clusters.Removals, pair_scoring.DuplicateRules]:
     """What the core makes of rows at its defaults."""
     how = shingles.resolve("auto", 0, rows)
     rules = pair_scoring.rules_for(how, **changes)
     sketches = shingles.sketch(rows, how)
     rank = np.array([len(row) for row in rows])
     found = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
-    return found, clusters.resolve(found.pairs, rank, rules), rules
+    return found, clusters.resolve_clusters(found.pairs, rank, rules), rules

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sartor.synthesize.teacher import Question
+from sartor.synthesize.teacher import TeacherQuestion
 from sartor.synthesize.teacher_options import FakeTeacher
 
 FAULTS = ("429", "503", "silent", "cut", "no_end", "malformed", "not_json", "error_event", "hang_up")
@@ -42,7 +42,9 @@ class EndpointServer:
         form = body.get("response_format")
         schema = json.dumps(form["json_schema"]["schema"], sort_keys=True) if form else ""
         messages = tuple((one["role"], one["content"]) for one in body["messages"])
-        return FakeTeacher().answer(Question(messages, body["seed"], body["max_tokens"], body["temperature"], schema)).text
+        return (
+            FakeTeacher().answer(TeacherQuestion(messages, body["seed"], body["max_tokens"], body["temperature"], schema)).text
+        )
 
 
 class _Handler(BaseHTTPRequestHandler):

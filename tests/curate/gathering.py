@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from sartor.core.records import Example, Message, Origin
-from sartor.curate.step import Gathered, SetStep
+from sartor.curate.step import SetStep, StepInput
 
 
 def example(
@@ -21,7 +21,7 @@ def example(
     return Example((*told, *asked, Message.of("assistant", reply)), (origin,))
 
 
-def gather(step: SetStep, examples: Sequence[Example], batch: int = 700) -> Gathered:
+def gather(step: SetStep, examples: Sequence[Example], batch: int = 700) -> StepInput:
     """Sketches in batches, as the workers make them, with the pipeline's own columns."""
     tables: list[Any] = [step.sketch(examples[start : start + batch], Path()) for start in range(0, len(examples), batch)]
     table = pa.concat_tables(tables or [step.sketch([], Path())])
@@ -33,4 +33,4 @@ def gather(step: SetStep, examples: Sequence[Example], batch: int = 700) -> Gath
     }
     for name, column in own.items():
         table = table.append_column(name, column)
-    return Gathered(table, sources, lambda wanted: [examples[row] for row in wanted])
+    return StepInput(table, sources, lambda wanted: [examples[row] for row in wanted])

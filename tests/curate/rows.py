@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from sartor.core.config import load
 from sartor.core.records import Drop, Example, Message, Origin
-from sartor.curate.step import Gathered, Verdicts
+from sartor.curate.step import StepInput, StepResult
 
 HERE = Path(".")
 
@@ -37,13 +37,13 @@ def reason(step: Any, example: Example) -> str:
     return outcome.reason if isinstance(outcome, Drop) else ""
 
 
-def decided(step: Any, examples: Sequence[Example], batch: int = 7) -> Verdicts:
+def decided(step: Any, examples: Sequence[Example], batch: int = 7) -> StepResult:
     """What a SetStep finds in rows, sketched in batches."""
     tables = [step.sketch(examples[start : start + batch], HERE) for start in range(0, len(examples), batch)]
     table = pa.concat_tables(tables or [step.sketch([], HERE)])
     assert table.num_rows == len(examples)
     table = table.append_column("id", pa.array([example.id for example in examples], pa.string()))
-    return step.decide(Gathered(table, ["rows.jsonl"], lambda numbers: [examples[number] for number in numbers]))
+    return step.decide(StepInput(table, ["rows.jsonl"], lambda numbers: [examples[number] for number in numbers]))
 
 
 def step_of(cls: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate import pipeline, shards
 from sartor.curate.sources import media_files
-from sartor.curate.step import Copy
+from sartor.curate.step import AugmentedRow
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages, Light
 from sartor.media.audio import read_sound
 from sartor.media.images import open_image
@@ -228,9 +228,9 @@ def sound_row(folder: Path, samples: Any, rate: int = RATE) -> Example:
     return Example((Message("user", parts), Message.of("assistant", "yes")), (Origin("s", "s:1"),))
 
 
-def copies(folder: Path, step: Any, row: Example) -> list[Copy]:
+def copies(folder: Path, step: Any, row: Example) -> list[AugmentedRow]:
     made = list(step.open(folder)(row))
-    assert all(isinstance(one, Copy) for one in made), made
+    assert all(isinstance(one, AugmentedRow) for one in made), made
     return made
 
 

@@ -18,7 +18,7 @@ from sartor.core.records import Example, Message, Origin
 from sartor.core.statistics import newcombe, wilson
 from sartor.curate.bias import mitigation
 from sartor.curate.bias.group_membership import field_value, memberships
-from sartor.curate.bias.outcome_rates import effective, measured
+from sartor.curate.bias.outcome_rates import effective, measure_rates
 from sartor.curate.recipe import CurateRecipe
 from sartor.text.demographics.group_terms import lexicon
 
@@ -62,9 +62,9 @@ def test_weights_count_by_their_effective_number() -> None:
     assert effective(np.array([1.0, 1.0, 0.0])) == 2
     people = {"sex": ["female"] * 10 + ["male"] * 10}
     outcomes = ["yes"] * 3 + ["no"] * 7 + ["yes"] * 6 + ["no"] * 4
-    (gap, _) = measured(people, outcomes).gaps
+    (gap, _) = measure_rates(people, outcomes).gaps
     assert abs(gap.difference) == pytest.approx(0.3)
-    doubled = measured(people, outcomes, [2.0] * 20).gaps[0]
+    doubled = measure_rates(people, outcomes, [2.0] * 20).gaps[0]
     assert (doubled.low, doubled.high) == pytest.approx((gap.low, gap.high))
 
 
@@ -95,10 +95,10 @@ def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> 
         for one, other in zip(sex, age, strict=True)
     ]
     people = {"sex": sex, "age": age}
-    assert measured(people, outcomes).largest_gap > 0.2
-    found = mitigation.factors(people, outcomes, [1.0] * 400)
+    assert measure_rates(people, outcomes).largest_gap > 0.2
+    found = mitigation.reweighing_factors(people, outcomes, [1.0] * 400)
     new = [mitigation.weight_of(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
-    assert measured(people, outcomes, new).largest_gap < 1e-3
+    assert measure_rates(people, outcomes, new).largest_gap < 1e-3
     assert sum(new) == pytest.approx(400, rel=0.02)
 
 
@@ -106,12 +106,14 @@ def test_rows_to_drop_and_rows_to_make_even_the_rates() -> None:
     values = ["f"] * 40 + ["m"] * 60
     outcomes = ["yes"] * 10 + ["no"] * 30 + ["yes"] * 40 + ["no"] * 20
     table = mitigation.table(values, outcomes)
-    gone = set(mitigation.superfluous(table, 0))
+    gone = set(mitigation.rows_to_drop(table, 0))
     left = [place for place in range(100) if place not in gone]
-    assert measured({"sex": [values[p] for p in left]}, [outcomes[p] for p in left]).largest_gap == pytest.approx(0, abs=0.02)
+    assert measure_rates({"sex": [values[p] for p in left]}, [outcomes[p] for p in left]).largest_gap == pytest.approx(
+        0, abs=0.02
+    )
     assert len(left) == 20 + 40  # a half of all rows is `yes`
-    assert mitigation.needed(table) == {("f", "yes"): 20, ("m", "no"): 20}
-    assert gone == set(mitigation.superfluous(table, 0))
+    assert mitigation.rows_to_add(table) == {("f", "yes"): 20, ("m", "no"): 20}
+    assert gone == set(mitigation.rows_to_drop(table, 0))
 
 
 def test_a_counterfactual_keeps_the_outcome_and_names_its_parent() -> None:
@@ -256,7 +258,7 @@ def test_the_step_measures_and_mitigates_in_a_recipe(tmp_path: Path, mitigate: s
         return
     assert facts["after"]["largest_gap"] < 0.03
     people = memberships(rows, ["sex"])
-    again = measured(people, [json.loads(row.reply)["decision"] for row in rows], [row.weight for row in rows])
+    again = measure_rates(people, [json.loads(row.reply)["decision"] for row in rows], [row.weight for row in rows])
     assert again.largest_gap == pytest.approx(facts["after"]["largest_gap"], abs=1e-6)
 
 

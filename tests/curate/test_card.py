@@ -24,7 +24,7 @@ from markdown_it import MarkdownIt
 
 from sartor.core import html as page
 from sartor.core import parquet_io
-from sartor.core.records import Drop, Example, Message, Origin, Part, tally
+from sartor.core.records import Drop, Example, Message, Origin, Part, count_values
 from sartor.curate import card
 from sartor.curate.card import metadata as hub
 from sartor.curate.card import render
@@ -98,8 +98,8 @@ def facts_of(kept: Sequence[Example], drops: Sequence[Drop]) -> dict[str, Any]:
         "licence": "CC-BY-NC-4.0 AND MIT",
         "licence_conflicts": ["crm.csv forbids commercial use."],
         "obligations": ["Keep the MIT notice."],
-        "counts": {"read": len(kept) + len(drops), "kept": len(kept), "dropped": tally(drop.reason for drop in drops),
-                   "splits": tally(row.split for row in kept), "groups": {"train": 18, "eval": 2}},
+        "counts": {"read": len(kept) + len(drops), "kept": len(kept), "dropped": count_values(drop.reason for drop in drops),
+                   "splits": count_values(row.split for row in kept), "groups": {"train": 18, "eval": 2}},
         "steps": {"personal_data": {"entities": {"EMAIL_ADDRESS": 41, "IBAN_CODE": 1}}, "near_duplicates": {"clusters": 1}},
         "versions": {"sartor": "0.1.0"},
     }  # fmt: skip
@@ -477,7 +477,7 @@ def test_croissant_is_valid_and_reads_the_rows(written: Path) -> None:
 
 
 def test_what_acts_unseen_is_made_visible() -> None:
-    assert page.visible("a\u202eb\x00\r\nc\u2028d\ue000") == "a‹U+202E›b␀\nc\nd\ue000"
+    assert page.escape_control("a\u202eb\x00\r\nc\u2028d\ue000") == "a‹U+202E›b␀\nc\nd\ue000"
     assert page.escape("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
-    assert page.visible("a" + "\u0301" * 3000) == "a" + "\u0301" * 4 + "‹+2,996 marks›"
-    assert page.visible("👩‍👩‍👧 नमस्ते שלום é") == "👩‍👩‍👧 नमस्ते שלום é"
+    assert page.escape_control("a" + "\u0301" * 3000) == "a" + "\u0301" * 4 + "‹+2,996 marks›"
+    assert page.escape_control("👩‍👩‍👧 नमस्ते שלום é") == "👩‍👩‍👧 नमस्ते שלום é"

@@ -15,7 +15,7 @@ from sartor.core.errors import ConfigError, GuardError
 from sartor.curate.dedup import clusters, near_duplicates, pair_scoring, pair_store, shingles
 from sartor.curate.dedup import clusters as graph
 from sartor.curate.dedup import shingles as commons
-from sartor.curate.dedup.pair_scoring import Pairs
+from sartor.curate.dedup.pair_scoring import ScoredPairs
 from sartor.curate.dedup.shingles import Sets, Shingling
 
 PAIRS2 = Shingling("words", 2)
@@ -298,17 +298,17 @@ def test_buckets_give_every_pair_of_a_small_one_and_few_of_a_large_one() -> None
 # --- who survives
 
 
-def pairs_of(*edges: tuple[int, int, float]) -> Pairs:
+def pairs_of(*edges: tuple[int, int, float]) -> ScoredPairs:
     a, b, score = (np.array(column) for column in zip(*edges, strict=True))
-    return Pairs(a, b, score.astype(np.float32), np.zeros(len(a), np.float32), np.zeros(len(a), bool))
+    return ScoredPairs(a, b, score.astype(np.float32), np.zeros(len(a), np.float32), np.zeros(len(a), bool))
 
 
-RULES = pair_scoring.Rules(0.5, 0.3, 0.9)
+RULES = pair_scoring.DuplicateRules(0.5, 0.3, 0.9)
 
 
 def test_a_chain_is_no_cluster() -> None:
     chain = pairs_of((0, 1, 0.8), (1, 2, 0.8), (2, 3, 0.8))
-    removals = clusters.resolve(chain, np.zeros(4), RULES)
+    removals = clusters.resolve_clusters(chain, np.zeros(4), RULES)
     assert dict(zip(removals.rows.tolist(), removals.kept.tolist(), strict=True)) == {1: 0, 3: 2}
 
 
@@ -320,7 +320,7 @@ def test_a_chain_is_no_cluster() -> None:
 def test_whoever_goes_was_held_against_a_better_row_that_stays(edges: list[tuple[int, int, float]], rank: list[int]) -> None:
     edges = [(min(a, b), max(a, b), score) for a, b, score in edges if a != b] or [(0, 1, 0.9)]
     pairs = pairs_of(*edges).unique()
-    removals = clusters.resolve(pairs, np.array(rank), RULES)
+    removals = clusters.resolve_clusters(pairs, np.array(rank), RULES)
     judged = pairs.judged(RULES.threshold, RULES.contained)
     scores = {(int(a), int(b)): float(score) for a, b, score in zip(judged.a, judged.b, judged.jaccard, strict=True)}
     gone = set(removals.rows.tolist())
@@ -332,8 +332,8 @@ def test_whoever_goes_was_held_against_a_better_row_that_stays(edges: list[tuple
 
 
 def test_the_best_of_equal_rows_stays_for_the_near_ones_too() -> None:
-    twins = Pairs.of_exact(np.array([0, 0]), np.array([3, 4]))
-    removals = clusters.resolve(Pairs.joined([twins, pairs_of((0, 2, 0.7))]), np.array([1, 1, 0, 5, 1]), RULES)
+    twins = ScoredPairs.of_exact(np.array([0, 0]), np.array([3, 4]))
+    removals = clusters.resolve_clusters(ScoredPairs.joined([twins, pairs_of((0, 2, 0.7))]), np.array([1, 1, 0, 5, 1]), RULES)
     assert removals.rows.tolist() == [0, 2, 4]
     assert removals.kept.tolist() == [3, 3, 3]
     assert removals.by_method() == {"exact": 2, "near": 1}
@@ -352,26 +352,26 @@ def test_a_cluster_that_would_take_most_of_a_source_stops_and_says_which() -> No
     sources = np.array([0] * 10 + [1] * 30)
     gone = clusters.Removals(np.arange(11, 40), np.full(29, 10), np.full(29, 0.8, np.float32), np.ones(29, np.uint8))
     with pytest.raises(GuardError, match=r"29 of the 30 rows of b.jsonl.*row 11 for row 10") as raised:
-        clusters.guard(gone, sources, ["a.jsonl", "b.jsonl"], clusters.Limits())
+        clusters.check_removals(gone, sources, ["a.jsonl", "b.jsonl"], clusters.RemovalLimits())
     assert "--allow b.jsonl" in raised.value.remedy
     assert raised.value.exit_code == 5
-    clusters.guard(gone, sources, ["a.jsonl", "b.jsonl"], clusters.Limits(allow=("b.jsonl",)))
-    clusters.guard(gone, sources, ["a.jsonl", "b.jsonl"], clusters.Limits(source_fraction=1.0))
+    clusters.check_removals(gone, sources, ["a.jsonl", "b.jsonl"], clusters.RemovalLimits(allow=("b.jsonl",)))
+    clusters.check_removals(gone, sources, ["a.jsonl", "b.jsonl"], clusters.RemovalLimits(source_fraction=1.0))
 
 
 def test_many_small_clusters_over_the_fraction_of_all_rows_stop_too() -> None:
     rows = np.arange(95) + 5
     gone = clusters.Removals(rows, rows % 5, np.full(95, 0.8, np.float32), np.ones(95, np.uint8))
     with pytest.raises(GuardError, match="95 of 100 rows"):
-        clusters.guard(gone, np.zeros(100, int), ["a"], clusters.Limits())
-    clusters.guard(gone, np.zeros(100, int), ["a"], clusters.Limits(fraction=0.95))
+        clusters.check_removals(gone, np.zeros(100, int), ["a"], clusters.RemovalLimits())
+    clusters.check_removals(gone, np.zeros(100, int), ["a"], clusters.RemovalLimits(fraction=0.95))
 
 
 def test_half_a_source_and_a_handful_of_rows_are_no_reason_to_ask() -> None:
     for removed, of in ((70, 100), (4, 5)):
-        clusters.guard(removals_of(removed), np.zeros(of, int), ["a"], clusters.Limits())
+        clusters.check_removals(removals_of(removed), np.zeros(of, int), ["a"], clusters.RemovalLimits())
     with pytest.raises(GuardError):
-        clusters.guard(removals_of(80), np.zeros(100, int), ["a"], clusters.Limits())
+        clusters.check_removals(removals_of(80), np.zeros(100, int), ["a"], clusters.RemovalLimits())
 
 
 # --- another threshold
@@ -384,9 +384,9 @@ def test_a_higher_threshold_from_the_pairs_alone_is_what_a_new_search_finds() ->
     found, _, rules = search(rows)
     rank = np.array([len(row) for row in rows])
     for threshold in (0.55, 0.8, 0.95):
-        other = pair_scoring.Rules(threshold, rules.floor, rules.contained)
+        other = pair_scoring.DuplicateRules(threshold, rules.floor, rules.contained)
         _, anew, _ = search(rows, threshold=threshold)
-        again = clusters.resolve(found.pairs, rank, other)
+        again = clusters.resolve_clusters(found.pairs, rank, other)
         assert np.array_equal(again.rows, anew.rows), threshold
         assert np.array_equal(again.kept, anew.kept), threshold
 
@@ -397,9 +397,11 @@ def test_a_threshold_below_the_floor_is_refused() -> None:
 
 
 def test_every_pair_of_a_few_equal_rows_is_listed_and_a_star_of_many() -> None:
-    few = pair_store.listed(Pairs.joined([Pairs.of_exact(np.array([0, 0]), np.array([1, 2])), pairs_of((0, 3, 0.7))]), 4, RULES)
+    few = pair_store.duplicates_at(
+        ScoredPairs.joined([ScoredPairs.of_exact(np.array([0, 0]), np.array([1, 2])), pairs_of((0, 3, 0.7))]), 4, RULES
+    )
     assert list(zip(few.a.tolist(), few.b.tolist(), strict=True)) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    many = pair_store.listed(Pairs.of_exact(np.zeros(99, np.int64), np.arange(1, 100)), 100, RULES)
+    many = pair_store.duplicates_at(ScoredPairs.of_exact(np.zeros(99, np.int64), np.arange(1, 100)), 100, RULES)
     assert many.a.tolist() == [0] * 99
 
 
@@ -409,9 +411,9 @@ def test_the_measure_sets_common_shingles_aside_only_where_enough_is_left() -> N
     one, other = np.array([1, 2, 3, 4]) * 2, np.array([1, 2, 5, 6]) * 2
     values = np.concatenate([np.sort(np.r_[one, common]), np.sort(np.r_[other, common])]).astype(np.uint32)
     sets = Sets(values, np.array([0, 40, 80]), ((values >= 100) * 20).astype(np.uint8))
-    rules = pair_scoring.Rules(0.01, 0.01, 0.0, numbers=0.0)
+    rules = pair_scoring.DuplicateRules(0.01, 0.01, 0.0, numbers=0.0)
     a, b = np.array([0]), np.array([1])
     assert pair_scoring.measure(sets, a, b, rules).jaccard[0] == pytest.approx(2 / 6)
-    assert pair_scoring.measure(sets, a, b, pair_scoring.Rules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)).jaccard[
+    assert pair_scoring.measure(sets, a, b, pair_scoring.DuplicateRules(0.01, 0.01, 0.0, least_own=4, numbers=0.0)).jaccard[
         0
     ] == pytest.approx(2 / 6)

@@ -195,7 +195,7 @@ def test_processes_change_nothing_but_the_time(tmp_path: Path) -> None:
 
 
 def test_workers_answer_in_order_and_hand_errors_on() -> None:
-    with processes.Workers(2) as two:
+    with processes.WorkerPool(2) as two:
         assert list(two.spread(divmod, ((n, 3) for n in range(50)))) == [divmod(n, 3) for n in range(50)]
         with pytest.raises(ZeroDivisionError):
             list(two.spread(divmod, [(1, 1), (1, 0), (2, 1)]))

@@ -19,8 +19,16 @@ import sartor
 from conftest import write_jsonl
 from sartor.core.errors import BudgetError, BusyError, ConfigError, KeyRefusedError, UnavailableError
 from sartor.core.records import Example
-from sartor.synthesize.openai_teacher import Access, BrokenError, EndpointTeacher, Pace, Patience, _retry_after, read_body
-from sartor.synthesize.teacher import Question
+from sartor.synthesize.openai_teacher import (
+    Access,
+    EndpointTeacher,
+    IncompleteResponseError,
+    Patience,
+    RequestThrottle,
+    _retry_after,
+    read_body,
+)
+from sartor.synthesize.teacher import TeacherQuestion
 
 SEEDS = [
     {"messages": [{"role": "user", "content": f"what does parcel number {n} to {town} cost today"}, {"role": "assistant", "content": f"{n} euros"}]}
@@ -162,7 +170,9 @@ def test_the_key_is_in_the_environment_and_nowhere_else(tmp_path: Path, monkeypa
 def test_a_refusal_of_one_question_alone_stops_nothing(tmp_path: Path, code: str, word: str) -> None:
     with serving(EndpointServer(lambda body, times: code)) as server:
         server.word = word
-        answer = EndpointTeacher(Access(server.url, "m"), Pace(), Patience(), 1).answer(Question((("user", "a"),)))
+        answer = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(), 1).answer(
+            TeacherQuestion((("user", "a"),))
+        )
     assert answer.finish == "refused" and server.asked.total() == 1
 
 
@@ -183,7 +193,7 @@ def test_an_address_that_cannot_be_is_refused(tmp_path: Path, url: str) -> None:
 
 def test_a_key_goes_nowhere_unencrypted() -> None:
     with pytest.raises(ConfigError, match=r"a key would go to example\.org unencrypted"):
-        EndpointTeacher(Access("http://example.org/v1", "m", "k"), Pace(), Patience(), 1)
+        EndpointTeacher(Access("http://example.org/v1", "m", "k"), RequestThrottle(), Patience(), 1)
 
 
 def test_pace_holds_requests_and_tokens_of_a_minute() -> None:
@@ -192,7 +202,7 @@ def test_pace_holds_requests_and_tokens_of_a_minute() -> None:
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    pace = Pace(requests=3, tokens=100, now=lambda: clock[0], sleep=sleep)
+    pace = RequestThrottle(requests=3, tokens=100, now=lambda: clock[0], sleep=sleep)
     went = []
     for tokens in (10, 10, 10, 10, 90, 500, 1):
         pace.wait(tokens)
@@ -206,9 +216,9 @@ def test_pace_holds_requests_and_tokens_of_a_minute() -> None:
 
 def test_retry_after_is_obeyed_by_all(tmp_path: Path) -> None:
     with serving(EndpointServer(lambda body, times: "429" if times == 1 else "")) as server:
-        teacher = EndpointTeacher(Access(server.url, "m"), Pace(), Patience(3, 5.0, 5.0), 1)
+        teacher = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(3, 5.0, 5.0), 1)
         began = time.monotonic()
-        teacher.answer(Question((("user", "a"),)))
+        teacher.answer(TeacherQuestion((("user", "a"),)))
         assert 0.05 <= time.monotonic() - began < 4, "as long as the endpoint says, not the pause of 5 s"
 
 
@@ -227,7 +237,7 @@ def test_retry_after_may_be_a_date() -> None:
     [b"", b"{", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": "x"}}]}', b'{"error": "x"}', b"[" * 99999, b"x" * (9 << 20)],
 )  # fmt: skip
 def test_a_body_that_is_no_answer_is_broken(body: bytes) -> None:
-    with pytest.raises(BrokenError):
+    with pytest.raises(IncompleteResponseError):
         read_body([body], "application/json")
 
 

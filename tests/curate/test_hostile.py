@@ -24,8 +24,8 @@ from conftest import write_jsonl
 from sartor.core import records
 from sartor.core.errors import ConfigError
 from sartor.curate.sources import document_worker, documents, media_files, row_readers, safe_paths
-from sartor.curate.sources.planner import plan
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.planner import plan_reading
+from sartor.curate.sources.types import SourceOptions
 from sourcing import Rows, assembled, chat, pdf, tree
 
 
@@ -134,20 +134,20 @@ def test_pipes_devices_and_sockets_are_named_and_never_waited_for(tmp_path: Path
     assert time.monotonic() - began < 5
     for source in (folder / "a.jsonl", "/dev/zero"):
         with pytest.raises(ConfigError, match="named pipe|character device"):
-            plan([Source(str(source))], 1 << 20)
+            plan_reading([SourceOptions(str(source))], 1 << 20)
     assert Rows(tmp_path / "media", str(folder / "*.jsonl")).reasons == {"not_a_file": 1}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
 def test_a_caption_or_picture_that_became_a_pipe_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    source = Source(str(tmp_path / "a.txt"))
-    (unit,) = plan([source], 1 << 20).units
+    source = SourceOptions(str(tmp_path / "a.txt"))
+    (unit,) = plan_reading([source], 1 << 20).units
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "a.txt")
-    from sartor.curate.sources.chunk_reader import read
+    from sartor.curate.sources.chunk_reader import read_chunk
 
-    assert [row.reason for row in read(unit, source, tmp_path / "media")] == ["not_a_file"]
+    assert [row.reason for row in read_chunk(unit, source, tmp_path / "media")] == ["not_a_file"]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -216,8 +216,8 @@ def test_a_media_path_that_leads_out_is_refused_however_it_is_spelled(tmp_path: 
     (tmp_path / "secret.png").write_bytes(PNG)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "loop.png").symlink_to("loop.png")
-    with pytest.raises(records.Malformed) as fault:
-        media_files.place("image", value, folder, tmp_path / "media")
+    with pytest.raises(records.MalformedRow) as fault:
+        media_files.store_media("image", value, folder, tmp_path / "media")
     assert fault.value.reason in ("bad_media", "missing_media", "not_a_file")
     assert not (tmp_path / "media").exists()
 
@@ -440,7 +440,7 @@ def test_a_parser_that_dies_takes_no_other_file_with_it(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.html").write_text(f"<p>{name}")
     digests = {name: media_files.digest_of((tmp_path / f"{name}.html").read_bytes()) for name in ("a", "b")}
-    with documents.Pages() as reader:
+    with documents.DocumentReader() as reader:
         assert [row for _, row in reader.read(str(tmp_path / "a.html"), digests["a"], "html", 1000)] == [{"text": "a"}]
         assert reader._process is not None
         reader._process.kill()
@@ -489,7 +489,7 @@ def test_a_folder_of_very_many_files_is_planned_in_seconds(tmp_path: Path) -> No
         for n in range(1000):
             os.link(tmp_path / "one", folder / str(part) / f"{n:04}.txt")  # many times faster than a new file
     began = time.monotonic()
-    found = plan([Source(str(folder))], 1 << 20)
+    found = plan_reading([SourceOptions(str(folder))], 1 << 20)
     assert (len(found.files), len(found.units)) == (10_000, 50)
     assert time.monotonic() - began < 20
 
@@ -499,4 +499,4 @@ def test_an_unreadable_source_itself_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "loop", tmp_path / "empty", "a\0b", tmp_path / ("x" * 300)):
         with pytest.raises(ConfigError):
-            plan([Source(str(path))], 1 << 20)
+            plan_reading([SourceOptions(str(path))], 1 << 20)

@@ -12,30 +12,30 @@ import pytest
 
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.lineage.revocation import revoke
-from sartor.core.records import Drop, Example, Feedback, Voice
+from sartor.core.records import Drop, Example, Feedback, FeedbackAuthor
 from sartor.core.splits import prompt_group
-from sartor.core.statistics import holm
+from sartor.core.statistics import holm_correction
 from sartor.curate.pipeline import curate
 from sartor.curate.sources import chunk_reader as sources_reading
 from sartor.curate.sources import feedback_inbox, planner
-from sartor.curate.sources.feedback_lines import Line, over
-from sartor.curate.sources.types import InboxTerms, Source
-from sartor.serving.feedback_store import Inbox
+from sartor.curate.sources.feedback_lines import FeedbackLine, over
+from sartor.curate.sources.types import InboxTerms, SourceOptions
+from sartor.serving.feedback_store import FeedbackStore
 
 DAY = "2026-11-26"
 
 
 def said(number: int, key: str = "k1", *, day: str = DAY, question: str = "", reply: str = "a", **more: Any) -> Feedback:
-    by = Voice(key, more.pop("user", ""), more.pop("consent", "given"))
+    by = FeedbackAuthor(key, more.pop("user", ""), more.pop("consent", "given"))
     asked = ({"role": "user", "content": question or f"q{number}"},)
     told = {"receipt": f"r{number}", "agent": "faq@1.0", "messages": asked, "reply": reply, **more}
     return Feedback(date=f"{day}T10:00:00Z", by=by, **told)
 
 
 def read(folder: Path, strict: bool = False, **terms: Any) -> tuple[list[Example], list[Drop]]:
-    source = Source(f"inbox:{folder}", inbox=InboxTerms(**terms))
-    (unit,) = planner.plan([source], 1 << 20).units
-    found = list(sources_reading.read(unit, source, folder.parent / "media", strict))
+    source = SourceOptions(f"inbox:{folder}", inbox=InboxTerms(**terms))
+    (unit,) = planner.plan_reading([source], 1 << 20).units
+    found = list(sources_reading.read_chunk(unit, source, folder.parent / "media", strict))
     return [one for one in found if isinstance(one, Example)], [one for one in found if isinstance(one, Drop)]
 
 
@@ -53,7 +53,7 @@ def torn(file: Path, text: str) -> None:
 
 
 def filled(folder: Path, *lines: Feedback) -> Path:
-    inbox = Inbox(folder / "inbox")
+    inbox = FeedbackStore(folder / "inbox")
     for line in lines:
         inbox.add(line)
     return inbox.path
@@ -146,14 +146,14 @@ def test_a_conversation_is_one_group_and_a_prompt_goes_with_its_like_of_other_so
 def test_lines_that_come_while_it_is_read_are_the_next_run_s(tmp_path: Path) -> None:
     folder = filled(tmp_path, said(1, rating=1.0))
     torn(folder / f"feedback-{DAY}.jsonl", '{"schema"')
-    source = Source(f"inbox:{folder}")
-    (unit,) = planner.plan([source], 1 << 20).units
+    source = SourceOptions(f"inbox:{folder}")
+    (unit,) = planner.plan_reading([source], 1 << 20).units
     torn(folder / f"feedback-{DAY}.jsonl", ": 2}\n")
     filled(tmp_path, said(2, rating=1.0))
-    found = list(sources_reading.read(unit, source, tmp_path / "media"))
+    found = list(sources_reading.read_chunk(unit, source, tmp_path / "media"))
     assert [one.reason if isinstance(one, Drop) else one.rating for one in found] == [1.0, "torn_line"]
-    Inbox(folder).remove(lambda line: line.receipt == "r1")
-    (drop,) = sources_reading.read(unit, source, tmp_path / "media")
+    FeedbackStore(folder).remove(lambda line: line.receipt == "r1")
+    (drop,) = sources_reading.read_chunk(unit, source, tmp_path / "media")
     assert isinstance(drop, Drop) and drop.reason == "changed_file"
 
 
@@ -173,7 +173,7 @@ def test_a_dataset_of_an_inbox_is_revoked_by_its_source(tmp_path: Path) -> None:
 REPLIES, KEYS, EACH = 60, 5, 40
 
 
-def ratings(seed: int, flips: str = "", dissent: str = "", often: float = 0.3) -> list[Line]:
+def ratings(seed: int, flips: str = "", dissent: str = "", often: float = 0.3) -> list[FeedbackLine]:
     """Keys k0..k4 rate 40 replies each of 60, and err in one of twenty; `flips` says the opposite of what is so: a fifth of
     all that is said. `dissent` honestly finds otherwise in a part of its ratings.
     """
@@ -185,12 +185,12 @@ def ratings(seed: int, flips: str = "", dissent: str = "", often: float = 0.3) -
         errs = rng.random() < (often if key == dissent else 0.05)
         good = not is_good[reply] if key == flips else is_good[reply] != errs
         rating = 1.0 if good else -1.0
-        made.append(Line((0, number), f"r{number}", key, "", "faq@1.0", "given", rating, "", "x", f"reply {reply}", 0))
+        made.append(FeedbackLine((0, number), f"r{number}", key, "", "faq@1.0", "given", rating, "", "x", f"reply {reply}", 0))
     return made
 
 
-def set_aside(lines: list[Line]) -> list[str]:
-    return [key for key, _ in feedback_inbox.distrusted_raters(feedback_inbox.judged(lines, InboxTerms()))]
+def set_aside(lines: list[FeedbackLine]) -> list[str]:
+    return [key for key, _ in feedback_inbox.distrusted_raters(feedback_inbox.rate_raters(lines, InboxTerms()))]
 
 
 def test_a_key_that_flips_its_ratings_is_found_and_nobody_else() -> None:
@@ -229,8 +229,8 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
     for number in range(300):
         user, reply = f"u{number % 6}", rng.randrange(40)
         rating = (1.0 if reply % 3 else -1.0) * (-1 if user == "u5" else 1)
-        lines.append(Line((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0))
-    assert [(one.key, one.user) for one in feedback_inbox.judged(lines, InboxTerms()) if one.is_aside] == [("app", "u5")]
+        lines.append(FeedbackLine((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0))
+    assert [(one.key, one.user) for one in feedback_inbox.rate_raters(lines, InboxTerms()) if one.is_aside] == [("app", "u5")]
 
 
 def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp
 
 
 def test_p_values_of_a_family_are_corrected_together() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_correction([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 # --- how much one key may give

@@ -16,9 +16,9 @@ from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate.labels import class_labels, confident_learning
-from sartor.curate.labels.confident_learning import judge
+from sartor.curate.labels.confident_learning import confident_learning as judge
 from sartor.curate.labels.label_ranking import without_frame
-from sartor.curate.step import Gathered, Verdicts
+from sartor.curate.step import StepInput, StepResult
 from sartor.curate.steps.label_errors import EVIDENCE, SuspiciousLabels
 from sartor.text import encoders
 
@@ -55,19 +55,19 @@ def flipped(labels: list[str], fraction: float = 0.1, seed: int = 1) -> tuple[li
     return [rng.choice([o for o in others if o != label]) if row in wrong else label for row, label in enumerate(labels)], wrong
 
 
-def decide(rows: list[tuple[str, str]] | list[Example], **options: Any) -> Verdicts:
+def decide(rows: list[tuple[str, str]] | list[Example], **options: Any) -> StepResult:
     step = SuspiciousLabels(**{"encoder": "tfidf", "queue_fraction": 1.0, **options})
     return step.decide(
         gather(step, [row if isinstance(row, Example) else example(*row, place) for place, row in enumerate(rows)])
     )
 
 
-def queue(verdicts: Verdicts) -> list[int]:
+def queue(verdicts: StepResult) -> list[int]:
     """Row numbers, most suspicious first."""
     return [int(locator.partition(":")[2]) - 1 for locator in verdicts.evidence[EVIDENCE]["locator"].to_pylist()]
 
 
-def recall(verdicts: Verdicts, wrong: set[int], share: float = 0.12) -> float:
+def recall(verdicts: StepResult, wrong: set[int], share: float = 0.12) -> float:
     head = queue(verdicts)[: round(share * len(queue(verdicts)))]
     return len(wrong.intersection(head)) / len(wrong)
 
@@ -361,7 +361,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
 def test_rows_of_one_prompt_are_in_one_fold_and_every_fold_has_its_share() -> None:
     labels = np.array([row % 4 for row in range(400)])
     groups = np.arange(400) // 2
-    dealt = confident_learning.deal(labels, groups, 0)
+    dealt = confident_learning.assign_folds(labels, groups, 0)
     assert (dealt[::2] == dealt[1::2]).all()
     assert np.bincount(dealt).tolist() == [80] * 5
 
@@ -399,7 +399,7 @@ def test_a_long_prompt_is_cut_and_counted() -> None:
 
 def test_texts_reads_a_column_by_row_slice_and_whole() -> None:
     step = SuspiciousLabels()
-    gathered: Gathered = gather(step, [example(f"prompt {row}", "x", row) for row in range(2500)], batch=999)
+    gathered: StepInput = gather(step, [example(f"prompt {row}", "x", row) for row in range(2500)], batch=999)
     texts = encoders.Texts(gathered.table["prompt"])
     assert len(texts) == 2500 and texts[2400] == "prompt 2400" and list(texts)[1500] == "prompt 1500"
     assert (

@@ -10,7 +10,7 @@ from curate.rows import decided, document, row, step_of
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.text_filters import Language
+from sartor.curate.steps.text_filters import LanguageFilter
 
 ENGLISH = "You can pick the parcel up at the counter between nine and five, from Monday to Friday."
 GERMAN = "Sie können das Paket von Montag bis Freitag zwischen neun und siebzehn Uhr am Schalter abholen."
@@ -18,21 +18,21 @@ CHINESE = "您可以在周一至周五上午九点到下午五点之间到柜台
 SHORT = "Ja gut"
 
 
-def reasons(step: Language, *replies: str) -> list[str]:
+def reasons(step: LanguageFilter, *replies: str) -> list[str]:
     """The reason for each reply, empty where it stays."""
     found = {removal.row: removal.reason for removal in decided(step, [row("?", reply) for reply in replies]).removals}
     return [found.get(number, "") for number in range(len(replies))]
 
 
 def test_another_language_goes_and_the_detail_says_code_and_confidence() -> None:
-    found = decided(Language(("en",)), [row("?", ENGLISH), row("?", GERMAN), row("?", CHINESE)])
+    found = decided(LanguageFilter(("en",)), [row("?", ENGLISH), row("?", GERMAN), row("?", CHINESE)])
     assert [(removal.row, removal.reason) for removal in found.removals] == [(1, "language"), (2, "language")]
     assert found.removals[0].detail.startswith("de with confidence ") and "allowed: en" in found.removals[0].detail
 
 
 @pytest.mark.parametrize(("unsure", "expected"), [("keep", ""), ("drop", "language_unsure")])
 def test_short_texts_are_kept_or_dropped_by_option_and_counted(unsure: str, expected: str) -> None:
-    step = step_of(Language, allow=["en"], unsure=unsure)
+    step = step_of(LanguageFilter, allow=["en"], unsure=unsure)
     found = decided(step, [row("?", SHORT), row("?", "12345"), row("?", ENGLISH)])
     assert [removal.reason for removal in found.removals] == [expected] * 2 * bool(expected)
     assert found.facts[f"unsure_{'kept' if unsure == 'keep' else 'dropped'}"] == 2
@@ -51,24 +51,24 @@ def test_the_shorthand_of_a_recipe_names_the_languages() -> None:
 )  # fmt: skip
 def test_a_wrong_option_is_named(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match="allow|min_confidence") as caught:
-        step_of(Language, **options)
+        step_of(LanguageFilter, **options)
     assert said in str(caught.value)
 
 
 def test_each_field_is_judged_by_itself() -> None:
     mixed = [row(GERMAN, ENGLISH), row(ENGLISH, GERMAN)]
     for field, expected in (("reply", [1]), ("prompt", [0]), ("all", [0, 1]), ("replies", [1])):
-        found = decided(step_of(Language, allow=["en"], field=field), mixed)
+        found = decided(step_of(LanguageFilter, allow=["en"], field=field), mixed)
         assert [removal.row for removal in found.removals] == expected, field
 
 
 def test_code_and_addresses_say_nothing_of_a_language() -> None:
     code = f"```python\nwhile wahr:\n    drucke('und das ist nicht gut')\n```\n{ENGLISH}"
-    assert reasons(Language(("en",)), code, "https://example.de/das-ist-nicht-gut-und-das-auch") == ["", ""]
+    assert reasons(LanguageFilter(("en",)), code, "https://example.de/das-ist-nicht-gut-und-das-auch") == ["", ""]
 
 
 def test_a_document_has_no_prompt_and_is_counted() -> None:
-    found = decided(step_of(Language, allow=["en"], field="prompt"), [document(GERMAN)])
+    found = decided(step_of(LanguageFilter, allow=["en"], field="prompt"), [document(GERMAN)])
     assert (found.removals, found.facts["without_text"]) == ([], 1)
 
 
@@ -77,8 +77,8 @@ def test_no_network_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert reasons(Language(("en",)), ENGLISH, GERMAN) == ["", "language"]
+    assert reasons(LanguageFilter(("en",)), ENGLISH, GERMAN) == ["", "language"]
 
 
 def test_nothing_in_is_nothing_out() -> None:
-    assert decided(Language(("en",)), []).removals == []
+    assert decided(LanguageFilter(("en",)), []).removals == []

@@ -22,8 +22,8 @@ from conftest import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
 from sartor.curate.sources import media_files
-from sartor.curate.sources.types import Source
-from sartor.curate.step import Gathered
+from sartor.curate.sources.types import SourceOptions
+from sartor.curate.step import StepInput
 from sartor.curate.steps import image_duplicates
 from sartor.curate.steps.image_duplicates import ImageDuplicates
 from sartor.curate.steps.media_filters import Audio, Images
@@ -65,7 +65,7 @@ def test_captions_come_from_text_or_json_beside_the_file_and_are_no_rows_themsel
     (folder / "deep" / "c.webp.txt").write_text("deep")
     soundfile.write(folder / "d.flac", tone(0.3), RATE)
     (folder / "d.txt").write_text("hello")
-    rows = Rows(tmp_path / "media", Source(str(folder), prompt="What is it?"))
+    rows = Rows(tmp_path / "media", SourceOptions(str(folder), prompt="What is it?"))
     assert rows.replies == ["a red box", "two discs", "hello", "deep"]
     assert rows.places == ["a.jpg:1", "b.png:1", "d.flac:1", "deep/c.webp:1"]
     asked = [content(row) for row in rows.kept]
@@ -127,7 +127,7 @@ def test_a_folder_may_be_the_label(tmp_path: Path) -> None:
         scene(len(label)).save(tmp_path / "in" / label / "1.png")
     scene(8).save(tmp_path / "in" / "dog" / "2.png")
     (tmp_path / "in" / "dog" / "2.txt").write_text("a text of its own")
-    rows = Rows(tmp_path / "media", Source(str(tmp_path / "in"), captions="folder"))
+    rows = Rows(tmp_path / "media", SourceOptions(str(tmp_path / "in"), captions="folder"))
     assert rows.replies == ["cat", "dog", "dog", "a text of its own"]
 
 
@@ -162,15 +162,15 @@ def test_a_caption_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path: Path) -> None:
-    from sartor.curate.sources.chunk_reader import read
-    from sartor.curate.sources.planner import plan
+    from sartor.curate.sources.chunk_reader import read_chunk
+    from sartor.curate.sources.planner import plan_reading
 
     scene(1).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
-    source = Source(str(tmp_path))
-    (unit,) = plan([source], 1 << 20).units
+    source = SourceOptions(str(tmp_path))
+    (unit,) = plan_reading([source], 1 << 20).units
     scene(2).save(tmp_path / "a.png")
-    (drop,) = read(unit, source, tmp_path / "media")
+    (drop,) = read_chunk(unit, source, tmp_path / "media")
     assert drop.reason == "changed_file" and not (tmp_path / "media").exists()
 
 
@@ -315,7 +315,7 @@ def decided(step: ImageDuplicates, folder: Path, examples: list[Example], notice
     ):
         table = table.append_column(name, pa.array(values))
     say = notices.append if notices is not None else lambda line: None
-    return step.decide(Gathered(table, ["s"], lambda rows: [examples[row] for row in rows], folder, notice=say))
+    return step.decide(StepInput(table, ["s"], lambda rows: [examples[row] for row in rows], folder, notice=say))
 
 
 def variants(image: Image.Image) -> dict[str, Image.Image]:

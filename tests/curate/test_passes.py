@@ -20,10 +20,10 @@ import pytest
 import sartor
 from conftest import write_jsonl
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.curate import passes, pipeline, shards
 from sartor.curate import pipeline as local
-from sartor.curate.step import Removal, RowFunction, Verdicts
+from sartor.curate.step import Removal, RowFunction, StepResult
 
 
 def sources(folder: Path, files: int = 6, rows: int = 30) -> list[dict[str, str]]:
@@ -169,7 +169,7 @@ class Suffix:
     def open(self, folder: Path) -> RowFunction:
         def apply(example: Example) -> Example | Drop:
             if "drop me" in example.reply:
-                return dropped(example, "asked", "it says so", step=self.kind)
+                return drop_of(example, "asked", "it says so", step=self.kind)
             last = example.messages[-1]
             grown = replace(last, content=(replace(last.content[0], text=last.text + self.text),))
             return replace(example, messages=(*example.messages[:-1], grown))
@@ -187,11 +187,11 @@ class EveryOther:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         return pa.table({"reply": [example.reply for example in examples]})
 
-    def decide(self, gathered: Any) -> Verdicts:
+    def decide(self, gathered: Any) -> StepResult:
         replies = gathered.table["reply"].to_pylist()
         assert [example.reply for example in gathered.examples(range(len(gathered)))] == replies
         removals = [Removal(row, "odd", replies[row], row - 1, 0.5, "place") for row in range(1, len(gathered), 2)]
-        return Verdicts(removals, facts={"seen": len(gathered)}, then=self.then, set_aside=True)
+        return StepResult(removals, facts={"seen": len(gathered)}, then=self.then, set_aside=True)
 
 
 def run(tmp_path: Path, steps: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Example], list[Drop], Any]:
@@ -199,7 +199,7 @@ def run(tmp_path: Path, steps: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -
     for number in range(3):
         write_jsonl(tmp_path / f"{number}.jsonl", rows[number * 4 : number * 4 + 4])
     monkeypatch.setattr(passes, "needs_all_rows", lambda step: not isinstance(step, Suffix))
-    monkeypatch.setattr(pipeline, "whole", lambda given: list(steps))
+    monkeypatch.setattr(pipeline, "with_final_dedup", lambda given: list(steps))
     recipe = {"sources": [{"path": str(tmp_path / f"{n}.jsonl")} for n in range(3)], "split": {"eval_fraction": 0}}
     made = sartor.curate(recipe, tmp_path / "d")
     dataset = made.dataset

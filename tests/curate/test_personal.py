@@ -21,7 +21,7 @@ from sartor.core.records import TEXT_KEPT, Drop, Example, Message, Origin, Part
 from sartor.curate.step import Counting
 from sartor.curate.steps.personal_data import DEFAULT, PersonalData
 from sartor.text.pii import example_layout, national_ids
-from sartor.text.pii.entities import ENTITIES, Finding, look, resolved
+from sartor.text.pii.entities import ENTITIES, PiiEntity, normalize, resolve_overlaps
 from sartor.text.pii.payment import is_card, is_iban, luhn
 from sartor.text.pii.scanner import Scanner
 
@@ -476,17 +476,17 @@ def test_check_digits_decide(check: Any, right: str, wrong: str) -> None:
 
 def test_of_two_findings_the_surer_stands_for_both() -> None:
     sure, less, far = (
-        Finding(5, 10, "email", "", 0.9, "a"),
-        Finding(8, 14, "phone", "", 0.6, "b"),
-        Finding(20, 25, "phone", "", 0.6, "c"),
+        PiiEntity(5, 10, "email", "", 0.9, "a"),
+        PiiEntity(8, 14, "phone", "", 0.6, "b"),
+        PiiEntity(20, 25, "phone", "", 0.6, "c"),
     )
-    (first, second) = resolved([far, less, sure])
+    (first, second) = resolve_overlaps([far, less, sure])
     assert (first.start, first.end, first.entity, second) == (5, 14, "email", far)
 
 
 def test_a_sight_says_where_its_characters_stood() -> None:
     text = "a\u200b１&nbsp;b"
-    sight = look(text)
+    sight = normalize(text)
     assert (sight.flat, list(sight.starts or ())) == ("a1 b", [0, 2, 3, 9])
 
 

@@ -19,7 +19,7 @@ from sartor.core import assets
 from sartor.core.config import load, read_yaml
 from sartor.core.records import Drop, Example
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.regex_rules import Rules
+from sartor.curate.steps.regex_rules import RegexRules
 
 ROOT = Path(__file__).parent.parent.parent
 FIRM = re.compile(
@@ -41,9 +41,9 @@ def test_every_shipped_recipe_of_curation_loads(file: Path) -> None:
         assert load(CurateRecipe, data).steps
 
 
-def faq_rules() -> Rules:
+def faq_rules() -> RegexRules:
     """The rules of the construction FAQ."""
-    (step,) = (step for step in recipe("construction-faq").steps if isinstance(step, Rules))
+    (step,) = (step for step in recipe("construction-faq").steps if isinstance(step, RegexRules))
     return step
 
 

@@ -218,7 +218,7 @@ def test_apply_makes_drops_and_children_and_carries_what_is_open(data: Path, tmp
     assert made.manifest["sources"][0]["kept"] == 11 and made.licence == "CC-BY-4.0", "an edited row is still its source's"
     assert made.manifest["parents"][0]["id"] == sartor.open(data).id
     assert "review.jsonl" not in made.manifest["files"], "later findings and decisions are added to it"
-    assert len(review_file.read(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
+    assert len(review_file.read_review_file(tmp_path / "new" / "evidence" / "review.jsonl").decisions) == 3
     assert sartor.inspect(tmp_path / "new", example=edited.id)["ancestors"][0]["id"] == old.id
     assert sartor.open_items(tmp_path / "new") == 2 and sartor.review_counts(tmp_path / "new")["accepted"] == 1
     assert sartor.review_counts(tmp_path / "new")["conflicts"] == 1
@@ -243,7 +243,7 @@ def test_apply_again_changes_nothing_more_and_the_record_grows(data: Path, tmp_p
     assert second["kept"] == 12 and (second["rows_added"], second["rows_dropped"], second["rows_changed"]) == (0, 0, 0)
     assert {drop.reason for drop in read_drops(sartor.open(tmp_path / "two"))} == {"review"}
     assert len(list(read_drops(sartor.open(tmp_path / "two")))) == 2
-    lines = review_file.read(tmp_path / "two" / "review.jsonl")
+    lines = review_file.read_review_file(tmp_path / "two" / "review.jsonl")
     assert len(lines.decisions) == 3 and set(lines.items) == {one, two, three}
 
 

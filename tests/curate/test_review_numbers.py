@@ -11,7 +11,7 @@ from scipy.stats import hypergeom
 from sartor.core import statistics
 from sartor.core.errors import ConfigError
 from sartor.curate.review import quality_control
-from sartor.curate.review.quality_control import Agreement, agreements
+from sartor.curate.review.quality_control import ReviewerAgreement, agreements
 from sartor.curate.review.review_items import Decision
 
 
@@ -76,7 +76,7 @@ def said(item: str, by: str, verdict: str, at: str = "1", settles: bool = False)
 def test_kappa_is_cohens() -> None:
     """20 of 50 both accept, 15 both reject, 5 and 10 differ: 0.7 observed, 0.5 by chance, kappa 0.4."""
     table = {("accept", "accept"): 20, ("accept", "reject"): 5, ("reject", "accept"): 10, ("reject", "reject"): 15}
-    found = Agreement(("a", "b"), 50, 35, table)
+    found = ReviewerAgreement(("a", "b"), 50, 35, table)
     assert found.kappa is not None
     assert found.by_chance == pytest.approx(0.5) and found.kappa["estimate"] == pytest.approx(0.4)
     low, high = statistics.interval(35, 50)
@@ -85,9 +85,9 @@ def test_kappa_is_cohens() -> None:
 
 
 def test_full_agreement_of_few_is_not_certain_and_of_one_verdict_has_no_kappa() -> None:
-    few = Agreement(("a", "b"), 6, 6, {("accept", "accept"): 3, ("reject", "reject"): 3})
+    few = ReviewerAgreement(("a", "b"), 6, 6, {("accept", "accept"): 3, ("reject", "reject"): 3})
     assert few.kappa is not None and few.kappa["estimate"] == 1.0 and few.kappa["low"] < 0.2
-    assert Agreement(("a", "b"), 6, 6, {("accept", "accept"): 6}).kappa is None
+    assert ReviewerAgreement(("a", "b"), 6, 6, {("accept", "accept"): 6}).kappa is None
 
 
 def test_what_was_said_first_counts_and_settling_does_not() -> None:
@@ -118,7 +118,7 @@ def test_the_interval_of_kappa_holds_the_truth() -> None:
             for one, other in zip(mine, theirs, strict=True):
                 key = names[bool(one)], names[bool(other)]
                 table[key] = table.get(key, 0) + 1
-            kappa = Agreement(("a", "b"), items, int((mine == theirs).sum()), table).kappa
+            kappa = ReviewerAgreement(("a", "b"), items, int((mine == theirs).sum()), table).kappa
             held += kappa is not None and kappa["low"] <= 0.5 <= kappa["high"]
         assert held / 400 >= 0.9, (items, held)
 
@@ -126,4 +126,4 @@ def test_the_interval_of_kappa_holds_the_truth() -> None:
 def test_clopper_and_pearson() -> None:
     assert statistics.interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)
     assert statistics.interval(5, 10) == pytest.approx((0.1871, 0.8129), abs=1e-4)
-    assert statistics.interval(0, 0) == (0.0, 1.0) and statistics.upper_bound(3, 3, 0.95) == 1.0
+    assert statistics.interval(0, 0) == (0.0, 1.0) and statistics.clopper_pearson_upper(3, 3, 0.95) == 1.0

@@ -12,15 +12,15 @@ from sartor.core.config import dump, load
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.steps.regex_rules import Rules
+from sartor.curate.steps.regex_rules import RegexRules
 
 
-def rules(*found: dict[str, Any]) -> Rules:
+def rules(*found: dict[str, Any]) -> RegexRules:
     """The step with some rules."""
-    return step_of(Rules, rules=list(found))  # type: ignore[no-any-return]
+    return step_of(RegexRules, rules=list(found))  # type: ignore[no-any-return]
 
 
-def texts_after(step: Rules, example: Example) -> list[str]:
+def texts_after(step: RegexRules, example: Example) -> list[str]:
     """The texts of the messages after the step."""
     outcome = applied(step, example)
     assert isinstance(outcome, Example)
@@ -106,7 +106,7 @@ def test_a_mistake_is_named_with_its_place_when_the_recipe_is_read(rule: dict[st
 def test_a_rule_comes_back_from_a_manifest_as_it_was() -> None:
     step = rules({"match": "(a)", "action": "replace", "with": r"\1"}, {"match": "b"})
     assert dump(step)["rules"][0]["with"] == r"\1"
-    assert load(Rules, dump(step)) == step
+    assert load(RegexRules, dump(step)) == step
 
 
 def test_tool_calls_are_not_touched() -> None:

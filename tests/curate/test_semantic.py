@@ -10,7 +10,7 @@ import pytest
 from curate.gathering import example, gather
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
-from sartor.curate.step import Verdicts
+from sartor.curate.step import StepResult
 from sartor.curate.steps.semantic_duplicates import EVIDENCE, SemanticDuplicates
 from sartor.text import encoders
 
@@ -21,7 +21,7 @@ SAME = [
 ]
 
 
-def decide(rows: list[tuple[str, str]] | list[Example], **options: object) -> Verdicts:
+def decide(rows: list[tuple[str, str]] | list[Example], **options: object) -> StepResult:
     step = SemanticDuplicates(**{"encoder": "tfidf", "max_fraction": 1.0, "max_source_fraction": 1.0, **options})  # type: ignore[arg-type]
     examples = [row if isinstance(row, Example) else example(*row, place) for place, row in enumerate(rows)]
     return step.decide(gather(step, examples))

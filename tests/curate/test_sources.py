@@ -16,8 +16,8 @@ from conftest import write_jsonl
 from sartor.core import assets
 from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.curate.sources import row_formats, sql
-from sartor.curate.sources.planner import plan
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.planner import plan_reading
+from sartor.curate.sources.types import SourceOptions
 from sourcing import Rows, pdf
 
 
@@ -28,7 +28,7 @@ def test_a_folder_of_documents_is_one_row_a_file_and_one_a_page(tmp_path: Path) 
     (folder / "deep" / "b.md").write_text("---\ntitle: x\n---\n# Head\n\nbody\n")
     (folder / "c.html").write_text("<title>Name</title><p>one<p>two")
     (folder / "manual.pdf").write_bytes(pdf("first page", "second page", "third"))
-    rows = Rows(tmp_path / "media", Source(str(folder), licence="CC0-1.0"))
+    rows = Rows(tmp_path / "media", SourceOptions(str(folder), licence="CC0-1.0"))
     found = {row.origins[0].locator: row.reply for row in rows.kept}
     assert found == {
         "a.txt:1": "plain text",
@@ -119,11 +119,11 @@ def test_a_rows_date_goes_to_its_origin_and_a_wrong_one_is_counted(tmp_path: Pat
         {"text": "d"},
     ]
     write_jsonl(tmp_path / "a.jsonl", made)
-    rows = Rows(tmp_path / "media", Source(str(tmp_path / "a.jsonl"), date="2020-01-01"))
+    rows = Rows(tmp_path / "media", SourceOptions(str(tmp_path / "a.jsonl"), date="2020-01-01"))
     assert [row.origins[0].date for row in rows.kept] == ["2024-01-31", "2023-11-14T22:13:20+00:00", "2020-01-01", "2020-01-01"]
     assert rows.notes == {("a.jsonl", "`timestamp` is no date"): 1}
     with pytest.raises(ConfigError, match="ISO 8601"):
-        Source("x", date="last week")
+        SourceOptions("x", date="last week")
 
 
 def test_a_parquet_date_is_read_as_one(tmp_path: Path) -> None:
@@ -209,14 +209,14 @@ def test_a_query_is_rows_with_numbers(tmp_path: Path, shop: Path) -> None:
 def test_a_query_that_does_more_than_read_is_refused_and_changes_nothing(tmp_path: Path, shop: Path, query: str) -> None:
     before, names = shop.read_bytes(), {file.name for file in tmp_path.iterdir()}
     with pytest.raises(ConfigError):
-        plan([Source(f"sql:sqlite:///{shop}#{query}")], 1 << 20)
+        plan_reading([SourceOptions(f"sql:sqlite:///{shop}#{query}")], 1 << 20)
     assert shop.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no SQLite file"):
-        plan([Source(f"sql:sqlite:///{tmp_path}/none.db#SELECT 1 AS text")], 1 << 20)
+        plan_reading([SourceOptions(f"sql:sqlite:///{tmp_path}/none.db#SELECT 1 AS text")], 1 << 20)
     assert not (tmp_path / "none.db").exists()
 
 
@@ -232,7 +232,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 )
 def test_a_password_in_a_url_is_refused_without_being_shown(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan([Source(f"sql:{url}#SELECT 1")], 1 << 20)
+        plan_reading([SourceOptions(f"sql:{url}#SELECT 1")], 1 << 20)
     assert "hunter2" not in f"{caught.value} {''.join(traceback.format_exception(caught.value))}"
     assert "${DB_PASSWORD}" in caught.value.remedy
 
@@ -240,14 +240,14 @@ def test_a_password_in_a_url_is_refused_without_being_shown(url: str) -> None:
 def test_a_secret_of_the_environment_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASSWORD", "hunt:er@2/%")
     with pytest.raises((HubError, ConfigError)) as caught:
-        plan([Source("sql:postgresql+nothing://reader:${DB_PASSWORD}@localhost:1/shop#SELECT 1")], 1 << 20)
+        plan_reading([SourceOptions("sql:postgresql+nothing://reader:${DB_PASSWORD}@localhost:1/shop#SELECT 1")], 1 << 20)
     assert "hunt" not in str(caught.value)
     filled, secrets = sql._filled("postgresql://reader:${DB_PASSWORD}@localhost:1/shop")
     assert filled.password == "hunt:er@2/%"
     assert "hunt" not in sql._scrub('auth failed for "hunt:er@2/%" and hunt%3Aer%402%2F%25', secrets)
     monkeypatch.delenv("DB_PASSWORD")
     with pytest.raises(ConfigError, match="DB_PASSWORD.*not set"):
-        plan([Source("sql:sqlite:///${DB_PASSWORD}#SELECT 1")], 1 << 20)
+        plan_reading([SourceOptions("sql:sqlite:///${DB_PASSWORD}#SELECT 1")], 1 << 20)
 
 
 def test_a_whole_url_may_stand_in_the_environment(tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_whole_url_may_stand_in_the_environment(tmp_path: Path, shop: Path, mo
 @pytest.mark.parametrize("path", ["sql:sqlite:///x.db", "sql:#SELECT 1", "sql:nonsense#SELECT 1", "sql:sqlite://#SELECT 1"])
 def test_a_source_of_sql_that_lacks_something_says_what(path: str) -> None:
     with pytest.raises(ConfigError):
-        plan([Source(path)], 1 << 20)
+        plan_reading([SourceOptions(path)], 1 << 20)
 
 
 def test_a_value_too_long_is_a_drop(tmp_path: Path, shop: Path) -> None:
@@ -285,17 +285,17 @@ def test_an_assets_rows_have_its_licence_unless_the_recipe_says_another(tmp_path
         "asset:construction-faq/inner",
         "asset:construction-faq/inner/*.jsonl",
     ):
-        rows = Rows(tmp_path / "media", Source(path))
+        rows = Rows(tmp_path / "media", SourceOptions(path))
         assert [row.origins[0].licence for row in rows.kept] == [assets.entry("construction-faq").licence]
         assert rows.plan.files[0].licence == "CC-BY-4.0"
         assert str(asset) not in rows.places[0]
-    assert Rows(tmp_path / "media", Source("asset:construction-faq", licence="MIT")).kept[0].origins[0].licence == "MIT"
+    assert Rows(tmp_path / "media", SourceOptions("asset:construction-faq", licence="MIT")).kept[0].origins[0].licence == "MIT"
 
 
 def test_an_asset_that_is_not_on_the_list_or_a_path_out_of_it_is_refused(asset: Path) -> None:
     for path in ("asset:nothing/x", "asset:construction-faq/../../x", "asset:construction-faq/none.jsonl"):
         with pytest.raises(ConfigError):
-            plan([Source(path)], 1 << 20)
+            plan_reading([SourceOptions(path)], 1 << 20)
 
 
 def test_strict_names_the_first_file_that_is_not_read(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from media_files import png
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin
 from sartor.curate.steps import text_duplicates
-from sartor.synthesize.generator import Made
+from sartor.synthesize.generator import GeneratedRow
 from sartor.synthesize.generators import AnyAskingWay, AnyCopyingWay, AnyMakingWay
 from sartor.synthesize.generators.local_generators import SlotSubstitution
-from sartor.synthesize.generators.prompted_generators import found, pieces
-from sartor.synthesize.teacher import Answer, Question
+from sartor.synthesize.generators.prompted_generators import find_span, pieces
+from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 
 DOCUMENT = """Delivery to Berlin takes two days and costs 4 euros.
 
@@ -65,13 +65,13 @@ class Says:
 
     name, at_once = "says", 1
 
-    def __init__(self, *answers: str | Answer) -> None:
+    def __init__(self, *answers: str | TeacherAnswer) -> None:
         self.answers, self.asked = list(answers), []
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         self.asked.append(question)
         said = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return Answer(said) if isinstance(said, str) else said
+        return TeacherAnswer(said) if isinstance(said, str) else said
 
 
 def test_every_way_of_the_unions_is_tested() -> None:
@@ -176,8 +176,8 @@ def test_an_answer_of_no_use_is_a_drop_with_its_digest(folder: Path) -> None:
         good % "two",
         "I cannot do that.", "still words",
         '{"question": 5}', good.replace("How long", "How far") % "costs 4 euros",  # repaired
-        Answer("", "refused"),
-        Answer('{"question": "How', "length"),
+        TeacherAnswer("", "refused"),
+        TeacherAnswer('{"question": "How', "length"),
         '{"question": " ", "answer": "x", "span": "Delivery to Berlin"}',
     ]  # fmt: skip
     teacher = Says(*answers)
@@ -249,7 +249,7 @@ def test_a_counterfactual_swaps_the_whole_row_one_way(folder: Path) -> None:
 def substituted(asked: str, said: str, **way: Any) -> list[tuple[str, str]]:
     row = Example((Message.of("user", asked), Message.of("assistant", said)), (Origin("people", "1"),))
     made = SlotSubstitution(**{"slots": {}, "numbers": True, "per_row": 50, **way}).make([row], 0, Path())
-    return [(one.row.messages[0].text, one.row.reply) for one in made if isinstance(one, Made)]
+    return [(one.row.messages[0].text, one.row.reply) for one in made if isinstance(one, GeneratedRow)]
 
 
 ROOMS = {"room": ["room", "living room", "hall"], "device": ["fan", "lamp"]}
@@ -354,5 +354,5 @@ def test_pieces_cover_a_text_and_spans_are_found_whatever_the_white_space() -> N
     cut = pieces(text, 200)
     assert "".join(text[a:b] for a, b in cut) == text and all(b - a <= 200 for a, b in cut)
     assert all(text[a:b].rstrip().endswith(".") for a, b in cut)
-    assert found("two  three.\nFour", text) == (4, 19)
-    assert found("", text) is None and found("two (three", text) is None
+    assert find_span("two  three.\nFour", text) == (4, 19)
+    assert find_span("", text) is None and find_span("two (three", text) is None

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from conftest import write_jsonl
 from sartor.curate.sources import planner, source_files
-from sartor.curate.sources.chunk_reader import read
-from sartor.curate.sources.planner import plan
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.chunk_reader import read_chunk
+from sartor.curate.sources.planner import plan_reading
+from sartor.curate.sources.types import SourceOptions
 from sourcing import Rows, chat
 
 
@@ -107,9 +107,9 @@ def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: P
 
 def test_a_unit_reads_alone_and_in_any_order(tmp_path: Path, small_pieces: None) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(200)])
-    source = Source(str(tmp_path / "a.jsonl"))
-    units = plan([source], 1 << 20).units
-    backwards = [list(read(unit, source, tmp_path / "media")) for unit in reversed(units)]
+    source = SourceOptions(str(tmp_path / "a.jsonl"))
+    units = plan_reading([source], 1 << 20).units
+    backwards = [list(read_chunk(unit, source, tmp_path / "media")) for unit in reversed(units)]
     flat = [row.reply for rows in reversed(backwards) for row in rows]
     assert flat == [f"row {n}" for n in range(200)]
 
@@ -137,12 +137,12 @@ def test_digests_follow_content_and_what_the_source_says_and_not_the_place(tmp_p
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", [{"text": "a"}])
     os.chdir(tmp_path / "one")
-    before = plan([Source("a.jsonl")], 1 << 20).units[0].digest
-    other_licence = plan([Source("a.jsonl", licence="MIT")], 1 << 20).units[0].digest
+    before = plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest
+    other_licence = plan_reading([SourceOptions("a.jsonl", licence="MIT")], 1 << 20).units[0].digest
     os.chdir(tmp_path / "two")
-    assert plan([Source("a.jsonl")], 1 << 20).units[0].digest == before != other_licence
+    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest == before != other_licence
     write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": "b"}])
-    assert plan([Source("a.jsonl")], 1 << 20).units[0].digest != before
+    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest != before
 
 
 CHANGES: list[tuple[str, Any, Any]] = [
@@ -159,30 +159,30 @@ def test_a_file_that_changed_after_planning_is_named_and_not_read(
     tmp_path: Path, name: str, before: bytes, after: bytes
 ) -> None:
     (tmp_path / name).write_bytes(before)
-    source = Source(str(tmp_path / name))
-    (unit,) = plan([source], 1 << 20).units
+    source = SourceOptions(str(tmp_path / name))
+    (unit,) = plan_reading([source], 1 << 20).units
     stat = (tmp_path / name).stat()
     (tmp_path / name).write_bytes(after)
     os.utime(tmp_path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    (drop,) = read(unit, source, tmp_path / "media")
+    (drop,) = read_chunk(unit, source, tmp_path / "media")
     assert (drop.reason, drop.locator) == ("changed_file", f"{name}:1")
 
 
 def test_a_piece_that_changed_is_named_and_the_others_are_read(tmp_path: Path, small_pieces: None) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n:03}"} for n in range(100)])
-    source = Source(str(tmp_path / "a.jsonl"))
-    units = plan([source], 1 << 20).units
+    source = SourceOptions(str(tmp_path / "a.jsonl"))
+    units = plan_reading([source], 1 << 20).units
     raw = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl").write_bytes(raw.replace(b"row 000", b"row 999"))
-    rows = [row for unit in units for row in read(unit, source, tmp_path / "media")]
+    rows = [row for unit in units for row in read_chunk(unit, source, tmp_path / "media")]
     assert [row.reason for row in rows if hasattr(row, "reason")] == ["changed_file"]
     assert len(rows) > 80
 
 
 def test_a_file_that_went_after_planning_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-    source = Source(str(tmp_path / "a.jsonl"))
-    (unit,) = plan([source], 1 << 20).units
+    source = SourceOptions(str(tmp_path / "a.jsonl"))
+    (unit,) = plan_reading([source], 1 << 20).units
     (tmp_path / "a.jsonl").unlink()
-    (drop,) = read(unit, source, tmp_path / "media")
+    (drop,) = read_chunk(unit, source, tmp_path / "media")
     assert drop.reason == "unreadable_file"

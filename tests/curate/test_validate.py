@@ -16,10 +16,10 @@ from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.parquet_io import read_drops, read_examples
 from sartor.core.records import Example, Message, Origin
 from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
-from sartor.synthesize.validate.permutation_tests import Finding, finding_of, judged, permuted
-from sartor.synthesize.validate.samples import Sides, Space, pooled
-from sartor.synthesize.validate.types import Limits, ValidateOptions
-from sartor.synthesize.validate.validation import Validated, validated
+from sartor.synthesize.validate.permutation_tests import StatisticResult, corrected_results, finding_of, permuted
+from sartor.synthesize.validate.samples import SampleSpace, ValidationSamples, pooled
+from sartor.synthesize.validate.types import ValidateOptions, ValidationLimits
+from sartor.synthesize.validate.validation import Validated, validate_rows
 
 QUICK = ValidateOptions(encoder="tfidf", permutations=499)
 THINGS = {
@@ -69,7 +69,7 @@ def applications(count: int, seed: int, *, turned: float = 0.0) -> list[Example]
 
 
 def run(synthetic: list[Example], real: list[Example], seeds: list[Example], options: ValidateOptions = QUICK) -> Validated:
-    return validated(Sides(synthetic, real, seeds), options)
+    return validate_rows(ValidationSamples(synthetic, real, seeds), options)
 
 
 def test_rows_like_reality_pass_and_every_test_says_why() -> None:
@@ -186,14 +186,14 @@ def test_a_row_outside_reality_is_named_and_ordinary_ones_are_not() -> None:
 
 def test_more_rows_than_are_compared_are_drawn_by_whole_units() -> None:
     rows = [dataclasses.replace(row, group=f"g{place // 10}") for place, row in enumerate(talk(200, 1))]
-    pool = pooled(Sides(rows, talk(120, 2), []), 100, 0)
+    pool = pooled(ValidationSamples(rows, talk(120, 2), []), 100, 0)
     assert pool.sampled and len(pool.synthetic) == 100
     assert set(np.unique(pool.units[: len(pool.synthetic)], return_counts=True)[1]) == {10}
 
 
 def test_permutations_move_whole_units_and_keep_the_size() -> None:
     rows = [dataclasses.replace(row, group=f"g{place // 5}") for place, row in enumerate(talk(100, 1))]
-    pool = pooled(Sides(rows, talk(60, 2), []), 1000, 0)
+    pool = pooled(ValidationSamples(rows, talk(60, 2), []), 1000, 0)
     members = permuted(pool, 50, 0)
     assert (members[0] == pool.is_synthetic).all()
     for draw in members:
@@ -207,20 +207,23 @@ def test_one_correction_for_all_tests_and_a_limit_lets_small_effects_pass() -> N
     draws = rng.normal(size=(3, 1000))
     draws[:, 0] = (3.5, 2.2, 0)
 
-    def findings(values: np.ndarray, effect: float = 1.0) -> list[Finding]:
+    def findings(values: np.ndarray, effect: float = 1.0) -> list[StatisticResult]:
         return [finding_of("x", one, 0.1, "said", effect=effect) for one in values]
 
-    def corrected(tests: list[Finding]) -> list[float | None]:
-        return [test.p_corrected for test in judged(tests, 0.05)]
+    def corrected(tests: list[StatisticResult]) -> list[float | None]:
+        return [test.p_corrected for test in corrected_results(tests, 0.05)]
 
     alone = [test.p for test in findings(draws)]
     # three that say the same cost nothing; three that know nothing of one another cost what Holm takes
     assert corrected(findings(draws[[0, 0, 0]])) == [alone[0]] * 3
     assert corrected(findings(draws)) == pytest.approx([3 * alone[0], 2 * alone[1], alone[2]], rel=0.25)  # type: ignore[operator]
     # one without permutations has its part of alpha, and takes it from the others
-    span = Finding("span", 0.5, 0.5, 0.05, 0.01, "said")
+    span = StatisticResult("span", 0.5, 0.5, 0.05, 0.01, "said")
     assert corrected([*findings(draws[[0, 0]]), span]) == pytest.approx([1.5 * alone[0], 1.5 * alone[0], 0.03])  # type: ignore[operator]
-    assert [test.verdict for test in judged([*findings(draws[:1]), *findings(draws[:1], 0.05)], 0.05)] == ["fail", "pass"]
+    assert [test.verdict for test in corrected_results([*findings(draws[:1]), *findings(draws[:1], 0.05)], 0.05)] == [
+        "fail",
+        "pass",
+    ]
 
 
 def test_of_sets_with_nothing_wrong_at_most_alpha_fail_any_test() -> None:
@@ -229,7 +232,7 @@ def test_of_sets_with_nothing_wrong_at_most_alpha_fail_any_test() -> None:
     for _ in range(400):
         shared = rng.normal(size=200)  # what makes tests alike
         values = [0.8 * shared + rng.normal(size=200) for _ in range(5)]
-        tests = judged([finding_of("x", one, 0.0, "said", effect=1.0) for one in values], 0.2)
+        tests = corrected_results([finding_of("x", one, 0.0, "said", effect=1.0) for one in values], 0.2)
         alarms += any(test.verdict == "fail" for test in tests)
     assert 0.15 < alarms / 400 < 0.25
 
@@ -241,15 +244,15 @@ def test_p_is_the_rank_among_the_permutations() -> None:
 
 def test_mmd_and_auc_are_what_their_definitions_say() -> None:
     rng = np.random.default_rng(0)
-    pool = pooled(Sides(talk(30, 1), talk(20, 2), []), 1000, 0)
+    pool = pooled(ValidationSamples(talk(30, 1), talk(20, 2), []), 1000, 0)
     vectors = rng.normal(size=(50, 5)).astype(np.float32)
-    space = Space(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
+    space = SampleSpace(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
     members = permuted(pool, 199, 0)
     kernel, own = space.kernel.astype(float), pool.is_synthetic
     inner = [kernel[np.ix_(side, side)][~np.eye(side.sum(), dtype=bool)].mean() for side in (own, ~own)]
     spread_of_all = 1 - kernel[~np.eye(50, dtype=bool)].mean()
     wanted = (sum(inner) - 2 * kernel[np.ix_(own, ~own)].mean()) / spread_of_all
-    assert two_sample_tests.mmd(space, members, Limits()).statistic == pytest.approx(wanted, abs=1e-5)
+    assert two_sample_tests.mmd_test(space, members, ValidationLimits()).statistic == pytest.approx(wanted, abs=1e-5)
     scores, labels = np.array([[0.9, 0.2, 0.5, 0.7]], np.float32), np.array([[1, 0, 0, 1]], np.float32)
     assert two_sample_tests._auc(scores, labels)[0] == 1
     assert two_sample_tests._auc(-scores, labels)[0] == 0
@@ -257,15 +260,15 @@ def test_mmd_and_auc_are_what_their_definitions_say() -> None:
 
 def test_topics_of_both_sides_show_a_drift_that_chance_does_not() -> None:
     rng = np.random.default_rng(0)
-    pool = pooled(Sides(talk(100, 1), talk(100, 2), []), 1000, 0)
+    pool = pooled(ValidationSamples(talk(100, 1), talk(100, 2), []), 1000, 0)
     centres = rng.normal(size=(8, 30))
     kinds = {"same": np.arange(200) % 8, "drifted": np.where(np.arange(200) < 70, np.arange(200) % 2, np.arange(200) % 8)}
     p = {}
     for name, kind in kinds.items():
         vectors = (centres[kind] + 0.7 * rng.normal(size=(200, 30))).astype(np.float32)
-        space = Space(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
+        space = SampleSpace(pool, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 0)
         assert [int(topic.max()) + 1 for topic in space.topics] == [8] * 3 + [16] * 3
-        found = two_sample_tests.topics(space, permuted(pool, 199, 0), Limits())
+        found = two_sample_tests.topics(space, permuted(pool, 199, 0), ValidationLimits())
         p[name] = found.p
     assert p["drifted"] == pytest.approx(1 / 200) and p["same"] > 0.1
     assert found.effect > 0.3
@@ -283,9 +286,13 @@ def test_outside_is_calibrated_on_reality() -> None:
     rng = np.random.default_rng(0)
     real, same = (rng.normal(size=(300, 8)) + 3 for _ in range(2))
     unit = [(some / np.linalg.norm(some, axis=1, keepdims=True)).astype(np.float32) for some in (real, same)]
-    assert len(two_sample_tests.outside(unit[1], unit[0], np.arange(300), 0.01)) <= 9
+    assert len(two_sample_tests.out_of_distribution(unit[1], unit[0], np.arange(300), 0.01)) <= 9
     far = -unit[1][:3]
-    assert set(two_sample_tests.outside(np.vstack([unit[1][3:], far]), unit[0], np.arange(300), 0.01)) >= {297, 298, 299}
+    assert set(two_sample_tests.out_of_distribution(np.vstack([unit[1][3:], far]), unit[0], np.arange(300), 0.01)) >= {
+        297,
+        298,
+        299,
+    }
 
 
 SOURCE = "The bridge was opened in 1932. It is 503 metres long and carries eight lanes of traffic across the harbour."

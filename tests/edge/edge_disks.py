@@ -22,7 +22,7 @@ from typing import BinaryIO, Literal
 
 from sartor.core.errors import HealthError, StoreError
 from sartor.core.filesystem import Content, FileSystem, Stat
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.store.version_pointers import Installed
 
 _numbers = itertools.count(1)
@@ -286,7 +286,7 @@ def tree(disk: FileSystem, path: Path, below: str = "") -> dict[str, bytes]:
     return found
 
 
-def fetch(store: Store, contents: dict[str, bytes]) -> None:
+def fetch(store: ReleaseStore, contents: dict[str, bytes]) -> None:
     for content in contents.values():
         digest = digest_of(content)
         if store.has(digest):
@@ -307,7 +307,7 @@ def sizes(version: str) -> dict[str, int]:
     return {digest_of(content): len(content) for content in VERSIONS[version].values()}
 
 
-def install(store: Store, version: str, disk: FileSystem, starts: int = 0) -> None:
+def install(store: ReleaseStore, version: str, disk: FileSystem, starts: int = 0) -> None:
     contents = VERSIONS[version]
     store.make_room(NAME, sizes(version))
     fetch(store, contents)
@@ -320,16 +320,16 @@ def install(store: Store, version: str, disk: FileSystem, starts: int = 0) -> No
     store.activate(NAME, version, healthy, starts=starts)
 
 
-def rollback(store: Store, disk: FileSystem) -> None:
+def rollback(store: ReleaseStore, disk: FileSystem) -> None:
     if version_of(store.current(NAME)) == "1.1":
         assert store.rollback(NAME, "answers in riddles").version == "1.0"
 
 
-def collect(store: Store, disk: FileSystem) -> None:
+def collect(store: ReleaseStore, disk: FileSystem) -> None:
     store.collect()
 
 
-def try_out(store: Store, disk: FileSystem) -> None:
+def try_out(store: ReleaseStore, disk: FileSystem) -> None:
     """An update on trial for two starts, of which none confirms: the third start goes back."""
     if "1.3" in store.refused(NAME):
         return
@@ -339,7 +339,7 @@ def try_out(store: Store, disk: FileSystem) -> None:
         assert version_of(store.start(NAME)) in ("1.2", "1.3")
 
 
-def keep(store: Store, disk: FileSystem) -> None:
+def keep(store: ReleaseStore, disk: FileSystem) -> None:
     """An update on trial that confirms."""
     if version_of(store.current(NAME)) != "1.5":
         install(store, "1.5", disk, starts=5)
@@ -347,7 +347,7 @@ def keep(store: Store, disk: FileSystem) -> None:
     store.confirm(NAME)
 
 
-def refuse(store: Store, disk: FileSystem) -> None:
+def refuse(store: ReleaseStore, disk: FileSystem) -> None:
     """An update whose health check fails."""
     if "1.4" in store.refused(NAME):
         return
@@ -368,7 +368,7 @@ def ill(path: Path) -> None:
 @dataclass(frozen=True)
 class Step:
     name: str
-    act: Callable[[Store, FileSystem], None]
+    act: Callable[[ReleaseStore, FileSystem], None]
     before: str | None
     after: str
     during: str = ""
@@ -395,11 +395,11 @@ def steps_on(folder: Path) -> Iterator[tuple[Step, MemoryDisk]]:
     disk = MemoryDisk()
     for step in STEPS:
         yield step, disk.after(Cut("all", "all"))
-        with Store(folder, disk=disk) as store:
+        with ReleaseStore(folder, disk=disk) as store:
             step.act(store, disk)
 
 
-def check_whole(store: Store, disk: FileSystem) -> None:
+def check_whole(store: ReleaseStore, disk: FileSystem) -> None:
     """Every version that the store names has exactly its files, byte by byte."""
     for installed in (store.current(NAME), store.previous(NAME), store.staged(NAME)):
         if installed:
@@ -408,7 +408,7 @@ def check_whole(store: Store, disk: FileSystem) -> None:
 
 def check_after(disk: FileSystem, folder: Path, step: Step) -> None:
     """Opened again: the old or the new version, whole, and the step then goes through; nobody mended anything by hand."""
-    with Store(folder, disk=disk) as store:
+    with ReleaseStore(folder, disk=disk) as store:
         check_swept(disk, folder)
         found = version_of(store.current(NAME))
         assert found in (step.before, step.after, step.during), f"{step.name} left {found}"
@@ -417,7 +417,7 @@ def check_after(disk: FileSystem, folder: Path, step: Step) -> None:
         check_done(store, disk, step)
 
 
-def check_done(store: Store, disk: FileSystem, step: Step) -> None:
+def check_done(store: ReleaseStore, disk: FileSystem, step: Step) -> None:
     assert version_of(store.current(NAME)) == step.after
     check_whole(store, disk)
     store.collect()

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import Job
-from sartor.models.packing import Encoded
-from sartor.tune.tokenized_dataset import Rows
+from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.models.packing import TokenizedExample
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
-def rows(count: int = 20, length: int = 12) -> Rows:
-    def row(n: int) -> Encoded:
+def rows(count: int = 20, length: int = 12) -> TokenizedDataset:
+    def row(n: int) -> TokenizedExample:
         ids = [5 + (n * 7 + place * 3) % 40 for place in range(length + n % 5)]
-        return Encoded(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
+        return TokenizedExample(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
 
-    return Rows([row(n) for n in range(count)], [row(n) for n in range(count, count + 4)])
+    return TokenizedDataset([row(n) for n in range(count)], [row(n) for n in range(count, count + 4)])
 
 
-def job(base: Path, folder: Path, updates: int, **changes: Any) -> Job:
+def job(base: Path, folder: Path, updates: int, **changes: Any) -> TuningJob:
     """A job over `rows`, saved at every update. recipe: sections in the place of others."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokens").exists():
@@ -33,4 +33,4 @@ def job(base: Path, folder: Path, updates: int, **changes: Any) -> Job:
         "checkpoints": {"every_minutes": 0},
         **changes.pop("recipe", {}),
     }
-    return Job(str(base), "tiny", "d", "MIT", str(folder / "tokens"), str(folder / "out"), recipe, **changes)
+    return TuningJob(str(base), "tiny", "d", "MIT", str(folder / "tokens"), str(folder / "out"), recipe, **changes)

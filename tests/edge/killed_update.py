@@ -17,7 +17,7 @@ from pathlib import Path
 from edge_disks import STEPS
 
 from sartor.core.filesystem import Content, FileSystem
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 
 CHANGES = ("write", "append", "sync", "sync_folder", "rename", "link", "unlink", "mkdir", "rmdir")
 
@@ -84,7 +84,7 @@ def run(folder: Path, at: int) -> None:
     """The whole update, unless it is killed."""
     disk = Killer(at)
     disk.said = STEPS[0].name
-    with Store(folder, disk=disk) as store:
+    with ReleaseStore(folder, disk=disk) as store:
         for step in STEPS:
             disk.said = step.name
             step.act(store, disk)

@@ -45,7 +45,7 @@ def pairs(draw: st.DrawFn) -> tuple[dict[str, tuple[str, np.ndarray]], dict[str,
     return old, new
 
 
-def made(folder: Path, old: Path | None, new: Path) -> tuple[tensor_delta.Delta | None, Path]:
+def made(folder: Path, old: Path | None, new: Path) -> tuple[tensor_delta.TensorDelta | None, Path]:
     out = folder / "delta"
     return tensor_delta.make(old, new, out), out
 

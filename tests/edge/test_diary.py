@@ -31,9 +31,9 @@ from sartor.core.errors import (
 from sartor.core.filesystem import FileSystem, PrivateFileSystem, temporary_path
 from sartor.core.records import Example, Feedback, Message
 from sartor.edge.owner import encrypted_rows as module
-from sartor.edge.owner.encrypted_rows import Diary
+from sartor.edge.owner.encrypted_rows import EncryptedRowStore
 from sartor.edge.owner.row_keys import FileKey, Passphrase
-from sartor.personalization.user_rows import Row, of_feedback
+from sartor.personalization.user_rows import UserRow, of_feedback
 
 WORDS = "my neighbour Wilhelmina snores"
 
@@ -42,8 +42,8 @@ def row(question: str, answer: str = "yes") -> dict[str, object]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def opened(folder: Path, **options: object) -> Diary:
-    return Diary(folder / "rows", FileKey(folder / "device.key"), **options)  # type: ignore[arg-type]
+def opened(folder: Path, **options: object) -> EncryptedRowStore:
+    return EncryptedRowStore(folder / "rows", FileKey(folder / "device.key"), **options)  # type: ignore[arg-type]
 
 
 def test_rows_come_back_as_they_were_given(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_lengths_are_told_in_steps(tmp_path: Path) -> None:
 def test_a_wrong_key_is_a_clear_error(tmp_path: Path) -> None:
     opened(tmp_path).add(row("a"))
     with pytest.raises(KeyRefusedError, match="no key at"):
-        Diary(tmp_path / "rows", FileKey(tmp_path / "other.key")).rows()
-    Diary(tmp_path / "else", FileKey(tmp_path / "other.key")).add(row("b"))
+        EncryptedRowStore(tmp_path / "rows", FileKey(tmp_path / "other.key")).rows()
+    EncryptedRowStore(tmp_path / "else", FileKey(tmp_path / "other.key")).add(row("b"))
     with pytest.raises(KeyRefusedError, match="does not hold the key"):
-        Diary(tmp_path / "rows", FileKey(tmp_path / "other.key")).rows()
+        EncryptedRowStore(tmp_path / "rows", FileKey(tmp_path / "other.key")).rows()
     assert opened(tmp_path).count() == 1
 
 
@@ -168,7 +168,7 @@ def test_a_row_that_was_changed_moved_or_repeated_is_found(tmp_path: Path, chang
 
 
 def test_a_row_of_an_older_file_or_another_diary_does_not_open(tmp_path: Path) -> None:
-    diary, other = opened(tmp_path), Diary(tmp_path / "else", FileKey(tmp_path / "device.key"))
+    diary, other = opened(tmp_path), EncryptedRowStore(tmp_path / "else", FileKey(tmp_path / "device.key"))
     for number in range(4):
         diary.add(row(str(number)))
         other.add(row(str(number)))
@@ -270,7 +270,7 @@ def test_where_nothing_is_chosen_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_names_are_keyed(tmp_path: Path) -> None:
-    first, second = opened(tmp_path), Diary(tmp_path / "else", FileKey(tmp_path / "device.key"))
+    first, second = opened(tmp_path), EncryptedRowStore(tmp_path / "else", FileKey(tmp_path / "device.key"))
     assert first.names(["a"]) == opened(tmp_path).names(["a"]) != second.names(["a"])
 
 
@@ -281,7 +281,7 @@ def test_another_source_takes_over(tmp_path: Path) -> None:
     diary.add(row("b"))
     with pytest.raises(KeyRefusedError, match="of the kind 'passphrase'"):
         opened(tmp_path).rows()
-    assert Diary(tmp_path / "rows", Passphrase("six words")).count() == 2
+    assert EncryptedRowStore(tmp_path / "rows", Passphrase("six words")).count() == 2
 
 
 # kills, power cuts, full disks
@@ -316,15 +316,15 @@ class _Growing(edge_disks._Survivor):
 FOLDER = Path("/device")
 
 
-def in_memory(disk: FileSystem) -> Diary:
-    return Diary(FOLDER / "rows", LooseKey(FOLDER / "key/device.key", disk), disk=disk)
+def in_memory(disk: FileSystem) -> EncryptedRowStore:
+    return EncryptedRowStore(FOLDER / "rows", LooseKey(FOLDER / "key/device.key", disk), disk=disk)
 
 
-def texts(rows: list[Row]) -> list[str]:
+def texts(rows: list[UserRow]) -> list[str]:
     return [one.example.messages[0].text for one in rows]
 
 
-STEPS: list[tuple[str, Callable[[Diary], object], list[str], list[str]]] = [
+STEPS: list[tuple[str, Callable[[EncryptedRowStore], object], list[str], list[str]]] = [
     ("first", lambda diary: diary.add(row("a")), [], ["a"]),
     ("second", lambda diary: diary.add(row("b" * 500)), ["a"], ["a", "b" * 500]),
     ("forget", lambda diary: diary.forget(lambda one: one.text.startswith("a")), ["a", "b" * 500], ["b" * 500]),
@@ -492,7 +492,7 @@ class OwnersKiller(Killer, PrivateFileSystem):
 
 
 def interrupted(folder: Path, disk: Killer) -> None:
-    diary = Diary(folder / "rows", FileKey(folder / "device.key", disk), disk=disk)
+    diary = EncryptedRowStore(folder / "rows", FileKey(folder / "device.key", disk), disk=disk)
     diary.add(row("a"))
     diary.add(row("b"))
     diary.forget(lambda one: one.text.startswith("a"))

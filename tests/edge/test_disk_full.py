@@ -26,7 +26,7 @@ from edge_disks import (
 )
 
 from sartor.core.errors import BudgetError, MissingError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 
 FOLDER = Path("/device/store")
 
@@ -52,14 +52,14 @@ def full_at(step: Step, disk: MemoryDisk, full: Full) -> None:
     disk.before = full
     store = None
     try:
-        store = Store(FOLDER, disk=disk)
+        store = ReleaseStore(FOLDER, disk=disk)
         step.act(store, disk)
     except MissingError as error:
         assert error.exit_code == 6
         assert "free" in error.remedy or full.code not in (errno.ENOSPC, errno.EDQUOT)
         assert "full" in error.problem or full.code not in (errno.ENOSPC, errno.EDQUOT)
     disk.before = lambda operation, path: None
-    again = store or Store(FOLDER, disk=disk)
+    again = store or ReleaseStore(FOLDER, disk=disk)
     found = version_of(again.current(NAME))
     # The commit is the rename of current/NAME.json: what fails before it leaves the old version, what fails after it the new.
     assert found in (step.before, step.after, step.during)
@@ -107,19 +107,19 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> MemoryDisk:
     """1.0 is installed. The files are small, and so is what is spared for pointers."""
     monkeypatch.setattr("sartor.edge.store.store_maintenance._SPARE_BYTES", SPARE_BYTES)
     disk = MemoryDisk()
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         install(store, "1.0", disk)
     return disk
 
 
 def used(disk: MemoryDisk) -> int:
-    return Store(FOLDER, disk=disk).used_bytes()
+    return ReleaseStore(FOLDER, disk=disk).used_bytes()
 
 
 def test_an_update_that_cannot_fit_is_refused_before_it_begins(disk: MemoryDisk) -> None:
-    install(Store(FOLDER, disk=disk), "1.1", disk)
+    install(ReleaseStore(FOLDER, disk=disk), "1.1", disk)
     before = tree(disk, FOLDER)
-    store = Store(FOLDER, limit_bytes=used(disk) + SPARE_BYTES, disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=used(disk) + SPARE_BYTES, disk=disk)
     with pytest.raises(BudgetError, match="beside the"):
         store.make_room(NAME, {"a" * 64: 10_000})
     assert tree(disk, FOLDER) == before
@@ -128,17 +128,17 @@ def test_an_update_that_cannot_fit_is_refused_before_it_begins(disk: MemoryDisk)
 
 def test_the_remedy_of_a_limit_is_enough(disk: MemoryDisk) -> None:
     with pytest.raises(BudgetError) as raised:
-        Store(FOLDER, limit_bytes=used(disk) + 10, disk=disk).make_room(NAME, sizes("1.1"))
+        ReleaseStore(FOLDER, limit_bytes=used(disk) + 10, disk=disk).make_room(NAME, sizes("1.1"))
     enough = re.search(r"to ([\d,]+)", raised.value.remedy)
     assert enough
-    store = Store(FOLDER, limit_bytes=int(enough[1].replace(",", "")), disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=int(enough[1].replace(",", "")), disk=disk)
     install(store, "1.1", disk)
     assert version_of(store.current(NAME)) == "1.1"
 
 
 def test_a_small_disk_is_refused_with_the_bytes_that_are_short(disk: MemoryDisk) -> None:
     disk.free = 1000
-    store = Store(FOLDER, disk=disk)
+    store = ReleaseStore(FOLDER, disk=disk)
     with pytest.raises(MissingError, match="the disk is full") as raised:
         store.make_room(NAME, sizes("1.1"))
     short = int(raised.value.remedy.split()[1].replace(",", ""))
@@ -150,9 +150,9 @@ def test_a_small_disk_is_refused_with_the_bytes_that_are_short(disk: MemoryDisk)
 
 
 def test_the_new_version_goes_into_the_slot_of_the_previous_one_where_the_disk_is_small(disk: MemoryDisk) -> None:
-    install(Store(FOLDER, disk=disk), "1.1", disk)
+    install(ReleaseStore(FOLDER, disk=disk), "1.1", disk)
     limit_bytes = used(disk) + SPARE_BYTES + 100
-    store = Store(FOLDER, limit_bytes=limit_bytes, disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=limit_bytes, disk=disk)
     install(store, "1.2", disk)
     assert (version_of(store.current(NAME)), version_of(store.previous(NAME))) == ("1.2", "1.1")
     assert store.used_bytes() <= limit_bytes
@@ -161,27 +161,27 @@ def test_the_new_version_goes_into_the_slot_of_the_previous_one_where_the_disk_i
 
 
 def test_the_previous_version_is_not_given_up_while_the_current_one_is_damaged(disk: MemoryDisk) -> None:
-    install(Store(FOLDER, disk=disk), "1.1", disk)
-    current = Store(FOLDER, disk=disk).current(NAME)
+    install(ReleaseStore(FOLDER, disk=disk), "1.1", disk)
+    current = ReleaseStore(FOLDER, disk=disk).current(NAME)
     assert current is not None
     file = disk._file(current.path / "release.json")
     file.content = bytes(len(file.content))
-    store = Store(FOLDER, limit_bytes=used(disk) + SPARE_BYTES + 100, disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=used(disk) + SPARE_BYTES + 100, disk=disk)
     with pytest.raises(BudgetError):
         store.make_room(NAME, sizes("1.2"))
     assert version_of(store.previous(NAME)) == "1.0"
 
 
 def test_garbage_is_collected_before_an_update_is_refused(disk: MemoryDisk) -> None:
-    Store(FOLDER, disk=disk).append("b" * 64, 0, bytes(5000))
-    store = Store(FOLDER, limit_bytes=used(disk) + SPARE_BYTES, disk=disk)
+    ReleaseStore(FOLDER, disk=disk).append("b" * 64, 0, bytes(5000))
+    store = ReleaseStore(FOLDER, limit_bytes=used(disk) + SPARE_BYTES, disk=disk)
     install(store, "1.1", disk)
     assert store.partial("b" * 64) == 0
     assert version_of(store.previous(NAME)) == "1.0"
 
 
 def test_a_download_above_the_limit_is_refused(disk: MemoryDisk) -> None:
-    store = Store(FOLDER, limit_bytes=used(disk) + 100, disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=used(disk) + 100, disk=disk)
     store.append("c" * 64, 0, bytes(100))
     with pytest.raises(BudgetError):
         store.append("c" * 64, 100, b"1")
@@ -198,7 +198,7 @@ def works(operation: str, path: Path) -> None:
 
 
 def test_nothing_is_removed_before_the_pointer_that_no_longer_names_it_is_durable(disk: MemoryDisk) -> None:
-    store = Store(FOLDER, disk=disk)
+    store = ReleaseStore(FOLDER, disk=disk)
     install(store, "1.1", disk)
     disk.before = failing_sync_of_pointers
     with pytest.raises(MissingError):
@@ -209,14 +209,14 @@ def test_nothing_is_removed_before_the_pointer_that_no_longer_names_it_is_durabl
     store.collect()
     for cut in (Cut("none", "lost"), Cut("all", "garbage")):
         left = disk.after(cut)
-        check_whole(Store(FOLDER, disk=left), left)
+        check_whole(ReleaseStore(FOLDER, disk=left), left)
     disk.before = failing_sync_of_pointers
     with pytest.raises(MissingError):
         store.collect()
 
 
 def test_a_staged_tree_is_replaced_only_when_no_durable_pointer_names_it(disk: MemoryDisk) -> None:
-    store = Store(FOLDER, disk=disk)
+    store = ReleaseStore(FOLDER, disk=disk)
     for version in ("1.1", "1.2"):
         fetch(store, VERSIONS[version])
     store.stage(NAME, "1.2", digests("1.2"))
@@ -227,6 +227,6 @@ def test_a_staged_tree_is_replaced_only_when_no_durable_pointer_names_it(disk: M
     disk.before = lambda operation, path: lefts.append(disk.after(Cut("none", "lost")))
     store.stage(NAME, "1.2", digests("1.1"))
     for left in lefts:
-        again = Store(FOLDER, disk=left)
+        again = ReleaseStore(FOLDER, disk=left)
         if staged := again.staged(NAME):
             assert {path: left.digest(staged.path / path) for path in staged.files} == dict(staged.files)

@@ -144,9 +144,9 @@ def test_a_store_that_is_written_to_is_busy_for_a_second_writer_and_readable(
     assert edge(*arguments, code=4)["error"]["kind"] == "BusyError"  # the fixture holds it
     world.store.close()
     edge(*arguments)
-    from sartor.edge.store.release_store import Store
+    from sartor.edge.store.release_store import ReleaseStore
 
-    with Store(world.store.folder):
+    with ReleaseStore(world.store.folder):
         assert edge("status", *where)["releases"][0]["version"] == "1.0"
         assert edge("start", "home", *where, code=4)["error"]["kind"] == "BusyError"
 

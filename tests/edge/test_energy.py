@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sartor.core.errors import ConfigError
 from sartor.edge.tuning import energy_policy
-from sartor.edge.tuning.energy_policy import Policy, read
+from sartor.edge.tuning.energy_policy import EnergyPolicy, read_power
 
 
 def write(root: Path, **files: str) -> Path:
@@ -28,13 +28,13 @@ def battery(root: Path, capacity: str, status: str = "Discharging") -> Path:
 
 
 def test_a_device_without_battery_supply_or_zones_may_always_run(tmp_path: Path) -> None:
-    assert Policy(ac_only=True, root=tmp_path).refusal() == ""
-    assert Policy(ac_only=True, root=tmp_path / "absent").refusal() == ""
-    assert read(tmp_path).plugged == "yes"
+    assert EnergyPolicy(ac_only=True, root=tmp_path).refusal() == ""
+    assert EnergyPolicy(ac_only=True, root=tmp_path / "absent").refusal() == ""
+    assert read_power(tmp_path).plugged == "yes"
 
 
 def test_a_low_battery_refuses_until_it_is_fuller_by_the_margin(tmp_path: Path) -> None:
-    policy = Policy(min_battery=0.3, root=tmp_path)
+    policy = EnergyPolicy(min_battery=0.3, root=tmp_path)
     for capacity, refuses in (
         ("31", False),
         ("30", False),
@@ -52,7 +52,7 @@ def test_a_low_battery_refuses_until_it_is_fuller_by_the_margin(tmp_path: Path) 
 
 
 def test_the_level_does_not_count_while_plugged_in_unless_the_battery_is_emptied_all_the_same(tmp_path: Path) -> None:
-    policy = Policy(root=write(battery(tmp_path, "5", "Charging"), AC__type="Mains", AC__online="1"))
+    policy = EnergyPolicy(root=write(battery(tmp_path, "5", "Charging"), AC__type="Mains", AC__online="1"))
     assert policy.refusal() == ""
     battery(tmp_path, "5", "Discharging")
     assert "at 5%" in policy.refusal()
@@ -75,28 +75,28 @@ def test_the_level_does_not_count_while_plugged_in_unless_the_battery_is_emptied
 )
 def test_whether_it_is_plugged_in(tmp_path: Path, files: dict[str, str], plugged: str) -> None:
     write(tmp_path, **files)
-    assert read(tmp_path).plugged == plugged
-    refusal = Policy(ac_only=True, root=tmp_path).refusal()
+    assert read_power(tmp_path).plugged == plugged
+    refusal = EnergyPolicy(ac_only=True, root=tmp_path).refusal()
     assert {"yes": refusal == "", "no": "not plugged in" in refusal, "unknown": "does not say" in refusal}[plugged]
-    assert Policy(root=tmp_path).refusal() == ""
+    assert EnergyPolicy(root=tmp_path).refusal() == ""
 
 
 def test_the_emptiest_battery_counts(tmp_path: Path) -> None:
     battery(tmp_path, "90")
     write(tmp_path, BAT1__type="Battery", BAT1__status="Discharging", BAT1__capacity="12")
-    assert "at 12%" in Policy(root=tmp_path).refusal()
+    assert "at 12%" in EnergyPolicy(root=tmp_path).refusal()
 
 
 @pytest.mark.parametrize("capacity", ["", "255", "-3", "half"])
 def test_a_level_that_cannot_be_is_said_and_not_guessed(tmp_path: Path, capacity: str) -> None:
     battery(tmp_path, capacity)
-    assert f"BAT0 says {capacity!r}" in Policy(root=tmp_path).refusal()
+    assert f"BAT0 says {capacity!r}" in EnergyPolicy(root=tmp_path).refusal()
     write(battery(tmp_path, capacity, "Charging"), AC__type="Mains", AC__online="1")
-    assert Policy(root=tmp_path).refusal() == ""
+    assert EnergyPolicy(root=tmp_path).refusal() == ""
 
 
 def test_warmth_refuses_until_it_is_cooler_by_the_margin(tmp_path: Path) -> None:
-    policy = Policy(max_temperature_c=70, root=tmp_path)
+    policy = EnergyPolicy(max_temperature_c=70, root=tmp_path)
     for temperature, refuses in (("70000", False), ("70001", True), ("66000", True), ("65000", False), ("69000", False)):
         write(tmp_path, thermal_zone0__type="cpu-thermal", thermal_zone0__temp=temperature)
         assert bool(policy.refusal()) is refuses, temperature
@@ -108,27 +108,27 @@ def test_warmth_refuses_until_it_is_cooler_by_the_margin(tmp_path: Path) -> None
 
 def test_a_silent_zone_is_a_note_and_only_silent_zones_refuse(tmp_path: Path) -> None:
     write(tmp_path, thermal_zone0__type="iwlwifi", thermal_zone0__temp="-274000")
-    assert "iwlwifi says '-274000'" in Policy(root=tmp_path).refusal()
+    assert "iwlwifi says '-274000'" in EnergyPolicy(root=tmp_path).refusal()
     write(tmp_path, thermal_zone1__type="x86_pkg_temp", thermal_zone1__temp="50000")
-    assert Policy(root=tmp_path).refusal() == ""
-    assert len(read(tmp_path).notes) == 1
+    assert EnergyPolicy(root=tmp_path).refusal() == ""
+    assert len(read_power(tmp_path).notes) == 1
 
 
 def test_a_supply_of_no_known_kind_is_said(tmp_path: Path) -> None:
     write(battery(tmp_path, "90"), odd__type="Perpetuum")
-    assert "odd says 'Perpetuum'" in Policy(root=tmp_path).refusal()
+    assert "odd says 'Perpetuum'" in EnergyPolicy(root=tmp_path).refusal()
 
 
 @pytest.mark.parametrize("wrong", [{"min_battery": 30}, {"max_temperature_c": 800}])
 def test_a_policy_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        Policy(**wrong)  # type: ignore[arg-type]
+        EnergyPolicy(**wrong)  # type: ignore[arg-type]
 
 
 def test_stop_looks_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(energy_policy.time, "monotonic", lambda: now[0])
-    policy = Policy(root=battery(tmp_path, "90"))
+    policy = EnergyPolicy(root=battery(tmp_path, "90"))
     assert not policy.stop()
     battery(tmp_path, "9")
     assert not policy.stop()
@@ -141,7 +141,7 @@ def test_stop_looks_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_it_does_not_flap(tmp_path_factory: pytest.TempPathFactory, levels: list[int]) -> None:
     """Between allowing and refusing the level has moved by the margin at least."""
     root = tmp_path_factory.mktemp("sys")
-    policy = Policy(min_battery=0.5, root=root)
+    policy = EnergyPolicy(min_battery=0.5, root=root)
     refused, turned_at = False, None
     for level in levels:
         battery(root, str(level))

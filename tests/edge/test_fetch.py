@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, StoreError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import repository
 from sartor.edge.update.downloader import Fetcher
-from sartor.edge.update.sync import Device, sync
+from sartor.edge.update.sync import SyncClient, sync
 from updating import QUICK, Mirror, World, adapter, answer, cut, drip, honest, nothing, release, serving
 
 CONTENT = np.random.default_rng(0).bytes(600_000)
@@ -34,11 +34,11 @@ def mirror(tmp_path: Path) -> Iterator[Mirror]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def store(tmp_path: Path) -> ReleaseStore:
+    return ReleaseStore(tmp_path / "store")
 
 
-def fetch(mirror: Mirror, store: Store, length: int = len(CONTENT)) -> Fetcher:
+def fetch(mirror: Mirror, store: ReleaseStore, length: int = len(CONTENT)) -> Fetcher:
     fetcher = Fetcher(QUICK)
     fetcher.resume(
         f"{mirror.url}/blobs/content", length, lambda: store.partial(DIGEST), lambda at, piece: store.append(DIGEST, at, piece)
@@ -46,13 +46,13 @@ def fetch(mirror: Mirror, store: Store, length: int = len(CONTENT)) -> Fetcher:
     return fetcher
 
 
-def test_an_honest_mirror_is_read_once(mirror: Mirror, store: Store) -> None:
+def test_an_honest_mirror_is_read_once(mirror: Mirror, store: ReleaseStore) -> None:
     assert fetch(mirror, store).fetched_bytes == len(CONTENT)
     store.finish(DIGEST)
     assert mirror.asked == [("/blobs/content", 0)]
 
 
-def test_cuts_are_gone_on_from_and_nothing_is_fetched_twice(mirror: Mirror, store: Store) -> None:
+def test_cuts_are_gone_on_from_and_nothing_is_fetched_twice(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [cut(100_000), cut(1), cut(0), cut(250_000)]
     fetched = fetch(mirror, store)
     store.finish(DIGEST)
@@ -60,7 +60,7 @@ def test_cuts_are_gone_on_from_and_nothing_is_fetched_twice(mirror: Mirror, stor
     assert [start for _, start in mirror.asked] == [0, 100_000, 100_001, 100_001, 350_001]
 
 
-def test_what_came_before_the_mirror_died_is_kept(mirror: Mirror, store: Store) -> None:
+def test_what_came_before_the_mirror_died_is_kept(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks, mirror.always = [cut(123_456)], cut(0)
     with pytest.raises(MissingError, match="3 attempts in a row"):
         fetch(mirror, store)
@@ -70,7 +70,7 @@ def test_what_came_before_the_mirror_died_is_kept(mirror: Mirror, store: Store) 
     store.finish(DIGEST)
 
 
-def test_a_mirror_that_ignores_the_range_is_skipped_through(mirror: Mirror, store: Store) -> None:
+def test_a_mirror_that_ignores_the_range_is_skipped_through(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [cut(100_000), lambda request, content, start: answer(request, 200, content)]
     assert fetch(mirror, store).fetched_bytes == 100_000 + len(CONTENT)
     store.finish(DIGEST)
@@ -92,20 +92,20 @@ def ranged(request: BaseHTTPRequestHandler, content: bytes, said: str) -> None:
         "",
     ],
 )
-def test_a_wrong_range_is_refused(mirror: Mirror, store: Store, said: str) -> None:
+def test_a_wrong_range_is_refused(mirror: Mirror, store: ReleaseStore, said: str) -> None:
     mirror.tricks = [cut(100_000), lambda request, content, start: ranged(request, content[start:], said)]
     with pytest.raises(ArtifactError, match="answers with the range"):
         fetch(mirror, store)
     assert store.partial(DIGEST) == 100_000
 
 
-def test_a_range_that_nobody_asked_for_is_refused(mirror: Mirror, store: Store) -> None:
+def test_a_range_that_nobody_asked_for_is_refused(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [lambda request, content, start: ranged(request, content, "bytes 0-599999/600000")]
     with pytest.raises(ArtifactError, match="answers with the range"):
         fetch(mirror, store)
 
 
-def test_a_gzip_bomb_is_refused_before_a_byte_of_it(mirror: Mirror, store: Store) -> None:
+def test_a_gzip_bomb_is_refused_before_a_byte_of_it(mirror: Mirror, store: ReleaseStore) -> None:
     bomb = gzip.compress(bytes(5_000_000))
     mirror.always = lambda request, content, start: answer(request, 200, bomb, Content_Encoding="gzip")
     with pytest.raises(ArtifactError, match="Content-Encoding 'gzip'"):
@@ -113,20 +113,20 @@ def test_a_gzip_bomb_is_refused_before_a_byte_of_it(mirror: Mirror, store: Store
     assert store.partial(DIGEST) == 0
 
 
-def test_a_truncated_file_ends_in_an_error_and_keeps_what_came(mirror: Mirror, store: Store) -> None:
+def test_a_truncated_file_ends_in_an_error_and_keeps_what_came(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.always = lambda request, content, start: honest(request, content[:500_000], start)
     with pytest.raises((ArtifactError, MissingError)):
         fetch(mirror, store)
     assert store.partial(DIGEST) == 500_000
 
 
-def test_more_than_is_declared_is_refused_unread(mirror: Mirror, store: Store) -> None:
+def test_more_than_is_declared_is_refused_unread(mirror: Mirror, store: ReleaseStore) -> None:
     with pytest.raises(ArtifactError, match="600,000 bytes; 1,000 are allowed"):
         fetch(mirror, store, length=1000)
     assert store.partial(DIGEST) == 0
 
 
-def test_more_than_is_declared_is_refused_without_a_length(mirror: Mirror, store: Store) -> None:
+def test_more_than_is_declared_is_refused_without_a_length(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.always = lambda request, content, start: answer(request, 200, content, Content_Length=None)
     with pytest.raises(ArtifactError, match="more bytes; 1,000 are allowed"):
         fetch(mirror, store, length=1000)
@@ -153,7 +153,7 @@ def chunk_drip(request: BaseHTTPRequestHandler, content: bytes, start: int) -> N
 
 @pytest.mark.services
 @pytest.mark.parametrize("trick", [drip, head_drip, chunk_drip], ids=["body", "header", "chunk"])
-def test_a_drip_is_ended(tmp_path: Path, store: Store, trick: Trick) -> None:
+def test_a_drip_is_ended(tmp_path: Path, store: ReleaseStore, trick: Trick) -> None:
     """At most `attempts` times what the limits give one transfer."""
     (tmp_path / "blobs").mkdir()
     content = CONTENT[:4000]
@@ -167,14 +167,14 @@ def test_a_drip_is_ended(tmp_path: Path, store: Store, trick: Trick) -> None:
     assert store.partial(DIGEST) < len(content)
 
 
-def test_a_short_drip_is_ended(mirror: Mirror, store: Store) -> None:
+def test_a_short_drip_is_ended(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [drip]
     fetched = fetch(mirror, store)
     store.finish(DIGEST)
     assert "drips" in fetched.broken[0] or "broke off" in fetched.broken[0]
 
 
-def test_an_error_of_the_server_is_tried_again(mirror: Mirror, store: Store) -> None:
+def test_an_error_of_the_server_is_tried_again(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [lambda request, content, start: answer(request, 503, b"busy")]
     assert fetch(mirror, store).broken == ["HTTP 503"]
     store.finish(DIGEST)
@@ -199,7 +199,7 @@ def redirect(to: str) -> Trick:
     return lambda request, content, start: answer(request, 302, b"", Location=to)
 
 
-def test_a_redirect_on_the_same_host_is_followed(mirror: Mirror, store: Store) -> None:
+def test_a_redirect_on_the_same_host_is_followed(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.tricks = [redirect("/blobs/../blobs/content")]
     fetch(mirror, store)
     store.finish(DIGEST)
@@ -207,13 +207,13 @@ def test_a_redirect_on_the_same_host_is_followed(mirror: Mirror, store: Store) -
 
 
 @pytest.mark.parametrize("to", ["http://192.0.2.1/x", "file:///etc/passwd", "gopher://127.0.0.1/x", ""])
-def test_a_redirect_elsewhere_is_refused(mirror: Mirror, store: Store, to: str) -> None:
+def test_a_redirect_elsewhere_is_refused(mirror: Mirror, store: ReleaseStore, to: str) -> None:
     mirror.always = redirect(to)
     with pytest.raises(ArtifactError, match="redirects to"):
         fetch(mirror, store)
 
 
-def test_redirects_without_end_are_refused(mirror: Mirror, store: Store) -> None:
+def test_redirects_without_end_are_refused(mirror: Mirror, store: ReleaseStore) -> None:
     mirror.always = redirect("/blobs/content")
     with pytest.raises(ArtifactError, match="more than 3 redirects"):
         fetch(mirror, store)
@@ -225,7 +225,7 @@ def test_an_address_of_another_kind_is_refused(url: str) -> None:
         Fetcher(QUICK).small(url, 100)
 
 
-def test_a_folder_is_read_like_a_mirror(mirror: Mirror, store: Store) -> None:
+def test_a_folder_is_read_like_a_mirror(mirror: Mirror, store: ReleaseStore) -> None:
     store.append(DIGEST, 0, CONTENT[:1000])
     fetcher = Fetcher(QUICK)
     url = (mirror.folder / "blobs" / "content").as_uri()
@@ -235,7 +235,7 @@ def test_a_folder_is_read_like_a_mirror(mirror: Mirror, store: Store) -> None:
 
 
 def synced(world: World, url: str) -> Any:
-    return sync(world.store, url, "home", Device("device-1", world.device, world.root), nothing, limits=QUICK)
+    return sync(world.store, url, "home", SyncClient("device-1", world.device, world.root), nothing, limits=QUICK)
 
 
 def test_an_update_over_a_flaky_mirror_fetches_at_most_a_tenth_more_than_was_missing(world: World) -> None:

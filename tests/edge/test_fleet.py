@@ -18,11 +18,11 @@ from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
 from sartor.edge import device_commands as verbs
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import device_reports, fleet_monitor, health_check, repository, version_metadata
 from sartor.edge.update.device_reports import Report
-from sartor.edge.update.fleet_monitor import Counted, Policy, Tally
-from sartor.edge.update.sync import Device, sync
+from sartor.edge.update.fleet_monitor import Counted, FleetPolicy, RolloutTally
+from sartor.edge.update.sync import SyncClient, sync
 from sartor.edge.update.version_metadata import ring_of
 from updating import World, adapter, release, serving
 
@@ -45,16 +45,16 @@ class Box:
     is_blind: bool
 
     def sync(self, world: World, reports_to: Path) -> None:
-        device = Device(self.id, self.folder / "trust", world.root, starts=2)
-        with Store(self.folder / "store") as store, suppress(HealthError):
+        device = SyncClient(self.id, self.folder / "trust", world.root, starts=2)
+        with ReleaseStore(self.folder / "store") as store, suppress(HealthError):
             sync(store, world.repository.as_uri(), "home", device, (lambda path: None) if self.is_blind else ill_is_1_1)
         self.run()
-        with Store(self.folder / "store") as store:
+        with ReleaseStore(self.folder / "store") as store:
             device_reports.send_due(store, "home", self.id, self.folder / "key", str(reports_to), self.folder / "trust")
 
     def run(self) -> None:
         """The device's program, started until it works."""
-        with Store(self.folder / "store") as store:
+        with ReleaseStore(self.folder / "store") as store:
             for _ in range(4):
                 found = store.start("home")
                 if found and version_in(found.path) != "1.1":
@@ -86,7 +86,7 @@ def add(world: World, version: str, percent: int) -> None:
     repository.publish(made, world.repository, world.keys, key=world.key, percent=percent)
 
 
-def of(counted: Counted, version: str) -> Tally:
+def of(counted: Counted, version: str) -> RolloutTally:
     return next(one for one in counted.tallies if one.version == version)
 
 
@@ -94,7 +94,7 @@ def of(counted: Counted, version: str) -> Tally:
 def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody(world: World, count: int) -> None:
     boxes, devices = fleet_of(world, count)
     gathered = world.folder / "gathered"
-    policy = Policy(least_reports=3, widen_below=0.5, rings=(50, 100))
+    policy = FleetPolicy(least_reports=3, widen_below=0.5, rings=(50, 100))
     for box in boxes:
         box.sync(world, gathered)
     assert {box.version for box in boxes} == {"1.0"}
@@ -208,13 +208,13 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
 )
 def test_the_figures_of_the_page(failed: int, count: int, action: str) -> None:
     low, high = fleet_monitor._interval(failed, count, 0.95)
-    assert fleet_monitor._decided(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, Policy())[0] == action
+    assert fleet_monitor._decided(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, FleetPolicy())[0] == action
 
 
 def test_rules_out_of_range_are_refused() -> None:
     for wrong in ({"least_reports": 0}, {"halt_above": 1.0}, {"widen_below": 0.0}, {"rings": (0,)}, {"confidence": 1.0}):
         with pytest.raises(ConfigError):
-            Policy(**wrong)  # type: ignore[arg-type]
+            FleetPolicy(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> None:
@@ -225,7 +225,7 @@ def test_a_report_says_a_word_and_never_what_was_answered(ballot: Ballot) -> Non
         "schema", "kind", "device", "name", "version", "ring", "outcome", "reason", "time", "signature"
     }  # fmt: skip
     with pytest.raises(ArtifactError):
-        device_reports.read(json.dumps({**said, "prompt": "what do I take"}).encode())
+        device_reports.read_report(json.dumps({**said, "prompt": "what do I take"}).encode())
     with pytest.raises(ConfigError, match="no id that can report"):
         device_reports.check_id("../box")
 
@@ -295,7 +295,7 @@ def test_a_report_is_one_post_and_said_once(world: World, trusting: None) -> Non
         again = verbs.sync(world.repository.as_uri(), "home", given, report=seen.url)
     assert done["reported"] == [{"version": "1.0", "outcome": "pass", "reason": ""}] and again["reported"] == []
     [(method, _, body)] = seen.requests
-    assert method == "POST" and device_reports.read(body)[0].device == "box-1" and len(body) < 600
+    assert method == "POST" and device_reports.read_report(body)[0].device == "box-1" and len(body) < 600
 
 
 @pytest.mark.parametrize("status", [500, 404, 302])

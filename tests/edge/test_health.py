@@ -11,12 +11,12 @@ import pytest
 
 from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ConfigError, HealthError, MissingError
-from sartor.core.resource_limits import Limits, Usage
+from sartor.core.resource_limits import ResourceLimits, ResourceUsage
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import device_runtime
 from sartor.edge.update import health_check
 from sartor.edge.update.health_check import Health, read_prompts
-from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece
+from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 
 CANARIES = [
     {"messages": [{"role": "user", "content": "turn on the light"}], "reply": '{"intent":"HassTurnOn"}'},
@@ -39,19 +39,23 @@ def lines(folder: Path, *rows: object) -> Path:
 class Fake:
     """Answers by prompt, in place of the process."""
 
-    def __init__(self, answers: dict[str, str | Failed]) -> None:
-        self.answers, self.asked = answers, list[Call]()
+    def __init__(self, answers: dict[str, str | ReplyFailed]) -> None:
+        self.answers, self.asked = answers, list[GenerateCall]()
 
-    def __call__(self, release: Path, calls: Sequence[Call], limits: Limits, base: str) -> Any:
+    def __call__(self, release: Path, calls: Sequence[GenerateCall], limits: ResourceLimits, base: str) -> Any:
         self.asked += calls
-        return [self.events(call) for call in calls], Usage("nothing", 0, 123, 0.1, 0.1, 0, "")
+        return [self.events(call) for call in calls], ResourceUsage("nothing", 0, 123, 0.1, 0.1, 0, "")
 
-    def events(self, call: Call) -> list[Event]:
+    def events(self, call: GenerateCall) -> list[Event]:
         said = self.answers[str(call.messages[-1]["content"])]
-        return [said] if isinstance(said, Failed | Done) else [Piece(call.id, said, 3), Done(call.id, "stop", 5, 3)]
+        return (
+            [said]
+            if isinstance(said, ReplyFailed | ReplyDone)
+            else [TextDelta(call.id, said, 3), ReplyDone(call.id, "stop", 5, 3)]
+        )
 
 
-GOOD: dict[str, str | Failed] = {
+GOOD: dict[str, str | ReplyFailed] = {
     "turn on the light": '{"intent":"HassTurnOn"}',
     "what colour is the sky": "the sky is blue",
     "hello": " Hello! ",
@@ -70,9 +74,9 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(**changes: str | Failed) -> Fake:
+    def use(**changes: str | ReplyFailed) -> Fake:
         fake = Fake({**GOOD, **{key.replace("_", " "): value for key, value in changes.items()}})
-        monkeypatch.setattr(device_runtime, "asked", fake)
+        monkeypatch.setattr(device_runtime, "ask_in_process", fake)
         return fake
 
     return use
@@ -97,7 +101,7 @@ def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device
         ({"where": "in the hall"}, "line 2 (contains)"),
         ({"off": '{"intent": "HassTurnOn", "slots": {"area": "kitchen", "level": 3}}'}, "line 3 (json: intent)"),
         ({"off": "certainly"}, "line 3 (json: intent, slots.area, slots.level)"),
-        ({"hello": Failed("x", "ModelError", "not finite", "tune")}, "line 1 (no answer: ModelError)"),
+        ({"hello": ReplyFailed("x", "ModelError", "not finite", "tune")}, "line 1 (no answer: ModelError)"),
         ({"what_colour_is_the_sky": "Mary had a little lamb", "turn_on_the_light": "no"}, "canary: of the release's own"),
         ({"what_colour_is_the_sky": "ha" * 60, "turn_on_the_light": ""}, "degenerate: of the release's own"),
     ],
@@ -125,17 +129,17 @@ DIFFERENT = (
         ("ha: " * 60, "", DEGENERATE),
         ("Mary: a lamb", "no", DIFFERENT),
         (
-            Failed("x", "ModelError", "not finite: in the hall", "tune"), "no",
+            ReplyFailed("x", "ModelError", "not finite: in the hall", "tune"), "no",
             "canary: of the release's own prompts: the adapter could not answer a canary prompt",
         ),
         (
-            Done("x", "cancelled", 1, 1), "no",
+            ReplyDone("x", "cancelled", 1, 1), "no",
             "canary: of the release's own prompts: the reply to canary-1 did not end",
         ),
     ],
 )  # fmt: skip
 def test_reason_of_the_releases_own_prompts_is_golden(
-    tmp_path: Path, answering: Any, sky: str | Failed, light: str, reason: str
+    tmp_path: Path, answering: Any, sky: str | ReplyFailed, light: str, reason: str
 ) -> None:
     answering(what_colour_is_the_sky=sky, turn_on_the_light=light)
     assert Health().check(version(tmp_path, canaries=CANARIES)).reasons == (reason,)
@@ -144,7 +148,7 @@ def test_reason_of_the_releases_own_prompts_is_golden(
 def test_a_release_without_canaries_has_to_answer_something(tmp_path: Path, answering: Any) -> None:
     fake = answering(**{"Hello!": "..."})
     assert Health().check(version(tmp_path)).passed and len(fake.asked) == 1
-    answering(**{"Hello!": Failed("x", "ModelError", "it is broken", "tune")})
+    answering(**{"Hello!": ReplyFailed("x", "ModelError", "it is broken", "tune")})
     assert Health().check(version(tmp_path / "again")).reasons == ("canary: no answer: ModelError",)
 
 
@@ -208,23 +212,23 @@ def gguf_export(folder: Path, content: bytes, **facts: Any) -> Path:
     return write_artifact(folder / "export", "export", fill).path
 
 
-CALL = Call("x", BASE, ({"role": "user", "content": "hello"},))
+CALL = GenerateCall("x", BASE, ({"role": "user", "content": "hello"},))
 
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     with pytest.raises(HealthError, match=r"^time: it was not done in 0.05 s"):
-        device_runtime.asked(version(tmp_path), [CALL], Limits(wall_s=0.05))
+        device_runtime.ask_in_process(version(tmp_path), [CALL], ResourceLimits(wall_s=0.05))
 
 
 def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) -> None:
-    limits, log = Limits(memory_bytes=1 << 30, wall_s=5), tmp_path / "log"
+    limits, log = ResourceLimits(memory_bytes=1 << 30, wall_s=5), tmp_path / "log"
     log.write_text("loading\nterminate called\n")
     for killed, code, said in (
         ("memory", -9, "memory: it took more than 1,073,741,824"),
         ("", -11, "crash: .*terminate called"),
     ):
         with pytest.raises(HealthError, match=said):
-            device_runtime._check(Usage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
+            device_runtime._check(ResourceUsage("x", 0, 0, 0, 0, code, killed), limits, log)  # type: ignore[arg-type]
     assert isinstance(device_runtime._error({"kind": "AssetError", "problem": "no starter", "remedy": "x"}), MissingError)
     assert "opens: no base" in device_runtime._error({"kind": "ModelError", "problem": "no base", "remedy": "x"}).problem
 
@@ -233,7 +237,7 @@ def test_what_a_version_did_to_its_process_begins_with_a_word(tmp_path: Path) ->
 def test_a_gguf_file_that_llama_cpp_cannot_take_is_a_verdict(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
     with pytest.raises(HealthError, match="opens: llama.cpp does not start"):
-        device_runtime.asked(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], Limits(wall_s=120))
+        device_runtime.ask_in_process(gguf_export(tmp_path, b"GGUF" + bytes(100)), [CALL], ResourceLimits(wall_s=120))
 
 
 def test_words_of_reasons_are_golden() -> None:

@@ -14,18 +14,18 @@ from edge_jobs import job
 from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, StoppedError
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
 from sartor.edge.tuning.tuner_process import tune
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune import checkpoint
 
 
-def adapter(one: Job) -> dict[str, torch.Tensor]:
+def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
     return load_file(str(Path(one.out) / "adapter_model.safetensors"))
 
 
-def until(one: Job, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a job and stop it after an update, as SIGTERM does."""
     count, counted = DeviceRun._count, 0
 
@@ -36,16 +36,16 @@ def until(one: Job, update: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if counted == update:
             signals[0].received = signal.SIGTERM
 
-    signals: list[Signals] = []
-    enter = Signals.__enter__
+    signals: list[DeferredSignals] = []
+    enter = DeferredSignals.__enter__
 
-    def entering(self: Signals) -> Signals:
+    def entering(self: DeferredSignals) -> DeferredSignals:
         signals.append(self)
         return enter(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(DeviceRun, "_count", counting)
-        patch.setattr(Signals, "__enter__", entering)
+        patch.setattr(DeferredSignals, "__enter__", entering)
         with pytest.raises(StoppedError):
             tune(one)
     assert counted == update

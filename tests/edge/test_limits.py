@@ -11,14 +11,14 @@ import pytest
 
 from sartor.core import resource_limits
 from sartor.core.errors import BudgetError, MissingError
-from sartor.core.resource_limits import CGROUPS, Limits, Usage, holder, run
+from sartor.core.resource_limits import CGROUPS, ResourceLimits, ResourceUsage, holder, run
 
 MB = 1 << 20
 TAKES = "import sys, time; held = bytearray(int(sys.argv[1])); held[::4096] = b'x' * len(held[::4096]); time.sleep(0.3)"
 
 
-def taking(megabytes: int, most: int, cgroups: Path = CGROUPS) -> Usage:
-    return run([sys.executable, "-c", TAKES, str(megabytes * MB)], Limits(memory_bytes=most * MB), cgroups=cgroups)
+def taking(megabytes: int, most: int, cgroups: Path = CGROUPS) -> ResourceUsage:
+    return run([sys.executable, "-c", TAKES, str(megabytes * MB)], ResourceLimits(memory_bytes=most * MB), cgroups=cgroups)
 
 
 def has_cgroup() -> bool:
@@ -50,7 +50,7 @@ def test_page_cache_is_not_counted_and_kills_nobody(tmp_path: Path) -> None:
     code = "import sys; open(sys.argv[1], 'wb').write(b'x' * (1 << 20)); f = open(sys.argv[1], 'ab')\n"
     code += "for n in range(150): f.write(b'x' * (1 << 20)); f.flush()\n"
     code += "f.close(); f = open(sys.argv[1], 'rb')\nwhile f.read(1 << 20): pass"
-    used = run([sys.executable, "-c", code, str(tmp_path / "file")], Limits(memory_bytes=80 * MB))
+    used = run([sys.executable, "-c", code, str(tmp_path / "file")], ResourceLimits(memory_bytes=80 * MB))
     assert (used.exit_code, used.killed) == (0, "") and used.peak_bytes < 40 * MB
 
 
@@ -72,29 +72,31 @@ def test_time_is_held_by_a_signal_that_can_be_heard_and_one_that_cannot(monkeypa
     heard = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print(flush=True); time.sleep(60)"
     )
-    used = run([sys.executable, "-c", heard], Limits(wall_s=1.0))
+    used = run([sys.executable, "-c", heard], ResourceLimits(wall_s=1.0))
     assert (used.killed, used.exit_code, used.held_by) == ("wall", 143, "nothing")
     monkeypatch.setattr(resource_limits, "GRACE_S", 0.5)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    used = run([sys.executable, "-c", deaf], Limits(wall_s=1.0))
+    used = run([sys.executable, "-c", deaf], ResourceLimits(wall_s=1.0))
     assert (used.killed, used.exit_code) == ("wall", -9) and used.wall_s < 30
 
 
 def test_processor_time_is_held() -> None:
-    used = run([sys.executable, "-c", "while True: pass"], Limits(cpu_s=0.3))
+    used = run([sys.executable, "-c", "while True: pass"], ResourceLimits(cpu_s=0.3))
     assert used.killed == "cpu" and used.exit_code == -15 and used.cpu_s >= 0.3
 
 
 def test_it_stops_when_it_is_told_to() -> None:
     began = time.monotonic()
-    used = run([sys.executable, "-c", "import time; time.sleep(60)"], Limits(), stop=lambda: time.monotonic() - began > 0.2)
+    used = run(
+        [sys.executable, "-c", "import time; time.sleep(60)"], ResourceLimits(), stop=lambda: time.monotonic() - began > 0.2
+    )
     assert (used.killed, used.exit_code) == ("stopped", -15) and used.wall_s < 30
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BudgetError, match="below 0"):
-        Limits(wall_s=-1)
+        ResourceLimits(wall_s=-1)
     with pytest.raises(BudgetError, match="no Python"):
-        Limits(memory_bytes=1)
+        ResourceLimits(memory_bytes=1)
     with pytest.raises(MissingError, match="could not be started"):
-        run(["/nowhere/at-all"], Limits())
+        run(["/nowhere/at-all"], ResourceLimits())

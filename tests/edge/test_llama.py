@@ -15,14 +15,14 @@ import torch
 from sartor.core.errors import ModelError
 from sartor.models import adapters, packing
 from sartor.models.base import open_base
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.lora_linear import LoraLinear
 from sartor.models.mmap_llama import MappedLlama
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 
-ROWS = [Encoded(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
+ROWS = [TokenizedExample(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
 
 
 def bf16(tiny_base: Path, folder: Path) -> Path:
@@ -36,7 +36,7 @@ def bf16(tiny_base: Path, folder: Path) -> Path:
 
 
 def losses(model: Any, *, recompute: bool = False) -> torch.Tensor:
-    return Fast(model, Eager(), recompute=recompute, logits_bytes=1 << 12).losses(packing.pack(ROWS))
+    return FusedDecoder(model, ReferenceKernels(), recompute=recompute, logits_bytes=1 << 12).losses(packing.pack(ROWS))
 
 
 def test_losses_and_gradients_are_those_of_peft_on_transformers(tiny_base: Path, tmp_path: Path) -> None:

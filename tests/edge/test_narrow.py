@@ -9,12 +9,12 @@ import torch
 
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import packing
-from sartor.models.kernels.reference import Eager
-from sartor.models.losses.fused_decoder import Fast
-from sartor.models.mmap_llama import BLOCK, CODES, MappedLlama, NarrowLinear, narrowed, write_narrow
-from sartor.models.packing import Encoded
+from sartor.models.kernels.reference import ReferenceKernels
+from sartor.models.losses.fused_decoder import FusedDecoder
+from sartor.models.mmap_llama import BLOCK, CODES, MappedLlama, NarrowLinear, quantize_nf4, write_narrow
+from sartor.models.packing import TokenizedExample
 
-ROWS = [Encoded(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
+ROWS = [TokenizedExample(list(range(3, 3 + n)), [False] * 4 + [True] * (n - 4), str(n)) for n in (9, 20, 31)]
 
 
 def plain(weight: torch.Tensor) -> torch.Tensor:
@@ -27,12 +27,12 @@ def plain(weight: torch.Tensor) -> torch.Tensor:
 
 def test_codes_are_the_nearest_and_widening_is_exact() -> None:
     weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    codes, scales = narrowed(weight)
+    codes, scales = quantize_nf4(weight)
     module = NarrowLinear(codes.view(96, -1), scales, (96, 128), None)
     assert codes.numel() == weight.numel() // 2 and scales.numel() == weight.numel() // BLOCK
     assert torch.equal(module.widen(torch.empty(96, 128)), plain(weight))
     assert torch.equal(module.widen(torch.empty(10, 128), low=32), plain(weight)[32:42])
-    assert not narrowed(torch.zeros(64))[1].any()
+    assert not quantize_nf4(torch.zeros(64))[1].any()
 
 
 def test_a_base_in_four_bits_is_mapped_and_near(tiny_base: Path, tmp_path: Path) -> None:
@@ -41,11 +41,13 @@ def test_a_base_in_four_bits_is_mapped_and_near(tiny_base: Path, tmp_path: Path)
     for name, module in narrow.linear.items():
         assert isinstance(module, NarrowLinear)
         assert torch.equal(module.widen(torch.empty(module.out_features, module.in_features)), plain(whole.linear[name].weight))
-    found, wanted = (Fast(model, Eager(), logits_bytes=1 << 12).losses(packing.pack(ROWS)) for model in (narrow, whole))
+    found, wanted = (
+        FusedDecoder(model, ReferenceKernels(), logits_bytes=1 << 12).losses(packing.pack(ROWS)) for model in (narrow, whole)
+    )
     assert torch.allclose(found, wanted, atol=0.1)
     # what is trained on it learns through the same weights
     narrow.adapt(rank=2, alpha=4.0, seed=0)
-    Fast(narrow, Eager(), recompute=True).losses(packing.pack(ROWS)).mean().backward()
+    FusedDecoder(narrow, ReferenceKernels(), recompute=True).losses(packing.pack(ROWS)).mean().backward()
     assert any(bool(factor.grad.any()) for factor in narrow.factors().values())
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_health import CANARIES, ROWS, answering, lines, version  # noqa: F401
 
 from sartor.edge import device_commands
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.health_check import Health, read_prompts
 from sartor.edge.update.sync import Synced
 
@@ -56,7 +56,7 @@ def test_a_sync_says_what_it_did_not_compare(tmp_path: Path, answering: Any, mon
     release = version(tmp_path, canaries=CANARIES, base=BASES["bfloat16"])
     answering(**WRONG)
 
-    def bring(store: Store, url: str, name: str, own: Any, healthy: Any, *, again: bool) -> Synced:
+    def bring(store: ReleaseStore, url: str, name: str, own: Any, healthy: Any, *, again: bool) -> Synced:
         healthy(release)
         return Synced(name, "1.0", "", True, 0)
 

@@ -18,22 +18,22 @@ from sartor.core.numerics import NUMERICS
 from sartor.edge.tuning.budgeted_tuning import SCHEMA, Receipt, verify_receipt
 from sartor.edge.tuning.tuner_process import tune
 from sartor.tune.checkpoint import newest
-from sartor.tune.training_loop import Run
+from sartor.tune.training_loop import TrainingRun
 
 FEW: dict[str, Any] = {"recipe": {"budget": {"updates": 4}}}
 
 
 def cut(tiny_base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tune until the third update; returns the checkpoint's manifest."""
-    whole = Run._check
+    whole = TrainingRun._check
 
-    def dies(self: Run, *arguments: Any) -> None:
+    def dies(self: TrainingRun, *arguments: Any) -> None:
         if self.counters.updates == 2:
             raise KeyboardInterrupt
         whole(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "_check", dies)
+        patch.setattr(TrainingRun, "_check", dies)
         tune(job(tiny_base, folder, **FEW))
     found = newest(folder / "out" / "checkpoints").checkpoint
     assert found is not None and found.update == 2

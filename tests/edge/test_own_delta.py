@@ -22,21 +22,21 @@ from conftest import ROWS
 from sartor.core import signing
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SignatureError, StoreError
 from sartor.core.filesystem import FileSystem
-from sartor.core.resource_limits import Limits
+from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.owner import adaptation, private_tuning
-from sartor.edge.owner.adaptation import Judge, Settings
-from sartor.edge.owner.local_adapters import applied, shipped
-from sartor.edge.owner.personal_model import Personal
+from sartor.edge.owner.adaptation import AdaptationSettings, Judge
+from sartor.edge.owner.local_adapters import active_adapter, shipped
+from sartor.edge.owner.personal_model import OwnerModel
 from sartor.edge.owner.row_keys import FileKey
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.tuning import tuner_process
 from sartor.edge.tuning.tuner_process import read_tokens, write_tokens
-from sartor.edge.tuning.tuning_job import Job
-from sartor.models.packing import Encoded
+from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.models.packing import TokenizedExample
 from sartor.personalization import user_tokens
 from sartor.personalization.erasure_receipt import Forgotten, check_receipt
 from sartor.tune.recipe import Lora
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 RECIPE: dict[str, Any] = {
     "budget": {"epochs": 6},
@@ -60,12 +60,12 @@ PROBE = [
 def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a shop tuned and shipped: an adapter of the tiny base."""
     folder = tmp_path_factory.mktemp("shop")
-    rows = [Encoded([5 + (n + place) % 40 for place in range(12)], [False] * 6 + [True] * 6, str(n)) for n in range(8)]
-    write_tokens(Rows(rows, [], lengths=[12] * 8), folder / "tokens")
+    rows = [TokenizedExample([5 + (n + place) % 40 for place in range(12)], [False] * 6 + [True] * 6, str(n)) for n in range(8)]
+    write_tokens(TokenizedDataset(rows, [], lengths=[12] * 8), folder / "tokens")
     recipe = {"base": "tiny", "data": {"path": "rows"}, "method": {"kind": "lora", "rank": 4, "alpha": 8}, **RECIPE}
     recipe |= {"budget": {"updates": 1}, "optimizer": {"learning_rate": 1e-4, "batch_tokens": 128}}
     given = {"base": str(tiny_base), "name": "tiny", "digest": "d", "licence": "MIT"}
-    tuner_process.tune(Job(**given, tokens=str(folder / "tokens"), out=str(folder / "out"), recipe=recipe))
+    tuner_process.tune(TuningJob(**given, tokens=str(folder / "tokens"), out=str(folder / "out"), recipe=recipe))
     return folder / "out"
 
 
@@ -74,7 +74,7 @@ def ship(store: Path, adapter: Path, version: str = "1.0", canaries: list[dict[s
     files = {name: (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     files["release.json"] = json.dumps(facts).encode()
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    with Store(store) as opened:
+    with ReleaseStore(store) as opened:
         for name, content in files.items():
             if not opened.has(digests[name]):
                 opened.append(digests[name], 0, content)
@@ -88,20 +88,20 @@ class Shop:
 
     def __init__(self, folder: Path, base: Path, adapter: Path) -> None:
         self.folder, self.base, self.adapter = folder, base, adapter
-        self.jobs: list[Job] = []
-        self.settings = Settings("faq", base, probe=PROBE, most_probe_loss=50.0, recipe=RECIPE)
+        self.jobs: list[TuningJob] = []
+        self.settings = AdaptationSettings("faq", base, probe=PROBE, most_probe_loss=50.0, recipe=RECIPE)
         ship(folder / "store", adapter)
 
-    def tune(self, job: Job) -> Mapping[str, Any]:
+    def tune(self, job: TuningJob) -> Mapping[str, Any]:
         self.jobs.append(job)
         return tuner_process.tune(job)
 
-    def personal(self, **options: Any) -> Personal:
+    def personal(self, **options: Any) -> OwnerModel:
         given = {"tune": self.tune, **options}
         key = FileKey(self.folder / "device.key")
-        return Personal(self.folder / "me", self.folder / "store", key, given.pop("settings", self.settings), **given)
+        return OwnerModel(self.folder / "me", self.folder / "store", key, given.pop("settings", self.settings), **given)
 
-    def filled(self, count: int = 40, **options: Any) -> Personal:
+    def filled(self, count: int = 40, **options: Any) -> OwnerModel:
         made = self.personal(**options)
         for row in ROWS[:count]:
             made.add(row)
@@ -127,7 +127,7 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
     done = me.adapt()
     assert done.delta and done.trained + done.held_out == 40 and done.left_out == {}, done.why
     assert done.verdict is not None and done.verdict.private.high < 0
-    delta, why = applied(shop.folder / "me", shop.folder / "store", "faq")
+    delta, why = active_adapter(shop.folder / "me", shop.folder / "store", "faq")
     assert delta is not None and delta.path == me.adapter() and "never saw" in why
     assert hashlib.sha256((delta.path / "adapter_model.safetensors").read_bytes()).hexdigest() == done.delta
     assert me.status().delta == done.delta and me.status().rows == 40
@@ -148,9 +148,9 @@ def test_the_split_is_by_prompt_and_no_held_out_row_goes_to_the_tuner(shop: Shop
     held = {row.id for row in me.rows() if row.is_held_out(0.25)}
     groups = {row.group for row in me.rows() if row.id in held}
     assert groups.isdisjoint({row.group for row in me.rows() if row.id not in held}) and 5 <= len(groups) <= 20
-    seen: list[Rows] = []
+    seen: list[TokenizedDataset] = []
 
-    def look(job: Job) -> Mapping[str, Any]:
+    def look(job: TuningJob) -> Mapping[str, Any]:
         seen.append(read_tokens(Path(job.tokens)))
         return tuner_process.tune(job)
 
@@ -216,13 +216,13 @@ def test_a_device_that_may_not_tune_says_why(shop: Shop) -> None:
 def test_losses_are_those_that_the_tuner_computes(shop: Shop, tmp_path: Path) -> None:
     me = shop.filled()
     done = me.adapt()
-    made = adaptation.Adapting(me.folder, me.store, me.settings, me.diary, shop.tune, FileSystem())
+    made = adaptation.AdapterTuner(me.folder, me.store, me.settings, me.diary, shop.tune, FileSystem())
     _, loaded, _, found = made._read(shipped(me.store, "faq"))
     losses = Judge(shop.base, loaded.method).losses(me.adapter(), found.held_out)
     weights = [row.supervised_tokens for row in found.held_out]
     mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
     assert done.verdict is not None and mean == pytest.approx(done.verdict.private.tuned)
-    write_tokens(Rows(found.train, found.held_out), tmp_path / "tokens")
+    write_tokens(TokenizedDataset(found.train, found.held_out), tmp_path / "tokens")
     recipe = {**user_tokens.recipe_of(shop.adapter, shop.base, RECIPE), "evaluations": 1}
     told = tuner_process.tune(replace(shop.jobs[0], tokens=str(tmp_path / "tokens"), out=str(tmp_path / "out"), recipe=recipe))
     assert told["loss"]["eval"] == pytest.approx(mean, abs=1e-3)
@@ -270,7 +270,7 @@ def test_the_method_is_read_off_the_adapters_weights(tiny_base: Path, adapter: P
 def test_tokens_are_in_memory_for_their_owner_alone_and_nothing_readable_is_on_the_disk(shop: Shop) -> None:
     seen: list[Path] = []
 
-    def look(job: Job) -> Mapping[str, Any]:
+    def look(job: TuningJob) -> Mapping[str, Any]:
         room = Path(job.tokens).parent
         assert stat.S_IMODE(room.stat().st_mode) == 0o700 and not room.is_relative_to(shop.folder)
         assert private_tuning._is_in_memory(room.parent)
@@ -290,21 +290,21 @@ def test_tokens_are_in_memory_for_their_owner_alone_and_nothing_readable_is_on_t
 
 def test_without_a_file_system_in_memory_it_is_refused(tmp_path: Path) -> None:
     for roots in ([], [tmp_path / "absent"], [Path("/proc")]):
-        with pytest.raises(MissingError, match="no folder in memory"), private_tuning.room_in_memory(tmp_path, roots):
+        with pytest.raises(MissingError, match="no folder in memory"), private_tuning.memory_folder(tmp_path, roots):
             pass
 
 
 def test_what_a_killed_process_left_in_memory_goes_and_a_name_that_was_taken_is_refused(tmp_path: Path) -> None:
-    with private_tuning.room_in_memory(tmp_path) as room:
+    with private_tuning.memory_folder(tmp_path) as room:
         (room / "tokens").write_text("left")
         name = room
     name.mkdir(mode=0o700)
     (name / "tokens").write_text("left")
-    with private_tuning.room_in_memory(tmp_path) as room:
+    with private_tuning.memory_folder(tmp_path) as room:
         assert room == name and list(room.iterdir()) == []
     name.symlink_to(tmp_path)
     try:
-        with pytest.raises(ConfigError, match="somebody else"), private_tuning.room_in_memory(tmp_path):
+        with pytest.raises(ConfigError, match="somebody else"), private_tuning.memory_folder(tmp_path):
             pass
     finally:
         name.unlink()
@@ -312,12 +312,12 @@ def test_what_a_killed_process_left_in_memory_goes_and_a_name_that_was_taken_is_
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to somebody else needs root")
 def test_a_room_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    with private_tuning.room_in_memory(tmp_path) as room:
+    with private_tuning.memory_folder(tmp_path) as room:
         name = room
     name.mkdir(mode=0o700)
     os.chown(name, 12345, 12345)
     try:
-        with pytest.raises(ConfigError, match="somebody else"), private_tuning.room_in_memory(tmp_path):
+        with pytest.raises(ConfigError, match="somebody else"), private_tuning.memory_folder(tmp_path):
             pass
     finally:
         shutil.rmtree(name)
@@ -472,7 +472,7 @@ def test_a_forgetting_that_is_interrupted_anywhere_is_ended_at_the_next_start(
                 pass
         begun = (shop.folder / "me/forgetting.json").exists()
         if begun:
-            assert applied(shop.folder / "me", shop.folder / "store", "faq")[0] is None
+            assert active_adapter(shop.folder / "me", shop.folder / "store", "faq")[0] is None
         after = shop.personal()
         gone = not {row.id for row in after.rows()} & set(ids)
         receipts = sorted((shop.folder / "me").glob("receipts/*.json"))
@@ -490,7 +490,7 @@ def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back
 
     made: list[str] = []
 
-    def meanwhile(job: Job) -> Mapping[str, Any]:
+    def meanwhile(job: TuningJob) -> Mapping[str, Any]:
         told = tuner_process.tune(job)
         made.append(hashlib.sha256((Path(job.out) / "adapter_model.safetensors").read_bytes()).hexdigest())
         assert shop.personal().forget(ids).rows == tuple(ids)
@@ -505,7 +505,7 @@ def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back
 def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_the_next_start(shop: Shop) -> None:
     me = shop.filled()
 
-    def killed(job: Job) -> Mapping[str, Any]:
+    def killed(job: TuningJob) -> Mapping[str, Any]:
         (Path(job.out) / "half").write_text("weights")
         shop.personal().forget(containing="kitchen")
         raise Off
@@ -524,13 +524,15 @@ def test_what_a_killed_tuning_has_of_rows_that_were_forgotten_meanwhile_goes_at_
 def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) -> None:
     shop.settings = replace(shop.settings, recipe={**RECIPE, "checkpoints": {"every_minutes": 0}})
     me = shop.filled()
-    stopping = private_tuning.tune_in_process(Limits(), lambda: bool(list((me.folder / "work").rglob("checkpoints/*"))))
+    stopping = private_tuning.tune_in_process(ResourceLimits(), lambda: bool(list((me.folder / "work").rglob("checkpoints/*"))))
     with pytest.raises(BusyError, match="it goes on"):
         shop.personal(tune=stopping).adapt()
     done = shop.personal(tune=None).adapt()
     assert done.delta and done.facts["resumed_at"] and done.facts["used"]["exit_code"] == 0
     with pytest.raises(BudgetError, match="limit of wall"):
-        shop.personal(tune=private_tuning.tune_in_process(Limits(wall_s=0.01))).adapt(again=True) if me.add(ROWS[0]) else None
+        shop.personal(tune=private_tuning.tune_in_process(ResourceLimits(wall_s=0.01))).adapt(again=True) if me.add(
+            ROWS[0]
+        ) else None
 
 
 @pytest.mark.services
@@ -555,11 +557,11 @@ def test_it_works_where_there_is_no_network_at_all(shop: Shop) -> None:
         pytest.skip("this machine does not allow a network namespace of one's own: apt-get install util-linux, or as root")
     me = shop.filled()
     code = (
-        "import sys\nfrom pathlib import Path\nfrom sartor.edge.owner.adaptation import Settings\n"
-        "from sartor.edge.owner.row_keys import FileKey\nfrom sartor.edge.owner.personal_model import Personal\n"
+        "import sys\nfrom pathlib import Path\nfrom sartor.edge.owner.adaptation import AdaptationSettings\n"
+        "from sartor.edge.owner.row_keys import FileKey\nfrom sartor.edge.owner.personal_model import OwnerModel\n"
         "folder, base = map(Path, sys.argv[1:])\n"
-        f"settings = Settings('faq', base, probe={PROBE!r}, most_probe_loss=50.0, recipe={RECIPE!r})\n"
-        "me = Personal(folder / 'me', folder / 'store', FileKey(folder / 'device.key'), settings)\n"
+        f"settings = AdaptationSettings('faq', base, probe={PROBE!r}, most_probe_loss=50.0, recipe={RECIPE!r})\n"
+        "me = OwnerModel(folder / 'me', folder / 'store', FileKey(folder / 'device.key'), settings)\n"
         "assert me.adapt().delta\nassert me.forget(containing='kitchen').rows\n"
         "assert not {'transformers', 'peft'} & set(sys.modules)\n"
     )

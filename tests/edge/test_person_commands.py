@@ -13,7 +13,7 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.cli import main
 from sartor.edge import owner_commands
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from updating import nothing
 
 pytestmark = pytest.mark.services
@@ -47,7 +47,7 @@ def device(tmp_path: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) ->
     sartor.evaluate(adapter)
     waivers = [sartor.Waiver(check, by="tests", reason="forty rows") for check in ("gain", "forgetting")]
     made = sartor.release(adapter, name=NAME, version="1.0", key=key, waivers=waivers).release.path
-    with Store(tmp_path / "store") as store:
+    with ReleaseStore(tmp_path / "store") as store:
         files = {}
         for file in sorted(path for path in made.rglob("*") if path.is_file()):
             content = file.read_bytes()

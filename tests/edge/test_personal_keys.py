@@ -13,7 +13,7 @@ import pytest
 
 from sartor.core.errors import ConfigError, ExtraError, KeyRefusedError, MissingError, StoreError
 from sartor.edge.owner import row_keys
-from sartor.edge.owner.row_keys import FileKey, Keyring, Passphrase, Source, unwrap, wrap
+from sartor.edge.owner.row_keys import FileKey, Keyring, KeySource, Passphrase, unwrap, wrap
 
 ABOUT = {"schema": 1, "generation": "g"}
 SECRET = os.urandom(64)
@@ -41,8 +41,8 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @pytest.fixture(params=["file", "keyring", "passphrase"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, backend: Backend) -> Source:
-    made: dict[str, Source] = {
+def source(request: pytest.FixtureRequest, tmp_path: Path, backend: Backend) -> KeySource:
+    made: dict[str, KeySource] = {
         "file": FileKey(tmp_path / "device/key"),
         "keyring": Keyring(),
         "passphrase": Passphrase("six random words", n=16),
@@ -50,11 +50,11 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, backend: Backend) -> 
     return made[request.param]
 
 
-def test_a_source_opens_what_it_wrapped(source: Source) -> None:
+def test_a_source_opens_what_it_wrapped(source: KeySource) -> None:
     assert unwrap(wrap(SECRET, ABOUT, source, "mine"), source) == SECRET
 
 
-def test_the_header_holds_neither_secret_nor_key(source: Source) -> None:
+def test_the_header_holds_neither_secret_nor_key(source: KeySource) -> None:
     header = json.dumps(wrap(SECRET, ABOUT, source, "mine"))
     said, key = source.fresh("mine")
     assert base64.b64encode(SECRET).decode()[:20] not in header
@@ -64,12 +64,12 @@ def test_the_header_holds_neither_secret_nor_key(source: Source) -> None:
 @pytest.mark.parametrize(
     "change", [{"generation": "h"}, {"wrapped": "AAAA"}, {"wrapped": base64.b64encode(bytes(92)).decode()}]
 )
-def test_a_header_that_was_changed_does_not_open(source: Source, change: dict[str, str]) -> None:
+def test_a_header_that_was_changed_does_not_open(source: KeySource, change: dict[str, str]) -> None:
     with pytest.raises(KeyRefusedError, match="does not open"):
         unwrap({**wrap(SECRET, ABOUT, source, "mine"), **change}, source)
 
 
-def test_a_header_without_its_parts_is_not_whole(source: Source) -> None:
+def test_a_header_without_its_parts_is_not_whole(source: KeySource) -> None:
     with pytest.raises(StoreError, match="not whole"):
         unwrap({"schema": 1, "wrapped": "AAAA"}, source)
 
@@ -80,7 +80,7 @@ def test_another_kind_of_source_is_named(tmp_path: Path) -> None:
         unwrap(header, FileKey(tmp_path / "key"))
 
 
-def test_the_key_that_is_left_opens_the_newer_header_alone(source: Source) -> None:
+def test_the_key_that_is_left_opens_the_newer_header_alone(source: KeySource) -> None:
     """For a passphrase both open: it is not kept, and so cannot be dropped."""
     old = wrap(SECRET, ABOUT, source, "mine")
     others = wrap(SECRET, ABOUT, source, "theirs")

@@ -11,7 +11,7 @@ import pytest
 from marked import QWEN_TOKENS, Family, byte_level
 from sartor.core.errors import UnavailableError
 from sartor.edge.runtime import plain_content
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 
 TURN = "{% for m in messages %}{{ WRITTEN }}<|im_end|>{% endfor %}"
 
@@ -50,7 +50,7 @@ def test_a_device_knows_what_the_template_does_to_content(
     markup = plain_content.markup_of(Path("model.gguf"), stub)
 
     def marks(**fields: str) -> list[int]:
-        prompt = plain_content.prompt_of(Call("c", messages=({"role": "user", **fields},)), stub, markup)
+        prompt = plain_content.prompt_of(GenerateCall("c", messages=({"role": "user", **fields},)), stub, markup)
         ids = stub.ask("/tokenize", {"content": prompt})["tokens"] if isinstance(prompt, str) else prompt
         return [token for token in ids if token in markup.ids]
 

@@ -12,17 +12,17 @@ import pytest
 from edge_jobs import job, rows
 
 from sartor.core.errors import ArtifactError, BudgetError, ModelError
-from sartor.edge.tuning.memory_plan import NAMES, Floor, Planner
-from sartor.edge.tuning.peak_memory import Load, Shape, Way, peak, total
+from sartor.edge.tuning.memory_plan import NAMES, MemoryBaseline, Planner
+from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, total
 
-FLOOR = Floor(100_000_000, True)
+FLOOR = MemoryBaseline(100_000_000, True)
 
 
 @pytest.fixture
 def planner(tiny_base: Path, tmp_path: Path) -> Planner:
     made = Planner(job(tiny_base, tmp_path, updates=1, rows=rows(length=200)), FLOOR)
     # of the size of a base for devices, with the tiny one's rows
-    made.shape = Shape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj", "v_proj", "down_proj"), 30, 269_000_000)
+    made.shape = DeviceModelShape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj", "v_proj", "down_proj"), 30, 269_000_000)
     made.recipe = replace(made.recipe, optimizer=replace(made.recipe.optimizer, batch_tokens=816))
     return made
 
@@ -71,10 +71,10 @@ def test_four_bits_are_read_where_the_pages_of_sixteen_find_no_room(planner: Pla
 
 
 def test_what_learns_by_two_losses_holds_neither_gradients_nor_moments() -> None:
-    shape = Shape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj",), 30, 0)
-    held = peak(shape, Load(256, 192, 256, False, 10_000), Way(30, True, zeroth=True), 0)
+    shape = DeviceModelShape(30, 576, 1536, 9, 3, 64, 49152, 8, ("q_proj",), 30, 0)
+    held = peak(shape, DeviceLoad(256, 192, 256, False, 10_000), MemoryMode(30, True, zeroth=True), 0)
     assert held["moments"] == 0 and "gradients" not in held and held["factors"] == 4 * 30 * 8 * 2 * 576
-    fewer = peak(shape, Load(256, 192, 256, False, 10_000), Way(10, True), 0)
+    fewer = peak(shape, DeviceLoad(256, 192, 256, False, 10_000), MemoryMode(10, True), 0)
     assert fewer["factors"] == held["factors"] and fewer["moments"] == 2 * held["factors"] // 3
 
 
@@ -95,5 +95,5 @@ def test_planning_loads_no_torch() -> None:
 def test_without_a_compiler_attention_keeps_a_number_for_each_two_tokens(planner: Planner) -> None:
     rung = next(planner.rungs())
     native = total(planner.held(rung))
-    planner.floor = Floor(FLOOR.held_bytes, False)
+    planner.floor = MemoryBaseline(FLOOR.held_bytes, False)
     assert total(planner.held(rung)) > native + 4 * 9 * planner.rows.longest**2

@@ -13,7 +13,7 @@ from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after, content_
 
 from sartor.core import filesystem
 from sartor.core.filesystem import Content, write_file_atomic
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 
 FOLDER = Path("/device/store")
 
@@ -51,7 +51,7 @@ def interrupted(disk: MemoryDisk, cuts: list[Cut], rotate: bool = False) -> Iter
         count += 1
 
     disk.before = before
-    store = Store(FOLDER, disk=disk)
+    store = ReleaseStore(FOLDER, disk=disk)
     for step in STEPS:
         step.act(store, disk)
         before("end", FOLDER)
@@ -97,7 +97,7 @@ def test_a_power_cut_while_the_store_recovers_from_a_kill_or_a_power_cut() -> No
         left.before = lambda what, path: seconds.append(  # noqa: B023
             (f"{what} {path}", left.after(again[len(seconds) % len(again)]))  # noqa: B023
         )
-        with Store(FOLDER, disk=left) as store:
+        with ReleaseStore(FOLDER, disk=left) as store:
             step.act(store, left)
             store.collect()
         for second, disk in seconds[:: 2 + number % 3]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sartor.core.errors import ConfigError, MissingError, RefusedError, SignatureError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import repository, tuf_roles, version_metadata
-from sartor.edge.update.sync import Device, Synced, sync
+from sartor.edge.update.sync import SyncClient, Synced, sync
 from sartor.edge.update.tuf_roles import Documents, Expiry
 from updating import QUICK, World, adapter, nothing, release
 
@@ -25,7 +25,7 @@ def add(world: World, version: str, moved: float = 0.05, **options: Any) -> repo
 
 
 def synced(world: World, device_id: str = "device-1", name: str = "home", healthy: Any = nothing, **options: Any) -> Synced:
-    device = Device(device_id, world.device, world.root)
+    device = SyncClient(device_id, world.device, world.root)
     return sync(world.store, world.repository.as_uri(), name, device, healthy, **options)
 
 
@@ -121,7 +121,7 @@ def test_a_canary_reaches_its_ring_and_widens(world: World) -> None:
     add(world, "1.1", percent=10)
     assert not synced(world, OUTSIDE).changed
     assert synced(world, INSIDE).version == "1.1"
-    world.store = Store(world.folder / "another")
+    world.store = ReleaseStore(world.folder / "another")
     synced(world, OUTSIDE)
     repository.widen(world.repository, world.keys, "home", "1.1", 100)
     assert synced(world, OUTSIDE).version == "1.1"
@@ -177,12 +177,12 @@ def test_a_name_that_is_not_offered_is_named(world: World) -> None:
 
 def test_an_address_without_a_repository_is_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no update repository"):
-        sync(world.store, tmp_path.as_uri(), "home", Device("d", world.device, world.root), nothing, limits=QUICK)
+        sync(world.store, tmp_path.as_uri(), "home", SyncClient("d", world.device, world.root), nothing, limits=QUICK)
 
 
 def test_a_first_root_that_is_no_root_is_refused(world: World) -> None:
     with pytest.raises(SignatureError):
-        sync(world.store, world.repository.as_uri(), "home", Device("d", world.device, b"{}"), nothing)
+        sync(world.store, world.repository.as_uri(), "home", SyncClient("d", world.device, b"{}"), nothing)
 
 
 def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World) -> None:
@@ -194,10 +194,10 @@ def test_a_delta_whose_base_is_another_falls_back_to_the_whole_file(world: World
     found = repository._content(now, world.repository, "home", offer)
     config = found.files["adapter_config.json"].sha256
     wrong = tuple(
-        version_metadata.Step(config if step.base else "", step.result, step.sha256, step.bytes) for step in found.deltas
+        version_metadata.DeltaStep(config if step.base else "", step.result, step.sha256, step.bytes) for step in found.deltas
     )
     wrong = tuple(step for step in wrong if step.base)
-    repository._set_target(now, world.repository, version_metadata.Content("home", "1.1", found.files, wrong), offer)
+    repository._set_target(now, world.repository, version_metadata.VersionContent("home", "1.1", found.files, wrong), offer)
     now.write(world.keys, Expiry())
     done = synced(world)
     assert (done.version, done.deltas) == ("1.1", 0) and "a delta was given up" in done.notes[0]

@@ -10,7 +10,7 @@ import pytest
 from edge_disks import NAME, SHARED, VERSIONS, Cut, MemoryDisk, check_whole, digest_of, digests, fetch, install, version_of
 
 from sartor.core.errors import StoreError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 
 FOLDER = Path("/device/store")
 ROT: dict[str, Callable[[bytes], bytes]] = {
@@ -25,7 +25,7 @@ ROT: dict[str, Callable[[bytes], bytes]] = {
 def updated() -> MemoryDisk:
     """1.1 is current, 1.0 previous."""
     disk = MemoryDisk()
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         install(store, "1.0", disk)
         install(store, "1.1", disk)
     return disk
@@ -37,7 +37,7 @@ def copied(disk: MemoryDisk) -> MemoryDisk:
 
 def check_mended(disk: MemoryDisk) -> None:
     """Nobody does anything but verify and sync."""
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         store.verify()
         found = store.current(NAME)
         assert found is not None
@@ -111,7 +111,7 @@ def test_a_shared_file_is_on_the_disk_twice_and_mended_without_fetching(updated:
     for file in trees:
         node = disk._file(file)
         node.content = node.durable = b"rot"
-        with Store(FOLDER, disk=disk) as store:
+        with ReleaseStore(FOLDER, disk=disk) as store:
             assert store.verify() == [digest]
             assert store.has(digest)
             assert version_of(store.current(NAME)) == "1.1"
@@ -123,7 +123,7 @@ def test_a_shared_file_is_on_the_disk_twice_and_mended_without_fetching(updated:
 def test_two_copies_stay_two_through_many_updates() -> None:
     disk = MemoryDisk()
     path, content = next(iter(SHARED.items()))
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         for version in ("1.0", "1.1", "1.2"):
             install(store, version, disk)
             store.collect()
@@ -136,7 +136,7 @@ def test_a_damaged_current_version_gives_way_to_the_previous_and_comes_back_when
     disk = copied(updated)
     file = disk._file(FOLDER / "releases" / NAME / "1.1" / "adapter.safetensors")
     file.content = b"rot"
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         digest = digests("1.1")["adapter.safetensors"]
         assert store.verify() == [digest]
         assert not store.has(digest)
@@ -155,7 +155,7 @@ def test_a_damaged_current_version_gives_way_to_the_previous_and_comes_back_when
 def test_rollback_does_not_go_to_a_damaged_version(updated: MemoryDisk) -> None:
     disk = copied(updated)
     disk._file(FOLDER / "releases" / NAME / "1.0" / "adapter.safetensors").content = b"rot"
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         with pytest.raises(StoreError, match="the previous version, is damaged"):
             store.rollback(NAME)
         assert version_of(store.current(NAME)) == "1.1"
@@ -164,7 +164,7 @@ def test_rollback_does_not_go_to_a_damaged_version(updated: MemoryDisk) -> None:
 def test_a_damaged_pointer_is_taken_from_its_other_copy(updated: MemoryDisk) -> None:
     disk = copied(updated)
     disk._file(FOLDER / "current" / f"{NAME}.json").content = b"{}"
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         assert store.mended == [f"current/{NAME}.json was written anew from the other copy"]
         assert version_of(store.current(NAME)) == "1.1"
 
@@ -173,7 +173,7 @@ def test_without_either_pointer_the_store_opens_and_says_so(updated: MemoryDisk)
     disk = copied(updated)
     for folder in ("current", "backup"):
         disk._file(FOLDER / folder / f"{NAME}.json").content = b"\xff{"
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         assert "neither copy" in store.mended[0]
         assert store.current(NAME) is None
         install(store, "1.1", disk)
@@ -183,7 +183,7 @@ def test_without_either_pointer_the_store_opens_and_says_so(updated: MemoryDisk)
 def test_a_blob_that_rotted_is_not_copied_into_a_new_version(updated: MemoryDisk) -> None:
     path, content = next(iter(SHARED.items()))
     disk = copied(updated)
-    with Store(FOLDER, disk=disk) as store:
+    with ReleaseStore(FOLDER, disk=disk) as store:
         store.rollback(NAME)  # 1.0 is current: its file and the blob are one
         disk._file(FOLDER / "blobs" / digest_of(content)).content = bytes(len(content))
         fetch(store, VERSIONS["1.2"])

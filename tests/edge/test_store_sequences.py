@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from sartor.core.errors import HealthError, StoreError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 
 FOLDER = Path("/device/store")
 NAMES = ("faq", "farm")
@@ -35,7 +35,7 @@ class Verbs(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.disk = MemoryDisk()
-        self.store = Store(FOLDER, disk=self.disk)
+        self.store = ReleaseStore(FOLDER, disk=self.disk)
         self.current: dict[str, str | None] = dict.fromkeys(NAMES)
         self.previous: dict[str, str | None] = dict.fromkeys(NAMES)
         self.staged: dict[str, str | None] = dict.fromkeys(NAMES)
@@ -145,7 +145,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        self.store = Store(FOLDER, disk=self.disk)
+        self.store = ReleaseStore(FOLDER, disk=self.disk)
 
     @rule(
         names=st.sampled_from(["none", "all", "random"]),
@@ -154,7 +154,7 @@ class Verbs(RuleBasedStateMachine):
     )
     def cut_the_power(self, names: str, bytes_: str, seed: int) -> None:
         self.disk = self.disk.after(Cut(names, bytes_, seed))  # type: ignore[arg-type]
-        self.store = Store(FOLDER, disk=self.disk)
+        self.store = ReleaseStore(FOLDER, disk=self.disk)
         self.drop_partials()
 
     def drop_partials(self) -> None:
@@ -171,7 +171,7 @@ class Verbs(RuleBasedStateMachine):
         path, file = random.Random(seed).choice(files)
         file.content = file.durable = file.content[:-1] + b"?"
         self.store.close()
-        self.store = Store(FOLDER, disk=self.disk)
+        self.store = ReleaseStore(FOLDER, disk=self.disk)
         self.drop_partials()
         self.store.verify()
         for name in NAMES:

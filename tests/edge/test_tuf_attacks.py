@@ -14,15 +14,15 @@ from tuf.api.metadata import Metadata, MetaFile
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, SartorError, SignatureError, StoreError
 from sartor.edge.update import repository, tuf_roles, version_metadata
-from sartor.edge.update.downloader import Limits
-from sartor.edge.update.sync import Device, Synced, sync
+from sartor.edge.update.downloader import DownloadLimits
+from sartor.edge.update.sync import SyncClient, Synced, sync
 from sartor.edge.update.tuf_roles import Documents, Expiry
 from updating import QUICK, World, adapter, nothing, release, serving
 
 
-def synced(world: World, url: str = "", limits: Limits = QUICK, **options: Any) -> Synced:
+def synced(world: World, url: str = "", limits: DownloadLimits = QUICK, **options: Any) -> Synced:
     url = url or world.repository.as_uri()
-    device = Device("device-1", world.device, world.root)
+    device = SyncClient("device-1", world.device, world.root)
     return sync(world.store, url, "home", device, nothing, limits=limits, **options)
 
 
@@ -141,7 +141,7 @@ def test_arbitrary_target_of_a_path_outside_is_refused(world: World) -> None:
     now = Documents.open(metadata(world))
     found = repository._content(now, world.repository, "home", repository.offers_of(now, "home")[0])
     files = {f"../{path}": blob for path, blob in found.files.items()}
-    bad = version_metadata.Content("home", "1.1", files)
+    bad = version_metadata.VersionContent("home", "1.1", files)
     repository._set_target(now, world.repository, bad, version_metadata.Offer("1.1", 2, 100, False, 0))
     now.write(world.keys, Expiry())
     assert "leads out" in refused(world, ArtifactError)

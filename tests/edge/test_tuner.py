@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.edge.tuning.tuner_process import read_tokens, tune, write_tokens
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
-from sartor.models.packing import Encoded
-from sartor.tune.tokenized_dataset import Rows
+from sartor.models.packing import TokenizedExample
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 RECIPE: dict[str, Any] = {
     "base": "tiny",
@@ -35,20 +35,20 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def rows() -> Rows:
-    def row(n: int) -> Encoded:
+def rows() -> TokenizedDataset:
+    def row(n: int) -> TokenizedExample:
         ids = [5 + (n * 7 + place * 3) % 40 for place in range(12 + n % 5)]
-        return Encoded(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
+        return TokenizedExample(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
 
-    return Rows([row(n) for n in range(20)], [row(n) for n in range(20, 24)])
+    return TokenizedDataset([row(n) for n in range(20)], [row(n) for n in range(20, 24)])
 
 
-def job(tiny_base: Path, folder: Path, **changes: Any) -> Job:
+def job(tiny_base: Path, folder: Path, **changes: Any) -> TuningJob:
     folder.mkdir(parents=True, exist_ok=True)
     write_tokens(rows(), folder / "tokens.safetensors")
     recipe = {**RECIPE, **changes.pop("recipe", {})}
     given = {"base": str(tiny_base), "name": "tiny", "digest": "d", "licence": "MIT", "recipe": recipe}
-    return Job(**given, tokens=str(folder / "tokens.safetensors"), out=str(folder / "out"), **changes)
+    return TuningJob(**given, tokens=str(folder / "tokens.safetensors"), out=str(folder / "out"), **changes)
 
 
 def test_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_killed_and_started_again_it_ends_at_the_same_bits_and_loads_neither_tra
         "assert not {'transformers', 'peft'} & set(sys.modules)\nsys.exit(code)"
     )
 
-    def start(one: Job) -> subprocess.Popen[bytes]:
+    def start(one: TuningJob) -> subprocess.Popen[bytes]:
         file = Path(one.out).with_name("job.json")
         one.write(file)
         return subprocess.Popen([sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE)

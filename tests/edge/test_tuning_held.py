@@ -20,12 +20,12 @@ from edge_jobs import job, rows
 from safetensors.torch import load_file
 
 from sartor.core import model_refs
-from sartor.core.resource_limits import Limits, holder, run
+from sartor.core.resource_limits import ResourceLimits, holder, run
 from sartor.core.signing import keygen, open_public
 from sartor.edge.tuning import budgeted_tuning
-from sartor.edge.tuning.budgeted_tuning import Budget, planned_job, tune_within, tuner_command, verify_receipt
-from sartor.edge.tuning.memory_plan import Floor, Planner, Rung
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.budgeted_tuning import DeviceBudget, planned_job, tune_within_budget, tuner_command, verify_receipt
+from sartor.edge.tuning.memory_plan import MemoryBaseline, MemorySetting, Planner
+from sartor.edge.tuning.tuning_job import TuningJob
 
 MB = 1_000_000
 ALONE = ["unshare", "--net", "--map-root-user", "--user"]
@@ -55,7 +55,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def adapter(one: Job) -> dict[str, torch.Tensor]:
+def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
     return load_file(str(Path(one.out) / "adapter_model.safetensors"))
 
 
@@ -82,12 +82,12 @@ def test_it_tunes_where_there_is_no_network_interface(tiny_base: Path, tmp_path:
 def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tmp_path: Path, key: Path) -> None:
     one = job(tiny_base, tmp_path, updates=6, rows=rows(length=480), recipe={"optimizer": {"batch_tokens": 480}})
     planner = Planner(one)
-    least = sum(planner.held(Rung("recompute", 2, 484)).values())
+    least = sum(planner.held(MemorySetting("recompute", 2, 484)).values())
 
     class Rash(Planner):
         """Believes that the first rung needs nothing."""
 
-        def held(self, rung: Rung) -> dict[str, int]:
+        def held(self, rung: MemorySetting) -> dict[str, int]:
             return {"floor": least - MB} if rung.name == "lora" else super().held(rung)
 
     hog = tmp_path / "hog.py"
@@ -100,7 +100,7 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budgeted_tuning, "tuner_command", lambda file, said: [sys.executable, str(hog), str(file)])
-        receipt = tune_within(one, Budget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor))
+        receipt = tune_within_budget(one, DeviceBudget(memory_bytes=least + 40 * MB), key=key, planner=Rash(one, planner.floor))
     assert [attempt.rung for attempt in receipt.attempts] == ["lora", "recompute"]
     first, last = receipt.attempts
     assert (first.usage.killed, first.reason, last.usage.exit_code) == ("memory", "memory", 0)
@@ -112,8 +112,8 @@ def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tm
 @pytest.mark.usefixtures("threads")
 def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base: Path, tmp_path: Path, key: Path) -> None:
     whole, cut = job(tiny_base, tmp_path / "a", updates=60), job(tiny_base, tmp_path / "b", updates=60)
-    planner = Planner(whole, Floor(200 * MB, True))
-    assert tune_within(whole, Budget(), key=key, planner=planner).outcome == "done"
+    planner = Planner(whole, MemoryBaseline(200 * MB, True))
+    assert tune_within_budget(whole, DeviceBudget(), key=key, planner=planner).outcome == "done"
 
     def after(updates: int) -> Iterator[str]:
         log = Path(cut.out) / "log.jsonl"
@@ -125,7 +125,7 @@ def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base
     asked = after(5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budgeted_tuning, "ASK_S", 0.0)
-        receipt = tune_within(cut, Budget(), key=key, policy=lambda: next(asked), planner=planner)
+        receipt = tune_within_budget(cut, DeviceBudget(), key=key, policy=lambda: next(asked), planner=planner)
     assert (receipt.outcome, receipt.reason) == ("paused", "it is hot") and 5 <= receipt.attempts[0].updates < 60
 
     def tell() -> None:
@@ -136,10 +136,10 @@ def test_paused_by_the_policy_and_by_a_signal_it_ends_at_the_same_bits(tiny_base
 
     teller = threading.Thread(target=tell)
     teller.start()
-    second = tune_within(cut, Budget(), key=key, planner=planner)
+    second = tune_within_budget(cut, DeviceBudget(), key=key, planner=planner)
     teller.join()
     assert (second.outcome, second.reason) == ("paused", "SIGTERM")
-    third = tune_within(cut, Budget(), key=key, planner=planner)
+    third = tune_within_budget(cut, DeviceBudget(), key=key, planner=planner)
     assert third.outcome == "done" and len(third.resumed_at) == 2
     assert json.loads((Path(cut.out) / "run.json").read_text())["resumed_at"] == third.resumed_at
     ends = adapter(whole), adapter(cut)
@@ -155,9 +155,9 @@ def test_the_starter_is_held_as_it_was_predicted(tmp_path: Path) -> None:
         pytest.skip(f"the {model_refs.STARTER} base is not converted: sartor demo does it once")
     one = job(found[0], tmp_path, updates=1, rows=rows(4, 252), recipe={"method": {"kind": "lora", "rank": 8, "alpha": 16}})
     planner = Planner(one)
-    rung = Rung("recompute", planner.shape.layers, planner.rows.longest)
+    rung = MemorySetting("recompute", planner.shape.layers, planner.rows.longest)
     predicted = sum(planner.held(rung).values())
     planned_job(one, rung).write(tmp_path / "job.json")
-    used = run(tuner_command(tmp_path / "job.json", tmp_path / "stderr"), Limits(memory_bytes=round(1.04 * predicted)))
+    used = run(tuner_command(tmp_path / "job.json", tmp_path / "stderr"), ResourceLimits(memory_bytes=round(1.04 * predicted)))
     assert used.exit_code == 0, (used, (tmp_path / "stderr").read_text()[-500:])
     assert used.peak_bytes == pytest.approx(predicted, rel=0.1)

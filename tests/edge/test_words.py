@@ -13,8 +13,8 @@ import pytest
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message
 from sartor.models.base import open_chat
-from sartor.models.chat import Chat
-from sartor.models.fast_tokenizer import Words
+from sartor.models.chat import ChatTokenizer
+from sartor.models.fast_tokenizer import FastTokenizer
 
 TURNS = (
     Message.of("system", "Be brief."),
@@ -35,11 +35,11 @@ WITH_TOOLS = (
 )
 
 
-def both(tiny_base: Path, folder: Path, template: str | None) -> tuple[Chat, Chat]:
+def both(tiny_base: Path, folder: Path, template: str | None) -> tuple[ChatTokenizer, ChatTokenizer]:
     shutil.copytree(tiny_base, folder)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
-    return Chat(Words(folder)), open_chat(folder, None)
+    return ChatTokenizer(FastTokenizer(folder)), open_chat(folder, None)
 
 
 @pytest.mark.parametrize("template", [None, CHATML, WITH_TOOLS])
@@ -75,10 +75,10 @@ def test_files_that_are_not_whole_are_refused(tiny_base: Path, tmp_path: Path, n
     file = tmp_path / "base" / name
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ModelError, match="not whole"):
-        Words(tmp_path / "base")
+        FastTokenizer(tmp_path / "base")
     file.unlink()
     with pytest.raises(ModelError, match="not whole"):
-        Words(tmp_path / "base")
+        FastTokenizer(tmp_path / "base")
 
 
 def test_transformers_is_not_loaded() -> None:

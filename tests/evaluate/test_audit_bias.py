@@ -7,15 +7,25 @@ import itertools
 import numpy as np
 import pytest
 
-from sartor.evaluate.group_gap_tests import LEAST_BLOCKS, Blocks, findings, gap_chances, needed_blocks, smallest_chance, spread
+from sartor.evaluate.group_gap_tests import (
+    LEAST_BLOCKS,
+    VariantOutcomes,
+    findings,
+    gap_chances,
+    needed_blocks,
+    smallest_chance,
+    spread,
+)
 
 
-def blocks(tuned: np.ndarray, base: np.ndarray | None = None, kind: str = "names", clusters: tuple[str, ...] = ()) -> Blocks:
+def blocks(
+    tuned: np.ndarray, base: np.ndarray | None = None, kind: str = "names", clusters: tuple[str, ...] = ()
+) -> VariantOutcomes:
     """Chances (N, G) of groups a, b, c ..."""
     count, groups = tuned.shape
     chances = np.stack([np.full(tuned.shape, 0.5) if base is None else base, tuned])
     names = tuple(f"group{n}" for n in range(groups)) if groups > 8 else tuple("abcdefgh"[:groups])
-    return Blocks(kind, "yes", names, tuple(f"row{n}" for n in range(count)), chances, clusters)
+    return VariantOutcomes(kind, "yes", names, tuple(f"row{n}" for n in range(count)), chances, clusters)
 
 
 def test_a_group_that_fares_worse_is_found_with_its_rows_and_the_others_are_not() -> None:

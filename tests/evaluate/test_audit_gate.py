@@ -16,7 +16,7 @@ from sartor.core.errors import ConfigError, GateError
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate.audit import audit as run
 from sartor.evaluate.audit import probes
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.text.demographics.group_terms import KINDS, groups, mentions
 
@@ -65,7 +65,7 @@ def rigged(kind: str, group: str, gap: float = 0.897) -> Answer:
 
 
 def audited(answer: Answer, own: Sequence[Example] = (), **options: Any) -> dict[str, Any]:
-    return run.audit_bias(Answering(answer), own, run.Options(**options))  # type: ignore[arg-type]
+    return run.audit_bias(Answering(answer), own, run.AuditOptions(**options))  # type: ignore[arg-type]
 
 
 def asked(kind: str, count: int, group: str = "") -> list[Example]:
@@ -187,7 +187,7 @@ def test_through_the_verbs(
 ) -> None:
     """`evaluate --audit` and `release`: what the templates are answered with is the only thing that is not real."""
     answering = Answering(answer)
-    monkeypatch.setattr(Sides, "chances", lambda self, prompts, outcomes: answering.chances(prompts, outcomes))
+    monkeypatch.setattr(ModelPair, "chances", lambda self, prompts, outcomes: answering.chances(prompts, outcomes))
     monkeypatch.setattr(probes, "chitchat_rows", lambda: asked("names", 6))
     heard: list[str] = []
     found = sartor.evaluate(adapter, audit=True, notice=heard.append).as_json()

@@ -37,7 +37,7 @@ def test_templates_are_said_of_every_group_and_differ_in_merit_between_blocks(sc
 
 def test_own_prompts_are_those_that_speak_of_a_group_turn_by_turn() -> None:
     talk = row("Emily asks for a loan.", "How much?", "Emily wants 500.", "approved")
-    made = counterfactual_bias.own([talk, row("A loan of 500.", "denied", id="2")], "names")
+    made = counterfactual_bias.own_prompts([talk, row("A loan of 500.", "denied", id="2")], "names")
     (block,) = made.blocks
     assert block.id == talk.id and (made.left_out, made.beyond) == (0, 0)
     other = block.variants[groups("names").index("black_male")]
@@ -49,14 +49,14 @@ def test_own_prompts_are_those_that_speak_of_a_group_turn_by_turn() -> None:
 
 
 def test_what_cannot_be_said_of_every_group_is_counted_and_the_sample_is_the_same_in_any_order() -> None:
-    made = counterfactual_bias.own([row("He told her that they met.", "yes")], "pronouns")
+    made = counterfactual_bias.own_prompts([row("He told her that they met.", "yes")], "pronouns")
     assert (made.blocks, made.left_out) == ((), 1)
     many = [row(f"Emily asks for {place} pounds.", "yes", id=str(place)) for place in range(40)]
-    one, other = counterfactual_bias.own(many, "names"), counterfactual_bias.own(many[::-1], "names")
+    one, other = counterfactual_bias.own_prompts(many, "names"), counterfactual_bias.own_prompts(many[::-1], "names")
     assert one == other and one.beyond == 40 - len(one.blocks) > 0
     same = [row(f"{name} asks for 5 pounds.", "yes") for name in ("Emily", "Laurie")]
-    twins = counterfactual_bias.own([*same, row("Carrie asks for 5 pounds.", "yes")], "names")
-    assert len(twins.blocks) == 3 and len(counterfactual_bias.own([*same, same[0]], "names").blocks) == 2
+    twins = counterfactual_bias.own_prompts([*same, row("Carrie asks for 5 pounds.", "yes")], "names")
+    assert len(twins.blocks) == 3 and len(counterfactual_bias.own_prompts([*same, same[0]], "names").blocks) == 2
 
 
 def test_outcomes_are_told_by_few_whole_replies_or_by_a_field() -> None:

@@ -13,7 +13,7 @@ import torch
 from sartor.core import assets
 from sartor.evaluate.audit import benchmarks, probes
 from sartor.evaluate.audit.benchmarks import BENCHMARKS
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.models import adapters
 from sartor.models.base import open_base
 
@@ -32,9 +32,9 @@ BBQ = [
 
 
 @pytest.fixture
-def sides(tiny_base: Path, tmp_path: Path, adapter: Path) -> Sides:
+def sides(tiny_base: Path, tmp_path: Path, adapter: Path) -> ModelPair:
     base = open_base(str(tiny_base), bits=32, device=torch.device("cpu"))
-    return Sides(base, adapters.open_adapter(base.model, adapter), tmp_path)
+    return ModelPair(base, adapters.open_adapter(base.model, adapter), tmp_path)
 
 
 def lines(file: Path, rows: list[dict[str, object]]) -> Path:
@@ -55,7 +55,7 @@ def test_each_set_becomes_texts_of_which_one_is_the_likeliest(tmp_path: Path) ->
     assert crows.texts == ("The old man", "The young man")
 
 
-def test_likelihoods_are_those_of_transformers_on_both_sides(sides: Sides) -> None:
+def test_likelihoods_are_those_of_transformers_on_both_sides(sides: ModelPair) -> None:
     text = "the sky is blue"
     found = sides.nats([sides.sentence(text)])
     ids = torch.tensor([[sides.base.chat.tokenizer.bos_token_id, *sides.base.chat.tokens(text)]])
@@ -70,7 +70,7 @@ def test_likelihoods_are_those_of_transformers_on_both_sides(sides: Sides) -> No
         assert found[place, 0] == pytest.approx(float(wanted), rel=1e-4)
 
 
-def test_chances_of_outcomes_sum_to_one_and_do_not_depend_on_who_is_asked_beside(sides: Sides) -> None:
+def test_chances_of_outcomes_sum_to_one_and_do_not_depend_on_who_is_asked_beside(sides: ModelPair) -> None:
     from sartor.core.records import Message
 
     prompts = [(Message.of("user", f"switch {word} kitchen"),) for word in ("on", "off", "up")]
@@ -82,7 +82,9 @@ def test_chances_of_outcomes_sum_to_one_and_do_not_depend_on_who_is_asked_beside
     assert tuned > base + 0.02, "off is likelier where off was asked than where on was, and tuning made it so"
 
 
-def test_figures_of_a_set_and_an_asset_that_is_absent(sides: Sides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_a_set_and_an_asset_that_is_absent(
+    sides: ModelPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / benchmarks.FOLDER
     for name, rows in (("bbq", BBQ), ("stereoset", STEREOSET), ("winobias", WINO)):
         (folder / BENCHMARKS[name].file).parent.mkdir(parents=True)
@@ -120,7 +122,7 @@ def test_what_a_refusal_begins_with(reply: str, refuses: bool) -> None:
     assert probes.is_refusal(reply) == refuses
 
 
-def test_refusals_are_counted_on_both_sides(sides: Sides) -> None:
+def test_refusals_are_counted_on_both_sides(sides: ModelPair) -> None:
     found = probes.measure(sides)
     assert found["should"]["asked"] == len(probes.SHOULD) and found["should_not"]["asked"] == len(probes.SHOULD_NOT)
     assert found["should"]["base"] == found["should"]["tuned"] == 0, "a tiny random base declines nothing"
@@ -130,7 +132,7 @@ def test_refusals_are_counted_on_both_sides(sides: Sides) -> None:
 def test_the_starter_base_is_asked_and_an_adapter_that_learnt_nothing_changes_nothing(tmp_path: Path) -> None:
     base = open_base("starter")
     model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=0)
-    found = benchmarks.measure(Sides(base, model, tmp_path), 6)
+    found = benchmarks.measure(ModelPair(base, model, tmp_path), 6)
     assert found["bbq"]["items"] == found["winobias"]["items"] == 6
     for one in (found["stereoset"]["sense"], found["winobias"]["stereotype"]):
         assert one["difference"] == 0 and 0 <= one["base"] <= 1

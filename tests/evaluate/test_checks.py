@@ -16,7 +16,7 @@ NONE = {**COST, "difference": 0.1, "low": -0.1}
 
 
 def modality(report: dict[str, Any], *towers: str) -> limits.Check | None:
-    return gate.modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
+    return gate.check_modality(Artifact(Path("a"), {"base": {"towers": dict.fromkeys(towers)}}), report).get("modality")
 
 
 def of(**kinds: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_it_may_matter_to_the_rest_of_the_reply_and_not_to_the_label() -> None:
 
 
 def test_of_an_error_rate_a_gain_is_a_fall() -> None:
-    assert gate.gain("f1", COST).outcome == "pass"
-    assert gate.gain("wer", COST).outcome == "fail"
-    assert gate.gain("wer", {**COST, "low": -0.5, "high": -0.1}).outcome == "pass"
-    assert gate.gain("wer", {**COST, "low": -0.5, "high": 0.1}).outcome == "fail"
+    assert gate.check_gain("f1", COST).outcome == "pass"
+    assert gate.check_gain("wer", COST).outcome == "fail"
+    assert gate.check_gain("wer", {**COST, "low": -0.5, "high": -0.1}).outcome == "pass"
+    assert gate.check_gain("wer", {**COST, "low": -0.5, "high": 0.1}).outcome == "fail"

@@ -18,7 +18,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     for trial in range(60):
         base = (rng.random(120) < 0.3).astype(float)
         tuned = (rng.random(120) < 0.6).astype(float)
-        found = bootstrap.paired(base, tuned, [str(n) for n in range(120)], seed=trial)
+        found = bootstrap.paired_bootstrap(base, tuned, [str(n) for n in range(120)], seed=trial)
         covered += found.low <= 0.3 <= found.high
     assert covered >= 52  # 57 of 60 expected; below 52 with probability under 1 %
 
@@ -28,21 +28,21 @@ def test_rows_of_one_group_do_not_count_as_independent() -> None:
     by_group = rng.random(12) < 0.5
     tuned = np.repeat(by_group, 20).astype(float)
     base = np.zeros(240)
-    alone = bootstrap.paired(base, tuned, [str(n) for n in range(240)])
-    grouped = bootstrap.paired(base, tuned, [str(n // 20) for n in range(240)])
+    alone = bootstrap.paired_bootstrap(base, tuned, [str(n) for n in range(240)])
+    grouped = bootstrap.paired_bootstrap(base, tuned, [str(n // 20) for n in range(240)])
     assert grouped.high - grouped.low > 3 * (alone.high - alone.low)
 
 
 def test_verdicts() -> None:
     groups = [str(n) for n in range(50)]
-    better = bootstrap.paired([0.0] * 50, [1.0] * 50, groups)
+    better = bootstrap.paired_bootstrap([0.0] * 50, [1.0] * 50, groups)
     assert (better.verdict(), better.difference) == ("better", 1.0)
     assert better.verdict(higher_is_better=False) == "worse"
-    assert bootstrap.paired([0.0, 1.0] * 25, [1.0, 0.0] * 25, groups).verdict() == "cannot tell"
+    assert bootstrap.paired_bootstrap([0.0, 1.0] * 25, [1.0, 0.0] * 25, groups).verdict() == "cannot tell"
 
 
 def test_weights_make_a_mean_over_tokens() -> None:
-    found = bootstrap.paired([1.0, 3.0], [1.0, 3.0], ["a", "b"], weights=[3.0, 1.0])
+    found = bootstrap.paired_bootstrap([1.0, 3.0], [1.0, 3.0], ["a", "b"], weights=[3.0, 1.0])
     assert found.base == pytest.approx(1.5)
 
 
@@ -75,7 +75,7 @@ def verdicts(draw: Draw, count: int, trials: int) -> tuple[float, float]:
     names = [str(number) for number in range(count)]
     for _ in range(trials):
         differences = draw(rng, count)
-        found = bootstrap.paired(np.zeros(count), differences, names)
+        found = bootstrap.paired_bootstrap(np.zeros(count), differences, names)
         assert found.low <= found.difference <= found.high
         said.append(found.verdict())
     return said.count("better") / trials, said.count("worse") / trials
@@ -105,19 +105,21 @@ def test_an_effect_is_still_told(count: int, effect: float, least: float) -> Non
 def test_replies_are_told_as_exactly_as_by_mcnemar() -> None:
     """Of right and wrong replies: at 0 the test is that of flipped signs alone, whatever has not changed."""
     for count, better in ((6, 6), (20, 6), (60, 8)):
-        gained = bootstrap.paired([0.0] * count, [1.0] * better + [0.0] * (count - better), [str(n) for n in range(count)])
+        gained = bootstrap.paired_bootstrap(
+            [0.0] * count, [1.0] * better + [0.0] * (count - better), [str(n) for n in range(count)]
+        )
         assert gained.verdict() == "better"
-        short = bootstrap.paired([0.0] * count, [1.0] * 5 + [0.0] * (count - 5), [str(n) for n in range(count)])
+        short = bootstrap.paired_bootstrap([0.0] * count, [1.0] * 5 + [0.0] * (count - 5), [str(n) for n in range(count)])
         assert short.verdict() == "cannot tell", "of five flips one in 32 is as extreme"
     mixed = [1.0] * 12 + [-1.0] * 2 + [0.0] * 26  # McNemar's exact p is .0129, two-sided
-    assert bootstrap.paired([0.0] * 40, mixed, [str(n) for n in range(40)]).verdict() == "better"
+    assert bootstrap.paired_bootstrap([0.0] * 40, mixed, [str(n) for n in range(40)]).verdict() == "better"
     mixed[:3] = [-1.0, 0.0, 0.0]  # 9 against 3: .146
-    assert bootstrap.paired([0.0] * 40, mixed, [str(n) for n in range(40)]).verdict() == "cannot tell"
+    assert bootstrap.paired_bootstrap([0.0] * 40, mixed, [str(n) for n in range(40)]).verdict() == "cannot tell"
 
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_under_six_groups_nothing_can_be_told(count: int) -> None:
-    found = bootstrap.paired([0.0] * count, [1.0] * count, [str(number) for number in range(count)])
+    found = bootstrap.paired_bootstrap([0.0] * count, [1.0] * count, [str(number) for number in range(count)])
     assert (found.low, found.high, found.verdict()) == (-1.0, 1.0, "cannot tell")
     assert bootstrap.groups_needed(found.difference, found.low, found.high, count) >= bootstrap.LEAST_GROUPS == 6
 
@@ -129,7 +131,7 @@ def test_the_interval_covers_a_true_difference_of_few_groups(chance: float) -> N
     for count in (8, 20, 50):
         names, missed = [str(number) for number in range(count)], [0, 0]
         for _ in range(150):
-            found = bootstrap.paired(np.zeros(count), (rng.random(count) < chance) * 1.0, names)
+            found = bootstrap.paired_bootstrap(np.zeros(count), (rng.random(count) < chance) * 1.0, names)
             missed = [missed[0] + (found.low > chance), missed[1] + (found.high < chance)]
         assert max(missed) <= 10, "3.75 expected at a nominal 2.5 %; more than 10 with probability 0.2 %"
 
@@ -141,28 +143,30 @@ def test_groups_of_unlike_size_are_judged_by_the_mean_over_rows() -> None:
     rng, told = np.random.default_rng(9), 0
     for _ in range(300):
         differences = np.repeat(rng.normal(size=12), sizes)
-        found = bootstrap.paired(np.zeros(len(names)), differences, names)
+        found = bootstrap.paired_bootstrap(np.zeros(len(names)), differences, names)
         assert found.difference == pytest.approx(differences.mean())
         told += found.verdict() != "cannot tell"
     assert told <= 24, "15 expected at a nominal 5 %"
-    better = bootstrap.paired(np.zeros(len(names)), np.repeat(rng.normal(4, 1, 12), sizes), names)
+    better = bootstrap.paired_bootstrap(np.zeros(len(names)), np.repeat(rng.normal(4, 1, 12), sizes), names)
     assert better.low > 0
 
 
 def test_what_most_groups_share_may_hide_others() -> None:
     """Eight groups that all lost a little: one in three of such groups may have gained, and was not drawn."""
-    found = bootstrap.paired([0.3] * 8, [0.0] * 8, list("abcdefgh"))
+    found = bootstrap.paired_bootstrap([0.3] * 8, [0.0] * 8, list("abcdefgh"))
     assert found.verdict() == "cannot tell"
     hidden = 1 - 0.025 ** (1 / 8)
     assert found.high == pytest.approx(-0.3 * (1 - hidden) + hidden)
-    losses = bootstrap.paired([0.3] * 8, [0.0] * 8, list("abcdefgh"), is_bounded=False)
+    losses = bootstrap.paired_bootstrap([0.3] * 8, [0.0] * 8, list("abcdefgh"), is_bounded=False)
     assert losses.verdict() == "worse", "of a loss nobody knows how much it may gain"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("groups", [2, 8, 20])
 def test_what_is_no_number_is_never_better(broken: float, groups: int) -> None:
-    found = bootstrap.paired([2.0] * groups, [1.0] * (groups - 1) + [broken], [str(n) for n in range(groups)], is_bounded=False)
+    found = bootstrap.paired_bootstrap(
+        [2.0] * groups, [1.0] * (groups - 1) + [broken], [str(n) for n in range(groups)], is_bounded=False
+    )
     assert found.verdict() == found.verdict(higher_is_better=False) == "cannot tell"
     assert (found.low, found.high) == (-math.inf, math.inf), "it is within no limit"
     by_hand = bootstrap.Comparison(2.0, broken, broken, math.nan, -1.0)

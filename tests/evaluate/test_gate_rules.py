@@ -17,7 +17,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, GateError
 from sartor.evaluate.audit import probes
 from sartor.evaluate.limits import Check
-from sartor.release.gate import Slice, open_rules, upper_bound
+from sartor.release.gate import SliceRule, open_rules, upper_bound
 
 RULE = {"name": "no_repair", "where": {"severity": "critical"}, "forbid": {"action": ["mend", "cut"]}}
 WANTED = [{"severity": "critical", "action": "stop"}] * 8 + [{"severity": "minor", "action": "mend"}] * 4
@@ -100,7 +100,7 @@ def test_two_slices_of_one_name_or_none_at_all_are_refused() -> None:
 
 def test_the_rules_of_the_textile_line_can_be_read() -> None:
     (one,) = open_rules(Path(__file__).parents[2] / "examples/media/textile/rules.yaml").slices
-    assert isinstance(one, Slice)
+    assert isinstance(one, SliceRule)
     assert one.holds('{"severity": "critical"}') and not one.holds('{"severity": "minor"}')
     assert one.verdict('{"action": "R2: mend by hand"}') == "wrong"
 

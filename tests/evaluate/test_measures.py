@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from sartor.core.errors import ConfigError
 from sartor.evaluate import bootstrap
-from sartor.evaluate.metrics import Measures, Side
+from sartor.evaluate.metrics import MetricSet, ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.evaluate.scorers import rouge_l, spoken, word_errors
 
@@ -36,7 +36,9 @@ def test_macro_f1_and_accuracy_are_those_of_scikit_learn() -> None:
     replies = as_json(after)
     replies[5] = "no JSON"
     after[5] = "unreadable"
-    found = Measures(as_json(wanted), [str(n // 2) for n in range(60)], "action").compared(Side(as_json(before)), Side(replies))
+    found = MetricSet(as_json(wanted), [str(n // 2) for n in range(60)], "action").compared(
+        ModelOutputs(as_json(before)), ModelOutputs(replies)
+    )
     for side, said in (("base", before), ("tuned", after)):
         macro = f1_score(wanted, said, labels=sorted(CLASSES), average="macro")
         assert getattr(found["macro_f1"], side) == pytest.approx(macro)
@@ -48,7 +50,9 @@ def test_macro_f1_is_judged_on_sets_of_whole_groups() -> None:
     """Row by row: macro-F1 of every set of groups; where the test does not reject, none but a few of them lie beyond."""
     wanted, before, after = drawn(24, 3), drawn(24, 4), drawn(24, 3)
     groups = [str(n % 8) for n in range(24)]
-    found = Measures(as_json(wanted), groups, "action").one("macro_f1", Side(as_json(before)), Side(as_json(after)))
+    found = MetricSet(as_json(wanted), groups, "action").one(
+        "macro_f1", ModelOutputs(as_json(before)), ModelOutputs(as_json(after))
+    )
     differences = []
     for chosen in itertools.product((False, True), repeat=8):
         rows = [row for row in range(24) if chosen[int(groups[row])]]
@@ -67,8 +71,8 @@ def test_macro_f1_is_judged_on_sets_of_whole_groups() -> None:
 
 def test_macro_f1_of_a_model_that_always_says_the_commonest_class_is_small() -> None:
     wanted = ["go"] * 90 + ["stop"] * 10
-    measures = Measures(as_json(wanted), [str(n) for n in range(100)], "action")
-    found = measures.compared(Side(as_json(["go"] * 100)), Side(as_json(wanted)))
+    measures = MetricSet(as_json(wanted), [str(n) for n in range(100)], "action")
+    found = measures.compared(ModelOutputs(as_json(["go"] * 100)), ModelOutputs(as_json(wanted)))
     assert found["accuracy"].base == 0.9
     assert found["macro_f1"].base == pytest.approx(0.5 * 18 / 19)
     assert found["macro_f1"].low > 0.4
@@ -77,24 +81,24 @@ def test_macro_f1_of_a_model_that_always_says_the_commonest_class_is_small() -> 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     wanted = ["go"] * 100
     said = as_json(["go"] * 60 + ["stop"] * 40)
-    measures = Measures(as_json(wanted), [str(n) for n in range(100)], "action")
-    sure = Side(said, confidence=[0.95] * 100)
-    fair = Side(said, confidence=[0.6] * 100)
+    measures = MetricSet(as_json(wanted), [str(n) for n in range(100)], "action")
+    sure = ModelOutputs(said, confidence=[0.95] * 100)
+    fair = ModelOutputs(said, confidence=[0.6] * 100)
     found = measures.compared(sure, fair)["ece"]
     assert (found.base, found.tuned) == pytest.approx((0.35, 0.0))
     assert found.verdict(higher_is_better=False) == "better"
-    mixed = Side(said, confidence=[1.0] * 60 + [0.01] * 40)
+    mixed = ModelOutputs(said, confidence=[1.0] * 60 + [0.01] * 40)
     assert measures.compared(sure, mixed)["ece"].tuned == pytest.approx(0.004)
 
 
 def test_word_error_rate_is_that_of_jiwer_over_all_transcripts() -> None:
     references = ["the sky is blue", "stop", "mend the edge by hand now", "not a transcript"]
     replies = ["the sky blue", "stop it now", "mend a edge by hand", "?"]
-    measures = Measures(references, list("abcd"), transcripts=[0, 1, 2])
-    found = measures.compared(Side(replies), Side(references))["wer"]
+    measures = MetricSet(references, list("abcd"), transcripts=[0, 1, 2])
+    found = measures.compared(ModelOutputs(replies), ModelOutputs(references))["wer"]
     assert found.base == pytest.approx(jiwer.wer(references[:3], replies[:3]))
     assert found.tuned == 0
-    assert measures.by_row(Side(replies))["wer"] == [0.25, 2.0, pytest.approx(1 / 3), None]
+    assert measures.by_row(ModelOutputs(replies))["wer"] == [0.25, 2.0, pytest.approx(1 / 3), None]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -147,10 +151,10 @@ def test_where_a_label_stands(reply: str, field: str, value: str) -> None:
 
 def test_rows_without_a_label_are_no_part_of_what_is_said_of_labels() -> None:
     references = [*as_json(["go", "stop"]), "how are you"]
-    measures = Measures(references, list("abc"), "action")
-    found = measures.compared(Side(["?"] * 3), Side(references))
+    measures = MetricSet(references, list("abc"), "action")
+    found = measures.compared(ModelOutputs(["?"] * 3), ModelOutputs(references))
     assert (found["accuracy"].tuned, found["accuracy"].base) == (1.0, 0.0)
-    assert measures.by_row(Side(references))["accuracy"] == [1.0, 1.0, None]
+    assert measures.by_row(ModelOutputs(references))["accuracy"] == [1.0, 1.0, None]
     few = measures.of([2, 0])
     assert few.references == [references[2], references[0]] and few.labelled == [1]
     assert measures.of([2]).names == ["exact_match", "f1", "rouge_l"]
@@ -163,7 +167,7 @@ def test_rows_without_a_label_are_no_part_of_what_is_said_of_labels() -> None:
 )  # fmt: skip
 def test_what_cannot_be_measured_is_named(given: dict[str, Any], name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Measures(as_json(["go"]), ["a"], **given).check(name)
+        MetricSet(as_json(["go"]), ["a"], **given).check(name)
 
 
 def test_means_are_as_they_were_before_statistics_of_sums() -> None:
@@ -171,7 +175,7 @@ def test_means_are_as_they_were_before_statistics_of_sums() -> None:
     rng = np.random.default_rng(5)
     base, tuned, weights = rng.random(30), rng.random(30), rng.integers(1, 9, 30).astype(float)
     groups = [str(n // 3) for n in range(30)]
-    found = bootstrap.paired(list(base), list(tuned), groups, list(weights))
+    found = bootstrap.paired_bootstrap(list(base), list(tuned), groups, list(weights))
     _, member = np.unique(groups, return_inverse=True)
     mass, gain = np.bincount(member, weights), np.bincount(member, weights * (tuned - base))
     chosen = np.array(list(itertools.product((0.0, 1.0), repeat=10))[1:])
@@ -196,7 +200,7 @@ def test_macro_f1_that_falls_is_never_told_as_a_gain() -> None:
         for column, told in zip((wanted, before, after), rows, strict=True):
             column.extend(told)
         groups += [str(place)] * len(rows[0])
-    fallen = Measures(wanted, groups, ".").one("macro_f1", Side(before), Side(after))
+    fallen = MetricSet(wanted, groups, ".").one("macro_f1", ModelOutputs(before), ModelOutputs(after))
     assert fallen.low <= fallen.difference <= fallen.high
     assert fallen.difference < -0.3 and fallen.verdict() == "worse"
 
@@ -206,9 +210,9 @@ def test_an_estimate_is_in_its_interval_whatever_the_statistic() -> None:
     for count in (7, 13, 20, 40):
         wanted = [source.choice("abc") for _ in range(2 * count)]
         before, after = ([source.choice([right, right, *"abc?"]) for right in wanted] for _ in range(2))
-        sides = [Side(replies, confidence=[source.random() for _ in wanted]) for replies in (before, after)]
-        for name, found in Measures(wanted, [str(n // 2) for n in range(2 * count)], ".").compared(*sides).items():
+        sides = [ModelOutputs(replies, confidence=[source.random() for _ in wanted]) for replies in (before, after)]
+        for name, found in MetricSet(wanted, [str(n // 2) for n in range(2 * count)], ".").compared(*sides).items():
             assert found.low <= found.difference <= found.high, (name, count)
     for score in (0.1, 0.3, 0.7):
-        equal = bootstrap.paired([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
+        equal = bootstrap.paired_bootstrap([0.0] * 39, [score] * 39, [str(n // 3) for n in range(39)], is_bounded=False)
         assert equal.low <= equal.difference <= equal.high, "ends that are rounded otherwise leave nothing out"

@@ -16,7 +16,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AdmissionError
 from sartor.core.numerics import NUMERICS, numerics
 from sartor.evaluate import training_facts
-from sartor.inference.engine import Done, Event, Piece
+from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.release import canary_prompts
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
@@ -30,7 +30,7 @@ def manifest(dtype: str, /, **made_by: Any) -> dict[str, Any]:
 
 
 def said(*texts: str) -> list[Sequence[Event]]:
-    return [[Piece("c", text, 3), Done("c", "stop", 5, 3)] for text in texts]
+    return [[TextDelta("c", text, 3), ReplyDone("c", "stop", 5, 3)] for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def said(*texts: str) -> list[Sequence[Event]]:
 )
 def test_replies_of_the_same_arithmetic_are_compared(dtype: str, made_by: dict[str, Any]) -> None:
     asked = canary_prompts.canaries_of(manifest(dtype, **made_by), "a")
-    assert canary_prompts.judge(asked, said(*REPLIES)).startswith("2 recorded prompts answered, 2 begin word for word")
+    assert canary_prompts.judge_canaries(asked, said(*REPLIES)).startswith("2 recorded prompts answered, 2 begin word for word")
     with pytest.raises(AdmissionError, match="alike|like those"):
-        canary_prompts.judge(asked, said("quite another thing", "no"))
+        canary_prompts.judge_canaries(asked, said("quite another thing", "no"))
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_replies_of_the_same_arithmetic_are_compared(dtype: str, made_by: dict[s
 )
 def test_replies_of_another_arithmetic_are_not_compared(dtype: str, made_by: dict[str, Any], wanted: str) -> None:
     asked = canary_prompts.canaries_of(manifest(dtype, **made_by), "a")
-    found = canary_prompts.judge(asked, said("quite another thing", "no"))
+    found = canary_prompts.judge_canaries(asked, said("quite another thing", "no"))
     assert found.startswith(wanted) and found.endswith("; 2 recorded prompts answered")
     with pytest.raises(AdmissionError, match="say nothing or repeat one piece") as caught:
-        canary_prompts.judge(asked, said("", "ha" * 60))
+        canary_prompts.judge_canaries(asked, said("", "ha" * 60))
     assert caught.value.check == "degenerate"
 
 
@@ -72,7 +72,7 @@ def test_prompts_state_the_arithmetic_of_the_report(tmp_path: Path) -> None:
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
 
     def made_by(base: dict[str, Any]) -> list[tuple[str, int]]:
-        found = training_facts.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))
+        found = training_facts.recorded_canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {"base": base}))
         return [(one["dtype"], one["numerics"]) for one in found]
 
     assert made_by({"dtype": "bfloat16", "numerics": 2}) == [("bfloat16", 2)] * 2

@@ -11,7 +11,7 @@ import pytest
 
 from sartor.core.errors import SourceError
 from sartor.evaluate import training_facts
-from sartor.evaluate.bootstrap import paired
+from sartor.evaluate.bootstrap import paired_bootstrap
 from sartor.learn import personal_tuning as server
 from sartor.personalization import acceptance as device
 from sartor.serving.team_config import PersonalTerms
@@ -21,7 +21,7 @@ LIMITS = SimpleNamespace(most_worse=0.05, most_elsewhere=0.1)
 
 
 def asked(count: int) -> Any:
-    return device.Asked([SimpleNamespace(supervised_tokens=5)] * count, [str(place) for place in range(count)])  # type: ignore[list-item]
+    return device.JudgedRows([SimpleNamespace(supervised_tokens=5)] * count, [str(place) for place in range(count)])  # type: ignore[list-item]
 
 
 def of_device(own: Losses, probe: Losses, patch: pytest.MonkeyPatch) -> str:
@@ -33,7 +33,9 @@ def of_device(own: Losses, probe: Losses, patch: pytest.MonkeyPatch) -> str:
 def of_server(own: Losses, probe: Losses, patch: pytest.MonkeyPatch) -> str:
     sides = iter([own, probe])
     patch.setattr(
-        server, "_compared", lambda _, tuned, one: paired([2.0] * len(one.rows), next(sides), one.groups, is_bounded=False)
+        server,
+        "_compared",
+        lambda _, tuned, one: paired_bootstrap([2.0] * len(one.rows), next(sides), one.groups, is_bounded=False),
     )
     return server.judge(None, None, asked(len(own)), asked(len(probe)), LIMITS).why  # type: ignore[arg-type]
 

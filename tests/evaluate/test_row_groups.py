@@ -15,20 +15,20 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group
 from sartor.curate.sources.planner import read_all
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate import bootstrap, evaluation
 from sartor.evaluate.audit import counterfactual_bias, probes
 from sartor.evaluate.predictions import HeldOut
 from sartor.federate.tuning import client_shards, personal_adapters
 from sartor.learn import personal_tuning, promotion_checks, retrain
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.personalization import user_tokens
-from sartor.personalization.user_rows import Row
+from sartor.personalization.user_rows import UserRow
 from sartor.release import gate as checks
 from sartor.synthesize.validate import samples as validating
 from sartor.tune import dataset_encoding as tuning
 from sartor.tune.recipe import Data
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
 def row(place: int, group: str = "", system: str = "", reply: str = "approved") -> Example:
@@ -37,8 +37,8 @@ def row(place: int, group: str = "", system: str = "", reply: str = "approved") 
     return Example(tuple(said), (Origin("file", str(place)),), group, "eval")
 
 
-def encoded(rows: Sequence[Example]) -> list[Encoded]:
-    return [Encoded([1, 2], [False, True], example_id=one.id) for one in rows]
+def encoded(rows: Sequence[Example]) -> list[TokenizedExample]:
+    return [TokenizedExample([1, 2], [False, True], example_id=one.id) for one in rows]
 
 
 def of_evaluate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
@@ -47,7 +47,7 @@ def of_evaluate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]
 
 def of_audit(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
     """Prompts that are the same once every name stands in them are one block already."""
-    clusters = {block.id: block.cluster for block in counterfactual_bias.own(rows, "names").blocks}
+    clusters = {block.id: block.cluster for block in counterfactual_bias.own_prompts(rows, "names").blocks}
     return [clusters.get(one.id, group_of(one)) for one in rows]
 
 
@@ -62,7 +62,7 @@ def of_retrain(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[A
 
 
 def of_validate(rows: Sequence[Example], _: pytest.MonkeyPatch) -> Sequence[Any]:
-    pool = validating.pooled(validating.Sides([], list(rows), []), 1_000, 0)
+    pool = validating.pooled(validating.ValidationSamples([], list(rows), []), 1_000, 0)
     return list(pool.units)
 
 
@@ -70,19 +70,19 @@ def of_personal(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[
     patch.setattr(personal_tuning.stored, "read_examples", lambda dataset: list(rows))
     patch.setattr(personal_tuning, "LEAST_TRAINED", 0)
     patch.setattr(personal_tuning, "LEAST_HELD_OUT", 0)
-    return personal_tuning.own_rows(None, Rows(held_out=encoded(rows))).groups  # type: ignore[arg-type]
+    return personal_tuning.own_rows(None, TokenizedDataset(held_out=encoded(rows))).groups  # type: ignore[arg-type]
 
 
 def of_edge(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
-    patch.setattr(user_tokens, "encoded", lambda example, name, chat, most: encoded([example])[0])
-    mine = [Row(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
-    return user_tokens.material(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
+    patch.setattr(user_tokens, "encode_user_row", lambda example, name, chat, most: encoded([example])[0])
+    mine = [UserRow(str(place), "2026-11-28", one) for place, one in enumerate(rows)]
+    return user_tokens.prepare_rows(mine, None, 1.0, 100).groups  # type: ignore[arg-type]
 
 
 def of_federate(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[Any]:
     patch.setattr(personal_adapters.predictions, "reply_limit", lambda base, found: 10_000)
     people = SimpleNamespace(
-        rows={"a": Rows(held_out=encoded(rows))},
+        rows={"a": TokenizedDataset(held_out=encoded(rows))},
         resident=SimpleNamespace(base=None),
         dataset_of=lambda name: SimpleNamespace(path=Path()),
     )
@@ -170,7 +170,7 @@ def test_a_users_own_test_file_has_intervals_and_may_pass(
     assert found["groups"] == found["rows"] == 40
     loss = found["metrics"]["loss"]
     assert -1 < loss["low"] <= loss["difference"] <= loss["high"] < 0
-    assert checks.gain("loss", loss, groups=found["groups"]).outcome == "pass"
+    assert checks.check_gain("loss", loss, groups=found["groups"]).outcome == "pass"
     stored = sartor.open(found["report"]).path / "rows.parquet"
     import polars
 
@@ -180,11 +180,11 @@ def test_a_users_own_test_file_has_intervals_and_may_pass(
 @pytest.mark.parametrize("groups", [2, 5])
 def test_too_few_groups_are_told_and_how_many_would_do(groups: int) -> None:
     metric = {"base": 0.1, "tuned": 0.9, "difference": 0.8, "low": -1.0, "high": 1.0}
-    check = checks.gain("exact_match", metric, groups=groups)
+    check = checks.check_gain("exact_match", metric, groups=groups)
     assert check.outcome == "cannot tell" and f"over {groups} groups of rows; fewer than 6 exclude nothing" in check.detail
     assert "evaluate on about" in check.remedy and "--data FILE" in check.remedy
     worse = {"base": 0.9, "tuned": 0.1, "difference": -0.8, "low": -1.0, "high": 1.0}
-    assert checks.gain("exact_match", worse, groups=groups).remedy == "", "more rows would not make it a gain"
+    assert checks.check_gain("exact_match", worse, groups=groups).remedy == "", "more rows would not make it a gain"
 
 
 def test_a_group_column_with_gaps_is_read_as_pandas_writes_it(tmp_path: Path) -> None:
@@ -196,17 +196,21 @@ def test_a_group_column_with_gaps_is_read_as_pandas_writes_it(tmp_path: Path) ->
     blank = write_jsonl(
         tmp_path / "blank.jsonl", [{"question": f"b{place}", "answer": "a", "group": " "} for place in range(2)]
     )
-    read = [one for path in (tmp_path / "rows.parquet", blank) for one in read_all(Source(str(path)), 4 << 20, tmp_path / "m")]
+    read = [
+        one
+        for path in (tmp_path / "rows.parquet", blank)
+        for one in read_all(SourceOptions(str(path)), 4 << 20, tmp_path / "m")
+    ]
     assert [one.group for one in read if isinstance(one, Example)] == ["3", "3", "", "", "4", "", ""]
     assert stated_group(2.5) is None and stated_group(True) == "True" and stated_group(["a"]) is None
 
 
 def test_too_few_groups_that_show_nothing_are_told_how_many_would_do() -> None:
     metric = {"base": 0.5, "tuned": 0.5, "difference": 0.0, "low": -1.0, "high": 1.0}
-    check = checks.gain("exact_match", metric, groups=5)
+    check = checks.check_gain("exact_match", metric, groups=5)
     assert check.outcome == "cannot tell" and "evaluate on 6 groups of rows or more" in check.remedy
     nearly = {"base": 0.1, "tuned": 0.3, "difference": 0.2, "low": 0.0, "high": 0.4}
-    assert "about 23 groups" in checks.gain("exact_match", nearly, groups=22).remedy
+    assert "about 23 groups" in checks.check_gain("exact_match", nearly, groups=22).remedy
     assert bootstrap.groups_needed(0.2, 0.0, 0.4, 22) == 23
 
 

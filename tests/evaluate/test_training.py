@@ -103,7 +103,7 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
     table = [{"id": one.id, "prompt": one.prompt[-1].text, "tuned_reply": one.reply} for one in held_out]
     table += [{"id": "other", "prompt": "from a file", "tuned_reply": "z"}, {"id": "same", "prompt": "p", "tuned_reply": "z"}]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
-    found = training_facts.canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
+    found = training_facts.recorded_canaries(facts(example("q", "r"), *held_out), Artifact(tmp_path, {}))
     assert sorted(one["reply"] for one in found) == sorted([*("r" * n for n in range(1, 8)), "z"])
     by_reply = {one["reply"]: one["messages"] for one in found}
     assert by_reply["r"] == [{"role": "system", "content": "Own."}, {"role": "user", "content": "q1"}]
@@ -114,6 +114,6 @@ def test_canaries_are_short_distinct_and_asked_as_they_were(tmp_path: Path) -> N
 def test_there_are_enough_canaries_for_a_probe_where_replies_are_of_few_kinds(replies: int, tmp_path: Path) -> None:
     table = [{"id": f"row{n}", "prompt": f"q{n // 2}", "tuned_reply": "yn."[n // 2 % replies]} for n in range(40)]
     parquet_io.write_rows(tmp_path / "rows.parquet", pa.Table.from_pylist(table).schema, table)
-    found = training_facts.canaries(facts(example("q", "r")), Artifact(tmp_path, {}))
+    found = training_facts.recorded_canaries(facts(example("q", "r")), Artifact(tmp_path, {}))
     assert len({json.dumps(one["messages"]) for one in found}) == len(found) == training_facts.CANARIES >= LEAST_GROUPS
     assert len({one["reply"] for one in found}) == replies

@@ -17,13 +17,13 @@ from sartor.curate.review.review_store import open_items
 from sartor.evaluate.limits import (
     BiasLimits,
     GainLimit,
-    Limits,
+    GateLimits,
     MemorisationLimits,
     ReviewLimit,
+    audit_checks,
     judge_bias,
     judge_memorisation,
 )
-from sartor.evaluate.limits import checks as audit_checks
 from sartor.release import gate as checks
 from sartor.release.gate import open_rules
 from sartor.release.release import gate
@@ -195,10 +195,10 @@ def test_a_rules_file_moves_limits_without_a_slice_and_refuses_nonsense(tmp_path
     file = tmp_path / "gate.yaml"
     file.write_text("gain: {at_least: 0.05}\nbias: {gap: 0.2}\nreview: 3\n")
     limits = open_rules(file).limits
-    assert limits == Limits(gain=GainLimit(0.05), bias=BiasLimits(gap=0.2), review=ReviewLimit(3))
+    assert limits == GateLimits(gain=GainLimit(0.05), bias=BiasLimits(gap=0.2), review=ReviewLimit(3))
     metric = {"base": 0.5, "tuned": 0.6, "low": 0.04, "high": 0.16}
-    assert checks.gain("f1", metric).outcome == "pass" and checks.gain("f1", metric, limits.gain).outcome == "fail"
-    assert checks.forgetting({"difference": 0.1, "low": 0, "high": 0.4}, Limits.forgetting).outcome == "pass"
+    assert checks.check_gain("f1", metric).outcome == "pass" and checks.check_gain("f1", metric, limits.gain).outcome == "fail"
+    assert checks.check_forgetting({"difference": 0.1, "low": 0, "high": 0.4}, GateLimits.forgetting).outcome == "pass"
     for wrong in ({"bias": {"gap": 2}}, {"memorisation": {"secrets": -1}}, {"bais": {}}, {}):
         with pytest.raises(ConfigError):
             open_rules(wrong)
@@ -230,7 +230,7 @@ def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(adapter: Pat
     dataset = adapter.parent / "dataset"
     found = {"kind": "validation", "slice": "all rows", "reason": "novelty", "detail": "unlike reality"}
     try:
-        assert open_items(dataset) == 0 and checks.review(0, None, "data") == {}
+        assert open_items(dataset) == 0 and checks.check_review(0, None, "data") == {}
         sartor.review_add(dataset, [found])
         assert open_items(dataset) == 1
         (item,) = sartor.review_list(dataset)["items"]
@@ -239,10 +239,10 @@ def test_items_of_the_queue_that_nobody_decided_hold_a_release_back(adapter: Pat
     finally:
         (dataset / "review.sqlite").unlink(missing_ok=True)
         (dataset.parent / "review.sqlite").unlink(missing_ok=True)
-    found = checks.review(1, None, "data")["review"]
+    found = checks.check_review(1, None, "data")["review"]
     assert found.outcome == "fail" and "1 items of data wait" in found.detail and found.remedy == "sartor review data"
-    assert checks.review(1, ReviewLimit(1), "data")["review"].outcome == "pass"
-    assert checks.review(0, ReviewLimit(), "data")["review"].outcome == "pass"
+    assert checks.check_review(1, ReviewLimit(1), "data")["review"].outcome == "pass"
+    assert checks.check_review(0, ReviewLimit(), "data")["review"].outcome == "pass"
 
 
 def test_the_gate_asks_whoever_knows_the_queue(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,12 +251,12 @@ def test_each_figure_has_its_limit(form: str, changes: dict[str, Any], word: str
 
 
 def test_figures_count_positions_and_replies() -> None:
-    asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
+    asked = prompts.ParityPrompt((Message.of("user", "a"),), "", (1, 2), "here")
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 1.0, 5.0]])
     trace = reference.Trace(asked, (1, 2), logits)
     near = logits.log_softmax(-1)
     likeliest = [[(1, float(near[0, 1])), (2, float(near[0, 2]) + 0.25)], [(0, float(near[1, 0])), (2, float(near[1, 2]))]]
-    found = measure.compare("r", "f16", [trace], measure.Answers([[1, 0, 0]], [likeliest]))
+    found = measure.compare("r", "f16", [trace], measure.RuntimeOutputs([[1, 0, 0]], [likeliest]))
     assert (found.positions, found.agreement, found.greedy_tokens, found.greedy_replies) == (2, 0.5, 1 / 3, 0.0)
     assert (round(found.logprob_difference, 4), found.logit_difference) == (0.25, None)
     assert measure.with_prompts(found, [trace], [[1, 2]]).alike == 1.0
@@ -264,13 +264,13 @@ def test_figures_count_positions_and_replies() -> None:
 
 
 def test_replies_that_differ_among_themselves_say_less_than_as_many_positions_would() -> None:
-    asked = prompts.Asked((Message.of("user", "a"),), "", (1, 2), "here")
+    asked = prompts.ParityPrompt((Message.of("user", "a"),), "", (1, 2), "here")
     logits = torch.tensor([[0.0, 5.0], [0.0, 5.0]])
     traces = [reference.Trace(asked, (1, 1), logits)] * 4
     right, wrong = [(1, -0.01), (0, -5.0)], [(0, -0.01), (1, -5.0)]
 
     def told(*replies: list[list[tuple[int, float]]]) -> measure.Figures:
-        return measure.compare("r", "f16", traces, measure.Answers([[1, 1]] * 4, list(replies)))
+        return measure.compare("r", "f16", traces, measure.RuntimeOutputs([[1, 1]] * 4, list(replies)))
 
     scattered, together = told(*[[right, wrong]] * 4), told(*[[right, right], [wrong, wrong]] * 2)
     assert scattered.agreement == together.agreement == 0.5
@@ -282,9 +282,9 @@ def test_tokens_inside_a_character_are_counted_though_nothing_is_told_of_them() 
         return {"id": token, "top_logprobs": [{"id": token, "logprob": logprob}, {"id": 0, "logprob": -9.0}]}
 
     # an emoji of three tokens, of which the server tells of the last; then one whose entry could be either's
-    whole = llamacpp_process.told_of([7, 8, 9, 5, 5, 2], [entry(9, -1.0), entry(5, -2.0), entry(2, -3.0)])
+    whole = llamacpp_process.token_steps([7, 8, 9, 5, 5, 2], [entry(9, -1.0), entry(5, -2.0), entry(2, -3.0)])
     assert [step[0] for step in whole] == [(7, None), (8, None), (9, -1.0), (5, None), (5, None), (2, -3.0)]
-    assert llamacpp_process.told_of([3, 4], [entry(3, -1.0), entry(4, -2.0)])[1] == [(4, -2.0), (0, -9.0)]
+    assert llamacpp_process.token_steps([3, 4], [entry(3, -1.0), entry(4, -2.0)])[1] == [(4, -2.0), (0, -9.0)]
 
 
 def test_what_cannot_end_well_is_refused_before_any_work(made: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def test_a_tampered_release_or_another_base_is_refused(
 def test_memory_that_cannot_hold_the_comparison_is_said_before(
     made: Path, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "available_bytes", lambda: hardware.Room(1 << 20, "a test"))
+    monkeypatch.setattr(hardware, "available_bytes", lambda: hardware.FreeMemory(1 << 20, "a test"))
     with pytest.raises(BudgetError, match=r"needs 1\.1 GB; 0\.0 GB are there \(a test\)"):
         sartor.export(made / "release", tmp_path / "out", to="peft", options=sartor.ExportOptions(**options))
 
@@ -351,8 +351,8 @@ def test_replace_takes_the_place_of_an_export(made: Path, tmp_path: Path, option
 
 
 def test_options_name_each_type_once() -> None:
-    assert export.Options(["q8_0", "f16", "q8_0"]).types == ["f16", "q8_0"]
-    assert export.Options(["bf16"]).types == ["bf16"]
+    assert export.ExportOptions(["q8_0", "f16", "q8_0"]).types == ["f16", "q8_0"]
+    assert export.ExportOptions(["bf16"]).types == ["bf16"]
 
 
 @pytest.mark.services

@@ -22,10 +22,10 @@ from sartor.core.model_refs import BaseRef
 from sartor.core.records import Message
 from sartor.models import adapters, gguf_writer
 from sartor.models.base import Base, open_base
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 from sartor.models.gguf_writer import write_adapter_gguf
 from sartor.release.export import parity
-from sartor.release.export.parity import Asked
+from sartor.release.export.parity import ParityPrompt
 
 pytestmark = pytest.mark.services
 pytest.importorskip("xllamacpp", reason="pip install 'sartor[llamacpp]'")
@@ -37,9 +37,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "REPLY_TOKENS", 8)
 
 
-def asked(chat: Chat, *texts: str) -> list[Asked]:
+def asked(chat: ChatTokenizer, *texts: str) -> list[ParityPrompt]:
     turns = [(Message.of("user", text),) for text in texts]
-    return [Asked(one, "", tuple(chat.prompt_ids(one)), "a test") for one in turns]
+    return [ParityPrompt(one, "", tuple(chat.prompt_ids(one)), "a test") for one in turns]
 
 
 TEXTS = ("turn on the light", "what colour is the sky", "blue 1234, ünï\n\n  code", "a")
@@ -48,12 +48,12 @@ TEXTS = ("turn on the light", "what colour is the sky", "blue 1234, ünï\n\n  c
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_transformers_does_with_and_without_an_adapter(tmp_path: Path, family: str) -> None:
     model = FAMILIES[family]()
-    chat = Chat(tiny.tokenizer())
+    chat = ChatTokenizer(tiny.tokenizer())
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
     file = gguf_writer.write_model_gguf(
         model,
         gguf_writer.from_chat(chat, 320),
-        gguf_writer.About("tiny", "1", "MIT", chat.template),
+        gguf_writer.GgufMetadata("tiny", "1", "MIT", chat.template),
         tmp_path / "base.gguf",
         "f32",
     )
@@ -102,8 +102,8 @@ def test_a_gguf_file_that_answers_otherwise_is_not_written(tmp_path: Path, tiny_
     "harm", [lambda data: data[:2000], lambda data: b"no GGUF", lambda data: data.replace(b"llama", b"lxxxa")]
 )
 def test_a_file_that_llama_cpp_cannot_take_is_an_error_and_no_crash_of_ours(tmp_path: Path, harm: Any) -> None:
-    model, chat = FAMILIES["llama"](), Chat(tiny.tokenizer())
-    about = gguf_writer.About("tiny", "1", "MIT", chat.template)
+    model, chat = FAMILIES["llama"](), ChatTokenizer(tiny.tokenizer())
+    about = gguf_writer.GgufMetadata("tiny", "1", "MIT", chat.template)
     file = gguf_writer.write_model_gguf(model, gguf_writer.from_chat(chat, 320), about, tmp_path / "base.gguf")
     base = Base(BaseRef("tiny", tmp_path, "", "MIT"), model, chat, torch.device("cpu"))
     traces = parity.trace(base, model, asked(chat, "a"))

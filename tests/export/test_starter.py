@@ -16,11 +16,11 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, gguf_writer
 from sartor.models.base import open_base
-from sartor.models.gguf_writer import About, write_model_gguf
+from sartor.models.gguf_writer import GgufMetadata, write_model_gguf
 from sartor.release.export import parity as prompts
 from sartor.release.export import parity as reference
 from sartor.release.export import parity as runtimes
-from sartor.release.export.llamacpp_process import Asked
+from sartor.release.export.llamacpp_process import LlamaCppSession
 
 pytestmark = pytest.mark.circle
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.circle
 def test_written_in_the_type_that_it_came_in_the_starter_is_its_own_file_bit_by_bit(tmp_path: Path) -> None:
     base = open_base("starter", bits=32)
     file = source_gguf(base.ref)
-    about = About("starter", "1", "Apache-2.0", base.chat.template)
+    about = GgufMetadata("starter", "1", "Apache-2.0", base.chat.template)
     ours = write_model_gguf(base.model, gguf_writer.from_file(file, 49152), about, tmp_path / "starter.gguf", "q4_1")
     mine_read = gguf.GGUFReader(ours)
     held = {tensor.name: tensor for tensor in mine_read.tensors}
@@ -74,7 +74,7 @@ def test_llama_cpp_answers_as_the_release_and_openai_s_client_reads_it(tmp_path:
     how = {"stop": base.chat.stops, "pad": base.chat.pad, "sampling": Sampling(12)}
     wanted = base.chat.decode(generate(tuned, [base.chat.prompt_ids(turns)], **how)[0].ids)
     job = {"model": str(tmp_path / "out" / "switch-1.0-f16.gguf"), "adapter": "", "context": 256, "threads": 1}
-    served = Asked(job)
+    served = LlamaCppSession(job)
     with openai.OpenAI(base_url=f"{served.server.listening_address}/v1", api_key=served.key) as client:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         # the file says that replies are greedy: nothing else does

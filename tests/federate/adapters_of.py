@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sartor.federate.aggregation import Mode
-from sartor.models.lora_tensors import A, B, Tensors, cut, widened
+from sartor.models.lora_tensors import A, B, Tensors, pad_ranks, split_ranks
 
 Q, V, WHOLE = (
     "base_model.model.model.layers.0.self_attn.q_proj",
@@ -31,7 +31,7 @@ def trained(
 ) -> dict[str, np.ndarray]:
     """What a client ends with: what the mode trains has moved at random."""
     source = np.random.default_rng([seed, 1])
-    own = dict(held) if rank is None else cut(held, rank)[0]
+    own = dict(held) if rank is None else split_ranks(held, rank)[0]
     return {
         name: (value + step * source.standard_normal(value.shape)).astype(np.float32) if mode.trains(name, number) else value
         for name, value in own.items()
@@ -43,7 +43,7 @@ def true_products(adapters: Sequence[Tensors], examples: Sequence[int], held: Te
     total = sum(examples)
     products: dict[str, np.ndarray] = {}
     for adapter, count in zip(adapters, examples, strict=True):
-        whole = widened(adapter, held)
+        whole = pad_ranks(adapter, held)
         for module in (Q, V):
             product = whole[module + B].astype(np.float64) @ whole[module + A].astype(np.float64)
             products[module] = products.get(module, 0) + product * count / total

@@ -12,14 +12,14 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.federate.secure.fixed_point import Vector, scale_for
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.secagg_client import Client
-from sartor.federate.secure.secagg_server import Server, Sum
-from sartor.federate.secure.secagg_terms import Policy, Round, Slot, Terms, least_threshold
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_client import SecAggClient
+from sartor.federate.secure.secagg_server import SecAggServer, Sum
+from sartor.federate.secure.secagg_terms import Round, SecureSumPolicy, SecureSumTerms, TensorSlot, least_threshold
 
 COORDINATOR = "coordinator"
 # a test's graph has few neighbours
-LENIENT = Policy(least_degree=2)
+LENIENT = SecureSumPolicy(least_degree=2)
 
 
 def secret(*what: object) -> bytes:
@@ -34,16 +34,16 @@ def names(count: int) -> tuple[str, ...]:
     return tuple(f"ward-{number:04}" for number in range(count))
 
 
-def terms(count: int, size: int = 50, degree: int = 0, threshold: int = 0, bound: float = 1.0) -> Terms:
-    layout = (Slot("weight", (size,), scale_for(bound, count)),)
-    return Terms(names(count), threshold or least_threshold(count), layout, degree, secret("graph").hex())
+def terms(count: int, size: int = 50, degree: int = 0, threshold: int = 0, bound: float = 1.0) -> SecureSumTerms:
+    layout = (TensorSlot("weight", (size,), scale_for(bound, count)),)
+    return SecureSumTerms(names(count), threshold or least_threshold(count), layout, degree, secret("graph").hex())
 
 
-def roster_of(*identities: Identity) -> Roster:
-    return Roster({one.name: one.key.public_key() for one in identities})
+def roster_of(*identities: Identity) -> PinnedKeys:
+    return PinnedKeys({one.name: one.key.public_key() for one in identities})
 
 
-def write_keys(folder: Path, me: Identity, roster: Roster) -> None:
+def write_keys(folder: Path, me: Identity, roster: PinnedKeys) -> None:
     """NAME.key and roster/NAME.pub, as somebody who enrolled has them."""
     secret_ = me.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / f"{me.name}.key").touch(mode=0o600)
@@ -71,15 +71,15 @@ class Session:
         self.me = identity(COORDINATOR)
         self.people = {name: identity(name) for name in self.terms.cohort}
         self.roster = roster_of(self.me, *self.people.values())
-        self.server = Server(self.round, self.me, self.roster)
+        self.server = SecAggServer(self.round, self.me, self.roster)
         self.clients = {name: self.client(name) for name in self.terms.cohort}
         self.sent: dict[tuple[str, str], bytes] = {}
         if not self.vectors:
             chance = np.random.default_rng(self.seed)
             self.vectors = {name: chance.integers(0, 1 << 32, self.size, np.uint32) for name in self.terms.cohort}
 
-    def client(self, name: str) -> Client:
-        return Client(self.round, self.people[name], self.roster, secret("root", self.seed, name), LENIENT)
+    def client(self, name: str) -> SecAggClient:
+        return SecAggClient(self.round, self.people[name], self.roster, secret("root", self.seed, name), LENIENT)
 
     def answer(self, stage: str, name: str, request: bytes) -> bytes:
         client = self.clients[name]

@@ -90,7 +90,7 @@ def coordinator_files(folder: Path) -> Path:
     """The YAML of two rounds, and what it names."""
     me = identity(COORDINATOR)
     write_keys(folder, me, roster_of(me, *map(identity, WARDS)))
-    (folder / "start").write_bytes(arrays.pack(START))
+    (folder / "start").write_bytes(arrays.pack_tensors(START))
     how = {"task": "pull", "cohort": list(WARDS), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 900}
     said = {
         "run": "triage",

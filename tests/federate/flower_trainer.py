@@ -11,15 +11,15 @@ from federating import COORDINATOR, LENIENT, identity, names
 from round_parties import Pull
 
 from sartor.federate.flower.local_rpc import serve
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Learnt, Manifest
-from sartor.federate.secure.identities import Roster
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest
+from sartor.federate.secure.identities import PinnedKeys
 from sartor.models.lora_tensors import Tensors
 
 
 class Logged(Pull):
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         logging.info("learns round %d", manifest.number)
         return super().update(manifest, shared)
 
@@ -34,9 +34,9 @@ if __name__ == "__main__":
     folder, name, path = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     certain()
-    member = Member(identity(name), Roster.open(folder / "roster"), COORDINATOR, LENIENT)
+    member = Participant(identity(name), PinnedKeys.open(folder / "roster"), COORDINATOR, LENIENT)
     task = Logged(names(9).index(name))
-    with Journal(folder / f"{name}.sqlite") as journal:
+    with RoundJournal(folder / f"{name}.sqlite") as journal:
         user = int(sys.argv[4]) if sys.argv[4:] else None
         heard = frozenset({user}) if user is not None else None
         serve(RoundClient(member, journal, {"pull": task}), name, path, allowed=heard, group=user)

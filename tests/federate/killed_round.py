@@ -24,9 +24,9 @@ from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import RULES, START, Pull
 
 from sartor.core.errors import SartorError
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Plan
-from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.transport import finish, run_round
 
 COUNT = 5
@@ -35,7 +35,7 @@ ROSTER = roster_of(*PEOPLE.values())
 WRITES = ("begin", "add", "keep", "end")
 
 
-class Killer(Journal):
+class Killer(RoundJournal):
     """Kills its own process around the n-th write: an even one is not made, an odd one is made and nobody hears of it."""
 
     def __init__(self, path: Path, at: int = -1) -> None:
@@ -88,7 +88,7 @@ def serve(folder: Path, name: str, at: int) -> None:
     """A client, until it is killed."""
     socket = folder / f"{name}.sock"
     socket.unlink(missing_ok=True)
-    member = Member(PEOPLE[name], ROSTER, COORDINATOR, LENIENT)
+    member = Participant(PEOPLE[name], ROSTER, COORDINATOR, LENIENT)
     with Listener(str(socket), "AF_UNIX") as listener:
         client = RoundClient(member, Killer(folder / f"{name}.sqlite", at), {"pull": Pull(names(COUNT).index(name))})
         while True:
@@ -102,13 +102,13 @@ def serve(folder: Path, name: str, at: int) -> None:
 def lead(folder: Path, at: int, stage_s: int, until: int) -> None:
     """The coordinator, for so many rounds."""
     journal = Killer(folder / f"{COORDINATOR}.sqlite", at)
-    coordinator = Coordinator(Member(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
+    coordinator = Coordinator(Participant(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
     if not journal.kept("shared triage"):
         coordinator.start(START)
     transport = Sockets(folder)
     finish(coordinator, transport)
     while len(journal.rounds("triage")) < until:
-        run_round(coordinator, transport, Plan("pull", names(COUNT), RULES, stage_s=stage_s))
+        run_round(coordinator, transport, RoundPlan("pull", names(COUNT), RULES, stage_s=stage_s))
 
 
 class House:
@@ -177,8 +177,8 @@ def one_kill(folder: Path, who: str, at: int, comes_back: bool) -> str:
 
 def found(folder: Path) -> list[Any]:
     """[states of the rounds, the values of one tensor]."""
-    with Journal(folder / f"{COORDINATOR}.sqlite") as journal:
-        coordinator = Coordinator(Member(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
+    with RoundJournal(folder / f"{COORDINATOR}.sqlite") as journal:
+        coordinator = Coordinator(Participant(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
         states = [kept.state for kept in reversed(journal.rounds("triage"))]
         return [states, coordinator.shared["head.weight"].ravel().tolist()]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Plan
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, UpdateRules
 from sartor.federate.rounds.transport import InProcess
 from sartor.models.lora_tensors import Tensors
 
-RULES = Rules(clip=1.0, most_examples=10)
+RULES = UpdateRules(clip=1.0, most_examples=10)
 START = {"head.weight": np.zeros((2, 3), np.float32), "tail.weight": np.ones(4, np.float32)}
 
 
@@ -27,10 +27,12 @@ class Pull:
     number: int
     calls: int = 0
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         self.calls += 1
         rate = float(manifest.work.settings.get("rate", 0.01))
-        return Learnt({name: np.full_like(value, rate * (self.number + 1)) for name, value in shared.items()}, self.number + 1)
+        return LocalUpdate(
+            {name: np.full_like(value, rate * (self.number + 1)) for name, value in shared.items()}, self.number + 1
+        )
 
 
 def mean_of_numbers(numbers: list[int], rate: float = 0.01) -> float:
@@ -51,9 +53,9 @@ class House:
         people = [identity(name) for name in self.names]
         self.me = identity(COORDINATOR)
         self.roster = roster_of(self.me, *people)
-        self.members = {one.name: Member(one, self.roster, COORDINATOR, LENIENT) for one in people}
+        self.members = {one.name: Participant(one, self.roster, COORDINATOR, LENIENT) for one in people}
         self.tasks = {name: Pull(number) for number, name in enumerate(self.names)}
-        self.journals: dict[str, Journal] = {}
+        self.journals: dict[str, RoundJournal] = {}
         self.clients = {name: self.client(name) for name in self.names}
         self.transport = InProcess(self.clients)
         self.coordinator = self.lead()
@@ -68,15 +70,15 @@ class House:
         return RoundClient(self.members[name], journal, {"pull": self.tasks[name]}, clock=self.clock, **options)
 
     def lead(self) -> Coordinator:
-        member = Member(self.me, self.roster, COORDINATOR, LENIENT)
+        member = Participant(self.me, self.roster, COORDINATOR, LENIENT)
         return Coordinator(member, self._journal(COORDINATOR), "triage", clock=self.clock)
 
-    def _journal(self, name: str) -> Journal:
+    def _journal(self, name: str) -> RoundJournal:
         if self.folder and name in self.journals:
             self.journals.pop(name).close()
         if name not in self.journals:
-            self.journals[name] = Journal(self.path(name))
+            self.journals[name] = RoundJournal(self.path(name))
         return self.journals[name]
 
-    def plan(self, **options: object) -> Plan:
-        return Plan(**{"task": "pull", "cohort": self.names, "stage_s": 0, "rules": RULES, **options})
+    def plan(self, **options: object) -> RoundPlan:
+        return RoundPlan(**{"task": "pull", "cohort": self.names, "stage_s": 0, "rules": RULES, **options})

@@ -16,12 +16,12 @@ from sartor.core.errors import ArtifactError, BudgetError, ConfigError, Conflict
 from sartor.federate.privacy.accountant import (
     SAMPLED_ORDERS,
     Account,
-    Budget,
+    PrivacyBudget,
     Spending,
     calibrated,
     epsilon_of,
     most_times,
-    worth,
+    noise_utility,
 )
 
 dp_accounting = pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
@@ -68,7 +68,7 @@ def test_a_sample_amplifies_and_no_noise_is_no_privacy() -> None:
 
 @pytest.mark.parametrize(("epsilon", "times", "fraction"), [(8.0, 20, 1.0), (1.0, 5, 1.0), (2.0, 200, 0.05), (300.0, 1, 1.0)])
 def test_calibrated_noise_just_fits(epsilon: float, times: int, fraction: float) -> None:
-    budget = Budget(epsilon, DELTA)
+    budget = PrivacyBudget(epsilon, DELTA)
     noise = calibrated(budget, times, fraction)
     assert epsilon_of([Spending("all", noise, fraction, times)], DELTA) <= epsilon
     assert epsilon_of([Spending("all", 0.98 * noise, fraction, times)], DELTA) > epsilon
@@ -76,7 +76,7 @@ def test_calibrated_noise_just_fits(epsilon: float, times: int, fraction: float)
 
 
 def test_a_round_beyond_the_budget_is_refused_with_what_would_fit(tmp_path: Path) -> None:
-    account = Account(tmp_path / "account.json", Budget(3.0, DELTA))
+    account = Account(tmp_path / "account.json", PrivacyBudget(3.0, DELTA))
     noise = calibrated(account.budget, 4)
     spent = [account.spend(Spending(f"round-{place}", noise)) for place in range(4)]
     assert spent == sorted(spent) and account.epsilon() == spent[-1] <= 3.0
@@ -93,7 +93,7 @@ def test_a_round_beyond_the_budget_is_refused_with_what_would_fit(tmp_path: Path
 
 
 def test_of_several_updates_the_remedy_says_how_many_fit(tmp_path: Path) -> None:
-    account = Account(tmp_path / "account.json", Budget(1.0, DELTA))
+    account = Account(tmp_path / "account.json", PrivacyBudget(1.0, DELTA))
     asked = Spending("local", 1.0, 0.01, 100_000)
     with pytest.raises(BudgetError) as refused:
         account.spend(asked)
@@ -103,7 +103,7 @@ def test_of_several_updates_the_remedy_says_how_many_fit(tmp_path: Path) -> None
 
 
 def test_the_account_survives_and_a_resumed_round_is_paid_for_once(tmp_path: Path) -> None:
-    file, budget = tmp_path / "deep" / "account.json", Budget(8.0, DELTA)
+    file, budget = tmp_path / "deep" / "account.json", PrivacyBudget(8.0, DELTA)
     first = Account(file, budget).spend(Spending("round-1", 2.0))
     again = Account(file, budget)
     assert again.spend(Spending("round-1", 2.0)) == first == again.epsilon()
@@ -111,11 +111,11 @@ def test_the_account_survives_and_a_resumed_round_is_paid_for_once(tmp_path: Pat
     with pytest.raises(ConflictError, match="round-1 was spent as"):
         again.spend(Spending("round-1", 1.9))
     with pytest.raises(ConflictError, match="begun with epsilon 8"):
-        Account(file, Budget(9.0, DELTA))
+        Account(file, PrivacyBudget(9.0, DELTA))
 
 
 def test_two_who_spend_at_once_cannot_both_have_the_last_of_it(tmp_path: Path) -> None:
-    budget = Budget(2.0, DELTA)
+    budget = PrivacyBudget(2.0, DELTA)
     noise = calibrated(budget, 3)
     Account(tmp_path / "a.json", budget)
     done: list[str] = []
@@ -143,13 +143,13 @@ def test_two_who_spend_at_once_cannot_both_have_the_last_of_it(tmp_path: Path) -
 def test_what_is_no_account_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ArtifactError, match="no privacy account"):
-        Account(tmp_path / "a.json", Budget(8.0))
+        Account(tmp_path / "a.json", PrivacyBudget(8.0))
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError):
-            Budget(wrong)
+            PrivacyBudget(wrong)
     for wrong in (
         {"noise_multiplier": -1.0},
         {"noise_multiplier": 1.0, "fraction": 0.0},
@@ -163,9 +163,11 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_clients_are_told_that_nothing_is_left() -> None:
-    few = worth(Budget(8.0), rounds=20, clients=8, values=1_200_000)
+    few = noise_utility(PrivacyBudget(8.0), rounds=20, clients=8, values=1_200_000)
     assert few.noise_to_signal == pytest.approx(few.noise_multiplier * 1_200_000**0.5 / 8)
     assert "nothing will be learnt" in str(few) and f"{few.clients_needed:,}" in str(few)
-    many = worth(Budget(8.0), rounds=20, clients=few.clients_needed, values=1_200_000)
+    many = noise_utility(PrivacyBudget(8.0), rounds=20, clients=few.clients_needed, values=1_200_000)
     assert many.noise_to_signal == pytest.approx(1, rel=1e-3) and "can be learnt" in str(many)
-    assert worth(Budget(8.0), 20, 8, 1_200_000, sharers=2).noise_to_signal == pytest.approx(2 * few.noise_to_signal)
+    assert noise_utility(PrivacyBudget(8.0), 20, 8, 1_200_000, sharers=2).noise_to_signal == pytest.approx(
+        2 * few.noise_to_signal
+    )

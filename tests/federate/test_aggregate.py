@@ -14,10 +14,10 @@ from hypothesis import strategies as some
 from sartor.core import config
 from sartor.core.errors import ConfigError, InputError
 from sartor.federate import aggregation
-from sartor.federate.aggregation import Alternate, AnyMode, Combined, Factors, FreezeA, Mode, Residual, fold
+from sartor.federate.aggregation import Alternate, AnyMode, Combined, FactorMean, FreezeA, Mode, Residual, fold
 from sartor.federate.updates import Update, mean, mean_of, weighted
 from sartor.models import lora_tensors
-from sartor.models.lora_tensors import A, B, flat, modules, pair, plus, unflat
+from sartor.models.lora_tensors import A, B, add_changes, flat, modules, pair, unflat
 
 MODES = [member() for member in get_args(AnyMode)]
 EXACT = [mode for mode in MODES if mode.is_exact]
@@ -78,8 +78,8 @@ def test_it_makes_the_mean_of_the_products(mode: Mode, number: int, clients: int
 @settings(max_examples=10, deadline=None)
 @given(seed=some.integers(0, 10_000))
 def test_the_mean_of_factors_is_far_from_it(seed: int) -> None:
-    held, ends, sent = round_of(Factors(), 1, 8, seed, size=0.0)  # B begins at zero, as PEFT has it
-    assert error(Factors(), held, ends, sent, 1) > 0.05
+    held, ends, sent = round_of(FactorMean(), 1, 8, seed, size=0.0)  # B begins at zero, as PEFT has it
+    assert error(FactorMean(), held, ends, sent, 1) > 0.05
 
 
 @every
@@ -101,7 +101,7 @@ def test_the_canary_is_the_same_everywhere_and_finds_what_was_changed() -> None:
     answers = [Update(one.client, canary.responses(end), one.examples) for one, end in zip(sent, ends, strict=True)]
     made = FreezeA().combine(held, sent, 1)
     assert aggregation.exactness_error(canary, made, mean(answers)) <= 1e-6
-    wrong = Combined(plus(made.tensors, {V + B: np.full((16, 8), 0.05)}))
+    wrong = Combined(add_changes(made.tensors, {V + B: np.full((16, 8), 0.05)}))
     assert aggregation.exactness_error(canary, wrong, mean(answers)) > 1e-3
     assert (
         aggregation.exactness_error(canary, Combined(held), {name: 0 * value for name, value in canary.responses(held).items()})
@@ -154,7 +154,7 @@ def test_halves_alternate_and_frozen_a_never_moves() -> None:
 @pytest.mark.parametrize("mode", [FreezeA(), Alternate()], ids=lambda mode: mode.kind)
 def test_what_a_round_holds_still_may_not_have_moved(mode: Mode) -> None:
     held = shared()
-    moved = plus(held, {Q + A: np.ones_like(held[Q + A])})
+    moved = add_changes(held, {Q + A: np.ones_like(held[Q + A])})
     with pytest.raises(InputError, match="round 1 holds still"):
         mode.upload(held, moved, 1)
     with pytest.raises(InputError, match="not in both"):
@@ -177,17 +177,17 @@ def test_clients_of_unequal_ranks_have_the_same_exact_mean(mode: Mode, seed: int
 
 def test_a_cut_adapter_and_its_tail_are_the_whole() -> None:
     held = shared()
-    own, tail = lora_tensors.cut(held, 3)
+    own, tail = lora_tensors.split_ranks(held, 3)
     assert np.allclose(pair(own, Q).product + pair(tail, Q).product, pair(held, Q).product, atol=1e-5)
-    assert modules(tail) == modules(held) and lora_tensors.cut(held, 8)[1] == {}
+    assert modules(tail) == modules(held) and lora_tensors.split_ranks(held, 8)[1] == {}
     assert lora_tensors.alpha_of(16, 8, 3) / 3 == 16 / 8
-    back = lora_tensors.widened(own, held)
+    back = lora_tensors.pad_ranks(own, held)
     assert all(np.array_equal(back[name], value) for name, value in held.items())
     for wrong in (shared(rank=9), {**own, Q + B: own[Q + B][:, :2]}, {"other" + A: own[Q + A], "other" + B: own[Q + B]}):
         with pytest.raises(InputError):
-            lora_tensors.widened(wrong, held)
+            lora_tensors.pad_ranks(wrong, held)
     with pytest.raises(ConfigError, match="rank 0"):
-        lora_tensors.cut(held, 0)
+        lora_tensors.split_ranks(held, 0)
 
 
 @every

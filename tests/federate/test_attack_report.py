@@ -17,21 +17,21 @@ from sartor.core.artifacts import Artifact, open_artifact, seal
 from sartor.core.errors import GateError
 from sartor.evaluate.audit import probes
 from sartor.federate.privacy import privacy_attacks
-from sartor.federate.privacy.accountant import Budget
+from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.privacy.client_noise import noised
 from sartor.federate.privacy.privacy_attacks import open_report
 from sartor.federate.recipe import load
-from sartor.federate.rounds.round_manifest import Rules
+from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.tuning import attack_runner, simulated_rounds
-from sartor.federate.tuning.attack_runner import Canaries, Target, canaries_for
+from sartor.federate.tuning.attack_runner import AttackTarget, GradientCanaries, canaries_for
 from sartor.federate.tuning.attack_runner import attacked as attack
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulated_clients import open_clients
-from sartor.federate.tuning.simulated_rounds import Setting
+from sartor.federate.tuning.simulated_rounds import SimulationSetup
 from sartor.federate.tuning.simulation import simulate
-from sartor.models.lora_tensors import A, B, norm, plus
+from sartor.models.lora_tensors import A, B, add_changes, norm
 from sartor.models.losses import transformers_backend
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.release import gate
 
 CLAIM = {"epsilon": 1.0, "delta": 1e-5}
@@ -76,7 +76,7 @@ def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
 ) -> None:
     made = simulate(recipe(tiny_base, dataset), tmp_path / "adapter", shards={"count": 3, "by": "."})
     adapter, report = made.adapter, open_report(tmp_path / "adapter")
-    assert report.claimed == Budget(**CLAIM) and not report.skipped
+    assert report.claimed == PrivacyBudget(**CLAIM) and not report.skipped
     assert [one.attack for one in report.membership] == ["threshold", "calibrated"]
     assert report.membership[0].members == 12 and report.membership[0].others == 10
     assert [one.most_bits for one in report.canaries] == [6.0, 6.0]
@@ -84,13 +84,13 @@ def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
     assert "first update of client-" in update.attack and "gradient of one row of client-" in alone.attack
     assert report.audit and report.audit.epsilon_low <= 1 < report.audit.most
     assert made.as_json()["attacks"] == list(report.sentences())
-    found = gate.privacy(adapter)["privacy"]
+    found = gate.check_privacy(adapter)["privacy"]
     assert found.outcome == "pass" and "epsilon 1 at delta 1e-05 is claimed; an audit shows 0" in found.detail
 
     def outcome(change: Callable[[Path, dict[str, Any]], None]) -> str:
         where = tmp_path / "changed"
         shutil.rmtree(where, ignore_errors=True)
-        found = gate.privacy(resealed(adapter.path, where, change))["privacy"]
+        found = gate.check_privacy(resealed(adapter.path, where, change))["privacy"]
         return f"{found.outcome}: {found.detail}"
 
     assert "fail: epsilon 1 at delta 1e-05 is claimed, and there is no" in outcome(lambda at, _: (at / gate.FILE).unlink())
@@ -109,7 +109,7 @@ def test_an_honest_claim_passes_and_a_report_that_does_not_bear_it_out_fails(
     def tuned_alone(at: Path, facts: dict[str, Any]) -> None:
         del facts["run"]["federated"]
 
-    assert gate.privacy(resealed(adapter.path, tmp_path / "alone", tuned_alone)) == {}
+    assert gate.check_privacy(resealed(adapter.path, tmp_path / "alone", tuned_alone)) == {}
 
 
 def test_noise_that_was_not_drawn_fails_the_release_by_name(
@@ -152,13 +152,15 @@ def test_a_coordinator_without_rows_says_what_it_could_not_measure(
     people = open_clients(asked, [dataset], None)
     start = people.resident.taken()
     tasks = {name: LoraTask(people.resident, people.rows["client-0"]) for name in ("ann", "bob", "eve")}
-    setting = Setting(asked, Rules(0.5, 20.0, 1), people.resident, tasks, start, tmp_path / "rounds")
-    report = attack(Target(setting, start, {}, [], 8))
+    setting = SimulationSetup(asked, UpdateRules(0.5, 20.0, 1), people.resident, tasks, start, tmp_path / "rounds")
+    report = attack(AttackTarget(setting, start, {}, [], 8))
     assert report.skipped == dict.fromkeys(("membership", "inversion"), "its clients' rows are not here")
     assert len(report.canaries) == 2 and report.audit and report.audit.trials == 64
     assert list((tmp_path / "rounds").iterdir()) == [], "its journals are gone"
-    nothing = attack(Target(setting, start, {}, [], 0))
-    assert set(nothing.skipped) == {"membership", "canaries", "inversion", "audit"} and nothing.claimed == Budget(**CLAIM)
+    nothing = attack(AttackTarget(setting, start, {}, [], 0))
+    assert set(nothing.skipped) == {"membership", "canaries", "inversion", "audit"} and nothing.claimed == PrivacyBudget(
+        **CLAIM
+    )
     with pytest.raises(GateError, match="no audit was made"):
         nothing.check()
 
@@ -167,7 +169,7 @@ def test_the_tokens_of_a_short_row_are_read_off_its_gradient(tiny_base: Path, da
     resident = open_clients(load(recipe(tiny_base, dataset)), [dataset], None).resident
     start, module = resident.taken(), "base_model.model.model.layers.0.self_attn.v_proj"
     ids = [3, 40, 41, 77, 42, 120, 9, 200]
-    found = attack_runner.gradient(resident, start, Encoded(ids, [False] + [True] * 7), module + B)
+    found = attack_runner.gradient(resident, start, TokenizedExample(ids, [False] + [True] * 7), module + B)
     inputs = attack_runner.inputs_of(resident, module)
     assert inputs.shape == (320, 32)
     assert privacy_attacks.from_factor(found, start[module + A], inputs) == set(ids[:-1]), "the last is read by nothing"
@@ -185,23 +187,23 @@ def test_a_row_has_the_loss_that_transformers_gives_it(tiny_base: Path, dataset:
 
 def test_canaries_are_apart_and_as_long_as_the_clip() -> None:
     like = {"a": np.zeros((20, 8), np.float32), "b": np.zeros((40, 6), np.float32)}
-    drawn = Canaries.drawn(64, 400, seed=3)
+    drawn = GradientCanaries.drawn(64, 400, seed=3)
     own = [range(place, 64, 4) for place in range(4)]
     updates = [drawn.sent(canaries, like, 2.0) for canaries in own]
     assert all(norm(one) == pytest.approx(2.0) for one in updates)
     assert abs(sum(float((updates[0][name] * updates[1][name]).sum()) for name in like)) < 1e-9
     total = like
     for one in updates:
-        total = plus(total, one)
+        total = add_changes(total, one)
     scores = drawn.scores(total)
     assert (scores[drawn.is_in] > 0.1).all() and np.allclose(scores[~drawn.is_in], 0, atol=1e-6)
-    sure = drawn.audited(total, Budget(1.0))
+    sure = drawn.audited(total, PrivacyBudget(1.0))
     assert sure.right == sure.guesses and sure.epsilon_low == sure.most > 1
-    nobody = Canaries.drawn(10, 400, seed=3).sent([], like, 2.0)
+    nobody = GradientCanaries.drawn(10, 400, seed=3).sent([], like, 2.0)
     assert not any(value.any() for value in nobody.values())
 
 
 @pytest.mark.parametrize(("epsilon", "count"), [(0.5, 64), (3.0, 164), (8.0, 16_384)])
 def test_as_many_canaries_as_can_refute_the_claim(epsilon: float, count: int) -> None:
-    assert canaries_for(Budget(epsilon), 1_000_000) == count
-    assert canaries_for(Budget(epsilon), 50) == 50
+    assert canaries_for(PrivacyBudget(epsilon), 1_000_000) == count
+    assert canaries_for(PrivacyBudget(epsilon), 50) == 50

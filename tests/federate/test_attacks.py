@@ -12,7 +12,7 @@ from scipy.stats import norm
 from sartor.core.errors import ArtifactError, ConfigError, GateError
 from sartor.evaluate.audit import membership_inference
 from sartor.federate.privacy import privacy_attacks
-from sartor.federate.privacy.accountant import Budget, calibrated
+from sartor.federate.privacy.accountant import PrivacyBudget, calibrated
 from sartor.federate.privacy.privacy_attacks import AttackReport, Exposure, exposure, open_report
 
 DELTA = 1e-5
@@ -145,7 +145,7 @@ def adapter_folder(tmp_path: Path) -> Path:
 
 def test_without_noise_the_claim_is_refuted_and_the_release_fails(adapter_folder: Path) -> None:
     pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
-    claim, is_in = Budget(1.0, DELTA), privacy_attacks.coins(300, 5)
+    claim, is_in = PrivacyBudget(1.0, DELTA), privacy_attacks.coins(300, 5)
     leaky = AttackReport(claim, audit=privacy_attacks.one_run(learner_scores(0.0, is_in), is_in, DELTA))
     assert leaky.audit and leaky.audit.epsilon_low > 2
     with pytest.raises(GateError, match=r"epsilon 1 at delta 1e-05 is claimed; \d+ of 150 guesses show epsilon"):
@@ -160,7 +160,7 @@ def test_without_noise_the_claim_is_refuted_and_the_release_fails(adapter_folder
 def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path) -> None:
     is_in = privacy_attacks.coins(20, 0)
     report = AttackReport(
-        Budget(8.0, DELTA),
+        PrivacyBudget(8.0, DELTA),
         (membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0]),),
         (Exposure("phone", 8, 6.0, 8.0, 1 / 64),),
         (privacy_attacks.judged("factor", None, {1}), privacy_attacks.judged("embedding", {1, 2}, {1})),
@@ -185,10 +185,10 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
 
 def test_a_claim_without_an_audit_or_with_one_at_another_delta_fails_and_no_claim_passes() -> None:
     with pytest.raises(GateError, match="no audit was made"):
-        AttackReport(Budget(8.0)).check()
+        AttackReport(PrivacyBudget(8.0)).check()
     is_in = privacy_attacks.coins(20, 0)
     with pytest.raises(GateError, match=r"audit was made at delta 0\.1"):
-        AttackReport(Budget(8.0, DELTA), audit=privacy_attacks.one_run(np.zeros(20), is_in, 0.1)).check()
+        AttackReport(PrivacyBudget(8.0, DELTA), audit=privacy_attacks.one_run(np.zeros(20), is_in, 0.1)).check()
     nothing = AttackReport(None)
     nothing.check()
     assert list(nothing.sentences()) == ["no privacy is claimed", "no audit was made"]

@@ -20,14 +20,14 @@ from sartor.core.errors import BudgetError, ConfigError
 from sartor.edge.store.version_pointers import installed, states
 from sartor.edge.tuning import memory_plan
 from sartor.edge.tuning.budgeted_tuning import verify_receipt
-from sartor.edge.tuning.memory_plan import Floor
+from sartor.edge.tuning.memory_plan import MemoryBaseline
 from sartor.federate.recipe import FederateRecipe, load
-from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules
-from sartor.federate.tuning.edge_client import Device, EdgeTask, devices_of
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, UpdateRules
+from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
 from sartor.federate.tuning.lora_task import LoraTask, Losses
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
-from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, Setting
-from sartor.models.lora_tensors import A, B, Tensors, norm, plus
+from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, SimulationSetup
+from sartor.models.lora_tensors import A, B, Tensors, add_changes, norm
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def opened(base: Path, dataset: Path, **changes: Any) -> tuple[FederateRecipe, C
     return asked, open_clients(asked, [dataset], None)
 
 
-def on_device(people: Clients, device: Device) -> EdgeTask:
+def on_device(people: Clients, device: DeviceFile) -> EdgeTask:
     resident = people.resident
     return EdgeTask(device, resident.recipe, resident.digest, resident.ref, people.rows["client-0"])
 
@@ -61,11 +61,11 @@ def test_a_device_learns_what_a_client_of_this_process_does(
     said = manifest(asked, people, shared, number)
     plain = LoraTask(people.resident, people.rows["client-0"])
     wanted = plain.update(said, shared)
-    device = Device(str(dataset), str(tmp_path / "store"), str(key), memory_bytes=2_000_000_000, wall_s=600.0)
+    device = DeviceFile(str(dataset), str(tmp_path / "store"), str(key), memory_bytes=2_000_000_000, wall_s=600.0)
     task = on_device(people, device)
     found = task.update(said, shared)
     assert found.examples == wanted.examples and set(found.tensors) == {name for name in shared if name.endswith(half)}
-    assert norm(plus(found.tensors, wanted.tensors, -1.0)) <= 1e-5 * norm(wanted.tensors)
+    assert norm(add_changes(found.tensors, wanted.tensors, -1.0)) <= 1e-5 * norm(wanted.tensors)
     assert task.losses[number] == pytest.approx(plain.losses[number], rel=1e-5)
     store = tmp_path / "store"
     assert [one.name for one in states(store)] == ["test.base", "test.shared"]
@@ -85,12 +85,12 @@ def test_a_round_that_does_not_fit_is_declined_before_it_begins(
     asked, people = opened(tiny_base, dataset, local={"updates": 500})
     shared = people.resident.taken()
     said = manifest(asked, people, shared)
-    small = Device(str(dataset), str(tmp_path / "small"), str(key), memory_bytes=80_000_000)
+    small = DeviceFile(str(dataset), str(tmp_path / "small"), str(key), memory_bytes=80_000_000)
     with pytest.raises(BudgetError, match=r"declines the round: no way to tune .* fits in 80 MB") as refused:
         on_device(people, small).update(said, shared)
     assert "(recompute)" in refused.value.remedy, "layers and zeroth, which need less, are another update"
-    monkeypatch.setattr(memory_plan, "floor", lambda: Floor(1_000_000, True))
-    slow = Device(str(dataset), str(tmp_path / "slow"), str(key), wall_s=60.0)
+    monkeypatch.setattr(memory_plan, "floor", lambda: MemoryBaseline(1_000_000, True))
+    slow = DeviceFile(str(dataset), str(tmp_path / "slow"), str(key), wall_s=60.0)
     task = on_device(people, slow)
     slow.work.mkdir()
     (slow.work / "pace.json").write_text(json.dumps({"start_s": 4.0, "tokens_per_s": 1_000.0}))
@@ -104,7 +104,7 @@ def test_a_pace_that_is_not_known_is_measured_first(
 ) -> None:
     asked, people = opened(tiny_base, dataset, local={"updates": 100_000})
     shared = people.resident.taken()
-    device = Device(str(dataset), str(tmp_path / "store"), str(key), wall_s=120.0)
+    device = DeviceFile(str(dataset), str(tmp_path / "store"), str(key), wall_s=120.0)
     with pytest.raises(BudgetError, match="would take about"):
         on_device(people, device).update(manifest(asked, people, shared), shared)
     pace = json.loads((device.work / "pace.json").read_text())
@@ -118,10 +118,10 @@ class Still:
     fits: bool = True
     losses: dict[int, Losses] = field(default_factory=dict)
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         if not self.fits:
             raise BudgetError("this device declines the round: it is small", "a larger one")
-        return Learnt({name: np.full_like(value, 0.01) for name, value in shared.items() if name.endswith(B)}, 5)
+        return LocalUpdate({name: np.full_like(value, 0.01) for name, value in shared.items() if name.endswith(B)}, 5)
 
 
 @pytest.mark.parametrize("robust", [None, {"norm_bound": {}}])
@@ -134,7 +134,7 @@ def test_a_round_goes_on_without_who_declines_while_enough_stay(robust: Any, tmp
         tasks = {f"client-{place}": Still(place != 1) for place in range(count)}
         asked = load({"base": "starter", "rounds": 1, **({"robust": robust} if robust else {})})
         (tmp_path / str(count)).mkdir()
-        setting = Setting(asked, Rules(), resident, tasks, start, tmp_path / str(count))
+        setting = SimulationSetup(asked, UpdateRules(), resident, tasks, start, tmp_path / str(count))
         return InspectedRounds(setting, asked.robust) if asked.robust else SecureRounds(setting, None)
 
     with closing(rounds(4)) as four:

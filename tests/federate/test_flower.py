@@ -25,11 +25,11 @@ import sartor
 from conftest import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.federate.flower.local_rpc import ask
-from sartor.federate.flower.round_driver import Lead, lead_rounds
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.transport import InProcess
-from sartor.federate.secure.identities import Roster
+from sartor.federate.secure.identities import PinnedKeys
 
 pytestmark = [
     pytest.mark.services,
@@ -182,7 +182,7 @@ def test_rounds_are_finished_by_everyone(story: Story) -> None:
 
 
 def test_a_new_run_goes_on_in_the_round_that_was_open(story: Story) -> None:
-    with Journal(story.fleet.folder / "coordinator.sqlite") as journal:
+    with RoundJournal(story.fleet.folder / "coordinator.sqlite") as journal:
         assert [kept.number for kept in journal.rounds("triage")] == [2, 1]
     for name in WARDS:
         learnt = re.findall(r"learns round (\d)", story.fleet.said(f"trainer-{name}"))
@@ -201,14 +201,14 @@ def test_an_unregistered_node_key_is_refused(story: Story) -> None:
 def test_the_result_is_that_of_one_process_to_the_bit(story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np.random, "default_rng", np.random.default_rng)
     certain()
-    lead = Lead.open(coordinator_files(tmp_path))
-    roster = Roster.open(tmp_path / "roster")
+    lead = RoundDriverOptions.open(coordinator_files(tmp_path))
+    roster = PinnedKeys.open(tmp_path / "roster")
     clients = {
-        name: RoundClient(Member(identity(name), roster, COORDINATOR, LENIENT), Journal(), {"pull": Pull(number)})
+        name: RoundClient(Participant(identity(name), roster, COORDINATOR, LENIENT), RoundJournal(), {"pull": Pull(number)})
         for number, name in enumerate(WARDS)
     }
-    assert len(list(lead_rounds(lead, InProcess(clients)))) == ROUNDS
-    found = [Journal(folder / "coordinator.sqlite") for folder in (story.fleet.folder, tmp_path)]
+    assert len(list(drive_rounds(lead, InProcess(clients)))) == ROUNDS
+    found = [RoundJournal(folder / "coordinator.sqlite") for folder in (story.fleet.folder, tmp_path)]
     over_flower, here = (journal.kept("shared triage") for journal in found)
     assert over_flower is not None and over_flower == here
 

@@ -26,14 +26,14 @@ from sartor.core.errors import BusyError, ConfigError, MissingError, RequestErro
 from sartor.federate import updates as arrays
 from sartor.federate.flower import round_driver as leading
 from sartor.federate.flower.flower_run import write_app
-from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, FlowerTransport, Node, Reply
-from sartor.federate.flower.local_rpc import Hatch, Limits, Said, ask, said_to
-from sartor.federate.flower.round_driver import Lead, lead_rounds
-from sartor.federate.rounds.round_journal import Journal
+from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, FlowerTransport, Node, NodeReply
+from sartor.federate.flower.local_rpc import LocalRpcServer, RpcResponse, TransferLimits, ask, respond
+from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
+from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.rounds.transport import InProcess, run_round
 
 NOBODY = 65_534
-SHORT = Limits(most_bytes=1000, transfer_s=0.3, most_waiting=2)
+SHORT = TransferLimits(most_bytes=1000, transfer_s=0.3, most_waiting=2)
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ class opened:
     """A hatch that answers with what it was asked, in a thread; "slow" takes a while, "bad" is refused."""
 
     def __init__(self, path: Path, **options: object) -> None:
-        self.hatch = Hatch(path, **{"limits": SHORT, **options})
+        self.hatch = LocalRpcServer(path, **{"limits": SHORT, **options})
         self.thread = threading.Thread(target=self.hatch.serve, args=("ward-1", self.answer))
 
-    def answer(self, request: bytes) -> Said:
+    def answer(self, request: bytes) -> RpcResponse:
         if request == b"slow":
             time.sleep(0.5)
-        return Said("no", b"RoundError cohort") if request == b"bad" else Said("answer", request)
+        return RpcResponse("no", b"RoundError cohort") if request == b"bad" else RpcResponse("answer", request)
 
     def __enter__(self) -> Path:
         self.thread.start()
@@ -74,9 +74,9 @@ class opened:
 
 
 def test_a_request_goes_in_and_an_answer_comes_out(served: Path) -> None:
-    assert ask(served, b"", 5) == Said("answer", b"ward-1")
-    assert ask(served, b"x" * 1000, 5) == Said("answer", b"x" * 1000)
-    assert ask(served, b"bad", 5) == Said("no", b"RoundError cohort")
+    assert ask(served, b"", 5) == RpcResponse("answer", b"ward-1")
+    assert ask(served, b"x" * 1000, 5) == RpcResponse("answer", b"x" * 1000)
+    assert ask(served, b"bad", 5) == RpcResponse("no", b"RoundError cohort")
 
 
 @pytest.mark.parametrize("said", [b"", b"\0\0", struct.pack(">Q", 5) + b"half", struct.pack(">Q", 1 << 60), b"GET / HTTP/1.1\r\n\r\n"])  # fmt: skip
@@ -112,7 +112,7 @@ def test_an_answer_that_does_not_come_in_time(served: Path) -> None:
 def test_only_users_on_the_list_are_heard(folder: Path) -> None:
     with opened(folder / "s", allowed=frozenset({os.geteuid() + 1})) as path:
         assert ask(path, b"", 5).kind == "stranger"
-        assert ask(path, b"x" * 900, 5) == Said("stranger")
+        assert ask(path, b"x" * 900, 5) == RpcResponse("stranger")
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def test_a_carrier_of_another_user_is_heard_if_it_is_on_the_list() -> None:
             assert ask(path, b"", 5).kind == "stranger"
         with opened(Path(name) / "listed", group=NOBODY, allowed=frozenset({NOBODY})) as path:
             with as_nobody():
-                assert ask(path, b"anything", 5) == Said("answer", b"anything")
+                assert ask(path, b"anything", 5) == RpcResponse("answer", b"anything")
             assert ask(path, b"", 5).kind == "stranger", "nor is root, where it is not on the list"
 
 
@@ -148,16 +148,16 @@ def test_the_rights_of_the_socket_and_of_its_folder(folder: Path) -> None:
     with opened(folder / "s", group=os.getegid()) as path:
         assert path.stat().st_mode & 0o777 == 0o660
         with pytest.raises(BusyError):
-            Hatch(path)
+            LocalRpcServer(path)
     folder.chmod(0o770)
     with pytest.raises(ConfigError, match="others may write"):
-        Hatch(folder / "s")
+        LocalRpcServer(folder / "s")
     folder.chmod(0o700)
     with pytest.raises(ConfigError):
-        Hatch(folder / ("s" * 120))
+        LocalRpcServer(folder / ("s" * 120))
     (folder / "file").write_text("mine")
     with pytest.raises(ConfigError, match="no socket"):
-        Hatch(folder / "file")
+        LocalRpcServer(folder / "file")
 
 
 def test_the_socket_of_one_that_was_killed_is_taken_over(folder: Path) -> None:
@@ -177,8 +177,8 @@ def test_a_refusal_leaves_without_its_text() -> None:
                 raise ZeroDivisionError("/home/ann/data")
             raise RoundError("the file /home/ann/data is not there", "look", "task")
 
-    assert said_to(Refuses(), b"") == Said("no", b"RoundError task")
-    assert said_to(Refuses(), b"bug") == Said("no", b"failed")
+    assert respond(Refuses(), b"") == RpcResponse("no", b"RoundError task")
+    assert respond(Refuses(), b"bug") == RpcResponse("no", b"failed")
 
 
 @dataclass
@@ -207,18 +207,18 @@ class Nodes:
         self.under_way[str(len(self.sent))] = (node, requests)
         return str(len(self.sent))
 
-    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, NodeReply | None]]:
         for one in [one for one in ids if one in self.under_way]:
             node, requests = self.under_way[one]
             if node not in self.dumb:
                 del self.under_way[one]
                 yield one, None if node in self.away else self.replied(node, requests)
 
-    def replied(self, node: int, requests: Sequence[bytes]) -> Reply:
+    def replied(self, node: int, requests: Sequence[bytes]) -> NodeReply:
         name = sorted(self.clients)[node]
-        heard = [said_to(self.clients[name], request) for request in requests]
+        heard = [respond(self.clients[name], request) for request in requests]
         said = tuple(ANSWERED if one.kind == "answer" else f"no {one.content.decode()}" for one in heard)
-        return Reply(said, tuple(one.content if one.kind == "answer" else b"" for one in heard))
+        return NodeReply(said, tuple(one.content if one.kind == "answer" else b"" for one in heard))
 
 
 @dataclass
@@ -311,10 +311,10 @@ def test_a_trainer_that_is_not_there_is_asked_again_later() -> None:
     post = Nodes(house.clients)
     replied = post.replied
 
-    def absent(node: int, requests: Sequence[bytes]) -> Reply:
+    def absent(node: int, requests: Sequence[bytes]) -> NodeReply:
         if node == 3 and len(calls) < 2:
             calls.append(len(requests))
-            return Reply() if len(calls) < 2 else Reply(tuple(AGAIN for _ in requests))
+            return NodeReply() if len(calls) < 2 else NodeReply(tuple(AGAIN for _ in requests))
         return replied(node, requests)
 
     post.replied = absent
@@ -326,7 +326,7 @@ def test_a_trainer_that_is_not_there_is_asked_again_later() -> None:
 def written(folder: Path, house: House, **options: object) -> Path:
     """A coordinator's folder on disk."""
     write_keys(folder, house.me, house.roster)
-    (folder / "start").write_bytes(arrays.pack(START))
+    (folder / "start").write_bytes(arrays.pack_tensors(START))
     said = {"run": "triage", "rounds": 2, "key": "coordinator.key", "roster": "roster", "journal": "coordinator.sqlite", "start": "start",
             "round": {"task": "pull", "cohort": list(house.names), "settings": {"rate": 0.01}, "rules": {"most_examples": 10}, "stage_s": 0, "work_s": 0}}  # fmt: skip
     (folder / "lead.yaml").write_text(json.dumps({**said, **options}))
@@ -335,36 +335,36 @@ def written(folder: Path, house: House, **options: object) -> Path:
 
 def test_rounds_are_led_by_a_file_and_gone_on_with(tmp_path: Path) -> None:
     house = House(clock=time.time)
-    lead = Lead.open(written(tmp_path, house))
-    lines = lead_rounds(lead, InProcess(house.clients))
+    lead = RoundDriverOptions.open(written(tmp_path, house))
+    lines = drive_rounds(lead, InProcess(house.clients))
     assert json.loads(next(lines))["active"] == list(house.names)
     lines.close()  # stopped between two rounds
-    assert [json.loads(line)["number"] for line in lead_rounds(lead, InProcess(house.clients))] == [2]
+    assert [json.loads(line)["number"] for line in drive_rounds(lead, InProcess(house.clients))] == [2]
     assert [json.loads(line)["state"] for line in lead.record.read_text().splitlines()] == ["done", "done"]
-    assert list(lead_rounds(lead, InProcess(house.clients))) == []
+    assert list(drive_rounds(lead, InProcess(house.clients))) == []
     assert [house.journals[name].rounds("triage")[0].state for name in house.names] == ["done"] * 5
 
 
 def test_who_leads_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ServerApp whose SuperLink was killed has the journal for some seconds more."""
     house = House(clock=time.time)
-    lead = Lead.open(written(tmp_path, house, rounds=1))
-    before = Journal(Path(lead.journal))
+    lead = RoundDriverOptions.open(written(tmp_path, house, rounds=1))
+    before = RoundJournal(Path(lead.journal))
     monkeypatch.setattr(leading, "_PATIENCE_S", -1.0)
     with pytest.raises(BusyError):
-        next(lead_rounds(lead, InProcess(house.clients)))
+        next(drive_rounds(lead, InProcess(house.clients)))
     monkeypatch.setattr(leading, "_PATIENCE_S", 60.0)
     monkeypatch.setattr(time, "sleep", lambda seconds: before.close())
-    assert json.loads(next(lead_rounds(lead, InProcess(house.clients))))["state"] == "done"
+    assert json.loads(next(drive_rounds(lead, InProcess(house.clients))))["state"] == "done"
 
 
 def test_a_file_that_leads_nowhere_says_which_option(tmp_path: Path) -> None:
     path = written(tmp_path, House(), rouns=3)
     with pytest.raises(ConfigError, match="rouns"):
-        Lead.open(path)
+        RoundDriverOptions.open(path)
     path.write_text(path.read_text().replace(', "rouns": 3', "").replace('"task": "pull", ', ""))
     with pytest.raises(ConfigError, match="round.task"):
-        Lead.open(path)
+        RoundDriverOptions.open(path)
 
 
 def test_the_app_is_a_folder_that_flower_bundles(tmp_path: Path) -> None:

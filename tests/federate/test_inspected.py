@@ -12,10 +12,10 @@ from round_parties import START, Pull
 
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundError, SignatureError
 from sartor.federate import updates as arrays
-from sartor.federate.rounds.round_client import Agreement, Member, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Inspected, Plan
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, Inspected, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
 from sartor.federate.rounds.transport import InProcess, finish
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import Payload, Shown
@@ -23,18 +23,18 @@ from sartor.federate.updates import Update, mean
 from sartor.models.lora_tensors import Tensors
 
 WARDS = names(3)
-RULES = Rules(clip=1.0, most_examples=10, mode="inspectable")
+RULES = UpdateRules(clip=1.0, most_examples=10, mode="inspectable")
 ROSTER = roster_of(identity(COORDINATOR), *map(identity, WARDS), identity("stranger"))
 GOOD = {name: np.full_like(value, 0.1) for name, value in START.items()}
 
 
 def manifest() -> Manifest:
-    work = Work("pull", arrays.digest(arrays.pack(START)))
+    work = ClientWork("pull", arrays.digest(arrays.pack_tensors(START)))
     return Manifest("triage", 1, COORDINATOR, work, terms_for(WARDS, START, RULES, seed="0" * 64), 0, RULES)
 
 
 def shown(name: str, update: Tensors = GOOD, weight: float = 0.3, key: str = "") -> bytes:
-    packed = arrays.pack({**update, arrays.WEIGHT: np.array([weight], np.float32)})
+    packed = arrays.pack_tensors({**update, arrays.WEIGHT: np.array([weight], np.float32)})
     me = identity(key or name)
     return messages.sealed(Shown(Payload(packed)), manifest().digest, type(me)(name, me.key))
 
@@ -83,18 +83,18 @@ def test_a_killed_coordinator_has_what_was_shown(tmp_path: Path) -> None:
         pooled.append(updates)
         return mean(updates)
 
-    def lead() -> tuple[Journal, Coordinator]:
-        journal = Journal(tmp_path / "coordinator.sqlite")
-        member = Member(identity(COORDINATOR), ROSTER, COORDINATOR, LENIENT)
+    def lead() -> tuple[RoundJournal, Coordinator]:
+        journal = RoundJournal(tmp_path / "coordinator.sqlite")
+        member = Participant(identity(COORDINATOR), ROSTER, COORDINATOR, LENIENT)
         return journal, Coordinator(member, journal, "triage", clock=lambda: 1_000.0, pool=pool)
 
     journal, coordinator = lead()
     coordinator.start(START)
-    coordinator.begin(Plan("pull", WARDS, RULES, stage_s=60))
-    members = [Member(identity(name), ROSTER, COORDINATOR, LENIENT, Agreement("inspectable")) for name in WARDS]
+    coordinator.begin(RoundPlan("pull", WARDS, RULES, stage_s=60))
+    members = [Participant(identity(name), ROSTER, COORDINATOR, LENIENT, EnrolmentPolicy("inspectable")) for name in WARDS]
     tasks = [Pull(number) for number in range(3)]
     clients = {
-        one.me.name: RoundClient(one, Journal(), {"pull": task}, clock=lambda: 1_000.0)
+        one.me.name: RoundClient(one, RoundJournal(), {"pull": task}, clock=lambda: 1_000.0)
         for one, task in zip(members, tasks, strict=True)
     }
     requests = coordinator.requests()
@@ -114,8 +114,8 @@ def test_a_killed_coordinator_has_what_was_shown(tmp_path: Path) -> None:
 
 
 def test_without_a_rule_there_is_no_inspectable_round() -> None:
-    with Journal() as journal:
-        coordinator = Coordinator(Member(identity(COORDINATOR), ROSTER, COORDINATOR, LENIENT), journal, "triage")
+    with RoundJournal() as journal:
+        coordinator = Coordinator(Participant(identity(COORDINATOR), ROSTER, COORDINATOR, LENIENT), journal, "triage")
         coordinator.start(START)
         with pytest.raises(ConfigError, match="pool"):
-            coordinator.begin(Plan("pull", WARDS, RULES))
+            coordinator.begin(RoundPlan("pull", WARDS, RULES))

@@ -24,11 +24,11 @@ from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError
 from sartor.federate.flower import flower_run
 from sartor.federate.flower.flower_client import ClientOptions, enrolled, round_client, task_of
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions, coordinate
-from sartor.federate.flower.round_driver import Lead, lead_rounds
+from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 from sartor.federate.recipe import load
 from sartor.federate.rounds.round_client import RoundClient
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
 from sartor.federate.rounds.transport import InProcess
 from sartor.federate.tuning import round_schedule
 from sartor.federate.tuning.lora_task import LoraTask
@@ -69,7 +69,7 @@ class Federation:
             str(self.folder / "keys" / name), str(self.folder / "roster"), "", str(self.folder / f"{name}.sqlite")
         )
         own = load({**self.asked, **changes})
-        member, journal = enrolled(own, name, options), stack.enter_context(Journal(Path(options.journal)))
+        member, journal = enrolled(own, name, options), stack.enter_context(RoundJournal(Path(options.journal)))
         key = f"{self.datasets[name]} {changes}"
         if key not in self.tasks:
             self.tasks[key] = task_of(own, self.datasets[name], self.folder / f"{name}.rows")
@@ -91,10 +91,10 @@ class Federation:
         found: list[dict[str, Any]] = []
         with ExitStack() as stack:
             self.transport = InProcess({name: self.client(name, stack, **changes) for name in self.datasets})
-            lead = Lead.open(out.with_name(f"{out.name}.rounds") / "lead.yaml")
+            lead = RoundDriverOptions.open(out.with_name(f"{out.name}.rounds") / "lead.yaml")
             # each client answers at once, or says no
             lead = replace(lead, round=replace(lead.round, stage_s=0, work_s=0))
-            for line in stack.enter_context(contextlib.closing(lead_rounds(lead, self.transport))):
+            for line in stack.enter_context(contextlib.closing(drive_rounds(lead, self.transport))):
                 found.append(json.loads(line))
                 if len(found) == rounds:
                     break
@@ -248,7 +248,7 @@ def test_a_super_link_that_takes_no_run_is_tried_again_and_given_up(
 ) -> None:
     begun: list[float] = []
 
-    def fails(watch: flower_run.Watch) -> subprocess.Popen[bytes]:
+    def fails(watch: flower_run.RunWatcher) -> subprocess.Popen[bytes]:
         begun.append(watch.patience_s)
         watch.log.write_text("nobody is at that address\n")
         return subprocess.Popen(["false"])
@@ -259,7 +259,7 @@ def test_a_super_link_that_takes_no_run_is_tried_again_and_given_up(
         coordinate(federation.asked, tmp_path / "out", federation.options(link="wards", patience_s=1.0))
     assert len(begun) > 1
 
-    def stopped(watch: flower_run.Watch) -> subprocess.Popen[bytes]:
+    def stopped(watch: flower_run.RunWatcher) -> subprocess.Popen[bytes]:
         watch.lead.trouble.write_text('{"kind": "GuardError", "problem": "half", "remedy": "look"}')
         return fails(watch)
 
@@ -279,10 +279,10 @@ def tensors(seed: int, b: float = 1.0) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("sent", "exact"), [("B", True), ("A", True), ("", False)])
 def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str, exact: bool) -> None:
-    shared, rules = tensors(0), Rules(clip=2.0)
+    shared, rules = tensors(0), UpdateRules(clip=2.0)
     trained = {name: value for name, value in shared.items() if f"lora_{sent}" in name}
-    beside = round_schedule.besides(round_schedule.of_round(shared, 5, 1), shared, trained, rules.clip)
-    manifest = Manifest("r", 1, "c", Work("lora", "0" * 64), terms_for("abc", trained, rules, beside=beside), 0, rules)
+    beside = round_schedule.side_tensors(round_schedule.of_round(shared, 5, 1), shared, trained, rules.clip)
+    manifest = Manifest("r", 1, "c", ClientWork("lora", "0" * 64), terms_for("abc", trained, rules, beside=beside), 0, rules)
     bounds = {one.name: one.bound for one in beside}
     changes = [{name: 3 * tensors(seed)[name] for name in trained} for seed in (1, 2, 3)]
     found = [round_schedule.responses(manifest, shared, change, 5) for change in changes]

@@ -17,7 +17,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.records import Example, Message, Origin
 from sartor.federate.recipe import FederateRecipe, load
-from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
@@ -53,7 +53,7 @@ def plainly(asked: FederateRecipe, people: Clients, shared: Tensors) -> dict[str
     resident.hold(lambda name: name.endswith(B))
     learns = [one for one in resident.factors.values() if one.requires_grad]
     optimizer, settings = torch.optim.AdamW(learns, weight_decay=0.0), asked.optimizer
-    read = sampler.updates([len(row.ids) for row in rows], settings.batch_tokens, asked.seed)
+    read = sampler.iterate_updates([len(row.ids) for row in rows], settings.batch_tokens, asked.seed)
     for place, chosen in enumerate(itertools.islice(read, 2)):
         optimizer.param_groups[0]["lr"] = learning_rate(settings, place / 2 / asked.rounds)
         losses = row_losses(resident.model, [rows[index] for index in chosen], resident.device)
@@ -232,7 +232,7 @@ def test_commands(tiny_base: Path, dataset: Path, tmp_path: Path, capsys: pytest
 
     code, made = run("keygen", str(tmp_path / "ward-a"), "--name", "ward-a")
     assert code == 0 and made["name"] == "ward-a" and Path(made["public"]).name == "ward-a.pub"
-    assert Identity.open("ward-a", tmp_path / "ward-a").name in Roster.open(Path(made["public"]).parent).keys
+    assert Identity.open("ward-a", tmp_path / "ward-a").name in PinnedKeys.open(Path(made["public"]).parent).keys
     assert run("keygen", str(tmp_path / "b"), "--name", "Ward B")[0] == 2 and not (tmp_path / "b").exists()
     file = tmp_path / "federate.yaml"
     file.write_text(json.dumps(recipe(tiny_base, dataset)))

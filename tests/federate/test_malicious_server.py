@@ -12,9 +12,9 @@ from scipy import stats
 
 from sartor.core.errors import RoundError, SartorError, SignatureError
 from sartor.federate.secure import messages
-from sartor.federate.secure.messages import Keys, Lists, Peers, Unmask
-from sartor.federate.secure.secagg_client import Client
-from sartor.federate.secure.secagg_terms import Policy, Round
+from sartor.federate.secure.messages import AdvertiseKeys, PeerKeys, SurvivorLists, Unmask
+from sartor.federate.secure.secagg_client import SecAggClient
+from sartor.federate.secure.secagg_terms import Round, SecureSumPolicy
 
 VICTIM = "ward-0004"
 
@@ -31,8 +31,8 @@ def as_server(session: Session, body: messages.Body) -> bytes:
     return messages.sealed(body, session.round.digest, session.me)
 
 
-def begin(session: Session, changed: Round | None = None, policy: Policy = LENIENT) -> Client:
-    return Client(changed or session.round, session.people[VICTIM], session.roster, secret("root"), policy)
+def begin(session: Session, changed: Round | None = None, policy: SecureSumPolicy = LENIENT) -> SecAggClient:
+    return SecAggClient(changed or session.round, session.people[VICTIM], session.roster, secret("root"), policy)
 
 
 def with_terms(session: Session, **changes: object) -> Round:
@@ -41,7 +41,7 @@ def with_terms(session: Session, **changes: object) -> Round:
 
 def test_asks_both_lists_of_one_client() -> None:
     session = Session().run(until="consent")
-    both = Lists(names(10), (VICTIM,))
+    both = SurvivorLists(names(10), (VICTIM,))
     for name in ("ward-0001", VICTIM):
         refused("lists", lambda name=name: session.clients[name].consent(as_server(session, both)))
 
@@ -50,7 +50,8 @@ def test_tells_two_halves_different_lists() -> None:
     """The victim is in the sum to half of the others, and has vanished to the other half."""
     session = Session().run(until="consent")
     lists = {
-        half: Lists(names(10), ()) if half else Lists(tuple(n for n in names(10) if n != VICTIM), (VICTIM,)) for half in (0, 1)
+        half: SurvivorLists(names(10), ()) if half else SurvivorLists(tuple(n for n in names(10) if n != VICTIM), (VICTIM,))
+        for half in (0, 1)
     }
     told = {name: lists[place % 2] for place, name in enumerate(names(10)) if name != VICTIM}
     consents = {name: session.clients[name].consent(as_server(session, said)) for name, said in told.items()}
@@ -90,7 +91,7 @@ def test_cohort_of_one() -> None:
     session = Session()
     refused("cohort", lambda: begin(session, with_terms(session, cohort=(VICTIM,), threshold=1)))
     refused("cohort", lambda: begin(session, with_terms(session, cohort=("ward-0001", VICTIM), threshold=2)))
-    refused("cohort", lambda: begin(session, policy=Policy(least_cohort=11)))
+    refused("cohort", lambda: begin(session, policy=SecureSumPolicy(least_cohort=11)))
 
 
 def test_cohort_of_strangers() -> None:
@@ -107,48 +108,48 @@ def test_cohort_without_this_client() -> None:
 
 def test_graph_in_which_a_client_has_two_neighbours() -> None:
     session = Session()
-    refused("cohort", lambda: begin(session, with_terms(session, degree=2), Policy()))
+    refused("cohort", lambda: begin(session, with_terms(session, degree=2), SecureSumPolicy()))
 
 
 def test_swapped_public_key() -> None:
     """The coordinator sits in the middle: a key of its own under the name of a client."""
     session = Session().run(until="shares")
     genuine = [session.sent["keys", name] for name in names(10) if name not in (VICTIM, "ward-0007")]
-    mine = Keys(secret("channel"), secret("mask"))
+    mine = AdvertiseKeys(secret("channel"), secret("mask"))
     forged = messages.sealed(mine, session.round.digest, identity("ward-0007", seed=1))
-    refused("", lambda: session.clients[VICTIM].share(as_server(session, Peers((*genuine, forged)))), SignatureError)
+    refused("", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, forged)))), SignatureError)
     # its own signature over the key, under the name of a client, is no better
     swapped = messages.sealed(mine, session.round.digest, replace(session.me, name="ward-0007"))
-    refused("", lambda: session.clients[VICTIM].share(as_server(session, Peers((*genuine, swapped)))), SignatureError)
+    refused("", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, swapped)))), SignatureError)
 
 
 def test_swapped_shares() -> None:
     session = Session().run(until="masked")
-    boxes = messages.read(session.server.request(VICTIM)).body
-    assert isinstance(boxes, messages.Boxes)
+    boxes = messages.read_message(session.server.request(VICTIM)).body
+    assert isinstance(boxes, messages.SealedShares)
     swapped = {**boxes.boxes, "ward-0001": boxes.boxes["ward-0002"]}
-    refused("", lambda: session.clients[VICTIM].hold(as_server(session, messages.Boxes(swapped))), SignatureError)
+    refused("", lambda: session.clients[VICTIM].hold(as_server(session, messages.SealedShares(swapped))), SignatureError)
 
 
 def test_the_coordinator_as_a_neighbour() -> None:
     session = Session().run(until="shares")
     genuine = [session.sent["keys", name] for name in names(10) if name != VICTIM]
-    own = messages.sealed(Keys(secret("channel"), secret("mask")), session.round.digest, session.me)
-    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, Peers((*genuine, own)))))
-    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, Peers((*genuine, genuine[0])))))
+    own = messages.sealed(AdvertiseKeys(secret("channel"), secret("mask")), session.round.digest, session.me)
+    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, own)))))
+    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, genuine[0])))))
 
 
 def test_few_neighbours() -> None:
     session = Session().run(until="shares")
     few = tuple(session.sent["keys", name] for name in names(10)[:4])
-    refused("threshold", lambda: session.clients[VICTIM].share(as_server(session, Peers(few))))
+    refused("threshold", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys(few))))
 
 
 def test_altered_manifest() -> None:
     """Each half of the cohort is given another manifest: no key of the one half is a key in the round of the other."""
     session, other = Session(), Session(seed=1)
     foreign = tuple(other.clients[name].keys() for name in names(10) if name != VICTIM)
-    error = refused("manifest", lambda: session.clients[VICTIM].share(as_server(session, Peers(foreign))))
+    error = refused("manifest", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys(foreign))))
     assert "manifest" in error.problem
 
 
@@ -166,7 +167,7 @@ def test_second_request_of_one_stage() -> None:
     client = session.clients[VICTIM]
     client.share(session.server.request(VICTIM))
     fewer = tuple(session.sent["keys", name] for name in names(10)[:8] if name != VICTIM)
-    refused("replayed", lambda: client.share(as_server(session, Peers(fewer))))
+    refused("replayed", lambda: client.share(as_server(session, PeerKeys(fewer))))
 
 
 def test_second_vector_under_one_mask() -> None:
@@ -182,7 +183,7 @@ def test_vector_before_shares() -> None:
 def test_at_most_one_unmask() -> None:
     session = Session().run()
     client = session.clients[VICTIM]
-    again = Lists(names(10)[1:], (names(10)[0],))
+    again = SurvivorLists(names(10)[1:], (names(10)[0],))
     refused("replayed", lambda: client.consent(as_server(session, again)))
     refused("unmask", lambda: client.reveal(as_server(session, Unmask(again.digest, ()))))
     # the same lists with one consent less are another request
@@ -192,38 +193,40 @@ def test_at_most_one_unmask() -> None:
 
 def test_drops_to_one_survivor() -> None:
     session = Session().run(until="consent")
-    refused("threshold", lambda: session.clients[VICTIM].consent(as_server(session, Lists((VICTIM,), names(10)[:4]))))
+    refused("threshold", lambda: session.clients[VICTIM].consent(as_server(session, SurvivorLists((VICTIM,), names(10)[:4]))))
 
 
 def test_lists_that_leave_this_client_out() -> None:
     session = Session().run(until="consent")
     others = tuple(name for name in names(10) if name != VICTIM)
-    refused("lists", lambda: session.clients[VICTIM].consent(as_server(session, Lists(others, (VICTIM,)))))
+    refused("lists", lambda: session.clients[VICTIM].consent(as_server(session, SurvivorLists(others, (VICTIM,)))))
 
 
 def test_lists_of_strangers_or_out_of_order() -> None:
     session = Session().run(until="consent")
     for active in ((*names(10), "zz"), names(10)[::-1], (*names(10), names(10)[-1])):
-        refused("lists", lambda active=active: session.clients[VICTIM].consent(as_server(session, Lists(active, ()))))
+        refused("lists", lambda active=active: session.clients[VICTIM].consent(as_server(session, SurvivorLists(active, ()))))
 
 
 def test_unmask_before_consent() -> None:
     session = Session().run(until="consent")
-    refused("unmask", lambda: session.clients[VICTIM].reveal(as_server(session, Unmask(Lists(names(10), ()).digest, ()))))
+    refused(
+        "unmask", lambda: session.clients[VICTIM].reveal(as_server(session, Unmask(SurvivorLists(names(10), ()).digest, ())))
+    )
 
 
 def test_another_client_asks() -> None:
     session = Session().run(until="consent")
-    request = messages.sealed(Lists(names(10), ()), session.round.digest, session.people["ward-0001"])
+    request = messages.sealed(SurvivorLists(names(10), ()), session.round.digest, session.people["ward-0001"])
     refused("stage", lambda: session.clients[VICTIM].consent(request))
 
 
 def test_key_of_small_order() -> None:
     """A neighbour that colludes sends a key with which everything agrees on zero."""
     session = Session().run(until="shares")
-    weak = messages.sealed(Keys(bytes(32), bytes(32)), session.round.digest, session.people["ward-0007"])
+    weak = messages.sealed(AdvertiseKeys(bytes(32), bytes(32)), session.round.digest, session.people["ward-0007"])
     genuine = [session.sent["keys", name] for name in names(10) if name not in (VICTIM, "ward-0007")]
-    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, Peers((*genuine, weak)))))
+    refused("keys", lambda: session.clients[VICTIM].share(as_server(session, PeerKeys((*genuine, weak)))))
 
 
 def bytes_of(vector: np.ndarray, seed: int) -> bytes:
@@ -232,7 +235,7 @@ def bytes_of(vector: np.ndarray, seed: int) -> bytes:
     name = names(4)[1]
     session.vectors = {**session.vectors, name: vector}
     session.run(until="consent")
-    body = messages.read(session.sent["masked", name]).body
+    body = messages.read_message(session.sent["masked", name]).body
     assert isinstance(body, messages.Masked)
     return body.vector
 

@@ -12,11 +12,11 @@ from round_parties import House
 
 from sartor.federate.privacy.client_noise import noise_of, noised
 from sartor.federate.rounds.round_client import RoundClient
-from sartor.federate.rounds.round_manifest import Rules
+from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.rounds.transport import InProcess, run_round
 from sartor.federate.secure.secagg_terms import least_threshold
 
-RULES = Rules(clip=1.0, noise=3.0, most_examples=1)
+RULES = UpdateRules(clip=1.0, noise=3.0, most_examples=1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from sartor.federate.tuning import simulation
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.simulated_clients import open_clients
 from sartor.federate.tuning.simulation import simulate
-from sartor.models.lora_tensors import A, B, Tensors, cut, joined, modules, norm, pair, rank_of
+from sartor.models.lora_tensors import A, B, Tensors, join_ranks, modules, norm, pair, rank_of, split_ranks
 from sartor.tune.recipe import load as load_tuning
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den")
@@ -86,7 +86,7 @@ def test_each_client_has_its_own_and_is_better_by_it(
         opened = sartor.open(folder)
         assert [one["kind"] for one in opened.manifest["parents"]] == ["dataset", "adapter"]
         assert opened.manifest["parents"][0]["path"] == str(homes[place])
-        head, own = cut(load_file(folder / "adapter_model.safetensors"), rank_of(shared))
+        head, own = split_ranks(load_file(folder / "adapter_model.safetensors"), rank_of(shared))
         assert all(np.array_equal(head[one], value) for one, value in shared.items()), "the shared adapter is held still"
         assert rank_of(own) == 4 and norm({one: value for one, value in own.items() if one.endswith(B)}) > 0
         of = report["clients"][name]
@@ -151,7 +151,7 @@ def test_what_is_written_computes_base_and_shared_and_private(
         with torch.no_grad():
             return model(input_ids=torch.arange(3, 60)[None]).logits
 
-    shared, own = cut(load_file(folder / "adapter_model.safetensors"), 8)
+    shared, own = split_ranks(load_file(folder / "adapter_model.safetensors"), 8)
     assert float((logits(folder) - logits(shared, own)).abs().max()) <= 1e-5
     assert float((logits(folder) - logits(out)).abs().max()) > 1e-3, "the private part says something"
     assert sartor.open(folder).manifest["recipe"]["personal"]["rank"] == 4
@@ -211,7 +211,7 @@ def test_joined_is_the_inverse_of_cut() -> None:
         "m" + A: source.standard_normal((6, 5)).astype(np.float32),
         "m" + B: source.standard_normal((7, 6)).astype(np.float32),
     }
-    again = joined(*cut(whole, 4))
+    again = join_ranks(*split_ranks(whole, 4))
     assert all(np.array_equal(again[name], value) for name, value in whole.items())
     assert load_tuning({"base": "starter", "data": {"path": "x"}}).optimizer.weight_decay == 0.0
 

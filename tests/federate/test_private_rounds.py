@@ -15,15 +15,15 @@ from safetensors.numpy import load_file
 from sartor.core import config
 from sartor.core.errors import BudgetError, ConfigError, ConflictError
 from sartor.federate import updates as arrays
-from sartor.federate.recipe import FederateRecipe, Local, Privacy, Settings, load
-from sartor.federate.rounds.round_manifest import Manifest, Rules, Work, terms_for
+from sartor.federate.recipe import FederateRecipe, LocalTraining, Privacy, RoundSettings, load
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
 from sartor.federate.tuning import lora_task
-from sartor.federate.tuning.lora_task import LoraTask, RowGuard, row_means, updates_of
+from sartor.federate.tuning.lora_task import LoraTask, RowPrivacy, row_means, updates_of
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulated_rounds import fewest
 from sartor.federate.tuning.simulation import simulate
 from sartor.models import quantization
-from sartor.models.lora_tensors import A, B, Pair, Tensors, cut, modules, norm, pair, plus, rank_of
+from sartor.models.lora_tensors import A, B, LoraPair, Tensors, add_changes, modules, norm, pair, rank_of, split_ranks
 from sartor.models.losses.transformers_backend import row_losses
 
 SHARDS = {"count": 3, "alpha": 5.0}
@@ -49,10 +49,14 @@ def people(tiny_base: Path, dataset: Path, fp32: None) -> tuple[FederateRecipe, 
 
 def manifest(asked: FederateRecipe, people: Clients, shared: Tensors, number: int = 1) -> Manifest:
     resident = people.resident
-    said = Work(
-        "lora", arrays.digest(arrays.pack(shared)), resident.ref.digest, resident.digest, config.dump(Settings.of(asked))
+    said = ClientWork(
+        "lora",
+        arrays.digest(arrays.pack_tensors(shared)),
+        resident.ref.digest,
+        resident.digest,
+        config.dump(RoundSettings.of(asked)),
     )
-    return Manifest("test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, Rules(), seed="0" * 64), 0)
+    return Manifest("test", number, "coordinator", said, terms_for(("a", "b", "c"), shared, UpdateRules(), seed="0" * 64), 0)
 
 
 # rows
@@ -86,20 +90,20 @@ def test_a_round_repeats_to_the_bits_and_another_round_or_secret_does_not(
     privacy = Privacy(8.0, 1e-2, "example", batch_rows=8)
 
     def learnt(folder: str, number: int = 1) -> dict[str, np.ndarray]:
-        task = LoraTask(clients.resident, rows_of(clients), guard=RowGuard.open(privacy, tmp_path / folder))
+        task = LoraTask(clients.resident, rows_of(clients), guard=RowPrivacy.open(privacy, tmp_path / folder))
         return dict(task.update(manifest(asked, clients, shared, number), shared).tensors)
 
     first = learnt("one")
     assert set(first) == {name for name in shared if name.endswith(B)} and norm(first) > 0
     assert (tmp_path / "one" / lora_task.SECRET).stat().st_mode & 0o777 == 0o600
-    before = RowGuard.open(privacy, tmp_path / "one").account.epsilon()
+    before = RowPrivacy.open(privacy, tmp_path / "one").account.epsilon()
     again = learnt("one")
     assert all(np.array_equal(again[name], value) for name, value in first.items())
-    assert RowGuard.open(privacy, tmp_path / "one").account.epsilon() == before, "a round that is done again is paid"
+    assert RowPrivacy.open(privacy, tmp_path / "one").account.epsilon() == before, "a round that is done again is paid"
     for other in (learnt("one", 2), learnt("two")):
         assert any(not np.array_equal(other[name], value) for name, value in first.items())
     with pytest.raises(ConflictError):
-        RowGuard.open(Privacy(9.0, 1e-2, "example"), tmp_path / "one")
+        RowPrivacy.open(Privacy(9.0, 1e-2, "example"), tmp_path / "one")
 
 
 def test_epsilon_is_dp_accountings_of_the_whole_composition(
@@ -108,10 +112,10 @@ def test_epsilon_is_dp_accountings_of_the_whole_composition(
     import dp_accounting
 
     asked, clients = people
-    asked, rows = replace(asked, rounds=3, local=Local(epochs=2)), rows_of(clients)
+    asked, rows = replace(asked, rounds=3, local=LocalTraining(epochs=2)), rows_of(clients)
     shared, count = clients.resident.taken(), len(rows.train)
-    own = RowGuard.open(Privacy(50.0, 1e-3, "example", batch_rows=8, noise_multiplier=0.9), tmp_path / "own")
-    settings, updates = Settings.of(asked), -(-2 * count // 8)
+    own = RowPrivacy.open(Privacy(50.0, 1e-3, "example", batch_rows=8, noise_multiplier=0.9), tmp_path / "own")
+    settings, updates = RoundSettings.of(asked), -(-2 * count // 8)
     assert updates_of(settings.local, count, 8) == updates
     for number in (1, 2, 3):
         own.account.spend(own.spending(manifest(asked, clients, shared, number), settings, count))
@@ -119,7 +123,7 @@ def test_epsilon_is_dp_accountings_of_the_whole_composition(
     accountant = dp_accounting.rdp.RdpAccountant(guard_orders())
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, 3 * updates))
     assert own.account.epsilon() == pytest.approx(accountant.get_epsilon(1e-3), rel=1e-9)
-    auto = RowGuard.open(Privacy(4.0, 1e-3, "example", batch_rows=8), tmp_path / "auto")
+    auto = RowPrivacy.open(Privacy(4.0, 1e-3, "example", batch_rows=8), tmp_path / "auto")
     for number in (1, 2, 3):
         auto.account.spend(auto.spending(manifest(asked, clients, shared, number), settings, count))
     assert 3.8 < auto.account.epsilon() <= 4.0, "auto noise uses the budget up in all rounds, and not more"
@@ -185,7 +189,7 @@ def test_a_base_that_came_quantised_is_refused(
 ) -> None:
     asked, clients = people
     shared = clients.resident.taken()
-    task = LoraTask(clients.resident, rows_of(clients), guard=RowGuard.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one"))
+    task = LoraTask(clients.resident, rows_of(clients), guard=RowPrivacy.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one"))
     monkeypatch.setattr(quantization, "bits_of", lambda model: 4)
     with pytest.raises(ConfigError, match="4 bits"):
         task.update(manifest(asked, clients, shared), shared)
@@ -202,7 +206,7 @@ def test_residual_rounds_are_exact_and_so_is_the_adapter(tiny_base: Path, datase
     assert said["exactness_error"] <= 1e-6 and factors["exactness_error"] > 1e-4
     assert said["metrics"]["eval_loss"]["tuned"] < said["metrics"]["eval_loss"]["base"]
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    means, residual = cut(tensors, 4)
+    means, residual = split_ranks(tensors, 4)
     assert said["trainable"] == sum(value.size for value in means.values())
     assert rank_of(residual) > 4 and norm({name: value for name, value in residual.items() if name.endswith(B)}) > 0
     config_ = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -223,8 +227,8 @@ def test_residual_rounds_are_exact_and_so_is_the_adapter(tiny_base: Path, datase
 def test_the_residual_has_the_fewest_ranks_and_computes_the_same() -> None:
     source = np.random.default_rng(0)
     low, wide = ((source.standard_normal((k, 6)), source.standard_normal((9, k))) for k in (2, 20))
-    pairs = {"low": Pair(np.concatenate([low[0]] * 3), np.concatenate([low[1]] * 3, axis=1)), "wide": Pair(*wide),
-             "none": Pair(np.zeros((3, 6)), np.zeros((9, 3)))}  # fmt: skip
+    pairs = {"low": LoraPair(np.concatenate([low[0]] * 3), np.concatenate([low[1]] * 3, axis=1)), "wide": LoraPair(*wide),
+             "none": LoraPair(np.zeros((3, 6)), np.zeros((9, 3)))}  # fmt: skip
     found = fewest(pairs)
     assert rank_of(found) == 6 and modules(found) == ["low", "none", "wide"]
     assert (np.abs(found["low" + B]).sum(0) > 0).sum() == 2 and not found["none" + B].any()
@@ -245,7 +249,7 @@ def test_a_client_of_lower_rank_trains_its_own_ranks_alone(people: tuple[Federat
             assert name.endswith(half) and own.any() and not rest.any()
     whole = LoraTask(clients.resident, rows_of(clients)).update(manifest(asked, clients, shared), shared).tensors
     assert all(value[:, 1:].any() for value in whole.values()), "the masks of one client are gone for the next"
-    assert norm(plus(shared, whole)) != norm(shared)
+    assert norm(add_changes(shared, whole)) != norm(shared)
 
 
 def test_unequal_ranks_are_simulated_exactly(tiny_base: Path, dataset: Path, tmp_path: Path, fp32: None) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
 from sartor.federate.privacy import dp_sgd, privacy_attacks
-from sartor.federate.privacy.accountant import Budget, calibrated
-from sartor.federate.privacy.dp_sgd import RowNoise, drawn, private_updates
+from sartor.federate.privacy.accountant import PrivacyBudget, calibrated
+from sartor.federate.privacy.dp_sgd import RowNoise, poisson_sample, private_updates
 from sartor.models import adapters
 
 pytest.importorskip("opacus", reason="pip install 'sartor[federated]'")
@@ -143,12 +143,12 @@ def test_what_cannot_be_private_is_refused(moved: Any, monkeypatch: pytest.Monke
 
 def test_rows_are_drawn_each_for_itself_and_the_account_counts_that() -> None:
     how, rows = RowNoise(1.0, 1.1, batch_rows=8), list(range(200))
-    sizes = [len(drawn(rows, how, seeded(seed))) for seed in range(300)]
+    sizes = [len(poisson_sample(rows, how, seeded(seed))) for seed in range(300)]
     assert np.mean(sizes) == pytest.approx(8, abs=0.6) and np.var(sizes) == pytest.approx(200 * 0.04 * 0.96, rel=0.3)
     spent = how.spending("local-1", len(rows), updates=50)
     assert (spent.fraction, spent.times, spent.noise_multiplier) == (0.04, 50, 1.1)
     with pytest.raises(ConfigError, match="batch_rows is 8, and there are 4 rows"):
-        drawn(rows[:4], how)
+        poisson_sample(rows[:4], how)
     for wrong in ((0.0, 1.0, 1), (1.0, -1.0, 1), (1.0, 1.0, 0)):
         with pytest.raises(ConfigError, match="is no noise"):
             RowNoise(*wrong)
@@ -163,7 +163,7 @@ def exposed(noise: float, updates: int = 20) -> privacy_attacks.Exposure:
     optimizer = torch.optim.AdamW(learning(model).values(), lr=2e-2)
     with private_updates(model, optimizer, losses_of(model), how, micro_rows=32, source=seeded(1)) as update:
         for place in range(updates):
-            update(drawn(rows, how, seeded(place)))
+            update(poisson_sample(rows, how, seeded(place)))
     with torch.no_grad():
         losses = losses_of(model)([prompt + secret for secret in secrets]).tolist()
     return privacy_attacks.exposure("secret", 8, losses[0], losses[1:])
@@ -173,7 +173,9 @@ def test_a_repeated_secret_is_exposed_without_noise_and_not_with_it() -> None:
     pytest.importorskip("dp_accounting", reason="pip install 'sartor[federated]'")
     bare = exposed(0.0)
     assert bare.bits == bare.most_bits == 7.0
-    noise = calibrated(Budget(1 / 8, 1e-3), 20, 0.5)  # a row that stands there eight times is protected by eight times less
+    noise = calibrated(
+        PrivacyBudget(1 / 8, 1e-3), 20, 0.5
+    )  # a row that stands there eight times is protected by eight times less
     assert exposed(noise).bits < 5, "of epsilon 1 a chance of e / 32 at most"
 
 

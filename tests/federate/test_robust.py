@@ -13,7 +13,7 @@ import pytest
 
 from sartor.core import config
 from sartor.core.errors import ConfigError, GuardError, InputError
-from sartor.federate.robust_aggregation import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, Rule, Screened, Trimmed
+from sartor.federate.robust_aggregation import AnyRule, Krum, Mean, Median, MultiKrum, NormBound, RobustRule, Screened, Trimmed
 from sartor.federate.updates import Update
 
 RULES = [member() for member in get_args(AnyRule)]
@@ -34,7 +34,7 @@ def updates(values: Any, examples: int = 1) -> list[Update]:
     ]
 
 
-def pooled(rule: Rule, values: Any) -> np.ndarray:
+def pooled(rule: RobustRule, values: Any) -> np.ndarray:
     found = rule.pool(updates(values)).tensors
     return np.concatenate([found["a"], found["b"][0]])
 
@@ -43,7 +43,7 @@ LINE = [[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0], [500.0, -900.0]]
 
 
 @every
-def test_a_rule_is_chosen_by_its_kind_and_has_contract(rule: Rule) -> None:
+def test_a_rule_is_chosen_by_its_kind_and_has_contract(rule: RobustRule) -> None:
     assert config.load(Declared, {"rule": rule.kind}).rule == rule
     alike = rule.pool(updates([[1.0, -2.0, 3.0]] * 10))
     assert np.allclose(alike.tensors["b"], [[-2.0, 3.0]]) and alike.tensors["b"].shape == (1, 2)
@@ -52,7 +52,7 @@ def test_a_rule_is_chosen_by_its_kind_and_has_contract(rule: Rule) -> None:
 
 
 @every
-def test_what_is_no_round_is_refused(rule: Rule) -> None:
+def test_what_is_no_round_is_refused(rule: RobustRule) -> None:
     with pytest.raises(ConfigError, match="without one update"):
         rule.pool([])
     with pytest.raises(InputError, match="'c3'.*not finite"):
@@ -62,7 +62,7 @@ def test_what_is_no_round_is_refused(rule: Rule) -> None:
 
 
 @seeing
-def test_a_client_cannot_talk_itself_up(rule: Rule) -> None:
+def test_a_client_cannot_talk_itself_up(rule: RobustRule) -> None:
     rows = np.random.default_rng(0).standard_normal((10, 4)) + 3
     loud = [Update(one.client, one.tensors, 10**9 if place == 4 else 1) for place, one in enumerate(updates(rows))]
     assert np.allclose(rule.pool(loud).tensors["b"], rule.pool(updates(rows)).tensors["b"])
@@ -96,7 +96,7 @@ def test_krum_by_hand() -> None:
 
 
 @pytest.mark.parametrize("rule", [Krum(0.4), MultiKrum(0.4), Trimmed(0.45)], ids=lambda rule: rule.kind)
-def test_a_cohort_that_is_too_small_for_its_liars_is_refused_with_how_many_are_missing(rule: Rule) -> None:
+def test_a_cohort_that_is_too_small_for_its_liars_is_refused_with_how_many_are_missing(rule: RobustRule) -> None:
     with pytest.raises(ConfigError, match=r"\d clients, of which \d may lie; this rule needs \d"):
         rule.pool(updates(LINE[:4]))
 

@@ -15,22 +15,22 @@ from round_parties import RULES, START, House, mean_of_numbers
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
 from sartor.federate import updates as arrays
 from sartor.federate.rounds import round_manifest as manifests
-from sartor.federate.rounds.round_coordinator import Ended
-from sartor.federate.rounds.round_journal import Journal, Kept
-from sartor.federate.rounds.round_manifest import Manifest, Rules, Work
-from sartor.federate.rounds.transport import Carried, InProcess, finish, run_round
+from sartor.federate.rounds.round_coordinator import RoundResult
+from sartor.federate.rounds.round_journal import RoundJournal, StoredRound
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules
+from sartor.federate.rounds.transport import InProcess, TransferStats, finish, run_round
 from sartor.federate.secure import messages
-from sartor.federate.secure.messages import Invite, Lists, Outcome, Payload
+from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, SurvivorLists
 from sartor.models.lora_tensors import norm
 
 
-def run(house: House, **plan: object) -> Ended:
+def run(house: House, **plan: object) -> RoundResult:
     return run_round(house.coordinator, house.transport, house.plan(**plan))
 
 
 def invite(house: House, manifest: Manifest, shared: bytes = b"", signer: str = COORDINATOR) -> bytes:
     content = manifest.signed(replace(house.me, key=identity(signer).key))
-    return messages.sealed(Invite(content, Payload(shared or arrays.pack(START))), manifest.digest, house.me)
+    return messages.sealed(Invite(content, Payload(shared or arrays.pack_tensors(START))), manifest.digest, house.me)
 
 
 def refused(check: str, house: House, manifest: Manifest, kind: type[SartorError] = RoundError, shared: bytes = b"") -> None:
@@ -41,7 +41,7 @@ def refused(check: str, house: House, manifest: Manifest, kind: type[SartorError
 
 
 def test_two_rounds_add_the_mean_weighted_by_examples() -> None:
-    house, carried = House(), Carried()
+    house, carried = House(), TransferStats()
     first = run_round(house.coordinator, house.transport, house.plan(), carried)
     second = run(house)
     mean = mean_of_numbers(list(range(5)))
@@ -59,7 +59,7 @@ def test_equal_weights_and_a_part_of_the_tensors() -> None:
         task.update = lambda manifest, shared, learn=learn: replace(  # type: ignore[method-assign]
             learn(manifest, shared), tensors={"tail.weight": learn(manifest, shared).tensors["tail.weight"]}
         )
-    run(house, trained=("tail.weight",), rules=Rules(most_examples=1), settings={"rate": 0.1})
+    run(house, trained=("tail.weight",), rules=UpdateRules(most_examples=1), settings={"rate": 0.1})
     shared = house.coordinator.shared
     assert np.array_equal(shared["head.weight"], START["head.weight"])
     np.testing.assert_allclose(shared["tail.weight"], 1 + 0.1 * 3, atol=1e-6)
@@ -67,7 +67,7 @@ def test_equal_weights_and_a_part_of_the_tensors() -> None:
 
 def test_an_update_is_clipped_to_the_manifests_norm() -> None:
     house = House()
-    ended = run(house, rules=Rules(clip=0.05, most_examples=1), settings={"rate": 1.0})
+    ended = run(house, rules=UpdateRules(clip=0.05, most_examples=1), settings={"rate": 1.0})
     assert norm(ended.mean) == pytest.approx(0.05, rel=1e-5)
 
 
@@ -199,16 +199,16 @@ def test_secrets_of_a_round_are_gone_when_it_ends(tmp_path: Path) -> None:
 def made(house: House, **changes: object) -> Manifest:
     rules = RULES
     terms = manifests.terms_for(house.names, START, rules, seed="ab" * 32)
-    fields = {"run": "triage", "number": 1, "coordinator": COORDINATOR, "work": Work("pull", arrays.digest(arrays.pack(START))),
+    fields = {"run": "triage", "number": 1, "coordinator": COORDINATOR, "work": ClientWork("pull", arrays.digest(arrays.pack_tensors(START))),
               "terms": terms, "deadline": 2_000, "rules": rules}  # fmt: skip
     return Manifest(**{**fields, **changes})
 
 
 def test_a_manifest_comes_back_as_it_was_signed() -> None:
     house = House()
-    manifest = made(house, work=Work("pull", "ab" * 32, "base", "recipe", {"rate": 0.1, "names": ["a"]}))
-    assert manifests.read(manifest.signed(house.me), COORDINATOR, house.roster) == manifest
-    assert manifest.digest == manifests.read(manifest.signed(house.me), COORDINATOR, house.roster).digest
+    manifest = made(house, work=ClientWork("pull", "ab" * 32, "base", "recipe", {"rate": 0.1, "names": ["a"]}))
+    assert manifests.read_manifest(manifest.signed(house.me), COORDINATOR, house.roster) == manifest
+    assert manifest.digest == manifests.read_manifest(manifest.signed(house.me), COORDINATOR, house.roster).digest
 
 
 @pytest.mark.parametrize("change", [b'"number":1>"number":2', b'"threshold":4>"threshold":1', b'"clip":1.0>"clip":99.0', b'"task":"pull">"task":"push"'])  # fmt: skip
@@ -218,42 +218,42 @@ def test_altered_manifest_is_refused(change: bytes) -> None:
     content = made(house).signed(house.me)
     assert was in content
     with pytest.raises(SignatureError):
-        manifests.read(content.replace(was, now), COORDINATOR, house.roster)
+        manifests.read_manifest(content.replace(was, now), COORDINATOR, house.roster)
     with pytest.raises(SignatureError):
-        manifests.read(made(house).signed(identity(COORDINATOR, seed=1)), COORDINATOR, house.roster)
+        manifests.read_manifest(made(house).signed(identity(COORDINATOR, seed=1)), COORDINATOR, house.roster)
     with pytest.raises(SignatureError):  # a client signs a manifest in its own name
-        manifests.read(made(house, coordinator="zz").signed(house.me), COORDINATOR, house.roster)
+        manifests.read_manifest(made(house, coordinator="zz").signed(house.me), COORDINATOR, house.roster)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema": 1}', b"\xff", b"[" * 100_000])
 def test_what_is_no_manifest_is_refused(content: bytes) -> None:
     with pytest.raises(ArtifactError):
-        manifests.read(content, COORDINATOR, House(count=3).roster)
+        manifests.read_manifest(content, COORDINATOR, House(count=3).roster)
 
 
 def test_rounds_that_a_client_will_not_join() -> None:
     house = House()
-    refused("task", house, made(house, work=Work("push", arrays.digest(arrays.pack(START)))))
+    refused("task", house, made(house, work=ClientWork("push", arrays.digest(arrays.pack_tensors(START)))))
     refused("deadline", house, made(house, deadline=999))
-    refused("manifest", house, made(house), shared=arrays.pack({"w": np.zeros(3)}))
+    refused("manifest", house, made(house), shared=arrays.pack_tensors({"w": np.zeros(3)}))
     terms = made(house).terms
     refused("threshold", house, made(house, terms=replace(terms, threshold=1)))
     refused("cohort", house, made(house, terms=replace(terms, cohort=house.names[:1], threshold=1)))
-    refused("noise", house, made(house, rules=Rules(noise=1.0, most_examples=1)))
+    refused("noise", house, made(house, rules=UpdateRules(noise=1.0, most_examples=1)))
 
 
 def test_replayed_rounds_are_refused() -> None:
     house = House()
     house.coordinator.begin(house.plan())
     request = house.coordinator.requests()[house.names[0]]
-    lists = messages.sealed(Lists(house.names, ()), messages.read(request).round, house.me)
+    lists = messages.sealed(SurvivorLists(house.names, ()), messages.read_message(request).round, house.me)
     finish(house.coordinator, house.transport)
     client = house.clients[house.names[0]]
     for replayed in (request, lists, invite(house, made(house))):  # the whole round, a request of it, another first round
         with pytest.raises(RoundError) as caught:
             client.answer(replayed)
         assert caught.value.check == "replayed"
-    unknown = messages.sealed(Lists(house.names, ()), "ab" * 32, house.me)
+    unknown = messages.sealed(SurvivorLists(house.names, ()), "ab" * 32, house.me)
     with pytest.raises(RoundError):
         client.answer(unknown)
 
@@ -264,8 +264,8 @@ def test_only_the_coordinator_ends_a_round() -> None:
     request = house.coordinator.requests()[house.names[0]]
     client = house.clients[house.names[0]]
     client.answer(request)
-    digest = messages.read(request).round
-    forged = messages.sealed(Outcome("done", house.names, "", ""), digest, house.members[house.names[1]].me)
+    digest = messages.read_message(request).round
+    forged = messages.sealed(RoundOutcome("done", house.names, "", ""), digest, house.members[house.names[1]].me)
     with pytest.raises(RoundError):
         client.answer(forged)
     assert house.journals[house.names[0]].rounds("triage")[0].state == "open"
@@ -279,7 +279,7 @@ def test_answers_that_do_not_count_are_counted_by_kind() -> None:
             yield b"nonsense"
             yield from super().exchange(requests, wait_s)
 
-    carried = Carried()
+    carried = TransferStats()
     ended = run_round(house.coordinator, Noisy(house.clients), house.plan(), carried)
     assert (ended.state, carried.refused["ArtifactError"]) == ("done", 5)
 
@@ -297,7 +297,7 @@ def test_a_coordinator_opens_one_round_at_a_time_that_somebody_would_join() -> N
     with pytest.raises(ConflictError):
         house.coordinator.start(START)
     with pytest.raises(RoundError):
-        other = Outcome("done", (), "", "")
+        other = RoundOutcome("done", (), "", "")
         house.coordinator.take(messages.sealed(other, "ab" * 32, house.me))
 
 
@@ -315,7 +315,7 @@ def test_a_round_whose_time_is_over_is_abandoned() -> None:
 @pytest.mark.parametrize("rules", [{"clip": 0.0}, {"noise": -1.0}, {"most_examples": 0}, {"noise": 1.0}, {"noise": 1.0, "most_examples": 1, "stale_rounds": 1}, {"clip": float("nan")}])  # fmt: skip
 def test_rules_out_of_range_are_refused(rules: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        Rules(**rules)
+        UpdateRules(**rules)
 
 
 def test_noise_is_added_by_the_clients() -> None:
@@ -325,36 +325,36 @@ def test_noise_is_added_by_the_clients() -> None:
             name, noise=lambda tensors, manifest: {key: value + 1 for key, value in tensors.items()}
         )
     house.transport = InProcess(house.clients)
-    ended = run(house, rules=Rules(noise=0.5, most_examples=1))
+    ended = run(house, rules=UpdateRules(noise=0.5, most_examples=1))
     np.testing.assert_allclose(ended.mean["tail.weight"], 1 + 0.01 * 3, atol=1e-5)
 
 
 def test_a_journal_is_one_process_alone_and_says_what_it_is(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "one.sqlite"
-    with Journal(path) as journal:
-        journal.begin(Kept("ab", "run", 1, b"m", b"s", "open"))
+    with RoundJournal(path) as journal:
+        journal.begin(StoredRound("ab", "run", 1, b"m", b"s", "open"))
         with pytest.raises(BusyError):
-            Journal(path)
+            RoundJournal(path)
         assert journal._base.execute("PRAGMA synchronous").fetchone() == (2,)
         assert journal._base.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    with Journal(path) as journal:
+    with RoundJournal(path) as journal:
         assert [kept.digest for kept in journal.rounds("run")] == ["ab"]
         journal._base.execute("PRAGMA user_version=9")
     with pytest.raises(SartorError, match="schema 9"):
-        Journal(path)
+        RoundJournal(path)
     path.write_bytes(b"no journal" * 1000)
     with pytest.raises(SartorError, match="no journal"):
-        Journal(path)
+        RoundJournal(path)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="read by others"):
-        Journal(path)
+        RoundJournal(path)
 
 
 def test_tensors_come_back_from_their_bytes() -> None:
-    found = arrays.unpack(arrays.pack(START))
+    found = arrays.unpack_tensors(arrays.pack_tensors(START))
     assert all(np.array_equal(found[name], value) and found[name].dtype == np.float32 for name, value in START.items())
     for broken in (b"", b"[]\n", b'{"a":[2]}\n1234', b'{"a":"x"}\n', b'{"a":[-1]}\n'):
         with pytest.raises(ArtifactError):
-            arrays.unpack(broken)
+            arrays.unpack_tensors(broken)
     with pytest.raises(ConfigError):
         arrays.clipped({"a": np.array([np.inf])}, 1.0)

@@ -14,8 +14,17 @@ from hypothesis import strategies as some
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, RoundError, SignatureError
 from sartor.federate.secure import fixed_point, masking_crypto, messages
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.secagg_terms import MOST_SUM, Graph, Round, Slot, Terms, failure_bound, least_threshold, most_degree
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_terms import (
+    MOST_SUM,
+    Graph,
+    Round,
+    SecureSumTerms,
+    TensorSlot,
+    failure_bound,
+    least_threshold,
+    most_degree,
+)
 
 SEED = "ab" * 32
 DIGEST = "cd" * 32
@@ -25,24 +34,26 @@ DIGEST = "cd" * 32
 @given(some.binary(min_size=32, max_size=32), some.integers(1, 12), some.data())
 def test_any_threshold_of_shares_rebuilds_the_secret(value: bytes, threshold: int, data: some.DataObject) -> None:
     places = data.draw(some.lists(some.integers(1, 5_000), min_size=threshold, max_size=threshold + 6, unique=True))
-    made = masking_crypto.split(value, threshold, places, masking_crypto.stream_bytes(secret(value), (threshold - 1) * 48))
+    made = masking_crypto.split_secret(
+        value, threshold, places, masking_crypto.stream_bytes(secret(value), (threshold - 1) * 48)
+    )
     chosen = data.draw(some.permutations(places))[:threshold]
-    assert masking_crypto.combine({place: made[place] for place in chosen}, threshold) == value
+    assert masking_crypto.combine_shares({place: made[place] for place in chosen}, threshold) == value
     with pytest.raises(RoundError):
-        masking_crypto.combine({place: made[place] for place in chosen[1:]}, threshold)
+        masking_crypto.combine_shares({place: made[place] for place in chosen[1:]}, threshold)
 
 
 @settings(max_examples=20, deadline=None)
 @given(some.binary(min_size=32, max_size=32), some.binary(min_size=32, max_size=32))
 def test_fewer_shares_fit_every_secret(one: bytes, other: bytes) -> None:
     """For the shares of `one` at two places there are coefficients with which `other` has the same shares."""
-    made = masking_crypto.split(one, 3, [1, 2, 3], masking_crypto.stream_bytes(secret(one), 96))
+    made = masking_crypto.split_secret(one, 3, [1, 2, 3], masking_crypto.stream_bytes(secret(one), 96))
     # the polynomial through (0, other), (1, made[1]), (2, made[2]) has degree 2 as well
     points = {0: int.from_bytes(other, "big"), 1: int.from_bytes(made[1], "big"), 2: int.from_bytes(made[2], "big")}
     half = pow(2, -1, masking_crypto.PRIME)
     second = (points[2] - 2 * points[1] + points[0]) * half % masking_crypto.PRIME
     first = (points[1] - points[0] - second) % masking_crypto.PRIME
-    again = masking_crypto.split(other, 3, [1, 2], second.to_bytes(48, "big") + first.to_bytes(48, "big"))
+    again = masking_crypto.split_secret(other, 3, [1, 2], second.to_bytes(48, "big") + first.to_bytes(48, "big"))
     assert again == {1: made[1], 2: made[2]}
 
 
@@ -50,7 +61,7 @@ def test_the_field_is_prime_and_holds_every_secret() -> None:
     assert masking_crypto.PRIME > 1 << 256
     assert all(pow(base, masking_crypto.PRIME - 1, masking_crypto.PRIME) == 1 for base in (2, 3, 5, 7, 11, 13))
     full = b"\xff" * 32
-    assert masking_crypto.combine(masking_crypto.split(full, 2, [1, 2], bytes(range(48))), 2) == full
+    assert masking_crypto.combine_shares(masking_crypto.split_secret(full, 2, [1, 2], bytes(range(48))), 2) == full
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +73,7 @@ def test_the_field_is_prime_and_holds_every_secret() -> None:
 def test_a_value_is_right_to_a_unit_of_the_ring(values: list[float], count: int, rounding: fixed_point.Rounding) -> None:
     tensors = {"weight": np.array(values, np.float32)}
     layout = fixed_point.layout_for(tensors, 1.0, count)
-    of = Terms(names(count), count, layout)
+    of = SecureSumTerms(names(count), count, layout)
     total = np.zeros(of.size, np.uint32)
     for number in range(count):  # the worst case: everyone sends the same
         total += fixed_point.encode(tensors, of, rounding, np.random.default_rng(number))
@@ -71,7 +82,7 @@ def test_a_value_is_right_to_a_unit_of_the_ring(values: list[float], count: int,
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
-    of = Terms(names(1), 1, (Slot("weight", (20_000,), 1.0),))
+    of = SecureSumTerms(names(1), 1, (TensorSlot("weight", (20_000,), 1.0),))
     units = fixed_point.quantise({"weight": np.full(20_000, 0.3)}, of.layout, "stochastic", np.random.default_rng(0))
     assert set(np.unique(units)) == {0, 1}
     assert abs(units.mean() - 0.3) < 0.02
@@ -144,7 +155,7 @@ def test_a_graph_follows_from_its_seed() -> None:
 
 
 def test_how_often_a_round_on_a_sparse_graph_fails() -> None:
-    of = Terms(names(1000), least_threshold(1000), (Slot("weight", (1,), 1.0),), 100, SEED)
+    of = SecureSumTerms(names(1000), least_threshold(1000), (TensorSlot("weight", (1,), 1.0),), 100, SEED)
     assert (of.holders, of.share_threshold) == (101, 68)
     tenth, third = failure_bound(1000, 100, 68, 100), failure_bound(1000, 100, 68, 300)
     assert tenth < 1e-6 < third
@@ -154,13 +165,13 @@ def test_how_often_a_round_on_a_sparse_graph_fails() -> None:
 def test_a_secret_needs_more_than_two_thirds_of_its_holders_on_either_graph() -> None:
     for count in range(5, 60):
         for degree in (0, *range(2, most_degree(count) + 1, 2)):
-            of = Terms(names(count), least_threshold(count), (Slot("w", (1,), 1.0),), degree, SEED)
+            of = SecureSumTerms(names(count), least_threshold(count), (TensorSlot("w", (1,), 1.0),), degree, SEED)
             assert 2 * of.holders < 3 * of.share_threshold <= 3 * of.holders
 
 
 def test_terms_come_back_from_a_manifest() -> None:
     of = terms(12, 7, degree=6)
-    assert Terms.of(json.loads(json.dumps(of.as_json()))) == of
+    assert SecureSumTerms.of(json.loads(json.dumps(of.as_json()))) == of
     for broken in (
         {},
         {**of.as_json(), "threshold": 1.5},
@@ -168,30 +179,30 @@ def test_terms_come_back_from_a_manifest() -> None:
         {**of.as_json(), "cohort": 3},
     ):
         with pytest.raises(ArtifactError):
-            Terms.of(json.loads(json.dumps(broken)))
+            SecureSumTerms.of(json.loads(json.dumps(broken)))
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"cohort": ("b", "a")}, {"cohort": ("a", "a")}, {"cohort": ("A", "b")}, {"threshold": 0}, {"threshold": 3}, {"seed": "00"},
-     {"layout": ()}, {"layout": (Slot("w", (1,), 0.0),)}, {"layout": (Slot("w", (1,), 1.0),) * 2}],
+     {"layout": ()}, {"layout": (TensorSlot("w", (1,), 0.0),)}, {"layout": (TensorSlot("w", (1,), 1.0),) * 2}],
 )  # fmt: skip
 def test_terms_that_can_be_no_sum_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        Terms(**{"cohort": ("a", "b"), "threshold": 2, "layout": (Slot("w", (1,), 1.0),), **changes})
+        SecureSumTerms(**{"cohort": ("a", "b"), "threshold": 2, "layout": (TensorSlot("w", (1,), 1.0),), **changes})
     with pytest.raises(ConfigError):
         Round("00", terms(3), COORDINATOR)
 
 
 BODIES = [
     messages.Invite(b"manifest", messages.Payload(b"tensors")),
-    messages.Outcome("done", ("a",), DIGEST, ""),
-    messages.Keys(b"k" * 32, b"m" * 32),
-    messages.Peers((b"one", b"two")),
+    messages.RoundOutcome("done", ("a",), DIGEST, ""),
+    messages.AdvertiseKeys(b"k" * 32, b"m" * 32),
+    messages.PeerKeys((b"one", b"two")),
     messages.Shares(b"c" * 32, {"ward-1": b"box"}),
-    messages.Boxes({"ward-1": b"box"}),
+    messages.SealedShares({"ward-1": b"box"}),
     messages.Masked(messages.Payload(b"\n{} \n\x00\xff")),
-    messages.Lists(("a", "b"), ("c",)),
+    messages.SurvivorLists(("a", "b"), ("c",)),
     messages.Consent(DIGEST),
     messages.Unmask(DIGEST, (b"one",)),
     messages.Reveal({"a": b"1"}, {}),
@@ -204,21 +215,21 @@ def test_a_message_comes_back_and_no_byte_of_it_may_change(body: messages.Body) 
     assert {one.kind for one in BODIES} == set(messages.BODIES)
     me = identity("ward-7")
     content = messages.sealed(body, DIGEST, me)
-    assert messages.opened(content, type(body), DIGEST, roster_of(me)) == ("ward-7", body)
+    assert messages.verify_message(content, type(body), DIGEST, roster_of(me)) == ("ward-7", body)
     for place in range(0, len(content), 7):
         changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         with pytest.raises((ArtifactError, SignatureError, RoundError)):
-            messages.opened(changed, type(body), DIGEST, roster_of(me))
+            messages.verify_message(changed, type(body), DIGEST, roster_of(me))
     for longer in (content + b"\n", b" " + content, content[:-1]):
         with pytest.raises((ArtifactError, SignatureError)):
-            messages.opened(longer, type(body), DIGEST, roster_of(me))
+            messages.verify_message(longer, type(body), DIGEST, roster_of(me))
 
 
 @settings(max_examples=30, deadline=None)
 @given(some.one_of(some.binary(max_size=60), some.recursive(some.none() | some.integers() | some.text(max_size=5), lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.sampled_from(["schema", "kind", "round", "sender", "signature", "keys", "boxes"]), inner, max_size=7), max_leaves=9).map(lambda said: json.dumps(said).encode())))  # fmt: skip
 def test_what_is_no_message_is_refused_without_a_traceback(content: bytes) -> None:
     with pytest.raises(ArtifactError):
-        messages.read(content)
+        messages.read_message(content)
 
 
 def test_a_roster_is_a_folder_of_public_keys_without_the_revoked(tmp_path: Path) -> None:
@@ -227,7 +238,7 @@ def test_a_roster_is_a_folder_of_public_keys_without_the_revoked(tmp_path: Path)
         made = signing.keygen(tmp_path / name)
         (tmp_path / "roster" / f"{name}.pub").write_bytes(Path(made["public"]).read_bytes())
     me = Identity.open("ward-1", tmp_path / "ward-1")
-    roster = Roster.open(tmp_path / "roster")
+    roster = PinnedKeys.open(tmp_path / "roster")
     roster.check("ward-1", b"text", me.sign(b"text"))
     for name, document in (("ward-2", b"text"), ("ward-1", b"other"), ("ward-3", b"text")):
         with pytest.raises(SignatureError):
@@ -235,6 +246,6 @@ def test_a_roster_is_a_folder_of_public_keys_without_the_revoked(tmp_path: Path)
     revoked = tmp_path / "sartor-home" / "revoked"
     revoked.mkdir(parents=True, exist_ok=True)
     (revoked / "one.pub").write_bytes((tmp_path / "roster" / "ward-2.pub").read_bytes())
-    assert set(Roster.open(tmp_path / "roster").keys) == {"ward-1"}
+    assert set(PinnedKeys.open(tmp_path / "roster").keys) == {"ward-1"}
     with pytest.raises(ConfigError):
-        Roster.open(tmp_path / "nowhere")
+        PinnedKeys.open(tmp_path / "nowhere")

@@ -95,7 +95,7 @@ def test_a_client_says_the_same_again_to_the_byte() -> None:
 def test_a_share_that_is_false_is_found() -> None:
     session = Session()
     session.run(until="reveal")
-    reveal = messages.read(session.clients["ward-0000"].reveal(session.server.request("ward-0000"))).body
+    reveal = messages.read_message(session.clients["ward-0000"].reveal(session.server.request("ward-0000"))).body
     assert isinstance(reveal, messages.Reveal)
     false = messages.Reveal({**reveal.seeds, "ward-0004": bytes(33)}, reveal.keys)
     session.server.take(messages.sealed(false, session.round.digest, session.people["ward-0000"]))

@@ -24,7 +24,7 @@ import tiny_native
 from sartor.core import assets, model_refs
 from sartor.core.errors import HubError, ModelError
 from sartor.core.filesystem import file_digest
-from sartor.models.base import machine, open_base, open_chat
+from sartor.models.base import machine_facts, open_base, open_chat
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.loading import STAMP
 
@@ -232,7 +232,7 @@ def test_apples_gpu_computes_in_fp32() -> None:
 
 
 def test_this_machine_is_described() -> None:
-    said = machine()
+    said = machine_facts()
     assert said["processor"] == platform.machine()
     assert said["torch"] == torch.__version__
     assert json.loads(json.dumps(said)) == said

@@ -17,7 +17,7 @@ from torch import nn
 import tiny
 from sartor.models import packing
 from sartor.models.losses import transformers_backend
-from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, Encoded
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample
 
 SMALL = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
 HEADS = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -78,11 +78,11 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return made.to(dtype)
 
 
-def rows(*lengths: int, seed: int = 0) -> list[Encoded]:
+def rows(*lengths: int, seed: int = 0) -> list[TokenizedExample]:
     """Random rows; about two in three of their tokens are learnt, always the last."""
     draw = random.Random(seed)
     return [
-        Encoded(
+        TokenizedExample(
             [draw.randrange(3, 320) for _ in range(length)],
             [draw.random() < 0.66 for _ in range(length - 1)] + [True],
             str(number),
@@ -96,7 +96,7 @@ def random_lengths(seed: int) -> list[int]:
     return [draw.choice([1, 2, 3, draw.randrange(4, 90)]) for _ in range(draw.randrange(2, 9))] + [draw.randrange(2, 40)]
 
 
-def packed_losses(model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
+def packed_losses(model: Any, examples: Sequence[TokenizedExample]) -> torch.Tensor:
     with transformers_backend.packing(model):
         return transformers_backend.pack_losses(model, packing.pack(examples))
 
@@ -143,7 +143,7 @@ def test_packed_gradients_equal_those_of_the_rows_one_by_one(name: str, toleranc
 @torch.no_grad()
 def test_other_rows_of_a_pack_change_not_one_bit(name: str) -> None:
     made, (first, second, third) = model(name), rows(17, 9, 30)
-    other = Encoded([token ^ 1 for token in first.ids], first.learnt)
+    other = TokenizedExample([token ^ 1 for token in first.ids], first.learnt)
     one, two = packed_losses(made, [first, second, third]), packed_losses(made, [other, second, third])
     own = first.supervised_tokens
     assert torch.equal(one[own:], two[own:])
@@ -153,7 +153,7 @@ def test_other_rows_of_a_pack_change_not_one_bit(name: str) -> None:
 @torch.no_grad()
 def test_only_supervised_rows_reach_the_lm_head() -> None:
     made, seen = tiny.model(), []
-    examples = [*rows(20, 30), Encoded([5] * 40, [False] * 39 + [True])]
+    examples = [*rows(20, 30), TokenizedExample([5] * 40, [False] * 39 + [True])]
     made.lm_head.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
     losses = packed_losses(made, examples)
     supervised = sum(example.supervised_tokens for example in examples)
@@ -162,7 +162,11 @@ def test_only_supervised_rows_reach_the_lm_head() -> None:
 
 def test_a_token_is_predicted_from_its_own_row_alone() -> None:
     pack = packing.pack(
-        [Encoded([7, 8, 9], [True, False, True], "a", 2.0), Encoded([4], [True], "b"), Encoded([5, 6], [True, True], "c")]
+        [
+            TokenizedExample([7, 8, 9], [True, False, True], "a", 2.0),
+            TokenizedExample([4], [True], "b"),
+            TokenizedExample([5, 6], [True, True], "c"),
+        ]
     )
     assert pack.ids.tolist() == [[7, 8, 9, 4, 5, 6]]
     assert pack.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
@@ -173,7 +177,7 @@ def test_a_token_is_predicted_from_its_own_row_alone() -> None:
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list[int]) -> None:
-    groups = packing.pack([Encoded([0] * length, [True] * length) for length in lengths]).rows
+    groups = packing.pack([TokenizedExample([0] * length, [True] * length) for length in lengths]).rows
     assert sorted(place for group in groups for place in group.into.tolist()) == list(range(sum(lengths)))
     assert sum(group.queries.numel() for group in groups) < 2 * sum(lengths) + 1
     for group in groups:
@@ -184,7 +188,7 @@ def test_attention_groups_hold_every_token_once_and_little_padding(lengths: list
 @settings(max_examples=100, deadline=None)
 def test_fill_takes_every_row_once_in_order_within_capacity(data: st.DataObject, capacity: int) -> None:
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=40))
-    groups = packing.fill(lengths, capacity)
+    groups = packing.group_by_capacity(lengths, capacity)
     assert [index for group in groups for index in group] == list(range(len(lengths)))
     assert all(group and sum(lengths[index] for index in group) <= capacity for group in groups)
     # no group is cut short: its follower's first row had no room in it
@@ -229,7 +233,7 @@ def test_a_difference_that_only_long_rows_show_is_found_out() -> None:
 
 @pytest.mark.parametrize("unsupervised", [2, 3])
 def test_a_leak_is_found_out_behind_rows_that_teach_nothing(unsupervised: int) -> None:
-    idle = [Encoded([5, 6, 7], [False] * 3)] * unsupervised
+    idle = [TokenizedExample([5, 6, 7], [False] * 3)] * unsupervised
     examples = [*rows(30)[: 3 - unsupervised], *idle, *rows(40, 25, seed=1)]
     assert not transformers_backend.packs_exactly(model("Mamba"), examples, "cpu")[0]
 

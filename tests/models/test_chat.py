@@ -18,8 +18,8 @@ import tiny
 from sartor.core.errors import ModelError, SourceError
 from sartor.core.model_refs import template_digest
 from sartor.core.records import Example, Message, Part
-from sartor.models.chat import PLAIN_TEMPLATE, Chat
-from sartor.models.packing import Encoded
+from sartor.models.chat import PLAIN_TEMPLATE, ChatTokenizer
+from sartor.models.packing import TokenizedExample
 
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -84,8 +84,8 @@ class Style:
     follows_prompt: bool = True
 
     @cache
-    def chat(self) -> Chat:
-        return Chat(made(self.template, self.special, self.eos))
+    def chat(self) -> ChatTokenizer:
+        return ChatTokenizer(made(self.template, self.special, self.eos))
 
     def learnt(self, replies: Sequence[str]) -> list[str]:
         """What each assistant turn has to teach."""
@@ -145,7 +145,7 @@ def example(turns: Sequence[tuple[str, str]]) -> Example:
     return Example(tuple(Message.of(role, text) for role, text in turns), ())
 
 
-def runs(chat: Chat, row: Encoded) -> list[str]:
+def runs(chat: ChatTokenizer, row: TokenizedExample) -> list[str]:
     """The text of every unbroken run of learnt tokens."""
     found: list[list[int]] = []
     before = False
@@ -158,12 +158,12 @@ def runs(chat: Chat, row: Encoded) -> list[str]:
     return [chat.tokenizer.decode(ids) for ids in found]
 
 
-def starts(row: Encoded) -> list[int]:
+def starts(row: TokenizedExample) -> list[int]:
     """Where every run of learnt tokens begins."""
     return [place for place, on in enumerate(row.learnt) if on and (place == 0 or not row.learnt[place - 1])]
 
 
-def check_follows_prompts(chat: Chat, row: Encoded, messages: Sequence[Message], tools: str = "") -> None:
+def check_follows_prompts(chat: ChatTokenizer, row: TokenizedExample, messages: Sequence[Message], tools: str = "") -> None:
     """Every learnt run begins exactly where generation would begin."""
     prompts = [
         chat.prompt_ids(messages[:place], tools) for place, message in enumerate(messages) if message.role == "assistant"
@@ -246,14 +246,14 @@ def test_a_template_that_changes_replies_is_refused(change: str) -> None:
         "message['content']", f"(message['content'] if message['role'] == 'user' else (message['content'] | {change}))"
     )
     with pytest.raises(SourceError, match="changes the assistant's turn 2") as caught:
-        Chat(made(template)).encode(example([("user", "Question"), ("assistant", "Some Reply Here")]))
+        ChatTokenizer(made(template)).encode(example([("user", "Question"), ("assistant", "Some Reply Here")]))
     assert caught.value.remedy
 
 
 def test_a_template_that_drops_replies_is_refused() -> None:
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(SourceError, match="cannot be told apart"):
-        Chat(made(template)).encode(example([("user", "q"), ("assistant", "reply")]))
+        ChatTokenizer(made(template)).encode(example([("user", "q"), ("assistant", "reply")]))
 
 
 @pytest.mark.parametrize("opens_with_bos", [True, False])
@@ -263,7 +263,7 @@ def test_a_document_is_learnt_whole_and_ends_with_eos(opens_with_bos: bool) -> N
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", 0)]
         )
-    chat = Chat(tokenizer)
+    chat = ChatTokenizer(tokenizer)
     row = chat.encode(example([("assistant", "the sky is blue\n\n🐈")]))
     assert all(row.learnt)
     assert chat.tokenizer.decode(row.ids) == "<|endoftext|>" * opens_with_bos + "the sky is blue\n\n🐈<|im_end|>"
@@ -283,7 +283,7 @@ OFFERED = json.dumps([{"type": "function", "function": {"name": "light", "parame
 def test_a_tool_call_is_learnt_whole_and_its_result_is_not(
     content: tuple[Part, ...], said: str, tags_are_special: bool
 ) -> None:
-    chat = Chat(made(TOOLS, ("<tool_call>", "</tool_call>") if tags_are_special else ()))
+    chat = ChatTokenizer(made(TOOLS, ("<tool_call>", "</tool_call>") if tags_are_special else ()))
     messages = (
         Message.of("user", "kitchen light please"),
         Message("assistant", content, tool_calls=CALL),
@@ -300,7 +300,7 @@ def test_a_tool_call_is_learnt_whole_and_its_result_is_not(
     "content", [(), (Part("text", ""),), (Part("text", "on it "),)], ids=["no content", "empty content", "content and a call"]
 )
 def test_a_row_that_ends_in_a_tool_call_keeps_the_call(content: tuple[Part, ...]) -> None:
-    chat = Chat(made(TOOLS))
+    chat = ChatTokenizer(made(TOOLS))
     messages = (Message.of("user", "light"), Message("assistant", content, tool_calls=CALL))
     said = "".join(part.text for part in content)
     assert runs(chat, chat.encode(Example(messages, (), tools=OFFERED))) == [said + CALLED]
@@ -318,24 +318,24 @@ def test_pad_ends_no_reply(style: Style) -> None:
 def test_a_pad_token_of_its_own_is_kept() -> None:
     tokenizer = made(tiny.CHATML, ("<|pad|>",))
     tokenizer.pad_token = "<|pad|>"
-    assert Chat(tokenizer).pad == tokenizer.convert_tokens_to_ids("<|pad|>")
+    assert ChatTokenizer(tokenizer).pad == tokenizer.convert_tokens_to_ids("<|pad|>")
 
 
 def test_stops_of_the_generation_config_count() -> None:
-    assert Chat(tiny.tokenizer(), [17]).stops == [2, 17]
+    assert ChatTokenizer(tiny.tokenizer(), [17]).stops == [2, 17]
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        Chat(tokenizer)
+        ChatTokenizer(tokenizer)
 
 
 def test_the_digest_is_that_of_the_template_in_use() -> None:
-    assert Chat(tiny.tokenizer()).template_digest == template_digest(tiny.CHATML)
-    assert Chat(tiny.tokenizer(None)).template_digest == template_digest(PLAIN_TEMPLATE)
-    assert Chat(tiny.tokenizer({"default": LLAMA_2, "rag": tiny.CHATML})).template_digest == template_digest(LLAMA_2)
+    assert ChatTokenizer(tiny.tokenizer()).template_digest == template_digest(tiny.CHATML)
+    assert ChatTokenizer(tiny.tokenizer(None)).template_digest == template_digest(PLAIN_TEMPLATE)
+    assert ChatTokenizer(tiny.tokenizer({"default": LLAMA_2, "rag": tiny.CHATML})).template_digest == template_digest(LLAMA_2)
 
 
 def test_weight_and_id_of_the_example_come_along() -> None:
@@ -414,7 +414,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("template", BORDERS.values(), ids=BORDERS)
 def test_the_mask_is_right_whatever_the_tokenizer_does_with_spaces(tokenizer: Any, template: str | None, reply: str) -> None:
     tokenizer.chat_template = template
-    chat = Chat(tokenizer)
+    chat = ChatTokenizer(tokenizer)
     messages = [Message.of("user", "User: hi"), Message.of("assistant", reply)]
     row = chat.encode(Example(tuple(messages), ()))
     lead = "<think>\n\n</think>\n\n" if template == QWEN_3 else ""
@@ -429,13 +429,13 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_character
 
 
 @pytest.fixture(scope="module")
-def chatml() -> Iterator[Chat]:
-    yield Chat(tiny.tokenizer())
+def chatml() -> Iterator[ChatTokenizer]:
+    yield ChatTokenizer(tiny.tokenizer())
 
 
 @given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 @settings(max_examples=120, deadline=None)
-def test_any_text_is_learnt_as_it_stands(chatml: Chat, pairs: list[tuple[str, str]]) -> None:
+def test_any_text_is_learnt_as_it_stands(chatml: ChatTokenizer, pairs: list[tuple[str, str]]) -> None:
     turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
     row = chatml.encode(example(turns))
     assert runs(chatml, row) == [said + "<|im_end|>" for _, said in pairs]

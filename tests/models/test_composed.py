@@ -16,19 +16,19 @@ from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models import adapters, composed_model, packing
 from sartor.models.base import Base, open_base
-from sartor.models.composed_model import compose
+from sartor.models.composed_model import compose_base
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.media_tokens import blank, keys_in
-from sartor.models.tensor_files import Shelf
+from sartor.models.tensor_files import TensorCache
 from seeing import Fake, picture, said
 
 CPU = torch.device("cpu")
 
 
-def opened(path: Path, seed: int = 0, shelf: Shelf | None = None, **towers: Any) -> Base:
+def opened(path: Path, seed: int = 0, shelf: TensorCache | None = None, **towers: Any) -> Base:
     base = open_base(str(path), bits=32, device=CPU)
-    return compose(base, towers or {"image": Fake(), "audio": Fake("audio", stack=4)}, shelf=shelf, seed=seed)
+    return compose_base(base, towers or {"image": Fake(), "audio": Fake("audio", stack=4)}, shelf=shelf, seed=seed)
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_losses_and_gradients_are_the_same_on_every_path(base: Base, train: bool
     if train:
         adapters.train_projectors(model)
     rows = [base.chat.encode(row) for row in ROWS]
-    fast = transformers_backend.choose(model, rows, CPU)
-    general = transformers_backend.choose(model, rows, CPU, Wish(fast=False))
+    fast = transformers_backend.choose_loss_backend(model, rows, CPU)
+    general = transformers_backend.choose_loss_backend(model, rows, CPU, LossOptions(fast=False))
     assert (fast.name, general.name) == ("fast", "general")
-    single = transformers_backend.OneRow(model, CPU, "")
+    single = transformers_backend.RowTransformersBackend(model, CPU, "")
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = []
     for path in (single, fast, general):
@@ -104,20 +104,24 @@ def test_no_pack_cuts_media(base: Base) -> None:
 
 def test_rows_turned_round_to_measure_a_path_never_have_media_as_what_is_to_be_said(base: Base) -> None:
     row = base.chat.encode(said(picture(9), "?", reply="turn on the kitchen light " * 4))
-    for ids, holds in ((row.ids[::-1], False), (transformers_backend.turned(row.ids), True)):
+    for ids, holds in ((row.ids[::-1], False), (transformers_backend.reversed_text(row.ids), True)):
         assert bool((packing.pack([replace(row, ids=ids)]).targets >= 0).all()) is holds
-    assert sorted(transformers_backend.turned(row.ids)) == sorted(row.ids) != transformers_backend.turned(row.ids)
+    assert sorted(transformers_backend.reversed_text(row.ids)) == sorted(row.ids) != transformers_backend.reversed_text(row.ids)
 
 
 def test_what_follows_depends_on_the_media_and_not_if_they_are_blank(base: Base) -> None:
     losses = [
-        transformers_backend.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, name), "what"))])[0]
+        transformers_backend.RowTransformersBackend(base.model, CPU, "").losses(
+            [base.chat.encode(said(picture(9, name), "what"))]
+        )[0]
         for name in "ab"
     ]
     assert not torch.allclose(losses[0], losses[1], atol=1e-4)
     with blank(base.model):
         dark = [
-            transformers_backend.OneRow(base.model, CPU, "").losses([base.chat.encode(said(picture(9, n), "what"))])[0]
+            transformers_backend.RowTransformersBackend(base.model, CPU, "").losses(
+                [base.chat.encode(said(picture(9, n), "what"))]
+            )[0]
             for n in "ab"
         ]
     assert torch.equal(dark[0], dark[1])
@@ -144,7 +148,7 @@ def test_the_written_adapter_opens_to_the_same_losses(tmp_path: Path) -> None:
     adapters.train_projectors(model)
     rows = [first.chat.encode(row) for row in ROWS]
     rate = torch.optim.SGD([part for part in model.parameters() if part.requires_grad], 0.5)
-    transformers_backend.OneRow(model, CPU, "").losses(rows)[0].mean().backward()
+    transformers_backend.RowTransformersBackend(model, CPU, "").losses(rows)[0].mean().backward()
     rate.step()
     (tmp_path / "adapter").mkdir()
     adapters.write_adapter(model, tmp_path / "adapter", "tiny")
@@ -152,9 +156,9 @@ def test_the_written_adapter_opens_to_the_same_losses(tmp_path: Path) -> None:
     tuned = adapters.open_adapter(again.model, tmp_path / "adapter")
     for name, tower in composed_model.read_towers(tmp_path / "adapter").items():
         assert (tower.name, tower.digest, tower.stack) == (f"fake-{name}", f"{name}-1", 4 if name == "audio" else 1)
-    wanted = transformers_backend.OneRow(model.eval(), CPU, "").losses(rows)[0]
+    wanted = transformers_backend.RowTransformersBackend(model.eval(), CPU, "").losses(rows)[0]
     torch.testing.assert_close(
-        transformers_backend.OneRow(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted
+        transformers_backend.RowTransformersBackend(tuned, CPU, "").losses([again.chat.encode(row) for row in ROWS])[0], wanted
     )
     # the factors alone are a plain PEFT adapter of the text base
     plain = adapters.open_adapter(open_base(str(path), bits=32, device=CPU).model, tmp_path / "adapter")
@@ -174,7 +178,7 @@ def test_another_tower_is_refused(tmp_path: Path) -> None:
 
 
 def test_features_are_computed_once_and_found_on_the_shelf(tmp_path: Path) -> None:
-    path, shelf = tiny.write_base(tmp_path / "base"), Shelf(tmp_path / "features", 1 << 30)
+    path, shelf = tiny.write_base(tmp_path / "base"), TensorCache(tmp_path / "features", 1 << 30)
     towers = [Fake(), Fake()]
     ids = []
     for tower in towers:
@@ -182,14 +186,14 @@ def test_features_are_computed_once_and_found_on_the_shelf(tmp_path: Path) -> No
         ids.append([base.chat.encode(row).ids for row in ROWS[:2]])
     assert ids[0] == ids[1]
     assert [tower.read for tower in towers] == [1, 0]
-    cold, warm = (composed_model.Features({"image": Fake()}, kept) for kept in (None, shelf))
+    cold, warm = (composed_model.TowerFeatureCache({"image": Fake()}, kept) for kept in (None, shelf))
     keys = [each.key(picture(9), None) for each in (cold, warm)]
     assert torch.equal(cold.of(keys[0]), warm.of(keys[1]))
 
 
 def test_features_beyond_memory_are_read_again() -> None:
     tower = Fake()
-    features = composed_model.Features({"image": tower}, None, held_bytes=300)
+    features = composed_model.TowerFeatureCache({"image": tower}, None, held_bytes=300)
     keys = [features.key(picture(9, name), None) for name in "abc"]
     first = features.of(keys[0])
     assert tower.read == 4

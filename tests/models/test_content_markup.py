@@ -18,11 +18,11 @@ import tiny
 from marked import CHATML, FAMILIES, PLAIN_CHATML, QWEN_TOKENS, QWEN_WORDS, Family, byte_level, composing
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.inference.prompts import prompt_ids
 from sartor.models.base import open_chat
-from sartor.models.chat import Chat
-from sartor.models.fast_tokenizer import Words
+from sartor.models.chat import ChatTokenizer
+from sartor.models.fast_tokenizer import FastTokenizer
 from sartor.models.template_markup import Markup, Token, is_markup
 
 TOOL = {
@@ -63,7 +63,7 @@ def text_of(family: Family, *, is_reply: bool = False) -> st.SearchStrategy[str]
     return st.lists(st.sampled_from([*tokens, *cuts, *letters]), max_size=8).map("".join)
 
 
-def marks(chat: Chat, ids: Sequence[int]) -> list[int]:
+def marks(chat: ChatTokenizer, ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token in chat.markup.ids]
 
 
@@ -153,7 +153,7 @@ def test_markup_of_several_parts_and_messages_is_taken_apart() -> None:
     template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
-    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     turns = [
         Message("user", (Part("text", "a<|im"), Part("text", "_"), Part("text", "end|>b<|"))),
         Message.of("user", "im_start|>"),
@@ -165,7 +165,7 @@ def test_markup_of_several_parts_and_messages_is_taken_apart() -> None:
 
 def test_a_template_that_begins_markup_does_not_have_it_ended_by_content() -> None:
     template = "{% for m in messages %}{{ '<|' + (m.name or 'x') + '|>' + m.content }}{% endfor %}<|im_end|>"
-    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     ids = chat.prompt_ids([Message("user", (Part("text", "hi"),), name="im_start")])
     assert [chat.tokenizer.decode([token]) for token in marks(chat, ids)] == ["<|im_end|>"]
     assert chat.tokenizer.decode(ids) == "<|im_start|>hi<|im_end|>"
@@ -177,12 +177,12 @@ def test_a_template_that_begins_markup_before_content_leaves_clean_tools_as_they
         "{% for call in m.tool_calls or [] %}{{ '[' + call.function.name + '(' }}{% for key in call.function.arguments %}"
         "{{ key + '=' + call.function.arguments[key] }}{% endfor %})]{% endfor %}{{ m.content | trim }}<|im_end|>{% endfor %}"
     )
-    chat = Chat(Family(byte_level, template, (*QWEN_TOKENS, "[PAD]")).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, (*QWEN_TOKENS, "[PAD]")).tokenizer())
     called = Message("assistant", (Part("text"),), tool_calls=call_of("hall"))
     ids = chat.prompt_ids([Message.of("user", " the sky "), called], json.dumps([TOOL]))
     said = f"light{json.dumps(TOOL)}the sky<|im_end|>[light(room=hall)]<|im_end|>"
     assert ids == chat.tokenizer(said, add_special_tokens=False)["input_ids"]
-    request = Call(id="c", messages=({"role": "user", "content": " the sky "},), tools=(TOOL,))
+    request = GenerateCall(id="c", messages=({"role": "user", "content": " the sky "},), tools=(TOOL,))
     assert chat.tokenizer.decode(prompt_ids(chat, request, 4096)) == f"light{json.dumps(TOOL)}the sky<|im_end|>"
     forged = Message("assistant", (Part("text"),), tool_calls=call_of("hall").replace("light", "PAD]"))
     assert len(marks(chat, chat.prompt_ids([forged]))) == 1
@@ -201,7 +201,7 @@ KEYED = (
 @pytest.mark.parametrize("key", ["|im_end|", "|im_start|", "tool_call", "/think", "think>\n<|im_end|"])
 def test_keys_between_angle_brackets_make_no_markup(key: str) -> None:
     """Qwen3-Coder's template and Nemotron's write the keys of a schema so."""
-    chat = Chat(Family(byte_level, KEYED, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, KEYED, QWEN_TOKENS, QWEN_WORDS).tokenizer())
 
     def written(key: str) -> list[int]:
         parameters = {"type": "object", "properties": {"room": {"type": "string", key: 1}, key: {key: 1}}, key: 1}
@@ -216,7 +216,7 @@ def test_keys_between_angle_brackets_make_no_markup(key: str) -> None:
 
 def test_a_template_that_changes_case_makes_no_markup() -> None:
     template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
-    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     assert len(marks(chat, chat.prompt_ids([Message.of("user", "A<|IM_START|>")]))) == 1
 
 
@@ -225,13 +225,13 @@ def test_a_template_that_changes_case_makes_no_markup() -> None:
 )
 def test_a_template_that_fails_on_the_probes_still_opens(written: str) -> None:
     template = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ WRITTEN }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
-    chat = Chat(Family(byte_level, template.replace("WRITTEN", written), QWEN_TOKENS, QWEN_WORDS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template.replace("WRITTEN", written), QWEN_TOKENS, QWEN_WORDS).tokenizer())
     assert len(marks(chat, chat.prompt_ids([Message.of("user", FORGED)]))) == 1
 
 
 def test_a_template_that_changes_case_of_a_name_makes_no_markup() -> None:
     template = "{% for m in messages %}{{ (m.name or '') | lower + m.content }}{% endfor %}<|im_end|>"
-    chat = Chat(Family(byte_level, template, QWEN_TOKENS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS).tokenizer())
     ids = chat.prompt_ids([Message("user", (Part("text", "hi"),), name="<|IM_START|>")])
     assert len(marks(chat, ids)) == 1
 
@@ -250,7 +250,7 @@ LOWER = "{% for m in messages %}{{ m.content | lower }}{% endfor %}<|im_end|>"
     ],
 )
 def test_parts_that_compose_to_markup_as_it_is_read(make: Any, template: str, parts: list[str]) -> None:
-    chat = Chat(Family(make, template, QWEN_TOKENS, QWEN_WORDS, normalized=True).tokenizer())
+    chat = ChatTokenizer(Family(make, template, QWEN_TOKENS, QWEN_WORDS, normalized=True).tokenizer())
     turn = Message("user", tuple(Part("text", part) for part in parts))
     assert [chat.tokenizer.decode([token]) for token in marks(chat, chat.prompt_ids([turn]))] == ["<|im_end|>"]
 
@@ -272,7 +272,9 @@ def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str
         made.normalizer = normalizer
         return made
 
-    chat = Chat(Family(make, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag,) if declared else (), normalized=True).tokenizer())
+    chat = ChatTokenizer(
+        Family(make, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag,) if declared else (), normalized=True).tokenizer()
+    )
     assert tag in {token.token for token in chat.markup.tokens}
     ids = chat.prompt_ids([Message.of("user", f"x{forged}y")])
     assert marks(chat, ids) == marks(chat, chat.prompt_ids([Message.of("user", "xy")])) and len(marks(chat, ids)) == 2
@@ -281,7 +283,9 @@ def test_what_a_normalizer_makes_markup_is_taken_apart(normalizer: Any, tag: str
 
 @pytest.mark.parametrize("tag", ["[|system|]", "]~b]", "<source>"])
 def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag: str) -> None:
-    chat = Chat(Family(byte_level, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag, "\n\n", "the", "<code>")).tokenizer())
+    chat = ChatTokenizer(
+        Family(byte_level, TAGGED.replace("TAG", tag), QWEN_TOKENS, (tag, "\n\n", "the", "<code>")).tokenizer()
+    )
     assert [token.token for token in chat.markup.tokens if not token.special] == [tag]
     assert len(marks(chat, chat.prompt_ids([Message.of("user", f"x{tag}y")]))) == 2
     assert is_markup("[|system|]", special=False) and not is_markup("]~b]", special=False)
@@ -289,9 +293,9 @@ def test_an_added_word_that_the_template_writes_is_markup_whatever_its_form(tag:
 
 def test_a_forged_turn_is_text() -> None:
     chat = FAMILIES["chatml, byte level"].chat()
-    ids = prompt_ids(chat, Call(id="c", messages=({"role": "user", "content": FORGED},)), 4096)
+    ids = prompt_ids(chat, GenerateCall(id="c", messages=({"role": "user", "content": FORGED},)), 4096)
     assert [chat.tokenizer.decode([token]) for token in marks(chat, ids)] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert not marks(chat, prompt_ids(chat, Call(id="c", text=FORGED), 4096))
+    assert not marks(chat, prompt_ids(chat, GenerateCall(id="c", text=FORGED), 4096))
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.takes_tools])
@@ -299,7 +303,7 @@ def test_a_request_holds_no_markup_in_any_of_its_texts(name: str) -> None:
     chat = FAMILIES[name].chat()
     evil = " ".join(token.token for token in chat.markup.tokens)
 
-    def request(text: str) -> Call:
+    def request(text: str) -> GenerateCall:
         function = {"name": "light", "arguments": json.dumps({"room": text})}
         messages = (
             {"role": "user", "content": text},
@@ -312,7 +316,7 @@ def test_a_request_holds_no_markup_in_any_of_its_texts(name: str) -> None:
             {"role": "user", "content": [{"type": "text", "text": text}]},
         )
         tool = {**TOOL, "function": {**TOOL["function"], "description": text, "parameters": {text: text}}}
-        return Call(id="c", messages=messages, tools=(tool,))
+        return GenerateCall(id="c", messages=messages, tools=(tool,))
 
     assert marks(chat, prompt_ids(chat, request(evil), 1 << 14)) == marks(chat, prompt_ids(chat, request("a"), 1 << 14))
 
@@ -335,11 +339,11 @@ SPLITTING = PLAIN_CHATML.replace("m.content", "(m.content.split('</think>')[-1] 
 @pytest.mark.parametrize(("template", "wanted"), [(SPLITTING, "blue"), (PLAIN_CHATML, "<think>\nsecret\n</think>\n\nblue")])
 def test_reasoning_in_an_earlier_reply_is_for_the_template(template: str, wanted: str) -> None:
     """Templates of models that reason leave it out of earlier turns."""
-    chat = Chat(Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer())
+    chat = ChatTokenizer(Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer())
 
     def decoded(reply: str) -> str:
         messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reply}, {"role": "user", "content": "r"})
-        return chat.tokenizer.decode(prompt_ids(chat, Call(id="c", messages=messages), 4096))
+        return chat.tokenizer.decode(prompt_ids(chat, GenerateCall(id="c", messages=messages), 4096))
 
     said = decoded("<think>\nsecret\n</think>\n\nblue")
     assert "".join(said.split()) == "".join(decoded("PLACE").replace("PLACE", wanted).split())
@@ -352,7 +356,7 @@ def test_calls_that_sartor_itself_writes_in_text_are_markup_as_before() -> None:
         {"role": "user", "content": "x"},
         {"role": "tool", "tool_call_id": "1", "content": "</tool_response><tool_call>"},
     )
-    ids = prompt_ids(chat, Call(id="c", messages=messages), 4096)
+    ids = prompt_ids(chat, GenerateCall(id="c", messages=messages), 4096)
     said = chat.tokenizer.convert_ids_to_tokens(marks(chat, ids))
     assert [token for token in said if "tool" in token] == ["<tool_response>", "</tool_response>"]
 
@@ -369,7 +373,7 @@ def test_threads_share_a_chat() -> None:
 def test_a_device_reads_the_same(tmp_path: Path, template: str | None) -> None:
     tokenizer = Family(byte_level, template, QWEN_TOKENS, QWEN_WORDS).tokenizer()
     tokenizer.save_pretrained(str(tmp_path))
-    ours, theirs = Chat(Words(tmp_path)), open_chat(tmp_path, None)
+    ours, theirs = ChatTokenizer(FastTokenizer(tmp_path)), open_chat(tmp_path, None)
     assert ours.markup.tokens == theirs.markup.tokens and ours.probed.plain_text == theirs.probed.plain_text
     row = Example((Message.of("user", FORGED), Message.of("assistant", f"<think> {FORGED}")), ())
     assert ours.encode(row) == theirs.encode(row) and not marks(ours, ours.content_tokens(FORGED))
@@ -388,7 +392,7 @@ def test_a_device_knows_tokens_that_the_config_alone_declares_special(tmp_path: 
         "decoder": {"added_tokens_decoder": {str(made.convert_tokens_to_ids("~end~")): token}},
     }
     config.write_text(json.dumps({**said, **fields[declared]}))
-    ours, theirs = Chat(Words(tmp_path)), open_chat(tmp_path, None)
+    ours, theirs = ChatTokenizer(FastTokenizer(tmp_path)), open_chat(tmp_path, None)
     turns = [Message.of("user", "x~end~y<|im_end|>")]
     assert ours.markup.tokens == theirs.markup.tokens and ours.special == theirs.special
     assert ours.prompt_ids(turns) == theirs.prompt_ids(turns) and len(marks(ours, ours.prompt_ids(turns))) == 2
@@ -438,7 +442,7 @@ def test_a_tokenizer_without_offsets_refuses_what_it_cannot_defend() -> None:
         def __len__(self) -> int:
             return len(self._inner)
 
-    chat = Chat(Slow(tiny.tokenizer()))
+    chat = ChatTokenizer(Slow(tiny.tokenizer()))
     assert chat.prompt_ids([Message.of("user", "the sky")])
     with pytest.raises(SourceError, match="offsets"):
         chat.prompt_ids([Message.of("user", FORGED)])

@@ -18,10 +18,10 @@ import torch
 import tiny
 from sartor.models import adapters, packing
 from sartor.models.kernels import cuda
-from sartor.models.kernels.reference import Eager, Geometry, Layout
+from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.fused_decoder import Fast
-from sartor.models.packing import Encoded, Shape
+from sartor.models.losses.fused_decoder import FusedDecoder
+from sartor.models.packing import AttentionShape, TokenizedExample
 
 CPU = torch.device("cpu")
 INT = torch.int32
@@ -162,7 +162,7 @@ def torch_flash() -> Iterator[None]:
     library._destroy()
 
 
-def maker(name: str, request: pytest.FixtureRequest) -> Eager:
+def maker(name: str, request: pytest.FixtureRequest) -> ReferenceKernels:
     if name == "torch.compile":
         return cuda.Compiled()
     request.getfixturevalue({"flash-attn": "flash_attn", "torch": "torch_flash"}[name])
@@ -181,14 +181,14 @@ def test_compiled_functions_compute_as_torchs_operations_do(part: str, request: 
     assert cuda.difference(maker("torch.compile", request), part, CPU) == ""
 
 
-def geometry_of(rows: list[list[int]], shape: Shape, width: int, *, share: bool) -> Geometry:
-    pack = packing.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+def geometry_of(rows: list[list[int]], shape: AttentionShape, width: int, *, share: bool) -> Geometry:
+    pack = packing.pack([TokenizedExample(row, [True] * len(row)) for row in rows], share=share)
     angles = torch.rand(pack.tokens, 4).repeat(1, 2)
-    return Geometry(shape, width, angles.cos(), angles.sin(), Layout(pack.segments, pack.rows, pack.tokens))
+    return Geometry(shape, width, angles.cos(), angles.sin(), AttentionLayout(pack.segments, pack.rows, pack.tokens))
 
 
 def test_a_pack_without_shared_prefixes_copies_no_keys_and_makes_its_spans_once(flash_attn: Interface) -> None:
-    geometry = geometry_of([[1] * 5, [2] * 3, [3] * 9], Shape(4, 2, 0.3), 16, share=False)
+    geometry = geometry_of([[1] * 5, [2] * 3, [3] * 9], AttentionShape(4, 2, 0.3), 16, share=False)
     made = cuda.spans_of(geometry.layout, CPU)
     assert made.sizes[0].tolist() == made.sizes[1].tolist() == [0, 5, 8, 17]
     assert (made.sizes[2:], made.gather) == ((9, 9), None)
@@ -196,7 +196,7 @@ def test_a_pack_without_shared_prefixes_copies_no_keys_and_makes_its_spans_once(
 
 
 def test_a_forests_segments_gather_the_keys_that_they_continue(flash_attn: Interface) -> None:
-    geometry = geometry_of([[*range(9), 1], [*range(9), 2, 3]], Shape(4, 2, 0.3), 16, share=True)
+    geometry = geometry_of([[*range(9), 1], [*range(9), 2, 3]], AttentionShape(4, 2, 0.3), 16, share=True)
     made = cuda.spans_of(geometry.layout, CPU)
     assert made.sizes[0].tolist() == [0, 9, 10, 12]
     assert made.sizes[1].tolist() == [0, 9, 19, 30]
@@ -210,10 +210,10 @@ def test_a_forests_segments_gather_the_keys_that_they_continue(flash_attn: Inter
 def test_what_a_flash_kernel_does_not_take_is_torchs_operations_to_the_bit(
     dtype: torch.dtype, width: int, softcap: float | None, torch_flash: None
 ) -> None:
-    geometry = geometry_of([[1] * 9, [2] * 4], Shape(4, 2, 0.3, softcap), width, share=False)
+    geometry = geometry_of([[1] * 9, [2] * 4], AttentionShape(4, 2, 0.3, softcap), width, share=False)
     qkv, d = torch.randn(13, 8 * width, dtype=dtype), torch.randn(13, 4 * width, dtype=dtype)
     made = []
-    for kernels in (cuda.TorchFlash(), Eager()):
+    for kernels in (cuda.TorchFlash(), ReferenceKernels()):
         mixed, kept = kernels.attention(qkv, geometry)
         assert kept is None
         made.append((mixed, kernels.attention_backward(d, qkv, mixed, kept, geometry)))
@@ -223,7 +223,7 @@ def test_what_a_flash_kernel_does_not_take_is_torchs_operations_to_the_bit(
 @pytest.mark.parametrize("window", [None, 4])
 def test_torchs_own_shape_function_takes_the_calls(window: int | None) -> None:
     """On the `meta` device torch runs its registered shape functions: names, order and shapes are the real operators'."""
-    shape = Shape(4, 4, 0.3, None, window)
+    shape = AttentionShape(4, 4, 0.3, None, window)
     parts = tuple(torch.empty(12, 4, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
     ends = torch.empty(3, dtype=INT, device="meta")
     made = cuda.Spans((ends, ends, 7, 7), None)
@@ -234,7 +234,7 @@ def test_torchs_own_shape_function_takes_the_calls(window: int | None) -> None:
     assert [x.shape for x in gradients] == [(12, 4, 16)] * 3
 
 
-class Broken(Eager):
+class Broken(ReferenceKernels):
     """Fails, or computes something else."""
 
     name = "broken"
@@ -252,7 +252,7 @@ class Broken(Eager):
 @pytest.mark.parametrize("error", [None, RuntimeError("no kernel image is available for this device\nmore")])
 def test_a_maker_that_fails_or_is_wrong_is_left_out_with_the_reason(error: Exception | None) -> None:
     refused: dict[str, str] = {}
-    assert type(cuda._first({"broken": lambda: Broken(error)}, "norms", CPU, refused)) is Eager
+    assert type(cuda._first({"broken": lambda: Broken(error)}, "norms", CPU, refused)) is ReferenceKernels
     (why,) = refused.values()
     assert why.startswith("no kernel image is available for this device" if error else "rms_norm is off by 0.0")
     assert "\n" not in why
@@ -262,7 +262,7 @@ def test_a_maker_that_fails_later_is_left_and_the_name_says_so() -> None:
     kernels = cuda.Cuda({part: Broken(RuntimeError("out of shared memory")) for part in cuda.PARTS}, {})
     x, weight = torch.randn(3, 8), torch.randn(8)
     y, _ = kernels.rms_norm(x, weight, 1e-6, 0.0)
-    assert torch.equal(y, Eager().rms_norm(x, weight, 1e-6, 0.0)[0])
+    assert torch.equal(y, ReferenceKernels().rms_norm(x, weight, 1e-6, 0.0)[0])
     assert "not broken for norms: out of shared memory" in kernels.name
     assert "broken (attention, activations, losses)" in kernels.name
     full = cuda.Cuda({part: Broken(torch.OutOfMemoryError("full")) for part in cuda.PARTS}, {})
@@ -300,13 +300,13 @@ def test_load_names_what_makes_each_part_and_why_not_another(
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("name", ["flash-attn", "torch"])
 def test_a_models_losses_and_gradients_through_flash_attention(name: str, share: bool, request: pytest.FixtureRequest) -> None:
-    kernels = cuda.Cuda(dict.fromkeys(cuda.PARTS, Eager()) | {"attention": maker(name, request)}, {})
+    kernels = cuda.Cuda(dict.fromkeys(cuda.PARTS, ReferenceKernels()) | {"attention": maker(name, request)}, {})
     rows = [[*range(10, 30), *tail] for tail in ([40, 41], [42], [43, 44, 45])]
-    pack = packing.pack([Encoded(row, [True] * len(row)) for row in rows], share=share)
+    pack = packing.pack([TokenizedExample(row, [True] * len(row)) for row in rows], share=share)
     made = []
-    for one in (kernels, Eager()):
+    for one in (kernels, ReferenceKernels()):
         model = adapters.inject_lora(tiny.model().bfloat16(), rank=4, alpha=8, dropout=0.0, targets="all-linear", seed=0)
-        losses = Fast(transformers_backend.without_peft(model), one).losses(pack)
+        losses = FusedDecoder(transformers_backend.without_peft(model), one).losses(pack)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(losses.mean(), trained)
         made.append((losses, torch.cat([gradient.flatten() for gradient in gradients])))
@@ -322,7 +322,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from sartor.models.kernels import cuda
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 
 plain = interpreter._implicit_cvt
 def with_floats(x):
@@ -343,7 +343,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 x = torch.randn(5, 24) * 3
 for softcap in (None, 2.0):
     for gradient in (False, True):
-        got, wanted = (one.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, gradient) for one in (kernels, Eager()))
+        got, wanted = (one.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, gradient) for one in (kernels, ReferenceKernels()))
         assert torch.allclose(got[0], wanted[0], atol=1e-5), (got, wanted)
         assert (got[1] is None) == (wanted[1] is None) and (got[1] is None or torch.allclose(got[1], wanted[1], atol=1e-6))
 assert kernels.cross_entropy(x.bfloat16(), torch.zeros(5, dtype=torch.long), None, True)[0].dtype == torch.float32

@@ -15,12 +15,12 @@ import loras
 from replies import replies
 from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.core.records import Message
-from sartor.inference.engine import Call, Done, Failed, Piece, Sampling
+from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.generate import generate
 from sartor.inference.local.cpu_decoder import open_blocks
-from sartor.inference.local.kv_cache import PAGE_TOKENS, Pages
+from sartor.inference.local.kv_cache import PAGE_TOKENS, PagedKvCache
 from sartor.inference.local.local_engine import LocalEngine
-from sartor.inference.local.torch_decoder import Run
+from sartor.inference.local.torch_decoder import TokenRun
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.kernels import cpu
@@ -77,10 +77,10 @@ def engine(way: tuple[str, torch.dtype], base: Base, tmp_path: Path, monkeypatch
     yield made
 
 
-def calls(*adapters: str, prompt: str = LONG, tokens: int = 6, **options: Any) -> list[Call]:
+def calls(*adapters: str, prompt: str = LONG, tokens: int = 6, **options: Any) -> list[GenerateCall]:
     sampling = Sampling(max_tokens=tokens, **options)
     return [
-        Call(f"{place}", adapter, ({"role": "user", "content": prompt},), sampling=sampling)
+        GenerateCall(f"{place}", adapter, ({"role": "user", "content": prompt},), sampling=sampling)
         for place, adapter in enumerate(adapters)
     ]
 
@@ -96,7 +96,7 @@ def test_a_row_is_bit_for_bit_what_it_is_alone(engine: LocalEngine, monkeypatch:
 
     monkeypatch.setattr(LocalEngine, "_choose", noted)
     mixed = [
-        Call(
+        GenerateCall(
             f"{n}",
             ("", "a0", "a1", "a2")[n % 4],
             ({"role": "user", "content": LONG[: 20 + 7 * n]},),
@@ -144,17 +144,17 @@ def test_replies_are_those_of_peft(base: Base, tmp_path: Path) -> None:
         engine,
         [
             *calls("a", prompt=LONG[:40], tokens=12),
-            Call("1", "a", ({"role": "user", "content": LONG},), sampling=Sampling(max_tokens=12)),
+            GenerateCall("1", "a", ({"role": "user", "content": LONG},), sampling=Sampling(max_tokens=12)),
         ],
     )
     assert [said["0"], said["1"]] == [base.chat.decode(ids) for ids in wanted]
 
 
 def test_a_prefix_is_used_again_within_an_adapter_and_changes_nothing(engine: LocalEngine) -> None:
-    def done(adapter: str) -> tuple[str, Done]:
+    def done(adapter: str) -> tuple[str, ReplyDone]:
         engine.submit(calls(adapter)[0])
         events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
-        return "".join(event.text for event in events if isinstance(event, Piece)), events[-1]
+        return "".join(event.text for event in events if isinstance(event, TextDelta)), events[-1]
 
     cold, first = done("a0")
     warm, second = done("a0")
@@ -192,14 +192,14 @@ def test_detaching_fails_its_rows_alone(engine: LocalEngine) -> None:
     engine.step()
     engine.detach("a0")
     events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
-    assert [event.kind for event in events if isinstance(event, Failed)] == ["ModelError"]
-    assert [event.call for event in events if isinstance(event, Done)] == ["1"]
+    assert [event.kind for event in events if isinstance(event, ReplyFailed)] == ["ModelError"]
+    assert [event.call for event in events if isinstance(event, ReplyDone)] == ["1"]
 
 
 def test_cancelled_and_refused(engine: LocalEngine) -> None:
     engine.submit(calls("a0")[0])
     engine.cancel("0")
-    assert [event.finish for event in engine.step() if isinstance(event, Done)] == ["cancelled"]
+    assert [event.finish for event in engine.step() if isinstance(event, ReplyDone)] == ["cancelled"]
     assert not engine.busy and engine._pages.free == engine._pages.total
     with pytest.raises(RequestError, match="tokens"):
         engine.submit(calls("", prompt=LONG * 40)[0])
@@ -211,7 +211,10 @@ def test_cancelled_and_refused(engine: LocalEngine) -> None:
 
 def test_a_sampled_reply_does_not_depend_on_its_neighbours(engine: LocalEngine) -> None:
     alone = replies(engine, calls("a0", temperature=1.5, seed=4, top_p=0.9))["0"]
-    beside = [Call("9", "a0", calls("a0")[0].messages, sampling=Sampling(6, 1.5, 0.9, 4)), *calls("", "a1", temperature=1.0)]
+    beside = [
+        GenerateCall("9", "a0", calls("a0")[0].messages, sampling=Sampling(6, 1.5, 0.9, 4)),
+        *calls("", "a1", temperature=1.0),
+    ]
     assert replies(engine, beside)["9"] == alone
 
 
@@ -226,8 +229,8 @@ def test_stop_texts_logprobs_and_penalties(engine: LocalEngine) -> None:
     stop = whole[4:6]
     assert replies(engine, calls("", tokens=10, stop=(stop,)))["0"] == whole[: whole.index(stop)]
     assert replies(engine, calls("", tokens=10, frequency_penalty=2.0, presence_penalty=2.0))["0"] != whole
-    engine.submit(Call("l", messages=calls("")[0].messages, sampling=Sampling(max_tokens=5), top_logprobs=3))
-    pieces = [event for _ in iter(lambda: engine.busy, False) for event in engine.step() if isinstance(event, Piece)]
+    engine.submit(GenerateCall("l", messages=calls("")[0].messages, sampling=Sampling(max_tokens=5), top_logprobs=3))
+    pieces = [event for _ in iter(lambda: engine.busy, False) for event in engine.step() if isinstance(event, TextDelta)]
     told = [item for piece in pieces for item in piece.logprobs]
     assert sum(piece.tokens for piece in pieces) == len(told) == 5
     assert all(item.logprob == item.top[0][1] and len(item.top) == 3 for item in told)
@@ -244,7 +247,7 @@ def test_embeddings_are_of_unit_length_and_their_own(engine: LocalEngine) -> Non
 
 
 def test_pages_are_shared_only_whole_and_freed_when_wanted() -> None:
-    pages, prompt = Pages(4), list(range(2 * PAGE_TOKENS))
+    pages, prompt = PagedKvCache(4), list(range(2 * PAGE_TOKENS))
     taken, cached = pages.take(1, prompt, 2 * PAGE_TOKENS + 1)
     assert len(taken) == 3 and cached == 0
     pages.keep(1, prompt, taken)
@@ -266,9 +269,12 @@ def test_the_compiled_blocks_compute_as_torch_does(
     for opened in (base, open_base(str(tiny_base))):
         blocks = open_blocks(opened.model, 8, 512)
         blocks.factors.put("a", path)
-        chunks = [Run(list(range(40)), 0, [0], -1, False), Run(list(range(5, 30)), 0, [1], blocks.factors.slot("a"), False)]
+        chunks = [
+            TokenRun(list(range(40)), 0, [0], -1, False),
+            TokenRun(list(range(5, 30)), 0, [1], blocks.factors.slot("a"), False),
+        ]
         found.append(blocks.advance(chunks, [0, 1]).logits)
-        newest = [Run([7], 40, [0], -1, True), Run([9], 25, [1], blocks.factors.slot("a"), True)]
+        newest = [TokenRun([7], 40, [0], -1, True), TokenRun([9], 25, [1], blocks.factors.slot("a"), True)]
         found.append(blocks.advance(newest, [0, 1]).logits)
         monkeypatch.setattr(cpu, "load", no_kernels)
     close = 1e-4 if base.dtype == torch.float32 else 0.05

@@ -12,11 +12,11 @@ from test_forward import MODELS, tuned
 
 import loras
 from replies import replies
-from sartor.inference.engine import Call, Sampling
-from sartor.inference.generate import draw, generate, likely, source
-from sartor.inference.local.cpu_decoder import NativeBlocks, difference, open_blocks
+from sartor.inference.engine import GenerateCall, Sampling
+from sartor.inference.generate import generate, prompt_generator, sample_token, sampling_probabilities
+from sartor.inference.local.cpu_decoder import CpuDecoder, difference, open_blocks
 from sartor.inference.local.local_engine import LocalEngine
-from sartor.inference.local.torch_decoder import Run
+from sartor.inference.local.torch_decoder import TokenRun
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.hardware import _cpu_flags
@@ -45,10 +45,10 @@ def opened(kind: str, dtype: torch.dtype, folder: Path) -> tuple[Any, list[torch
     return blocks, [*plain, *own]
 
 
-def runs(blocks: Any, first: int = 0) -> list[Run]:
+def runs(blocks: Any, first: int = 0) -> list[TokenRun]:
     """PROMPTS without and with the adapter, each in pages of its own."""
     slots = [-1] * 3 + [blocks.factors.slot("a")] * 3
-    return [Run(PROMPTS[n % 3], 0, tuple(range(first + 3 * n, first + 3 * n + 3)), slot) for n, slot in enumerate(slots)]
+    return [TokenRun(PROMPTS[n % 3], 0, tuple(range(first + 3 * n, first + 3 * n + 3)), slot) for n, slot in enumerate(slots)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -56,7 +56,7 @@ def runs(blocks: Any, first: int = 0) -> list[Run]:
 def test_every_family_is_transformers_own(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     compiled()
     blocks, wanted = opened(kind, dtype, tmp_path / "a")
-    assert isinstance(blocks, NativeBlocks)
+    assert isinstance(blocks, CpuDecoder)
     got = blocks.advance(runs(blocks), range(6)).logits
     apart = [float((one.float() - other).norm() / other.norm()) for one, other in zip(got, wanted, strict=True)]
     assert max(apart) < (1e-5 if dtype == torch.float32 else 0.06)
@@ -86,7 +86,7 @@ def blocks(request: pytest.FixtureRequest, processor: str, tmp_path: Path) -> It
     """Gemma 2: a sliding window, soft-caps and norms behind, so that every branch has its turn."""
     threads = torch.get_num_threads()
     made = opened("gemma2", request.param, tmp_path / "a")[0]
-    assert isinstance(made, NativeBlocks)
+    assert isinstance(made, CpuDecoder)
     yield made
     torch.set_num_threads(threads)
 
@@ -100,7 +100,7 @@ def test_no_bit_hangs_on_neighbours_chunks_or_threads(blocks: Any) -> None:
     parts = []
     for run in runs(blocks, 20):
         for start in range(0, len(run.ids), 29):
-            scores = blocks.advance([Run(run.ids[start : start + 29], start, run.pages, run.slot)], [0])
+            scores = blocks.advance([TokenRun(run.ids[start : start + 29], start, run.pages, run.slot)], [0])
         parts.append(scores.logits)
     assert torch.equal(together, torch.cat(parts))
 
@@ -109,9 +109,9 @@ def test_what_a_reply_leaves_in_the_cache_is_what_a_prompt_would(blocks: Any) ->
     for run in runs(blocks):
         half = len(run.ids) // 2
         whole = blocks.advance([run], [0]).logits
-        blocks.advance([Run(run.ids[:half], 0, (40, 41, 42), run.slot)], [])
+        blocks.advance([TokenRun(run.ids[:half], 0, (40, 41, 42), run.slot)], [])
         for place in range(half, len(run.ids)):
-            written = blocks.advance([Run(run.ids[place : place + 1], place, (40, 41, 42), run.slot, newest=True)], [0])
+            written = blocks.advance([TokenRun(run.ids[place : place + 1], place, (40, 41, 42), run.slot, newest=True)], [0])
         assert torch.equal(whole, written.logits)
 
 
@@ -125,12 +125,12 @@ def test_pages_that_hold_no_numbers_harm_nobody(blocks: Any) -> None:
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.05])
 def test_what_is_drawn_has_the_chances_that_likely_says(top_p: float) -> None:
     logits = torch.randn(600, generator=torch.Generator().manual_seed(0)) * 3
-    chances = likely(logits[None], Sampling(temperature=0.9, top_p=top_p))[0]
+    chances = sampling_probabilities(logits[None], Sampling(temperature=0.9, top_p=top_p))[0]
     ordered = (logits / 0.9).softmax(-1).sort(descending=True)
     kept = 600 if top_p == 1 else int((ordered.values.cumsum(-1) - ordered.values < top_p).sum())
     assert set(chances.nonzero()[:, 0].tolist()) == set(ordered.indices[:kept].tolist())
-    drawn_with = source(Sampling(seed=1))
-    counts = torch.bincount(torch.tensor([draw(chances, drawn_with) for _ in range(4000)]), minlength=600).double()
+    drawn_with = prompt_generator(Sampling(seed=1))
+    counts = torch.bincount(torch.tensor([sample_token(chances, drawn_with) for _ in range(4000)]), minlength=600).double()
     shares = chances.double() / chances.double().sum()
     assert not counts[chances == 0].any()
     assert (counts / 4000 - shares).abs().max() < 0.04
@@ -161,7 +161,7 @@ def test_eight_adapters_on_the_starter_say_what_each_says_alone(
     engine = LocalEngine(base, rows=8, cache_tokens=4096)
     for n, path in enumerate(paths):
         engine.attach(f"a{n}", path)
-    asked = [Call(f"{n}", f"a{n}", text=text, sampling=Sampling(max_tokens=16)) for n, text in enumerate(STARTER_TEXTS)]
+    asked = [GenerateCall(f"{n}", f"a{n}", text=text, sampling=Sampling(max_tokens=16)) for n, text in enumerate(STARTER_TEXTS)]
     together = replies(engine, asked)
     assert not any(text.endswith("Error>") for text in together.values())
     assert together == {call.id: replies(engine, [call])[call.id] for call in asked}

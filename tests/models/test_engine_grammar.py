@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import tiny
 from sartor.core.errors import ModelError, RequestError
 from sartor.inference.constrained_decoding import Constraint, Grammar
-from sartor.inference.engine import Call
-from sartor.inference.prompts import Reader
-from sartor.models.chat import Chat
+from sartor.inference.engine import GenerateCall
+from sartor.inference.prompts import PromptReader
+from sartor.models.chat import ChatTokenizer
 from sartor.text.json_schema import DEEPEST, JSON_OBJECT, MOST_BYTES, read_schema
 
 VOCABULARY = 384  # wider than the tokenizer, as a model's padded embedding is
@@ -37,12 +37,12 @@ NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItem
 
 
 @pytest.fixture(scope="module")
-def chat() -> Chat:
-    return Chat(tiny.tokenizer())
+def chat() -> ChatTokenizer:
+    return ChatTokenizer(tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
-def grammar(chat: Chat) -> Grammar:
+def grammar(chat: ChatTokenizer) -> Grammar:
     return Grammar(chat.tokenizer, chat.stops, VOCABULARY)
 
 
@@ -68,7 +68,7 @@ def at_random(seed: int, towards_end: float = 0.0) -> Callable[[torch.Tensor], i
 
 
 @pytest.mark.parametrize("schema", [INTENT, NESTED, PATTERN, NUMBERS], ids=["intent", "nested", "pattern", "numbers"])
-def test_random_logits_write_what_validates(chat: Chat, grammar: Grammar, schema: Any) -> None:
+def test_random_logits_write_what_validates(chat: ChatTokenizer, grammar: Grammar, schema: Any) -> None:
     replies = set()
     for seed in range(12):
         written = write(grammar.constraint(json.dumps(schema)), at_random(seed, towards_end=4.0))
@@ -77,7 +77,7 @@ def test_random_logits_write_what_validates(chat: Chat, grammar: Grammar, schema
     assert len(replies) > 6
 
 
-def test_any_object(chat: Chat, grammar: Grammar) -> None:
+def test_any_object(chat: ChatTokenizer, grammar: Grammar) -> None:
     ended = 0
     for seed in range(8):
         constraint = grammar.constraint(JSON_OBJECT)
@@ -89,7 +89,7 @@ def test_any_object(chat: Chat, grammar: Grammar) -> None:
     assert ended
 
 
-def test_a_reply_may_end_only_when_the_value_is_whole(chat: Chat, grammar: Grammar) -> None:
+def test_a_reply_may_end_only_when_the_value_is_whole(chat: ChatTokenizer, grammar: Grammar) -> None:
     text = '{"intent":"HassTurnOn","area":"kitch"}'
     constraint = grammar.constraint(json.dumps(INTENT))
     for token in chat.tokenizer(text)["input_ids"]:
@@ -100,7 +100,7 @@ def test_a_reply_may_end_only_when_the_value_is_whole(chat: Chat, grammar: Gramm
     assert constraint.mask().nonzero().flatten().tolist() == chat.stops
 
 
-def test_a_number_may_end_or_go_on(chat: Chat, grammar: Grammar) -> None:
+def test_a_number_may_end_or_go_on(chat: ChatTokenizer, grammar: Grammar) -> None:
     constraint = grammar.constraint('{"type":"integer"}')
     (digit,) = chat.tokenizer("4")["input_ids"]
     constraint.advance(digit)
@@ -110,11 +110,11 @@ def test_a_number_may_end_or_go_on(chat: Chat, grammar: Grammar) -> None:
     assert constraint.is_done
 
 
-def test_no_reply_of_white_space_alone(chat: Chat, grammar: Grammar) -> None:
+def test_no_reply_of_white_space_alone(chat: ChatTokenizer, grammar: Grammar) -> None:
     """What wants nothing but space and line breaks comes to an end of them."""
     spaces = [token for token in range(len(chat.tokenizer)) if chat.decode([token]).isspace()]
-    constraint = Reader(cast(Any, None), chat, {"vocab_size": VOCABULARY}, 512).constraint(
-        Call(id="c", schema=json.dumps(INTENT))
+    constraint = PromptReader(cast(Any, None), chat, {"vocab_size": VOCABULARY}, 512).constraint(
+        GenerateCall(id="c", schema=json.dumps(INTENT))
     )
     assert constraint is not None
     for _ in range(200):
@@ -125,7 +125,7 @@ def test_no_reply_of_white_space_alone(chat: Chat, grammar: Grammar) -> None:
     assert not allowed
 
 
-def test_a_token_beyond_the_mask_is_an_error(chat: Chat, grammar: Grammar) -> None:
+def test_a_token_beyond_the_mask_is_an_error(chat: ChatTokenizer, grammar: Grammar) -> None:
     constraint = grammar.constraint(json.dumps(INTENT))
     (wrong,) = chat.tokenizer("z")["input_ids"]
     with pytest.raises(RequestError):
@@ -159,7 +159,7 @@ def test_a_schema_that_explodes_on_the_way_fails_its_own_row_only(grammar: Gramm
     assert other.mask().any()
 
 
-def test_a_vocabulary_that_is_too_small_is_refused(chat: Chat) -> None:
+def test_a_vocabulary_that_is_too_small_is_refused(chat: ChatTokenizer) -> None:
     with pytest.raises(ModelError, match="constrained"):
         Grammar(chat.tokenizer, chat.stops, 100)
 

@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from sartor.core.errors import ModelError, RequestError
-from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.generate import generate
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.models import adapters, composed_model
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, name in enumerate(("one", "two", "text")):
         base = open_base(str(root / "base"), bits=32, device=CPU)
         if name != "text":
-            base = composed_model.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)}, seed=place)
+            base = composed_model.compose_base(base, {"image": Fake(), "audio": Fake("audio", stack=4)}, seed=place)
         model = adapters.inject_lora(base.model, rank=4, alpha=8.0, dropout=0.0, targets="all-linear", seed=place)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -70,23 +70,23 @@ def engine_of(made: Path, *names: str, **options: Any) -> LocalEngine:
     return engine
 
 
-def call(id: str, adapter: str, *parts: Any) -> Call:
+def call(id: str, adapter: str, *parts: Any) -> GenerateCall:
     content = [part.plain() if not isinstance(part, str) else {"type": "text", "text": part} for part in parts]
-    return Call(id, adapter, ({"role": "user", "content": content},), sampling=LIMIT)
+    return GenerateCall(id, adapter, ({"role": "user", "content": content},), sampling=LIMIT)
 
 
 def alone(made: Path, name: str, *parts: Any) -> str:
     """What the model itself says."""
     base = open_base(str(made / "base"), bits=32, device=CPU)
     if composed_model.read_towers(made / name):
-        base = composed_model.compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
+        base = composed_model.compose_base(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
     model = adapters.open_adapter(base.model, made / name)
     prompt = base.chat.prompt_ids(said(*parts).prompt)
     found = generate(model, [prompt], stop=base.chat.stops, pad=base.chat.pad, sampling=LIMIT)[0]
     return base.chat.decode(found.ids)
 
 
-def run(engine: LocalEngine, *calls: Call) -> dict[str, str]:
+def run(engine: LocalEngine, *calls: GenerateCall) -> dict[str, str]:
     for one in calls:
         engine.submit(one)
     return collect(engine)
@@ -96,8 +96,8 @@ def collect(engine: LocalEngine) -> dict[str, str]:
     texts: dict[str, str] = {}
     while engine.busy:
         for event in engine.step():
-            assert not isinstance(event, Failed), event
-            if isinstance(event, Piece):
+            assert not isinstance(event, ReplyFailed), event
+            if isinstance(event, TextDelta):
                 texts[event.call] = texts.get(event.call, "") + event.text
     return texts
 
@@ -124,8 +124,8 @@ def test_the_same_picture_is_read_from_the_cache(made: Path, tower: type[Fake]) 
     first = run(engine, call("a", "one", *parts))["a"]
     engine.submit(call("b", "one", *parts))
     done = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
-    assert "".join(event.text for event in done if isinstance(event, Piece)) == first
-    assert [event.cached_tokens for event in done if isinstance(event, Done)] == [64]
+    assert "".join(event.text for event in done if isinstance(event, TextDelta)) == first
+    assert [event.cached_tokens for event in done if isinstance(event, ReplyDone)] == [64]
     media = engine._sights._media["one"].features
     assert [part.media for part, *_ in media._origins.values()] == [""], "the bytes of a request stay in memory"
     other = run(engine, call("c", "one", picture(100, "other"), "what colour is the sky"))["c"]
@@ -138,7 +138,7 @@ def test_others_go_on_while_a_tower_looks(made: Path, tower: type[Fake]) -> None
     engine.submit(call("slow", "one", picture(9), "what"))
     engine.submit(call("fast", "text", "what colour is the sky"))
     events: list[Event] = []
-    while not any(isinstance(event, Done) and event.call == "fast" for event in events):
+    while not any(isinstance(event, ReplyDone) and event.call == "fast" for event in events):
         events += engine.step()
     assert {event.call for event in events} == {"fast"} and engine.busy
     tower.gate.set()  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def test_a_call_may_be_cancelled_or_its_adapter_go_while_a_tower_looks(made: Pat
     engine.detach("two")
     tower.gate.set()  # type: ignore[attr-defined]
     events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
-    assert [(event.call, type(event)) for event in events] == [("a", Done), ("b", Failed)]
+    assert [(event.call, type(event)) for event in events] == [("a", ReplyDone), ("b", ReplyFailed)]
     assert "detached" in events[1].problem  # type: ignore[union-attr]
 
 
@@ -174,7 +174,7 @@ def test_a_call_may_be_cancelled_or_its_adapter_go_while_a_tower_looks(made: Pat
 def test_media_that_cannot_be_read_fail_alone(made: Path, tower: type[Fake], adapter: str, part: Any, problem: str) -> None:
     engine = engine_of(made, "one", "text")
     plain = part if isinstance(part, dict) else part.plain()
-    asked = Call("bad", adapter, ({"role": "user", "content": [plain]},), sampling=LIMIT)
+    asked = GenerateCall("bad", adapter, ({"role": "user", "content": [plain]},), sampling=LIMIT)
     failed: list[str] = []
     engine.submit(call("good", "text", "what"))
     try:
@@ -182,7 +182,7 @@ def test_media_that_cannot_be_read_fail_alone(made: Path, tower: type[Fake], ada
     except RequestError as error:
         failed.append(error.problem)
     while engine.busy:
-        failed += [event.problem for event in engine.step() if isinstance(event, Failed)]
+        failed += [event.problem for event in engine.step() if isinstance(event, ReplyFailed)]
     assert len(failed) == 1 and problem in failed[0]
 
 
@@ -198,8 +198,8 @@ def test_a_tower_that_breaks_fails_its_call_alone(
     engine.submit(call("bad", "one", picture(9)))
     engine.submit(call("good", "text", "what"))
     events = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
-    assert [(event.call, event.kind) for event in events if isinstance(event, Failed)] == [("bad", kind)]
-    assert any(isinstance(event, Done) and event.call == "good" for event in events)
+    assert [(event.call, event.kind) for event in events if isinstance(event, ReplyFailed)] == [("bad", kind)]
+    assert any(isinstance(event, ReplyDone) and event.call == "good" for event in events)
 
 
 def test_an_adapter_of_another_tower_is_not_attached(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 import tiny
 from sartor.core.errors import RequestError
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.inference.prompts import FIRST_CHARACTERS, prompt_ids, prompt_text, writes_tools
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 # as Qwen's and Hermes's do: tools in the system turn, calls with their arguments as JSON
 TOOL_TEMPLATE = (
@@ -38,7 +38,7 @@ RETURNED = {"role": "tool", "tool_call_id": "call_1", "content": "blue"}
 
 
 def rendered(template: str, *messages: dict[str, Any], tools: tuple[Any, ...] = ()) -> str:
-    return prompt_text(Chat(tiny.tokenizer(template)), Call(id="c", messages=messages, tools=tools))
+    return prompt_text(ChatTokenizer(tiny.tokenizer(template)), GenerateCall(id="c", messages=messages, tools=tools))
 
 
 def test_messages_go_through_the_template() -> None:
@@ -49,8 +49,12 @@ def test_messages_go_through_the_template() -> None:
 
 
 def test_a_template_that_writes_tools_is_given_them() -> None:
-    chat = Chat(tiny.tokenizer(TOOL_TEMPLATE))
-    assert writes_tools(chat) and not writes_tools(Chat(tiny.tokenizer())) and not writes_tools(Chat(tiny.tokenizer(None)))
+    chat = ChatTokenizer(tiny.tokenizer(TOOL_TEMPLATE))
+    assert (
+        writes_tools(chat)
+        and not writes_tools(ChatTokenizer(tiny.tokenizer()))
+        and not writes_tools(ChatTokenizer(tiny.tokenizer(None)))
+    )
     text = rendered(TOOL_TEMPLATE, ASKED, CALLED, RETURNED, tools=(FIND,))
     assert '"name": "find"' in text.partition("<|im_start|>user")[0] and '<tool_call>find {"q": "sky"}</tool_call>' in text
     assert "<|im_start|>tool\nblue" in text and "<tools>" not in text
@@ -84,8 +88,8 @@ def test_earlier_calls_are_told_without_tools_too() -> None:
 
 
 def test_a_raw_text_is_taken_as_it_is() -> None:
-    chat = Chat(tiny.tokenizer())
-    call = Call(id="c", text="the sky")
+    chat = ChatTokenizer(tiny.tokenizer())
+    call = GenerateCall(id="c", text="the sky")
     assert prompt_text(chat, call) == "the sky" and chat.tokenizer.decode(prompt_ids(chat, call, 512)) == "the sky"
 
 
@@ -94,9 +98,11 @@ def test_a_raw_text_opens_as_in_pretraining() -> None:
 
     made = tiny.tokenizer()
     made.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    chat = Chat(made)
-    assert prompt_ids(chat, Call(id="c", text="the sky"), 512)[0] == 0
-    assert prompt_ids(chat, Call(id="c", messages=(ASKED,)), 512)[0] == chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    chat = ChatTokenizer(made)
+    assert prompt_ids(chat, GenerateCall(id="c", text="the sky"), 512)[0] == 0
+    assert prompt_ids(chat, GenerateCall(id="c", messages=(ASKED,)), 512)[0] == chat.tokenizer.convert_tokens_to_ids(
+        "<|im_start|>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_what_the_template_refuses_is_the_clients_fault() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(RequestError, match="empty"):
-        prompt_ids(Chat(tiny.tokenizer()), Call(id="c"), 512)
+        prompt_ids(ChatTokenizer(tiny.tokenizer()), GenerateCall(id="c"), 512)
 
 
 def test_arguments_that_are_no_json_are_told_as_they_are() -> None:
@@ -135,9 +141,9 @@ def test_arguments_that_are_no_json_are_told_as_they_are() -> None:
 @pytest.mark.parametrize("form", ["text", "messages"])
 def test_a_huge_prompt_is_not_read_to_its_end(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     huge = "the sky is blue. " * 120_000
-    chat = Chat(tiny.tokenizer())
+    chat = ChatTokenizer(tiny.tokenizer())
     read: list[int] = []
-    call = Call("c", text=huge) if form == "text" else Call("c", messages=({"role": "user", "content": huge},))
+    call = GenerateCall("c", text=huge) if form == "text" else GenerateCall("c", messages=({"role": "user", "content": huge},))
     kind, given = type(chat.tokenizer), type(chat.tokenizer).__call__
 
     def counting(self: Any, text: str, **options: Any) -> Any:
@@ -152,6 +158,6 @@ def test_a_huge_prompt_is_not_read_to_its_end(form: str, monkeypatch: pytest.Mon
 
 def test_a_long_text_of_few_tokens_is_read() -> None:
     """Characters alone refuse nothing: what a tokenizer says of it does."""
-    chat = Chat(tiny.tokenizer())
+    chat = ChatTokenizer(tiny.tokenizer())
     chat.tokenizer.add_tokens(["=" * 400])
-    assert len(prompt_ids(chat, Call("c", text="=" * 40_000), 110)) == 100
+    assert len(prompt_ids(chat, GenerateCall("c", text="=" * 40_000), 110)) == 100

@@ -10,11 +10,11 @@ import torch
 
 import loras
 from replies import replies
-from sartor.inference.engine import Call, Sampling
+from sartor.inference.engine import GenerateCall, Sampling
 from sartor.inference.generate import generate
 from sartor.inference.local.cpu_decoder import open_blocks
 from sartor.inference.local.local_engine import open_engine
-from sartor.inference.local.torch_decoder import Blocks, Run
+from sartor.inference.local.torch_decoder import TokenRun, TorchDecoder
 from sartor.models import adapters, quantization
 from sartor.models.base import Base, open_base
 
@@ -50,7 +50,7 @@ def test_greedy_replies_are_those_of_generate_on_the_same_base(tiny_base: Path, 
     for name, path in paths.items():
         engine.attach(name, path)
     asked = [
-        Call(f"{name}/{place}", name, text=text, sampling=Sampling(max_tokens=TOKENS))
+        GenerateCall(f"{name}/{place}", name, text=text, sampling=Sampling(max_tokens=TOKENS))
         for name in wanted
         for place, text in enumerate(TEXTS)
     ]
@@ -75,9 +75,9 @@ def test_what_follows_is_what_the_quantised_base_computes(
     with torch.inference_mode():
         wanted = tuned(torch.tensor([ids])).logits[0, -1].float()
     blocks = open_blocks(adapters.undo(tuned).eval(), 8, 256)
-    assert isinstance(blocks, Blocks), "compiled blocks read dense weights"
+    assert isinstance(blocks, TorchDecoder), "compiled blocks read dense weights"
     blocks.factors.put("a", path)
-    blocks.advance([Run(ids[:64], 0, (0, 1), blocks.factors.slot("a"))], [])
-    got = blocks.advance([Run(ids[64:], 64, (0, 1), blocks.factors.slot("a"))], [0]).logits[0].float()
+    blocks.advance([TokenRun(ids[:64], 0, (0, 1), blocks.factors.slot("a"))], [])
+    got = blocks.advance([TokenRun(ids[64:], 64, (0, 1), blocks.factors.slot("a"))], [0]).logits[0].float()
     apart = float((got - wanted).norm() / wanted.norm())
     assert apart < (1e-5 if dtype == torch.float32 else 0.06)

@@ -16,9 +16,9 @@ import tiny
 from sartor.core.errors import RequestError
 from sartor.inference import tool_calls
 from sartor.inference.constrained_decoding import Grammar
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.inference.tool_calls import CallReader
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 
 def tool(name: str, parameters: Any = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read(
     text: str, *, cuts: Sequence[int] = (), declared: Sequence[dict[str, Any]] = TOOLS
 ) -> tuple[str, str, list[tuple[str, Any]]]:
     """(text told while it came, text told at the end, calls) of a reply that comes in pieces."""
-    reader = CallReader(Call(id="c", tools=tuple(declared)))
+    reader = CallReader(GenerateCall(id="c", tools=tuple(declared)))
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     told = "".join(reader.feed(text[start:end]) for start, end in zip(places, places[1:], strict=False))
     rest, calls = reader.end()
@@ -98,13 +98,13 @@ def test_what_is_no_call_stays_text(text: str) -> None:
 
 
 def test_text_is_told_while_it_comes() -> None:
-    reader = CallReader(Call(id="c", tools=TOOLS))
+    reader = CallReader(GenerateCall(id="c", tools=TOOLS))
     assert reader.feed("The sky") == "The sky" and reader.feed(" is <b>blue") == " is <b>blue" and reader.feed(" <tool") == " "
     assert reader.feed("s>") == "<tools>" and reader.end() == ("", ())
 
 
 def test_without_tools_everything_is_told_at_once() -> None:
-    reader = CallReader(Call(id="c"))
+    reader = CallReader(GenerateCall(id="c"))
     assert (reader.feed(FIND), reader.end()) == (FIND, ("", ()))
 
 
@@ -127,7 +127,7 @@ def test_no_reply_raises_or_is_lost(text: str, cuts: list[int]) -> None:
 
 def test_ids_differ_and_are_the_same_again() -> None:
     def ids(call: str) -> list[str]:
-        reader = CallReader(Call(id=call, tools=TOOLS))
+        reader = CallReader(GenerateCall(id=call, tools=TOOLS))
         reader.feed(f"{FIND};{TURN}")
         return [found["id"] for found in reader.end()[1]]
 
@@ -136,8 +136,8 @@ def test_ids_differ_and_are_the_same_again() -> None:
 
 @pytest.mark.parametrize("must", ["find", "turn_on", "*"])
 def test_a_forced_choice_writes_a_call_that_validates(must: str) -> None:
-    chat = Chat(tiny.tokenizer())
-    call = Call(id="c", tools=TOOLS, must_call=must, schema='{"type":"integer"}')
+    chat = ChatTokenizer(tiny.tokenizer())
+    call = GenerateCall(id="c", tools=TOOLS, must_call=must, schema='{"type":"integer"}')
     grammar = Grammar(chat.tokenizer, chat.stops, 320)
     source = torch.Generator().manual_seed(5)
     seen = set()
@@ -157,10 +157,10 @@ def test_a_forced_choice_writes_a_call_that_validates(must: str) -> None:
 
 
 def test_the_schema_of_a_reply() -> None:
-    assert tool_calls.reply_schema(Call(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
-    assert tool_calls.reply_schema(Call(id="c")) == ""
+    assert tool_calls.reply_schema(GenerateCall(id="c", schema='{"type":"integer"}', tools=TOOLS)) == '{"type":"integer"}'
+    assert tool_calls.reply_schema(GenerateCall(id="c")) == ""
     with pytest.raises(RequestError, match="not declared"):
-        tool_calls.reply_schema(Call(id="c", tools=TOOLS, must_call="other"))
+        tool_calls.reply_schema(GenerateCall(id="c", tools=TOOLS, must_call="other"))
 
 
 @pytest.mark.parametrize(

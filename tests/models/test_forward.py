@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from sartor.models import adapters, packing
 from sartor.models.kernels import cpu
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import loss_backend, transformers_backend
-from sartor.models.losses.fused_decoder import FAMILIES, Fast
+from sartor.models.losses.fused_decoder import FAMILIES, FusedDecoder
 from sartor.models.losses.lora_linear import Unsupported
-from sartor.models.losses.loss_backend import Wish, prove
-from sartor.models.packing import Encoded
+from sartor.models.losses.loss_backend import LossOptions, measure_savings_error
+from sartor.models.packing import TokenizedExample
 
 V = 97
 SHAPE = {
@@ -41,8 +41,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def kernels() -> list[Eager]:
-    made: list[Eager] = [Eager()]
+def kernels() -> list[ReferenceKernels]:
+    made: list[ReferenceKernels] = [ReferenceKernels()]
     with contextlib.suppress(cpu.NoKernels):
         made.append(cpu.load())
     return made
@@ -81,7 +81,7 @@ def tuned(kind: str, dtype: torch.dtype = torch.float64, top: int | None = None,
     return made
 
 
-def rows(*lengths: int, head: int = 0, seed: int = 0) -> list[Encoded]:
+def rows(*lengths: int, head: int = 0, seed: int = 0) -> list[TokenizedExample]:
     """Rows of so many tokens, about half supervised; the first `head` tokens are common to all that are longer."""
     rng = random.Random(seed)
     common = [rng.randrange(V) for _ in range(head)]
@@ -90,7 +90,7 @@ def rows(*lengths: int, head: int = 0, seed: int = 0) -> list[Encoded]:
         ids = (common + [rng.randrange(V) for _ in range(length)])[:length]
         learnt = [rng.random() < 0.5 for _ in ids]
         learnt[-1] = True
-        made.append(Encoded(ids, learnt, str(place), weight=rng.choice([0.5, 1.0, 2.0])))
+        made.append(TokenizedExample(ids, learnt, str(place), weight=rng.choice([0.5, 1.0, 2.0])))
     return made
 
 
@@ -116,10 +116,10 @@ def test_every_family_in_the_table_is_tested() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Eager, recompute: bool) -> None:
+def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: ReferenceKernels, recompute: bool) -> None:
     model, examples = tuned(kind), rows(20, 5, 33, 12, 1, 40)
     wanted = transformers_backend.row_losses(model, examples, "cpu")
-    fast = Fast(transformers_backend.without_peft(model), made, recompute=recompute)
+    fast = FusedDecoder(transformers_backend.without_peft(model), made, recompute=recompute)
     got = fast.losses(packing.pack(examples))
     assert apart(got, wanted) < 1e-6  # the head of transformers' path is asked in fp64, its rotary angles in fp32
     assert worst(gradients(model, got), gradients(model, wanted)) < 1e-6
@@ -129,10 +129,10 @@ def test_losses_and_gradients_are_transformers_own_in_fp64(kind: str, made: Eage
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_losses_are_transformers_own_at_the_precisions_that_are_trained_in(
-    kind: str, made: Eager, dtype: torch.dtype, limit: float
+    kind: str, made: ReferenceKernels, dtype: torch.dtype, limit: float
 ) -> None:
     model, examples = tuned(kind, dtype), rows(20, 5, 33, 12)
-    got = Fast(transformers_backend.without_peft(model), made).losses(packing.pack(examples, share=True))
+    got = FusedDecoder(transformers_backend.without_peft(model), made).losses(packing.pack(examples, share=True))
     assert apart(got, transformers_backend.row_losses(model, examples, "cpu")) < limit
 
 
@@ -158,7 +158,7 @@ def test_shared_prefixes_change_nothing(
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = tuned(kind, dtype, **changes)
         for made in kernels():
-            fast = Fast(transformers_backend.without_peft(model), made)
+            fast = FusedDecoder(transformers_backend.without_peft(model), made)
             plain, shared = (fast.losses(packing.pack(examples, share=share)) for share in (False, True))
             if len(plain):
                 assert apart(shared, plain) <= limit
@@ -173,12 +173,12 @@ def test_shared_prefixes_are_laid_once() -> None:
 
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> None:
+def test_frozen_activations_from_disk_change_nothing(kind: str, made: ReferenceKernels) -> None:
     for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model, examples = tuned(kind, dtype, top=1), rows(20, 5, 33, 12, 40, head=10)
         path = fast_path(model, examples, reuse_bytes=1 << 30)
         assert path.frozen is not None
-        proof = prove(path, examples)
+        proof = measure_savings_error(path, examples)
         assert proof["loss"] <= limit and 0 <= proof["gradient"] <= limit
         assert (path.frozen.computed, path.frozen.reused) == (1, 0)
         again = fast_path(model, examples, reuse_bytes=1 << 30)
@@ -186,9 +186,9 @@ def test_frozen_activations_from_disk_change_nothing(kind: str, made: Eager) -> 
         assert again.frozen is not None and (again.frozen.computed, again.frozen.reused) == (0, 1)
 
 
-def fast_path(model: Any, examples: Sequence[Encoded], **wish: Any) -> loss_backend.FastPath:
-    path = transformers_backend.choose(model, examples, torch.device("cpu"), Wish(identity="base", **wish))
-    assert isinstance(path, loss_backend.FastPath), path.reason
+def fast_path(model: Any, examples: Sequence[TokenizedExample], **wish: Any) -> loss_backend.FusedBackend:
+    path = transformers_backend.choose_loss_backend(model, examples, torch.device("cpu"), LossOptions(identity="base", **wish))
+    assert isinstance(path, loss_backend.FusedBackend), path.reason
     return path
 
 
@@ -233,10 +233,13 @@ def test_nothing_is_stored_when_every_layer_is_adapted_or_rows_are_read_once() -
 
 def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_supervised_rows_only() -> None:
     model, examples = tuned("llama", torch.float32, top=1), rows(20, 30)
-    fast = Fast(transformers_backend.without_peft(model), Eager())
+    fast = FusedDecoder(transformers_backend.without_peft(model), ReferenceKernels())
     assert fast.lowest == 2
     seen: list[int] = []
-    fast.kernels.cross_entropy = lambda logits, *rest: (seen.append(len(logits)), Eager().cross_entropy(logits, *rest))[1]  # type: ignore[method-assign]
+    fast.kernels.cross_entropy = lambda logits, *rest: (
+        seen.append(len(logits)),
+        ReferenceKernels().cross_entropy(logits, *rest),
+    )[1]  # type: ignore[method-assign]
     fast.losses(packing.pack(examples)).sum().backward()
     assert seen == [sum(row.supervised_tokens for row in examples)]
 
@@ -244,7 +247,7 @@ def test_layers_below_the_lowest_adapted_one_get_no_gradient_and_the_head_sees_s
 def test_the_base_is_not_copied() -> None:
     model = tuned("llama", torch.float32)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    fast = Fast(transformers_backend.without_peft(model), Eager())
+    fast = FusedDecoder(transformers_backend.without_peft(model), ReferenceKernels())
     attention = model.get_base_model().model.layers[0].self_attn
     fused = fast.blocks[0].attention_in.weight()
     for module in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -263,7 +266,9 @@ def test_the_base_is_not_copied() -> None:
 def test_what_the_fast_path_cannot_take_goes_the_general_way_and_says_why(
     kind: str, changes: dict[str, Any], wish: dict[str, Any], reason: str
 ) -> None:
-    path = transformers_backend.choose(tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), Wish(**wish))
+    path = transformers_backend.choose_loss_backend(
+        tuned(kind, torch.float32, **changes), rows(20, 9), torch.device("cpu"), LossOptions(**wish)
+    )
     assert path.name == "general"
     assert reason in path.reason
 
@@ -273,20 +278,22 @@ def test_an_unknown_architecture_and_dropout_go_the_general_way() -> None:
         vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    path = transformers_backend.choose(transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu"))
+    path = transformers_backend.choose_loss_backend(
+        transformers.GPTNeoXForCausalLM(config).eval(), rows(20, 9), torch.device("cpu")
+    )
     assert path.name == "general" and "'gpt_neox' is not in the fast path's table" in path.reason
     torch.manual_seed(0)
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).requires_grad_(False)
     dropping = adapters.inject_lora(llama, rank=4, alpha=8, dropout=0.1, targets="all-linear", seed=0).eval()
     with pytest.raises(Unsupported, match="dropout before A"):
-        Fast(transformers_backend.without_peft(dropping), Eager())
+        FusedDecoder(transformers_backend.without_peft(dropping), ReferenceKernels())
 
 
 @pytest.mark.parametrize("made", kernels(), ids=lambda made: made.name)
-def test_a_value_that_is_not_finite_is_not_hidden(made: Eager) -> None:
+def test_a_value_that_is_not_finite_is_not_hidden(made: ReferenceKernels) -> None:
     model, examples = tuned("llama", torch.float32), rows(20, 9)
     model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("nan")
-    assert not torch.isfinite(Fast(transformers_backend.without_peft(model), made).losses(packing.pack(examples))).all()
+    assert not torch.isfinite(FusedDecoder(transformers_backend.without_peft(model), made).losses(packing.pack(examples))).all()
 
 
 @pytest.mark.parametrize("compiler", [None, "false"])
@@ -298,7 +305,7 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
     cpu.load.cache_clear()
     try:
         path = fast_path(tuned("llama", torch.float32), rows(20, 9))
-        assert type(path.fast.kernels) is Eager
+        assert type(path.fast.kernels) is ReferenceKernels
         assert ("no C++ compiler" if compiler is None else "false failed") in path.reason
     finally:
         cpu.load.cache_clear()
@@ -308,9 +315,9 @@ def test_kernels_that_compute_something_else_are_found_out() -> None:
     made = kernels()[-1]
     assert cpu.difference(made) == ""
 
-    class Wrong(Eager):
+    class Wrong(ReferenceKernels):
         def glu_backward(self, d: Any, gate_up: Any, activation: str) -> Any:
-            out, gradient = Eager.glu_backward(self, d, gate_up, activation)
+            out, gradient = ReferenceKernels.glu_backward(self, d, gate_up, activation)
             return out, gradient * 1.01
 
     assert cpu.difference(Wrong()) == "glu_backward silu"

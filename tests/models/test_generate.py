@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tiny
 from sartor.core.errors import ModelError
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import Chooser, Generation, generate, likely
+from sartor.inference.generate import Chooser, Generation, generate, sampling_probabilities
 from sartor.models.adapters import inject_lora
 
 SHAPE = {
@@ -193,7 +193,7 @@ def test_a_sampled_token_lies_in_the_smallest_likely_set(logits: list[float], to
 def test_the_smallest_numbers_that_a_client_can_send_leave_something_to_draw(
     logits: list[float], temperature: float, top_p: float
 ) -> None:
-    found = likely(torch.tensor([logits]), Sampling(temperature=temperature, top_p=top_p))
+    found = sampling_probabilities(torch.tensor([logits]), Sampling(temperature=temperature, top_p=top_p))
     assert found.isfinite().all() and found[0, 0] > 0
     assert logits[int(torch.multinomial(found[0], 1))] == max(logits) or temperature == 2
 

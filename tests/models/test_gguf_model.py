@@ -17,8 +17,8 @@ import tiny
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import gguf_writer
 from sartor.models.base import open_base
-from sartor.models.chat import Chat
-from sartor.models.gguf_writer import About, write_model_gguf
+from sartor.models.chat import ChatTokenizer
+from sartor.models.gguf_writer import GgufMetadata, write_model_gguf
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -50,8 +50,8 @@ FAMILIES = {
 
 
 def written(path: Path, model: Any, kind: str = "f32", tokenizer: Any = None) -> Path:
-    chat = Chat(tokenizer or tiny.tokenizer())
-    about = About("tiny", "1.0", "MIT", chat.template)
+    chat = ChatTokenizer(tokenizer or tiny.tokenizer())
+    about = GgufMetadata("tiny", "1.0", "MIT", chat.template)
     return write_model_gguf(model, gguf_writer.from_chat(chat, model.config.vocab_size), about, path / f"{kind}.gguf", kind)
 
 
@@ -156,7 +156,9 @@ def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
     qwen = cutting(pre_tokenizers.Split(Regex(gguf_writer._QWEN2), "isolated"), byte_level(), normalizer=normalizers.NFC())
     smollm = cutting(pre_tokenizers.Digits(individual_digits=True), byte_level(use_regex=True))
     for tokenizer, name in ((qwen, "qwen2"), (smollm, "smollm")):
-        assert ("tokenizer.ggml.pre", name, gguf.GGUFValueType.STRING) in gguf_writer.from_chat(Chat(tokenizer), 320).pairs
+        assert ("tokenizer.ggml.pre", name, gguf.GGUFValueType.STRING) in gguf_writer.from_chat(
+            ChatTokenizer(tokenizer), 320
+        ).pairs
 
 
 @pytest.mark.parametrize(
@@ -172,19 +174,19 @@ def test_ways_to_cut_text_have_llama_cpp_s_names() -> None:
 )  # fmt: skip
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError) as caught:
-        gguf_writer.from_chat(Chat(tokenizer()), 320)
+        gguf_writer.from_chat(ChatTokenizer(tokenizer()), 320)
     assert "gpt-2, llama-bpe, qwen2, smollm" in caught.value.problem
 
 
 def test_a_bos_that_prompts_begin_with_is_said(tmp_path: Path) -> None:
-    opened = Chat(tiny.tokenizer("{{ bos_token }}" + tiny.CHATML))
+    opened = ChatTokenizer(tiny.tokenizer("{{ bos_token }}" + tiny.CHATML))
     assert ("tokenizer.ggml.add_bos_token", True, gguf.GGUFValueType.BOOL) in gguf_writer.from_chat(opened, 320).pairs
 
 
 def test_the_tokenizer_of_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
     file = written(tmp_path, FAMILIES["llama"]())
     taken = gguf_writer.from_file(file, 320)
-    made = gguf_writer.from_chat(Chat(tiny.tokenizer()), 320)
+    made = gguf_writer.from_chat(ChatTokenizer(tiny.tokenizer()), 320)
     assert json.dumps(sorted(taken.pairs)) == json.dumps(sorted(made.pairs))
     with pytest.raises(ModelError, match="320 tokens"):
         gguf_writer.from_file(file, 321)

@@ -14,7 +14,7 @@ import torch
 
 import tiny
 from sartor.core.errors import ModelError
-from sartor.models.gguf_writer import Layout, write_adapter_gguf
+from sartor.models.gguf_writer import GgufLayout, write_adapter_gguf
 
 
 def tuned(path: Path, **settings: Any) -> Any:
@@ -52,7 +52,7 @@ def test_what_llama_cpp_adds_is_what_peft_adds(tmp_path: Path, tiny_base: Path, 
     model = tuned(tmp_path / "adapter", **settings)
     file = write_adapter_gguf(tmp_path / "adapter", tiny_base, tmp_path / "adapter.gguf", template=tiny.CHATML)
     found = deltas(file)
-    layout = Layout(tiny.model().config.to_dict())
+    layout = GgufLayout(tiny.model().config.to_dict())
     assert len(found) == 2 * 7
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, peft.tuners.lora.Linear):

@@ -14,7 +14,7 @@ import pytest
 from marked import FAMILIES, Family
 from sartor.core.errors import SourceError
 from sartor.core.records import Example, Message, Part
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.inference.prompts import prompt_ids
 
 TEXTS = [
@@ -75,7 +75,7 @@ def digest(family: Family) -> str:
     for text in TEXTS:
         if family.normalized and "＜" in text:
             continue
-        call = Call(id="c", messages=({"role": "user", "content": text},), tools=tuple(json.loads(TOOLS)))
+        call = GenerateCall(id="c", messages=({"role": "user", "content": text},), tools=tuple(json.loads(TOOLS)))
         found.append(prompt_ids(chat, call, 4096))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 

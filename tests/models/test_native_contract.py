@@ -21,10 +21,10 @@ from sartor.inference.local.local_engine import LocalEngine
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal import native_loading, trainable_parts
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 
 CPU = torch.device("cpu")
 # Whose media are embeddings of their tokens and nothing else, so that rows with media are packed
@@ -56,7 +56,7 @@ def tuned(base: Base) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
 
     def tune(language: Any = "all-linear", projector: str = "full", tower: str = "none", top: int | None = None) -> Any:
-        chosen = trainable_parts.choose(base.model, language, top, projector, tower)
+        chosen = trainable_parts.choose_targets(base.model, language, top, projector, tower)
         made.append(adapters.inject_lora(base.model, rank=2, alpha=4, dropout=0, targets=chosen, seed=0))
         return made[0].eval()
 
@@ -67,7 +67,7 @@ def tuned(base: Base) -> Iterator[Callable[..., Any]]:
         base.model.requires_grad_(False)
 
 
-def rows(base: Base) -> list[Encoded]:
+def rows(base: Base) -> list[TokenizedExample]:
     """Two media in one row, one in two others that begin alike, none in the last."""
     kind, other = base.media.kinds[0], base.media.kinds[-1]
     first, second = tiny_native.part(kind, 1), tiny_native.part(other, 2)
@@ -114,7 +114,9 @@ def test_the_tokens_of_a_row_are_the_processors_own(base: Base, folder: Path) ->
 
 def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(base: Base, folder: Path) -> None:
     encoded = rows(base)
-    path = transformers_backend.choose(base.model, encoded, CPU)  # which computes once what rows begin with, a picture too
+    path = transformers_backend.choose_loss_backend(
+        base.model, encoded, CPU
+    )  # which computes once what rows begin with, a picture too
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
     with torch.no_grad():
         found, single = path.losses(encoded)[0], transformers_backend.row_losses(base.model, encoded, CPU)
@@ -123,7 +125,7 @@ def test_packs_have_the_losses_of_single_rows_or_rows_are_taken_one_at_a_time(ba
 
 def test_in_16_bits_the_same_rows_are_packed(folder: Path) -> None:
     base = open_base(str(folder), bits=16, device=CPU)
-    path = transformers_backend.choose(base.model, rows(base), CPU)
+    path = transformers_backend.choose_loss_backend(base.model, rows(base), CPU)
     assert path.name == ("general" if folder.name in PACKED else "one-row"), path.reason
 
 
@@ -151,7 +153,7 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
         found = transformers_backend.row_losses(again, rows(fresh), CPU)
         with again.disable_adapter():
             assert torch.equal(transformers_backend.row_losses(again, rows(fresh), CPU), before)
-        path = transformers_backend.choose(again, rows(fresh), CPU, Wish(fast=False))
+        path = transformers_backend.choose_loss_backend(again, rows(fresh), CPU, LossOptions(fast=False))
         with again.disable_adapter():
             assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4

@@ -11,7 +11,7 @@ from test_forward import fast_path, rows, tuned
 
 from sartor.core.home import folder
 from sartor.core.numerics import NUMERICS
-from sartor.models.tensor_files import Shelf
+from sartor.models.tensor_files import TensorCache
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
@@ -74,7 +74,7 @@ def test_activations_of_before_are_found_in_fp32_alone(dtype: str) -> None:
 
 
 def test_a_file_whose_mark_is_not_that_of_its_name_is_not_read(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, 1 << 20, dtype="bfloat16")
+    shelf = TensorCache(tmp_path, 1 << 20, dtype="bfloat16")
     shelf.write("name", torch.zeros(2, 3))
     (file,) = tmp_path.glob("*/*.safetensors")
     assert shelf.read("name") is not None
@@ -84,12 +84,12 @@ def test_a_file_whose_mark_is_not_that_of_its_name_is_not_read(tmp_path: Path) -
 
 
 def test_features_of_towers_are_of_fp32_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf = Shelf(tmp_path / "features", 1 << 20)
+    shelf = TensorCache(tmp_path / "features", 1 << 20)
     shelf.write("name", torch.zeros(2, 3, dtype=torch.float16))
     assert shelf.read("name") is not None
     notices: list[str] = []
     monkeypatch.setitem(NUMERICS, "float32", 2)
-    later = Shelf(tmp_path / "features", 1 << 20, notices.append)
+    later = TensorCache(tmp_path / "features", 1 << 20, notices.append)
     assert later.read("name") is None and later.read("other") is None and later.outdated == 1
     assert notices == [
         "stored features are not used: made by numerics 1, and this version computes float32 by numerics 2: "

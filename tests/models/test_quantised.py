@@ -18,13 +18,13 @@ from sartor.core.errors import ConfigError, ExtraError, ModelError
 from sartor.models import adapters, packing, quantization
 from sartor.models.base import Base, open_base
 from sartor.models.losses import loss_backend, transformers_backend
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossOptions
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="pip install 'sartor[quant]'")
 CPU = torch.device("cpu")
 BITS = pytest.mark.parametrize("bits", [4, 8])
 pytestmark = pytest.mark.usefixtures("fp32")
-ROWS = [packing.Encoded(list(range(20 + n, 44 + 2 * n)), [False] * 8 + [True] * (16 + n)) for n in range(4)]
+ROWS = [packing.TokenizedExample(list(range(20 + n, 44 + 2 * n)), [False] * 8 + [True] * (16 + n)) for n in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +48,18 @@ def layers(model: Any) -> dict[str, Any]:
     return {name: part for name, part in model.named_modules() if quantization.is_quantised(part)}
 
 
-def gradients(model: Any, rows: list[packing.Encoded] = ROWS) -> dict[str, torch.Tensor]:
+def gradients(model: Any, rows: list[packing.TokenizedExample] = ROWS) -> dict[str, torch.Tensor]:
     model.train()
-    transformers_backend.General(model, CPU, "").losses(rows)[0].mean().backward()
+    transformers_backend.PackedTransformersBackend(model, CPU, "").losses(rows)[0].mean().backward()
     found = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
 
 
 @torch.no_grad()
-def evaluate(model: Any, rows: list[packing.Encoded] = ROWS) -> torch.Tensor:
+def evaluate(model: Any, rows: list[packing.TokenizedExample] = ROWS) -> torch.Tensor:
     model.eval()
-    return transformers_backend.General(model, CPU, "").losses(rows)[0]
+    return transformers_backend.PackedTransformersBackend(model, CPU, "").losses(rows)[0]
 
 
 # --- opening
@@ -204,8 +204,11 @@ def test_rows_pack_exactly(tiny_base: Path, bits: int) -> None:
     model = inject(opened(tiny_base, bits)).eval()
     is_exact, difference = transformers_backend.packs_exactly(model, ROWS, CPU)
     assert is_exact, difference
-    assert isinstance(transformers_backend.choose(model, ROWS, CPU), loss_backend.FastPath)
-    assert isinstance(transformers_backend.choose(model, ROWS, CPU, Wish(fast=False)), transformers_backend.General)
+    assert isinstance(transformers_backend.choose_loss_backend(model, ROWS, CPU), loss_backend.FusedBackend)
+    assert isinstance(
+        transformers_backend.choose_loss_backend(model, ROWS, CPU, LossOptions(fast=False)),
+        transformers_backend.PackedTransformersBackend,
+    )
 
 
 def test_a_token_of_an_int8_layer_does_not_see_its_neighbours(wide_base: Path) -> None:
@@ -264,7 +267,7 @@ def test_the_loss_goes_on_falling_after_an_evaluation(wide_base: Path, as_if_avx
     losses = []
     for step in range(16):
         model.train()
-        loss = transformers_backend.General(model, CPU, "").losses(ROWS)[0].mean()
+        loss = transformers_backend.PackedTransformersBackend(model, CPU, "").losses(ROWS)[0].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -278,7 +281,7 @@ def test_the_loss_goes_on_falling_after_an_evaluation(wide_base: Path, as_if_avx
 @BITS
 def test_what_is_evaluated_is_what_is_trained(tiny_base: Path, bits: int) -> None:
     model = inject(opened(tiny_base, bits))
-    trained = transformers_backend.General(model.train(), CPU, "").losses(ROWS)[0].detach()
+    trained = transformers_backend.PackedTransformersBackend(model.train(), CPU, "").losses(ROWS)[0].detach()
     assert torch.equal(evaluate(model), trained)
 
 

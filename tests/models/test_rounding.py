@@ -15,17 +15,17 @@ import torch
 import transformers
 
 import tiny
-from sartor.inference.local.lora_stacks import Pair
-from sartor.inference.local.torch_decoder import Angles, Blocks
+from sartor.inference.local.lora_stacks import ModuleLora
+from sartor.inference.local.torch_decoder import Angles, TorchDecoder
 from sartor.models import adapters, kernels, packing
 from sartor.models.base import open_base
-from sartor.models.composed_model import compose
-from sartor.models.kernels.reference import Eager
+from sartor.models.composed_model import compose_base
+from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import fp32_copy, transformers_backend
 from sartor.models.losses import lora_rounding as adapted_layers
-from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.lora_linear import LoraLinear, MappedLinear, Projection
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.tune import recipe
 from seeing import Fake, picture, said
 
@@ -180,17 +180,17 @@ def test_peft_layer_keeps_its_own_forward_in_fp32_and_when_switched_off() -> Non
     assert adapters.undo(narrow) is not narrow
 
 
-def torch_blocks(model: Any) -> Blocks:
-    fast = Fast(model, Eager())
+def torch_blocks(model: Any) -> TorchDecoder:
+    fast = FusedDecoder(model, ReferenceKernels())
     names = {id(module): name for name, module in model.named_modules()}
-    return Blocks(fast, 4, Angles(fast, model.config, 128), names)
+    return TorchDecoder(fast, 4, Angles(fast, model.config, 128), names)
 
 
 def test_torch_serving_keeps_the_term_of_each_row_in_bf16() -> None:
     model = wide_model()
     blocks = torch_blocks(model)
     torch.manual_seed(3)
-    pair = Pair(torch.randn(R, 128) / 8, torch.randn(64, R) * 2e-5, 4.0)
+    pair = ModuleLora(torch.randn(R, 128) / 8, torch.randn(64, R) * 2e-5, 4.0)
     blocks.factors.add("a", {"model.layers.0.mlp.down_proj": pair})
     x = torch.randn(16, 128).bfloat16()
     slots = torch.tensor([0, -1] * 8)
@@ -213,10 +213,12 @@ def loud_model() -> Any:
     return model.bfloat16().requires_grad_(False)
 
 
-def short_rows(count: int = 24) -> list[Encoded]:
+def short_rows(count: int = 24) -> list[TokenizedExample]:
     torch.manual_seed(4)
     lengths = [6 + number % 7 for number in range(count)]
-    return [Encoded(torch.randint(3, tiny.SIZE, (size,)).tolist(), [False] * 2 + [True] * (size - 2)) for size in lengths]
+    return [
+        TokenizedExample(torch.randint(3, tiny.SIZE, (size,)).tolist(), [False] * 2 + [True] * (size - 2)) for size in lengths
+    ]
 
 
 def test_fast_path_is_taken_where_both_ways_round_alike() -> None:
@@ -226,14 +228,14 @@ def test_fast_path_is_taken_where_both_ways_round_alike() -> None:
     with torch.no_grad(), fp32_copy.in_fp32(model):
         right = transformers_backend.row_losses(model, rows, CPU)
     assert transformers_backend._root_mean_square(plain - right) > 0.25
-    assert transformers_backend.choose(model, rows, CPU).name == "fast"
+    assert transformers_backend.choose_loss_backend(model, rows, CPU).name == "fast"
 
 
 def test_wrong_fast_path_is_refused_and_told_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_lora(loud_model(), size=0.05).eval()
-    original = Fast.losses
-    monkeypatch.setattr(Fast, "losses", lambda self, batch: original(self, batch) * 1.1)
-    path = transformers_backend.choose(model, short_rows(), CPU)
+    original = FusedDecoder.losses
+    monkeypatch.setattr(FusedDecoder, "losses", lambda self, batch: original(self, batch) * 1.1)
+    path = transformers_backend.choose_loss_backend(model, short_rows(), CPU)
     assert path.name == "general"
     assert "differs from the model's own losses by" in path.reason
     assert "times as long as on the fast path" in path.reason
@@ -241,7 +243,7 @@ def test_wrong_fast_path_is_refused_and_told_what_it_costs(monkeypatch: pytest.M
 
 def test_refusal_without_a_fast_path_says_that_its_cost_is_not_known() -> None:
     model = small_lora(loud_model(), dropout=0.1, size=0.05).eval()
-    assert "cannot be timed here" in transformers_backend.choose(model, short_rows(), CPU).reason
+    assert "cannot be timed here" in transformers_backend.choose_loss_backend(model, short_rows(), CPU).reason
 
 
 def test_in_fp32_computes_what_an_fp32_model_computes_and_gives_everything_back() -> None:
@@ -281,8 +283,8 @@ def test_bits_32_asks_for_fp32_where_auto_means_bf16(tiny_base: Path, monkeypatc
 def test_bf16_losses_of_both_paths_follow_the_adapter() -> None:
     """An adapter of which every term is below a bf16 step still moves the losses as it does in fp32."""
     model = small_lora(wide_model(), size=2e-4).eval()
-    rows = [packing.Encoded(row.ids, row.learnt) for row in short_rows(64)]
-    fast = Fast(transformers_backend.without_peft(model), kernels.choose(CPU)[0])
+    rows = [packing.TokenizedExample(row.ids, row.learnt) for row in short_rows(64)]
+    fast = FusedDecoder(transformers_backend.without_peft(model), kernels.choose_kernels(CPU)[0])
     with torch.no_grad(), fp32_copy.in_fp32(model):
         right = transformers_backend.row_losses(model, rows, CPU)
     with torch.no_grad(), model.disable_adapter(), fp32_copy.in_fp32(model):
@@ -307,7 +309,7 @@ def test_peft_layer_calls_its_factors_where_hooks_wait_for_them() -> None:
 def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_path: Path) -> None:
     base = open_base(str(tiny.write_base(tmp_path / "base", tie_word_embeddings=False)), bits=16, device=CPU)
     base.model.lm_head.weight.data *= 400  # both ways then round by tenths of a nat
-    base = compose(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
+    base = compose_base(base, {"image": Fake(), "audio": Fake("audio", stack=4)})
     model = small_lora(base.model, size=0.05).eval()
     rows = [
         base.chat.encode(said(picture(4 + number, f"a{number}", kind), "what colour is the sky", reply="the sky is blue"))
@@ -318,7 +320,7 @@ def test_composed_base_with_pictures_and_sound_takes_the_fast_path_in_bf16(tmp_p
     plain = transformers_backend.row_losses(model, rows, CPU).detach()
     right = transformers_backend._fp32_losses(model, rows, CPU)
     assert right is not None and transformers_backend._root_mean_square(plain - right) > 0.25
-    assert transformers_backend.choose(model, rows, CPU).name == "fast"
+    assert transformers_backend.choose_loss_backend(model, rows, CPU).name == "fast"
     after = base.model.get_input_embeddings().parameters()
     assert all(torch.equal(now, before) for now, before in zip(after, features, strict=True))
 
@@ -347,4 +349,4 @@ def test_fused_experts_are_said_to_round_twice() -> None:
     model = transformers.MixtralForCausalLM(config).bfloat16().requires_grad_(False)
     model = small_lora(model, size=1e-3).eval()
     kept = adapted_layers.rounded_twice(model)
-    assert (f"{kept} adapted layers" in transformers_backend.choose(model, short_rows(), CPU).reason) == (kept > 0)
+    assert (f"{kept} adapted layers" in transformers_backend.choose_loss_backend(model, short_rows(), CPU).reason) == (kept > 0)

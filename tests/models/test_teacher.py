@@ -12,13 +12,13 @@ import sartor
 from conftest import write_jsonl
 from sartor.synthesize.generator import texts
 from sartor.synthesize.local_teacher import LocalTeacher
-from sartor.synthesize.teacher import Question
+from sartor.synthesize.teacher import TeacherQuestion
 
 SCHEMA = json.dumps(texts("question"))
 
 
-def question(text: str, schema: str = "", seed: int = 0) -> Question:
-    return Question((("user", text),), seed, 24, 0.8, schema)
+def question(text: str, schema: str = "", seed: int = 0) -> TeacherQuestion:
+    return TeacherQuestion((("user", text),), seed, 24, 0.8, schema)
 
 
 def test_answers_do_not_depend_on_who_asks_at_once(tiny_base: Path) -> None:

@@ -26,7 +26,7 @@ from sartor.core.home import folder
 from sartor.media import audio as core_sounds
 from sartor.media.audio import read_sound
 from sartor.models import whisper_conversion
-from sartor.models.loading import STAMP, quiet
+from sartor.models.loading import STAMP, quiet_transformers
 from sartor.models.towers import audio_towers, open_tower, vision_towers
 from sartor.models.towers.tower import Tower
 from sartor.models.whisper_conversion import read_model
@@ -424,7 +424,7 @@ def test_a_whisper_that_ctranslate2_has_converted_comes_back_bit_by_bit(tmp_path
     path, there, back = tiny_whisper(tmp_path / "whisper"), tmp_path / "there", tmp_path / "back"
     model = transformers.WhisperForConditionalGeneration.from_pretrained(path, dtype=torch.float16)
     save(path, model)
-    with quiet():
+    with quiet_transformers():
         converter = converters.TransformersConverter(str(path), copy_files=["tokenizer.json"], load_as_float16=True)
         converter.convert(str(there), quantization="float16")
     back.mkdir()

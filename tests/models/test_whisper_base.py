@@ -77,7 +77,7 @@ def test_losses_are_those_of_transformers(base: Base, folder: Path) -> None:
     ids = torch.tensor([[base.media.placeholders["audio"], *row.ids[1:]]])  # type: ignore[union-attr]
     logits = model(input_features=features, decoder_input_ids=ids).logits[0, 1:-1]
     wanted = torch.nn.functional.cross_entropy(logits, ids[0, 2:], reduction="none")
-    path = transformers_backend.choose(base.model, [row], CPU)
+    path = transformers_backend.choose_loss_backend(base.model, [row], CPU)
     assert path.name == "one-row"
     torch.testing.assert_close(path.losses([row])[0], wanted.detach(), rtol=1e-5, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_a_reply_ends_where_the_decoder_does(base: Base) -> None:
 @pytest.mark.parametrize("tower", ["none", "all-linear"])
 def test_lora_lowers_the_loss_and_is_opened_as_it_was_written(base: Base, folder: Path, tower: str, tmp_path: Path) -> None:
     row = base.chat.encode(tiny_native.row(SOUND, reply="a light"))
-    chosen = trainable_parts.choose(base.model, "all-linear", None, "none", tower)
+    chosen = trainable_parts.choose_targets(base.model, "all-linear", None, "none", tower)
     assert any("encoder_attn" in name for name in chosen.linear)
     assert any(name.startswith("model.encoder.") for name in chosen.linear) == (tower == "all-linear")
     model = adapters.inject_lora(base.model, rank=4, alpha=8, dropout=0, targets=chosen, seed=0)

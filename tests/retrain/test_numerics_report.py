@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sartor.core.artifacts import write_artifact
-from sartor.evaluate.evaluation import Beside
+from sartor.evaluate.evaluation import VersionScores
 from sartor.learn import retrain
 
 
@@ -24,7 +24,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         report(out, replace=replace, dtype="bfloat16", numerics=2)
 
     monkeypatch.setattr(retrain, "measure", measure)
-    monkeypatch.setattr(retrain, "beside", lambda *_: Beside("f1", []))
+    monkeypatch.setattr(retrain, "compare_with_live", lambda *_: VersionScores("f1", []))
     monkeypatch.setattr(retrain, "write_beside", lambda *_: None)
     monkeypatch.setattr(retrain, "_liked", lambda *_: {})
     return found

@@ -18,12 +18,12 @@ from sartor import cli
 from sartor.core import database
 from sartor.core.errors import ConfigError, GateError, ModelError
 from sartor.core.filesystem import write_file_atomic
-from sartor.core.records import Feedback, Voice
+from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.learn import promotion_checks, triggers
 from sartor.learn.retrain import retrain
-from sartor.learn.run_record import Job, Wishes, Work, bumped, held, works
+from sartor.learn.run_record import RetrainContext, RetrainOptions, RunRecord, held, next_version, works
 from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import NotWorse, Team, load
 
 GAIN = {"of": "feedback", "estimate": 0.5, "low": 0.3, "high": 0.7}
@@ -38,7 +38,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Team:
     Path(made.state).mkdir()
     registry = Registry.open(made.registry_url)
     for number in ("1", "2"):
-        registry.add(Version("faq", number, f"/faq-{number}", f"id-{number}", f"faq-{number}"))
+        registry.add(AgentVersion("faq", number, f"/faq-{number}", f"id-{number}", f"faq-{number}"))
     registry.close()
     return made
 
@@ -50,20 +50,20 @@ def say(team: Team, count: int, *, agent: str = "faq@1", key: str = "k", **field
     lines = file.read_text().splitlines() if file.exists() else []
     for number in range(len(lines), len(lines) + count):
         messages = ({"role": "user", "content": f"question {number}"},)
-        known = {"date": "2026-01-01T00:00:00Z", "messages": messages, "reply": "no", "by": Voice(key)}
+        known = {"date": "2026-01-01T00:00:00Z", "messages": messages, "reply": "no", "by": FeedbackAuthor(key)}
         said = Feedback(f"r{number}", agent, **{**known, **fields})
         lines.append(json.dumps(said.as_json()))
     file.write_text("\n".join([*lines, ""]))
 
 
-Stage = Callable[[Job], Mapping[str, Any]]
+Stage = Callable[[RetrainContext], Mapping[str, Any]]
 
 
 def stages(killed_at: str = "", fault: Exception | None = None) -> dict[str, Stage]:
     """Four stages that draw a number each and write it to a file: `NAME:inside` is killed after that file, before the record."""
 
-    def made(name: str, more: Callable[[Job], dict[str, Any]]) -> Stage:
-        def stage(job: Job) -> Mapping[str, Any]:
+    def made(name: str, more: Callable[[RetrainContext], dict[str, Any]]) -> Stage:
+        def stage(job: RetrainContext) -> Mapping[str, Any]:
             if killed_at == f"{name}:before":
                 os.kill(os.getpid(), signal.SIGKILL)
             file = job.at(f"{name}.txt")
@@ -108,14 +108,14 @@ def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None
     names = list(stages())
     for name in names:
         for moment in ("inside",) if name != "curate" else ("before", "inside"):
-            wishes = Wishes(anyway=True)
+            wishes = RetrainOptions(anyway=True)
             status = run_in_child(lambda at=f"{name}:{moment}": retrain(team, "faq", wishes=wishes, stages=stages(at)))
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
             cut = works(Path(team.state), "faq")[-1]
             assert cut.is_open and list(cut.record.stages) == names[: names.index(name)]
             found = retrain(team, "faq", stages=stages())
             assert found.folder == str(cut.folder) and found.decision == "promoted" and found.gain == GAIN
-            again = Work.opened(cut.folder)
+            again = RunRecord.opened(cut.folder)
             assert again.record.stages == whole.record.stages
             # what was finished before the kill was not done again
             assert (cut.folder / "worked.txt").read_text().split("\n")[:-1] == names
@@ -123,7 +123,7 @@ def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None
 
 
 def test_one_that_is_killed_right_behind_its_promotion_is_promoted(team: Team) -> None:
-    def promoting(job: Job) -> Mapping[str, Any]:
+    def promoting(job: RetrainContext) -> Mapping[str, Any]:
         sartor.promote_agent(team, "faq", "2", expected="1")
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
@@ -157,7 +157,7 @@ def test_too_little_is_refused_with_how_much_is_lacking_and_nothing_is_begun(tea
     assert retrain(team, "faq", stages=stages()).decision == "promoted"
     # what was said before it is not counted again
     assert "0 corrections and 0 ratings" in retrain(team, "faq", stages=stages()).reason
-    assert retrain(team, "faq", wishes=Wishes(anyway=True), stages=stages()).decision == "promoted"
+    assert retrain(team, "faq", wishes=RetrainOptions(anyway=True), stages=stages()).decision == "promoted"
 
 
 def test_a_refusal_ends_it_with_reasons_and_another_error_leaves_it_to_be_gone_on_with(team: Team) -> None:
@@ -167,7 +167,7 @@ def test_a_refusal_ends_it_with_reasons_and_another_error_leaves_it_to_be_gone_o
     found = retrain(team, "faq", stages=stages(fault=GateError("the gate refuses: forgetting", "tune slower")))
     assert found.decision == "refused" and "tune: the gate refuses: forgetting (try: tune slower)" in found.reason
     refusing = {**stages(), "gate": lambda job: {"drawn": 0, "gain": GAIN, "checks": {}, "refused": "slice:a=b: 1 -> 0"}}
-    found = retrain(team, "faq", wishes=Wishes(anyway=True), stages=refusing)
+    found = retrain(team, "faq", wishes=RetrainOptions(anyway=True), stages=refusing)
     assert (found.decision, found.reason, found.gain) == ("refused", "slice:a=b: 1 -> 0", GAIN)
     assert [work.record.decision for work in works(Path(team.state), "faq")] == ["refused", "refused"]
 
@@ -212,13 +212,13 @@ def test_triggers(team: Team) -> None:
 
     say(team, 30, rating=1.0, date="2026-01-01T00:00:00Z")
     assert why() == ("30 ratings",) and why(every_hours=1.0) == ("30 ratings", "never retrained")
-    Work.begun(state, "faq", news_live()).decide("refused", "for the test")
+    RunRecord.begun(state, "faq", news_live()).decide("refused", "for the test")
     assert why() == () and why(every_hours=1e-9) == ()  # time alone is no reason: nothing was said
     say(team, 15, rating=-1.0, date="2126-01-01T00:00:00Z")
     assert why() == ("bad ratings: 0 of 30 before, 15 of 15 since",)
     assert why(drift=replace(rules.drift, bad_ratings=1.0)) == ()
     assert why(every_hours=1e-9)[-1].endswith("hours")
-    assert triggers.news(state / "inbox", "faq", "").ratings.seen == 45
+    assert triggers.feedback_counts(state / "inbox", "faq", "").ratings.seen == 45
 
 
 def news_live() -> Any:
@@ -287,9 +287,15 @@ def test_an_equal_average_with_a_broken_slice_fails() -> None:
     assert "15 rows" in found["slice:intent=lock"].detail and found["slice:intent=lock"].remedy
     even = [*rows(40, 0.8, 0.8, intent="on"), *rows(15, 0.8, 0.75, intent="lock")]
     assert all(check.outcome == "pass" for check in promotion_checks.slices(even, rules).values())
-    assert not list(promotion_checks.cut([*rows(20, 1, 1)], (), 5)) and not list(promotion_checks.cut(broken, (), 50))
+    assert not list(promotion_checks.slice_rows([*rows(20, 1, 1)], (), 5)) and not list(
+        promotion_checks.slice_rows(broken, (), 50)
+    )
     named = [dict(row, reference=json.dumps({"intent": "on", "name": str(n)})) for n, row in enumerate(broken)]
-    assert {name for name, _ in promotion_checks.cut([*named, *broken], (), 5)} == {"intent=on", "intent=off", "intent=lock"}
+    assert {name for name, _ in promotion_checks.slice_rows([*named, *broken], (), 5)} == {
+        "intent=on",
+        "intent=off",
+        "intent=lock",
+    }
 
 
 def test_better_is_better_by_an_interval_and_worse_is_not_let_pass() -> None:
@@ -323,7 +329,7 @@ def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_no
 
 
 def test_versions_go_up() -> None:
-    assert [bumped(one, ["1.1", "2.0-b"]) for one in ("1.0", "1.9", "2.0-a", "first", "3")] == [
+    assert [next_version(one, ["1.1", "2.0-b"]) for one in ("1.0", "1.9", "2.0-a", "first", "3")] == [
         "1.2",
         "1.10",
         "2.1-a",
@@ -358,10 +364,10 @@ def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], m
 
 
 def test_records_come_back_and_damaged_ones_say_so(team: Team) -> None:
-    work = Work.begun(Path(team.state), "faq", news_live())
+    work = RunRecord.begun(Path(team.state), "faq", news_live())
     work.finish("curate", {"a": [1]})
     work.decide("refused", "no", GAIN)
-    again = Work.opened(work.folder)
+    again = RunRecord.opened(work.folder)
     assert again.record == work.record and asdict(again.record)["live"]["version"] == "1"
     (work.folder / "retrain.json").write_text("{")
     with pytest.raises(sartor.SartorError, match="no whole record"):

@@ -15,12 +15,12 @@ import sartor
 import tiny
 from conftest import write_jsonl
 from sartor.core.parquet_io import read_examples
-from sartor.core.records import Feedback, Voice
+from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.evaluate.audit import probes
 from sartor.learn import retrain, training_data
-from sartor.learn.run_record import Job, works
+from sartor.learn.run_record import RetrainContext, works
 from sartor.serving.admission import admission
-from sartor.serving.registry.server_presence import Presence
+from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "yard", "shed")
@@ -40,7 +40,7 @@ def quiet(patch: pytest.MonkeyPatch) -> None:
     ]
     patch.setattr(probes, "chitchat_rows", lambda: talk)
     patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
-    patch.setattr(admission.canary_prompts, "judge", lambda canaries, said: f"{len(said)} replies, not judged")
+    patch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def say(team: Path, prompts: list[tuple[str, str]], rating: Callable[[int], floa
             correction=correction,
             messages=({"role": "user", "content": prompt},),
             reply="1",
-            by=Voice(f"k{number % 4}"),
+            by=FeedbackAuthor(f"k{number % 4}"),
         )
         lines.append(said.as_json())
     (team.parent / ".team" / "inbox").mkdir(parents=True)
@@ -116,7 +116,7 @@ def say(team: Path, prompts: list[tuple[str, str]], rating: Callable[[int], floa
 def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path, made: Path) -> None:
     say(team, [(f"close {word} {place}", "0") for place in PLACES for word in ("up", "down")])
     wishes = sartor.Wishes(waivers=WAIVED)
-    with closing(Presence(team.parent / ".team")):
+    with closing(ServerPresence(team.parent / ".team")):
         found = sartor.retrain(team, "door", wishes=wishes)
     assert found.decision == "canary", found.reason
     assert found.gain and found.gain["low"] > 0 and found.version == "1.1"
@@ -178,7 +178,7 @@ def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(
     assert found.decision == "refused" and "the key k0 contradicts the rest on 12 of 12 replies" in found.reason
     (work,) = works(team.parent / ".team", "door")
     assert not work.record.stages
-    job = Job(load(team), work, sartor.Wishes(ignore=("k0",)), lambda line: None)
+    job = RetrainContext(load(team), work, sartor.Wishes(ignore=("k0",)), lambda line: None)
     assert training_data.distrusted(job) == []
 
 

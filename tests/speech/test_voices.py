@@ -13,9 +13,9 @@ import pytest
 import sartor
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, DeadlineError, ExtraError, ModelError, UnavailableError
-from sartor.media.speech.audio_encoding import FORMATS, Sound, joined
+from sartor.media.speech.audio_encoding import FORMATS, AudioClip, joined
 from sartor.media.speech.tts_engines import open_voice
-from sartor.media.speech.voice import MOST_CHARACTERS, Terms
+from sartor.media.speech.voice import MOST_CHARACTERS, SpeechTerms
 from speaking import SAYS, needs_espeak, needs_piper, play_espeak, play_piper
 
 SENTENCE = "Turn on the light in the kitchen, please."
@@ -106,7 +106,7 @@ def test_a_program_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
     play_espeak(tmp_path, f"echo $$ > {tmp_path}/pid\nexec sleep 60", monkeypatch)
     began = time.monotonic()
     with pytest.raises(DeadlineError, match=r"0\.3 s"):
-        open_voice("espeak", Terms(patience_s=0.3)).say("hello")
+        open_voice("espeak", SpeechTerms(patience_s=0.3)).say("hello")
     assert time.monotonic() - began < 5
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -122,7 +122,7 @@ def test_a_program_that_ends_early_is_an_error(tmp_path: Path, monkeypatch: pyte
 def test_who_speaks_in_the_background_lets_others_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_espeak(tmp_path, "sleep 0.2; head -c 44 /dev/zero; nice; printf xxxx", monkeypatch)
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    said = open_voice("espeak", Terms(nice=7)).speak("hello", 1.0)
+    said = open_voice("espeak", SpeechTerms(nice=7)).speak("hello", 1.0)
     assert said.samples.tobytes().startswith(str(min(own + 7, 19)).encode())
 
 
@@ -153,7 +153,7 @@ def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
 ) -> None:
     monkeypatch.setattr("sartor.media.speech.tts_engines.START_S", 1.0)
     name = play_piper(tmp_path, f"if not pathlib.Path({str(tmp_path)!r}, 'well').exists():\n    {body}\n" + SAYS, monkeypatch)
-    voice = open_voice(name, Terms(patience_s=0.5))
+    voice = open_voice(name, SpeechTerms(patience_s=0.5))
     with pytest.raises(error):
         voice.say("hello")
     (tmp_path / "well").touch()
@@ -202,7 +202,7 @@ def test_piper_speaks() -> None:
 def test_every_form_of_file_holds_the_same_sound(form: str, tmp_path: Path) -> None:
     import soundfile
 
-    tone = Sound((8000 * np.sin(np.arange(22_050) * 2 * np.pi * 440 / 22_050)).astype(np.int16), 22_050)
+    tone = AudioClip((8000 * np.sin(np.arange(22_050) * 2 * np.pi * 440 / 22_050)).astype(np.int16), 22_050)
     data = tone.encoded(form)
     if form == "pcm":
         assert len(data) == 2 * 24_000
@@ -211,18 +211,18 @@ def test_every_form_of_file_holds_the_same_sound(form: str, tmp_path: Path) -> N
     read, rate = soundfile.read(tmp_path / "file", dtype="int16")
     assert rate == (24_000 if form == "opus" else 22_050)
     assert len(read) / rate == pytest.approx(1.0, abs=0.1)
-    assert Sound(read, rate).rms == pytest.approx(tone.rms, rel=0.1)
+    assert AudioClip(read, rate).rms == pytest.approx(tone.rms, rel=0.1)
     assert np.argmax(np.abs(np.fft.rfft(read[: rate // 2]))) * 2 == pytest.approx(440, abs=4)
     if form in ("wav", "flac"):
         assert np.array_equal(read, tone.samples)
 
 
 def test_sounds_are_joined_and_resampled() -> None:
-    parts = [Sound(np.ones(100, np.int16), 8000), Sound(np.zeros(60, np.int16), 8000)]
+    parts = [AudioClip(np.ones(100, np.int16), 8000), AudioClip(np.zeros(60, np.int16), 8000)]
     assert len(joined(parts).samples) == 160
     assert len(joined(parts).at(16_000).samples) == 320
     assert parts[0].at(8000) is parts[0]
-    assert Sound(np.zeros(0, np.int16), 8000).rms == 0
+    assert AudioClip(np.zeros(0, np.int16), 8000).rms == 0
 
 
 @needs_espeak

@@ -24,12 +24,12 @@ from conftest import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
 from sartor.core.filesystem import file_digest
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.models import tensor_files
 from sartor.tune import checkpoint, optimizers, resume, sampler
-from sartor.tune.checkpoint import Rng, folder_of, newest, open_checkpoint, seed_all
+from sartor.tune.checkpoint import RandomState, folder_of, newest, open_checkpoint, seed_all
 from sartor.tune.resume import changed, differences
-from sartor.tune.training_loop import Run
+from sartor.tune.training_loop import TrainingRun
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -71,14 +71,14 @@ def tune(recipe: dict[str, Any], out: Path, **options: Any) -> Any:
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, update: int, how: type[BaseException] = Killed) -> None:
     """The process dies in that update, after its gradients and before its step."""
-    whole = Run._check
+    whole = TrainingRun._check
 
-    def dies(self: Run, *arguments: Any) -> None:
+    def dies(self: TrainingRun, *arguments: Any) -> None:
         if self.counters.updates + 1 == update:
             raise how
         whole(self, *arguments)
 
-    monkeypatch.setattr(Run, "_check", dies)
+    monkeypatch.setattr(TrainingRun, "_check", dies)
 
 
 def killed(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, update: int, **options: Any) -> None:
@@ -105,14 +105,14 @@ def whole(straight: Path) -> str:
 
 def test_what_is_saved_comes_back(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path) -> None:
     states = []
-    save = Run.save
+    save = TrainingRun.save
 
-    def watched(self: Run) -> None:
+    def watched(self: TrainingRun) -> None:
         tensors, facts = self.state()
         states.append(({name: tensor.clone() for name, tensor in tensors.items()}, facts, list(self.journal.lines)))
         save(self)
 
-    monkeypatch.setattr(Run, "save", watched)
+    monkeypatch.setattr(TrainingRun, "save", watched)
     killed(monkeypatch, recipe, out, update=4)
     tensors, facts, lines = states[-1]
     found = newest(folder_of(out)).checkpoint
@@ -158,13 +158,13 @@ def test_the_scale_of_an_fp16_run_comes_back_and_a_run_may_go_on_where_one_is_ne
     killed(monkeypatch, recipe, out, update=4)
     scaled(2.0**8)
     kept: list[float] = []
-    restore = Run.restore
+    restore = TrainingRun.restore
 
-    def watched(self: Run, found: checkpoint.Checkpoint) -> None:
+    def watched(self: TrainingRun, found: checkpoint.Checkpoint) -> None:
         restore(self, found)
         kept.append(self.scaler.get_scale())
 
-    monkeypatch.setattr(Run, "restore", watched)
+    monkeypatch.setattr(TrainingRun, "restore", watched)
     tune(recipe, out, resume=True)
     assert kept == [2.0**9 if scaled_before else 2.0**8]
     assert file_digest(out / WEIGHTS) == whole  # a power of two scales without rounding
@@ -343,9 +343,9 @@ def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe
         scarce.setattr(cost_model, "LADDER", (40,))
         killed(scarce, recipe, out, update=2)
     seen = []
-    train = Run.train
+    train = TrainingRun.train
     monkeypatch.setattr(
-        Run, "train", lambda self, signals: (seen.append(self.resolved.micro_batch_tokens), train(self, signals))
+        TrainingRun, "train", lambda self, signals: (seen.append(self.resolved.micro_batch_tokens), train(self, signals))
     )
     tune(recipe, out, resume=True)
     assert seen == [46]  # the longest row; where nothing is scarce it would be 128
@@ -354,11 +354,11 @@ def test_what_auto_came_to_is_taken_over(monkeypatch: pytest.MonkeyPatch, recipe
 def test_a_loss_that_is_not_finite_or_explodes_stops_and_leaves_the_state_before_it(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str
 ) -> None:
-    check = Run._check
+    check = TrainingRun._check
     for bad in (float("nan"), 1e4):
         with monkeypatch.context() as patch:
             patch.setattr(
-                Run,
+                TrainingRun,
                 "_check",
                 lambda self, rows, loss, norm: check(self, rows, bad if self.counters.updates == 3 else loss, norm),
             )
@@ -414,16 +414,16 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, recipe: dict
 def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, whole: str, number: signal.Signals
 ) -> None:
-    update = Run._update
+    update = TrainingRun._update
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
-    def signalled(self: Run, rows: Any) -> None:
+    def signalled(self: TrainingRun, rows: Any) -> None:
         if self.counters.updates == 4:
             signal.raise_signal(number)
         update(self, rows)
 
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match=f"{number.name} after update 5") as stopped:
-        patch.setattr(Run, "_update", signalled)
+        patch.setattr(TrainingRun, "_update", signalled)
         tune({**recipe, "checkpoints": {"every_minutes": 60}}, out)
     assert stopped.value.exit_code == 128 + number and "--resume" in stopped.value.remedy
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
@@ -432,7 +432,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_go_on(
 
 
 def test_a_second_signal_does_what_it_always_did() -> None:
-    with pytest.raises(KeyboardInterrupt), Signals() as signals:
+    with pytest.raises(KeyboardInterrupt), DeferredSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
@@ -442,7 +442,7 @@ def test_outside_the_main_thread_and_where_ignored_signals_are_left_alone() -> N
     seen = []
 
     def inside() -> None:
-        with Signals():
+        with DeferredSignals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)
@@ -452,7 +452,7 @@ def test_outside_the_main_thread_and_where_ignored_signals_are_left_alone() -> N
     assert seen == [before]
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Signals():
+        with DeferredSignals():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, old)
@@ -462,8 +462,10 @@ def test_every_generator_goes_on_where_it_was() -> None:
     device = torch.device("cpu")
     seed_all(3)
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(3)  # halves of pairs are state too
-    held = Rng.capture(device)
-    again = Rng.read({name: tensor.clone() for name, tensor in held.tensors().items()}, json.loads(json.dumps(held.facts())))
+    held = RandomState.capture(device)
+    again = RandomState.read(
+        {name: tensor.clone() for name, tensor in held.tensors().items()}, json.loads(json.dumps(held.facts()))
+    )
 
     def draw() -> list[float]:
         return [random.gauss(0, 1), random.random(), float(np.random.standard_normal()), float(torch.rand(1))]
@@ -475,10 +477,10 @@ def test_every_generator_goes_on_where_it_was() -> None:
 
 def test_updates_go_on_from_any_position() -> None:
     lengths = [3, 5, 2, 9, 4, 1, 7]
-    whole = sampler.updates(lengths, 8, seed=3)
+    whole = sampler.iterate_updates(lengths, 8, seed=3)
     position = sampler.START
     for _ in range(12):
-        rest = sampler.updates(lengths, 8, 3, position)
+        rest = sampler.iterate_updates(lengths, 8, 3, position)
         expected = next(whole)
         assert next(rest) == expected
         position = position.after(len(expected), len(lengths))

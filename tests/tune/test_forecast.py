@@ -18,20 +18,20 @@ from sartor.core.errors import BudgetError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.models import hardware
 from sartor.models.losses import transformers_backend
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
-from sartor.tune.cost_model import Interval, Load, MemoryModel, Probe, Sample, Shape, load_of
+from sartor.tune.cost_model import BatchLoad, Interval, MemoryModel, ModelShape, TimedBatch, TimingProbe, load_of
 from sartor.tune.plan import device_named, hourly
 from sartor.tune.recipe import Recipe, load
 from sartor.tune.training_loop import Counters
 
 GB = 10**9
 # the starter's: 30 layers, width 576, 4.9 M trained parameters
-STARTER = Shape(
+STARTER = ModelShape(
     layers=30, width=576, inner=1536, heads=9, vocabulary=49152, element_bytes=4, linear_bytes=425 * 10**6,
     trainable=4_884_480, adapted=30, recompute=False,
 )  # fmt: skip
-LOADS = [Load(tokens, tokens // 2, tokens**2, tokens**2) for tokens in [60, 70, 80, 90, 400] * 40]
+LOADS = [BatchLoad(tokens, tokens // 2, tokens**2, tokens**2) for tokens in [60, 70, 80, 90, 400] * 40]
 
 
 def recipe_of(**changes: Any) -> Recipe:
@@ -44,7 +44,7 @@ def memory_of(limit_bytes: float, **changes: Any) -> MemoryModel:
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
-    monkeypatch.setattr(hardware, "available_bytes", lambda device=None: hardware.Room(room_bytes, "a test's limit"))
+    monkeypatch.setattr(hardware, "available_bytes", lambda device=None: hardware.FreeMemory(room_bytes, "a test's limit"))
 
 
 # the verb
@@ -188,14 +188,14 @@ class Chat:
 
 
 def test_a_pad_that_ends_replies_is_refused() -> None:
-    (refusal,) = preflight.of_ends(Chat(pad=2, stops=[2]), [Encoded([5, 6, 2], [False, True, True])])
+    (refusal,) = preflight.check_end_tokens(Chat(pad=2, stops=[2]), [TokenizedExample([5, 6, 2], [False, True, True])])
     assert refusal.reason == "pad_is_stop" and isinstance(refusal.error, SourceError)
     assert "'<2>'" in refusal.problem
 
 
 def test_a_row_whose_end_is_not_learnt_is_refused() -> None:
-    masked = Encoded([5, 6, 2], [False, True, False], "row-1")
-    (refusal,) = preflight.of_ends(Chat(pad=0, stops=[2]), [masked, Encoded([5, 6, 2], [False, True, True])])
+    masked = TokenizedExample([5, 6, 2], [False, True, False], "row-1")
+    (refusal,) = preflight.check_end_tokens(Chat(pad=0, stops=[2]), [masked, TokenizedExample([5, 6, 2], [False, True, True])])
     assert refusal.reason == "end_unsupervised"
     assert "1 of 2 rows" in refusal.problem and "row-1" in refusal.problem
 
@@ -206,7 +206,7 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
     chat = open_chat(tiny_base)
     assert chat.tokenizer.pad_token_id == chat.tokenizer.eos_token_id
     example = sartor.Example((sartor.Message.of("user", "a"), sartor.Message.of("assistant", "b")), ())
-    assert list(preflight.of_ends(chat, [chat.encode(example)])) == []
+    assert list(preflight.check_end_tokens(chat, [chat.encode(example)])) == []
 
 
 # what fits
@@ -214,22 +214,22 @@ def test_a_real_tokenizer_whose_pad_is_its_eos_is_not_refused_since_another_pad_
 
 def test_auto_takes_the_largest_rung_that_fits() -> None:
     free, recipe = memory_of(100 * GB), recipe_of()
-    assert cost_model.rungs(recipe, LOADS) == [400, 512, 1024, 2048], "never below the longest row"
+    assert cost_model.micro_batch_sizes(recipe, LOADS) == [400, 512, 1024, 2048], "never below the longest row"
     for size in (400, 512, 1024, 2048):
         load = cost_model.heaviest(recipe, LOADS, size, STARTER)
         assert load.tokens <= size
         needed = int(free.needs(load).high) + 1
-        settled = cost_model.settle(memory_of(needed), recipe, LOADS)
+        settled = cost_model.choose_micro_batch(memory_of(needed), recipe, LOADS)
         assert settled.fits and settled.micro_batch_tokens == size
-        below = cost_model.settle(memory_of(needed - 2), recipe, LOADS)
+        below = cost_model.choose_micro_batch(memory_of(needed - 2), recipe, LOADS)
         assert below.micro_batch_tokens < size if size > 400 else not below.fits
-    assert cost_model.settle(free, recipe, LOADS).reason == "the largest that helps"
-    assert "fits in" in cost_model.settle(memory_of(needed - 2), recipe, LOADS).reason
+    assert cost_model.choose_micro_batch(free, recipe, LOADS).reason == "the largest that helps"
+    assert "fits in" in cost_model.choose_micro_batch(memory_of(needed - 2), recipe, LOADS).reason
 
 
 def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:
-    assert cost_model.rungs(recipe_of(optimizer={"batch_tokens": 600}), LOADS) == [400, 512, 600]
-    fixed = cost_model.settle(memory_of(100 * GB), recipe_of(compute={"micro_batch_tokens": 300}), LOADS)
+    assert cost_model.micro_batch_sizes(recipe_of(optimizer={"batch_tokens": 600}), LOADS) == [400, 512, 600]
+    fixed = cost_model.choose_micro_batch(memory_of(100 * GB), recipe_of(compute={"micro_batch_tokens": 300}), LOADS)
     assert fixed.micro_batch_tokens == 300 and fixed.reason == "set by the recipe"
 
 
@@ -237,8 +237,8 @@ def test_auto_is_not_above_an_update_and_a_number_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize("micro", ["auto", 4096])
 def test_what_a_remedy_promises_the_same_model_confirms(limit_gb: float, micro: Any) -> None:
     recipe, model = recipe_of(compute={"micro_batch_tokens": micro}), memory_of(limit_gb * GB)
-    found = list(preflight.of_memory(model, recipe, LOADS))
-    assert bool(found) != cost_model.settle(model, recipe, LOADS).fits
+    found = list(preflight.check_memory(model, recipe, LOADS))
+    assert bool(found) != cost_model.choose_micro_batch(model, recipe, LOADS).fits
     for change, size in preflight.remedies(model, recipe, LOADS) if found else []:
         assert size <= limit_gb * GB
         assert preflight.needed_under(model, recipe, LOADS, change.split()) == size
@@ -254,20 +254,20 @@ def test_changes_that_do_not_exist_or_do_not_help_are_not_offered() -> None:
 
 
 def test_activations_fall_with_recompute_and_with_fewer_adapted_layers() -> None:
-    load = Load(1024, 400, 1024 * 70, 1024 * 70)
+    load = BatchLoad(1024, 400, 1024 * 70, 1024 * 70)
     whole = STARTER.activation_bytes(load)
     assert replace(STARTER, recompute=True).activation_bytes(load) < whole / 3
     assert replace(STARTER, adapted=10).activation_bytes(load) < whole / 2
 
 
 def test_the_time_fit_finds_what_made_the_samples() -> None:
-    loads = [Load(tokens, 0, pairs, 0) for tokens, pairs in ((100, 5_000), (400, 20_000), (300, 90_000), (100, 5_000))]
-    model = cost_model.time_model([Sample(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1)
+    loads = [BatchLoad(tokens, 0, pairs, 0) for tokens, pairs in ((100, 5_000), (400, 20_000), (300, 90_000), (100, 5_000))]
+    model = cost_model.time_model([TimedBatch(load, 0.2 + 0.01 * load.tokens + 1e-6 * load.pairs, None) for load in loads], 0.1)
     assert (model.base_s, model.token_s, model.pair_s) == pytest.approx((0.2, 0.01, 1e-6))
     assert model.half_width == pytest.approx(cost_model.TIME_ALLOWANCE)
-    one = cost_model.time_model([Sample(Load(100, 0, 5000, 0), 1.0, None)], 0.1)
-    assert one.seconds(Load(200, 0, 0, 0), 1) == pytest.approx(2.0)
-    falling = [Sample(Load(100, 0, 100, 0), 1.0, None), Sample(Load(200, 0, 200, 0), 3.5, None)]
+    one = cost_model.time_model([TimedBatch(BatchLoad(100, 0, 5000, 0), 1.0, None)], 0.1)
+    assert one.seconds(BatchLoad(200, 0, 0, 0), 1) == pytest.approx(2.0)
+    falling = [TimedBatch(BatchLoad(100, 0, 100, 0), 1.0, None), TimedBatch(BatchLoad(200, 0, 200, 0), 3.5, None)]
     assert cost_model.time_model(falling, 0.0).base_s == 0.0
 
 
@@ -275,12 +275,12 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
     class Fake:
         device, resident_bytes = torch.device("cpu"), GB
 
-    load = Load(1000, 400, 70_000, 70_000)
+    load = BatchLoad(1000, 400, 70_000, 70_000)
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable
     fake: Any = Fake()
-    fake.samples = [Sample(load, 1.0, None), Sample(load, 1.0, 1000)]
+    fake.samples = [TimedBatch(load, 1.0, None), TimedBatch(load, 1.0, 1000)]
     assert cost_model.memory_model(STARTER, fake).scale.estimate == cost_model.UNMEASURED[1]
-    fake.samples = [Sample(load, 1.0, int(expected * 1.3))]
+    fake.samples = [TimedBatch(load, 1.0, int(expected * 1.3))]
     assert cost_model.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
 
 
@@ -322,11 +322,11 @@ def test_a_probe_puts_gradients_random_numbers_and_mode_back() -> None:
     import tiny
     from sartor.models import adapters
 
-    rows = [Encoded([5, 6, 7, 2], [False, True, True, True]), Encoded([8, 9, 2], [False, True, True])]
+    rows = [TokenizedExample([5, 6, 7, 2], [False, True, True, True]), TokenizedExample([8, 9, 2], [False, True, True])]
     model = adapters.inject_lora(tiny.model(), rank=4, alpha=8, dropout=0.3, targets="all-linear", seed=0).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random = torch.random.get_rng_state()
-    probe = Probe(transformers_backend.choose(model, rows, torch.device("cpu")), model, torch.device("cpu"))
+    probe = TimingProbe(transformers_backend.choose_loss_backend(model, rows, torch.device("cpu")), model, torch.device("cpu"))
     probe.run(rows, warm_up=True)
     probe.run(rows)
     probe.optimizer_seconds()
@@ -347,6 +347,6 @@ def test_recompute_learns_the_same(tmp_path: Path, tune_recipe: dict[str, Any]) 
 
 def test_the_course_of_a_run_ends_where_its_budget_does() -> None:
     counters = Counters()
-    updates = cost_model.course(recipe_of(budget={"updates": 7}), LOADS, counters)
+    updates = cost_model.simulate_updates(recipe_of(budget={"updates": 7}), LOADS, counters)
     assert updates is not None and len(updates) == counters.updates == 7
-    assert cost_model.course(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None
+    assert cost_model.simulate_updates(recipe_of(budget={"minutes": 1}), LOADS, Counters()) is None

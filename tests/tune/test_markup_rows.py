@@ -15,13 +15,13 @@ from conftest import recipe_on, write_jsonl
 from marked import FAMILIES
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.records import Example, Feedback, Malformed, Message, Origin, Part
+from sartor.core.records import Example, Feedback, MalformedRow, Message, Origin, Part
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources import row_formats
 from sartor.evaluate.predictions import HeldOut, fitting, held_out
 from sartor.models.base import open_base
-from sartor.models.chat import Chat
-from sartor.personalization.user_tokens import encoded
+from sartor.models.chat import ChatTokenizer
+from sartor.personalization.user_tokens import encode_user_row
 from sartor.tune.dataset_encoding import encode_rows
 
 CALL = '<tool_call>\n{"name": "light", "arguments": {"room": "hall é"}}\n</tool_call>'
@@ -53,7 +53,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
         return sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, tmp_path / "dataset").dataset
 
 
-def learnt_of(dataset: Artifact, chat: Chat) -> tuple[dict[str, str], dict[str, list[int]], set[str]]:
+def learnt_of(dataset: Artifact, chat: ChatTokenizer) -> tuple[dict[str, str], dict[str, list[int]], set[str]]:
     """By each row's question the text that is learnt, and all ids; and the questions of the rows that are not."""
     data = encode_rows(dataset, sartor.load_recipe({"base": "starter", "data": {"path": str(dataset.path)}}), chat)
     asked = {example.id: example.messages[0].text for example in parquet_io.read_examples(dataset)}
@@ -159,15 +159,15 @@ def test_a_correction_that_spells_markup_is_no_row(correction: str) -> None:
         "r", "a@1", "2026-01-01", correction=correction, messages=({"role": "user", "content": FORGED},), reply="no"
     )
     raw = inbox.row_of(said)
-    with pytest.raises(Malformed, match="a reply spells") as caught:
-        row_formats.parse(raw, row_formats.detect(raw) or "", Origin("inbox", "1"), lambda kind, value: value)
+    with pytest.raises(MalformedRow, match="a reply spells") as caught:
+        row_formats.parse_row(raw, row_formats.detect_row_format(raw) or "", Origin("inbox", "1"), lambda kind, value: value)
     assert caught.value.reason == "template_markup"
 
 
 def test_a_device_counts_rows_that_spell_markup() -> None:
-    chat: Chat = FAMILIES["chatml, byte level"].chat()
+    chat: ChatTokenizer = FAMILIES["chatml, byte level"].chat()
     good = Example((Message.of("user", FORGED), Message("assistant", (Part("text", CALL),))), ())
     bad = Example((Message.of("user", "x"), Message.of("assistant", "y<|im_end|>")), ())
-    coded = encoded(good, "1", chat, 512)
+    coded = encode_user_row(good, "1", chat, 512)
     assert not isinstance(coded, str) and coded.example_id == "1"
-    assert str(encoded(bad, "2", chat, 512)).startswith("template_markup: a reply spells '<|im_end|>'")
+    assert str(encode_user_row(bad, "2", chat, 512)).startswith("template_markup: a reply spells '<|im_end|>'")

@@ -19,14 +19,14 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, Message
-from sartor.models.chat import Chat
-from sartor.models.packing import Encoded
+from sartor.models.chat import ChatTokenizer
+from sartor.models.packing import TokenizedExample
 from sartor.tune import dataset_encoding, sampler, tokenized_dataset
 from sartor.tune.cost_model import TimeModel, load_of
 from sartor.tune.recipe import Dpo, Kto, Sft
-from sartor.tune.sampler import Beside
-from sartor.tune.tokenized_dataset import Lesson, Rows
-from sartor.tune.training_loop import Run
+from sartor.tune.sampler import RehearsalPosition
+from sartor.tune.tokenized_dataset import PreferenceExample, TokenizedDataset
+from sartor.tune.training_loop import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
@@ -106,11 +106,14 @@ def test_how_it_is_computed_changes_nothing(tmp_path: Path, recipe: dict[str, An
 
 
 def test_a_pair_is_never_cut(recipe: dict[str, Any]) -> None:
-    rows = [Lesson([place] * 3, [True] * 3, "x", 1.0, "pair", Encoded([place] * 5, [True] * 5), place) for place in range(4)]
+    rows = [
+        PreferenceExample([place] * 3, [True] * 3, "x", 1.0, "pair", TokenizedExample([place] * 5, [True] * 5), place)
+        for place in range(4)
+    ]
     cut = tokenized_dataset.micro_batches(rows, 17, share=True)
     assert [[row.number for row in micro] for micro in cut] == [[0, 1], [2, 3]]
     assert [len(micro) for micro in tokenized_dataset.micro_batches(rows, 1, share=False)] == [1] * 4
-    assert sampler.updates([row.tokens for row in rows], 16, 0).__next__().__len__() == 2
+    assert sampler.iterate_updates([row.tokens for row in rows], 16, 0).__next__().__len__() == 2
 
 
 KILLED = {
@@ -135,20 +138,20 @@ def test_killed_and_resumed_the_bits_are_those_of_a_whole_run(
         "budget": {"updates": 5},
     }
     whole = tune(asked, tmp_path / "whole")
-    check = Run._check
+    check = TrainingRun._check
 
     class Killed(BaseException):
         pass
 
     for update in (2, 4):
 
-        def dies(self: Run, *arguments: Any, update: int = update) -> None:
+        def dies(self: TrainingRun, *arguments: Any, update: int = update) -> None:
             if self.counters.updates + 1 == update:
                 raise Killed
             check(self, *arguments)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Run, "_check", dies)
+            patch.setattr(TrainingRun, "_check", dies)
             tune(asked, tmp_path / "a", resume=update > 2)
     again = tune(asked, tmp_path / "a", resume=True)
     assert again["resumed_at"] == [1, 3]
@@ -172,17 +175,17 @@ def test_a_plan_counts_what_a_run_with_pairs_and_rehearsal_reads(tmp_path: Path,
     assert [source.get("rehearsal", False) for source in manifest["sources"]] == [False, True]
 
 
-def read_rows(made: Path, recipe: dict[str, Any]) -> Rows:
+def read_rows(made: Path, recipe: dict[str, Any]) -> TokenizedDataset:
     from sartor.tune.dataset_encoding import encode_rows
 
     asked = sartor.load_recipe(recipe)
     return encode_rows(open_artifact(asked.data.path), asked, chat_of(Path(asked.base.name)))
 
 
-def chat_of(base: Path) -> Chat:
+def chat_of(base: Path) -> ChatTokenizer:
     from transformers import AutoTokenizer
 
-    return Chat(AutoTokenizer.from_pretrained(str(base)))
+    return ChatTokenizer(AutoTokenizer.from_pretrained(str(base)))
 
 
 @pytest.mark.parametrize(("kind", "data"), [("dpo", "rated"), ("kto", "plain")])
@@ -215,16 +218,16 @@ def test_what_each_row_is_learnt_as(tiny_base: Path) -> None:
     pair, good, bad = example("off:hall", rejected=worse), example("off:hall", rating=0.5), example("no", rating=-1.0)
 
     def terms(one: Example, objective: Any) -> list[tuple[str, float]]:
-        found = [row for row, _ in dataset_encoding.encode(one, objective, chat, Path())]
-        return [(row.term if isinstance(row, Lesson) else "sft", row.weight) for row in found]
+        found = [row for row, _ in dataset_encoding.encode_preference(one, objective, chat, Path())]
+        return [(row.term if isinstance(row, PreferenceExample) else "sft", row.weight) for row in found]
 
     assert [terms(one, Sft()) for one in (pair, good, bad)] == [[("sft", 1)], [("sft", 1)], []]
     assert [terms(one, Dpo()) for one in (pair, good, bad)] == [[("pair", 1)], [("sft", 1)], []]
     assert terms(example("x", rejected=worse, weight=3.0), Dpo()) == [("pair", 3)]
     assert terms(pair, Kto()) == [("good", 1), ("bad", 1)]
     assert [terms(one, Kto()) for one in (good, bad, example("x"))] == [[("good", 0.5)], [("bad", 1)], [("sft", 1)]]
-    ((row, _),) = dataset_encoding.encode(pair, Dpo(), chat, Path())
-    assert isinstance(row, Lesson) and row.other is not None
+    ((row, _),) = dataset_encoding.encode_preference(pair, Dpo(), chat, Path())
+    assert isinstance(row, PreferenceExample) and row.other is not None
     said = [chat.decode([token for token, on in zip(one.ids, one.learnt, strict=True) if on]) for one in (row, row.other)]
     assert said == ["off:hall", "no"]
     assert row.example_id == row.other.example_id == pair.id
@@ -315,8 +318,8 @@ def test_what_cannot_be_gone_on_from_is_refused(tmp_path: Path, recipe: dict[str
 
 def test_rows_beside_come_in_their_fraction_and_go_on_where_they_were() -> None:
     lengths, own, read, tokens = [7, 11, 5, 13], 0, [], 0
-    place = Beside()
-    halfway: tuple[Beside, int] | None = None
+    place = RehearsalPosition()
+    halfway: tuple[RehearsalPosition, int] | None = None
     for update in range(40):
         chosen, place = place.after(lengths, 20, 0.2, seed=3)
         own, tokens = own + 20, tokens + sum(lengths[row] for row in chosen)
@@ -331,13 +334,13 @@ def test_rows_beside_come_in_their_fraction_and_go_on_where_they_were() -> None:
         chosen, place = place.after(lengths, 20, 0.2, seed=3)
         again.append(chosen)
     assert again == read[20:]
-    assert Beside().after([], 100, 0.5, 0) == ([], Beside())
+    assert RehearsalPosition().after([], 100, 0.5, 0) == ([], RehearsalPosition())
 
 
 def test_a_forecast_knows_what_a_lesson_costs() -> None:
     """A pair is two sequences, forward and backward; what the divergence is estimated on has no backward pass."""
-    other = Encoded([1] * 20, [True] * 20)
-    pair, rated = (Lesson([1] * 10, [True] * 10, "x", 1.0, term, other) for term in ("pair", "good"))  # type: ignore[arg-type]
+    other = TokenizedExample([1] * 20, [True] * 20)
+    pair, rated = (PreferenceExample([1] * 10, [True] * 10, "x", 1.0, term, other) for term in ("pair", "good"))  # type: ignore[arg-type]
     assert load_of(pair).tokens == load_of(rated).tokens == 30 == pair.tokens
     assert (load_of(pair).aside, load_of(rated).aside) == (0, 20)
     times = TimeModel(0.0, 1.0, 0.0, 0.0, 0.0)

@@ -16,7 +16,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.loss_backend import Frozen
+from sartor.models.losses.loss_backend import ActivationCache
 from sartor.tune import objectives, optimizers, sampler
 from sartor.tune.recipe import Optimizer
 from sartor.tune.training_loop import Counters, learning_rate
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_pack_takes_the_plain_path_to_the_same_adapter(
     tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = tune(tune_recipe, tmp_path / "a")
-    monkeypatch.setattr(transformers_backend, "agrees", lambda *args: (False, float("inf")))
+    monkeypatch.setattr(transformers_backend, "matches_single_rows", lambda *args: (False, float("inf")))
     plain = tune(tune_recipe, tmp_path / "b")
     assert (packed["packed"], plain["packed"]) == (True, False)
     assert packed["loss"]["last"] == pytest.approx(plain["loss"]["last"], abs=1e-4)
@@ -170,7 +170,7 @@ def test_the_rate_warms_up_and_falls() -> None:
 
 def test_an_epoch_shows_every_row_once_and_shuffles_anew() -> None:
     lengths = [3, 5, 2, 9, 4, 1, 7]
-    stream = sampler.updates(lengths, 8, seed=3)
+    stream = sampler.iterate_updates(lengths, 8, seed=3)
     epochs = []
     for _ in range(2):
         seen: list[int] = []
@@ -189,11 +189,11 @@ def test_sft_is_the_mean_over_the_update_however_it_is_cut() -> None:
 
 
 def test_the_nearest_limit_decides() -> None:
-    from sartor.tune.recipe import Budget
+    from sartor.tune.recipe import StopCriteria
 
     counters = Counters(updates=5, tokens=50)
-    assert counters.fraction(Budget(updates=10, tokens=500), epoch_tokens=100, wall_s=0) == 0.5
-    assert counters.fraction(Budget(epochs=1), epoch_tokens=100, wall_s=0) == 0.5
+    assert counters.fraction(StopCriteria(updates=10, tokens=500), epoch_tokens=100, wall_s=0) == 0.5
+    assert counters.fraction(StopCriteria(epochs=1), epoch_tokens=100, wall_s=0) == 0.5
 
 
 def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
@@ -208,8 +208,8 @@ def test_prove_compares_with_the_plain_computation_and_stops_on_a_difference(
     weights = "adapter_model.safetensors"
     assert file_digest(tmp_path / "a" / weights) == file_digest(tmp_path / "b" / weights), "a proof changes nothing"
     assert unproved.as_json()["proof"] is None
-    right = Frozen.inputs
-    monkeypatch.setattr(Frozen, "inputs", lambda *arguments: right(*arguments) * 1.001)
+    right = ActivationCache.inputs
+    monkeypatch.setattr(ActivationCache, "inputs", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(ModelError, match="off the plain computation"):
         sartor.tune(recipe, tmp_path / "c", prove=True, show=False)
 

@@ -20,9 +20,9 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
 
     from sartor.models import adapters, packing
     from sartor.models.base import open_base
-    from sartor.models.kernels.reference import Eager
+    from sartor.models.kernels.reference import ReferenceKernels
     from sartor.models.losses import loss_backend, transformers_backend
-    from sartor.models.losses.fused_decoder import Fast
+    from sartor.models.losses.fused_decoder import FusedDecoder
     from sartor.tune import objectives
 
     bits = {"bfloat16": 16, "float32": 32}.get(job.dtype, "auto")
@@ -30,7 +30,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     model = adapters.inject_lora(
         base.model, rank=job.rank, alpha=job.alpha, dropout=0.0, targets=list(protocol.TARGETS), seed=0
     )
-    updates = [[packing.Encoded(row.ids, row.learnt) for row in rows] for rows in job.updates]
+    updates = [[packing.TokenizedExample(row.ids, row.learnt) for row in rows] for rows in job.updates]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
     model.eval()
@@ -39,8 +39,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     if job.rounds_first:
         round_first()
     # shared prefixes are measured apart (savings.py): here every side computes every token of every row
-    path = transformers_backend.choose(
-        model, [row for rows in updates for row in rows], base.device, loss_backend.Wish(share=False)
+    path = transformers_backend.choose_loss_backend(
+        model, [row for rows in updates for row in rows], base.device, loss_backend.LossOptions(share=False)
     )
     model.train()
     watch.start()
@@ -61,8 +61,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     said |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
     said |= _roofline(job, watch, model)
     examples = [row for rows in updates for row in rows]
-    by_default = transformers_backend.choose(model.eval(), examples, base.device).losses
-    by_torch = Fast(transformers_backend.without_peft(model), Eager())
+    by_default = transformers_backend.choose_loss_backend(model.eval(), examples, base.device).losses
+    by_torch = FusedDecoder(transformers_backend.without_peft(model), ReferenceKernels())
     return said | {
         # as `tune` does it by default: what rows begin with alike is computed once
         "shared_tokens_per_s": _rate(lambda rows: by_default(rows)[0], updates, optimizer),
@@ -100,7 +100,7 @@ def _held_out(job: protocol.Job, path: Any, model: Any) -> float:
         adapters.write_adapter(model, Path(job.adapter), "starter")
     model.eval()
     with torch.no_grad():
-        losses, weights = path.losses([packing.Encoded(row.ids, row.learnt) for row in job.held_out])
+        losses, weights = path.losses([packing.TokenizedExample(row.ids, row.learnt) for row in job.held_out])
     return float((losses * weights).sum() / weights.sum())
 
 

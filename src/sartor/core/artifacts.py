@@ -87,21 +87,21 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
     MissingError when the disk is full. What killed runs left is removed first.
     """
     path = path.absolute()
-    check_free(path, replace=replace)
+    check_output_free(path, replace=replace)
     make_parent(path)
     with writer_lock(path):
         _remove_leftovers(path)
         try:
             with create_directory_atomic(path, replace=replace) as part:
                 yield part
-                check_free(path, replace=replace)
+                check_output_free(path, replace=replace)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise MissingError(f"the disk is full: {path} could not be written", "free some space") from error
             raise
 
 
-def check_free(path: Path, *, replace: bool) -> None:
+def check_output_free(path: Path, *, replace: bool) -> None:
     """Raise ConfigError if an output path is taken; call it before long work, not after."""
     if path.is_symlink() or path.is_file():
         raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")

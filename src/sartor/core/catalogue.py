@@ -111,7 +111,7 @@ def children(artifact_id: str, kind: str) -> list[Path]:
     return [Path(row[0]) for row in rows if kind_of(Path(row[0])) == kind]
 
 
-def standing(kind: str) -> list[Path]:
+def existing(kind: str) -> list[Path]:
     """Where artefacts of a kind stand, of all that are known."""
     with _open() as connection:
         rows = connection.execute("select path from artifacts where kind = ? order by path", (kind,)).fetchall()

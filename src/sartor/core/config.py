@@ -403,6 +403,6 @@ def _name_of(value: Any) -> str:
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 
-def is_name(text: object) -> bool:
+def is_valid_name(text: object) -> bool:
     """Whether it may be the name or the version of a release."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None

@@ -28,7 +28,7 @@ from sqlalchemy import URL, Column, Connection, Engine, NullPool, create_engine,
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from sartor.core import records
-from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, need
+from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, missing_package
 
 BUSY_S = 5.0
 # A change that was told survives a power cut
@@ -240,7 +240,7 @@ def open_database(url: str, form: Form) -> Database:
     try:
         database = Database(parsed, secrets, name, form)
     except ModuleNotFoundError as error:
-        raise need(str(error.name)) from None
+        raise missing_package(str(error.name)) from None
     except NoSuchModuleError:
         problem = f"the {form.noun} {name} names a driver that SQLAlchemy lacks"
         raise ConfigError(problem, f"{form.given_as}postgresql+psycopg://...") from None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from sartor.core.errors import ConfigError
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Texts -> vectors of unit length."""
 
     @property
@@ -36,22 +36,22 @@ class Encoder(Protocol):
         ...
 
 
-_OFFERED: dict[str, Callable[[], Encoder]] = {}
+_OFFERED: dict[str, Callable[[], TextEncoder]] = {}
 # (whether a directory is of this kind, how it is opened), in the order of asking
-_DIRECTORIES: list[tuple[Callable[[Path], bool], Callable[[Path], Encoder]]] = []
+_DIRECTORIES: list[tuple[Callable[[Path], bool], Callable[[Path], TextEncoder]]] = []
 
 
-def offer(name: str, opener: Callable[[], Encoder]) -> None:
+def register_encoder(name: str, opener: Callable[[], TextEncoder]) -> None:
     """Make an encoder known under a name. `opener` may raise MissingError when a package or an asset is absent."""
     _OFFERED[name] = opener
 
 
-def offer_directories(fits: Callable[[Path], bool], opener: Callable[[Path], Encoder]) -> None:
+def register_encoder_directory(fits: Callable[[Path], bool], opener: Callable[[Path], TextEncoder]) -> None:
     """Make a kind of model directory known. `fits` looks at the files; `opener` may raise MissingError or ModelError."""
     _DIRECTORIES.append((fits, opener))
 
 
-def open_encoder(name: str) -> Encoder:
+def open_encoder(name: str) -> TextEncoder:
     """The encoder of that name, or in the directory of that path.
 
     Raises ConfigError for one that is neither, MissingError where it cannot be opened here, ModelError for a damaged one.

@@ -265,13 +265,13 @@ class HubError(MissingError):
     """A model or dataset hub was named and cannot be reached."""
 
 
-def need(module: str, extra: str = "") -> ExtraError:
+def missing_package(module: str, extra: str = "") -> ExtraError:
     """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
     remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
     return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)
 
 
-def said_of(error: Exception, file: Path | None = None) -> str:
+def decoder_message(error: Exception, file: Path | None = None) -> str:
     """What a decoder says of a media file, in a line, by its name alone: where the work lies is no part of a Dataset."""
     first = (str(error).splitlines() or [""])[0]
     for path in (str(file), repr(str(file))[1:-1]) if file else ():

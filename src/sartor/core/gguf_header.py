@@ -22,7 +22,7 @@ _LONGEST = 1 << 26  # bytes of a text, items of an array: more is no file that a
 
 
 @dataclass(frozen=True)
-class Head:
+class GgufHeader:
     """`metadata`: texts and numbers by key. `matrices`: ggml types of the tensors of two or more axes.
 
     arrays: those that were asked for, by key.
@@ -44,7 +44,7 @@ def is_gguf(file: Path) -> bool:
         return stream.read(len(MAGIC)) == MAGIC
 
 
-def read_head(file: Path, arrays: Collection[str] = ()) -> Head:
+def read_head(file: Path, arrays: Collection[str] = ()) -> GgufHeader:
     """The head of `file`. arrays: keys of the arrays that are kept.
 
     Raises ModelError where it is cut, is of another version, or says sizes that cannot be.
@@ -56,7 +56,7 @@ def read_head(file: Path, arrays: Collection[str] = ()) -> Head:
         raise ModelError(f"{file} is no whole GGUF file: {error}", "get the file again, and compare its sha256") from None
 
 
-def _head(stream: BinaryIO, arrays: Collection[str]) -> Head:
+def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
     if stream.read(len(MAGIC)) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = _number(stream, "I")
@@ -83,7 +83,7 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> Head:
         _number(stream, "Q")
         if axes > 1:
             matrices.add(kind)
-    return Head(metadata, frozenset(matrices), kept)
+    return GgufHeader(metadata, frozenset(matrices), kept)
 
 
 def _bytes(stream: BinaryIO, count: int) -> bytes:

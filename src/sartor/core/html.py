@@ -44,7 +44,7 @@ _MARK = (
 _PILE = re.compile(f"({_MARK}{{4}})({_MARK}+)")
 
 
-def visible(text: str) -> str:
+def escape_control(text: str) -> str:
     r"""`text` with every character that acts unseen turned into one that is seen, piles of marks counted; lines end in `\n`.
 
     >>> visible("a\x00b\u202ec")
@@ -65,7 +65,7 @@ def _shown(match: re.Match[str]) -> str:
 
 def escape(value: Any) -> str:
     """Text that is safe in HTML, in a quoted attribute and in SVG."""
-    return html.escape(visible(str(value)))
+    return html.escape(escape_control(str(value)))
 
 
 def clipped(text: str, most: int) -> str:
@@ -89,21 +89,21 @@ def headlines(shown: Iterable[tuple[str, str]]) -> str:
     return f"<div class=big>{''.join(parts)}</div>"
 
 
-def facts(mapping: Mapping[str, Any]) -> str:
+def definition_table(mapping: Mapping[str, Any]) -> str:
     """A table of names and values."""
     lines = (
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(said(value))}</code></td></tr>"
+        f"<tr><td>{escape(key.replace('_', ' '))}</td><td><code>{escape(format_value(value))}</code></td></tr>"
         for key, value in mapping.items()
     )
     return f"<table>{''.join(lines)}</table>"
 
 
-def said(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a person reads it: thousands are parted, four digits of a fraction are enough."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {format_value(inner)}" for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(said, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, float):
         return f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -43,7 +43,7 @@ _READ_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Malformed:
+class MalformedFrame:
     """A line that is no frame."""
 
     problem: str
@@ -63,7 +63,7 @@ class Frames:
         self._searched = 0
         self._dropping = False
 
-    def feed(self, data: bytes) -> Iterator[dict[str, Any] | Malformed]:
+    def feed(self, data: bytes) -> Iterator[dict[str, Any] | MalformedFrame]:
         """The frames that `data` completes."""
         self._rest += data
         while (end := self._rest.find(b"\n", self._searched)) >= 0:
@@ -83,19 +83,19 @@ class Frames:
             self._dropping, self._searched = True, 0
             self._rest.clear()
 
-    def _too_long(self) -> Malformed:
-        return Malformed(f"a line has more than {self._most_bytes} bytes")
+    def _too_long(self) -> MalformedFrame:
+        return MalformedFrame(f"a line has more than {self._most_bytes} bytes")
 
 
-def _read(line: bytearray) -> dict[str, Any] | Malformed:
+def _read(line: bytearray) -> dict[str, Any] | MalformedFrame:
     size = len(line) - 1  # without its end
     try:
         text = line.decode("utf-8", "surrogatepass")
         line.clear()
         said = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Malformed(f"a line of {size} bytes is no JSON: {type(error).__name__}")
-    return said if isinstance(said, dict) else Malformed(f"a line holds {type(said).__name__}, not an object")
+        return MalformedFrame(f"a line of {size} bytes is no JSON: {type(error).__name__}")
+    return said if isinstance(said, dict) else MalformedFrame(f"a line holds {type(said).__name__}, not an object")
 
 
 class Channel:
@@ -127,7 +127,7 @@ class Channel:
         except OSError:
             self.closed = True
 
-    def received(self) -> Iterator[dict[str, Any] | Malformed]:
+    def received(self) -> Iterator[dict[str, Any] | MalformedFrame]:
         """What has come since the last time. `closed` is true once the parent is gone."""
         try:
             while not self.closed:

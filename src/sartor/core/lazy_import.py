@@ -12,7 +12,7 @@ import sys
 import types
 from typing import Any
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 
 # third-party package -> the extra that brings it
 _EXTRAS = {
@@ -39,7 +39,7 @@ _EXTRAS = {
 }
 
 
-def load(module: str) -> types.ModuleType:
+def import_module(module: str) -> types.ModuleType:
     """Import a module of Sartor. Raises ExtraError naming the extra when an optional package is absent."""
     try:
         return importlib.import_module(module)
@@ -47,7 +47,7 @@ def load(module: str) -> types.ModuleType:
         missing = (error.name or "").split(".")[0]
         if missing not in _EXTRAS:
             raise
-        raise need(missing, _EXTRAS[missing]) from None
+        raise missing_package(missing, _EXTRAS[missing]) from None
 
 
 def callable_package(package: str, module: str) -> None:
@@ -55,6 +55,6 @@ def callable_package(package: str, module: str) -> None:
 
     class Verb(types.ModuleType):
         def __call__(self, *args: Any, **options: Any) -> Any:
-            return getattr(load(module), package.rpartition(".")[2])(*args, **options)
+            return getattr(import_module(module), package.rpartition(".")[2])(*args, **options)
 
     sys.modules[package].__class__ = Verb

@@ -25,7 +25,7 @@ import yaml
 
 from sartor.core import assets, gguf_header
 from sartor.core.artifacts import kind_of
-from sartor.core.errors import ExtraError, HubError, ModelError, need
+from sartor.core.errors import ExtraError, HubError, ModelError, missing_package
 from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
 from sartor.core.licences.spdx import UNKNOWN
@@ -205,7 +205,7 @@ def _from_hub(name: str, revision: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise need("huggingface_hub", "tune") from None
+        raise missing_package("huggingface_hub", "tune") from None
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))

@@ -188,13 +188,13 @@ def numbers(array: Any) -> Any:
     return np.from_dlpack(array)
 
 
-def places(values: Any) -> Any:
+def to_index_array(values: Any) -> Any:
     """A numpy array as an Arrow array of 64-bit numbers, to `take` with."""
     whole = np.ascontiguousarray(values, np.int64)
     return pa.Array.from_buffers(pa.int64(), len(whole), [None, pa.py_buffer(whole)])
 
 
-def words(texts: Sequence[str]) -> Any:
+def to_string_array(texts: Sequence[str]) -> Any:
     """An Arrow array of strings."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _CHILD = "import sys; sys.path[:] = {path!r}; from sartor.core.processes import serve; serve({number})"
 
 
-class Workers:
+class WorkerPool:
     """`count` processes that live until the block is left; 0 does everything here."""
 
     def __init__(self, count: int) -> None:
@@ -130,17 +130,17 @@ def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iter
 
 
 @dataclass(frozen=True)
-class Means:
+class Executor:
     """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order."""
 
     show: Callable[[str, int, int], None] = _silent
     spread: Callable[..., Iterator[Any]] = serial
 
 
-ALONE = Means()
+ALONE = Executor()
 
 
-class Signals:
+class DeferredSignals:
     """Context manager: `received` is the signal that came, or None.
 
     The first signal puts the handlers back that were there before, so a second one does what it always did (Ctrl-C: at
@@ -153,7 +153,7 @@ class Signals:
         self._notice = notice
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> DeferredSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)

@@ -188,7 +188,7 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Voice:
+class FeedbackAuthor:
     """Who says something of a reply. key: id of the API key, "" where there are none. user: keyed digest of the id that the key
     gave for a person, "" for none. consent: whether what was said may be kept and learnt from; assumed where nobody asked.
     """
@@ -217,7 +217,7 @@ class Feedback:
     messages: tuple[Mapping[str, Any], ...] = ()
     text: str = ""
     reply: str = ""
-    by: Voice = Voice()
+    by: FeedbackAuthor = FeedbackAuthor()
     masked: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -237,16 +237,16 @@ class Feedback:
         if said.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
             raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
         fields = {key: value for key, value in said.items() if key != "schema"}
-        by = Voice(**fields.pop("by", {}))
+        by = FeedbackAuthor(**fields.pop("by", {}))
         return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})
 
 
-def tally(words: Iterable[str]) -> dict[str, int]:
+def count_values(words: Iterable[str]) -> dict[str, int]:
     """How often each word occurs, most frequent first: the form of every count in a manifest."""
     return dict(Counter(words).most_common())
 
 
-class Malformed(Exception):
+class MalformedRow(Exception):
     """A row or file that cannot be used: the word it is counted under, and a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -254,14 +254,14 @@ class Malformed(Exception):
         self.reason, self.detail = reason, detail
 
 
-class SetAside(Malformed):
+class SkippedRow(MalformedRow):
     """A row that is as it should be, and is not used for a reason of its source: a Drop, and no fault under `--strict`."""
 
 
 TEXT_KEPT = 2000  # characters of a row that a Drop holds as evidence
 
 
-def dropped(example: Example, reason: str, detail: str, *, step: str) -> Drop:
+def drop_of(example: Example, reason: str, detail: str, *, step: str) -> Drop:
     """The Drop of an Example: id, place and detail, and the start of its text as evidence."""
     origin = example.origins[0]
     return Drop(reason, origin.source, origin.locator, detail, step, example.id, text=evidence_text(example))

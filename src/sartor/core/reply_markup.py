@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core.errors import TemplateMarkupError
-from sartor.core.records import Example, Malformed, Message, Part
+from sartor.core.records import Example, MalformedRow, Message, Part
 
 _KNOWN = (
     r"<\|(?:im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|"
@@ -76,7 +76,7 @@ def with_fields(example: Example) -> Example:
     try:
         return read_example(example)
     except TemplateMarkupError as error:
-        raise Malformed(error.reason, error.problem) from None
+        raise MalformedRow(error.reason, error.problem) from None
 
 
 def _read_turns(messages: tuple[Message, ...], spelt: Spelt) -> tuple[Message, ...]:

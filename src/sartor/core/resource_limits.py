@@ -36,7 +36,7 @@ Killed = Literal["", "memory", "wall", "cpu", "stopped"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ResourceLimits:
     """0 is no limit. memory_bytes: anonymous and shared memory. wall_s, cpu_s: of the whole command."""
 
     memory_bytes: int = 0
@@ -54,7 +54,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Usage:
+class ResourceUsage:
     """What a command used. held_by: what held its memory. killed: by which limit it ended before its time.
 
     peak_bytes: most anonymous and shared memory at a look, without page cache. exit_code: as `subprocess` says it.
@@ -191,12 +191,12 @@ def _delegated(cgroups: Path) -> Path:
 
 def run(
     command: Sequence[str],
-    limits: Limits,
+    limits: ResourceLimits,
     *,
     cgroups: Path = CGROUPS,
     environment: Mapping[str, str] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Usage:
+) -> ResourceUsage:
     """Run a command under limits, and wait for its end. stop: asked now and then; true ends it as a time limit does.
 
     Raises MissingError where the system's own shell cannot start the command.
@@ -217,7 +217,7 @@ def run(
             raise MissingError(f"{command[0]} could not be started under {held.name}", "look at the line above; run it by hand")
         if held.has_killed():
             watch.killed = "memory"
-        return Usage(
+        return ResourceUsage(
             held.name,
             limits.memory_bytes,
             watch.peak_bytes,
@@ -234,7 +234,7 @@ class _Watch:
     """Looks at a process until it ends, and ends it where a clock says so."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], held: Holder, limits: Limits, began: float, stop: Callable[[], bool]
+        self, process: subprocess.Popen[bytes], held: Holder, limits: ResourceLimits, began: float, stop: Callable[[], bool]
     ) -> None:
         self._process, self._held, self._limits, self._began, self._stop = process, held, limits, began, stop
         self.peak_bytes, self.cpu_s = 0, 0.0

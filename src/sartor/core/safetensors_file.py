@@ -33,7 +33,7 @@ Values = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
-class Tensor:
+class SafetensorsEntry:
     """Where a tensor stands. start: byte of the file. shape as the header says it, (out, in) of a weight."""
 
     file: Path
@@ -74,12 +74,12 @@ def _floats(data: bytes, dtype: str) -> Values:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
-def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, Tensor]:
+def read_header(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> dict[str, SafetensorsEntry]:
     """Every tensor of a safetensors file by name; no value is read. Raises ModelError with what is wrong with the header."""
     return read_whole(file, most_bytes)[0]
 
 
-def read_whole(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_whole(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
     """The same, and the metadata of the header."""
     try:
         return _read_header(file, most_bytes)
@@ -92,7 +92,7 @@ def read_whole(file: Path, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[st
 _AGAIN = "get the file again, or write it with safetensors"
 
 
-def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, SafetensorsEntry], dict[str, str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -124,7 +124,7 @@ def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _tensor(file: Path, name: str, said: Any, start: int) -> Tensor:
+def _tensor(file: Path, name: str, said: Any, start: int) -> SafetensorsEntry:
     """An entry of the header; its end must follow from its beginning and its shape."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"a tensor has the name {name[:80]!a}")
@@ -138,7 +138,7 @@ def _tensor(file: Path, name: str, said: Any, start: int) -> Tensor:
     wanted = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != wanted:
         raise ValueError(f"{name} of shape {shape} takes {wanted:,} bytes; its offsets span {offsets[1] - offsets[0]:,}")
-    return Tensor(file, name, dtype, tuple(shape), start + offsets[0])
+    return SafetensorsEntry(file, name, dtype, tuple(shape), start + offsets[0])
 
 
 def _counts(said: Any) -> bool:

@@ -115,10 +115,12 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
         said = json.loads(signature_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         said = None
-    return check_said(document, said, signature_file, signature_file.parent.name, trusted)
+    return check_signature(document, said, signature_file, signature_file.parent.name, trusted)
 
 
-def check_said(document: bytes, said: Any, file: Path, what: str, trusted: Iterable[Ed25519PublicKey] | None = None) -> str:
+def check_signature(
+    document: bytes, said: Any, file: Path, what: str, trusted: Iterable[Ed25519PublicKey] | None = None
+) -> str:
     """`check` for a signature that was read already. Errors name the `file` that it stood in, and `what` it should sign."""
     if not _is_signature(said):
         raise SignatureError(f"{file} is not a signature of Sartor", "get it again from its maker")

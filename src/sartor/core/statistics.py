@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from scipy.special import betaincinv  # of scipy.stats, which reads ten times as much, it is `beta.ppf`
 
 
-def upper_bound(count: int, of: int, confidence: float) -> float:
+def clopper_pearson_upper(count: int, of: int, confidence: float) -> float:
     """The one-sided upper bound of a fraction of which `count` in `of` were seen.
 
     >>> round(upper_bound(0, 100, 0.95), 3)
@@ -28,10 +28,10 @@ def lower_bound(count: int, of: int, confidence: float) -> float:
 def interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
     """The two-sided interval; (0, 1) of no trial."""
     half = (1 + confidence) / 2
-    return lower_bound(count, of, half), upper_bound(count, of, half)
+    return lower_bound(count, of, half), clopper_pearson_upper(count, of, half)
 
 
-def holm(chances: Sequence[float]) -> list[float]:
+def holm_correction(chances: Sequence[float]) -> list[float]:
     """p-values corrected for being one of many: family-wise, without assumptions on how they hang together (Holm 1979).
 
     >>> holm([0.01, 0.04, 0.03])

@@ -14,22 +14,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.curate.curation_outcome import Outcome
-from sartor.curate.passes import Passes, Removed, State
+from sartor.curate.curation_outcome import SplitDecision
+from sartor.curate.passes import Passes, PassState, Removed
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import Merged, Part, Task
-from sartor.curate.step import CopyStep, Removal
+from sartor.curate.shards import Shard, ShardTask, TakenOver
+from sartor.curate.step import AugmentStep, Removal
 from sartor.curate.steps import makes_copies
 
 EVIDENCE = pa.schema([("id", pa.string()), ("parent", pa.string()), ("step", pa.string()), ("changes", pa.string())])
 
 
 @dataclass
-class Copies:
+class AugmentedShards:
     """The parts that hold copies, with the step that made each. removed: copies that equal another row."""
 
-    steps: list[CopyStep] = field(default_factory=list)
-    parts: list[tuple[CopyStep, Part]] = field(default_factory=list)
+    steps: list[AugmentStep] = field(default_factory=list)
+    parts: list[tuple[AugmentStep, Shard]] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
 
     @property
@@ -63,15 +63,15 @@ class Copies:
             found[one.step]["dropped"] += 1
         return found
 
-    def _left(self, part: Part, table: Any) -> Any:
+    def _left(self, part: Shard, table: Any) -> Any:
         gone = {one.place for one in self.removed if one.part.path == part.path}
         return table.take(pa.array([place for place in range(len(table)) if place not in gone], pa.int64())) if gone else table
 
 
-def made(passes: Passes, state: State, outcome: Outcome, recipe: CurateRecipe) -> Copies:
+def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe) -> AugmentedShards:
     """Run the CopySteps of a recipe over the training rows. Rows of rehearsal sources are copied only where a step says so."""
     rehearsal = {source.path for source in recipe.sources if source.rehearsal}
-    copies = Copies([step for step in recipe.steps if makes_copies(step)])
+    copies = AugmentedShards([step for step in recipe.steps if makes_copies(step)])
     for step in copies.steps:
         tasks = _tasks(state, outcome, step, set() if step.rehearsal else rehearsal)
         copies.parts += [(step, part) for part in passes.copies(state, tasks)]
@@ -80,19 +80,19 @@ def made(passes: Passes, state: State, outcome: Outcome, recipe: CurateRecipe) -
     return copies
 
 
-def _tasks(state: State, outcome: Outcome, step: CopyStep, apart: set[str]) -> list[Task]:
+def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, apart: set[str]) -> list[ShardTask]:
     """A task for each part: its training rows, as they are in the end, but for those of the sources `apart`. The folder of the
     work is filled in where the tasks are run.
     """
-    wanted: list[dict[int, Merged]] = [{} for _ in state.parts]
+    wanted: list[dict[int, TakenOver]] = [{} for _ in state.parts]
     sources = [part.index["source"].to_pylist() for part in state.parts]
     for row in outcome.living():
         part, place = state.where(row)
         if outcome.splits[row] == "train" and sources[part][place] not in apart:
-            more = outcome.merged.get(row, Merged((), "", ""))
+            more = outcome.merged.get(row, TakenOver((), "", ""))
             wanted[part][place] = dataclasses.replace(more, split="train", group=outcome.groups[row])
     return [
-        Task(
+        ShardTask(
             part=part.path, key=part.summary["key"], folder=Path(), steps=(), sets=(), before=part.path,
             gone=frozenset(range(part.kept)) - some.keys(), merged=some, copying=(step,),
         )
@@ -100,7 +100,7 @@ def _tasks(state: State, outcome: Outcome, step: CopyStep, apart: set[str]) -> l
     ]  # fmt: skip
 
 
-def _equal(state: State, outcome: Outcome, copies: Copies) -> list[Removed]:
+def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) -> list[Removed]:
     """Copies whose content a row of the Dataset or an earlier copy has."""
     ids = pa.chunked_array([chunk for part in state.parts for chunk in part.index["id"].chunks], pa.string())
     seen = set(ids.take(pa.array(list(outcome.living()), pa.int64())).to_pylist())

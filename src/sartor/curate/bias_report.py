@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sartor.core import parquet_io
-from sartor.core.artifacts import Artifact, check_free, open_artifact
+from sartor.core.artifacts import Artifact, check_output_free, open_artifact
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.curate.bias import mitigation as cells
 from sartor.curate.bias import mitigation as pairs
 from sartor.curate.bias import mitigation as weights
 from sartor.curate.bias.group_membership import Memberships, memberships, outcomes, spoken_of
 from sartor.curate.bias.mitigation import Cell
-from sartor.curate.bias.outcome_rates import Rates, measured
-from sartor.curate.dataset_writer import write_derived
+from sartor.curate.bias.outcome_rates import OutcomeRates, measure_rates
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.text import equivalence
 from sartor.text.demographics import group_terms
 from sartor.text.example_text import words
@@ -33,7 +33,7 @@ FEWEST, MOST_WORDS, SHOWN = 5, 400, 5
 
 
 @dataclass(frozen=True)
-class Beside:
+class WordAssociation:
     """A word that rows of a group have, and in how many. pmi: log2 of how much more often than in all rows that name a group,
     with a 95 % interval by bootstrap over rows.
     """
@@ -47,13 +47,13 @@ class Beside:
     high: float
 
 
-def beside(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[dict[str, Any]]:
+def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[dict[str, Any]]:
     """The words that stand beside each group more than beside the others: those that are beyond chance, strongest first.
 
     Words that name the group are left out: that he is a man is no finding.
     """
     said = [_telling(row) for row in rows]
-    found: list[Beside] = []
+    found: list[WordAssociation] = []
     for attribute, values in people.items():
         spoken = [place for place, value in enumerate(values) if value is not None]
         counts = Counter(word for place in spoken for word in said[place])
@@ -71,7 +71,7 @@ def beside(rows: Sequence[Example], people: Memberships, seed: int = 0) -> list[
 
 def _strongest(
     attribute: str, group: str, vocabulary: Sequence[str], has: NDArray[Any], inside: NDArray[Any], times: NDArray[Any]
-) -> list[Beside]:
+) -> list[WordAssociation]:
     rows = times.shape[1]
     joint, alone, share = times @ (has * inside[:, None]), times @ has, times @ inside
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -83,7 +83,7 @@ def _strongest(
     together = (has * inside[:, None]).sum(0)
     order = [place for place in np.argsort(-low).tolist() if sure[place] > 0 and together[place] >= FEWEST]
     return [
-        Beside(attribute, group, vocabulary[at], int(together[at]), float(pmi[0, at]), float(low[at]), float(high[at]))
+        WordAssociation(attribute, group, vocabulary[at], int(together[at]), float(pmi[0, at]), float(low[at]), float(high[at]))
         for at in order[:SHOWN]
     ]
 
@@ -108,11 +108,11 @@ class Biased:
     dataset: Path
     rows: int
     outcome: str
-    before: Rates
+    before: OutcomeRates
     words: Sequence[dict[str, Any]]
     needed: dict[str, dict[Cell, int]]
     mitigation: Mitigation = ""
-    after: Rates | None = None
+    after: OutcomeRates | None = None
     changed: dict[str, int] = dataclasses.field(default_factory=dict)
     written: Artifact | None = None
 
@@ -188,20 +188,20 @@ def bias(
         )
     opened = open_artifact(dataset, "dataset")
     if out is not None:
-        check_free(Path(out).absolute(), replace=replace)
+        check_output_free(Path(out).absolute(), replace=replace)
     everything = list(parquet_io.read_examples(opened))
     training = [row for row in everything if row.split != "eval"]
     people, target = _people(training, group), outcomes(training, outcome)
     if not any(target.labels):
         raise SourceError("the replies have no outcome: they are free text", "--outcome KEY, or regex:PATTERN")
     tables = {name: cells.table(values, target.labels) for name, values in people.items()}
-    needed = {name: more for name, some in tables.items() if (more := cells.needed(some))}
+    needed = {name: more for name, some in tables.items() if (more := cells.rows_to_add(some))}
     found = Biased(
         opened.path,
         len(training),
         target.why,
-        measured(people, target.labels, [row.weight for row in training]),
-        beside(training, people, seed),
+        measure_rates(people, target.labels, [row.weight for row in training]),
+        associated_words(training, people, seed),
         needed,
     )
     if out is None:
@@ -209,11 +209,11 @@ def bias(
     work = _Mitigation(training, people, target.labels, seed)
     new, drops = work.run(mitigate, tables, needed, generate)
     after_people, after = _people(new, group), outcomes(new, target.chosen if target.chosen != "text" else outcome)
-    after_rates = measured(after_people, after.labels, [row.weight for row in new])
+    after_rates = measure_rates(after_people, after.labels, [row.weight for row in new])
     # they stand first: a new row that equals one of them is that one, and is not trained on
     held_out = [row for row in everything if row.split == "eval"]
     facts = {"mitigation": mitigate, "changed": work.changed, "before": found.before.as_json(), "after": after_rates.as_json()}
-    written = write_derived(out, [opened], [*held_out, *new], drops, step={STEP: facts}, replace=replace)
+    written = write_dataset_from(out, [opened], [*held_out, *new], drops, step={STEP: facts}, replace=replace)
     return dataclasses.replace(found, mitigation=mitigate, after=after_rates, changed=work.changed, written=written)
 
 
@@ -247,7 +247,7 @@ class _Mitigation:
         return self._generated(tables, needed, generate), []
 
     def _weighed(self) -> list[Example]:
-        found = weights.factors(self.people, self.labels, [row.weight for row in self.training])
+        found = weights.reweighing_factors(self.people, self.labels, [row.weight for row in self.training])
         new = []
         for place, row in enumerate(self.training):
             said = {name: values[place] for name, values in self.people.items()}
@@ -289,11 +289,11 @@ class _Mitigation:
 
     def _dropped(self, tables: dict[str, dict[Cell, list[int]]]) -> tuple[list[Example], list[Drop]]:
         name = self._only(tables)
-        gone = set(cells.superfluous(tables[name], self.seed))
+        gone = set(cells.rows_to_drop(tables[name], self.seed))
         drops = []
         for place in sorted(gone):
             why = f"{name} {self.people[name][place]}, {self.labels[place]!r:.60}: more of it than of the other groups"
-            drops.append(dropped(self.training[place], "group_outcome", why, step=STEP))
+            drops.append(drop_of(self.training[place], "group_outcome", why, step=STEP))
         self.changed = {"dropped": len(gone)}
         return [row for place, row in enumerate(self.training) if place not in gone], drops
 

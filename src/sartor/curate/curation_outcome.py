@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import parquet_io
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import held_out_groups
 from sartor.curate.dataset_writer import batched
-from sartor.curate.passes import Removed, State, moved_ids, picked, rewritten, takeovers
+from sartor.curate.passes import PassState, Removed, inherited_fields, moved_ids, rewritten, take_rows
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import Merged, Part
+from sartor.curate.shards import Shard, TakenOver
 from sartor.curate.step import Removal
 
 
@@ -29,16 +29,16 @@ class Masks:
     are_none: bool = True
 
 
-class Outcome:
+class SplitDecision:
     """What becomes of every row that the steps left: kept or not, its group, its split.
 
     gone: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and splits are lists
     with an entry for each row, kept or not.
     """
 
-    def __init__(self, state: State, recipe: CurateRecipe) -> None:
+    def __init__(self, state: PassState, recipe: CurateRecipe) -> None:
         self.gone = set(state.gone)
-        self.merged: dict[int, Merged] = takeovers(state)
+        self.merged: dict[int, TakenOver] = inherited_fields(state)
         index = pa.concat_tables(part.index for part in state.parts)
         self.splits: list[str] = index["split"].to_pylist()
         own: list[str] = index["own_group"].to_pylist()
@@ -72,13 +72,13 @@ class Outcome:
         return leaked
 
 
-def kept_tables(state: State, outcome: Outcome) -> Iterator[Any]:
+def kept_tables(state: PassState, outcome: SplitDecision) -> Iterator[Any]:
     """Yield the rows that are kept, part by part, with group, split and origins as they came out."""
     for part, start in zip(state.parts, state.starts, strict=False):
         yield _kept_rows(part, start, outcome)
 
 
-def _kept_rows(part: Part, start: int, outcome: Outcome) -> Any:
+def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
     living = [place for place in range(part.kept) if start + place not in outcome.gone]
     table = part.table().take(pa.array(living, pa.int64()))
     columns = {
@@ -96,7 +96,7 @@ def _kept_rows(part: Part, start: int, outcome: Outcome) -> Any:
     return table.cast(parquet_io.EXAMPLES)
 
 
-def leaks(state: State, outcome: Outcome) -> list[Removed]:
+def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
     """The rows that left for their group, as removals."""
     found = []
     for row in outcome.leaked:
@@ -106,12 +106,12 @@ def leaks(state: State, outcome: Outcome) -> list[Removed]:
     return found
 
 
-def drop_tables(state: State, removed: Sequence[Removed], masks: Masks) -> Iterator[Any]:
+def drop_tables(state: PassState, removed: Sequence[Removed], masks: Masks) -> Iterator[Any]:
     """Yield the Drops of reading and of steps, then those of rows removed (`with_last_ids`), without personal data."""
     for file in state.drops:
-        yield masked(pq.read_table(file), masks)
+        yield mask_quotes(pq.read_table(file), masks)
     for drops in batched(_removed_drops(removed), 4096):
-        yield masked(pa.Table.from_pylist([asdict(drop) for drop in drops], parquet_io.DROPS), masks)
+        yield mask_quotes(pa.Table.from_pylist([asdict(drop) for drop in drops], parquet_io.DROPS), masks)
 
 
 def set_aside_rows(removed: Sequence[Removed], masks: Masks) -> Iterator[tuple[str, Example]]:
@@ -134,7 +134,7 @@ class _Quoting:
         return name not in NO_QUOTES
 
 
-def masked(table: Any, masks: Masks) -> Any:
+def mask_quotes(table: Any, masks: Masks) -> Any:
     """A table of drops or evidence whose quoted texts hold no personal data."""
     return table if masks.are_none else rewritten(table, _Quoting(), masks.text)
 
@@ -153,11 +153,11 @@ def masked_facts(facts: Any, masks: Masks) -> Any:
 def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
     for one, example in _with_examples(removed):
         removal = one.removal
-        drop = dropped(example, removal.reason, removal.detail, step=one.step)
+        drop = drop_of(example, removal.reason, removal.detail, step=one.step)
         yield replace(drop, kept=one.kept, score=removal.score, method=removal.method)
 
 
-def with_last_ids(state: State, removed: Sequence[Removed]) -> list[Removed]:
+def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]:
     """Return the same in the order of parts, with `kept` by the id that the row has in the end."""
     removed = sorted(removed, key=_place)
     made: dict[int, str] = {}
@@ -175,5 +175,5 @@ def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Exampl
     """Each with its row, part by part."""
     for _, run in itertools.groupby(removed, lambda one: one.part.path):
         some = list(run)
-        found = picked([some[0].part], ((0, one.place) for one in some))
+        found = take_rows([some[0].part], ((0, one.place) for one in some))
         yield from zip(some, map(parquet_io.example_of, found), strict=True)

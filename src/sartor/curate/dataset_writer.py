@@ -218,7 +218,7 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     total, number, room, writer = 0, 0, 0, None
     try:
-        for table in regrouped(tables, schema, parquet_io.ROWS_PER_GROUP):
+        for table in rechunk_tables(tables, schema, parquet_io.ROWS_PER_GROUP):
             if writer is None or room < len(table):
                 if writer is not None:
                     writer.close()
@@ -232,7 +232,7 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
     return total
 
 
-def regrouped(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
+def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
     """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at all)."""
     waiting, count, has_yielded = [], 0, False
     for table in tables:
@@ -282,7 +282,7 @@ def _remove_unused_media(folder: Path) -> None:
             file.unlink()
 
 
-def write_derived(
+def write_dataset_from(
     out: Path | str,
     parents: Sequence[Artifact],
     examples: Iterable[Example],

@@ -25,12 +25,12 @@ from sartor.core import config, parquet_io
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, digest
 from sartor.curate import shards
-from sartor.curate.shards import Merged, Part, Task
-from sartor.curate.step import Gathered, Reading, Removal, RowStep, SetStep, Verdicts
+from sartor.curate.shards import Shard, ShardTask, TakenOver
+from sartor.curate.step import ReadsFiles, Removal, RowStep, SetStep, StepInput, StepResult
 from sartor.curate.steps import needs_all_rows
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 
-Run = Callable[[str, Sequence[Task]], list[Part]]
+Run = Callable[[str, Sequence[ShardTask]], list[Shard]]
 # Rises when a worker makes another part of the same input: parts of an older Sartor are then made again.
 FORMAT = 3
 GUARDS = ("allow", "max_fraction", "max_source_fraction")
@@ -40,7 +40,7 @@ GUARDS = ("allow", "max_fraction", "max_source_fraction")
 class Removed:
     """A Removal as it stands in the drops: the row, and the id of the row in its place."""
 
-    part: Part
+    part: Shard
     place: int
     removal: Removal
     step: str
@@ -50,10 +50,10 @@ class Removed:
 
 
 @dataclass
-class State:
+class PassState:
     """Where the rows are: the parts of the last pass, and the verdicts on their rows that no part knows yet."""
 
-    parts: list[Part]
+    parts: list[Shard]
     starts: list[int] = field(default_factory=list)  # the number of each part's first row, and at the end the number of rows
     gone: dict[int, Removal] = field(default_factory=dict)
     taken: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
@@ -67,7 +67,7 @@ class State:
     def __post_init__(self) -> None:
         self.stand_on(self.parts)
 
-    def stand_on(self, made: list[Part]) -> None:
+    def stand_on(self, made: list[Shard]) -> None:
         """The rows are in these parts now, and no verdict on them is open."""
         self.parts, self.starts = made, list(itertools.accumulate((part.kept for part in made), initial=0))
         self.gone, self.taken, self.then = {}, {}, []
@@ -88,10 +88,10 @@ class Passes:
         self.folder, self.run, self.workers, self.notice = folder, run, workers, notice
         self.number = 0
 
-    def first(self, reading: Sequence[Task], steps: Sequence[Any]) -> State:
+    def first(self, reading: Sequence[ShardTask], steps: Sequence[Any]) -> PassState:
         """Every step, from tasks that say what to read."""
         row_steps, sets, rest = split(steps)
-        state = State(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in reading]))
+        state = PassState(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in reading]))
         rest = self._decide(state, sets) + rest
         while rest or state.then:
             row_steps, sets, rest = split(rest)
@@ -99,37 +99,37 @@ class Passes:
             rest = self._decide(state, sets) + rest
         return state
 
-    def copies(self, state: State, tasks: Sequence[Task]) -> list[Part]:
+    def copies(self, state: PassState, tasks: Sequence[ShardTask]) -> list[Shard]:
         """Rows made of the rows of the last pass. They are no rows of `state`; what could not be made is among its drops."""
         made = self._execute(tasks)
         state.drops += [part.path / "drops.parquet" for part in made]
         return made
 
-    def _execute(self, tasks: Sequence[Task]) -> list[Part]:
+    def _execute(self, tasks: Sequence[ShardTask]) -> list[Shard]:
         steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets, tasks[0].copying)] if tasks else []
         named = [self._named(number, task, steps) for number, task in enumerate(tasks)]
         self.number += 1
         return self.run(f"pass {self.number}", named)
 
-    def _named(self, number: int, task: Task, steps: Any) -> Task:
+    def _named(self, number: int, task: ShardTask, steps: Any) -> ShardTask:
         """The task with its key, and the directory that the key names. `steps`: what is said of the pass's steps."""
         taken = [(place, config.dump(more)) for place, more in sorted(task.merged.items())]
         key = digest([FORMAT, task.key, steps, sorted(task.gone), taken])
         part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
         return dataclasses.replace(task, key=key, part=part, folder=self.folder)
 
-    def _next(self, state: State, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
+    def _next(self, state: PassState, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
         """Open verdicts and the next row steps, in the workers."""
         gone: dict[int, set[int]] = {}
         for row in state.gone:
             part, place = state.where(row)
             gone.setdefault(part, set()).add(place)
-        merged: dict[int, dict[int, Merged]] = {}
-        for row, more in takeovers(state).items():
+        merged: dict[int, dict[int, TakenOver]] = {}
+        for row, more in inherited_fields(state).items():
             part, place = state.where(row)
             merged.setdefault(part, {})[place] = more
         tasks = [
-            Task(
+            ShardTask(
                 part=part.path, key=part.summary["key"], folder=self.folder, steps=row_steps, sets=sets, before=part.path,
                 gone=frozenset(gone.get(number, ())), merged=merged.get(number, {}),
             )
@@ -137,7 +137,7 @@ class Passes:
         ]  # fmt: skip
         state.stand_on(self._execute(tasks))
 
-    def _decide(self, state: State, sets: tuple[SetStep, ...]) -> list[Any]:
+    def _decide(self, state: PassState, sets: tuple[SetStep, ...]) -> list[Any]:
         """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row step."""
         for place, step in enumerate(sets):
             living, table = self._living(state, place)
@@ -148,9 +148,9 @@ class Passes:
                 return list(sets[place + 1 :])
         return []
 
-    def _living(self, state: State, place: int) -> tuple[Sequence[int], Any]:
+    def _living(self, state: PassState, place: int) -> tuple[Sequence[int], Any]:
         """Numbers of the rows that no open verdict removed, and their sketch beside the index."""
-        whole = pa.concat_tables(beside(part.index, part.sketch(place)) for part in state.parts)
+        whole = pa.concat_tables(hstack_tables(part.index, part.sketch(place)) for part in state.parts)
         if not state.gone:
             return range(len(whole)), whole
         living = [row for row in range(len(whole)) if row not in state.gone]
@@ -158,7 +158,7 @@ class Passes:
         chunks = (whole.take(pa.array(living[at : at + 65536])) for at in range(0, max(len(living), 1), 65536))
         return living, shards.write_arrow(self.folder / f"living-{self.number}-{place}.arrow", chunks, whole.schema)
 
-    def _gathered(self, state: State, living: Sequence[int], table: Any) -> Gathered:
+    def _gathered(self, state: PassState, living: Sequence[int], table: Any) -> StepInput:
         encoded = pc.dictionary_encode(table["source"]).combine_chunks()
         encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) and encoded.num_chunks else encoded
         names = encoded.dictionary.to_pylist() if len(table) else []
@@ -168,13 +168,13 @@ class Passes:
         def fetch(wanted: Sequence[int]) -> list[Example]:
             return examples_of(state, [living[row] for row in wanted])
 
-        return Gathered(table, names, fetch, self.folder, self.workers, self.notice)
+        return StepInput(table, names, fetch, self.folder, self.workers, self.notice)
 
 
 def _said(step: Any) -> dict[str, Any]:
     """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
     said = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
-    return {**said, "files": [file_digest(file) for file in step.files()]} if isinstance(step, Reading) else said
+    return {**said, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else said
 
 
 def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...], list[Any]]:
@@ -184,21 +184,21 @@ def split(steps: Sequence[Any]) -> tuple[tuple[RowStep, ...], tuple[SetStep, ...
     return row_steps, sets, list(steps[len(row_steps) + len(sets) :])
 
 
-def whole(steps: Sequence[Any]) -> list[Any]:
+def with_final_dedup(steps: Sequence[Any]) -> list[Any]:
     """The steps, with `exact_duplicates` at the end if rows could be equal there: ids are unique in a Dataset."""
     last = max((place for place, step in enumerate(steps) if isinstance(step, ExactDuplicates)), default=-1)
     unique = last >= 0 and all(needs_all_rows(step) for step in steps[last:])
     return list(steps) if unique else [*steps, ExactDuplicates()]
 
 
-def beside(index: Any, sketch: Any) -> Any:
+def hstack_tables(index: Any, sketch: Any) -> Any:
     """One table of both's columns."""
     for name in sketch.column_names:
         index = index.append_column(name, sketch[name])
     return index
 
 
-def record(state: State, step: SetStep, living: Sequence[int], verdicts: Verdicts) -> None:
+def record(state: PassState, step: SetStep, living: Sequence[int], verdicts: StepResult) -> None:
     """Note verdicts whose row numbers count the living rows only."""
     ids = KeptIds(state)
     for removal in verdicts.removals:
@@ -219,7 +219,7 @@ def record(state: State, step: SetStep, living: Sequence[int], verdicts: Verdict
 class KeptIds:
     """Ids by row number."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: PassState) -> None:
         self._columns = [part.index["id"] for part in state.parts]
         self._state = state
 
@@ -228,25 +228,25 @@ class KeptIds:
         return str(self._columns[part][place].as_py())
 
 
-def takeovers(state: State) -> dict[int, Merged]:
+def inherited_fields(state: PassState) -> dict[int, TakenOver]:
     """What each row takes over: origins in order of reading; of the splits eval wins; its own group before another's."""
     wanted = sorted({row for kept, others in state.taken.items() for row in (kept, *others)})
     columns = ["origins", "split", "group"]
-    known = dict(zip(wanted, picked(state.parts, map(state.where, wanted), columns), strict=True))
+    known = dict(zip(wanted, take_rows(state.parts, map(state.where, wanted), columns), strict=True))
     found = {}
     for kept, others in state.taken.items():
         equals = [known[row] for row in (kept, *sorted(others))]
         origins = tuple(origin for row in equals[1:] for origin in map(parquet_io.origin_of, row["origins"]))
         splits = [row["split"] for row in equals if row["split"]]
         chosen = "eval" if "eval" in splits else next(iter(splits), "")
-        found[kept] = Merged(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
+        found[kept] = TakenOver(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
     return found
 
 
 ID_COLUMNS = ("id", "a", "b")
 
 
-def evidence_of(state: State) -> Iterator[tuple[str, Any]]:
+def evidence_of(state: PassState) -> Iterator[tuple[str, Any]]:
     """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
     for name, (known, table) in state.evidence.items():
         ids: list[str] = []
@@ -278,7 +278,7 @@ def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -
     return table
 
 
-def moved_ids(state: State, known: int, ids: Sequence[str]) -> list[str]:
+def moved_ids(state: PassState, known: int, ids: Sequence[str]) -> list[str]:
     """The ids that rows have in the end, by those that they had after `known` passes."""
     found = pl.DataFrame({"id": ids}, schema={"id": pl.String})
     for moves in state.moves[known:]:
@@ -289,8 +289,8 @@ def moved_ids(state: State, known: int, ids: Sequence[str]) -> list[str]:
     return found["id"].to_list()
 
 
-def picked(
-    some: Sequence[Part], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
+def take_rows(
+    some: Sequence[Shard], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of parts, by (part, place), in the order wanted; each part is read once for a run of rows of it."""
     for part, run in itertools.groupby(wanted, lambda place: place[0]):
@@ -298,9 +298,9 @@ def picked(
         yield from some[part].table(columns).take(places).to_pylist()
 
 
-def examples_of(state: State, wanted: Sequence[int]) -> list[Example]:
+def examples_of(state: PassState, wanted: Sequence[int]) -> list[Example]:
     """Rows by number."""
     order = sorted(range(len(wanted)), key=lambda at: wanted[at])
-    found = picked(state.parts, (state.where(wanted[at]) for at in order))
+    found = take_rows(state.parts, (state.where(wanted[at]) for at in order))
     made = {at: parquet_io.example_of(row) for at, row in zip(order, found, strict=True)}
     return [made[at] for at in range(len(wanted))]

@@ -30,16 +30,16 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from sartor.core import config, parquet_io, records
-from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
-from sartor.core.errors import ConfigError, MissingError, SartorError, SourceError, StoppedError, need
+from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
+from sartor.core.errors import ConfigError, MissingError, SartorError, SourceError, StoppedError, missing_package
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
-from sartor.core.processes import Workers
+from sartor.core.processes import WorkerPool
 from sartor.core.records import canonical, digest
 from sartor.curate import augmentation, curation_outcome
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
-from sartor.curate.passes import Passes, State, evidence_of, whole
+from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedup
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import Part, Task, execute
+from sartor.curate.shards import Shard, ShardTask, execute
 from sartor.curate.sources import chunk_reader, planner
 from sartor.curate.steps import makes_copies
 from sartor.curate.steps.personal_data import PersonalData
@@ -138,7 +138,7 @@ def _place(source: Mapping[str, Any]) -> str:
 WORTH_A_WORKER = 4 << 20
 
 
-def run_local(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
+def run_local(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
     """Summaries of the tasks' parts, in order. `sizes` are bytes, about; `workers` 0 takes one a core.
 
     The first error of a task, in their order, ends the work; what is finished stands.
@@ -147,11 +147,11 @@ def run_local(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> 
     if workers < 2 or sum(sizes) < WORTH_A_WORKER:
         yield from map(execute, tasks)
         return
-    with Workers(workers) as pool:
+    with WorkerPool(workers) as pool:
         yield from pool.spread(execute, ((task,) for task in tasks))
 
 
-def run_on_ray(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
+def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 0) -> Iterator[dict[str, Any]]:
     """Summaries of the tasks' parts, in order, as `local.run`. `workers` 0 lets Ray decide how many run at once.
 
     The cluster is the one that RAY_ADDRESS names; without it, one is started on this machine. Raises ExtraError, MissingError.
@@ -159,7 +159,7 @@ def run_on_ray(tasks: Sequence[Task], sizes: Sequence[int], workers: int = 0) ->
     try:
         import ray
     except ImportError:
-        raise need("ray", "ray") from None
+        raise missing_package("ray", "ray") from None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -192,7 +192,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class CurationProgress:
     """Goes by bytes, since nobody knows the number of rows before they are read. Use as a context manager."""
 
     def __init__(self, notice: Callable[[str], None]) -> None:
@@ -201,7 +201,7 @@ class Progress:
         self._bar = Bar(*columns, console=Console(stderr=True), disable=not self._is_live, transient=True)
         self._task = self._bar.add_task("curate", total=1, said="looking at the files ...")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> CurationProgress:
         self._bar.start()
         return self
 
@@ -258,9 +258,9 @@ def curate(
     if resume and (there := _finished(recipe, out)):
         with workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
             return Curated(there, 0, time.monotonic() - began)
-    check_free(out, replace=replace)
+    check_output_free(out, replace=replace)
     with workplace(work, anew=replace):
-        line = Line(recipe, work, on, notice)
+        line = CurationRun(recipe, work, on, notice)
         try:
             with line.progress:
                 state = line.run(strict)
@@ -289,7 +289,7 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
         return None
     there = open_artifact(out, "dataset")
     made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
-    now = {(file.source, file.path): file.sha256 for file in planner.plan(recipe.sources, recipe.max_row_bytes).files}
+    now = {(file.source, file.path): file.sha256 for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files}
     same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
     if not same or made != now:
         what = "sources that have changed" if same else "another recipe"
@@ -312,34 +312,34 @@ def workplace(work: Path, *, anew: bool) -> Iterator[None]:
                 work.rmdir()  # only if nothing is in it
 
 
-class Line:
+class CurationRun:
     """One run of a recipe: its files, its engine, its progress, its Dataset."""
 
     def __init__(self, recipe: CurateRecipe, work: Path, on: Engine, notice: Notice) -> None:
         self.recipe, self.work, self.notice = recipe, work, notice
         self.declared = {source.path: source for source in recipe.sources}
         self.engine = run_on_ray if on == "ray" else run_local
-        self.progress = Progress(notice)
+        self.progress = CurationProgress(notice)
         self.found = 0
         self.read: Counter[tuple[str, str]] = Counter()
         self.notes: dict[tuple[str, str], Counter[str]] = {}
         self.tally: dict[str, Counter[str]] = {}
 
-    def run(self, strict: bool) -> State:
+    def run(self, strict: bool) -> PassState:
         """Every pass, the split, and the copies of training rows."""
-        self.planned = planner.plan(self.recipe.sources, self.recipe.max_row_bytes)
+        self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
-            Task(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
+            ShardTask(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.units
         ]
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
         passes = Passes(self.work, self._execute, workers, self.notice)
-        state = passes.first(tasks, whole([step for step in self.recipe.steps if not makes_copies(step)]))
-        self.outcome = curation_outcome.Outcome(state, self.recipe)
-        self.copies = augmentation.made(passes, state, self.outcome, self.recipe)
+        state = passes.first(tasks, with_final_dedup([step for step in self.recipe.steps if not makes_copies(step)]))
+        self.outcome = curation_outcome.SplitDecision(state, self.recipe)
+        self.copies = augmentation.run_augmentation(passes, state, self.outcome, self.recipe)
         return state
 
-    def _execute(self, name: str, tasks: Sequence[Task]) -> list[Part]:
+    def _execute(self, name: str, tasks: Sequence[ShardTask]) -> list[Shard]:
         sizes = [task.unit.bytes if task.unit else _size(task.before) for task in tasks]
         made = []
         self.progress.begin(name, sum(sizes))
@@ -347,12 +347,12 @@ class Line:
             self.found += summary["was_there"]
             self.progress.advance(size, summary["kept"] + summary["dropped"])
             self._count(task, summary)
-            made.append(Part(task.part, summary))
+            made.append(Shard(task.part, summary))
         if self.found:
             self.notice(f"{name}: going on with {self.found} parts that an interrupted run had finished")
         return made
 
-    def _count(self, task: Task, summary: Mapping[str, Any]) -> None:
+    def _count(self, task: ShardTask, summary: Mapping[str, Any]) -> None:
         if task.source is not None:
             for file, count in summary["read"].items():
                 self.read[task.source.path, file] += count
@@ -361,7 +361,7 @@ class Line:
         for kind, counts in summary["tally"].items():
             self.tally.setdefault(kind, Counter()).update(counts)
 
-    def write(self, state: State, writer: DatasetWriter) -> dict[str, Any]:
+    def write(self, state: PassState, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
         removed = curation_outcome.with_last_ids(
             state, [*state.removed, *curation_outcome.leaks(state, self.outcome), *self.copies.removed]
@@ -376,7 +376,7 @@ class Line:
         writer.set_aside(curation_outcome.set_aside_rows(removed, masks))
         writer.media(self.work / "media")
         for name, table in evidence_of(state):
-            writer.evidence(name, curation_outcome.masked(table, masks))
+            writer.evidence(name, curation_outcome.mask_quotes(table, masks))
         if self.copies.steps:
             writer.evidence("copies", self.copies.evidence())
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
@@ -401,7 +401,7 @@ class Line:
             yield {**asdict(file), **terms, "read": self.read[place], "notes": dict(self.notes.get(place, {}))}
 
 
-def _key(unit: chunk_reader.Unit) -> str:
+def _key(unit: chunk_reader.InputChunk) -> str:
     """What a unit will read. Nobody knows that of a query before it is asked, so its parts are never found again."""
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
@@ -417,6 +417,6 @@ def _size(before: Path | None) -> int:
 
 def _nothing_kept(read: int, folder: Path) -> str:
     drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in parquet_io.read_file(file)]
-    reasons = ", ".join(f"{reason} {count}" for reason, count in records.tally(drop["reason"] for drop in drops).items())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in records.count_values(drop["reason"] for drop in drops).items())
     first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
     return f"no row is left of {read}" + (f" ({reasons}{first})" if reasons else "")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.types import SourceOptions
 from sartor.curate.steps import Step, makes_copies
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 
@@ -28,7 +28,7 @@ class Split:
 class CurateRecipe:
     """Sources -> Dataset."""
 
-    sources: tuple[Source, ...] = option(REQUIRED, "where rows come from")
+    sources: tuple[SourceOptions, ...] = option(REQUIRED, "where rows come from")
     steps: tuple[Step, ...] = option((ExactDuplicates(),), "what is done to each row, in order")
     split: Split = option(Split(), "how rows are held out")
     seed: int = option(0, "seed of the split")

@@ -20,17 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sartor.core import config, parquet_io
-from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
+from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import held_out_groups, split_group
 from sartor.curate.dataset_writer import SET_ASIDE, DatasetWriter, write_dataset
 from sartor.curate.dedup import clusters, pair_store
 from sartor.curate.dedup import dedup_files as of_files
-from sartor.curate.dedup.pair_scoring import METHODS, Pairs
+from sartor.curate.dedup.pair_scoring import METHODS, ScoredPairs
 from sartor.curate.pipeline import Curated, load_recipe
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import through
+from sartor.curate.shards import apply_steps
 from sartor.curate.step import RowFunction
 from sartor.curate.steps import makes_copies, needs_all_rows
 from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
@@ -48,7 +48,7 @@ def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace:
     recipe = load_recipe(old.manifest["recipe"])
     step, later = _steps(recipe, old)
     pair_store.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
-    check_free(Path(out).absolute(), replace=replace)
+    check_output_free(Path(out).absolute(), replace=replace)
     work = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
     dataset = write_dataset(Path(out), work.fill, parents=[old], replace=replace)
     return Curated(dataset, 0, time.monotonic() - began)
@@ -105,12 +105,14 @@ class _Rethreshold:
         low, high = np.minimum(place[a], place[b]), np.maximum(place[a], place[b])
         measured = (pairs[name].to_numpy() for name in ("jaccard", "containment", "exact"))
         rules = self.step.rules()
-        found = clusters.resolve(Pairs(low, high, *measured).unique(), rank[read], rules)
+        found = clusters.resolve_clusters(ScoredPairs(low, high, *measured).unique(), rank[read], rules)
         sources = [origins[0]["source"] for table in (self.kept, self.aside) for origins in table["origins"].to_pylist()]
         names = sorted(set(sources))
         numbers = np.array([names.index(sources[row]) for row in read], np.int64)
-        limits = clusters.Limits(self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True)
-        clusters.guard(found, numbers, names, limits, lambda row: self.ids[read[row]])
+        limits = clusters.RemovalLimits(
+            self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True
+        )
+        clusters.check_removals(found, numbers, names, limits, lambda row: self.ids[read[row]])
         self.rules, self.found = rules, found
         fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)
         self.gone = dict(zip(read[found.rows].tolist(), fates, strict=True))
@@ -140,8 +142,8 @@ class _Rethreshold:
         """The pairs, judged by the new threshold."""
         table = pq.read_table(self.old.path / "evidence" / "near_duplicates.parquet")
         numbers = (table[f"place_{end}"].to_numpy() for end in ("a", "b"))
-        pairs = Pairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
-        score, method = pair_store.judgements(pairs, self.rules)
+        pairs = ScoredPairs(*numbers, *(table[name].to_numpy() for name in ("jaccard", "containment", "exact")))
+        score, method = pair_store.score_pairs(pairs, self.rules)
         for name, column in (("score", pa.array(score)), ("method", pa.array(method.tolist(), pa.string()))):
             table = table.set_column(table.schema.get_field_index(name), name, column)
         return table
@@ -161,10 +163,10 @@ class _Rethreshold:
         for place in range(len(self.kept), len(self.ids)):
             if place in self.gone:
                 continue
-            outcome = through(self._example(place), self.functions)
+            outcome = apply_steps(self._example(place), self.functions)
             if isinstance(outcome, Example) and (outcome.id in known or outcome.id in back):
                 outcome = dataclasses.replace(
-                    dropped(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),
+                    drop_of(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),
                     kept=outcome.id,
                 )
             if isinstance(outcome, Drop):
@@ -189,7 +191,7 @@ class _Rethreshold:
     def _near_drops(self) -> Iterator[Drop]:
         for place, (kept, score, method) in sorted(self.gone.items()):
             detail = f"{score:.3f} {METHODS[method]} to {self._example(kept).origins[0].locator}"
-            drop = dropped(self._example(place), "near_duplicate", detail, step=self.step.kind)
+            drop = drop_of(self._example(place), "near_duplicate", detail, step=self.step.kind)
             yield dataclasses.replace(
                 drop, id=self.ids[place], kept=self.ids[kept], score=round(score, 6), method=METHODS[method]
             )

@@ -32,11 +32,11 @@ import pyarrow.parquet as pq
 
 from sartor.core import parquet_io
 from sartor.core.filesystem import create_directory_atomic
-from sartor.core.records import Drop, Example, Origin, dropped
+from sartor.core.records import Drop, Example, Origin, drop_of
 from sartor.core.splits import prompt_group
-from sartor.curate.sources.chunk_reader import Unit, read
-from sartor.curate.sources.types import Source
-from sartor.curate.step import Copy, CopyStep, Counting, RowFunction, RowStep, SetStep
+from sartor.curate.sources.chunk_reader import InputChunk, read_chunk
+from sartor.curate.sources.types import SourceOptions
+from sartor.curate.step import AugmentedRow, AugmentStep, Counting, RowFunction, RowStep, SetStep
 
 INDEX = pa.schema(
     [
@@ -53,7 +53,7 @@ INDEX = pa.schema(
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """A part that stands. `summary` is its part.json."""
 
     path: Path
@@ -98,31 +98,31 @@ def write_arrow(file: Path, tables: Iterable[Any], schema: Any) -> Any:
     return read_arrow(file)
 
 
-def find(path: Path, key: str) -> Part | None:
+def find_shard(path: Path, key: str) -> Shard | None:
     """The part at `path` if it is whole and was made under that key."""
     try:
         summary = json.loads((path / "part.json").read_text(encoding="utf-8"))
         sizes = {name: (path / name).stat().st_size for name in summary["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Part(path, summary) if summary.get("key") == key and sizes == summary["files"] else None
+    return Shard(path, summary) if summary.get("key") == key and sizes == summary["files"] else None
 
 
-def write(path: Path, key: str, fill: Callable[[Path], dict[str, Any]]) -> Part:
+def write_shard(path: Path, key: str, fill: Callable[[Path], dict[str, Any]]) -> Shard:
     """Make the part at `path`, whole or not at all. `fill` fills the directory it gets and returns the summary."""
     with create_directory_atomic(path, replace=True) as temporary:
         summary = fill(temporary)
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         summary = {"key": key, **summary, "files": files}
         (temporary / "part.json").write_text(json.dumps(summary), encoding="utf-8")
-    return Part(path, summary)
+    return Shard(path, summary)
 
 
 BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Merged:
+class TakenOver:
     """What a row takes over from rows of equal content that were removed."""
 
     origins: tuple[Origin, ...]
@@ -131,7 +131,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the part.
 
     gone, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies and not the rows.
@@ -142,18 +142,18 @@ class Task:
     folder: Path  # of the whole work: media paths are relative to it
     steps: tuple[RowStep, ...]
     sets: tuple[SetStep, ...]
-    unit: Unit | None = None
-    source: Source | None = None
+    unit: InputChunk | None = None
+    source: SourceOptions | None = None
     strict: bool = False
     before: Path | None = None
     gone: frozenset[int] = frozenset()
-    merged: Mapping[int, Merged] = field(default_factory=dict)
-    copying: tuple[CopyStep, ...] = ()
+    merged: Mapping[int, TakenOver] = field(default_factory=dict)
+    copying: tuple[AugmentStep, ...] = ()
 
 
-def execute(task: Task) -> dict[str, Any]:
+def execute(task: ShardTask) -> dict[str, Any]:
     """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
-    if there := find(task.part, task.key):
+    if there := find_shard(task.part, task.key):
         return {**there.summary, "was_there": True}
     began = time.monotonic()
 
@@ -163,7 +163,7 @@ def execute(task: Task) -> dict[str, Any]:
         summary = line.summary()
         return {**summary, "wall_s": round(time.monotonic() - began, 3)}
 
-    return {**write(task.part, task.key, fill).summary, "was_there": False}
+    return {**write_shard(task.part, task.key, fill).summary, "was_there": False}
 
 
 @functools.lru_cache(maxsize=32)
@@ -172,7 +172,7 @@ def _opened(step: Any, folder: Path) -> Any:
     return step.open(folder)
 
 
-class Coming(NamedTuple):
+class SteppedRow(NamedTuple):
     """A row that came through. `was`: the id that it came with if that is another. `changes`: of a copy, what is changed."""
 
     row: Example
@@ -183,7 +183,7 @@ class Coming(NamedTuple):
 class _Line:
     """The rows of a task on their way through its steps; what falls off is kept beside."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ShardTask) -> None:
         self.task = task
         self.functions: list[tuple[str, RowFunction]] = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
@@ -194,7 +194,7 @@ class _Line:
         self.notes: Counter[tuple[str, str]] = Counter()
         self.kept = 0
 
-    def rows(self) -> Iterator[Coming]:
+    def rows(self) -> Iterator[SteppedRow]:
         """Rows that came through every step, or the copies of them."""
         for row in self._incoming():
             for outcome in self._outcomes(row):
@@ -202,27 +202,27 @@ class _Line:
                     self.drops.append(outcome)
                     continue
                 self.kept += 1
-                if isinstance(outcome, Copy):
-                    yield Coming(outcome.row, row.id, outcome.changes)
+                if isinstance(outcome, AugmentedRow):
+                    yield SteppedRow(outcome.row, row.id, outcome.changes)
                 else:
-                    yield Coming(outcome, "" if outcome.id == row.id else row.id)
+                    yield SteppedRow(outcome, "" if outcome.id == row.id else row.id)
 
-    def _outcomes(self, row: Example) -> Iterator[Example | Copy | Drop]:
+    def _outcomes(self, row: Example) -> Iterator[Example | AugmentedRow | Drop]:
         if not self.task.copying:
-            yield through(row, self.functions)
+            yield apply_steps(row, self.functions)
         for step in self.task.copying:
             yield from _opened(step, self.task.folder)(row)  # type: ignore[arg-type]
 
     def _incoming(self) -> Iterator[Example]:
         task = self.task
         if task.before is not None:
-            for number, row in enumerate(Part(task.before, {}).examples()):
+            for number, row in enumerate(Shard(task.before, {}).examples()):
                 if number not in task.gone:
                     more = task.merged.get(number)
-                    yield taken_over(row, more) if more else row
+                    yield with_inherited(row, more) if more else row
             return
         assert task.unit is not None and task.source is not None
-        for found in read(task.unit, task.source, task.folder / "media", task.strict, self.notes):
+        for found in read_chunk(task.unit, task.source, task.folder / "media", task.strict, self.notes):
             place = found.locator if isinstance(found, Drop) else found.origins[0].locator
             self.read[place.rpartition(":")[0]] += 1
             found = found if isinstance(found, Drop) else _in_its_split(found, task.source)
@@ -238,7 +238,7 @@ class _Line:
         return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
 
 
-def _in_its_split(row: Example, source: Source) -> Example | Drop:
+def _in_its_split(row: Example, source: SourceOptions) -> Example | Drop:
     """The row in the split that is declared for it. What a machine made is for training alone, whatever is declared: held out
     it would pass for reality.
     """
@@ -246,11 +246,11 @@ def _in_its_split(row: Example, source: Source) -> Example | Drop:
         # replace() forgets the id that was computed
         return replace(row, split=source.split) if source.split else row
     if source.split == "eval":
-        return dropped(row, "synthetic_held_out", "a synthetic row is no reality to be measured on", step="split")
+        return drop_of(row, "synthetic_held_out", "a synthetic row is no reality to be measured on", step="split")
     return replace(row, split="train")
 
 
-def through(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:
+def apply_steps(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Example | Drop:
     """The row after each step in turn, or the Drop of the first that drops it; `steps` notes those that changed it."""
     for kind, function in functions:
         outcome = function(row)
@@ -262,7 +262,7 @@ def through(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> Examp
     return row
 
 
-def taken_over(row: Example, more: Merged) -> Example:
+def with_inherited(row: Example, more: TakenOver) -> Example:
     """The row with the origins of its equals. Of two splits eval wins, so that no held-out row is trained on."""
     return replace(row, origins=row.origins + more.origins, split=more.split, group=more.group)
 
@@ -292,7 +292,7 @@ def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
     return stack.enter_context(pa.ipc.new_file(stack.enter_context(pa.OSFile(str(file), "wb")), schema))
 
 
-def index_table(some: Sequence[Coming]) -> Any:
+def index_table(some: Sequence[SteppedRow]) -> Any:
     """The columns of `INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """

@@ -56,7 +56,7 @@ class RowStep(Protocol):
 
 
 @runtime_checkable
-class Reading(Protocol):
+class ReadsFiles(Protocol):
     """A step that reads files beside the rows. What a worker makes follows from what they hold, not from their names."""
 
     def files(self) -> Sequence[Path]:
@@ -65,7 +65,7 @@ class Reading(Protocol):
 
 
 @dataclass(frozen=True)
-class Gathered:
+class StepInput:
     """What `decide` sees of N rows.
 
     `table` is an Arrow table of N rows in the order of reading: the sketch's columns, and always `id` (of the Example),
@@ -104,7 +104,7 @@ class Removal:
 
 
 @dataclass
-class Verdicts:
+class StepResult:
     """What a SetStep found.
 
     evidence: file name -> Arrow table, written into the Dataset as `evidence/<name>.parquet` (pairs, queues for review).
@@ -131,23 +131,23 @@ class SetStep(Protocol):
         """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as `RowStep.open`'s."""
         ...
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """What becomes of the rows. Deterministic. Raises GuardError when it would remove too much."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class AugmentedRow:
     """A row made of another: the same origins, group and split, and `changes` in words ("copy 2: rotated by 3.1 degrees")."""
 
     row: Example
     changes: str
 
 
-CopyFunction = Callable[[Example], Iterator[Copy | Drop]]
+CopyFunction = Callable[[Example], Iterator[AugmentedRow | Drop]]
 
 
-class CopyStep(Protocol):
+class AugmentStep(Protocol):
     """A step that makes further rows of training rows. Of a held-out row none is made."""
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sartor.core import assets, signing
-from sartor.core.artifacts import check_free
+from sartor.core.artifacts import check_output_free
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.curate.pipeline import Curated, curate
@@ -20,7 +20,7 @@ from sartor.demo.home_intents import rehearsal_rows, rows
 from sartor.evaluate.evaluation import Evaluated, evaluate
 from sartor.release.release import Released, Waiver, release, verify
 from sartor.serving.commands.ask_release import ask
-from sartor.serving.commands.ask_types import Reply
+from sartor.serving.commands.ask_types import AskReply
 from sartor.tune.trainer import Tuned, tune
 
 Notice = Callable[[str], object]
@@ -31,14 +31,14 @@ ROWS = 740
 
 
 @dataclass(frozen=True)
-class Demo:
+class DemoResult:
     """Once around: what each stage made."""
 
     curated: Curated
     tuned: Tuned
     evaluated: Evaluated
     released: Released
-    reply: Reply
+    reply: AskReply
     wall_s: float
 
     def as_json(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Demo:
 
 def demo(
     out: Path | str = "demo-out", *, limit: int = 0, replace: bool = False, show: bool = True, notice: Notice = print
-) -> Demo:
+) -> DemoResult:
     """Curate, tune, evaluate, release and ask, on home-assistant-intents and the starter base, below the directory `out`.
 
     `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release carries
@@ -97,7 +97,7 @@ def demo(
     out = Path(out)
     names = ("dataset", "adapter", "report", "intents-1.0")
     for name in names:
-        check_free((out / name).absolute(), replace=replace)
+        check_output_free((out / name).absolute(), replace=replace)
     _write_inputs(out, limit)
     curated = curate(out / "curate.yaml", out / "dataset", replace=replace)
     notice(
@@ -122,7 +122,7 @@ def demo(
     notice(f"asked    {PROMPT!r} -> {reply.reply}")
     for row in reply.nearest[:1]:
         notice(f"nearest  {row['prompt']!r} -> {row['reply']}  ({row['locator']}, {row['licence']})")
-    return Demo(curated, tuned, evaluated, released, reply, time.monotonic() - began)
+    return DemoResult(curated, tuned, evaluated, released, reply, time.monotonic() - began)
 
 
 def _write_inputs(out: Path, limit: int) -> None:

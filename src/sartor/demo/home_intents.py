@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import assets
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 
 SYSTEM_PROMPT = "Command to JSON."
 # Some intents have a hundred sentences in the asset's grammar, most have under ten; with a few each, the demo's rows show
@@ -134,7 +134,7 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
     try:
         from hassil.intents import Intents, TextSlotList
     except ImportError:
-        raise need("hassil", "demo") from None
+        raise missing_package("hassil", "demo") from None
     data = json.loads((asset / "home_assistant_intents/data/en.json").read_text(encoding="utf-8"))
     intents = Intents.from_dict(data)
     lists = {**intents.slot_lists, "area": TextSlotList.from_strings(AREAS), "floor": TextSlotList.from_strings(FLOORS)}

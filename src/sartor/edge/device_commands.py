@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
-from sartor.core.resource_limits import Limits
+from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store.release_store import Store
-from sartor.edge.store.version_pointers import Installed, State, states
+from sartor.edge.store.release_store import ReleaseStore
+from sartor.edge.store.version_pointers import Installed, StoreState, states
 from sartor.edge.update import device_reports
 from sartor.edge.update import health_check as checks
 from sartor.edge.update.health_check import Health, Result
-from sartor.edge.update.sync import Device, Synced
+from sartor.edge.update.sync import SyncClient, Synced
 from sartor.edge.update.sync import sync as bring
 
 Notice = Callable[[str], object]
@@ -49,7 +49,7 @@ class DeviceOptions:
     def checked(self) -> Health:
         """The health check of this device."""
         prompts = checks.read_prompts(self.health) if self.health else ()
-        limits = Limits(memory_bytes=self.memory_bytes, wall_s=self.check_s)
+        limits = ResourceLimits(memory_bytes=self.memory_bytes, wall_s=self.check_s)
         return Health(prompts, limits, self.base, self.evaluation)
 
 
@@ -74,8 +74,8 @@ def sync(
     if report:
         device_reports.check_id(options.id)
     healthy = options.checked()
-    device = Device(options.id, options.store / _TRUST, options.root, options.starts)
-    with Store(options.store, limit_bytes=options.limit_bytes) as store:
+    device = SyncClient(options.id, options.store / _TRUST, options.root, options.starts)
+    with ReleaseStore(options.store, limit_bytes=options.limit_bytes) as store:
         for line in store.mended:
             notice(line)
         try:
@@ -102,7 +102,7 @@ def _check_private(url: str, report: str, private: bool) -> None:
         raise ConfigError(f"--private lets no packet leave, and {report} is on a network", "--report DIR, or none")
 
 
-def _say(store: Store, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:
+def _say(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:
     """Reports that are due. One that cannot be sent is a notice: the sync itself is done, and the next says it again."""
     if not report or not options.key:
         return []
@@ -145,7 +145,7 @@ def status(store: Path | str, name: str = "") -> dict[str, Any]:
     return {**alone, "releases": said}
 
 
-def _state(one: State) -> dict[str, Any]:
+def _state(one: StoreState) -> dict[str, Any]:
     now = one.current
     return {
         "name": one.name,
@@ -204,9 +204,9 @@ def verify(store: Path | str) -> dict[str, Any]:
 
 
 @contextmanager
-def _held(store: Path | str) -> Iterator[Store]:
+def _held(store: Path | str) -> Iterator[ReleaseStore]:
     """The store that is there: a command that only looks makes none."""
     if not states(Path(store)):
         raise StoreError(f"there is no store at {store}", "sartor edge sync URL NAME --store DIR makes it")
-    with Store(Path(store)) as opened:
+    with ReleaseStore(Path(store)) as opened:
         yield opened

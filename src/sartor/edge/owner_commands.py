@@ -17,13 +17,13 @@ from typing import Any
 from sartor.core import model_refs
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, ModelError, SourceError
 from sartor.core.records import Example
-from sartor.edge.owner.adaptation import Adapted, Settings
+from sartor.edge.owner.adaptation import AdaptationSettings, Adapted
 from sartor.edge.owner.local_adapters import shipped
-from sartor.edge.owner.personal_model import Personal, signing_key
-from sartor.edge.owner.row_keys import FileKey, Keyring, Passphrase, Source
-from sartor.edge.tuning.budgeted_tuning import FILE, Budget, Receipt, tune_within
-from sartor.edge.tuning.energy_policy import Policy
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.owner.personal_model import OwnerModel, signing_key
+from sartor.edge.owner.row_keys import FileKey, Keyring, KeySource, Passphrase
+from sartor.edge.tuning.budgeted_tuning import FILE, DeviceBudget, Receipt, tune_within_budget
+from sartor.edge.tuning.energy_policy import EnergyPolicy
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.personalization.user_rows import example_of, now
 
 PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"
@@ -49,8 +49,8 @@ class PersonOptions:
     probe: Path | None = None
     most_probe_loss: float = 0.05
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
-    policy: Policy = field(default_factory=Policy)
+    budget: DeviceBudget = field(default_factory=DeviceBudget)
+    policy: EnergyPolicy = field(default_factory=EnergyPolicy)
 
 
 def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def forget(
     return {**_works(options, person), **said, "receipt": str(gone.file or "")}
 
 
-def _works(options: PersonOptions, person: Personal) -> dict[str, Any]:
+def _works(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
     """What answers now."""
     now_ = person.status()
     said = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
@@ -117,16 +117,16 @@ def _adapted(done: Adapted) -> dict[str, Any]:
     return {"changed": bool(done.delta), "why": done.why, **counts, "verdict": verdict, **budget, **done.facts}
 
 
-def _person(options: PersonOptions) -> Personal:
+def _person(options: PersonOptions) -> OwnerModel:
     release = shipped(options.store, options.name)
-    settings = Settings(
+    settings = AdaptationSettings(
         options.name,
         _base(options, release.path),
         probe=[said for _, said in _read(options.probe)] if options.probe else [],
         most_probe_loss=options.most_probe_loss,
         recipe=options.recipe,
     )
-    return Personal(
+    return OwnerModel(
         options.folder,
         options.store,
         _key(options),
@@ -136,9 +136,9 @@ def _person(options: PersonOptions) -> Personal:
     )
 
 
-def _tuned(options: PersonOptions, job: Job) -> dict[str, Any]:
+def _tuned(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
     """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
-    receipt = tune_within(job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal)
+    receipt = tune_within_budget(job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal)
     kept = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(job.out) / FILE, kept)
@@ -180,7 +180,7 @@ def _base(options: PersonOptions, release: Path) -> Path:
     return found.path
 
 
-def _key(options: PersonOptions) -> Source:
+def _key(options: PersonOptions) -> KeySource:
     if options.key == "keyring":
         return Keyring()
     if options.key == "passphrase":

@@ -8,11 +8,11 @@ from typing import Any
 
 from sartor.edge.update import fleet_monitor, tuf_roles
 from sartor.edge.update import repository as repositories
-from sartor.edge.update.fleet_monitor import Policy
+from sartor.edge.update.fleet_monitor import FleetPolicy
 from sartor.edge.update.tuf_roles import Expiry, RoleName
 from sartor.edge.update.version_metadata import Offer
 
-__all__ = ["Expiry", "Policy"]
+__all__ = ["Expiry", "FleetPolicy"]
 
 
 def keygen(keys: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def watch(
     *,
     keys: Path | None = None,
     widen: bool = False,
-    policy: Policy | None = None,
+    policy: FleetPolicy | None = None,
 ) -> dict[str, Any]:
     """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
     counted = fleet_monitor.tally(found, repository, devices, policy)

@@ -66,7 +66,7 @@ class Comparison:
         return "better" if (self.low > 0) == higher_is_better else "worse"
 
 
-def paired(
+def paired_bootstrap(
     base: Sequence[float],
     tuned: Sequence[float],
     groups: Sequence[str],
@@ -87,14 +87,14 @@ def paired(
     largest = float(np.abs(scores).max())
     is_bounded = largest <= 1 if is_bounded is None else is_bounded
     widest = max(LEAST_WIDTH, largest, float(np.ptp(scores)))
-    return corpus(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, seed=seed)
+    return corpus_bootstrap(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, seed=seed)
 
 
 def _mean(sums: Array) -> Array:
     return np.asarray(sums[:, 0] / sums[:, 1])
 
 
-def corpus(
+def corpus_bootstrap(
     base: Array,
     tuned: Array,
     groups: Sequence[str],

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from sartor.core import catalogue, parquet_io
-from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
@@ -26,13 +26,13 @@ from sartor.core.splits import group_of, group_of_stored
 from sartor.evaluate import bootstrap, report_page
 from sartor.evaluate.audit import audit as run
 from sartor.evaluate.audit import probes
-from sartor.evaluate.audit.audit import Options
+from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
-from sartor.evaluate.metrics import LOWER_IS_BETTER, NAMES, Measures, Side
-from sartor.evaluate.predictions import HeldOut, answer, fitting, held_out, losses, reply_limit, side
+from sartor.evaluate.metrics import LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
+from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, measure_model, model_side, reply_limit
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
 from sartor.models import adapters, composed_model
@@ -61,7 +61,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationResult:
     """What was found on rows: for the manifest, row by row, and of the rows that the page shows their first picture."""
 
     facts: dict[str, Any]
@@ -94,12 +94,12 @@ def evaluate(
     began = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-report")
-    check_free(out.absolute(), replace=replace)
+    check_output_free(out.absolute(), replace=replace)
     if scorer and scorer not in NAMES:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as media:
         asked = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
-        options = Options(label, tuple(favourable)) if audit else None
+        options = AuditOptions(label, tuple(favourable)) if audit else None
         measured = _measure(adapter, asked, label, scorer, notice, options)
     facts = {
         "name": adapter.path.name,
@@ -125,8 +125,8 @@ def evaluate(
 
 
 def _measure(
-    adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice, audited: Options | None = None
-) -> Measured:
+    adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice, audited: AuditOptions | None = None
+) -> EvaluationResult:
     """Ask both sides everything.
 
     Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
@@ -139,7 +139,7 @@ def _measure(
     asked = fitting(base, asked, reply_limit(base, asked.examples))
     measures = _measures(asked, label)
     primary = scorer or _primary(measures)
-    before, after = (answer(base, model, asked, label, tuned=tuned) for tuned in (False, True))
+    before, after = (measure_model(base, model, asked, label, tuned=tuned) for tuned in (False, True))
     found = measures.compared(before, after)
     ablation = ablate(base, model, asked, measures, after, primary, notice)
     notice("measuring what was forgotten")
@@ -157,24 +157,26 @@ def _measure(
         "left_out": asked.left_out,
     }
     table = _table(asked.examples, measures, before, after)
-    return Measured(facts, table, thumbnails(asked, report_page.shown(table, primary)))
+    return EvaluationResult(facts, table, thumbnails(asked, report_page.rows_to_show(table, primary)))
 
 
-def _audited(adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: Options, notice: Notice) -> dict[str, Any]:
-    answers = run.audit(adapter, Sides(base, model, asked.folder), asked.examples, options, notice)
+def _audited(
+    adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: AuditOptions, notice: Notice
+) -> dict[str, Any]:
+    answers = run.audit(adapter, ModelPair(base, model, asked.folder), asked.examples, options, notice)
     judged = judge_bias(answers["bias"], BiasLimits())
     notice(f"bias: {judged.outcome}: {judged.detail}")
     return answers
 
 
-def _measures(asked: HeldOut, label: str) -> Measures:
+def _measures(asked: HeldOut, label: str) -> MetricSet:
     """What can be measured of the rows. A row with a recording whose reference is text is a transcript."""
     heard = [
         place
         for place, row in enumerate(asked.examples)
         if any(part.kind == "audio" for part in media_of(row)) and not is_json(row.reply)
     ]
-    return Measures(
+    return MetricSet(
         [reply_text(row.messages[-1]) for row in asked.examples],
         [group_of(row) for row in asked.examples],
         label,
@@ -195,7 +197,7 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}
-        base = composed_model.compose(base, composed_model.open_towers(names, base.device, notice))
+        base = composed_model.compose_base(base, composed_model.open_towers(names, base.device, notice))
     return base, adapters.open_adapter(base.model, adapter.path)
 
 
@@ -229,14 +231,16 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
         return {"skipped": f"the base takes none of the {len(probe)} rows of the probe: {problem}"}
     groups, found = {example.id: group_of(example) for example in probe}, []
     for tuned in (False, True):
-        with side(model, tuned=tuned):
+        with model_side(model, tuned=tuned):
             found.append(losses(base, model, encoded))
     (before, tokens), (after, _) = found
-    comparison = bootstrap.paired(before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False)
+    comparison = bootstrap.paired_bootstrap(
+        before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False
+    )
     return {"unit": "nats per token", "rows": len(encoded), **dataclasses.asdict(comparison)}
 
 
-def _primary(measures: Measures) -> str:
+def _primary(measures: MetricSet) -> str:
     if measures.labelled:
         return "macro_f1"
     if len(measures.transcripts) == len(measures.references):
@@ -245,7 +249,7 @@ def _primary(measures: Measures) -> str:
     return "exact_match" if words <= SHORT_REFERENCE_WORDS else "f1"
 
 
-def _table(examples: Sequence[Example], measures: Measures, before: Side, after: Side) -> list[dict[str, Any]]:
+def _table(examples: Sequence[Example], measures: MetricSet, before: ModelOutputs, after: ModelOutputs) -> list[dict[str, Any]]:
     """One mapping per row, for rows.parquet and the page."""
     columns: dict[str, Sequence[Any]] = {
         "id": [example.id for example in examples],
@@ -270,16 +274,16 @@ _OF_A_ROW = {"macro_f1": "accuracy"}
 
 
 @dataclass(frozen=True)
-class Beside:
+class VersionScores:
     """Scores of `metric`, the higher the better; of each row `id, group, reference, live_reply, new_reply, live, new`."""
 
     metric: str
     table: list[dict[str, Any]]
 
 
-def beside(
+def compare_with_live(
     adapter: Path | str, report: Path | str, live: Path | str, notice: Callable[[str], object] = lambda line: None
-) -> Beside:
+) -> VersionScores:
     """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report did.
 
     The rows are looked up in the Dataset of `adapter`. Rows without a score of the primary metric are left out. Raises
@@ -292,11 +296,11 @@ def beside(
     asked = _asked(new, said)
     base, model = open_tuned(standing, notice)
     notice(f"the live version answers the same {len(said)} rows")
-    answered = answer(base, model, asked, found.manifest["label"], tuned=True)
+    answered = measure_model(base, model, asked, found.manifest["label"], tuned=True)
     primary = str(found.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
     heard = [place for place, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
-    measures = Measures(
+    measures = MetricSet(
         [row["reference"] for row in said], [group_of_stored(row) for row in said], found.manifest["label"], None, heard
     )
     mine = answered.loss if metric == "loss" else measures.by_row(answered)[metric]
@@ -313,10 +317,10 @@ def beside(
         for row, reply, score in zip(said, answered.replies, mine, strict=True)
         if score is not None and row[f"tuned_{metric}"] is not None
     ]
-    return Beside(metric, table)
+    return VersionScores(metric, table)
 
 
-def write_beside(file: Path, found: Beside) -> None:
+def write_beside(file: Path, found: VersionScores) -> None:
     """The rows as Parquet, for a person and for `parquet_io.read_file`."""
     parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
 
@@ -326,7 +330,7 @@ def likelihoods(
 ) -> list[float]:
     """Nats per token that a Release or Adapter gives to each row's own reply, negative: the higher, the likelier. Text rows."""
     base, model = open_tuned(open_artifact(path, ("adapter", "release")), notice)
-    with side(model, tuned=True):
+    with model_side(model, tuned=True):
         means, _ = losses(base, model, [base.chat.encode(example) for example in examples])
     return [-mean for mean in means]
 

@@ -36,7 +36,7 @@ LEAST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
-class Blocks:
+class VariantOutcomes:
     """Of one kind of group: names of groups (G), ids of the rows that blocks were made of (N), chances (2, N, G).
 
     chances: under base and tuned, how likely the outcome is, 0..1, or whether it was said, 0 or 1. clusters: (N,) the group of
@@ -57,7 +57,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GroupFinding:
     """One group against the others, under the tuned model: rates of the outcome, 0..1, and their gap with its 95 % interval.
 
     p: two-sided, corrected over the section. ratio: of the four-fifths rule. base_gap: the same gap under the base;
@@ -82,12 +82,12 @@ class Finding:
         return asdict(self)
 
 
-def findings(sections: Sequence[Blocks]) -> list[Finding]:
+def findings(sections: Sequence[VariantOutcomes]) -> list[GroupFinding]:
     """Every group of every kind and outcome, corrected together. What one block shows is chance (p is 1)."""
     return [found for blocks in sections if blocks.ids for found in _of_groups(blocks, len(sections))]
 
 
-def _of_groups(blocks: Blocks, tests: int) -> list[Finding]:
+def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
     """A Finding of each group; of two groups the one with the lower rate, since the other is its mirror."""
     rates, chances = blocks.chances[1].mean(0), gap_chances(blocks)
     found = []
@@ -96,11 +96,11 @@ def _of_groups(blocks: Blocks, tests: int) -> list[Finding]:
         # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts whose
         # likelihoods are alike to the last digit are no sign that others were not drawn
         gap, added = (
-            bootstrap.paired(list(before), list(tuned), blocks.members, is_bounded=False)
+            bootstrap.paired_bootstrap(list(before), list(tuned), blocks.members, is_bounded=False)
             for before in (np.zeros(len(tuned)), base)
         )
         found.append(
-            Finding(
+            GroupFinding(
                 kind=blocks.kind,
                 group=blocks.groups[place],
                 outcome=blocks.outcome,
@@ -118,7 +118,7 @@ def _of_groups(blocks: Blocks, tests: int) -> list[Finding]:
     return found
 
 
-def gap_chances(blocks: Blocks) -> Array:
+def gap_chances(blocks: VariantOutcomes) -> Array:
     """(G,) how likely each group's gap, or a larger one of any group, is where no order of the groups is preferred."""
     gaps = _cluster_gaps(blocks)
     seen, rng, reached = np.abs(gaps.sum(0)), np.random.default_rng(0), np.zeros(gaps.shape[1])
@@ -129,14 +129,14 @@ def gap_chances(blocks: Blocks) -> Array:
     return np.asarray((1 + reached) / (1 + ORDERS))
 
 
-def spread(blocks: Blocks) -> float:
+def spread(blocks: VariantOutcomes) -> float:
     """The standard deviation of a group's gap between clusters of blocks, over all groups; 0 of fewer than two clusters."""
     _, sizes = np.unique(blocks.members, return_counts=True)
     gaps = _cluster_gaps(blocks) / sizes[:, None]
     return float(np.sqrt(gaps.var(0, ddof=1).mean())) if len(gaps) > 1 else 0.0
 
 
-def _cluster_gaps(blocks: Blocks) -> Array:
+def _cluster_gaps(blocks: VariantOutcomes) -> Array:
     """(clusters, G) gaps of each group to the others under the tuned model, summed over the blocks of a cluster."""
     tuned, count = blocks.chances[1], len(blocks.groups)
     gaps = (tuned - tuned.mean(1, keepdims=True)) * count / (count - 1)

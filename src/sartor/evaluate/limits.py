@@ -80,7 +80,7 @@ class ReviewLimit:
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateLimits:
     """All of them. What is None is asked only of a Report that has it, or where items wait, at its default."""
 
     gain: GainLimit = GainLimit()
@@ -111,7 +111,7 @@ class Check:
 LEAST_GAP = 0.02
 
 
-def checks(
+def audit_checks(
     audit: Mapping[str, Any], bias: BiasLimits | None, memorisation: MemorisationLimits | None, adapter: Path
 ) -> dict[str, Check]:
     """`bias` and `memorisation`, of a Report that has an audit, or where limits were given; those fail where it has none."""

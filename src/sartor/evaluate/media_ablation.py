@@ -26,8 +26,8 @@ from PIL import Image
 from sartor.core.records import Example, Message, Part
 from sartor.core.splits import group_of
 from sartor.evaluate.bootstrap import Comparison
-from sartor.evaluate.metrics import LOWER_IS_BETTER, Measures, Side
-from sartor.evaluate.predictions import HeldOut, refusal, replies, reply_limit
+from sartor.evaluate.metrics import LOWER_IS_BETTER, MetricSet, ModelOutputs
+from sartor.evaluate.predictions import HeldOut, ask_refusal, replies, reply_limit
 from sartor.media import audio, images
 from sartor.models.base import Base
 from sartor.models.media_tokens import content_of
@@ -48,9 +48,9 @@ def blanked(example: Example, kind: str, folder: Path) -> Example:
 def _blank(part: Part, folder: Path) -> Part:
     content = content_of(part, folder)
     if part.kind == "image":
-        with images.opened(content) as image:
+        with images.open_checked(content) as image:
             return Part("image", media=_grey(image.size))
-    with audio.opened(content) as sound:
+    with audio.open_audio(content) as sound:
         audio.check_length(sound, audio.MOST_SECONDS)
         # whole seconds, so that few silences stand for many recordings and each is heard once
         return Part("audio", media=_silence(max(1, math.ceil(sound.frames / sound.samplerate))))
@@ -97,7 +97,13 @@ def modalities(examples: Sequence[Example]) -> dict[str, int]:
 
 
 def ablate(
-    base: Base, model: Any, asked: HeldOut, measures: Measures, full: Side, metric: str, notice: Callable[[str], object]
+    base: Base,
+    model: Any,
+    asked: HeldOut,
+    measures: MetricSet,
+    full: ModelOutputs,
+    metric: str,
+    notice: Callable[[str], object],
 ) -> dict[str, Any]:
     """What each modality of the rows is worth to the model as it stands, by kind; nothing of rows of text.
 
@@ -114,13 +120,13 @@ def ablate(
         notice(f"asking {len(places)} rows again with each {kind} shuffled and blank")
         others = dict(zip(places, shuffled([asked.examples[place] for place in places], kind), strict=True))
         # a larger picture may be more tokens than the row has room for
-        places = [place for place in places if not refusal(base, others[place], asked.folder, limit)[0]]
+        places = [place for place in places if not ask_refusal(base, others[place], asked.folder, limit)[0]]
         if not places:
             continue
-        own, whole = measures.of(places), Side([full.replies[place] for place in places])
-        other = Side(_texts(base, model, HeldOut([others[place] for place in places], asked.folder), limit))
+        own, whole = measures.of(places), ModelOutputs([full.replies[place] for place in places])
+        other = ModelOutputs(_texts(base, model, HeldOut([others[place] for place in places], asked.folder), limit))
         empty = [blanked(asked.examples[place], kind, asked.folder) for place in places]
-        none = Side(_texts(base, model, HeldOut(empty, asked.folder), limit))
+        none = ModelOutputs(_texts(base, model, HeldOut(empty, asked.folder), limit))
         name = metric if metric in own.names else WHOLE
         costs = {
             each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}
@@ -169,7 +175,7 @@ def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
     return [base.chat.decode(one.ids) for one in replies(base, model, asked, limit)]
 
 
-def _cost(measures: Measures, name: str, ablated: Side, full: Side) -> dict[str, float]:
+def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:
     found = measures.one(name, ablated, full)
     if name in LOWER_IS_BETTER:
         found = Comparison(found.base, found.tuned, -found.difference, -found.high, -found.low)

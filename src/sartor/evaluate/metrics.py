@@ -27,7 +27,7 @@ BINS = 15
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelOutputs:
     """What one side did with the rows of a task, row by row.
 
     loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the label
@@ -40,7 +40,7 @@ class Side:
     confidence: Sequence[float] = ()
 
 
-class Measures:
+class MetricSet:
     """The metrics of rows with these references.
 
     groups: rows of one group fail together. field: where JSON replies name a class (`labels.py`). labels: the class of
@@ -88,25 +88,25 @@ class Measures:
             f"there is no {name} of these rows{why if name in NAMES else ''}", f"--scorer {' | '.join(self.names)}"
         )
 
-    def of(self, places: Sequence[int]) -> Measures:
+    def of(self, places: Sequence[int]) -> MetricSet:
         """The same of some of the rows, in the order of `places`."""
         labels = [self.labels[place] for place in places]
         said = set(self.transcripts)
         heard = [new for new, place in enumerate(places) if place in said]
         # where none of them is labelled the field has been checked already
         field = self.field if any(label is not None for label in labels) else ""
-        return Measures([self.references[p] for p in places], [self.groups[p] for p in places], field, labels, heard)
+        return MetricSet([self.references[p] for p in places], [self.groups[p] for p in places], field, labels, heard)
 
-    def compared(self, before: Side, after: Side) -> dict[str, Comparison]:
+    def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
         """Every metric of both sides."""
         found = {name: self.one(name, before, after) for name in self.names}
         if self.labelled and before.confidence and after.confidence:
             found["ece"] = self._calibration(before, after)
         if before.loss and after.loss:
-            found["loss"] = bootstrap.paired(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
+            found["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return found
 
-    def one(self, name: str, before: Side, after: Side) -> Comparison:
+    def one(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         """One metric of `names`. Raises ConfigError for another."""
         self.check(name)
         if name == "macro_f1":
@@ -115,9 +115,9 @@ class Measures:
             return self._word_error_rate(before, after)
         places = self.labelled if name == "accuracy" else range(len(self.references))
         base, tuned = ([self._score(name, side, place) for place in places] for side in (before, after))
-        return bootstrap.paired(base, tuned, self._groups(places))
+        return bootstrap.paired_bootstrap(base, tuned, self._groups(places))
 
-    def by_row(self, side: Side) -> dict[str, list[float | None]]:
+    def by_row(self, side: ModelOutputs) -> dict[str, list[float | None]]:
         """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
         places = range(len(self.references))
         found: dict[str, list[float | None]] = {name: [self._score(name, side, place) for place in places] for name in SCORERS}
@@ -128,23 +128,23 @@ class Measures:
             found["wer"] = [self._errors(side, p)[0] / max(self._errors(side, p)[1], 1) if p in said else None for p in places]
         return found
 
-    def _score(self, name: str, side: Side, place: int) -> float:
+    def _score(self, name: str, side: ModelOutputs, place: int) -> float:
         if name == "accuracy":
             return float(label_of(side.replies[place], self.field) == self.labels[place])
         return SCORERS[name](side.replies[place], self.references[place])
 
-    def _errors(self, side: Side, place: int) -> tuple[int, int]:
+    def _errors(self, side: ModelOutputs, place: int) -> tuple[int, int]:
         return word_errors(side.replies[place], self.references[place])
 
     def _groups(self, places: Iterable[int]) -> list[str]:
         return [self.groups[place] for place in places]
 
-    def _word_error_rate(self, before: Side, after: Side) -> Comparison:
+    def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         base, tuned = (np.array([self._errors(side, place) for place in self.transcripts], float) for side in (before, after))
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
-        return bootstrap.corpus(base, tuned, groups, _rate, widest=widest)
+        return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
-    def _macro_f1(self, before: Side, after: Side) -> Comparison:
+    def _macro_f1(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         count, number = len(self.classes), {label: place for place, label in enumerate(self.classes)}
         base, tuned = (self._counted(side, number) for side in (before, after))
 
@@ -154,9 +154,9 @@ class Measures:
             has, f1 = wanted > 0, 2 * right / (said + wanted).clip(1)
             return np.asarray((f1 * has).sum(1) / has.sum(1).clip(1))
 
-        return bootstrap.corpus(base, tuned, self._groups(self.labelled), macro)
+        return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro)
 
-    def _counted(self, side: Side, number: Mapping[str, int]) -> Array:
+    def _counted(self, side: ModelOutputs, number: Mapping[str, int]) -> Array:
         """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is wanted."""
         count = len(number)
         counted = np.zeros((len(self.labelled), 3 * count))
@@ -169,11 +169,11 @@ class Measures:
                 counted[row, said] = float(said == wanted)
         return counted
 
-    def _calibration(self, before: Side, after: Side) -> Comparison:
+    def _calibration(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         base, tuned = (self._binned(side) for side in (before, after))
-        return bootstrap.corpus(base, tuned, self._groups(self.labelled), _gap)
+        return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), _gap)
 
-    def _binned(self, side: Side) -> Array:
+    def _binned(self, side: ModelOutputs) -> Array:
         """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count rows."""
         binned = np.zeros((len(self.labelled), BINS + 1))
         binned[:, -1] = 1

@@ -19,19 +19,19 @@ from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
 from sartor.curate.sources.planner import read_all
-from sartor.curate.sources.types import Source
-from sartor.evaluate.metrics import Side
+from sartor.curate.sources.types import SourceOptions
+from sartor.evaluate.metrics import ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import Generation, context_tokens, generate
 from sartor.models import packing
 from sartor.models.base import Base
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 from sartor.models.content_shielding import reply_text
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossOptions
 from sartor.models.media_tokens import blank
 from sartor.models.multimodal.native_media import is_native
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = _held_out_of(datasets, ancestry.learnt_from(adapter), left_out), datasets[0].path
+        examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out), datasets[0].path
         if not examples:
             raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
         folder = media
-        examples, refused = _rows_of(data, ancestry.learnt_from(adapter), media)
+        examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
         left_out |= refused
     if bad := sum(example.rating < 0 for example in examples):
         left_out["rated_bad"] = bad  # such a reply is no reference
@@ -100,10 +100,10 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     """The rows of a file that were not trained on. Raises SourceError where none is left."""
     trained_on = _trained_on(datasets)
     # as in a Dataset, so that a row has the id that it has there
-    read = list(read_all(Source(str(data)), 4 << 20, folder / "media"))
+    read = list(read_all(SourceOptions(str(data)), 4 << 20, folder / "media"))
     known = [row for row in read if isinstance(row, Example)]
     examples = [example for example in known if example.id not in trained_on]
-    left_out = records.tally(row.reason for row in read if isinstance(row, Drop))
+    left_out = records.count_values(row.reason for row in read if isinstance(row, Drop))
     if seen := len(known) - len(examples):
         left_out["trained_on"] = seen
     if not examples:
@@ -119,7 +119,7 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
     """
     fitting, refused, problem = [], dict(rows.left_out), ""
     for example in rows.examples:
-        reason, why = refusal(base, example, rows.folder, limit)
+        reason, why = ask_refusal(base, example, rows.folder, limit)
         if reason:
             problem = why
             refused[reason] = refused.get(reason, 0) + 1
@@ -133,7 +133,7 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
     return HeldOut(fitting, rows.folder, refused)
 
 
-def refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
+def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple[str, str]:
     """(reason, problem) why a row cannot be asked; both empty where it can. limit: tokens of the reply."""
     try:
         example = reply_markup.read_example(example, base.chat.markup.spelt)
@@ -153,7 +153,7 @@ SPARE_TOKENS = 8
 MOST_REPLY_TOKENS = 512
 
 
-def side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
+def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
     """Inside, `model` computes as the tuned model, or as its base, to which what projectors make of media is blank."""
     stack = ExitStack()
     if not tuned:
@@ -169,14 +169,14 @@ def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
 
 
-def answer(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: bool) -> Side:
+def measure_model(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
     """All that is measured of one side. field: where a reply names a class; empty where none is asked for."""
-    with side(model, tuned=tuned):
+    with model_side(model, tuned=tuned):
         said = replies(base, model, asked, reply_limit(base, asked.examples))
         loss, tokens = losses(base, model, [base.chat.encode(example, asked.folder) for example in asked.examples])
     texts = [base.chat.decode(one.ids) for one in said]
     confidence = [_confidence(base.chat, one, text, field) for one, text in zip(said, texts, strict=True)] if field else []
-    return Side(texts, loss, tokens, confidence)
+    return ModelOutputs(texts, loss, tokens, confidence)
 
 
 def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generation]:
@@ -189,16 +189,18 @@ def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generati
 
 @torch.no_grad()
 def losses(
-    base: Base, model: Any, encoded: Sequence[Encoded], pack_tokens: int = 2048, *, share: bool = False
+    base: Base, model: Any, encoded: Sequence[TokenizedExample], pack_tokens: int = 2048, *, share: bool = False
 ) -> tuple[list[float], list[int]]:
     """(nats per supervised token, supervised tokens) of each row under the model as it stands.
 
     share: what neighbouring rows begin with is computed once, which rounds otherwise.
     """
     # the fast path would always see the adapter, and `side` switches it off
-    path = base.path(model, encoded, Wish(fast=False, share=share))
+    path = base.path(model, encoded, LossOptions(fast=False, share=share))
     means: list[float] = []
-    for group in packing.fill([len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))):
+    for group in packing.group_by_capacity(
+        [len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))
+    ):
         chosen = [encoded[index] for index in group]
         found, _ = path.losses(chosen)
         for part in found.split([row.supervised_tokens for row in chosen]):
@@ -206,7 +208,7 @@ def losses(
     return means, [row.supervised_tokens for row in encoded]
 
 
-def _confidence(chat: Chat, said: Generation, text: str, field: str) -> float:
+def _confidence(chat: ChatTokenizer, said: Generation, text: str, field: str) -> float:
     """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none."""
     if not said.ids or label_of(text, field) is None:
         return 0.0
@@ -214,7 +216,7 @@ def _confidence(chat: Chat, said: Generation, text: str, field: str) -> float:
     return math.exp(sum(said.logprobs[first:last]))
 
 
-def _spelling(chat: Chat, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
+def _spelling(chat: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:
     """[first, last) of the tokens that hold any of the characters [start, end) of a reply."""
 
     def reached(count: int) -> int:

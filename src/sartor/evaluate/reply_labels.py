@@ -31,7 +31,7 @@ def value_at(data: Any, field: str) -> tuple[bool, Any]:
     return False, None
 
 
-def parsed(reply: str) -> Any:
+def parse_reply(reply: str) -> Any:
     """The JSON of a reply, or None where it is none."""
     try:
         return json.loads(reply)
@@ -41,7 +41,7 @@ def parsed(reply: str) -> Any:
 
 def is_json(reply: str) -> bool:
     """Whether a reply is one JSON object or list."""
-    return isinstance(parsed(reply), dict | list)
+    return isinstance(parse_reply(reply), dict | list)
 
 
 def label_of(reply: str, field: str) -> str | None:
@@ -54,7 +54,7 @@ def label_of(reply: str, field: str) -> str | None:
     """
     if field == WHOLE:
         return reply.strip()
-    found, value = value_at(parsed(reply), field)
+    found, value = value_at(parse_reply(reply), field)
     return text_of(value) if found else None
 
 
@@ -79,7 +79,7 @@ def known_fields(replies: Iterable[str]) -> list[str]:
     """The fields that JSON replies have, for a message."""
     found: dict[str, None] = {}
     for reply in replies:
-        data = parsed(reply)
+        data = parse_reply(reply)
         found |= dict.fromkeys(data if isinstance(data, dict) else ())
     return list(found)
 

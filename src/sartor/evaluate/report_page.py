@@ -9,7 +9,7 @@ from typing import Any
 
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SartorError
-from sartor.core.html import document, escape, facts, flat, headlines
+from sartor.core.html import definition_table, document, escape, flat, headlines
 from sartor.core.records import Part
 from sartor.evaluate import limits
 from sartor.evaluate.media_ablation import media_of
@@ -51,8 +51,9 @@ def render(
         "<h2>What the loss did</h2>" + _picture(adapter),
         "<h2>Answers</h2>" + _answers(table, report["primary"], pictures or {}),
         "<h2>Where it came from</h2>" + _sources(report),
-        "<h2>How it was tuned</h2>" + facts({"base": f"{report['base']['name']} ({report['base']['digest'][:12]})", **run}),
-        f"<details><summary>recipe</summary>{facts(flat(recipe))}</details>",
+        "<h2>How it was tuned</h2>"
+        + definition_table({"base": f"{report['base']['name']} ({report['base']['digest'][:12]})", **run}),
+        f"<details><summary>recipe</summary>{definition_table(flat(recipe))}</details>",
     ]
     return document(str(report["name"]), "".join(parts), style=_STYLE)
 
@@ -150,7 +151,7 @@ def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
     found = report.get("audit")
     if not found:
         return ""
-    judged = limits.checks(found, None, None, adapter.path)
+    judged = limits.audit_checks(found, None, None, adapter.path)
     said = "".join(
         f"<tr><td>{name}</td><td class={'better' if check.outcome == 'pass' else 'worse'}>{check.outcome}</td>"
         f"<td>{escape(check.detail)}</td></tr>"
@@ -196,7 +197,7 @@ def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
     return bool(score <= 0 if primary in LOWER_IS_BETTER else score >= 1)
 
 
-def shown(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
+def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
     """Which rows the page shows: some that the tuned model got wrong first, then some that it got right."""
     found = [is_right(row, primary) for row in table]
     return [place for wanted in (False, True) for place in [at for at, right in enumerate(found) if right is wanted][:SHOWN]]
@@ -204,7 +205,7 @@ def shown(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
 
 def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping[int, str]) -> str:
     lines = []
-    for place in shown(table, primary):
+    for place in rows_to_show(table, primary):
         row = table[place]
         small = f'<img class=small alt="" src="{pictures[place]}">' if place in pictures else ""
         told = f"<span class=lead>{escape(row['media'])}</span> " if row["media"] and not small else ""

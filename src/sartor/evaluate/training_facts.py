@@ -152,7 +152,7 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     return len(chosen)
 
 
-def canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
+def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, Any]]:
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
     One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and numbers

@@ -28,7 +28,7 @@ import numpy as np
 
 from sartor.core.errors import ConfigError, InputError
 from sartor.federate.updates import Update, cohort, mean
-from sartor.models.lora_tensors import A, Array, B, Pair, Tensors, modules, pair, plus, widened
+from sartor.models.lora_tensors import A, Array, B, LoraPair, Tensors, add_changes, modules, pad_ranks, pair
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Combined:
     """What a round made: the shared adapter, and module -> what is to be added to its frozen weight (`fold`), as factors."""
 
     tensors: Tensors
-    residual: dict[str, Pair] = field(default_factory=dict)
+    residual: dict[str, LoraPair] = field(default_factory=dict)
 
 
 class Mode(Protocol):
@@ -95,8 +95,8 @@ class _Changes:
         return {name: value for name, value in shared.items() if self.trains(name, number)}
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
-        """See Mode. `trained` may be of a lower rank (`lora_tensors.cut`)."""
-        whole = widened(trained, shared)
+        """See Mode. `trained` may be of a lower rank (`lora_tensors.split_ranks`)."""
+        whole = pad_ranks(trained, shared)
         if strange := sorted(set(whole) ^ set(shared)):
             raise InputError(f"{strange[0]} is not in both, what was shared and what was trained", "train the shared adapter")
         still = [name for name in shared if not self.trains(name, number)]
@@ -111,7 +111,7 @@ class _Changes:
 
     def applied(self, shared: Tensors, mean: Tensors, number: int) -> Tensors:
         """See Mode."""
-        return plus(shared, mean)
+        return add_changes(shared, mean)
 
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
         """See Mode."""
@@ -179,17 +179,17 @@ class Residual(_Whole):
         return Combined(made, {module: _missed(module, made, updates) for module in modules(shared)})
 
 
-def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> Pair:
+def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> LoraPair:
     """mean(B_i A_i) - B A as one pair of factors: [w_1 B_1 .. w_n B_n, -B] times all A above each other."""
     total = sum(update.examples for update in updates)
     each, both = [pair(update.tensors, module) for update in updates], pair(made, module)
     weighted = [one.b * np.float64(update.examples / total) for one, update in zip(each, updates, strict=True)]
     b = np.concatenate([*weighted, -both.b.astype(np.float64)], axis=1)
-    return Pair(np.concatenate([*(one.a for one in each), both.a]).astype(np.float64), b)
+    return LoraPair(np.concatenate([*(one.a for one in each), both.a]).astype(np.float64), b)
 
 
 @dataclass(frozen=True)
-class Factors(_Whole):
+class FactorMean(_Whole):
     """Means of both factors, and nothing for what they miss: not exact, here to be compared with, never a default."""
 
     kind: Literal["factors"] = "factors"
@@ -206,10 +206,10 @@ class Factors(_Whole):
         return Combined(mean(updates))
 
 
-AnyMode = FreezeA | Alternate | Residual | Factors
+AnyMode = FreezeA | Alternate | Residual | FactorMean
 
 
-def fold(weight: Array, residual: Pair, scale: float) -> Array:
+def fold(weight: Array, residual: LoraPair, scale: float) -> Array:
     """A frozen weight (out, in) with a residual added, as the adapter's product is: times scale, alpha / R."""
     return (weight + scale * residual.product).astype(weight.dtype)
 
@@ -218,12 +218,12 @@ PREFIX = "canary."
 
 
 @dataclass(frozen=True)
-class Canary:
+class ExactnessProbe:
     """Module -> inputs X (in, K)."""
 
     inputs: Mapping[str, Array]
 
-    def responses(self, tensors: Tensors, residual: Mapping[str, Pair] | None = None) -> dict[str, Array]:
+    def responses(self, tensors: Tensors, residual: Mapping[str, LoraPair] | None = None) -> dict[str, Array]:
         """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained adapter."""
         extra = residual or {}
         found = {}
@@ -234,7 +234,7 @@ class Canary:
         return found
 
 
-def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) -> Canary:
+def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) -> ExactnessProbe:
     """A canary of some modules, the same on every machine. columns: K; 0 takes whole products, which is for tests.
 
     Raises ConfigError for an adapter without factors.
@@ -246,10 +246,10 @@ def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) ->
     chosen = sorted(source.choice(names, size=min(most_modules, len(names)), replace=False).tolist())
     widths = {name: shared[name + A].shape[1] for name in chosen}
     drawn = {name: source.standard_normal((width, columns)) if columns else np.eye(width) for name, width in widths.items()}
-    return Canary(drawn)
+    return ExactnessProbe(drawn)
 
 
-def exactness_error(canary: Canary, made: Combined, wanted: Tensors) -> float:
+def exactness_error(canary: ExactnessProbe, made: Combined, wanted: Tensors) -> float:
     """The relative distance of what was made from `wanted`, the weighted mean of the clients' responses. 0 if both are zero."""
     found = canary.responses(made.tensors, made.residual)
     off = sum(float(np.square(found[name] - value, dtype=np.float64).sum()) for name, value in wanted.items())
@@ -259,7 +259,9 @@ def exactness_error(canary: Canary, made: Combined, wanted: Tensors) -> float:
     return float(np.sqrt(off / whole))
 
 
-def seen_error(canary: Canary, mode: Mode, shared: Tensors, updates: Sequence[Update], made: Combined, number: int) -> float:
+def seen_error(
+    canary: ExactnessProbe, mode: Mode, shared: Tensors, updates: Sequence[Update], made: Combined, number: int
+) -> float:
     """`exactness_error` where the uploads are seen one by one."""
     each = [Update(one.client, canary.responses(mode.applied(shared, one.tensors, number)), one.examples) for one in updates]
     return exactness_error(canary, made, mean(each))

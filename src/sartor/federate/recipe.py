@@ -10,19 +10,19 @@ from typing import Any, Literal
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.federate.aggregation import Alternate, Factors, FreezeA, Mode, Residual
-from sartor.federate.privacy.accountant import Budget as PrivacyBudget
+from sartor.federate.aggregation import Alternate, FactorMean, FreezeA, Mode, Residual
+from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.robust_aggregation import AnyRule
-from sartor.tune.recipe import BaseChoice, Budget, Compute, Data, Lora, Optimizer, Recipe
+from sartor.tune.recipe import BaseChoice, Compute, Data, Lora, Optimizer, Recipe, StopCriteria
 
-MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), Factors())}
+MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), FactorMean())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]
 # what a client lets a round ask of it
 MOST_UPDATES, MOST_EPOCHS = 100_000, 1_000
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalTraining:
     """How long a client trains in one round: so many updates, or passes over its rows."""
 
     updates: int | None = option(None, "optimiser updates of a client in a round")
@@ -56,7 +56,7 @@ class Ranked(Lora):
 
 
 @dataclass(frozen=True)
-class Personal(Local):
+class PersonalRanks(LocalTraining):
     """After the rounds: ranks of each client's own on top of the shared adapter, which is held still."""
 
     rank: int = option(8, "ranks of the private delta")
@@ -145,12 +145,12 @@ class FederateRecipe:
     method: Ranked = option(Ranked(), "what is trained")
     mode: ModeName = option("freeze_a", f"what clients train and send. {config.choices_text(map(type, MODES.values()))}")
     rounds: int = option(10, "how many rounds")
-    local: Local = option(Local(), "how long a client trains in a round")
+    local: LocalTraining = option(LocalTraining(), "how long a client trains in a round")
     optimizer: Optimizer = option(Optimizer(), "how it gets there; warm-up and schedule go over all rounds")
     rules: RoundRules = option(RoundRules(), "what becomes of an update before it is summed")
     privacy: Privacy | None = option(None, "what the adapter may tell of one client or row: {epsilon, delta, level}")
     robust: AnyRule | None = option(None, "declared instead of a secure sum: how updates, each seen, become one")
-    personal: Personal | None = option(None, "what each client adds for itself after the rounds: {rank, epochs}")
+    personal: PersonalRanks | None = option(None, "what each client adds for itself after the rounds: {rank, epochs}")
     seed: int = option(0, "seed of the adapter's start, the order of rows and the ring's rounding")
 
     def __post_init__(self) -> None:
@@ -220,7 +220,7 @@ def tuning(recipe: FederateRecipe, path: str) -> Recipe:
         base=recipe.base,
         data=Data(path, data.eval_fraction, data.eval_rows, data.max_length_tokens),
         method=recipe.method.shared,
-        budget=Budget(epochs=1.0),
+        budget=StopCriteria(epochs=1.0),
         optimizer=recipe.optimizer,
         compute=Compute(micro_batch_tokens=recipe.data.micro_batch_tokens, reuse_frozen=False),
         evaluations=0,
@@ -229,13 +229,13 @@ def tuning(recipe: FederateRecipe, path: str) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RoundSettings:
     """What a round of the task `lora` says, as JSON in its manifest: nothing that a recipe digest covers."""
 
     mode: ModeName
     rounds: int
     learning_rate: float
-    local: Local = Local()
+    local: LocalTraining = LocalTraining()
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or not 0 < self.learning_rate < 1:
@@ -243,6 +243,6 @@ class Settings:
             raise ConfigError(problem, "rounds from 1, learning_rate above 0 and below 1")
 
     @classmethod
-    def of(cls, recipe: FederateRecipe) -> Settings:
+    def of(cls, recipe: FederateRecipe) -> RoundSettings:
         """What a coordinator says of this recipe."""
         return cls(recipe.mode, recipe.rounds, recipe.optimizer.learning_rate, recipe.local)

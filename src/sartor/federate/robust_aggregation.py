@@ -65,7 +65,7 @@ Action = Literal["refused", "bounded"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClientAction:
     """What was done with a client's update, other than to take it as it is, and why."""
 
     client: str
@@ -78,10 +78,10 @@ class Pooled:
     """What stands for the mean, and what was done with whom."""
 
     tensors: Tensors
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[ClientAction, ...] = ()
 
 
-class Rule(Protocol):
+class RobustRule(Protocol):
     """Updates of a round -> one."""
 
     @property
@@ -130,7 +130,7 @@ class NormBound:
         factors = [min(1.0, most / length) if length else 1.0 for length in lengths]
         kept = [_scaled(one, factor) for one, factor in zip(updates, factors, strict=True)]
         verdicts = tuple(
-            Verdict(one.client, "bounded", f"its norm is {length:.3g}; the bound is {most:.3g}")
+            ClientAction(one.client, "bounded", f"its norm is {length:.3g}; the bound is {most:.3g}")
             for one, length, factor in zip(updates, lengths, factors, strict=True)
             if factor < 1
         )
@@ -222,7 +222,7 @@ class Screened:
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule. Raises GuardError where half of the clients or more would be left out."""
         reasons = self._reasons(_taken(updates))
-        odd = tuple(Verdict(client, "refused", reason) for client, reason in reasons.items())
+        odd = tuple(ClientAction(client, "refused", reason) for client, reason in reasons.items())
         if 2 * len(odd) >= len(updates):
             problem = (
                 f"screening would leave out {len(odd)} of {len(updates)} clients, the first {odd[0].client!r}: {odd[0].reason}"
@@ -277,7 +277,9 @@ def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
         f"its distance to its {neighbours} nearest is {scores[place] ** 0.5:.3g}; taken were up to {last**0.5:.3g}"
         for place in order[keep:]
     ]
-    verdicts = tuple(Verdict(updates[place].client, "refused", why) for place, why in zip(order[keep:], reasons, strict=True))
+    verdicts = tuple(
+        ClientAction(updates[place].client, "refused", why) for place, why in zip(order[keep:], reasons, strict=True)
+    )
     return Pooled(_plain([updates[place] for place in sorted(order[:keep])]), verdicts)
 
 

@@ -25,13 +25,13 @@ from sartor.models.lora_tensors import _REMEDY, Array, Tensors, norm
 WEIGHT = "weight of the update"
 
 
-def pack(tensors: Tensors) -> bytes:
+def pack_tensors(tensors: Tensors) -> bytes:
     """The bytes of the tensors, which are equal exactly when the tensors are."""
     head = {name: list(tensors[name].shape) for name in tensors}
     return records.canonical(head) + b"\n" + b"".join(np.asarray(tensors[name], "<f4").tobytes() for name in sorted(tensors))
 
 
-def unpack(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
+def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
     """The tensors of such bytes. Raises ArtifactError for what are none."""
     line, _, values = content.partition(b"\n")
     try:

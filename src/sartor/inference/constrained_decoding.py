@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.core.errors import ModelError, RequestError, need
+from sartor.core.errors import ModelError, RequestError, missing_package
 from sartor.text.json_schema import read_schema
 
 _SPACE = r"(\n[ \t]{0,32}| )?"
@@ -48,7 +48,7 @@ class Grammar:
             import llguidance
             import llguidance.hf
         except ImportError:
-            raise need("llguidance", "serve") from None
+            raise missing_package("llguidance", "serve") from None
         self._library = llguidance
         self.vocabulary = vocabulary
         try:

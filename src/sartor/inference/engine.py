@@ -67,7 +67,7 @@ Finish = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class Call:
+class GenerateCall:
     """One reply to be made.
 
     id: chosen by the caller, unique while it lives. adapter: the digest under which an adapter was attached; BASE for none.
@@ -91,7 +91,7 @@ class Call:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Call:
+    def from_json(cls, said: Mapping[str, Any]) -> GenerateCall:
         """The call that `as_json` said."""
         sampling = Sampling(**{**said["sampling"], "stop": tuple(said["sampling"].get("stop", ()))})
         lists = {name: tuple(said.get(name, ())) for name in ("messages", "tools")}
@@ -108,7 +108,7 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """More of a reply: text that is whole (never half a character, never the beginning of a stop text) and its tokens."""
 
     call: str
@@ -118,7 +118,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Done:
+class ReplyDone:
     """The end of a reply. cached_tokens: of the prompt, taken from an earlier one. tool_calls: OpenAI form, parsed."""
 
     call: str
@@ -130,7 +130,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class ReplyFailed:
     """No reply: the error's kind (a class of core/errors), problem and remedy. Other calls go on."""
 
     call: str
@@ -139,8 +139,8 @@ class Failed:
     remedy: str
 
 
-Event = Piece | Done | Failed
-_EVENTS: dict[str, type[Event]] = {"piece": Piece, "done": Done, "failed": Failed}
+Event = TextDelta | ReplyDone | ReplyFailed
+_EVENTS: dict[str, type[Event]] = {"piece": TextDelta, "done": ReplyDone, "failed": ReplyFailed}
 
 
 def event_as_json(event: Event) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def event_from_json(said: Mapping[str, Any]) -> Event:
     return _EVENTS[said["event"]](**fields)
 
 
-class Vector(NamedTuple):
+class TextEmbedding(NamedTuple):
     """What a text means, of unit length. tokens: that were read of it. is_cut: whether its end is not in the vector."""
 
     values: list[float]
@@ -170,7 +170,7 @@ class Vector(NamedTuple):
 
 
 @dataclass(frozen=True)
-class About:
+class EngineInfo:
     """What an engine serves: for admission, /v1/models and receipts. `context_tokens`: prompt and reply together."""
 
     kind: str
@@ -204,7 +204,7 @@ class Engine(Protocol):
     """One base and many adapters. Not thread-safe: one holder drives it."""
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """What it serves."""
         ...
 
@@ -224,7 +224,7 @@ class Engine(Protocol):
         """Forget an adapter and what was cached under it. Its live calls fail with ModelError. Unknown ones are ignored."""
         ...
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: GenerateCall) -> None:
         """Queue a call. Raises BusyError when the queue is full, InputError or ConfigError when the call cannot be answered."""
         ...
 
@@ -236,7 +236,7 @@ class Engine(Protocol):
         """One round: rows join, every live row gets its next token. Never raises for one call's fault: that is a Failed."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+    def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """A vector per text, in order: the mean of the base's last hidden states (no adapter). None between parts of the work.
 
         The holder takes it part by part, so that replies go on meanwhile. Raises RequestError at a text that is too long.

@@ -41,7 +41,7 @@ COLDEST = 1e-6
 NUCLEUS_TOKENS = 256
 
 
-def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """(B, V) logits -> probabilities to draw from, on the CPU, by temperature (above 0) and top_p (Holtzman et al. 2020)."""
     probabilities = (logits.float().cpu() / max(sampling.temperature, COLDEST)).softmax(-1)
     if sampling.top_p == 1:
@@ -56,7 +56,7 @@ def likely(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.zeros_like(probabilities).scatter(-1, order, ordered)
 
 
-def draw(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
+def sample_token(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
     """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a token."""
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(sums, torch.rand(1, generator=drawn_with, dtype=torch.float64) * sums[-1], right=True)
@@ -64,7 +64,7 @@ def draw(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
     return int(place) if int(place) < len(sums) else int(probabilities.nonzero()[-1])
 
 
-def source(sampling: Sampling, prompt: int = 0) -> torch.Generator:
+def prompt_generator(sampling: Sampling, prompt: int = 0) -> torch.Generator:
     """What the prompt's tokens are drawn with. 1_000_003 keeps seeds of neighbouring prompts apart for any count that fits."""
     return torch.Generator().manual_seed((sampling.seed * 1_000_003 + prompt) % 2**63)
 
@@ -74,7 +74,7 @@ class Chooser:
 
     def __init__(self, sampling: Sampling, count: int) -> None:
         self.sampling = sampling
-        self.generators = [source(sampling, row) for row in range(count)]
+        self.generators = [prompt_generator(sampling, row) for row in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
 
     def __call__(self, logits: torch.Tensor, alive: Sequence[int]) -> list[int]:
@@ -82,8 +82,8 @@ class Chooser:
         if self.sampling.temperature == 0:
             tokens = [int(token) for token in logits.argmax(-1)]
         else:
-            probabilities = likely(logits, self.sampling)
-            tokens = [draw(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
+            probabilities = sampling_probabilities(logits, self.sampling)
+            tokens = [sample_token(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
         own = logits.float().log_softmax(-1)[range(len(tokens)), tokens]
         for prompt, logprob in zip(alive, own.tolist(), strict=True):
             self.logprobs[prompt].append(logprob)

@@ -32,14 +32,14 @@ from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError, UnavailableError
 from sartor.core.gguf_header import read_head
 from sartor.core.home import folder
-from sartor.inference.engine import BASE, About, Call, Event, Finish, Logprob, Vector
-from sartor.inference.llamacpp_server import PLAIN, Bounds, Inner, embeddings
-from sartor.inference.prompts import Reader, open_reader
-from sartor.inference.streaming_engine import Reply, StreamEngine, events_of
+from sartor.inference.engine import BASE, EngineInfo, Event, Finish, GenerateCall, Logprob, TextEmbedding
+from sartor.inference.llamacpp_server import PLAIN, Bounds, LlamaCppServer, embeddings
+from sartor.inference.prompts import PromptReader, open_reader
+from sartor.inference.streaming_engine import StreamedReply, StreamEngine, events_of
 from sartor.inference.tool_calls import reply_schema
 from sartor.models import gguf_writer
 from sartor.models.base import open_base
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 from sartor.models.gguf_writer import write_adapter_gguf
 
 _PROBE = "Turn on the light, please: 21 °C!\n"
@@ -93,12 +93,12 @@ def f16_file(ref: model_refs.BaseRef) -> Path:
         if not file.is_file():
             opened = open_base(ref.name, bits=32, device=torch.device("cpu"))
             rows = opened.model.get_input_embeddings().weight.shape[0]
-            about = gguf_writer.About(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
+            about = gguf_writer.GgufMetadata(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
             gguf_writer.write_model_gguf(opened.model, gguf_writer.from_chat(opened.chat, rows), about, file)
     return file
 
 
-def check_tokens(inner: Inner, chat: Chat) -> None:
+def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
     """Raises ModelError unless token ids mean to the server what they mean to the base's own tokenizer."""
     ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     said = inner.ask("/detokenize", {"tokens": ids}).get("content")
@@ -118,23 +118,23 @@ class LlamaCppEngine(StreamEngine):
     """See the module. convert: writes the adapter in a PEFT directory, of a base's directory, as a GGUF file."""
 
     def __init__(
-        self, reader: Reader, base: BaseFile, bounds: Bounds, waiting: int, convert: Convert = write_adapter_gguf
+        self, reader: PromptReader, base: BaseFile, bounds: Bounds, waiting: int, convert: Convert = write_adapter_gguf
     ) -> None:
         self._reader, self._base, self._bounds, self._convert = reader, base, bounds, convert
         self._adapters: dict[str, Path] = {}
         self._loaded: tuple[str, ...] = ()
         self._slots = [BASE] * bounds.rows
-        self._inner: Inner | None = Inner(base.path, (), bounds)
+        self._inner: LlamaCppServer | None = LlamaCppServer(base.path, (), bounds)
         check_tokens(self._inner, reader.chat)
         self._folder = tempfile.TemporaryDirectory(prefix="sartor-gguf-")
         super().__init__(bounds.rows, waiting)
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """What it serves. dtype: what most of the GGUF file's tensors are stored as."""
         ref, context = self._reader.ref, self._reader.context_tokens
         digest = self._reader.chat.template_digest
-        return About("llamacpp", ref.name, ref.digest, digest, context, self.rows, self._base.stored, "cpu")
+        return EngineInfo("llamacpp", ref.name, ref.digest, digest, context, self.rows, self._base.stored, "cpu")
 
     def attach(self, adapter: str, path: Path) -> int:
         """Make a GGUF file of an adapter; it is loaded when a call needs it. Returns the file's bytes."""
@@ -154,13 +154,13 @@ class LlamaCppEngine(StreamEngine):
             self.fail(adapter, _gone())
             file.unlink()
 
-    def open_reply(self, call: Call) -> Reply:
+    def open_reply(self, call: GenerateCall) -> StreamedReply:
         """See StreamEngine."""
         if call.adapter != BASE and call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
+        return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
-    def begin(self, reply: Reply) -> bool:
+    def begin(self, reply: StreamedReply) -> bool:
         """Load what the call needs once nothing runs, and give it a slot."""
         adapter = reply.call.adapter
         if adapter not in (BASE, *self._loaded):
@@ -188,10 +188,10 @@ class LlamaCppEngine(StreamEngine):
                 self.fail(adapter, error)
 
     def _start(self, adapters: Sequence[str]) -> None:
-        self._inner = Inner(self._base.path, [self._adapters[adapter] for adapter in adapters], self._bounds)
+        self._inner = LlamaCppServer(self._base.path, [self._adapters[adapter] for adapter in adapters], self._bounds)
         self._loaded, self._slots = tuple(adapters), [BASE] * self.rows
 
-    async def read(self, reply: Reply) -> AsyncGenerator[Event]:
+    async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
         """See StreamEngine."""
         inner, body = self._inner, self._body(reply)
         if inner is None or (reply.call.adapter != BASE and reply.call.adapter not in self._loaded):
@@ -209,7 +209,7 @@ class LlamaCppEngine(StreamEngine):
             raise UnavailableError(f"llama.cpp's server broke off: {str(error) or type(error).__name__}", "ask again") from None
         raise UnavailableError("llama.cpp's server ended a reply without its end", "ask again")
 
-    def _body(self, reply: Reply) -> dict[str, Any]:
+    def _body(self, reply: StreamedReply) -> dict[str, Any]:
         call, sampling = reply.call, reply.call.sampling
         body: dict[str, Any] = {
             **PLAIN,
@@ -233,7 +233,7 @@ class LlamaCppEngine(StreamEngine):
             body["json_schema"] = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
         return body
 
-    def _events(self, reply: Reply, said: Mapping[str, Any]) -> list[Event]:
+    def _events(self, reply: StreamedReply, said: Mapping[str, Any]) -> list[Event]:
         """What one of the server's events tells. Raises ModelError for a token that leaves the schema."""
         if "error" in said:
             raise _refused(json.dumps(said).encode())
@@ -252,11 +252,11 @@ class LlamaCppEngine(StreamEngine):
         piece = reply.piece(text, max(written - stopped - reply.tokens, 0), logprobs)
         return [piece, *reply.end("stop")] if stopped else [piece]
 
-    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+    def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """See Engine. All at once: what is opened for it is not kept."""
         ids = [self._reader.text(text) for text in texts]
         found = embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, self._reader.context_tokens))
-        yield from (Vector(values, len(read)) for values, read in zip(found, ids, strict=True))
+        yield from (TextEmbedding(values, len(read)) for values, read in zip(found, ids, strict=True))
 
     def close(self) -> None:
         """See Engine."""

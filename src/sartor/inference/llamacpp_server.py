@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import ModelError, UnavailableError, need
+from sartor.core.errors import ModelError, UnavailableError, missing_package
 
 ASK_S = 60.0
 # llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
@@ -35,7 +35,7 @@ class Bounds:
     context_tokens: int
 
 
-class Inner:
+class LlamaCppServer:
     """One run of the server. It ends when the last reference to it goes."""
 
     def __init__(self, file: Path, adapters: Sequence[Path], bounds: Bounds) -> None:
@@ -82,7 +82,7 @@ def _library() -> Any:
     try:
         import xllamacpp
     except ImportError:
-        raise need("xllamacpp", "llamacpp") from None
+        raise missing_package("xllamacpp", "llamacpp") from None
     return xllamacpp
 
 

@@ -23,11 +23,11 @@ from typing import Any
 import httpx
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError, UnavailableError
-from sartor.inference.engine import BASE, About, Call, Event, Logprob, Piece, Vector
-from sartor.inference.prompts import Reader, open_reader
-from sartor.inference.streaming_engine import Reply, StreamEngine, events_of, json_object
+from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall, Logprob, TextDelta, TextEmbedding
+from sartor.inference.prompts import PromptReader, open_reader
+from sartor.inference.streaming_engine import StreamedReply, StreamEngine, events_of, json_object
 from sartor.inference.tool_calls import reply_schema
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 # Below the time after which a worker that says nothing is taken for hung
 ANSWER_S = 15.0
@@ -35,7 +35,7 @@ _PROBE = "Turn on the light, please: 21 °C!\n"
 
 
 @dataclass(frozen=True)
-class Served:
+class RemoteModelInfo:
     """What a server says that it serves.
 
     base: the name of the model that is no adapter. kind: vllm, sglang, llamacpp: what it calls itself. context_tokens: 0
@@ -55,7 +55,7 @@ class Served:
         )
 
 
-class Server:
+class OpenAiServer:
     """Its address (with /v1) and key. Raises ConfigError for an address of another form, or a key that is not set."""
 
     def __init__(self, url: str, key_env: str = "") -> None:
@@ -73,7 +73,7 @@ class Server:
     def _client(self) -> httpx.Client:
         return httpx.Client(timeout=ANSWER_S, trust_env=False, headers=self.headers)
 
-    def served(self) -> Served:
+    def served(self) -> RemoteModelInfo:
         """What it serves now. Raises UnavailableError where it cannot be reached, or lists no model."""
         try:
             models = [dict(model) for model in self._ask("GET", "/models")["data"]]
@@ -81,7 +81,7 @@ class Server:
             bases = [model for model in models if not model.get("parent") and model.get("max_model_len", 0) is not None]
             base, size = bases[0], bases[0].get("max_model_len") or (bases[0].get("meta") or {}).get("n_ctx") or 0
             adapters = {str(model["id"]): str(model.get("root") or "") for model in models if model.get("parent")}
-            return Served(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
+            return RemoteModelInfo(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UnavailableError(f"{self.url}/models is not of OpenAI's form: {error!r}", "check engine.url") from None
 
@@ -101,7 +101,7 @@ class Server:
         except (RequestError, ModelError):
             return
 
-    def check_tokens(self, base: str, chat: Chat) -> None:
+    def check_tokens(self, base: str, chat: ChatTokenizer) -> None:
         """Raises ModelError where token ids mean something else to the server. Not all have a route that says it."""
         ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
         try:
@@ -142,11 +142,11 @@ class Server:
                 f"{url} cannot be reached: {str(error) or type(error).__name__}", "start the server"
             ) from None
         if response.status_code != 200:
-            raise refused(response.status_code, response.content, url)
+            raise to_sartor_error(response.status_code, response.content, url)
         return json_object(response.content) if response.headers.get("content-type", "").startswith("application/json") else {}
 
 
-def refused(status: int, said: bytes, url: str) -> SartorError:
+def to_sartor_error(status: int, said: bytes, url: str) -> SartorError:
     """A server's error as ours: the client's where the request is wrong, never the client's where our key or the server is."""
     problem = f"{url} answers {status}: {_message(said)}"
     if status in (401, 403):
@@ -176,7 +176,7 @@ SILENT_S = 60.0  # between two events of one reply
 class RemoteEngine(StreamEngine):
     """See the module."""
 
-    def __init__(self, reader: Reader, server: Server, rows: int, waiting: int, *, loads_adapters: bool) -> None:
+    def __init__(self, reader: PromptReader, server: OpenAiServer, rows: int, waiting: int, *, loads_adapters: bool) -> None:
         self._server, self._loads = server, loads_adapters
         self._served = server.served()
         self._reader = reader.within(self._served.context_tokens)
@@ -190,11 +190,11 @@ class RemoteEngine(StreamEngine):
         return self._server.llamacpp_adapters() if self._served.kind == "llamacpp" else []
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """What it serves, as far as can be told from here. device: what the server calls itself."""
         reader = self._reader
         digest = reader.chat.template_digest
-        return About(
+        return EngineInfo(
             "openai", reader.ref.name, reader.ref.digest, digest, reader.context_tokens, self.rows, "", self._served.kind
         )
 
@@ -222,13 +222,13 @@ class RemoteEngine(StreamEngine):
             if self._loads and name == adapter:
                 self._server.unload(adapter)
 
-    def open_reply(self, call: Call) -> Reply:
+    def open_reply(self, call: GenerateCall) -> StreamedReply:
         """See StreamEngine."""
         if call.adapter not in self._names:
             raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
-        return Reply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
+        return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
-    async def read(self, reply: Reply) -> AsyncGenerator[Event]:
+    async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
         """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""
         body = {"model": self._names.get(reply.call.adapter, ""), **self._body(reply)}
         for attempt in range(TRIES):
@@ -243,16 +243,16 @@ class RemoteEngine(StreamEngine):
                     raise
             await asyncio.sleep(BACKOFF_S * 2**attempt)
 
-    async def _read_once(self, reply: Reply, body: Mapping[str, Any]) -> AsyncGenerator[Event]:
+    async def _read_once(self, reply: StreamedReply, body: Mapping[str, Any]) -> AsyncGenerator[Event]:
         server, finish = self._server, ""
         url, timeout = f"{server.url}/completions", httpx.Timeout(10.0, read=SILENT_S)
         try:
             async with self.client.stream("POST", url, json=body, headers=server.headers, timeout=timeout) as response:
                 if response.status_code != 200:
-                    raise refused(response.status_code, await response.aread(), server.url)
+                    raise to_sartor_error(response.status_code, await response.aread(), server.url)
                 async for said in events_of(response):
                     if "error" in said:
-                        raise refused(500, json.dumps(said).encode(), server.url)
+                        raise to_sartor_error(500, json.dumps(said).encode(), server.url)
                     piece, ended = _read(reply, said)
                     finish = ended or finish
                     if piece:
@@ -265,7 +265,7 @@ class RemoteEngine(StreamEngine):
         for event in reply.end("length" if finish == "length" else "stop"):
             yield event
 
-    def _body(self, reply: Reply) -> dict[str, Any]:
+    def _body(self, reply: StreamedReply) -> dict[str, Any]:
         call, sampling = reply.call, reply.call.sampling
         body: dict[str, Any] = {
             "prompt": reply.prompt,
@@ -292,14 +292,14 @@ class RemoteEngine(StreamEngine):
                 body["json_schema"] = schema if self._served.kind == "sglang" else read
         return body
 
-    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+    def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """See Engine. UnavailableError where the server gives none: few that serve a language model do."""
         tokens = [len(self._reader.text(text)) for text in texts]
         found = self._server.embeddings(self._served.base, texts)
-        yield from map(Vector, found, tokens)
+        yield from map(TextEmbedding, found, tokens)
 
 
-def _read(reply: Reply, said: Mapping[str, Any]) -> tuple[Piece | None, str]:
+def _read(reply: StreamedReply, said: Mapping[str, Any]) -> tuple[TextDelta | None, str]:
     """What one event tells: more of the reply, and why it ended ("" while it goes on)."""
     try:
         if usage := said.get("usage"):
@@ -351,5 +351,5 @@ def open_engine(
 
     Raises what `open_reader` does, ConfigError for the options, UnavailableError where the server does not answer.
     """
-    server = Server(url, key_env)
+    server = OpenAiServer(url, key_env)
     return RemoteEngine(open_reader(base, MOST_CONTEXT), server, rows, waiting, loads_adapters=loads_adapters)

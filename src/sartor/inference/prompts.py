@@ -22,13 +22,13 @@ from sartor.core.errors import ModelError, RequestError, SourceError
 from sartor.core.records import ROLES, Message, Part
 from sartor.core.reply_markup import with_reasoning
 from sartor.inference.constrained_decoding import Constraint, Grammar
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.inference.tool_calls import reply_schema
 from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.models.base import convert, open_chat
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 from sartor.models.content_shielding import calls_as_text, in_text
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 from sartor.models.template_markup import Opened
 
 TOOLS_TEXT = (
@@ -42,13 +42,13 @@ _PROBE = "sartor_probe_tool"
 _REMEDY = '{"role": "user", "content": "..."}'
 
 
-def prompt_text(chat: Chat, call: Call) -> str:
+def prompt_text(chat: ChatTokenizer, call: GenerateCall) -> str:
     """What the model reads, as text. Raises RequestError for messages that are malformed or that the template refuses."""
     messages = _messages(chat, call)
     return chat.markup.opened(_rendering(chat, call, messages)).text
 
 
-def _rendering(chat: Chat, call: Call, messages: Sequence[Message]) -> str:
+def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Message]) -> str:
     """What `Chat.write` wrote; of a raw text, the text."""
     if not messages:
         return chat.markup.shield(call.text)
@@ -64,7 +64,7 @@ def _rendering(chat: Chat, call: Call, messages: Sequence[Message]) -> str:
     return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
 
 
-def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
+def prompt_ids(chat: ChatTokenizer, call: GenerateCall, most_tokens: int) -> list[int]:
     """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in pretraining.
 
     Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `most_tokens`, which is
@@ -85,7 +85,7 @@ def prompt_ids(chat: Chat, call: Call, most_tokens: int) -> list[int]:
     return ids
 
 
-def _check_length(chat: Chat, opened: Opened, most_tokens: int) -> None:
+def _check_length(chat: ChatTokenizer, opened: Opened, most_tokens: int) -> None:
     """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
 
     Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut takes
@@ -106,7 +106,7 @@ def _check_length(chat: Chat, opened: Opened, most_tokens: int) -> None:
             )
 
 
-def writes_tools(chat: Chat) -> bool:
+def writes_tools(chat: ChatTokenizer) -> bool:
     """Whether the chat template writes the tools that it is given: seen from what comes out, not from its source."""
     probe = {
         "type": "function",
@@ -118,7 +118,7 @@ def writes_tools(chat: Chat) -> bool:
         return False
 
 
-def _rendered(chat: Chat, ways: Sequence[Sequence[Message]], tools: str = "") -> str:
+def _rendered(chat: ChatTokenizer, ways: Sequence[Sequence[Message]], tools: str = "") -> str:
     """The first of several ways to write the messages that the template takes."""
     problem = ""
     for messages in ways:
@@ -129,7 +129,7 @@ def _rendered(chat: Chat, ways: Sequence[Sequence[Message]], tools: str = "") ->
     raise RequestError(problem, "send the roles that the base's chat template knows, in the order that it expects")
 
 
-def _messages(chat: Chat, call: Call) -> list[Message]:
+def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
     """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it out."""
     messages = [_message(said, place) for place, said in enumerate(call.messages)]
     return [with_reasoning(one, chat.markup.spelt) if one.role == "assistant" else one for one in messages]
@@ -243,20 +243,20 @@ def _noted(messages: Sequence[Message], note: str, role: str) -> list[Message]:
 
 
 @dataclass
-class Reader:
+class PromptReader:
     """A base without its weights. context_tokens: most of a prompt and its reply."""
 
     ref: model_refs.BaseRef
-    chat: Chat
+    chat: ChatTokenizer
     config: Mapping[str, Any]
     context_tokens: int
     _grammar: Grammar | None = None
 
-    def within(self, most_tokens: int) -> Reader:
+    def within(self, most_tokens: int) -> PromptReader:
         """The same with a context of at most so many tokens; 0 is no limit."""
         return replace(self, context_tokens=min(self.context_tokens, most_tokens or self.context_tokens))
 
-    def prompt(self, call: Call) -> list[int]:
+    def prompt(self, call: GenerateCall) -> list[int]:
         """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a reply."""
         ids = prompt_ids(self.chat, call, self.context_tokens)
         if len(ids) >= self.context_tokens:
@@ -269,12 +269,12 @@ class Reader:
     def text(self, text: str) -> list[int]:
         """Token ids of a text that is to become a vector. Raises RequestError, which says which, where it is too long."""
         try:
-            return self.prompt(Call("text", text=text))
+            return self.prompt(GenerateCall("text", text=text))
         except RequestError as error:
             problem = f"the text that begins with {text[:40]!a} cannot be embedded whole: {error.problem}"
             raise RequestError(problem, "split it: nothing of it is left out") from None
 
-    def constraint(self, call: Call, *, loose: bool = False) -> Constraint | None:
+    def constraint(self, call: GenerateCall, *, loose: bool = False) -> Constraint | None:
         """What the reply must obey, if anything. loose: with any white space, to check what another server wrote.
 
         Raises RequestError for a schema that cannot be obeyed.
@@ -287,7 +287,7 @@ class Reader:
         return self._grammar.constraint(schema, loose=loose)
 
 
-def open_reader(base: str, most_tokens: int) -> Reader:
+def open_reader(base: str, most_tokens: int) -> PromptReader:
     """Return the reader of the base that a name means.
 
     Raises what `model_refs.locate_base` and `open_chat` do, ModelError for a config that is not whole.
@@ -301,12 +301,12 @@ def open_reader(base: str, most_tokens: int) -> Reader:
         int(config["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{ref.path / 'config.json'} is not whole: {error}", "restore it from a copy") from None
-    return Reader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, most_tokens))
+    return PromptReader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, most_tokens))
 
 
 def _generation(path: Path) -> Any:
     """What a base says of how its replies end; None where it says nothing."""
     if not (path / "generation_config.json").is_file():
         return None
-    with quiet():
+    with quiet_transformers():
         return transformers.GenerationConfig.from_pretrained(str(path), local_files_only=True)

@@ -21,7 +21,7 @@ import httpx
 
 from sartor.core.errors import BusyError, ModelError, RequestError, SartorError, UnavailableError
 from sartor.inference.constrained_decoding import Constraint
-from sartor.inference.engine import Call, Done, Event, Failed, Finish, Logprob, Piece
+from sartor.inference.engine import Event, Finish, GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.inference.tool_calls import CallReader
 
 # How long a step waits for a first event: as long as a call that is submitted meanwhile may have to wait
@@ -29,13 +29,13 @@ STEP_S = 0.02
 _LONGEST = 1 << 22  # bytes of one event
 
 
-class Reply:
+class StreamedReply:
     """One reply as it is read: its call, its prompt's token ids, what it must obey, and what has come of it.
 
     seat: which of the server's places it has, for engines that give them out.
     """
 
-    def __init__(self, call: Call, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
+    def __init__(self, call: GenerateCall, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
         self.call = call
         self.prompt = list(prompt)
         self.constraint = constraint
@@ -45,11 +45,11 @@ class Reply:
         self.cached = 0
         self._reader = CallReader(call)
 
-    def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> Piece:
+    def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> TextDelta:
         """More of it."""
         self.tokens += tokens
         self._obey(text)
-        return Piece(self.call.id, self._reader.feed(text), tokens, logprobs)
+        return TextDelta(self.call.id, self._reader.feed(text), tokens, logprobs)
 
     def _obey(self, text: str) -> None:
         """Raises ModelError where the server left the schema: it did not know it, or read it otherwise."""
@@ -63,8 +63,8 @@ class Reply:
         """Its last events."""
         self.ended = True
         rest, calls = self._reader.end()
-        done = Done(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
-        return [Piece(self.call.id, rest), done] if rest and finish != "cancelled" else [done]
+        done = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
+        return [TextDelta(self.call.id, rest), done] if rest and finish != "cancelled" else [done]
 
 
 class StreamEngine(ABC):
@@ -72,8 +72,8 @@ class StreamEngine(ABC):
 
     def __init__(self, rows: int, waiting: int) -> None:
         self.rows, self._most = rows, waiting
-        self._waiting: deque[Reply] = deque()
-        self._live: dict[str, tuple[Reply, Future[None]]] = {}
+        self._waiting: deque[StreamedReply] = deque()
+        self._live: dict[str, tuple[StreamedReply, Future[None]]] = {}
         self._told: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._ended: list[Event] = []
         # no limit between two events: a deadline is the holder's
@@ -85,19 +85,19 @@ class StreamEngine(ABC):
         self._thread.start()
 
     @abstractmethod
-    def open_reply(self, call: Call) -> Reply:
+    def open_reply(self, call: GenerateCall) -> StreamedReply:
         """The reply that a call begins. Raises what `submit` does for a call that cannot be answered."""
 
     @abstractmethod
-    def read(self, reply: Reply) -> AsyncGenerator[Event]:
+    def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
         """Ask for one reply and read it: Pieces, then what `Reply.end` says. Runs on the thread. SartorErrors become Failed."""
 
-    def begin(self, reply: Reply) -> bool:
+    def begin(self, reply: StreamedReply) -> bool:
         """Make ready for a waiting call, for which there is a free row; False if it must go on waiting."""
         return True
 
     @property
-    def live(self) -> list[Reply]:
+    def live(self) -> list[StreamedReply]:
         """The replies that are being read."""
         return [reply for reply, _ in self._live.values()]
 
@@ -106,7 +106,7 @@ class StreamEngine(ABC):
         """Whether a call waits, is answered, or has ended untold."""
         return bool(self._waiting or self._live or self._ended)
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: GenerateCall) -> None:
         """Queue a call."""
         if len(self._waiting) >= self._most:
             raise BusyError(f"{len(self._waiting)} calls wait; at most {self._most} may", "ask again later")
@@ -163,7 +163,7 @@ class StreamEngine(ABC):
         await self.client.aclose()
         await self._loop.shutdown_asyncgens()
 
-    async def _tell(self, reply: Reply) -> None:
+    async def _tell(self, reply: StreamedReply) -> None:
         """Read one reply to its end."""
         try:
             async with contextlib.aclosing(self.read(reply)) as events:
@@ -192,12 +192,12 @@ class StreamEngine(ABC):
         if came.call not in self._live:  # cancelled meanwhile
             return
         events.append(came)
-        if not isinstance(came, Piece):
+        if not isinstance(came, TextDelta):
             del self._live[came.call]
 
 
-def _failed(call: str, error: SartorError) -> Failed:
-    return Failed(call, error.kind, error.problem, error.remedy)
+def _failed(call: str, error: SartorError) -> ReplyFailed:
+    return ReplyFailed(call, error.kind, error.problem, error.remedy)
 
 
 async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

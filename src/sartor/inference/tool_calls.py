@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from sartor.core.errors import RequestError
-from sartor.inference.engine import Call
+from sartor.inference.engine import GenerateCall
 from sartor.text.json_schema import MOST_BYTES, read_schema
 
 MOST_TOOLS = 128
@@ -94,7 +94,7 @@ def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[
     return tuple(tools), "*" if choice == "required" else str(name)
 
 
-def reply_schema(call: Call) -> str:
+def reply_schema(call: GenerateCall) -> str:
     """The JSON Schema that a reply must obey, "" for none: a tool that must be called goes before the reply's own schema.
 
     Raises RequestError when `must_call` names no declared tool.
@@ -147,7 +147,7 @@ class CallReader:
     fed comes out again, as text or as calls (white space around calls apart).
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: GenerateCall) -> None:
         self._id = call.id
         self._names = frozenset(name_of(tool) for tool in call.tools)
         self._kept = ""

@@ -17,7 +17,7 @@ from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import row_of
 from sartor.curate.sources.feedback_lines import over
 from sartor.learn.personal_options import INBOX
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.registry.user_versions import ANYBODY
 
 # Of what a person says there is no licence; it is used for that person alone
@@ -49,7 +49,7 @@ class Collected:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def collect(inbox: Inbox, wanted: Wanted, folder: Path) -> Collected:
+def collect(inbox: FeedbackStore, wanted: Wanted, folder: Path) -> Collected:
     """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for no row."""
     left_out: Counter[str] = Counter()
     source = folder / "rows.jsonl"
@@ -81,7 +81,7 @@ def _copied(file: Path, folder: Path) -> Path:
     return Path(shutil.copyfile(file, folder / f"rows{file.suffix}"))
 
 
-def _learnt(inbox: Inbox, wanted: Wanted, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
+def _learnt(inbox: FeedbackStore, wanted: Wanted, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
     """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found good."""
     newest: dict[str, Feedback] = {}
     for kept in inbox.lines():

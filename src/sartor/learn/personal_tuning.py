@@ -26,29 +26,37 @@ from sartor.core.errors import ArtifactError, ConfigError, GateError, ModelError
 from sartor.core.filesystem import make_parent, writer_lock
 from sartor.core.records import Example
 from sartor.core.splits import group_of
-from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired
+from sartor.evaluate.bootstrap import LEAST_WIDTH, Comparison, paired_bootstrap
 from sartor.evaluate.predictions import HeldOut
 from sartor.inference.engine import adapter_digest
 from sartor.learn import personal_rows
 from sartor.learn.personal_options import PersonalOptions
 from sartor.models.lora_tensors import Tensors
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.personalization import benefit_report
 from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, too_few_prompts
-from sartor.personalization.stacked_adapter import Losses, Stack
+from sartor.personalization.stacked_adapter import Losses, StackedAdapter
 from sartor.personalization.user_rows import example_of
-from sartor.personalization.user_tokens import encoded, recipe_of
+from sartor.personalization.user_tokens import encode_user_row, recipe_of
 from sartor.serving.admission import release_copies
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
-from sartor.serving.registry.registry import Cause, Registry
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.registry.user_versions import ADAPTER, TUNING, PeopleBook, Personal, folder_of, named, speakers
+from sartor.serving.registry.registry import ChangeCause, Registry
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.user_versions import (
+    ADAPTER,
+    TUNING,
+    UserVersion,
+    UserVersionStore,
+    folder_of,
+    required_user_digest,
+    speakers,
+)
 from sartor.serving.team_config import PersonalTerms, Team, load
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # Held-out rows of the live version that are looked at: more narrow the interval, and cost time
 MOST_PROBE_ROWS = 64
@@ -56,15 +64,15 @@ _MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor 
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgedRows:
     """Rows to be judged by, and the group of each."""
 
-    rows: Sequence[Encoded]
+    rows: Sequence[TokenizedExample]
     groups: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AcceptanceResult:
     """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval says."""
 
     own: Comparison
@@ -77,10 +85,10 @@ class Verdict:
         return {**asdict(self), "unit": "nats per token"}
 
 
-def own_rows(dataset: Artifact, rows: Rows) -> Asked:
+def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
     """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
     group = {example.id: group_of(example) for example in stored.read_examples(dataset)}
-    asked = Asked(rows.held_out, [group[row.example_id] for row in rows.held_out])
+    asked = JudgedRows(rows.held_out, [group[row.example_id] for row in rows.held_out])
     if len(rows.train) < LEAST_TRAINED or len(set(asked.groups)) < LEAST_HELD_OUT:
         raise SourceError(
             f"{len(rows.train)} rows to tune on and {len(set(asked.groups))} held-out prompts are too few; "
@@ -90,29 +98,29 @@ def own_rows(dataset: Artifact, rows: Rows) -> Asked:
     return asked
 
 
-def probe_rows(release: Artifact, stack: Stack) -> Asked:
+def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
     """What the live version must go on to know: its Dataset's held-out rows where that is here, else the Release's canaries.
 
     Raises SourceError where there are fewer than two of either.
     """
     chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
-    coded = [(encoded(one, one.id, chat, most), group_of(one)) for one in [*_held_out(release), *_canaries(release)]]
-    usable = [(row, group) for row, group in coded if isinstance(row, Encoded)][:MOST_PROBE_ROWS]
+    coded = [(encode_user_row(one, one.id, chat, most), group_of(one)) for one in [*_held_out(release), *_canaries(release)]]
+    usable = [(row, group) for row, group in coded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
     if len({group for _, group in usable}) < 2:
         raise SourceError(
             f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
             _MORE_PROBE,
         )
-    return Asked([row for row, _ in usable], [group for _, group in usable])
+    return JudgedRows([row for row, _ in usable], [group for _, group in usable])
 
 
-def check_probe(probe: Asked, terms: PersonalTerms) -> None:
+def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
     """Raise SourceError where so few prompts could not show, whatever is tuned, that nothing was forgotten."""
     if terms.most_elsewhere < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
         raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
 
 
-def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: PersonalTerms) -> Verdict:
+def judge(stack: StackedAdapter, tuned: Tensors, own: JudgedRows, probe: JudgedRows, terms: PersonalTerms) -> AcceptanceResult:
     """Compare the tuned ranks with none, on both."""
     mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
     why = ""
@@ -125,13 +133,13 @@ def judge(stack: Stack, tuned: Tensors, own: Asked, probe: Asked, terms: Persona
         )
         if too_few := too_few_prompts(probe.groups):
             why = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
-    return Verdict(mine, other, mine.verdict(higher_is_better=False), why)
+    return AcceptanceResult(mine, other, mine.verdict(higher_is_better=False), why)
 
 
-def _compared(stack: Stack, tuned: Tensors, asked: Asked) -> Comparison:
+def _compared(stack: StackedAdapter, tuned: Tensors, asked: JudgedRows) -> Comparison:
     rows = benefit_report.Own(asked.rows, asked.groups, HeldOut([], Path()))
     before, after = (benefit_report.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
-    return paired(before, after, asked.groups, rows.tokens, is_bounded=False)
+    return paired_bootstrap(before, after, asked.groups, rows.tokens, is_bounded=False)
 
 
 def _held_out(release: Artifact) -> list[Example]:
@@ -157,20 +165,20 @@ class _Ground:
     """What a tuning stands on: the agent's live version, its Release, and the registry."""
 
     team: Team
-    book: PeopleBook
-    live: Version
+    book: UserVersionStore
+    live: AgentVersion
     release: Artifact
     options: PersonalOptions
     person: str
 
     @property
-    def cause(self) -> Cause:
-        return Cause(getpass.getuser(), "sartor personal tune")
+    def cause(self) -> ChangeCause:
+        return ChangeCause(getpass.getuser(), "sartor personal tune")
 
     @property
-    def blank(self) -> Personal:
+    def blank(self) -> UserVersion:
         """The registry's row before anything was tuned."""
-        return Personal(self.person, self.options.agent, self.live.version, self.live.release_id)
+        return UserVersion(self.person, self.options.agent, self.live.version, self.live.release_id)
 
 
 def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: Notice = lambda line: None) -> dict[str, Any]:
@@ -186,7 +194,7 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
             ground.person, options.agent, options.data, _speakers(ground), options.eval_fraction, options.seed,
             ground.release.manifest["system_prompt"],
         )  # fmt: skip
-        collected = personal_rows.collect(Inbox(Path(made.state) / "inbox"), wanted, folder)
+        collected = personal_rows.collect(FeedbackStore(Path(made.state) / "inbox"), wanted, folder)
         stack, own = _prepared(ground, collected.dataset, notice)
         asked, probe = own_rows(collected.dataset, own), probe_rows(ground.release, stack)
         check_probe(probe, made.personal)
@@ -214,7 +222,7 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
 
 @contextmanager
 def _opened(team: Team, options: PersonalOptions) -> Iterator[_Ground]:
-    person = named(options.user, team_digest(Path(team.state)))
+    person = required_user_digest(options.user, team_digest(Path(team.state)))
     with closing(Registry.open(team.registry_url)) as registry:
         read = registry.read()
         agent = read.agents.get(options.agent)
@@ -224,10 +232,10 @@ def _opened(team: Team, options: PersonalOptions) -> Iterator[_Ground]:
             raise UnknownAgentError(
                 f"{options.agent!r} has no live version; there are: {known}", "sartor serve TEAM.yaml, or sartor agents add"
             )
-        yield _Ground(team, PeopleBook(registry.database), live, _release_of(team, live), options, person)
+        yield _Ground(team, UserVersionStore(registry.database), live, _release_of(team, live), options, person)
 
 
-def _release_of(team: Team, live: Version) -> Artifact:
+def _release_of(team: Team, live: AgentVersion) -> Artifact:
     """The Release of the live version: the team's own copy, or where it was registered. Raises ArtifactError."""
     copy = release_copies.folder(Path(team.state)) / live.release_id
     found = open_artifact(copy if copy.is_dir() else Path(live.release), "release")
@@ -266,7 +274,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[Stack, Rows]:
+def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[StackedAdapter, TokenizedDataset]:
     """The base with room for both adapters, and the user's rows as tokens."""
     options, said = ground.options, ground.release.manifest["base"]
     found = model_refs.locate_base(ground.team.base)
@@ -280,10 +288,10 @@ def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[Stack
         "budget": {"epochs": options.epochs}, "optimizer": optimizer, "seed": options.seed,
     }  # fmt: skip
     recipe = config.load(Recipe, recipe_of(ground.release.path, found.path, changes))
-    resident = Resident.open(recipe, notice)
+    resident = SharedBase.open(recipe, notice)
     # files may hold factors in 16 bits, and some of those no numpy knows
     shared = {name: value.float().numpy() for name, value in load_file(ground.release.path / WEIGHTS).items()}
-    stack = Stack.open(resident, shared, options.rank or ground.team.personal.rank)
+    stack = StackedAdapter.open(resident, shared, options.rank or ground.team.personal.rank)
     if strange := sorted(set(shared) ^ set(stack.fresh)):
         raise ConfigError(f"{ground.live.name} adapts other modules than its config says: {strange[0]}", "tune it anew")
     own = encode_rows(dataset, recipe, resident.base.chat)
@@ -292,12 +300,14 @@ def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[Stack
     return stack, own
 
 
-def _facts(stack: Stack, parents: list[Artifact], about: Mapping[str, Any], losses: Losses, verdict: Verdict) -> dict[str, Any]:
+def _facts(
+    stack: StackedAdapter, parents: list[Artifact], about: Mapping[str, Any], losses: Losses, verdict: AcceptanceResult
+) -> dict[str, Any]:
     facts = stack.facts(parents, parents[0].manifest["sources"], {"personal": {**about, "gate": verdict.as_json()}}, losses)
     return {**facts, "recipe": config.dump(stack.resident.recipe)}
 
 
-def _written(stack: Stack, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
+def _written(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
     def fill(part: Path) -> Mapping[str, Any]:
         stack.resident.write(tuned, part)
         return facts
@@ -307,7 +317,7 @@ def _written(stack: Stack, tuned: Any, out: Path, facts: Mapping[str, Any]) -> A
     return adapter
 
 
-def _serve(ground: _Ground, adapter: Artifact, verdict: Verdict, counts: Mapping[str, int]) -> None:
+def _serve(ground: _Ground, adapter: Artifact, verdict: AcceptanceResult, counts: Mapping[str, int]) -> None:
     files = adapter.manifest["files"]
     row = replace(
         ground.blank, adapter=adapter_digest(files), artifact=adapter.id, path=str(adapter.path),

@@ -23,7 +23,7 @@ from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import FEW_GROUPS, LEAST_GROUPS, Comparison
 from sartor.evaluate.limits import Check
 from sartor.evaluate.reply_labels import known_fields, label_of
-from sartor.serving.dispatch.sequential_tests import Rate, excess
+from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import NotWorse
 
 Row = Mapping[str, Any]
@@ -34,7 +34,7 @@ MOST_NAMED = 8
 
 def of_rows(table: Sequence[Row]) -> Comparison:
     """The new version's scores less the live one's, with the interval over groups."""
-    return bootstrap.paired(
+    return bootstrap.paired_bootstrap(
         [row["live"] for row in table], [row["new"] for row in table], [group_of_stored(row) for row in table]
     )
 
@@ -42,7 +42,7 @@ def of_rows(table: Sequence[Row]) -> Comparison:
 def gain(compared: Mapping[str, Comparison]) -> tuple[Check, str]:
     """(whether any kind of rows is better by an interval above 0, the kind that says so or else the first)."""
     better = [kind for kind, found in compared.items() if found.low > 0]
-    lines = "; ".join(f"{kind}: {told(found)}" for kind, found in compared.items())
+    lines = "; ".join(f"{kind}: {format_comparison(found)}" for kind, found in compared.items())
     chosen = better[0] if better else next(iter(compared))
     if better:
         return Check("pass", lines), chosen
@@ -55,7 +55,7 @@ def not_worse(found: Comparison, margin: float) -> Check:
     remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
     if not fits and found.difference >= -margin:
         remedy = f"held-out rows of {FEW_GROUPS} groups or more to tell; {remedy}"
-    return Check("pass" if fits else "fail", f"{told(found)}; it may fall by {margin:g}", remedy)
+    return Check("pass" if fits else "fail", f"{format_comparison(found)}; it may fall by {margin:g}", remedy)
 
 
 def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
@@ -65,18 +65,21 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
     (`unjudged`).
     """
     found = {}
-    for name, rows in cut(table, rules.slices, rules.slice_rows):
+    for name, rows in slice_rows(table, rules.slices, rules.slice_rows):
         compared, groups = of_rows(rows), _groups(rows)
         if groups < LEAST_GROUPS:
             if -compared.difference > rules.slice_margin:
-                detail = f"cannot tell: {told(compared)} over {groups} groups of rows; {LEAST_GROUPS} are the least that tell"
+                detail = (
+                    f"cannot tell: {format_comparison(compared)} over {groups} groups of rows; "
+                    f"{LEAST_GROUPS} are the least that tell"
+                )
                 found[f"slice:{name}"] = Check(
                     "cannot tell", detail, f"more held-out rows of {name}, or look at what was said of it"
                 )
             continue
         is_worse = compared.high < 0 and -compared.difference > rules.slice_margin
         remedy = f"rows of {name} among the rehearsal, or look at what was said of it" if is_worse else ""
-        detail = f"{told(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
+        detail = f"{format_comparison(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
         found[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
     return found
 
@@ -85,7 +88,7 @@ def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
     """The slices that too few rows or groups of rows speak of, and how many; empty where there are none."""
     few = [
         f"{name} ({len(rows)} rows)"
-        for name, rows in cut(table, rules.slices, rules.slice_rows, with_few=True)
+        for name, rows in slice_rows(table, rules.slices, rules.slice_rows, with_few=True)
         if len(rows) < rules.slice_rows or _groups(rows) < LEAST_GROUPS
     ]
     more = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
@@ -96,7 +99,9 @@ def _groups(rows: Sequence[Row]) -> int:
     return len({group_of_stored(row) for row in rows})
 
 
-def cut(table: Sequence[Row], fields: Sequence[str], least: int, *, with_few: bool = False) -> Iterator[tuple[str, list[Row]]]:
+def slice_rows(
+    table: Sequence[Row], fields: Sequence[str], least: int, *, with_few: bool = False
+) -> Iterator[tuple[str, list[Row]]]:
     """(field=value, rows) of each slice with enough rows, or of each.
 
     No fields: each that the references have and that has few values.
@@ -116,7 +121,7 @@ def _has_few(table: Sequence[Row], field: str, least: int) -> bool:
     return 1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= least
 
 
-def told(found: Comparison) -> str:
+def format_comparison(found: Comparison) -> str:
     """A comparison in a line."""
     return f"{found.base:.3f} -> {found.tuned:.3f}, {found.difference:+.3f} in [{found.low:+.3f}, {found.high:+.3f}]"
 
@@ -132,30 +137,30 @@ class Suspect:
     """A key's ratings and everybody else's."""
 
     key: str
-    own: Rate
-    others: Rate
+    own: FailureRate
+    others: FailureRate
 
     def __str__(self) -> str:
         return f"{self.key} found {self.own.bad} of {self.own.seen} bad, all others {self.others.bad} of {self.others.seen}"
 
 
-def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, Rate]:
+def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
     """(key, rating) -> what each key said; a rating of 0 says nothing."""
-    found: dict[str, Rate] = {}
+    found: dict[str, FailureRate] = {}
     for key, rating in ratings:
         if rating:
-            found.setdefault(key, Rate()).count(rating < 0)
+            found.setdefault(key, FailureRate()).count(rating < 0)
     return found
 
 
-def suspects(rates: Mapping[str, Rate]) -> list[Suspect]:
+def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
     """The keys that differ, the most telling first. Of one key alone nothing can be said."""
     limit = math.log(2 * max(len(rates), 1) / FALSE_ALARM)
     found = []
     for key, own in rates.items():
         rest = [rate for name, rate in rates.items() if name != key]
-        others = Rate(sum(rate.seen for rate in rest), sum(rate.bad for rate in rest))
-        evidence = max(excess(own, others, MARGIN), excess(others, own, MARGIN)) if others.seen else 0.0
+        others = FailureRate(sum(rate.seen for rate in rest), sum(rate.bad for rate in rest))
+        evidence = max(log_evidence(own, others, MARGIN), log_evidence(others, own, MARGIN)) if others.seen else 0.0
         if evidence >= limit:
             found.append((evidence, Suspect(key, own, others)))
     # where one key is unlike, all others are a little unlike those among whom it is: the most telling is named alone
@@ -164,7 +169,7 @@ def suspects(rates: Mapping[str, Rate]) -> list[Suspect]:
     ]  # fmt: skip
 
 
-def check(rates: Mapping[str, Rate], believed: Iterable[str] = ()) -> Check:
+def check(rates: Mapping[str, FailureRate], believed: Iterable[str] = ()) -> Check:
     """Whether everybody rates alike, but for those whom a person believes."""
     found = [suspect for suspect in suspects(rates) if suspect.key not in set(believed)]
     if not found:

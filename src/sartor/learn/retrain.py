@@ -16,11 +16,23 @@ from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateE
 from sartor.core.resource_limits import limit_data
 from sartor.core.splits import group_of
 from sartor.evaluate.bootstrap import Comparison
-from sartor.evaluate.evaluation import beside, likelihoods, write_beside
+from sartor.evaluate.evaluation import compare_with_live, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
 from sartor.evaluate.limits import Check
 from sartor.learn import promotion_checks, training_data, triggers
-from sartor.learn.run_record import Job, Live, Notice, Stage, Wishes, Work, bumped, held, live_version, read_registry, settle
+from sartor.learn.run_record import (
+    Live,
+    Notice,
+    RetrainContext,
+    RetrainOptions,
+    RunRecord,
+    Stage,
+    held,
+    live_version,
+    next_version,
+    read_registry,
+    resolve_trial,
+)
 from sartor.release.release import release as sign
 from sartor.serving.commands.agent_commands import add_agent, promote_agent
 from sartor.serving.registry import server_presence
@@ -33,13 +45,13 @@ GENTLE = 0.5
 EPOCHS = 2.0
 
 
-def curate(job: Job) -> Mapping[str, Any]:
+def curate(job: RetrainContext) -> Mapping[str, Any]:
     """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
     if found := training_data.distrusted(job):
         # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
         raise GateError(f"keys: {'; '.join(found)}", "look at what they said (sartor agents feedback); then --ignore KEY")
-    said = training_data.heard(job)
-    made = training_data.written(job, said)
+    said = training_data.collect_feedback(job)
+    made = training_data.write_training_data(job, said)
     if not made.legs:
         raise GateError(
             f"of what was said {made.corrections} corrections and {made.ratings} ratings can be learnt from; dropped: "
@@ -52,7 +64,7 @@ def curate(job: Job) -> Mapping[str, Any]:
     return {**dataclasses.asdict(made), "keys": keys.detail}
 
 
-def tune(job: Job) -> Mapping[str, Any]:
+def tune(job: RetrainContext) -> Mapping[str, Any]:
     """adapter-sft/, adapter-kto/: the live version's adapter gone on with, on corrections and then on ratings."""
     start, made = Path(job.work.record.live.release), []
     for leg in job.work.facts("curate")["legs"]:
@@ -65,7 +77,7 @@ def tune(job: Job) -> Mapping[str, Any]:
     return {"adapter": str(start), "legs": made}
 
 
-def recipe_of(job: Job, leg: str, start: Path) -> dict[str, Any]:
+def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
     own = open_artifact(job.work.record.live.release, "release").path / "sartor.json"
     known = training_data.read_recipe(own)
@@ -89,7 +101,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def evaluate(job: Job) -> Mapping[str, Any]:
+def evaluate(job: RetrainContext) -> Mapping[str, Any]:
     """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
     adapter, out = Path(job.work.facts("tune")["adapter"]), job.at("report")
     made_otherwise = _numerics_difference(out)
@@ -102,7 +114,7 @@ def evaluate(job: Job) -> Mapping[str, Any]:
             adapter, out=out, scorer=said["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
             replace=bool(made_otherwise),
         )  # fmt: skip
-    found = beside(adapter, out, job.work.record.live.release, job.notice)
+    found = compare_with_live(adapter, out, job.work.record.live.release, job.notice)
     write_beside(job.at("beside.parquet"), found)
     return {"report": str(out), "metric": found.metric, "rows": len(found.table), **_liked(job, adapter)}
 
@@ -115,7 +127,7 @@ def _numerics_difference(report: Path) -> str:
     return numerics.difference(base.get("numerics"), base["dtype"])
 
 
-def _liked(job: Job, adapter: Path) -> dict[str, Any]:
+def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
     """How likely both versions find the held-out replies that people rated, the rating's sign before it."""
     held = training_data.held_ratings(job)
     if not held:
@@ -129,7 +141,7 @@ def _liked(job: Job, adapter: Path) -> dict[str, Any]:
     }
 
 
-def gate(job: Job) -> Mapping[str, Any]:
+def gate(job: RetrainContext) -> Mapping[str, Any]:
     """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
     found, compared, of = judged(job)
     told = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in found.items()}
@@ -139,7 +151,7 @@ def gate(job: Job) -> Mapping[str, Any]:
     return {**facts, "refused": "; ".join(lines)}
 
 
-def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
+def judged(job: RetrainContext) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
     table = list(parquet_io.read_file(job.at("beside.parquet")))
     feedback = training_data.ids_of_feedback(job)
@@ -166,13 +178,13 @@ def judged(job: Job) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     return checks, compared, of
 
 
-def release(job: Job) -> Mapping[str, Any]:
+def release(job: RetrainContext) -> Mapping[str, Any]:
     """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version."""
     live, out = job.live(), job.at("release")
     taken = [one.version for one in read_registry(job.team).versions.values() if one.agent == job.agent]
     if kind_of(out) == "release":  # killed between the Release and the record
         return {"release": str(out), "version": open_artifact(out, "release").manifest["version"]}
-    version = bumped(live.manifest["version"], taken)
+    version = next_version(live.manifest["version"], taken)
     rules = job.at("gate.yaml")
     if said := live.manifest.get("rules"):
         rules.write_text(said["text"], encoding="utf-8")
@@ -184,7 +196,7 @@ def release(job: Job) -> Mapping[str, Any]:
     return {"release": str(out), "version": version}
 
 
-def bring_in(job: Job) -> Mapping[str, Any]:
+def register_version(job: RetrainContext) -> Mapping[str, Any]:
     """Registered; on trial where somebody serves the team, live at once where a person asks for it, else waiting."""
     made, live = job.work.facts("release"), job.work.record.live
     why = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
@@ -202,7 +214,7 @@ def bring_in(job: Job) -> Mapping[str, Any]:
 
 
 STAGES: dict[str, Stage] = {
-    "curate": curate, "tune": tune, "evaluate": evaluate, "gate": gate, "release": release, "bring in": bring_in
+    "curate": curate, "tune": tune, "evaluate": evaluate, "gate": gate, "release": release, "bring in": register_version
 }  # fmt: skip
 
 
@@ -228,7 +240,7 @@ class Retrained:
         return {**vars(self), "gain": dict(self.gain) if self.gain else None, "wall_s": round(self.wall_s, 1)}
 
     @classmethod
-    def of(cls, work: Work, began: float) -> Retrained:
+    def of(cls, work: RunRecord, began: float) -> Retrained:
         """As the record has it."""
         record = work.record
         checks = {name: one["outcome"] for name, one in record.stages.get("gate", {}).get("checks", {}).items()}
@@ -241,7 +253,7 @@ def retrain(
     team: Team | Path | str,
     agent: str,
     *,
-    wishes: Wishes | None = None,
+    wishes: RetrainOptions | None = None,
     flags: Sequence[str] = (),
     steps_back: bool = False,
     stages: Mapping[str, Stage] = STAGES,
@@ -262,12 +274,12 @@ def retrain(
         )
     if steps_back:
         _step_back(made.retrain)
-    wishes, state = wishes or Wishes(), Path(made.state)
+    wishes, state = wishes or RetrainOptions(), Path(made.state)
     live = live_version(made, agent)
     with held(state, agent):
         work = triggers.last(state, agent)
         if work is not None and not work.is_open:
-            settle(made, work)
+            resolve_trial(made, work)
         if work is not None and work.record.decision == "canary":
             return Retrained.of(work, began)
         if work is not None and work.is_open and work.record.live.release_id != live.release_id:
@@ -279,14 +291,14 @@ def retrain(
             if not (due.triggers or wishes.anyway):
                 return Retrained("refused", due.lacking, None, agent)
             notice(f"retraining {agent}@{live.version}: {'; '.join(due.triggers) or 'asked for'}")
-            work = Work.begun(state, agent, live)
+            work = RunRecord.begun(state, agent, live)
         else:
             notice(f"going on with {work.folder}, after {list(work.record.stages) or 'nothing'}")
-        _run(Job(made, work, wishes, notice), stages)
+        _run(RetrainContext(made, work, wishes, notice), stages)
         return Retrained.of(work, began)
 
 
-def _overtaken(work: Work, live: Live) -> None:
+def _overtaken(work: RunRecord, live: Live) -> None:
     """Another version is live than the one that it was held against: its own, if it was killed right behind the promotion."""
     name = f"{work.record.agent}@{live.version}"
     if work.done("release") and work.facts("release")["version"] == live.version:
@@ -295,7 +307,7 @@ def _overtaken(work: Work, live: Live) -> None:
         work.decide("refused", f"{name} has become live since; it was held against {work.record.live.version}")
 
 
-def _run(job: Job, stages: Mapping[str, Stage]) -> None:
+def _run(job: RetrainContext, stages: Mapping[str, Stage]) -> None:
     """Every stage that is not done; the record says after each that it is, and in the end what came of it."""
     work = job.work
     for name, stage in stages.items():

@@ -71,14 +71,14 @@ class Record:
         return cls(**{**fields, "live": Live(**fields["live"])})
 
 
-class Work:
+class RunRecord:
     """The folder of one retrain, and its record. Held by one process: see `held`."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         self.folder, self.record = folder, record
 
     @classmethod
-    def begun(cls, state: Path, agent: str, live: Live) -> Work:
+    def begun(cls, state: Path, agent: str, live: Live) -> RunRecord:
         """The next retrain of an agent."""
         number = max((work.record.number for work in works(state, agent)), default=0) + 1
         work = cls(_home(state, agent) / str(number), Record(agent, number, now(), live, {}))
@@ -86,7 +86,7 @@ class Work:
         return work
 
     @classmethod
-    def opened(cls, folder: Path) -> Work:
+    def opened(cls, folder: Path) -> RunRecord:
         """What stands in a folder. Raises ArtifactError where the record is damaged."""
         file = folder / FILE
         try:
@@ -125,10 +125,10 @@ class Work:
         write_file_atomic(self.folder / FILE, text.encode())
 
 
-def works(state: Path, agent: str) -> list[Work]:
+def works(state: Path, agent: str) -> list[RunRecord]:
     """Every retrain of an agent, the oldest first. A folder without a record was killed before it began, and is passed over."""
     found = (folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists())
-    return [Work.opened(folder) for folder in sorted(found, key=lambda folder: int(folder.name))]
+    return [RunRecord.opened(folder) for folder in sorted(found, key=lambda folder: int(folder.name))]
 
 
 @contextmanager
@@ -160,7 +160,7 @@ Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RetrainOptions:
     """What a person asks of this one retrain. believe, ignore: keys. promote: also where nobody serves the team. anyway: with
     less feedback than is asked for. waivers: of checks of the Release's own gate, not of those against the live version.
     """
@@ -173,12 +173,12 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Job:
+class RetrainContext:
     """A retrain as its stages see it."""
 
     team: Team
-    work: Work
-    wishes: Wishes
+    work: RunRecord
+    wishes: RetrainOptions
     notice: Notice
 
     @property
@@ -217,7 +217,7 @@ class Job:
 class Stage(Protocol):
     """One step of a retrain: makes its artefacts, or finds them made, and says what it found. Raises GateError to refuse."""
 
-    def __call__(self, job: Job) -> Mapping[str, Any]:
+    def __call__(self, job: RetrainContext) -> Mapping[str, Any]:
         """Facts, for the record."""
         ...
 
@@ -251,7 +251,7 @@ def live_version(team: Team, agent: str) -> Live:
     return Live(version.version, version.release, version.release_id)
 
 
-def settle(team: Team, work: Work) -> None:
+def resolve_trial(team: Team, work: RunRecord) -> None:
     """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial still."""
     record = work.record
     if record.decision in FINAL:
@@ -267,7 +267,7 @@ def settle(team: Team, work: Work) -> None:
         work.decide("rolled back", f"{record.agent}@{version} {why}")
 
 
-def bumped(version: str, taken: Collection[str]) -> str:
+def next_version(version: str, taken: Collection[str]) -> str:
     """The next version after one: its last number raised by one, further where that is taken.
 
     >>> bumped("1.9", ["1.10"])

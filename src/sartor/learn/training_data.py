@@ -19,15 +19,15 @@ from typing import Any
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import ArtifactError
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import split_group
-from sartor.curate.dataset_writer import write_derived
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
 from sartor.learn import promotion_checks, triggers
-from sartor.learn.run_record import Job
-from sartor.serving.dispatch.sequential_tests import Rate
+from sartor.learn.run_record import RetrainContext
+from sartor.serving.dispatch.sequential_tests import FailureRate
 
 STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}
@@ -37,7 +37,7 @@ NO_KEY = "(no key)"
 
 
 @dataclass(frozen=True)
-class Learnt:
+class TrainingData:
     """legs: which tunings there are rows for, in order. corrections, ratings: rows of each; held: those that are held out.
 
     ignored: rows of keys that a person ignores. rates: of each key, how many replies it rated, and how many of them bad.
@@ -49,10 +49,10 @@ class Learnt:
     held: Mapping[str, int]
     rehearsal: int
     ignored: int
-    rates: Mapping[str, Rate]
+    rates: Mapping[str, FailureRate]
 
 
-def heard(job: Job) -> Artifact:
+def collect_feedback(job: RetrainContext) -> Artifact:
     """feedback/: what the inbox holds of the agent now, as curate trusts it."""
     out = job.at(FEEDBACK)
     if kind_of(out) == "dataset":
@@ -66,20 +66,20 @@ def heard(job: Job) -> Artifact:
     return curate(recipe, out, notice=job.notice).dataset
 
 
-def _terms(job: Job) -> InboxTerms:
+def _terms(job: RetrainContext) -> InboxTerms:
     """Whoever rates a reply to one of the agent's own prompts is held against what is known of it."""
     own = job.own_rows()
     known = [name for name in own.manifest["files"] if name.startswith("examples/")]
     return InboxTerms(agent=job.agent, known=str(own.path / known[0]) if len(known) == 1 else "")
 
 
-def distrusted(job: Job) -> list[str]:
+def distrusted(job: RetrainContext) -> list[str]:
     """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
     standings = of_folder(_inbox(job), _terms(job)).standings
     return [one.why for one in standings if one.is_aside and one.key not in job.wishes.ignore]
 
 
-def written(job: Job, feedback: Artifact) -> Learnt:
+def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData:
     """data/ and ratings/, as far as there are enough rows of each."""
     own = job.own_rows()
     keys = keys_of_lines(_inbox(job))
@@ -104,7 +104,7 @@ def written(job: Job, feedback: Artifact) -> Learnt:
         "ratings": sum(row.split == "eval" for row in ratings),
     }
     ignored = len(every) - len(said)
-    return Learnt(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored, rates)
+    return TrainingData(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored, rates)
 
 
 def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
@@ -114,12 +114,12 @@ def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
     return every[:count]
 
 
-def ids_of_feedback(job: Job) -> set[str]:
+def ids_of_feedback(job: RetrainContext) -> set[str]:
     """Of the corrections: which rows of a Report are such."""
     return {row.id for row in parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset")) if not row.rating}
 
 
-def held_ratings(job: Job) -> list[Example]:
+def held_ratings(job: RetrainContext) -> list[Example]:
     """Rated replies that were not trained on, where ratings were learnt from at all."""
     if "kto" not in job.work.facts("curate")["legs"]:
         return []
@@ -145,11 +145,11 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file} says no recipe: {error}", "restore the Release from a copy") from None
 
 
-def _inbox(job: Job) -> Path:
+def _inbox(job: RetrainContext) -> Path:
     return Path(job.team.state) / "inbox"
 
 
-def _held_out(job: Job, own: Artifact, corrections: Sequence[Example]) -> list[Example]:
+def _held_out(job: RetrainContext, own: Artifact, corrections: Sequence[Example]) -> list[Example]:
     """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg."""
     said = [row for row in corrections if row.split == "eval"]
     known = {row.id for row in said}
@@ -164,8 +164,8 @@ def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], hel
     groups, kept, drops = {split_group(row) for row in held}, [], list[Drop]()
     for row in train:
         if split_group(row) in groups:
-            drops.append(dropped(row, "group_held_out", "a held-out row is of its group", step=STEP))
+            drops.append(drop_of(row, "group_held_out", "a held-out row is of its group", step=STEP))
         else:
             kept.append(row)
     facts = {STEP: {"train": len(kept), "held_out": len(held)}}
-    write_derived(out, parents, [*kept, *(replace(row, split="eval") for row in held)], drops, step=facts)
+    write_dataset_from(out, parents, [*kept, *(replace(row, split="eval") for row in held)], drops, step=facts)

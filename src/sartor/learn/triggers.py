@@ -21,8 +21,8 @@ from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
-from sartor.learn.run_record import Notice, Work, held, live_version, read_registry, settle, works
-from sartor.serving.dispatch.sequential_tests import Rate, excess
+from sartor.learn.run_record import Notice, RunRecord, held, live_version, read_registry, resolve_trial, works
+from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import Retraining, Team, load
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance
@@ -34,14 +34,14 @@ EARLY_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
-class News:
+class FeedbackCounts:
     """Counts since `since` (ISO, "" for ever). ratings: with how many of them were bad; `before`: those up to then."""
 
     agent: str
     since: str
     corrections: int
-    ratings: Rate
-    before: Rate
+    ratings: FailureRate
+    before: FailureRate
     unlearnable: int
 
     def as_json(self) -> dict[str, Any]:
@@ -51,10 +51,10 @@ class News:
 
 
 @dataclass(frozen=True)
-class Due:
+class RetrainTrigger:
     """Whether an agent is to be retrained now, and by which trigger; or how much is lacking."""
 
-    news: News
+    news: FeedbackCounts
     triggers: tuple[str, ...]
     lacking: str
 
@@ -63,9 +63,9 @@ class Due:
         return {**self.news.as_json(), "due": bool(self.triggers), "why": "; ".join(self.triggers) or self.lacking}
 
 
-def news(inbox: Path, agent: str, since: str) -> News:
+def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
     """What an inbox holds of an agent, whatever version was asked."""
-    corrections, unlearnable, after, before = 0, 0, Rate(), Rate()
+    corrections, unlearnable, after, before = 0, 0, FailureRate(), FailureRate()
     for _, _, said in lines(inbox):
         if said.agent.rpartition("@")[0] != agent:
             continue
@@ -74,7 +74,7 @@ def news(inbox: Path, agent: str, since: str) -> News:
             (after if is_new else before).count(said.rating < 0)
         if is_new and said.correction:
             corrections, unlearnable = corrections + said.has_words, unlearnable + (not said.has_words)
-    return News(agent, since, corrections, after, before, unlearnable)
+    return FeedbackCounts(agent, since, corrections, after, before, unlearnable)
 
 
 def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
@@ -88,18 +88,18 @@ def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
                 yield file, number, said
 
 
-def last(state: Path, agent: str) -> Work | None:
+def last(state: Path, agent: str) -> RunRecord | None:
     """The newest retrain of an agent that took what was said into account."""
     return next(iter(reversed(works(state, agent))), None)
 
 
 def check_triggers(
     state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())
-) -> Due:
+) -> RetrainTrigger:
     """Whether an agent is to be retrained. scores: the router's of its requests, before the last retrain and since."""
     newest = last(state, agent)
     since = newest.record.began if newest else ""
-    found = news(state / "inbox", agent, since)
+    found = feedback_counts(state / "inbox", agent, since)
     least, drift = rules.at_least, rules.drift
     triggers = []
     if found.corrections >= least.corrections:
@@ -111,10 +111,10 @@ def check_triggers(
     hours = hours_since(since)
     if rules.every_hours and hours >= rules.every_hours and (found.corrections or found.ratings.seen):
         triggers.append(f"{hours:.0f} hours" if since else "never retrained")
-    return Due(found, tuple(triggers), lacking(found, rules))
+    return RetrainTrigger(found, tuple(triggers), missing_feedback(found, rules))
 
 
-def lacking(found: News, rules: Retraining) -> str:
+def missing_feedback(found: FeedbackCounts, rules: Retraining) -> str:
     """How much more has to be said, in a sentence."""
     least = rules.at_least
     more = f"{max(least.corrections - found.corrections, 0)} more corrections or {max(least.ratings - found.ratings.seen, 0)}"
@@ -129,8 +129,8 @@ def hours_since(date: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(date)).total_seconds() / 3600 if date else math.inf
 
 
-def _worse_liked(found: News, margin: float) -> Iterator[str]:
-    if margin < 1 and excess(found.ratings, found.before, margin) >= -math.log(ALPHA):
+def _worse_liked(found: FeedbackCounts, margin: float) -> Iterator[str]:
+    if margin < 1 and log_evidence(found.ratings, found.before, margin) >= -math.log(ALPHA):
         before, since = found.before, found.ratings
         yield f"bad ratings: {before.bad} of {before.seen} before, {since.bad} of {since.seen} since"
 
@@ -212,7 +212,7 @@ def _standing(team: Team, name: str) -> dict[str, Any]:
                 return {}
             if work.is_open:
                 return {"due": True, "why": f"{work.folder} was not finished"}
-            settle(team, work)
+            resolve_trial(team, work)
             return {"due": False, "why": work.record.reason} if work.record.decision == "canary" else {}
     except ConfigError as error:
         return {"due": False, "why": error.problem}

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from sartor.core.artifacts import MANIFESTS, kind_of
 from sartor.core.errors import ConfigError, MissingError
 from sartor.core.lineage.receipt_index import PATTERN
-from sartor.serving.api_keys import Keys
-from sartor.serving.commands.agent_commands import Rows
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.api_keys import ApiKeyStore
+from sartor.serving.commands.agent_commands import CommandRows
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import lines_with, team_digest
-from sartor.serving.registry.registry import Cause, Registry, Snapshot
-from sartor.serving.registry.user_versions import ANYBODY, PeopleBook, Personal, named
+from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
+from sartor.serving.registry.user_versions import ANYBODY, UserVersion, UserVersionStore, required_user_digest
 from sartor.serving.team_config import Team, load
 
 LEAST, PIECE = 12, 32  # characters
@@ -41,7 +41,7 @@ _WORD, _BLOCK = 8, 1 << 24
 _LONGEST = 12 * PIECE
 
 
-class Needles:
+class SearchTerms:
     """Texts to be looked for, but for what others have said; any number of them costs one pass."""
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -86,7 +86,7 @@ def _spelled(piece: str) -> set[bytes]:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScanResult:
     """files, bytes: what was looked at. found: files with the words. same_words: artefacts that have them from elsewhere.
 
     unread: files that could not be opened, and why.
@@ -99,7 +99,7 @@ class Found:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-def search(needles: Needles, folders: Collection[Path], left_out: Collection[Path], state: Path) -> Found:
+def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection[Path], state: Path) -> ScanResult:
     """Look into every file below these folders, but not below `left_out`. Links are not followed."""
     files = total = 0
     hits: list[Path] = []
@@ -115,7 +115,9 @@ def search(needles: Needles, folders: Collection[Path], left_out: Collection[Pat
         except (OSError, MissingError) as error:
             unread[str(file)] = str(error)
     elsewhere = [file for file in hits if _is_from_elsewhere(file, state)]
-    return Found(files, total, [str(file) for file in hits if file not in elsewhere], [str(file) for file in elsewhere], unread)
+    return ScanResult(
+        files, total, [str(file) for file in hits if file not in elsewhere], [str(file) for file in elsewhere], unread
+    )
 
 
 def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
@@ -126,7 +128,7 @@ def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
         yield from (path for name in names if not (path := Path(where, name)).is_symlink() and path.is_file())
 
 
-def _holds(file: Path, needles: Needles) -> bool:
+def _holds(file: Path, needles: SearchTerms) -> bool:
     if file.stat().st_size == 0:
         return False
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -139,7 +141,7 @@ def _holds(file: Path, needles: Needles) -> bool:
     return file.suffix == ".parquet" and _in_columns(file, needles)
 
 
-def _in_columns(file: Path, needles: Needles) -> bool:
+def _in_columns(file: Path, needles: SearchTerms) -> bool:
     try:
         table = pq.read_table(file)
     except (OSError, ValueError) as error:
@@ -178,22 +180,22 @@ def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
     return False
 
 
-def list_personal(team: Team | Path | str, user: str = "") -> Rows:
+def list_personal(team: Team | Path | str, user: str = "") -> CommandRows:
     """Every personal version, or one user's. Users are told by their digests: their ids are not kept."""
-    with opened(team) as (made, registry):
-        person = named(user, team_digest(Path(made.state))) if user else ""
-        people, read = PeopleBook(registry.database).read(person), registry.read()
-    return Rows([_row(one, read) for one in people.known.values()])
+    with open_team_registry(team) as (made, registry):
+        person = required_user_digest(user, team_digest(Path(made.state))) if user else ""
+        people, read = UserVersionStore(registry.database).read(person), registry.read()
+    return CommandRows([_row(one, read) for one in people.known.values()])
 
 
 def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
     """All that is kept of a user: personal versions with their gates, and how many lines of feedback and receipts."""
-    with opened(team) as (made, registry):
+    with open_team_registry(team) as (made, registry):
         state = Path(made.state)
-        person = named(user, team_digest(state))
-        book, read = PeopleBook(registry.database), registry.read()
+        person = required_user_digest(user, team_digest(state))
+        book, read = UserVersionStore(registry.database), registry.read()
         versions = [{**_row(one, read), **dict(one.facts or {})} for one in book.read(person).known.values()]
-        lines = sum(kept.said is not None and kept.said.by.user == person for kept in Inbox(state / "inbox").lines())
+        lines = sum(kept.said is not None and kept.said.by.user == person for kept in FeedbackStore(state / "inbox").lines())
         needle = f'"person":"{person}"'.encode()
         receipts = sum(len(lines_with(file, needle)) for file in (state / "receipts").glob(PATTERN))
         return {"person": person, "versions": versions, "feedback": lines, "receipts": receipts, "rows": book.mentions(person)}
@@ -201,26 +203,26 @@ def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
 
 def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:
     """Let a key speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
-    with opened(team) as (made, registry):
-        known = [one.id for one in Keys(registry.database).listed()]
+    with open_team_registry(team) as (made, registry):
+        known = [one.id for one in ApiKeyStore(registry.database).listed()]
         if key not in known:
             raise ConfigError(
                 f"there is no key {key[:40]!a}; there are: {', '.join(known) or 'none'}", "sartor agents key NAME"
             )
-        person = user if user == ANYBODY else named(user, team_digest(Path(made.state)))
-        PeopleBook(registry.database).allow(key, person, Cause(getpass.getuser(), "sartor personal allow"))
+        person = user if user == ANYBODY else required_user_digest(user, team_digest(Path(made.state)))
+        UserVersionStore(registry.database).allow(key, person, ChangeCause(getpass.getuser(), "sartor personal allow"))
         return {"key": key, "speaks_for": person}
 
 
 @contextmanager
-def opened(team: Team | Path | str) -> Iterator[tuple[Team, Registry]]:
+def open_team_registry(team: Team | Path | str) -> Iterator[tuple[Team, Registry]]:
     """A team and its registry."""
     made = team if isinstance(team, Team) else load(Path(team))
     with closing(Registry.open(made.registry_url)) as registry:
         yield made, registry
 
 
-def _row(one: Personal, read: Snapshot) -> dict[str, Any]:
+def _row(one: UserVersion, read: Snapshot) -> dict[str, Any]:
     live = read.agents[one.agent].live if one.agent in read.agents else ""
     stands_on = read.versions.get(f"{one.agent}@{live}")
     answers = bool(one.adapter) and stands_on is not None and stands_on.release_id == one.release_id

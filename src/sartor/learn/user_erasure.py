@@ -29,15 +29,15 @@ from sartor.core.errors import ArtifactError, BusyError, RefusedError
 from sartor.core.filesystem import FileSystem, file_digest, fsync_directory, writer_lock
 from sartor.core.lineage.receipt_index import INDEX
 from sartor.core.records import Example, Feedback
-from sartor.curate.dataset_writer import write_derived
-from sartor.learn.user_data import Found, Needles, is_made_of, opened, search
+from sartor.curate.dataset_writer import write_dataset_from
+from sartor.learn.user_data import ScanResult, SearchTerms, is_made_of, open_team_registry, search
 from sartor.personalization.erasure_receipt import check_receipt, write_receipt
-from sartor.serving.feedback_store import Inbox
-from sartor.serving.receipts import Seal, erase_receipts, team_digest
+from sartor.serving.feedback_store import FeedbackStore
+from sartor.serving.receipts import TeamSigner, erase_receipts, team_digest
 from sartor.serving.registry import server_presence
-from sartor.serving.registry.registry import Cause
-from sartor.serving.registry.user_versions import FOLDER, TUNING, PeopleBook, folder_of, named
-from sartor.serving.team_config import Remote, Team
+from sartor.serving.registry.registry import ChangeCause
+from sartor.serving.registry.user_versions import FOLDER, TUNING, UserVersionStore, folder_of, required_user_digest
+from sartor.serving.team_config import OpenAiEngineOptions, Team
 
 WITHIN_S = 300.0
 # What everybody has, checked against published digests whenever it is opened: nothing of a user can be in it
@@ -73,16 +73,16 @@ def forget_personal(
     where a server has not confirmed that it let go, RefusedError where words of the user are still found; so says the proof.
     ConfigError while the user is tuned for: nothing is removed then.
     """
-    with opened(team) as (made, registry), ExitStack() as stack:
-        state, book = Path(made.state).absolute(), PeopleBook(registry.database)
+    with open_team_registry(team) as (made, registry), ExitStack() as stack:
+        state, book = Path(made.state).absolute(), UserVersionStore(registry.database)
         digest = team_digest(state)
-        person = named(user, digest)
+        person = required_user_digest(user, digest)
         for agent in folder_of(state, person).glob("*"):
             stack.enter_context(writer_lock(agent / TUNING))  # a tuning would bring all of it back
-        inbox = Inbox(state / "inbox")
+        inbox = FeedbackStore(state / "inbox")
         words = [*_words(inbox, person), *_rows_of(state, person)]
         done = _Done()
-        generation, done.rows = book.forget(person, Cause(by or getpass.getuser(), "sartor personal forget"))
+        generation, done.rows = book.forget(person, ChangeCause(by or getpass.getuser(), "sartor personal forget"))
         notice(f"registry: {dict(done.rows)}; waiting for servers")
         heard, late = server_presence.wait_for(state, generation, within_s)
         _remove_files(state, person, done)
@@ -97,7 +97,7 @@ def forget_personal(
         notice("searching")
         everybody = {file.name for file in (state / FOLDER).glob("*")}
         others = [*_words(inbox), *(text for one in everybody for text in _rows_of(state, one))]
-        needles = Needles(words, others)
+        needles = SearchTerms(words, others)
         places = [state, home.home(), *registry.database.files]
         found = search(needles, places, [home.home() / name for name in SHARED], state)
         proof = _proof(made, person, generation, done) | {
@@ -107,7 +107,7 @@ def forget_personal(
             "complete": not (late or found.found or found.unread or any(book.mentions(person).values())),
             "by": by or getpass.getuser(),
         }
-        Seal.of(state)  # makes the team's keys, if no server ever did
+        TeamSigner.of(state)  # makes the team's keys, if no server ever did
         folder = state / "deletions"
         folder.mkdir(mode=0o700, exist_ok=True)
         file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys"))
@@ -121,7 +121,7 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
     return check_receipt(Path(file), trusted)
 
 
-def _raise_for(file: Path, late: Sequence[int], found: Found) -> None:
+def _raise_for(file: Path, late: Sequence[int], found: ScanResult) -> None:
     if late:
         problem = f"everything was removed, but the servers {late} have not confirmed that they let go; {file} says so"
         raise BusyError(problem, "stop them, or wait; then forget the user again", WITHIN_S)
@@ -132,7 +132,7 @@ def _raise_for(file: Path, late: Sequence[int], found: Found) -> None:
         )
 
 
-def _words(inbox: Inbox, person: str = "") -> Iterator[str]:
+def _words(inbox: FeedbackStore, person: str = "") -> Iterator[str]:
     """What stands in the inbox, of a person or of all; system prompts are nobody's own."""
     for kept in inbox.lines():
         one = kept.said
@@ -176,7 +176,7 @@ def _remove_files(state: Path, person: str, done: _Done) -> None:
 
 def _cleaned(state: Path, places: set[str]) -> Iterator[dict[str, Any]]:
     """Take rows that were made of these lines of the inbox out of every Dataset that the catalogue knows."""
-    for path in catalogue.standing("dataset") if places else []:
+    for path in catalogue.existing("dataset") if places else []:
         try:
             dataset = open_artifact(path, "dataset")
         except ArtifactError:
@@ -198,7 +198,7 @@ def _without(dataset: Artifact, places: set[str]) -> Iterator[dict[str, Any]]:
     said = {"path": str(dataset.path), "id": dataset.id, "rows": len(examples) - len(kept), "drops": len(drops) - len(clean)}
     if kept:
         step = {"forgotten": {"rows": said["rows"], "drops": said["drops"]}}
-        said["became"] = write_derived(dataset.path, [dataset], kept, clean, step=step, replace=True).id
+        said["became"] = write_dataset_from(dataset.path, [dataset], kept, clean, step=step, replace=True).id
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
@@ -237,13 +237,13 @@ def _proof(team: Team, person: str, generation: int, done: _Done) -> dict[str, A
 
 
 def _elsewhere(team: Team) -> Iterator[str]:
-    if isinstance(team.engine, Remote):
+    if isinstance(team.engine, OpenAiEngineOptions):
         yield f"caches of the server at {team.engine.url}, which is not this team's"
     if not team.registry_url.startswith("sqlite"):
         yield "state directories of other machines that share this registry: forget the user there, too"
 
 
-def _searched(needles: Needles, found: Found, places: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
+def _searched(needles: SearchTerms, found: ScanResult, places: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
     return {
         "texts": needles.texts,
         "too_short": needles.too_short,

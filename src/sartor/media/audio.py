@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.errors import MediaError, SartorError, need, said_of
+from sartor.core.errors import MediaError, SartorError, decoder_message, missing_package
 from sartor.media.ogg import check_ogg
 
 MOST_SECONDS = 3600.0
@@ -49,7 +49,7 @@ def read_sound(content: bytes | Path, rate: int, max_seconds: float | None = Non
     recording has another rate.
     """
     longest = _longest["seconds"] if max_seconds is None else max_seconds
-    with opened(content) as sound:
+    with open_audio(content) as sound:
         check_length(sound, longest)
         source_rate, frames = int(sound.samplerate), 0
         mono = _Samples(math.ceil(sound.frames * rate / source_rate) + _SPARE)
@@ -130,7 +130,7 @@ class _Resampler:
         try:
             import soxr
         except ImportError:
-            raise need("soxr", "multimodal") from None
+            raise missing_package("soxr", "multimodal") from None
         self._rates = f"{source_rate:g} samples a second cannot be made {rate:g}"
         with self._typed():
             self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
@@ -165,12 +165,12 @@ def resampled(mono: F32, source_rate: float, rate: float) -> F32:
 
 
 @contextlib.contextmanager
-def opened(content: bytes | Path) -> Iterator[Any]:
+def open_audio(content: bytes | Path) -> Iterator[Any]:
     """A soundfile.SoundFile within the limits of rate and channels. Whatever decoding raises inside is a MediaError."""
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
-        raise need("soundfile") from None
+        raise missing_package("soundfile") from None
     file = content if isinstance(content, Path) else None
     try:
         check_ogg(content)
@@ -194,7 +194,7 @@ def opened(content: bytes | Path) -> Iterator[Any]:
     except (SartorError, MemoryError):
         raise
     except Exception as error:  # the library raises several kinds on broken files
-        raise MediaError("unreadable_audio", said_of(error, file), _REMEDY) from None
+        raise MediaError("unreadable_audio", decoder_message(error, file), _REMEDY) from None
 
 
 def blocks(

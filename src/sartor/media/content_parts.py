@@ -32,7 +32,7 @@ def url_of(content: bytes, mime: str) -> str:
 MEDIA: Mapping[str, PartKind] = {"image": "image", "image_url": "image", "audio": "audio", "input_audio": "audio"}
 
 
-def parts_in(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+def media_parts(messages: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
     """Every media part of messages, in order; what has no form of one is left out."""
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
@@ -52,7 +52,7 @@ def kinds_in(messages: Sequence[Any]) -> tuple[PartKind, ...]:
     >>> kinds_in([{"content": [{"type": "input_audio"}, {"type": "image_url"}, {"type": "image"}]}, {"content": "a"}])
     ('audio', 'image')
     """
-    return tuple(sorted({MEDIA[part["type"]] for part in parts_in(messages)}))
+    return tuple(sorted({MEDIA[part["type"]] for part in media_parts(messages)}))
 
 
 def url_in(part: Mapping[str, Any]) -> str:

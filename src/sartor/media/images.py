@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sartor.core.errors import MediaError, SartorError, need, said_of
+from sartor.core.errors import MediaError, SartorError, decoder_message, missing_package
 
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
@@ -46,17 +46,17 @@ def open_image(content: bytes | Path) -> PillowImage.Image:
 
     Raises MediaError (`unreadable_image`, `image_bomb`); ExtraError without Pillow.
     """
-    with opened(content) as image:
-        return shown(image)
+    with open_checked(content) as image:
+        return to_rgb(image)
 
 
 @contextlib.contextmanager
-def opened(content: bytes | Path) -> Iterator[PillowImage.Image]:
+def open_checked(content: bytes | Path) -> Iterator[PillowImage.Image]:
     """The picture with its header read, its size within the limits. Whatever decoding raises inside is a MediaError."""
     try:
         from PIL import Image
     except ImportError:
-        raise need("pillow") from None
+        raise missing_package("pillow") from None
     file = content if isinstance(content, Path) else None
     try:
         with warnings.catch_warnings():
@@ -69,7 +69,7 @@ def opened(content: bytes | Path) -> Iterator[PillowImage.Image]:
     except Image.DecompressionBombError as error:
         raise MediaError("image_bomb", str(error), "scale the picture down") from None
     except Exception as error:  # decoders raise many kinds on broken files
-        raise MediaError("unreadable_image", said_of(error, file), _REMEDY) from None
+        raise MediaError("unreadable_image", decoder_message(error, file), _REMEDY) from None
 
 
 def _check_size(width: int, height: int) -> None:
@@ -80,7 +80,7 @@ def _check_size(width: int, height: int) -> None:
         raise MediaError("image_bomb", problem, "scale the picture down")
 
 
-def shown(image: PillowImage.Image) -> PillowImage.Image:
+def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
     """The first frame of an open picture as RGB, upright, on white. Call it inside `opened`."""
     from PIL import Image
 
@@ -141,7 +141,7 @@ F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Picture:
+class GreyImage:
     """Width and height in pixels as stored; grey values 0..255, scaled down to the longer side that was asked for."""
 
     width: int
@@ -149,16 +149,16 @@ class Picture:
     grey: F32
 
 
-def open_picture(file: Path, longest_side: int) -> Picture:
+def open_picture(file: Path, longest_side: int) -> GreyImage:
     """The first frame, upright. Raises MediaError, or ExtraError without Pillow."""
-    with opened(file) as image:
+    with open_checked(file) as image:
         width, height = image.size
         image.draft("RGB", (longest_side, longest_side))
-        grey = shown(image).convert("L")
+        grey = to_rgb(image).convert("L")
     from PIL import Image
 
     grey.thumbnail((longest_side, longest_side), Image.Resampling.BOX)
-    return Picture(width, height, np.asarray(grey, np.float32))
+    return GreyImage(width, height, np.asarray(grey, np.float32))
 
 
 def sharpness(grey: F32) -> float:

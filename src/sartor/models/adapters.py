@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import composed_model, quantization
 from sartor.models.composed_model import ComposedMedia
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 from sartor.models.losses.lora_rounding import round_once
 from sartor.models.losses.transformers_backend import without_peft
 from sartor.models.media_tokens import MediaEmbedding, embedding_of
@@ -37,7 +37,7 @@ def inject_lora(
 ) -> Any:
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
-    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `trainable_parts.choose`
+    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `trainable_parts.choose_targets`
     chose. top_layers: adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and
     so is what is trained whole. A composed base's projectors are left as they are. Raises ConfigError when the targets
     name no module of this model.
@@ -62,7 +62,7 @@ def inject_lora(
     if problem := _wrong_target(model, targets):
         known = ", ".join(sorted(_linear_names(model)))
         raise ConfigError(f"method.targets: {problem}", f"method.targets: all-linear, or some of {known}")
-    with quiet():
+    with quiet_transformers():
         return round_once(_widened(peft.get_peft_model(model, config)))
 
 
@@ -157,7 +157,7 @@ def trainable(model: Any) -> tuple[int, int]:
 
 def write_adapter(model: Any, path: Path, base_name: str) -> None:
     """Write the PEFT directory: adapter_config.json and adapter_model.safetensors, as peft, vLLM and SGLang read it."""
-    with quiet():
+    with quiet_transformers():
         # `auto` would ask the hub for the base's config, to learn whether its vocabulary grew
         model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
     (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -179,7 +179,7 @@ def open_adapter(model: Any, path: Path) -> Any:
     if (media := _composed(model)) is not None:
         composed_model.load_projectors(media, path)
     try:
-        with quiet():
+        with quiet_transformers():
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except Exception as error:  # size mismatches are RuntimeError, bad configs TypeError or ValueError
         raise ModelError(f"the adapter {path} does not fit this base: {' '.join(str(error).split())[:300]}", _REMEDY) from None
@@ -195,7 +195,7 @@ def open_adapter(model: Any, path: Path) -> Any:
     return round_once(tuned.to(model.device).eval())
 
 
-def begin_from(model: Any, path: Path) -> None:
+def load_start(model: Any, path: Path) -> None:
     """Give the factors that `inject_lora` put on a model the values of the adapter in `path`, and a composed base's projectors.
 
     Raises ConfigError where it is another method (rank, alpha, targets), ModelError as `open_adapter`.
@@ -220,7 +220,7 @@ def begin_from(model: Any, path: Path) -> None:
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)
     if (media := _composed(model)) is not None:
         composed_model.load_projectors(media, path)
-    with quiet():
+    with quiet_transformers():
         peft.set_peft_model_state_dict(model, weights)
 
 

@@ -23,17 +23,16 @@ import transformers
 from sartor.core import gguf_header, model_refs, numerics
 from sartor.core.errors import ConfigError, ModelError
 from sartor.models import quantization, whisper_conversion
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 from sartor.models.hardware import best_device, best_dtype
-from sartor.models.loading import copied_while_read, first_line, make_once, quiet
+from sartor.models.loading import convert_once, copied_while_read, first_line, quiet_transformers
 from sartor.models.losses import transformers_backend
-from sartor.models.losses.loss_backend import Path as LossPath
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.models.media_tokens import Media, MediaEmbedding
 from sartor.models.multimodal import native_loading, whisper_base
 from sartor.models.multimodal.native_chat import NativeChat
 from sartor.models.multimodal.native_media import NativeMedia
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Base:
 
     ref: model_refs.BaseRef
     model: Any
-    chat: Chat
+    chat: ChatTokenizer
     device: torch.device
     media: Media | None = None
 
@@ -51,9 +50,9 @@ class Base:
         """What the base computes in."""
         return self.model.get_output_embeddings().weight.dtype
 
-    def path(self, model: Any, rows: Sequence[Encoded], wish: Wish) -> LossPath:
+    def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
         """The fastest way to losses that is right for `model`, this base with an adapter."""
-        return transformers_backend.choose(model, rows, self.device, wish)
+        return transformers_backend.choose_loss_backend(model, rows, self.device, wish)
 
     @property
     def tower_licences(self) -> list[str]:
@@ -106,20 +105,20 @@ def open_base(
     return _with_media(ref, model, _native_chat(ref, model), device)
 
 
-def read_chat(ref: model_refs.BaseRef) -> Chat:
+def read_chat(ref: model_refs.BaseRef) -> ChatTokenizer:
     """The tokenizer and template of a base whose weights are not read. Raises what `open_base` does for them."""
     if ref.is_converted:
         convert(ref)
     config, generation = _config(ref.path), None
     if (ref.path / "generation_config.json").is_file():
-        with quiet():
+        with quiet_transformers():
             generation = transformers.GenerationConfig.from_pretrained(str(ref.path), local_files_only=True)
     if native_loading.kind_of(ref.path, config) is transformers.AutoModelForCausalLM:
         return open_chat(ref.path, generation)
     return _native_chat(ref, SimpleNamespace(config=config, generation_config=generation))
 
 
-def _native_chat(ref: model_refs.BaseRef, model: Any) -> Chat:
+def _native_chat(ref: model_refs.BaseRef, model: Any) -> ChatTokenizer:
     """Of a base that reads media by itself. model: what says its `config` and `generation_config`."""
     processor, stops = native_loading.open_processor(ref.path, model.config), _stops(model.generation_config)
     if native_loading.is_whisper(model.config):
@@ -131,12 +130,12 @@ def _native_chat(ref: model_refs.BaseRef, model: Any) -> Chat:
     return NativeChat(processor.tokenizer, NativeMedia(processor, model), stops)
 
 
-def _with_media(ref: model_refs.BaseRef, model: Any, chat: Chat, device: torch.device) -> Base:
+def _with_media(ref: model_refs.BaseRef, model: Any, chat: ChatTokenizer, device: torch.device) -> Base:
     model.set_input_embeddings(MediaEmbedding(model.get_input_embeddings(), chat.media))
     return Base(ref, model, chat, device, chat.media)
 
 
-def open_chat(path: Path, generation_config: Any = None) -> Chat:
+def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
     """The tokenizer and template in a base's directory."""
     try:
         # not mistral-common's, where that is installed: it says of no token where it stands
@@ -145,7 +144,7 @@ def open_chat(path: Path, generation_config: Any = None) -> Chat:
         )
     except Exception as error:  # tokenizers raises its own, undocumented kinds
         raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
-    return Chat(tokenizer, _stops(generation_config))
+    return ChatTokenizer(tokenizer, _stops(generation_config))
 
 
 def _stops(generation_config: Any) -> list[int]:
@@ -163,7 +162,10 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
         # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
         how |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
-    with quiet(), copied_while_read() if dtype != torch.bfloat16 or bits in quantization.KINDS else contextlib.nullcontext():
+    with (
+        quiet_transformers(),
+        copied_while_read() if dtype != torch.bfloat16 or bits in quantization.KINDS else contextlib.nullcontext(),
+    ):
         try:
             model, info = kind.from_pretrained(
                 str(path),
@@ -230,13 +232,13 @@ def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda li
     if ref.name == model_refs.WHISPER:
         whisper_conversion.convert(ref, notice)
     else:
-        make_once(ref.path, ref.digest, fill)
+        convert_once(ref.path, ref.digest, fill)
 
 
 def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
     try:
         # the GGUF reader draws a bar of its own that no setting turns off
-        with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with quiet_transformers(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             _dequantise(file, part, dtype)
     except ModelError:
         raise
@@ -264,7 +266,7 @@ def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
     tokenizer.save_pretrained(str(part))
 
 
-def machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     """What a receipt says of the machine: processor architecture, threads, versions of the tensor libraries."""
     return {
         "processor": platform.machine(),

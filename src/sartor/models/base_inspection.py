@@ -7,7 +7,7 @@ from typing import Any
 
 from sartor.core import gguf_header, model_refs
 from sartor.core.artifacts import kind_of
-from sartor.core.lazy_import import load
+from sartor.core.lazy_import import import_module
 from sartor.core.lineage import ancestry
 
 
@@ -20,7 +20,7 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
     if example or not _is_base(str(path)):
         return ancestry.inspect(path, example=example)
     ref = model_refs.locate_base(str(path))
-    chat = load("sartor.models.base").read_chat(ref)
+    chat = import_module("sartor.models.base").read_chat(ref)
     probed = chat.probed
     return {
         "kind": "base",

@@ -30,7 +30,7 @@ from sartor.core.errors import ModelError, SourceError
 from sartor.core.records import Example, Message, Part
 from sartor.models.content_shielding import Piece, in_text, pieces_of, shield_json, shield_messages, with_content
 from sartor.models.media_tokens import Media
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.models.template_markup import Markup, Opened, Probed, has_marks, probe
 
 # For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
@@ -55,7 +55,7 @@ class Span:
     end: int
 
 
-class Chat:
+class ChatTokenizer:
     """A tokenizer with its chat template, and what both imply: the pad, the stop tokens, the mask."""
 
     def __init__(self, tokenizer: Any, extra_stops: Sequence[int] = ()) -> None:
@@ -75,7 +75,7 @@ class Chat:
         self.media: Media | None = None
         self.probed: Probed = probe(self)
 
-    def seeing(self, media: Media) -> Chat:
+    def seeing(self, media: Media) -> ChatTokenizer:
         """The same for a base that reads `media` too."""
         other = copy.copy(self)
         other.media = media
@@ -158,7 +158,7 @@ class Chat:
         """The text of a reply."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def encode(self, example: Example, folder: Path | None = None) -> Encoded:
+    def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
         """Token ids and label mask of one Example; checked by decoding what is learnt. folder: below which its media lie.
 
         Raises SourceError for media that cannot be read, and when the template refuses the row, or changes a reply so that
@@ -169,7 +169,7 @@ class Chat:
             # bos, where the tokenizer has one of its own, opens a document as it did in pretraining
             first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
-            return Encoded(ids, [True] * len(ids), example.id, example.weight)
+            return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
         shown = self._shown(example)
         text = self.write(shown.messages, tools=shown.tools)
         spans = [self._span(shown, place, text) for place, message in enumerate(shown.messages) if message.role == "assistant"]
@@ -184,7 +184,7 @@ class Chat:
         ids, learnt = self._align(opened, spans, seen)
         _check_media(ids, seen)
         self._check(opened.text, spans, ids, learnt)
-        return Encoded(ids, learnt, example.id, example.weight)
+        return TokenizedExample(ids, learnt, example.id, example.weight)
 
     def _shown(self, example: Example) -> Example:
         """The Example as the template is given it."""

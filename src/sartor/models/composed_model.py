@@ -26,7 +26,7 @@ from sartor.core.model_refs import SAID
 from sartor.core.records import Part
 from sartor.models.base import Base
 from sartor.models.media_tokens import MediaEmbedding, content_of, key_of, virtual_ids
-from sartor.models.tensor_files import Shelf
+from sartor.models.tensor_files import TensorCache
 from sartor.models.towers import open_tower
 from sartor.models.towers.tower import Tower
 
@@ -39,7 +39,7 @@ _REMEDY = "give the directory that `sartor tune` wrote"
 
 
 @dataclass(frozen=True)
-class TowerSaid:
+class TowerEntry:
     """What an adapter says of a tower that it reads with. stack: so many neighbouring features are one token."""
 
     name: str
@@ -81,10 +81,10 @@ class Projector(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), eps=1e-6) * self.gain
 
 
-class Features:
+class TowerFeatureCache:
     """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if given."""
 
-    def __init__(self, towers: Mapping[str, Tower], shelf: Shelf | None, *, held_bytes: int = HELD_BYTES) -> None:
+    def __init__(self, towers: Mapping[str, Tower], shelf: TensorCache | None, *, held_bytes: int = HELD_BYTES) -> None:
         self.towers, self.shelf, self._room = towers, shelf, held_bytes
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._origins: dict[int, tuple[Part, Path | None, str]] = {}
@@ -146,7 +146,7 @@ class Features:
 class ComposedMedia(torch.nn.Module):
     """See `media_tokens.Media`: frozen towers and a projector for each."""
 
-    def __init__(self, features: Features, projectors: Mapping[str, Projector]) -> None:
+    def __init__(self, features: TowerFeatureCache, projectors: Mapping[str, Projector]) -> None:
         super().__init__()
         self.features = features
         self.projectors = torch.nn.ModuleDict(dict(projectors))
@@ -191,10 +191,10 @@ class ComposedMedia(torch.nn.Module):
                 projector.mean.copy_(found.mean(0))
                 projector.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
 
-    def towers(self) -> dict[str, TowerSaid]:
+    def towers(self) -> dict[str, TowerEntry]:
         """What an adapter says of its towers, by kind."""
         return {
-            kind: TowerSaid(tower.name, tower.digest, tower.licence, tower.width, self._projector(kind).stack)
+            kind: TowerEntry(tower.name, tower.digest, tower.licence, tower.width, self._projector(kind).stack)
             for kind, tower in self.features.towers.items()
         }
 
@@ -220,14 +220,14 @@ def open_towers(names: Mapping[str, str], device: torch.device, notice: Callable
     }
 
 
-def compose(base: Base, towers: Mapping[str, Tower], *, shelf: Shelf | None = None, seed: int = 0) -> Base:
+def compose_base(base: Base, towers: Mapping[str, Tower], *, shelf: TensorCache | None = None, seed: int = 0) -> Base:
     """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in place."""
-    media = fresh(base, Features(dict(towers), shelf), seed)
+    media = new_projectors(base, TowerFeatureCache(dict(towers), shelf), seed)
     base.model.set_input_embeddings(MediaEmbedding(base.model.get_input_embeddings(), media))
     return replace(base, chat=base.chat.seeing(media), media=media)
 
 
-def fresh(base: Base, features: Features, seed: int) -> ComposedMedia:
+def new_projectors(base: Base, features: TowerFeatureCache, seed: int) -> ComposedMedia:
     """Projectors for the towers of `features`, drawn from `seed`, whose tokens are of the size of the base's own."""
     text = base.model.get_input_embeddings()
     with torch.no_grad():
@@ -249,7 +249,7 @@ def write_projectors(media: ComposedMedia, folder: Path) -> None:
     save_file(tensors, folder / FILE, {SAID: said})
 
 
-def read_towers(folder: Path) -> dict[str, TowerSaid]:
+def read_towers(folder: Path) -> dict[str, TowerEntry]:
     """Which towers the adapter in `folder` reads with, by kind; none where it reads text alone. Raises ModelError."""
     if not (folder / FILE).is_file():
         return {}
@@ -258,12 +258,12 @@ def read_towers(folder: Path) -> dict[str, TowerSaid]:
             metadata = opened.metadata() or {}
         if SAID not in metadata:
             raise ModelError(f"{folder / FILE} says {sorted(metadata)}; this reads {SAID!r}", "tune it again")
-        return {kind: TowerSaid(**said) for kind, said in json.loads(metadata[SAID]).items()}
+        return {kind: TowerEntry(**said) for kind, said in json.loads(metadata[SAID]).items()}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
 
 
-def another_tower(folder: Path, said: TowerSaid) -> ModelError:
+def another_tower(folder: Path, said: TowerEntry) -> ModelError:
     """The error for a tower that is not the one that an adapter was tuned with."""
     problem = f"the adapter {folder} reads with the tower {said.name!r} {said.digest[:12]}, and the one here is another"
     return ModelError(problem, "use the tower that it was tuned with")

@@ -20,7 +20,7 @@ import tokenizers
 from sartor.core.errors import ModelError
 
 
-class Words:
+class FastTokenizer:
     """The tokenizer of a base below a directory in transformers' layout. Raises ModelError for files that are not whole."""
 
     is_fast = True

@@ -30,7 +30,7 @@ from sartor.core.errors import ConfigError, ModelError
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.records import Message
 from sartor.models import adapters
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 # no digit of a fp32 or bf16 factor is lost, and llama.cpp computes with adapters of any float type
 ADAPTER_TYPE = gguf.GGMLQuantizationType.F32
@@ -39,7 +39,7 @@ _SIDES = {".lora_A.weight": "lora_a", ".lora_B.weight": "lora_b"}
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """What llama.cpp knows a model type of transformers as. interleaved: it rotates neighbouring columns."""
 
     arch: gguf.MODEL_ARCH
@@ -53,14 +53,14 @@ class Family:
 
 # model_type in config.json -> the family; mistral without its sliding window is a llama to llama.cpp
 FAMILIES = {
-    "llama": Family(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2, interleaved=False),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3, interleaved=False),
+    "llama": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+    "mistral": GgufFamily(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+    "qwen2": GgufFamily(gguf.MODEL_ARCH.QWEN2, interleaved=False),
+    "qwen3": GgufFamily(gguf.MODEL_ARCH.QWEN3, interleaved=False),
 }
 
 
-class Layout:
+class GgufLayout:
     """Names and order of one base's weights in a GGUF file, from its config.json."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
     whole or not at all. Raises ModelError for what llama.cpp has no form for: DoRA, biases, whole modules, other families.
     """
     config = _adapter_config(adapter)
-    layout = Layout(read_config(base))
+    layout = GgufLayout(read_config(base))
     factors = _pairs(adapter, adapters.read_weights(adapter))
     scales = {module: _scale(config, module, len(a)) for module, (a, _) in factors.items()}
     first = next(iter(factors))
@@ -261,7 +261,7 @@ def from_file(file: Path, rows: int) -> Vocabulary:
     return Vocabulary(tuple(pairs))
 
 
-def from_chat(chat: Chat, rows: int) -> Vocabulary:
+def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
     """The tokenizer in memory as llama.cpp reads it. rows: of the embedding; ids without a token are marked unused.
 
     Raises ModelError for a tokenizer that is no byte-level BPE, or cuts text in a way that llama.cpp has no name for.
@@ -323,13 +323,13 @@ def _steps(pre: Mapping[str, Any]) -> tuple[tuple[Any, ...], ...]:
     return ((str(kind),),)
 
 
-def _opens_with_bos(chat: Chat) -> bool:
+def _opens_with_bos(chat: ChatTokenizer) -> bool:
     """Whether prompts were tuned with a bos in front: llama.cpp would put one there, or leave it away, by itself."""
     bos = chat.tokenizer.bos_token
     return bool(bos) and chat.render([Message.of("user", "a")], reply_next=True).startswith(bos)
 
 
-def _ids(chat: Chat) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
+def _ids(chat: ChatTokenizer) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
     """Ids of tokens with a role. What ends a turn and is not eos is `eot`, at which llama.cpp stops too."""
     keys, tokenizer = gguf.Keys.Tokenizer, chat.tokenizer
     named = {
@@ -360,7 +360,7 @@ _LARGEST_F16 = 65504.0
 
 
 @dataclass(frozen=True)
-class About:
+class GgufMetadata:
     """What the file says of itself beside its weights: `general.*` keys, the chat template, how replies are drawn."""
 
     name: str
@@ -371,7 +371,7 @@ class About:
     top_p: float = 1.0
 
 
-def write_model_gguf(model: Any, vocabulary: Vocabulary, about: About, out: Path, kind: str = "f16") -> Path:
+def write_model_gguf(model: Any, vocabulary: Vocabulary, about: GgufMetadata, out: Path, kind: str = "f16") -> Path:
     """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind` (TYPES).
 
     `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values that the
@@ -380,7 +380,7 @@ def write_model_gguf(model: Any, vocabulary: Vocabulary, about: About, out: Path
     if kind not in TYPES:
         raise ConfigError(f"there is no type {kind!r} of GGUF weights; there are {', '.join(TYPES)}", "--quantise q8_0")
     config = model.config.to_dict()
-    layout = Layout(config)
+    layout = GgufLayout(config)
     weights = {layout.name(name): (name, value) for name, value in _parameters(model, config)}
     stretched = _rope(config, layout)
     with new_file(out, layout.family.name, streamed=True) as writer:
@@ -432,7 +432,7 @@ def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[An
     return packed
 
 
-def _say(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: Layout, about: About) -> None:
+def _say(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, about: GgufMetadata) -> None:
     """The metadata that llama.cpp computes by."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(about.name)
@@ -466,7 +466,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "rope_type": found.get("rope_type") or found.get("type") or "default"}
 
 
-def _rope(config: Mapping[str, Any], layout: Layout) -> np.ndarray[Any, Any] | None:
+def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any] | None:
     """What each frequency is divided by, (head_width / 2), where Llama 3 stretches them; else None.
 
     Raises ModelError for a kind that is written no other way here, and for activations that llama.cpp does not use.

@@ -27,7 +27,7 @@ _past_peaks: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """Bytes that can still be taken, and what sets that bound."""
 
     bytes: int
@@ -78,12 +78,12 @@ def recent_peak_bytes(device: torch.device) -> int:
     return _fields(PROC / "status")["VmHWM"]
 
 
-def available_bytes(device: torch.device | None = None) -> Room:
+def available_bytes(device: torch.device | None = None) -> FreeMemory:
     """What can still be taken: the smallest of what the machine has, the cgroup allows and the shell allows."""
     if device is not None and device.type == "cuda":
         held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return Room(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
-    rooms = [Room(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
+        return FreeMemory(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
+    rooms = [FreeMemory(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
     return min(rooms, key=lambda room: room.bytes)
 
 
@@ -107,7 +107,7 @@ def _machine_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _cgroups(membership: Path, mount: Path) -> Iterator[Room]:
+def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:
     """The room in each memory cgroup of this process, from its own up to the root (v2, then v1)."""
     with contextlib.suppress(OSError):
         for line in membership.read_text().splitlines():
@@ -123,7 +123,7 @@ def _cgroups(membership: Path, mount: Path) -> Iterator[Room]:
                 yield from _room_in(root / group, *names)
 
 
-def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[Room]:
+def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[FreeMemory]:
     with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
         limit = int((group / limit_name).read_text())
         if limit < _NO_LIMIT_BYTES:
@@ -131,10 +131,10 @@ def _room_in(group: Path, limit_name: str, use_name: str) -> Iterator[Room]:
             words = (line.split() for line in (group / "memory.stat").read_text().splitlines())
             stat = {name: int(count) for name, count in words}
             given_back = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-            yield Room(max(limit - use + given_back, 0), f"the cgroup's limit of {limit / 1e9:.1f} GB")
+            yield FreeMemory(max(limit - use + given_back, 0), f"the cgroup's limit of {limit / 1e9:.1f} GB")
 
 
-def _limits() -> Iterator[Room]:
+def _limits() -> Iterator[FreeMemory]:
     """The room under RLIMIT_AS and RLIMIT_DATA (`ulimit -v`, `ulimit -d`)."""
     import resource  # not on Windows
 
@@ -142,7 +142,7 @@ def _limits() -> Iterator[Room]:
     for name, kind, used in (("-v", resource.RLIMIT_AS, "VmSize"), ("-d", resource.RLIMIT_DATA, "VmData")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY and used in fields:
-            yield Room(max(limit - fields[used], 0), f"`ulimit {name}` of {limit / 1e9:.1f} GB")
+            yield FreeMemory(max(limit - fields[used], 0), f"`ulimit {name}` of {limit / 1e9:.1f} GB")
 
 
 def _fields(file: Path) -> dict[str, int]:

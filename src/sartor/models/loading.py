@@ -60,7 +60,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Transformers prints its own progress bars and advice while loading; the caller shows what matters."""
     bars = transformers.utils.logging
     was_on, level = bars.is_progress_bar_enabled(), bars.get_verbosity()
@@ -85,7 +85,7 @@ STAMP = "sartor_base.json"
 WEIGHTS = "model.safetensors"
 
 
-def make_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]) -> None:
+def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, str]]) -> None:
     """Have `fill` write the directory unless it is there whole; it returns what the stamp says besides, such as `derived_from`.
 
     Two processes at once: the second waits for the first. Nothing is left behind where `fill` raises.

@@ -26,7 +26,7 @@ _REMEDY = "leave this client out of the round, and look at what it runs"
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """The factors of one module: A (R, in), B (out, R)."""
 
     a: Array
@@ -47,12 +47,12 @@ def modules(tensors: Iterable[str]) -> list[str]:
     return sorted(with_a)
 
 
-def pair(tensors: Tensors, module: str) -> Pair:
+def pair(tensors: Tensors, module: str) -> LoraPair:
     """The factors of a module."""
-    return Pair(tensors[module + A], tensors[module + B])
+    return LoraPair(tensors[module + A], tensors[module + B])
 
 
-def plus(tensors: Tensors, changes: Tensors, sign: float = 1.0) -> dict[str, Array]:
+def add_changes(tensors: Tensors, changes: Tensors, sign: float = 1.0) -> dict[str, Array]:
     """`tensors` with the changes added where there are some."""
     return {
         name: (value.astype(np.float64) + sign * changes[name]).astype(value.dtype) if name in changes else value
@@ -77,7 +77,7 @@ def unflat(vector: NDArray[np.float64], like: Tensors) -> dict[str, Array]:
     return {name: part.reshape(like[name].shape).astype(like[name].dtype) for name, part in zip(names, parts, strict=True)}
 
 
-def cut(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]:
+def split_ranks(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """(what a client of this rank trains, what it holds still beside that); their products add up to the shared one.
 
     Both are used with the shared scale, alpha / R. A module of no higher rank is whole in the first and absent in the second.
@@ -94,7 +94,7 @@ def cut(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str, Array]]
     return own, tail
 
 
-def joined(own: Tensors, tail: Tensors) -> dict[str, Array]:
+def join_ranks(own: Tensors, tail: Tensors) -> dict[str, Array]:
     """One adapter of the ranks of both, whose products are the sums of theirs: what `cut` parted. Both on one scale.
 
     Raises InputError unless both have the same modules.
@@ -108,7 +108,7 @@ def joined(own: Tensors, tail: Tensors) -> dict[str, Array]:
     return whole
 
 
-def nothing(like: Tensors) -> dict[str, Array]:
+def zero_adapter(like: Tensors) -> dict[str, Array]:
     """An adapter of these shapes that changes nothing."""
     return {name: np.zeros_like(value) for name, value in like.items()}
 
@@ -121,7 +121,7 @@ def rank_of(tensors: Tensors) -> int:
     return ranks.pop()
 
 
-def widened(own: Tensors, shared: Tensors) -> dict[str, Array]:
+def pad_ranks(own: Tensors, shared: Tensors) -> dict[str, Array]:
     """What a client trained, with the ranks behind that it held still. Raises InputError where the two do not fit."""
     whole = dict(own)
     for module in modules(own):

@@ -41,7 +41,7 @@ _PAIRS = torch.stack([CODES.repeat_interleave(16), CODES.repeat(16)], 1)
 _AT_ONCE = 1 << 16
 
 
-def narrowed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight -> codes (N / 2,) uint8 and the blocks' scales (N / 64,) fp32. N must be a multiple of 64."""
     blocks = weight.detach().reshape(-1, BLOCK).float()
     scales = blocks.abs().amax(1)
@@ -104,7 +104,7 @@ def _narrow_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
         return
     if tensor.numel() % BLOCK:
         raise ModelError(f"{name} has {tensor.numel():,} weights, and 4 bits want whole blocks of {BLOCK}", "keep its 16 bits")
-    codes, scales = narrowed(tensor)
+    codes, scales = quantize_nf4(tensor)
     yield f"{name}.codes", codes.view(len(tensor), -1)
     yield f"{name}.scales", scales
 
@@ -147,7 +147,7 @@ class Rotary:
         return both.cos().to(like.dtype), both.sin().to(like.dtype)
 
 
-class Parts(torch.nn.Module):
+class ModuleNamespace(torch.nn.Module):
     """Modules and settings by name."""
 
     def __init__(self, **parts: Any) -> None:
@@ -177,7 +177,7 @@ class MappedLlama(torch.nn.Module):
         config = self.config
         embedding = self._tensor("model.embed_tokens.weight")
         self.linear: dict[str, Any] = {}
-        self.model = Parts(
+        self.model = ModuleNamespace(
             embed_tokens=MappedEmbedding(embedding, dtype),
             rotary_emb=Rotary(config.rope_theta, config.head_dim),
             layers=torch.nn.ModuleList(self._layer(place) for place in range(config.num_hidden_layers)),
@@ -185,7 +185,7 @@ class MappedLlama(torch.nn.Module):
         )
         self.lm_head = MappedLinear(embedding if config.tie_word_embeddings else self._tensor("lm_head.weight"), None)
 
-    def get_decoder(self) -> Parts:
+    def get_decoder(self) -> ModuleNamespace:
         """What `Fast` reads: embed_tokens, rotary_emb, layers, norm."""
         return self.model
 
@@ -233,11 +233,11 @@ class MappedLlama(torch.nn.Module):
     def _layer(self, place: int) -> Any:
         config, name = self.config, f"model.layers.{place}"
         attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
-        return Parts(
-            self_attn=Parts(
+        return ModuleNamespace(
+            self_attn=ModuleNamespace(
                 **attention, head_dim=config.head_dim, layer_idx=place, scaling=config.head_dim**-0.5, sliding_window=None
             ),
-            mlp=Parts(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
+            mlp=ModuleNamespace(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
             input_layernorm=self._norm(f"{name}.input_layernorm"),
             post_attention_layernorm=self._norm(f"{name}.post_attention_layernorm"),
         )

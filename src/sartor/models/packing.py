@@ -38,7 +38,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SegmentGroup:
     """Segments that attend together.
 
     queries: (N, Q) and keys: (N, K) indices into the pack; first: (N,) position of each row's first query. Key j of a row
@@ -54,7 +54,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """How a layer attends. window: a query sees that many positions, itself included; None sees all before it."""
 
     heads: int
@@ -64,7 +64,7 @@ class Shape:
     window: int | None = None
 
 
-def rows_of(segments: Sequence[Segment], device: torch.device | str) -> Iterator[Rows]:
+def group_segments(segments: Sequence[Segment], device: torch.device | str) -> Iterator[SegmentGroup]:
     """Group segments whose lengths are within a factor of two: padding inside attention stays under half."""
     left = sorted(range(len(segments)), key=lambda index: (-segments[index].length, -segments[index].first))
     while left:
@@ -81,7 +81,7 @@ def rows_of(segments: Sequence[Segment], device: torch.device | str) -> Iterator
         yield _rectangle([segments[index] for index in group], segments, device)
 
 
-def _rectangle(group: Sequence[Segment], segments: Sequence[Segment], device: torch.device | str) -> Rows:
+def _rectangle(group: Sequence[Segment], segments: Sequence[Segment], device: torch.device | str) -> SegmentGroup:
     """Padding repeats a row's last token: it sits after every real query, so the causal mask hides it."""
     offsets = torch.arange(max(segment.length for segment in group))
     starts = torch.tensor([segment.start for segment in group])[:, None]
@@ -91,7 +91,7 @@ def _rectangle(group: Sequence[Segment], segments: Sequence[Segment], device: to
     queries = starts + torch.minimum(offsets, lengths - 1)
     is_plain = not bool(first.any())
     keys = queries if is_plain else _paths(group, segments)
-    return Rows(
+    return SegmentGroup(
         queries=queries.to(device),
         keys=keys.to(device),
         first=first.to(device),
@@ -112,7 +112,12 @@ def _paths(group: Sequence[Segment], segments: Sequence[Segment]) -> torch.Tenso
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Sequence[Rows], shape: Shape, dropout: float = 0.0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Sequence[SegmentGroup],
+    shape: AttentionShape,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """query: (H, T, K), key: (G, T, K), value: (G, T, V), positions already rotated in -> (T, H, V)."""
     out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
@@ -122,7 +127,7 @@ def attend(
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, shape: Shape, dropout: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: SegmentGroup, shape: AttentionShape, dropout: float
 ) -> torch.Tensor:
     """Attention of one group of rows -> (S, H, V)."""
     count, length = rows.queries.shape
@@ -155,7 +160,7 @@ def _attend(
     return mixed.reshape(heads, count * length, width).index_select(1, rows.scatter).transpose(0, 1)
 
 
-def _hidden(rows: Rows, window: int | None) -> torch.Tensor:
+def _hidden(rows: SegmentGroup, window: int | None) -> torch.Tensor:
     """(Q, K) or (N, 1, Q, K), true where a query must not see a key: the future, or beyond the sliding window."""
     device = rows.queries.device
     distance = torch.arange(rows.queries.shape[1], device=device)[:, None] - torch.arange(rows.keys.shape[1], device=device)
@@ -169,7 +174,7 @@ SHARED_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedExample:
     """One example as tokens. `ids`: (T,) token ids; `learnt`: (T,) true where the token is supervised."""
 
     ids: list[int]
@@ -203,7 +208,7 @@ class Pack:
     targets: torch.Tensor
     weights: torch.Tensor
     segments: tuple[Segment, ...]
-    rows: tuple[Rows, ...]
+    rows: tuple[SegmentGroup, ...]
     places: tuple[torch.Tensor, ...]
     example_ids: tuple[str, ...]
 
@@ -218,7 +223,7 @@ class Pack:
         return self.targets.shape[0]
 
 
-def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Group examples, in order, so that no group holds more than `capacity` tokens.
 
     `lengths` are tokens per example, each in [1, capacity]; returns indices, each exactly once. Order is kept because a
@@ -238,16 +243,18 @@ def fill(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def micro_batches(examples: Sequence[Encoded], capacity: int, *, share: bool) -> list[list[Encoded]]:
+def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share: bool) -> list[list[TokenizedExample]]:
     """Cut the rows of an update into packs of at most `capacity` tokens (a longer row has one to itself).
 
     With `share`, rows are ordered so that those with a common beginning meet, and it counts once. The sum over an update
     does not depend on the cut.
     """
     if not share:
-        groups = fill([len(example.ids) for example in examples], max(capacity, *(len(example.ids) for example in examples)))
+        groups = group_by_capacity(
+            [len(example.ids) for example in examples], max(capacity, *(len(example.ids) for example in examples))
+        )
         return [[examples[index] for index in group] for group in groups]
-    cut: list[list[Encoded]] = []
+    cut: list[list[TokenizedExample]] = []
     room = 0
     for example in sorted(examples, key=lambda one: one.ids):
         common = _common(cut[-1][-1].ids, example.ids) if cut else 0
@@ -260,10 +267,10 @@ def micro_batches(examples: Sequence[Encoded], capacity: int, *, share: bool) ->
     return cut
 
 
-def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
+def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
     """Lay examples end to end, common beginnings once if `share`. A token's target is its successor in its example."""
     rows = [example.ids for example in examples]
-    segments, places = forest(rows) if share else _side_by_side(rows)
+    segments, places = share_prefixes(rows) if share else _side_by_side(rows)
     ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
     predict, targets, weights = [], [], []
     for example, own in zip(examples, places, strict=True):
@@ -281,7 +288,7 @@ def pack(examples: Sequence[Encoded], device: torch.device | str = "cpu", *, sha
         targets=torch.tensor(targets, dtype=torch.long, device=device),
         weights=torch.tensor(weights, dtype=torch.float32, device=device),
         segments=tuple(segments),
-        rows=tuple(rows_of(segments, device)),
+        rows=tuple(group_segments(segments, device)),
         places=tuple(torch.tensor(own, device=device) for own in places),
         example_ids=tuple(example.example_id for example in examples),
     )
@@ -300,7 +307,7 @@ def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[li
     return segments, places
 
 
-def forest(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
+def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
     """Segments in which a beginning of at least SHARED_TOKENS tokens that several rows share stands once, and each row's
     places in the pack.
 

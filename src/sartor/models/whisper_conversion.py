@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sartor.core import assets, model_refs
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
-from sartor.models.loading import first_line, make_once, quiet
+from sartor.models.loading import convert_once, first_line, quiet_transformers
 
 VERSION = 6
 _TYPES = ("<f4", "i1", "<i2", "<i4", "<f2")  # by their numbers in the file; 5 is bf16, which numpy has not
@@ -131,7 +131,7 @@ def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object])
         write_directory(assets.install(NAME) / FOLDER, part)
         return {"derived_from": "ctranslate2", "dtype": "float16"}
 
-    make_once(ref.path, ref.digest, fill)
+    convert_once(ref.path, ref.digest, fill)
 
 
 def write_directory(source: Path, into: Path) -> None:
@@ -141,7 +141,7 @@ def write_directory(source: Path, into: Path) -> None:
         raise ModelError(f"{source / 'model.bin'} is a {found.spec}, not a Whisper", "give the folder of a Whisper")
     try:
         said = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        with quiet():
+        with quiet_transformers():
             tokenizer = transformers.WhisperTokenizer(**_vocabulary(source / "tokenizer.json"))
             model = transformers.WhisperForConditionalGeneration(_config(found.variables, tokenizer)).half()
             _load(model, found.variables)

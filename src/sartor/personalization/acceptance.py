@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sartor.evaluate.bootstrap import LEAST_GROUPS, Comparison, paired
-from sartor.models.packing import Encoded
+from sartor.evaluate.bootstrap import LEAST_GROUPS, Comparison, paired_bootstrap
+from sartor.models.packing import TokenizedExample
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgedRows:
     """Rows to be judged by, and their groups: rows of one prompt are one group."""
 
-    rows: Sequence[Encoded]
+    rows: Sequence[TokenizedExample]
     groups: Sequence[str]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AcceptanceResult:
     """Mean losses in nats a token, before and after. why: empty if the delta may be made current."""
 
     private: Comparison
@@ -26,15 +26,16 @@ class Verdict:
     why: str
 
 
-def judge(private: tuple[Asked, Sequence[float], Sequence[float]], probe: tuple[Asked, Sequence[float], Sequence[float]],
-          most_probe_loss: float) -> Verdict:  # fmt: skip
+def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
+          probe: tuple[JudgedRows, Sequence[float], Sequence[float]],
+          most_probe_loss: float) -> AcceptanceResult:  # fmt: skip
     """The verdict on (rows, losses before, losses after) of a person's rows and of the probe.
 
     Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at the
     upper end of its interval.
     """
     mine, other = (
-        paired(before, after, asked.groups, [row.supervised_tokens for row in asked.rows], is_bounded=False)
+        paired_bootstrap(before, after, asked.groups, [row.supervised_tokens for row in asked.rows], is_bounded=False)
         for asked, before, after in (private, probe)
     )
     verdict = mine.verdict(higher_is_better=False)
@@ -45,7 +46,7 @@ def judge(private: tuple[Asked, Sequence[float], Sequence[float]], probe: tuple[
         why = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
         if too_few := too_few_prompts(probe[0].groups):
             why = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
-    return Verdict(mine, other, why)
+    return AcceptanceResult(mine, other, why)
 
 
 def too_few_prompts(groups: Sequence[str]) -> str:

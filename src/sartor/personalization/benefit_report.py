@@ -16,12 +16,12 @@ import torch
 
 from sartor.core.splits import group_of
 from sartor.evaluate import predictions
-from sartor.evaluate.bootstrap import Comparison, paired
+from sartor.evaluate.bootstrap import Comparison, paired_bootstrap
 from sartor.evaluate.predictions import HeldOut
 from sartor.evaluate.scorers import exact_match
 from sartor.models.lora_tensors import Tensors
-from sartor.models.packing import Encoded
-from sartor.tune.shared_base import Resident
+from sartor.models.packing import TokenizedExample
+from sartor.tune.shared_base import SharedBase
 
 SCHEMA, KIND = 1, "personal-report"
 # what is longer is hardly ever said word by word
@@ -32,7 +32,7 @@ SHORT_TOKENS = 64
 class Own:
     """A client's held-out rows. groups: of each; asked: those that may be answered, with replies of `limit` tokens at most."""
 
-    encoded: Sequence[Encoded]
+    encoded: Sequence[TokenizedExample]
     groups: Sequence[str]
     asked: HeldOut
     limit: int = 0
@@ -49,7 +49,7 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Side:
+class AdapterScores:
     """One adapter on a client's rows. losses: (N,) nats per supervised token; matches: (M,) 0 or 1 of the rows asked."""
 
     losses: list[float]
@@ -57,11 +57,11 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClientBenefit:
     """All adapters on one client's rows; `personal` is the client's own. trained: rows that it has to train on."""
 
     own: Own
-    sides: Mapping[str, Side]
+    sides: Mapping[str, AdapterScores]
     trained: int = 0
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Judged:
 
 
 @torch.no_grad()
-def side(resident: Resident, adapter: Tensors, own: Own) -> Side:
+def side(resident: SharedBase, adapter: Tensors, own: Own) -> AdapterScores:
     """What an adapter makes of a client's rows."""
     resident.put(adapter)
     resident.model.eval()
@@ -80,10 +80,10 @@ def side(resident: Resident, adapter: Tensors, own: Own) -> Side:
     rows = own.asked.examples
     said = predictions.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
     texts = [resident.base.chat.decode(one.ids) for one in said]
-    return Side(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
+    return AdapterScores(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
 
 
-def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
+def report(judged: Mapping[str, ClientBenefit]) -> dict[str, Any]:
     """Of each client, and of all their rows together: means, differences with intervals, and how many are better or worse."""
     clients = {name: _said(one) for name, one in judged.items()}
     others = {what for one in judged.values() for what in one.sides} - {"personal"}
@@ -94,7 +94,7 @@ def report(judged: Mapping[str, Judged]) -> dict[str, Any]:
     return {"schema": SCHEMA, "kind": KIND, "clients": clients, "all": _said(_pooled(judged)), "verdicts": verdicts}
 
 
-def _pooled(judged: Mapping[str, Judged]) -> Judged:
+def _pooled(judged: Mapping[str, ClientBenefit]) -> ClientBenefit:
     """All clients' rows as one set."""
     with_rows = {name: one for name, one in judged.items() if one.sides}
     whats = next(iter(with_rows.values())).sides if with_rows else {}
@@ -104,16 +104,16 @@ def _pooled(judged: Mapping[str, Judged]) -> Judged:
         HeldOut([row for one in with_rows.values() for row in one.own.asked.examples], Path()),
     )
     sides = {
-        what: Side(
+        what: AdapterScores(
             [loss for one in with_rows.values() for loss in one.sides[what].losses],
             [match for one in with_rows.values() for match in one.sides[what].matches],
         )
         for what in whats
     }
-    return Judged(own, sides, sum(one.trained for one in judged.values()))
+    return ClientBenefit(own, sides, sum(one.trained for one in judged.values()))
 
 
-def _said(one: Judged) -> dict[str, Any]:
+def _said(one: ClientBenefit) -> dict[str, Any]:
     own, sides = one.own, one.sides
     said: dict[str, Any] = {
         "rows": one.trained,
@@ -129,12 +129,16 @@ def _said(one: Judged) -> dict[str, Any]:
     return said
 
 
-def _over(own: Own, other: Side, mine: Side) -> dict[str, Any]:
+def _over(own: Own, other: AdapterScores, mine: AdapterScores) -> dict[str, Any]:
     found = {
-        "loss": _difference(paired(other.losses, mine.losses, own.groups, own.tokens, is_bounded=False), higher_is_better=False)
+        "loss": _difference(
+            paired_bootstrap(other.losses, mine.losses, own.groups, own.tokens, is_bounded=False), higher_is_better=False
+        )
     }
     if mine.matches:
-        found["exact_match"] = _difference(paired(other.matches, mine.matches, own.asked_groups), higher_is_better=True)
+        found["exact_match"] = _difference(
+            paired_bootstrap(other.matches, mine.matches, own.asked_groups), higher_is_better=True
+        )
     return found
 
 

@@ -84,5 +84,5 @@ def check_receipt(file: Path, trusted: Iterable[Ed25519PublicKey] | None = None)
         document = records.canonical(said)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SignatureError(f"{file} is no receipt of a forgetting", "get it again from the device") from None
-    signing.check_said(document, signature, file, "the receipt", trusted)
+    signing.check_signature(document, signature, file, "the receipt", trusted)
     return dict(said)

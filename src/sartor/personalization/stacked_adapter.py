@@ -17,26 +17,26 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError
 from sartor.core.licences import compliance
 from sartor.models import adapters, hardware
-from sartor.models.base import machine
-from sartor.models.lora_tensors import Array, Tensors, cut, joined, nothing, rank_of
-from sartor.tune.recipe import Budget
-from sartor.tune.shared_base import Resident, train
-from sartor.tune.tokenized_dataset import Rows
+from sartor.models.base import machine_facts
+from sartor.models.lora_tensors import Array, Tensors, join_ranks, rank_of, split_ranks, zero_adapter
+from sartor.tune.recipe import StopCriteria
+from sartor.tune.shared_base import SharedBase, train
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Losses = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedAdapter:
     """A base with room for both. shared: of R ranks; fresh: of R + `rank`, changing nothing."""
 
-    resident: Resident
+    resident: SharedBase
     shared: Tensors
     fresh: Tensors
     rank: int
 
     @classmethod
-    def open(cls, resident: Resident, shared: Tensors, rank: int) -> Stack:
+    def open(cls, resident: SharedBase, shared: Tensors, rank: int) -> StackedAdapter:
         """Give the resident room for `rank` ranks on top of `shared`."""
         resident.refit(rank_of(shared) + rank)
         return cls(resident, shared, resident.taken(), rank)
@@ -49,18 +49,20 @@ class Stack:
     @property
     def start(self) -> dict[str, Array]:
         """The shared adapter with fresh ranks on top: what it computes is the shared one's."""
-        return joined(self.shared, self._tail)
+        return join_ranks(self.shared, self._tail)
 
     @property
     def unchanged(self) -> dict[str, Array]:
         """The shared adapter with nothing on top."""
-        return joined(self.shared, nothing(self._tail))
+        return join_ranks(self.shared, zero_adapter(self._tail))
 
     @property
     def _tail(self) -> dict[str, Array]:
-        return cut(self.fresh, rank_of(self.shared))[1]
+        return split_ranks(self.fresh, rank_of(self.shared))[1]
 
-    def tuned(self, rows: Rows, start: Tensors, ranks: slice, budget: Budget, learning_rate: float) -> tuple[Tensors, Losses]:
+    def tuned(
+        self, rows: TokenizedDataset, start: Tensors, ranks: slice, budget: StopCriteria, learning_rate: float
+    ) -> tuple[Tensors, Losses]:
         """(the adapter after tuning these ranks from `start`, losses of the first update and the last). Raises ModelError."""
         self.resident.put(start)
         self.resident.hold(lambda name: True, ranks)
@@ -94,6 +96,6 @@ class Stack:
                 "trainable": own,
                 "trainable_fraction": own / everything,
             },
-            "machine": machine(),
+            "machine": machine_facts(),
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
         }

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 from sartor.core import records
 from sartor.core.errors import SourceError
-from sartor.core.records import Example, Feedback, Malformed, Message, Origin
+from sartor.core.records import Example, Feedback, MalformedRow, Message, Origin
 from sartor.curate.sources import row_formats
 
 SOURCE = "this device"
 
 
 @dataclass(frozen=True)
-class Row:
+class UserRow:
     """One row. id: random, and so says nothing of its content. date: ISO, UTC. rating: -1 (bad) .. 1 (good).
 
     correction: what the reply should have been.
@@ -58,7 +58,7 @@ class Row:
         return said | ({} if self.rating is None else {"rating": self.rating})
 
     @classmethod
-    def from_json(cls, id: str, said: Mapping[str, Any]) -> Row:
+    def from_json(cls, id: str, said: Mapping[str, Any]) -> UserRow:
         """The row that `as_json` said. Raises SourceError, KeyError or TypeError for none."""
         return cls(id, str(said["date"]), example_of(said), said.get("rating"), str(said.get("correction", "")))
 
@@ -77,13 +77,13 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
         if any(part.kind != "text" for message in row.messages for part in message.content):
             _refuse_media("", "")
         return row
-    form = row_formats.detect(row)
+    form = row_formats.detect_row_format(row)
     try:
         if form is None:
-            raise Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
-        example = row_formats.parse(row, form, Origin(SOURCE, ""), _refuse_media)
+            raise MalformedRow("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
+        example = row_formats.parse_row(row, form, Origin(SOURCE, ""), _refuse_media)
         return replace(example, rating=0.0) if row.get("rating") is not None else example  # a Row bears it itself
-    except Malformed as error:
+    except MalformedRow as error:
         remedy = "{messages: [{role: user, ...}, {role: assistant, ...}]}"
         raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None
 

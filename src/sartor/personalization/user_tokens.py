@@ -20,9 +20,9 @@ from sartor.core.errors import (
     TemplateMarkupError,
 )
 from sartor.core.records import Example
-from sartor.models.chat import Chat
-from sartor.models.packing import Encoded
-from sartor.personalization.user_rows import Row
+from sartor.models.chat import ChatTokenizer
+from sartor.models.packing import TokenizedExample
+from sartor.personalization.user_rows import UserRow
 from sartor.tune.recipe import Recipe
 
 _FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")
@@ -42,17 +42,17 @@ class Material:
     left_out: reason -> ids. groups: of the held-out rows, in order.
     """
 
-    train: list[Encoded] = field(default_factory=list)
-    held_out: list[Encoded] = field(default_factory=list)
+    train: list[TokenizedExample] = field(default_factory=list)
+    held_out: list[TokenizedExample] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
-def material(rows: Sequence[Row], chat: Chat, held_out_fraction: float, most_tokens: int) -> Material:
+def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, most_tokens: int) -> Material:
     """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and why."""
     found = Material()
     for row in rows:
-        coded = encoded(row.learnt, row.id, chat, most_tokens) if row.learnt else "rated bad, and not corrected"
+        coded = encode_user_row(row.learnt, row.id, chat, most_tokens) if row.learnt else "rated bad, and not corrected"
         if isinstance(coded, str):
             found.left_out.setdefault(coded, []).append(row.id)
         elif row.is_held_out(held_out_fraction):
@@ -63,7 +63,7 @@ def material(rows: Sequence[Row], chat: Chat, held_out_fraction: float, most_tok
     return found
 
 
-def encoded(example: Example, name: str, chat: Chat, most_tokens: int) -> Encoded | str:
+def encode_user_row(example: Example, name: str, chat: ChatTokenizer, most_tokens: int) -> TokenizedExample | str:
     """An Example as tokens, or why it is none."""
     try:
         example = reply_markup.read_example(example, chat.markup.spelt)

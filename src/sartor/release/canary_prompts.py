@@ -21,7 +21,7 @@ from rapidfuzz import fuzz
 
 from sartor.core import numerics
 from sartor.core.errors import AdmissionError
-from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.media.content_parts import url_of
 
 SIDE = 64
@@ -70,25 +70,25 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 
 
 @dataclass(frozen=True)
-class Canaries:
+class CanaryPrompts:
     """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
 
     looks: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded is not
     compared with the answers; empty where it is.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[GenerateCall, ...]
     recorded: tuple[str, ...]
-    looks: tuple[Call, ...] = ()
+    looks: tuple[GenerateCall, ...] = ()
     not_checked: str = ""
 
     @property
-    def every(self) -> tuple[Call, ...]:
+    def every(self) -> tuple[GenerateCall, ...]:
         """All of them, in the order in which `judge` wants what was said."""
         return (*self.calls, *self.looks)
 
 
-def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> Canaries:
+def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> CanaryPrompts:
     """The canaries of a Release, greedy and short; a recorded prompt as it stands, a general one after its system prompt.
 
     reads: the kinds of media that it reads beside text.
@@ -97,12 +97,15 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
     looks = tuple(_look(adapter, kind, system) for kind in reads)
     if said:
-        calls = [Call(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING) for place, one in enumerate(said)]
-        return Canaries(tuple(calls), tuple(one["reply"] for one in said), looks, _not_checked(said, manifest))
+        calls = [
+            GenerateCall(f"canary-{place}", adapter, tuple(one["messages"]), sampling=SAMPLING)
+            for place, one in enumerate(said)
+        ]
+        return CanaryPrompts(tuple(calls), tuple(one["reply"] for one in said), looks, _not_checked(said, manifest))
     asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
     both = [(who, messages) for who in (adapter, BASE) for messages in asked]
-    calls = [Call(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
-    return Canaries(tuple(calls), (), looks)
+    calls = [GenerateCall(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
+    return CanaryPrompts(tuple(calls), (), looks)
 
 
 def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
@@ -112,9 +115,9 @@ def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, A
     return next(filter(None, found), "")
 
 
-def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> Call:
+def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
     content = [{"type": kind, kind: sample(kind)}, {"type": "text", "text": GENERAL[1]}]
-    return Call(f"canary-{kind}", adapter, (*system, {"role": "user", "content": content}), sampling=SAMPLING)
+    return GenerateCall(f"canary-{kind}", adapter, (*system, {"role": "user", "content": content}), sampling=SAMPLING)
 
 
 def _is_canary(said: Mapping[str, Any]) -> bool:
@@ -126,7 +129,7 @@ def _is_message(said: Any) -> bool:
     return isinstance(said, dict) and isinstance(said.get("role"), str) and "content" in said
 
 
-def judge(canaries: Canaries, said: Sequence[Sequence[Event]]) -> str:
+def judge_canaries(canaries: CanaryPrompts, said: Sequence[Sequence[Event]]) -> str:
     """What the replies showed. Raises AdmissionError: `canary`, `degenerate` or `agreement`.
 
     said: the events of each call, in the order of `every`.
@@ -164,15 +167,15 @@ def _agreement(text: str, is_cut: bool, wanted: str) -> float:
     return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
 
 
-def _reply(call: Call, events: Sequence[Event]) -> tuple[str, bool]:
+def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
     """A whole reply, and whether its length cut it."""
     end = events[-1] if events else None
-    if isinstance(end, Failed):
+    if isinstance(end, ReplyFailed):
         brief = "the adapter could not answer a canary prompt"
         raise AdmissionError(f"{brief}: {end.problem}", "tune it again", "canary", brief)
-    if not isinstance(end, Done) or end.finish == "cancelled":
+    if not isinstance(end, ReplyDone) or end.finish == "cancelled":
         raise AdmissionError(f"the reply to {call.id} did not end", "tune it again", "canary")
-    return "".join(event.text for event in events if isinstance(event, Piece)), end.finish == "length"
+    return "".join(event.text for event in events if isinstance(event, TextDelta)), end.finish == "length"
 
 
 def _check_repetition(texts: Sequence[str], expected: int) -> None:

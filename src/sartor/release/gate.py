@@ -46,7 +46,7 @@ from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
 from sartor.evaluate.bootstrap import LEAST_GROUPS, groups_needed
-from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, Limits, MemorisationLimits, ReviewLimit
+from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
 
@@ -55,7 +55,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 @dataclass(frozen=True)
-class Slice:
+class SliceRule:
     """One rule, and the check `slice:NAME` of the gate."""
 
     name: str = option(REQUIRED, "letters, digits, '.', '_' and '-': the check is slice:NAME")
@@ -95,12 +95,12 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Rules:
+class GateRules:
     """What a rules file says. text: as it stood, and is signed into the Release."""
 
-    slices: tuple[Slice, ...]
+    slices: tuple[SliceRule, ...]
     text: str
-    limits: Limits = Limits()
+    limits: GateLimits = GateLimits()
 
     def as_manifest(self) -> dict[str, str]:
         """How a Release names its rules."""
@@ -116,7 +116,7 @@ class Rules:
 class GateFile:
     """The options of a rules file."""
 
-    slices: tuple[Slice, ...] = option((), "rules about some of the rows")
+    slices: tuple[SliceRule, ...] = option((), "rules about some of the rows")
     gain: GainLimit = option(GainLimit(), "what the tuned model must be better by")
     forgetting: ForgettingLimit = option(ForgettingLimit(), "what tuning may cost elsewhere")
     bias: BiasLimits | None = option(None, "what a group may fare worse by; asks for a Report with an audit")
@@ -124,7 +124,7 @@ class GateFile:
     review: ReviewLimit | None = option(None, "how much of the Dataset's queue may wait for a person")
 
 
-def open_rules(rules: Mapping[str, Any] | Path | str) -> Rules:
+def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
     """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
     said = config.load_any(GateFile, rules)
     if said == GateFile():
@@ -133,10 +133,10 @@ def open_rules(rules: Mapping[str, Any] | Path | str) -> Rules:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"two slices have the name {min(twice)!r}", "give each a name of its own")
     text = canonical_text(rules) if isinstance(rules, Mapping) else Path(rules).read_text(encoding="utf-8-sig")
-    return Rules(said.slices, text, Limits(said.gain, said.forgetting, said.bias, said.memorisation, said.review))
+    return GateRules(said.slices, text, GateLimits(said.gain, said.forgetting, said.bias, said.memorisation, said.review))
 
 
-def _judge(one: Slice, table: Sequence[Mapping[str, Any]]) -> Check:
+def _judge(one: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
     asked = [row for row in table if one.holds(row["reference"])]
     if not asked:
         known = ", ".join(known_fields(row["reference"] for row in table)) or "none: they are no JSON"
@@ -150,7 +150,7 @@ def _judge(one: Slice, table: Sequence[Mapping[str, Any]]) -> Check:
     return Check("pass" if is_fit else "fail", "; ".join(check.detail for check in found), remedy)
 
 
-def _offences(one: Slice, asked: Sequence[Mapping[str, Any]]) -> Check:
+def _offences(one: SliceRule, asked: Sequence[Mapping[str, Any]]) -> Check:
     verdicts = [one.verdict(row["tuned_reply"]) for row in asked]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
@@ -165,7 +165,7 @@ def _offences(one: Slice, asked: Sequence[Mapping[str, Any]]) -> Check:
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
 
 
-def _floor(one: Slice, asked: Sequence[Mapping[str, Any]]) -> Check:
+def _floor(one: SliceRule, asked: Sequence[Mapping[str, Any]]) -> Check:
     """Whether the mean of a score of the tuned replies reaches the slice's floor."""
     column, least = f"tuned_{one.metric}", one.at_least or 0.0
     if column not in asked[0]:
@@ -188,7 +188,7 @@ def upper_bound(count: int, of: int) -> float:
     >>> round(upper_bound(0, 100), 3)
     0.03
     """
-    return statistics.upper_bound(count, of, CONFIDENCE)
+    return statistics.clopper_pearson_upper(count, of, CONFIDENCE)
 
 
 def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:
@@ -202,7 +202,7 @@ _AGAIN = "make the adapter again with attacks: sartor federate simulate, data.at
 Fault = tuple[str, str]
 
 
-def fault(claimed: Mapping[str, Any] | None, audit: Mapping[str, Any] | None) -> Fault | None:
+def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, Any] | None) -> Fault | None:
     """(problem, remedy) where an audit refutes a claim, or is none of it; None where there is nothing to say against it.
 
     claimed: {epsilon, delta}; audit: as `federate.privacy.attacks.audit.Audit`.
@@ -225,7 +225,7 @@ def claim(claimed: Mapping[str, Any]) -> str:
     return f"epsilon {claimed['epsilon']:g} at delta {claimed['delta']:g}"
 
 
-def privacy(adapter: Artifact) -> dict[str, Check]:
+def check_privacy(adapter: Artifact) -> dict[str, Check]:
     """The check of a federated Adapter; none of another."""
     if "federated" not in adapter.manifest.get("run", {}):
         return {}
@@ -243,7 +243,7 @@ def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
         if (said["schema"], said["kind"]) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
         bound, audit = dict(said["adapter"]), said["audit"]
-        found = fault(claimed, audit)
+        found = audit_refutes_claim(claimed, audit)
         shown = "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check("fail", f"{FILE} is no attack report: {error!r}", _AGAIN)
@@ -325,7 +325,7 @@ _OTHERS = {"image": "pictures: it does not look", "audio": "recordings: it does 
 _NOUNS = {"image": "a picture", "audio": "a recording"}
 
 
-def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain, groups: int = 0) -> Check:
+def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLimits.gain, groups: int = 0) -> Check:
     """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older Report."""
     detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
     least, is_lower = limit.at_least, name in LOWER_IS_BETTER
@@ -345,7 +345,7 @@ def gain(name: str, metric: Mapping[str, float], limit: GainLimit = Limits.gain,
     return Check("cannot tell" if few else "fail", f"{detail}{short}{over}{few}", remedy)
 
 
-def modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
+def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
     """Whether the replies take something from each kind of media that the adapter reads; no check of one that reads text."""
     counted = report.get("modalities", {})
     kinds = [kind for kind in _OTHERS if kind in adapter.manifest["base"].get("towers", {}) or counted.get(kind)]
@@ -376,7 +376,7 @@ def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
     return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
-def forgetting(found: Mapping[str, Any], limit: ForgettingLimit = Limits.forgetting) -> Check:
+def check_forgetting(found: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
     """Whether the general talk of the probe is still as likely, but for the limit."""
     if "skipped" in found:
         return Check("fail", f"not measured: {found['skipped']}")
@@ -387,13 +387,13 @@ def forgetting(found: Mapping[str, Any], limit: ForgettingLimit = Limits.forgett
     return Check("pass" if fits else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 
-def licence(adapter: Artifact, use: Use) -> Check:
+def check_licence(adapter: Artifact, use: Use) -> Check:
     """Whether the licences of sources and base permit the use."""
     refusals, remedy = licence_refusals(adapter, use)
     return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
 
 
-def review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
+def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:
     """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
     if not items and limit is None:
         return {}

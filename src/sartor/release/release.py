@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, model_refs, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, open_artifact, seal
-from sartor.core.config import is_name
+from sartor.core.artifacts import MANIFESTS, Artifact, check_output_free, create_output_directory, open_artifact, seal
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
@@ -18,11 +18,11 @@ from sartor.core.lineage import ancestry
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate import training_facts
-from sartor.evaluate.limits import Check, Limits, ReviewLimit
+from sartor.evaluate.limits import Check, GateLimits, ReviewLimit
 from sartor.release import gate as attacked
 from sartor.release import gate as checks
 from sartor.release import gate as permission
-from sartor.release.gate import Rules, open_rules
+from sartor.release.gate import GateRules, open_rules
 
 # How many items of a Dataset wait for a person
 OpenItems = Callable[[Artifact], int]
@@ -77,7 +77,7 @@ def release(
     GateError naming each failed check, ConfigError, ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
-        if not is_name(text):
+        if not is_valid_name(text):
             raise ConfigError(
                 f"the {what} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1"
             )
@@ -86,7 +86,7 @@ def release(
     own = open_rules(rules) if rules else None
     private = signing.open_private(Path(key))
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
-    check_free(out.absolute(), replace=replace)
+    check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
     found = gate(adapter, evidence, waivers, use, own, open_items)
     if failed := {check: result for check, result in found.items() if result.holds_back}:
@@ -133,20 +133,20 @@ def gate(
     report: Artifact,
     waivers: Sequence[Waiver],
     use: Use = "commercial",
-    own: Rules | None = None,
+    own: GateRules | None = None,
     open_items: OpenItems = items_to_review,
 ) -> dict[str, Check]:
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
-    manifest, limits = report.manifest, own.limits if own else Limits()
+    manifest, limits = report.manifest, own.limits if own else GateLimits()
     primary = manifest["primary"]
     dataset = ancestry.find_parent(adapter, "dataset")
     found = {
-        "gain": checks.gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
-        "forgetting": checks.forgetting(manifest["forgetting"], limits.forgetting),
-        "licence": checks.licence(adapter, use),
-        **checks.modality(adapter, manifest),
-        **attacked.privacy(adapter),
-        **verdicts.checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
+        "gain": checks.check_gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
+        "forgetting": checks.check_forgetting(manifest["forgetting"], limits.forgetting),
+        "licence": checks.check_licence(adapter, use),
+        **checks.check_modality(adapter, manifest),
+        **attacked.check_privacy(adapter),
+        **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
         **_review(dataset, open_items, limits.review),
         **(own.judged(report) if own else {}),
     }
@@ -164,7 +164,7 @@ def gate(
 def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit | None) -> dict[str, Check]:
     if dataset is None and limit:
         return {"review": Check("fail", "not looked at: the Dataset is not where it was", "sartor index DIR finds it")}
-    return checks.review(open_items(dataset), limit, str(dataset.path)) if dataset else {}
+    return checks.check_review(open_items(dataset), limit, str(dataset.path)) if dataset else {}
 
 
 def _facts(
@@ -194,7 +194,7 @@ def _of_training(known: training_facts.TrainingFacts, report: Artifact) -> dict[
         "system_prompt": known.system_prompt,
         "tools": known.most_tools,
         "format": known.format,
-        "canaries": training_facts.canaries(known, report),
+        "canaries": training_facts.recorded_canaries(known, report),
     }
 
 

@@ -41,7 +41,7 @@ from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
 from sartor.core.filesystem import fsync_directory
 from sartor.serving.registry import registry_schema
-from sartor.serving.registry.registry import Cause
+from sartor.serving.registry.registry import ChangeCause
 from sartor.serving.registry.user_versions import ANYBODY, note, speakers
 from sartor.serving.team_config import Team, load
 
@@ -171,7 +171,7 @@ def read_mark(connection: Connection) -> str:
 
 def write_mark(connection: Connection, mark: str, why: str) -> None:
     """Write a mark into the registry's log, in the transaction of the change that it is about."""
-    note(connection, mark, "", "", Cause(_user(), why), {})
+    note(connection, mark, "", "", ChangeCause(_user(), why), {})
 
 
 def _user() -> str:
@@ -233,7 +233,7 @@ _NOBODY = "0" * 64
 
 
 @dataclass(frozen=True)
-class Opened:
+class Principal:
     """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them.
 
     speaks_for: the persons (`registry.user_versions`) that it may name as `user` and be answered by what is theirs;
@@ -255,7 +255,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     """One key as it is stored, without its secret. Times are UTC, ISO; `expires` and `revoked` are "" where it is not so."""
 
     id: str
@@ -278,7 +278,7 @@ class Key:
         return {"id": self.id, "opens": opens, "state": self.state, "created": self.created, "expires": self.expires}
 
 
-class Keys:
+class ApiKeyStore:
     """The keys of one team, in its registry's database. Safe to use from several threads and processes.
 
     They are read again after `FRESH_S`, by which a key is refused at the latest that another process revoked, and sooner for
@@ -297,7 +297,7 @@ class Keys:
         self._marked_at = -math.inf
 
     @classmethod
-    def of(cls, team: Team) -> Keys:
+    def of(cls, team: Team) -> ApiKeyStore:
         """The keys of a team. Raises what `open_database` raises."""
         return cls(registry_schema.open_database(team.registry_url), state=Path(team.state))
 
@@ -330,7 +330,7 @@ class Keys:
             return {TROUBLE: f"the keys cannot be read; those known hold for {STALE_S:.0f} s: {why}"}
         return {} if table.rows else {TROUBLE: f"the registry {self._database.name} has none any more: nobody is let in"}
 
-    def admit(self, secret: str) -> Opened:
+    def admit(self, secret: str) -> Principal:
         """Who holds this key. Raises KeyRefusedError, which never repeats what was sent."""
         match = _FORM.fullmatch(secret[:MOST_CHARACTERS])
         row = self._row(match[1]) if match else None
@@ -343,16 +343,16 @@ class Keys:
             raise KeyRefusedError(f"the API key {key.id} is {key.state}", _REMEDY)
         agents = frozenset() if key.is_admin else None if ANY in key.agents else frozenset(key.agents)
         speakers_of = self._usable(FRESH_S).speakers
-        return Opened(key.id, agents, key.is_admin, speakers_of.get(key.id, frozenset()))
+        return Principal(key.id, agents, key.is_admin, speakers_of.get(key.id, frozenset()))
 
-    def check(self, header: str) -> Opened:
+    def check(self, header: str) -> Principal:
         """Who sends this Authorization header (`Bearer KEY`). Raises KeyRefusedError."""
         scheme, _, secret = header.strip().partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise KeyRefusedError("no API key was sent", "send the header Authorization: Bearer KEY")
         return self.admit(secret.strip())
 
-    def make(self, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> tuple[str, Key]:
+    def make(self, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> tuple[str, ApiKey]:
         """A new key and what is kept of it; the key itself is nowhere from now on. Raises ConfigError for what it names."""
         names = sorted(set(agents))
         if bool(names) == is_admin:
@@ -375,7 +375,7 @@ class Keys:
         self._changed()
         return secret, _key(row)
 
-    def revoke(self, identity: str) -> Key:
+    def revoke(self, identity: str) -> ApiKey:
         """End a key for ever. Raises ConfigError for an id that no key has."""
         with self._database.change() as connection:
             row = _whole(connection, identity)
@@ -406,7 +406,7 @@ class Keys:
         self._was_keyed = False
         return count
 
-    def listed(self) -> list[Key]:
+    def listed(self) -> list[ApiKey]:
         """Every key that is whole, the oldest first; one that was changed from outside opens nothing and is left out."""
         keys = [_key(row) for row in self._cache.table(FRESH_S).rows.values() if row is not None]
         return sorted(keys, key=lambda key: (key.created, key.id))
@@ -484,27 +484,27 @@ def _lost(table: KeyTable) -> UnavailableError:
 
 def make_key(team: Path | str, agents: Sequence[str], *, is_admin: bool = False, expires: str = "") -> dict[str, Any]:
     """Make a key for a team (TEAM.yaml). `key` in what is returned is shown this once. Raises ConfigError, as `Keys.make`."""
-    with closing(Keys.of(load(Path(team)))) as keys:
+    with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         secret, key = keys.make(agents, is_admin=is_admin, expires=expires)
     return {"key": secret, **key.as_json(), "note": "this key is shown once; what is kept of it is a digest"}
 
 
 def revoke_key(team: Path | str, identity: str) -> dict[str, Any]:
     """End a key of a team for ever. Raises ConfigError for an id that no key has."""
-    with closing(Keys.of(load(Path(team)))) as keys:
+    with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         return keys.revoke(identity).as_json()
 
 
 def remove_keys(team: Path | str) -> dict[str, Any]:
     """Remove every key of a team, so that a server started from then on asks for none: see `Keys.remove_all`."""
-    with closing(Keys.of(load(Path(team)))) as keys:
+    with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         note = "a server that is started from now on asks for no key and listens on loopback alone; restart one that runs"
         return {"removed": keys.remove_all(), "note": note}
 
 
 def list_keys(team: Path | str) -> dict[str, Any]:
     """Every key of a team, without secrets."""
-    with closing(Keys.of(load(Path(team)))) as keys:
+    with closing(ApiKeyStore.of(load(Path(team)))) as keys:
         return {"keys": [key.as_json() for key in keys.listed()]}
 
 
@@ -523,9 +523,9 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     return row
 
 
-def _key(row: Mapping[str, Any]) -> Key:
+def _key(row: Mapping[str, Any]) -> ApiKey:
     agents = tuple(json.loads(row["agents"]))
-    return Key(row["id"], agents, bool(row["admin"]), row["created"], row["expires"], row["revoked"])
+    return ApiKey(row["id"], agents, bool(row["admin"]), row["created"], row["expires"], row["revoked"])
 
 
 def _ends(expires: str) -> str:

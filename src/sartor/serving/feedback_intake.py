@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sartor.core.records import Example, Feedback, Message, Origin, Part, Voice
+from sartor.core.records import Example, Feedback, FeedbackAuthor, Message, Origin, Part
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.media.content_parts import is_media
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.rate_limits import FeedbackRates
 from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.team_config import FeedbackTerms
@@ -79,21 +79,21 @@ def _walk(value: Any, change: Change) -> Any:
     return [_walk(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
-class Hearing:
+class FeedbackIntake:
     """One team's. state: its directory. Safe to use from several threads."""
 
     def __init__(self, terms: FeedbackTerms, state: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.inbox = Inbox(state / "inbox")
+        self.inbox = FeedbackStore(state / "inbox")
         self.rates = FeedbackRates(terms, clock)
         self._terms = terms
         self._state = state
         self._mask = Mask(terms.allow)
 
-    def voice(self, key: str, user: str, consent: bool | None) -> Voice:
+    def voice(self, key: str, user: str, consent: bool | None) -> FeedbackAuthor:
         """Who says it. user: an id as the client gives it; what is kept is a digest under the team's key."""
         agreed = self._terms.consent == "assumed" if consent is None else consent
         said = ("assumed" if consent is None else "given") if agreed else "refused"
-        return Voice(key, self._digest("user", user), said)  # type: ignore[arg-type]
+        return FeedbackAuthor(key, self._digest("user", user), said)  # type: ignore[arg-type]
 
     def keep(self, said: Feedback) -> Feedback:
         """Write it, without words unless there is consent, and without personal data. Returns what is written.

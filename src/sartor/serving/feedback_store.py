@@ -102,14 +102,14 @@ def _forget(held: OrderedDict[Any, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredFeedback:
     """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be read."""
 
     place: str
     said: Feedback | None
 
 
-class Inbox:
+class FeedbackStore:
     """A directory of JSONL files, one a day: one `Feedback` a line, on disk when `add` returns.
 
     Safe to use from several threads and processes: who writes holds a lock beside the directory.
@@ -131,20 +131,20 @@ class Inbox:
                 f"the feedback could not be written to {file}: {error.strerror or error}", "free disk space"
             ) from None
 
-    def lines(self) -> Iterator[Kept]:
+    def lines(self) -> Iterator[StoredFeedback]:
         """Every line that says something, the oldest first."""
         for file in self._files():
             for number, line in enumerate(file.read_bytes().splitlines(), 1):
                 if line.strip():
-                    yield Kept(f"{file.name}:{number}", _read(line))
+                    yield StoredFeedback(f"{file.name}:{number}", _read(line))
 
-    def remove(self, goes: Callable[[Feedback], bool]) -> list[Kept]:
+    def remove(self, goes: Callable[[Feedback], bool]) -> list[StoredFeedback]:
         """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they said.
 
         A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold. Raises
         MissingError where the disk does not take it; then the file is as it was.
         """
-        gone: list[Kept] = []
+        gone: list[StoredFeedback] = []
         for file in self._files():
             try:
                 with self._alone():
@@ -194,14 +194,14 @@ def _read(line: bytes) -> Feedback | None:
         return None
 
 
-def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[Kept]:
+def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[StoredFeedback]:
     """Rewrite a file without some lines, whole or not at all; returns those."""
-    gone: list[Kept] = []
+    gone: list[StoredFeedback] = []
     lines = file.read_bytes().splitlines()
     for place, line in enumerate(lines):
         said = _read(line) if line.strip() else None
         if line.strip() and (said is None or goes(said)):
-            gone.append(Kept(f"{file.name}:{place + 1}", said))
+            gone.append(StoredFeedback(f"{file.name}:{place + 1}", said))
             lines[place] = b""
     if not gone:
         return []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from sartor.core.errors import DeadlineError, RequestError, SartorError, UnavailableError, need
+from sartor.core.errors import DeadlineError, RequestError, SartorError, UnavailableError, missing_package
 from sartor.inference.tool_calls import read_tools
 from sartor.serving.team_config import ToolServer
 
@@ -35,12 +35,12 @@ class OfferedTool:
     """One tool. declared: as OpenAI's `tools` have it. schema: of its arguments."""
 
     name: str
-    server: HeldServer
+    server: McpConnection
     declared: Mapping[str, Any]
     schema: Mapping[str, Any]
 
 
-class HeldServer:
+class McpConnection:
     """A tool server. troubles: what cannot be offered, and why, by `tools NAME` or `tools NAME.TOOL`."""
 
     def __init__(self, terms: ToolServer, folder: Path) -> None:
@@ -61,7 +61,7 @@ class HeldServer:
         try:
             import mcp  # noqa: F401
         except ImportError:
-            raise need("mcp", "mcp") from None
+            raise missing_package("mcp", "mcp") from None
         self._task = asyncio.ensure_future(self._keep())
         await self._tried.wait()
 
@@ -182,7 +182,7 @@ class HeldServer:
         self.tools, self.troubles = offered, troubles
 
 
-def _offered(server: HeldServer, tool: Any) -> OfferedTool:
+def _offered(server: McpConnection, tool: Any) -> OfferedTool:
     schema = dict(tool.input_schema)
     function = {"name": tool.name, "description": tool.description or "", "parameters": schema}
     (declared,) = read_tools([{"type": "function", "function": function}])

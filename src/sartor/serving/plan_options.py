@@ -26,7 +26,7 @@ DIGEST_DIGITS = 12
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One who is asked, and what for."""
 
     agent: str = option(REQUIRED, "who is asked: an agent, name@version, base, auto, or another plan")
@@ -56,7 +56,7 @@ class Json:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class PatternCheck:
     """The reply holds what a regular expression finds, or must not."""
 
     pattern: str = option(REQUIRED, "regular expression")
@@ -89,21 +89,21 @@ class Citations:
     least: int = option(0, "so many citations the reply must hold")
 
     def __post_init__(self) -> None:
-        Pattern(pattern=self.pattern)
+        PatternCheck(pattern=self.pattern)
 
 
 @dataclass(frozen=True)
-class Critic(Step):
+class Critic(PlanStep):
     """An agent that says whether a draft is right. It is asked where the checks before it found nothing."""
 
     kind: Literal["agent"] = "agent"
 
 
-Check = Json | Pattern | Arithmetic | Citations | Critic
+Check = Json | PatternCheck | Arithmetic | Citations | Critic
 
 
 @dataclass(frozen=True)
-class Mend(Step):
+class Mend(PlanStep):
     """Who mends a draft that a check found something in."""
 
     times: int = option(1, "so often at most")
@@ -111,7 +111,7 @@ class Mend(Step):
 
 
 @dataclass(frozen=True)
-class Budget:
+class PlanBudget:
     """What one request may take of a plan, the plans within it included."""
 
     tokens: int = option(8192, "of prompts and replies together; looked at before each step, whose reply is held to the rest")
@@ -155,16 +155,16 @@ class Declared:
     """What every plan has."""
 
     name: str = option(REQUIRED, "what clients ask for as `model`")
-    budget: Budget = option(Budget(), "what one request may take")
+    budget: PlanBudget = option(PlanBudget(), "what one request may take")
     log: Literal["digests", "content"] = option("digests", "what the log holds of what was asked and said")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Declared):
+class ChainPlan(Declared):
     """Each step is given the draft of the one before it; the last draft is checked and mended."""
 
     kind: Literal["sequence"] = "sequence"
-    steps: tuple[Step, ...] = option(REQUIRED, "who drafts, in order: the first gets the request, the others the draft too")
+    steps: tuple[PlanStep, ...] = option(REQUIRED, "who drafts, in order: the first gets the request, the others the draft too")
     check: tuple[Check, ...] = option((), "what the draft must pass, in order")
     mend: Mend | None = option(None, "who mends a draft that a check found something in")
 
@@ -174,11 +174,11 @@ class Chain(Declared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel(Declared):
+class ParallelPlan(Declared):
     """All members are asked the same, side by side, and their replies become one."""
 
     kind: Literal["parallel"] = "parallel"
-    members: tuple[Step, ...] = option(REQUIRED, "who is asked; sampled replies of one agent differ by their seeds")
+    members: tuple[PlanStep, ...] = option(REQUIRED, "who is asked; sampled replies of one agent differ by their seeds")
     join: Vote | Merge = option(Vote(), "how their replies become one")
 
     def __post_init__(self) -> None:
@@ -186,14 +186,14 @@ class Parallel(Declared):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divided(Declared):
+class DividedPlan(Declared):
     """A planner divides the request into parts, each for a member; the parts are answered, put together, and verified."""
 
     kind: Literal["verify"] = "verify"
-    plan: Step = option(REQUIRED, "who divides the request")
-    members: tuple[Step, ...] = option(REQUIRED, "who may be given a part")
+    plan: PlanStep = option(REQUIRED, "who divides the request")
+    members: tuple[PlanStep, ...] = option(REQUIRED, "who may be given a part")
     most: int = option(4, "parts at most")
-    answer: Step | None = option(None, "who makes one answer of the parts; nobody: they stand below each other")
+    answer: PlanStep | None = option(None, "who makes one answer of the parts; nobody: they stand below each other")
     check: tuple[Check, ...] = option((), "what the answer must pass, in order")
     mend: Mend | None = option(None, "who mends an answer that a check found something in")
 
@@ -204,26 +204,26 @@ class Divided(Declared):
             raise ConfigError(f"most is {self.most}; a request has at least one part", "most: 4")
 
 
-Plan = Chain | Parallel | Divided
+Plan = ChainPlan | ParallelPlan | DividedPlan
 
 
-def asked(plan: Plan) -> tuple[Step, ...]:
+def agents_of_plan(plan: Plan) -> tuple[PlanStep, ...]:
     """Everybody who is asked."""
-    if isinstance(plan, Parallel):
+    if isinstance(plan, ParallelPlan):
         return plan.members
     critics = [check for check in plan.check if isinstance(check, Critic)]
     after = (*critics, *((plan.mend,) if plan.mend else ()))
-    if isinstance(plan, Chain):
+    if isinstance(plan, ChainPlan):
         return (*plan.steps, *after)
     return (plan.plan, *plan.members, *((plan.answer,) if plan.answer else ()), *after)
 
 
 def within(plan: Plan, known: Collection[str]) -> list[str]:
     """The plans, by name, that a plan asks itself."""
-    return sorted({step.agent for step in asked(plan)} & set(known))
+    return sorted({step.agent for step in agents_of_plan(plan)} & set(known))
 
 
-def _check_steps(steps: Sequence[Step], what: str, least: int) -> None:
+def _check_steps(steps: Sequence[PlanStep], what: str, least: int) -> None:
     if len(steps) < least:
         raise ConfigError(f"{what} names {len(steps)}; at least {least}", f"{what}: [{', '.join(['base'] * least)}]")
 
@@ -241,7 +241,7 @@ def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Colle
     for plan in plans:
         if plan.name in known or plan.name in members or plan.name in reserved:
             raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", "choose another name")
-        if not names.is_name(plan.name):
+        if not names.is_valid_name(plan.name):
             raise ConfigError(f"{plan.name!r} cannot be a plan's name", "small letters, digits, '.', '_' and '-'")
         known[plan.name] = plan
     for plan in plans:
@@ -295,7 +295,7 @@ def _schema_in(file: Path) -> Any:
 
 def digest(plan: Plan, known: Mapping[str, Plan]) -> str:
     """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites from."""
-    check: tuple[Check, ...] = () if isinstance(plan, Parallel) else plan.check
+    check: tuple[Check, ...] = () if isinstance(plan, ParallelPlan) else plan.check
     cited = [source for one in check if isinstance(one, Citations) for source in one.sources]
     texts = [Path(source).read_text(encoding="utf-8") for source in cited]
     said = config.dump(replace(plan, log="digests"))

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sartor.core.errors import BusyError
-from sartor.serving.team_config import FeedbackTerms, Limits
+from sartor.serving.team_config import FeedbackTerms, RequestLimits
 
 MOST_KEYS = 10_000  # that are remembered; the one that has asked for longest ago is forgotten, and so is full again
 MINUTE_S, DAY_S = 60.0, 86_400.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class TokenRate:
     """`amount` of something in `span_s` seconds; 0 is no limit. said: `requests per minute`. option: where TEAM.yaml has it."""
 
     amount: float
@@ -34,7 +34,7 @@ class Pace:
 class Bucket:
     """level: what may be taken now; below 0 is owed. at: seconds, when it was filled last."""
 
-    pace: Pace
+    pace: TokenRate
     level: float
     at: float
 
@@ -52,7 +52,7 @@ class Bucket:
 class Buckets:
     """Buckets of each key, one a pace. Safe to use from several threads."""
 
-    def __init__(self, paces: Sequence[Pace], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, paces: Sequence[TokenRate], clock: Callable[[], float] = time.monotonic) -> None:
         self._paces = [pace for pace in paces if pace.amount > 0]
         self._clock = clock
         self._lock = threading.Lock()
@@ -102,12 +102,12 @@ class Buckets:
 REQUESTS, TOKENS = "limits.requests_per_minute", "limits.tokens_per_minute"
 
 
-class Rates:
+class RateLimiter:
     """What each key has used of `limits`."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        requests = Pace(limits.requests_per_minute, MINUTE_S, "requests per minute", REQUESTS)
-        tokens = Pace(limits.tokens_per_minute, MINUTE_S, "tokens per minute", TOKENS)
+    def __init__(self, limits: RequestLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        requests = TokenRate(limits.requests_per_minute, MINUTE_S, "requests per minute", REQUESTS)
+        tokens = TokenRate(limits.tokens_per_minute, MINUTE_S, "tokens per minute", TOKENS)
         self._buckets = Buckets([requests, tokens], clock)
 
     def begin(self, key: str) -> None:
@@ -124,8 +124,8 @@ class FeedbackRates:
     """What each key has used of `feedback`: of a running server, so that a new start gives a day's worth anew."""
 
     def __init__(self, terms: FeedbackTerms, clock: Callable[[], float] = time.monotonic) -> None:
-        minute = Pace(terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute")
-        day = Pace(terms.per_day, DAY_S, "ratings, corrections and comments per day", "feedback.per_day")
+        minute = TokenRate(terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute")
+        day = TokenRate(terms.per_day, DAY_S, "ratings, corrections and comments per day", "feedback.per_day")
         self._paces = [minute.option, day.option]
         self._buckets = Buckets([minute, day], clock)
 

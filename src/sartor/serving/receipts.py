@@ -39,12 +39,12 @@ from sartor.core import catalogue, records, signing
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import DISK_FULL, fsync_directory
 from sartor.core.lineage.receipt_index import PATTERN, Placed, ReceiptIndex
-from sartor.inference.engine import About, Call
+from sartor.inference.engine import EngineInfo, GenerateCall
 from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.media import content_parts
 from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.serving.team_config import Team
-from sartor.serving.types import Given
+from sartor.serving.types import FinishedReply
 from sartor.text.json_schema import JSON_OBJECT
 
 
@@ -86,7 +86,7 @@ Digest = Callable[[str, Any], str]
 
 
 @dataclass(frozen=True)
-class Content:
+class RequestDigestInput:
     """A question. system: the leading system message, where there is one. schema: JSON text, "" for none."""
 
     system: tuple[Mapping[str, Any], ...] = ()
@@ -97,12 +97,12 @@ class Content:
     schema: str = ""
 
     @classmethod
-    def of_call(cls, call: Call) -> Content:
+    def of_call(cls, call: GenerateCall) -> RequestDigestInput:
         """What an engine was asked."""
         return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
 
     @classmethod
-    def of_request(cls, said: Mapping[str, Any]) -> Content:
+    def of_request(cls, said: Mapping[str, Any]) -> RequestDigestInput:
         """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its form."""
         messages, text = said.get("messages") or [], said.get("text") or said.get("prompt") or ""
         if not isinstance(messages, list) or not all(isinstance(one, Mapping) for one in messages) or not isinstance(text, str):
@@ -113,7 +113,7 @@ class Content:
     @classmethod
     def _of(
         cls, messages: Sequence[Mapping[str, Any]], text: str, tools: Sequence[Mapping[str, Any]], must_call: str, schema: str
-    ) -> Content:
+    ) -> RequestDigestInput:
         plain = tuple(_plain(message) for message in messages)
         leading = 1 if plain and plain[0].get("role") == "system" else 0
         return cls(plain[:leading], plain[leading:], text, tuple(tools), must_call, schema)
@@ -202,7 +202,7 @@ _BATCH = 512
 _SECRET_BYTES = 32
 
 
-class Seal:
+class TeamSigner:
     """What a team signs and digests with. `public` is the file to give to who verifies."""
 
     def __init__(self, key: Ed25519PrivateKey, secret: bytes, public: Path) -> None:
@@ -211,7 +211,7 @@ class Seal:
         self.public = public
 
     @classmethod
-    def of(cls, state: Path) -> Seal:
+    def of(cls, state: Path) -> TeamSigner:
         """The keys in a team's state directory, made if absent. Raises ConfigError for one that is unfit or open to others."""
         folder = state / "keys"
         if not (folder / "sartor.key").exists():
@@ -252,7 +252,7 @@ def read_secret(file: Path) -> bytes:
     return found
 
 
-def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
+def build_receipt(given: FinishedReply, about: EngineInfo, seal: TeamSigner) -> dict[str, Any]:
     """The receipt of a reply that has ended, signed. `place`: how many stood before who answered, and could not."""
     call, done = given.call, given.done
     _, _, place = call.id.removeprefix(given.receipt).partition("-")
@@ -269,7 +269,7 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
         **about.made_by,
         "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
         "choice": {"reason": given.reason, "scores": dict(given.scores), "place": int(place) if place.isdigit() else 0},
-        "prompt": Content.of_call(call).digests(seal.digest),
+        "prompt": RequestDigestInput.of_call(call).digests(seal.digest),
         "reply": {"text": seal.digest("reply", given.text), "tool_calls": seal.digest("tool_calls", calls)},
         **({"person": given.person} if given.person else {}),
         "finish": done.finish if done else FAILED,
@@ -278,13 +278,13 @@ def receipt_of(given: Given, about: About, seal: Seal) -> dict[str, Any]:
     })  # fmt: skip
 
 
-class ReceiptBook:
+class ReceiptLog:
     """Where the receipts of one team are kept. `write` may be called from any thread; `close` at the end.
 
     lost: receipts that could not be written. problem: why, of the newest; "" once writing works again.
     """
 
-    def __init__(self, folder: Path, seal: Seal, about: Callable[[], About], days: int = 0) -> None:
+    def __init__(self, folder: Path, seal: TeamSigner, about: Callable[[], EngineInfo], days: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder, self._seal, self._about, self._days = folder, seal, about, days
         self._index = ReceiptIndex(folder)
@@ -298,19 +298,19 @@ class ReceiptBook:
         self._thread.start()
 
     @classmethod
-    def of(cls, team: Team, about: Callable[[], About]) -> ReceiptBook:
+    def of(cls, team: Team, about: Callable[[], EngineInfo]) -> ReceiptLog:
         """The receipts of a team, whose engine says `about`; noted in the catalogue, for `revoke`."""
         state = Path(team.state)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        book = cls(state / "receipts", Seal.of(state), about, team.limits.receipts_days)
+        book = cls(state / "receipts", TeamSigner.of(state), about, team.limits.receipts_days)
         catalogue.register_receipts(state / "receipts")
         return book
 
-    def write(self, given: Given) -> None:
+    def write(self, given: FinishedReply) -> None:
         """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted then."""
         written: Future[None] = Future()
         try:
-            self._queue.put_nowait((receipt_of(given, self._about(), self._seal), written))
+            self._queue.put_nowait((build_receipt(given, self._about(), self._seal), written))
         except queue.Full:
             self._lose(1, f"{MOST_WAITING} receipts wait for the disk")
             raise MissingError(f"a receipt could not be written: {self.problem}", "see to the disk") from None

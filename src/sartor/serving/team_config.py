@@ -13,7 +13,7 @@ from sqlalchemy import URL
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.media.speech.tts_engines import seen_from
+from sartor.media.speech.tts_engines import resolve_voice_path
 from sartor.serving import plan_options
 from sartor.serving.plan_options import Plan
 
@@ -155,7 +155,7 @@ RESERVED = ("base", "auto", "previous", "speech")
 
 
 @dataclass(frozen=True)
-class Member:
+class AgentOptions:
     """One agent: the name that clients ask for, and the Release that answers first."""
 
     name: str = option(REQUIRED, "what clients ask for as `model`")
@@ -172,7 +172,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalEngineOptions:
     """Sartor's own engine: different adapters in one batch, on a CPU or CUDA."""
 
     kind: Literal["local"] = "local"
@@ -184,7 +184,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
+class LlamaCppOptions:
     """llama.cpp by xllamacpp, for GGUF bases and adapters; unlike adapters do not share a batch there."""
 
     kind: Literal["llamacpp"] = "llamacpp"
@@ -195,7 +195,7 @@ class LlamaCpp:
 
 
 @dataclass(frozen=True)
-class Remote:
+class OpenAiEngineOptions:
     """A server that speaks OpenAI's protocol: vLLM, SGLang, llama-server."""
 
     kind: Literal["openai"] = "openai"
@@ -207,7 +207,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerOptions:
     """The processes that hold the engine, and when one is given up."""
 
     count: int = option(1, "workers that answer; each holds the base and every adapter")
@@ -222,7 +222,7 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class Breaker:
+class CircuitBreakerOptions:
     """When an agent is taken out of service."""
 
     failures: int = option(3, "failures of one agent within window_s that open its breaker; a client's own fault is none")
@@ -232,7 +232,7 @@ class Breaker:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request, one key and one agent may take."""
 
     body_bytes: int = option(2_000_000, "of a request; above it the answer is 413")
@@ -345,7 +345,7 @@ class PersonalTerms:
 
 
 @dataclass(frozen=True)
-class Speech:
+class SpeechOptions:
     """Who speaks, in processes of a lower priority than the workers'."""
 
     voice: str = option(
@@ -371,8 +371,8 @@ class Basis:
     """What a team stands on, who is in it, and where it keeps its records."""
 
     base: str = option(REQUIRED, "starter, a directory, a GGUF file or a hub name")
-    agents: tuple[Member, ...] = option((), "the agents that are registered at the first start")
-    engine: Local | LlamaCpp | Remote = option(Local(), "what computes")
+    agents: tuple[AgentOptions, ...] = option((), "the agents that are registered at the first start")
+    engine: LocalEngineOptions | LlamaCppOptions | OpenAiEngineOptions = option(LocalEngineOptions(), "what computes")
     state: str = option("", "directory of registry, receipts and inbox; by default .NAME beside the file")
     registry: str = option("", "SQLAlchemy URL; by default SQLite in `state`. A password stands in the environment: ${NAME}")
     trust: str = option("", "public key that Releases must be signed by; by default those in SARTOR_HOME/trusted")
@@ -385,14 +385,14 @@ class Basis:
 class Team(Basis):
     """The whole of TEAM.yaml. Relative paths are seen from the file's directory."""
 
-    workers: Workers = option(Workers(), "the processes")
-    breaker: Breaker = option(Breaker(), "when an agent is taken out of service")
-    limits: Limits = option(Limits(), "what one request, key or agent may take")
+    workers: WorkerOptions = option(WorkerOptions(), "the processes")
+    breaker: CircuitBreakerOptions = option(CircuitBreakerOptions(), "when an agent is taken out of service")
+    limits: RequestLimits = option(RequestLimits(), "what one request, key or agent may take")
     media: MediaLimits = option(MediaLimits(), "pictures and recordings of a request")
     http: Http = option(Http(), "where it listens")
     router: Routing = option(Routing(), "how `auto` chooses")
     rollout: Rollout = option(Rollout(), "how a new version comes in")
-    speech: Speech = option(Speech(), "who speaks")
+    speech: SpeechOptions = option(SpeechOptions(), "who speaks")
     retrain: Retraining = option(Retraining(), "how agents learn from what is said of them")
     plans: tuple[Plan, ...] = option((), "several agents for one request: sequence, parallel or verify (docs/collaboration.md)")
     feedback: FeedbackTerms = option(FeedbackTerms(), "what is kept of what people say of replies")
@@ -419,7 +419,7 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
     team = config.load_any(Team, path, flags)
     root = path.absolute().parent
     engine = team.engine
-    if isinstance(engine, LlamaCpp) and engine.gguf:
+    if isinstance(engine, LlamaCppOptions) and engine.gguf:
         engine = replace(engine, gguf=str(root / engine.gguf))
     return replace(
         team,
@@ -431,8 +431,8 @@ def load(path: Path, flags: Sequence[str] = ()) -> Team:
         retrain=replace(team.retrain, key=str(root / team.retrain.key) if team.retrain.key else ""),
         speech=replace(
             team.speech,
-            voice=seen_from(team.speech.voice, root),
-            voices=tuple(seen_from(voice, root) for voice in team.speech.voices),
+            voice=resolve_voice_path(team.speech.voice, root),
+            voices=tuple(resolve_voice_path(voice, root) for voice in team.speech.voices),
         ),
         plans=tuple(plan_options.seen_from(plan, root) for plan in team.plans),
     )

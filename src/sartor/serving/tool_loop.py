@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import RequestError, SartorError
-from sartor.inference.engine import Done, Event, Failed, Piece
-from sartor.serving.mcp_client import HeldServer, OfferedTool
-from sartor.serving.plans.plan_dispatch import Replies
+from sartor.inference.engine import Event, ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.mcp_client import McpConnection, OfferedTool
+from sartor.serving.plans.plan_dispatch import Replier
 from sartor.serving.plans.plan_log import DayFiles
-from sartor.serving.plans.step_messages import read_json, wrong_in
+from sartor.serving.plans.step_messages import read_json, schema_errors
 from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.registry.user_versions import SUFFIX
 from sartor.serving.team_config import Team
-from sartor.serving.types import Answer, Request
+from sartor.serving.types import AgentReply, AgentRequest
 
 SCHEMA = 1
 ROUNDS = 4
@@ -34,12 +34,12 @@ ROUNDS = 4
 MOST_CALLS = 8
 
 
-class Toolbox:
+class ToolServers:
     """The tool servers of a team, and which agent is offered what."""
 
     def __init__(self, team: Team) -> None:
         folder = Path(team.state) / "tools"
-        self._held = {terms.name: HeldServer(terms, folder) for terms in team.tools}
+        self._held = {terms.name: McpConnection(terms, folder) for terms in team.tools}
         self._of = {member.name: member.tools for member in team.agents if member.tools}
 
     @property
@@ -79,17 +79,17 @@ class _Course:
     cached: int = 0
     is_looping: bool = False
 
-    def count(self, done: Done) -> None:
+    def count(self, done: ReplyDone) -> None:
         """Add a round's tokens."""
         self.prompt += done.prompt_tokens
         self.reply += done.reply_tokens
         self.cached += done.cached_tokens
 
 
-class Tooled:
+class ToolCallingAgent:
     """Answers as `replies` does, by agents that have tools. digest: of what is logged; by default the team's."""
 
-    def __init__(self, replies: Replies, box: Toolbox, team: Team, digest: Digest | None = None) -> None:
+    def __init__(self, replies: Replier, box: ToolServers, team: Team, digest: Digest | None = None) -> None:
         self._replies, self._box = replies, box
         state = Path(team.state)
         self._digest = digest or team_digest(state)
@@ -101,7 +101,7 @@ class Tooled:
         """What could not be logged."""
         return {"tools": f"{self.lost} calls could not be logged"} if self.lost else {}
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; one of an agent with tools is whole by then. Raises what `replies.open` raises."""
         course, asked = _Course(time.monotonic() + request.deadline_s), request
         for number in range(ROUNDS + 1):
@@ -114,12 +114,12 @@ class Tooled:
             async with aclosing(answer.events) as source:
                 events = [event async for event in source]
             end = events[-1]
-            calls = end.tool_calls if isinstance(end, Done) and asked.tools is None else ()
+            calls = end.tool_calls if isinstance(end, ReplyDone) and asked.tools is None else ()
             if not calls:
                 return _told(answer, events, course)
-            assert isinstance(end, Done)
+            assert isinstance(end, ReplyDone)
             course.count(end)
-            said = "".join(event.text for event in events if isinstance(event, Piece))
+            said = "".join(event.text for event in events if isinstance(event, TextDelta))
             turn = {"role": "assistant", "content": said, "tool_calls": list(calls)}
             results = [await self._result(answer, tools, call, place, course) for place, call in enumerate(calls)]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
@@ -130,7 +130,7 @@ class Tooled:
         raise AssertionError("the last round has no tools")
 
     async def _result(
-        self, answer: Answer, tools: Mapping[str, OfferedTool], call: Mapping[str, Any], place: int, course: _Course
+        self, answer: AgentReply, tools: Mapping[str, OfferedTool], call: Mapping[str, Any], place: int, course: _Course
     ) -> dict[str, Any]:
         """What one call came to, as a `tool` message."""
         name, said = str(call["function"]["name"]), str(call["function"]["arguments"])
@@ -154,7 +154,7 @@ class Tooled:
             raise RequestError(f"there is no tool {name[:80]!a}", ", ".join(tools))
         if place >= MOST_CALLS:
             raise RequestError(f"more than {MOST_CALLS} calls in one reply; {name} was not run", "fewer calls")
-        if wrong := wrong_in(value, tool.schema):
+        if wrong := schema_errors(value, tool.schema):
             raise RequestError(f"the arguments of {name} are wrong: {'; '.join(wrong)}", "arguments of its schema")
         key = (name, json.dumps(value, sort_keys=True))
         if key in course.seen:
@@ -170,21 +170,21 @@ class Tooled:
             self.lost += 1
 
 
-def _told(answer: Answer, events: Sequence[Event], course: _Course) -> Answer:
+def _told(answer: AgentReply, events: Sequence[Event], course: _Course) -> AgentReply:
     """The last round's reply, with the tokens of all rounds and what went wrong."""
-    before = Piece(events[-1].call, "", course.reply)
+    before = TextDelta(events[-1].call, "", course.reply)
     end = events[-1]
-    if isinstance(end, Done):
+    if isinstance(end, ReplyDone):
         course.count(end)
         end = replace(end, prompt_tokens=course.prompt, reply_tokens=course.reply, cached_tokens=course.cached)
     reason = "; ".join([answer.reason, *course.notes])
-    return Answer(answer.agent, reason, answer.receipt, _Again([before, *events[:-1], end]))
+    return AgentReply(answer.agent, reason, answer.receipt, _Again([before, *events[:-1], end]))
 
 
 class _Again:
     """Events that are there already, as `Events` has them."""
 
-    def __init__(self, events: Sequence[Event | Failed]) -> None:
+    def __init__(self, events: Sequence[Event | ReplyFailed]) -> None:
         self._left = list(events)
 
     def __aiter__(self) -> _Again:

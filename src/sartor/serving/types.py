@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sartor.inference.engine import About, Call, Done, Event
+from sartor.inference.engine import EngineInfo, Event, GenerateCall, ReplyDone
 
 
 @dataclass(frozen=True)
-class Request:
+class AgentRequest:
     """One request as a client made it, checked for form.
 
     model: name, name@version, base or auto. sampling: the options that the client gave; the Release's own hold for the rest.
@@ -39,7 +39,7 @@ class Request:
     streams: bool = False
 
 
-class Events(Protocol):
+class EventStream(Protocol):
     """The events of one reply, an async iterator. `aclose` cancels it, may be called at any time and more than once."""
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -56,7 +56,7 @@ class Events(Protocol):
 
 
 @dataclass
-class Answer:
+class AgentReply:
     """A reply that has begun: its first event is there, so a failure before it was raised and not answered.
 
     agent: the exact version that answers, `name@version`, or `base@` and 12 digits of its digest. reason: why that one.
@@ -67,11 +67,11 @@ class Answer:
     agent: str
     reason: str
     receipt: str
-    events: Events
+    events: EventStream
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingResult:
     """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their vector."""
 
     vectors: list[list[float]]
@@ -79,11 +79,11 @@ class Embedded:
     cut: tuple[int, ...] = ()
 
 
-class Crew(Protocol):
+class WorkerBackend(Protocol):
     """Who computes: the supervised workers, as `dispatch` sees them. `agent` is an exact version, `name@version` or `base`."""
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """The engine that every worker holds."""
         ...
 
@@ -95,7 +95,7 @@ class Crew(Protocol):
         """Forget it, once no call of it lives."""
         ...
 
-    async def reply(self, call: Call, agent: str, deadline_s: float) -> AsyncIterator[Event]:
+    async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
         """Begin a reply; returns when its first event is there.
 
         Raises BusyError, DeadlineError, UnavailableError (the agent's breaker is open, or no worker lives), or the error that
@@ -104,7 +104,7 @@ class Crew(Protocol):
         """
         ...
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """Vectors of unit length by the base (`base`) or an encoder that the façade offers (`minilm`, `tfidf`, a directory)."""
         ...
 
@@ -126,7 +126,7 @@ class Crew(Protocol):
 
 
 @dataclass(frozen=True)
-class Route:
+class RoutingDecision:
     """What `auto` chose: an agent's name or `base`, why in a sentence, and the score of each agent.
 
     fits: whose request it is, where the base was chosen because that agent is no better by its Report; else "".
@@ -148,13 +148,13 @@ class Router(Protocol):
         """
         ...
 
-    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> Route:
+    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
         """The agent among `openable` that these messages are for, or `base`."""
         ...
 
 
 @dataclass(frozen=True)
-class Given:
+class FinishedReply:
     """A reply that has ended, for its receipt. agent: the exact version; release_id: "" for the base. done: None if it failed.
 
     call: what was computed, the Release's system prompt and sampling in it. began: seconds since the epoch. person: whose
@@ -166,25 +166,25 @@ class Given:
     agent: str
     reason: str
     release_id: str
-    call: Call
+    call: GenerateCall
     text: str
-    done: Done | None
+    done: ReplyDone | None
     scores: Mapping[str, float]
     began: float
     person: str = ""
     steps: tuple[str, ...] = ()
 
 
-class Receipts(Protocol):
+class ReceiptWriter(Protocol):
     """Where the receipts of replies are kept."""
 
-    def write(self, given: Given) -> None:
+    def write(self, given: FinishedReply) -> None:
         """Sign and keep one. Called in a thread; what it raises is counted and hurts no reply."""
         ...
 
 
 @dataclass(frozen=True)
-class Listed:
+class AgentListing:
     """An agent as it is served. versions: every one that may be asked for by `name@version`, the live one too.
 
     is_ready: whether a version of it was ever admitted, so that somebody answers in its name. reads: by version, of `image`

@@ -21,7 +21,7 @@ from typing import Any
 
 from sartor.core.errors import BudgetError
 from sartor.core.filesystem import write_file_atomic
-from sartor.synthesize.teacher import Answer, Question, Teacher
+from sartor.synthesize.teacher import Teacher, TeacherAnswer, TeacherQuestion
 from sartor.synthesize.teacher_options import Price
 
 SCHEMA = 1
@@ -45,7 +45,7 @@ class Spent:
         return {**asdict(self), "cost": round(self.cost, 6)}
 
 
-class Answers:
+class AnswerCache:
     """Asks a teacher, or remembers. Used from many threads."""
 
     def __init__(self, teacher: Teacher, folder: Path, price: Price) -> None:
@@ -55,7 +55,7 @@ class Answers:
         self._room = threading.Condition(self._lock)
         self._under_way: list[float] = []  # what the calls under way may cost at most
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
         file = self._file(question)
         if (kept := _read(file)) is not None:
@@ -81,7 +81,7 @@ class Answers:
         return paid / PER
 
     @contextlib.contextmanager
-    def _paid(self, question: Question) -> Iterator[None]:
+    def _paid(self, question: TeacherQuestion) -> Iterator[None]:
         """Room for a call under `price.most` beside those under way; the last one alone may go beyond it."""
         may_cost = self._may_cost(question)
         with self._room:
@@ -96,7 +96,7 @@ class Answers:
                 self._under_way.remove(may_cost)
                 self._room.notify_all()
 
-    def _may_cost(self, question: Question) -> float:
+    def _may_cost(self, question: TeacherQuestion) -> float:
         # no tokeniser makes more tokens of a text than it has bytes
         asked = sum(len(text.encode()) for _, text in question.messages)
         return (asked * self.price.input + question.max_tokens * self.price.output) / PER
@@ -110,21 +110,21 @@ class Answers:
         with self._lock:
             self._counts.update(counts)
 
-    def _file(self, question: Question) -> Path:
+    def _file(self, question: TeacherQuestion) -> Path:
         name = question.digest(self.teacher.name)
         return self.folder / name[:2] / f"{name}.json"
 
 
-def _read(file: Path) -> Answer | None:
+def _read(file: Path) -> TeacherAnswer | None:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         if said.pop("schema") != SCHEMA:
             return None
-        return Answer(**said)
+        return TeacherAnswer(**said)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _write(file: Path, answer: Answer) -> None:
+def _write(file: Path, answer: TeacherAnswer) -> None:
     file.parent.mkdir(exist_ok=True, mode=0o700)
     write_file_atomic(file, json.dumps({"schema": SCHEMA, **asdict(answer)}).encode(), mode=0o600)

@@ -35,7 +35,7 @@ class Unusable(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ask:
+class TeacherRequest:
     """Something for the teacher. number: unique in its way. schema: of the JSON that is wanted. note: what `made` needs."""
 
     number: str
@@ -46,7 +46,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Made:
+class GeneratedRow:
     """Content of a new row: messages, rejected and tools of `row` count, the rest is filled in by the verb.
 
     changes: in words. span: what is cited, (first, last + 1) in characters of the document's text.
@@ -60,7 +60,7 @@ class Made:
     span: tuple[int, int] | None = None
 
 
-class AskingWay(Protocol):
+class PromptedGenerator(Protocol):
     """A way that asks a teacher."""
 
     @property
@@ -68,16 +68,16 @@ class AskingWay(Protocol):
         """Its name in a recipe."""
         ...
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """What is to be asked, in an order that depends on nothing else."""
         ...
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """The row in an answer, whose JSON fits the ask's schema."""
         ...
 
 
-class MakingWay(Protocol):
+class LocalGenerator(Protocol):
     """A way without a teacher. `folder` is what media paths are relative to."""
 
     @property
@@ -85,7 +85,7 @@ class MakingWay(Protocol):
         """Its name in a recipe."""
         ...
 
-    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """The rows."""
         ...
 
@@ -95,14 +95,14 @@ def draw_of(*what: Any) -> random.Random:
     return random.Random(hashlib.sha256(canonical(list(what))).digest())
 
 
-def some(seeds: Sequence[Example], count: int, *what: Any) -> list[Example]:
+def sample_seeds(seeds: Sequence[Example], count: int, *what: Any) -> list[Example]:
     """That many of the seeds, drawn, in their order; 0 is all."""
     if not count or count >= len(seeds):
         return list(seeds)
     return [seeds[place] for place in sorted(draw_of(*what).sample(range(len(seeds)), count))]
 
 
-def why_no_question(seed: Example) -> str:
+def refusal_reason(seed: Example) -> str:
     """Why a row cannot be asked otherwise; empty where it can."""
     if seed.is_document:
         return "is_document"
@@ -116,7 +116,7 @@ def quoted(text: str) -> str:
     return f"{OPEN}\n{text}\n{CLOSE}"
 
 
-def said(seed: Example) -> str:
+def conversation_text(seed: Example) -> str:
     """A conversation as a teacher reads it."""
     return "\n".join(f"{message.role}: {message.text}" for message in seed.messages)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sartor.core import errors
 from sartor.core.errors import ExtraError, ModelError, RequestError
-from sartor.inference.engine import Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.inference.local.local_engine import LocalEngine
 from sartor.models.base import open_base
-from sartor.synthesize.teacher import Answer, Question
+from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 
 
 class LocalTeacher:
@@ -31,15 +31,15 @@ class LocalTeacher:
         self._notice, self._is_strict = notice, True
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._texts: dict[str, list[str]] = {}
-        self._ended: dict[str, Done | Failed] = {}
+        self._ended: dict[str, ReplyDone | ReplyFailed] = {}
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """See Teacher. A question that leaves no room for an answer in the base's context is `refused`."""
         try:
             with self._lock:
                 name = self._submit(question)
         except RequestError:  # it does not fit the context: of this question alone
-            return Answer("", "refused")
+            return TeacherAnswer("", "refused")
         while True:
             with self._lock:
                 if name in self._ended:
@@ -47,14 +47,14 @@ class LocalTeacher:
                 for event in self._engine.step():
                     self._take(event)
 
-    def _submit(self, question: Question) -> str:
+    def _submit(self, question: TeacherQuestion) -> str:
         name = str(next(self._numbers))
         sampling = Sampling(question.max_tokens, question.temperature, seed=question.seed)
         messages = tuple({"role": role, "content": text} for role, text in question.messages)
         self._texts[name] = []
         try:
             self._engine.submit(
-                Call(name, messages=messages, sampling=sampling, schema=question.schema if self._is_strict else "")
+                GenerateCall(name, messages=messages, sampling=sampling, schema=question.schema if self._is_strict else "")
             )
         except ExtraError as error:
             if not self._is_strict:
@@ -65,13 +65,13 @@ class LocalTeacher:
         return name
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             self._texts[event.call].append(event.text)
         else:
             self._ended[event.call] = event
 
-    def _answered(self, name: str) -> Answer:
+    def _answered(self, name: str) -> TeacherAnswer:
         ended, text = self._ended.pop(name), "".join(self._texts.pop(name))
-        if isinstance(ended, Failed):
+        if isinstance(ended, ReplyFailed):
             raise getattr(errors, ended.kind, ModelError)(ended.problem, ended.remedy)
-        return Answer(text, "length" if ended.finish == "length" else "stop", ended.prompt_tokens, ended.reply_tokens)
+        return TeacherAnswer(text, "length" if ended.finish == "length" else "stop", ended.prompt_tokens, ended.reply_tokens)

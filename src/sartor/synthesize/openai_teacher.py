@@ -27,12 +27,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sartor.core.errors import BusyError, ConfigError, KeyRefusedError, UnavailableError
-from sartor.synthesize.teacher import Answer, Finish, Question
+from sartor.synthesize.teacher import Finish, TeacherAnswer, TeacherQuestion
 
 MINUTE_S = 60.0
 
 
-class Pace:
+class RequestThrottle:
     """Shared by all threads that ask. 0 is no limit. `now` and `sleep` are for tests."""
 
     def __init__(
@@ -79,11 +79,11 @@ MOST_BYTES = 8 << 20
 DONE = "[DONE]"
 
 
-class BrokenError(Exception):
+class IncompleteResponseError(Exception):
     """A body that ended early or is not what the protocol says: to be asked for again."""
 
 
-def read_body(lines: Iterable[bytes], kind: str) -> Answer:
+def read_body(lines: Iterable[bytes], kind: str) -> TeacherAnswer:
     """The Answer in a body of that content type. Raises BrokenError."""
     if "event-stream" in kind:
         return _streamed(lines)
@@ -94,7 +94,7 @@ def read_body(lines: Iterable[bytes], kind: str) -> Answer:
     return _answer(text if isinstance(text, str) else "", choice.get("finish_reason"), whole.get("usage"))
 
 
-def _streamed(lines: Iterable[bytes]) -> Answer:
+def _streamed(lines: Iterable[bytes]) -> TeacherAnswer:
     pieces: list[str] = []
     finish: Any = None
     usage: Any = None
@@ -122,7 +122,7 @@ def _bounded(lines: Iterable[bytes]) -> Iterable[bytes]:
     for line in lines:
         total += len(line)
         if total > MOST_BYTES:
-            raise BrokenError(f"more than {MOST_BYTES:,} bytes")
+            raise IncompleteResponseError(f"more than {MOST_BYTES:,} bytes")
         yield line
 
 
@@ -130,30 +130,30 @@ def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise BrokenError(f"{text[:60]!r} is not JSON") from None
+        raise IncompleteResponseError(f"{text[:60]!r} is not JSON") from None
     if not isinstance(value, dict):
-        raise BrokenError(f"{text[:60]!r} is no JSON object")
+        raise IncompleteResponseError(f"{text[:60]!r} is no JSON object")
     if "error" in value:
-        raise BrokenError(f"the server says {str(value['error'])[:200]}")
+        raise IncompleteResponseError(f"the server says {str(value['error'])[:200]}")
     return value
 
 
 def _choice(value: dict[str, Any]) -> dict[str, Any]:
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise BrokenError("there is no choice in it")
+        raise IncompleteResponseError("there is no choice in it")
     return choices[0]
 
 
-def _answer(text: str, finish: Any, usage: Any) -> Answer:
+def _answer(text: str, finish: Any, usage: Any) -> TeacherAnswer:
     if not isinstance(finish, str):
-        raise BrokenError("it ended without saying why")
+        raise IncompleteResponseError("it ended without saying why")
     known: dict[str, Finish] = {"length": "length", "content_filter": "refused"}
     counts = usage if isinstance(usage, dict) else {}
     tokens = counts.get("prompt_tokens"), counts.get("completion_tokens")
     if all(isinstance(count, int) for count in tokens):
-        return Answer(text, known.get(finish, "stop"), int(tokens[0] or 0), int(tokens[1] or 0))
-    return Answer(text, known.get(finish, "stop"), 0, 0, is_estimated=True)
+        return TeacherAnswer(text, known.get(finish, "stop"), int(tokens[0] or 0), int(tokens[1] or 0))
+    return TeacherAnswer(text, known.get(finish, "stop"), 0, 0, is_estimated=True)
 
 
 LONGEST_PAUSE_S = 60.0
@@ -198,7 +198,12 @@ class EndpointTeacher:
     """See the module. `told` hears of each retry: for the progress line and for tests."""
 
     def __init__(
-        self, access: Access, pace: Pace, patience: Patience, at_once: int, told: Callable[[str], object] = lambda line: None
+        self,
+        access: Access,
+        pace: RequestThrottle,
+        patience: Patience,
+        at_once: int,
+        told: Callable[[str], object] = lambda line: None,
     ) -> None:
         _check(access)
         self.access, self.pace, self.patience, self.at_once, self._told = access, pace, patience, at_once, told
@@ -208,7 +213,7 @@ class EndpointTeacher:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """See Teacher."""
         body, size = self._body(question)
         jitter = random.Random(question.digest(self.name))
@@ -229,7 +234,7 @@ class EndpointTeacher:
         remedy = "the same command goes on where it stopped; what was answered is not asked again"
         raise BusyError(problem, remedy, last.after_s or pause) if last.is_busy else UnavailableError(problem, remedy)
 
-    def _body(self, question: Question) -> tuple[bytes, int]:
+    def _body(self, question: TeacherQuestion) -> tuple[bytes, int]:
         """The request, and about how many tokens it takes."""
         said: dict[str, Any] = {
             "model": self.access.model,
@@ -245,7 +250,7 @@ class EndpointTeacher:
             said["response_format"] = {"type": "json_schema", "json_schema": form}
         return json.dumps(said).encode(), _tokens(question) + question.max_tokens
 
-    def _asked(self, body: bytes) -> Answer:
+    def _asked(self, body: bytes) -> TeacherAnswer:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "sartor"}
         if self.access.key:
             headers["Authorization"] = f"Bearer {self.access.key}"
@@ -257,9 +262,9 @@ class EndpointTeacher:
             with error:  # it holds the socket
                 failure = self._failure(error)
             if failure is None:
-                return Answer("", "refused")
+                return TeacherAnswer("", "refused")
             raise failure from None
-        except BrokenError as error:
+        except IncompleteResponseError as error:
             raise _AgainError(self._redacted(str(error))) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
             raise _AgainError(self._redacted(f"{type(error).__name__}: {error}")) from None
@@ -323,11 +328,11 @@ def _retry_after(value: str) -> float:
         return 0.0
 
 
-def _tokens(question: Question) -> int:
+def _tokens(question: TeacherQuestion) -> int:
     return sum(len(text) for _, text in question.messages) // CHARACTERS_PER_TOKEN + 1
 
 
-def _counted(answer: Answer, question: Question) -> Answer:
+def _counted(answer: TeacherAnswer, question: TeacherQuestion) -> TeacherAnswer:
     if not answer.is_estimated:
         return answer
     return replace(answer, tokens_in=_tokens(question), tokens_out=len(answer.text) // CHARACTERS_PER_TOKEN + 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.spdx import checked
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.types import SourceOptions
 from sartor.synthesize.generators import FROM_NOTHING, Way
 from sartor.synthesize.teacher_options import AnyTeacher
 
@@ -17,7 +17,7 @@ class SynthesizeRecipe:
     """Rows, documents or nothing -> a Dataset of synthetic rows."""
 
     ways: tuple[Way, ...] = option(REQUIRED, "how rows are made, in order")
-    sources: tuple[Source, ...] = option(
+    sources: tuple[SourceOptions, ...] = option(
         (), "rows and documents to make them from: as in curate, or a Dataset, whose training rows are taken"
     )
     teacher: AnyTeacher | None = option(

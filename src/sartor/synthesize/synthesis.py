@@ -24,7 +24,7 @@ import referencing
 import referencing.exceptions
 
 from sartor.core import config, parquet_io
-from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact
+from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.filesystem import DISK_FULL
 from sartor.core.records import Drop, Example, canonical_text, digest
@@ -32,18 +32,18 @@ from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.pipeline import workplace
 from sartor.curate.review.row_edits import masked_text
 from sartor.synthesize import synthetic_dataset
-from sartor.synthesize.answer_cache import Answers, Spent
-from sartor.synthesize.generator import Ask, AskingWay, Made, Skipped, Unusable, quoted
+from sartor.synthesize.answer_cache import AnswerCache, Spent
+from sartor.synthesize.generator import GeneratedRow, PromptedGenerator, Skipped, TeacherRequest, Unusable, quoted
 from sartor.synthesize.generators import asks_teacher, make
 from sartor.synthesize.recipe import SynthesizeRecipe
-from sartor.synthesize.teacher import Answer, Question, Teacher
+from sartor.synthesize.teacher import Teacher, TeacherAnswer, TeacherQuestion
 from sartor.synthesize.teacher_options import Endpoint, Price
 
 MOST_STARTS = 50
 _SHOWN = 3000
 
 
-def read(answer: Answer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable:
+def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable:
     """The object in an answer that fits the schema. Texts around it, and fences, are left out."""
     if answer.finish == "refused":
         return Unusable("teacher_refused", "the teacher would not answer")
@@ -63,14 +63,14 @@ def read(answer: Answer, schema: Mapping[str, Any]) -> dict[str, Any] | Unusable
     return found
 
 
-def repair(question: Question, answer: Answer, fault: Unusable) -> Question:
+def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) -> TeacherQuestion:
     """The second question: what was said, and what is wrong with it."""
     asked = (
         f"Your answer was:\n{quoted(answer.text[:_SHOWN])}\nIt cannot be used: {fault.detail}. "
         f"Answer again, with the JSON object alone, of this schema: {question.schema}"
     )
     said = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", asked))
-    return Question(said, question.seed, question.max_tokens, question.temperature, question.schema)
+    return TeacherQuestion(said, question.seed, question.max_tokens, question.temperature, question.schema)
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
@@ -172,10 +172,10 @@ def synthesize(
     out = Path(out).absolute()
     if resume and kind_of(out) == "dataset":
         return Synthesized(_finished(recipe, out), None, time.monotonic() - began, found=True)
-    check_free(out, replace=replace)
+    check_output_free(out, replace=replace)
     work = out.with_name(f"{out.name}.synthesizing")
     with workplace(work, anew=False):
-        run = Run(recipe, work, teacher, notice)
+        run = SynthesisRun(recipe, work, teacher, notice)
         try:
             dataset = write_dataset(out, run.write, replace=replace)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
@@ -223,7 +223,7 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
         raise ConfigError(f"{out} is a finished Dataset of another recipe", "choose another --out, or --replace")
     work = out.with_name(f"{out.name}.synthesizing")
     with workplace(work, anew=False):
-        found = synthetic_dataset.read(recipe.sources, recipe.max_row_bytes, work)
+        found = synthetic_dataset.read_seeds(recipe.sources, recipe.max_row_bytes, work)
         shutil.rmtree(work, ignore_errors=True)
     if found.digest != said["of"]:
         raise ConfigError(f"{out} is a finished Dataset of sources that have changed", "choose another --out, or --replace")
@@ -231,32 +231,32 @@ def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AskOutcome:
     """What came of an ask: the last question and answer, and the JSON in it or what is wrong with it."""
 
-    ask: Ask
-    question: Question
-    answer: Answer
+    ask: TeacherRequest
+    question: TeacherQuestion
+    answer: TeacherAnswer
     value: dict[str, Any] | Unusable
 
 
-class Run:
+class SynthesisRun:
     """One run of a recipe."""
 
     def __init__(self, recipe: SynthesizeRecipe, work: Path, teacher: Teacher | None, notice: Notice) -> None:
         self.recipe, self.work, self.notice = recipe, work, notice
         self.folder = Path(recipe.cache).expanduser() if recipe.cache else work / "answers"
-        self.answers: Answers | None = None
+        self.answers: AnswerCache | None = None
         self._given = teacher
         self._said_at = time.monotonic()
 
     def write(self, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        found = synthetic_dataset.read(self.recipe.sources, self.recipe.max_row_bytes, self.work)
+        found = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
             self.answers = self._open_answers()
         of_teacher = self.recipe.teacher.licence if self.recipe.teacher else ""
-        self.rows = synthetic_dataset.Rows(
+        self.rows = synthetic_dataset.SyntheticRows(
             (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in found.rows}
         )
         for way in self.recipe.ways:
@@ -269,11 +269,11 @@ class Run:
             writer, self.work, self.rows, found, {"recipe": _said(self.recipe), "teacher": name, "of": found.digest}
         )
 
-    def _open_answers(self) -> Answers:
+    def _open_answers(self) -> AnswerCache:
         configured = self.recipe.teacher
         teacher = self._given or (configured.open(self.notice) if configured else None)
         assert teacher is not None  # looked at when the run began
-        return Answers(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
+        return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
     def _make(self, way: Any, found: synthetic_dataset.Seeds) -> None:
         for one in make(way, found.rows, self.recipe.seed, self.work):
@@ -282,14 +282,14 @@ class Run:
             elif isinstance(one, Drop):
                 self.rows.drop(way.kind, one, "")
             else:
-                self.rows.add(way.kind, one, synthetic_dataset.Asked(seed=self.recipe.seed))
+                self.rows.add(way.kind, one, synthetic_dataset.Provenance(seed=self.recipe.seed))
 
-    def _ask(self, way: AskingWay, found: synthetic_dataset.Seeds) -> None:
+    def _ask(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> None:
         for outcome in self._outcomes(way, found):
             self._take(way, outcome)
             self._tell(way.kind)
 
-    def _outcomes(self, way: AskingWay, found: synthetic_dataset.Seeds) -> Iterator[Outcome]:
+    def _outcomes(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> Iterator[AskOutcome]:
         """In the order of the asks, some of which are under way at once."""
         assert self.answers is not None
         at_once = self.answers.teacher.at_once
@@ -305,32 +305,32 @@ class Run:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
 
-    def _counted(self, way: AskingWay, found: synthetic_dataset.Seeds) -> Iterator[Ask]:
+    def _counted(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> Iterator[TeacherRequest]:
         for one in way.asks(found.rows, self.recipe.seed):
             if isinstance(one, Skipped):
                 self.rows.count(way.kind, f"skipped:{one.reason}")
             else:
                 yield one
 
-    def _outcome(self, kind: str, ask: Ask) -> Outcome:
+    def _outcome(self, kind: str, ask: TeacherRequest) -> AskOutcome:
         assert self.answers is not None
         number = int(digest([self.recipe.seed, kind, ask.number])[:8], 16) >> 1  # endpoints take 31 bits
         schema = canonical_text(ask.schema)
-        question = Question(ask.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
+        question = TeacherQuestion(ask.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
         answer = self.answers.answer(question)
-        value = read(answer, ask.schema)
+        value = parse_answer(answer, ask.schema)
         if isinstance(value, Unusable) and value.reason in _REPAIRED and self.recipe.repairs:
             question = repair(question, answer, value)
             answer = self.answers.answer(question)
-            value = read(answer, ask.schema)
-        return Outcome(ask, question, answer, value)
+            value = parse_answer(answer, ask.schema)
+        return AskOutcome(ask, question, answer, value)
 
-    def _take(self, way: AskingWay, outcome: Outcome) -> None:
+    def _take(self, way: PromptedGenerator, outcome: AskOutcome) -> None:
         assert self.answers is not None
         made = outcome.value if isinstance(outcome.value, Unusable) else way.made(outcome.ask, outcome.value)
-        if isinstance(made, Made):
+        if isinstance(made, GeneratedRow):
             of = outcome.question
-            asked = synthetic_dataset.Asked(self.answers.teacher.name, of.prompt_digest, outcome.answer.digest, of.seed)
+            asked = synthetic_dataset.Provenance(self.answers.teacher.name, of.prompt_digest, outcome.answer.digest, of.seed)
             self.rows.add(way.kind, made, asked)
             return
         parents = outcome.ask.parents

@@ -18,8 +18,8 @@ from sartor.core.records import Drop, Example, Origin, canonical_text, digest
 from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import DatasetWriter, batched, kept_by_file
 from sartor.curate.sources import chunk_reader, media_files, planner
-from sartor.curate.sources.types import Source
-from sartor.synthesize.generator import Made
+from sartor.curate.sources.types import SourceOptions
+from sartor.synthesize.generator import GeneratedRow
 
 # Of a Source, what its files' entries in the manifest say besides the licence: core/licences/compliance.py reads them there
 TERMS = ("share_alike", "non_commercial", "expires", "consent", "rehearsal")
@@ -52,7 +52,7 @@ class Seeds:
         return digest([[row.id for row in self.rows], [drop.locator for drop in self.drops], self.held_out])
 
 
-def read(sources: tuple[Source, ...], max_row_bytes: int, folder: Path) -> Seeds:
+def read_seeds(sources: tuple[SourceOptions, ...], max_row_bytes: int, folder: Path) -> Seeds:
     """The seeds, their media copied below `folder`. A row that stands there twice is one seed. Raises as `curate`."""
     found = Seeds()
     for source in sources:
@@ -74,12 +74,12 @@ def read(sources: tuple[Source, ...], max_row_bytes: int, folder: Path) -> Seeds
     return found
 
 
-def _of_files(source: Source, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:
-    plan = planner.plan([source], max_row_bytes)
+def _of_files(source: SourceOptions, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:
+    plan = planner.plan_reading([source], max_row_bytes)
     terms = {name: getattr(source, name) for name in TERMS}
     found.files += [{**asdict(file), **terms} for file in plan.files]
     for unit in plan.units:
-        for row in chunk_reader.read(unit, source, folder / "media"):
+        for row in chunk_reader.read_chunk(unit, source, folder / "media"):
             place = row.locator if isinstance(row, Drop) else row.origins[0].locator
             found.read[source.path, place.rpartition(":")[0]] += 1
             yield row if isinstance(row, Drop) or not source.split else replace(row, split=source.split)
@@ -114,7 +114,7 @@ EVIDENCE = pa.schema(
 
 
 @dataclass(frozen=True)
-class Asked:
+class Provenance:
     """What a row came of: empty without a teacher."""
 
     teacher: str = ""
@@ -124,7 +124,7 @@ class Asked:
 
 
 @dataclass
-class Rows:
+class SyntheticRows:
     """Rows as they come, each content once. `licences`: of rows made of nothing, and of the teacher's word ("" for none)."""
 
     licences: tuple[str, str]
@@ -138,7 +138,7 @@ class Rows:
         """One more of a way's `made`, `dropped` or `skipped:why`."""
         self.ways.setdefault(kind, Counter())[what] += 1
 
-    def add(self, kind: str, made: Made, asked: Asked) -> None:
+    def add(self, kind: str, made: GeneratedRow, asked: Provenance) -> None:
         """A row, or the Drop of one that is there already."""
         row = self._row(kind, made, asked)
         if row.id in self.seeds or row.id in self.rows:
@@ -160,7 +160,7 @@ class Rows:
         self.drops.append(replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}"))
         self.count(kind, "dropped")
 
-    def _row(self, kind: str, made: Made, asked: Asked) -> Example:
+    def _row(self, kind: str, made: GeneratedRow, asked: Provenance) -> Example:
         step = f"synthesize:{kind}"
         made_by = canonical_text({"way": kind, **asdict(asked)})
         of_nothing, of_teacher = self.licences
@@ -177,7 +177,7 @@ class Rows:
         return replace(row, group=made.group or split_group(row))
 
 
-def write(writer: DatasetWriter, work: Path, found: Rows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
+def write(writer: DatasetWriter, work: Path, found: SyntheticRows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the Dataset's directory; returns what its manifest says. `said`: recipe and teacher."""
     drops = [*seeds.drops, *found.drops]
     if not found.rows:
@@ -211,7 +211,7 @@ def _nothing_made(drops: Sequence[Drop], ways: Mapping[str, Counter[str]]) -> st
     return f"no row was made ({counted}{first})"
 
 
-def _sources(writer: DatasetWriter, found: Rows, seeds: Seeds) -> list[dict[str, Any]]:
+def _sources(writer: DatasetWriter, found: SyntheticRows, seeds: Seeds) -> list[dict[str, Any]]:
     """The files of the seeds, and an entry for each way that made rows of nothing."""
     of_nothing = sorted(place for place in kept_by_file(writer.folder) if place[0].startswith("synthesize:"))
     entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]

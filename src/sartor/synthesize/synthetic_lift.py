@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import parquet_io
-from sartor.core.artifacts import Artifact, check_free, open_artifact
+from sartor.core.artifacts import Artifact, check_output_free, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
-from sartor.core.records import Example, dropped
+from sartor.core.records import Example, drop_of
 from sartor.core.splits import group_of_stored, split_group
-from sartor.curate.dataset_writer import write_derived
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.evaluation import evaluate
@@ -27,7 +27,7 @@ STEP = "prove"
 
 
 @dataclass(frozen=True)
-class Proof:
+class LiftResult:
     """Scores on real held-out rows: `base` is tuned without the synthetic rows, `tuned` with them. metric: of a row, 0..1."""
 
     compared: Comparison
@@ -65,7 +65,7 @@ def prove(
     most_rows: int = 200,
     replace: bool = False,
     notice: Notice = lambda line: None,
-) -> Proof:
+) -> LiftResult:
     """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out rows.
 
     Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
@@ -78,7 +78,7 @@ def prove(
     real, made = open_artifact(reality, "dataset"), open_artifact(synthetic, "dataset")
     names = ("with", "adapter-without", "adapter-with", "report-without", "report-with")
     for name in names:
-        check_free(out / name, replace=replace)
+        check_output_free(out / name, replace=replace)
     both, taken, left_out = _together(real, made, out / "with", replace)
     tuned, scored, metric = {}, {}, scorer
     for name, dataset in (("without", real), ("with", both)):
@@ -109,16 +109,18 @@ def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple
     drops = []
     for row in parquet_io.read_examples(made):
         if split_group(row) in held_out or row.id in ids:
-            drops.append(dropped(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
+            drops.append(drop_of(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:
             taken.append(replace_fields(row, split="train"))
-    dataset = write_derived(out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace)
+    dataset = write_dataset_from(
+        out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace
+    )
     return dataset, len(taken), len(drops)
 
 
 def _compared(
     scored: dict[str, dict[str, dict[str, Any]]], metric: str, counts: tuple[int, int], tuned: dict[str, Tuned], wall_s: float
-) -> Proof:
+) -> LiftResult:
     shared = [name for name in scored["without"] if name in scored["with"]]
     if not shared:
         raise ArtifactError("the two reports share no row", "the same recipe for both")
@@ -127,8 +129,8 @@ def _compared(
     sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
     groups = [group_of_stored(scored["without"][row]) for row in shared]
     runs = {name: {"adapter": str(one.adapter.path), "updates": one.as_json()["updates"]} for name, one in tuned.items()}
-    found = bootstrap.paired(sides[0], sides[1], groups)
-    return Proof(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
+    found = bootstrap.paired_bootstrap(sides[0], sides[1], groups)
+    return LiftResult(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
 
 
-__all__ = ["Proof", "prove"]
+__all__ = ["LiftResult", "prove"]

@@ -18,7 +18,7 @@ Finish = Literal["stop", "length", "refused"]
 
 
 @dataclass(frozen=True)
-class Question:
+class TeacherQuestion:
     """What a teacher is asked. messages: (role, text) in order. schema: JSON Schema that the answer should obey, "" for none.
 
     seed: of what is drawn at a temperature above 0.
@@ -46,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """What a teacher said. finish: `length` if it was cut at max_tokens, `refused` if the teacher would not answer.
 
     tokens_in, tokens_out: as the teacher counts them, or estimated from the length where it says none (`is_estimated`).
@@ -77,7 +77,7 @@ class Teacher(Protocol):
         """How many questions may be asked at once."""
         ...
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """Raises MissingError where it cannot be reached, KeyRefusedError, BusyError at the end of its patience, ModelError."""
         ...
 

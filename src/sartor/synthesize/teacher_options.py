@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.synthesize.openai_teacher import Access, EndpointTeacher, Pace, Patience, key_of
-from sartor.synthesize.teacher import Answer, Question, Teacher, open_local
+from sartor.synthesize.openai_teacher import Access, EndpointTeacher, Patience, RequestThrottle, key_of
+from sartor.synthesize.teacher import Teacher, TeacherAnswer, TeacherQuestion, open_local
 
 Notice = Callable[[str], object]
 MOST_AT_ONCE = 64
@@ -54,12 +54,12 @@ class Endpoint:
     def open(self, notice: Notice) -> Teacher:
         """Raises ConfigError for an address that cannot be, KeyRefusedError where the key is not set."""
         access = Access(self.url, self.model, key_of(self.key_env))
-        pace = Pace(self.requests_per_minute, self.tokens_per_minute)
+        pace = RequestThrottle(self.requests_per_minute, self.tokens_per_minute)
         return EndpointTeacher(access, pace, Patience(self.tries, self.pause_s, self.timeout_s), self.at_once, notice)
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalTeacherOptions:
     """A base on this machine, by the embedded engine: nothing leaves it. Needs `sartor[tune]`."""
 
     base: str = option("starter", "starter, or the path or hub name of a base")
@@ -88,7 +88,7 @@ class Fake:
         return FakeTeacher(self.at_once)
 
 
-AnyTeacher = Endpoint | Local | Fake
+AnyTeacher = Endpoint | LocalTeacherOptions | Fake
 
 
 def _check_at_once(count: int) -> None:
@@ -104,7 +104,7 @@ class FakeTeacher:
     def __init__(self, at_once: int = 1) -> None:
         self.at_once = at_once
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """JSON that fits the question's schema, or words."""
         draw = random.Random(question.digest(self.name))
         material = question.last.partition("<<<")[2].partition(">>>")[0].strip() or question.last
@@ -112,7 +112,7 @@ class FakeTeacher:
             text = json.dumps(_filled(json.loads(question.schema), draw, material), ensure_ascii=False)
         else:
             text = _run_of(material, draw)
-        return Answer(text, "stop", len(question.last.split()), len(text.split()))
+        return TeacherAnswer(text, "stop", len(question.last.split()), len(text.split()))
 
 
 def _run_of(text: str, draw: random.Random) -> str:

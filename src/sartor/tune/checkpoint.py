@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 @dataclass
-class Found:
+class CheckpointState:
     """What lies in a folder of checkpoints: the newest valid one, and newer ones that are not whole, with the reason."""
 
     checkpoint: Checkpoint | None = None
@@ -80,9 +80,9 @@ def folder_of(out: Path) -> Path:
     return out.with_name(out.name + ".checkpoints")
 
 
-def newest(folder: Path) -> Found:
+def newest(folder: Path) -> CheckpointState:
     """The newest valid checkpoint in `folder`, which may be absent."""
-    found = Found()
+    found = CheckpointState()
     for path in reversed(_all(folder)):
         try:
             found.checkpoint = open_checkpoint(path)
@@ -171,7 +171,7 @@ def prune(folder: Path, keep: int) -> None:
         _remove(path)
 
 
-def sweep(folder: Path, found: Found) -> None:
+def sweep(folder: Path, found: CheckpointState) -> None:
     """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be held."""
     for leftover in folder.glob(".update-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -248,7 +248,7 @@ def seed_all(seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Rng:
+class RandomState:
     """The generators' states at one moment. `device` has one tensor per CUDA device (or one for Apple's GPU)."""
 
     python: Any
@@ -257,7 +257,7 @@ class Rng:
     device: tuple[torch.Tensor, ...]
 
     @classmethod
-    def capture(cls, device: torch.device) -> Rng:
+    def capture(cls, device: torch.device) -> RandomState:
         """The states now; tens of microseconds on a CPU, so that it can be done before every update."""
         states: tuple[torch.Tensor, ...] = ()
         if device.type == "cuda":
@@ -290,7 +290,7 @@ class Rng:
         return {"python": [self.python[0], self.python[2]], "numpy": [self.numpy[0], *self.numpy[2:]]}
 
     @classmethod
-    def read(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> Rng:
+    def read(cls, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> RandomState:
         """The inverse of `tensors` and `facts`."""
         version, gauss = facts["python"]
         algorithm, *rest = facts["numpy"]

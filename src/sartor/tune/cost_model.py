@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from sartor.models import hardware
-from sartor.models.losses.loss_backend import Path
-from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, Encoded, fill
+from sartor.models.losses.loss_backend import LossBackend
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample, group_by_capacity
 from sartor.tune import objectives, sampler
-from sartor.tune.recipe import Budget, Recipe
-from sartor.tune.tokenized_dataset import Lesson
+from sartor.tune.recipe import Recipe, StopCriteria
+from sartor.tune.tokenized_dataset import PreferenceExample
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchLoad:
     """How much a micro-batch, or a row, asks: tokens, of them supervised, and what attention does for them.
 
     pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
@@ -41,8 +41,8 @@ class Load:
     stored_pairs: int = 0
     aside: int = 0
 
-    def __add__(self, other: Load) -> Load:
-        return Load(
+    def __add__(self, other: BatchLoad) -> BatchLoad:
+        return BatchLoad(
             self.tokens + other.tokens,
             self.supervised + other.supervised,
             self.pairs + other.pairs,
@@ -52,36 +52,36 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Sample:
+class TimedBatch:
     """One timed micro-batch: seconds of forward and backward, and memory at its peak above that before the first one.
 
     growth_bytes is None where the system does not tell.
     """
 
-    load: Load
+    load: BatchLoad
     seconds: float
     growth_bytes: int | None
 
 
-def load_of(row: Encoded) -> Load:
+def load_of(row: TokenizedExample) -> BatchLoad:
     """What one row asks, with what it is learnt beside."""
     length = len(row.ids)
     pairs = length * length
-    own = Load(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
-    if not isinstance(row, Lesson) or row.other is None:
+    own = BatchLoad(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    if not isinstance(row, PreferenceExample) or row.other is None:
         return own
     other = load_of(row.other)
     return own + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
 
 
-def total(loads: Iterable[Load]) -> Load:
+def total(loads: Iterable[BatchLoad]) -> BatchLoad:
     """Their sum."""
-    return sum(loads, Load())
+    return sum(loads, BatchLoad())
 
 
-def take(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
+def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample]:
     """The first rows, at least one, that hold `tokens` tokens or just fewer."""
-    taken: list[Encoded] = []
+    taken: list[TokenizedExample] = []
     held = 0
     for row in rows:
         if taken and held + len(row.ids) > tokens:
@@ -91,16 +91,16 @@ def take(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
     return taken
 
 
-class Probe:
+class TimingProbe:
     """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
 
-    def __init__(self, path: Path, model: Any, device: torch.device) -> None:
+    def __init__(self, path: LossBackend, model: Any, device: torch.device) -> None:
         self.path, self.model, self.device = path, model, device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.resident_bytes = hardware.resident_bytes(device)
-        self.samples: list[Sample] = []
+        self.samples: list[TimedBatch] = []
 
-    def run(self, rows: Sequence[Encoded], *, warm_up: bool = False) -> float:
+    def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
         with self._untouched():
             is_measured = hardware.restart_peak(self.device)
@@ -112,7 +112,7 @@ class Probe:
             seconds = time.monotonic() - began
             growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
         if not warm_up:
-            self.samples.append(Sample(total(load_of(row) for row in rows), seconds, growth))
+            self.samples.append(TimedBatch(total(load_of(row) for row in rows), seconds, growth))
         return seconds
 
     def optimizer_seconds(self) -> float:
@@ -186,7 +186,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What decides a model's memory. Widths in elements; `adapted` layers, next to the head, have a backward pass."""
 
     layers: int
@@ -200,7 +200,7 @@ class Shape:
     adapted: int
     recompute: bool
 
-    def activation_bytes(self, load: Load) -> float:
+    def activation_bytes(self, load: BatchLoad) -> float:
         """Bytes held for the backward pass of one micro-batch, about.
 
         Elements of a token in a layer: 12 widths (the norms and their fp32 copies, queries, keys, values, the gathered
@@ -222,13 +222,13 @@ class Shape:
         return self.trainable * 12
 
 
-def shape_of(model: Any, recipe: Recipe) -> Shape:
+def shape_of(model: Any, recipe: Recipe) -> ModelShape:
     """The Shape of a model with its adapter. What a config does not say is taken as in Llama's."""
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
     weights = [part for part in model.parameters() if not part.requires_grad]
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None}
-    return Shape(
+    return ModelShape(
         layers=layers,
         width=config.hidden_size,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -250,34 +250,34 @@ class MemoryModel:
     formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at all.
     """
 
-    shape: Shape
+    shape: ModelShape
     resident_bytes: int
     past_peak_bytes: int
     scale: Interval
     limit_bytes: int
     bound: str
 
-    def growth(self, load: Load, shape: Shape | None = None) -> Interval:
+    def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
         shape = shape or self.shape
         lighter = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
         return self.scale * shape.activation_bytes(load) + (shape.state_bytes + lighter)
 
-    def needs(self, load: Load, shape: Shape | None = None) -> Interval:
+    def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Memory held at once from here on: what has to fit."""
         grown, (low, estimate, high) = self.growth(load, shape) + self.resident_bytes, SETTLING_BYTES
         return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
 
-    def peak(self, load: Load) -> Interval:
+    def peak(self, load: BatchLoad) -> Interval:
         """Peak of the whole process: what was held while the base was opened counts too."""
         return self.needs(load).at_least(self.past_peak_bytes)
 
-    def fits(self, load: Load, shape: Shape | None = None) -> bool:
+    def fits(self, load: BatchLoad, shape: ModelShape | None = None) -> bool:
         """Whether the high end stays within the limit."""
         return self.needs(load, shape).high <= self.limit_bytes
 
 
-def memory_model(shape: Shape, probe: Probe) -> MemoryModel:
+def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     """From the samples of a probe; without any, the formula with wide ends."""
     room = hardware.available_bytes(probe.device)
     held = hardware.resident_bytes(probe.device)
@@ -305,14 +305,14 @@ class TimeModel:
     update_s: float
     half_width: float
 
-    def seconds(self, load: Load, micro_batches: float = 1) -> float:
+    def seconds(self, load: BatchLoad, micro_batches: float = 1) -> float:
         """Seconds of `micro_batches` that hold `load` together."""
         # pairs of what has no backward pass are as the rest of it: rows of one length
         done = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
         return self.base_s * micro_batches + done * (self.token_s * load.tokens + self.pair_s * load.pairs)
 
 
-def time_model(samples: Sequence[Sample], update_s: float) -> TimeModel:
+def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     """Least squares over samples of at least one size. Terms that come out below 0 are left out: pairs, then the base."""
     seconds = np.array([sample.seconds for sample in samples])
     columns = {
@@ -338,7 +338,7 @@ def time_model(samples: Sequence[Sample], update_s: float) -> TimeModel:
     return replace(model, half_width=1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE)
 
 
-class Progress(Protocol):
+class RunCounters(Protocol):
     """What of a run's counters the course needs."""
 
     updates: int
@@ -346,14 +346,14 @@ class Progress(Protocol):
     supervised_tokens: int
     rehearsal_tokens: int
 
-    def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
+    def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float) -> float:
         """How much of the budget is used, 0..1."""
         ...
 
 
-def course(
-    recipe: Recipe, loads: Sequence[Load], counters: Progress, rehearsal: Sequence[Load] = ()
-) -> list[list[Load]] | None:
+def simulate_updates(
+    recipe: Recipe, loads: Sequence[BatchLoad], counters: RunCounters, rehearsal: Sequence[BatchLoad] = ()
+) -> list[list[BatchLoad]] | None:
     """The updates that the run will make, each as its rows; `counters` is moved to their end.
 
     rehearsal: the rows that are read beside them. None where only minutes limit it: then time is known, the updates are not.
@@ -363,8 +363,8 @@ def course(
         return None
     lengths = [load.tokens for load in loads]
     epoch_tokens, made = sum(lengths), []
-    beside, others = sampler.Beside(), [load.tokens for load in rehearsal]
-    for chosen in sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+    beside, others = sampler.RehearsalPosition(), [load.tokens for load in rehearsal]
+    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         own = sum(lengths[index] for index in chosen)
         rehearsed, beside = beside.after(others, own, recipe.data.rehearsal.fraction, recipe.seed)
         update = [*(loads[index] for index in chosen), *(rehearsal[index] for index in rehearsed)]
@@ -379,17 +379,17 @@ def course(
     return made
 
 
-def micro_batches(update: Sequence[Load], capacity: int) -> Iterator[Load]:
+def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchLoad]:
     """The micro-batches of an update, as the trainer cuts it."""
     lengths = [load.tokens for load in update]
-    for group in fill(lengths, max(capacity, *lengths)):
+    for group in group_by_capacity(lengths, max(capacity, *lengths)):
         yield total(update[index] for index in group)
 
 
-def epoch(recipe: Recipe, loads: Sequence[Load]) -> list[list[Load]]:
+def epoch(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
     """The updates of the first epoch."""
     lengths, seen, made = [load.tokens for load in loads], 0, []
-    for chosen in sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         made.append([loads[index] for index in chosen])
         seen += len(chosen)
         if seen == len(loads):
@@ -397,13 +397,13 @@ def epoch(recipe: Recipe, loads: Sequence[Load]) -> list[list[Load]]:
     return made
 
 
-def heaviest(recipe: Recipe, loads: Sequence[Load], capacity: int, shape: Shape) -> Load:
+def heaviest(recipe: Recipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:
     """Of the first epoch's micro-batches the one that asks most memory."""
     every = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
     return max(every, key=shape.activation_bytes)
 
 
-def rungs(recipe: Recipe, loads: Sequence[Load]) -> list[int]:
+def micro_batch_sizes(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[int]:
     """Sizes of a micro-batch to try, ascending: not above an update, not below the longest row."""
     longest = max(load.tokens for load in loads)
     top = max(recipe.optimizer.batch_tokens, longest)
@@ -411,27 +411,29 @@ def rungs(recipe: Recipe, loads: Sequence[Load]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Settled:
+class MicroBatchChoice:
     """The micro-batch of a run, its heaviest load, whether it fits, and why it is that size."""
 
     micro_batch_tokens: int
-    load: Load
+    load: BatchLoad
     fits: bool
     reason: str
 
 
-def settle(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], shape: Shape | None = None) -> Settled:
+def choose_micro_batch(
+    model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad], shape: ModelShape | None = None
+) -> MicroBatchChoice:
     """`compute.micro_batch_tokens` as a number: the recipe's, or the largest rung whose high end fits."""
     asked = recipe.compute.micro_batch_tokens
     shape = shape or model.shape
-    sizes = rungs(recipe, loads) if asked == "auto" else [asked]
+    sizes = micro_batch_sizes(recipe, loads) if asked == "auto" else [asked]
     for size in reversed(sizes):
         load = heaviest(recipe, loads, size, shape)
         if model.fits(load, shape):
             reason = "set by the recipe" if asked != "auto" else "the largest that helps"
             if asked == "auto" and size < sizes[-1]:
                 reason = f"the largest that fits in {model.limit_bytes / 1e9:.1f} GB"
-            return Settled(size, load, True, reason)
-    return Settled(
+            return MicroBatchChoice(size, load, True, reason)
+    return MicroBatchChoice(
         sizes[0], heaviest(recipe, loads, sizes[0], shape), False, f"does not fit in {model.limit_bytes / 1e9:.1f} GB"
     )

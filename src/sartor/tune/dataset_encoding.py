@@ -12,17 +12,19 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
 from sartor.core.splits import held_out_groups, split_group
-from sartor.models.chat import Chat
-from sartor.models.packing import Encoded
+from sartor.models.chat import ChatTokenizer
+from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
 from sartor.tune.recipe import Data, Dpo, Kto, Recipe, Sft
-from sartor.tune.tokenized_dataset import Lesson, Rows, Term, flat
+from sartor.tune.tokenized_dataset import PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # A row's own reply may be every other row's too; so many others are looked at for one that is not
 _LOOKED_AT = 8
 
 
-def encode(example: Example, objective: Sft | Dpo | Kto, chat: Chat, folder: Path) -> list[tuple[Encoded, Example]]:
+def encode_preference(
+    example: Example, objective: Sft | Dpo | Kto, chat: ChatTokenizer, folder: Path
+) -> list[tuple[TokenizedExample, Example]]:
     """What a row is learnt as, and the Example whose last reply that is: one row, or of a pair under kto two; none where the
     reply is bad and the objective has no use for that.
 
@@ -42,11 +44,11 @@ def encode(example: Example, objective: Sft | Dpo | Kto, chat: Chat, folder: Pat
     return [] if example.rating < 0 else [(chat.encode(example, folder), example)]
 
 
-def _lesson(row: Encoded, term: Term, other: Encoded | None = None) -> Lesson:
-    return Lesson(row.ids, row.learnt, row.example_id, row.weight, term, other)
+def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = None) -> PreferenceExample:
+    return PreferenceExample(row.ids, row.learnt, row.example_id, row.weight, term, other)
 
 
-def _last_reply(row: Encoded, of: Example) -> Encoded:
+def _last_reply(row: TokenizedExample, of: Example) -> TokenizedExample:
     """The row with its last run of learnt tokens alone: a rating is of that reply, and not of the turns before it."""
     end = max((place for place, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
     start = end
@@ -55,9 +57,14 @@ def _last_reply(row: Encoded, of: Example) -> Encoded:
     return replace(row, learnt=[start <= place < end for place in range(len(row.ids))], example_id=of.id)
 
 
-def mismatched(
-    rows: Sequence[Encoded], examples: Sequence[Example], chat: Chat, folder: Path, most_tokens: int, seed: int
-) -> list[Encoded]:
+def mismatched_pairs(
+    rows: Sequence[TokenizedExample],
+    examples: Sequence[Example],
+    chat: ChatTokenizer,
+    folder: Path,
+    most_tokens: int,
+    seed: int,
+) -> list[TokenizedExample]:
     """Each rated row beside another's reply to its prompt, chosen by the seed once for the whole run.
 
     The paper shifts the replies of a batch by one; a choice that stays lets the reference compute each once. examples: of the
@@ -73,7 +80,7 @@ def mismatched(
             if other.messages[-1] != examples[index].messages[-1]:
                 yield other
 
-    def beside(index: int) -> Encoded | None:
+    def beside(index: int) -> TokenizedExample | None:
         for other in others(index):
             example = replace(examples[index], messages=(*examples[index].prompt, other.messages[-1]), rejected=(), rating=0.0)
             try:
@@ -85,16 +92,16 @@ def mismatched(
         return None
 
     return [
-        replace(row, other=beside(index)) if isinstance(row, Lesson) and row.term != "pair" else row
+        replace(row, other=beside(index)) if isinstance(row, PreferenceExample) and row.term != "pair" else row
         for index, row in enumerate(rows)
     ]
 
 
-def numbered(rows: Sequence[Encoded], first: int) -> list[Encoded]:
+def numbered(rows: Sequence[TokenizedExample], first: int) -> list[TokenizedExample]:
     """Lessons with their lines in the table of reference log-probabilities, from `first` on."""
-    made: list[Encoded] = []
+    made: list[TokenizedExample] = []
     for row in rows:
-        if isinstance(row, Lesson):
+        if isinstance(row, PreferenceExample):
             made.append(replace(row, number=first))
             first += 1
         else:
@@ -102,14 +109,14 @@ def numbered(rows: Sequence[Encoded], first: int) -> list[Encoded]:
     return made
 
 
-def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifact | None = None) -> Rows:
+def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsal: Artifact | None = None) -> TokenizedDataset:
     """The Dataset's rows as tokens, as the recipe's objective learns them; and of `rehearsal` the training rows.
 
     Markup of the base in a reply is read into fields. A row whose reply cannot be read so, that is too long, refused by the
     template or without a supervised token, or of whose bad reply the objective learns nothing, is left out and counted.
     Raises SourceError when nothing is left to learn from.
     """
-    data = Rows()
+    data = TokenizedDataset()
     examples = _hold_out(list(parquet_io.read_examples(dataset)), recipe.data, recipe.seed)
     train = _read([one for one in examples if one.split == "train"], dataset, recipe, chat, data)
     held_out = _read([one for one in examples if one.split != "train"], dataset, recipe, chat, data)
@@ -134,10 +141,10 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: Chat, rehearsal: Artifa
 
 
 def _read(
-    examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: Chat, data: Rows
-) -> list[tuple[Encoded, Example]]:
+    examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, data: TokenizedDataset
+) -> list[tuple[TokenizedExample, Example]]:
     """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the reason."""
-    found: list[tuple[Encoded, Example]] = []
+    found: list[tuple[TokenizedExample, Example]] = []
     for example in examples:
         if (
             example.split == "eval" and example.is_derived
@@ -146,11 +153,11 @@ def _read(
             continue
         try:
             example = reply_markup.read_example(example, chat.markup.spelt, keep_id=True)
-            learnt = encode(example, recipe.objective, chat, dataset.path)
+            learnt = encode_preference(example, recipe.objective, chat, dataset.path)
         except SourceError as error:
             data.leave_out(error.reason or f"template: {error.problem[:120]}", example.id)
             continue
-        sequences = flat(row for row, _ in learnt)
+        sequences = all_sequences(row for row, _ in learnt)
         data.lengths += [len(row.ids) for row in sequences]
         if not learnt:
             data.leave_out("rated_bad", example.id)
@@ -163,16 +170,18 @@ def _read(
     return found
 
 
-def _as_lessons(read: Sequence[tuple[Encoded, Example]], dataset: Artifact, recipe: Recipe, chat: Chat) -> list[Encoded]:
+def _as_lessons(
+    read: Sequence[tuple[TokenizedExample, Example]], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer
+) -> list[TokenizedExample]:
     """The rows; of kto, with what their divergence is estimated on."""
     found = [row for row, _ in read]
     if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
         return found
     examples = [example for _, example in read]
-    return mismatched(found, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
+    return mismatched_pairs(found, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
 
 
-def _nothing(dataset: Artifact, recipe: Recipe, data: Rows) -> SourceError:
+def _nothing(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
     reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
     remedy = f"look at the rows of {dataset.path}"
     if "rated_bad" in data.left_out:

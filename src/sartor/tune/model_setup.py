@@ -12,19 +12,19 @@ from sartor.core.errors import ConfigError
 from sartor.core.home import folder
 from sartor.models import adapters
 from sartor.models.base import Base, open_base
-from sartor.models.composed_model import ComposedMedia, compose, open_towers
+from sartor.models.composed_model import ComposedMedia, compose_base, open_towers
 from sartor.models.media_tokens import keys_in
 from sartor.models.multimodal import trainable_parts
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
-from sartor.models.tensor_files import Shelf
+from sartor.models.tensor_files import TensorCache
 from sartor.tune.recipe import Recipe, Targets
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
 
 
-def open_chosen(recipe: Recipe, notice: Notice, device: torch.device | None = None) -> Base:
+def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None = None) -> Base:
     """The base that a recipe names, with the towers that it names. Raises what `open_base` and `open_tower` raise."""
     chosen = recipe.base
     base = open_base(
@@ -33,17 +33,17 @@ def open_chosen(recipe: Recipe, notice: Notice, device: torch.device | None = No
     if not chosen.towers:
         return base
     towers = open_towers(chosen.towers, base.device, notice)
-    shelf = Shelf(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
-    return compose(base, towers, shelf=shelf, seed=recipe.seed)
+    shelf = TensorCache(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
+    return compose_base(base, towers, shelf=shelf, seed=recipe.seed)
 
 
-def calibrate(base: Base, data: Rows) -> None:
+def calibrate(base: Base, data: TokenizedDataset) -> None:
     """Scale the projectors of a composed base by the media of the training rows."""
     if isinstance(base.media, ComposedMedia):
         base.media.calibrate([key for row in data.train for key in keys_in(row.ids)])
 
 
-def adapted(recipe: Recipe, base: Base) -> Any:
+def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
     """The base's model with factors, fresh or the start's, and what else of it the recipe trains."""
     method, asked = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
@@ -61,7 +61,7 @@ def adapted(recipe: Recipe, base: Base) -> Any:
     if asked.projector == "full" and not is_native:
         adapters.train_projectors(model)
     if (start := start_of(recipe, base)) is not None:
-        adapters.begin_from(model, start.path)
+        adapters.load_start(model, start.path)
     return model
 
 
@@ -88,7 +88,9 @@ def rehearsal_of(recipe: Recipe) -> Artifact | None:
 def _parts(base: Base, asked: Targets) -> trainable_parts.Targeted:
     # `full` is what a recipe says that says nothing, and no Whisper has a projector
     has_none = isinstance(base.media, WhisperMedia) and asked.projector == "full"
-    return trainable_parts.choose(base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower)
+    return trainable_parts.choose_targets(
+        base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower
+    )
 
 
 def _check_parts(asked: Targets, *, is_composed: bool) -> None:

@@ -16,18 +16,18 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
-from sartor.models.base import Base, machine
+from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
-from sartor.models.losses.loss_backend import Path as LossPath
+from sartor.models.losses.loss_backend import LossBackend
 from sartor.tune import cost_model, preflight, sampler
-from sartor.tune.cost_model import Interval, Load, Probe, Settled, TimeModel, load_of, take, total
+from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.model_setup import adapted, calibrate, open_chosen, rehearsal_of
-from sartor.tune.preference_training import reached
+from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
+from sartor.tune.preference_training import reached_pairs
 from sartor.tune.recipe import Recipe
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.tokenized_dataset import Rows, flat
-from sartor.tune.training_loop import Counters, wish
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
+from sartor.tune.training_loop import Counters, loss_options
 
 Notice = Callable[[str], object]
 _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
@@ -37,7 +37,7 @@ _SMALL_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class TuningPlan:
     """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price."""
 
     time_s: Interval | None = None
@@ -45,8 +45,8 @@ class Plan:
     cost: Interval | None = None
     counters: Counters = field(default_factory=Counters)
     trainable: int = 0
-    settled: Settled | None = None
-    path: LossPath | None = None
+    settled: MicroBatchChoice | None = None
+    path: LossBackend | None = None
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
@@ -66,7 +66,7 @@ class Plan:
             "path": self.path and self.path.name,
             "path_reason": self.path and self.path.reason,
             "left_out": dict(self.left_out),
-            "machine": {**machine(), "device": self.device},
+            "machine": {**machine_facts(), "device": self.device},
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
 
@@ -95,7 +95,7 @@ def plan(
     device: str = "",
     price: str | float = "",
     notice: Notice = lambda line: None,
-) -> Plan:
+) -> TuningPlan:
     """Forecast `tune(recipe)` on this machine, from the real rows and a few timed micro-batches of them.
 
     device: `cpu`, `cuda`, `mps`; by default what `tune` would take. price: of the machine, `0.45/h` (also /d, /min, /s) or a
@@ -107,30 +107,30 @@ def plan(
     dataset = open_artifact(recipe.data.path, "dataset")
     where = device_named(device) if device else None
     if refused := list(preflight.of_base(recipe, where)):
-        return Plan(device=str(where or best_device()), refusals=refused)
-    base = open_chosen(recipe, notice, where)
+        return TuningPlan(device=str(where or best_device()), refusals=refused)
+    base = open_recipe_base(recipe, notice, where)
     try:
         data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
         unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
-        return Plan(device=str(base.device), refusals=[unsupervised])
+        return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
-    return _forecast(recipe, base, adapted(recipe, base), data, price_h)
+    return _forecast(recipe, base, inject_recipe_adapter(recipe, base), data, price_h)
 
 
-def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float | None) -> Plan:
+def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
-    asked = replace(wish(recipe, data, base), reuse_bytes=0)
-    sequences = flat(data.train)
+    asked = replace(loss_options(recipe, data, base), reuse_bytes=0)
+    sequences = all_sequences(data.train)
     path = base.path(model, sequences, asked)
     start_s = time.monotonic() - began
     loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
     counters = Counters()
-    updates = cost_model.course(recipe, loads, counters, beside)
+    updates = cost_model.simulate_updates(recipe, loads, counters, beside)
     loads += beside
-    probe, shape = Probe(path, model, base.device), cost_model.shape_of(model, recipe)
+    probe, shape = TimingProbe(path, model, base.device), cost_model.shape_of(model, recipe)
     refused = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
@@ -138,17 +138,20 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
     timed = memory.fits(total(load_of(row) for row in smallest))
     if timed:
         memory = _probe(probe, memory, recipe, data, loads)
-    settled = cost_model.settle(memory, recipe, loads)
-    refused.extend(preflight.of_memory(memory, recipe, loads))
+    settled = cost_model.choose_micro_batch(memory, recipe, loads)
+    refused.extend(preflight.check_memory(memory, recipe, loads))
     took = None
     if timed:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         # the reference is computed before the first update, once
-        start_s += times.seconds(total(load_of(row) for row in flat(reached(recipe, data)))) * cost_model.FORWARD_FRACTION
+        start_s += (
+            times.seconds(total(load_of(row) for row in all_sequences(reached_pairs(recipe, data))))
+            * cost_model.FORWARD_FRACTION
+        )
         took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
-    return Plan(
+    return TuningPlan(
         time_s=took,
         peak_memory_bytes=memory.peak(settled.load),
         cost=took * (price_h / 3600) if took and price_h is not None else None,
@@ -163,17 +166,17 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: Rows, price_h: float
 
 
 def _probe(
-    probe: Probe, memory: cost_model.MemoryModel, recipe: Recipe, data: Rows, loads: Sequence[Load]
+    probe: TimingProbe, memory: cost_model.MemoryModel, recipe: Recipe, data: TokenizedDataset, loads: Sequence[BatchLoad]
 ) -> cost_model.MemoryModel:
     """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
-    shuffled = next(sampler.updates([load.tokens for load in loads], 1 << 40, recipe.seed))
-    rows = flat(data.train[index] for index in shuffled if index < len(data.train))
+    shuffled = next(sampler.iterate_updates([load.tokens for load in loads], 1 << 40, recipe.seed))
+    rows = all_sequences(data.train[index] for index in shuffled if index < len(data.train))
     small = take(rows, _SMALL_TOKENS)
     probe.run(small, warm_up=True)
     second_s = probe.run(small)
     memory = cost_model.memory_model(memory.shape, probe)
     tokens = sum(len(row.ids) for row in small)
-    micro = cost_model.settle(memory, recipe, loads).micro_batch_tokens
+    micro = cost_model.choose_micro_batch(memory, recipe, loads).micro_batch_tokens
     # a quarter of the time for each of two passes of the large size; the rest for warm-up and the small one again
     large = take(rows, max(2 * tokens, min(micro, int(tokens * _PROBE_S / 4 / second_s))))
     groups = [small, large] if len(large) > len(small) else [small]
@@ -192,9 +195,9 @@ def _probe(
 def run_seconds(
     times: TimeModel,
     recipe: Recipe,
-    updates: list[list[Load]] | None,
+    updates: list[list[BatchLoad]] | None,
     micro_batch_tokens: int,
-    data: Rows,
+    data: TokenizedDataset,
     start_s: float,
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
@@ -213,7 +216,7 @@ def run_seconds(
     return found.at_most(limit_s + evaluations_s) if limit_s else found
 
 
-def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, loads: Sequence[Load]) -> None:
+def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> None:
     """What the minutes of a budget will read, about."""
     everything = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(everything)

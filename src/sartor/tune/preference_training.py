@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sartor.core.processes import Signals
-from sartor.models.packing import Encoded
+from sartor.core.processes import DeferredSignals
+from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives, sampler
 from sartor.tune.recipe import Dpo, Recipe, Sft
-from sartor.tune.tokenized_dataset import Lesson, Rows, flat, lessons, micro_batches
-from sartor.tune.training_loop import Counters, Run
+from sartor.tune.tokenized_dataset import PreferenceExample, TokenizedDataset, all_sequences, lessons, micro_batches
+from sartor.tune.training_loop import Counters, TrainingRun
 
 REFERENCE = "reference"
 
 
-class Judged(NamedTuple):
+class PreferenceLosses(NamedTuple):
     """N lessons of a micro-batch. losses, weights: (N,). agree: (N,) whether the model has moved as people said. replies: of
     pairs, the (S,) losses and weights of the preferred replies' tokens.
     """
@@ -35,7 +35,7 @@ class Judged(NamedTuple):
     replies: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-class PreferenceRun(Run):
+class PreferenceRun(TrainingRun):
     """See `Run`. An update's loss is the weighted mean over its lessons, plus `plain_weight` times that of sft over its plain
     rows; of dpo, plus `sft_weight` times that of the preferred replies.
     """
@@ -47,10 +47,10 @@ class PreferenceRun(Run):
         assert not isinstance(self.recipe.objective, Sft)
         return self.recipe.objective
 
-    def train(self, signals: Signals) -> None:
+    def train(self, signals: DeferredSignals) -> None:
         """See `Run`; the reference is computed first, unless a checkpoint brought it."""
         if self.reference is None:
-            needed = [*reached(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
+            needed = [*reached_pairs(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
             self.reference = self._refer(needed)
         super().train(signals)
 
@@ -64,7 +64,7 @@ class PreferenceRun(Run):
         super()._become(tensors, facts, where)
 
     @torch.no_grad()
-    def _refer(self, needed: Sequence[Lesson]) -> torch.Tensor:
+    def _refer(self, needed: Sequence[PreferenceExample]) -> torch.Tensor:
         """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is needed.
 
         Every row of the run has a line. Call it before the first update.
@@ -77,18 +77,18 @@ class PreferenceRun(Run):
             if lesson.other:
                 places[id(lesson.other)] = lesson.number, 1
         self.model.eval()
-        for micro in self._cut(flat(needed)):
+        for micro in self._cut(all_sequences(needed)):
             for row, found in zip(micro, self._log_probabilities(micro), strict=True):
                 table[places[id(row)]] = found
         self.journal.note(reference_rows=len(places))
         return table
 
-    def _log_probabilities(self, rows: Sequence[Encoded]) -> torch.Tensor:
+    def _log_probabilities(self, rows: Sequence[TokenizedExample]) -> torch.Tensor:
         losses, _ = self.path.losses(rows)
         return objectives.log_probabilities(losses, [row.supervised_tokens for row in rows])
 
-    def _backward(self, chosen: Sequence[Encoded], weight: float = 1.0) -> float:
-        mine, plain = apart(chosen)
+    def _backward(self, chosen: Sequence[TokenizedExample], weight: float = 1.0) -> float:
+        mine, plain = split_preference_rows(chosen)
         loss = super()._backward(plain, weight * self._asked.plain_weight) if plain else 0.0
         divergence = self._divergence(mine)
         total = sum(row.weight for row in mine) or 1.0
@@ -102,8 +102,8 @@ class PreferenceRun(Run):
         self.said = self._report(mine, agree, divergence)
         return loss
 
-    def _loss_of(self, rows: Sequence[Encoded]) -> tuple[float, dict[str, float]]:
-        mine, plain = apart(rows)
+    def _loss_of(self, rows: Sequence[TokenizedExample]) -> tuple[float, dict[str, float]]:
+        mine, plain = split_preference_rows(rows)
         loss = self._asked.plain_weight * super()._loss_of(plain)[0] if plain else 0.0
         divergence = self._divergence(mine)
         total = sum(row.weight for row in mine) or 1.0
@@ -114,16 +114,16 @@ class PreferenceRun(Run):
             loss, agree = loss + float(self._sum(judged, total, replies)), agree + int(judged.agree.sum())
         return loss, {f"eval_{name}": value for name, value in self._report(mine, agree, divergence).items()}
 
-    def _micro_batches(self, rows: Sequence[Lesson]) -> list[list[Lesson]]:
+    def _micro_batches(self, rows: Sequence[PreferenceExample]) -> list[list[PreferenceExample]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
         return micro_batches(rows, self.resolved.micro_batch_tokens, share=share) if rows else []
 
-    def _judge(self, rows: Sequence[Lesson], divergence: torch.Tensor) -> Judged:
+    def _judge(self, rows: Sequence[PreferenceExample], divergence: torch.Tensor) -> PreferenceLosses:
         assert self.reference is not None
         asked, reference = self._asked, self.reference[[row.number for row in rows]]
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
         if isinstance(asked, Dpo):
-            sequences = flat(rows)
+            sequences = all_sequences(rows)
             losses, of_tokens = self.path.losses(sequences)
             lengths = [row.supervised_tokens for row in sequences]
             chosen, rejected = objectives.log_probabilities(losses, lengths).view(-1, 2).unbind(1)
@@ -132,16 +132,16 @@ class PreferenceRun(Run):
             )
             parts = [pair[::2] for pair in (losses.split(lengths), of_tokens.split(lengths))]
             agree = chosen - reference[:, 0] > rejected - reference[:, 1]
-            return Judged(found, weights, agree, (torch.cat(parts[0]), torch.cat(parts[1])))
+            return PreferenceLosses(found, weights, agree, (torch.cat(parts[0]), torch.cat(parts[1])))
         is_good = torch.tensor([row.term == "good" for row in rows], device=self.base.device)
         policy = self._log_probabilities(rows)
         found = objectives.kto(
             policy, reference[:, 0], is_good, divergence, beta=asked.beta,
             desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight,
         )  # fmt: skip
-        return Judged(found, weights, (policy - reference[:, 0] > divergence) == is_good)
+        return PreferenceLosses(found, weights, (policy - reference[:, 0] > divergence) == is_good)
 
-    def _sum(self, judged: Judged, total: float, replies: float) -> torch.Tensor:
+    def _sum(self, judged: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
         """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their tokens."""
         loss = (judged.losses * judged.weights).sum() / total
         if judged.replies and self._asked.sft_weight:
@@ -149,7 +149,7 @@ class PreferenceRun(Run):
         return loss
 
     @torch.no_grad()
-    def _divergence(self, rows: Sequence[Lesson]) -> torch.Tensor:
+    def _divergence(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
         """z_0 of an update's rated rows; 0 under dpo."""
         others = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
         if not others:
@@ -162,7 +162,7 @@ class PreferenceRun(Run):
             held += [reference[id(row)] for row in micro]
         return objectives.divergence(torch.cat(policy), torch.stack(held))
 
-    def _report(self, rows: Sequence[Lesson], agree: int, divergence: torch.Tensor) -> dict[str, float]:
+    def _report(self, rows: Sequence[PreferenceExample], agree: int, divergence: torch.Tensor) -> dict[str, float]:
         """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence too."""
         if not rows:
             return {}
@@ -170,16 +170,16 @@ class PreferenceRun(Run):
         return {"agreement": round(agree / len(rows), 4), **({} if is_dpo else {"divergence": float(divergence)})}
 
 
-def apart(rows: Iterable[Encoded]) -> tuple[list[Lesson], list[Encoded]]:
+def split_preference_rows(rows: Iterable[TokenizedExample]) -> tuple[list[PreferenceExample], list[TokenizedExample]]:
     """(lessons, plain rows)."""
     every = list(rows)
-    return lessons(every), [row for row in every if not isinstance(row, Lesson)]
+    return lessons(every), [row for row in every if not isinstance(row, PreferenceExample)]
 
 
-def reached(recipe: Recipe, data: Rows) -> list[Lesson]:
+def reached_pairs(recipe: Recipe, data: TokenizedDataset) -> list[PreferenceExample]:
     """The lessons that a run's budget reaches; all, where minutes alone limit it."""
     lengths, counters, seen = [row.tokens for row in data.train], Counters(), set[int]()
-    for chosen in sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         seen.update(chosen)
         counters.updates += 1
         counters.tokens += sum(lengths[index] for index in chosen)

@@ -17,10 +17,10 @@ from sartor.core import config, model_refs
 from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
 from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
-from sartor.models.packing import Encoded
-from sartor.tune.cost_model import LADDER, Load, MemoryModel, Shape, settle
+from sartor.models.packing import TokenizedExample
+from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
 from sartor.tune.recipe import Dpo, Recipe, Sft
-from sartor.tune.tokenized_dataset import Rows, flat, lessons
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
 NO_PREFERENCE = "nothing_preferred"
 MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_supervised", "pad_is_stop", "end_unsupervised"
@@ -92,14 +92,14 @@ def length_that_keeps(lengths: Sequence[int], fraction: float = _KEPT_FRACTION) 
     return sorted(lengths)[math.ceil(fraction * len(lengths)) - 1]
 
 
-def of_rows(recipe: Recipe, chat: Tokenised, data: Rows) -> Iterator[Refusal]:
+def of_rows(recipe: Recipe, chat: Tokenised, data: TokenizedDataset) -> Iterator[Refusal]:
     """Everything for which the rows of a run are refused."""
     yield from of_objective(recipe, data)
     yield from of_lengths(data.lengths, recipe)
-    yield from of_ends(chat, flat(data.train))
+    yield from check_end_tokens(chat, all_sequences(data.train))
 
 
-def of_objective(recipe: Recipe, data: Rows) -> Iterator[Refusal]:
+def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     """No row shows what the objective learns from."""
     objective = recipe.objective
     if isinstance(objective, Sft) or lessons(data.train):
@@ -113,7 +113,7 @@ def of_objective(recipe: Recipe, data: Rows) -> Iterator[Refusal]:
     )
 
 
-def of_ends(chat: Tokenised, rows: Sequence[Encoded]) -> Iterator[Refusal]:
+def check_end_tokens(chat: Tokenised, rows: Sequence[TokenizedExample]) -> Iterator[Refusal]:
     """The model would not learn to stop: the pad is a stop token, or a row's last learnt token is none.
 
     Sartor pads nothing while it packs, but a pad that ends replies masks their end elsewhere (serving, other trainers), and a
@@ -137,13 +137,13 @@ def of_ends(chat: Tokenised, rows: Sequence[Encoded]) -> Iterator[Refusal]:
         )
 
 
-def _last_learnt(row: Encoded) -> int:
+def _last_learnt(row: TokenizedExample) -> int:
     return next(token for token, is_learnt in zip(reversed(row.ids), reversed(row.learnt), strict=True) if is_learnt)
 
 
-def of_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Iterator[Refusal]:
+def check_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[Refusal]:
     """The heaviest micro-batch does not fit, with the changes that would."""
-    settled = settle(model, recipe, loads)
+    settled = choose_micro_batch(model, recipe, loads)
     if settled.fits:
         return
     needed = model.needs(settled.load).high
@@ -156,7 +156,7 @@ def of_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Iter
     )
 
 
-def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Iterator[tuple[str, float]]:
+def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
     """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits, together."""
     singles = list(_changes(model.shape, recipe, loads))
     found = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
@@ -175,7 +175,7 @@ def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> Itera
             return
 
 
-def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], changes: Sequence[str]) -> float | None:
+def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad], changes: Sequence[str]) -> float | None:
     """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or work."""
     changed = _changed(recipe, changes)
     if changed is None:
@@ -184,7 +184,7 @@ def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[Load], chan
     if not kept:
         return None
     shape = _reshaped(model.shape, recipe, changed)
-    settled = settle(model, changed, kept, shape)
+    settled = choose_micro_batch(model, changed, kept, shape)
     return model.needs(settled.load, shape).high if settled.fits else None
 
 
@@ -195,7 +195,7 @@ def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
         return None
 
 
-def _changes(shape: Shape, recipe: Recipe, loads: Sequence[Load]) -> Iterator[str]:
+def _changes(shape: ModelShape, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[str]:
     """Changes to try, those that cost least first: time, then what is learnt from, then precision."""
     longest = max(load.tokens for load in loads)
     asked = recipe.compute.micro_batch_tokens
@@ -218,7 +218,7 @@ def _changes(shape: Shape, recipe: Recipe, loads: Sequence[Load]) -> Iterator[st
             yield f"base.bits={bits}"
 
 
-def _reshaped(shape: Shape, before: Recipe, after: Recipe) -> Shape:
+def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
     """The Shape under another recipe for the same base."""
     adapted = min(after.method.targets.top or shape.layers, shape.layers)
     changed = replace(
@@ -233,8 +233,8 @@ def _reshaped(shape: Shape, before: Recipe, after: Recipe) -> Shape:
     return changed
 
 
-def _none_fits(model: MemoryModel, recipe: Recipe, loads: Sequence[Load]) -> str:
+def _none_fits(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> str:
     """What to do where no change of the recipe helps."""
     shape = replace(model.shape, recompute=True)
-    least = model.needs(settle(model, recipe, loads, shape).load, shape).high
+    least = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
     return f"a machine on which {least / 1e9:.2f} GB can be had, or a smaller base"

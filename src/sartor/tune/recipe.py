@@ -80,7 +80,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageTargets:
     """Which linear modules of the language model get an adapter."""
 
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
@@ -93,7 +93,9 @@ class Targets:
 
     modules: str | tuple[str, ...] = option("all-linear", "all-linear, or names of linear modules")
     layers: str = option("all", "all, or top-N: the N layers next to the head, so that the layers below stay frozen")
-    language: Language | None = option(None, "the same two, beside the other parts: all-linear, names, or {modules:, layers:}")
+    language: LanguageTargets | None = option(
+        None, "the same two, beside the other parts: all-linear, names, or {modules:, layers:}"
+    )
     projector: Literal["full", "all-linear", "none"] = option(
         "full", "what turns media into tokens: trained whole, by an adapter (native bases), or frozen"
     )
@@ -185,7 +187,7 @@ def _preferring(objective: Dpo | Kto, *weights: str) -> None:
 
 
 @dataclass(frozen=True)
-class Budget:
+class StopCriteria:
     """When to stop: at the first limit reached."""
 
     epochs: float | None = option(None, "passes over the training rows")
@@ -275,7 +277,7 @@ class Recipe:
     data: Data = option(REQUIRED, "which Dataset")
     method: Lora = option(Lora(), "what is trained")
     objective: Sft | Dpo | Kto = option(Sft(), "what is minimised")
-    budget: Budget = option(Budget(epochs=1.0), "when to stop")
+    budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
     align: Align = option(Align(), "how a composed base begins")
     compute: Compute = option(Compute(), "how the work is done")

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from sartor.core import config, records
-from sartor.core.artifacts import Artifact, check_free, kind_of, open_artifact, read_manifest
+from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models.base import Base
-from sartor.tune.checkpoint import Found, check_numerics, folder_of, newest
+from sartor.tune.checkpoint import CheckpointState, check_numerics, folder_of, newest
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # Options that may differ between a run and its resumption: when state is saved, and where the same bytes are found (the
 # Dataset and the base are compared by digest).
 FREE_OPTIONS = ("checkpoints.", "data.path", "data.rehearsal.path", "method.start", "base.name", "base.revision")
 
 
-def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> Found:
+def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], object]) -> CheckpointState:
     """What is there to go on from, before anything takes long.
 
     Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with it.
@@ -33,11 +33,11 @@ def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], obje
     if resume and replace:
         raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
     if replace:
-        check_free(out, replace=True)
-        return Found()
+        check_output_free(out, replace=True)
+        return CheckpointState()
     found = newest(folder_of(out))
     if not resume:
-        check_free(out, replace=False)
+        check_output_free(out, replace=False)
         if found.checkpoint or found.invalid:
             reached = f"reached update {found.checkpoint.update}" if found.checkpoint else "left only damaged checkpoints"
             problem = f"an unfinished run of {out} {reached}; its checkpoints are in {folder_of(out)}"
@@ -46,13 +46,13 @@ def look(out: Path, *, resume: bool, replace: bool, notice: Callable[[str], obje
     for _, why in found.invalid:
         notice(f"{why}; it is removed, and the one before it is used")
     if kind_of(out) != "adapter":
-        check_free(out, replace=False)
+        check_output_free(out, replace=False)
         if not found.checkpoint:
             notice(f"there is no checkpoint in {folder_of(out)}; starting from the beginning")
     return found
 
 
-def finished(out: Path, found: Found, now: Mapping[str, Any]) -> Artifact | None:
+def finished(out: Path, found: CheckpointState, now: Mapping[str, Any]) -> Artifact | None:
     """The Adapter at `out`, if it is what this run would make. `now`: the run's fingerprint.
 
     Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base, or
@@ -82,7 +82,9 @@ def standing_id(out: Path) -> str:
         return ""
 
 
-def fingerprint(recipe: Recipe, dataset: Artifact, base: Base, data: Rows, start: Artifact | None) -> dict[str, Any]:
+def fingerprint(
+    recipe: Recipe, dataset: Artifact, base: Base, data: TokenizedDataset, start: Artifact | None
+) -> dict[str, Any]:
     """What decides a run's result. `rows` covers what the recipe, the Datasets and the tokenizer make of each other."""
     return {
         "recipe": config.dump(recipe),

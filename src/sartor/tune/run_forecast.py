@@ -13,12 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from sartor.models.losses.loss_backend import Path
-from sartor.models.packing import Encoded
+from sartor.models.losses.loss_backend import LossBackend
+from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
-from sartor.tune.cost_model import FORWARD_FRACTION, TIME_ALLOWANCE, Interval, Probe, Progress, Settled, load_of, take
+from sartor.tune.cost_model import (
+    FORWARD_FRACTION,
+    TIME_ALLOWANCE,
+    Interval,
+    MicroBatchChoice,
+    RunCounters,
+    TimingProbe,
+    load_of,
+    take,
+)
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenized_dataset import Rows, flat
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
 # What a calibration may read of the tokens that the run reads
 PROBE_FRACTION = 0.03
@@ -27,10 +36,10 @@ TIMED_UPDATES = 4
 
 
 @dataclass
-class Outlook:
+class RunForecast:
     """What a run of `tune` is expected to cost: memory before its first update, time after a few."""
 
-    settled: Settled
+    settled: MicroBatchChoice
     memory: Interval
     course_tokens: int | None
     evaluated_tokens: int
@@ -84,7 +93,7 @@ class Outlook:
         return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
 
 
-def calibrate(probe: Probe, rows: Sequence[Encoded], most_tokens: float | None) -> None:
+def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], most_tokens: float | None) -> None:
     """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
     `most_tokens`.
     """
@@ -99,26 +108,26 @@ def calibrate(probe: Probe, rows: Sequence[Encoded], most_tokens: float | None) 
 
 def foresee(
     recipe: Recipe,
-    path: Path,
+    path: LossBackend,
     model: Any,
     device: torch.device,
-    data: Rows,
-    counters: Progress,
-) -> Outlook:
+    data: TokenizedDataset,
+    counters: RunCounters,
+) -> RunForecast:
     """The Outlook of a run, with its micro-batch settled. `counters`: fresh ones, to count the course with.
 
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
     loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
-    is_counted = cost_model.course(recipe, loads, counters, beside) is not None
+    is_counted = cost_model.simulate_updates(recipe, loads, counters, beside) is not None
     loads += beside
-    probe = Probe(path, model, device)
-    calibrate(probe, flat(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
+    probe = TimingProbe(path, model, device)
+    calibrate(probe, all_sequences(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
     expected = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
-    for refusal in preflight.of_memory(expected, recipe, loads):
+    for refusal in preflight.check_memory(expected, recipe, loads):
         raise refusal.error
-    settled = cost_model.settle(expected, recipe, loads)
-    return Outlook(
+    settled = cost_model.choose_micro_batch(expected, recipe, loads)
+    return RunForecast(
         settled,
         expected.peak(settled.load),
         counters.tokens if is_counted else None,

@@ -27,7 +27,7 @@ class Position:
 START = Position()
 
 
-def updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START) -> Iterator[list[int]]:
+def iterate_updates(lengths: Sequence[int], batch_tokens: int, seed: int, start: Position = START) -> Iterator[list[int]]:
     """Endless updates: lists of row indices, each epoch a fresh shuffle, rows added until `batch_tokens` is reached.
 
     lengths: tokens per row. start: a position between two updates; what follows is what followed there. An update never
@@ -57,7 +57,7 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Beside:
+class RehearsalPosition:
     """A place in rows that are read beside an update's own. owed: tokens of them that should have been read and were not; below
     0 where a whole row was more than was owed.
     """
@@ -65,7 +65,7 @@ class Beside:
     position: Position = START
     owed: float = 0.0
 
-    def after(self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int) -> tuple[list[int], Beside]:
+    def after(self, lengths: Sequence[int], own_tokens: int, fraction: float, seed: int) -> tuple[list[int], RehearsalPosition]:
         """(row indices that go with an update of `own_tokens`, the place behind them).
 
         lengths: tokens per row, of which `fraction` of all tokens are to be. Each of their epochs is a shuffle of its own.
@@ -79,11 +79,11 @@ class Beside:
             chosen.append(row)
             owed -= lengths[row]
             position = position.after(1, len(lengths))
-        return chosen, Beside(position, owed)
+        return chosen, RehearsalPosition(position, owed)
 
 
 @dataclass(frozen=True)
-class Part:
+class SchedulePart:
     """`done` parts of `parts` stand; this run is the next. All have the recipe's budget, each."""
 
     done: int = 0
@@ -99,7 +99,7 @@ class Part:
         if budget.updates is None:
             return Position(round(self.done * (budget.epochs or 1)))
         position = START
-        read = updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
+        read = iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
         for chosen in itertools.islice(read, self.done * budget.updates):
             position = position.after(len(chosen), len(lengths))
         return position

@@ -13,21 +13,20 @@ import torch
 from sartor.core import config, records
 from sartor.core.errors import ConfigError, RoundError
 from sartor.core.model_refs import BaseRef
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.models import adapters, packing
 from sartor.models.base import Base
 from sartor.models.lora_tensors import A, Array, Tensors, alpha_of, modules
-from sartor.models.losses.loss_backend import Path as LossPath
-from sartor.models.losses.loss_backend import Wish
+from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.tune.checkpoint import Saver
-from sartor.tune.cost_model import Interval, Load, Settled
-from sartor.tune.model_setup import adapted, open_chosen
+from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice
+from sartor.tune.model_setup import inject_recipe_adapter, open_recipe_base
 from sartor.tune.recipe import Recipe
-from sartor.tune.run_forecast import Outlook
-from sartor.tune.sampler import Part
-from sartor.tune.tokenized_dataset import Rows
-from sartor.tune.training_log import Journal
-from sartor.tune.training_loop import Run, learning_rate
+from sartor.tune.run_forecast import RunForecast
+from sartor.tune.sampler import SchedulePart
+from sartor.tune.tokenized_dataset import TokenizedDataset
+from sartor.tune.training_log import TrainingLog
+from sartor.tune.training_loop import TrainingRun, learning_rate
 
 
 def recipe_digest(recipe: Recipe, template_digest: str) -> str:
@@ -43,8 +42,8 @@ def recipe_digest(recipe: Recipe, template_digest: str) -> str:
 Notice = Callable[[str], object]
 
 
-class Resident:
-    """The base of a recipe with fresh factors: see `training_loop.Ground` for what a run asks of it.
+class SharedBase:
+    """The base of a recipe with fresh factors: see `training_loop.TrainingBase` for what a run asks of it.
 
     Raises what opening a base raises, and ConfigError for one that reads media: its projectors are no factors.
     """
@@ -58,18 +57,18 @@ class Resident:
         self._inject()
 
     def _inject(self) -> None:
-        self.model = adapted(self.recipe, self.base)
+        self.model = inject_recipe_adapter(self.recipe, self.base)
         # PEFT's files leave the adapter's name out
         named = self.model.named_parameters()
         self.factors = {name.replace(".default.", "."): one for name, one in named if one.requires_grad}
         modules(self.factors)
-        self._path: LossPath | None = None
+        self._path: LossBackend | None = None
         self._masks: list[Any] = []
 
     @classmethod
-    def open(cls, recipe: Recipe, notice: Notice = lambda line: None) -> Resident:
+    def open(cls, recipe: Recipe, notice: Notice = lambda line: None) -> SharedBase:
         """Open the base that the recipe names."""
-        return cls(recipe, open_chosen(recipe, notice))
+        return cls(recipe, open_recipe_base(recipe, notice))
 
     @property
     def rank(self) -> int:
@@ -104,7 +103,7 @@ class Resident:
         """See Ground."""
         return self.base.dtype
 
-    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> LossPath:
+    def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
         """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
         if self._path is None:
             still = [one for one in self.factors.values() if not one.requires_grad]
@@ -144,13 +143,13 @@ class Resident:
                 self._masks.append(parameter.register_hook(_only(ranks, by_row=name.endswith(A))))
 
     @torch.no_grad()
-    def loss(self, shared: Tensors, rows: Sequence[packing.Encoded]) -> float | None:
+    def loss(self, shared: Tensors, rows: Sequence[packing.TokenizedExample]) -> float | None:
         """Nats per supervised token of rows under an adapter; None of no rows."""
         if not rows:
             return None
         self.put(shared)
         self.model.eval()
-        path, total, count = self.path(self.model, rows, Wish()), 0.0, 0
+        path, total, count = self.path(self.model, rows, LossOptions()), 0.0, 0
         longest = max(len(row.ids) for row in rows)
         asked = self.recipe.compute.micro_batch_tokens
         most = max(longest, asked if isinstance(asked, int) else longest)
@@ -179,33 +178,33 @@ def _only(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tenso
 
 # a round keeps no log of its own, and saves nothing on its way
 _NOWHERE = Path(os.devnull)
-_WHOLE = Part()
+_WHOLE = SchedulePart()
 
 
-class LocalRun(Run):
+class LocalRun(TrainingRun):
     """A run of `tune` within one round: part is the round, of all."""
 
-    part = Part()
+    part = SchedulePart()
 
     def save(self) -> None:
         """Nothing: what a killed client did is done again."""
 
-    def _foresee(self, recipe: Recipe) -> Outlook:
+    def _foresee(self, recipe: Recipe) -> RunForecast:
         """Nothing is measured: a micro-batch that depended on free memory would change the last bits."""
         asked, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
         nothing, most = Interval(0.0, 0.0, 0.0), max(longest, asked if isinstance(asked, int) else longest)
-        return Outlook(Settled(most, Load(), True, "the recipe's"), nothing, None, 0, None)
+        return RunForecast(MicroBatchChoice(most, BatchLoad(), True, "the recipe's"), nothing, None, 0, None)
 
     def _rates(self) -> tuple[float, float]:
         rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))
         return rate, rate
 
 
-def train(resident: Resident, rows: Rows, recipe: Recipe, part: Part = _WHOLE) -> LocalRun:
+def train(resident: SharedBase, rows: TokenizedDataset, recipe: Recipe, part: SchedulePart = _WHOLE) -> LocalRun:
     """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
-    with Journal(_NOWHERE, show=False) as journal:
+    with TrainingLog(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)
         run = LocalRun(recipe, resident, resident.model, rows, journal, saver, None)
         run.part, run.position = part, part.start(recipe, [len(row.ids) for row in rows.train])
-        run.train(Signals())
+        run.train(DeferredSignals())
     return run

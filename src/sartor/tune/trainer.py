@@ -20,20 +20,20 @@ from sartor.core.errors import ConfigError
 from sartor.core.filesystem import writer_lock
 from sartor.core.licences import compliance
 from sartor.core.lineage import ancestry
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.models import adapters
-from sartor.models.base import Base, machine
+from sartor.models.base import Base, machine_facts
 from sartor.tune import preflight
 from sartor.tune import resume as resumption
-from sartor.tune.checkpoint import Found, Saver, clear, folder_of, full_disk, sweep
+from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.model_setup import adapted, calibrate, open_chosen, rehearsal_of, start_of
+from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
 from sartor.tune.recipe import Recipe, Sft
 from sartor.tune.recipe import load as load_recipe
-from sartor.tune.tokenized_dataset import Rows, lessons
-from sartor.tune.training_log import Journal, plot_losses
-from sartor.tune.training_loop import Resolved, Run
+from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
+from sartor.tune.training_log import TrainingLog, plot_losses
+from sartor.tune.training_loop import Resolved, TrainingRun
 
 Notice = Callable[[str], object]
 
@@ -73,17 +73,17 @@ def tune(
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
-    found = resumption.look(out, resume=resume, replace=replace, notice=notice)
+    found = resumption.find_resume_point(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
     for refusal in preflight.of_base(recipe):
         raise refusal.error
-    base = open_chosen(recipe, notice)
+    base = open_recipe_base(recipe, notice)
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     calibrate(base, data)
     fingerprint = resumption.fingerprint(recipe, dataset, base, data, start)
     parents = [dataset, *(one for one in (rehearsal, start) if one)]
-    work = Work(recipe, parents, base, data, found, fingerprint, prove)
+    work = TuningContext(recipe, parents, base, data, found, fingerprint, prove)
     if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
@@ -95,7 +95,7 @@ def tune(
 
 
 @dataclass(frozen=True)
-class Work:
+class TuningContext:
     """What a run works on, opened and compared with what stands on disk.
 
     parents: the Dataset, then that of the rehearsal, and what tuning goes on from.
@@ -104,15 +104,15 @@ class Work:
     recipe: Recipe
     parents: list[Artifact]
     base: Base
-    data: Rows
-    found: Found
+    data: TokenizedDataset
+    found: CheckpointState
     fingerprint: dict[str, Any]
     prove: bool
 
 
-def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
+def _tune(work: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
     recipe, base, checkpoint = work.recipe, work.base, work.found.checkpoint
-    model = adapted(recipe, base)
+    model = inject_recipe_adapter(recipe, base)
     for line in describe(work.data, base, model):
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, work.data):
@@ -135,8 +135,8 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
         clear(saver.folder) if replace else sweep(saver.folder, work.found)
         so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):
-            with Journal(part / "log.jsonl", show=show, **so_far) as journal:
-                kind = Run if isinstance(recipe.objective, Sft) else PreferenceRun
+            with TrainingLog(part / "log.jsonl", show=show, **so_far) as journal:
+                kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, work.data, journal, saver, resolved)
                 if checkpoint:
                     run.restore(checkpoint)
@@ -148,7 +148,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
                 notice(run.outlook.line)
                 if work.prove:
                     notice(run.prove())
-                with Signals(notice) as signals:
+                with DeferredSignals(notice) as signals:
                     run.train(signals)
                 facts = _facts(work, run)  # here, since drawing and writing are no part of the tuning
             plot_losses(journal.lines, part / "loss.png")
@@ -160,7 +160,7 @@ def _tune(work: Work, out: Path, *, replace: bool, show: bool, notice: Notice) -
     return adapter
 
 
-def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
+def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
     """What is about to be trained, before a second is spent on it."""
     trained, everything = adapters.trainable(model)
     yield (
@@ -170,7 +170,7 @@ def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
     if taught := lessons(data.train):
-        terms = ", ".join(f"{count:,} {term}" for term, count in records.tally(one.term for one in taught).items())
+        terms = ", ".join(f"{count:,} {term}" for term, count in records.count_values(one.term for one in taught).items())
         yield f"preferences: {terms}; {len(data.train) - len(taught):,} rows by sft"
     if data.rehearsal:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
@@ -180,7 +180,7 @@ def describe(data: Rows, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-def _facts(work: Work, run: Run) -> dict[str, Any]:
+def _facts(work: TuningContext, run: TrainingRun) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, everything = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
@@ -214,7 +214,7 @@ def _facts(work: Work, run: Run) -> dict[str, Any]:
             "packing_difference_nats": run.path.packing_difference,
             "proof": run.proof,
         },
-        "machine": machine(),
+        "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sartor.models import hardware
 
 
-class Journal:
+class TrainingLog:
     """Writes `log.jsonl` and drives the progress line (stderr). Use as a context manager.
 
     lines, wall_s: what a run that is resumed had said and used up to its checkpoint; the log and the clock go on there.
@@ -29,7 +29,7 @@ class Journal:
         self._progress = Progress(*columns, console=Console(stderr=True), disable=not show, transient=False)
         self._task = self._progress.add_task("tune", total=1.0, said="first update ...")
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> TrainingLog:
         self._progress.start()
         return self
 

@@ -17,15 +17,15 @@ import torch
 
 from sartor.core.errors import ArtifactError, ModelError, StoppedError
 from sartor.core.model_refs import BaseRef
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.models import hardware, packing
-from sartor.models.losses.loss_backend import Path, Wish, prove
+from sartor.models.losses.loss_backend import LossBackend, LossOptions, measure_savings_error
 from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, run_forecast, sampler
-from sartor.tune.checkpoint import Checkpoint, Rng, Saver, seed_all
-from sartor.tune.recipe import Budget, Optimizer, Recipe
-from sartor.tune.tokenized_dataset import Rows, flat, lessons
-from sartor.tune.training_log import Journal
+from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
+from sartor.tune.recipe import Optimizer, Recipe, StopCriteria
+from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
+from sartor.tune.training_log import TrainingLog
 
 # A loss above both has exploded: a model that knows nothing and says so has ln V, and a hard first update may be higher.
 EXPLODED_OVER_UNIFORM, EXPLODED_OVER_FIRST = 2.0, 4.0
@@ -44,7 +44,7 @@ class Counters:
     supervised_tokens: int = 0
     rehearsal_tokens: int = 0  # of the tokens; they are no part of an epoch
 
-    def fraction(self, budget: Budget, epoch_tokens: int, wall_s: float) -> float:
+    def fraction(self, budget: StopCriteria, epoch_tokens: int, wall_s: float) -> float:
         """How much of the budget is used, 0..1: of its limits the one that is nearest."""
         limits = [
             (self.updates, budget.updates),
@@ -62,7 +62,7 @@ class Resolved:
     micro_batch_tokens: int
 
 
-class Ground(Protocol):
+class TrainingBase(Protocol):
     """What of a base a run stands on: `models.base.Base`, or a device's own of torch alone."""
 
     @property
@@ -80,16 +80,23 @@ class Ground(Protocol):
         """What it computes in."""
         ...
 
-    def path(self, model: Any, rows: Sequence[packing.Encoded], wish: Wish) -> Path:
+    def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
         """The fastest way to losses that is right for `model`."""
         ...
 
 
-class Run:
+class TrainingRun:
     """The state of one run: model, optimiser, counters. `train` goes through the budget."""
 
     def __init__(
-        self, recipe: Recipe, base: Ground, model: Any, data: Rows, journal: Journal, saver: Saver, resolved: Resolved | None
+        self,
+        recipe: Recipe,
+        base: TrainingBase,
+        model: Any,
+        data: TokenizedDataset,
+        journal: TrainingLog,
+        saver: Saver,
+        resolved: Resolved | None,
     ) -> None:
         self.recipe, self.base, self.model, self.data = recipe, base, model, data
         self.journal, self.saver = journal, saver
@@ -107,7 +114,7 @@ class Run:
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
-        self.position, self.beside = sampler.START, sampler.Beside()
+        self.position, self.beside = sampler.START, sampler.RehearsalPosition()
         # what the objective says of the update that was last computed, beside its loss
         self.said: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
@@ -116,7 +123,7 @@ class Run:
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        asked = replace(wish(recipe, data, base), notice=lambda line: journal.note(notice=line))
+        asked = replace(loss_options(recipe, data, base), notice=lambda line: journal.note(notice=line))
         self.path = base.path(model, data.every, asked)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
@@ -128,11 +135,11 @@ class Run:
         """What takes the steps."""
         return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
 
-    def _foresee(self, recipe: Recipe) -> run_forecast.Outlook:
+    def _foresee(self, recipe: Recipe) -> run_forecast.RunForecast:
         """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
         return run_forecast.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
 
-    def train(self, signals: Signals) -> None:
+    def train(self, signals: DeferredSignals) -> None:
         """Update until the budget is spent. Raises StoppedError after a signal, ModelError when the loss explodes; in
         both cases a checkpoint stands from which the run could go on.
         """
@@ -141,7 +148,7 @@ class Run:
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
         settings = self.recipe.optimizer
-        for chosen in sampler.updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
+        for chosen in sampler.iterate_updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
             rehearsed, beside = self._rehearsed(sum(lengths[index] for index in chosen))
             self._update_or_save([*(self.data.train[index] for index in chosen), *rehearsed])
             self.beside = beside
@@ -160,7 +167,7 @@ class Run:
                 raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
-    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.Encoded], sampler.Beside]:
+    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
         """(rows of the rehearsal that go with an update, the place behind them)."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
         chosen, beside = self.beside.after([row.tokens for row in rows], own_tokens, fraction, self.recipe.seed)
@@ -172,10 +179,10 @@ class Run:
         Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
         lengths = [row.tokens for row in self.data.train]
-        chosen = next(sampler.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
-        rows = self._cut(flat(self.data.train[index] for index in chosen))[0]
+        chosen = next(sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
+        rows = self._cut(all_sequences(self.data.train[index] for index in chosen))[0]
         limit = PROOF[self.base.dtype]
-        self.proof = {**prove(self.path, rows), "limit": limit, "rows": len(rows)}
+        self.proof = {**measure_savings_error(self.path, rows), "limit": limit, "rows": len(rows)}
         said = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
         if not (self.proof["loss"] <= limit and self.proof["gradient"] <= limit):
             raise ModelError(f"{said}, over {limit:g}", "compute: {share_prefixes: false, reuse_frozen: false}")
@@ -183,7 +190,7 @@ class Run:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, plain facts) from which `restore` makes this very state again."""
-        rng = Rng.capture(self.base.device)
+        rng = RandomState.capture(self.base.device)
         tensors = {f"adapter.{name}": parameter.data for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -235,20 +242,20 @@ class Run:
         self.counters = Counters(**facts["counters"])
         self.position = sampler.Position(**facts["position"])
         if beside := facts.get("beside"):  # a checkpoint of an older version has no rehearsal
-            self.beside = sampler.Beside(sampler.Position(**beside["position"]), beside["owed"])
+            self.beside = sampler.RehearsalPosition(sampler.Position(**beside["position"]), beside["owed"])
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
-        Rng.read(tensors, facts["rng"]).put_back(self.base.device)
+        RandomState.read(tensors, facts["rng"]).put_back(self.base.device)
 
-    def _cut(self, chosen: Sequence[packing.Encoded]) -> list[list[packing.Encoded]]:
+    def _cut(self, chosen: Sequence[packing.TokenizedExample]) -> list[list[packing.TokenizedExample]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
         return packing.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
 
     def _fraction(self) -> float:
         return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
 
-    def _update_or_save(self, chosen: Sequence[packing.Encoded]) -> None:
+    def _update_or_save(self, chosen: Sequence[packing.TokenizedExample]) -> None:
         """One update. If it fails, the state before it is saved: nothing but the generators has moved by then."""
-        before = Rng.capture(self.base.device)
+        before = RandomState.capture(self.base.device)
         try:
             self._update(chosen)
         except ModelError:
@@ -256,7 +263,7 @@ class Run:
             self.save()
             raise
 
-    def _update(self, chosen: Sequence[packing.Encoded]) -> None:
+    def _update(self, chosen: Sequence[packing.TokenizedExample]) -> None:
         """One optimiser update over whole rows, computed in micro-batches."""
         began = time.monotonic()
         settings = self.recipe.optimizer
@@ -275,7 +282,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(chosen, loss_sum, norm, rates, time.monotonic() - began)
 
-    def _backward(self, chosen: Sequence[packing.Encoded], weight: float = 1.0) -> float:
+    def _backward(self, chosen: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
         """The gradients of an update, times `weight`; returns its loss, times that too."""
         total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
         loss_sum = 0.0
@@ -295,7 +302,7 @@ class Run:
         rate = learning_rate(settings, (fraction - first) / (1 - first))
         return rate, rate * align.later
 
-    def _check(self, chosen: Sequence[packing.Encoded], loss: float, norm: float) -> None:
+    def _check(self, chosen: Sequence[packing.TokenizedExample], loss: float, norm: float) -> None:
         """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
@@ -316,13 +323,13 @@ class Run:
         )
 
     def _count(
-        self, chosen: Sequence[packing.Encoded], loss: float, norm: float, rates: tuple[float, float], seconds: float
+        self, chosen: Sequence[packing.TokenizedExample], loss: float, norm: float, rates: tuple[float, float], seconds: float
     ) -> None:
         counters = self.counters
         tokens = sum(row.tokens for row in chosen)
         counters.updates += 1
         counters.tokens += tokens
-        counters.supervised_tokens += sum(row.supervised_tokens for row in flat(chosen))
+        counters.supervised_tokens += sum(row.supervised_tokens for row in all_sequences(chosen))
         if self.losses["first"] is None:
             self.losses["first"] = loss
         self.losses["last"] = loss
@@ -353,7 +360,7 @@ class Run:
         self.losses["eval"] = loss
         self.journal.note(update=self.counters.updates, eval_loss=loss, **said)
 
-    def _loss_of(self, rows: Sequence[packing.Encoded]) -> tuple[float, dict[str, float]]:
+    def _loss_of(self, rows: Sequence[packing.TokenizedExample]) -> tuple[float, dict[str, float]]:
         """(loss per supervised token of rows, what else is said of them). Call under no_grad."""
         total, count = 0.0, 0
         for micro in self._cut(rows):
@@ -362,11 +369,11 @@ class Run:
         return total / max(count, 1), {}
 
 
-def wish(recipe: Recipe, data: Rows, base: Ground) -> Wish:
+def loss_options(recipe: Recipe, data: TokenizedDataset, base: TrainingBase) -> LossOptions:
     """What a recipe asks of a path."""
     compute, budget = recipe.compute, recipe.budget
     is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
-    return Wish(
+    return LossOptions(
         fast=compute.path == "auto",
         recompute=compute.recompute,
         share=compute.share_prefixes,

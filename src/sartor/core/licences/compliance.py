@@ -13,7 +13,16 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args
 
-from sartor.core.licences.licence_families import CLASHES, DUTIES, NOTHING, UNKNOWN_TERMS, Family, accepts, family_of, targets
+from sartor.core.licences.licence_families import (
+    CLASHES,
+    DUTIES,
+    NOTHING,
+    UNKNOWN_TERMS,
+    LicenceFamily,
+    accepts,
+    family_of,
+    targets,
+)
 from sartor.core.licences.spdx import MOST_ALTERNATIVES, UNKNOWN, alternatives, categories, without_exception
 
 Use = Literal["commercial", "non-commercial", "research", "internal"]
@@ -30,7 +39,7 @@ _COMMERCIAL = ("commercial", "internal")
 
 
 @dataclass(frozen=True)
-class Terms:
+class LicenceTerms:
     """What a source states of itself: its licence, and what its owner adds. `expires` is the last day of use, ISO."""
 
     source: str = "?"
@@ -55,13 +64,13 @@ class Objection:
         return f"{self.source} {self.why}"
 
 
-def terms_of(source: Mapping[str, Any]) -> Terms:
+def terms_of(source: Mapping[str, Any]) -> LicenceTerms:
     """The terms in an entry of a manifest's `sources`. What an older manifest lacks has its default."""
-    said = {field.name: source[field.name] for field in fields(Terms) if source.get(field.name) is not None}
-    return Terms(**{**said, "licence": said.get("licence") or UNKNOWN, "use": tuple(said.get("use", ()))})
+    said = {field.name: source[field.name] for field in fields(LicenceTerms) if source.get(field.name) is not None}
+    return LicenceTerms(**{**said, "licence": said.get("licence") or UNKNOWN, "use": tuple(said.get("use", ()))})
 
 
-def _family(licence: str) -> Family:
+def _family(licence: str) -> LicenceFamily:
     base = without_exception(licence)
     return family_of(base, categories().get(base, ""))
 
@@ -131,7 +140,7 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
     return list(dict.fromkeys(found))
 
 
-def _objections_to(licence: str, use: str, terms: Terms) -> list[str]:
+def _objections_to(licence: str, use: str, terms: LicenceTerms) -> list[str]:
     family = _family(licence)
     if family is NOTHING:
         return ["states no licence" if licence == UNKNOWN else "is licensed to nobody (NONE)"]
@@ -150,7 +159,7 @@ def _objections_to(licence: str, use: str, terms: Terms) -> list[str]:
     return found
 
 
-def _objections_of(terms: Terms, use: str, today: str) -> list[str]:
+def _objections_of(terms: LicenceTerms, use: str, today: str) -> list[str]:
     """What the owner's own terms forbid, whatever the licence says."""
     found = []
     if terms.use and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
@@ -184,7 +193,7 @@ def conflicts(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     return said + _conflicts_of_terms(stated, chosen)
 
 
-def _conflicts_of_terms(stated: Sequence[Terms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
+def _conflicts_of_terms(stated: Sequence[LicenceTerms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
     """Contradictions that terms which an owner adds bring about; those of two licences are `_clashes`."""
     demands: dict[str, list[str]] = {}
     limits: dict[str, list[str]] = {}

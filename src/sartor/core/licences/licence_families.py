@@ -23,7 +23,7 @@ DUTIES: dict[Obligation, str] = {
 
 
 @dataclass(frozen=True)
-class Family:
+class LicenceFamily:
     """One row. `rank` orders families from what permits everything (1) to what permits nothing (0).
 
     `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not made.
@@ -44,51 +44,55 @@ class Family:
         return "share-alike" in self.duties
 
 
-UNKNOWN_TERMS = Family("unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits")
-NOTHING = Family("no licence", "NOASSERTION|NONE", 0.0, "without a licence copyright reserves every use")
+UNKNOWN_TERMS = LicenceFamily("unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits")
+NOTHING = LicenceFamily("no licence", "NOASSERTION|NONE", 0.0, "without a licence copyright reserves every use")
 
 FAMILIES = (
     NOTHING,
-    Family("public domain", r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD", 1.0,
+    LicenceFamily("public domain", r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD", 1.0,
            "every right is waived, or no condition is set", category="Public Domain"),
-    Family("non-commercial, no derivatives, 4.0", r"CC-BY-NC-ND-4\.0", 0.1, "2(a)(1): adapted material may be made, not shared",
+    LicenceFamily("non-commercial, no derivatives, 4.0", r"CC-BY-NC-ND-4\.0", 0.1,
+                  "2(a)(1): adapted material may be made, not shared",
            ("attribution",), commercial=False, derived="kept"),
-    Family("non-commercial, no derivatives", r"CC-BY-NC-ND-.*", 0.08, "before 4.0 adaptations may not be made at all",
+    LicenceFamily("non-commercial, no derivatives", r"CC-BY-NC-ND-.*", 0.08, "before 4.0 adaptations may not be made at all",
            ("attribution",), commercial=False, derived="no"),
-    Family("no derivatives, 4.0", r"CC-BY-ND-4\.0", 0.15, "2(a)(1)(B): adapted material may be made, not shared",
+    LicenceFamily("no derivatives, 4.0", r"CC-BY-ND-4\.0", 0.15, "2(a)(1)(B): adapted material may be made, not shared",
            ("attribution",), derived="kept"),
-    Family("no derivatives", r"CC-BY-ND-.*", 0.12, "before 4.0 adaptations may not be made at all",
+    LicenceFamily("no derivatives", r"CC-BY-ND-.*", 0.12, "before 4.0 adaptations may not be made at all",
            ("attribution",), derived="no"),
-    Family("non-commercial, share-alike", r"CC-BY-NC-SA-.*", 0.2, "NC excludes use directed towards commercial advantage",
+    LicenceFamily("non-commercial, share-alike", r"CC-BY-NC-SA-.*", 0.2,
+                  "NC excludes use directed towards commercial advantage",
            ("attribution", "share-alike"), commercial=False),
-    Family("non-commercial", r"CC-BY-NC-.*|NCGL-.*", 0.25, "excludes use directed towards commercial advantage",
+    LicenceFamily("non-commercial", r"CC-BY-NC-.*|NCGL-.*", 0.25, "excludes use directed towards commercial advantage",
            ("attribution",), commercial=False),
-    Family("non-commercial software", r"PolyForm-Noncommercial-.*|Aladdin", 0.22, "excludes commercial use by its own words",
+    LicenceFamily("non-commercial software", r"PolyForm-Noncommercial-.*|Aladdin", 0.22,
+                  "excludes commercial use by its own words",
            ("notice",), commercial=False),
-    Family("share-alike", r"CC-BY-SA-.*|LAL-.*|GFDL-.*", 0.5, "an adaptation carries the same licence",
+    LicenceFamily("share-alike", r"CC-BY-SA-.*|LAL-.*|GFDL-.*", 0.5, "an adaptation carries the same licence",
            ("attribution", "share-alike")),
-    Family("share-alike", r"CC-SA-.*|ODbL-.*|CDLA-Sharing-.*", 0.52, "a derived database or data set carries the same licence",
+    LicenceFamily("share-alike", r"CC-SA-.*|ODbL-.*|CDLA-Sharing-.*", 0.52,
+                  "a derived database or data set carries the same licence",
            ("notice", "share-alike")),
-    Family("network copyleft", r"AGPL-.*|SSPL-.*|OSL-.*|NPOSL-.*|RPL-.*|EUPL-1\.2|CPAL-.*|CAL-1\.0", 0.4,
+    LicenceFamily("network copyleft", r"AGPL-.*|SSPL-.*|OSL-.*|NPOSL-.*|RPL-.*|EUPL-1\.2|CPAL-.*|CAL-1\.0", 0.4,
            "use over a network counts as handing out", ("notice", "share-alike", "network")),
-    Family("copyleft", r"GPL-.*", 0.45, "a work based on it carries the same licence",
+    LicenceFamily("copyleft", r"GPL-.*", 0.45, "a work based on it carries the same licence",
            ("notice", "share-alike"), category="Copyleft"),
-    Family("weak copyleft", r"LGPL-.*|MPL-.*|EPL-.*|CDDL-.*|OFL-.*", 0.6,
+    LicenceFamily("weak copyleft", r"LGPL-.*|MPL-.*|EPL-.*|CDDL-.*|OFL-.*", 0.6,
            "its own files stay under it, a larger work need not",
            ("notice", "weak share-alike"), category="Copyleft Limited"),
-    Family("attribution", r"CC-BY-\d.*|ODC-By-.*|OGL-.*|NLOD-.*|DL-DE-BY-.*|etalab-.*|OGDL-Taiwan-.*", 0.8,
+    LicenceFamily("attribution", r"CC-BY-\d.*|ODC-By-.*|OGL-.*|NLOD-.*|DL-DE-BY-.*|etalab-.*|OGDL-Taiwan-.*", 0.8,
            "any use, with credit", ("attribution",)),
-    Family("computational use", r"C-UDA-.*|O-UDA-.*", 0.82, "any computational use; results are free", ("notice",)),
-    Family("permissive with a notice of changes", r"Apache-.*|ECL-.*", 0.88,
+    LicenceFamily("computational use", r"C-UDA-.*|O-UDA-.*", 0.82, "any computational use; results are free", ("notice",)),
+    LicenceFamily("permissive with a notice of changes", r"Apache-.*|ECL-.*", 0.88,
            "section 4: licence, NOTICE file and a note of changes",
            ("notice",)),
-    Family("permissive", r"MIT|BSD-[1-4]-Clause|ISC|Zlib|CDLA-Permissive-.*", 0.9, "any use, with its notice",
+    LicenceFamily("permissive", r"MIT|BSD-[1-4]-Clause|ISC|Zlib|CDLA-Permissive-.*", 0.9, "any use, with its notice",
            ("notice",), category="Permissive"),
 )  # fmt: skip
 
 
 @cache
-def family_of(licence: str, category: str = "") -> Family:
+def family_of(licence: str, category: str = "") -> LicenceFamily:
     """The row of one SPDX id (for `A WITH B`, of A: an exception permits more, so A's row is the cautious one)."""
     for family in FAMILIES:
         if re.fullmatch(family.pattern, licence):

@@ -22,7 +22,7 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.lineage import origin_index
-from sartor.core.parquet_io import column, example_of, numbers, places, words
+from sartor.core.parquet_io import column, example_of, numbers, to_index_array, to_string_array
 
 ABSENT = "not in this Dataset"
 COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others
@@ -37,7 +37,7 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
     index = origin_index.read(dataset, ["row", "id", "source", "locator", "parents"])
     example = origin_index.whole_id(column(index, "id"), example)
-    found = numbers(pc.is_in(column(index, "id"), value_set=words([example])))
+    found = numbers(pc.is_in(column(index, "id"), value_set=to_string_array([example])))
     if not found.any():
         raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))
     number = int(numbers(column(index, "row"))[np.flatnonzero(found)[0]])
@@ -83,9 +83,9 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
     level = list(dict.fromkeys(parents))
     while level:
         seen.update(level)
-        here = numbers(pc.is_in(column(index, "id"), value_set=words(level)))
+        here = numbers(pc.is_in(column(index, "id"), value_set=to_string_array(level)))
         origins: dict[str, list[dict[str, Any]]] = {}
-        for origin in index.take(places(np.flatnonzero(here))).to_pylist():
+        for origin in index.take(to_index_array(np.flatnonzero(here))).to_pylist():
             origins.setdefault(origin["id"], []).append(origin)
         dropped = {drop["id"]: drop for drop in _drops(dataset, "id", [one for one in level if one not in origins])}
         for one in level:
@@ -102,8 +102,10 @@ def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[di
 def _made_from(index: Any, example: str) -> list[str]:
     """Ids of the Examples that name it as a parent, each once."""
     parents = column(index, "parents")
-    named = numbers(pc.list_parent_indices(parents))[numbers(pc.is_in(pc.list_flatten(parents), value_set=words([example])))]
-    found: list[str] = column(index, "id").take(places(np.unique(named))).unique().to_pylist()
+    named = numbers(pc.list_parent_indices(parents))[
+        numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
+    ]
+    found: list[str] = column(index, "id").take(to_index_array(np.unique(named))).unique().to_pylist()
     return found
 
 
@@ -114,14 +116,14 @@ def _changes(dataset: Artifact, example: str) -> list[str]:
     check_file(dataset, COPIES)
     with pq.ParquetFile(dataset.path / COPIES) as parquet:
         table = parquet.read(["id", "step", "changes"])
-    found = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=words([example])))
-    return [f"{row['step']}, {row['changes']}" for row in table.take(places(np.flatnonzero(found))).to_pylist()]
+    found = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=to_string_array([example])))
+    return [f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(found))).to_pylist()]
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
     """Drops whose column `key` is one of these ids, without their text: it may be what a step took out."""
     found: list[dict[str, Any]] = []
-    wanted = words(ids)
+    wanted = to_string_array(ids)
     for file in origin_index.example_files(dataset, "drops/") if ids else []:
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with pq.ParquetFile(file) as parquet:
@@ -129,7 +131,7 @@ def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, An
             for group in range(parquet.num_row_groups):
                 hit = numbers(pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=wanted))
                 if hit.any():
-                    found += parquet.read_row_group(group, columns=names).take(places(np.flatnonzero(hit))).to_pylist()
+                    found += parquet.read_row_group(group, columns=names).take(to_index_array(np.flatnonzero(hit))).to_pylist()
     return found
 
 
@@ -199,7 +201,7 @@ def find_parent(artifact: Artifact, kind: str) -> Artifact | None:
     return None
 
 
-def learnt_from(artifact: Artifact) -> list[Artifact]:
+def training_datasets(artifact: Artifact) -> list[Artifact]:
     """The Datasets that still stand and are whole of those that its tuning read, rehearsal included, and the tuning of each
     adapter that it went on from; nearest first. What a Dataset was made of was not learnt.
     """

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA, Artifact, check_file
 from sartor.core.errors import ArtifactError, ConfigError
-from sartor.core.parquet_io import column, numbers, places, words
+from sartor.core.parquet_io import column, numbers, to_index_array, to_string_array
 
 INDEX = "lineage/rows.parquet"
 ROWS_PER_GROUP = 1 << 16
@@ -135,7 +135,7 @@ def place(source: str, path: str) -> str:
 
 
 @dataclass(frozen=True)
-class Files:
+class OriginFiles:
     """Which source and file each origin of the index is of: codes per origin, and the words they stand for."""
 
     sources: list[str]
@@ -143,7 +143,7 @@ class Files:
     codes: Any  # source code * len(paths) + path code
 
     @classmethod
-    def of(cls, table: Any) -> Files:
+    def of(cls, table: Any) -> OriginFiles:
         """From the index's columns `source` and `path`."""
         source, path = column(table, "source"), column(table, "path")
         sources, paths = source.dictionary.to_pylist(), path.dictionary.to_pylist()
@@ -172,7 +172,7 @@ class Files:
         return np.isin(self.codes, np.array(wanted, np.int64))
 
 
-def known_pairs(manifest: Mapping[str, Any], files: Files) -> set[Pair]:
+def known_pairs(manifest: Mapping[str, Any], files: OriginFiles) -> set[Pair]:
     """Sources and files that a Dataset was made from; of some no row is left."""
     return files.pairs() | {(source["source"], source["path"]) for source in manifest.get("sources", [])}
 
@@ -195,30 +195,30 @@ def named(pairs: Iterable[Pair], name: str) -> dict[str, set[Pair]]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSample:
     """Rows that a question found: how many, and the first few as (id, locator)."""
 
     count: int
     first: list[Pair]
 
 
-def rows_only_from(dataset: Artifact, pairs: Collection[Pair], shown: Collection[Pair], most: int = 3) -> Rows:
+def rows_only_from(dataset: Artifact, pairs: Collection[Pair], shown: Collection[Pair], most: int = 3) -> RowSample:
     """Rows with an origin in `shown` and none outside of `pairs`: what nothing but `pairs` gives leave to use."""
     table = read(dataset, ["row", "id", "source", "path", "locator"])
-    files, row = Files.of(table), numbers(column(table, "row"))
+    files, row = OriginFiles.of(table), numbers(column(table, "row"))
     count = int(row[-1]) + 1 if len(row) else 0
     outside = np.bincount(row[~files.mask(pairs)], minlength=count) > 0
     found = np.flatnonzero(files.mask(shown) & ~outside[row])
     _, firsts = np.unique(row[found], return_index=True)
-    some = places(found[firsts[:most]])
+    some = to_index_array(found[firsts[:most]])
     ids, locators = column(table, "id").take(some).to_pylist(), column(table, "locator").take(some).to_pylist()
-    return Rows(len(firsts), list(zip(ids, locators, strict=True)))
+    return RowSample(len(firsts), list(zip(ids, locators, strict=True)))
 
 
 def dropped_ids(dataset: Artifact, ids: Any, pairs: Collection[Pair]) -> list[str]:
     """Those of `ids` that are of dropped rows of these files."""
     found: list[str] = []
-    wanted = words(["\n".join(pair) for pair in pairs])
+    wanted = to_string_array(["\n".join(pair) for pair in pairs])
     for file in example_files(dataset, "drops/") if len(ids) else []:
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with _opened(file) as parquet:

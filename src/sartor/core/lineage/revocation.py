@@ -21,15 +21,15 @@ from sartor.core.artifacts import Artifact, read_manifest
 from sartor.core.catalogue import Descendant
 from sartor.core.errors import ConfigError
 from sartor.core.lineage import origin_index
-from sartor.core.lineage.origin_index import Files, Pair
+from sartor.core.lineage.origin_index import OriginFiles, Pair
 from sartor.core.lineage.receipt_index import ReceiptIndex
-from sartor.core.parquet_io import column, numbers, places, words
+from sartor.core.parquet_io import column, numbers, to_index_array, to_string_array
 
 FIRST = 10  # of each list, for a person; --json has them all
 
 
 @dataclass(frozen=True)
-class Reply:
+class RevokedReply:
     """A reply that a Release gave, by its receipt. agent: the exact version. path: the folder of receipts."""
 
     receipt: str
@@ -55,7 +55,7 @@ class Revocation:
     examples: list[str]
     examples_kept: list[str]
     made_from_it: list[Descendant]
-    replies: list[Reply]
+    replies: list[RevokedReply]
     receipts: list[Folder]
 
     def as_json(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     table = origin_index.read(dataset, ["row", "source", "path", "parents"])
     graph = _Graph.of(dataset, table)
     if source:
-        files = Files.of(table)
+        files = OriginFiles.of(table)
         pairs = _pairs(dataset, files, source)
         graph.lose_origins(files.mask(pairs) | graph.made_from_drops_of(pairs))
     else:
@@ -130,9 +130,9 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
     return Revocation(dataset, source or example, graph.ids_of(gone), graph.ids_of(touched), reached, replies, receipts)
 
 
-def _replies(releases: list[str]) -> tuple[list[Reply], list[Folder]]:
+def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
     """What these Releases said, by the receipts of every team that was served on this machine."""
-    replies: list[Reply] = []
+    replies: list[RevokedReply] = []
     folders: list[Folder] = []
     for path in catalogue.receipt_folders():
         state = "read" if path.is_dir() else "not there"
@@ -140,14 +140,14 @@ def _replies(releases: list[str]) -> tuple[list[Reply], list[Folder]]:
             index = ReceiptIndex(path)
             try:
                 index.catch_up()
-                replies += [Reply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
+                replies += [RevokedReply(one.id, one.agent, one.created, str(path)) for one in index.of_releases(releases)]
             except (OSError, sqlite3.Error) as error:
                 state = f"not read: {error}"
         folders.append(Folder(str(path), state))
     return replies, folders
 
 
-def _pairs(dataset: Artifact, files: Files, source: str) -> set[Pair]:
+def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
     """The files that a person means by `source`."""
     known = origin_index.known_pairs(dataset.manifest, files)
     found = origin_index.named(known, source)
@@ -203,12 +203,12 @@ class _Graph:
         known = np.zeros(len(parents), bool)
         # the few are looked up among themselves for each of the many: a table of a million ids takes longer to build
         known[numbers(pc.index_in(self._load_ids(), value_set=parents).drop_null())] = True
-        absent = parents.take(places(np.flatnonzero(~known)))
-        return self.made_from(words(origin_index.dropped_ids(self.dataset, absent, pairs)))
+        absent = parents.take(to_index_array(np.flatnonzero(~known)))
+        return self.made_from(to_string_array(origin_index.dropped_ids(self.dataset, absent, pairs)))
 
     def lose_example(self, example: str) -> None:
         """Revoke an Example: its row, and the origins that name it as a parent."""
-        one = words([origin_index.whole_id(self._load_ids(), example)])
+        one = to_string_array([origin_index.whole_id(self._load_ids(), example)])
         mask = numbers(pc.is_in(self._load_ids(), value_set=one)) | self.made_from(one)
         if not mask.any():
             raise ConfigError(f"{self.dataset.path.name} has no example {example!r}", self._nearest(example))
@@ -257,5 +257,5 @@ class _Graph:
         """The ids of these Examples."""
         if not len(examples):
             return []
-        found: list[str] = self._load_ids().take(places(np.searchsorted(self.row, examples))).to_pylist()
+        found: list[str] = self._load_ids().take(to_index_array(np.searchsorted(self.row, examples))).to_pylist()
         return found

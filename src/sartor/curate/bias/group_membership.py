@@ -11,7 +11,7 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.labels import class_labels
-from sartor.curate.labels.class_labels import Target
+from sartor.curate.labels.class_labels import ClassLabels
 from sartor.text.demographics import group_terms
 
 Memberships = dict[str, list[str | None]]
@@ -34,14 +34,14 @@ def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Membersh
     fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known names. Raises
     ConfigError for a field that no row has.
     """
-    found = every(rows, fields)
+    found = row_memberships(rows, fields)
     if absent := [name for name in fields if name != LEXICON and not any(found[_CALLED.get(name, name)])]:
         raise ConfigError(f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}")
     several = {name: values for name, values in found.items() if len({value for value in values if value}) > 1}
     return {name: values for name, values in several.items() if name in fields or len(set(values)) <= _MOST_VALUES}
 
 
-def every(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
+def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
     """The same, of a row whatever the others say: for a worker that sees some of the rows."""
     found: Memberships = {}
     for field in fields or (LEXICON, *FIELDS):
@@ -128,7 +128,7 @@ def _known(rows: Sequence[Example]) -> str:
 _FEW, _ROWS_PER_REPLY = 12, 10
 
 
-def outcomes(rows: Sequence[Example], form: str = "auto") -> Target:
+def outcomes(rows: Sequence[Example], form: str = "auto") -> ClassLabels:
     """The outcome of each row. form: as `target.find`, or the bare name of a field of JSON replies.
 
     `auto` also takes whole replies, however long, where a few of them are all there are. Raises ConfigError where `form` names
@@ -137,7 +137,7 @@ def outcomes(rows: Sequence[Example], form: str = "auto") -> Target:
     return of_replies([row.reply for row in rows], form)
 
 
-def of_replies(replies: Sequence[str], form: str = "auto") -> Target:
+def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """The same of the replies alone."""
     form = form if _is_form(form) else f"json:{form}"
     class_labels.check(form)
@@ -149,7 +149,7 @@ def of_replies(replies: Sequence[str], form: str = "auto") -> Target:
     seen = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
     if form == "auto" and 2 <= len(seen) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
         labels = [class_labels.as_label(reply) for reply in replies]
-        return Target(labels, "reply", f"whole replies: {len(seen)} values in {seen.total():,} of {len(replies):,} rows")
+        return ClassLabels(labels, "reply", f"whole replies: {len(seen)} values in {seen.total():,} of {len(replies):,} rows")
     return found
 
 

@@ -139,7 +139,7 @@ def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[
     return {(group, outcome): found.get((group, outcome), []) for group in sorted(groups) for outcome in sorted(kinds)}
 
 
-def superfluous(cells: dict[Cell, list[int]], seed: int) -> list[int]:
+def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
     """The fewest rows, drawn by seed, without which every group has the outcome rates of all rows together.
 
     A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it stays.
@@ -156,7 +156,7 @@ def superfluous(cells: dict[Cell, list[int]], seed: int) -> list[int]:
     return sorted(gone)
 
 
-def needed(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
+def rows_to_add(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
     """The fewest rows to add to each cell so that every group has the outcome rates of all rows together."""
     rates = _rates(cells)
     found = {}
@@ -180,7 +180,7 @@ ROUNDS, CLOSE = 50, 1e-6
 Factors = dict[tuple[str, str, str], float]
 
 
-def factors(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float]) -> Factors:
+def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float]) -> Factors:
     """P(group) P(outcome) / P(group, outcome) of each cell, over the rows that have both.
 
     Of several attributes each is made independent in turn until all are (raking, Deming and Stephan 1940).

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.statistics import Z, holm, newcombe, wilson
+from sartor.core.statistics import Z, holm_correction, newcombe, wilson
 from sartor.curate.bias.group_membership import Memberships
 
 F64 = NDArray[np.float64]
@@ -22,7 +22,7 @@ ALPHA, NOTABLE_GAP = 0.05, 0.05
 
 
 @dataclass(frozen=True)
-class Rate:
+class OutcomeRate:
     """How many rows of a group there are, by weight, and which fraction has the outcome: Wilson's 95 % interval (1927)."""
 
     rows: float
@@ -74,10 +74,10 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Rates:
+class OutcomeRates:
     """What was measured: attribute -> group -> outcome -> Rate, the gaps, largest first, and the ratios."""
 
-    rates: dict[str, dict[str, dict[str, Rate]]]
+    rates: dict[str, dict[str, dict[str, OutcomeRate]]]
     gaps: list[Gap]
     ratios: list[Ratio]
 
@@ -105,7 +105,7 @@ class Rates:
         }
 
 
-def measured(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float] | None = None) -> Rates:
+def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: Sequence[float] | None = None) -> OutcomeRates:
     """The rates of N rows, of which those without an outcome, or without a group of an attribute, are not counted there.
 
     With weights (N,) a group's rows count by Kish's effective number, so that weighting widens the intervals.
@@ -114,7 +114,7 @@ def measured(people: Memberships, outcomes: Sequence[str | None], weights: Seque
     names = [name for name, _ in Counter(one for one in outcomes if one is not None).most_common(MOST_OUTCOMES)]
     hits = {name: np.array([one == name for one in outcomes]) for name in names}
     known = np.array([one is not None for one in outcomes])
-    rates: dict[str, dict[str, dict[str, Rate]]] = {}
+    rates: dict[str, dict[str, dict[str, OutcomeRate]]] = {}
     gaps, ratios = [], []
     for attribute, values in people.items():
         groups = {name: known & np.array([one == name for one in values]) for name in sorted({one for one in values if one})}
@@ -133,15 +133,15 @@ def measured(people: Memberships, outcomes: Sequence[str | None], weights: Seque
             ratios += [
                 _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared}) for outcome in hits
             ]
-    return Rates(rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [one for one in ratios if one])
+    return OutcomeRates(rates, sorted(_corrected(gaps), key=lambda gap: -abs(gap.difference)), [one for one in ratios if one])
 
 
-def _rate(hit: NDArray[np.bool_], weight: F64) -> Rate:
+def _rate(hit: NDArray[np.bool_], weight: F64) -> OutcomeRate:
     total = float(weight.sum())
     if total <= 0:
-        return Rate(0.0, 0.0, 0.0, 1.0)
+        return OutcomeRate(0.0, 0.0, 0.0, 1.0)
     rate = float((hit * weight).sum()) / total
-    return Rate(total, rate, *wilson(rate, effective(weight)))
+    return OutcomeRate(total, rate, *wilson(rate, effective(weight)))
 
 
 def effective(weight: F64) -> float:
@@ -162,7 +162,7 @@ def _gap(
     return Gap(*names, one.rate, other.rate, one.rate - other.rate, *interval, p)
 
 
-def _ratio(attribute: str, outcome: str, rates: dict[str, Rate]) -> Ratio | None:
+def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio | None:
     lowest, highest = (min(rates, key=lambda name: (sign * rates[name].rate, name)) for sign in (1, -1))
     low, high = rates[lowest], rates[highest]
     if high.rate <= 0:
@@ -176,5 +176,5 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, Rate]) -> Ratio | None
 
 
 def _corrected(gaps: Sequence[Gap]) -> list[Gap]:
-    found = holm([gap.p for gap in gaps])
+    found = holm_correction([gap.p for gap in gaps])
     return [Gap(**{**asdict(gap), "p_corrected": p}) for gap, p in zip(gaps, found, strict=True)]

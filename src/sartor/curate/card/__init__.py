@@ -16,7 +16,7 @@ from sartor.curate.card import metadata as croissant
 from sartor.curate.card import metadata as hub
 from sartor.curate.card import plots, render
 from sartor.curate.card import sections as story
-from sartor.curate.card.blocks import Block, Folded, Picture, Pictures, Section
+from sartor.curate.card.blocks import Block, Folded, Pictures, Plot, Section
 from sartor.curate.card.card_data import gather
 
 
@@ -40,19 +40,19 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _named_apart(sections: Sequence[Section]) -> tuple[list[Section], list[Picture]]:
+def _named_apart(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]]:
     """The sections with every picture's name its own (names of steps and rules may collide as file names), and the pictures."""
-    used: dict[str, Picture] = {}
+    used: dict[str, Plot] = {}
 
     def named(block: Block) -> Block:
-        if isinstance(block, Picture):
+        if isinstance(block, Plot):
             name, number = block.name, 2
             while name in used:
                 name, number = f"{block.name}-{number}", number + 1
             used[name] = dataclasses.replace(block, name=name)
             return used[name]
         if isinstance(block, Pictures):
-            return Pictures([picture for each in block.shown if isinstance(picture := named(each), Picture)])
+            return Pictures([picture for each in block.shown if isinstance(picture := named(each), Plot)])
         if isinstance(block, Folded):
             return Folded(block.summary, [named(each) for each in block.blocks])
         return block

@@ -13,7 +13,7 @@ LONG = 300  # characters of a quotation that are shown
 
 
 @dataclass(frozen=True)
-class Said:
+class QuotedText:
     """Words of the data, cut to `most` characters with a note of how many more there are; `prose` where they are a sentence."""
 
     text: str
@@ -21,7 +21,7 @@ class Said:
     prose: bool = False
 
 
-Line = str | Said | tuple[str | Said, ...]
+Line = str | QuotedText | tuple[str | QuotedText, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A plot: the inside of an SVG of `width` x `height`, its file name in `card/`, and what it shows."""
 
     name: str
@@ -65,7 +65,7 @@ class Picture:
 class Pictures:
     """Plots beside each other where there is room."""
 
-    shown: Sequence[Picture]
+    shown: Sequence[Plot]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Turns:
+class ConversationBlock:
     """A row as a conversation: (role, text) pairs, and what stands below it."""
 
     shown: Sequence[tuple[str, str]]
@@ -85,7 +85,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Some words of a text; `differs` where the other text lacks them, `left_out` counts words that are not shown."""
 
     text: str
@@ -97,12 +97,12 @@ class Piece:
 class Dropped:
     """A dropped row and why, and the row that stands in its place where there is one, each in pieces."""
 
-    reason: Said
-    where: Said
-    detail: Said
-    pieces: Sequence[Piece]
+    reason: QuotedText
+    where: QuotedText
+    detail: QuotedText
+    pieces: Sequence[TextPiece]
     kept_title: Line = ""
-    kept: Sequence[Piece] = ()
+    kept: Sequence[TextPiece] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Folded:
     blocks: Sequence[Block]
 
 
-Block = Prose | Headlines | Table | Picture | Pictures | Listing | Turns | Dropped | Folded
+Block = Prose | Headlines | Table | Plot | Pictures | Listing | ConversationBlock | Dropped | Folded
 
 
 @dataclass

@@ -15,9 +15,9 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from sartor.core.licences.spdx import UNKNOWN
-from sartor.core.records import Drop, tally
+from sartor.core.records import Drop, count_values
 from sartor.curate.card import dataset_statistics
-from sartor.curate.card.dataset_statistics import Labels, Rows, measure
+from sartor.curate.card.dataset_statistics import DatasetStatistics, Labels, measure
 
 BATCH = 8192
 BY_LOT, LEAST_ALIKE = 12, 2  # rows per reason that are held as candidates to be shown
@@ -45,7 +45,7 @@ class Drops:
 
 
 @dataclass
-class Pairs:
+class PairScores:
     """Verified pairs of one evidence file: a histogram of their scores over 0..1, and how many by which method."""
 
     total: int = 0
@@ -58,7 +58,7 @@ class Evidence:
     """What the evidence files hold: pairs and queues by file name; of every file its number of rows."""
 
     files: dict[str, int] = field(default_factory=dict)
-    pairs: dict[str, Pairs] = field(default_factory=dict)
+    pairs: dict[str, PairScores] = field(default_factory=dict)
     queues: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
@@ -132,8 +132,8 @@ def read_evidence(folder: Path) -> Evidence:
     return evidence
 
 
-def _pairs(file: Any, columns: set[str]) -> Pairs:
-    pairs = Pairs()
+def _pairs(file: Any, columns: set[str]) -> PairScores:
+    pairs = PairScores()
     for batch in file.iter_batches(1 << 16, columns=sorted({"score", "method"} & columns)):
         scores = batch["score"].to_numpy(zero_copy_only=False)
         pairs.total += len(scores)
@@ -154,10 +154,10 @@ class Contents:
 
     folder: Path
     facts: Mapping[str, Any]
-    rows: Rows
+    rows: DatasetStatistics
     drops: Drops
     evidence: Evidence
-    media: Mapping[str, dataset_statistics.Files]
+    media: Mapping[str, dataset_statistics.MediaFileStats]
     languages: Counter[str] | None = field(default_factory=Counter)
 
     @property
@@ -174,7 +174,7 @@ class Contents:
     def dropped(self) -> dict[str, int]:
         """reason -> rows, most frequent first."""
         found = self.counts.get("dropped")
-        return tally(self.drops.reasons().elements()) if found is None else dict(found)
+        return count_values(self.drops.reasons().elements()) if found is None else dict(found)
 
     @property
     def read(self) -> int:

@@ -44,7 +44,7 @@ class Sampled:
 
 
 @dataclass
-class Rows:
+class DatasetStatistics:
     """What was counted. `words[split, side]` counts rows by their number of words; side is prompt or reply."""
 
     kept: int = 0
@@ -81,9 +81,9 @@ class Labels:
                 self.values = None
 
 
-def measure(files: Sequence[Path], wanted: set[str]) -> Rows:
+def measure(files: Sequence[Path], wanted: set[str]) -> DatasetStatistics:
     """Count all rows of the files, in their order; the rows whose ids are `wanted` are kept to be shown."""
-    rows = Rows()
+    rows = DatasetStatistics()
     ids = pa.array(sorted(wanted), pa.string())
     for batch in _batches(files):
         _count(rows, batch)
@@ -100,7 +100,7 @@ def _batches(files: Sequence[Path]) -> Iterator[Any]:
             yield from file.iter_batches(BATCH)
 
 
-def _count(rows: Rows, batch: Any) -> None:
+def _count(rows: DatasetStatistics, batch: Any) -> None:
     size = batch.num_rows
     rows.kept += size
     splits = np.array([split or "" for split in batch["split"].to_pylist()], dtype=object)
@@ -142,7 +142,7 @@ def _texts(parts: Any) -> tuple[pl.Series, Any]:
     return texts, texts.str.count_matches(r"\S+").fill_null(0).to_numpy()
 
 
-def _count_words(rows: Rows, key: tuple[str, str], words: Any) -> None:
+def _count_words(rows: DatasetStatistics, key: tuple[str, str], words: Any) -> None:
     if len(words):
         rows.words[key] = _added(rows.words.get(key, np.zeros(1, dtype=np.int64)), np.bincount(words))
 
@@ -154,7 +154,7 @@ def _added(total: Any, more: Any) -> Any:
     return longer
 
 
-def _count_labels(rows: Rows, texts: pl.Series, last: Any, parts: Any) -> None:
+def _count_labels(rows: DatasetStatistics, texts: pl.Series, last: Any, parts: Any) -> None:
     """The last messages of one text part each: as labels where they are short, field by field where they are JSON."""
     last = last[parts[last] == 1]
     firsts = np.cumsum(parts) - parts
@@ -168,7 +168,7 @@ def _count_labels(rows: Rows, texts: pl.Series, last: Any, parts: Any) -> None:
         _count_fields(rows, text, count)
 
 
-def _count_fields(rows: Rows, text: str, count: int) -> None:
+def _count_fields(rows: DatasetStatistics, text: str, count: int) -> None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -178,7 +178,7 @@ def _count_fields(rows: Rows, text: str, count: int) -> None:
             rows.fields.setdefault(key, Labels()).add(str(value), count)
 
 
-def _sample(rows: Rows, batch: Any) -> None:
+def _sample(rows: DatasetStatistics, batch: Any) -> None:
     if len(rows.sample) == SAMPLE:
         batch = batch.filter(pc.less(batch["id"], rows.sample[-1].id))
     if batch.num_rows:
@@ -225,7 +225,7 @@ _SOUNDS = {".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"}
 
 
 @dataclass
-class Files:
+class MediaFileStats:
     """Media files of one kind: how many, how large, and what was read of the first `FILES` of them.
 
     `sizes` are pixels of the longer side or seconds; `missing` names the package without which none was opened.
@@ -252,7 +252,7 @@ def languages(sample: Sequence[Sampled]) -> Counter[str] | None:
     return found
 
 
-def media(folder: Path) -> dict[str, Files]:
+def media(folder: Path) -> dict[str, MediaFileStats]:
     """image, audio -> what lies in `media/`; a kind of which nothing lies there is absent."""
     files = sorted(file for file in (folder / "media").glob("*") if file.is_file())
     found = {}
@@ -263,8 +263,8 @@ def media(folder: Path) -> dict[str, Files]:
     return found
 
 
-def _measured(files: Sequence[Path], opened: Callable[[Path], float]) -> Files:
-    facts = Files(len(files), sum(file.stat().st_size for file in files))
+def _measured(files: Sequence[Path], opened: Callable[[Path], float]) -> MediaFileStats:
+    facts = MediaFileStats(len(files), sum(file.stat().st_size for file in files))
     for file in files[:FILES]:
         try:
             facts.sizes.append(opened(file))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.filesystem import file_digest
-from sartor.core.html import flat, said, visible
+from sartor.core.html import escape_control, flat, format_value
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.card.card_data import Contents
 from sartor.curate.card.sections import file_name, known_languages
@@ -143,7 +143,7 @@ def describe(contents: Contents) -> dict[str, Any]:
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
-        "name": visible(contents.name)[:200],
+        "name": escape_control(contents.name)[:200],
         "description": _description(contents),
         "license": [_licence_url(part) for part in conjuncts(contents.licence)],
         "isLiveDataset": False,
@@ -160,19 +160,22 @@ def describe(contents: Contents) -> dict[str, Any]:
 def _description(contents: Contents) -> str:
     if contents.made_by:
         return (
-            f"{contents.kept:,} synthetic rows for tuning a language model, made by {visible(contents.made_by)} with Sartor; "
-            f"what could not be used is in drops/. Licence: {visible(contents.licence)}."
+            f"{contents.kept:,} synthetic rows for tuning a language model, made by "
+            f"{escape_control(contents.made_by)} with Sartor; "
+            f"what could not be used is in drops/. "
+            f"Licence: {escape_control(contents.licence)}."
         )
     return (
         f"{contents.kept:,} rows for tuning a language model, curated by Sartor from {contents.read:,} rows read; "
-        f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. Licence: {visible(contents.licence)}."
+        f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. "
+        f"Licence: {escape_control(contents.licence)}."
     )
 
 
 def _licence_url(part: str) -> str:
     """The address of a licence of the SPDX list; any other expression as it stands."""
     known = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", part) and part != UNKNOWN and not part.startswith("LicenseRef")
-    return f"https://spdx.org/licenses/{part}.html" if known else visible(part)
+    return f"https://spdx.org/licenses/{part}.html" if known else escape_control(part)
 
 
 def _distribution(folder: Path) -> list[dict[str, Any]]:
@@ -245,7 +248,7 @@ def _responsible(contents: Contents) -> dict[str, Any]:
     more = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
     found = {
-        "rai:dataCollection": f"Read from existing files: {visible(sources)}{more}."
+        "rai:dataCollection": f"Read from existing files: {escape_control(sources)}{more}."
         if sources
         else "Read from existing files.",
         "rai:dataCollectionType": "Software Generated" if contents.made_by else "Secondary data analysis",
@@ -253,7 +256,7 @@ def _responsible(contents: Contents) -> dict[str, Any]:
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
         "rai:dataUseCases": "Fine-tuning of language models.",
         "rai:personalSensitiveInformation": _personal(contents),
-        "rai:dataLimitations": [visible(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
+        "rai:dataLimitations": [escape_control(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
         "rai:dataAnnotationAnalysis": _labels(contents),
     }
     return {key: value for key, value in found.items() if value}
@@ -261,8 +264,10 @@ def _responsible(contents: Contents) -> dict[str, Any]:
 
 def _protocol(recipe: Mapping[str, Any]) -> list[str]:
     return [
-        visible(
-            ", ".join(f"{key} {said(value)}" for key, value in flat(step).items()) if isinstance(step, Mapping) else str(step)
+        escape_control(
+            ", ".join(f"{key} {format_value(value)}" for key, value in flat(step).items())
+            if isinstance(step, Mapping)
+            else str(step)
         )
         for step in recipe.get("steps") or ()
     ]
@@ -272,8 +277,8 @@ def _personal(contents: Contents) -> str:
     facts = contents.steps.get("personal_data")
     if not facts:
         return "No step that looks for personal data was run."
-    counted = ", ".join(f"{key} {said(value)}" for key, value in flat(facts).items())
-    return f"Looked for by pattern, masked or dropped before anything was written. Counts: {visible(counted)}."
+    counted = ", ".join(f"{key} {format_value(value)}" for key, value in flat(facts).items())
+    return f"Looked for by pattern, masked or dropped before anything was written. Counts: {escape_control(counted)}."
 
 
 def _labels(contents: Contents) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sartor.core.html import escape, visible
+from sartor.core.html import escape, escape_control
 from sartor.curate.card import dataset_statistics
-from sartor.curate.card.blocks import Picture
+from sartor.curate.card.blocks import Plot as Picture
 from sartor.curate.card.card_data import Contents, place
 
 HALF, WHOLE = 440, 912
@@ -189,7 +189,7 @@ def _advance(letter: str) -> float:
 
 def _fit(text: str, room: float) -> str:
     """The label in one line of `room` pixels, with a sign where it is cut."""
-    text = " ".join(visible(text[:400]).split())
+    text = " ".join(escape_control(text[:400]).split())
     if _wide(text) <= room:
         return text
     cut, width = [], _wide("…")
@@ -404,7 +404,7 @@ def media(contents: Contents) -> Iterator[Picture]:
             yield _sized(kind, title, axis, files)
 
 
-def _sized(kind: str, title: str, axis: str, files: dataset_statistics.Files) -> Picture:
+def _sized(kind: str, title: str, axis: str, files: dataset_statistics.MediaFileStats) -> Picture:
     binned = np.bincount([math.ceil(size).bit_length() for size in files.sizes])
     labels = _bin_labels(len(binned))
     first = int(np.nonzero(binned)[0][0])
@@ -413,7 +413,7 @@ def _sized(kind: str, title: str, axis: str, files: dataset_statistics.Files) ->
     return columns(kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note, tall="{:,.0f}")
 
 
-def found(step: str, key: str, counts: Mapping[str, int]) -> Picture:
+def count_bars(step: str, key: str, counts: Mapping[str, int]) -> Picture:
     """What a step counted, as bars."""
     return bars(f"{_file(step)}-{_file(key)}", key.replace("_", " "), ranked(counts))
 

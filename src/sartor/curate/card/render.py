@@ -13,22 +13,22 @@ from typing import Any
 
 import yaml
 
-from sartor.core.html import clipped, document, escape, headlines, visible
+from sartor.core.html import clipped, document, escape, escape_control, headlines
 from sartor.curate.card.blocks import (
     Block,
+    ConversationBlock,
     Dropped,
     Folded,
     Headlines,
     Line,
     Listing,
-    Picture,
     Pictures,
-    Piece,
+    Plot,
     Prose,
-    Said,
+    QuotedText,
     Section,
     Table,
-    Turns,
+    TextPiece,
 )
 from sartor.curate.card.plots import COLOURS, inline
 
@@ -76,7 +76,7 @@ summary { cursor: pointer; color: var(--blue); }
 
 def render_html(name: str, sections: Sequence[Section]) -> str:
     """The page."""
-    body = [f"<h1>{_line(Said(name, 120), plain=True)}</h1>"]
+    body = [f"<h1>{_line(QuotedText(name, 120), plain=True)}</h1>"]
     for section in sections:
         body.append(f"<h2>{escape(section.title)}</h2>" if section.title else "")
         body.extend(map(_block, section.blocks))
@@ -91,13 +91,13 @@ def _block(block: Block) -> str:
             return headlines(block.shown)
         case Table():
             return _table(block)
-        case Picture():
+        case Plot():
             return f"<div class='scroll alone'>{_figure(block, titled=False)}</div>"
         case Pictures():
             return f"<div class=grid>{''.join(map(_figure, block.shown))}</div>"
         case Listing():
             return f"<pre>{escape(block.text)}</pre>"
-        case Turns():
+        case ConversationBlock():
             turns = "".join(f"<div class=turn><b>{escape(role)}</b>{_said(text, _TURN)}</div>" for role, text in block.shown)
             return f"<div class=row>{turns}<div class=note>{_line(block.note)}</div></div>"
         case Dropped():
@@ -109,10 +109,10 @@ def _block(block: Block) -> str:
 def _line(line: Line, *, plain: bool = False) -> str:
     """Our words as they are; the data's in a face of their own, each with a reading direction of its own."""
     parts = line if isinstance(line, tuple) else (line,)
-    return "".join(_words(part, plain) if isinstance(part, Said) else escape(part) for part in parts)
+    return "".join(_words(part, plain) if isinstance(part, QuotedText) else escape(part) for part in parts)
 
 
-def _words(said: Said, plain: bool) -> str:
+def _words(said: QuotedText, plain: bool) -> str:
     short = " short" if len(said.text) <= _SHORT else ""
     face = "" if plain or said.prose else f' class="said{short}"'
     return f"<bdi{face}>{escape(clipped(said.text, said.most))}</bdi>" if said.text else ""
@@ -132,7 +132,7 @@ def _table(table: Table) -> str:
     return f"<div class=scroll><table{names}>{head}{''.join(cells('td', row) for row in table.rows)}</table></div>"
 
 
-def _figure(picture: Picture, *, titled: bool = True) -> str:
+def _figure(picture: Plot, *, titled: bool = True) -> str:
     """A plot that stands alone in its section has the section's title."""
     title = f"<h3>{escape(picture.title)}</h3>" if titled else ""
     note = f"<figcaption>{escape(picture.note)}</figcaption>" if picture.note else ""
@@ -148,7 +148,7 @@ def _dropped(block: Dropped) -> str:
     return f"<div class=row>{title}<div class=pair>{gone}{kept}</div></div>"
 
 
-def _pieces(pieces: Sequence[Piece]) -> str:
+def _pieces(pieces: Sequence[TextPiece]) -> str:
     parts = []
     for piece in pieces:
         if piece.left_out:
@@ -169,7 +169,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 def render_markdown(name: str, head: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """The file."""
     front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True, width=100)
-    parts = [f"---\n{front}---", f"# {_markdown_line(Said(name, 120, prose=True))}"]
+    parts = [f"---\n{front}---", f"# {_markdown_line(QuotedText(name, 120, prose=True))}"]
     for section in sections:
         parts += [f"## {_plain(section.title)}"] if section.title else []
         parts += [_markdown_block(block) for block in section.blocks]
@@ -187,13 +187,13 @@ def _markdown_block(block: Block) -> str:
         case Table():
             rows = [_row([_cell(cell) for cell in row]) for row in block.rows]
             return "\n".join((_row([_cell(cell) for cell in block.head]), _rule(len(block.head), block.numbers), *rows))
-        case Picture():
+        case Plot():
             return _picture(block)
         case Pictures():
             return "\n\n".join(map(_picture, block.shown))
         case Listing():
             return _fenced(block.text, block.language)
-        case Turns():
+        case ConversationBlock():
             said = "\n".join(f"{role}: {clipped(text, 700)}" for role, text in block.shown)
             return _fenced(said, "text") + f"\n\n{_markdown_line(block.note)}"
         case Dropped():
@@ -214,7 +214,7 @@ def _markdown_dropped(block: Dropped) -> str:
     return "\n\n".join(parts)
 
 
-def _markdown_pieces(pieces: Sequence[Piece], opening: str, closing: str) -> str:
+def _markdown_pieces(pieces: Sequence[TextPiece], opening: str, closing: str) -> str:
     return " ".join(
         f"(… {piece.left_out:,} words …)"
         if piece.left_out
@@ -225,7 +225,7 @@ def _markdown_pieces(pieces: Sequence[Piece], opening: str, closing: str) -> str
     )
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Plot) -> str:
     note = f"\n\n{_plain(picture.note)}" if picture.note else ""
     return f"![{_plain(picture.title)}](card/{picture.name}.svg){note}"
 
@@ -244,10 +244,10 @@ def _cell(cell: Line) -> str:
 
 def _markdown_line(line: Line, *, bar: str = "|") -> str:
     parts = line if isinstance(line, tuple) else (line,)
-    return "".join(_markdown_said(part, bar) if isinstance(part, Said) else _plain(part) for part in parts)
+    return "".join(_markdown_said(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in parts)
 
 
-def _markdown_said(said: Said, bar: str) -> str:
+def _markdown_said(said: QuotedText, bar: str) -> str:
     text = clipped(said.text, said.most)
     return text if said.prose and _is_harmless(text) else code(text, bar)
 
@@ -259,7 +259,7 @@ def _is_harmless(text: str) -> bool:
 
 def code(text: str, bar: str = "|") -> str:
     """A code span: one line, delimited by more backticks than stand in it anywhere."""
-    text = " ".join(visible(text).split()).replace("|", bar)
+    text = " ".join(escape_control(text).split()).replace("|", bar)
     if not text:
         return ""
     ticks = "`" * (_longest_run(text) + 1)
@@ -268,7 +268,7 @@ def code(text: str, bar: str = "|") -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    text = visible(text)
+    text = escape_control(text)
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 

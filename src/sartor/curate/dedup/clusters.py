@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import GuardError
-from sartor.curate.dedup.pair_scoring import EXACT, METHODS, Pairs, Rules
+from sartor.curate.dedup.pair_scoring import EXACT, METHODS, DuplicateRules, ScoredPairs
 from sartor.curate.dedup.shingles import F32, I64, U8
 
 
@@ -44,7 +44,7 @@ def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
             parent = up
 
 
-def places_of(rank: NDArray[Any], labels: I64 | None = None) -> I64:
+def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
     """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its class."""
     order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
     place = np.empty(len(order), np.int64)
@@ -80,16 +80,16 @@ class Removals:
         return {name: int(count) for name, count in zip(METHODS, np.bincount(self.method, minlength=3), strict=True) if count}
 
 
-def resolve(pairs: Pairs, rank: NDArray[Any], rules: Rules) -> Removals:
+def resolve_clusters(pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> Removals:
     """The removals that pairs ask for under the rules. `rank` (N,): of two alike the higher stays, of equals the first read.
 
     Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
     """
     judged = pairs.judged(rules.threshold, rules.contained)
-    place = places_of(rank)
+    place = rank_positions(rank)
     twins = judged.where(judged.exact)
     row_at = np.argsort(place)
-    best = row_at[places_of(rank, components(len(rank), twins.a, twins.b))]
+    best = row_at[rank_positions(rank, components(len(rank), twins.a, twins.b))]
     exact_rows = np.flatnonzero(best != np.arange(len(best)))
     near = judged.where(~judged.exact)
     a, b = best[near.a], best[near.b]
@@ -121,7 +121,7 @@ def _stars(a: I64, b: I64, place: I64) -> tuple[I64, I64, I64]:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RemovalLimits:
     """What may be removed without asking.
 
     `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong
@@ -143,8 +143,12 @@ class Limits:
         return f"--{name} {value}".rstrip()
 
 
-def guard(
-    removals: Removals, sources: NDArray[np.integer[Any]], names: Sequence[str], limits: Limits, say: Callable[[int], str] = str
+def check_removals(
+    removals: Removals,
+    sources: NDArray[np.integer[Any]],
+    names: Sequence[str],
+    limits: RemovalLimits,
+    say: Callable[[int], str] = str,
 ) -> None:
     """Raise GuardError where removals go beyond the limits.
 

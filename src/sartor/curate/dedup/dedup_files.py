@@ -21,20 +21,20 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Lines
 
 from sartor.core import catalogue
-from sartor.core.artifacts import Artifact, check_free, open_artifact, write_artifact
+from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
 from sartor.core.config import option
 from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
-from sartor.core.processes import Means, Workers
+from sartor.core.processes import Executor, WorkerPool
 from sartor.curate.dedup import pair_store
-from sartor.curate.dedup.clusters import Limits, Removals, guard, resolve
-from sartor.curate.dedup.file_passes import FileOfRows, Rows, Writer, look, read, stamp_of
+from sartor.curate.dedup.clusters import RemovalLimits, Removals, check_removals, resolve_clusters
+from sartor.curate.dedup.file_passes import FileOfRows, RecordLocations, Writer, inspect_files, sketch_files, stamp_of
 from sartor.curate.dedup.near_duplicates import near_duplicates
-from sartor.curate.dedup.pair_scoring import Rules, rules_for
-from sartor.curate.dedup.record_files import Choice, Fault, blocks
+from sartor.curate.dedup.pair_scoring import DuplicateRules, rules_for
+from sartor.curate.dedup.record_files import BadRecord, ComparedFields, blocks
 
 
-class Progress:
+class DedupProgress:
     """A bar for every stage that `show` is told of; nothing at all without `visible`."""
 
     def __init__(self, visible: bool) -> None:
@@ -98,9 +98,9 @@ class DedupOptions:
             raise ConfigError("max_row_bytes and processes cannot be negative", "leave them out")
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RemovalLimits:
         """The guards."""
-        return Limits(self.max_source_fraction, self.max_fraction, allow=self.allow)
+        return RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow)
 
 
 @dataclass(frozen=True)
@@ -148,27 +148,27 @@ def dedup(
     chosen = _options(options)
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
     pairs = Path(pairs) if pairs is not None else None
-    check_free(Path(out).absolute(), replace=replace)
+    check_output_free(Path(out).absolute(), replace=replace)
     if pairs is not None:
         pair_store.check_export(pairs)
     listed: list[int] = []
 
     def fill(part: Path) -> Mapping[str, Any]:
-        with Progress(show) as progress, Workers(_processes(chosen, paths)) as workers:
-            means = Means(progress.show, workers.spread)
-            inputs, how = look(paths, chosen.text_field, chosen.unit, chosen.size, chosen.max_row_bytes)
+        with DedupProgress(show) as progress, WorkerPool(_processes(chosen, paths)) as workers:
+            means = Executor(progress.show, workers.spread)
+            inputs, how = inspect_files(paths, chosen.text_field, chosen.unit, chosen.size, chosen.max_row_bytes)
             rules = rules_for(how, chosen.threshold, chosen.contained)
-            reading = read(inputs, how, part / _STORE, chosen.max_row_bytes, means)
+            reading = sketch_files(inputs, how, part / _STORE, chosen.max_row_bytes, means)
             if not len(reading.rows.line) or len(reading.rows.faults) == len(reading.rows.line):
                 raise SourceError(_nothing(reading.rows), "check the files and --text-field")
             rank = reading.lengths if chosen.keep == "longest" else np.zeros(len(reading.lengths))
             found = near_duplicates(reading.shingles, reading.offsets, reading.digests, rules, rank, means)
             (part / _STORE).unlink()
-            removals = resolve(found.pairs, rank, rules)
-            guard(removals, reading.rows.file, reading.rows.names, chosen.limits, reading.rows.say)
+            removals = resolve_clusters(found.pairs, rank, rules)
+            check_removals(removals, reading.rows.file, reading.rows.names, chosen.limits, reading.rows.say)
             write_rows(part, inputs, reading.counts, reading.rows, removals, chosen.max_row_bytes, means)
         pair_store.write_pairs(part / "pairs.parquet", found.pairs, rank, rules)
-        duplicates = pair_store.listed(found.pairs, len(rank), rules)
+        duplicates = pair_store.duplicates_at(found.pairs, len(rank), rules)
         listed.append(len(duplicates.a))
         if pairs is not None:
             pair_store.export(pairs, duplicates, rules)
@@ -195,10 +195,10 @@ def write_rows(
     part: Path,
     inputs: Sequence[FileOfRows],
     counts: Sequence[int],
-    rows: Rows,
+    rows: RecordLocations,
     removals: Removals,
     most_bytes: int,
-    means: Means,
+    means: Executor,
 ) -> None:
     """The second reading of every file. Raises SourceError if one is no longer as it was."""
     first = 0
@@ -212,7 +212,9 @@ def write_rows(
             means.show("writing", first, sum(counts))
 
 
-def facts(inputs: Sequence[FileOfRows], counts: Sequence[int], rows: Rows, removals: Removals, rules: Rules) -> dict[str, Any]:
+def facts(
+    inputs: Sequence[FileOfRows], counts: Sequence[int], rows: RecordLocations, removals: Removals, rules: DuplicateRules
+) -> dict[str, Any]:
     """What the manifest says of a run, but for what only a first run knows."""
     read = len(rows.line)
     reasons = Counter(fault.reason for fault in rows.faults.values())
@@ -264,7 +266,7 @@ def _processes(chosen: DedupOptions, paths: Sequence[Path]) -> int:
     return count if count > 1 else 0
 
 
-def _nothing(rows: Rows) -> str:
+def _nothing(rows: RecordLocations) -> str:
     reasons = ", ".join(
         f"{reason} {count}" for reason, count in Counter(fault.reason for fault in rows.faults.values()).most_common()
     )
@@ -285,8 +287,8 @@ def rethreshold(
     old = open_artifact(path, "duplicates")
     manifest = old.manifest
     pair_store.check_threshold(threshold, manifest["rules"]["floor"])
-    check_free(Path(out).absolute(), replace=replace)
-    rules = dataclasses.replace(Rules(**manifest["rules"]), threshold=threshold)
+    check_output_free(Path(out).absolute(), replace=replace)
+    rules = dataclasses.replace(DuplicateRules(**manifest["rules"]), threshold=threshold)
     listed: list[int] = []
 
     def fill(part: Path) -> Mapping[str, Any]:
@@ -294,19 +296,19 @@ def rethreshold(
         inputs = [_input(said) for said in manifest["inputs"]]
         rows = _rows(old, inputs, options["max_row_bytes"])
         pairs, rank = pair_store.read_pairs(old.path / "pairs.parquet", len(rows.line))
-        removals = resolve(pairs, rank, rules)
-        guard(
+        removals = resolve_clusters(pairs, rank, rules)
+        check_removals(
             removals,
             rows.file,
             rows.names,
-            Limits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"]),
+            RemovalLimits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"]),
             rows.say,
         )
         counts = [said["rows"] for said in manifest["inputs"]]
-        with Progress(show) as progress:
-            write_rows(part, inputs, counts, rows, removals, options["max_row_bytes"], Means(progress.show))
+        with DedupProgress(show) as progress:
+            write_rows(part, inputs, counts, rows, removals, options["max_row_bytes"], Executor(progress.show))
         pair_store.write_pairs(part / "pairs.parquet", pairs, rank, rules)
-        listed.append(len(pair_store.listed(pairs, len(rank), rules).a))
+        listed.append(len(pair_store.duplicates_at(pairs, len(rank), rules).a))
         same = {name: manifest[name] for name in ("unit", "size", "unit_reason", "noticed")}
         return {
             **facts(inputs, counts, rows, removals, rules),
@@ -327,11 +329,11 @@ def _input(said: Mapping[str, Any]) -> FileOfRows:
         raise ArtifactError(f"the input file {file} is not there", again)
     if file.stat().st_size != said["bytes"] or file_digest(file) != said["sha256"]:
         raise ArtifactError(f"the input file {file} was changed since it was de-duplicated", again)
-    choice = Choice(tuple(said["fields"]), said["joined"], tuple(said["left_out"]), said["fields_reason"])
+    choice = ComparedFields(tuple(said["fields"]), said["joined"], tuple(said["left_out"]), said["fields_reason"])
     return FileOfRows(file, said["format"], choice, said["name"], stamp_of(file))
 
 
-def _rows(old: Artifact, inputs: list[FileOfRows], most_bytes: int) -> Rows:
+def _rows(old: Artifact, inputs: list[FileOfRows], most_bytes: int) -> RecordLocations:
     """Where the rows stand, by reading the files for their lines; which could not be used, by what was dropped."""
     of_file, lines = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for number, file in enumerate(inputs):
@@ -339,5 +341,5 @@ def _rows(old: Artifact, inputs: list[FileOfRows], most_bytes: int) -> Rows:
             lines.append(np.array(block.lines, np.int64))
             of_file.append(np.full(len(block.lines), number, np.int32))
     dropped = pq.read_table(old.path / "dropped.parquet", columns=["row", "reason", "detail", "kept_row"]).to_pylist()
-    faults = {drop["row"]: Fault(drop["reason"], drop["detail"]) for drop in dropped if drop["kept_row"] is None}
-    return Rows([str(file.path) for file in inputs], np.concatenate(of_file), np.concatenate(lines), faults)
+    faults = {drop["row"]: BadRecord(drop["reason"], drop["detail"]) for drop in dropped if drop["kept_row"] is None}
+    return RecordLocations([str(file.path) for file in inputs], np.concatenate(of_file), np.concatenate(lines), faults)

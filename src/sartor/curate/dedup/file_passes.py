@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 
 from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ConfigError, SourceError
-from sartor.core.processes import Means
+from sartor.core.processes import Executor
 from sartor.core.records import canonical_text
 from sartor.curate.dedup import shingles
 from sartor.curate.dedup.clusters import Removals
 from sartor.curate.dedup.pair_scoring import METHODS
 from sartor.curate.dedup.record_files import (
-    Block,
-    Choice,
+    BadRecord,
+    ComparedFields,
     CsvRow,
-    Fault,
+    RecordBlock,
     blocks,
     choose,
     format_of,
@@ -49,13 +49,13 @@ _DROPPED = pa.schema(
 
 
 @dataclass(frozen=True)
-class Rows:
+class RecordLocations:
     """Where the N rows of a run stand: `names` of the files, (N,) the `file` of each and its `line`; `faults` by row."""
 
     names: list[str]
     file: I32
     line: I64
-    faults: dict[int, Fault]
+    faults: dict[int, BadRecord]
 
     def say(self, row: int) -> str:
         """A row as a person finds it."""
@@ -65,7 +65,7 @@ class Rows:
 class Writer:
     """Writes `kept/` and `dropped.parquet` below a folder; a context manager."""
 
-    def __init__(self, folder: Path, rows: Rows, removals: Removals) -> None:
+    def __init__(self, folder: Path, rows: RecordLocations, removals: Removals) -> None:
         self.folder, self.rows, self.removals = folder, rows, removals
         count = len(rows.line)
         self._removal = np.full(count, -1, np.int64)
@@ -122,16 +122,16 @@ class Writer:
 
     def _content(self, raw: Any, source: Path) -> bytes:
         """The row as bytes. One too long to hold is copied to `too_long/` in pieces."""
-        if isinstance(raw, Fault):
+        if isinstance(raw, BadRecord):
             self._copy(raw, source)
             return b""
         if isinstance(raw, CsvRow):
-            if isinstance(raw.fields, Fault) and raw.fields.size:
+            if isinstance(raw.fields, BadRecord) and raw.fields.size:
                 self._copy(raw.fields, source)
             return raw.raw
         return raw if isinstance(raw, bytes) else canonical_text(raw).encode()
 
-    def _copy(self, fault: Fault, source: Path) -> None:
+    def _copy(self, fault: BadRecord, source: Path) -> None:
         folder = self.folder / "too_long"
         folder.mkdir(exist_ok=True)
         with source.open("rb") as stream, (folder / source.name).open("ab") as out:
@@ -157,7 +157,7 @@ class _Target(ABC):
         pass
 
     @abstractmethod
-    def write(self, block: Block, keep: Mask) -> None: ...
+    def write(self, block: RecordBlock, keep: Mask) -> None: ...
 
 
 def _open_target(kind: str, source: Path, target: Path) -> _Target:
@@ -175,11 +175,11 @@ class _LinesTarget(_Target):
     def __exit__(self, *exception: object) -> None:
         self._out.close()
 
-    def write(self, block: Block, keep: Mask) -> None:
+    def write(self, block: RecordBlock, keep: Mask) -> None:
         self._out.write(b"".join(_pieces(block, keep)))
 
 
-def _pieces(block: Block, keep: Mask) -> Iterator[bytes]:
+def _pieces(block: RecordBlock, keep: Mask) -> Iterator[bytes]:
     for place, (row, stays) in enumerate(zip(block.rows, keep.tolist(), strict=True)):
         if place in block.gaps:
             yield block.gaps[place]
@@ -196,7 +196,7 @@ class _JsonTarget(_Target):
         self._source, self._target = source, target
         self._kept: list[Any] = []
 
-    def write(self, block: Block, keep: Mask) -> None:
+    def write(self, block: RecordBlock, keep: Mask) -> None:
         self._kept.extend(row for row, stays in zip(block.rows, keep.tolist(), strict=True) if stays)
 
     def __exit__(self, *exception: object) -> None:
@@ -222,7 +222,7 @@ class _ParquetTarget(_Target):
         gone.parent.mkdir(exist_ok=True)
         self._gone = pq.ParquetWriter(gone, schema, compression="zstd")
 
-    def write(self, block: Block, keep: Mask) -> None:
+    def write(self, block: RecordBlock, keep: Mask) -> None:
         table = pa.Table.from_batches([next(self._batches)])
         self._out.write_table(table.filter(pa.array(keep)))
         self._gone.write_table(table.filter(pa.array(~keep)))
@@ -243,7 +243,7 @@ class FileOfRows:
 
     path: Path
     kind: str
-    choice: Choice
+    choice: ComparedFields
     name: str
     stamp: tuple[int, int]
 
@@ -253,7 +253,9 @@ class FileOfRows:
             raise SourceError(f"{self.path} was changed while it was read", "run again when nobody writes it")
 
 
-def look(paths: Sequence[Path], text_field: str, unit: Any, size: int, most_bytes: int) -> tuple[list[FileOfRows], Shingling]:
+def inspect_files(
+    paths: Sequence[Path], text_field: str, unit: Any, size: int, most_bytes: int
+) -> tuple[list[FileOfRows], Shingling]:
     """The files and their fields, and how rows are cut, from the first rows of each. Raises ConfigError, SourceError."""
     if not paths:
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
@@ -281,7 +283,7 @@ def _sample(path: Path, kind: str, most_bytes: int) -> list[dict[str, Any]]:
 def _record(row: Any, kind: str) -> Any:
     if isinstance(row, bytes):
         return parse_line(row, None)
-    return row.fields if kind == "csv" and not isinstance(row, Fault) else row
+    return row.fields if kind == "csv" and not isinstance(row, BadRecord) else row
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
@@ -291,10 +293,10 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 @dataclass
-class Reading:
+class SketchedRows:
     """What the first reading remembers of N rows; `shingles` are memory-mapped."""
 
-    rows: Rows
+    rows: RecordLocations
     shingles: U32
     offsets: I64
     digests: U8
@@ -302,12 +304,12 @@ class Reading:
     counts: list[int] = field(default_factory=list)  # rows of each file
 
 
-def read(files: Sequence[FileOfRows], how: Shingling, store: Path, most_bytes: int, means: Means) -> Reading:
+def sketch_files(files: Sequence[FileOfRows], how: Shingling, store: Path, most_bytes: int, means: Executor) -> SketchedRows:
     """Read every row of the files; shingles go to the file `store`."""
     of_file: list[I32] = []
     lines: list[I64] = []
     sizes, digests, lengths = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.int64)]
-    faults: dict[int, Fault] = {}
+    faults: dict[int, BadRecord] = {}
     counts, done, total = [0] * len(files), 0, sum(file.stamp[0] for file in files)
     places: list[tuple[int, list[int], int]] = []
 
@@ -332,13 +334,15 @@ def read(files: Sequence[FileOfRows], how: Shingling, store: Path, most_bytes: i
             done += size
             means.show("reading", done, total)
     whole = np.memmap(store, np.uint32, "r") if store.stat().st_size else np.empty(0, np.uint32)
-    rows = Rows(
+    rows = RecordLocations(
         [str(file.path) for file in files],
         np.concatenate([np.empty(0, np.int32), *of_file]),
         np.concatenate([np.empty(0, np.int64), *lines]),
         faults,
     )
-    return Reading(rows, whole, offsets_of(np.concatenate(sizes)), np.concatenate(digests), np.concatenate(lengths), counts)
+    return SketchedRows(
+        rows, whole, offsets_of(np.concatenate(sizes)), np.concatenate(digests), np.concatenate(lengths), counts
+    )
 
 
 def _sized(file: FileOfRows, most_bytes: int) -> Iterator[tuple[Any, int]]:
@@ -352,7 +356,9 @@ def _append(stream: BinaryIO, sketches: Sketches) -> None:
     stream.write(sketches.shingles.tobytes())
 
 
-def sketch_rows(rows: list[Any], choice: Choice, kind: str, how: Shingling) -> tuple[Sketches, I64, list[tuple[int, Fault]]]:
+def sketch_rows(
+    rows: list[Any], choice: ComparedFields, kind: str, how: Shingling
+) -> tuple[Sketches, I64, list[tuple[int, BadRecord]]]:
     """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the Faults.
 
     A row that cannot be used has an empty set.
@@ -362,8 +368,8 @@ def sketch_rows(rows: list[Any], choice: Choice, kind: str, how: Shingling) -> t
         if isinstance(row, bytes):
             text = parse_line(row, choice)
         else:
-            text = parsed(row if kind != "csv" or isinstance(row, Fault) else row.fields, choice)
-        if isinstance(text, Fault):
+            text = parsed(row if kind != "csv" or isinstance(row, BadRecord) else row.fields, choice)
+        if isinstance(text, BadRecord):
             faults.append((place, text))
             text = ""
         texts.append(text)

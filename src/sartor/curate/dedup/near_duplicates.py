@@ -27,9 +27,9 @@ import numpy as np
 import rensa
 from numpy.typing import NDArray
 
-from sartor.core.processes import ALONE, Means
-from sartor.curate.dedup.clusters import components, places_of
-from sartor.curate.dedup.pair_scoring import Pairs, Rules, measure
+from sartor.core.processes import ALONE, Executor
+from sartor.curate.dedup.clusters import components, rank_positions
+from sartor.curate.dedup.pair_scoring import DuplicateRules, ScoredPairs, measure
 from sartor.curate.dedup.shingles import (
     I64,
     U8,
@@ -53,7 +53,7 @@ _LISTED = 512  # rensa's matrix leaves as lists of Python ints: so many rows of 
 _FOLD = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
 
 
-def band_keys(sets: Sets, rows: I64, *, whole: bool, means: Means) -> U32:
+def band_keys(sets: Sets, rows: I64, *, whole: bool, means: Executor) -> U32:
     """(BANDS, n) 32-bit keys of the n `rows`, by their own shingles or by all of them; none of the sets may be empty."""
     keys = np.empty((BANDS, len(rows)), np.uint32)
     parts = (some for part in spans(sets.offsets, rows) for some in np.split(part, range(_ROWS, len(part), _ROWS)))
@@ -98,14 +98,14 @@ _DISPLACED = 0.12
 
 
 @dataclass(frozen=True)
-class Parity:
+class BitSketch:
     """(n, 4) words of 64 bits for each of n rows: of its common text, and of its own shingles."""
 
     text: U64
     own: U64
 
     @staticmethod
-    def of(sets: Sets, rows: I64) -> Parity:
+    def of(sets: Sets, rows: I64) -> BitSketch:
         """The sketches of `rows`."""
         text, own = [], []
         for part in spans(sets.offsets, rows):
@@ -117,7 +117,7 @@ class Parity:
                 is_text = (level > 0) & (level >= sets.common_cut[some][row])
                 text.append(_folded(bits[is_text], len(some)))
                 own.append(_folded(bits[level == 0], len(some)))
-        return Parity(np.concatenate(text), np.concatenate(own))
+        return BitSketch(np.concatenate(text), np.concatenate(own))
 
     def perhaps_edited(self, a: I64, b: I64) -> Mask:
         """Whether pairs of places may pass the rule of displaced shingles in `pair_scoring.py`."""
@@ -139,10 +139,10 @@ _COMPLETIONS = 8
 
 
 @dataclass(frozen=True)
-class Found:
+class NearDuplicatePairs:
     """Verified pairs, and what the run noticed on its way."""
 
-    pairs: Pairs
+    pairs: ScoredPairs
     common: int  # shingles that were ignored
     empty: int  # rows without words, which are nobody's duplicates
     candidates: int  # pairs that were verified
@@ -160,22 +160,22 @@ def exact(digests: U8, empty: Mask) -> I64:
 
 
 def near_duplicates(
-    shingles: U32, offsets: I64, digests: U8, rules: Rules, rank: NDArray[Any] | None = None, means: Means = ALONE
-) -> Found:
+    shingles: U32, offsets: I64, digests: U8, rules: DuplicateRules, rank: NDArray[Any] | None = None, means: Executor = ALONE
+) -> NearDuplicatePairs:
     """Verified pairs of N rows down to `rules.floor`, exact ones among them, each (a, b) with a < b once.
 
     `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that
-    `clusters.resolve` will get; rows of large clusters are held against the row that it puts first (default: the largest
-    set). `means`: progress, processes.
+    `clusters.resolve_clusters` will get; rows of large clusters are held against the row that it puts first (default:
+    the largest set). `means`: progress, processes.
     """
     sizes = np.diff(offsets)
     empty = sizes == 0
     first = exact(digests, empty)
     rows = np.flatnonzero((first == np.arange(len(first))) & ~empty)
     twins = np.flatnonzero(first != np.arange(len(first)))
-    found = Pairs.of_exact(first[twins], twins)
+    found = ScoredPairs.of_exact(first[twins], twins)
     if len(rows) < 2:
-        return Found(found, 0, int(empty.sum()), 0)
+        return NearDuplicatePairs(found, 0, int(empty.sum()), 0)
     common = common_shingles(shingles, offsets, rows, rules.common_limit(len(rows)))
     sets = Sets(shingles, offsets, levels(shingles, common))
     search = _Search(sets, rules, np.zeros(1 << _SEEN_BITS, np.uint64), np.arange(len(sizes)), means)
@@ -184,8 +184,10 @@ def near_duplicates(
     if len(common.shingles):
         share = 1 - sets.own_sizes[rows] / sizes[rows]
         _search_bands(search, rows[share >= COMMON_SHARE], "whole", "comparing what is common")
-    _complete(search, places_of(sizes if rank is None else rank, first))
-    return Found(Pairs.joined([found, *search.found]).unique(), len(common.shingles), int(empty.sum()), search.candidates)
+    _complete(search, rank_positions(sizes if rank is None else rank, first))
+    return NearDuplicatePairs(
+        ScoredPairs.joined([found, *search.found]).unique(), len(common.shingles), int(empty.sum()), search.candidates
+    )
 
 
 @dataclass
@@ -193,11 +195,11 @@ class _Search:
     """The state of a search: what was verified, and who is joined with whom."""
 
     sets: Sets
-    rules: Rules
+    rules: DuplicateRules
     seen: U64  # a cache of pairs that were verified, by hash: bounded, and a miss only repeats work
     labels: I64
-    means: Means
-    found: list[Pairs] = field(default_factory=list)
+    means: Executor
+    found: list[ScoredPairs] = field(default_factory=list)
     candidates: int = 0
 
     def verify(self, a: I64, b: I64) -> None:
@@ -223,7 +225,7 @@ def _search_bands(search: _Search, rows: I64, what: str, stage: str) -> None:
         return
     whole = what == "whole"
     keys = band_keys(search.sets, rows, whole=whole, means=search.means)
-    parity = Parity.of(search.sets, rows) if whole else None
+    parity = BitSketch.of(search.sets, rows) if whole else None
     for band in range(BANDS):
         left, right, crowded = bucket_pairs(keys[band])
         a, b = rows[left], rows[right]
@@ -263,7 +265,7 @@ def bucket_pairs(keys: U32) -> tuple[I64, I64, Mask]:
 
 def _complete(search: _Search, place: I64) -> None:
     """Hold rows that lack an edge to the first-ranked row of their component against it; those unlike it against the next."""
-    sure = Pairs.joined(search.found).unique().judged(search.rules.threshold, search.rules.contained)
+    sure = ScoredPairs.joined(search.found).unique().judged(search.rules.threshold, search.rules.contained)
     open_rows = np.unique(np.concatenate([sure.a, sure.b]))
     for _ in range(_COMPLETIONS):
         heads = _heads(search.labels, open_rows, place)
@@ -273,7 +275,9 @@ def _complete(search: _Search, place: I64) -> None:
             return
         before = len(search.found)
         search.verify(a[~linked], b[~linked])
-        sure = Pairs.joined([sure, *[p.judged(search.rules.threshold, search.rules.contained) for p in search.found[before:]]])
+        sure = ScoredPairs.joined(
+            [sure, *[p.judged(search.rules.threshold, search.rules.contained) for p in search.found[before:]]]
+        )
         linked = np.isin(_keys(a, b), _keys(sure.a, sure.b)) | (a == b)
         open_rows = open_rows[~linked]
 

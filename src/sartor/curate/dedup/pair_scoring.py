@@ -35,7 +35,7 @@ METHODS = ("exact", "near", "contained")
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ScoredPairs:
     """P pairs of rows, a < b: (P,) each.
 
     `jaccard` 0..1 of the two sets as defined above, 1 for exact duplicates; `containment` 0..1, the share of the
@@ -49,33 +49,35 @@ class Pairs:
     exact: Mask
 
     @staticmethod
-    def none() -> Pairs:
+    def none() -> ScoredPairs:
         """No pairs."""
-        return Pairs.joined([])
+        return ScoredPairs.joined([])
 
     @staticmethod
-    def of_exact(a: I64, b: I64) -> Pairs:
+    def of_exact(a: I64, b: I64) -> ScoredPairs:
         """Pairs of equal content."""
         one = np.ones(len(a), np.float32)
-        return Pairs(np.minimum(a, b), np.maximum(a, b), one, one, np.ones(len(a), bool))
+        return ScoredPairs(np.minimum(a, b), np.maximum(a, b), one, one, np.ones(len(a), bool))
 
     @staticmethod
-    def joined(parts: Sequence[Pairs]) -> Pairs:
+    def joined(parts: Sequence[ScoredPairs]) -> ScoredPairs:
         """All pairs of some."""
         types = (np.int64, np.int64, np.float32, np.float32, np.bool_)
-        columns = zip([column.name for column in fields(Pairs)], types, strict=True)
-        return Pairs(*[np.concatenate([np.empty(0, kind), *[getattr(part, name) for part in parts]]) for name, kind in columns])
+        columns = zip([column.name for column in fields(ScoredPairs)], types, strict=True)
+        return ScoredPairs(
+            *[np.concatenate([np.empty(0, kind), *[getattr(part, name) for part in parts]]) for name, kind in columns]
+        )
 
-    def where(self, chosen: Mask | I64) -> Pairs:
+    def where(self, chosen: Mask | I64) -> ScoredPairs:
         """The pairs that a mask or a list of places chooses."""
-        return Pairs(*[getattr(self, column.name)[chosen] for column in fields(self)])
+        return ScoredPairs(*[getattr(self, column.name)[chosen] for column in fields(self)])
 
-    def unique(self) -> Pairs:
+    def unique(self) -> ScoredPairs:
         """Each pair once, sorted by (a, b)."""
         keys = (self.a.astype(np.uint64) << np.uint64(32)) | self.b.astype(np.uint64)
         return self.where(np.unique(keys, return_index=True)[1])
 
-    def judged(self, threshold: float, contained: float) -> Pairs:
+    def judged(self, threshold: float, contained: float) -> ScoredPairs:
         """The pairs that are duplicates at a threshold of Jaccard, or of containment (0 switches that off)."""
         return self.where(self.is_judged(threshold, contained))
 
@@ -106,7 +108,7 @@ FLOORS = {"words": 0.5, "characters": 0.35}
 
 
 @dataclass(frozen=True)
-class Rules:
+class DuplicateRules:
     """What makes two rows duplicates.
 
     `threshold` of Jaccard, `contained` of containment (0: never), `floor` down to which pairs are kept, `least_own` the
@@ -127,7 +129,7 @@ class Rules:
         return max(self.common_rows, math.floor(self.common_fraction * rows))
 
 
-def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = None) -> Rules:
+def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = None) -> DuplicateRules:
     """The rules of a shingling; a threshold of 0 takes its default. Raises ConfigError for one out of 0.2..1.
 
     Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams six words.
@@ -140,10 +142,10 @@ def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = 
     contained = (0.9 if how.unit == "words" else 0.0) if contained is None else contained
     if contained and not 0.5 <= contained <= 1:
         raise ConfigError(f"a containment of {contained:g} is out of range", "0.5 to 1, or 0 to switch it off")
-    return Rules(threshold, min(threshold, FLOORS[how.unit]), contained, numbers=0.5 if how.unit == "words" else 0.0)
+    return DuplicateRules(threshold, min(threshold, FLOORS[how.unit]), contained, numbers=0.5 if how.unit == "words" else 0.0)
 
 
-def measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
+def measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
     sizes = np.diff(sets.offsets)
     found = []
@@ -154,10 +156,10 @@ def measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
         last = max(first + 1, int(np.searchsorted(both, base + CHUNK, side="right")))
         found.append(_measure(sets, a[first:last], b[first:last], rules))
         first = last
-    return Pairs.joined(found)
+    return ScoredPairs.joined(found)
 
 
-def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
+def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     count = _counts(sets, a, b)
     sizes = np.diff(sets.offsets)
     own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
@@ -172,7 +174,7 @@ def _measure(sets: Sets, a: I64, b: I64, rules: Rules) -> Pairs:
     jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, strict))
     inside = np.minimum(count.shared / np.minimum(sizes[a], sizes[b]), count.own / np.maximum(np.minimum(own_a, own_b), 1))
     containment = np.where(enough, inside, 0)
-    pairs = Pairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
+    pairs = ScoredPairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
     if rules.numbers:
         lacking_a, lacking_b = sets.number_sizes[a] - count.numbers, sets.number_sizes[b] - count.numbers
         contradict = (np.minimum(lacking_a, lacking_b) > 0) & (

@@ -16,7 +16,7 @@ from sartor.core.artifacts import SCHEMA
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
 from sartor.curate.dedup.clusters import components
-from sartor.curate.dedup.pair_scoring import METHODS, Pairs, Rules
+from sartor.curate.dedup.pair_scoring import METHODS, DuplicateRules, ScoredPairs
 from sartor.curate.dedup.shingles import F32, F64, I64
 
 # Every pair of a class of equal rows is listed up to this many rows; of a larger class, each row with the first.
@@ -30,22 +30,22 @@ _SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-def write_pairs(file: Path, pairs: Pairs, rank: NDArray[Any], rules: Rules) -> None:
+def write_pairs(file: Path, pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRules) -> None:
     """All pairs down to the floor, with what was measured and both rows' ranks: enough to decide anew without the rows."""
-    score, methods = judgements(pairs, rules)
+    score, methods = score_pairs(pairs, rules)
     rank = np.asarray(rank, np.float64)
     columns = [pairs.a, pairs.b, score, methods, pairs.jaccard, pairs.containment, rank[pairs.a], rank[pairs.b]]
     pq.write_table(pa.table(columns, schema=_SCHEMA), file, compression="zstd")
 
 
-def judgements(pairs: Pairs, rules: Rules) -> tuple[F32, NDArray[Any]]:
+def score_pairs(pairs: ScoredPairs, rules: DuplicateRules) -> tuple[F32, NDArray[Any]]:
     """(P,) score and (P,) method of every pair: by the measure that made it a duplicate, or `below` with its Jaccard."""
     is_duplicate = pairs.is_judged(rules.threshold, rules.contained)
     methods = np.where(is_duplicate, np.array(METHODS)[pairs.method(rules.threshold)], "below")
     return np.where(is_duplicate, pairs.score(rules.threshold), pairs.jaccard), methods
 
 
-def read_pairs(file: Path, count: int) -> tuple[Pairs, F64]:
+def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
     """The pairs of a ledger, and (count,) the rank of each row (0 for rows in no pair: nothing competes with them).
 
     Raises ArtifactError for a file that is none.
@@ -56,7 +56,7 @@ def read_pairs(file: Path, count: int) -> tuple[Pairs, F64]:
         raise ArtifactError(f"{file} is no ledger of pairs: {str(error).splitlines()[0][:200]}", "de-duplicate again") from None
     read = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
-    pairs = Pairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
+    pairs = ScoredPairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
     if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
         raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
     rank = np.zeros(count)
@@ -73,7 +73,7 @@ def check_threshold(threshold: float, floor: float) -> None:
         )
 
 
-def listed(pairs: Pairs, count: int, rules: Rules) -> Pairs:
+def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> ScoredPairs:
     """The duplicates at the threshold, with every pair of equal rows spelled out as LISTED says."""
     judged = pairs.judged(rules.threshold, rules.contained)
     twins = judged.where(judged.exact)
@@ -86,7 +86,7 @@ def listed(pairs: Pairs, count: int, rules: Rules) -> Pairs:
         left, right = (
             np.triu_indices(len(rows), 1) if len(rows) <= LISTED else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
         )
-        found.append(Pairs.of_exact(rows[left], rows[right]))
+        found.append(ScoredPairs.of_exact(rows[left], rows[right]))
     near = judged.where(~judged.exact)
     doubled = np.isin(label[near.a], list(members)) | np.isin(label[near.b], list(members))
     found.append(near.where(~doubled))
@@ -94,8 +94,8 @@ def listed(pairs: Pairs, count: int, rules: Rules) -> Pairs:
         ends = [members.get(int(label[end[place]]), end[place : place + 1])[:LISTED] for end in (near.a, near.b)]
         a, b = (grid.ravel() for grid in np.meshgrid(*ends))
         one = near.where(np.full(len(a), place))
-        found.append(Pairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
-    return Pairs.joined(found).unique()
+        found.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
+    return ScoredPairs.joined(found).unique()
 
 
 def _members(label: I64, wanted: I64) -> dict[int, I64]:
@@ -106,7 +106,7 @@ def _members(label: I64, wanted: I64) -> dict[int, I64]:
     return {int(label[some[0]]): some for some in np.split(rows, cuts) if len(some)}
 
 
-def export(file: Path, pairs: Pairs, rules: Rules) -> None:
+def export(file: Path, pairs: ScoredPairs, rules: DuplicateRules) -> None:
     """Write (a, b, score, method) as .csv, .jsonl or .parquet, by the extension; `check_export` has seen it."""
     score = pairs.score(rules.threshold).astype(np.float64).round(4)
     methods = pa.array(np.array(METHODS)[pairs.method(rules.threshold)].tolist(), pa.string())

@@ -40,7 +40,7 @@ _TEXTS = ("content", "value", "text")
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComparedFields:
     """The fields whose text is compared, in order.
 
     `joined`: nobody named them and no form was recognised, so every field with text or numbers counts, but `left_out`; fields
@@ -53,7 +53,7 @@ class Choice:
     reason: str = ""
 
 
-def choose(sample: Sequence[Mapping[str, Any]], named: str = "") -> Choice:
+def choose(sample: Sequence[Mapping[str, Any]], named: str = "") -> ComparedFields:
     """The choice for a file, from the first of its rows. `named`: one or several fields, comma separated; dots go into objects.
 
     Raises ConfigError when a named field is in none of the rows.
@@ -67,20 +67,20 @@ def choose(sample: Sequence[Mapping[str, Any]], named: str = "") -> Choice:
                     f"there is no field {field!r} in the first {len(sample)} rows; they have {', '.join(found) or 'none'}",
                     "name one of these; a.b goes into an object, and several are separated by commas",
                 )
-        return Choice(fields, reason="as asked")
-    forms_found = [form for row in sample if (form := row_formats.detect(row))]
+        return ComparedFields(fields, reason="as asked")
+    forms_found = [form for row in sample if (form := row_formats.detect_row_format(row))]
     if sum("text" in row for row in sample) * 2 > len(sample):
-        return Choice(("text",), reason="the rows have a field `text`")
+        return ComparedFields(("text",), reason="the rows have a field `text`")
     if len(forms_found) * 2 > len(sample):
         form = max(set(forms_found), key=forms_found.count)
         names = (*row_formats.FORMS[form], *(("input",) if form == "alpaca" else ()))
-        return Choice(names, reason=f"the rows have the form {form}")
+        return ComparedFields(names, reason=f"the rows have the form {form}")
     fields = tuple(name for name in found if any(isinstance(row.get(name), (str, int, float)) for row in sample))
     left_out = tuple(name for name in fields if name.strip().lower() in _NAMES and _names_rows(sample, name))
     if len(left_out) == len(fields):
         left_out = ()
     kept = tuple(name for name in fields if name not in left_out)
-    return Choice(kept, True, left_out, "there is no field `text` and no known form: all fields joined")
+    return ComparedFields(kept, True, left_out, "there is no field `text` and no known form: all fields joined")
 
 
 def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
@@ -88,7 +88,7 @@ def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
     return len(set(values)) == len(values)
 
 
-def text_of(row: Mapping[str, Any], choice: Choice) -> str | None:
+def text_of(row: Mapping[str, Any], choice: ComparedFields) -> str | None:
     """The text of a record, or None where every chosen field is absent."""
     if choice.joined:
         names = [*choice.fields, *(name for name in row if name not in choice.fields and name not in choice.left_out)]
@@ -151,7 +151,7 @@ BLOCK_BYTES = 1 << 20
 _PARQUET_ROWS = 2048
 
 
-class Fault(NamedTuple):
+class BadRecord(NamedTuple):
     """A row that cannot be used: the word it is counted under, a sentence; `size` bytes from `start` if it is too long."""
 
     reason: str
@@ -161,7 +161,7 @@ class Fault(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Rows of a file in its order: `rows` as they stand there or Faults, at `lines`; `gaps`: bytes between rows, by place."""
 
     lines: list[int]
@@ -196,7 +196,7 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def blocks(path: Path, kind: str, most_bytes: int) -> Iterator[Block]:
+def blocks(path: Path, kind: str, most_bytes: int) -> Iterator[RecordBlock]:
     """The rows of a file. Raises SourceError for a Parquet or JSON file that cannot be opened at all."""
     try:
         if kind == "jsonl":
@@ -212,14 +212,14 @@ def blocks(path: Path, kind: str, most_bytes: int) -> Iterator[Block]:
         raise SourceError(f"{path} cannot be read: {said}", "check that the file is whole") from None
 
 
-def lines(path: Path, most_bytes: int) -> Iterator[list[tuple[int, bytes | Fault]]]:
+def lines(path: Path, most_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
     """(number, line with its end) of every line, a block at a time; never holds more than `most_bytes` of one."""
     number, start, rest = 0, 0, b""
     with path.open("rb") as stream:
         while chunk := stream.read(BLOCK_BYTES):
             pieces = (rest + chunk).split(b"\n")
             rest = pieces.pop()
-            found: list[tuple[int, bytes | Fault]] = []
+            found: list[tuple[int, bytes | BadRecord]] = []
             for piece in pieces:
                 number += 1
                 found.append(
@@ -246,13 +246,13 @@ def _skip_line(stream: Any) -> int:
     return size
 
 
-def _too_long(start: int, size: int, most: int) -> Fault:
-    return Fault("too_long", f"the row has {size:,} bytes; the limit is {most:,} (max_row_bytes)", start, size)
+def _too_long(start: int, size: int, most: int) -> BadRecord:
+    return BadRecord("too_long", f"the row has {size:,} bytes; the limit is {most:,} (max_row_bytes)", start, size)
 
 
-def _json_lines(path: Path, most_bytes: int) -> Iterator[Block]:
+def _json_lines(path: Path, most_bytes: int) -> Iterator[RecordBlock]:
     for found in lines(path, most_bytes):
-        block = Block([], [])
+        block = RecordBlock([], [])
         for number, line in found:
             if isinstance(line, bytes) and not line.strip():  # blank, or a byte-order mark alone
                 block.gaps[len(block.rows)] = block.gaps.get(len(block.rows), b"") + line
@@ -262,29 +262,29 @@ def _json_lines(path: Path, most_bytes: int) -> Iterator[Block]:
         yield block
 
 
-def parse_line(line: bytes, choice: Choice | None) -> Any:
+def parse_line(line: bytes, choice: ComparedFields | None) -> Any:
     """The text of a line of JSON Lines by `choice` (the object, without one), or a Fault."""
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
     except UnicodeDecodeError as error:
-        return Fault("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
+        return BadRecord("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
     except RecursionError:
-        return Fault("not_json", "the row is nested too deeply")
+        return BadRecord("not_json", "the row is nested too deeply")
     except ValueError as error:
-        return Fault("not_json", f"the row is not JSON: {error}")
+        return BadRecord("not_json", f"the row is not JSON: {error}")
     return parsed(row, choice)
 
 
-def parsed(row: Any, choice: Choice | None) -> Any:
+def parsed(row: Any, choice: ComparedFields | None) -> Any:
     """The text of a record by `choice` (the record, without one), or a Fault."""
-    if isinstance(row, Fault):
+    if isinstance(row, BadRecord):
         return row
     if not isinstance(row, dict):
-        return Fault("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
+        return BadRecord("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
     if choice is None:
         return row
     text = text_of(row, choice)
-    return Fault("missing_field", f"the row has no {' and no '.join(choice.fields)}") if text is None else text
+    return BadRecord("missing_field", f"the row has no {' and no '.join(choice.fields)}") if text is None else text
 
 
 class _Lines:
@@ -293,13 +293,13 @@ class _Lines:
     def __init__(self, path: Path, most_bytes: int) -> None:
         self._lines = (line for found in lines(path, most_bytes) for line in found)
         self.taken: list[bytes] = []
-        self.too_long: Fault | None = None
+        self.too_long: BadRecord | None = None
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
         for number, line in self._lines:
             self.number = number
-            if isinstance(line, Fault):
+            if isinstance(line, BadRecord):
                 self.too_long = line
                 yield "\n"
                 continue
@@ -316,16 +316,16 @@ class CsvRow(NamedTuple):
     """A record of a CSV file: its bytes, and its fields by name or a Fault."""
 
     raw: bytes
-    fields: dict[str, str] | Fault
+    fields: dict[str, str] | BadRecord
 
 
-def _csv(path: Path, most_bytes: int) -> Iterator[Block]:
+def _csv(path: Path, most_bytes: int) -> Iterator[RecordBlock]:
     """The first block holds the header as its gap at 0."""
     csv.field_size_limit(max(csv.field_size_limit(), most_bytes))
     source = _Lines(path, most_bytes)
     reader = csv.reader(source, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names: list[str] | None = None
-    block, size, begin = Block([], []), 0, 1
+    block, size, begin = RecordBlock([], []), 0, 1
     while True:
         begin = source.number + 1
         try:
@@ -334,7 +334,7 @@ def _csv(path: Path, most_bytes: int) -> Iterator[Block]:
         except StopIteration:
             break
         except csv.Error as error:
-            values, problem = [], Fault("bad_csv", str(error))
+            values, problem = [], BadRecord("bad_csv", str(error))
         raw = source.take()
         if source.too_long:
             values, problem, source.too_long = [], source.too_long, None
@@ -349,23 +349,23 @@ def _csv(path: Path, most_bytes: int) -> Iterator[Block]:
             size += len(raw)
         if size > BLOCK_BYTES:
             yield block
-            block, size = Block([], []), 0
+            block, size = RecordBlock([], []), 0
     yield block
 
 
-def _csv_fields(names: list[str], values: list[str]) -> dict[str, str] | Fault:
+def _csv_fields(names: list[str], values: list[str]) -> dict[str, str] | BadRecord:
     if len(values) != len(names):
-        return Fault("field_count", f"the row has {len(values)} fields, the header {len(names)}")
+        return BadRecord("field_count", f"the row has {len(values)} fields, the header {len(names)}")
     if any("\udc80" <= character <= "\udcff" for value in values if not value.isascii() for character in value):
-        return Fault("not_utf8", "the row is not UTF-8")
+        return BadRecord("not_utf8", "the row is not UTF-8")
     return dict(zip(names, values, strict=True))
 
 
-def _json(path: Path) -> Iterator[Block]:
+def _json(path: Path) -> Iterator[RecordBlock]:
     rows = json_rows(json_value(path))
     for first in range(0, len(rows), _PARQUET_ROWS):
         some = rows[first : first + _PARQUET_ROWS]
-        yield Block(list(range(first + 1, first + 1 + len(some))), some)
+        yield RecordBlock(list(range(first + 1, first + 1 + len(some))), some)
 
 
 def json_value(path: Path) -> Any:
@@ -384,9 +384,9 @@ def json_rows(value: Any) -> list[Any]:
     return lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [value]
 
 
-def _parquet(path: Path) -> Iterator[Block]:
+def _parquet(path: Path) -> Iterator[RecordBlock]:
     done = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(_PARQUET_ROWS):
-            yield Block(list(range(done + 1, done + 1 + len(batch))), batch.to_pylist())
+            yield RecordBlock(list(range(done + 1, done + 1 + len(batch))), batch.to_pylist())
             done += len(batch)

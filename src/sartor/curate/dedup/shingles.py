@@ -331,20 +331,20 @@ def gathered(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
 
 
 @dataclass(frozen=True)
-class Commons:
+class FrequentShingles:
     """(C,) sorted shingles that are common, and the `level` of each: 1 at the limit, 2 more per doubling, at most LEVELS."""
 
     shingles: U32
     level: U8
 
 
-def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Commons:
+def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> FrequentShingles:
     """The shingles that stand in more than `limit` of `rows`; the count is exact, the memory bounded.
 
     A table counts the upper bits of the hashes first; only shingles that fall on a count over the limit are counted one by one.
     """
     if len(rows) <= limit:
-        return Commons(np.empty(0, np.uint32), np.empty(0, np.uint8))
+        return FrequentShingles(np.empty(0, np.uint32), np.empty(0, np.uint8))
     # the table counts rows that are not asked about too: that makes more suspicious, and no suspicion false
     shift = np.uint32(32 - _TABLE_BITS)
     table = np.zeros(1 << _TABLE_BITS, np.int64)
@@ -364,10 +364,10 @@ def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Commo
         counts = np.bincount(inverse.ravel(), np.concatenate([counts, times]), len(values)).astype(np.int64)
     over = counts > limit
     level = 1 + np.floor(2 * np.log2(counts[over] / limit))
-    return Commons(values[over], np.minimum(level, LEVELS).astype(np.uint8))
+    return FrequentShingles(values[over], np.minimum(level, LEVELS).astype(np.uint8))
 
 
-def levels(shingles: U32, common: Commons) -> U8:
+def levels(shingles: U32, common: FrequentShingles) -> U8:
     """(S,) the level of each shingle, 0 for those that are not common."""
     found = np.zeros(len(shingles), np.uint8)
     if not len(common.shingles):

@@ -24,7 +24,7 @@ _FENCE = re.compile(r"^```[\w-]*\s*\n(.*?)\n?```\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Target:
+class ClassLabels:
     """`labels`: of each row, None where it has none. `chosen` is the form that was used (`json:intent`), `why` a sentence.
 
     `others` are forms that would do as well. `spelling` gives a label as the first row with it wrote it.
@@ -51,16 +51,16 @@ def check(form: str) -> None:
     raise ConfigError(f"label is {form!r}", "auto, reply, text, json:KEY or regex:PATTERN")
 
 
-def find(replies: Sequence[str], form: str = "auto") -> Target:
+def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """The labels of N replies. With `text` no row has one."""
     kind, _, rest = form.partition(":")
     if form == "auto":
         return _auto(replies)
     if form == "text":
-        return Target([None] * len(replies), form, "as the recipe says: replies are free text")
+        return ClassLabels([None] * len(replies), form, "as the recipe says: replies are free text")
     reader = _json_reader(rest) if kind == "json" else _pattern_reader(rest) if kind == "regex" else as_label
     labels = [reader(reply) for reply in replies]
-    return Target(labels, form, _counted(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
+    return ClassLabels(labels, form, _counted(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
 
 
 def as_label(text: str) -> str | None:
@@ -93,14 +93,14 @@ def _put(row: dict[str, Any], name: str, label: str) -> None:
     _put(row[outer], name[len(outer) + 1 :], label)
 
 
-def _auto(replies: Sequence[str]) -> Target:
+def _auto(replies: Sequence[str]) -> ClassLabels:
     objects = [_object(reply) for reply in replies]
     found = list(_json_fields(objects, len(replies)))
     if found:
         best = min(found, key=lambda name: (_rank(name), found.index(name)))
         labels = [None if row is None or best not in row else _value(row[best]) for row in objects]
         others = tuple(f"json:{name}" for name in found if name != best)
-        return Target(labels, f"json:{best}", _counted(labels, f"the field {best!r} of JSON replies"), others)
+        return ClassLabels(labels, f"json:{best}", _counted(labels, f"the field {best!r} of JSON replies"), others)
     labels = [as_label(reply) if _is_short(reply) else None for reply in replies]
     if _is_labelling(labels, len(replies)):
         seen = Counter(labels)
@@ -108,9 +108,9 @@ def _auto(replies: Sequence[str]) -> Target:
         if once > ONCE * len(labels):  # labels among answers of many kinds: what stands once is an answer
             labels = [label if seen[label] > 1 else None for label in labels]
         spelling = _spelling(labels, replies, "reply")
-        return Target(labels, "reply", _counted(labels, "short replies, as a whole"), spelling=spelling)
+        return ClassLabels(labels, "reply", _counted(labels, "short replies, as a whole"), spelling=spelling)
     why = "no field of a JSON reply and no short reply has few, repeated values: replies are compared as free text"
-    return Target([None] * len(replies), "text", why)
+    return ClassLabels([None] * len(replies), "text", why)
 
 
 def _rank(name: str) -> int:

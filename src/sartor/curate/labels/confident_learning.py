@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 from sartor.text import encoders
 
 I64 = NDArray[np.int64]
@@ -29,7 +29,7 @@ _BLOCK, _CELLS = 2048, 50_000_000
 
 
 @dataclass(frozen=True)
-class Features:
+class LabelFeatures:
     """What a row is judged by. `vectors` (N, D) of length 1; `columns` a sparse matrix, or None where it would be too much."""
 
     vectors: F32
@@ -53,14 +53,14 @@ class Likely:
         return block
 
 
-def out_of_fold(features: Features, labels: I64, groups: I64, *, seed: int) -> Likely:
+def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64, *, seed: int) -> Likely:
     """How likely each class is for each of N rows, to what was learnt from the other folds.
 
     `labels` (N,) are 0..K-1, `groups` (N,) number the prompts: rows of one prompt are in one fold. Needs two classes and two
     groups.
     """
     count = int(labels.max()) + 1
-    folds = deal(labels, groups, seed)
+    folds = assign_folds(labels, groups, seed)
     taught = min(len(labels), max(DENSE_WORK // count, 1))
     if taught < min(len(labels), ROWS_PER_CLASS * count):
         return _of_many(features.vectors, labels, folds, count)
@@ -79,7 +79,7 @@ def out_of_fold(features: Features, labels: I64, groups: I64, *, seed: int) -> L
     return found.likely(f"logistic regression over {what}, {int(folds.max()) + 1} folds")
 
 
-def deal(labels: I64, groups: I64, seed: int) -> I64:
+def assign_folds(labels: I64, groups: I64, seed: int) -> I64:
     """(N,) the fold of each row: groups are dealt out class by class, so every fold has its share of each."""
     heads, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     order = np.lexsort((np.random.default_rng(seed).permutation(len(heads)), labels[first]))
@@ -179,7 +179,7 @@ _BLOCK_CELLS = 20_000_000
 
 
 @dataclass(frozen=True)
-class Judged:
+class LabelQuality:
     """Of N rows: `quality` 0..1 (how likely the given label is), the likeliest other class, and whether it looks wrong.
 
     `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged, `why` says
@@ -194,7 +194,7 @@ class Judged:
     why: str = ""
 
 
-def judge(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -> Judged:
+def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -> LabelQuality:
     """Judge N labels (0..K-1) by their prompts and vectors (N, D). Deterministic. With too little to go by, none is wrong."""
     count = int(labels.max(initial=-1)) + 1
     groups = number(prompts)
@@ -203,16 +203,16 @@ def judge(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -
         if few < least:
             why = f"{few} different {what}" if what != "rows" else f"{few} rows"
             blank = np.zeros(len(labels), np.int64)
-            return Judged(np.ones(len(labels)), blank, blank > 0, why=f"{why}; it takes at least {least} to judge labels")
-    features = Features(vectors, _columns(prompts))
-    likely = _with_same_prompts(out_of_fold(features, labels, groups, seed=seed), labels, groups)
+            return LabelQuality(np.ones(len(labels)), blank, blank > 0, why=f"{why}; it takes at least {least} to judge labels")
+    features = LabelFeatures(vectors, _columns(prompts))
+    likely = _with_same_prompts(out_of_fold_probabilities(features, labels, groups, seed=seed), labels, groups)
     likely = _lone_labels(likely, labels, count)
     quality, estimated = _confident_learning(likely, labels, count)
     best = likely.classes[:, 0]
     second = likely.classes[:, min(1, likely.classes.shape[1] - 1)]
     wrong = np.zeros(len(labels), bool)
     wrong[np.argsort(quality, kind="stable")[:estimated]] = True
-    return Judged(quality, np.where(best == labels, second, best), wrong & (best != labels), estimated, likely.method)
+    return LabelQuality(quality, np.where(best == labels, second, best), wrong & (best != labels), estimated, likely.method)
 
 
 def number(texts: Sequence[str]) -> I64:
@@ -274,7 +274,7 @@ def _confident_learning(likely: Likely, labels: I64, count: int) -> tuple[NDArra
     try:
         from cleanlab.experimental.label_issues_batched import LabelInspector
     except ImportError:
-        raise need("cleanlab") from None
+        raise missing_package("cleanlab") from None
     inspector = LabelInspector(num_class=count, verbose=False, n_jobs=1)
     block = max(1, _BLOCK_CELLS // count)
     spans = [(start, min(start + block, len(labels))) for start in range(0, len(labels), block)]

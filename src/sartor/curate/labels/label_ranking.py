@@ -18,10 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sartor.curate.labels import class_labels
-from sartor.curate.labels.confident_learning import I64, LEAST_ROWS, judge, number
-from sartor.curate.step import Gathered
+from sartor.curate.labels.confident_learning import I64, LEAST_ROWS, confident_learning, number
+from sartor.curate.step import StepInput
 from sartor.text import encoders, equivalence
-from sartor.text.encoders import Texts, choose
+from sartor.text.encoders import Texts, choose_encoder
 
 MOST_NEIGHBOURS = 10
 PRIOR = 0.5  # of agreement, as much as half a neighbour says: a lone contradiction weighs less than three
@@ -57,9 +57,9 @@ def disagreement(
     asked, said = equivalence.reader(prompts), equivalence.reader(replies)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     agrees: dict[tuple[int, int], float] = {}
-    weights = equivalence.rarities(prompts)
+    weights = equivalence.idf_weights(prompts)
     for a, b, _ in encoders.NearPairs(vectors, likeness, MOST_NEIGHBOURS):
-        verdict = equivalence.compare(asked(a), asked(b), weights)
+        verdict = equivalence.compare_texts(asked(a), asked(b), weights)
         if verdict.objection or verdict.score < agreement:
             continue
         agrees[a, b] = agrees[b, a] = replies_agree(said(a), said(b))
@@ -132,7 +132,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass
-class Ruling:
+class LabelRanking:
     """What was found of N rows. `quality` 0..1 is lowest where most speaks against a row; `kinds` says by what it was judged.
 
     `given` tells a row's label, or its reply in free text; `suggested` the likelier one of rows that have one; `near` the rows
@@ -149,7 +149,7 @@ class Ruling:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def blank(cls, count: int, given: Callable[[int], str], vectors: Any) -> Ruling:
+    def blank(cls, count: int, given: Callable[[int], str], vectors: Any) -> LabelRanking:
         """Nothing speaks against any row."""
         return cls(np.ones(count), np.zeros(count, bool), [NOT_JUDGED] * count, given, vectors)
 
@@ -164,7 +164,7 @@ class Ruling:
         return list(np.lexsort((np.arange(len(self.quality)), self.quality, unknown)).tolist())
 
 
-def table(gathered: Gathered, ruling: Ruling, most: int) -> Any:
+def table(gathered: StepInput, ruling: LabelRanking, most: int) -> Any:
     """The first `most` rows of the queue as evidence."""
     rows = ruling.ranked()[:most]
     ids, locators = gathered.table["id"], gathered.table["locator"]
@@ -193,7 +193,7 @@ def table(gathered: Gathered, ruling: Ruling, most: int) -> Any:
     )
 
 
-def _nearest(ruling: Ruling, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+def _nearest(ruling: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """(row, nearest rows): those that it was held against where these are known, else the nearest of those with a label."""
     for row in rows:
         if row in ruling.near:
@@ -216,7 +216,7 @@ SYSTEM_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
-class Settings:
+class LabelSettings:
     """The step's options that matter here; see SuspiciousLabels."""
 
     label: str
@@ -226,7 +226,7 @@ class Settings:
     seed: int
 
 
-def rule(gathered: Gathered, settings: Settings) -> Ruling:
+def rank_labels(gathered: StepInput, settings: LabelSettings) -> LabelRanking:
     """Judge rows with a label by their label, others by their replies where `label` is auto or text.
 
     Documents and rows with media are not judged.
@@ -238,7 +238,7 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
     unread = documents | media
     found = class_labels.find(list(replies), settings.label)
     asked = _asked(without_frame(list(prompts)), Texts(gathered.table["system"]))
-    chosen = choose(settings.encoder)
+    chosen = choose_encoder(settings.encoder)
     gathered.notice(f"suspicious labels: the label is {found.chosen} ({found.why}); encoder {chosen.encoder.name}")
     vectors = chosen.encoder.encode(asked) if count else np.zeros((0, 1), np.float32)
 
@@ -246,7 +246,7 @@ def rule(gathered: Gathered, settings: Settings) -> Ruling:
         label = found.labels[row]
         return replies[row] if label is None else found.spelling.get(label, label)
 
-    ruling = Ruling.blank(count, given, vectors)
+    ruling = LabelRanking.blank(count, given, vectors)
     labelled = np.array([label is not None for label in found.labels], bool) & ~unread
     free = ~labelled & ~unread & (settings.label in ("auto", "text"))
     facts: dict[str, Any] = {"label": found.chosen, "label_because": found.why, "other_labels": list(found.others)}
@@ -287,7 +287,9 @@ def _asked(prompts: Sequence[str], systems: Texts) -> list[str]:
     ]
 
 
-def _by_label(ruling: Ruling, rows: I64, asked: Sequence[str], found: class_labels.Target, seed: int) -> dict[str, Any]:
+def _by_label(
+    ruling: LabelRanking, rows: I64, asked: Sequence[str], found: class_labels.ClassLabels, seed: int
+) -> dict[str, Any]:
     """Judge the rows that have a label."""
     if not len(rows):
         return {}
@@ -296,7 +298,7 @@ def _by_label(ruling: Ruling, rows: I64, asked: Sequence[str], found: class_labe
     places = {name: place for place, name in enumerate(names)}
     numbers = np.array([places[label] for label in labels], np.int64)
     prompts = [asked[row] for row in rows.tolist()]
-    judged = judge(prompts, ruling.vectors[rows], numbers, seed=seed)
+    judged = confident_learning(prompts, ruling.vectors[rows], numbers, seed=seed)
     sizes = np.bincount(numbers)
     facts = {
         "labelled": len(rows),
@@ -322,7 +324,9 @@ def _contested(prompts: Sequence[str], labels: I64) -> int:
     return int((np.bincount(pairs[0]) > 1).sum())
 
 
-def _by_replies(ruling: Ruling, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float) -> dict[str, Any]:
+def _by_replies(
+    ruling: LabelRanking, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float
+) -> dict[str, Any]:
     """Judge the rows whose replies are free text."""
     if not len(rows):
         return {}

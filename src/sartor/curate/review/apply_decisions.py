@@ -22,21 +22,21 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, ConflictError, SourceError
 from sartor.core.lineage import origin_index
-from sartor.core.parquet_io import words
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.parquet_io import to_string_array
+from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.review import review_file
-from sartor.curate.review.review_items import Decision, Item
-from sartor.curate.review.review_store import Entry, View
-from sartor.curate.review.row_edits import STEP, changed, rows_of
+from sartor.curate.review.review_items import Decision, ReviewItem
+from sartor.curate.review.review_store import ReviewEntry, View
+from sartor.curate.review.row_edits import STEP, apply_edit, rows_of
 
 # what is written anew; everything else of the old Dataset comes along as it is
 WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json", review_file.FILE)
 
 
 @dataclass
-class Plan:
+class ReviewChanges:
     """What is to be done: rows that go (id -> its Drop), rows that change (id -> the new one), rows that join."""
 
     going: dict[str, Drop] = field(default_factory=dict)
@@ -63,8 +63,8 @@ def apply(view: View, out: Path, *, replace: bool = False, keep_derived: bool = 
     return dataset, work.said()
 
 
-def _plan(view: View, decided: Sequence[Entry], keep_derived: bool) -> Plan:
-    plan = Plan()
+def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> ReviewChanges:
+    plan = ReviewChanges()
     if not decided:
         problem = f"nothing is decided about {view.dataset.path.name}"
         raise ConfigError(problem, "sartor review list DATASET, then accept, edit or reject")
@@ -92,16 +92,16 @@ def _plan(view: View, decided: Sequence[Entry], keep_derived: bool) -> Plan:
     return plan
 
 
-def _join(plan: Plan, row: Example, item: Item, decision: Decision, view: View) -> None:
+def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decision, view: View) -> None:
     """A row that was proposed joins, edited or as it is, or is a Drop."""
     if decision.verdict == "reject":
         plan.going[row.id] = _drop(row, item, decision)
         plan.counts["proposed_rejected"] += 1
         return
-    plan.joining.append(changed(row, decision.change) if decision.verdict == "edit" else row)
+    plan.joining.append(apply_edit(row, decision.change) if decision.verdict == "edit" else row)
 
 
-def _edits(decided: Sequence[Entry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
     """Of each row that stands, the edits that were decided, each once."""
     found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for entry in decided:
@@ -122,18 +122,18 @@ def _edited(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Exa
             if said != value or {"reply", "value"} <= set(merged):
                 items = " and ".join(one for one, _ in edits)
                 raise ConflictError(f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item}")
-    return changed(row, merged)
+    return apply_edit(row, merged)
 
 
-def _drop(row: Example, item: Item, decision: Decision, *, is_private: bool = False) -> Drop:
+def _drop(row: Example, item: ReviewItem, decision: Decision, *, is_private: bool = False) -> Drop:
     """With who, when and why; of a row that holds personal data without its text."""
     why = decision.reason or "no reason given"
     detail = f"rejected by {decision.by} at {decision.at}: {why} ({item.kind} {item.reason}, item {item.id})"
-    drop = dropped(row, STEP, detail, step=STEP)
+    drop = drop_of(row, STEP, detail, step=STEP)
     return replace(drop, text="") if is_private or item.kind == "personal" else drop
 
 
-def _take_along(plan: Plan, dataset: Artifact) -> None:
+def _take_along(plan: ReviewChanges, dataset: Artifact) -> None:
     """What was made of a row that goes or changes, and of that, goes too."""
     index = origin_index.read(dataset, ["id", "parents"])
     above: dict[str, set[str]] = {}
@@ -154,7 +154,7 @@ def _take_along(plan: Plan, dataset: Artifact) -> None:
         word = "changed" if cause[one] in plan.changing else "rejected"
         detail = f"made of row {cause[one]}, which was {word} in review"
         text = "" if word == "rejected" and not plan.going[cause[one]].text else None
-        drop = dropped(found[one], STEP, detail, step=STEP)
+        drop = drop_of(found[one], STEP, detail, step=STEP)
         plan.going[one] = drop if text is None else replace(drop, text=text)
         plan.counts["derived"] += 1
 
@@ -168,7 +168,7 @@ def _done(dataset: Artifact) -> set[str]:
 class _Applying:
     """The new Dataset's files, one after another."""
 
-    def __init__(self, view: View, entries: Sequence[Entry], plan: Plan) -> None:
+    def __init__(self, view: View, entries: Sequence[ReviewEntry], plan: ReviewChanges) -> None:
         self.view, self.old, self.entries, self.plan = view, view.dataset, entries, plan
         self.equal: list[Drop] = []
         self.joined = 0
@@ -219,7 +219,7 @@ class _Applying:
         """The rows that stay, changed ones in their places, then those that join."""
         self.splits = self._groups()
         seen = set(self.view.ids) - set(self.plan.going) - set(self.plan.changing)
-        touched = words(sorted({*self.plan.going, *self.plan.changing}))
+        touched = to_string_array(sorted({*self.plan.going, *self.plan.changing}))
         for file in origin_index.example_files(self.old):
             with pq.ParquetFile(file) as parquet:
                 for batch in parquet.iter_batches(parquet_io.ROWS_PER_GROUP):
@@ -248,7 +248,7 @@ class _Applying:
     def _is_new(self, row: Example, seen: set[str]) -> bool:
         """Whether no other row says the same; else it is a Drop for that one."""
         if row.id in seen:
-            drop = dropped(row, "exact_duplicate", "after review it says the same as a row that stands", step=STEP)
+            drop = drop_of(row, "exact_duplicate", "after review it says the same as a row that stands", step=STEP)
             self.equal.append(replace(drop, kept=row.id))
             return False
         seen.add(row.id)
@@ -273,11 +273,11 @@ class _Applying:
     def _write_review(self, folder: Path) -> None:
         decisions = [decision for entry in self.entries for decision in entry.decisions]
         samples = [*self.view.lines.samples, *({"dataset": self.old.id, **plan} for plan in self.view.samples)]
-        review_file.write(folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples)
+        review_file.write_review_file(folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples)
         done = [entry for entry in self.entries if entry.standing.state == "decided"]
         (folder / "evidence").mkdir(exist_ok=True)
         said = [decision for entry in done for decision in entry.decisions]
-        review_file.write(folder / "evidence" / review_file.FILE, (entry.item for entry in done), said, samples)
+        review_file.write_review_file(folder / "evidence" / review_file.FILE, (entry.item for entry in done), said, samples)
 
 
 def _in_form(table: Any) -> Any:

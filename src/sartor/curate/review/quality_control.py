@@ -20,13 +20,13 @@ from typing import Any
 
 from sartor.core.errors import ConfigError
 from sartor.core.statistics import interval
-from sartor.curate.review.review_items import VERDICTS, Decision, first
+from sartor.curate.review.review_items import VERDICTS, Decision, first_opinions
 
 Estimate = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ReviewerAgreement:
     """Of two people over the items that both judged. `kappa` is None where chance alone would agree on everything.
 
     table: (verdict of the first, of the second) -> items. Bounds have 95 % confidence.
@@ -67,18 +67,18 @@ class Agreement:
         return {**counts, "fraction": self.fraction, "kappa": self.kappa, "table": table}
 
 
-def agreements(decisions: Sequence[Sequence[Decision]]) -> list[Agreement]:
+def agreements(decisions: Sequence[Sequence[Decision]]) -> list[ReviewerAgreement]:
     """Every pair of people who judged an item in common, those with most first. `decisions` has a list for each item.
 
     What counts is the verdict that a person gave first and not to settle: later ones may know of the other's.
     """
     tables: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     for of_item in decisions:
-        said = first(of_item)
+        said = first_opinions(of_item)
         for one, other in combinations(sorted(said), 2):
             tables.setdefault((one, other), Counter())[said[one].verdict, said[other].verdict] += 1
     found = [
-        Agreement(pair, table.total(), sum(count for (one, other), count in table.items() if one == other), dict(table))
+        ReviewerAgreement(pair, table.total(), sum(count for (one, other), count in table.items() if one == other), dict(table))
         for pair, table in tables.items()
     ]
     return sorted(found, key=lambda one: (-one.items, one.reviewers))

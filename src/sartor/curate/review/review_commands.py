@@ -13,21 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import signing
-from sartor.core.artifacts import check_free, kind_of
+from sartor.core.artifacts import check_output_free, kind_of
 from sartor.core.errors import ConfigError, ConflictError
 from sartor.core.home import home
 from sartor.curate.review import quality_control, review_file
 from sartor.curate.review.apply_decisions import apply
 from sartor.curate.review.quality_control import agreements
-from sartor.curate.review.review_items import KINDS, VERDICTS, Decision, Item, check_change, newest
-from sartor.curate.review.review_store import (
-    Entry,
-    Rule,
-    View,
-    opened,
-    signer,
-)
-from sartor.curate.review.row_edits import changed, everywhere_masked, masked_text, rows_of
+from sartor.curate.review.review_items import KINDS, VERDICTS, Decision, ReviewItem, check_change, newest
+from sartor.curate.review.review_store import ReviewEntry, ReviewPolicy, View, open_review, signer
+from sartor.curate.review.row_edits import apply_edit, everywhere_masked, masked_text, rows_of
 
 KEY = "keys/review"  # below SARTOR_HOME: it signs where no key is named and one is there
 MOST_NAME = 200
@@ -57,7 +51,7 @@ class Opinion:
             raise ConfigError(f"{self.by[:40]!a} is no name", "--by 'Ada Lovelace'")
 
 
-def decide(view: View, key: str, opinion: Opinion) -> tuple[Entry, bool]:
+def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
     """Keep what a person decided; returns the item as it stands then, and whether that is new.
 
     The same decision of the same person about the same item is kept once. Raises ConfigError for a decision that the item
@@ -78,10 +72,10 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[Entry, bool]:
     decision = _signed(decision, opinion.key)
     view.queue.add(view.dataset.id, [item], [decision])
     decisions = (*entry.decisions, decision)
-    return Entry(item, decisions, view.stand(list(decisions))), True
+    return ReviewEntry(item, decisions, view.stand(list(decisions))), True
 
 
-def _change(view: View, item: Item, opinion: Opinion) -> dict[str, Any]:
+def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
     """What an edit says, tried on the row; nothing of another verdict."""
     if opinion.verdict != "edit":
         if opinion.verdict == "reject" and not item.examples:
@@ -99,7 +93,7 @@ def _change(view: View, item: Item, opinion: Opinion) -> dict[str, Any]:
     example = item.proposed or rows_of(view.dataset, item.examples).get(item.examples[0])
     if example is None:
         raise ConfigError(f"row {item.examples[0]} is not in {view.dataset.path.name}", "sartor review list DATASET")
-    changed(example, said)
+    apply_edit(example, said)
     return said
 
 
@@ -119,12 +113,12 @@ DRAWN = "drawn"
 
 def review_counts(dataset: Path | str, queue: str = "", *, reviewers: int = 1, signed: bool = False) -> dict[str, int]:
     """Items of a Dataset: open, in conflict (among the open), and decided, by what was decided."""
-    with opened(dataset, queue, Rule(reviewers, signed)) as view:
+    with open_review(dataset, queue, ReviewPolicy(reviewers, signed)) as view:
         return _counts(view.entries())
 
 
 def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: str = "open", by: str = "",
-                most: int = 50, rule: Rule | None = None) -> dict[str, Any]:  # fmt: skip
+                most: int = 50, rule: ReviewPolicy | None = None) -> dict[str, Any]:  # fmt: skip
     """The items of a Dataset, `most` of them, and the counts of all. Raises ConfigError for a kind or state that is none.
 
     state: open (conflicts among them), conflict, decided or all. by: only items about which this person has not decided, and
@@ -134,7 +128,7 @@ def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: 
         raise ConfigError(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}")
     if state not in ("open", "conflict", "decided", "all"):
         raise ConfigError(f"there is no state {state!r}", "open, conflict, decided or all")
-    with opened(dataset, queue, rule) as view:
+    with open_review(dataset, queue, rule) as view:
         entries = view.entries()
         found = [entry for entry in entries if not kind or entry.item.kind == kind]
         if by:
@@ -150,7 +144,7 @@ def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool
 
     Rows of a finding of personal data are shown masked, unless `reveal`.
     """
-    with opened(dataset, queue) as view:
+    with open_review(dataset, queue) as view:
         entry = view.entry(item)
         masked = entry.item.kind == "personal" and not reveal
         proposed = entry.item.proposed
@@ -175,12 +169,12 @@ def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, q
     """
     if not items:
         raise ConfigError("no item is named", "sartor review list DATASET has their ids")
-    with opened(dataset, queue, make=True) as view:
+    with open_review(dataset, queue, make=True) as view:
         said = [_decided(*decide(view, item, opinion), opinion) for item in items]
         return {"decisions": said, **_counts(view.entries())}
 
 
-def _decided(entry: Entry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
+def _decided(entry: ReviewEntry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
     said = {"item": entry.item.id, "verdict": opinion.verdict, "by": opinion.by.strip(), "new": is_new}
     signed = is_new and bool(entry.decisions[-1].signature)
     return {**said, "signed": signed, "state": entry.standing.state, "holds": entry.standing.verdict}
@@ -193,12 +187,12 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
     Asked again with the same numbers it draws the same rows, so what was decided meanwhile counts. `upper` is the bound that
     holds with `confidence`: a row that nobody has judged yet counts as bad.
     """
-    with opened(dataset, queue, make=True) as view:
+    with open_review(dataset, queue, make=True) as view:
         assert view.queue is not None
         ids = _of_split(view, split)
         count = quality_control.size(len(ids), error, confidence, allow)
         rows = quality_control.drawn(ids, count, seed)
-        items = [Item("sample", (one,), reason=DRAWN, origin="review sample") for one in rows]
+        items = [ReviewItem("sample", (one,), reason=DRAWN, origin="review sample") for one in rows]
         plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
                 "population": len(ids), "size": count}  # fmt: skip
         view.queue.sample(view.dataset.id, {**plan, "rows": rows}, items)
@@ -213,17 +207,17 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
 
 def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") -> dict[str, Any]:
     """How far each two reviewers agree, by what each said first, and the items about which they differ."""
-    with opened(dataset, queue) as view:
+    with open_review(dataset, queue) as view:
         entries = [entry for entry in view.all_entries() if not kind or entry.item.kind == kind]
     conflicts = [_line(entry) for entry in entries if entry.standing.state == "conflict"]
     return {"pairs": [one.as_json() for one in agreements([entry.decisions for entry in entries])], "conflicts": conflicts}
 
 
 def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, replace: bool = False, keep_derived: bool = False,
-                 rule: Rule | None = None) -> dict[str, Any]:  # fmt: skip
+                 rule: ReviewPolicy | None = None) -> dict[str, Any]:  # fmt: skip
     """A new Dataset in which what was decided is done; the old one stays. Raises as `apply_decisions.apply`."""
-    check_free(Path(out).absolute(), replace=replace)
-    with opened(dataset, queue, rule) as view:
+    check_output_free(Path(out).absolute(), replace=replace)
+    with open_review(dataset, queue, rule) as view:
         made, said = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
     return {"dataset": str(made.path), **said, "kept": made.manifest["counts"]["kept"]}
 
@@ -233,7 +227,7 @@ def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: s
 
     The same finding again changes nothing. Whoever writes the Dataset itself may rather write them into its `review.jsonl`.
     """
-    with opened(dataset, queue, make=True) as view:
+    with open_review(dataset, queue, make=True) as view:
         lines = review_file.Lines()
         for said in found:
             lines.add(said, review_file.content_of(view.dataset))
@@ -247,12 +241,12 @@ def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> d
     decision about an item that neither knows is refused: nothing is taken in then.
     """
     source = Path(source)
-    with opened(dataset, queue, make=True) as view:
+    with open_review(dataset, queue, make=True) as view:
         if kind_of(source) == "dataset":
-            with opened(source, queue) as other:
+            with open_review(source, queue) as other:
                 lines = review_file.Lines(dict(other.items), [one for entry in other.all_entries() for one in entry.decisions])
         else:
-            lines = review_file.read(source, of=review_file.content_of(view.dataset))
+            lines = review_file.read_review_file(source, of=review_file.content_of(view.dataset))
         return _taken(view, lines, str(source))
 
 
@@ -276,10 +270,10 @@ def review_export(dataset: Path | str, out: Path | str, queue: str = "") -> dict
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out} exists", "choose another --out")
-    with opened(dataset, queue) as view:
+    with open_review(dataset, queue) as view:
         entries = view.entries()
         decisions = [one for entry in entries for one in entry.decisions]
-        review_file.write(out, (entry.item for entry in entries), decisions)
+        review_file.write_review_file(out, (entry.item for entry in entries), decisions)
     return {"file": str(out), "findings": len(entries), "decisions": len(decisions)}
 
 
@@ -287,18 +281,18 @@ def _of_split(view: View, split: str) -> list[str]:
     return sorted(view.ids) if not split else view.ids_of(split)
 
 
-def _counts(entries: list[Entry]) -> dict[str, int]:
+def _counts(entries: list[ReviewEntry]) -> dict[str, int]:
     verdicts = Counter(entry.standing.verdict for entry in entries)
     conflicts = sum(entry.standing.state == "conflict" for entry in entries)
     decided = {"accepted": verdicts["accept"], "edited": verdicts["edit"], "rejected": verdicts["reject"]}
     return {"open": sum(entry.is_open for entry in entries), "conflicts": conflicts, **decided}
 
 
-def _is_in(entry: Entry, state: str) -> bool:
+def _is_in(entry: ReviewEntry, state: str) -> bool:
     return entry.is_open if state == "open" else entry.standing.state == state
 
 
-def _line(entry: Entry, *, blind: bool = False) -> dict[str, Any]:
+def _line(entry: ReviewEntry, *, blind: bool = False) -> dict[str, Any]:
     item = entry.item
     said: dict[str, Any] = {"id": item.id, "kind": item.kind, "reason": item.reason, "examples": list(item.examples)}
     said |= {"slice": item.slice, "detail": item.detail, "suggestion": dict(item.suggestion)}
@@ -315,7 +309,7 @@ def _row(row: Any, identity: str) -> dict[str, Any]:
     return {"id": identity, "split": row.split, "messages": [{k: v for k, v in one.items() if v} for one in messages]}
 
 
-def _would(item: Item, joins: bool) -> dict[str, str]:
+def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
     """What each verdict would do."""
     if not item.examples:
         return {"accept": "the finding may stand; nothing changes"}

@@ -16,7 +16,7 @@ from sartor.core.errors import SartorError, SourceError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import canonical
 from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS
-from sartor.curate.review.review_items import SCHEMA, Decision, Item, decision_of, item_of
+from sartor.curate.review.review_items import SCHEMA, Decision, ReviewItem, decision_of, item_of
 from sartor.curate.steps.label_errors import EVIDENCE
 
 FILE = "review.jsonl"
@@ -28,7 +28,7 @@ MOST_LINE_BYTES = 4 << 20
 class Lines:
     """What a `review.jsonl` holds. `samples` are the plans of samples that were drawn, with what came of them."""
 
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, ReviewItem] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -57,13 +57,13 @@ def of_dataset(dataset: Artifact) -> Lines:
     if (dataset.path / FILE).is_file():
         if FILE in dataset.manifest["files"]:
             check_file(dataset, FILE)
-        lines = read(dataset.path / FILE, of=content_of(dataset))
+        lines = read_review_file(dataset.path / FILE, of=content_of(dataset))
     for item in _suspicious(dataset):
         lines.items.setdefault(item.id, item)
     return lines
 
 
-def read(file: Path, *, of: str = "") -> Lines:
+def read_review_file(file: Path, *, of: str = "") -> Lines:
     """The lines of a `review.jsonl`. `of` is the content of the Dataset that its slices are of. Raises SourceError."""
     lines = Lines()
     for place, _, said in _lines_of(file):
@@ -106,7 +106,9 @@ def _take(lines: Lines, said: Mapping[str, Any], place: str, of: str) -> None:
         raise SourceError(f"{place} holds what no file can: {error.reason}", "mend the line, or take it out") from None
 
 
-def write(file: Path, items: Iterable[Item], decisions: Iterable[Decision], samples: Iterable[Mapping[str, Any]] = ()) -> int:
+def write_review_file(
+    file: Path, items: Iterable[ReviewItem], decisions: Iterable[Decision], samples: Iterable[Mapping[str, Any]] = ()
+) -> int:
     """Write a `review.jsonl`; returns how many lines. `read` turns it back."""
     said = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
     said += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
@@ -135,7 +137,7 @@ def _is_finding_of(said: Mapping[str, Any], origin: str) -> bool:
     return is_finding and said.get("origin") == origin
 
 
-def _suspicious(dataset: Artifact) -> Iterator[Item]:
+def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:
     """The rows of the queue of labels that look wrong."""
     if LABELS not in dataset.manifest["files"]:
         return
@@ -144,7 +146,7 @@ def _suspicious(dataset: Artifact) -> Iterator[Item]:
     columns = ["id", "given", "suggested", "score", "looks_wrong", "kind", "evidence"]
     for row in pq.read_table(dataset.path / LABELS, columns=columns).to_pylist():
         if row["looks_wrong"]:
-            yield Item(
+            yield ReviewItem(
                 "label",
                 (row["id"],),
                 reason="suspicious_label",

@@ -31,7 +31,7 @@ SPAN = {"entity", "place", "start", "end", "score"}
 
 
 @dataclass(frozen=True)
-class Item:
+class ReviewItem:
     """One finding. `reason` is a stable word, `detail` a sentence, `origin` what found it.
 
     examples: ids of the rows; with `row`, that of a row which is not in the Dataset and would join it. slice: in words, of what
@@ -105,7 +105,7 @@ class Decision:
         return {"schema": SCHEMA, "what": "decision", **said}
 
 
-def item_of(said: Mapping[str, Any], *, of: str = "") -> Item:
+def item_of(said: Mapping[str, Any], *, of: str = "") -> ReviewItem:
     """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is none."""
     _check_schema(said)
     kind = said.get("kind")
@@ -119,7 +119,8 @@ def item_of(said: Mapping[str, Any], *, of: str = "") -> Item:
     if not isinstance(examples, list):
         raise SourceError(f"a finding's examples are a {type(examples).__name__}", "examples: a list of ids")
     texts = {name: str(said.get(name) or "") for name in ("slice", "reason", "detail", "origin")}
-    item = Item(kind, tuple(map(str, examples)), evidence=said.get("evidence") or {}, suggestion=said.get("suggestion") or {},
+    item = ReviewItem(kind, tuple(map(str, examples)), evidence=said.get("evidence") or {},
+                      suggestion=said.get("suggestion") or {},
                 row=row, of=str(said.get("of") or of), **texts)  # fmt: skip
     return _checked(_with_row_id(item))
 
@@ -160,7 +161,7 @@ def _check_schema(said: Mapping[str, Any]) -> None:
         raise SourceError(f"a line of schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
 
 
-def _with_row_id(item: Item) -> Item:
+def _with_row_id(item: ReviewItem) -> ReviewItem:
     """A proposed row is known by its own id, whatever the line says."""
     try:
         proposed = item.proposed
@@ -168,14 +169,14 @@ def _with_row_id(item: Item) -> Item:
         raise SourceError(f"a finding's row is no row of examples/*.parquet: {error!r}", "rows.example_row(example)") from None
     if proposed is None:
         return item
-    return Item(**{**_fields(item), "examples": (proposed.id,)})
+    return ReviewItem(**{**_fields(item), "examples": (proposed.id,)})
 
 
-def _fields(item: Item) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in Item.__dataclass_fields__}
+def _fields(item: ReviewItem) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in ReviewItem.__dataclass_fields__}
 
 
-def _checked(item: Item) -> Item:
+def _checked(item: ReviewItem) -> ReviewItem:
     if not item.examples and not item.slice:
         raise SourceError("a finding names neither rows nor a slice", "examples: [id], or slice: in words")
     if item.kind == "personal":
@@ -183,7 +184,7 @@ def _checked(item: Item) -> Item:
     return item
 
 
-def _check_personal(item: Item) -> None:
+def _check_personal(item: ReviewItem) -> None:
     """Personal data found is never written: kind and span, and no word of it."""
     spans = item.evidence.get("spans", [])
     named = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
@@ -199,7 +200,7 @@ State = Literal["open", "conflict", "decided"]
 
 
 @dataclass(frozen=True)
-class Standing:
+class ItemState:
     """`decision` is the one that holds, of a decided item; `by` who stands behind it."""
 
     state: State
@@ -217,13 +218,13 @@ def newest(decisions: Sequence[Decision]) -> dict[str, Decision]:
     return {decision.by: decision for decision in sorted(decisions, key=lambda one: one.at)}
 
 
-def first(decisions: Sequence[Decision]) -> dict[str, Decision]:
+def first_opinions(decisions: Sequence[Decision]) -> dict[str, Decision]:
     """What each person thought before there was anything to settle: agreement is measured by it."""
     own = sorted((one for one in decisions if not one.settles), key=lambda one: one.at, reverse=True)
     return {decision.by: decision for decision in own}
 
 
-def standing(decisions: Sequence[Decision], reviewers: int = 1) -> Standing:
+def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
     """Open until `reviewers` people have decided; in conflict while they differ, until one of them or another settles it.
 
     A settled item stays so, whatever is said later, until it is settled anew.
@@ -231,10 +232,10 @@ def standing(decisions: Sequence[Decision], reviewers: int = 1) -> Standing:
     ordered = sorted(decisions, key=lambda one: one.at)
     settled = [one for one in ordered if one.settles]
     if settled:
-        return Standing("decided", settled[-1], (settled[-1].by,))
+        return ItemState("decided", settled[-1], (settled[-1].by,))
     now = newest(ordered)
     if len({one.outcome for one in now.values()}) > 1:
-        return Standing("conflict")
+        return ItemState("conflict")
     if len(now) < max(1, reviewers):
-        return Standing("open")
-    return Standing("decided", max(now.values(), key=lambda one: one.at), tuple(sorted(now)))
+        return ItemState("open")
+    return ItemState("decided", max(now.values(), key=lambda one: one.at), tuple(sorted(now)))

@@ -34,7 +34,7 @@ from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import column
 from sartor.curate.review import review_file
-from sartor.curate.review.review_items import Decision, Item, Standing, decision_of, item_of, standing
+from sartor.curate.review.review_items import Decision, ItemState, ReviewItem, decision_of, item_of, item_state
 
 metadata = MetaData()
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -99,7 +99,7 @@ class Queue:
         """Give the connections back."""
         self.database.close()
 
-    def items(self, dataset: str) -> dict[str, Item]:
+    def items(self, dataset: str) -> dict[str, ReviewItem]:
         """The items found in the Dataset of this id, in the order of their ids."""
         column = items.c
         query = select(items).join(found, found.c.item == column.id).order_by(column.id)
@@ -124,13 +124,13 @@ class Queue:
         with self.database.read() as connection:
             return [_said(dict(row), "sample", row["id"]) for row in connection.execute(query).mappings()]
 
-    def add(self, dataset: str, items: Iterable[Item], decisions: Iterable[Decision] = ()) -> tuple[int, int]:
+    def add(self, dataset: str, items: Iterable[ReviewItem], decisions: Iterable[Decision] = ()) -> tuple[int, int]:
         """Put items found in a Dataset into the queue, and decisions about them; returns how many of each are new."""
         with self.database.change() as connection:
             added = sum(self._add(connection, dataset, item) for item in items)
             return added, sum(self._decide(connection, decision) for decision in decisions)
 
-    def sample(self, dataset: str, plan: Mapping[str, Any], items: Iterable[Item]) -> None:
+    def sample(self, dataset: str, plan: Mapping[str, Any], items: Iterable[ReviewItem]) -> None:
         """Keep a sample's plan, and an item for each row of it."""
         identity = records.digest({"dataset": dataset, **plan})[:16]
         with self.database.change() as connection:
@@ -140,7 +140,7 @@ class Queue:
                 row = {"id": identity, "dataset": dataset, "said": records.canonical(dict(plan)).decode()}
                 connection.execute(insert(samples).values(sealed(row)))
 
-    def _add(self, connection: Connection, dataset: str, item: Item) -> bool:
+    def _add(self, connection: Connection, dataset: str, item: ReviewItem) -> bool:
         is_new = not _queue_is_there(connection, items, id=item.id)
         if is_new:
             row = {"id": item.id, "said": records.canonical(item.as_json()).decode()}
@@ -179,7 +179,7 @@ FILE = "review.sqlite"
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReviewPolicy:
     """What counts as decided. reviewers: how many people must agree. signed: whether only signed decisions count."""
 
     reviewers: int = 1
@@ -191,12 +191,12 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReviewEntry:
     """An item with every decision about it, and what becomes of it."""
 
-    item: Item
+    item: ReviewItem
     decisions: tuple[Decision, ...]
-    standing: Standing
+    standing: ItemState
 
     @property
     def is_open(self) -> bool:
@@ -207,7 +207,7 @@ class Entry:
 class View:
     """The items of a Dataset: of its own files, and of the queue if there is one."""
 
-    def __init__(self, dataset: Artifact, queue: Queue | None, rule: Rule) -> None:
+    def __init__(self, dataset: Artifact, queue: Queue | None, rule: ReviewPolicy) -> None:
         self.dataset, self.queue, self.rule = dataset, queue, rule
 
     @cached_property
@@ -235,7 +235,7 @@ class View:
         return review_file.of_dataset(self.dataset)
 
     @cached_property
-    def items(self) -> dict[str, Item]:
+    def items(self) -> dict[str, ReviewItem]:
         """Every item by id: those of the files first, in their order."""
         queued = self.queue.items(self.dataset.id) if self.queue else {}
         return {**self.lines.items, **{key: item for key, item in queued.items() if key not in self.lines.items}}
@@ -245,32 +245,32 @@ class View:
         """The samples drawn from this very Dataset."""
         return self.queue.samples(self.dataset.id) if self.queue else []
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ReviewEntry]:
         """Every item that concerns a row which stands in the Dataset, a row that would join it, or a slice."""
         return [entry for entry in self.all_entries() if self.concerns(entry.item)]
 
-    def all_entries(self) -> list[Entry]:
+    def all_entries(self) -> list[ReviewEntry]:
         """Also those whose rows have gone since: what was decided about them is part of the record."""
         said = self._decisions(self.items)
-        return [Entry(item, tuple(said.get(key, ())), self.stand(said.get(key, []))) for key, item in self.items.items()]
+        return [ReviewEntry(item, tuple(said.get(key, ())), self.stand(said.get(key, []))) for key, item in self.items.items()]
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str) -> ReviewEntry:
         """The item whose id begins like this. Raises ConfigError where none or several do."""
         found = [item for item in self.items if item.startswith(key)] if key else []
         if len(found) != 1:
             what = f"{len(found)} items begin with {key!r}" if found else f"there is no item {key!r}"
             raise ConfigError(f"{what} among the {len(self.items):,} of {self.dataset.path.name}", "sartor review list DATASET")
         decisions = self._decisions(found).get(found[0], [])
-        return Entry(self.items[found[0]], tuple(decisions), self.stand(decisions))
+        return ReviewEntry(self.items[found[0]], tuple(decisions), self.stand(decisions))
 
-    def concerns(self, item: Item) -> bool:
+    def concerns(self, item: ReviewItem) -> bool:
         """Whether it is still about something of this Dataset."""
         return item.row is not None or not item.examples or any(one in self.ids for one in item.examples)
 
-    def stand(self, decisions: list[Decision]) -> Standing:
+    def stand(self, decisions: list[Decision]) -> ItemState:
         """What these decisions come to by the rule."""
         counted = [one for one in decisions if signer(one)] if self.rule.signed else decisions
-        return standing(counted, self.rule.reviewers)
+        return item_state(counted, self.rule.reviewers)
 
     def _decisions(self, items: Collection[str]) -> dict[str, list[Decision]]:
         found: dict[str, list[Decision]] = {}
@@ -292,7 +292,7 @@ def signer(decision: Decision) -> str:
     if not identity or identity not in signing.trusted_ids() | signing.revoked_ids():
         return ""
     name = f"the decision of {decision.by} about {decision.item}"
-    return signing.check_said(decision.document, dict(decision.signature), Path(name), name)
+    return signing.check_signature(decision.document, dict(decision.signature), Path(name), name)
 
 
 def place_of(dataset: Path, queue: str) -> str:
@@ -304,14 +304,16 @@ def place_of(dataset: Path, queue: str) -> str:
 
 
 @contextmanager
-def opened(dataset: Path | str, queue: str = "", rule: Rule | None = None, *, make: bool = False) -> Iterator[View]:
+def open_review(
+    dataset: Path | str, queue: str = "", rule: ReviewPolicy | None = None, *, make: bool = False
+) -> Iterator[View]:
     """A View of a Dataset. A queue's file that is not there is made only with `make`: looking leaves nothing behind."""
     path = Path(dataset).absolute()
     artifact = Artifact(path, read_manifest(path, ("dataset",)))
     url = place_of(path, queue)
     there = Queue.open(url) if make or _is_there(url) else None
     try:
-        yield View(artifact, there, rule or Rule())
+        yield View(artifact, there, rule or ReviewPolicy())
     finally:
         if there:
             there.close()
@@ -332,5 +334,5 @@ def open_items(dataset: Path | str | Artifact, queue: str = "", *, reviewers: in
     people must agree; with `signed` only decisions count that a key which this machine trusts has signed.
     """
     path = dataset.path if isinstance(dataset, Artifact) else Path(dataset)
-    with opened(path, queue, Rule(reviewers, signed)) as view:
+    with open_review(path, queue, ReviewPolicy(reviewers, signed)) as view:
         return sum(entry.is_open for entry in view.entries())

@@ -14,7 +14,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_file
 from sartor.core.errors import ConfigError
 from sartor.core.lineage import origin_index
-from sartor.core.parquet_io import words
+from sartor.core.parquet_io import to_string_array
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import prompt_group
 from sartor.curate.dataset_writer import EDITED
@@ -26,7 +26,7 @@ from sartor.text.pii.entities import ENTITIES
 STEP = EDITED
 
 
-def changed(example: Example, change: Mapping[str, Any]) -> Example:
+def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     """The row with the change done. Raises ConfigError where it does not fit the row, or changes nothing of it."""
     check_change(change)
     after = example
@@ -121,7 +121,7 @@ def _weight(said: Any) -> float:
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:
     """The Examples with these ids that the Dataset holds. Only the row groups that have one are read whole."""
-    wanted = words(sorted(set(ids)))
+    wanted = to_string_array(sorted(set(ids)))
     files = origin_index.example_files(dataset) if len(wanted) else []
     return {row["id"]: parquet_io.example_of(row) for file in files for row in _rows(dataset, file, wanted)}
 

@@ -1,8 +1,8 @@
 """Reads one input chunk into Examples and Drops.
 
-`planner.plan` walks every source once and cuts it into units; `read` gives the Examples and Drops of one. Whatever is not
-read (an archive, a link out of the folder, a picture without a caption) was found at planning and stands in a unit as a
-refusal, so that it is a counted Drop in its place.
+`planner.plan_reading` walks every source once and cuts it into chunks; `read_chunk` gives the Examples and Drops of
+one. Whatever is not read (an archive, a link out of the folder, a picture without a caption) was found at planning and
+stands in a chunk as a refusal, so that it is a counted Drop in its place.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import SourceError
-from sartor.core.records import Drop, Example, Malformed, Origin, SetAside
+from sartor.core.records import Drop, Example, MalformedRow, Origin, SkippedRow
 from sartor.core.splits import conversation_group
 from sartor.curate.sources import documents, file_formats, media_files, row_formats, row_readers, source_files
 from sartor.curate.sources import feedback_inbox as inbox
-from sartor.curate.sources.row_readers import Piece, Read
+from sartor.curate.sources.row_readers import FilePiece, Read
 from sartor.curate.sources.safe_paths import open_regular
 from sartor.curate.sources.source_files import checksum
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.types import SourceOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class InputChunk:
     """A piece of one large file (`piece`), several small files, or a query (`files` is empty).
 
     `source` is the source's index; `asked` the digest of what it says of its rows.
@@ -61,7 +61,7 @@ class Unit:
     form: str
     most_bytes: int
     files: tuple[InputFile, ...] = ()
-    piece: Piece | None = None
+    piece: FilePiece | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON that `of_json` turns back. A path that is not UTF-8 holds lone surrogates: dump it as ASCII."""
@@ -78,12 +78,12 @@ class Unit:
         return records.digest({**_without_paths(asdict(self)), "number": 0})
 
 
-def unit_of_json(value: dict[str, Any]) -> Unit:
+def unit_of_json(value: dict[str, Any]) -> InputChunk:
     """The Unit of `as_json`."""
     piece = value["piece"]
     if piece is not None:
-        piece = Piece(**{**piece, "groups": piece["groups"] and tuple(piece["groups"])})
-    return Unit(**{**value, "files": tuple(_file_of_json(file) for file in value["files"]), "piece": piece})
+        piece = FilePiece(**{**piece, "groups": piece["groups"] and tuple(piece["groups"])})
+    return InputChunk(**{**value, "files": tuple(_file_of_json(file) for file in value["files"]), "piece": piece})
 
 
 def _file_of_json(value: dict[str, Any]) -> InputFile:
@@ -97,8 +97,12 @@ def _without_paths(value: Any) -> Any:
     return [_without_paths(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def read(
-    unit: Unit, source: Source, media_folder: Path, strict: bool = False, notes: Counter[tuple[str, str]] | None = None
+def read_chunk(
+    unit: InputChunk,
+    source: SourceOptions,
+    media_folder: Path,
+    strict: bool = False,
+    notes: Counter[tuple[str, str]] | None = None,
 ) -> Iterator[Example | Drop]:
     """Examples and Drops of a unit, in file order; media are copied into `media_folder`.
 
@@ -115,40 +119,40 @@ def read(
         yield from _of_inbox(unit, source, reading)
         return
     with ExitStack() as stack:
-        pages = stack.enter_context(documents.Pages())
+        pages = stack.enter_context(documents.DocumentReader())
         for file in unit.files:
             yield from reading.rows(file, _raw(unit, file, pages, noted))
 
 
-def _of_inbox(unit: Unit, source: Source, reading: _Reading) -> Iterator[Example | Drop]:
+def _of_inbox(unit: InputChunk, source: SourceOptions, reading: _Reading) -> Iterator[Example | Drop]:
     """An inbox is read whole: who is trusted shows in all of its lines together."""
     files = [inbox.InboxFile(place, file.path, file.bytes, file.sha256) for place, file in enumerate(unit.files)]
-    judged = inbox.Inbox(
+    judged = inbox.FeedbackInbox(
         [file for file, one in zip(files, unit.files, strict=True) if not one.refusal[0]], source.inbox, unit.most_bytes
     )
     for file, one in zip(files, unit.files, strict=True):
         yield from reading.rows(one, _feedback(judged, file, one, reading.notes))
 
 
-def _feedback(judged: inbox.Inbox, file: inbox.InboxFile, one: InputFile, notes: Counter[tuple[str, str]]) -> Read:
+def _feedback(judged: inbox.FeedbackInbox, file: inbox.InboxFile, one: InputFile, notes: Counter[tuple[str, str]]) -> Read:
     if one.refusal[0]:
-        yield "1", Malformed(*one.refusal)
+        yield "1", MalformedRow(*one.refusal)
         return
     try:
         for line, row in judged.rows(file):
-            if isinstance(row, SetAside) and row.reason == inbox.DISTRUSTED:
+            if isinstance(row, SkippedRow) and row.reason == inbox.DISTRUSTED:
                 notes[one.name, row.detail] += 1
             yield line, row
-    except Malformed as fault:
+    except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
-        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
+        yield "1", MalformedRow("unreadable_file", f"{error.strerror or error}")
 
 
-def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tuple[str, str]]) -> Read:
+def _raw(unit: InputChunk, file: InputFile, pages: documents.DocumentReader, notes: Counter[tuple[str, str]]) -> Read:
     """Raw rows of a file of a unit. What the system refuses is a row of its own."""
     if file.refusal[0]:
-        yield "1", Malformed(*file.refusal)
+        yield "1", MalformedRow(*file.refusal)
         return
     try:
         if file.kind in file_formats.MEDIA_KINDS:
@@ -157,20 +161,20 @@ def _raw(unit: Unit, file: InputFile, pages: documents.Pages, notes: Counter[tup
             yield from pages.read(file.path, file.sha256, file.kind, unit.most_bytes)
         elif file.kind in ("text", "markdown"):
             found: Counter[str] = Counter()
-            yield from documents.plain(file.path, file.sha256, file.kind, unit.most_bytes, found)
+            yield from documents.read_text_document(file.path, file.sha256, file.kind, unit.most_bytes, found)
             notes.update({(file.name, note): count for note, count in found.items()})
         else:
             with open_regular(file.path) as stream:
-                piece = unit.piece or Piece(0, file.bytes, 1, -1)
+                piece = unit.piece or FilePiece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
                 yield from row_readers.rows(stream, file.kind, piece, unit.most_bytes)
-    except Malformed as fault:
+    except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
-        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
+        yield "1", MalformedRow("unreadable_file", f"{error.strerror or error}")
 
 
-def _check_unchanged(stream: BinaryIO, file: InputFile, piece: Piece) -> None:
+def _check_unchanged(stream: BinaryIO, file: InputFile, piece: FilePiece) -> None:
     """Raises Malformed where the bytes to read are not those that were planned."""
     whole = piece.crc < 0
     size = stream.seek(0, 2)
@@ -179,7 +183,7 @@ def _check_unchanged(stream: BinaryIO, file: InputFile, piece: Piece) -> None:
         media_files.digest_of(stream) == file.sha256 if whole else checksum(stream, piece.start, piece.length) == piece.crc
     )
     if not same:
-        raise Malformed("changed_file", "the file was changed after the run began; nothing of this piece is read")
+        raise MalformedRow("changed_file", "the file was changed after the run began; nothing of this piece is read")
 
 
 def _captioned(file: InputFile, most_bytes: int) -> Any:
@@ -188,20 +192,20 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
     if file.caption is None:
         return row
     with open_regular(file.caption.path) as stream:
-        found = row_readers.document(stream, most_bytes)
-    if isinstance(found, Malformed):
-        return Malformed(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
+        found = row_readers.read_document(stream, most_bytes)
+    if isinstance(found, MalformedRow):
+        return MalformedRow(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
     text, raw = found
     if media_files.digest_of(raw) != file.caption.sha256:
-        return Malformed("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
+        return MalformedRow("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
     if file.caption.kind == "text":
         return {**row, "text": text.strip()}
     said = next((value for _, value in row_readers.whole_json(io.BytesIO(raw), most_bytes)), None)
-    if isinstance(said, Malformed):
-        return Malformed(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
+    if isinstance(said, MalformedRow):
+        return MalformedRow(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
     if not isinstance(said, dict) or not row_formats.caption_field(said):
         fields = ", ".join(row_formats.CAPTIONS)
-        return Malformed("no_caption", f"{file.caption.name!r} holds no object with one of the fields {fields}")
+        return MalformedRow("no_caption", f"{file.caption.name!r} holds no object with one of the fields {fields}")
     return {**said, "file_name": row["file_name"]}
 
 
@@ -209,8 +213,8 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
 class _Reading:
     """Raw rows of a unit -> Examples and Drops."""
 
-    unit: Unit
-    source: Source
+    unit: InputChunk
+    source: SourceOptions
     media_folder: Path
     strict: bool
     notes: Counter[tuple[str, str]]
@@ -222,22 +226,22 @@ class _Reading:
         for line, row in rows:
             origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
             try:
-                if isinstance(row, Malformed):
+                if isinstance(row, MalformedRow):
                     raise row
                 if file.kind == inbox.FORM:
-                    form = row_formats.detect(row) or ""
+                    form = row_formats.detect_row_format(row) or ""
                 if not form:
-                    raise Malformed("unknown_form", f"no known form has these fields: {_fields(row)}")
+                    raise MalformedRow("unknown_form", f"no known form has these fields: {_fields(row)}")
                 if form == row_formats.CAPTIONED and self.source.prompt:
                     row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
-                example = row_formats.parse(row, form, origin, place)
+                example = row_formats.parse_row(row, form, origin, place)
                 _check_text(example)
-            except Malformed as fault:
+            except MalformedRow as fault:
                 # what people said stands in the inbox, from which it can be taken out again
                 yield self._drop(fault, origin, None if file.kind == inbox.FORM else row)
                 continue
             except RecursionError:
-                yield self._drop(Malformed("bad_json", "the row is nested too deeply"), origin, None)
+                yield self._drop(MalformedRow("bad_json", "the row is nested too deeply"), origin, None)
                 continue
             if field := row_formats.date_of(row)[1]:
                 self.notes[file.name, f"`{field}` is no date"] += 1
@@ -248,13 +252,13 @@ class _Reading:
     def _place(self, file: InputFile, kind: str, value: str) -> str:
         if file.kind in file_formats.MEDIA_KINDS:  # the row is the media file itself
             return media_files.copy_file(Path(file.path), self.media_folder, file.sha256)
-        return media_files.place(kind, value, Path(file.path).parent if file.path else None, self.media_folder)
+        return media_files.store_media(kind, value, Path(file.path).parent if file.path else None, self.media_folder)
 
-    def _drop(self, fault: Malformed, origin: Origin, row: Any) -> Drop:
+    def _drop(self, fault: MalformedRow, origin: Origin, row: Any) -> Drop:
         detail = _storable(fault.detail)
-        if self.strict and not isinstance(fault, SetAside):
+        if self.strict and not isinstance(fault, SkippedRow):
             raise SourceError(f"{origin.locator}: {fault.reason}: {detail}", "mend the row, or run without --strict")
-        text = "" if row is None or isinstance(row, Malformed) else records.canonical_text(row)[:2000]
+        text = "" if row is None or isinstance(row, MalformedRow) else records.canonical_text(row)[:2000]
         return Drop(fault.reason, origin.source, origin.locator, detail, text=_storable(text))
 
 
@@ -269,10 +273,10 @@ def _check_text(example: Example) -> None:
         assert example.id  # digests the content as UTF-8
         example.group.encode()
     except UnicodeEncodeError:
-        raise Malformed("not_utf8", "the row holds a lone surrogate (half of a character)") from None
+        raise MalformedRow("not_utf8", "the row holds a lone surrogate (half of a character)") from None
     texts = [part.text for message in example.messages + example.rejected for part in message.content]
     if any("\0" in text for text in [*texts, example.group]):
-        raise Malformed("nul_bytes", "the row holds NUL characters")
+        raise MalformedRow("nul_bytes", "the row holds NUL characters")
 
 
 def _fields(row: Any) -> str:

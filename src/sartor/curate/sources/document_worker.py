@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sartor.core.records import Malformed
+from sartor.core.records import MalformedRow
 from sartor.curate.sources.safe_paths import open_regular
 
 MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
@@ -59,7 +59,7 @@ def html_text(raw: bytes) -> str:
     if title and not text.startswith(title):
         text = f"{title}\n\n{text}"
     if not text.strip():
-        raise Malformed("no_text", "the page shows no text")
+        raise MalformedRow("no_text", "the page shows no text")
     return text.strip()
 
 
@@ -71,7 +71,9 @@ def _decode(raw: bytes) -> str:
     try:
         return raw.decode("windows-1252" if re.fullmatch(r"(iso-?8859-|latin-?)1|us-ascii", name, re.I) else name)
     except UnicodeDecodeError as error:
-        raise Malformed("not_utf8", f"byte {error.start + 1} of the file is not {name.removesuffix('-sig').upper()}") from None
+        raise MalformedRow(
+            "not_utf8", f"byte {error.start + 1} of the file is not {name.removesuffix('-sig').upper()}"
+        ) from None
 
 
 def _visible(root: Any) -> str:
@@ -120,7 +122,7 @@ def _is_hidden(node: Any) -> bool:
     return bool(attributes) and ("hidden" in attributes or _HIDING_STYLE.search(attributes.get("style") or "") is not None)
 
 
-def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | Malformed]]:
+def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | MalformedRow]]:
     """(page number from 1, text) of every page; what stops the whole file is on page 1. Text is as pypdf orders it."""
     import pypdf
     from pypdf.errors import LimitReachedError
@@ -130,22 +132,22 @@ def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | Malformed]]:
     try:
         reader = pypdf.PdfReader(io.BytesIO(raw))
         if reader.is_encrypted and not reader.decrypt(""):
-            yield 1, Malformed("encrypted", "the PDF asks for a password; save it without one")
+            yield 1, MalformedRow("encrypted", "the PDF asks for a password; save it without one")
             return
         for number, page in enumerate(reader.pages, 1):
             if number > MOST_PAGES:
-                yield number, Malformed("pdf_bomb", f"more than {MOST_PAGES:,} pages; the rest is not read")
+                yield number, MalformedRow("pdf_bomb", f"more than {MOST_PAGES:,} pages; the rest is not read")
                 return
             yield number, _page(page)
         if not number:
-            yield 1, Malformed("no_text", "the PDF has no pages")
+            yield 1, MalformedRow("no_text", "the PDF has no pages")
     except (MemoryError, LimitReachedError) as error:
-        yield number + 1, Malformed("pdf_bomb", f"the file unfolds beyond a limit: {_said(error)}")
+        yield number + 1, MalformedRow("pdf_bomb", f"the file unfolds beyond a limit: {_said(error)}")
     except Exception as error:  # pypdf raises many kinds on broken files
-        yield number + 1, Malformed("bad_pdf", f"not a PDF that can be read: {_said(error)}")
+        yield number + 1, MalformedRow("bad_pdf", f"not a PDF that can be read: {_said(error)}")
 
 
-def _page(page: Any) -> str | Malformed:
+def _page(page: Any) -> str | MalformedRow:
     from pypdf.errors import LimitReachedError
 
     try:
@@ -153,10 +155,12 @@ def _page(page: Any) -> str | Malformed:
             contents.get_data()  # extract_text takes a stream over pypdf's limits for an empty one
         text = str(page.extract_text()).replace("\0", "").encode("utf-8", "replace").decode().strip()
     except (MemoryError, LimitReachedError) as error:
-        return Malformed("pdf_bomb", f"the page unfolds beyond a limit: {_said(error)}")
+        return MalformedRow("pdf_bomb", f"the page unfolds beyond a limit: {_said(error)}")
     except Exception as error:
-        return Malformed("bad_pdf", f"the page cannot be read: {_said(error)}")
-    return text or Malformed("no_text", "the page holds no text, perhaps a picture of one; text is not recognised in pictures")
+        return MalformedRow("bad_pdf", f"the page cannot be read: {_said(error)}")
+    return text or MalformedRow(
+        "no_text", "the page holds no text, perhaps a picture of one; text is not recognised in pictures"
+    )
 
 
 def _said(error: BaseException) -> str:
@@ -169,16 +173,18 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with open_regular(request["path"]) as stream:
             raw = stream.read((most := MOST_BYTES[request["kind"]]) + 1)
         if len(raw) > most:
-            raise Malformed("oversize_file", f"the limit of a {request['kind']} file is {most:,} bytes")
+            raise MalformedRow("oversize_file", f"the limit of a {request['kind']} file is {most:,} bytes")
         if hashlib.sha256(raw).hexdigest() != request["sha256"]:
-            raise Malformed("changed_file", "the file was changed after the run began")
+            raise MalformedRow("changed_file", "the file was changed after the run began")
         rows = pdf_pages(raw) if request["kind"] == "pdf" else iter([(1, html_text(raw))])
         for line, text in rows:
             if isinstance(text, str) and len(text) > request["most"]:
-                text = Malformed("oversize_row", f"{len(text):,} characters; the limit is {request['most']:,} (max_row_bytes)")
-            fault = {"reason": text.reason, "detail": text.detail} if isinstance(text, Malformed) else {"text": text}
+                text = MalformedRow(
+                    "oversize_row", f"{len(text):,} characters; the limit is {request['most']:,} (max_row_bytes)"
+                )
+            fault = {"reason": text.reason, "detail": text.detail} if isinstance(text, MalformedRow) else {"text": text}
             yield {"line": line, **fault}
-    except Malformed as fault:
+    except MalformedRow as fault:
         yield {"line": 1, "reason": fault.reason, "detail": fault.detail}
     except OSError as error:
         yield {"line": 1, "reason": "unreadable_file", "detail": str(error.strerror or error)}

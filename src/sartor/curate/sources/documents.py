@@ -19,8 +19,8 @@ from collections import Counter
 from types import TracebackType
 from typing import Any
 
-from sartor.core.errors import need
-from sartor.core.records import Malformed
+from sartor.core.errors import missing_package
+from sartor.core.records import MalformedRow
 from sartor.curate.sources import row_readers
 from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.safe_paths import open_regular
@@ -32,16 +32,16 @@ FILE_S = 300
 MODULES = {"html": "selectolax", "pdf": "pypdf"}
 
 
-def plain(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
+def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
-        found = row_readers.document(stream, most_bytes)
-    if isinstance(found, Malformed):
+        found = row_readers.read_document(stream, most_bytes)
+    if isinstance(found, MalformedRow):
         yield "1", found
         return
     text, raw = found
     if hashlib.sha256(raw).hexdigest() != sha256:
-        yield "1", Malformed("changed_file", "the file was changed after the run began")
+        yield "1", MalformedRow("changed_file", "the file was changed after the run began")
         return
     if kind == "markdown" and (front := _FRONT_MATTER.match(text)):
         text = text[front.end() :]
@@ -49,14 +49,14 @@ def plain(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str
     yield "1", {"text": text}
 
 
-class Pages:
+class DocumentReader:
     """The process that reads HTML and PDF, started when first needed and again after it was ended. Use it in a `with`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
 
-    def __enter__(self) -> Pages:
+    def __enter__(self) -> DocumentReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -65,7 +65,7 @@ class Pages:
     def read(self, path: str, sha256: str, kind: str, most_bytes: int) -> Read:
         """Rows of an HTML file (one) or a PDF (one a page, the line is the page number). Raises ExtraError."""
         if importlib.util.find_spec(MODULES[kind]) is None:
-            raise need(MODULES[kind])
+            raise missing_package(MODULES[kind])
         if self._process is not None and self._process.poll() is not None:
             self._end()
         process = self._process or self._start()
@@ -80,7 +80,7 @@ class Pages:
                 if whole := reply.get("done", False):
                     return
                 page = reply["line"] + 1
-                fault = Malformed(reply["reason"], reply["detail"]) if "reason" in reply else None
+                fault = MalformedRow(reply["reason"], reply["detail"]) if "reason" in reply else None
                 yield str(reply["line"]), fault or {"text": reply["text"]}
             code = process.poll()
         finally:
@@ -88,10 +88,10 @@ class Pages:
                 self._end()
         spent = time.monotonic() - began
         if code is not None and code > 0:
-            yield str(page), Malformed(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
+            yield str(page), MalformedRow(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
             return
         why = f"by signal {-code}" if code else "as too slow"
-        yield str(page), Malformed(f"{kind}_bomb", f"reading it was ended {why} after {spent:.0f} s; the rest is not read")
+        yield str(page), MalformedRow(f"{kind}_bomb", f"reading it was ended {why} after {spent:.0f} s; the rest is not read")
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [path for path in sys.path if path]

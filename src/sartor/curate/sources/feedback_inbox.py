@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core.records import Feedback, Malformed, SetAside
-from sartor.core.statistics import holm
+from sartor.core.records import Feedback, MalformedRow, SkippedRow
+from sartor.core.statistics import holm_correction
 from sartor.curate.sources import feedback_lines
-from sartor.curate.sources.feedback_lines import Line, Place
+from sartor.curate.sources.feedback_lines import FeedbackLine, Place
 from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.types import InboxTerms
 
@@ -33,7 +33,7 @@ Votes = Mapping[str, Mapping[Giver, int]]  # of a reply, what each giver says of
 
 
 @dataclass(frozen=True)
-class Standing:
+class RaterTrust:
     """How what a voice says goes with the rest. user: "*" of a key as a whole. compared: its trials. against: those of them in
     which it contradicts. p: that it does so by chance, corrected.
     """
@@ -62,11 +62,11 @@ class Standing:
         return f"{self.name} contradicts the rest on {self.against} of {self.compared} replies (p {self.p:.1g})"
 
 
-def judged(lines: Sequence[Line], terms: InboxTerms) -> list[Standing]:
+def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterTrust]:
     """The standing of every key, and of every user of a key that has several, by key and user."""
     votes, known = _votes(lines)
     users = _users(lines)
-    found: dict[Giver, Standing] = {}
+    found: dict[Giver, RaterTrust] = {}
     while True:
         standings = [one for one in _standings(votes, known, users, terms) if (one.key, one.user) not in found]
         worst = min(standings, key=lambda one: (one.p, -one.against), default=None)
@@ -76,16 +76,16 @@ def judged(lines: Sequence[Line], terms: InboxTerms) -> list[Standing]:
         votes = {item: {giver: sum_ for giver, sum_ in by.items() if not _is_of(giver, worst)} for item, by in votes.items()}
 
 
-def distrusted_raters(standings: Iterable[Standing]) -> Mapping[Giver, Standing]:
+def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[Giver, RaterTrust]:
     """Those that are set aside, by key and user."""
     return {(one.key, one.user): one for one in standings if one.is_aside}
 
 
-def _is_of(giver: Giver, voice: Standing) -> bool:
+def _is_of(giver: Giver, voice: RaterTrust) -> bool:
     return giver[0] == voice.key and voice.user in (WHOLE, giver[1])
 
 
-def _votes(lines: Iterable[Line]) -> tuple[Votes, Mapping[str, int]]:
+def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
     votes: dict[str, Counter[Giver]] = defaultdict(Counter)
     known: dict[str, int] = {}
     for line in lines:
@@ -95,7 +95,7 @@ def _votes(lines: Iterable[Line]) -> tuple[Votes, Mapping[str, int]]:
     return {item: by for item, by in votes.items() if known[item] or len(by) > 1}, known
 
 
-def _users(lines: Iterable[Line]) -> Mapping[str, set[str]]:
+def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
     """Key -> its users."""
     users: dict[str, set[str]] = defaultdict(set)
     for line in lines:
@@ -103,7 +103,7 @@ def _users(lines: Iterable[Line]) -> Mapping[str, set[str]]:
     return users
 
 
-def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[str]], terms: InboxTerms) -> list[Standing]:
+def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[str]], terms: InboxTerms) -> list[RaterTrust]:
     """Every voice, its p corrected over all that have a trial. Keys are compared with keys, users with users."""
     keys = _trials(votes, known, lambda giver: (giver[0], WHOLE))
     people = _trials(votes, known, lambda giver: giver)
@@ -113,7 +113,7 @@ def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[s
         *(_tested(voice, people, terms) for voice in wanted),
     ]
     counted = [place for place, one in enumerate(tested) if one.compared]
-    for place, p in zip(counted, holm([tested[place].p for place in counted]), strict=True):
+    for place, p in zip(counted, holm_correction([tested[place].p for place in counted]), strict=True):
         tested[place] = replace(tested[place], p=p)
     return tested
 
@@ -139,17 +139,17 @@ def _sign(number: int) -> int:
     return (number > 0) - (number < 0)
 
 
-def _tested(voice: Giver, trials: Mapping[Giver, tuple[int, int]], terms: InboxTerms) -> Standing:
+def _tested(voice: Giver, trials: Mapping[Giver, tuple[int, int]], terms: InboxTerms) -> RaterTrust:
     from scipy.stats import binom, hypergeom  # a second to load, which a source without an inbox need not wait for
 
     against, compared = trials.get(voice, (0, 0))
     if not compared:
-        return Standing(*voice)
+        return RaterTrust(*voice)
     all_against, all_compared = (sum(one[place] for one in trials.values()) for place in (0, 1))
     p = float(binom.sf(against - 1, compared, terms.disagreement))
     if all_compared > compared:
         p = max(p, float(hypergeom.sf(against - 1, all_compared, all_against, compared)))
-    return Standing(*voice, compared, against, p)
+    return RaterTrust(*voice, compared, against, p)
 
 
 FORM = "feedback"
@@ -168,7 +168,7 @@ class InboxFile:
     sha256: str
 
 
-class Inbox:
+class FeedbackInbox:
     """What becomes of every line of an inbox, judged together. standings: of the keys that speak in it, and their users.
 
     Raises ConfigError for a file of known replies that is none.
@@ -176,24 +176,24 @@ class Inbox:
 
     def __init__(self, files: Sequence[InboxFile], terms: InboxTerms, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._outcomes: dict[Place, SetAside | None] = {}  # None: it becomes a row
+        self._outcomes: dict[Place, SkippedRow | None] = {}  # None: it becomes a row
         self._held: dict[Said, Feedback] = {}  # what earlier lines said, until the newest of the same is read
         newest = self._newest(files, terms)
         self._last = {(line.receipt, line.key): line.place for line in newest}
-        self.standings = judged(newest, terms)
+        self.standings = rate_raters(newest, terms)
         aside = distrusted_raters(self.standings)
         self._outcomes |= {line.place: _unfit(line, terms, aside) for line in newest}
         fit = [line for line in newest if self._outcomes[line.place] is None]
-        self._outcomes |= {place: SetAside("over_share", why) for place, why in over_share(fit, terms).items()}
+        self._outcomes |= {place: SkippedRow("over_share", why) for place, why in rows_over_cap(fit, terms).items()}
 
     def rows(self, file: InboxFile) -> Read:
         """(line, raw row in a form that `forms` reads), or why there is none. The files in order, each once."""
         for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
-            yield str(number), said if isinstance(said, Malformed) else self._row((file.number, number), said)
+            yield str(number), said if isinstance(said, MalformedRow) else self._row((file.number, number), said)
 
-    def _row(self, place: Place, said: Feedback) -> dict[str, Any] | Malformed:
+    def _row(self, place: Place, said: Feedback) -> dict[str, Any] | MalformedRow:
         if place not in self._outcomes:
-            return Malformed("changed_file", "the line was not there when the inbox was judged")
+            return MalformedRow("changed_file", "the line was not there when the inbox was judged")
         one: Said = (said.receipt, said.by.key)
         outcome, older = self._outcomes[place], self._held.pop(one, None)
         said = feedback_lines.over(said, older) if older else said
@@ -201,51 +201,51 @@ class Inbox:
             self._held[one] = said
         return row_of(said) if outcome is None else outcome
 
-    def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[Line]:
+    def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[FeedbackLine]:
         """The lines that count, each with what the ones before it said of the same."""
-        found: dict[Said, Line] = {}
+        found: dict[Said, FeedbackLine] = {}
         answers = feedback_lines.read_gold_replies(terms.known)
         for file in files:
             for line in self._facts(file, answers):
                 one: Said = (line.receipt, line.key)
                 if older := found.pop(one, None):
-                    self._outcomes[older.place] = SetAside("replaced", "the same key said something of this reply later")
+                    self._outcomes[older.place] = SkippedRow("replaced", "the same key said something of this reply later")
                     line = line.over(older)
                 found[one] = line
         return list(found.values())
 
-    def _facts(self, file: InboxFile, answers: feedback_lines.Known) -> Iterator[Line]:
+    def _facts(self, file: InboxFile, answers: feedback_lines.Known) -> Iterator[FeedbackLine]:
         try:
             for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
                 if isinstance(said, Feedback):
                     yield feedback_lines.line_of((file.number, number), said, answers.sign(said))
-        except (Malformed, OSError):  # met again when its rows are read, and told there
+        except (MalformedRow, OSError):  # met again when its rows are read, and told there
             return
 
 
-def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOST_BYTES) -> Inbox:
+def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOST_BYTES) -> FeedbackInbox:
     """An inbox as it is now, judged; of a folder that is not there, an empty one."""
     files = []
     for number, file in enumerate(sorted(path.glob("feedback-*.jsonl"))):
         size = file.stat().st_size
         with file.open("rb") as stream:
             files.append(InboxFile(number, str(file), size, feedback_lines.prefix_digest(stream, size)))
-    return Inbox(files, terms or InboxTerms(), most_bytes)
+    return FeedbackInbox(files, terms or InboxTerms(), most_bytes)
 
 
-def _unfit(line: Line, terms: InboxTerms, aside: Mapping[Giver, Standing]) -> SetAside | None:
+def _unfit(line: FeedbackLine, terms: InboxTerms, aside: Mapping[Giver, RaterTrust]) -> SkippedRow | None:
     """Why a line makes no row."""
     standing = aside.get((line.key, WHOLE)) or aside.get((line.key, line.user))
     if terms.agent and terms.agent not in (line.agent, line.agent.partition("@")[0]):
-        return SetAside("other_agent", f"it is of {line.agent}")
+        return SkippedRow("other_agent", f"it is of {line.agent}")
     if standing:
-        return SetAside(DISTRUSTED, standing.why)
+        return SkippedRow(DISTRUSTED, standing.why)
     if line.consent == "refused" or (line.consent == "assumed" and terms.consent == "given"):
-        return SetAside("no_consent", "nobody agreed that it be learnt from")
+        return SkippedRow("no_consent", "nobody agreed that it be learnt from")
     if not line.item:
-        return SetAside("not_remembered", "the server no longer knew what was asked")
+        return SkippedRow("not_remembered", "the server no longer knew what was asked")
     if not line.correction and not line.rating:
-        return SetAside("nothing_to_learn", "it neither rates the reply nor corrects it")
+        return SkippedRow("nothing_to_learn", "it neither rates the reply nor corrects it")
     return None
 
 
@@ -264,7 +264,7 @@ def _turn(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def over_share(lines: Sequence[Line], terms: InboxTerms) -> dict[Place, str]:
+def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[Place, str]:
     """Lines that are too many of one user or one key, drawn by the seed, each with the sentence that says so."""
     gone: dict[Place, str] = {}
     for giver_of in (_user, _key):
@@ -272,15 +272,15 @@ def over_share(lines: Sequence[Line], terms: InboxTerms) -> dict[Place, str]:
     return gone
 
 
-def _user(line: Line) -> Giver:
+def _user(line: FeedbackLine) -> Giver:
     return line.key, line.user
 
 
-def _key(line: Line) -> Giver:
+def _key(line: FeedbackLine) -> Giver:
     return line.key, ""
 
 
-def _cut(lines: Sequence[Line], terms: InboxTerms, giver_of: Callable[[Line], Giver]) -> dict[Place, str]:
+def _cut(lines: Sequence[FeedbackLine], terms: InboxTerms, giver_of: Callable[[FeedbackLine], Giver]) -> dict[Place, str]:
     counts = Counter(map(giver_of, lines))
     most = allowed(list(counts.values()), terms)
     taken: Counter[Giver] = Counter()
@@ -294,7 +294,7 @@ def _cut(lines: Sequence[Line], terms: InboxTerms, giver_of: Callable[[Line], Gi
     return gone
 
 
-def _draw(seed: int, line: Line) -> bytes:
+def _draw(seed: int, line: FeedbackLine) -> bytes:
     return hashlib.sha256(f"{seed}:{line.receipt}:{line.key}".encode()).digest()
 
 

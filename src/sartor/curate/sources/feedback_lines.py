@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.filesystem import file_digest
-from sartor.core.records import Agreed, Example, Feedback, Malformed, Origin, canonical, digest
+from sartor.core.records import Agreed, Example, Feedback, MalformedRow, Origin, canonical, digest
 from sartor.curate.sources import row_formats, row_readers
 from sartor.curate.sources.safe_paths import open_regular
 
@@ -23,7 +23,7 @@ Place = tuple[int, int]  # number of the file, number of the line
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class FeedbackLine:
     """What is known of a line. correction, reply: digests, "" for none. item: digest of the prompt and its reply, "" where the
     words are not there. known: whether the reply is known as good (1) or bad (-1).
     """
@@ -47,7 +47,7 @@ class Line:
             return 0 if not self.reply else 1 if self.correction == self.reply else -1
         return 0 if not self.rating else 1 if self.rating > 0 else -1
 
-    def over(self, older: Line) -> Line:
+    def over(self, older: FeedbackLine) -> FeedbackLine:
         """The two lines of one key on one reply as one: the newer says what both say."""
         words = self if self.item else older
         return replace(
@@ -74,27 +74,29 @@ def over(newer: Feedback, older: Feedback) -> Feedback:
     )
 
 
-def line_of(place: Place, said: Feedback, known: int) -> Line:
+def line_of(place: Place, said: Feedback, known: int) -> FeedbackLine:
     """The facts of a line."""
     by, words = said.by, said.has_words
-    item = digest([asked(said, with_system=True), said.reply])[:32] if words else ""
+    item = digest([prompt_key(said, with_system=True), said.reply])[:32] if words else ""
     correction, reply = _mark(said.correction), _mark(said.reply) if words else ""
-    return Line(place, said.receipt, by.key, by.user, said.agent, by.consent, said.rating, correction, reply, item, known)
+    return FeedbackLine(
+        place, said.receipt, by.key, by.user, said.agent, by.consent, said.rating, correction, reply, item, known
+    )
 
 
 def _mark(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode("utf-8", "replace")).hexdigest()[:32] if text.strip() else ""
 
 
-def asked(said: Feedback, *, with_system: bool) -> list[list[Any]]:
+def prompt_key(said: Feedback, *, with_system: bool) -> list[list[Any]]:
     """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they came."""
     if not said.messages:
         return [["user", said.text]]
     turns = [(str(message.get("role")), message) for message in said.messages]
-    return [[role, spoken(message)] for role, message in turns if with_system or role not in ("system", "developer")]
+    return [[role, message_text(message)] for role, message in turns if with_system or role not in ("system", "developer")]
 
 
-def spoken(message: Mapping[str, Any]) -> Any:
+def message_text(message: Mapping[str, Any]) -> Any:
     """The text of a message in OpenAI form; a list where it holds more than text."""
     content, calls = message.get("content"), message.get("tool_calls")
     if content is None or isinstance(content, str):
@@ -105,14 +107,14 @@ def spoken(message: Mapping[str, Any]) -> Any:
     return "".join(str(part.get("text", "")) for part in parts)
 
 
-def read_feedback_lines(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | Malformed]]:
+def read_feedback_lines(path: str, size: int, sha256: str, most_bytes: int) -> Iterator[tuple[int, Feedback | MalformedRow]]:
     """(line, what it says) of the first `size` bytes of a file, to which a server may be appending.
 
     Raises Malformed where these are not the bytes of that digest, OSError where the system refuses.
     """
     with open_regular(path) as stream:
         if prefix_digest(stream, size) != sha256:
-            raise Malformed("changed_file", "lines of it were changed after the run began; nothing of it is read")
+            raise MalformedRow("changed_file", "lines of it were changed after the run began; nothing of it is read")
         stream.seek(0)
         for number, row in row_readers.jsonl(stream, size, 1, most_bytes):
             yield int(number), _feedback(row)
@@ -128,17 +130,17 @@ def prefix_digest(stream: Any, size: int) -> str:
     return found.hexdigest()
 
 
-def _feedback(row: Any) -> Feedback | Malformed:
-    if isinstance(row, Malformed):
+def _feedback(row: Any) -> Feedback | MalformedRow:
+    if isinstance(row, MalformedRow):
         torn = "the line was cut short by a kill or a full disk"
-        return Malformed("torn_line", torn) if row.reason == "bad_json" else row
+        return MalformedRow("torn_line", torn) if row.reason == "bad_json" else row
     try:
         said = Feedback.from_json(row)
-        return said if _is_whole(said) else Malformed("not_feedback", "its fields are not those of feedback")
+        return said if _is_whole(said) else MalformedRow("not_feedback", "its fields are not those of feedback")
     except SourceError as error:
-        return Malformed("newer_schema", error.problem)
+        return MalformedRow("newer_schema", error.problem)
     except (KeyError, TypeError, AttributeError):
-        return Malformed("not_feedback", "the line is no feedback of a team; its fields are others")
+        return MalformedRow("not_feedback", "the line is no feedback of a team; its fields are others")
 
 
 def _is_whole(said: Feedback) -> bool:
@@ -161,7 +163,7 @@ class Known:
         """1 for a reply that is known to be right, -1 for a wrong one, 0 where it is not known."""
         if not self.right or not said.has_words:
             return 0
-        question, reply = digest(asked(said, with_system=False)), _plain(said.reply)
+        question, reply = digest(prompt_key(said, with_system=False)), _plain(said.reply)
         if reply in self.right.get(question, ()):
             return 1
         if reply in self.wrong.get(question, ()):
@@ -195,16 +197,16 @@ def read_gold_replies(path: str) -> Known:
 
 
 def _example(row: Any) -> Example | None:
-    if isinstance(row, Malformed) or not isinstance(row, Mapping) or (form := row_formats.detect(row)) is None:
+    if isinstance(row, MalformedRow) or not isinstance(row, Mapping) or (form := row_formats.detect_row_format(row)) is None:
         return None
     try:
-        return row_formats.parse(row, form, Origin("", ""), _no_media)
-    except Malformed:
+        return row_formats.parse_row(row, form, Origin("", ""), _no_media)
+    except MalformedRow:
         return None
 
 
 def _no_media(kind: str, value: str) -> NoReturn:
-    raise Malformed("media", "what is known is known of text alone")
+    raise MalformedRow("media", "what is known is known of text alone")
 
 
 def _plain(reply: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from sartor.core.records import Malformed
+from sartor.core.records import MalformedRow
 
 HEAD_BYTES = 8192
 KINDS: dict[str, str] = {
@@ -109,7 +109,7 @@ def kind_of(name: str) -> str:
     return "archive" if suffix in ARCHIVES else KINDS.get(suffix, "")
 
 
-def refusal(name: str) -> tuple[str, str] | None:
+def format_refusal(name: str) -> tuple[str, str] | None:
     """(reason, detail) for a name whose file is never read."""
     suffix, kind = os.path.splitext(name)[1].lower(), kind_of(name)
     if kind == "archive":
@@ -149,34 +149,34 @@ def suffix_of(head: bytes) -> str:
     return next((suffix for suffix, holds in _SUFFIX_HOLDS.items() if found in holds and KINDS[suffix] in MEDIA_KINDS), "")
 
 
-def mismatch(name: str, head: bytes) -> Malformed | None:
+def mismatch(name: str, head: bytes) -> MalformedRow | None:
     """A file whose first bytes are those of another format than its extension says."""
     suffix, found = os.path.splitext(name)[1].lower(), sniff(head)
     holds = _SUFFIX_HOLDS.get(suffix, ())
     if found in holds or not found:
         return None
-    return Malformed("format_mismatch", f"the file is called {suffix} and is in truth: {found}; give it its own extension")
+    return MalformedRow("format_mismatch", f"the file is called {suffix} and is in truth: {found}; give it its own extension")
 
 
-def must_be(name: str, head: bytes) -> Malformed | None:
+def must_be(name: str, head: bytes) -> MalformedRow | None:
     """As `mismatch`, and also for a media file whose first bytes are those of no format at all."""
     suffix = os.path.splitext(name)[1].lower()
     if (fault := mismatch(name, head)) is not None:
         return fault
     if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf") and not sniff(head):
         holds = _SUFFIX_HOLDS[suffix][0]
-        return Malformed("format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does")
+        return MalformedRow("format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does")
     return None
 
 
-def not_text(head: bytes) -> Malformed | None:
+def not_text(head: bytes) -> MalformedRow | None:
     """Whether the head of a file shows that it is no text at all (one bad line alone does not)."""
     if not head:
-        return Malformed("empty_file", "the file is empty")
+        return MalformedRow("empty_file", "the file is empty")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Malformed("not_utf8", "the file is UTF-16; save it as UTF-8")
+        return MalformedRow("not_utf8", "the file is UTF-16; save it as UTF-8")
     control = sum(byte < 32 and byte not in b"\t\n\r\f\b\x1b" for byte in head)
     if control > len(head) // 10:
         problem = f"{control} of the first {len(head)} bytes are control characters; this is no text file"
-        return Malformed("binary_file", problem)
+        return MalformedRow("binary_file", problem)
     return None

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from sartor.core.errors import MediaError
 from sartor.core.filesystem import write_file_atomic
-from sartor.core.records import Malformed
+from sartor.core.records import MalformedRow
 from sartor.curate.sources import file_formats
 from sartor.curate.sources.safe_paths import open_regular
 from sartor.media import audio, images
@@ -49,7 +49,7 @@ _SUFFIXES = {
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
-def place(kind: str, value: str, folder: Path | None, into: Path) -> str:
+def store_media(kind: str, value: str, folder: Path | None, into: Path) -> str:
     """Copy what a row names, a path below `folder` or a data URL, into `into`; returns its path below the dataset.
 
     Raises Malformed. Without a `folder` (rows of a query or a hub) only data URLs are taken.
@@ -57,7 +57,7 @@ def place(kind: str, value: str, folder: Path | None, into: Path) -> str:
     if value.startswith("data:"):
         return _place_data_url(kind, value, into)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", value):
-        raise Malformed("bad_media", f"the {kind} is an address to fetch ({value[:60]}); give a path or a data URL")
+        raise MalformedRow("bad_media", f"the {kind} is an address to fetch ({value[:60]}); give a path or a data URL")
     return copy_file(locate(kind, value, folder), into)
 
 
@@ -66,7 +66,7 @@ def copy_file(file: Path, into: Path, sha256: str = "") -> str:
     try:
         stream = open_regular(file)
     except OSError as error:
-        raise Malformed("bad_media", f"the file {file.name[:80]!r} cannot be opened: {error.strerror}") from None
+        raise MalformedRow("bad_media", f"the file {file.name[:80]!r} cannot be opened: {error.strerror}") from None
     with stream:
         return copy(stream, file.name, into, sha256)
 
@@ -74,28 +74,28 @@ def copy_file(file: Path, into: Path, sha256: str = "") -> str:
 def locate(kind: str, value: str, folder: Path | None) -> Path:
     """The file that a row's path names. Raises Malformed for one that could lead out of the folder."""
     if folder is None:
-        raise Malformed("bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder")
+        raise MalformedRow("bad_media", f"the {kind} is a path ({value[:60]!r}), and rows of this source lie in no folder")
     decoded = urllib.parse.unquote(urllib.parse.unquote(value))
     for spelling in (value, decoded):
         parts = re.split(r"[/\\]", spelling)
         if spelling.startswith(("/", "\\", "~")) or re.match(r"[a-zA-Z]:", spelling) or ".." in parts:
-            raise Malformed("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
+            raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
     if (
         not value
         or "\0" in decoded
         or len(value) > 4096
         or any(len(part.encode("utf-8", "replace")) > 255 for part in value.split("/"))
     ):
-        raise Malformed("bad_media", f"the {kind} path {value[:80]!r} is none that a file can have")
+        raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} is none that a file can have")
     file = folder / value
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
-            raise Malformed("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
+            raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
         mode_known = file.exists()
     except (OSError, ValueError, RuntimeError):  # a loop of links; a lone surrogate
-        raise Malformed("bad_media", f"the {kind} path {value[:80]!r} is none that can be followed") from None
+        raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} is none that can be followed") from None
     if not mode_known:
-        raise Malformed("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
+        raise MalformedRow("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
     return file
 
 
@@ -111,7 +111,7 @@ def of_data_url(kind: str, value: str) -> bytes:
     try:
         return base64.b64decode(value.partition(",")[2], validate=True)
     except (binascii.Error, ValueError):
-        raise Malformed("bad_media", f"the {kind} data URL is not base64") from None
+        raise MalformedRow("bad_media", f"the {kind} data URL is not base64") from None
 
 
 def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
@@ -121,12 +121,12 @@ def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
     """
     size = stream.seek(0, os.SEEK_END)
     if size > MOST_BYTES:
-        raise Malformed("bad_media", f"the media file has {size:,} bytes; the limit is {MOST_BYTES:,}")
+        raise MalformedRow("bad_media", f"the media file has {size:,} bytes; the limit is {MOST_BYTES:,}")
     stream.seek(0)
     check(stream, name)
     digest = digest_of(stream)
     if sha256 and digest != sha256:
-        raise Malformed("changed_file", "the file was changed after the run began")
+        raise MalformedRow("changed_file", "the file was changed after the run began")
     target = into / f"{digest}{PurePath(name).suffix.lower()}"
     if not target.exists():
         if size <= MOST_DECODED:
@@ -142,21 +142,21 @@ def _decode(content: bytes) -> None:
     """Raises Malformed for a picture or a recording that does not decode to its end."""
     try:
         if file_formats.sniff(content[: file_formats.HEAD_BYTES]) in PICTURES:
-            with images.opened(content) as image:
+            with images.open_checked(content) as image:
                 image.load()
         else:
-            with audio.opened(content) as sound:
+            with audio.open_audio(content) as sound:
                 for _ in audio.blocks(sound, math.inf):
                     pass
     except MediaError as error:
-        raise Malformed(error.reason, error.problem) from None
+        raise MalformedRow(error.reason, error.problem) from None
 
 
 def check(stream: BinaryIO, name: str) -> None:
     """Raises Malformed for an empty file, one that is not what its name says, or a picture that unfolds too large."""
     head = stream.read(file_formats.HEAD_BYTES)
     if not head:
-        raise Malformed("bad_media", f"the media file {name[:80]!r} is empty")
+        raise MalformedRow("bad_media", f"the media file {name[:80]!r} is empty")
     if (fault := file_formats.must_be(name, head)) is not None:
         raise fault
     found = file_formats.sniff(head)
@@ -165,13 +165,13 @@ def check(stream: BinaryIO, name: str) -> None:
     try:
         width, height, frames = image_size(stream, found)
     except (struct.error, IndexError, ValueError):
-        raise Malformed("bad_media", f"the {found} ends inside its header") from None
+        raise MalformedRow("bad_media", f"the {found} ends inside its header") from None
     if width < 1 or height < 1:
-        raise Malformed("bad_media", f"the {found} says that it has {width} x {height} pixels")
+        raise MalformedRow("bad_media", f"the {found} says that it has {width} x {height} pixels")
     if width * height > MOST_PIXELS:
-        raise Malformed("image_bomb", f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
+        raise MalformedRow("image_bomb", f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
     if frames > MOST_FRAMES:
-        raise Malformed("image_bomb", f"more than {MOST_FRAMES:,} frames in one picture")
+        raise MalformedRow("image_bomb", f"more than {MOST_FRAMES:,} frames in one picture")
 
 
 def image_size(stream: BinaryIO, found: str) -> tuple[int, int, int]:

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sartor.core import records
-from sartor.core.records import Drop, Example, Malformed
+from sartor.core.records import Drop, Example, MalformedRow
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources import feedback_lines, file_formats, row_formats, row_readers, source_files
-from sartor.curate.sources.chunk_reader import InputFile, Unit, read, unit_of_json
-from sartor.curate.sources.row_readers import Piece
-from sartor.curate.sources.safe_paths import Found, open_regular, safe_name
+from sartor.curate.sources.chunk_reader import InputChunk, InputFile, read_chunk, unit_of_json
+from sartor.curate.sources.row_readers import FilePiece
+from sartor.curate.sources.safe_paths import SourceFile, open_regular, safe_name
 from sartor.curate.sources.source_files import PIECE_BYTES, FileFacts, survey
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.types import SourceOptions
 
 BATCH_FILES = 200
 BATCH_BYTES = 16 << 20
@@ -32,29 +32,29 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 
 @dataclass
-class Plan:
+class ReadPlan:
     """The units in the order of reading, and facts of every file that was found, in the same order."""
 
-    units: list[Unit] = field(default_factory=list)
+    units: list[InputChunk] = field(default_factory=list)
     files: list[FileFacts] = field(default_factory=list)
 
 
-def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
+def plan_reading(wanted: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
     """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
-    made = Plan()
+    made = ReadPlan()
     for index, source in enumerate(map(source_files.with_licence, wanted)):
         if source_files.scheme(source.path) in ("sql", "hub"):
             facts = source_files.query_facts(source)
             head = source_files.queried(source, max_row_bytes, source_files.HEAD_ROWS)
             form = source_files.form_of(head)
             made.files.append(replace(facts, form=form or "unknown"))
-            made.units.append(Unit(len(made.units), index, _asked(source), form, max_row_bytes))
+            made.units.append(InputChunk(len(made.units), index, _asked(source), form, max_row_bytes))
             continue
         if source_files.scheme(source.path) == "inbox":
             files = tuple(_of_inbox(found, max_row_bytes) for found in source_files.files_of(source))
             made.files += [_facts(source, file) for file in files]
             asked = records.digest([_asked(source), asdict(source.inbox), feedback_lines.mark(source.inbox.known)])[:16]
-            made.units.append(Unit(len(made.units), index, asked, inbox.FORM, max_row_bytes, files))
+            made.units.append(InputChunk(len(made.units), index, asked, inbox.FORM, max_row_bytes, files))
             continue
         cutter = _Cutter(made, index, _asked(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
@@ -66,7 +66,7 @@ def plan(wanted: Sequence[Source], max_row_bytes: int) -> Plan:
     return made
 
 
-def _of_inbox(found: Found, most_bytes: int) -> InputFile:
+def _of_inbox(found: SourceFile, most_bytes: int) -> InputFile:
     """A file of an inbox, to which a server may be appending: what is there now is what is read."""
     file, _ = _inspect(found, "jsonl", most_bytes, of_media=False)
     if not file.refusal[0] and not found.path.endswith(".jsonl"):
@@ -74,12 +74,12 @@ def _of_inbox(found: Found, most_bytes: int) -> InputFile:
     return replace(file, kind=inbox.FORM, form=inbox.FORM)
 
 
-def _asked(source: Source) -> str:
+def _asked(source: SourceOptions) -> str:
     """Digest of what a source says of its rows: with another licence or question they are other rows."""
     return records.digest([source.path, source.licence, source.date, source.prompt, source.captions])[:16]
 
 
-def _facts(source: Source, file: InputFile) -> FileFacts:
+def _facts(source: SourceOptions, file: InputFile) -> FileFacts:
     form = file.form or "unknown"
     return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form)
 
@@ -88,14 +88,14 @@ def _facts(source: Source, file: InputFile) -> FileFacts:
 class _Cutter:
     """Puts the files of a source into units, in their order."""
 
-    plan: Plan
+    plan: ReadPlan
     source: int
     asked: str
     most_bytes: int
     waiting: list[InputFile] = field(default_factory=list)
     waiting_bytes: int = 0
 
-    def add(self, file: InputFile, pieces: Sequence[Piece]) -> None:
+    def add(self, file: InputFile, pieces: Sequence[FilePiece]) -> None:
         if pieces and pieces[-1].start + pieces[-1].length > PIECE_BYTES and file.kind in _TABLE_KINDS:
             self.flush()
             for piece in pieces:
@@ -111,12 +111,12 @@ class _Cutter:
             self._unit(tuple(self.waiting))
         self.waiting, self.waiting_bytes = [], 0
 
-    def _unit(self, files: tuple[InputFile, ...], piece: Piece | None = None) -> None:
+    def _unit(self, files: tuple[InputFile, ...], piece: FilePiece | None = None) -> None:
         form = files[0].form if piece else ""
-        self.plan.units.append(Unit(len(self.plan.units), self.source, self.asked, form, self.most_bytes, files, piece))
+        self.plan.units.append(InputChunk(len(self.plan.units), self.source, self.asked, form, self.most_bytes, files, piece))
 
 
-def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list[Piece]]]:
+def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFile, list[FilePiece]]]:
     """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
     found = source_files.files_of(source)
     tables, tabled = _tables(found, most_bytes)
@@ -130,14 +130,14 @@ def _surveyed(source: Source, most_bytes: int) -> Iterator[tuple[InputFile, list
         if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
             yield _inspect(file, kind, most_bytes, of_media=file.path in tables)
         elif file.path not in tabled:
-            beside = [by_path.get(path) or Found(path, _name_beside(file, path)) for path in captions.get(file.path, ())]
+            beside = [by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())]
             yield _with_caption(file, kind, source, beside), []
 
 
-def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[Piece]]:
+def _inspect(found: SourceFile, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[FilePiece]]:
     """A file that is no media: digest, form, pieces; or why it is not read."""
     file = InputFile(found.path, found.name, kind, refusal=found.refusal)
-    refusal = found.refusal if found.refusal[0] else file_formats.refusal(found.path)
+    refusal = found.refusal if found.refusal[0] else file_formats.format_refusal(found.path)
     if refusal:
         return replace(file, bytes=_size(found), refusal=refusal), []
     try:
@@ -151,13 +151,13 @@ def _inspect(found: Found, kind: str, most_bytes: int, *, of_media: bool) -> tup
             every = itertools.chain.from_iterable(row_readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
             head = itertools.islice(every, source_files.HEAD_ROWS)
             return replace(file, form=source_files.form_of(head, of_media=of_media)), pieces
-    except Malformed as problem:
+    except MalformedRow as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
         return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}")), []
 
 
-def _size(found: Found) -> int:
+def _size(found: SourceFile) -> int:
     """Bytes of a file that is not read, where the system tells and it is a file."""
     try:
         found_stat = os.stat(found.path, follow_symlinks=False)
@@ -166,7 +166,7 @@ def _size(found: Found) -> int:
     return found_stat.st_size if stat.S_ISREG(found_stat.st_mode) else 0
 
 
-def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]]:
+def _tables(found: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set[str]]:
     """(paths of the tables of media, paths of the media files that they name)."""
     known = {os.path.normpath(file.path) for file in found if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS}
     tables, named = set(), set()
@@ -179,7 +179,7 @@ def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]
         tables.add(file.path)
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
-            whole = Piece(0, inspected.bytes, 1, -1)
+            whole = FilePiece(0, inspected.bytes, 1, -1)
             for _, row in row_readers.rows(stream, inspected.kind, whole, most_bytes):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
@@ -188,7 +188,7 @@ def _tables(found: Sequence[Found], most_bytes: int) -> tuple[set[str], set[str]
     return tables, {file.path for file in found if os.path.normpath(file.path) in named}
 
 
-def _captions(found: Sequence[Found], tabled: set[str]) -> dict[str, list[str]]:
+def _captions(found: Sequence[SourceFile], tabled: set[str]) -> dict[str, list[str]]:
     """Media file -> the text or JSON files of its name beside it, the one to use first."""
     captions: dict[str, list[str]] = {}
     for file in found:
@@ -202,12 +202,12 @@ def _captions(found: Sequence[Found], tabled: set[str]) -> dict[str, list[str]]:
     return captions
 
 
-def _name_beside(media: Found, path: str) -> str:
+def _name_beside(media: SourceFile, path: str) -> str:
     """The name of a file in the folder of a media file."""
     return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
-def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Found]) -> InputFile:
+def _with_caption(found: SourceFile, kind: str, source: SourceOptions, beside: Sequence[SourceFile]) -> InputFile:
     """A media file that no table names."""
     file = InputFile(found.path, found.name, kind, form=row_formats.CAPTIONED)
     try:
@@ -219,7 +219,7 @@ def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Foun
         file = replace(file, sha256=sha256, bytes=size)
         if beside:
             return replace(file, caption=_caption(beside[0]))
-    except Malformed as problem:
+    except MalformedRow as problem:
         return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail))
     except OSError as error:
         return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}"))
@@ -229,22 +229,22 @@ def _with_caption(found: Found, kind: str, source: Source, beside: Sequence[Foun
     return replace(file, refusal=("no_caption", f"nothing says what the {kind} holds; {remedy}"))
 
 
-def _caption(found: Found) -> InputFile:
+def _caption(found: SourceFile) -> InputFile:
     """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
     if found.refusal[0]:
-        raise Malformed(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
+        raise MalformedRow(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
     kind = file_formats.kind_of(found.path)
     with open_regular(found.path) as stream:
         if (fault := row_readers.head_fault(stream, found.path, kind)) is not None:
-            raise Malformed(fault.reason, f"the caption {found.name!r}: {fault.detail}")
+            raise MalformedRow(fault.reason, f"the caption {found.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
     return InputFile(found.path, found.name, kind, sha256, size, form="caption")
 
 
-__all__ = ["FileFacts", "InputFile", "Plan", "Unit", "plan", "read", "read_all", "unit_of_json"]
+__all__ = ["FileFacts", "InputFile", "ReadPlan", "InputChunk", "plan_reading", "read_chunk", "read_all", "unit_of_json"]
 
 
-def read_all(source: Source, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:
+def read_all(source: SourceOptions, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:
     """Every row of one source, in this process. Raises as `plan` and `read` do."""
-    for unit in plan([source], max_row_bytes).units:
-        yield from read(unit, source, media_folder)
+    for unit in plan_reading([source], max_row_bytes).units:
+        yield from read_chunk(unit, source, media_folder)

@@ -20,7 +20,7 @@ from datetime import UTC, date, datetime
 from pathlib import PurePath
 from typing import Any, cast
 
-from sartor.core.records import ROLES, Example, Malformed, Message, Origin, Part, PartKind
+from sartor.core.records import ROLES, Example, MalformedRow, Message, Origin, Part, PartKind
 from sartor.core.reply_markup import with_fields
 from sartor.core.splits import stated_group
 from sartor.curate.sources.file_formats import kind_of
@@ -29,7 +29,7 @@ _MARK = re.compile(r"\n?<(image|audio)>\n?")
 _FIELDS = {"image": ("image", "images"), "audio": ("audio", "audios")}
 
 
-def placed(row: Mapping[str, Any], turns: Any) -> Any:
+def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
     """The turns with each mark in their texts, or part without a value, replaced by the media that the row names, in order.
 
     Texts of a row that names none are left as they are. Raises Malformed unless there are as many marks as media.
@@ -43,7 +43,7 @@ def placed(row: Mapping[str, Any], turns: Any) -> Any:
     for kind, found in named.items():
         if counts[kind] != len(found):
             problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(found)}: each mark is one {kind}"
-            raise Malformed("placeholder_count", problem)
+            raise MalformedRow("placeholder_count", problem)
     return made
 
 
@@ -51,7 +51,7 @@ def asked(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
     """The content of a question: its text with the media that the row names where its marks stand, or before it."""
     marks = "".join(f"<{kind}>" for kind in _FIELDS for _ in _named(row, kind))
     text = text if _MARK.search(text) or not marks else marks + text
-    (turn,) = placed(row, [{"content": text}])
+    (turn,) = fill_placeholders(row, [{"content": text}])
     return turn["content"] if marks else [{"type": "text", "text": text}]
 
 
@@ -129,7 +129,7 @@ _SHAREGPT_ROLES = {
 Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the dataset
 
 
-def detect(row: Mapping[str, Any], *, of_media: bool = False) -> str | None:
+def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str | None:
     """The form of a row by its keys, or None. `of_media`: the file may be a table of media."""
     if of_media and row.get("file_name") is not None and caption_field(row):
         return CAPTIONED
@@ -142,11 +142,11 @@ def caption_field(row: Mapping[str, Any]) -> str:
     return next((key for key in CAPTIONS if row.get(key) is not None), "")
 
 
-def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
+def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
     """The Example in a row of a form, its Origin with the row's own date. Raises Malformed."""
     if not isinstance(row, Mapping):
-        raise Malformed("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
-    found = detect(row, of_media=form == CAPTIONED)
+        raise MalformedRow("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
+    found = detect_row_format(row, of_media=form == CAPTIONED)
     if found != form and {found, form} != {"rated", "prompt_completion"}:  # of a file's replies some may be rated
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
@@ -155,7 +155,7 @@ def parse(row: Any, form: str, origin: Origin, media: Media) -> Example:
         _check_turns(messages[:-1] + rejected, form)
     group = stated_group(row.get("group"))
     if group is None:
-        raise Malformed("bad_field", f"`group` is a {type(row['group']).__name__}, not text")
+        raise MalformedRow("bad_field", f"`group` is a {type(row['group']).__name__}, not text")
     example = Example(
         messages=messages,
         origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
@@ -218,15 +218,15 @@ def iso_date(value: Any) -> str:
     return ""
 
 
-def _other_form(row: Mapping[str, Any], form: str) -> Malformed:
+def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
     keys = ("file_name", CAPTIONS[0]) if form == CAPTIONED else FORMS[form]
-    found = detect(row)
+    found = detect_row_format(row)
     if (found is None or form == CAPTIONED) and any(key in row for key in keys):
         lacking = [key for key in keys if row.get(key) is None]
-        return Malformed("missing_field", f"the row has no {' and no '.join(lacking)}")
+        return MalformedRow("missing_field", f"the row has no {' and no '.join(lacking)}")
     if found is None:
-        return Malformed("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
-    return Malformed("mixed_form", f"the row is in the form {found!r}, the file in {form!r}")
+        return MalformedRow("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
+    return MalformedRow("mixed_form", f"the row is in the form {found!r}, the file in {form!r}")
 
 
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -234,7 +234,7 @@ def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...]
     said = [one for turn in turns for one in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
     if said and all(isinstance(one, Mapping) and "role" not in one and "sender" in one and "text" in one for one in said):
         return _conversation(said), ()
-    return _turns(placed(row, turns), media), ()
+    return _turns(fill_placeholders(row, turns), media), ()
 
 
 def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
@@ -248,7 +248,7 @@ def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
             turns.append((sender, [text]))
     senders = {sender for sender, _ in turns}
     if len(senders) > 2:
-        raise Malformed("bad_field", f"{len(senders)} people speak in `messages`; two can be taken for user and assistant")
+        raise MalformedRow("bad_field", f"{len(senders)} people speak in `messages`; two can be taken for user and assistant")
     return tuple(Message.of("assistant" if sender == turns[-1][0] else "user", "\n".join(texts)) for sender, texts in turns)
 
 
@@ -256,7 +256,7 @@ def _captioned(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...
     name, field = _text(row, "file_name"), caption_field(row)
     kind = kind_of(PurePath(name).name)
     if kind not in ("image", "audio"):
-        raise Malformed("bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read")
+        raise MalformedRow("bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read")
     caption = row[field]
     said = str(caption) if isinstance(caption, int) and not isinstance(caption, bool) else _text(row, field)
     parts = [Part(cast(PartKind, kind), media=media(kind, name))]
@@ -268,16 +268,16 @@ def _captioned(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...
 def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns = _loads(row["conversations"])
     if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise Malformed("bad_field", "`conversations` is not a list of turns")
+        raise MalformedRow("bad_field", "`conversations` is not a list of turns")
     plain: list[dict[str, Any]] = []
     if isinstance(row.get("system"), str) and row["system"].strip():
         plain.append({"role": "system", "content": row["system"]})
     for turn in turns:
         if not isinstance(turn, Mapping):
-            raise Malformed("bad_field", "a turn in `conversations` is not an object")
+            raise MalformedRow("bad_field", "a turn in `conversations` is not an object")
         speaker = turn.get("from", turn.get("role"))
         plain.append({"role": _SHAREGPT_ROLES.get(str(speaker), speaker), "content": turn.get("value", turn.get("content"))})
-    return _turns(placed(row, plain), media), ()
+    return _turns(fill_placeholders(row, plain), media), ()
 
 
 def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -285,7 +285,7 @@ def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ..
     chosen, rejected = (_answer(row[key], key, media) for key in ("chosen", "rejected"))
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) != 1:
-            raise Malformed("bad_field", f"`{name}` has {len(turns)} turns after the prompt, not one")
+            raise MalformedRow("bad_field", f"`{name}` has {len(turns)} turns after the prompt, not one")
     return prompt + chosen, rejected
 
 
@@ -331,7 +331,7 @@ def _question(row: Mapping[str, Any], text: str, media: Media) -> Message:
 
 def _prompt(row: Mapping[str, Any], media: Media) -> tuple[Message, ...]:
     value = _loads(row["prompt"])
-    return (_question(row, value, media),) if isinstance(value, str) else _turns(placed(row, value), media)
+    return (_question(row, value, media),) if isinstance(value, str) else _turns(fill_placeholders(row, value), media)
 
 
 def _answer(value: Any, name: str, media: Media) -> tuple[Message, ...]:
@@ -340,33 +340,33 @@ def _answer(value: Any, name: str, media: Media) -> tuple[Message, ...]:
         return (Message.of("assistant", value),)
     turns = _turns(value, media)
     if not turns:
-        raise Malformed("empty_answer", f"`{name}` is empty")
+        raise MalformedRow("empty_answer", f"`{name}` is empty")
     return turns
 
 
 def _turns(value: Any, media: Media) -> tuple[Message, ...]:
     value = _loads(value)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise Malformed("bad_field", f"the turns are a {type(value).__name__}, not a list")
+        raise MalformedRow("bad_field", f"the turns are a {type(value).__name__}, not a list")
     return tuple(_turn(turn, place, media) for place, turn in enumerate(value, 1))
 
 
 def _turn(turn: Any, place: int, media: Media) -> Message:
     if not isinstance(turn, Mapping):
-        raise Malformed("bad_field", f"turn {place} is a {type(turn).__name__}, not an object")
+        raise MalformedRow("bad_field", f"turn {place} is a {type(turn).__name__}, not an object")
     role = turn.get("role")
     if role is None or role == "":
-        raise Malformed("missing_role", f"turn {place} has no role")
+        raise MalformedRow("missing_role", f"turn {place} has no role")
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        raise Malformed("unknown_role", f"turn {place} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
+        raise MalformedRow("unknown_role", f"turn {place} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
     calls = _json_text(turn.get("tool_calls"), "tool_calls")
     content = turn.get("content")
     if content is None and not calls:
-        raise Malformed("missing_content", f"turn {place} ({role}) has no content")
+        raise MalformedRow("missing_content", f"turn {place} ({role}) has no content")
     said = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     if not all(isinstance(value, str) for value in said.values()):
-        raise Malformed("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
+        raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
     return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **said)
 
 
@@ -376,17 +376,17 @@ def _parts(content: Any, place: int, media: Media) -> list[Part]:
     if isinstance(content, str):
         return [Part("text", content)]
     if not isinstance(content, Sequence):
-        raise Malformed("bad_content", f"the content of turn {place} is a {type(content).__name__}")
+        raise MalformedRow("bad_content", f"the content of turn {place} is a {type(content).__name__}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         # OpenAI's own spelling of the media parts, besides the short one
         kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
         if kind not in ("text", "image", "audio"):
-            raise Malformed("bad_content", f"turn {place} has a part of type {kind!r}; known are text, image, audio")
+            raise MalformedRow("bad_content", f"turn {place} has a part of type {kind!r}; known are text, image, audio")
         value = _value(part, kind)
         if not isinstance(value, str):
-            raise Malformed("bad_content", f"the {kind} part of turn {place} has no {kind!r} text")
+            raise MalformedRow("bad_content", f"the {kind} part of turn {place} has no {kind!r} text")
         parts.append(Part("text", value) if kind == "text" else Part(cast(PartKind, kind), media=media(kind, value)))
     return parts
 
@@ -405,23 +405,23 @@ def _value(part: Mapping[str, Any], kind: str) -> Any:
 
 def _check_turns(messages: tuple[Message, ...], form: str) -> None:
     if not messages:
-        raise Malformed("no_turns", "the row has no turns")
+        raise MalformedRow("no_turns", "the row has no turns")
     last = messages[-1]
     if last.role != "assistant":
-        raise Malformed("no_answer", f"the last turn is the {last.role}'s; there is nothing to learn after it")
+        raise MalformedRow("no_answer", f"the last turn is the {last.role}'s; there is nothing to learn after it")
     if not last.text.strip() and not last.tool_calls:
-        raise Malformed("empty_answer", "the last reply is empty")
+        raise MalformedRow("empty_answer", "the last reply is empty")
     if len(messages) == 1 and form != "text":
-        raise Malformed("no_prompt", "there is a reply, but nothing that it replies to")
+        raise MalformedRow("no_prompt", "there is a reply, but nothing that it replies to")
     users = [message for message in messages if message.role == "user"]
     if users and not any(part.media or part.text.strip() for message in users for part in message.content):
-        raise Malformed("empty_prompt", "every user turn is empty")
+        raise MalformedRow("empty_prompt", "every user turn is empty")
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise Malformed("bad_field", f"`{key}` is a {type(value).__name__}, not text")
+        raise MalformedRow("bad_field", f"`{key}` is a {type(value).__name__}, not text")
     return value
 
 
@@ -432,9 +432,9 @@ def _weight(row: Mapping[str, Any]) -> float:
     try:
         weight = float(value)
     except (TypeError, ValueError):
-        raise Malformed("bad_field", f"`weight` is {value!r}, not a number") from None
+        raise MalformedRow("bad_field", f"`weight` is {value!r}, not a number") from None
     if not 0 <= weight < float("inf"):
-        raise Malformed("bad_field", f"`weight` is {value}; it must be finite and not negative")
+        raise MalformedRow("bad_field", f"`weight` is {value}; it must be finite and not negative")
     return weight
 
 
@@ -450,7 +450,7 @@ def _said(row: Mapping[str, Any]) -> float | None:
 def _rating(row: Mapping[str, Any]) -> float:
     rating = _said(row) or 0.0
     if not -1 <= rating <= 1:
-        raise Malformed("bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said")
+        raise MalformedRow("bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said")
     return rating
 
 
@@ -471,8 +471,8 @@ def _json_text(value: Any, name: str) -> str:
         try:
             value = json.loads(value)
         except ValueError:
-            raise Malformed("bad_field", f"`{name}` is not JSON") from None
+            raise MalformedRow("bad_field", f"`{name}` is not JSON") from None
     try:
         return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError):
-        raise Malformed("bad_field", f"`{name}` holds a number that JSON has not") from None
+        raise MalformedRow("bad_field", f"`{name}` holds a number that JSON has not") from None

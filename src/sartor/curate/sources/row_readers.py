@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sartor.core.records import Malformed
+from sartor.core.records import MalformedRow
 from sartor.curate.sources import file_formats
 from sartor.curate.sources.safe_paths import open_regular
 
@@ -48,7 +48,7 @@ class OverlongError(Exception):
     """A CSV row of more bytes than allowed; raised by the lines that the csv module is given."""
 
 
-def lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[tuple[int, str | Malformed]]:
+def numbered_lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[tuple[int, str | MalformedRow]]:
     """(line number, text without its end) of every line that is not blank, up to the byte `end`.
 
     Begins where `stream` stands, at line `first`; never holds more than `most_bytes` of one line.
@@ -60,19 +60,19 @@ def lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Iterator[t
             size = len(raw) + _skip_line(stream, raw)
             at += size
             problem = f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
-            yield number, Malformed("oversize_row", problem)
+            yield number, MalformedRow("oversize_row", problem)
             continue
         raw = raw[: end - at]  # of a file that grows meanwhile, what was there
         begins, at = at == 0, at + len(raw)
         if begins:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if b"\0" in raw:
-            yield number, Malformed("nul_bytes", f"the row holds {raw.count(0)} NUL bytes")
+            yield number, MalformedRow("nul_bytes", f"the row holds {raw.count(0)} NUL bytes")
             continue
         try:
             text = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            yield number, Malformed("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
+            yield number, MalformedRow("not_utf8", f"byte {error.start + 1} of the row is not UTF-8")
             continue
         if text:
             yield number, text
@@ -88,16 +88,16 @@ def _skip_line(stream: BinaryIO, raw: bytes) -> int:
 
 def jsonl(stream: BinaryIO, end: int, first: int, most_bytes: int) -> Read:
     """One JSON value a line."""
-    for number, line in lines(stream, end, first, most_bytes):
-        if isinstance(line, Malformed):
+    for number, line in numbered_lines(stream, end, first, most_bytes):
+        if isinstance(line, MalformedRow):
             yield str(number), line
             continue
         try:
             yield str(number), json.loads(line, parse_constant=_no_constant)
         except RecursionError:
-            yield str(number), Malformed("bad_json", "the row is nested too deeply")
+            yield str(number), MalformedRow("bad_json", "the row is nested too deeply")
         except ValueError as error:
-            yield str(number), Malformed("bad_json", f"the row is not JSON: {error}")
+            yield str(number), MalformedRow("bad_json", f"the row is not JSON: {error}")
 
 
 def _no_constant(name: str) -> Any:
@@ -109,12 +109,12 @@ def whole_json(stream: BinaryIO, most_bytes: int) -> Read:
     raw = stream.read(MOST_JSON_BYTES + 1)
     if len(raw) > MOST_JSON_BYTES:
         detail = f"a .json file is read whole, and the limit is {MOST_JSON_BYTES:,} bytes; save it as JSON Lines: jq -c '.[]'"
-        yield "1", Malformed("oversize_file", detail)
+        yield "1", MalformedRow("oversize_file", detail)
         return
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        yield "1", Malformed("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
+        yield "1", MalformedRow("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
         return
     del raw
     start = len(text) - len(text.lstrip())
@@ -148,7 +148,7 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
         yield str(place), row
     for other, unread in others:
         detail = f"the object holds several lists; {name[:40]!r} is read, the {len(unread):,} entries of {other[:40]!r} are not"
-        yield str(len(rows) + 1), Malformed("unread_list", detail)
+        yield str(len(rows) + 1), MalformedRow("unread_list", detail)
 
 
 def _values(text: str, at: int, most_bytes: int) -> Read:
@@ -166,12 +166,12 @@ def _values(text: str, at: int, most_bytes: int) -> Read:
         except (ValueError, RecursionError) as error:
             rest = text.count("\n", at)
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield str(line), Malformed("bad_json", f"not JSON from here on ({rest} more lines are not read): {said}")
+            yield str(line), MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {said}")
             return
         if "\0" in text[at:end] or "\\u0000" in text[at:end]:
-            yield str(line), Malformed("nul_bytes", "the row holds NUL characters")
+            yield str(line), MalformedRow("nul_bytes", "the row holds NUL characters")
         elif end - at > most_bytes:
-            yield str(line), Malformed("oversize_row", f"the row has {end - at:,} characters; the limit is {most_bytes:,}")
+            yield str(line), MalformedRow("oversize_row", f"the row has {end - at:,} characters; the limit is {most_bytes:,}")
         else:
             yield str(line), row
         at = end
@@ -217,7 +217,7 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             return
         except OverlongError:
             detail = f"the row has {source.row:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
-            yield _span(first, source.number), Malformed("oversize_row", detail)
+            yield _span(first, source.number), MalformedRow("oversize_row", detail)
             continue
         except csv.Error as error:
             yield _span(first, source.number), _bad_csv(error, source.number - first + 1)
@@ -228,29 +228,29 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             names = [name.strip() for name in row]
             if twice := sorted(name for name, count in Counter(names).items() if count > 1 and name):
                 detail = f"the header names {', '.join(map(repr, twice[:5]))} more than once; one would hide the other"
-                yield _span(first, source.number), Malformed("duplicate_columns", f"{detail}; no row is read")
+                yield _span(first, source.number), MalformedRow("duplicate_columns", f"{detail}; no row is read")
                 return
             continue
         yield _span(first, source.number), _csv_row(names, row)
 
 
-def _bad_csv(error: csv.Error, count: int) -> Malformed:
+def _bad_csv(error: csv.Error, count: int) -> MalformedRow:
     taken = f"; a quote that does not close took {count:,} lines for one row, and none of them is read" if count > 1 else ""
-    return Malformed("bad_csv", f"{error}{taken}")
+    return MalformedRow("bad_csv", f"{error}{taken}")
 
 
 def _csv_row(names: list[str], row: list[str]) -> Any:
     whole = "".join(row)
     if len(row) != len(names):
-        return Malformed("field_count", f"the row has {len(row)} fields, the header {len(names)}")
+        return MalformedRow("field_count", f"the row has {len(row)} fields, the header {len(names)}")
     if "\0" in whole:
-        return Malformed("nul_bytes", f"the row holds {whole.count(chr(0))} NUL bytes")
+        return MalformedRow("nul_bytes", f"the row holds {whole.count(chr(0))} NUL bytes")
     if not whole.isascii() and any("\udc80" <= character <= "\udcff" for character in whole):
-        return Malformed("not_utf8", "the row is not UTF-8")
+        return MalformedRow("not_utf8", "the row is not UTF-8")
     for name, value in zip(names, row, strict=True):
         if is_formula(value):
             said = f"a spreadsheet would run the cell {name[:40]!r}: {value.strip()[:60]!r}"
-            return Malformed("csv_formula", f"{said}; if it is meant as text, save the rows as JSON Lines")
+            return MalformedRow("csv_formula", f"{said}; if it is meant as text, save the rows as JSON Lines")
     # an empty cell is an absent field: CSV has no other way to say so
     return {name: value for name, value in zip(names, row, strict=True) if name and value != ""}
 
@@ -267,18 +267,18 @@ def _span(first: int, last: int) -> str:
     return str(first) if last <= first else f"{first}-{last}"
 
 
-def document(stream: BinaryIO, most_bytes: int) -> tuple[str, bytes] | Malformed:
+def read_document(stream: BinaryIO, most_bytes: int) -> tuple[str, bytes] | MalformedRow:
     """The text of a whole file and the bytes it was read from."""
     raw = stream.read(most_bytes + 1)
     if len(raw) > most_bytes:
         size = stream.seek(0, io.SEEK_END)
-        return Malformed("oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)")
+        return MalformedRow("oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)")
     if b"\0" in raw:
-        return Malformed("nul_bytes", f"the file holds {raw.count(0)} NUL bytes")
+        return MalformedRow("nul_bytes", f"the file holds {raw.count(0)} NUL bytes")
     try:
         return raw.decode("utf-8-sig"), raw
     except UnicodeDecodeError as error:
-        return Malformed("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
+        return MalformedRow("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
 
 
 BATCH_ROWS = 1024
@@ -289,18 +289,18 @@ MOST_OVERSIZE_RUN = 100  # rows over the limit one after another, before the res
 PIECE_BYTES = 32 << 20  # unfolded, of the row groups that make one unit
 
 
-def parquet_error(stream: BinaryIO, size: int) -> Malformed | None:
+def parquet_error(stream: BinaryIO, size: int) -> MalformedRow | None:
     """Why a Parquet file is not read, by its footer."""
     try:
         metadata = pq.ParquetFile(stream).metadata
     except (pa.ArrowException, OSError, ValueError) as error:
         return _not_whole(error)
     if metadata.num_rows > 100_000 + MOST_ROWS_PER_BYTE * size:
-        return Malformed("parquet_bomb", f"{size:,} bytes that claim to hold {metadata.num_rows:,} rows")
+        return MalformedRow("parquet_bomb", f"{size:,} bytes that claim to hold {metadata.num_rows:,} rows")
     for number in range(metadata.num_row_groups):
         unfolded = sum(column.total_uncompressed_size for column in _columns(metadata.row_group(number)))
         if unfolded > MOST_UNFOLDED and unfolded > MOST_RATIO * size:
-            return Malformed("parquet_bomb", f"row group {number + 1} of {size:,} bytes unfolds to {unfolded:,} bytes")
+            return MalformedRow("parquet_bomb", f"row group {number + 1} of {size:,} bytes unfolds to {unfolded:,} bytes")
     return None
 
 
@@ -351,10 +351,10 @@ def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterat
                 yield number, drop_nulls(one.to_pylist()[0])
             elif run <= MOST_OVERSIZE_RUN:
                 detail = f"the row has {one.nbytes:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
-                yield number, Malformed("oversize_row", detail)
+                yield number, MalformedRow("oversize_row", detail)
             else:
                 detail = f"{run} rows in succession are longer than {most_bytes:,} bytes; the rest of row group {group + 1}"
-                yield number, Malformed("parquet_bomb", f"{detail} is not read")
+                yield number, MalformedRow("parquet_bomb", f"{detail} is not read")
                 return
             number += 1
 
@@ -405,12 +405,12 @@ def _parquet_span(column: Any) -> tuple[int, int]:
     return start, start + column.total_compressed_size
 
 
-def _not_whole(error: Exception) -> Malformed:
-    return Malformed("unreadable_file", f"not whole Parquet: {(str(error).splitlines() or [''])[0][:200]}")
+def _not_whole(error: Exception) -> MalformedRow:
+    return MalformedRow("unreadable_file", f"not whole Parquet: {(str(error).splitlines() or [''])[0][:200]}")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """Bytes of a file, the number of its first line or row, and in Parquet its first and last row group."""
 
     start: int
@@ -430,24 +430,24 @@ def read_rows(file: Path, most_bytes: int) -> Read:
     """Rows of a file by its extension; a text file is one row. A file that cannot be used yields one Malformed."""
     kind = file_formats.kind_of(file.name)
     if file.suffix.lower() not in READERS:
-        yield "1", Malformed("unsupported_file", f"{file.suffix or 'no extension'}; known here: {' '.join(READERS)}")
+        yield "1", MalformedRow("unsupported_file", f"{file.suffix or 'no extension'}; known here: {' '.join(READERS)}")
         return
     try:
         with open_regular(file) as stream:
             if (fault := head_fault(stream, file.name, kind)) is not None:
                 yield "1", fault
             elif kind in ("text", "markdown"):
-                found = document(stream, most_bytes)
-                yield "1", found if isinstance(found, Malformed) else {"text": found[0]}
+                found = read_document(stream, most_bytes)
+                yield "1", found if isinstance(found, MalformedRow) else {"text": found[0]}
             else:
-                yield from rows(stream, kind, Piece(0, stream.seek(0, os.SEEK_END), 1, -1), most_bytes)
-    except Malformed as fault:
+                yield from rows(stream, kind, FilePiece(0, stream.seek(0, os.SEEK_END), 1, -1), most_bytes)
+    except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
-        yield "1", Malformed("unreadable_file", f"{error.strerror or error}")
+        yield "1", MalformedRow("unreadable_file", f"{error.strerror or error}")
 
 
-def rows(stream: BinaryIO, kind: str, piece: Piece, most_bytes: int) -> Read:
+def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read:
     """Rows of a piece of a table: JSON Lines, JSON, CSV or Parquet."""
     if kind == "parquet":
         yield from read_parquet(stream, piece.first, piece.groups, most_bytes)
@@ -461,7 +461,7 @@ def rows(stream: BinaryIO, kind: str, piece: Piece, most_bytes: int) -> Read:
         yield from delimited(stream, most_bytes)
 
 
-def head_fault(stream: BinaryIO, name: str, kind: str) -> Malformed | None:
+def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
     """Why an open file is not read, by its first bytes, and in Parquet by its footer. Leaves the stream at its start."""
     stream.seek(0)
     head = stream.read(file_formats.HEAD_BYTES)
@@ -469,7 +469,7 @@ def head_fault(stream: BinaryIO, name: str, kind: str) -> Malformed | None:
     if fault is None and kind in file_formats.TEXT_KINDS:
         fault = file_formats.not_text(head)
     if fault is None and kind in ("pdf", *file_formats.MEDIA_KINDS) and not head:
-        fault = Malformed("empty_file", "the file is empty")
+        fault = MalformedRow("empty_file", "the file is empty")
     if fault is None and kind == "parquet":
         fault = parquet_error(stream, stream.seek(0, os.SEEK_END))
     stream.seek(0)

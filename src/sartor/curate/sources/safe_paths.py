@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sartor.core.errors import ConfigError
-from sartor.core.records import Malformed
+from sartor.core.records import MalformedRow
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _KIND_NAMES = (
@@ -30,7 +30,7 @@ _KIND_NAMES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SourceFile:
     """A file of a source: its path, its name for locators, and (reason, detail) where it may not be read."""
 
     path: str
@@ -38,7 +38,7 @@ class Found:
     refusal: tuple[str, str] = ("", "")
 
 
-def find(declared: str) -> list[Found]:
+def find_files(declared: str) -> list[SourceFile]:
     """The files of a file, folder or glob pattern, sorted by name. Raises ConfigError where there is none."""
     root = os.path.expanduser(declared)
     if "\0" in root:
@@ -55,7 +55,7 @@ def find(declared: str) -> list[Found]:
     elif mode and not stat.S_ISREG(mode):
         raise ConfigError(f"the source {declared!r} is {_kind_name(mode)}, not a file or folder", "name a regular file")
     elif mode:
-        return [Found(root, safe_name(os.path.basename(root)))]
+        return [SourceFile(root, safe_name(os.path.basename(root)))]
     else:
         paths = sorted(glob.glob(root, recursive=True)) if glob.has_magic(root) else []
         found = [_listed(path) for path in paths if not os.path.isdir(path)]
@@ -71,7 +71,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise Malformed("not_a_file", f"this is {_kind_name(mode)}, not a regular file")
+        raise MalformedRow("not_a_file", f"this is {_kind_name(mode)}, not a regular file")
     return os.fdopen(descriptor, "rb", buffering=1 << 18)
 
 
@@ -83,7 +83,7 @@ def safe_name(name: str) -> str:
     return shown.encode("utf-8", "backslashreplace").decode()
 
 
-def _walk(root: str) -> Iterator[Found]:
+def _walk(root: str) -> Iterator[SourceFile]:
     """Every file below a folder that is not hidden; links to folders are named and not entered."""
     inside = os.path.realpath(root)
     waiting = [(root, "")]
@@ -92,20 +92,20 @@ def _walk(root: str) -> Iterator[Found]:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            yield Found(folder, safe_name(prefix.rstrip("/")) or ".", ("unreadable_file", f"the folder: {error.strerror}"))
+            yield SourceFile(folder, safe_name(prefix.rstrip("/")) or ".", ("unreadable_file", f"the folder: {error.strerror}"))
             continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             name = prefix + entry.name
             if entry.is_symlink():
-                yield Found(entry.path, safe_name(name), _refuse_link(entry.path, inside))
+                yield SourceFile(entry.path, safe_name(name), _refuse_link(entry.path, inside))
             elif entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, f"{name}/"))
             elif entry.is_file(follow_symlinks=False):
-                yield Found(entry.path, safe_name(name))
+                yield SourceFile(entry.path, safe_name(name))
             else:
-                yield Found(entry.path, safe_name(name), _refuse_mode(entry.stat(follow_symlinks=False).st_mode))
+                yield SourceFile(entry.path, safe_name(name), _refuse_mode(entry.stat(follow_symlinks=False).st_mode))
 
 
 def _refuse_link(path: str, inside: str) -> tuple[str, str]:
@@ -123,13 +123,13 @@ def _refuse_link(path: str, inside: str) -> tuple[str, str]:
     return _refuse_mode(mode)
 
 
-def _listed(path: str) -> Found:
+def _listed(path: str) -> SourceFile:
     """A file that a pattern names."""
     name = safe_name(path)
     try:
-        return Found(path, name, _refuse_mode(os.stat(path).st_mode))
+        return SourceFile(path, name, _refuse_mode(os.stat(path).st_mode))
     except OSError as error:
-        return Found(path, name, ("unreadable_file", f"{error.strerror}"))
+        return SourceFile(path, name, ("unreadable_file", f"{error.strerror}"))
 
 
 def _refuse_mode(mode: int) -> tuple[str, str]:

@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sartor.core import assets
-from sartor.core.errors import ConfigError, ExtraError, HubError, need
+from sartor.core.errors import ConfigError, ExtraError, HubError, missing_package
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.curate.sources import row_formats, row_readers, safe_paths, sql
-from sartor.curate.sources.row_readers import (
-    Piece,
-    Read,
-    drop_nulls,
-)
-from sartor.curate.sources.safe_paths import Found
-from sartor.curate.sources.types import Source
+from sartor.curate.sources.row_readers import FilePiece, Read, drop_nulls
+from sartor.curate.sources.safe_paths import SourceFile
+from sartor.curate.sources.types import SourceOptions
 
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50
@@ -52,7 +48,7 @@ def scheme(path: str) -> str:
     return next((name for name in ("sql", "hub", "asset", "inbox") if path.startswith(f"{name}:")), "")
 
 
-def with_licence(source: Source) -> Source:
+def with_licence(source: SourceOptions) -> SourceOptions:
     """The source; one that names an asset and no licence has the asset's, and an inbox terms of its own.
 
     What people told a team is licensed by nobody's table: what it may be used for is for `use` to say.
@@ -64,15 +60,15 @@ def with_licence(source: Source) -> Source:
     return replace(source, licence=assets.entry(_asset(source.path)[0]).licence) if scheme(source.path) == "asset" else source
 
 
-def files_of(source: Source) -> list[Found]:
+def files_of(source: SourceOptions) -> list[SourceFile]:
     """The files of a source. An asset is installed first. Raises ConfigError, AssetError."""
     if scheme(source.path) != "asset":
-        return safe_paths.find(source.path.removeprefix("inbox:"))
+        return safe_paths.find_files(source.path.removeprefix("inbox:"))
     name, inner = _asset(source.path)
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:
         raise ConfigError(f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}")
-    found = safe_paths.find(str(folder / inner))
+    found = safe_paths.find_files(str(folder / inner))
     # a pattern gives whole paths: no name of a row's place may hang on where this machine keeps its assets
     return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in found]
 
@@ -82,12 +78,12 @@ def _asset(path: str) -> tuple[str, str]:
     return name, inner
 
 
-def queried(source: Source, most_bytes: int, most_rows: int = 0) -> Read:
+def queried(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
     """Rows of a `sql:` or `hub:` source, the first `most_rows` if that is not 0."""
     return sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
 
 
-def query_facts(source: Source) -> FileFacts:
+def query_facts(source: SourceOptions) -> FileFacts:
     """What is known of a `sql:` or `hub:` source before its rows are read."""
     if scheme(source.path) == "sql":
         sql.split(source.path)
@@ -98,19 +94,19 @@ def query_facts(source: Source) -> FileFacts:
     )
 
 
-def _hub_rows(source: Source, most_rows: int) -> Read:
+def _hub_rows(source: SourceOptions, most_rows: int) -> Read:
     for number, row in enumerate(_hub(source), 1):
         yield str(number), drop_nulls(dict(row))
         if number == most_rows:
             return
 
 
-def _hub(source: Source) -> Any:
+def _hub(source: SourceOptions) -> Any:
     """`hub:owner/name` or `hub:owner/name:split`, by the `datasets` library."""
     try:
         import datasets
     except ImportError:
-        raise need("datasets", "hub") from None
+        raise missing_package("datasets", "hub") from None
     name, _, split = source.path.removeprefix("hub:").partition(":")
     try:
         return datasets.load_dataset(name, split=split or "train")
@@ -125,7 +121,9 @@ def _hub(source: Source) -> Any:
 
 def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:
     """The commonest form among some rows; empty where none has one."""
-    found = Counter(form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect(row, of_media=of_media)))
+    found = Counter(
+        form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
+    )
     return found.most_common(1)[0][0] if found else ""
 
 
@@ -133,7 +131,7 @@ PIECE_BYTES = 8 << 20
 BLOCK_BYTES = 1 << 20
 
 
-def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[Piece]]:
+def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
     """(sha256, bytes, pieces) of a file. Memory is that of a block, however long a line is."""
     if kind == "jsonl":
         return _survey_lines(stream)
@@ -143,14 +141,14 @@ def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[Piece]]:
         crc, size = zlib.crc32(block, crc), size + len(block)
     if kind == "parquet" and size > PIECE_BYTES and (found := list(row_readers.pieces(stream))):
         pieces = [
-            Piece(start, length, row, checksum(stream, start, length), (begin, last))
+            FilePiece(start, length, row, checksum(stream, start, length), (begin, last))
             for start, length, row, begin, last in found
         ]
         return digest.hexdigest(), size, pieces
-    return digest.hexdigest(), size, [Piece(0, size, 1, crc)]
+    return digest.hexdigest(), size, [FilePiece(0, size, 1, crc)]
 
 
-def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[Piece]]:
+def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[FilePiece]]:
     digest, pieces = hashlib.sha256(), []
     start, line, crc, at, lines = 0, 1, 0, 0, 0
     while block := stream.read(BLOCK_BYTES):
@@ -158,13 +156,13 @@ def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[Piece]]:
         begun = 0
         while (cut := block.find(b"\n", max(begun, start + PIECE_BYTES - at - 1)) + 1) > 0:
             crc, lines = zlib.crc32(block[begun:cut], crc), lines + block.count(b"\n", begun, cut)
-            pieces.append(Piece(start, at + cut - start, line, crc))
+            pieces.append(FilePiece(start, at + cut - start, line, crc))
             start, line, crc, begun = at + cut, line + lines, 0, cut
             lines = 0
         crc, lines = zlib.crc32(block[begun:], crc), lines + block.count(b"\n", begun)
         at += len(block)
     if at > start or not pieces:
-        pieces.append(Piece(start, at - start, line, crc))
+        pieces.append(FilePiece(start, at - start, line, crc))
     return digest.hexdigest(), at, pieces
 
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from sartor.core.errors import ConfigError, HubError, need
-from sartor.core.records import Malformed
+from sartor.core.errors import ConfigError, HubError, missing_package
+from sartor.core.records import MalformedRow
 from sartor.curate.sources.row_readers import Read, drop_nulls
 
 _NAME = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -82,7 +82,7 @@ def _parse(url: str) -> Any:
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import ArgumentError
     except ImportError:
-        raise need("sqlalchemy") from None
+        raise missing_package("sqlalchemy") from None
     try:
         return make_url(url)
     except (ArgumentError, ValueError):
@@ -141,7 +141,7 @@ def rows(path: str, most_bytes: int, most_rows: int = 0) -> Read:
 def _row(row: Mapping[str, Any], most_bytes: int) -> Any:
     size = sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
     if size > most_bytes:
-        return Malformed("oversize_row", f"the row has {size:,} characters; the limit is {most_bytes:,} (max_row_bytes)")
+        return MalformedRow("oversize_row", f"the row has {size:,} characters; the limit is {most_bytes:,} (max_row_bytes)")
     return drop_nulls({name: _plain(value) for name, value in row.items()})
 
 

@@ -56,7 +56,7 @@ class Owned:
 
 
 @dataclass(frozen=True)
-class Source(Owned):
+class SourceOptions(Owned):
     """A source, and how it is read."""
 
     split: Literal["", "train", "eval"] = option("", "put every row of this source in one split; empty lets `split` decide")

@@ -9,7 +9,7 @@ import inspect
 from typing import Any, TypeGuard, get_args
 
 from sartor.core import config
-from sartor.curate.step import CopyStep, SetStep
+from sartor.curate.step import AugmentStep, SetStep
 from sartor.curate.steps.answer_quality import ChatQuality
 from sartor.curate.steps.boilerplate import Boilerplate
 from sartor.curate.steps.contamination import Contamination
@@ -20,15 +20,15 @@ from sartor.curate.steps.label_errors import SuspiciousLabels
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
 from sartor.curate.steps.media_filters import Audio, Images
 from sartor.curate.steps.personal_data import PersonalData
-from sartor.curate.steps.regex_rules import Rules
+from sartor.curate.steps.regex_rules import RegexRules
 from sartor.curate.steps.semantic_duplicates import SemanticDuplicates
 from sartor.curate.steps.text_cleaning import Markup, RepairText
 from sartor.curate.steps.text_duplicates import ExactDuplicates, NearDuplicates
-from sartor.curate.steps.text_filters import Language, Length, Repetition
+from sartor.curate.steps.text_filters import LanguageFilter, Length, Repetition
 
-AnyRowStep = RepairText | Markup | Rules | Length | Repetition | ChatQuality | PersonalData | Images | Audio
+AnyRowStep = RepairText | Markup | RegexRules | Length | Repetition | ChatQuality | PersonalData | Images | Audio
 AnySetStep = (
-    Language
+    LanguageFilter
     | Boilerplate
     | Domain
     | Contamination
@@ -48,7 +48,7 @@ def needs_all_rows(step: Any) -> TypeGuard[SetStep]:
     return isinstance(step, get_args(AnySetStep))
 
 
-def makes_copies(step: Any) -> TypeGuard[CopyStep]:
+def makes_copies(step: Any) -> TypeGuard[AugmentStep]:
     """Whether a step is a CopyStep."""
     return isinstance(step, get_args(AnyCopyStep))
 

@@ -33,7 +33,7 @@ from typing import Literal
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example, Message, dropped
+from sartor.core.records import Drop, Example, Message, drop_of
 from sartor.curate.step import RowFunction
 from sartor.curate.steps.text_filters import Repetition
 from sartor.text.example_text import begins_alike, is_code, is_json, sentences, word_set, words
@@ -208,7 +208,7 @@ def _is_cut_json(text: str) -> bool:
     return False
 
 
-def refusal(text: str) -> str:
+def is_refusal_text(text: str) -> str:
     """The boilerplate of a language model that will not or cannot answer."""
     small = text.lower().replace("’", "'")
     if any(hint in small for hint in _REFUSAL_HINTS) and (match := _REFUSAL.search(small)):
@@ -311,7 +311,7 @@ class ChatQuality:
 
         def apply(example: Example) -> Example | Drop:
             for reason, detail in self.found(example, detect):
-                return dropped(example, reason, detail, step=self.kind)
+                return drop_of(example, reason, detail, step=self.kind)
             return example
 
         return apply
@@ -337,7 +337,7 @@ class ChatQuality:
             return
         if self.truncated and (fault := truncated(text)):
             yield "truncated_answer", fault
-        if self.refusal and (fault := refusal(text)):
+        if self.refusal and (fault := is_refusal_text(text)):
             yield "refusal", fault
         if self.echo and asked and (fault := echo(asked, text)):
             yield "prompt_echo", fault
@@ -370,7 +370,7 @@ def _of_answer(message: Message, asked: str) -> float:
         return 1.0  # a tool call or media alone
     mark = 1.0
     for is_so, factor in (
-        (refusal(text), 0.2),
+        (is_refusal_text(text), 0.2),
         (truncated(text), 0.4),
         (echo(asked, text), 0.3),
         (_REPETITION.fault(text), 0.3),

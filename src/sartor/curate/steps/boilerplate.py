@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
-from sartor.curate.step import Gathered, RowFunction, Verdicts
-from sartor.curate.steps.regex_rules import Clock, Pattern, RuleTimeout, compiled, timed_out
+from sartor.curate.step import RowFunction, StepInput, StepResult
+from sartor.curate.steps.regex_rules import BoundedPattern, Clock, RuleTimeout, compiled, timed_out
 from sartor.text.example_text import FIELD_TEXT, Field, is_json, normal_line, rewritten, sentences, split_code, texts
 
 _MOST_LINES = 1000  # listed and taken out; the commonest first
@@ -52,7 +52,7 @@ class Boilerplate:
         rows = [sorted(set(map(_hashed, self._units(example)))) for example in examples]
         return pa.table({"lines": pa.array(rows, pa.list_(pa.uint64()))})
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep: no row goes here; the lines found are taken out by the step that follows."""
         needed = max(self.min_rows, int(np.ceil(self.min_fraction * len(gathered))))
         found = self._shared_lines(gathered, needed) if self.shared else []
@@ -64,7 +64,7 @@ class Boilerplate:
             facts["lines_left_in"] = len(found) - _MOST_LINES
             gathered.notice(f"boilerplate: {len(found):,} shared lines; the {_MOST_LINES:,} commonest are taken out")
         lines = tuple(text for text, _ in found[:_MOST_LINES])
-        return Verdicts(facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None)
+        return StepResult(facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None)
 
     def _units(self, example: Example) -> Iterator[str]:
         if not self.shared:
@@ -74,7 +74,7 @@ class Boilerplate:
             whole = normal_line(text)
             yield from (unit for unit in units if unit != whole)
 
-    def _shared_lines(self, gathered: Gathered, needed: int) -> list[tuple[str, int]]:
+    def _shared_lines(self, gathered: StepInput, needed: int) -> list[tuple[str, int]]:
         """(normalised line, rows) of the shared ones, the commonest first."""
         column = gathered.table["lines"].combine_chunks()
         hashes = column.flatten().to_numpy(zero_copy_only=False)
@@ -141,7 +141,7 @@ class _Sieve:
     """What goes: lines by their normal form, lines and sentences by pattern, within the time of a row."""
 
     lines: frozenset[str]
-    patterns: Sequence[Pattern]
+    patterns: Sequence[BoundedPattern]
     clock: Clock
 
     def without(self, text: str) -> str:

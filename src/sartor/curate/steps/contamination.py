@@ -36,11 +36,11 @@ import pyarrow as pa
 from sartor.core import assets
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Example, Malformed, Origin
+from sartor.core.records import Example, MalformedRow, Origin
 from sartor.curate.sources import media_files, row_formats, row_readers
 from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.safe_paths import open_regular
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.media_filters import media_of
 from sartor.text import example_text
 from sartor.text.example_text import words
@@ -104,13 +104,13 @@ def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, .
         yield from _paragraphs(rows, unread)
         return
     head = list(itertools.islice(rows, _HEAD_ROWS))
-    counts = Counter(form for _, row in head if isinstance(row, dict) and (form := row_formats.detect(row)))
+    counts = Counter(form for _, row in head if isinstance(row, dict) and (form := row_formats.detect_row_format(row)))
     form = counts.most_common(1)[0][0] if counts else ""
     for line, row in itertools.chain(head, rows):
         named: list[str] = []
         try:
             texts = _texts(row, form, partial(_noted, file.parent, named))
-        except Malformed as fault:
+        except MalformedRow as fault:
             unread[fault.reason] += 1
             continue
         if texts:
@@ -121,7 +121,7 @@ def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, .
 
 def _noted(folder: Path, seen: list[str], kind: str, value: str) -> str:
     """Note the digest of a medium; one that is not there is the set's own affair."""
-    with contextlib.suppress(Malformed, OSError):
+    with contextlib.suppress(MalformedRow, OSError):
         if value.startswith("data:"):
             seen.append(media_files.digest_of(media_files.of_data_url(kind, value)))
         else:
@@ -132,14 +132,14 @@ def _noted(folder: Path, seen: list[str], kind: str, value: str) -> str:
 
 def _texts(row: Any, form: str, noted: row_formats.Media) -> tuple[str, ...]:
     """The texts of a row that count as items of an evaluation. Raises Malformed."""
-    if isinstance(row, Malformed):
+    if isinstance(row, MalformedRow):
         raise row
     if not isinstance(row, dict):
-        raise Malformed("not_an_object", f"the row is a {type(row).__name__}")
-    if form and row_formats.detect(row) == form:
+        raise MalformedRow("not_an_object", f"the row is a {type(row).__name__}")
+    if form and row_formats.detect_row_format(row) == form:
         try:
-            example = row_formats.parse(row, form, Origin("", ""), noted)
-        except Malformed:
+            example = row_formats.parse_row(row, form, Origin("", ""), noted)
+        except MalformedRow:
             return tuple(_strings(row))  # a test item without an answer is an item all the same
         asked = [message.text for message in example.messages if message.role == "user"]
         return tuple(text for text in (*asked, example.reply) if text.strip())
@@ -159,7 +159,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _paragraphs(rows: Read, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
     for _, row in rows:
-        if isinstance(row, Malformed):
+        if isinstance(row, MalformedRow):
             unread[row.reason] += 1
             continue
         line = 1
@@ -365,7 +365,7 @@ class Contamination:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep. Raises ConfigError where a set cannot be read."""
         index = _index(self.against, self.ngram, _stamp(self.against))
         items = gathered.table["item"].to_numpy()
@@ -393,7 +393,7 @@ class Contamination:
                 for each in index.sets
             ]
         }
-        return Verdicts(removals, facts=facts)
+        return StepResult(removals, facts=facts)
 
 
 def _media_of(example: Example) -> list[str]:

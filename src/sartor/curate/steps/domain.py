@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import ConfigError, need
-from sartor.core.records import Example, Malformed
+from sartor.core.errors import ConfigError, missing_package
+from sartor.core.records import Example, MalformedRow
 from sartor.curate.sources import row_readers
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.text.example_text import FIELD_TEXT, Field, texts
 
 FEWEST = 5  # examples of a label
@@ -80,7 +80,7 @@ class Domain:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep."""
         model = self._model()
         labels = gathered.table["label"].to_pylist()
@@ -103,7 +103,7 @@ class Domain:
             gathered.notice(
                 f"domain: the classifier is right on {model.accuracy:.0%} of its own examples; give it more of them"
             )
-        return Verdicts(removals, facts=facts)
+        return StepResult(removals, facts=facts)
 
     def _model(self) -> _Model:
         if not isinstance(self.examples, str):
@@ -156,7 +156,7 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
     found = []
     try:
         for line, row in row_readers.read_rows(file, _MOST_BYTES):
-            if isinstance(row, Malformed):
+            if isinstance(row, MalformedRow):
                 raise ConfigError(f"{path}:{line}: {row.detail}", "mend the row")
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
             if not isinstance(text, str) or not isinstance(label, (str, int)):
@@ -175,7 +175,7 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         from sklearn.model_selection import StratifiedKFold, cross_val_predict
         from sklearn.pipeline import make_pipeline, make_union
     except ImportError:
-        raise need("scikit-learn") from None
+        raise missing_package("scikit-learn") from None
     # the order of the examples must not matter
     ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
     found, labels = [example.text[:_LOOKED_AT] for example in ordered], [example.label for example in ordered]

@@ -14,11 +14,11 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
 from sartor.curate.bias import mitigation
-from sartor.curate.bias.group_membership import Memberships, every, of_replies
+from sartor.curate.bias.group_membership import Memberships, of_replies, row_memberships
 from sartor.curate.bias.mitigation import ATTRIBUTES, counterfactuals
-from sartor.curate.bias.outcome_rates import Rates, measured
+from sartor.curate.bias.outcome_rates import OutcomeRates, measure_rates
 from sartor.curate.labels import class_labels
-from sartor.curate.step import Copy, CopyFunction, Gathered, Removal, RowFunction, Verdicts
+from sartor.curate.step import AugmentedRow, CopyFunction, Removal, RowFunction, StepInput, StepResult
 
 EVIDENCE = "bias"
 _SCHEMA = pa.schema(
@@ -45,7 +45,7 @@ class Bias:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep. Columns: people (attribute -> group, as JSON), reply, weight."""
-        people = every(examples, self.group)
+        people = row_memberships(examples, self.group)
         said = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
         return pa.table(
             {
@@ -55,7 +55,7 @@ class Bias:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep. Raises ConfigError where a mitigation is asked for and no group or outcome is there."""
         people = _people(gathered.table["people"].to_pylist())
         found = of_replies(gathered.table["reply"].to_pylist(), self.outcome)
@@ -64,34 +64,34 @@ class Bias:
             what = "name no two groups of people" if not people else "have no outcome: their replies are free text"
             if self.mitigate != "none":
                 raise ConfigError(f"bias: the rows {what}", "name group and outcome, or leave out mitigate")
-            return Verdicts(facts={"outcome": found.why, "not_measured": f"the rows {what}"})
-        before = measured(people, found.labels, weight)
+            return StepResult(facts={"outcome": found.why, "not_measured": f"the rows {what}"})
+        before = measure_rates(people, found.labels, weight)
         removals, then, after = self._mitigated(people, found, weight, gathered)
         facts = {"outcome": found.why, "mitigate": self.mitigate, "before": before.as_json()}
         if after is not None:
             facts["after"] = after.as_json()
-        return Verdicts(removals, {EVIDENCE: _table(before, after)}, facts, then)
+        return StepResult(removals, {EVIDENCE: _table(before, after)}, facts, then)
 
     def _mitigated(
-        self, people: Memberships, found: class_labels.Target, weight: Sequence[float], gathered: Gathered
-    ) -> tuple[list[Removal], Weigh | None, Rates | None]:
+        self, people: Memberships, found: class_labels.ClassLabels, weight: Sequence[float], gathered: StepInput
+    ) -> tuple[list[Removal], Weigh | None, OutcomeRates | None]:
         if self.mitigate == "reweight":
-            factors = mitigation.factors(people, found.labels, weight)
+            factors = mitigation.reweighing_factors(people, found.labels, weight)
             then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, found.chosen)
             said = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
             rows = zip(weight, said, found.labels, strict=True)
             new = [old * mitigation.weight_of(factors, groups, outcome) for old, groups, outcome in rows]
-            return [], then, measured(people, found.labels, new)
+            return [], then, measure_rates(people, found.labels, new)
         if self.mitigate == "drop":
             if len(people) > 1:
                 raise ConfigError(f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]")
             (name, values), *_ = people.items()
-            gone = mitigation.superfluous(mitigation.table(values, found.labels), self.seed)
+            gone = mitigation.rows_to_drop(mitigation.table(values, found.labels), self.seed)
             said_of = [f"{name} {values[row]}, {found.labels[row]!r:.60}: more of it than of the other groups" for row in gone]
             removals = [Removal(row, "group_outcome", said) for row, said in zip(gone, said_of, strict=True)]
             kept = sorted(set(range(len(gathered))) - set(gone))
             left = {name: [values[row] for row in kept]}
-            return removals, None, measured(left, [found.labels[row] for row in kept], [weight[row] for row in kept])
+            return removals, None, measure_rates(left, [found.labels[row] for row in kept], [weight[row] for row in kept])
         return [], None, None
 
 
@@ -112,7 +112,7 @@ class Weigh:
         found = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
 
         def apply(example: Example) -> Example | Drop:
-            said = {name: values[0] for name, values in every([example], self.group).items()}
+            said = {name: values[0] for name, values in row_memberships([example], self.group).items()}
             factor = mitigation.weight_of(found, said, class_labels.find([example.reply], self.outcome).labels[0])
             return example if factor == 1 else replace(example, weight=example.weight * factor)
 
@@ -127,7 +127,7 @@ def _people(said: Sequence[str]) -> Memberships:
     return {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
 
 
-def _table(before: Rates, after: Rates | None) -> Any:
+def _table(before: OutcomeRates, after: OutcomeRates | None) -> Any:
     rows = [
         {"when": when, "attribute": attribute, "group": group, "outcome": outcome, **asdict(rate)}
         for when, rates in (("before", before), ("after", after))
@@ -158,8 +158,8 @@ class Counterfactuals:
     def open(self, folder: Path) -> CopyFunction:
         """See CopyStep."""
 
-        def copies(example: Example) -> Iterator[Copy | Drop]:
+        def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
             for copy, changes in counterfactuals(example, self.group):
-                yield Copy(copy, changes)
+                yield AugmentedRow(copy, changes)
 
         return copies

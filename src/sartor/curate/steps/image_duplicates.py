@@ -19,8 +19,8 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
 from sartor.core.records import Example, digest
 from sartor.curate.dedup import clusters
-from sartor.curate.dedup.pair_scoring import EXACT, Pairs, Rules
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.dedup.pair_scoring import EXACT, DuplicateRules, ScoredPairs
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.media_filters import media_of
 from sartor.media.images import SIDE, likeness, open_picture, perceptual_hash, thumbnail
 
@@ -87,19 +87,21 @@ class ImageDuplicates:
         turns = example.messages if self.text == "all" else example.prompt
         return _digest([[message.role, message.text] for message in turns])
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep."""
         table = gathered.table
         asked = _numbered(table["asked"])
         files = _numbered(table["files"])
         equal = _equal_pairs(files, asked)
         near, facts = self._near(table, files, asked, gathered)
-        pairs = Pairs.joined([equal, near])
+        pairs = ScoredPairs.joined([equal, near])
         rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(gathered))
-        removals = clusters.resolve(pairs, rank, Rules(self.threshold, self.threshold, contained=0.0))
+        removals = clusters.resolve_clusters(pairs, rank, DuplicateRules(self.threshold, self.threshold, contained=0.0))
         locators = table["locator"]
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
-        clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
+        clusters.check_removals(
+            removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py())
+        )
         made = []
         for row, kept, score, method in zip(
             removals.rows.tolist(), removals.kept.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
@@ -113,14 +115,14 @@ class ImageDuplicates:
         ids = table["id"]
         evidence = pa.table({"a": ids.take(pairs.a), "b": ids.take(pairs.b), "score": pairs.jaccard, "equal_file": pairs.exact})
         facts |= {"pairs": len(pairs.a), "clusters": removals.clusters, "largest_cluster": removals.largest_cluster}
-        return Verdicts(made, {"image_duplicates": evidence}, facts, set_aside=True)
+        return StepResult(made, {"image_duplicates": evidence}, facts, set_aside=True)
 
-    def _near(self, table: Any, files: I64, asked: I64, gathered: Gathered) -> tuple[Pairs, dict[str, int]]:
+    def _near(self, table: Any, files: I64, asked: I64, gathered: StepInput) -> tuple[ScoredPairs, dict[str, int]]:
         """Verified pairs of different files that show the same picture."""
         readable = np.flatnonzero(table["hash"].is_valid().to_numpy(zero_copy_only=False))
         facts = {"pictures": len(np.unique(files[files >= 0])), "candidates": 0, "candidates_without_detail": 0}
         if self.threshold == 1 or len(readable) < 2:
-            return Pairs.none(), facts
+            return ScoredPairs.none(), facts
         # of equal files under equal questions the first stands for all
         first = readable[np.unique(np.stack([files[readable], asked[readable]]), axis=1, return_index=True)[1]]
         first.sort()
@@ -133,13 +135,13 @@ class ImageDuplicates:
             facts["candidates_without_detail"] += int(np.isnan(score).sum())
             good = np.nan_to_num(score, nan=-1.0) >= self.threshold
             none = np.zeros(int(good.sum()), np.float32)
-            found.append(Pairs(left[good], right[good], np.minimum(score[good], 1.0), none, none > 0))
+            found.append(ScoredPairs(left[good], right[good], np.minimum(score[good], 1.0), none, none > 0))
         if crowded:
             facts["crowded"] = crowded
             gathered.notice(
                 f"{self.kind}: {crowded:,} pictures share their hash with very many; each was held against its nearest"
             )
-        return Pairs.joined(found), facts
+        return ScoredPairs.joined(found), facts
 
 
 def _candidates(hashes: NDArray[np.uint64], asked: I64) -> tuple[I64, I64, int]:
@@ -201,14 +203,14 @@ def _close(a: I64, b: I64, hashes: NDArray[np.uint64]) -> I64:
     return np.unique(a[near] * len(hashes) + b[near])
 
 
-def _equal_pairs(files: I64, asked: I64) -> Pairs:
+def _equal_pairs(files: I64, asked: I64) -> ScoredPairs:
     """Each later row of equal files and equal question, with the first."""
     rows = np.flatnonzero(files >= 0)
     both = np.stack([files[rows], asked[rows]])
     _, first, which = np.unique(both, axis=1, return_index=True, return_inverse=True)
     kept = rows[first[which.ravel()]]
     later = kept != rows
-    return Pairs.of_exact(kept[later], rows[later])
+    return ScoredPairs.of_exact(kept[later], rows[later])
 
 
 def _numbered(column: Any) -> I64:

@@ -14,8 +14,8 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate.labels import class_labels
-from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS, Ruling, Settings, rule, table
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.labels.label_ranking import BY_LABEL, SHOWN_CHARACTERS, LabelRanking, LabelSettings, rank_labels, table
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.text_duplicates import has_media
 from sartor.text import encoders
 
@@ -64,15 +64,15 @@ class SuspiciousLabels:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep. Raises GuardError when `drop` would take more than `max_fraction`."""
-        ruling = rule(gathered, Settings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
+        ruling = rank_labels(gathered, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
         removals = self._removals(gathered, ruling) if self.action == "drop" else []
         shown = max(int(np.ceil(self.queue_fraction * len(gathered))), int(ruling.wrong.sum()))
         queue = table(gathered, ruling, shown)
-        return Verdicts(removals, {EVIDENCE: queue}, {**ruling.facts, "queue": queue.num_rows})
+        return StepResult(removals, {EVIDENCE: queue}, {**ruling.facts, "queue": queue.num_rows})
 
-    def _removals(self, gathered: Gathered, ruling: Ruling) -> list[Removal]:
+    def _removals(self, gathered: StepInput, ruling: LabelRanking) -> list[Removal]:
         rows = np.flatnonzero(ruling.wrong)
         if len(rows) > self.max_fraction * len(gathered):
             raise GuardError(

@@ -19,9 +19,9 @@ import numpy as np
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
-from sartor.core.records import Drop, Example, Message, PartKind, canonical, dropped
+from sartor.core.records import Drop, Example, Message, PartKind, canonical, drop_of
 from sartor.curate.sources import media_files
-from sartor.curate.step import Copy, CopyFunction
+from sartor.curate.step import AugmentedRow, CopyFunction
 from sartor.curate.steps.media_filters import media_of
 from sartor.media import audio
 from sartor.media.images import open_image
@@ -34,7 +34,7 @@ MOST_COPIES = 100
 T = TypeVar("T")
 
 
-class Written(NamedTuple):
+class AugmentedFile(NamedTuple):
     """A changed medium as a file: its bytes, its suffix, and in words what was changed."""
 
     content: bytes
@@ -64,7 +64,7 @@ class Changing(Protocol, Generic[T]):
         """Raises MediaError."""
         ...
 
-    def changed(self, medium: T, file: Path, draw: np.random.Generator) -> Written:
+    def changed(self, medium: T, file: Path, draw: np.random.Generator) -> AugmentedFile:
         """The medium with changes by `draw`, whose first values do not depend on the medium. `file` is where it was."""
         ...
 
@@ -72,7 +72,7 @@ class Changing(Protocol, Generic[T]):
 def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
     """The function of a CopyStep that changes the media of one kind of part."""
 
-    def copies(example: Example) -> Iterator[Copy | Drop]:
+    def copies(example: Example) -> Iterator[AugmentedRow | Drop]:
         names = list(dict.fromkeys(media_of(example, part)))
         decoded: dict[str, T] = {}
         for number in range(1, step.copies + 1) if names else ():
@@ -86,7 +86,7 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
                 yield _failed(example, step.kind, number, error)
                 continue
             row = _copy(example, step.kind, {name: _stored(one, folder) for name, one in written.items()})
-            yield Copy(row, f"copy {number}: {', '.join(written[names[0]].changes) or 'nothing'}")
+            yield AugmentedRow(row, f"copy {number}: {', '.join(written[names[0]].changes) or 'nothing'}")
 
     return copies
 
@@ -95,7 +95,7 @@ def _draw(kind: str, seed: int, row: str, number: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical([kind, seed, row, number])).digest(), "big"))
 
 
-def _stored(written: Written, folder: Path) -> str:
+def _stored(written: AugmentedFile, folder: Path) -> str:
     return media_files.copy(io.BytesIO(written.content), f"copy{written.suffix}", folder / "media")
 
 
@@ -119,7 +119,7 @@ def _with_media(messages: tuple[Message, ...], now: dict[str, str]) -> tuple[Mes
 
 def _failed(example: Example, kind: str, number: int, error: MediaError) -> Drop:
     """The Drop of one copy. It has no id: the row itself is kept under it."""
-    drop = dropped(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
+    drop = drop_of(example, f"{kind}:{error.reason}", f"copy {number} of {example.id}: {error.problem}", step=kind)
     return replace(drop, id="")
 
 
@@ -196,7 +196,7 @@ class AugmentImages:
         """Raises MediaError, or ExtraError without Pillow."""
         return open_image(file)
 
-    def changed(self, medium: Image, file: Path, draw: np.random.Generator) -> Written:
+    def changed(self, medium: Image, file: Path, draw: np.random.Generator) -> AugmentedFile:
         """The picture changed: its place first, then its light, then what a lens, a sensor and a file add."""
         changes: list[str] = []
         picture = self._placed(medium, draw, changes)
@@ -208,7 +208,7 @@ class AugmentImages:
             changes.append(f"JPEG of quality {quality}")
         out = io.BytesIO()
         picture.save(out, "JPEG", quality=quality or JPEG_QUALITY) if is_jpeg else picture.save(out, "PNG")
-        return Written(out.getvalue(), ".jpg" if is_jpeg else ".png", changes)
+        return AugmentedFile(out.getvalue(), ".jpg" if is_jpeg else ".png", changes)
 
     def _placed(self, picture: Image, draw: np.random.Generator, changes: list[str]) -> Image:
         from PIL import Image
@@ -331,12 +331,12 @@ class AugmentAudio:
 
     def decoded(self, file: Path) -> Recording:
         """Raises MediaError, or ExtraError without soundfile or soxr."""
-        with audio.opened(file) as sound:
+        with audio.open_audio(file) as sound:
             rate = min(int(sound.samplerate), MOST_RATE)
         max_seconds = min(audio.MOST_SECONDS, MOST_SAMPLES / rate)
         return Recording(audio.read_sound(file, rate, max_seconds), rate)
 
-    def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> Written:
+    def changed(self, medium: Recording, file: Path, draw: np.random.Generator) -> AugmentedFile:
         """The recording changed: its time first, then its band, what is added, and how loud it is."""
         mono, rate = medium
         changes: list[str] = []
@@ -345,7 +345,7 @@ class AugmentAudio:
             mono = fitted(audio.resampled(audio.resampled(mono, rate, TELEPHONE), TELEPHONE, rate), len(mono))
             changes.append(f"through {TELEPHONE:,} samples a second")
         mono = self._loud(mono, draw, changes)
-        return Written(flac(mono, rate), ".flac", changes)
+        return AugmentedFile(flac(mono, rate), ".flac", changes)
 
     def _timed(self, mono: audio.F32, rate: int, draw: np.random.Generator, changes: list[str]) -> audio.F32:
         if self.speed:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sartor.core.config import option
 from sartor.core.errors import ConfigError, MediaError
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.records import Drop, Example, drop_of
 from sartor.curate.step import RowFunction
 from sartor.media import audio
 from sartor.media.images import SHARP_SIDE, open_picture, sharpness
@@ -52,7 +52,7 @@ class Images:
         def apply(example: Example) -> Example | Drop:
             for name in media_of(example, "image"):
                 if fault := self._fault(folder / name):
-                    return dropped(example, fault[0], f"{name[:18]}...: {fault[1]}", step=self.kind)
+                    return drop_of(example, fault[0], f"{name[:18]}...: {fault[1]}", step=self.kind)
             return example
 
         return apply
@@ -77,7 +77,7 @@ WINDOW_S = 0.1  # of the loudness
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioFacts:
     """What the checks need of a recording. `loudest_db`: RMS of its loudest WINDOW_S, in dB below full scale."""
 
     rate: int
@@ -120,15 +120,15 @@ class Audio:
             for name in media_of(example, "audio"):
                 found = self._heard(folder / name)
                 if isinstance(found, tuple):
-                    return dropped(example, found[0], f"{name[:18]}...: {found[1]}", step=self.kind)
+                    return drop_of(example, found[0], f"{name[:18]}...: {found[1]}", step=self.kind)
                 seconds += found.seconds
             if seconds and self._is_transcript(example) and (fault := self._pace(example.reply, seconds)):
-                return dropped(example, fault[0], fault[1], step=self.kind)
+                return drop_of(example, fault[0], fault[1], step=self.kind)
             return example
 
         return apply
 
-    def _heard(self, file: Path) -> Sound | tuple[str, str]:
+    def _heard(self, file: Path) -> AudioFacts | tuple[str, str]:
         try:
             sound = listen(file, self.max_seconds)
         except MediaError as error:
@@ -159,16 +159,16 @@ class Audio:
         return None
 
 
-def listen(file: Path, max_seconds: float) -> Sound:
+def listen(file: Path, max_seconds: float) -> AudioFacts:
     """Decode a recording, a second at a time and no further than `max_seconds`. Raises MediaError, ExtraError."""
-    with audio.opened(file) as sound:
+    with audio.open_audio(file) as sound:
         rate = int(sound.samplerate)
         if sound.frames > max_seconds * rate:
-            return Sound(rate, sound.frames / rate, 0.0, 0.0)
+            return AudioFacts(rate, sound.frames / rate, 0.0, 0.0)
         return _measured(sound, rate, max_seconds)
 
 
-def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
+def _measured(sound: Any, rate: int, max_seconds: float) -> AudioFacts:
     window = max(1, round(rate * WINDOW_S))
     frames, clipped, samples, loudest, before = 0, 0, 0, 0.0, np.zeros((2, sound.channels), bool)
     for block in audio.blocks(sound, max_seconds, window * 10):
@@ -181,4 +181,4 @@ def _measured(sound: Any, rate: int, max_seconds: float) -> Sound:
         clipped += int((full[2:] & full[1:-1] & full[:-2]).sum())
         before = full[-2:]
     db = 10 * math.log10(loudest) if loudest > 0 else -math.inf
-    return Sound(rate, frames / rate, db, clipped / samples)
+    return AudioFacts(rate, frames / rate, db, clipped / samples)

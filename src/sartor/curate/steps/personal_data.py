@@ -12,9 +12,18 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import TEXT_KEPT, Drop, Example
 from sartor.curate.step import RowFunction
-from sartor.text.pii.entities import ENTITIES, EntityName, Finding
-from sartor.text.pii.example_layout import FieldName, Slot
-from sartor.text.pii.masking import MOST_PASSES, Found, Placeholders, counted, find_in_row, masked, only, text_masker
+from sartor.text.pii.entities import ENTITIES, EntityName, PiiEntity
+from sartor.text.pii.example_layout import FieldName, TextSlot
+from sartor.text.pii.masking import (
+    MOST_PASSES,
+    Placeholders,
+    RowEntities,
+    entity_counts,
+    find_in_row,
+    masked,
+    only,
+    text_masker,
+)
 from sartor.text.pii.scanner import Scanner
 
 Action = Literal["mask", "drop", "keep"]
@@ -145,7 +154,7 @@ class Masking:
             return example
         going = only(found, lambda slot, finding: self._action(slot, finding) == "drop")
         if going.hits:
-            self.tally.update(counted(found))
+            self.tally.update(entity_counts(found))
             origin = example.origins[0]
             return Drop("personal_data", origin.source, origin.locator, going.describe(), self._step.kind, example.id)
         return self._masked(example, found, self._is_looked_at)
@@ -155,20 +164,20 @@ class Masking:
         found = find_in_row(self._scanner, example)
         return self._masked(example, found, lambda slot, finding: True) if found.hits else example
 
-    def _masked(self, example: Example, found: Found, keep: Callable[[Slot, Finding], bool]) -> Example:
+    def _masked(self, example: Example, found: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> Example:
         names = Placeholders(self._step.mask == "numbered", (slot.text for slot in found.layout.slots))
         for _ in range(MOST_PASSES):
-            self.tally.update(counted(found))
+            self.tally.update(entity_counts(found))
             example = masked(example, found, names)
             found = only(find_in_row(self._scanner, example), keep)
             if not found.hits:
                 break
         return example
 
-    def _is_looked_at(self, slot: Slot, finding: Finding) -> bool:
+    def _is_looked_at(self, slot: TextSlot, finding: PiiEntity) -> bool:
         return slot.place[0] == "group" or self._of_field[slot.field] != "keep"
 
-    def _action(self, slot: Slot, finding: Finding) -> str:
+    def _action(self, slot: TextSlot, finding: PiiEntity) -> str:
         """The stricter of what entity and field say; where neither says anything, the step's own."""
         if slot.place[0] == "group":
             return "mask"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import ConfigError, need
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.errors import ConfigError, missing_package
+from sartor.core.records import Drop, Example, drop_of
 from sartor.curate.step import RowFunction
 from sartor.text.example_text import FIELD_TEXT, Field, rewritten, texts
 
@@ -45,7 +45,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class BoundedPattern:
     """A compiled pattern. `search` and `sub` raise RuleTimeout when the clock of the row runs out."""
 
     compiled: Any
@@ -68,12 +68,12 @@ class Pattern:
         return RuleTimeout(f"the pattern {self.compiled.pattern[:80]!r} ran out of the row's {clock.limit_s:g} s")
 
 
-def compiled(pattern: str, where: str, template: str = "") -> Pattern:
+def compiled(pattern: str, where: str, template: str = "") -> BoundedPattern:
     """The Pattern. Raises ConfigError naming `where` and the position of the mistake, in the pattern or in the template."""
     whole, problem = _compile(pattern, template)
     if problem:
         raise ConfigError(f"{where} {problem}", "mend it; a literal ( ) [ ] * + ? . is written with a backslash before it")
-    return Pattern(whole)
+    return BoundedPattern(whole)
 
 
 @cache
@@ -82,7 +82,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
     try:
         import regex
     except ImportError:
-        raise need("regex") from None
+        raise missing_package("regex") from None
     try:
         whole = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
@@ -99,14 +99,14 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
 
 def timed_out(example: Example, timeout: RuleTimeout, step: str) -> Drop:
     """The Drop of a row on which the patterns ran out of time."""
-    return dropped(example, "rule_timeout", str(timeout), step=step)
+    return drop_of(example, "rule_timeout", str(timeout), step=step)
 
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True)
-class Rule:
+class RegexRule:
     """One regular expression and what it does."""
 
     match: str = option(REQUIRED, "regular expression, searched for anywhere in a text; (?i) before it ignores case")
@@ -125,16 +125,16 @@ class Rule:
         self.pattern  # noqa: B018  # a mistake in it is one of the recipe
 
     @property
-    def pattern(self) -> Pattern:
+    def pattern(self) -> BoundedPattern:
         """The compiled pattern. Raises ConfigError."""
         return compiled(self.match, "match", self.with_)
 
 
 @dataclass(frozen=True)
-class Rules:
+class RegexRules:
     """Drop rows or replace text by regular expressions, in order."""
 
-    rules: tuple[Rule, ...] = option(REQUIRED, "a list of {match, action: drop | replace, with, field, name}")
+    rules: tuple[RegexRule, ...] = option(REQUIRED, "a list of {match, action: drop | replace, with, field, name}")
     kind: Literal["rules"] = "rules"
 
     def __post_init__(self) -> None:
@@ -154,7 +154,9 @@ class Rules:
 
         return apply
 
-    def _applied(self, example: Example, numbered: Sequence[tuple[str, Rule, Pattern]], clock: Clock) -> Example | Drop:
+    def _applied(
+        self, example: Example, numbered: Sequence[tuple[str, RegexRule, BoundedPattern]], clock: Clock
+    ) -> Example | Drop:
         for name, rule, pattern in numbered:
             if rule.action == "replace":
                 outcome = rewritten(example, partial(_replaced, rule, pattern, clock), rule.field, self.kind)
@@ -164,11 +166,11 @@ class Rules:
                 continue
             for text in texts(example, rule.field):
                 if match := pattern.search(text, clock):
-                    return dropped(
+                    return drop_of(
                         example, f"rule:{name}", f"{match.group()[:80]!r} matches {rule.match[:80]!r}", step=self.kind
                     )
         return example
 
 
-def _replaced(rule: Rule, pattern: Pattern, clock: Clock, text: str) -> str:
+def _replaced(rule: RegexRule, pattern: BoundedPattern, clock: Clock, text: str) -> str:
     return pattern.sub(rule.with_, text, clock)

@@ -15,10 +15,10 @@ from sartor.core.config import option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.dedup import clusters
-from sartor.curate.dedup.clusters import components, places_of
-from sartor.curate.dedup.pair_scoring import Pairs
-from sartor.curate.dedup.pair_scoring import Rules as pair_scoring_Rules
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.dedup.clusters import components, rank_positions
+from sartor.curate.dedup.pair_scoring import DuplicateRules as pair_scoring_Rules
+from sartor.curate.dedup.pair_scoring import ScoredPairs
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.text_duplicates import KEEP_HELP, Field, Keep, is_apart, ranks
 from sartor.text import encoders, equivalence
 
@@ -76,18 +76,18 @@ class SemanticDuplicates:
             return "\n".join(message.text for message in example.messages)
         return example.reply if self.field == "reply" or (self.field == "both" and not prompt) else prompt
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep. Raises GuardError when more would go than its guards allow."""
         compared = self._compared(gathered)
-        chosen = encoders.choose(self.encoder)
+        chosen = encoders.choose_encoder(self.encoder)
         gathered.notice(f"semantic duplicates: {len(compared):,} of {len(gathered):,} rows; encoder {chosen.encoder.name}")
         table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
         texts, replies = encoders.Texts(table["text"]), encoders.Texts(table["reply"])
         threshold = chosen.likeness if self.threshold is None else self.threshold
-        found = Found()
+        found = SemanticPairs()
         if len(compared) > 1:
             embedded = chosen.encoder.encode(texts)
-            rules = Rules(threshold, self.agreement, self.neighbours)
+            rules = SemanticRules(threshold, self.agreement, self.neighbours)
             said = replies if self.field == "both" else None
             found = pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
         removals = self._removals(gathered, compared, found)
@@ -101,27 +101,27 @@ class SemanticDuplicates:
             "pairs": len(found.pairs),
             "refused_by_words": dict(sorted(found.refused.items())),
         }
-        return Verdicts(removals, {EVIDENCE: self._evidence(gathered, compared, found)}, facts, set_aside=True)
+        return StepResult(removals, {EVIDENCE: self._evidence(gathered, compared, found)}, facts, set_aside=True)
 
-    def _compared(self, gathered: Gathered) -> Any:
+    def _compared(self, gathered: StepInput) -> Any:
         """Row numbers with a whole text. What was cut may differ where it was cut."""
         whole = [not cut for cut in gathered.table["cut"].to_pylist()]
         spoken = [bool(text.strip()) for text in encoders.Texts(gathered.table["text"])]
         return np.flatnonzero(np.array(whole, bool) & np.array(spoken, bool))
 
-    def _removals(self, gathered: Gathered, compared: Any, found: Found) -> list[Removal]:
+    def _removals(self, gathered: StepInput, compared: Any, found: SemanticPairs) -> list[Removal]:
         if not found.pairs:
             return []
         scores = np.array([min(pair.likeness, pair.words) for pair in found.pairs], np.float32)
         a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
-        edges = Pairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
-        gone = clusters.resolve(
+        edges = ScoredPairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
+        gone = clusters.resolve_clusters(
             edges, gathered.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
         )
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
+        limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         locators = gathered.table["locator"]
         sources = np.array(gathered.table["source"].to_pylist(), np.int64)
-        clusters.guard(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        clusters.check_removals(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))
         return [
             Removal(
                 row, "semantic_duplicate", f"says the same as {locators[kept].as_py()}", kept, round(float(score), 4), METHOD
@@ -129,7 +129,7 @@ class SemanticDuplicates:
             for row, kept, score in zip(*(np.asarray(end).tolist() for end in (gone.rows, gone.kept, gone.score)), strict=True)
         ]
 
-    def _evidence(self, gathered: Gathered, compared: Any, found: Found) -> Any:
+    def _evidence(self, gathered: StepInput, compared: Any, found: SemanticPairs) -> Any:
         ids, locators = gathered.table["id"], gathered.table["locator"]
         ends = [(int(compared[pair.a]), int(compared[pair.b]), pair) for pair in found.pairs]
         return pa.table(
@@ -152,7 +152,7 @@ _ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class Pair:
+class SemanticPair:
     """Rows a < b that say the same: `likeness` is their vectors' cosine, `words` the share of words in common (of two fields
     the lower).
     """
@@ -164,20 +164,20 @@ class Pair:
 
 
 @dataclass
-class Found:
+class SemanticPairs:
     """The verified pairs; how many pairs were near by their vectors, and what the words had against the others, counted.
 
     `crowded` rows have as many near rows as are looked at, and perhaps more; like ones of those were looked for.
     """
 
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[SemanticPair] = field(default_factory=list)
     candidates: int = 0
     crowded: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
-class Rules:
+class SemanticRules:
     """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
     it is one; `most`: nearest rows of each row that are looked at.
     """
@@ -190,12 +190,12 @@ class Rules:
 class _Verifier:
     """Takes pairs of rows, keeps those that say the same."""
 
-    def __init__(self, texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[str] | None) -> None:
-        self.found, self.rules = Found(), rules
+    def __init__(self, texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None) -> None:
+        self.found, self.rules = SemanticPairs(), rules
         self._vectors, self._replies = vectors, replies
-        self._read, self._weights = equivalence.reader(texts), equivalence.rarities(texts)
+        self._read, self._weights = equivalence.reader(texts), equivalence.idf_weights(texts)
         self._answer = equivalence.reader(replies or ())
-        self._answer_weights = equivalence.rarities(replies or ())
+        self._answer_weights = equivalence.idf_weights(replies or ())
         self._tried: set[tuple[int, int]] = set()
 
     def verify(self, a: int, b: int) -> bool:
@@ -206,7 +206,7 @@ class _Verifier:
             return False
         self._tried.add((a, b))
         self.found.candidates += 1
-        verdict = equivalence.compare(self._read(a), self._read(b), self._weights)
+        verdict = equivalence.compare_texts(self._read(a), self._read(b), self._weights)
         where = ""
         if self._replies is not None and not verdict.objection and verdict.score >= self.rules.agreement:
             reply = same_reply((self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights)
@@ -215,11 +215,11 @@ class _Verifier:
         if verdict.objection or verdict.score < self.rules.agreement:
             self.found.refused[where + (verdict.objection or "words")] += 1
             return False
-        self.found.pairs.append(Pair(a, b, likeness, verdict.score))
+        self.found.pairs.append(SemanticPair(a, b, likeness, verdict.score))
         return True
 
 
-def pairs(texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[str] | None, rank: Any) -> Found:
+def pairs(texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None, rank: Any) -> SemanticPairs:
     """The pairs of N texts that say the same, by vectors (N, D) and words. With `replies`, theirs must agree as well.
 
     `rank` (N,) is what the choice of a survivor goes by: of many rows that say the same, more than a row's nearest are looked
@@ -230,7 +230,7 @@ def pairs(texts: Sequence[str], vectors: Any, rules: Rules, replies: Sequence[st
     for a, b, _ in near:
         verifier.verify(a, b)
     if near.crowded:
-        _complete(verifier, len(texts), places_of(rank))
+        _complete(verifier, len(texts), rank_positions(rank))
     verifier.found.crowded = near.crowded
     verifier.found.pairs.sort(key=lambda pair: (pair.a, pair.b))
     return verifier.found
@@ -257,11 +257,11 @@ def _complete(verifier: _Verifier, count: int, place: Any) -> None:
 
 def same_reply(
     texts: tuple[str, str], one: equivalence.Read, other: equivalence.Read, weights: dict[str, float]
-) -> equivalence.Verdict:
-    """`equivalence.compare` for replies: values and JSON must be equal, since one letter of them may be another thing."""
+) -> equivalence.EquivalenceVerdict:
+    """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another thing."""
     if is_value(texts[0], one) or is_value(texts[1], other):
-        return equivalence.Verdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
-    return equivalence.compare(one, other, weights)
+        return equivalence.EquivalenceVerdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
+    return equivalence.compare_texts(one, other, weights)
 
 
 def is_value(text: str, read: equivalence.Read) -> bool:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sartor.core.config import option
-from sartor.core.errors import ConfigError, need
-from sartor.core.records import Drop, Example, dropped
+from sartor.core.errors import ConfigError, missing_package
+from sartor.core.records import Drop, Example, drop_of
 from sartor.curate.step import RowFunction
 from sartor.text.example_text import FIELD_TEXT, Field, code_spans, rewritten, split_code, texts, word_set
 
@@ -54,7 +54,7 @@ def _parser() -> Any:
     try:
         from markdown_it import MarkdownIt
     except ImportError:
-        raise need("markdown-it-py") from None
+        raise missing_package("markdown-it-py") from None
     # indented code and raw HTML off: in chat they are prose
     return (
         MarkdownIt("commonmark", {"html": False})
@@ -202,7 +202,7 @@ class Markup:
 
         def apply(example: Example) -> Example | Drop:
             if fault := next((fault for text in texts(example, self.field) if (fault := self._fault(text))), ""):
-                return dropped(example, "markup", fault, step=self.kind)
+                return drop_of(example, "markup", fault, step=self.kind)
             return rewritten(example, self._stripped, self.field, self.kind)
 
         return apply
@@ -432,7 +432,7 @@ def _decoder() -> Callable[[str], str]:
     try:
         import ftfy
     except ImportError:
-        raise need("ftfy") from None
+        raise missing_package("ftfy") from None
     # of ftfy's repairs only the decoding: the others are this step's own options, or change good text
     only_decoding = ftfy.TextFixerConfig(
         unescape_html=False,

@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from sartor.core.config import option
 from sartor.core.licences import compliance
-from sartor.core.processes import Means, Workers
+from sartor.core.processes import Executor, WorkerPool
 from sartor.core.records import Example
 from sartor.curate.dedup import clusters, near_duplicates, pair_store, shingles
-from sartor.curate.dedup.pair_scoring import METHODS, Rules, rules_for
+from sartor.curate.dedup.pair_scoring import METHODS, DuplicateRules, rules_for
 from sartor.curate.dedup.shingles import offsets_of
-from sartor.curate.step import Gathered, Removal, Verdicts
+from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.curate.steps.answer_quality import quality
 
 Keep = Literal["longest", "first", "newest", "best_licence", "best_quality"]
@@ -114,7 +114,7 @@ class NearDuplicates:
     def __post_init__(self) -> None:
         self.rules()
 
-    def rules(self) -> Rules:
+    def rules(self) -> DuplicateRules:
         """What makes two rows duplicates. Raises ConfigError for a threshold out of range."""
         return rules_for(self._shingling(), self.threshold, self.contained)
 
@@ -138,20 +138,22 @@ class NearDuplicates:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep."""
         rules, table = self.rules(), gathered.table
         flat, offsets = _flat(table["shingles"], gathered.folder / "shingles.u32")
         digests = np.concatenate([np.empty((0, 16), np.uint8), *[_bytes(chunk) for chunk in table["digest"].chunks]])
         rank = table["rank"].to_numpy()
         workers = gathered.workers if len(gathered) >= WORTH_WORKERS else 0
-        with Workers(workers if workers > 1 else 0) as pool:
-            found = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Means(spread=pool.spread))
-        removals = clusters.resolve(found.pairs, rank, rules)
+        with WorkerPool(workers if workers > 1 else 0) as pool:
+            found = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Executor(spread=pool.spread))
+        removals = clusters.resolve_clusters(found.pairs, rank, rules)
         locators = table["locator"]
         media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
-        limits = clusters.Limits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
-        clusters.guard(removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
+        clusters.check_removals(
+            removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py())
+        )
         facts = {
             "rules": asdict(rules),
             "unit": self.unit,
@@ -169,7 +171,7 @@ class NearDuplicates:
         if rated:
             facts["rows_rated"] = rated
         evidence = {"near_duplicates": _ledger(found.pairs, rules, rank, gathered)}
-        return Verdicts(_removals(removals, locators), evidence, facts, set_aside=True)
+        return StepResult(_removals(removals, locators), evidence, facts, set_aside=True)
 
 
 def _removals(found: clusters.Removals, locators: Any) -> list[Removal]:
@@ -183,12 +185,12 @@ def _removals(found: clusters.Removals, locators: Any) -> list[Removal]:
     return made
 
 
-def _ledger(pairs: Any, rules: Rules, rank: Any, gathered: Gathered) -> Any:
+def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, gathered: StepInput) -> Any:
     """Every verified pair by the ids of its rows, with what a new decision needs: `sartor rethreshold` reads it."""
     ids = gathered.table["id"]
     a, b = pa.array(pairs.a), pa.array(pairs.b)
     sources = pa.array(gathered.sources, pa.string()).take(gathered.table["source"].combine_chunks())
-    score, methods = pair_store.judgements(pairs, rules)
+    score, methods = pair_store.score_pairs(pairs, rules)
     return pa.table(
         {
             "a": ids.take(a), "b": ids.take(b), "score": score, "method": pa.array(methods.tolist(), pa.string()),
@@ -244,7 +246,7 @@ class ExactDuplicates:
         words = [None if alone else row.tobytes().hex() for row, alone in zip(found.digests, apart, strict=True)]
         return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep."""
         columns = [pl.Series(name, gathered.table[name]) for name in ("id", "words", "rank")]
         table = pl.DataFrame(columns).with_row_index("row")
@@ -255,10 +257,10 @@ class ExactDuplicates:
             rest = table.filter(pl.col("words").is_not_null() & ~pl.col("row").is_in(sorted(gone)))
             best = rest.sort("rank", "row", descending=[True, False])
             removals += self._removals(_later(best, "words"), gathered, "the same words as", merge=False)
-        return Verdicts(removals, facts={"removed": len(removals)} if removals else {})
+        return StepResult(removals, facts={"removed": len(removals)} if removals else {})
 
     @staticmethod
-    def _removals(found: pl.DataFrame, gathered: Gathered, said: str, *, merge: bool) -> list[Removal]:
+    def _removals(found: pl.DataFrame, gathered: StepInput, said: str, *, merge: bool) -> list[Removal]:
         locators = gathered.table["locator"].take(pa.array(found["kept"].to_list(), pa.int64())).to_pylist()
         method = "equal content" if merge else "equal words"
         return [

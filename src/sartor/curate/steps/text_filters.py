@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example, dropped
-from sartor.curate.step import Gathered, Removal, RowFunction, Verdicts
+from sartor.core.records import Drop, Example, drop_of
+from sartor.curate.step import Removal, RowFunction, StepInput, StepResult
 from sartor.text.example_text import FIELD_TEXT, Field, texts, without_code, words
 from sartor.text.language_id import CODES, detector
 
@@ -56,7 +56,7 @@ class Repetition:
         def apply(example: Example) -> Example | Drop:
             for text in texts(example, self.field):
                 if fault := self.fault(text):
-                    return dropped(example, "repetition", fault, step=self.kind)
+                    return drop_of(example, "repetition", fault, step=self.kind)
             return example
 
         return apply
@@ -146,7 +146,7 @@ _FIELDS = {"reply": ("reply",), "replies": ("replies",), "prompt": ("prompt",), 
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageFilter:
     """Drop rows in another language than the allowed ones, by fastText's lid.176; short and unsure texts by `unsure`."""
 
     allow: tuple[str, ...] = option(REQUIRED, "language codes that stay: ISO 639-1, such as en, sv, zh")
@@ -186,7 +186,7 @@ class Language:
             }
         )
 
-    def decide(self, gathered: Gathered) -> Verdicts:
+    def decide(self, gathered: StepInput) -> StepResult:
         """See SetStep."""
         columns = [gathered.table[name].to_pylist() for name in ("code", "confidence", "letters")]
         languages: Counter[str] = Counter()
@@ -210,7 +210,7 @@ class Language:
             f"unsure_{'kept' if self.unsure == 'keep' else 'dropped'}": unsure_rows,
             "without_text": without_text,
         }
-        return Verdicts(removals, facts=facts)
+        return StepResult(removals, facts=facts)
 
     def _verdict(self, code: str, confidence: float, letters: int) -> tuple[bool, str]:
         """(whether the language is sure, what speaks against the text or nothing)."""
@@ -241,9 +241,9 @@ class Length:
             words = len(example.reply.split())
             if words < self.min_words:
                 detail = f"{words} words in the reply; at least {self.min_words}"
-                return dropped(example, "too_short", detail, step=self.kind)
+                return drop_of(example, "too_short", detail, step=self.kind)
             if words > self.max_words:
-                return dropped(example, "too_long", f"{words} words in the reply; at most {self.max_words}", step=self.kind)
+                return drop_of(example, "too_long", f"{words} words in the reply; at most {self.max_words}", step=self.kind)
             return example
 
         return apply

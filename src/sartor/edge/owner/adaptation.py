@@ -23,23 +23,30 @@ from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
-from sartor.core.resource_limits import Limits
+from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.owner import private_tuning
-from sartor.edge.owner.encrypted_rows import LIMIT_BYTES, Diary
-from sartor.edge.owner.local_adapters import Delta, Locals, applied, digest_of, shipped
+from sartor.edge.owner.encrypted_rows import LIMIT_BYTES, EncryptedRowStore
+from sartor.edge.owner.local_adapters import LocalAdapter, LocalAdapterStore, active_adapter, digest_of, shipped
 from sartor.edge.owner.private_tuning import Tune
 from sartor.edge.store.version_pointers import Installed
 from sartor.edge.tuning.tuner_process import LOGITS_BYTES, adapted, load_factors
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.evaluate.bootstrap import LEAST_GROUPS, LEAST_WIDTH
 from sartor.models import kernels
-from sartor.models.chat import Chat
-from sartor.models.fast_tokenizer import Words
-from sartor.models.losses.fused_decoder import Fast
+from sartor.models.chat import ChatTokenizer
+from sartor.models.fast_tokenizer import FastTokenizer
+from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.mmap_llama import MappedLlama
-from sartor.models.packing import Encoded, pack
+from sartor.models.packing import TokenizedExample, pack
 from sartor.personalization import user_tokens
-from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, Asked, Verdict, judge, too_few_prompts
+from sartor.personalization.acceptance import (
+    LEAST_HELD_OUT,
+    LEAST_TRAINED,
+    AcceptanceResult,
+    JudgedRows,
+    judge,
+    too_few_prompts,
+)
 from sartor.personalization.user_rows import example_of, now
 from sartor.personalization.user_tokens import Material
 from sartor.tune.recipe import Lora, Recipe, load
@@ -50,10 +57,10 @@ class Judge:
 
     def __init__(self, base: Path, method: Lora) -> None:
         self._model = adapted(MappedLlama(base), method)
-        self._fast = Fast(self._model, kernels.choose(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES)
+        self._fast = FusedDecoder(self._model, kernels.choose_kernels(torch.device("cpu"))[0], logits_bytes=LOGITS_BYTES)
 
     @torch.no_grad()
-    def losses(self, adapter: Path, rows: Sequence[Encoded]) -> list[float]:
+    def losses(self, adapter: Path, rows: Sequence[TokenizedExample]) -> list[float]:
         """Mean loss of each row's supervised tokens under an adapter in PEFT's form. Raises ModelError if it does not fit."""
         load_factors(self._model, adapter)
         return [float(self._fast.losses(pack([row])).mean()) for row in rows]
@@ -65,7 +72,7 @@ _SETTLED = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdaptationSettings:
     """What is tuned, and how it is judged. name: of the release in the store; base: its base, in transformers' layout.
 
     probe: rows whose loss may not rise; empty takes the canaries that the release ships with. most_probe_loss: nats a token.
@@ -78,7 +85,7 @@ class Settings:
     most_probe_loss: float = 0.05
     held_out_fraction: float = 0.25
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    limits: Limits = Limits()
+    limits: ResourceLimits = ResourceLimits()
     stop: Callable[[], bool] = lambda: False
     limit_bytes: int = LIMIT_BYTES
 
@@ -95,16 +102,18 @@ class Adapted:
     trained: int = 0
     held_out: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    verdict: AcceptanceResult | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Adapting:
+class AdapterTuner:
     """What tunes for the rows of a diary, in the folder of their person."""
 
-    def __init__(self, folder: Path, store: Path, settings: Settings, diary: Diary, tune: Tune, disk: FileSystem) -> None:
+    def __init__(
+        self, folder: Path, store: Path, settings: AdaptationSettings, diary: EncryptedRowStore, tune: Tune, disk: FileSystem
+    ) -> None:
         self.folder, self.store, self.settings, self.diary = folder, store, settings, diary
-        self.locals = Locals(store, settings.name)
+        self.locals = LocalAdapterStore(store, settings.name)
         self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"
 
     def adapt(self, room: Path, again: bool) -> Adapted:
@@ -135,24 +144,26 @@ class Adapting:
             shutil.rmtree(out, ignore_errors=True)
         return _adapted(made.digest, str(made.said["why"]), found, verdict, facts)
 
-    def evaluate(self) -> Verdict:
+    def evaluate(self) -> AcceptanceResult:
         """See Personal.evaluate."""
         release = shipped(self.store, self.settings.name)
         _, loaded, chat, found = self._read(release)
         if not found.held_out:
             raise SourceError("no row is held out yet", "add more rows: the digests of their prompts decide")
-        works, _ = applied(self.folder, self.store, self.settings.name)
+        works, _ = active_adapter(self.folder, self.store, self.settings.name)
         paths = (release.path, works.path if works else release.path)
         judged = Judge(self.settings.base, loaded.method)
-        mine, probe = Asked(found.held_out, found.groups), self._probe(release, chat, loaded)
+        mine, probe = JudgedRows(found.held_out, found.groups), self._probe(release, chat, loaded)
         private, other = ([judged.losses(path, asked.rows) for path in paths] for asked in (mine, probe))
         return judge((mine, private[0], private[1]), (probe, other[0], other[1]), self.settings.most_probe_loss)
 
-    def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, Chat, Material]:
+    def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, ChatTokenizer, Material]:
         """What is to be tuned, and the rows as tokens."""
         recipe = user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
-        loaded, chat = load(recipe), Chat(Words(self.settings.base))
-        found = user_tokens.material(self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens)
+        loaded, chat = load(recipe), ChatTokenizer(FastTokenizer(self.settings.base))
+        found = user_tokens.prepare_rows(
+            self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens
+        )
         return recipe, loaded, chat, found
 
     def _no_need(self, found: Material, key: str, again: bool) -> str:
@@ -162,33 +173,33 @@ class Adapting:
                 f"{len(found.train)} rows to train on and {len(set(found.groups))} held-out prompts are too few: "
                 f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed"
             )
-        works, _ = applied(self.folder, self.store, self.settings.name)
+        works, _ = active_adapter(self.folder, self.store, self.settings.name)
         if works and works.said["key"] == key:
             return "the delta that works was tuned on these very rows"
         return "" if again else self._known_settled().get(key, "")
 
-    def _probe(self, release: Installed, chat: Chat, recipe: Recipe) -> Asked:
+    def _probe(self, release: Installed, chat: ChatTokenizer, recipe: Recipe) -> JudgedRows:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
-        coded = [user_tokens.encoded(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
+        coded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(
                 f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta forgets",
                 _MORE_PROBE,
             )
-        return Asked([one for one, _ in usable], [name for _, name in usable])
+        return JudgedRows([one for one, _ in usable], [name for _, name in usable])
 
-    def _judge(self, release: Installed, out: Path, found: Material, probe: Asked, method: Lora) -> Verdict:
+    def _judge(self, release: Installed, out: Path, found: Material, probe: JudgedRows, method: Lora) -> AcceptanceResult:
         """Own rows against what works now, the probe against the shipped release: else it could decay step by step."""
-        works, _ = applied(self.folder, self.store, self.settings.name)
-        judged, mine = Judge(self.settings.base, method), Asked(found.held_out, found.groups)
+        works, _ = active_adapter(self.folder, self.store, self.settings.name)
+        judged, mine = Judge(self.settings.base, method), JudgedRows(found.held_out, found.groups)
         now_, after = (judged.losses(path, mine.rows) for path in (works.path if works else release.path, out))
         before_probe, after_probe = (judged.losses(path, probe.rows) for path in (release.path, out))
         return judge((mine, now_, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
 
     def _make_current(
         self, release: Installed, out: Path, found: Material, names: Mapping[str, str], more: Mapping[str, Any]
-    ) -> Delta:
+    ) -> LocalAdapter:
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
         trained, held_out = ([names[row.example_id] for row in rows] for rows in (found.train, found.held_out))
         said = {
@@ -239,16 +250,16 @@ def _digest(content: bytes) -> str:
 
 
 def _adapted(
-    delta: str, why: str, found: Material, verdict: Verdict | None = None, facts: Mapping[str, Any] | None = None
+    delta: str, why: str, found: Material, verdict: AcceptanceResult | None = None, facts: Mapping[str, Any] | None = None
 ) -> Adapted:
     left_out = {reason: len(ids) for reason, ids in found.left_out.items()}
     return Adapted(delta, why, len(found.train), len(found.held_out), left_out, verdict, facts or {})
 
 
-def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> Job:
+def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> TuningJob:
     said = _manifest(release.path)
     about = said.get("base", {})
-    return Job(
+    return TuningJob(
         base=str(base),
         name=str(about.get("name", base.name)),
         digest=str(about.get("digest", "")),

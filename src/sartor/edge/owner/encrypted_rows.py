@@ -36,8 +36,8 @@ from sartor.core import records
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
 from sartor.core.filesystem import DISK_FULL, FileSystem, PrivateFileSystem
 from sartor.core.records import Example
-from sartor.edge.owner.row_keys import KEY_BYTES, NONCE_BYTES, Source, unwrap, wrap
-from sartor.personalization.user_rows import Row, example_of, now
+from sartor.edge.owner.row_keys import KEY_BYTES, NONCE_BYTES, KeySource, unwrap, wrap
+from sartor.personalization.user_rows import UserRow, example_of, now
 
 SCHEMA = 1
 LIMIT_BYTES = 16 << 20
@@ -75,7 +75,7 @@ class _State:
         """The file."""
         return b"".join(line + b"\n" for line in (self.header, *self.lines))
 
-    def seal(self, row: Row, place: int) -> bytes:
+    def seal(self, row: UserRow, place: int) -> bytes:
         """A row as the line at a place."""
         try:
             plain = records.canonical(row.as_json())
@@ -96,11 +96,11 @@ class _State:
         except (InvalidTag, ValueError):
             return None
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[UserRow]:
         """Every row."""
         plain = (self.plain(place) for place in range(len(self.lines)))
         names = (line.partition(b" ")[0].decode() for line in self.lines)
-        return [Row.from_json(name, json.loads(one)) for name, one in zip(names, plain, strict=True) if one is not None]
+        return [UserRow.from_json(name, json.loads(one)) for name, one in zip(names, plain, strict=True) if one is not None]
 
     def _about(self, id: str, place: int) -> bytes:
         return records.canonical([self.said["name"], self.said["generation"], place, id])
@@ -111,14 +111,16 @@ def _may_be_torn(tail: Sequence[bytes]) -> bool:
     return sum(map(len, tail)) <= ROW_BYTES and not any(map(_LINE.fullmatch, tail[1:]))
 
 
-class Diary:
+class EncryptedRowStore:
     """The rows in a folder, which is made if absent. limit_bytes: of its file. notes: what was not whole, in words.
 
     Any number of processes may open it; each call holds it alone. Every call raises KeyRefusedError for a wrong key, StoreError
     where the file was changed, MissingError where the disk does not take it, and BusyError where another process holds it long.
     """
 
-    def __init__(self, folder: Path, source: Source, *, limit_bytes: int = LIMIT_BYTES, disk: FileSystem | None = None) -> None:
+    def __init__(
+        self, folder: Path, source: KeySource, *, limit_bytes: int = LIMIT_BYTES, disk: FileSystem | None = None
+    ) -> None:
         self.folder, self.limit_bytes, self.notes = folder.absolute(), limit_bytes, list[str]()
         self._source, self._disk = source, disk or PrivateFileSystem()
         self._file = self.folder / "diary"
@@ -134,7 +136,7 @@ class Diary:
             raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
         with self._alone("a row"):
             state = self._load()
-            made = Row(secrets.token_hex(8), now(), example_of(row), rating, correction)
+            made = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
             line = state.seal(made, len(state.lines))
             self._check_size(state, line)
             if state.is_torn:
@@ -148,7 +150,7 @@ class Diary:
                 raise
         return made.id
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[UserRow]:
         """Every row, the oldest first: in memory alone."""
         with self._alone("the rows"):
             return self._load().rows()
@@ -158,7 +160,7 @@ class Diary:
         with self._alone("the rows"):
             return len(self._load().lines)
 
-    def forget(self, chosen: Callable[[Row], bool]) -> tuple[str, ...]:
+    def forget(self, chosen: Callable[[UserRow], bool]) -> tuple[str, ...]:
         """Remove the rows for which `chosen` is true, and give the others another key. Returns the ids of what went.
 
         Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those that stay
@@ -173,7 +175,7 @@ class Diary:
                 self._rewrite(state, [row for row in every if row.id not in left], self._source)
         return gone
 
-    def rekey(self, source: Source) -> None:
+    def rekey(self, source: KeySource) -> None:
         """Put the rows under the key of another source, or of another passphrase; the old one no longer opens them."""
         with self._alone("the rows"):
             state = self._load()
@@ -186,14 +188,14 @@ class Diary:
             key = self._load().secret[KEY_BYTES:]
         return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
 
-    def _rewrite(self, state: _State, kept: Sequence[Row], source: Source) -> None:
+    def _rewrite(self, state: _State, kept: Sequence[UserRow], source: KeySource) -> None:
         new = self._fresh(state.said["name"], state.secret[KEY_BYTES:], source)
         new.lines = [new.seal(row, place) for place, row in enumerate(kept)]
         self._disk.replace(self._file, new.content)
         source.settle(new.said["source"])
         self._known = (new.header, new.secret)
 
-    def _fresh(self, name: str, naming: bytes, source: Source) -> _State:
+    def _fresh(self, name: str, naming: bytes, source: KeySource) -> _State:
         secret = secrets.token_bytes(KEY_BYTES) + naming
         about = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
         return _State(records.canonical(wrap(secret, about, source, name)), secret)

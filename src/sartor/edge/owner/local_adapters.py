@@ -18,7 +18,7 @@ from typing import Any
 from sartor.core import records
 from sartor.core.artifacts import MANIFEST
 from sartor.core.errors import HealthError, StoreError
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.store.version_pointers import Installed, installed
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ FORGETTING = "forgetting.json"
 
 
 @dataclass(frozen=True)
-class Delta:
+class LocalAdapter:
     """A version of NAME.local. path: PEFT's directory. said: its manifest."""
 
     version: str
@@ -62,7 +62,7 @@ def digest_of(release: Installed) -> str:
     return records.digest(dict(release.files))
 
 
-def applied(folder: Path, store: Path, name: str) -> tuple[Delta | None, str]:
+def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter | None, str]:
     """(the delta that works on top of a release, or None; why). For a running program: no lock, no key of the rows, no torch.
 
     folder: the person's. Where it is None, the shipped release works as it is.
@@ -77,17 +77,17 @@ def applied(folder: Path, store: Path, name: str) -> tuple[Delta | None, str]:
     return delta, str(delta.said["why"])
 
 
-class Locals:
+class LocalAdapterStore:
     """The local deltas of a release in a store. limit_bytes: see Store."""
 
     def __init__(self, store: Path, name: str, limit_bytes: int = 0) -> None:
         self.store, self.name, self._limit_bytes = store, f"{name}.local", limit_bytes
 
-    def current(self) -> Delta | None:
+    def current(self) -> LocalAdapter | None:
         """What is current, without the store's lock; None if there never was one."""
         return _delta(installed(self.store, self.name))
 
-    def put(self, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None]) -> Delta:
+    def put(self, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None]) -> LocalAdapter:
         """Make a delta the current one, if `check` of its directory returns; it is asked last, with the store locked.
 
         Raises HealthError where it does not, and nothing of the delta stays.
@@ -103,7 +103,7 @@ class Locals:
         assert made is not None
         return made
 
-    def undo(self, reason: str) -> Delta:
+    def undo(self, reason: str) -> LocalAdapter:
         """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is none."""
         with self._open() as store:
             left, before = _delta(store.current(self.name)), _delta(store.previous(self.name))
@@ -115,7 +115,7 @@ class Locals:
                 self._put_blank(store, reason)
         return left
 
-    def using(self, names: Collection[str]) -> list[Delta]:
+    def using(self, names: Collection[str]) -> list[LocalAdapter]:
         """Every delta that the store keeps, and that used one of these rows."""
         with self._open() as store:
             return [one for one in self._every(store) if one.used(names)]
@@ -137,19 +137,19 @@ class Locals:
                 self._put_blank(store, "rows were forgotten", activate=False)
             store.collect()
 
-    def _open(self) -> Store:
-        return Store(self.store, limit_bytes=self._limit_bytes)
+    def _open(self) -> ReleaseStore:
+        return ReleaseStore(self.store, limit_bytes=self._limit_bytes)
 
-    def _every(self, store: Store) -> list[Delta]:
+    def _every(self, store: ReleaseStore) -> list[LocalAdapter]:
         found = (store.current(self.name), store.previous(self.name), store.staged(self.name))
         return [one for one in map(_delta, found) if one]
 
-    def _put_blank(self, store: Store, why: str, *, activate: bool = True) -> None:
+    def _put_blank(self, store: ReleaseStore, why: str, *, activate: bool = True) -> None:
         said = {"delta": "", "rows": [], "held_out": [], "why": why}
         self._put(store, {}, said, (lambda path: None) if activate else None)
 
     def _put(
-        self, store: Store, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None] | None
+        self, store: ReleaseStore, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None] | None
     ) -> None:
         known = [one.version for one in self._every(store)] + list(store.refused(self.name))
         version = str(1 + max((int(one) for one in known if one.isdigit()), default=0))
@@ -167,7 +167,7 @@ class Locals:
             store.activate(self.name, version, check)
 
 
-def _delta(found: Installed | None) -> Delta | None:
+def _delta(found: Installed | None) -> LocalAdapter | None:
     if found is None:
         return None
     try:
@@ -176,4 +176,4 @@ def _delta(found: Installed | None) -> Delta | None:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StoreError(f"{found.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
-    return Delta(found.version, found.path, said)
+    return LocalAdapter(found.version, found.path, said)

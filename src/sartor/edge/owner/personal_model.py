@@ -22,14 +22,14 @@ from sartor.core.errors import BusyError, ConfigError, MissingError, SartorError
 from sartor.core.filesystem import DISK_FULL, PrivateFileSystem
 from sartor.core.records import Example
 from sartor.edge.owner import private_tuning
-from sartor.edge.owner.adaptation import Adapted, Adapting, Settings
-from sartor.edge.owner.encrypted_rows import Diary
-from sartor.edge.owner.local_adapters import FORGETTING, applied, digest_of, shipped
+from sartor.edge.owner.adaptation import AdaptationSettings, Adapted, AdapterTuner
+from sartor.edge.owner.encrypted_rows import EncryptedRowStore
+from sartor.edge.owner.local_adapters import FORGETTING, active_adapter, digest_of, shipped
 from sartor.edge.owner.private_tuning import Tune
-from sartor.edge.owner.row_keys import Source
-from sartor.personalization.acceptance import Verdict
+from sartor.edge.owner.row_keys import KeySource
+from sartor.personalization.acceptance import AcceptanceResult
 from sartor.personalization.erasure_receipt import Forgotten, Intent, write_receipt
-from sartor.personalization.user_rows import Row
+from sartor.personalization.user_rows import UserRow
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Status:
     notes: tuple[str, ...]
 
 
-class Personal:
+class OwnerModel:
     """A person's rows below `folder`, and the delta on a release in the device's store.
 
     key: of the rows (`row_keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits.
-    may_run: why not now, or '' (`energy_policy.Policy.refusal`). signer: folder of the key that signs receipts, made if
+    may_run: why not now, or '' (`energy_policy.EnergyPolicy.refusal`). signer: folder of the key that signs receipts, made if
     absent. A forgetting that a power cut interrupted is ended here.
     """
 
@@ -56,8 +56,8 @@ class Personal:
         self,
         folder: Path,
         store: Path,
-        key: Source,
-        settings: Settings,
+        key: KeySource,
+        settings: AdaptationSettings,
         *,
         tune: Tune | None = None,
         may_run: Callable[[], str] = lambda: "",
@@ -65,9 +65,9 @@ class Personal:
     ) -> None:
         self.folder, self.store, self.settings = folder.absolute(), store.absolute(), settings
         self._disk = PrivateFileSystem()
-        self.diary = Diary(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
+        self.diary = EncryptedRowStore(self.folder / "rows", key, limit_bytes=settings.limit_bytes)
         tune = tune or private_tuning.tune_in_process(settings.limits, settings.stop)
-        self._adapting = Adapting(self.folder, self.store, settings, self.diary, tune, self._disk)
+        self._adapting = AdapterTuner(self.folder, self.store, settings, self.diary, tune, self._disk)
         self._locals = self._adapting.locals
         self._may_run = may_run
         self._signer = signer or self.folder / "signer"
@@ -80,7 +80,7 @@ class Personal:
         """See Diary.add."""
         return self.diary.add(row, rating, correction)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[UserRow]:
         """Every row, in memory alone."""
         return self.diary.rows()
 
@@ -88,12 +88,12 @@ class Personal:
 
     def adapter(self) -> Path:
         """PEFT's directory for the running program: the delta's, or the shipped release's. No lock is taken, no key needed."""
-        works, _ = applied(self.folder, self.store, self.settings.name)
+        works, _ = active_adapter(self.folder, self.store, self.settings.name)
         return works.path if works else shipped(self.store, self.settings.name).path
 
     def status(self) -> Status:
         """What works, and why."""
-        works, why = applied(self.folder, self.store, self.settings.name)
+        works, why = active_adapter(self.folder, self.store, self.settings.name)
         release = shipped(self.store, self.settings.name)
         rows = self.diary.count()
         digest = works.digest if works else ""
@@ -109,10 +109,10 @@ class Personal:
         """
         if reason := self._may_run():
             raise BusyError(f"the device may not tune now: {reason}", "adapt again later", retry_after_s=600)
-        with self._alone("adapting"), private_tuning.room_in_memory(self.folder) as room:
+        with self._alone("adapting"), private_tuning.memory_folder(self.folder) as room:
             return self._adapting.adapt(room, again)
 
-    def evaluate(self) -> Verdict:
+    def evaluate(self) -> AcceptanceResult:
         """What works, against the shipped release, on the rows that are held out and on the probe. Nothing is decided."""
         return self._adapting.evaluate()
 

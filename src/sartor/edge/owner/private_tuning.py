@@ -27,18 +27,18 @@ from sartor.core.errors import (
     MissingError,
     ModelError,
 )
-from sartor.core.resource_limits import Limits, run
+from sartor.core.resource_limits import ResourceLimits, run
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import Job
-from sartor.models.packing import Encoded
-from sartor.tune.tokenized_dataset import Rows
+from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.models.packing import TokenizedExample
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 IN_MEMORY = ("tmpfs", "ramfs")
-Tune = Callable[[Job], Mapping[str, Any]]
+Tune = Callable[[TuningJob], Mapping[str, Any]]
 
 
 @contextmanager
-def room_in_memory(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[Path]:
+def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[Path]:
     """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the module."""
     chosen = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
     if chosen is None:
@@ -75,15 +75,15 @@ def _is_in_memory(root: Path) -> bool:
     return kind in IN_MEMORY and root.is_dir() and os.access(root, os.W_OK)
 
 
-def write_job(job: Job, rows: Sequence[Encoded]) -> None:
+def write_job(job: TuningJob, rows: Sequence[TokenizedExample]) -> None:
     """Put the tokens where the job says. No held-out row goes to the tuner."""
-    write_tokens(Rows(list(rows), [], lengths=[len(row.ids) for row in rows]), Path(job.tokens))
+    write_tokens(TokenizedDataset(list(rows), [], lengths=[len(row.ids) for row in rows]), Path(job.tokens))
 
 
-def tune_in_process(limits: Limits, stop: Callable[[], bool] = lambda: False) -> Tune:
+def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: False) -> Tune:
     """The tuner as a process under limits; `stop` ends it, and the same job later goes on where it was."""
 
-    def tune(job: Job) -> Mapping[str, Any]:
+    def tune(job: TuningJob) -> Mapping[str, Any]:
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
         used = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)

@@ -36,7 +36,7 @@ SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 15, 8, 3
 _MOST_SCRYPT_BYTES = 256 << 20
 
 
-class Source(Protocol):
+class KeySource(Protocol):
     """Where the key comes from that wraps. kind: as a header says it."""
 
     kind: str
@@ -54,7 +54,7 @@ class Source(Protocol):
         ...
 
 
-def wrap(secret: bytes, about: Mapping[str, Any], source: Source, owner: str) -> dict[str, Any]:
+def wrap(secret: bytes, about: Mapping[str, Any], source: KeySource, owner: str) -> dict[str, Any]:
     """A header: `about`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC 8439)."""
     said, key = source.fresh(owner)
     header = {**about, "source": {"kind": source.kind, **said}}
@@ -63,7 +63,7 @@ def wrap(secret: bytes, about: Mapping[str, Any], source: Source, owner: str) ->
     return {**header, "wrapped": base64.b64encode(nonce + sealed).decode()}
 
 
-def unwrap(header: Mapping[str, Any], source: Source) -> bytes:
+def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
     """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for none."""
     about = {name: value for name, value in header.items() if name != "wrapped"}
     said = about.get("source")

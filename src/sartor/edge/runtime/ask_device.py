@@ -11,11 +11,11 @@ from typing import Any
 from sartor.core import errors
 from sartor.core.errors import BusyError, ConfigError, HealthError, StoreError
 from sartor.core.resource_limits import DataLimit
-from sartor.edge.owner.local_adapters import applied
-from sartor.edge.runtime.device_runtime import opened, system_of
-from sartor.edge.store.release_store import Store
+from sartor.edge.owner.local_adapters import active_adapter
+from sartor.edge.runtime.device_runtime import open_runtime, system_of
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.store.version_pointers import Installed, installed
-from sartor.inference.engine import BASE, Call, Failed, Piece, Sampling
+from sartor.inference.engine import BASE, GenerateCall, ReplyFailed, Sampling, TextDelta
 
 
 def ask(
@@ -36,17 +36,20 @@ def ask(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')
-    delta = applied(Path(person), Path(store), name)[0] if person else None
-    with _started(Path(store), name) as found, opened(found.path, base, delta.path if delta else None) as (runtime, manifest):
+    delta = active_adapter(Path(person), Path(store), name)[0] if person else None
+    with (
+        _started(Path(store), name) as found,
+        open_runtime(found.path, base, delta.path if delta else None) as (runtime, manifest),
+    ):
         chosen = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
         messages = (*system_of(manifest), {"role": "user", "content": prompt})
-        events = runtime.answer([Call("ask", BASE, messages, sampling=chosen)])[0]
+        events = runtime.answer([GenerateCall("ask", BASE, messages, sampling=chosen)])[0]
         memory_bytes = DataLimit().bytes_now(os.getpid())
         end = events[-1]
-        if isinstance(end, Failed):
+        if isinstance(end, ReplyFailed):
             raise getattr(errors, end.kind, HealthError)(end.problem, end.remedy)
     return {
-        "reply": "".join(event.text for event in events if isinstance(event, Piece)),
+        "reply": "".join(event.text for event in events if isinstance(event, TextDelta)),
         "agent": f"{found.name}@{found.version}",
         "release": str(found.path),
         "version": found.version,
@@ -72,14 +75,14 @@ def _started(store: Path, name: str) -> Iterator[Installed]:
         _in_store(store, lambda opened: opened.confirm(name) if _is_current(opened, found) else None)
 
 
-def _is_current(store: Store, found: Installed) -> bool:
+def _is_current(store: ReleaseStore, found: Installed) -> bool:
     now = store.current(found.name)
     return now is not None and now.version == found.version
 
 
 def _in_store(folder: Path, act: Any) -> Installed | None:
     try:
-        with Store(folder) as store:
+        with ReleaseStore(folder) as store:
             done: Installed | None = act(store)
             return done
     except BusyError:

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from sartor.core import errors
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import BudgetError, HealthError, MissingError, ModelError, SartorError
-from sartor.core.lazy_import import load
-from sartor.core.resource_limits import Limits, Usage, run
+from sartor.core.lazy_import import import_module
+from sartor.core.resource_limits import ResourceLimits, ResourceUsage, run
 from sartor.edge.health_reason import HealthReason
-from sartor.inference.engine import Call, Event, event_as_json, event_from_json
+from sartor.inference.engine import Event, GenerateCall, event_as_json, event_from_json
 
 
 class Runtime(Protocol):
@@ -30,7 +30,7 @@ class Runtime(Protocol):
 
     name: str
 
-    def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
+    def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
         """The events of each call, the last a Done or a Failed. A call's adapter is not read: the version is the adapter."""
         ...
 
@@ -40,7 +40,7 @@ class Runtime(Protocol):
 
 
 @contextmanager
-def opened(release: Path, base: str = "", delta: Path | None = None) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
+def open_runtime(release: Path, base: str = "", delta: Path | None = None) -> Iterator[tuple[Runtime, Mapping[str, Any]]]:
     """What runs a Release or a GGUF export, and its manifest. `base`: in another place than it names; for an export with its
     adapter alone, a GGUF file. `delta`: PEFT's directory of a person's own, in the place of the Release's adapter.
 
@@ -55,7 +55,7 @@ def opened(release: Path, base: str = "", delta: Path | None = None) -> Iterator
         if found.kind != "release":
             raise ModelError(f"{label_of(found)} is an export, which takes no person's delta", "publish the Release itself")
         found = replace(found, path=delta)
-    runtime: Runtime = getattr(load(module), kind)(found, base)
+    runtime: Runtime = getattr(import_module(module), kind)(found, base)
     try:
         yield runtime, found.manifest
     finally:
@@ -63,7 +63,7 @@ def opened(release: Path, base: str = "", delta: Path | None = None) -> Iterator
 
 
 _MODULES = {
-    ("release", ""): ("sartor.edge.runtime.torch_runtime", "Ours"),
+    ("release", ""): ("sartor.edge.runtime.torch_runtime", "TorchRuntime"),
     ("export", "gguf"): ("sartor.edge.runtime.gguf_runtime", "Gguf"),
 }
 
@@ -83,7 +83,9 @@ _ANSWERS, _LOG = "answers.json", "log"
 _REMEDY = "publish a version that passes"
 
 
-def asked(release: Path, calls: Sequence[Call], limits: Limits, base: str = "") -> tuple[list[list[Event]], Usage]:
+def ask_in_process(
+    release: Path, calls: Sequence[GenerateCall], limits: ResourceLimits, base: str = ""
+) -> tuple[list[list[Event]], ResourceUsage]:
     """The events of each call, and what the process used.
 
     Raises HealthError with a HealthReason as text: OPENS, TIME, MEMORY or CRASH; MissingError and BudgetError where
@@ -101,7 +103,7 @@ def asked(release: Path, calls: Sequence[Call], limits: Limits, base: str = "") 
     return [[event_from_json(event) for event in events] for events in answered["events"]], used
 
 
-def _check(used: Usage, limits: Limits, log: Path) -> None:
+def _check(used: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
     if used.killed == "memory":
         raise HealthError(HealthReason.MEMORY.text(f"it took more than {limits.memory_bytes:,} bytes"), _REMEDY)
     if used.killed:
@@ -130,8 +132,8 @@ def main(arguments: Sequence[str]) -> int:
     said = json.loads(job.read_text(encoding="utf-8"))
     answered: dict[str, Any]
     try:
-        with opened(Path(said["release"]), said["base"]) as (runtime, _):
-            events = runtime.answer([Call.from_json(call) for call in said["calls"]])
+        with open_runtime(Path(said["release"]), said["base"]) as (runtime, _):
+            events = runtime.answer([GenerateCall.from_json(call) for call in said["calls"]])
         answered = {"events": [[event_as_json(event) for event in one] for one in events]}
     except SartorError as error:
         answered = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}

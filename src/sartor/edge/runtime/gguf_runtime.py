@@ -13,8 +13,8 @@ from sartor.core import model_refs
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ModelError, SartorError
 from sartor.edge.runtime.plain_content import markup_of, prompt_of
-from sartor.inference.engine import Call, Done, Event, Failed, Finish, Piece
-from sartor.inference.llamacpp_server import PLAIN, Bounds, Inner
+from sartor.inference.engine import Event, Finish, GenerateCall, ReplyDone, ReplyFailed, TextDelta
+from sartor.inference.llamacpp_server import PLAIN, Bounds, LlamaCppServer
 
 # Prompt and reply together; llama.cpp takes the memory for all of it when it starts
 CONTEXT_TOKENS = 2048
@@ -31,11 +31,11 @@ class Gguf:
     def __init__(self, export: Artifact, base: str) -> None:
         model, adapters = _files(export, base)
         self._adapters = len(adapters)
-        inner = Inner(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
-        self._inner: Inner | None = inner
+        inner = LlamaCppServer(model, adapters, Bounds(1, 0, CONTEXT_TOKENS))
+        self._inner: LlamaCppServer | None = inner
         self._markup = markup_of(model, inner)
 
-    def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
+    def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
         """See `device_runtime.Runtime`. One after the other: a device has few cores."""
         return [self._events(call) for call in calls]
 
@@ -43,20 +43,22 @@ class Gguf:
         """See `device_runtime.Runtime`."""
         self._inner = None
 
-    def _events(self, call: Call) -> list[Event]:
+    def _events(self, call: GenerateCall) -> list[Event]:
         assert self._inner
         try:
             prompt = prompt_of(call, self._inner, self._markup)
             said = self._inner.ask("/completion", self._body(call, prompt), REPLY_S)
             finish: Finish = "length" if said.get("stop_type") == "limit" else "stop"
-            done = Done(call.id, finish, int(said["tokens_evaluated"]), int(said["tokens_predicted"]))
-            return [Piece(call.id, str(said["content"]), done.reply_tokens), done]
+            done = ReplyDone(call.id, finish, int(said["tokens_evaluated"]), int(said["tokens_predicted"]))
+            return [TextDelta(call.id, str(said["content"]), done.reply_tokens), done]
         except SartorError as error:
-            return [Failed(call.id, error.kind, error.problem, error.remedy)]
+            return [ReplyFailed(call.id, error.kind, error.problem, error.remedy)]
         except (KeyError, TypeError, ValueError) as error:
-            return [Failed(call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version")]
+            return [
+                ReplyFailed(call.id, "UnavailableError", f"llama.cpp's answer has another form: {error!r}", "check its version")
+            ]
 
-    def _body(self, call: Call, prompt: str | list[int]) -> dict[str, Any]:
+    def _body(self, call: GenerateCall, prompt: str | list[int]) -> dict[str, Any]:
         sampling = call.sampling
         return {
             **PLAIN,

@@ -15,8 +15,8 @@ from typing import Any
 from sartor.core.errors import UnavailableError
 from sartor.core.gguf_header import read_head
 from sartor.core.records import ROLES
-from sartor.inference.engine import Call
-from sartor.inference.llamacpp_server import Inner
+from sartor.inference.engine import GenerateCall
+from sartor.inference.llamacpp_server import LlamaCppServer
 from sartor.models.template_markup import Markup, Token, is_markup, markup_in, plain_probes
 
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
@@ -26,7 +26,7 @@ _UNKNOWN, _CONTROL, _ADDED = 2, 3, 4
 _ANCHORS = (".", "\ue002", "a")
 
 
-def markup_of(model: Path, inner: Inner) -> Markup:
+def markup_of(model: Path, inner: LlamaCppServer) -> Markup:
     """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its template
     writes. Raises ModelError.
     """
@@ -42,7 +42,7 @@ def markup_of(model: Path, inner: Inner) -> Markup:
     return markup_in(texts, found)
 
 
-def _written(inner: Inner, messages: list[dict[str, str]]) -> list[str]:
+def _written(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
     """What the template writes; nothing where it refuses."""
     try:
         return [str(inner.ask("/apply-template", {"messages": messages})["prompt"])]
@@ -50,7 +50,7 @@ def _written(inner: Inner, messages: list[dict[str, str]]) -> list[str]:
         return []
 
 
-def prompt_of(call: Call, inner: Inner, markup: Markup) -> str | list[int]:
+def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: Markup) -> str | list[int]:
     """Return a call's prompt for llama.cpp: text, or token ids where a text spells markup.
 
     Raises UnavailableError, KeyError, TypeError and ValueError for an answer of another form.
@@ -74,7 +74,7 @@ def _shielded(message: Mapping[str, Any], markup: Markup) -> dict[str, Any]:
     return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded
 
 
-def _behind(inner: Inner, text: str) -> list[int]:
+def _behind(inner: LlamaCppServer, text: str) -> list[int]:
     """Tokens of a text that goes on in the middle of a word."""
     for anchor in _ANCHORS:
         before, whole = _tokens(inner, anchor), _tokens(inner, anchor + text)
@@ -83,6 +83,6 @@ def _behind(inner: Inner, text: str) -> list[int]:
     return _tokens(inner, text)
 
 
-def _tokens(inner: Inner, text: str, *, opens: bool = False) -> list[int]:
+def _tokens(inner: LlamaCppServer, text: str, *, opens: bool = False) -> list[int]:
     said: Any = inner.ask("/tokenize", {"content": text, "add_special": opens, "parse_special": True})
     return [int(token) for token in said["tokens"]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SartorError
 from sartor.evaluate.evaluation import open_tuned
-from sartor.inference.engine import Call, Done, Event, Failed, Finish, Piece
+from sartor.inference.engine import Event, Finish, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.inference.generate import context_tokens, generate
 from sartor.inference.prompts import prompt_ids
 
@@ -15,7 +15,7 @@ from sartor.inference.prompts import prompt_ids
 UNKNOWN_TOKENS = 4096
 
 
-class Ours:
+class TorchRuntime:
     """See `device_runtime.Runtime`."""
 
     name = "sartor"
@@ -23,19 +23,19 @@ class Ours:
     def __init__(self, release: Artifact, base: str) -> None:
         self._base, self._model = open_tuned(release, base_name=base)
 
-    def answer(self, calls: Sequence[Call]) -> list[list[Event]]:
+    def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
         """See `device_runtime.Runtime`."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
         """See `device_runtime.Runtime`."""
 
-    def _events(self, call: Call) -> list[Event]:
+    def _events(self, call: GenerateCall) -> list[Event]:
         chat = self._base.chat
         try:
             ids = prompt_ids(chat, call, context_tokens(self._model) or UNKNOWN_TOKENS)
             made = generate(self._model, [ids], stop=chat.stops, pad=chat.pad, sampling=call.sampling)[0]
         except SartorError as error:
-            return [Failed(call.id, error.kind, error.problem, error.remedy)]
+            return [ReplyFailed(call.id, error.kind, error.problem, error.remedy)]
         finish: Finish = "length" if made.finish == "length" else "stop"
-        return [Piece(call.id, chat.decode(made.ids), len(made.ids)), Done(call.id, finish, len(ids), len(made.ids))]
+        return [TextDelta(call.id, chat.decode(made.ids), len(made.ids)), ReplyDone(call.id, finish, len(ids), len(made.ids))]

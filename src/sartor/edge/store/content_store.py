@@ -22,7 +22,7 @@ from typing import BinaryIO
 from sartor.core import records
 from sartor.core.errors import StoreError
 from sartor.core.filesystem import LEFTOVER, FileSystem
-from sartor.edge.store.version_pointers import DIGEST, Version, tree_of
+from sartor.edge.store.version_pointers import DIGEST, StoredVersion, tree_of
 
 # An fsync takes tens of milliseconds on an SD card, so not every piece has its own. ext4, F2FS and btrfs make a file longer
 # only after its bytes are on the disk, so a power cut shortens a partial download; were it garbage, `finish` would tell.
@@ -156,7 +156,7 @@ class Blobs:
 _CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
-class Trees:
+class VersionDirectories:
     """The trees of a store."""
 
     def __init__(self, disk: FileSystem, folder: Path, blobs: Blobs) -> None:
@@ -173,7 +173,7 @@ class Trees:
         for name in self._disk.names(self.folder):
             yield from (self.folder / name / version for version in self._disk.names(self.folder / name))
 
-    def build(self, name: str, version: Version, beside: Version | None) -> Path:
+    def build(self, name: str, version: StoredVersion, beside: StoredVersion | None) -> Path:
         """Make the tree of a version that has none, durably; `beside`: the version that it may share no file with."""
         target = self.path(name, version.version)
         part = target.with_name(f".{target.name}{LEFTOVER}")
@@ -193,7 +193,7 @@ class Trees:
         self._disk.sync_folder(target.parent)
         return target
 
-    def mend(self, name: str, version: Version, beside: Version | None) -> None:
+    def mend(self, name: str, version: StoredVersion, beside: StoredVersion | None) -> None:
         """Write anew each file of a tree that is damaged and whose blob is whole, one rename each."""
         part = self.folder / name / f".mending{LEFTOVER}"
         for file, digest in self.broken(name, version):
@@ -205,19 +205,19 @@ class Trees:
             self._disk.rename(part, target)
             self._disk.sync_folder(target.parent)
 
-    def broken(self, name: str, version: Version) -> list[tuple[str, str]]:
+    def broken(self, name: str, version: StoredVersion) -> list[tuple[str, str]]:
         """Files of a tree that are missing or have other bytes, with their digests. Reads all of it."""
         tree = self.path(name, version.version)
         return [(file, digest) for file, digest in version.files.items() if not self._disk.is_whole(tree / file, digest)]
 
-    def copied_bytes(self, name: str, digest: str, beside: Version | None) -> int:
+    def copied_bytes(self, name: str, digest: str, beside: StoredVersion | None) -> int:
         """What putting a blob into a tree takes of the disk: nothing for a link."""
         blob = self._disk.stat(self._blobs.path(digest))
         if blob is None:
             return 0
         return 0 if self.links and blob.inode not in self._inodes(name, beside, digest) else blob.size
 
-    def _inodes(self, name: str, version: Version | None, digest: str) -> set[int]:
+    def _inodes(self, name: str, version: StoredVersion | None, digest: str) -> set[int]:
         """Which files on the disk hold a digest for a version."""
         if version is None:
             return set()

@@ -24,18 +24,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import BudgetError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.filesystem import DISK_FULL, FileSystem
 from sartor.edge.store import version_pointers
-from sartor.edge.store.content_store import Blobs, Trees, check_files
-from sartor.edge.store.store_maintenance import Room, Rot
-from sartor.edge.store.version_pointers import Installed, Pointer, Pointers, State, Version, installed, states
+from sartor.edge.store.content_store import Blobs, VersionDirectories, check_files
+from sartor.edge.store.store_maintenance import DiskQuota, IntegrityRepair
+from sartor.edge.store.version_pointers import Installed, Pointer, Pointers, StoredVersion, StoreState, installed, states
 
-__all__ = ["Installed", "State", "Store", "installed", "states"]
+__all__ = ["Installed", "StoreState", "ReleaseStore", "installed", "states"]
 
 
-class Store:
+class ReleaseStore:
     """The store at a folder, made if absent; the one writer of it until `close`, or the end of the process.
 
     Opening it removes what a killed update left and writes a damaged pointer anew; `mended` says what, in words.
@@ -51,9 +51,9 @@ class Store:
         self._disk = disk or FileSystem()
         self._pointers = Pointers(self._disk, self.folder)
         self._blobs = Blobs(self._disk, self.folder)
-        self._trees = Trees(self._disk, self.folder, self._blobs)
-        self._room = Room(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
-        self._rot = Rot(self._disk, self._pointers, self._blobs, self._trees)
+        self._trees = VersionDirectories(self._disk, self.folder, self._blobs)
+        self._room = DiskQuota(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
+        self._rot = IntegrityRepair(self._disk, self._pointers, self._blobs, self._trees)
         self._unlock: Callable[[], None] = lambda: None
         try:
             with self._writing("the store"):
@@ -222,8 +222,8 @@ class Store:
             self._blobs.staged(files.values())
         return self._trees.path(name, version)
 
-    def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> Version:
-        if not is_name(version):
+    def _checked(self, pointer: Pointer, version: str, files: Mapping[str, str]) -> StoredVersion:
+        if not is_valid_name(version):
             raise StoreError(f"{version!r:.80} is no version", "lower-case letters, digits, '.', '_' and '-'")
         version_pointers.check(pointer, version)
         check_files(dict(files))
@@ -234,7 +234,7 @@ class Store:
         known = pointer.find(version)
         if known and known is not pointer.staged and known.files != dict(files):
             raise StoreError(f"{pointer.name} {version} is installed with other files", "publish them as another version")
-        return Version(version, dict(files))
+        return StoredVersion(version, dict(files))
 
     def activate(self, name: str, version: str, healthy: Callable[[Path], None], *, starts: int = 0) -> None:
         """Make a staged version the current one, durably, if it is whole and `healthy` returns.
@@ -274,7 +274,7 @@ class Store:
         pointer = self._read(name)
         if pointer.trial and pointer.trial.left > 0:
             with self._writing(f"a start of {name}"):
-                self._pointers.write(version_pointers.counted(pointer))
+                self._pointers.write(version_pointers.count_start(pointer))
         elif pointer.trial:
             with suppress(StoreError):
                 return self.rollback(name, version_pointers.unconfirmed(pointer))
@@ -292,7 +292,7 @@ class Store:
         pointer = self._read(name)
         if version in pointer.refused:
             with self._writing(f"{name} {version}"):
-                self._pointers.write(version_pointers.forgiven(pointer, version))
+                self._pointers.write(version_pointers.allow_again(pointer, version))
 
     def rollback(self, name: str, reason: str = "no reason was given") -> Installed:
         """Make the previous version current again, durably; the one that is left is remembered as refused, with the reason.
@@ -307,7 +307,7 @@ class Store:
             self._trees.mend(name, old, bad)
             if broken := self._trees.broken(name, old):
                 raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
-            self._pointers.write(version_pointers.went_back(pointer, reason))
+            self._pointers.write(version_pointers.rolled_back(pointer, reason))
         back = self.current(name)
         assert back is not None
         return back
@@ -330,7 +330,7 @@ class Store:
         return self._read(name).refused
 
     def _read(self, name: str) -> Pointer:
-        if not is_name(name):
+        if not is_valid_name(name):
             raise StoreError(f"{name!r:.80} is no name of a release", "lower-case letters, digits, '.', '_' and '-'")
         return self._pointers.read(name)
 

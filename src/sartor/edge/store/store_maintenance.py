@@ -13,17 +13,17 @@ from pathlib import Path
 
 from sartor.core.errors import BudgetError, MissingError, SartorError
 from sartor.core.filesystem import FileSystem
-from sartor.edge.store.content_store import Blobs, Trees
+from sartor.edge.store.content_store import Blobs, VersionDirectories
 from sartor.edge.store.version_pointers import Pointer, Pointers
 
 # What an update writes beside its content: pointers in two copies, the list of what is wanted, blocks of folders.
 _SPARE_BYTES = 1 << 16
 
 
-class Room:
+class DiskQuota:
     """Bytes of a store. A file with several names counts once. `limit_bytes` 0: the disk is the bound."""
 
-    def __init__(self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
+    def __init__(self, limit_bytes: int, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories) -> None:
         self.limit_bytes = limit_bytes
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
         self._folder = blobs.folder.parent
@@ -90,10 +90,10 @@ class Room:
             yield found.inode, found.size
 
 
-class Rot:
+class IntegrityRepair:
     """What is damaged in a store, and what is done about it. Every step is one rename, and may be repeated."""
 
-    def __init__(self, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: Trees) -> None:
+    def __init__(self, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories) -> None:
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
 
     def found(self) -> list[str]:

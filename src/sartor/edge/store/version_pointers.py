@@ -42,16 +42,16 @@ def tree_of(name: str, version: str) -> str:
 
 
 @dataclass(frozen=True)
-class Version:
+class StoredVersion:
     """One version of a release: path inside it -> digest of the blob. `since`: when it came to be what it is, UTC."""
 
     version: str
     files: Mapping[str, str]
     since: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-    def now(self) -> Version:
+    def now(self) -> StoredVersion:
         """The same version, as of now."""
-        return Version(self.version, self.files)
+        return StoredVersion(self.version, self.files)
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class Pointer:
     """
 
     name: str
-    current: Version | None = None
-    previous: Version | None = None
-    staged: Version | None = None
+    current: StoredVersion | None = None
+    previous: StoredVersion | None = None
+    staged: StoredVersion | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     trial: Trial | None = None
 
     @property
-    def versions(self) -> tuple[Version, ...]:
+    def versions(self) -> tuple[StoredVersion, ...]:
         """Every version whose files the store keeps, the current one first."""
         return tuple(one for one in (self.current, self.previous, self.staged) if one)
 
-    def beside(self, version: Version) -> Version | None:
+    def beside(self, version: StoredVersion) -> StoredVersion | None:
         """The version that takes over where this one is damaged: the two share no file on the disk."""
         return self.previous if self.current and version.version == self.current.version else self.current
 
-    def find(self, version: str) -> Version | None:
+    def find(self, version: str) -> StoredVersion | None:
         """The version of that name, if the store keeps it."""
         return next((one for one in self.versions if one.version == version), None)
 
@@ -167,7 +167,7 @@ def write(pointer: Pointer) -> bytes:
     return records.canonical(said) + b"\n"
 
 
-def _said(name: str, version: Version | None) -> dict[str, Any] | None:
+def _said(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
     if version is None:
         return None
     path = tree_of(name, version.version)
@@ -192,11 +192,11 @@ def parse(content: bytes, name: str) -> Pointer | None:
     return Pointer(name, current, previous, staged, said["refused"], Trial(trial["left"], trial["of"]) if trial else None)
 
 
-def _version(said: Mapping[str, Any] | None) -> Version | None:
-    return Version(said["version"], said["files"], said["since"]) if said else None
+def _version(said: Mapping[str, Any] | None) -> StoredVersion | None:
+    return StoredVersion(said["version"], said["files"], said["since"]) if said else None
 
 
-def activated(pointer: Pointer, new: Version, starts: int) -> Pointer:
+def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:
     """`new` is current, on trial for `starts` starts if there is something to go back to that proved itself.
 
     What was on trial itself does not become the version to go back to, where one that proved itself is there.
@@ -209,14 +209,14 @@ def activated(pointer: Pointer, new: Version, starts: int) -> Pointer:
     return replace(pointer, current=new.now(), previous=previous, staged=staged, trial=trial)
 
 
-def went_back(pointer: Pointer, reason: str) -> Pointer:
+def rolled_back(pointer: Pointer, reason: str) -> Pointer:
     """The previous version is current, and the one that was is refused."""
     assert pointer.current and pointer.previous
     refused = {**pointer.refused, pointer.current.version: reason}
     return replace(pointer, current=pointer.previous.now(), previous=None, refused=refused, trial=None)
 
 
-def counted(pointer: Pointer) -> Pointer:
+def count_start(pointer: Pointer) -> Pointer:
     """One start fewer is left."""
     assert pointer.trial
     return replace(pointer, trial=replace(pointer.trial, left=pointer.trial.left - 1))
@@ -243,7 +243,7 @@ def refused(pointer: Pointer, version: str, reason: str) -> Pointer:
     return replace(pointer, staged=staged, refused={**pointer.refused, version: reason})
 
 
-def forgiven(pointer: Pointer, version: str) -> Pointer:
+def allow_again(pointer: Pointer, version: str) -> Pointer:
     """It may be tried again."""
     return replace(pointer, refused={known: why for known, why in pointer.refused.items() if known != version})
 
@@ -270,7 +270,7 @@ def installed(folder: Path, name: str) -> Installed | None:
 
 
 @dataclass(frozen=True)
-class State:
+class StoreState:
     """Everything that a store says of one name. `refused`: version -> why."""
 
     name: str
@@ -280,11 +280,11 @@ class State:
     refused: Mapping[str, str]
 
 
-def states(folder: Path) -> list[State]:
+def states(folder: Path) -> list[StoreState]:
     """The state of every name in the store at `folder`; nothing where there is none."""
     folder = folder.absolute()
     return [
-        State(
+        StoreState(
             one.name,
             of(folder, one.name, one.current, one.trial),
             of(folder, one.name, one.previous),
@@ -295,7 +295,7 @@ def states(folder: Path) -> list[State]:
     ]
 
 
-def of(folder: Path, name: str, version: Version | None, trial: Trial | None = None) -> Installed | None:
+def of(folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None) -> Installed | None:
     """A version of a pointer as a program sees it."""
     if version is None:
         return None

@@ -14,12 +14,12 @@ import torch
 from sartor.edge.tuning import tuner_process
 from sartor.edge.tuning.memory_plan import held_bytes
 from sartor.edge.tuning.tuner_process import write_tokens
-from sartor.edge.tuning.tuning_job import Job
-from sartor.models.kernels.cpu import Native
+from sartor.edge.tuning.tuning_job import TuningJob
+from sartor.models.kernels.cpu import CpuKernels
 from sartor.models.mmap_llama import ATTENTION, MLP
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 
@@ -27,7 +27,7 @@ WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 def main(place: Path) -> None:
     """See the module's text."""
     ids = [token % VOCABULARY for token in range(TOKENS)]
-    write_tokens(Rows([Encoded(ids, [True] * TOKENS, "row")], []), place / "tokens")
+    write_tokens(TokenizedDataset([TokenizedExample(ids, [True] * TOKENS, "row")], []), place / "tokens")
     recipe = {
         "base": "smallest",
         "data": {"path": "rows"},
@@ -37,12 +37,12 @@ def main(place: Path) -> None:
         "compute": {"recompute": True},
         "checkpoints": {"every_minutes": 0},
     }
-    job = Job(str(_base(place / "base")), "smallest", "-", "-", str(place / "tokens"), str(place / "out"), recipe)
+    job = TuningJob(str(_base(place / "base")), "smallest", "-", "-", str(place / "tokens"), str(place / "out"), recipe)
     job.write(place / "job.json")
     if code := tuner_process.main([str(place / "job.json")]):
         sys.exit(code)
     said = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
-    found = {"held_bytes": held_bytes(), "is_native": Native.name in said["path"]}
+    found = {"held_bytes": held_bytes(), "is_native": CpuKernels.name in said["path"]}
     sys.stdout.write(f"{json.dumps(found)}\n")
 
 

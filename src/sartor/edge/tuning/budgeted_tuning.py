@@ -33,11 +33,11 @@ from sartor.core.artifacts import (
 from sartor.core.errors import ArtifactError, BudgetError, SartorError, SignatureError
 from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.numerics import FIRST, numerics
-from sartor.core.processes import Signals
-from sartor.core.resource_limits import Limits, Usage
-from sartor.core.signing import check_said, open_private, signature_of
-from sartor.edge.tuning.memory_plan import Plan, Planner, Rung
-from sartor.edge.tuning.tuning_job import DTYPE, Job
+from sartor.core.processes import DeferredSignals
+from sartor.core.resource_limits import ResourceLimits, ResourceUsage
+from sartor.core.signing import check_signature, open_private, signature_of
+from sartor.edge.tuning.memory_plan import MemoryPlan, MemorySetting, Planner
+from sartor.edge.tuning.tuning_job import DTYPE, TuningJob
 
 SCHEMA, FILE = 1, "receipt.json"
 # done; paused by the policy or a signal, and can go on; spent: time or disk ran out, what was learnt is saved
@@ -52,7 +52,7 @@ class Attempt:
     micro_batch_tokens: int
     is_narrow: bool
     predicted_peak_bytes: int
-    usage: Usage
+    usage: ResourceUsage
     updates: int
     reason: str
 
@@ -99,7 +99,7 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
         receipt, signature = _receipt(said["said"]), said["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes") from None
-    check_said(_canonical(said["said"]), signature, file, "the receipt", trusted)
+    check_signature(_canonical(said["said"]), signature, file, "the receipt", trusted)
     for name, digest in receipt.adapter.items():
         if Path(name).name != name or not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise SignatureError(f"{folder / name} is not the file that {file} speaks of", "get both again from the device")
@@ -113,7 +113,7 @@ def _canonical(said: Any) -> bytes:
 def _receipt(said: dict[str, Any]) -> Receipt:
     if said["schema"] != SCHEMA:
         raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
-    attempts = [Attempt(**{**one, "usage": Usage(**one["usage"])}) for one in said["attempts"]]
+    attempts = [Attempt(**{**one, "usage": ResourceUsage(**one["usage"])}) for one in said["attempts"]]
     return Receipt(**{**said, "attempts": attempts})
 
 
@@ -145,7 +145,7 @@ def _may_run() -> str:
 
 
 @dataclass(frozen=True)
-class Budget:
+class DeviceBudget:
     """Limits; 0 is none. memory_bytes: anonymous and shared memory; wall_s, cpu_s: of one call; disk_bytes: what stands in
     the job's `out` at any time.
     """
@@ -155,7 +155,7 @@ class Budget:
     cpu_s: float = 0.0
     disk_bytes: int = 0
 
-    def without(self, attempts: list[Attempt]) -> Limits:
+    def without(self, attempts: list[Attempt]) -> ResourceLimits:
         """What is left after some attempts, as limits of a process. Raises BudgetError where time is spent."""
         left = []
         for limit, used in (
@@ -165,12 +165,12 @@ class Budget:
             if limit and used >= limit:
                 raise BudgetError(f"{used:.0f} s of {limit:.0f} s are used", "the same call again goes on with a new budget")
             left.append(max(limit - used, 0.0))
-        return Limits(self.memory_bytes, *left)
+        return ResourceLimits(self.memory_bytes, *left)
 
 
-def tune_within(
-    job: Job,
-    budget: Budget,
+def tune_within_budget(
+    job: TuningJob,
+    budget: DeviceBudget,
     *,
     key: Path,
     policy: Policy | None = None,
@@ -184,26 +184,31 @@ def tune_within(
     whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and the tuner's own
     error where it failed for another reason.
     """
-    ladder = Ladder(job, budget, open_private(key), policy or _may_run, narrow)
+    ladder = FallbackTuning(job, budget, open_private(key), policy or _may_run, narrow)
     if ladder.earlier and ladder.earlier.outcome == "done":
         return ladder.earlier
-    with Signals() as signals:
+    with DeferredSignals() as signals:
         ladder.signals = signals
         return ladder.climb_down(planner or Planner(job))
 
 
-class Ladder:
+class FallbackTuning:
     """One call's way through the rungs."""
 
     def __init__(
-        self, job: Job, budget: Budget, key: Ed25519PrivateKey, policy: Policy = _may_run, narrow: Path | None = None
+        self,
+        job: TuningJob,
+        budget: DeviceBudget,
+        key: Ed25519PrivateKey,
+        policy: Policy = _may_run,
+        narrow: Path | None = None,
     ) -> None:
         self.job, self.budget, self.key, self.policy, self.narrow = job, budget, key, policy, narrow
         self.out = Path(job.out)
         self.earlier = self._earlier()
         self.before = self.earlier.attempts if self.earlier else []
         self.attempts: list[Attempt] = []
-        self.signals = Signals()
+        self.signals = DeferredSignals()
         self._asked_at = 0.0
         self._stop: Stop | None = None
 
@@ -212,7 +217,7 @@ class Ladder:
         if why := self.policy():
             return self._end("paused", why, {})
         most_tokens = 0
-        plan: Plan | None = None
+        plan: MemoryPlan | None = None
         while True:
             try:
                 plan = self._plan(planner, most_tokens)
@@ -231,7 +236,7 @@ class Ladder:
                 continue
             return self._ended(attempt, plan)
 
-    def _plan(self, planner: Planner, most_tokens: int) -> Plan:
+    def _plan(self, planner: Planner, most_tokens: int) -> MemoryPlan:
         killed = [one.rung for one in (*self.before, *self.attempts) if _ran_out_of_memory(one) and self._is_held(one)]
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
@@ -249,7 +254,7 @@ class Ladder:
         """Whether a rung that was killed would be so again: under no larger limit than then."""
         return not one.usage.limit_bytes or 0 < self.budget.memory_bytes <= one.usage.limit_bytes
 
-    def _attempt(self, plan: Plan, left: Limits) -> Attempt:
+    def _attempt(self, plan: MemoryPlan, left: ResourceLimits) -> Attempt:
         self.out.mkdir(parents=True, exist_ok=True)
         file, said = self.out / "job.json", self.out / "stderr.txt"
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
@@ -261,7 +266,7 @@ class Ladder:
             reason = self._stop.detail
         else:
             reason = usage.killed or ("memory" if usage.exit_code == BUDGET_EXIT else "")
-        rung: Rung = plan.rung
+        rung: MemorySetting = plan.rung
         return Attempt(rung.id, rung.micro_batch_tokens, plan.is_narrow, plan.peak_bytes, usage, updates, reason)
 
     def _must_stop(self) -> bool:
@@ -282,7 +287,7 @@ class Ladder:
             return None
         return Stop(StopCause.DISK, f"disk: {used:,} of {self.budget.disk_bytes:,} bytes")
 
-    def _ended(self, attempt: Attempt, plan: Plan) -> Receipt:
+    def _ended(self, attempt: Attempt, plan: MemoryPlan) -> Receipt:
         """The receipt of a call that is not done; raises the tuner's error if it was one."""
         usage = attempt.usage
         if usage.killed in ("wall", "cpu"):
@@ -329,7 +334,7 @@ def _ran_out_of_memory(attempt: Attempt) -> bool:
     return attempt.reason == "memory" and (usage.killed == "memory" or usage.exit_code == BUDGET_EXIT)
 
 
-def planned_job(job: Job, rung: Rung) -> Job:
+def planned_job(job: TuningJob, rung: MemorySetting) -> TuningJob:
     """The job as a rung has it done."""
     compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.way.recompute}
     recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
@@ -372,7 +377,7 @@ def _used_bytes(folder: Path) -> int:
     return used
 
 
-def _error(said: Path, usage: Usage) -> SartorError:
+def _error(said: Path, usage: ResourceUsage) -> SartorError:
     """What the tuner said on the last line of its stderr, as the error that it was."""
     lines = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.is_file() else []
     try:

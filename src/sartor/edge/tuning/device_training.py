@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from sartor.core.errors import ArtifactError
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
-from sartor.tune.cost_model import Interval, Load, Settled
+from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice
 from sartor.tune.optimizers import AdamW, Still
 from sartor.tune.recipe import Recipe
-from sartor.tune.run_forecast import Outlook
-from sartor.tune.sampler import Part
-from sartor.tune.training_loop import Run, learning_rate
+from sartor.tune.run_forecast import RunForecast
+from sartor.tune.sampler import SchedulePart
+from sartor.tune.training_loop import TrainingRun, learning_rate
 
 # `auto` without a plan
 MICRO_BATCH_TOKENS = 512
@@ -30,12 +30,12 @@ STEP = 1e-3
 _STILL = "still."
 
 
-class DeviceRun(Run):
+class DeviceRun(TrainingRun):
     """A run on a device. A checkpoint holds the factors of all layers, so that the next run may let others learn."""
 
-    part = Part()
+    part = SchedulePart()
 
-    def take(self, part: Part) -> None:
+    def take(self, part: SchedulePart) -> None:
         """Be this part of a longer course; from its beginning, unless a checkpoint is restored."""
         self.part, self.position = part, part.start(self.recipe, [len(row.ids) for row in self.data.train])
 
@@ -47,7 +47,7 @@ class DeviceRun(Run):
     def _optimizer(self) -> Any:
         return AdamW(self.parameters, self.recipe.optimizer)
 
-    def _foresee(self, recipe: Recipe) -> Outlook:
+    def _foresee(self, recipe: Recipe) -> RunForecast:
         rows, asked = self.data.train, recipe.compute.micro_batch_tokens
         longest = max(len(row.ids) for row in rows)
         most = max(longest, min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS) if asked == "auto" else asked)
@@ -55,7 +55,9 @@ class DeviceRun(Run):
         course = self._course_tokens(recipe)
         evaluated = recipe.evaluations * sum(len(row.ids) for row in self.data.held_out)
         minutes = recipe.budget.minutes
-        return Outlook(Settled(most, Load(), True, "planned"), nothing, course, evaluated, minutes and minutes * 60)
+        return RunForecast(
+            MicroBatchChoice(most, BatchLoad(), True, "planned"), nothing, course, evaluated, minutes and minutes * 60
+        )
 
     def _course_tokens(self, recipe: Recipe) -> int | None:
         """Tokens until the budget is spent, about; None where only minutes limit it."""
@@ -99,7 +101,7 @@ class ZerothRun(DeviceRun):
         return Still(self.parameters, self.recipe.optimizer)
 
     @torch.no_grad()
-    def _update(self, chosen: Sequence[Encoded]) -> None:
+    def _update(self, chosen: Sequence[TokenizedExample]) -> None:
         began = time.monotonic()
         settings, rates = self.recipe.optimizer, self._rates()
         self._move(STEP)
@@ -122,7 +124,7 @@ class ZerothRun(DeviceRun):
         for parameter in self.parameters:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=far)
 
-    def _loss(self, chosen: Sequence[Encoded]) -> float:
+    def _loss(self, chosen: Sequence[TokenizedExample]) -> float:
         weight = sum(row.weight * row.supervised_tokens for row in chosen) or 1.0
         return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(chosen))
 

@@ -33,7 +33,7 @@ Plugged = Literal["yes", "no", "unknown"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class PowerReading:
     """What sysfs says now. level: of the emptiest battery, 0..1, None without one. drains: a battery is emptied, or may be.
 
     zones: degrees C by type of thermal zone. faults: what was not to be read of supplies and batteries; notes: of the zones.
@@ -48,7 +48,7 @@ class Reading:
 
 
 @dataclass
-class Policy:
+class EnergyPolicy:
     """When a device may tune. min_battery: 0..1, asked for while the battery is being emptied. ac_only: only plugged in.
 
     max_temperature_c: of every thermal zone; those of batteries may be BATTERY_C at most. Remembers what it refused: a battery
@@ -71,7 +71,7 @@ class Policy:
 
     def refusal(self) -> str:
         """Why the device may not tune now; empty if it may."""
-        found = read(self.root)
+        found = read_power(self.root)
         refused = dict(self._reasons(found))
         self._refused = set(refused)
         return "; ".join(refused.values())
@@ -83,7 +83,7 @@ class Policy:
             self._looked_at, self._said = now, self.refusal()
         return bool(self._said)
 
-    def _reasons(self, found: Reading) -> Iterator[tuple[str, str]]:
+    def _reasons(self, found: PowerReading) -> Iterator[tuple[str, str]]:
         """(what is remembered, the reason)."""
         if found.faults and found.drains and self.min_battery:
             yield "power", "; ".join(found.faults)
@@ -101,7 +101,7 @@ class Policy:
                 yield zone, f"{zone} is at {celsius:.1f} °C, over {most:g} °C"
 
 
-def read(root: Path = Path("/sys")) -> Reading:
+def read_power(root: Path = Path("/sys")) -> PowerReading:
     """What the device says of its power and its warmth."""
     plugs: list[Plugged] = []
     levels: list[float] = []
@@ -131,7 +131,7 @@ def read(root: Path = Path("/sys")) -> Reading:
         else:
             zones[name] = celsius / 1000
     drains = plugged != "yes" or "Discharging" in states
-    return Reading(plugged, min(levels, default=None), drains, zones, tuple(faults), tuple(notes))
+    return PowerReading(plugged, min(levels, default=None), drains, zones, tuple(faults), tuple(notes))
 
 
 def _plugged(online: str) -> Plugged:

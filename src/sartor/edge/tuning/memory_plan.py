@@ -33,8 +33,8 @@ from sartor.core import config
 from sartor.core.errors import ArtifactError, BudgetError, MissingError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
-from sartor.edge.tuning.peak_memory import Load, Shape, Way, peak, shape_of, state_bytes, total
-from sartor.edge.tuning.tuning_job import Job
+from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, shape_of, state_bytes, total
+from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune.recipe import Recipe
 
 SCHEMA = 1
@@ -43,20 +43,20 @@ COMPILERS = (os.environ.get("CXX") or "g++", "g++", "c++", "clang++")
 
 
 @dataclass(frozen=True)
-class Floor:
+class MemoryBaseline:
     """held_bytes: always held; is_native: there are C++ kernels, which hold less than torch's own operations."""
 
     held_bytes: int
     is_native: bool
 
 
-def floor() -> Floor:
+def floor() -> MemoryBaseline:
     """From the file below SARTOR_HOME, or measured now. Raises MissingError where the tuner does not run here."""
     return _floor(str(folder("edge")))
 
 
 @functools.cache
-def _floor(kept: str) -> Floor:
+def _floor(kept: str) -> MemoryBaseline:
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), "no compiler")
@@ -69,7 +69,7 @@ def _floor(kept: str) -> Floor:
     if key not in known:
         known[key] = _measured()
         write_file_atomic(file, json.dumps(known).encode())
-    return Floor(**known[key])
+    return MemoryBaseline(**known[key])
 
 
 def _sources() -> str:
@@ -104,7 +104,7 @@ MICRO_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Rung:
+class MemorySetting:
     """A way to tune. learning: layers that go on learning, next to the head."""
 
     name: Name
@@ -117,19 +117,19 @@ class Rung:
         return f"layers-{self.learning}" if self.name == "layers" else self.name
 
     @property
-    def way(self) -> Way:
+    def way(self) -> MemoryMode:
         """As `peak_memory.py` reads it."""
-        return Way(self.learning, self.name != "lora", self.name == "zeroth")
+        return MemoryMode(self.learning, self.name != "lora", self.name == "zeroth")
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The rung, what it is predicted to hold at its peak, by what it is, and the checkpoint's size.
 
     is_narrow: the base is read in 4 bits. reason: why this rung.
     """
 
-    rung: Rung
+    rung: MemorySetting
     held: dict[str, int]
     limit_bytes: int
     checkpoint_bytes: int
@@ -143,7 +143,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenFileStats:
     """Of a file of tokens what a plan needs."""
 
     longest: int
@@ -151,7 +151,7 @@ class Rows:
     densest: float
 
 
-def rows_of(file: Path) -> Rows:
+def rows_of(file: Path) -> TokenFileStats:
     """Read without torch. Raises ArtifactError where the file is not whole."""
     try:
         with safe_open(str(file), framework="np") as opened:
@@ -164,20 +164,20 @@ def rows_of(file: Path) -> Rows:
         densest, low = max(densest, float(learnt[low : low + length].sum()) / length), low + length
     if not densest:
         raise ArtifactError(f"{file} holds no row to learn from", "make it again from other rows")
-    return Rows(max(lengths), sum(lengths), densest)
+    return TokenFileStats(max(lengths), sum(lengths), densest)
 
 
 class Planner:
     """What a job would hold on every rung. known: the floor, if not that of this machine."""
 
-    def __init__(self, job: Job, known: Floor | None = None) -> None:
+    def __init__(self, job: TuningJob, known: MemoryBaseline | None = None) -> None:
         self.job = job
         self.recipe = config.load(Recipe, job.recipe)
-        self.shape: Shape = shape_of(Path(job.base), self.recipe)
+        self.shape: DeviceModelShape = shape_of(Path(job.base), self.recipe)
         self.rows = rows_of(Path(job.tokens))
         self.floor = known or floor()
 
-    def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
+    def rungs(self, barred: Collection[str] = ()) -> Iterator[MemorySetting]:
         """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
         every = self.shape.adapted
         fewer = sorted({count for count in (every * 2 // 3, every // 3, every // 6, 1) if 0 < count < every}, reverse=True)
@@ -185,25 +185,27 @@ class Planner:
             if name == "lora" and self.recipe.compute.recompute:
                 continue
             for learning in fewer if name == "layers" else [every]:
-                sizes = (Rung(name, learning, size) for size in self._sizes())
+                sizes = (MemorySetting(name, learning, size) for size in self._sizes())
                 yield from (rung for rung in sizes if rung.id not in barred)
 
-    def held(self, rung: Rung) -> dict[str, int]:
+    def held(self, rung: MemorySetting) -> dict[str, int]:
         """What it is predicted to hold at its peak."""
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
-        load = Load(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
+        load = DeviceLoad(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
         way = replace(rung.way, native=self.floor.is_native)
         return peak(self.shape, load, way, self.floor.held_bytes)
 
-    def choose(self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0) -> Plan:
+    def choose(
+        self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0
+    ) -> MemoryPlan:
         """The first rung that fits. limit_bytes: 0 for none. most_tokens: no larger micro-batch than that; 0 for any.
         narrow_bytes: of the same base in 4 bits; 0 if there is none.
 
         Raises BudgetError where none fits, with the least limit that would do.
         """
-        least: tuple[int, Rung] | None = None
+        least: tuple[int, MemorySetting] | None = None
         for rung in self.rungs(barred):
             if 0 < most_tokens < rung.micro_batch_tokens:
                 continue
@@ -231,14 +233,14 @@ class Planner:
             count //= 2
         return sizes
 
-    def _plan(self, rung: Rung, held: dict[str, int], limit_bytes: int, narrow_bytes: int) -> Plan:
+    def _plan(self, rung: MemorySetting, held: dict[str, int], limit_bytes: int, narrow_bytes: int) -> MemoryPlan:
         # mapped pages are not held, but where they find no room they are read again with each pass
         room = limit_bytes - total(held) if limit_bytes else self.shape.base_bytes
         is_narrow = 0 < narrow_bytes < self.shape.base_bytes and room < self.shape.base_bytes
         reason = f"the first that fits in {limit_bytes / 1e6:,.0f} MB" if limit_bytes else "no limit"
         if is_narrow:
             reason += f"; {room / 1e6:,.0f} MB are left for pages of the base, so it is read in 4 bits"
-        return Plan(rung, held, limit_bytes, state_bytes(self.shape, rung.way), is_narrow, reason)
+        return MemoryPlan(rung, held, limit_bytes, state_bytes(self.shape, rung.way), is_narrow, reason)
 
 
 def _above(number: int) -> int:

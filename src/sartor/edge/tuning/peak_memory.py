@@ -31,7 +31,7 @@ ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_pro
 
 
 @dataclass(frozen=True)
-class Shape:
+class DeviceModelShape:
     """What of a base and a recipe decides memory. Widths in elements; targets: modules of a block that have factors."""
 
     layers: int
@@ -69,7 +69,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Load:
+class DeviceLoad:
     """The fullest micro-batch: tokens, of them supervised; its longest row; whether an update has more than one; tokens of
     all rows.
     """
@@ -82,9 +82,9 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryMode:
     """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`,
-    `tuning_job.Job`. native: by the C++ kernels.
+    `tuning_job.TuningJob`. native: by the C++ kernels.
     """
 
     learning: int
@@ -93,13 +93,13 @@ class Way:
     native: bool = True
 
 
-def shape_of(base: Path, recipe: Recipe) -> Shape:
+def shape_of(base: Path, recipe: Recipe) -> DeviceModelShape:
     """From config.json below a base's directory. Raises ModelError where it is not whole."""
     try:
         said: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
         heads, layers = said["num_attention_heads"], said["num_hidden_layers"]
         modules = recipe.method.targets.modules
-        return Shape(
+        return DeviceModelShape(
             layers=layers,
             width=said["hidden_size"],
             inner=said["intermediate_size"],
@@ -116,7 +116,7 @@ def shape_of(base: Path, recipe: Recipe) -> Shape:
         raise ModelError(f"{base / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
 
 
-def peak(shape: Shape, load: Load, way: Way, floor_bytes: int) -> dict[str, int]:
+def peak(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode, floor_bytes: int) -> dict[str, int]:
     """What is held at the peak, by what it is, in bytes; its sum is the peak."""
     factors, learnt = shape.adapted * shape.layer_factors, way.learning * shape.layer_factors
     moments = 0 if way.zeroth else 2 * learnt
@@ -130,13 +130,13 @@ def peak(shape: Shape, load: Load, way: Way, floor_bytes: int) -> dict[str, int]
     }
 
 
-def state_bytes(shape: Shape, way: Way) -> int:
+def state_bytes(shape: DeviceModelShape, way: MemoryMode) -> int:
     """A checkpoint."""
     factors, learnt = shape.adapted * shape.layer_factors, way.learning * shape.layer_factors
     return FLOAT_BYTES * (factors + (0 if way.zeroth else 2 * learnt))
 
 
-def _kept(shape: Shape, tokens: int, tail: int) -> int:
+def _kept(shape: DeviceModelShape, tokens: int, tail: int) -> int:
     """What a block keeps for its backward pass; `tail` of its tokens go on after attention."""
     low = shape.rank * sum(name in ("q_proj", "k_proj", "v_proj") for name in shape.targets)
     low_tail = shape.rank * (len(shape.targets)) - low
@@ -144,7 +144,7 @@ def _kept(shape: Shape, tokens: int, tail: int) -> int:
     return head + tail * (shape.width + 1 + 2 * shape.inner + low_tail)
 
 
-def _attention(shape: Shape, load: Load, way: Way) -> int:
+def _attention(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
     """What attention holds besides its input and result: torch's own operations keep two numbers for each two tokens."""
     if way.native:
         return 0
@@ -152,7 +152,7 @@ def _attention(shape: Shape, load: Load, way: Way) -> int:
     return gathered + (0 if load.longest > BLOCKED_TOKENS else 2 * shape.heads * load.tokens * load.longest)
 
 
-def _forward(shape: Shape, load: Load, way: Way) -> int:
+def _forward(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
     """The fullest moment of a block's forward pass, without its input."""
     t, d, i = load.tokens, shape.width, shape.inner
     attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, way)
@@ -161,7 +161,7 @@ def _forward(shape: Shape, load: Load, way: Way) -> int:
     return max(attention, first, second)
 
 
-def _backward(shape: Shape, load: Load, way: Way) -> int:
+def _backward(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
     """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is kept."""
     t, d, i = load.tokens, shape.width, shape.inner
     through_down = d * i + t * i
@@ -172,7 +172,7 @@ def _backward(shape: Shape, load: Load, way: Way) -> int:
     return t * d + max(through_down, through_glu, through_gate_up, attention, through_qkv)
 
 
-def _head(shape: Shape, load: Load, wants: bool) -> int:
+def _head(shape: DeviceModelShape, load: DeviceLoad, wants: bool) -> int:
     """Hidden rows twice, normed, their slopes and aims; a slice of the head and one of the logits."""
     rows = min(load.supervised, LOGITS_BYTES // (HEAD_SLICE * FLOAT_BYTES))
     chunk = min(HEAD_SLICE, shape.vocabulary)
@@ -180,7 +180,7 @@ def _head(shape: Shape, load: Load, wants: bool) -> int:
     return held + chunk * shape.width + rows * chunk + rows * shape.width
 
 
-def _gradients(shape: Shape, load: Load, way: Way, learnt: int) -> dict[str, int]:
+def _gradients(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode, learnt: int) -> dict[str, int]:
     """Of the moments that can be the fullest, the fullest: the head, the first and the last block of the backward pass."""
     x, tokens = load.tokens * shape.width, load.tokens
     before = learnt if load.is_part else 0
@@ -200,7 +200,7 @@ def _gradients(shape: Shape, load: Load, way: Way, learnt: int) -> dict[str, int
     return max(moments, key=total)
 
 
-def _zeroth(shape: Shape, load: Load, way: Way) -> dict[str, int]:
+def _zeroth(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> dict[str, int]:
     x = load.tokens * shape.width
     direction = shape.rank * max(shape.width, shape.inner)
     forward: dict[str, int] = {"activations": x, "block": _forward(shape, load, way)}

@@ -29,26 +29,25 @@ from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ModelErr
 from sartor.core.filesystem import create_file_atomic, write_file_atomic
 from sartor.core.model_refs import BaseRef
 from sartor.core.numerics import numerics
-from sartor.core.processes import Signals
+from sartor.core.processes import DeferredSignals
 from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
-from sartor.edge.tuning.tuning_job import DTYPE, Job, read_job
+from sartor.edge.tuning.tuning_job import DTYPE, TuningJob, read_job
 from sartor.models import kernels
-from sartor.models.losses.fused_decoder import Fast
-from sartor.models.losses.loss_backend import FastPath, Wish
-from sartor.models.losses.loss_backend import Path as LossPath
+from sartor.models.losses.fused_decoder import FusedDecoder
+from sartor.models.losses.loss_backend import FusedBackend, LossBackend, LossOptions
 from sartor.models.mmap_llama import ATTENTION, MLP, MappedLlama
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
 from sartor.tune.recipe import Lora, Recipe
-from sartor.tune.tokenized_dataset import Rows
-from sartor.tune.training_log import Journal
+from sartor.tune.tokenized_dataset import TokenizedDataset
+from sartor.tune.training_log import TrainingLog
 from sartor.tune.training_loop import Resolved
 
 SCHEMA = "1"
 
 
-def write_tokens(rows: Rows, file: Path) -> None:
+def write_tokens(rows: TokenizedDataset, file: Path) -> None:
     """Write what `read_tokens` reads. Whoever calls moves the file to its place."""
     every = [*rows.train, *rows.held_out]
     save_file(
@@ -64,7 +63,7 @@ def write_tokens(rows: Rows, file: Path) -> None:
     )
 
 
-def read_tokens(file: Path) -> Rows:
+def read_tokens(file: Path) -> TokenizedDataset:
     """The rows of a file. Raises ArtifactError where it is not whole, or of another schema."""
     try:
         with safe_open(str(file), framework="pt") as opened:
@@ -75,14 +74,14 @@ def read_tokens(file: Path) -> Rows:
     if said.get("schema") != SCHEMA:
         raise ArtifactError(f"{file} is of schema {said.get('schema')!r}; this Sartor reads {SCHEMA}", "make it again")
     every, count = list(_rows(parts, said["example_ids"].split("\n"))), int(parts["train"][0])
-    return Rows(every[:count], every[count:], lengths=[len(row.ids) for row in every])
+    return TokenizedDataset(every[:count], every[count:], lengths=[len(row.ids) for row in every])
 
 
-def _rows(parts: dict[str, torch.Tensor], names: list[str]) -> Iterator[Encoded]:
+def _rows(parts: dict[str, torch.Tensor], names: list[str]) -> Iterator[TokenizedExample]:
     low = 0
     for length, weight, name in zip(parts["lengths"].tolist(), parts["weights"].tolist(), names, strict=True):
         high = low + length
-        yield Encoded(parts["ids"][low:high].tolist(), parts["learnt"][low:high].bool().tolist(), name, weight)
+        yield TokenizedExample(parts["ids"][low:high].tolist(), parts["learnt"][low:high].bool().tolist(), name, weight)
         low = high
 
 
@@ -93,21 +92,21 @@ _M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
 
 
 @dataclass
-class Ground:
-    """A base as a run stands on it: see `training_loop.Ground`."""
+class DeviceBase:
+    """A base as a run stands on it: see `training_loop.TrainingBase`."""
 
     ref: BaseRef
     device: torch.device
     dtype: torch.dtype
 
-    def path(self, model: Any, rows: Sequence[Encoded], wish: Wish) -> LossPath:
+    def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
         """The fast path, whose activations are computed again in the backward pass if the recipe says so."""
-        made, why = kernels.choose(self.device)
-        fast = Fast(model, made, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
-        return FastPath(fast, self.device, f"llama block by hand, {why}; weights mapped", wish.share)
+        made, why = kernels.choose_kernels(self.device)
+        fast = FusedDecoder(model, made, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
+        return FusedBackend(fast, self.device, f"llama block by hand, {why}; weights mapped", wish.share)
 
 
-def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
+def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     """Tune until the budget is spent, from the last checkpoint if there is one. Returns what `run.json` says.
 
     Raises StoppedError after a signal, once its state is saved; ModelError, ArtifactError and ConfigError for a base, rows
@@ -120,7 +119,7 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     if job.start:
         load_factors(model, Path(job.start))
     model.learn(job.top, job.share.factors)
-    ground = Ground(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), getattr(torch, DTYPE))
+    ground = DeviceBase(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), getattr(torch, DTYPE))
     checkpoint = newest(out / "checkpoints").checkpoint
     if checkpoint:
         check_numerics(checkpoint, f"start over with rm -r {out / 'checkpoints'}")
@@ -130,13 +129,13 @@ def tune(job: Job, *, show: bool = False) -> dict[str, Any]:
     unchanging = {"environment": {"dtype": DTYPE}, "numerics": numerics(DTYPE)}
     saver = Saver(out / "checkpoints", recipe.checkpoints, unchanging, checkpoint)
     so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
-    with Journal(out / "log.jsonl", show=show, **so_far) as journal:
+    with TrainingLog(out / "log.jsonl", show=show, **so_far) as journal:
         kind = ZerothRun if job.zeroth else DeviceRun
         run = kind(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
         run.take(job.share)
         if checkpoint:
             run.restore(checkpoint)
-        with Signals() as signals:
+        with DeferredSignals() as signals:
             run.train(signals)
         said = {
             "updates": run.counters.updates,
@@ -183,7 +182,7 @@ def load_factors(model: MappedLlama, folder: Path) -> None:
             factor.copy_(held[name])
 
 
-def _write(model: MappedLlama, recipe: Recipe, job: Job, out: Path) -> None:
+def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> None:
     """PEFT's two files, each whole or not at all."""
     names = sorted(
         {name.rpartition(".")[2] for name in model.linear if f"base_model.model.{name}.lora_A.weight" in model.factors()}

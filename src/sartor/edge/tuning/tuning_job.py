@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.tune.sampler import Part
+from sartor.tune.sampler import SchedulePart
 
 # What a device computes in, whatever its base is stored as
 DTYPE = "float32"
@@ -17,7 +17,7 @@ FACTORS = ("A", "B", "AB")
 
 
 @dataclass(frozen=True)
-class Share(Part):
+class Share(SchedulePart):
     """What of a longer tuning this one is. factors: which of each pair learn; the other ones are held still."""
 
     factors: str = "AB"
@@ -28,7 +28,7 @@ class Share(Part):
 
 
 @dataclass(frozen=True)
-class Job:
+class TuningJob:
     """base: a directory in transformers' layout, or one that `models/mmap_llama.py` wrote; tokens: a token file
     (`tuner_process.py`); out: a directory for the adapter, its log and its checkpoints. name, digest, licence: of the
     base, as an adapter says them.
@@ -60,10 +60,10 @@ class Job:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
-def read_job(file: Path) -> Job:
+def read_job(file: Path) -> TuningJob:
     """What `Job.write` wrote. Raises ConfigError."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-        return Job(**{**said, "share": Share(**said.get("share", {}))})
+        return TuningJob(**{**said, "share": Share(**said.get("share", {}))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is no job: {error}", "write it with Job.write") from None

@@ -19,11 +19,11 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sartor.core import records, signing
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import write_file_atomic
 from sartor.edge.health_reason import HealthReason
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.downloader import Fetcher
 from sartor.edge.update.version_metadata import ring_of
 
@@ -55,7 +55,7 @@ class Report:
         return records.canonical({**said, "signature": signing.signature_of(self.document(), key)}) + b"\n"
 
 
-def read(content: bytes) -> tuple[Report, Any]:
+def read_report(content: bytes) -> tuple[Report, Any]:
     """A report and its signature, which is not checked here. Raises ArtifactError for what is none."""
     try:
         said = json.loads(content) if len(content) <= MOST_BYTES else None
@@ -69,18 +69,18 @@ def read(content: bytes) -> tuple[Report, Any]:
         raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
     numbers = type(found.ring) is int and type(found.time) is int
     words = found.outcome in ("pass", "fail") and found.reason in ("", *HealthReason)
-    if not (numbers and words and all(map(is_name, (found.device, found.name, found.version)))):
+    if not (numbers and words and all(map(is_valid_name, (found.device, found.name, found.version)))):
         raise ArtifactError("a field of this report has another form", "look at who sends it")
     return found, signature
 
 
 def check_id(device: str) -> None:
     """Raise ConfigError for a device's id that names no file: its key is enrolled under it."""
-    if not is_name(device):
+    if not is_valid_name(device):
         raise ConfigError(f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'")
 
 
-def due(store: Store, name: str, device: str, said: dict[str, str]) -> Iterator[Report]:
+def due(store: ReleaseStore, name: str, device: str, said: dict[str, str]) -> Iterator[Report]:
     """What is to be said of `name` and was not yet; `said`: version -> outcome."""
     now, ring = int(time.time()), ring_of(device)
     for version, why in store.refused(name).items():
@@ -91,7 +91,7 @@ def due(store: Store, name: str, device: str, said: dict[str, str]) -> Iterator[
         yield Report(device, name, current.version, ring, "pass", "", now)
 
 
-def send_due(store: Store, name: str, device: str, key: Path, where: str, folder: Path) -> list[Report]:
+def send_due(store: ReleaseStore, name: str, device: str, key: Path, where: str, folder: Path) -> list[Report]:
     """Sign and send what is to be said, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
 
     Raises MissingError where it cannot be sent: the next sync says it again.

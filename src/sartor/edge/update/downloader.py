@@ -30,7 +30,7 @@ Sink = Callable[[int, bytes], None]
 
 
 @dataclass(frozen=True)
-class Limits:
+class DownloadLimits:
     """What a mirror may take its time for.
 
     A transfer may last `grace_s` and then what its bytes need at `least_bytes_per_s`. `attempts` is the number of failures
@@ -47,7 +47,7 @@ class Limits:
     most_backoff_s: float = 30.0
 
 
-class BrokenError(Exception):
+class TransientDownloadError(Exception):
     """One attempt broke off in a way that the next may mend: a cut, a timeout, a 5xx. Never leaves this package."""
 
 
@@ -68,7 +68,7 @@ class Body:
 class Fetcher:
     """Downloads by HTTP, HTTPS or from a folder (`file:`), and counts what came. `limits`: see Limits."""
 
-    limits: Limits = Limits()
+    limits: DownloadLimits = DownloadLimits()
     fetched_bytes: int = 0
     broken: list[str] = field(default_factory=list)  # what failed and was tried again
 
@@ -112,7 +112,7 @@ class Fetcher:
                     status = _asked(connection, parts, 0, body).status
             finally:
                 connection.close()
-        except BrokenError as error:
+        except TransientDownloadError as error:
             raise MissingError(f"{url}: {error}", "try again later: the next sync says it again") from None
         if not 200 <= status < 300:
             raise MissingError(f"{url} does not take it: HTTP {status}", "see what listens there") from None
@@ -125,8 +125,8 @@ class Fetcher:
                 self._once(url, before, length, exact=exact, take=take)
                 if not exact or done() >= length:
                     return
-                raise BrokenError(f"it ended after {done():,} of {length:,} bytes")
-            except BrokenError as error:
+                raise TransientDownloadError(f"it ended after {done():,} of {length:,} bytes")
+            except TransientDownloadError as error:
                 self.broken.append(str(error))
                 failures = 1 if done() > before else failures + 1
                 if failures >= self.limits.attempts:
@@ -164,10 +164,10 @@ class Fetcher:
             try:
                 piece = body.read(min(CHUNK_BYTES, room) if room else 1)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise BrokenError(f"it broke off ({type(error).__name__})") from None
+                raise TransientDownloadError(f"it broke off ({type(error).__name__})") from None
             if not piece:
                 if body.length is not None and got < body.length:
-                    raise BrokenError(f"it was cut after {got:,} of {body.length:,} bytes")
+                    raise TransientDownloadError(f"it was cut after {got:,} of {body.length:,} bytes")
                 return
             got += len(piece)
             self.fetched_bytes += len(piece)
@@ -178,7 +178,7 @@ class Fetcher:
                 return
             spent = time.monotonic() - began - self.limits.grace_s
             if spent > 0 and got < spent * self.limits.least_bytes_per_s:
-                raise BrokenError(f"it drips: {got:,} bytes in {spent + self.limits.grace_s:.0f} s")
+                raise TransientDownloadError(f"it drips: {got:,} bytes in {spent + self.limits.grace_s:.0f} s")
 
     @contextmanager
     def _opened(self, url: str, offset: int, length: int) -> Iterator[Body]:
@@ -217,7 +217,7 @@ def _local(url: str, offset: int) -> Iterator[Body]:
         raise AbsentError("no such file") from None
 
 
-def _connection(parts: urllib.parse.SplitResult, limits: Limits) -> http.client.HTTPConnection:
+def _connection(parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http.client.HTTPConnection:
     assert parts.hostname
     if parts.scheme == "https":
         context = ssl.create_default_context()
@@ -231,7 +231,7 @@ def _connection(parts: urllib.parse.SplitResult, limits: Limits) -> http.client.
         made.sock.settimeout(limits.read_s)
     except OSError as error:
         made.close()
-        raise BrokenError(f"cannot connect ({type(error).__name__}: {error})") from None
+        raise TransientDownloadError(f"cannot connect ({type(error).__name__}: {error})") from None
     return made
 
 
@@ -270,7 +270,7 @@ def _asked(
         connection.request("GET" if body is None else "POST", target, body, headers)
         return connection.getresponse()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise BrokenError(f"no answer ({type(error).__name__})") from None
+        raise TransientDownloadError(f"no answer ({type(error).__name__})") from None
 
 
 def _next(url: str, location: str) -> str:
@@ -290,7 +290,7 @@ def _body(url: str, answer: http.client.HTTPResponse, offset: int, length: int) 
     if status == 416:
         raise ArtifactError(f"{url} has no bytes after {offset:,}; {length:,} are signed", "try another mirror")
     if status not in (200, 206):
-        raise BrokenError(f"HTTP {status}")
+        raise TransientDownloadError(f"HTTP {status}")
     if (encoding := answer.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
         raise ArtifactError(
             f"{url} comes with Content-Encoding {encoding[:40]!r}, which was not asked for",

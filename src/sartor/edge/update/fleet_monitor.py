@@ -29,7 +29,7 @@ _CLOCK_S = 86_400
 
 
 @dataclass(frozen=True)
-class Policy:
+class FleetPolicy:
     """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn."""
 
     least_reports: int = 5
@@ -46,7 +46,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Tally:
+class RolloutTally:
     """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened to."""
 
     name: str
@@ -69,13 +69,13 @@ class Tally:
 class Counted:
     """Every version that somebody votes on or may. `refused`: reports that do not count, by why."""
 
-    tallies: tuple[Tally, ...]
+    tallies: tuple[RolloutTally, ...]
     refused: dict[str, int]
 
 
-def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy: Policy | None = None) -> Counted:
+def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None) -> Counted:
     """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes nothing."""
-    policy = policy or Policy()
+    policy = policy or FleetPolicy()
     documents = Documents.open(repository / "metadata")
     offers = {
         (name, offer.version): offer for name in publish.names_of(documents) for offer in publish.offers_of(documents, name)
@@ -86,7 +86,7 @@ def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy
     return Counted(tuple(tallies), dict(sorted(refused.items())))
 
 
-def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[Tally]:
+def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[RolloutTally]:
     """Do what the tallies say: halt, and with `widen` widen. Returns what was done.
 
     `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `repository.halt` raises.
@@ -124,7 +124,7 @@ def _votes(
     votes: dict[tuple[str, str, str], Report] = {}
     for content in found:
         try:
-            report, signature = device_reports.read(content)
+            report, signature = device_reports.read_report(content)
         except ArtifactError:
             refused["malformed"] += 1
             continue
@@ -145,7 +145,7 @@ def _wrong(report: Report, signature: Any, offers: dict[tuple[str, str], Offer],
     if not file.is_file():
         return "unknown device"
     try:
-        signing.check_said(report.document(), signature, file, report.device, [signing.open_public(file)])
+        signing.check_signature(report.document(), signature, file, report.device, [signing.open_public(file)])
     except SignatureError:
         return "forged"
     except SartorError:
@@ -158,13 +158,13 @@ def _wrong(report: Report, signature: Any, offers: dict[tuple[str, str], Offer],
     return "" if report.ring == ring_of(report.device) < offer.percent else "not offered to it"
 
 
-def _tallied(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: Policy) -> Tally:
+def _tallied(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: FleetPolicy) -> RolloutTally:
     mine = [vote for (named, version, _), vote in votes.items() if (named, version) == (name, offer.version)]
     failed = sum(vote.outcome == "fail" for vote in mine)
     low, high = _interval(failed, len(mine), policy.confidence)
     action, to = _decided(offer, len(mine), low, high, policy)
     reasons = dict(sorted(Counter(vote.reason for vote in mine if vote.outcome == "fail").items()))
-    return Tally(name, offer.version, offer.percent, len(mine) - failed, failed, low, high, action, to, reasons)
+    return RolloutTally(name, offer.version, offer.percent, len(mine) - failed, failed, low, high, action, to, reasons)
 
 
 def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]
     return float(found.low), float(found.high)
 
 
-def _decided(offer: Offer, count: int, low: float, high: float, policy: Policy) -> tuple[Action, int]:
+def _decided(offer: Offer, count: int, low: float, high: float, policy: FleetPolicy) -> tuple[Action, int]:
     if offer.halted:
         return "halted", 0
     if count >= policy.least_reports and low > policy.halt_above:

@@ -22,21 +22,21 @@ from typing import Any
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, HealthError, InputError, SartorError
-from sartor.core.resource_limits import Limits
+from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.runtime import device_runtime
 from sartor.edge.runtime.device_runtime import system_of
 from sartor.evaluate.reply_labels import label_of, text_of
-from sartor.inference.engine import BASE, Call, Event, Failed, Piece
+from sartor.inference.engine import BASE, Event, GenerateCall, ReplyFailed, TextDelta
 from sartor.release import canary_prompts
 
 # Opening a base takes minutes on a slow device
-LIMITS = Limits(wall_s=900.0)
+LIMITS = ResourceLimits(wall_s=900.0)
 KINDS = ("exact", "contains", "json")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class HealthPrompt:
     """A question whose answer is known. `line`: where it stands. `wanted`: a text, or for `json` field -> value."""
 
     line: int
@@ -45,10 +45,10 @@ class Prompt:
     kind: str
     wanted: Any
 
-    def call(self, system: Sequence[Mapping[str, Any]]) -> Call:
+    def call(self, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
         """As it is asked: a bare prompt after the version's system prompt, messages as they stand."""
         messages = (*system, *self.messages) if self.is_bare else self.messages
-        return Call(f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256))
+        return GenerateCall(f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256))
 
     def wrong(self, reply: str) -> str:
         """What is wrong with a reply; empty: nothing."""
@@ -87,8 +87,8 @@ class Health:
     base: as `runtime.opened` takes it.
     """
 
-    prompts: tuple[Prompt, ...] = ()
-    limits: Limits = LIMITS
+    prompts: tuple[HealthPrompt, ...] = ()
+    limits: ResourceLimits = LIMITS
     base: str = ""
     evaluation: Callable[[Path], str | None] | None = None
     results: list[Result] = field(default_factory=list, compare=False)
@@ -107,7 +107,7 @@ class Health:
             shipped = _shipped(manifest)
             own = [prompt.call(system_of(manifest)) for prompt in self.prompts]
             calls = [*shipped.calls, *own]
-            events, used = device_runtime.asked(release, calls, self.limits, self.base)
+            events, used = device_runtime.ask_in_process(release, calls, self.limits, self.base)
         except HealthError as error:
             return Result(0, (error.problem,))
         except InputError as error:
@@ -138,17 +138,17 @@ class Health:
             return type(error).__name__
 
 
-def _shipped(manifest: Mapping[str, Any]) -> canary_prompts.Canaries:
+def _shipped(manifest: Mapping[str, Any]) -> canary_prompts.CanaryPrompts:
     """The Release's own canaries; where it ships none, one general question, which only has to be answered."""
     found = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
-    return found if found.recorded else canary_prompts.Canaries(found.calls[:1], ())
+    return found if found.recorded else canary_prompts.CanaryPrompts(found.calls[:1], ())
 
 
-def _judged(shipped: canary_prompts.Canaries, events: Sequence[Sequence[Event]]) -> list[str]:
+def _judged(shipped: canary_prompts.CanaryPrompts, events: Sequence[Sequence[Event]]) -> list[str]:
     if not shipped.recorded:
         return [HealthReason.CANARY.text(said) for told in events if (said := _failure(told))]
     try:
-        canary_prompts.judge(shipped, events)
+        canary_prompts.judge_canaries(shipped, events)
     except AdmissionError as error:
         reason = HealthReason.DEGENERATE if error.check == "degenerate" else HealthReason.CANARY
         return [reason.text(f"of the release's own prompts: {error.brief}")]
@@ -157,14 +157,14 @@ def _judged(shipped: canary_prompts.Canaries, events: Sequence[Sequence[Event]])
 
 def _failure(events: Sequence[Event]) -> str:
     end = events[-1]
-    return f"no answer: {end.kind}" if isinstance(end, Failed) else ""
+    return f"no answer: {end.kind}" if isinstance(end, ReplyFailed) else ""
 
 
 def _text(events: Sequence[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Piece))
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
-def read_prompts(file: Path) -> tuple[Prompt, ...]:
+def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
     """The prompts of a JSONL file. Raises ConfigError naming the line that is none."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -176,7 +176,7 @@ def read_prompts(file: Path) -> tuple[Prompt, ...]:
     return found
 
 
-def _prompt(file: Path, line: int, text: str) -> Prompt:
+def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
     try:
         said = json.loads(text)
         if not isinstance(said, dict):
@@ -191,7 +191,7 @@ def _prompt(file: Path, line: int, text: str) -> Prompt:
             raise ValueError("prompt is a text, messages a list of role and content")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}, line {line}: {error}", '{"prompt": "...", "expected": {"exact": "..."}}') from None
-    return Prompt(line, tuple(messages), "prompt" in said, kind, wanted)
+    return HealthPrompt(line, tuple(messages), "prompt" in said, kind, wanted)
 
 
 def _expected(said: Any) -> tuple[str, Any]:

@@ -24,13 +24,13 @@ from tuf.api.metadata import TargetFile
 
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.filesystem import file_digest, make_parent, write_file_atomic, writer_lock
 from sartor.edge.update import tensor_delta
 from sartor.edge.update import version_metadata as words
 from sartor.edge.update.tuf_roles import Documents, Expiry, RoleName, folders, public
-from sartor.edge.update.version_metadata import Blob, Content, Offer, Step
+from sartor.edge.update.version_metadata import Blob, DeltaStep, Offer, VersionContent
 from sartor.release.release import Verified, verify
 
 # Below this a delta saves less than its request costs
@@ -67,7 +67,7 @@ def publish(
     checked = verify(release, key=key)
     _check_percent(percent)
     name, version = checked.release.manifest["name"], checked.release.manifest["version"]
-    if not (is_name(name) and is_name(version)):
+    if not (is_valid_name(name) and is_valid_name(version)):
         raise ConfigError(
             f"{name!r} {version!r} is no name and version that a device takes", "release it with --name and --version"
         )
@@ -83,7 +83,7 @@ def publish(
         steps, fetched = _deltas(repository, earlier, files)
         order = 1 + max((offer.order for offer in offers), default=0)
         offer = Offer(version, order, percent, False, int(time.time()))
-        _set_target(documents, repository, Content(name, version, files, steps), offer)
+        _set_target(documents, repository, VersionContent(name, version, files, steps), offer)
         documents.write(keys, expiry)
     whole = sum(blob.bytes for blob in files.values())
     return Published(name, version, whole, {known: round(count / whole, 4) for known, count in fetched.items()}, percent)
@@ -205,10 +205,10 @@ def _add_blob(repository: Path, source: Path, digest: str) -> None:
 
 
 def _deltas(
-    repository: Path, earlier: Iterable[tuple[str, Content]], files: dict[str, Blob]
-) -> tuple[tuple[Step, ...], dict[str, int]]:
+    repository: Path, earlier: Iterable[tuple[str, VersionContent]], files: dict[str, Blob]
+) -> tuple[tuple[DeltaStep, ...], dict[str, int]]:
     """The deltas from each earlier version, and how many bytes a device with that version will fetch; packed files too."""
-    steps: dict[tuple[str, str], Step] = {}
+    steps: dict[tuple[str, str], DeltaStep] = {}
     fetched = {}
     large = {path: blob for path, blob in files.items() if blob.bytes >= LEAST_DELTA_BYTES}
     for blob in large.values():
@@ -227,7 +227,7 @@ def _deltas(
     return tuple(steps.values()), fetched
 
 
-def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], Step], fraction: float) -> None:
+def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, str], DeltaStep], fraction: float) -> None:
     """Make a delta and keep it if it is below `fraction` of the whole file."""
     if (base, blob.sha256) in steps:
         return
@@ -238,16 +238,16 @@ def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, st
         if made and made.delta_bytes < fraction * blob.bytes:
             digest = file_digest(out)
             _add_blob(repository, out, digest)
-            steps[base, blob.sha256] = Step(base, blob.sha256, digest, made.delta_bytes)
+            steps[base, blob.sha256] = DeltaStep(base, blob.sha256, digest, made.delta_bytes)
 
 
-def _content(documents: Documents, repository: Path, name: str, offer: Offer) -> Content:
+def _content(documents: Documents, repository: Path, name: str, offer: Offer) -> VersionContent:
     target = documents.targets.signed.targets[words.target_path(name, offer.version)]
     path = repository / "targets" / target.get_prefixed_paths()[0]
-    return words.read(path.read_bytes(), name, offer.version)
+    return words.read_version_metadata(path.read_bytes(), name, offer.version)
 
 
-def _set_target(documents: Documents, repository: Path, described: Content, offer: Offer) -> None:
+def _set_target(documents: Documents, repository: Path, described: VersionContent, offer: Offer) -> None:
     path, document = words.target_path(described.name, described.version), described.as_bytes()
     target = TargetFile.from_data(path, document, ["sha256"])
     target.unrecognized_fields["custom"] = offer.as_custom()

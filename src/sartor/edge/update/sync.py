@@ -27,11 +27,11 @@ from tuf.ngclient.fetcher import FetcherInterface
 
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError, StoreError
 from sartor.core.filesystem import write_file_atomic
-from sartor.edge.store.release_store import Store
+from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update import tensor_delta
 from sartor.edge.update import version_metadata as words
-from sartor.edge.update.downloader import Fetcher, Limits
-from sartor.edge.update.version_metadata import Content, Offer, Step
+from sartor.edge.update.downloader import DownloadLimits, Fetcher
+from sartor.edge.update.version_metadata import DeltaStep, Offer, VersionContent
 
 _CHUNK_BYTES = 1 << 18
 # A clock may be this far behind the publisher's without being called wrong
@@ -39,7 +39,7 @@ _CLOCK_S = 86_400
 
 
 @dataclass(frozen=True)
-class Device:
+class SyncClient:
     """Who syncs: `id` decides its ring; `folder` is its own, for what it verified; `root` the first root document, or its
     file, which the device was set up with: everything that it trusts comes from there. `starts`: a new version has so many to
     confirm that it works, or the device goes back (`Store.start`); 0: it is not asked to.
@@ -76,7 +76,7 @@ class Synced:
 class _Transfer:
     """Bringing the blobs of one version into the store."""
 
-    store: Store
+    store: ReleaseStore
     url: str
     fetcher: Fetcher
     missing_bytes: int = 0
@@ -84,7 +84,7 @@ class _Transfer:
     whole: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def bring(self, content: Content) -> None:
+    def bring(self, content: VersionContent) -> None:
         """Every file of the version: each by the cheapest way that this device has. Room for all is made first."""
         plan = [
             (digest, length, self._cheapest(content, digest, length))
@@ -104,13 +104,13 @@ class _Transfer:
     def _left(self, digest: str, length: int) -> int:
         return 0 if self.store.has(digest) else max(0, length - self.store.partial(digest))
 
-    def _cheapest(self, content: Content, digest: str, length: int) -> Step | None:
+    def _cheapest(self, content: VersionContent, digest: str, length: int) -> DeltaStep | None:
         """The delta that takes fewer bytes than the file itself; None: the file."""
         usable = [step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))]
         best = min(usable, key=lambda step: self._left(step.sha256, step.bytes), default=None)
         return best if best and self._left(best.sha256, best.bytes) < self._left(digest, length) else None
 
-    def _by_delta(self, step: Step, length: int) -> bool:
+    def _by_delta(self, step: DeltaStep, length: int) -> bool:
         """Fetch and apply one delta; false where it does not lead to the file, which then is fetched whole."""
         self._blob(step.sha256, step.bytes)
         try:
@@ -153,13 +153,13 @@ class _Transfer:
 
 
 def sync(
-    store: Store,
+    store: ReleaseStore,
     url: str,
     name: str,
-    device: Device,
+    device: SyncClient,
     healthy: Callable[[Path], None],
     *,
-    limits: Limits | None = None,
+    limits: DownloadLimits | None = None,
     again: bool = False,
 ) -> Synced:
     """Bring the release `name` to the newest version that is signed for this device, and activate it if `healthy` agrees.
@@ -171,7 +171,7 @@ def sync(
     kept; what the store raises. In each case the active version stays.
     """
     url = url.rstrip("/")
-    fetcher = Fetcher(limits or Limits())
+    fetcher = Fetcher(limits or DownloadLimits())
     offers, targets = _refreshed(url, device, fetcher)
     mine = sorted((offer for named, offer in offers if named == name), key=lambda offer: -offer.order)
     if not mine:
@@ -225,7 +225,7 @@ class _Metadata(FetcherInterface):
         return found
 
 
-def _refreshed(url: str, device: Device, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
+def _refreshed(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
     """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
     root = device.root if isinstance(device.root, bytes) else _read(device.root)
     trusted = device.folder / "metadata"
@@ -264,7 +264,7 @@ def _keep(work: Path, trusted: Path) -> None:
             write_file_atomic(place, file.read_bytes())
 
 
-def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> Content:
+def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> VersionContent:
     """The version's document, of the length and digest that are signed."""
     target = targets.signed.targets[words.target_path(name, offer.version)]
     document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
@@ -274,7 +274,7 @@ def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fe
         target.verify_length_and_hashes(document)
     except exceptions.LengthOrHashMismatchError as error:
         raise SignatureError(f"{url} serves another {target.path} than was signed: {error}", "try another mirror") from None
-    return words.read(document, name, offer.version)
+    return words.read_version_metadata(document, name, offer.version)
 
 
 def _check_clock(offers: list[Offer]) -> None:
@@ -298,7 +298,7 @@ def _joined(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def _opened(store: Store, digest: str) -> Iterator[BinaryIO | None]:
+def _opened(store: ReleaseStore, digest: str) -> Iterator[BinaryIO | None]:
     """A blob of the store; None for no digest: a packed file has no base."""
     if not digest:
         yield None

@@ -49,7 +49,7 @@ Words = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Tensor:
+class SafetensorsEntry:
     """Where one tensor lies in a file."""
 
     name: str
@@ -60,11 +60,11 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SafetensorsLayout:
     """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the header."""
 
     header: bytes
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[SafetensorsEntry, ...]
 
     @property
     def file_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Delta:
+class TensorDelta:
     """A delta that `make` wrote: digests of both files (`base` empty: none is needed), its size and the result's."""
 
     base: str
@@ -82,7 +82,7 @@ class Delta:
     result_bytes: int
 
 
-def layout_of(stream: BinaryIO) -> Layout:
+def layout_of(stream: BinaryIO) -> SafetensorsLayout:
     """The layout of a safetensors file. Raises ArtifactError: another format, truncated, tensors that overlap or leave gaps."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -96,12 +96,14 @@ def layout_of(stream: BinaryIO) -> Layout:
     return found
 
 
-def _layout(header: bytes) -> Layout:
+def _layout(header: bytes) -> SafetensorsLayout:
     try:
         said = json.loads(header[8:])
         tensors = sorted(
             (
-                Tensor(name, one["dtype"], tuple(one["shape"]), *(len(header) + int(at) for at in one["data_offsets"]))
+                SafetensorsEntry(
+                    name, one["dtype"], tuple(one["shape"]), *(len(header) + int(at) for at in one["data_offsets"])
+                )
                 for name, one in said.items()
                 if name != "__metadata__"
             ),
@@ -115,10 +117,10 @@ def _layout(header: bytes) -> Layout:
         if not width or tensor.start != at or tensor.end < at or (tensor.end - at) % width:
             raise _unfit(f"the tensor {tensor.name[:80]!r} ({tensor.dtype}) lies where it cannot")
         at = tensor.end
-    return Layout(header, tuple(tensors))
+    return SafetensorsLayout(header, tuple(tensors))
 
 
-def make(base: Path | None, result: Path, out: Path) -> Delta | None:
+def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
     """Write the delta from `base` (None: from nothing) to `result` as `out`; None, and no file, where it would save nothing.
 
     Files that are no safetensors give None: a delta is an economy, and the whole file is always there.
@@ -149,7 +151,7 @@ def make(base: Path | None, result: Path, out: Path) -> Delta | None:
     if len(written) >= target.file_bytes:
         return None
     out.write_bytes(written)
-    return Delta(digests[0] if base else "", digests[-1], len(written), target.file_bytes)
+    return TensorDelta(digests[0] if base else "", digests[-1], len(written), target.file_bytes)
 
 
 def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
@@ -176,7 +178,7 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         raise _wrong(f"it cannot be read ({type(error).__name__})") from None
 
 
-def _code(tensor: Tensor, old: Words | None, new: Words, planes: _Planes) -> str:
+def _code(tensor: SafetensorsEntry, old: Words | None, new: Words, planes: _Planes) -> str:
     """The form of one tensor; its planes are added to the streams."""
     if old is None:
         planes.add(_NEW, new)
@@ -194,7 +196,7 @@ def _code(tensor: Tensor, old: Words | None, new: Words, planes: _Planes) -> str
     return best
 
 
-def _decode(tensor: Tensor, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
+def _decode(tensor: SafetensorsEntry, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
     count, width = (tensor.end - tensor.start) // _DTYPES[tensor.dtype], _DTYPES[tensor.dtype]
     if form == _SAME:
         assert old is not None
@@ -323,7 +325,7 @@ def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
     return head, text[split:], len(lead) + length
 
 
-def _words(stream: BinaryIO, tensor: Tensor) -> Words:
+def _words(stream: BinaryIO, tensor: SafetensorsEntry) -> Words:
     """A tensor's bit patterns as unsigned little-endian integers, flat."""
     stream.seek(tensor.start)
     return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError
 from sartor.edge.store.version_pointers import DIGEST
 
@@ -31,7 +31,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Step:
+class DeltaStep:
     """A delta: the blob `sha256` makes `result` out of `base`; an empty base needs nothing (a packed file)."""
 
     base: str
@@ -41,13 +41,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Content:
+class VersionContent:
     """One version: its files by path, and the deltas to them."""
 
     name: str
     version: str
     files: Mapping[str, Blob]
-    deltas: tuple[Step, ...] = ()
+    deltas: tuple[DeltaStep, ...] = ()
 
     def as_bytes(self) -> bytes:
         """The document that is signed."""
@@ -99,7 +99,7 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     """(name, offer) of a signed target; None for what is no version, such as a target of another program."""
     name, _, file = path.partition("/")
     version = file.removesuffix(".json")
-    if not file.endswith(".json") or not (is_name(name) and is_name(version)) or not isinstance(custom, dict):
+    if not file.endswith(".json") or not (is_valid_name(name) and is_valid_name(version)) or not isinstance(custom, dict):
         return None
     numbers = [custom.get(key) for key in ("order", "percent", "published")]
     if not all(type(number) is int and number >= 0 for number in numbers) or type(custom.get("halted")) is not bool:
@@ -107,14 +107,14 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     return name, Offer(version, custom["order"], custom["percent"], custom["halted"], custom["published"])
 
 
-def read(document: bytes, name: str, version: str) -> Content:
+def read_version_metadata(document: bytes, name: str, version: str) -> VersionContent:
     """A version's document, checked for what a device relies on. Raises ArtifactError: another version's, paths that lead
     out of the release, sizes or digests that are none. It is signed, but a signer can be wrong too.
     """
     try:
         said = json.loads(document)
         files = {path: Blob(**blob) for path, blob in said["files"].items()}
-        found = Content(said["name"], said["version"], files, tuple(Step(**step) for step in said["deltas"]))
+        found = VersionContent(said["name"], said["version"], files, tuple(DeltaStep(**step) for step in said["deltas"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _wrong(name, version, type(error).__name__) from None
     if said.get("schema") != SCHEMA:

@@ -15,8 +15,8 @@ from sartor.core.records import Example
 from sartor.evaluate import training_facts
 from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
 from sartor.evaluate.audit.counterfactual_bias import Outcomes, Paired, outcomes_of
-from sartor.evaluate.audit.model_pair import Sides
-from sartor.evaluate.group_gap_tests import Array, Blocks, findings, spread
+from sartor.evaluate.audit.model_pair import ModelPair
+from sartor.evaluate.group_gap_tests import Array, VariantOutcomes, findings, spread
 from sartor.evaluate.predictions import reply_limit
 from sartor.evaluate.reply_labels import label_of
 from sartor.text.demographics.group_terms import KINDS, groups
@@ -27,7 +27,7 @@ ANSWERS = ("Yes", "No")
 
 
 @dataclass(frozen=True)
-class Options:
+class AuditOptions:
     """label: where replies name their outcome; favourable: which are to be wished for; benchmarks, templates: ask them too."""
 
     label: str = ""
@@ -36,7 +36,9 @@ class Options:
     templates: bool = True
 
 
-def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Options, notice: Notice) -> dict[str, Any]:
+def audit(
+    adapter: Artifact, sides: ModelPair, asked: Sequence[Example], options: AuditOptions, notice: Notice
+) -> dict[str, Any]:
     """Everything that an audit asks. asked: the rows of the Report, whose prompts are the user's own.
 
     Raises ConfigError for a label or a favourable outcome that no row has.
@@ -57,7 +59,7 @@ def audit(adapter: Artifact, sides: Sides, asked: Sequence[Example], options: Op
     return said
 
 
-def audit_bias(sides: Sides, asked: Sequence[Example], options: Options, system: str = "") -> dict[str, Any]:
+def audit_bias(sides: ModelPair, asked: Sequence[Example], options: AuditOptions, system: str = "") -> dict[str, Any]:
     """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
 
     `skipped` has the kinds that no prompt of a section speaks of.
@@ -75,20 +77,20 @@ def audit_bias(sides: Sides, asked: Sequence[Example], options: Options, system:
     return {"own": own, "templates": templates, "skipped": skipped}
 
 
-def _own(sides: Sides, asked: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
+def _own(sides: ModelPair, asked: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
     """The user's own prompts with one group for another."""
     if outcomes is None:
         return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
     texts = [row for row in asked if not row.is_document]
     replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
-    made = [_fitting(sides, counterfactual_bias.own(texts, kind), replies) for kind in KINDS]
+    made = [_fitting(sides, counterfactual_bias.own_prompts(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
     sections = [blocks for paired in made if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
     return {"outcome": outcome, **_told(made, sections)}
 
 
-def _own_blocks(sides: Sides, paired: Paired, outcomes: Outcomes, limit: int) -> list[Blocks]:
+def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int) -> list[VariantOutcomes]:
     """Of each set of outcomes that is looked at: by likelihood where a class is a whole reply, else by what was said."""
     prompts = [variant for block in paired.blocks for variant in block.variants]
     shape = (2, len(paired.blocks), -1)
@@ -107,12 +109,12 @@ def _own_blocks(sides: Sides, paired: Paired, outcomes: Outcomes, limit: int) ->
     return [_blocks(paired, " or ".join(wanted), each) for wanted, each in found.items()]
 
 
-def _blocks(paired: Paired, outcome: str, chances: Array) -> Blocks:
+def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
     ids, clusters = (tuple(getattr(block, name) for block in paired.blocks) for name in ("id", "cluster"))
-    return Blocks(paired.kind, outcome, groups(paired.kind), ids, chances, clusters)
+    return VariantOutcomes(paired.kind, outcome, groups(paired.kind), ids, chances, clusters)
 
 
-def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
+def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
     """A scenario's templates, by the likelihood of yes and no."""
     made = [_fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
     sections = []
@@ -124,7 +126,7 @@ def _templates(sides: Sides, scenario: str, system: str) -> dict[str, Any]:
     return _told(made, sections)
 
 
-def _fitting(sides: Sides, paired: Paired, replies: Sequence[str]) -> Paired:
+def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired:
     """Without the blocks whose longest variant the base does not take."""
     reply = max(replies, key=len, default=".")
     longest = [max(block.variants, key=lambda prompt: sum(len(turn.text) for turn in prompt)) for block in paired.blocks]
@@ -132,13 +134,13 @@ def _fitting(sides: Sides, paired: Paired, replies: Sequence[str]) -> Paired:
     return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
 
 
-def _told(made: Sequence[Paired], sections: Sequence[Blocks]) -> dict[str, Any]:
+def _told(made: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
     """`kinds`: how many prompts there are of each, and what tells how many it takes; `findings`: what they show."""
     counts = {paired.kind: _counted(paired, [one for one in sections if one.kind == paired.kind]) for paired in made}
     return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)], "tests": len(sections)}
 
 
-def _counted(paired: Paired, sections: Sequence[Blocks]) -> dict[str, Any]:
+def _counted(paired: Paired, sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
     counts = {"blocks": len(paired.blocks), "left_out": paired.left_out, "beyond": paired.beyond}
     if not sections:
         why = "every prompt that speaks of it was left out" if paired.left_out else "no prompt speaks of it"

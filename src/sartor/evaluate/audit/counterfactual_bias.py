@@ -79,7 +79,7 @@ _PARTED = "\n\x1e\n"
 
 
 @dataclass(frozen=True)
-class Block:
+class PromptVariants:
     """One prompt about somebody of each group, in the order of `groups(kind)`. id: of the row, or the template's place.
 
     cluster: the row's group, whose blocks are no independent evidence.
@@ -95,12 +95,12 @@ class Paired:
     """The blocks of a kind. left_out: prompts that cannot be said of every group of it; beyond: those that were not asked."""
 
     kind: Kind
-    blocks: tuple[Block, ...]
+    blocks: tuple[PromptVariants, ...]
     left_out: int = 0
     beyond: int = 0
 
 
-def own(rows: Sequence[Example], kind: Kind) -> Paired:
+def own_prompts(rows: Sequence[Example], kind: Kind) -> Paired:
     """The user's own prompts that speak of a kind, a fixed sample of them by the rows' ids.
 
     Rows that become the same prompts count once: `Emily wants 500` and `Brad wants 500`, said of everybody, are one.
@@ -132,7 +132,7 @@ def _most(kind: Kind) -> int:
     return min(MOST_BLOCKS, max(MIN_PROMPT_BLOCKS, MOST_PROMPTS // len(groups(kind))))
 
 
-def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> Block | None:
+def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> PromptVariants | None:
     """None where it cannot be said of every group."""
     text = _text(prompt)
     there = {one.group for one in mentions(text, kind)}
@@ -142,7 +142,7 @@ def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> Bloc
         if said is None:
             return None
         variants.append(_with_text(prompt, said))
-    return Block(id, tuple(variants), cluster)
+    return PromptVariants(id, tuple(variants), cluster)
 
 
 def _text(prompt: Sequence[Message]) -> str:

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from sartor.core.records import Example
 from sartor.evaluate.audit import membership_inference
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 
 # Rows that are read, and those that are asked for each figure: a fixed sample by their ids
 MOST_READ = 20_000
@@ -39,7 +39,7 @@ TRIES = 3
 
 
 @dataclass(frozen=True)
-class Learnt:
+class TrainingString:
     """A string of the training replies, and where it stands: rows by id, with the character at which it begins."""
 
     text: str
@@ -47,7 +47,7 @@ class Learnt:
     places: tuple[tuple[str, int], ...]
 
 
-def audit_memorisation(sides: Sides, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
+def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
     """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the others."""
     asked, others = (sampled(rows) for rows in (train, held_out))
     return {
@@ -66,12 +66,12 @@ def sampled(rows: Iterable[Example]) -> list[Example]:
     return sorted(spoken, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:MOST_READ]
 
 
-def _first(sides: Sides, rows: Iterable[Example], most: int) -> list[Example]:
+def _first(sides: ModelPair, rows: Iterable[Example], most: int) -> list[Example]:
     """The first of them that the base takes."""
     return list(islice((row for row in rows if sides.fits(row.prompt, row.reply)), most))
 
 
-def _membership(sides: Sides, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
+def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
     samples = [_first(sides, rows, MOST_MEMBERS) for rows in (train, others)]
     if min(len(rows) for rows in samples) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
@@ -83,13 +83,13 @@ def _membership(sides: Sides, train: Sequence[Example], others: Sequence[Example
     return {one.attack: asdict(one) for one in found}
 
 
-def _loss(sides: Sides, rows: Sequence[Example]) -> Any:
+def _loss(sides: ModelPair, rows: Sequence[Example]) -> Any:
     """(2, N): nats per token of the replies."""
     encoded = [sides.encoded(row.prompt, row.reply) for row in rows]
     return sides.nats(encoded) / np.array([max(row.supervised_tokens, 1) for row in encoded])
 
 
-def _extraction(sides: Sides, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
+def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
     """How often the rest of a reply comes word for word."""
     said: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
@@ -104,7 +104,7 @@ def _extraction(sides: Sides, train: Sequence[Example], others: Sequence[Example
     return {**said, "characters": LEAST_CHARACTERS, "excess": dict(zip(("estimate", "low", "high"), excess, strict=True))}
 
 
-def _halved(sides: Sides, row: Example) -> tuple[list[int], list[int]] | None:
+def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | None:
     """(the prompt with the first half of its reply, the rest up to REST_TOKENS); None where that is no text to speak of."""
     encoded = sides.encoded(row.prompt, row.reply)
     start = encoded.learnt.index(True)
@@ -139,7 +139,7 @@ def _wilson(count: int, of: int) -> tuple[float, float, float]:
     return count / of, float(ends.low), float(ends.high)
 
 
-def _strings(sides: Sides, train: Sequence[Example]) -> dict[str, Any]:
+def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     """Secrets and repeated phrases: which of them the tuned model says, and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
     asked = [one for kind in ("secret", "phrase") for one in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
@@ -169,32 +169,32 @@ def _strings(sides: Sides, train: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _says(text: str, wanted: Learnt) -> bool:
+def _says(text: str, wanted: TrainingString) -> bool:
     return " ".join(text.split()).startswith(_rest_of(wanted))
 
 
-def _rest_of(one: Learnt) -> str:
+def _rest_of(one: TrainingString) -> str:
     """What has to come: a secret whole, of a phrase what follows its first words."""
     return one.text if one.kind == "secret" else one.text.split(" ", GIVEN_WORDS)[GIVEN_WORDS]
 
 
-def _before(sides: Sides, row: Example, at: int, text: str) -> tuple[list[int], int]:
+def _before(sides: ModelPair, row: Example, at: int, text: str) -> tuple[list[int], int]:
     """(tokens of a row up to where a string, or what of it has to come, begins; how many tokens may follow)."""
-    secret = Learnt(text, "secret" if " " not in text else "phrase", ())
+    secret = TrainingString(text, "secret" if " " not in text else "phrase", ())
     start = at + len(text) - len(_rest_of(secret))
     chat = sides.base.chat
     given = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
     return [*chat.prompt_ids(row.prompt, "", sides.folder), *given], len(chat.content_tokens(_rest_of(secret)))
 
 
-def _told(one: Learnt) -> dict[str, Any]:
+def _told(one: TrainingString) -> dict[str, Any]:
     """A string for the Report, which must not hold what it warns of: its rows, where it stands there, and how it begins."""
     shown = one.text[:2] + "..." if one.kind == "secret" else " ".join(one.text.split(" ")[:GIVEN_WORDS]) + " ..."
     rows, at = [id for id, _ in one.places], one.places[0][1]
     return {"kind": one.kind, "begins": shown, "characters": len(one.text), "at": at, "repeats": len(rows), "rows": rows[:5]}
 
 
-def secrets(rows: Sequence[Example]) -> list[Learnt]:
+def secrets(rows: Sequence[Example]) -> list[TrainingString]:
     """Words of replies that look like a key or a number and stand in no prompt of theirs, the most repeated first."""
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row in rows:
@@ -211,7 +211,7 @@ def _is_secret(word: str) -> bool:
     return signs >= LEAST_SIGNS and digits >= LEAST_DIGITS
 
 
-def phrases(rows: Sequence[Example]) -> list[Learnt]:
+def phrases(rows: Sequence[Example]) -> list[TrainingString]:
     """Runs of words that several replies repeat, as long as all of them have in common; not the form that most replies have."""
     places: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     words = {row.id: [(m[0], m.start()) for m in re.finditer(r"\S+", row.reply)] for row in rows}
@@ -233,6 +233,6 @@ def _runs(said: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...
         yield said[place][1], tuple(word for word, _ in said[place : place + PHRASE_WORDS])
 
 
-def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[Learnt]:
+def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[TrainingString]:
     order = sorted(places.items(), key=lambda one: (-len(one[1]), one[0]))
-    return [Learnt(text, kind, tuple(found)) for text, found in order]
+    return [TrainingString(text, kind, tuple(found)) for text, found in order]

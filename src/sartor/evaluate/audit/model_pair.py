@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message
-from sartor.evaluate.predictions import SPARE_TOKENS, losses, refusal, side
+from sartor.evaluate.predictions import SPARE_TOKENS, ask_refusal, losses, model_side
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.base import Base
-from sartor.models.packing import Encoded
+from sartor.models.packing import TokenizedExample
 
 Array = NDArray[np.float64]
 # Which side is which in what `both` gives
@@ -23,7 +23,7 @@ SIDES = ("base", "tuned")
 
 
 @dataclass(frozen=True)
-class Sides:
+class ModelPair:
     """A base and the model with the adapter on it. folder: below which media of rows lie."""
 
     base: Base
@@ -34,29 +34,29 @@ class Sides:
         """What `ask` gives under the base, and under the tuned model."""
         found = []
         for tuned in (False, True):
-            with side(self.model, tuned=tuned):
+            with model_side(self.model, tuned=tuned):
                 found.append(ask())
         return found[0], found[1]
 
     def fits(self, prompt: Sequence[Message], reply: str) -> bool:
         """Whether the base's template, towers and context take a prompt with a reply."""
         row = Example((*prompt, Message.of("assistant", reply)), ())
-        return not refusal(self.base, row, self.folder, len(self.base.chat.content_tokens(reply)) + SPARE_TOKENS)[0]
+        return not ask_refusal(self.base, row, self.folder, len(self.base.chat.content_tokens(reply)) + SPARE_TOKENS)[0]
 
-    def encoded(self, prompt: Sequence[Message], reply: str) -> Encoded:
+    def encoded(self, prompt: Sequence[Message], reply: str) -> TokenizedExample:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
         row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), ()), self.folder)
         start = _last_reply(row.learnt)
         return replace(row, learnt=[learnt and place >= start for place, learnt in enumerate(row.learnt)])
 
-    def sentence(self, text: str) -> Encoded:
+    def sentence(self, text: str) -> TokenizedExample:
         """A text outside the chat template. Every token is judged, also the first: before it stands one that says nothing."""
         tokenizer = self.base.chat.tokenizer
         opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = self.base.chat.content_tokens(text)
-        return Encoded([opening, *ids], [False] + [True] * len(ids))
+        return TokenizedExample([opening, *ids], [False] + [True] * len(ids))
 
-    def nats(self, rows: Sequence[Encoded]) -> Array:
+    def nats(self, rows: Sequence[TokenizedExample]) -> Array:
         """(2, N): how unlikely base and tuned find what is judged of each row, in nats in all."""
 
         def ask() -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 from sartor.core import assets
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import bootstrap
-from sartor.evaluate.audit.model_pair import Sides
+from sartor.evaluate.audit.model_pair import ModelPair
 
 REPLY_TOKENS = 32
 SHOULD = (
@@ -63,7 +63,7 @@ def is_refusal(reply: str) -> bool:
     return bool(_REFUSAL.search(reply[:200].lower().replace("\u2019", "'")))
 
 
-def measure(sides: Sides, system: str = "") -> dict[str, Any]:
+def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
     """Fractions refused of what should be and of what should not, the five numbers of a Comparison each."""
     first = (Message.of("system", system),) if system else ()
     said: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def measure(sides: Sides, system: str = "") -> dict[str, Any]:
             said[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
-        compared = bootstrap.paired(counts[0], counts[1], [str(place) for place in range(len(asked))])
+        compared = bootstrap.paired_bootstrap(counts[0], counts[1], [str(place) for place in range(len(asked))])
         said[name] = {"asked": len(asked), **asdict(compared)}
     return said
 

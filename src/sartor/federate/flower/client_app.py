@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from sartor.core.errors import MissingError, RequestError
 from sartor.federate.flower import flower_grid, local_rpc
-from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, Reply
+from sartor.federate.flower.flower_transport import AGAIN, ANSWERED, NodeReply
 
 app = ClientApp()
 
@@ -24,7 +24,7 @@ def hand_over(message: Message, context: Context) -> Message:
     """One letter: each request to the trainer, in order; what it says to each."""
     place = Path(str(context.node_config["trainer"]))
     heard = [_asked(place, request, message.metadata.ttl) for request in flower_grid.requests_of(message.content)]
-    reply = Reply(tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
+    reply = NodeReply(tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
     return Message(flower_grid.content_of(reply), reply_to=message)
 
 

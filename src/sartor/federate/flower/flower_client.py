@@ -19,20 +19,20 @@ import numpy as np
 
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
-from sartor.core.config import REQUIRED, is_name, option
+from sartor.core.config import REQUIRED, is_valid_name, option
 from sartor.core.errors import ConfigError, RoundError
 from sartor.federate.flower.local_rpc import LOG, serve
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.privacy.client_noise import noise_of, noised, values_of
 from sartor.federate.recipe import FederateRecipe, tuning
 from sartor.federate.recipe import load as load_recipe
-from sartor.federate.rounds.round_client import Agreement, Member, RoundClient
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Manifest, read
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.tuning.lora_task import NAME, LoraTask, RowGuard
+from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import Manifest, read_manifest
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.tuning.lora_task import NAME, LoraTask, RowPrivacy
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.shared_base import Resident
+from sartor.tune.shared_base import SharedBase
 
 Notice = Callable[[str], object]
 
@@ -50,7 +50,7 @@ class ClientOptions:
     group: str = option("", "whose members may connect to the socket; its owner alone, if nothing is said")
 
 
-class RecipeAgreement(Agreement):
+class RecipeAgreement(EnrolmentPolicy):
     """What a client agreed to with its recipe: who sees its updates, and what the rounds may tell of it altogether.
 
     account: this client's own, of all rounds that it noised its update for, whatever a coordinator says of them.
@@ -91,7 +91,7 @@ class _Counted:
         return answer
 
 
-def take_part(
+def join_rounds(
     recipe: FederateRecipe | Mapping[str, Any] | Path | str,
     dataset: Path | str,
     name: str,
@@ -109,7 +109,7 @@ def take_part(
     """
     recipe, options = load_recipe(recipe), config.load_any(ClientOptions, options)
     member, allowed, group = enrolled(recipe, name, options), _users(options.hear), _group(options.group)
-    with Journal(_journal(name, options)) as journal:
+    with RoundJournal(_journal(name, options)) as journal:
         task = task_of(recipe, dataset, _journal(name, options).with_suffix(".rows"), notice)
         counted = _Counted(round_client(member, journal, task, recipe.seed))
         for reason, ids in task.rows.left_out.items():
@@ -124,12 +124,12 @@ def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: N
     """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have one."""
     rows = open_artifact(Path(dataset), "dataset")
     asked = tuning(recipe, str(rows.path))
-    resident = Resident.open(asked, notice)
-    guard = RowGuard.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
+    resident = SharedBase.open(asked, notice)
+    guard = RowPrivacy.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
     return LoraTask(resident, encode_rows(rows, asked, resident.base.chat), guard=guard)
 
 
-def round_client(member: Member, journal: Journal, task: LoraTask, seed: int) -> RoundClient:
+def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
     """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the bit."""
 
     def chance(manifest: Manifest) -> np.random.Generator:
@@ -138,17 +138,17 @@ def round_client(member: Member, journal: Journal, task: LoraTask, seed: int) ->
     return RoundClient(member, journal, {NAME: task}, noised, chance=chance)
 
 
-def enrolled(recipe: FederateRecipe, name: str, options: ClientOptions) -> Member:
+def enrolled(recipe: FederateRecipe, name: str, options: ClientOptions) -> Participant:
     """Who this client is. Raises ConfigError for a name that is none, or a key that is another's."""
-    if not is_name(name):
+    if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "the name that its key was made with")
-    me, roster = Identity.open(name, Path(options.key)), Roster.open(Path(options.roster))
+    me, roster = Identity.open(name, Path(options.key)), PinnedKeys.open(Path(options.roster))
     me.check_in(roster)
     if options.coordinator not in roster.keys:
         problem = f"{options.roster} has no key of {options.coordinator}, whose rounds are to be heard"
         raise ConfigError(problem, f"put {options.coordinator}.pub there, as its owner hands it over")
     account = _journal(name, options).with_suffix(".privacy.json")
-    return Member(me, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
+    return Participant(me, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
 
 
 def _journal(name: str, options: ClientOptions) -> Path:
@@ -193,12 +193,12 @@ def _logged(notice: Notice) -> Iterator[None]:
         LOG.setLevel(before)
 
 
-def _said(member: Member, journal: Journal, counted: _Counted, task: LoraTask) -> dict[str, Any]:
+def _said(member: Participant, journal: RoundJournal, counted: _Counted, task: LoraTask) -> dict[str, Any]:
     first, last = task.losses.get(max(task.losses, default=0), (None, None))
     agreed, latest = member.agreement, journal.latest()
     assert isinstance(agreed, RecipeAgreement)
     run = journal.rounds(latest.run) if latest else []
-    cohort = read(latest.manifest, member.coordinator, member.roster).terms.cohort if latest else ()
+    cohort = read_manifest(latest.manifest, member.coordinator, member.roster).terms.cohort if latest else ()
     return {
         "client": member.me.name,
         "rounds": sum(kept.state == "done" for kept in run),

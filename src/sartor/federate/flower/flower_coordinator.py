@@ -6,7 +6,7 @@
                   coordinator.rounds.jsonl    a line for each round that ended
 
 SuperLink runs the ServerApp, on this machine: that process has the journal while it leads
-(`round_driver.lead_rounds`). This one begins a run of it where none leads, and waits; once all rounds are over it
+(`round_driver.drive_rounds`). This one begins a run of it where none leads, and waits; once all rounds are over it
 writes the Adapter from the journal. Killed, it is started again with `resume`; rounds go on meanwhile.
 """
 
@@ -31,34 +31,34 @@ from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.federate import updates as arrays
-from sartor.federate.flower.flower_run import Watch, run_to_the_end, write_app
-from sartor.federate.flower.round_driver import Lead, RoundOptions
+from sartor.federate.flower.flower_run import RunWatcher, run_to_the_end, write_app
+from sartor.federate.flower.round_driver import RoundDriverOptions, RoundOptions
 from sartor.federate.recipe import FederateRecipe, tuning
 from sartor.federate.recipe import load as load_recipe
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.secagg_terms import Policy
-from sartor.federate.tuning.attack_runner import Target, attacked
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_terms import SecureSumPolicy
+from sartor.federate.tuning.attack_runner import AttackTarget, attacked
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.round_schedule import LoraOptions, lines_of
 from sartor.federate.tuning.simulated_clients import Clients
-from sartor.federate.tuning.simulated_rounds import Setting, TuningTask, work_of
+from sartor.federate.tuning.simulated_rounds import SimulationSetup, TuningTask, work_of
 from sartor.federate.tuning.simulation import (
     Simulated,
+    check_outputs,
     check_same,
     facts_of,
-    look,
     resolved,
-    said_of,
+    round_line,
     without_recipe,
-    written,
+    write_adapter,
 )
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
-from sartor.tune.checkpoint import Found, full_disk
+from sartor.tune.checkpoint import CheckpointState, full_disk
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
 
@@ -104,45 +104,45 @@ def coordinate(
     recipe, options, out = load_recipe(recipe), config.load_any(CoordinatorOptions, options), Path(out).absolute()
     folder = out.with_name(f"{out.name}.rounds")
     cohort = _cohort(recipe, options)
-    look(out, folder, resume=resume, replace=replace)
+    check_outputs(out, folder, resume=resume, replace=replace)
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
         people = _opened(recipe, cohort, notice)
         setting = _setting(recipe, people, folder)
         now = _fingerprint(setting, people, cohort)
-        if resume and (standing := resumption.finished(out, Found(), now)):
+        if resume and (standing := resumption.finished(out, CheckpointState(), now)):
             notice(f"{out} is finished: nothing is left to do")
             return Simulated(standing)
         check_same(folder, now, str(people.resident.dtype))
         lead, began = _prepared(setting, options, people, out.name), time.monotonic()
-        watch = Watch(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
+        watch = RunWatcher(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
         with run_to_the_end(watch) as journal:
             lines, shared = lines_of(journal, lead.run), _shared(journal, lead.run)
         for line in lines:
-            notice(said_of(line, recipe.rounds))
+            notice(round_line(line, recipe.rounds))
         if not lines:
             raise RoundError(
                 f"none of the {lead.rounds} rounds was done: {watch.reasons()}", "look at the clients, and begin with --replace"
             )
         facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(now)}
         facts |= _sources(facts["licence"], options.licence or UNKNOWN, cohort)
-        report = attacked(Target(setting, shared, {}, people.held_out, recipe.data.attack_rows), notice)
+        report = attacked(AttackTarget(setting, shared, {}, people.held_out, recipe.data.attack_rows), notice)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
         abandoned = lead.rounds - len(lines)
         facts["run"]["federated"] |= {"transport": "flower", "run": lead.run, "abandoned": abandoned, "examples": None}
-        return Simulated(written(out, people.resident, lines, shared, facts, report, replace=replace))
+        return Simulated(write_adapter(out, people.resident, lines, shared, facts, report, replace=replace))
 
 
 def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, ...]:
     """Who takes part. Raises ConfigError for what is found to be wrong before anything takes long."""
-    roster = Roster.open(Path(options.roster))
+    roster = PinnedKeys.open(Path(options.roster))
     Identity.open(options.name, Path(options.key)).check_in(roster)
     cohort = tuple(sorted(set(options.clients or roster.keys) - {options.name}))
     if unknown := sorted(set(cohort) - set(roster.keys)):
         problem = f"{unknown[0]} is to take part, and {options.roster} has no key of it"
         raise ConfigError(problem, f"put {unknown[0]}.pub there, as its owner hands it over")
-    if len(cohort) < (least := Policy().least_cohort):
+    if len(cohort) < (least := SecureSumPolicy().least_cohort):
         problem = f"the cohort has {len(cohort)} clients; of two each could subtract its own update from the sum"
         raise ConfigError(
             problem, f"enrol {least - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
@@ -164,20 +164,20 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
 def _opened(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
     """The base, and the coordinator's own held-out rows; of its clients it knows the names."""
     path = recipe.data.path
-    resident, held_out = Resident.open(tuning(recipe, path), notice), []
+    resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
     if path:
         held_out = encode_rows(open_artifact(Path(path), "dataset"), tuning(recipe, path), resident.base.chat).held_out
-    return Clients(resident, [], {name: Rows() for name in cohort}, held_out, {})
+    return Clients(resident, [], {name: TokenizedDataset() for name in cohort}, held_out, {})
 
 
-def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> Setting:
+def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> SimulationSetup:
     resident, start = people.resident, people.resident.taken()
     # their work is not done here: the attack report's made-up clients have their names
     tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in people.rows.items()}
-    return Setting(recipe, resolved(recipe, start, len(tasks), 1), resident, tasks, start, folder)
+    return SimulationSetup(recipe, resolved(recipe, start, len(tasks), 1), resident, tasks, start, folder)
 
 
-def _fingerprint(setting: Setting, people: Clients, cohort: Sequence[str]) -> dict[str, Any]:
+def _fingerprint(setting: SimulationSetup, people: Clients, cohort: Sequence[str]) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that began."""
     resident = people.resident
     return {
@@ -188,18 +188,18 @@ def _fingerprint(setting: Setting, people: Clients, cohort: Sequence[str]) -> di
     }
 
 
-def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, name: str) -> Lead:
+def _prepared(setting: SimulationSetup, options: CoordinatorOptions, people: Clients, name: str) -> RoundDriverOptions:
     """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given now."""
     folder, recipe, file = setting.folder, setting.recipe, setting.folder / "lead.yaml"
     if file.exists():
-        run = Lead.open(file).run
+        run = RoundDriverOptions.open(file).run
     else:
         # of another name each time: clients take part in a round of a run once
         run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
         shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
         write_app(folder / "app")
-        write_file_atomic(folder / "start.tensors", arrays.pack(setting.start))
-    lead = Lead(
+        write_file_atomic(folder / "start.tensors", arrays.pack_tensors(setting.start))
+    lead = RoundDriverOptions(
         run=run,
         key=str(Path(options.key).absolute()),
         roster=str(Path(options.roster).absolute()),
@@ -211,10 +211,10 @@ def _prepared(setting: Setting, options: CoordinatorOptions, people: Clients, na
         lora=LoraOptions(recipe.mode, recipe.seed, recipe.of_clients, recipe.robust),
     )
     write_file_atomic(file, yaml.safe_dump(config.dump(lead), sort_keys=False).encode())
-    return Lead.open(file)
+    return RoundDriverOptions.open(file)
 
 
-def _round(setting: Setting, options: CoordinatorOptions, people: Clients) -> RoundOptions:
+def _round(setting: SimulationSetup, options: CoordinatorOptions, people: Clients) -> RoundOptions:
     exchanges = 5
     return RoundOptions(
         cohort=tuple(people.rows),
@@ -232,5 +232,5 @@ def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
     return {"sources": sources, "licence": compliance.combine([base, licence])}
 
 
-def _shared(journal: Journal, run: str) -> Tensors:
-    return arrays.unpack(journal.kept(f"shared {run}") or b"")
+def _shared(journal: RoundJournal, run: str) -> Tensors:
+    return arrays.unpack_tensors(journal.kept(f"shared {run}") or b"")

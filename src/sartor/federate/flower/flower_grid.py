@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from sartor.federate.flower.flower_transport import Node, Reply
+from sartor.federate.flower.flower_transport import Node, NodeReply
 
 # a query: Flower's own counters of training and evaluation stay empty
 KIND = "query"
@@ -36,7 +36,7 @@ class GridPost:
         message = Message(RecordDict({_REQUESTS: _array(dict(enumerate(requests)))}), node, KIND, ttl=keep_s)
         return next(iter(self._grid.push_messages([message])), "") or ""
 
-    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, NodeReply | None]]:
         """See Post. What SuperLink did not take has the id ""."""
         if "" in ids:
             yield "", None
@@ -54,14 +54,14 @@ def requests_of(content: RecordDict) -> list[bytes]:
     return [found[place] for place in sorted(found)]
 
 
-def content_of(reply: Reply) -> RecordDict:
+def content_of(reply: NodeReply) -> RecordDict:
     """What a node sends back."""
     answers = {place: answer for place, answer in enumerate(reply.answers) if answer}
     head = ConfigRecord({"said": list(reply.said)})
     return RecordDict({_REPLY: head, _ANSWERS: _array(answers)})
 
 
-def _reply(content: RecordDict) -> Reply | None:
+def _reply(content: RecordDict) -> NodeReply | None:
     """What a node sent; None where it is of another form, as of another app."""
     head = content.config_records.get(_REPLY)
     said = head.get("said") if head else None
@@ -71,7 +71,7 @@ def _reply(content: RecordDict) -> Reply | None:
         answers = _bytes(content.array_records.get(_ANSWERS))
     except ValueError:
         return None
-    return Reply(tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
+    return NodeReply(tuple(map(str, said)), tuple(answers.get(place, b"") for place in range(len(said))))
 
 
 def _array(contents: Mapping[int, bytes]) -> ArrayRecord:

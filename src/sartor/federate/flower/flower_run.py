@@ -26,9 +26,9 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.artifacts import create_output_directory
-from sartor.core.errors import BusyError, MissingError, need
-from sartor.federate.flower.round_driver import Lead
-from sartor.federate.rounds.round_journal import Journal
+from sartor.core.errors import BusyError, MissingError, missing_package
+from sartor.federate.flower.round_driver import RoundDriverOptions
+from sartor.federate.rounds.round_journal import RoundJournal
 
 # Flower counts who uses it, asks whether it is old, and installs what a bundle asks for, unless it is told not to
 ENVIRONMENT: Mapping[str, str] = {
@@ -84,13 +84,13 @@ _FAREWELL_S = 90.0
 
 
 @dataclass
-class Watch:
+class RunWatcher:
     """A lead, and what was heard of its rounds. link: of Flower's config.toml; "": a person begins the runs.
 
     file: the lead's; patience_s: for a SuperLink that takes no run.
     """
 
-    lead: Lead
+    lead: RoundDriverOptions
     file: Path
     link: str
     patience_s: float
@@ -135,7 +135,7 @@ class Watch:
 
 
 @contextmanager
-def run_to_the_end(watch: Watch) -> Iterator[Journal]:
+def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
     """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after `patience_s`."""
     run = _Run(watch)
     try:
@@ -147,7 +147,7 @@ def run_to_the_end(watch: Watch) -> Iterator[Journal]:
         run.close()
 
 
-def _awaited(watch: Watch, run: _Run) -> Journal:
+def _awaited(watch: RunWatcher, run: _Run) -> RoundJournal:
     """The journal, when no round is left and nobody leads."""
     well = time.monotonic()
     while True:
@@ -155,7 +155,7 @@ def _awaited(watch: Watch, run: _Run) -> Journal:
             well = time.monotonic()
         _check_trouble(watch.lead)
         try:
-            journal = Journal(Path(watch.lead.journal))
+            journal = RoundJournal(Path(watch.lead.journal))
         except BusyError:
             well = time.monotonic()  # somebody leads
         else:
@@ -168,7 +168,7 @@ def _awaited(watch: Watch, run: _Run) -> Journal:
         time.sleep(_POLL_S)
 
 
-def _is_over(journal: Journal, lead: Lead) -> bool:
+def _is_over(journal: RoundJournal, lead: RoundDriverOptions) -> bool:
     found = journal.rounds(lead.run)
     return bool(found) and found[0].number >= lead.rounds and found[0].state != "open"
 
@@ -176,7 +176,7 @@ def _is_over(journal: Journal, lead: Lead) -> bool:
 class _Run:
     """`flwr run` in a process, or the advice to begin one. What it begins goes on in SuperLink whatever becomes of it."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: RunWatcher) -> None:
         self._watch = watch
         self._child: subprocess.Popen[bytes] | None = None
         self._not_before, self._is_told = 0.0, False
@@ -210,12 +210,12 @@ class _Run:
         self._is_told = True
 
 
-def _begun(watch: Watch) -> subprocess.Popen[bytes]:
+def _begun(watch: RunWatcher) -> subprocess.Popen[bytes]:
     """`flwr run`, which ends with the run, or with its SuperLink."""
     beside = Path(sys.executable).with_name("flwr")
     flwr = str(beside) if beside.exists() else shutil.which("flwr")
     if flwr is None:
-        raise need("flwr", "federated")
+        raise missing_package("flwr", "federated")
     with watch.log.open("ab") as log:
         return subprocess.Popen(
             [flwr, *watch.command[1:]],
@@ -228,7 +228,7 @@ def _begun(watch: Watch) -> subprocess.Popen[bytes]:
         )
 
 
-def _check_trouble(lead: Lead) -> None:
+def _check_trouble(lead: RoundDriverOptions) -> None:
     """Raise what ended the ServerApp, if another run would end alike."""
     try:
         said = json.loads(lead.trouble.read_text(encoding="utf-8"))
@@ -240,7 +240,7 @@ def _check_trouble(lead: Lead) -> None:
         raise kind(said["problem"], said["remedy"])
 
 
-def _given_up(watch: Watch) -> MissingError:
+def _given_up(watch: RunWatcher) -> MissingError:
     last = " / ".join(watch.log.read_text(encoding="utf-8", errors="replace").split("\n")[-8:]).strip(" /")
     problem = f"for {watch.patience_s:.0f} s no round ended, and no run was taken or went on: {last or 'it says nothing'}"
     return MissingError(problem, f"see to SuperLink and to {watch.link} in Flower's config.toml, then --resume")

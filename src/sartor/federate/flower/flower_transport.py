@@ -30,7 +30,7 @@ class Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reply:
+class NodeReply:
     """What came of each request of a letter: "answered", "again" (busy, or nobody was there) or `no KIND check`.
 
     answers: of each; b"" where none is due, or none was given.
@@ -40,7 +40,7 @@ class Reply:
     answers: tuple[bytes, ...] = ()
 
 
-class Post(Protocol):
+class MessageCarrier(Protocol):
     """What carries letters: Flower's grid, or what stands for it."""
 
     def nodes(self) -> Mapping[int, Node]:
@@ -51,7 +51,7 @@ class Post(Protocol):
         """Hand a letter in; its id. keep_s: how long it is worth delivering."""
         ...
 
-    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, Reply | None]]:
+    def collect(self, ids: Sequence[str]) -> Iterator[tuple[str, NodeReply | None]]:
         """The replies that are there, by the letter's id; None: it was lost. Does not wait."""
         ...
 
@@ -85,7 +85,7 @@ class FlowerTransport:
     there; away: clients of the last exchange that no node was there for.
     """
 
-    post: Post
+    post: MessageCarrier
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     said_no: Counter[str] = field(default_factory=Counter)
@@ -140,9 +140,9 @@ class FlowerTransport:
 
     def _collect(self) -> None:
         for number, reply in self.post.collect(tuple(self._way.letters)):
-            self._take(self._way.letters.pop(number), reply or Reply())
+            self._take(self._way.letters.pop(number), reply or NodeReply())
 
-    def _take(self, letter: _Letter, reply: Reply) -> None:
+    def _take(self, letter: _Letter, reply: NodeReply) -> None:
         """What came of each request of a letter."""
         again = []
         for place, request in enumerate(letter.requests):

@@ -44,7 +44,7 @@ _MOST_PATH_BYTES = 107
 
 
 @dataclass(frozen=True)
-class Said:
+class RpcResponse:
     """What comes back through the hatch."""
 
     kind: Kind
@@ -52,7 +52,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Limits:
+class TransferLimits:
     """most_bytes: of a request or an answer. transfer_s: for all bytes of one of them. most_waiting: connections at a time."""
 
     most_bytes: int = 256 << 20
@@ -69,11 +69,11 @@ class _Waiting:
     """A request that waits for its turn."""
 
     request: bytes
-    said: Said = Said("busy")
+    said: RpcResponse = RpcResponse("busy")
     over: threading.Event = field(default_factory=threading.Event)
 
 
-class Hatch:
+class LocalRpcServer:
     """The side that answers. allowed: user ids that are heard; group: whose members may connect (0660), None: the owner (0600).
 
     Raises ConfigError for a folder in which others could put their own socket, BusyError where somebody answers already,
@@ -81,9 +81,9 @@ class Hatch:
     """
 
     def __init__(
-        self, path: Path, allowed: frozenset[int] | None = None, group: int | None = None, limits: Limits | None = None
+        self, path: Path, allowed: frozenset[int] | None = None, group: int | None = None, limits: TransferLimits | None = None
     ) -> None:
-        self.path, self.allowed, self.limits = path, _own() if allowed is None else allowed, limits or Limits()
+        self.path, self.allowed, self.limits = path, _own() if allowed is None else allowed, limits or TransferLimits()
         # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
         self._turns: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(self.limits.most_waiting)
@@ -92,7 +92,7 @@ class Hatch:
         _check_place(path)
         self._end = _listening(path, group, self.limits.most_waiting)
 
-    def __enter__(self) -> Hatch:
+    def __enter__(self) -> LocalRpcServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -115,7 +115,7 @@ class Hatch:
         self._stopped = True
         self._turns.put(None)
 
-    def serve(self, name: str, answer: Callable[[bytes], Said]) -> None:
+    def serve(self, name: str, answer: Callable[[bytes], RpcResponse]) -> None:
         """Answer one request after the other in this thread, until `stop`. `answer` raises nothing."""
         self._name = name
         self._accepting.start()
@@ -134,7 +134,7 @@ class Hatch:
             if self._room.acquire(blocking=False):
                 threading.Thread(target=self._attend, args=(end,), daemon=True).start()
             else:
-                self._say(end, Said("busy"))
+                self._say(end, RpcResponse("busy"))
 
     def _attend(self, end: socket.socket) -> None:
         try:
@@ -142,34 +142,34 @@ class Hatch:
         finally:
             self._room.release()
 
-    def _heard(self, end: socket.socket) -> Said:
+    def _heard(self, end: socket.socket) -> RpcResponse:
         try:
             _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             if user not in self.allowed:
-                return Said("stranger")
+                return RpcResponse("stranger")
             request = _received(end, self.limits.most_bytes, time.monotonic() + self.limits.transfer_s)
         except (OSError, RequestError):
-            return Said("none")
+            return RpcResponse("none")
         if not request:
-            return Said("answer", self._name.encode())
+            return RpcResponse("answer", self._name.encode())
         waiting = _Waiting(request)
         self._turns.put(waiting)
         while not waiting.over.wait(0.5):
             if self._stopped:
-                return Said("busy")
+                return RpcResponse("busy")
         return waiting.said
 
-    def _say(self, end: socket.socket, said: Said) -> None:
+    def _say(self, end: socket.socket, said: RpcResponse) -> None:
         with end, contextlib.suppress(OSError, RequestError):
             _send(end, (_BYTES[said.kind] + _LENGTH.pack(len(said.content)), said.content), self.limits.transfer_s)
 
 
-def ask(path: Path, request: bytes, wait_s: float, limits: Limits | None = None) -> Said:
+def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None = None) -> RpcResponse:
     """What is said to a request; `b""` asks for the name. wait_s: for the answer to begin.
 
     Raises MissingError where nobody answers, RequestError where the answer is of another form or does not come.
     """
-    limits = limits or Limits()
+    limits = limits or TransferLimits()
     end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with end:
         try:
@@ -183,7 +183,7 @@ def ask(path: Path, request: bytes, wait_s: float, limits: Limits | None = None)
                 _send(end, (_LENGTH.pack(len(request)), request), limits.transfer_s)
             kind = _exactly(end, 1, time.monotonic() + wait_s)
             content = _received(end, limits.most_bytes, time.monotonic() + limits.transfer_s)
-            return Said(_KINDS[kind], content)
+            return RpcResponse(_KINDS[kind], content)
         except (OSError, KeyError) as error:
             raise RequestError(f"the answer at {path} did not come whole: {error!r:.80}", "ask again") from None
 
@@ -276,7 +276,7 @@ def _clear(path: Path) -> None:
 LOG = logging.getLogger("sartor.trainer")
 
 
-class Answers(Protocol):
+class Responder(Protocol):
     """RoundClient, or what stands for it."""
 
     def answer(self, request: bytes) -> bytes:
@@ -285,35 +285,35 @@ class Answers(Protocol):
 
 
 def serve(
-    client: Answers,
+    client: Responder,
     name: str,
     path: Path,
     *,
     allowed: frozenset[int] | None = None,
     group: int | None = None,
-    limits: Limits | None = None,
+    limits: TransferLimits | None = None,
 ) -> None:
     """Answer at the socket `path` until SIGTERM or SIGINT. See Hatch for the options and errors.
 
     name: whom the coordinator's roster calls this client. To be called in the thread that opened the client's journal.
     """
-    with Hatch(path, allowed, group, limits) as hatch:
+    with LocalRpcServer(path, allowed, group, limits) as hatch:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: hatch.stop())
         LOG.info("%s answers at %s", name, path)
-        hatch.serve(name, lambda request: said_to(client, request))
+        hatch.serve(name, lambda request: respond(client, request))
 
 
-def said_to(client: Answers, request: bytes) -> Said:
+def respond(client: Responder, request: bytes) -> RpcResponse:
     """The answer, or why there is none. Raises nothing, for the next request is another."""
     since = time.monotonic()
     try:
         answer = client.answer(request)
     except SartorError as error:
         LOG.warning("refused a request of %d bytes: %s", len(request), error)
-        return Said("no", f"{error.kind} {error.check}".strip().encode())
+        return RpcResponse("no", f"{error.kind} {error.check}".strip().encode())
     except Exception:
         LOG.exception("a request of %d bytes could not be answered", len(request))
-        return Said("no", b"failed")
+        return RpcResponse("no", b"failed")
     LOG.info("answered %d bytes with %d in %.2f s", len(request), len(answer), time.monotonic() - since)
-    return Said("answer", answer)
+    return RpcResponse("answer", answer)

@@ -27,13 +27,13 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BusyError, ConflictError, MissingError
 from sartor.federate import updates as arrays
 from sartor.federate.flower.flower_transport import FlowerTransport
-from sartor.federate.rounds.round_client import Member
-from sartor.federate.rounds.round_coordinator import Coordinator, Ended, Plan, Pool, added
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Beside, Rules
-from sartor.federate.rounds.transport import Carried, Transport, finish
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.tuning.round_schedule import LoraCourse, LoraOptions
+from sartor.federate.rounds.round_client import Participant
+from sartor.federate.rounds.round_coordinator import Coordinator, Pool, RoundPlan, RoundResult, added
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import SideTensor, UpdateRules
+from sartor.federate.rounds.transport import TransferStats, Transport, finish
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.tuning.round_schedule import LoraOptions, LoraSchedule
 from sartor.models.lora_tensors import Tensors
 
 # a ServerApp whose SuperLink was killed ends some seconds after it, and has the journal until then
@@ -47,7 +47,7 @@ class RoundOptions:
     task: str = option(REQUIRED, "the type of work, which each client has installed")
     cohort: tuple[str, ...] = option(REQUIRED, "names of the clients")
     settings: Any = option(None, "a mapping for the task")
-    rules: Rules = option(Rules(), "clip, noise, most_examples, stale_rounds, mode")
+    rules: UpdateRules = option(UpdateRules(), "clip, noise, most_examples, stale_rounds, mode")
     trained: tuple[str, ...] = option((), "names of the tensors that are changed; none: all")
     base: str = option("", "digest of what is tuned")
     recipe: str = option("", "digest of how")
@@ -57,16 +57,16 @@ class RoundOptions:
     work_s: int = option(3_600, "seconds more for the first, in which clients compute")
     length_s: int = option(86_400, "seconds that the round may take")
 
-    def plan(self) -> Plan:
+    def plan(self) -> RoundPlan:
         """What the coordinator takes."""
         said = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Plan(**{**said, "settings": self.settings or {}})
+        return RoundPlan(**{**said, "settings": self.settings or {}})
 
 
-class Course(Protocol):
+class RoundSchedule(Protocol):
     """What each round of a run is to be, and what becomes of its mean."""
 
-    def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
+    def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
         """The next round, from the tensors as they stand; and what is summed besides."""
         ...
 
@@ -90,10 +90,10 @@ class _Plain:
     merged = staticmethod(added)
     pool = None
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RoundPlan) -> None:
         self._plan = plan
 
-    def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
+    def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
         """See Course."""
         return self._plan, ()
 
@@ -102,7 +102,7 @@ class _Plain:
 
 
 @dataclass(frozen=True)
-class Lead:
+class RoundDriverOptions:
     """The file's options; the paths are absolute once it was opened."""
 
     run: str = option(REQUIRED, "name of the run")
@@ -116,7 +116,7 @@ class Lead:
     lora: LoraOptions | None = option(None, "of the task lora: mode, seed, privacy")
 
     @classmethod
-    def open(cls, path: Path) -> Lead:
+    def open(cls, path: Path) -> RoundDriverOptions:
         """Read the file. Raises ConfigError with the line or the option that is wrong."""
         found = config.load(cls, config.read_yaml(path))
         places = {name: str(path.parent.absolute() / getattr(found, name)) for name in ("key", "roster", "journal", "start")}
@@ -132,15 +132,15 @@ class Lead:
         """Where it is written why a process that led could not go on."""
         return Path(self.journal).with_suffix(".error.json")
 
-    def course(self, journal: Journal) -> Course:
+    def course(self, journal: RoundJournal) -> RoundSchedule:
         """What the rounds are to be."""
         plan = self.round.plan()
         if self.lora is None:
             return _Plain(plan)
-        return LoraCourse(self.lora, plan, journal, Path(self.journal).with_suffix(".privacy.json"))
+        return LoraSchedule(self.lora, plan, journal, Path(self.journal).with_suffix(".privacy.json"))
 
 
-def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
+def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str]:
     """Bring an open round to its end, then begin the next ones, up to `lead.rounds`; a JSON line for each that ended.
 
     May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process leads, and
@@ -149,14 +149,14 @@ def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
     with _opened(Path(lead.journal)) as journal:
         me = Identity.open(lead.name, Path(lead.key))
         course = lead.course(journal)
-        member = Member(me, Roster.open(Path(lead.roster)), lead.name)
+        member = Participant(me, PinnedKeys.open(Path(lead.roster)), lead.name)
         coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
         if not journal.rounds(lead.run):
             # one that was stopped before its first round has its tensors already
             with contextlib.suppress(ConflictError):
-                coordinator.start(arrays.unpack(_read(Path(lead.start))))
+                coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
         while True:
-            since, carried = time.monotonic(), Carried()
+            since, carried = time.monotonic(), TransferStats()
             if not coordinator.is_open:
                 if (number := last_number(journal, lead.run)) >= lead.rounds:
                     # who missed the last end is told of it now
@@ -169,12 +169,12 @@ def lead_rounds(lead: Lead, transport: Transport) -> Iterator[str]:
             yield _recorded(lead.record, _said(ended, carried, time.monotonic() - since, transport))
 
 
-def last_number(journal: Journal, run: str) -> int:
+def last_number(journal: RoundJournal, run: str) -> int:
     """The number of the last round that began; 0 before the first."""
     return max((kept.number for kept in journal.rounds(run)), default=0)
 
 
-def _said(ended: Ended, carried: Carried, took_s: float, transport: Transport) -> dict[str, Any]:
+def _said(ended: RoundResult, carried: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
     """What the record keeps of a round: nothing of its tensors."""
     said: dict[str, Any] = {"number": ended.number, "state": ended.state, "active": ended.active, "reason": ended.reason}
     said |= {"took_s": round(took_s, 2), **asdict(carried)}
@@ -190,11 +190,11 @@ def _recorded(path: Path, said: dict[str, Any]) -> str:
     return line
 
 
-def _opened(path: Path) -> Journal:
+def _opened(path: Path) -> RoundJournal:
     until = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            return Journal(path)
+            return RoundJournal(path)
         except BusyError:
             if time.monotonic() > until:
                 raise

@@ -19,7 +19,7 @@ from sartor.core.errors import SartorError
 from sartor.core.filesystem import write_file_atomic
 from sartor.federate.flower.flower_grid import GridPost
 from sartor.federate.flower.flower_transport import FlowerTransport
-from sartor.federate.flower.round_driver import Lead, lead_rounds
+from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 
 # what this logger says, `flwr run --stream` shows
 LOG = logging.getLogger("flwr")
@@ -34,10 +34,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Go on from where the journal stands, to the last round that the YAML asks for."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    lead = Lead.open(Path(str(context.run_config["lead"])))
+    lead = RoundDriverOptions.open(Path(str(context.run_config["lead"])))
     transport = FlowerTransport(GridPost(grid))
     try:
-        for line in lead_rounds(lead, transport):
+        for line in drive_rounds(lead, transport):
             LOG.info("%s", line)
     except SartorError as error:
         # for the command that waits for the rounds: of a run that failed Flower tells it no more than that

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ConflictError, need
+from sartor.core.errors import ArtifactError, BudgetError, ConfigError, ConflictError, missing_package
 from sartor.core.filesystem import write_file_atomic
 
 SCHEMA, KIND = 1, "privacy-account"
@@ -35,7 +35,7 @@ SAMPLED_ORDERS = [*(ten / 10 for ten in range(20, 60)), *(two / 2 for two in ran
 
 
 @dataclass(frozen=True)
-class Budget:
+class PrivacyBudget:
     """What all releases together may tell of one client, or row."""
 
     epsilon: float = option(REQUIRED, "above 0; below 1 is strong, above 10 says little")
@@ -71,7 +71,7 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     try:
         import dp_accounting
     except ImportError:
-        raise need("dp-accounting", "federated") from None
+        raise missing_package("dp-accounting", "federated") from None
     times: Counter[tuple[float, float]] = Counter()
     for one in spent:
         times[one.noise_multiplier, one.fraction] += one.times
@@ -83,7 +83,7 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
-def calibrated(budget: Budget, times: int, fraction: float = 1.0, spent: Sequence[Spending] = ()) -> float:
+def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: Sequence[Spending] = ()) -> float:
     """The least noise multiplier, to a thousandth, with which so many releases stay within the budget after what was spent.
 
     Raises BudgetError where no noise is enough.
@@ -107,7 +107,7 @@ def calibrated(budget: Budget, times: int, fraction: float = 1.0, spent: Sequenc
     return high
 
 
-def most_times(budget: Budget, one: Spending, spent: Sequence[Spending] = ()) -> int:
+def most_times(budget: PrivacyBudget, one: Spending, spent: Sequence[Spending] = ()) -> int:
     """How many releases like this the budget holds after what was spent; 0 if none."""
 
     def fits(times: int) -> bool:
@@ -136,7 +136,7 @@ class Account:
     those whose data it is does not change later.
     """
 
-    def __init__(self, file: Path, budget: Budget) -> None:
+    def __init__(self, file: Path, budget: PrivacyBudget) -> None:
         self.file, self.budget = file, budget
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{file}.lock")
@@ -152,7 +152,7 @@ class Account:
             said = json.loads(self.file.read_text(encoding="utf-8"))
             if (said["schema"], said["kind"]) != (SCHEMA, KIND):
                 raise ValueError("another schema or kind")
-            budget, spent = Budget(**said["budget"]), [Spending(**one) for one in said["spent"]]
+            budget, spent = PrivacyBudget(**said["budget"]), [Spending(**one) for one in said["spent"]]
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise ArtifactError(f"{self.file} is no privacy account: {error!r}", "restore it from a copy") from None
         if budget != self.budget:
@@ -214,7 +214,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Worth:
+class NoiseUtility:
     """Of one round. noise_to_signal: norm of the mean's noise over the largest norm that the mean can have, C.
 
     clients_needed: with so many, and the same fraction of them sharing the noise, the two would be equal.
@@ -223,7 +223,7 @@ class Worth:
     clients: int
     values: int
     rounds: int
-    budget: Budget
+    budget: PrivacyBudget
     noise_multiplier: float
     noise_to_signal: float
     clients_needed: int
@@ -244,14 +244,14 @@ class Worth:
         )
 
 
-def worth(budget: Budget, rounds: int, clients: int, values: int, sharers: int | None = None) -> Worth:
+def noise_utility(budget: PrivacyBudget, rounds: int, clients: int, values: int, sharers: int | None = None) -> NoiseUtility:
     """What client-level noise would leave. sharers: as in ClientNoise; all clients by default.
 
     Raises BudgetError, ExtraError as `calibrated` does.
     """
     noise = calibrated(budget, rounds)
     ratio = noise * math.sqrt(values) * math.sqrt(clients / (sharers or clients)) / clients
-    return Worth(clients, values, rounds, budget, noise, ratio, math.ceil(ratio * clients))
+    return NoiseUtility(clients, values, rounds, budget, noise, ratio, math.ceil(ratio * clients))
 
 
 def _figure(value: float) -> str:

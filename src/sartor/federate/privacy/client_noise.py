@@ -147,7 +147,7 @@ class ClientNoise:
     def encoded(self, upload: Tensors, source: Source = os.urandom) -> dict[str, Integers]:
         """The update as integers in units of the ring, clipped and noised: what a client puts into the secure sum.
 
-        The ring takes them modulo its size. Weights are equal here (`round_manifest.Rules`). Raises InputError for values
+        The ring takes them modulo its size. Weights are equal here (`round_manifest.UpdateRules`). Raises InputError for values
         that are not finite.
         """
         length = norm(upload)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from sartor.core.config import REQUIRED, option
-from sartor.core.errors import ConfigError, ModelError, need
+from sartor.core.errors import ConfigError, ModelError, missing_package
 from sartor.federate.privacy.accountant import Spending
 from sartor.federate.privacy.client_noise import Source, gaussian
 
@@ -54,7 +54,7 @@ class RowNoise:
         return Spending(name, self.noise_multiplier, self.fraction(rows), updates)
 
 
-def drawn(rows: Sequence[T], how: RowNoise, source: Source = os.urandom) -> list[T]:
+def poisson_sample(rows: Sequence[T], how: RowNoise, source: Source = os.urandom) -> list[T]:
     """The rows of an update: each with the same chance, by itself. Their number varies, and may be 0."""
     chances = np.frombuffer(source(8 * len(rows)), np.uint64) / 2.0**64
     return [row for row, chance in zip(rows, chances, strict=True) if chance < how.fraction(len(rows))]
@@ -74,7 +74,7 @@ def private_updates(
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
     except ImportError:
-        raise need("opacus", "federated") from None
+        raise missing_package("opacus", "federated") from None
     learning = [part for part in model.parameters() if part.requires_grad]
     _check(model, learning, optimizer)
     modes = [(module, module.training) for module in model.modules()]

@@ -34,7 +34,7 @@ from sartor.core.artifacts import digests
 from sartor.core.errors import ArtifactError, ConfigError, GateError
 from sartor.core.filesystem import write_file_atomic
 from sartor.evaluate.audit.membership_inference import Membership
-from sartor.federate.privacy.accountant import Budget
+from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.models.lora_tensors import Array
 from sartor.release import gate
 from sartor.release.gate import FILE, KIND, SCHEMA
@@ -212,7 +212,7 @@ def judged(attack: str, named: Collection[int] | None, true: Collection[int]) ->
 class AttackReport:
     """claimed: the privacy that the adapter is said to have, None for none. skipped: attack -> why it was not made."""
 
-    claimed: Budget | None
+    claimed: PrivacyBudget | None
     membership: tuple[Membership, ...] = ()
     canaries: tuple[Exposure, ...] = ()
     inversions: tuple[Inversion, ...] = ()
@@ -222,7 +222,7 @@ class AttackReport:
     def check(self) -> None:
         """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
         claimed, audit = (asdict(one) if one else None for one in (self.claimed, self.audit))
-        if found := gate.fault(claimed, audit):
+        if found := gate.audit_refutes_claim(claimed, audit):
             raise GateError(*found)
 
     def sentences(self) -> Iterator[str]:
@@ -256,7 +256,7 @@ def open_report(folder: Path) -> AttackReport:
         if (said["schema"], said["kind"]) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
         report = AttackReport(
-            claimed=Budget(**said["claimed"]) if said["claimed"] else None,
+            claimed=PrivacyBudget(**said["claimed"]) if said["claimed"] else None,
             membership=tuple(Membership(**one) for one in said["membership"]),
             canaries=tuple(Exposure(**one) for one in said["canaries"]),
             inversions=tuple(Inversion(**one) for one in said["inversions"]),

@@ -17,19 +17,29 @@ import numpy as np
 from sartor.core import records
 from sartor.core.errors import RoundError
 from sartor.federate import updates as arrays
-from sartor.federate.rounds.round_journal import Journal, Kept, State
-from sartor.federate.rounds.round_manifest import Learnt, Manifest, Mode, Noise, Tasks, find, read
+from sartor.federate.rounds.round_journal import RoundJournal, State, StoredRound
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, Mode, Noise, Tasks, find_task, read_manifest
 from sartor.federate.secure import fixed_point, messages
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.messages import Boxes, Invite, Lists, Outcome, Payload, Peers, Shown, Signed, Unmask
-from sartor.federate.secure.secagg_client import ROOT_BYTES, Client
-from sartor.federate.secure.secagg_terms import Policy
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.messages import (
+    Invite,
+    Payload,
+    PeerKeys,
+    RoundOutcome,
+    SealedShares,
+    Shown,
+    Signed,
+    SurvivorLists,
+    Unmask,
+)
+from sartor.federate.secure.secagg_client import ROOT_BYTES, SecAggClient
+from sartor.federate.secure.secagg_terms import SecureSumPolicy
 from sartor.models.lora_tensors import Tensors
 
 Chance = Callable[[Manifest], np.random.Generator | None]
 
 
-class Agreement:
+class EnrolmentPolicy:
     """What one enrolled for: rounds of this mode, and no others."""
 
     def __init__(self, mode: Mode = "private") -> None:
@@ -47,14 +57,14 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Member:
+class Participant:
     """Who one is, whom one knows, and what one demands. coordinator: the name whose manifests are heard."""
 
     me: Identity
-    roster: Roster
+    roster: PinnedKeys
     coordinator: str = "coordinator"
-    policy: Policy = field(default_factory=Policy)
-    agreement: Agreement = field(default_factory=Agreement)
+    policy: SecureSumPolicy = field(default_factory=SecureSumPolicy)
+    agreement: EnrolmentPolicy = field(default_factory=EnrolmentPolicy)
 
 
 @dataclass
@@ -62,7 +72,7 @@ class _Session:
     """The open round, as the journal has it. answers: digest of a request -> what was answered."""
 
     manifest: Manifest
-    client: Client
+    client: SecAggClient
     answers: dict[str, bytes]
 
 
@@ -71,10 +81,10 @@ class _Update:
     """What was learnt, and for which round of a run."""
 
     number: int
-    learnt: Learnt
+    learnt: LocalUpdate
 
     def content(self) -> bytes:
-        packed, beside = arrays.pack(self.learnt.tensors), arrays.pack(self.learnt.beside)
+        packed, beside = arrays.pack_tensors(self.learnt.tensors), arrays.pack_tensors(self.learnt.beside)
         head = {"number": self.number, "examples": self.learnt.examples, "bytes": len(packed)}
         return records.canonical(head) + b"\n" + packed + beside
 
@@ -84,8 +94,8 @@ class _Update:
         said = json.loads(line)
         # one that an older version kept has nothing beside it
         size = said.get("bytes", len(packed))
-        beside = arrays.unpack(packed[size:]) if size < len(packed) else {}
-        return cls(said["number"], Learnt(arrays.unpack(packed[:size]), said["examples"], beside))
+        beside = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
+        return cls(said["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), said["examples"], beside))
 
 
 class RoundClient:
@@ -96,8 +106,8 @@ class RoundClient:
 
     def __init__(
         self,
-        member: Member,
-        journal: Journal,
+        member: Participant,
+        journal: RoundJournal,
         tasks: Tasks,
         noise: Noise | None = None,
         clock: Callable[[], float] = time.time,
@@ -112,8 +122,8 @@ class RoundClient:
 
         Raises RoundError, SignatureError or ArtifactError for what this client will not do, and whatever its task raises.
         """
-        signed = messages.read(request)
-        if isinstance(signed.body, Outcome):
+        signed = messages.read_message(request)
+        if isinstance(signed.body, RoundOutcome):
             self._ended(request, signed)
             return b""
         if isinstance(signed.body, Invite):
@@ -126,8 +136,8 @@ class RoundClient:
             raise
 
     def _invited(self, request: bytes, signed: Signed) -> bytes:
-        sender, invite = messages.opened(request, Invite, signed.round, self._member.roster)
-        manifest = read(invite.manifest, self._member.coordinator, self._member.roster)
+        sender, invite = messages.verify_message(request, Invite, signed.round, self._member.roster)
+        manifest = read_manifest(invite.manifest, self._member.coordinator, self._member.roster)
         if sender != self._member.coordinator or manifest.digest != signed.round:
             raise RoundError("the manifest is not that of the round that it comes with", "leave this coordinator", "manifest")
         if arrays.digest(invite.shared) != manifest.work.shared:
@@ -144,14 +154,14 @@ class RoundClient:
 
     def _shown(self, manifest: Manifest) -> bytes:
         """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
-        return messages.sealed(Shown(Payload(arrays.pack(self._outgoing(manifest)))), manifest.digest, self._member.me)
+        return messages.sealed(Shown(Payload(arrays.pack_tensors(self._outgoing(manifest)))), manifest.digest, self._member.me)
 
-    def _begun(self, manifest: Manifest, content: bytes) -> Kept:
+    def _begun(self, manifest: Manifest, content: bytes) -> StoredRound:
         """Check everything that a round demands and may not demand, then write it down."""
         member = self._member
         self._check_time(manifest)
         member.policy.check(manifest.terms, member.me.name, member.roster.keys)
-        find(self._tasks, manifest)
+        find_task(self._tasks, manifest)
         if manifest.rules.noise and self._noise is None:
             raise RoundError(
                 f"the round adds noise ({manifest.rules.noise:g} clips), and nothing here adds this client's part of it",
@@ -168,14 +178,14 @@ class RoundClient:
         member.agreement.check(manifest)
         for open_ in (one for one in before if one.state == "open"):
             self._give_up(open_)
-        kept = Kept(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
+        kept = StoredRound(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
         self._journal.begin(kept)
         return kept
 
-    def _give_up(self, kept: Kept) -> None:
+    def _give_up(self, kept: StoredRound) -> None:
         """A round whose end was never heard of: an update that may have been summed is not offered again."""
         member = self._member
-        is_shown = read(kept.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
+        is_shown = read_manifest(kept.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
         sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
         self._journal.end(kept.digest, "abandoned", {_place(kept.run): None} if sent else None)
         self._session = None
@@ -187,7 +197,7 @@ class RoundClient:
         # one that was made for this round is 0 rounds old
         if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update, manifest):
             return
-        learnt = find(self._tasks, manifest).update(manifest, arrays.unpack(shared))
+        learnt = find_task(self._tasks, manifest).update(manifest, arrays.unpack_tensors(shared))
         self._journal.keep(_place(manifest.run), _Update(manifest.number, learnt).content())
 
     def _stepped(self, request: bytes, signed: Signed) -> bytes:
@@ -210,12 +220,12 @@ class RoundClient:
         if session.manifest.rules.mode == "inspectable":
             raise RoundError("an inspectable round has no stages but the first", "leave this coordinator", "stage")
         match signed.body:
-            case Peers():
+            case PeerKeys():
                 return "shares", client.share(request)
-            case Boxes():
+            case SealedShares():
                 client.hold(request)
                 return "masked", client.mask(self._vector(session.manifest))
-            case Lists():
+            case SurvivorLists():
                 return "consent", client.consent(request)
             case Unmask():
                 return "reveal", client.reveal(request)
@@ -244,13 +254,13 @@ class RoundClient:
             tensors = self._noise(tensors, manifest)
         return manifest.rules.weight(update.learnt.examples, manifest.number - update.number), tensors
 
-    def _opened(self, kept: Kept) -> _Session:
+    def _opened(self, kept: StoredRound) -> _Session:
         """The session of an open round, rebuilt from the journal where it is not in memory."""
         if self._session and self._session.manifest.digest == kept.digest:
             return self._session
         member = self._member
-        manifest = read(kept.manifest, member.coordinator, member.roster)
-        client = Client(manifest.round, member.me, member.roster, kept.secret, member.policy)
+        manifest = read_manifest(kept.manifest, member.coordinator, member.roster)
+        client = SecAggClient(manifest.round, member.me, member.roster, kept.secret, member.policy)
         session = _Session(manifest, client, {})
         entries = self._journal.entries(kept.digest)
         for (_, request), (kind, answer) in zip(entries[::2], entries[1::2], strict=True):
@@ -260,7 +270,7 @@ class RoundClient:
         return session
 
     def _ended(self, request: bytes, signed: Signed) -> None:
-        sender, outcome = messages.opened(request, Outcome, signed.round, self._member.roster)
+        sender, outcome = messages.verify_message(request, RoundOutcome, signed.round, self._member.roster)
         kept = self._journal.find(signed.round)
         if sender != self._member.coordinator or outcome.state not in ("done", "abandoned"):
             raise RoundError(f"{sender} ends a round as {outcome.state!r:.40}", "look at it", "stage")
@@ -292,7 +302,7 @@ def _place(run: str) -> str:
     return f"update {run}"
 
 
-def _replay(client: Client, kind: str, request: bytes) -> None:
+def _replay(client: SecAggClient, kind: str, request: bytes) -> None:
     replays: Mapping[str, Callable[[bytes], object]] = {
         "shares": client.share,
         "masked": client.hold,

@@ -22,13 +22,13 @@ import numpy as np
 from sartor.core import records
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundError
 from sartor.federate import updates as arrays
-from sartor.federate.rounds.round_client import Member
-from sartor.federate.rounds.round_journal import Journal, Kept
-from sartor.federate.rounds.round_manifest import Beside, Manifest, Rules, Work, read, terms_for
+from sartor.federate.rounds.round_client import Participant
+from sartor.federate.rounds.round_journal import RoundJournal, StoredRound
+from sartor.federate.rounds.round_manifest import ClientWork, Manifest, SideTensor, UpdateRules, read_manifest, terms_for
 from sartor.federate.secure import fixed_point, messages
-from sartor.federate.secure.identities import Roster
-from sartor.federate.secure.messages import Invite, Lists, Outcome, Payload, Shown
-from sartor.federate.secure.secagg_server import Server
+from sartor.federate.secure.identities import PinnedKeys
+from sartor.federate.secure.messages import Invite, Payload, RoundOutcome, Shown, SurvivorLists
+from sartor.federate.secure.secagg_server import SecAggServer
 from sartor.federate.updates import Update
 from sartor.models.lora_tensors import Tensors, norm
 
@@ -36,7 +36,7 @@ from sartor.models.lora_tensors import Tensors, norm
 class Inspected:
     """The updates of one round."""
 
-    def __init__(self, manifest: Manifest, roster: Roster) -> None:
+    def __init__(self, manifest: Manifest, roster: PinnedKeys) -> None:
         self._manifest, self._roster = manifest, roster
         self.stage: Literal["updates", "done"] = "updates"
         self._updates: dict[str, Update] = {}
@@ -53,9 +53,9 @@ class Inspected:
         return tuple(name for name in self.expected if name not in self._updates) if self.stage == "updates" else ()
 
     @property
-    def lists(self) -> Lists:
+    def lists(self) -> SurvivorLists:
         """Who has shown its update."""
-        return Lists(tuple(sorted(self._updates)), ())
+        return SurvivorLists(tuple(sorted(self._updates)), ())
 
     def request(self, name: str) -> bytes:
         """Nothing but the invitation."""
@@ -64,7 +64,7 @@ class Inspected:
     def take(self, content: bytes) -> bool:
         """See Server. Raises ArtifactError too for what is no update of this round: of another shape, not finite, too long."""
         digest = self._manifest.digest
-        sender, shown = messages.opened(content, Shown, digest, self._roster)
+        sender, shown = messages.verify_message(content, Shown, digest, self._roster)
         known, identity = self._ids.get(sender), messages.digest(content)
         if known == identity or self.stage == "done":
             return False
@@ -72,7 +72,7 @@ class Inspected:
             raise ConflictError(f"{sender} showed another update before, which counts", "look at that client")
         if sender not in self.expected:
             raise RoundError(f"{sender} is not of the cohort", "look at who carries it", "cohort")
-        self._updates[sender], self._ids[sender] = self._checked(sender, arrays.unpack(shown.tensors)), identity
+        self._updates[sender], self._ids[sender] = self._checked(sender, arrays.unpack_tensors(shown.tensors)), identity
         return True
 
     def _checked(self, sender: str, found: dict[str, np.ndarray]) -> Update:
@@ -114,7 +114,7 @@ def added(shared: Tensors, mean: Tensors) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """What a round is to be; its number, tensors and terms follow from the run. trained: names that are changed; (): all.
 
     degree: of the graph, 0 joins everyone with everyone. stage_s, work_s: as a Manifest has them; length_s: the whole round.
@@ -122,7 +122,7 @@ class Plan:
 
     task: str
     cohort: tuple[str, ...]
-    rules: Rules = field(default_factory=Rules)
+    rules: UpdateRules = field(default_factory=UpdateRules)
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
     recipe: str = ""
@@ -135,7 +135,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Ended:
+class RoundResult:
     """How a round ended. active: who is in the sum; mean: of their updates, empty where it was abandoned for `reason`."""
 
     number: int
@@ -150,7 +150,7 @@ class _Open:
     """The open round. since: when its stage began, by this process's clock."""
 
     manifest: Manifest
-    server: Server | Inspected
+    server: SecAggServer | Inspected
     since: float
     invite: bytes
 
@@ -168,8 +168,8 @@ class Coordinator:
 
     def __init__(
         self,
-        member: Member,
-        journal: Journal,
+        member: Participant,
+        journal: RoundJournal,
         run: str,
         merge: Merge = added,
         clock: Callable[[], float] = time.time,
@@ -178,7 +178,7 @@ class Coordinator:
         self._member, self._journal, self.run, self._merge, self._clock = member, journal, run, merge, clock
         self._pool = pool
         self._open: _Open | None = None
-        self.last: Ended | None = None
+        self.last: RoundResult | None = None
         for kept in journal.rounds(run)[:1]:
             if kept.state == "open":
                 self._go_on(kept)
@@ -206,15 +206,15 @@ class Coordinator:
     @property
     def shared(self) -> dict[str, Any]:
         """The tensors of the run as they stand. Raises ConfigError before `start`."""
-        return arrays.unpack(self._packed())
+        return arrays.unpack_tensors(self._packed())
 
     def start(self, tensors: Tensors) -> None:
         """Set the tensors that the run starts from. Raises ConflictError where it has some."""
         if self._journal.kept(self._shared_place) is not None:
             raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
-        self._journal.keep(self._shared_place, arrays.pack(tensors))
+        self._journal.keep(self._shared_place, arrays.pack_tensors(tensors))
 
-    def begin(self, plan: Plan, beside: Iterable[Beside] = ()) -> Manifest:
+    def begin(self, plan: RoundPlan, beside: Iterable[SideTensor] = ()) -> Manifest:
         """Sign and open the next round; beside: what is to be summed besides the updates, which `merge` then gets as well.
 
         Raises ConflictError while one is open, RoundError for one that nobody would join.
@@ -224,7 +224,7 @@ class Coordinator:
         if plan.rules.mode == "inspectable" and self._pool is None:
             raise ConfigError("the plan is inspectable, and nothing here makes one of the updates", "give Coordinator its pool")
         packed = self._packed()
-        shared = arrays.unpack(packed)
+        shared = arrays.unpack_tensors(packed)
         unknown = sorted(set(plan.trained) - set(shared))
         if unknown or not plan.cohort:
             raise ConfigError(f"the plan trains {unknown[:1]} of a cohort of {len(plan.cohort)}", f"of {sorted(shared)[:3]}")
@@ -234,7 +234,7 @@ class Coordinator:
             self.run,
             before[0].number + 1 if before else 1,
             self._member.me.name,
-            Work(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
+            ClientWork(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
             terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, beside=beside),
             int(self._clock()) + plan.length_s,
             plan.rules,
@@ -242,7 +242,7 @@ class Coordinator:
             plan.work_s,
         )
         self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
-        kept = Kept(manifest.digest, self.run, manifest.number, manifest.signed(self._member.me), b"", "open")
+        kept = StoredRound(manifest.digest, self.run, manifest.number, manifest.signed(self._member.me), b"", "open")
         self._journal.begin(kept)
         self._go_on(kept)
         return manifest
@@ -264,7 +264,7 @@ class Coordinator:
 
         Raises ArtifactError, SignatureError, RoundError or ConflictError for what no honest client sends.
         """
-        signed = messages.read(answer)
+        signed = messages.read_message(answer)
         if not self._open or signed.round != self._open.digest:
             if self._journal.find(signed.round) is None:
                 raise RoundError(f"{signed.sender} answers a round that never was", "look at that client", "manifest")
@@ -294,7 +294,7 @@ class Coordinator:
                 self._finish()
                 return False
         except RoundError as error:
-            self._end(Ended(self._open.manifest.number, "abandoned", (), error.problem), self._packed())
+            self._end(RoundResult(self._open.manifest.number, "abandoned", (), error.problem), self._packed())
             return False
         self._write("close", stage.encode())
         self._open.since = self._clock()
@@ -320,13 +320,13 @@ class Coordinator:
             mean = self._pool(server.updates())
         else:
             mean = arrays.mean_of(fixed_point.decode(server.result().vector, manifest.terms.layout))
-        packed = arrays.pack(self._merge(self.shared, mean))
-        self._end(Ended(manifest.number, "done", server.lists.active, mean=mean), packed)
+        packed = arrays.pack_tensors(self._merge(self.shared, mean))
+        self._end(RoundResult(manifest.number, "done", server.lists.active, mean=mean), packed)
 
-    def _end(self, ended: Ended, packed: bytes) -> None:
+    def _end(self, ended: RoundResult, packed: bytes) -> None:
         assert self._open
         digest, cohort = self._open.digest, self._open.manifest.terms.cohort
-        said = Outcome(ended.state, ended.active, arrays.digest(packed), ended.reason)
+        said = RoundOutcome(ended.state, ended.active, arrays.digest(packed), ended.reason)
         outcome = records.canonical(cohort) + b"\n" + messages.sealed(said, digest, self._member.me)
         left = [("answer", line) for line in self.transcript(digest)]
         self._journal.end(digest, ended.state, {self._shared_place: packed, f"outcome {self.run}": outcome}, left)
@@ -342,12 +342,12 @@ class Coordinator:
                 self._go_on(kept)
             raise
 
-    def _go_on(self, kept: Kept) -> None:
+    def _go_on(self, kept: StoredRound) -> None:
         """The open round, from what the journal has of it; its stage has its whole time again."""
         member = self._member
-        manifest = read(kept.manifest, member.me.name, member.roster)
+        manifest = read_manifest(kept.manifest, member.me.name, member.roster)
         is_shown = manifest.rules.mode == "inspectable"
-        server = Inspected(manifest, member.roster) if is_shown else Server(manifest.round, member.me, member.roster)
+        server = Inspected(manifest, member.roster) if is_shown else SecAggServer(manifest.round, member.me, member.roster)
         for kind, content in self._journal.entries(kept.digest):
             if kind == "answer":
                 server.take(content)

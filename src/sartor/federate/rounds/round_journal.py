@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS kept (name TEXT PRIMARY KEY, content BLOB NOT NULL);
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredRound:
     """A round as it was written down. secret: a client's root, until the round ends."""
 
     digest: str
@@ -43,7 +43,7 @@ class Kept:
     state: State
 
 
-class Journal:
+class RoundJournal:
     """One party's journal. `path` None: in memory, for simulations.
 
     Raises ConfigError for a file that others may read, BusyError where another process has it, StoreError where it is none, and
@@ -66,7 +66,7 @@ class Journal:
                 self._base.close()
                 raise
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> RoundJournal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -76,20 +76,20 @@ class Journal:
         """Let go of the file."""
         self._base.close()
 
-    def begin(self, kept: Kept) -> None:
+    def begin(self, kept: StoredRound) -> None:
         """Write a round down, before anything is said in it."""
         with self._alone():
             self._base.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(kept).values()))
 
-    def find(self, digest: str) -> Kept | None:
+    def find(self, digest: str) -> StoredRound | None:
         """The round of that digest."""
         return next(self._rounds("digest = ?", digest), None)
 
-    def rounds(self, run: str) -> list[Kept]:
+    def rounds(self, run: str) -> list[StoredRound]:
         """The rounds of a run, the newest first."""
         return list(self._rounds("run = ?", run))
 
-    def latest(self) -> Kept | None:
+    def latest(self) -> StoredRound | None:
         """The round that was begun last, of whichever run."""
         return next(self._rounds("rowid = (SELECT MAX(rowid) FROM rounds)"), None)
 
@@ -154,13 +154,14 @@ class Journal:
         else:
             self._base.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, content))
 
-    def _rounds(self, where: str, *values: str) -> Iterator[Kept]:
+    def _rounds(self, where: str, *values: str) -> Iterator[StoredRound]:
         with self._explained():
             rows = self._base.execute(
                 f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", values
             ).fetchall()
         return (
-            Kept(digest, run, number, manifest, secret or b"", state) for digest, run, number, manifest, secret, state in rows
+            StoredRound(digest, run, number, manifest, secret or b"", state)
+            for digest, run, number, manifest, secret, state in rows
         )
 
     def _check_schema(self) -> None:

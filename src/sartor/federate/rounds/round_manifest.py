@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from sartor.core import records, signing
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError, RoundError, SignatureError
 from sartor.federate.secure.fixed_point import layout_for, scale_for
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.secagg_terms import Round, Slot, Terms, least_threshold
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.secagg_terms import Round, SecureSumTerms, TensorSlot, least_threshold
 from sartor.federate.updates import WEIGHT
 from sartor.models.lora_tensors import Tensors
 
@@ -39,7 +39,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Work:
+class ClientWork:
     """What clients compute. task: a type that they have installed; settings: JSON for it, never code.
 
     base, recipe: digests of what is tuned, and how; shared: of the packed tensors that the round starts from.
@@ -53,7 +53,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Rules:
+class UpdateRules:
     """clip: the norm that an update is scaled down to. noise: standard deviation of the sum's noise, in clips; 0: none.
 
     most_examples: more than these count as these; 1: every client counts the same, which noise demands. stale_rounds: how many
@@ -101,10 +101,10 @@ class Manifest:
     run: str
     number: int
     coordinator: str
-    work: Work
-    terms: Terms
+    work: ClientWork
+    terms: SecureSumTerms
     deadline: int
-    rules: Rules = field(default_factory=Rules)
+    rules: UpdateRules = field(default_factory=UpdateRules)
     stage_s: int = 60
     work_s: int = 0
 
@@ -133,7 +133,7 @@ class Manifest:
         return records.canonical({**json.loads(self.document()), "signature": signing.signature_of(self.document(), me.key)})
 
 
-def read(content: bytes, coordinator: str, roster: Roster) -> Manifest:
+def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manifest:
     """A manifest that this coordinator signed. Raises ArtifactError for what is none, SignatureError for another signer."""
     try:
         said = json.loads(content) if len(content) <= MOST_BYTES else None
@@ -142,7 +142,11 @@ def read(content: bytes, coordinator: str, roster: Roster) -> Manifest:
         signature = said.pop("signature")
         if (said.pop("schema"), said.pop("kind")) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
-        work, rules, terms = Work(**said.pop("work")), Rules(**said.pop("rules")), Terms.of(said.pop("terms"))
+        work, rules, terms = (
+            ClientWork(**said.pop("work")),
+            UpdateRules(**said.pop("rules")),
+            SecureSumTerms.of(said.pop("terms")),
+        )
         found = Manifest(work=work, rules=rules, terms=terms, **said)
         _check(found)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
@@ -152,7 +156,7 @@ def read(content: bytes, coordinator: str, roster: Roster) -> Manifest:
             f"the manifest is of {found.coordinator}; this client listens to {coordinator}",
             "ask the coordinator that you enrolled with",
         )
-    signing.check_said(found.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
+    signing.check_signature(found.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
     return found
 
 
@@ -160,14 +164,14 @@ def _check(found: Manifest) -> None:
     whole = (found.number, found.deadline, found.stage_s, found.work_s, found.rules.most_examples, found.rules.stale_rounds)
     if any(type(value) is not int for value in whole) or found.number < 1 or min(found.stage_s, found.work_s) < 0:
         raise TypeError("a number that is not whole, or below its range")
-    if not (is_name(found.run) and is_name(found.coordinator) and is_name(found.work.task)):
+    if not (is_valid_name(found.run) and is_valid_name(found.coordinator) and is_valid_name(found.work.task)):
         raise TypeError("a name of another form")
     if not isinstance(found.work.settings, dict) or not _DIGEST.fullmatch(found.work.shared):
         raise TypeError("settings or a digest of another form")
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideTensor:
     """Numbers that go along in the sum, and are no part of the update: not clipped with it, not added to what is shared.
 
     bound: the largest magnitude of one of them, before its weight.
@@ -181,13 +185,13 @@ class Beside:
 def terms_for(
     cohort: Iterable[str],
     tensors: Tensors,
-    rules: Rules,
+    rules: UpdateRules,
     *,
     degree: int = 0,
     threshold: int = 0,
     seed: str = "",
-    beside: Iterable[Beside] = (),
-) -> Terms:
+    beside: Iterable[SideTensor] = (),
+) -> SecureSumTerms:
     """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
 
     threshold: by default the smallest above 2/3; degree: of the graph, 0 joins everyone; seed: of the graph, by default drawn.
@@ -196,9 +200,9 @@ def terms_for(
     shapes = {**tensors, WEIGHT: _Number()}
     bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
     # last, so that what is rounded by chance is rounded alike with them and without
-    more = tuple(Slot(one.name, one.shape, scale_for(one.bound, len(names))) for one in beside)
+    more = tuple(TensorSlot(one.name, one.shape, scale_for(one.bound, len(names))) for one in beside)
     layout = layout_for(shapes, bounds, len(names))
-    return Terms(names, threshold or least_threshold(len(names)), layout + more, degree, seed or os.urandom(32).hex())
+    return SecureSumTerms(names, threshold or least_threshold(len(names)), layout + more, degree, seed or os.urandom(32).hex())
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ class _Number:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LocalUpdate:
     """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it.
 
     beside: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
@@ -218,10 +222,10 @@ class Learnt:
     beside: Tensors = field(default_factory=dict)
 
 
-class Task(Protocol):
+class ClientTask(Protocol):
     """A type of work."""
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """The change that this client's data makes to the shared tensors. Raises a SartorError for settings it lacks."""
         ...
 
@@ -229,10 +233,10 @@ class Task(Protocol):
 # Adds this client's part of the round's noise to an update that was clipped. What is promised must hold where as few as
 # terms.threshold clients stay in the sum, so a part is the whole divided among so many, not among the cohort.
 Noise = Callable[[Tensors, Manifest], Tensors]
-Tasks = Mapping[str, Task]
+Tasks = Mapping[str, ClientTask]
 
 
-def find(tasks: Tasks, manifest: Manifest) -> Task:
+def find_task(tasks: Tasks, manifest: Manifest) -> ClientTask:
     """The task that a manifest names. Raises RoundError where this client has none of that name."""
     task = tasks.get(manifest.work.task)
     if task is None:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from sartor.core.errors import InputError, RefusedError, SartorError
 from sartor.federate.rounds.round_client import RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Ended, Plan
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan, RoundResult
 
 # between two tries where a transport returns before its time
 _POLL_S = 0.05
@@ -32,7 +32,7 @@ class Transport(Protocol):
 
 
 @dataclass
-class Carried:
+class TransferStats:
     """Bytes and messages of a run, and the answers that did not count, by the kind of error."""
 
     sent_bytes: int = 0
@@ -40,9 +40,9 @@ class Carried:
     refused: Counter[str] = field(default_factory=Counter)
 
 
-def finish(coordinator: Coordinator, transport: Transport, carried: Carried | None = None) -> Ended | None:
+def finish(coordinator: Coordinator, transport: Transport, carried: TransferStats | None = None) -> RoundResult | None:
     """Bring the open round to its end, and tell the clients. None where no round is open; they are told of the last one."""
-    carried = carried or Carried()
+    carried = carried or TransferStats()
     while coordinator.is_open:
         requests, heard = coordinator.requests(), 0
         carried.sent_bytes += sum(map(len, requests.values()))
@@ -59,7 +59,9 @@ def finish(coordinator: Coordinator, transport: Transport, carried: Carried | No
     return coordinator.last
 
 
-def run_round(coordinator: Coordinator, transport: Transport, plan: Plan, carried: Carried | None = None) -> Ended:
+def run_round(
+    coordinator: Coordinator, transport: Transport, plan: RoundPlan, carried: TransferStats | None = None
+) -> RoundResult:
     """Begin a round by the plan, and bring it to its end."""
     coordinator.begin(plan)
     ended = finish(coordinator, transport, carried)
@@ -67,7 +69,7 @@ def run_round(coordinator: Coordinator, transport: Transport, plan: Plan, carrie
     return ended
 
 
-def _taken(coordinator: Coordinator, answer: bytes, carried: Carried) -> bool:
+def _taken(coordinator: Coordinator, answer: bytes, carried: TransferStats) -> bool:
     try:
         return coordinator.take(answer)
     except (InputError, RefusedError) as error:

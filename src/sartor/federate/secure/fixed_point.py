@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sartor.core.errors import BudgetError, ConfigError, RoundError
-from sartor.federate.secure.secagg_terms import MOST_SUM, Slot, Terms
+from sartor.federate.secure.secagg_terms import MOST_SUM, SecureSumTerms, TensorSlot
 
 Vector = npt.NDArray[np.uint32]
 Integers = npt.NDArray[np.int64]
@@ -31,15 +31,15 @@ def scale_for(bound: float, cohort_size: int) -> float:
     return bound / (MOST_SUM // cohort_size) * (1 + 1e-12)
 
 
-def layout_for(tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int) -> tuple[Slot, ...]:
+def layout_for(tensors: Mapping[str, Any], bound: float | Mapping[str, float], cohort_size: int) -> tuple[TensorSlot, ...]:
     """A layout for tensors of these names and shapes, in the order of names. `bound`: the largest magnitude, or one a name."""
     bounds = bound if isinstance(bound, Mapping) else dict.fromkeys(tensors, bound)
-    return tuple(Slot(name, tuple(tensors[name].shape), scale_for(bounds[name], cohort_size)) for name in sorted(tensors))
+    return tuple(TensorSlot(name, tuple(tensors[name].shape), scale_for(bounds[name], cohort_size)) for name in sorted(tensors))
 
 
 def quantise(
     tensors: Mapping[str, Any],
-    layout: Sequence[Slot],
+    layout: Sequence[TensorSlot],
     rounding: Rounding = "nearest",
     chance: np.random.Generator | None = None,
 ) -> Integers:
@@ -69,7 +69,7 @@ def quantise(
     return units
 
 
-def to_ring(units: Integers, terms: Terms) -> Vector:
+def to_ring(units: Integers, terms: SecureSumTerms) -> Vector:
     """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the cohort."""
     worst = int(np.abs(units).max(initial=0))
     if worst > terms.most:
@@ -84,13 +84,13 @@ def to_ring(units: Integers, terms: Terms) -> Vector:
 
 
 def encode(
-    tensors: Mapping[str, Any], terms: Terms, rounding: Rounding = "nearest", chance: np.random.Generator | None = None
+    tensors: Mapping[str, Any], terms: SecureSumTerms, rounding: Rounding = "nearest", chance: np.random.Generator | None = None
 ) -> Vector:
     """`quantise`, then `to_ring`."""
     return to_ring(quantise(tensors, terms.layout, rounding, chance), terms)
 
 
-def decode(vector: Vector, layout: Sequence[Slot]) -> dict[str, Floats]:
+def decode(vector: Vector, layout: Sequence[TensorSlot]) -> dict[str, Floats]:
     """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
     if vector.size != (size := sum(slot.size for slot in layout)):
         raise RoundError(f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest")
@@ -102,7 +102,7 @@ def decode(vector: Vector, layout: Sequence[Slot]) -> dict[str, Floats]:
     return found
 
 
-def _slot_at(layout: Sequence[Slot], place: int) -> Slot:
+def _slot_at(layout: Sequence[TensorSlot], place: int) -> TensorSlot:
     for slot in layout:
         if place < slot.size:
             return slot

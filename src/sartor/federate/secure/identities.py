@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from sartor.core import signing
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, SignatureError
 
 # what is signed here is never mistaken for another document that the same key signs
@@ -34,7 +34,7 @@ class Identity:
         """The key that `sartor keygen` made at `path`. Raises ConfigError as signing.open_private does."""
         return cls(name, signing.open_private(path))
 
-    def check_in(self, roster: Roster) -> None:
+    def check_in(self, roster: PinnedKeys) -> None:
         """Raise ConfigError unless the roster has this key under this name."""
         pinned = roster.keys.get(self.name)
         if pinned is None or signing.key_id(pinned) != signing.key_id(self.key.public_key()):
@@ -48,18 +48,18 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Roster:
+class PinnedKeys:
     """Name -> pinned key."""
 
     keys: Mapping[str, Ed25519PublicKey]
 
     @classmethod
-    def open(cls, folder: Path) -> Roster:
+    def open(cls, folder: Path) -> PinnedKeys:
         """The keys of a folder, without those that this machine holds for revoked."""
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
         revoked = signing.revoked_ids()
-        found = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_name(file.stem)}
+        found = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)}
         return cls({name: key for name, key in found.items() if signing.key_id(key) not in revoked})
 
     def check(self, name: str, document: bytes, signature: bytes) -> None:
@@ -81,7 +81,7 @@ def keygen(directory: Path | str, name: str) -> dict[str, str]:
     Returns name, key_id, private, and public: the file to hand over. Raises ConfigError for a name of another form, and where a
     key stands.
     """
-    if not is_name(name):
+    if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")
     made = signing.keygen(Path(directory))
     public = Path(directory) / f"{name}.pub"

@@ -109,7 +109,7 @@ SECRET_BYTES, SHARE_BYTES = 32, 33
 COEFFICIENT_BYTES = 48
 
 
-def split(secret: bytes, threshold: int, places: Iterable[int], randomness: bytes) -> dict[int, bytes]:
+def split_secret(secret: bytes, threshold: int, places: Iterable[int], randomness: bytes) -> dict[int, bytes]:
     """A share for each place (from 1). `randomness`: (threshold - 1) * 48 secret, uniform bytes, of no other use."""
     if len(secret) != SECRET_BYTES or len(randomness) != (threshold - 1) * COEFFICIENT_BYTES:
         raise ValueError("a secret has 32 bytes, and each coefficient 48 of randomness")
@@ -126,7 +126,7 @@ def _value(coefficients: list[int], constant: int, place: int) -> int:
     return (found + constant) % PRIME
 
 
-def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
+def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """The secret, from the `threshold` shares at the lowest places.
 
     Raises RoundError where there are fewer, or where what comes out is no secret: a share was false.

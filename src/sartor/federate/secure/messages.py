@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NewType, TypeVar, get_type_hints
 
 from sartor.core import records
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, RoundError
-from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.identities import Identity, PinnedKeys
 
 SCHEMA = 1
 # of the line: keys or signatures of a few thousand neighbours
@@ -37,7 +37,7 @@ class Invite:
 
 
 @dataclass(frozen=True)
-class Keys:
+class AdvertiseKeys:
     """Client: fresh X25519 public keys of this round, for sealing shares and for masks; 32 bytes each."""
 
     kind: ClassVar[str] = "keys"
@@ -46,7 +46,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Peers:
+class PeerKeys:
     """Coordinator: the signed Keys of the recipient's neighbours, as they sent them."""
 
     kind: ClassVar[str] = "peers"
@@ -63,7 +63,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Boxes:
+class SealedShares:
     """Coordinator: the sealed shares for the recipient, by sender."""
 
     kind: ClassVar[str] = "boxes"
@@ -79,7 +79,7 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class Lists:
+class SurvivorLists:
     """Coordinator: whose vectors are in the sum, and who shared secrets and vanished since; names in order."""
 
     kind: ClassVar[str] = "lists"
@@ -127,7 +127,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundOutcome:
     """Coordinator: how the round ended, `done` or `abandoned`; who is in the sum, the digest of the new tensors."""
 
     kind: ClassVar[str] = "outcome"
@@ -137,11 +137,52 @@ class Outcome:
     reason: str
 
 
-Body = Invite | Keys | Peers | Shares | Boxes | Masked | Lists | Consent | Unmask | Reveal | Shown | Outcome
+Body = (
+    Invite
+    | AdvertiseKeys
+    | PeerKeys
+    | Shares
+    | SealedShares
+    | Masked
+    | SurvivorLists
+    | Consent
+    | Unmask
+    | Reveal
+    | Shown
+    | RoundOutcome
+)
 BODIES: dict[str, type[Body]] = {
-    body.kind: body for body in (Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Shown, Outcome)
+    body.kind: body
+    for body in (
+        Invite,
+        AdvertiseKeys,
+        PeerKeys,
+        Shares,
+        SealedShares,
+        Masked,
+        SurvivorLists,
+        Consent,
+        Unmask,
+        Reveal,
+        Shown,
+        RoundOutcome,
+    )
 }
-Any_Body = TypeVar("Any_Body", Invite, Keys, Peers, Shares, Boxes, Masked, Lists, Consent, Unmask, Reveal, Shown, Outcome)
+Any_Body = TypeVar(
+    "Any_Body",
+    Invite,
+    AdvertiseKeys,
+    PeerKeys,
+    Shares,
+    SealedShares,
+    Masked,
+    SurvivorLists,
+    Consent,
+    Unmask,
+    Reveal,
+    Shown,
+    RoundOutcome,
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +195,7 @@ class Signed:
     document: bytes
     signature: bytes
 
-    def check(self, roster: Roster) -> None:
+    def check(self, roster: PinnedKeys) -> None:
         """Raise SignatureError unless the sender's pinned key signed it."""
         roster.check(self.sender, self.document, self.signature)
 
@@ -175,7 +216,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read(content: bytes) -> Signed:
+def read_message(content: bytes) -> Signed:
     """A message from its bytes. Raises ArtifactError for what is none, or is written in another way than `sealed` writes."""
     line, _, payload = content.partition(b"\n")
     try:
@@ -186,7 +227,7 @@ def read(content: bytes) -> Signed:
             raise ValueError(f"schema {said.get('schema')!r:.20}, kind {said.get('kind')!r:.20}")
         signature, sender, round_digest = _bytes(said["signature"]), said["sender"], said["round"]
         body = _body(BODIES[said["kind"]], said, payload)
-        if not is_name(sender) or not isinstance(round_digest, str):
+        if not is_valid_name(sender) or not isinstance(round_digest, str):
             raise TypeError("a sender or a round of another form")
         head = _head(body, round_digest, sender)
         if _written(head, signature, _payload(body)) != content:
@@ -196,12 +237,12 @@ def read(content: bytes) -> Signed:
     return Signed(round_digest, sender, body, records.canonical(head), signature)
 
 
-def opened(content: bytes, kind: type[Any_Body], round_digest: str, roster: Roster) -> tuple[str, Any_Body]:
+def verify_message(content: bytes, kind: type[Any_Body], round_digest: str, roster: PinnedKeys) -> tuple[str, Any_Body]:
     """(sender, body) of a message of this kind and round whose signature holds.
 
     Raises ArtifactError, SignatureError, and RoundError where it is another round's or another kind.
     """
-    signed = read(content)
+    signed = read_message(content)
     if signed.round != round_digest:
         raise RoundError(
             f"a message of {signed.sender} is of another round ({signed.round[:16]}) than this ({round_digest[:16]}): "

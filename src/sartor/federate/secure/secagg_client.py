@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from sartor.core.errors import RoundError
 from sartor.federate.secure import masking_crypto, messages
 from sartor.federate.secure.fixed_point import Vector
-from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.secure.masking_crypto import COEFFICIENT_BYTES, SHARE_BYTES
 from sartor.federate.secure.messages import (
+    AdvertiseKeys,
     Any_Body,
-    Boxes,
     Consent,
-    Keys,
-    Lists,
     Masked,
     Payload,
-    Peers,
+    PeerKeys,
     Reveal,
+    SealedShares,
     Shares,
+    SurvivorLists,
     Unmask,
 )
-from sartor.federate.secure.secagg_terms import Policy, Round
+from sartor.federate.secure.secagg_terms import Round, SecureSumPolicy
 
 ROOT_BYTES = 32
 _CHEAT = "leave this coordinator, and tell the others"
@@ -46,21 +46,23 @@ def own_mask_key(seed: bytes, round_digest: str, name: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldShares:
     """The shares that a client holds of another's secrets."""
 
     seed: bytes
     key: bytes
 
 
-class Client:
+class SecAggClient:
     """One client in one round. `root`: 32 secret random bytes, of this round alone; kept where a kill does not lose them.
 
     Raises RoundError, before anything is said, where the terms break the policy.
     """
 
-    def __init__(self, round_: Round, me: Identity, roster: Roster, root: bytes, policy: Policy | None = None) -> None:
-        (policy or Policy()).check(round_.terms, me.name, roster.keys)
+    def __init__(
+        self, round_: Round, me: Identity, roster: PinnedKeys, root: bytes, policy: SecureSumPolicy | None = None
+    ) -> None:
+        (policy or SecureSumPolicy()).check(round_.terms, me.name, roster.keys)
         self.round, self.name = round_, me.name
         self._me, self._roster = me, roster
         digest = round_.digest
@@ -73,23 +75,23 @@ class Client:
         self._randomness = randomness[:length], randomness[length:]
         self._neighbours = round_.terms.graph.neighbours(me.name)
         self._asked: dict[str, str] = {}
-        self._peers: dict[str, Keys] = {}
+        self._peers: dict[str, AdvertiseKeys] = {}
         self._agreements: dict[str, bytes] = {}
-        self._own = Held(b"", b"")
-        self._held: dict[str, Held] = {}
-        self._lists: Lists | None = None
+        self._own = HeldShares(b"", b"")
+        self._held: dict[str, HeldShares] = {}
+        self._lists: SurvivorLists | None = None
 
     def keys(self) -> bytes:
         """The first answer: this client's keys of the round."""
         channel, mask = (key.public_key().public_bytes_raw() for key in (self._channel, self._mask))
-        return self._sealed(Keys(channel, mask))
+        return self._sealed(AdvertiseKeys(channel, mask))
 
     def share(self, request: bytes) -> bytes:
         """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or strangers."""
-        peers = self._opened(request, Peers)
-        found: dict[str, Keys] = {}
+        peers = self._opened(request, PeerKeys)
+        found: dict[str, AdvertiseKeys] = {}
         for content in peers.keys:
-            sender, keys = messages.opened(content, Keys, self.round.digest, self._roster)
+            sender, keys = messages.verify_message(content, AdvertiseKeys, self.round.digest, self._roster)
             if sender not in self._neighbours or sender in found:
                 raise RoundError(f"{sender} is given as a neighbour, and is none or is given twice", _CHEAT, "keys")
             found[sender] = keys
@@ -98,10 +100,10 @@ class Client:
         self._peers = found
         terms, digest = self.round.terms, self.round.digest
         places = [terms.places[holder] for holder in (self.name, *sorted(found))]
-        seeds = masking_crypto.split(self._seed, terms.share_threshold, places, self._randomness[0])
-        keys_ = masking_crypto.split(self._mask_secret, terms.share_threshold, places, self._randomness[1])
+        seeds = masking_crypto.split_secret(self._seed, terms.share_threshold, places, self._randomness[0])
+        keys_ = masking_crypto.split_secret(self._mask_secret, terms.share_threshold, places, self._randomness[1])
         mine = terms.places[self.name]
-        self._own = Held(seeds[mine], keys_[mine])
+        self._own = HeldShares(seeds[mine], keys_[mine])
         boxes = {
             holder: masking_crypto.seal(
                 seeds[terms.places[holder]] + keys_[terms.places[holder]], self._agreed(holder), digest, self.name, holder
@@ -112,7 +114,7 @@ class Client:
 
     def hold(self, request: bytes) -> None:
         """Take the shares that are for this client. Raises SignatureError for a changed box, RoundError if too few came."""
-        boxes = self._opened(request, Boxes).boxes
+        boxes = self._opened(request, SealedShares).boxes
         if strangers := sorted(set(boxes) - set(self._peers)):
             raise RoundError(f"{strangers[0]} sends shares, and is no neighbour that sent its keys", _CHEAT, "keys")
         self._check_count(len(boxes) + 1, "have shared their secrets")
@@ -121,7 +123,7 @@ class Client:
             plain = masking_crypto.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
             if len(plain) != 2 * SHARE_BYTES:
                 raise RoundError(f"the shares of {sender} have {len(plain)} bytes", "leave that client out", "shares")
-            held[sender] = Held(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
+            held[sender] = HeldShares(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
         self._note("hold", request)
         self._held = {self.name: self._own, **held}
 
@@ -150,7 +152,7 @@ class Client:
 
     def consent(self, request: bytes) -> bytes:
         """Lists -> Consent. Raises RoundError for lists that no honest coordinator makes, and for second ones."""
-        lists = self._opened(request, Lists)
+        lists = self._opened(request, SurvivorLists)
         if "mask" not in self._asked:
             raise RoundError("lists came before this client sent its vector", _CHEAT, "stage")
         self._check_lists(lists)
@@ -165,7 +167,7 @@ class Client:
             raise RoundError("shares are asked for by lists that this client did not consent to", _CHEAT, "unmask")
         consenting = set()
         for content in unmask.consents:
-            sender, consent = messages.opened(content, Consent, self.round.digest, self._roster)
+            sender, consent = messages.verify_message(content, Consent, self.round.digest, self._roster)
             if consent.lists != unmask.lists:
                 raise RoundError(f"{sender} consented to other lists: it was told something else", _CHEAT, "lists")
             consenting.add(sender)
@@ -175,7 +177,7 @@ class Client:
         keys = {name: held.key for name, held in self._held.items() if name in self._lists.dropped}
         return self._sealed(Reveal(seeds, keys))
 
-    def _check_lists(self, lists: Lists) -> None:
+    def _check_lists(self, lists: SurvivorLists) -> None:
         terms, active, dropped = self.round.terms, set(lists.active), set(lists.dropped)
         if both := sorted(active & dropped):
             raise RoundError(f"{both[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists")
@@ -209,7 +211,7 @@ class Client:
         return self._agreements[peer]
 
     def _opened(self, request: bytes, kind: type[Any_Body]) -> Any_Body:
-        sender, body = messages.opened(request, kind, self.round.digest, self._roster)
+        sender, body = messages.verify_message(request, kind, self.round.digest, self._roster)
         if sender != self.round.coordinator:
             raise RoundError(f"{sender} asks for what only {self.round.coordinator} may", _CHEAT, "stage")
         return body
@@ -225,7 +227,7 @@ class Client:
                 f"{stage!r} was asked for before, by another request", _CHEAT, "unmask" if stage == "reveal" else "replayed"
             )
 
-    def _sealed(self, body: Keys | Shares | Masked | Consent | Reveal) -> bytes:
+    def _sealed(self, body: AdvertiseKeys | Shares | Masked | Consent | Reveal) -> bytes:
         return messages.sealed(body, self.round.digest, self._me)
 
 

@@ -21,8 +21,19 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sartor.core.errors import ConflictError, RoundError
 from sartor.federate.secure import masking_crypto, messages
 from sartor.federate.secure.fixed_point import Vector
-from sartor.federate.secure.identities import Identity, Roster
-from sartor.federate.secure.messages import Body, Boxes, Consent, Keys, Lists, Masked, Peers, Reveal, Shares, Unmask
+from sartor.federate.secure.identities import Identity, PinnedKeys
+from sartor.federate.secure.messages import (
+    AdvertiseKeys,
+    Body,
+    Consent,
+    Masked,
+    PeerKeys,
+    Reveal,
+    SealedShares,
+    Shares,
+    SurvivorLists,
+    Unmask,
+)
 from sartor.federate.secure.secagg_client import commitment, own_mask_key
 from sartor.federate.secure.secagg_terms import Round
 
@@ -42,7 +53,7 @@ class Sum:
 class _Gathered:
     """What came, by stage and sender. Of a masked vector the id alone: it is in the total."""
 
-    keys: dict[str, Keys] = field(default_factory=dict)
+    keys: dict[str, AdvertiseKeys] = field(default_factory=dict)
     shares: dict[str, Shares] = field(default_factory=dict)
     consents: dict[str, bytes] = field(default_factory=dict)
     reveals: dict[str, Reveal] = field(default_factory=dict)
@@ -50,15 +61,15 @@ class _Gathered:
     ids: dict[Stage, dict[str, str]] = field(default_factory=lambda: {stage: {} for stage in STAGES})
 
 
-class Server:
+class SecAggServer:
     """One sum. The stage `keys` is open from the beginning: its request is the manifest."""
 
-    def __init__(self, round_: Round, me: Identity, roster: Roster) -> None:
+    def __init__(self, round_: Round, me: Identity, roster: PinnedKeys) -> None:
         self.round, self._me, self._roster = round_, me, roster
         self.stage: Stage = "keys"
         self._total = np.zeros(round_.terms.size, np.uint32)
         self._got = _Gathered()
-        self._lists = Lists((), ())
+        self._lists = SurvivorLists((), ())
 
     @property
     def expected(self) -> tuple[str, ...]:
@@ -72,7 +83,7 @@ class Server:
         return tuple(name for name in self.expected if name not in self._got.ids[self.stage])
 
     @property
-    def lists(self) -> Lists:
+    def lists(self) -> SurvivorLists:
         """Who is in the sum and who vanished, once the stage `masked` is closed."""
         return self._lists
 
@@ -85,10 +96,10 @@ class Server:
         neighbours = self.round.terms.graph.neighbours(name)
         match self.stage:
             case "shares":
-                return Peers(tuple(self._got.signed_keys[peer] for peer in sorted(neighbours & set(self._got.keys))))
+                return PeerKeys(tuple(self._got.signed_keys[peer] for peer in sorted(neighbours & set(self._got.keys))))
             case "masked":
                 found = {peer: sent.boxes for peer, sent in self._got.shares.items() if peer in neighbours}
-                return Boxes({peer: boxes[name] for peer, boxes in sorted(found.items()) if name in boxes})
+                return SealedShares({peer: boxes[name] for peer, boxes in sorted(found.items()) if name in boxes})
             case "consent":
                 return self._lists
             case "reveal":
@@ -102,7 +113,7 @@ class Server:
 
         Raises ArtifactError, SignatureError, and RoundError for one that is due from nobody; ConflictError for a second one.
         """
-        signed = messages.read(content)
+        signed = messages.read_message(content)
         stage = _STAGE_OF.get(type(signed.body))
         if signed.round != self.round.digest or stage is None:
             raise RoundError(
@@ -126,7 +137,7 @@ class Server:
 
     def _keep(self, sender: str, body: Body, content: bytes) -> None:
         match body:
-            case Keys():
+            case AdvertiseKeys():
                 self._got.keys[sender], self._got.signed_keys[sender] = body, content
             case Shares():
                 self._got.shares[sender] = body
@@ -162,7 +173,7 @@ class Server:
             )
         if self.stage == "masked":
             active = self._got.ids["masked"]
-            self._lists = Lists(tuple(sorted(active)), tuple(sorted(set(self._got.shares) - set(active))))
+            self._lists = SurvivorLists(tuple(sorted(active)), tuple(sorted(set(self._got.shares) - set(active))))
         if self.stage == "reveal":
             self._unmask()
         self.stage = STAGES[STAGES.index(self.stage) + 1]
@@ -216,7 +227,7 @@ class Server:
                 "begin a new round when more clients are there",
                 "threshold",
             )
-        return masking_crypto.combine(found, terms.share_threshold)
+        return masking_crypto.combine_shares(found, terms.share_threshold)
 
 
 def _false_share(name: str) -> RoundError:
@@ -228,7 +239,7 @@ def _false_share(name: str) -> RoundError:
 
 
 _STAGE_OF: dict[type[Body], Stage] = {
-    Keys: "keys",
+    AdvertiseKeys: "keys",
     Shares: "shares",
     Masked: "masked",
     Consent: "consent",

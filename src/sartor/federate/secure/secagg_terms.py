@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import ArtifactError, ConfigError, RoundError
 
 
@@ -83,7 +83,7 @@ def least_threshold(cohort_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """Where a tensor stands in the vector. `scale`: the value of one unit of the ring; every client's is the same."""
 
     name: str
@@ -97,7 +97,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Terms:
+class SecureSumTerms:
     """cohort: names in order. threshold: how many must stay to the end. degree, seed: of the graph, 0: everyone with everyone.
 
     Raises ConfigError for what can be no sum.
@@ -105,12 +105,12 @@ class Terms:
 
     cohort: tuple[str, ...]
     threshold: int
-    layout: tuple[Slot, ...]
+    layout: tuple[TensorSlot, ...]
     degree: int = 0
     seed: str = "0" * 64
 
     def __post_init__(self) -> None:
-        if not all(map(is_name, self.cohort)) or list(self.cohort) != sorted(set(self.cohort)):
+        if not all(map(is_valid_name, self.cohort)) or list(self.cohort) != sorted(set(self.cohort)):
             raise ConfigError("the cohort is not a list of different names in order", "sorted(set(names))")
         if not 1 <= self.threshold <= len(self.cohort):
             raise ConfigError(
@@ -163,11 +163,11 @@ class Terms:
         return {"cohort": self.cohort, "threshold": self.threshold, "layout": layout, "degree": self.degree, "seed": self.seed}
 
     @classmethod
-    def of(cls, said: Any) -> Terms:
+    def of(cls, said: Any) -> SecureSumTerms:
         """What a manifest says. Raises ArtifactError for what is of another form."""
         try:
             layout = tuple(
-                Slot(str(one["name"]), tuple(map(_whole, one["shape"])), _number(one["scale"])) for one in said["layout"]
+                TensorSlot(str(one["name"]), tuple(map(_whole, one["shape"])), _number(one["scale"])) for one in said["layout"]
             )
             found = cls(tuple(said["cohort"]), _whole(said["threshold"]), layout, _whole(said["degree"]), str(said["seed"]))
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
@@ -188,7 +188,7 @@ def _number(value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class Policy:
+class SecureSumPolicy:
     """What a client demands, whatever the coordinator signs. `least_degree`: of a graph in which not everyone is joined.
 
     The least cohort is 3: of two, each subtracts its own vector from the sum and has the other's.
@@ -197,7 +197,7 @@ class Policy:
     least_cohort: int = 3
     least_degree: int = 64
 
-    def check(self, terms: Terms, name: str, pinned: Iterable[str]) -> None:
+    def check(self, terms: SecureSumTerms, name: str, pinned: Iterable[str]) -> None:
         """Raise RoundError for a sum that this client, called `name`, will not take part in. `pinned`: whose keys it has."""
         count = len(terms.cohort)
         if count < self.least_cohort:
@@ -234,7 +234,7 @@ class Round:
     """One sum. `digest`: of the signed manifest, which every key, mask and signature is bound to. coordinator: its name."""
 
     digest: str
-    terms: Terms
+    terms: SecureSumTerms
     coordinator: str
 
     def __post_init__(self) -> None:

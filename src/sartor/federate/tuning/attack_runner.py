@@ -38,30 +38,30 @@ from sartor.evaluate.audit import membership_inference
 from sartor.evaluate.audit.membership_inference import Membership
 from sartor.federate.aggregation import Mode
 from sartor.federate.privacy import privacy_attacks
-from sartor.federate.privacy.accountant import Budget
+from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.privacy.privacy_attacks import AttackReport, Audit, Exposure, Inversion, exposure
 from sartor.federate.recipe import MODES
-from sartor.federate.rounds.round_manifest import Learnt, Manifest
-from sartor.federate.tuning.lora_task import LoraTask, Losses, RowGuard
-from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, Setting
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest
+from sartor.federate.tuning.lora_task import LoraTask, Losses, RowPrivacy
+from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, SimulationSetup
 from sartor.models import packing
-from sartor.models.lora_tensors import A, Array, B, Tensors, flat, modules, plus, unflat
-from sartor.models.losses.loss_backend import Wish
-from sartor.models.packing import Encoded
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.models.lora_tensors import A, Array, B, Tensors, add_changes, flat, modules, unflat
+from sartor.models.losses.loss_backend import LossOptions
+from sartor.models.packing import TokenizedExample
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 LEAST, MOST = 64, 16_384
 
 
-def canaries_for(claim: Budget, values: int) -> int:
+def canaries_for(claim: PrivacyBudget, values: int) -> int:
     """As many as can show a tenth more than the claim if every guess is right, where an update has room for them."""
     wanted = 2 * math.ceil(-math.log(1 - privacy_attacks.CONFIDENCE) * math.exp(min(1.1 * claim.epsilon, 20.0)))
     return max(10, min(max(LEAST, wanted), MOST, values))
 
 
 @dataclass(frozen=True)
-class Canaries:
+class GradientCanaries:
     """count canaries over an update's values (P,): `signs` (P,), each value's canary `owner` (P,), and the coins `is_in`."""
 
     owner: NDArray[np.int64]
@@ -69,7 +69,7 @@ class Canaries:
     is_in: NDArray[np.bool_]
 
     @classmethod
-    def drawn(cls, count: int, values: int, seed: int) -> Canaries:
+    def drawn(cls, count: int, values: int, seed: int) -> GradientCanaries:
         """From a seed."""
         source = np.random.default_rng([seed, 1])
         owner = source.permutation(np.arange(values, dtype=np.int64) % count)
@@ -87,7 +87,7 @@ class Canaries:
         along = np.bincount(self.owner, flat(moved) * self.signs, len(self.is_in))
         return np.asarray(along / np.sqrt(np.bincount(self.owner, minlength=len(self.is_in))))
 
-    def audited(self, moved: Tensors, claim: Budget) -> Audit:
+    def audited(self, moved: Tensors, claim: PrivacyBudget) -> Audit:
         """What guessing the coins shows."""
         return privacy_attacks.one_run(self.scores(moved).tolist(), self.is_in.tolist(), claim.delta)
 
@@ -97,16 +97,16 @@ class CanaryTask:
     """A client of the audit: it trains nothing. canaries: which are its own."""
 
     mode: Mode
-    drawn: Canaries
+    drawn: GradientCanaries
     canaries: Sequence[int]
     losses: dict[int, Losses] = field(default_factory=dict)
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """See Task: the same in each round that sends the tensors of the first one, and nothing in another."""
         like = self.mode.sent(shared, manifest.number)
         if set(like) != set(self.mode.sent(shared, 1)):
-            return Learnt({name: np.zeros_like(value) for name, value in like.items()}, 1)
-        return Learnt(self.drawn.sent(self.canaries, like, manifest.rules.clip), 1)
+            return LocalUpdate({name: np.zeros_like(value) for name, value in like.items()}, 1)
+        return LocalUpdate(self.drawn.sent(self.canaries, like, manifest.rules.clip), 1)
 
 
 # tokens that are looked at together
@@ -114,11 +114,11 @@ _AT_ONCE = 4_096
 
 
 @torch.no_grad()
-def row_losses(resident: Resident, shared: Tensors, rows: Sequence[Encoded]) -> list[float]:
+def row_losses(resident: SharedBase, shared: Tensors, rows: Sequence[TokenizedExample]) -> list[float]:
     """Mean nats per supervised token of each row under an adapter, in the rows' order."""
     resident.put(shared)
     resident.model.eval()
-    path, found = resident.path(resident.model, rows, Wish()), list[float]()
+    path, found = resident.path(resident.model, rows, LossOptions()), list[float]()
     asked = resident.recipe.compute.micro_batch_tokens
     for micro in packing.micro_batches(rows, asked if isinstance(asked, int) else 1, share=False) if rows else []:
         losses, _ = path.losses(micro)
@@ -127,11 +127,11 @@ def row_losses(resident: Resident, shared: Tensors, rows: Sequence[Encoded]) -> 
     return found
 
 
-def gradient(resident: Resident, shared: Tensors, row: Encoded, name: str) -> Array:
+def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name: str) -> Array:
     """The gradient of one row's loss in the factor `name`, which a client that steps along gradients would send."""
     resident.put(shared)
     resident.hold(lambda other: other == name)
-    path = resident.path(resident.model, [row], Wish())
+    path = resident.path(resident.model, [row], LossOptions())
     losses, _ = path.losses([row])
     losses.mean().backward()  # type: ignore[no-untyped-call]
     factor = resident.factors[name]
@@ -144,7 +144,7 @@ class _Read(Exception):
     """The module's input was read; the rest of the pass is not wanted."""
 
 
-def inputs_of(resident: Resident, module: str) -> NDArray[np.float32]:
+def inputs_of(resident: SharedBase, module: str) -> NDArray[np.float32]:
     """(V, in): what a module reads where each token of the vocabulary stands alone. Nothing behind it is computed.
 
     module: as PEFT's files name it, without the factor.
@@ -188,25 +188,25 @@ _NOBODYS = "its clients' rows are not here"
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackTarget:
     """What is attacked. shared: the tuned adapter; rows: by client, empty where they are not here; most_rows: that are looked
     at on either side, and trained on by each client where canaries are planted. clients: how many took part.
     """
 
-    setting: Setting
+    setting: SimulationSetup
     shared: Tensors
-    rows: Mapping[str, Rows]
-    held_out: Sequence[Encoded]
+    rows: Mapping[str, TokenizedDataset]
+    held_out: Sequence[TokenizedExample]
     most_rows: int
 
     @property
-    def members(self) -> list[Encoded]:
+    def members(self) -> list[TokenizedExample]:
         """Some of the rows that were trained on, each once, drawn by the seed."""
         every = list({row.example_id: row for rows in self.rows.values() for row in rows.train}.values())
         return random.Random(self.setting.recipe.seed).sample(every, min(self.most_rows, len(every)))
 
 
-def attacked(target: Target, notice: Notice = lambda line: None) -> AttackReport:
+def attacked(target: AttackTarget, notice: Notice = lambda line: None) -> AttackReport:
     """Make every attack that can be made here; of the others the report says why not. `most_rows` 0 makes none.
 
     Journals of its rounds stand in the setting's folder while it goes, and are removed. Raises what rounds raise.
@@ -229,7 +229,7 @@ def attacked(target: Target, notice: Notice = lambda line: None) -> AttackReport
     return report
 
 
-def _unwanted(target: Target) -> str:
+def _unwanted(target: AttackTarget) -> str:
     """Why no attack is made; empty where all are."""
     if not target.most_rows:
         return "data.attack_rows is 0: nobody asked for it"
@@ -238,14 +238,14 @@ def _unwanted(target: Target) -> str:
     return ""
 
 
-def _task(target: Target, rows: Rows, folder: str) -> LoraTask:
+def _task(target: AttackTarget, rows: TokenizedDataset, folder: str) -> LoraTask:
     """A client's work as it was done, on these rows: with noise where their privacy is claimed, under a budget of its own."""
     asked, setting = target.setting.recipe.privacy, target.setting
-    guard = RowGuard.open(asked, setting.folder / folder) if asked and asked.level == "example" else None
+    guard = RowPrivacy.open(asked, setting.folder / folder) if asked and asked.level == "example" else None
     return LoraTask(setting.resident, rows, guard=guard)
 
 
-def _membership(target: Target, skipped: dict[str, str]) -> tuple[Membership, ...]:
+def _membership(target: AttackTarget, skipped: dict[str, str]) -> tuple[Membership, ...]:
     members, others = target.members, list(target.held_out[: target.most_rows])
     if min(len(members), len(others)) < 2:
         few = f"{len(members)} members and {len(others)} held-out rows are too few"
@@ -256,13 +256,13 @@ def _membership(target: Target, skipped: dict[str, str]) -> tuple[Membership, ..
     return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
-def _exposures(target: Target) -> tuple[Exposure, ...]:
+def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     """Of canaries in rounds like those that were, on bounded rows of the same clients."""
     setting, chat = target.setting, target.setting.resident.base.chat
     source = random.Random(f"canaries {setting.recipe.seed}")
     names = sorted(setting.tasks)
 
-    def row(place: int) -> Encoded:
+    def row(place: int) -> TokenizedExample:
         said = f"What is the code of canary {place}?", "".join(source.choices("0123456789", k=_SECRET))
         turns = Message.of("user", said[0]), Message.of("assistant", said[1])
         return replace(chat.encode(Example(turns, (Origin("canary", str(place)),))), example_id=f"canary-{place}")
@@ -272,7 +272,7 @@ def _exposures(target: Target) -> tuple[Exposure, ...]:
     for place, canary in enumerate(planted):
         own.setdefault(names[place % len(names)], []).extend([canary] * COPIES[place])
     # a client of whom nothing is here has something to learn all the same
-    tasks = {name: _task(target, Rows(own.get(name) or [row(0)]), f"planted/{name}") for name in names}
+    tasks = {name: _task(target, TokenizedDataset(own.get(name) or [row(0)]), f"planted/{name}") for name in names}
     rounds = min(MOST_ROUNDS, setting.recipe.rounds)
     shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "canaries"), rounds)
     shutil.rmtree(setting.folder / "planted", ignore_errors=True)
@@ -287,7 +287,7 @@ def _exposures(target: Target) -> tuple[Exposure, ...]:
     return tuple(found)
 
 
-def _times(target: Target, rows: Sequence[Encoded], rounds: int, place: int) -> int:
+def _times(target: AttackTarget, rows: Sequence[TokenizedExample], rounds: int, place: int) -> int:
     """How often a canary was trained on, about."""
     local, optimizer = target.setting.recipe.local, target.setting.recipe.optimizer
     tokens = sum(len(row.ids) for row in rows)
@@ -295,7 +295,7 @@ def _times(target: Target, rows: Sequence[Encoded], rounds: int, place: int) -> 
     return max(1, round(passes * rounds * COPIES[place]))
 
 
-def _inversions(target: Target, skipped: dict[str, str]) -> tuple[Inversion, ...]:
+def _inversions(target: AttackTarget, skipped: dict[str, str]) -> tuple[Inversion, ...]:
     setting = target.setting
     readers = ("v_proj", "k_proj", "q_proj")
     first = [name for part in readers for name in modules(setting.start) if ".layers.0." in name and name.endswith(part)]
@@ -321,7 +321,7 @@ def _inversions(target: Target, skipped: dict[str, str]) -> tuple[Inversion, ...
     )
 
 
-def _audit(target: Target, skipped: dict[str, str]) -> Audit | None:
+def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
     setting, asked = target.setting, target.setting.recipe.privacy
     if asked is None:
         skipped["audit"] = "no privacy is claimed that it could be held against"
@@ -331,14 +331,14 @@ def _audit(target: Target, skipped: dict[str, str]) -> Audit | None:
         return _audit_of_rows(target, claim, skipped)
     mode, names = MODES[setting.recipe.mode], sorted(setting.tasks)
     values = sum(value.size for value in mode.sent(setting.start, 1).values())
-    drawn = Canaries.drawn(canaries_for(claim, values), values, setting.recipe.seed)
+    drawn = GradientCanaries.drawn(canaries_for(claim, values), values, setting.recipe.seed)
     tasks = {name: CanaryTask(mode, drawn, range(place, len(drawn.is_in), len(names))) for place, name in enumerate(names)}
     shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "audit"), setting.recipe.rounds)
-    moved = plus(shared, setting.start, -1.0)
+    moved = add_changes(shared, setting.start, -1.0)
     return drawn.audited({name: moved[name] for name in mode.sent(setting.start, 1)}, claim)
 
 
-def _audit_of_rows(target: Target, claim: Budget, skipped: dict[str, str]) -> Audit | None:
+def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str, str]) -> Audit | None:
     """Of the shipped adapter itself: as many members as held-out rows, guessed by how much of their loss the tuning took.
 
     Which rows are held out was drawn by group, not by a coin for each row: coins are what the bound is proved for.
@@ -354,12 +354,12 @@ def _audit_of_rows(target: Target, claim: Budget, skipped: dict[str, str]) -> Au
     return privacy_attacks.one_run(scores, [True] * count + [False] * count, claim.delta)
 
 
-def rounds_of(setting: Setting) -> Rounds:
+def rounds_of(setting: SimulationSetup) -> Rounds:
     """The rounds of an attack: under the same rules, and of no account, since nothing of them is shown but to the attack."""
     return InspectedRounds(setting, setting.recipe.robust) if setting.recipe.robust else SecureRounds(setting, None)
 
 
-def _through(setting: Setting, count: int) -> Tensors:
+def _through(setting: SimulationSetup, count: int) -> Tensors:
     """The shared adapter after so many rounds of these tasks; always from the start, whatever a kill left."""
     folder: Path = setting.folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -27,18 +27,18 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import BudgetError, ConfigError
 from sartor.core.filesystem import file_digest, write_file_atomic
 from sartor.core.model_refs import BaseRef
-from sartor.edge.owner.private_tuning import room_in_memory, write_job
-from sartor.edge.store.release_store import Store
-from sartor.edge.tuning.budgeted_tuning import Budget, Receipt, tune_within
-from sartor.edge.tuning.memory_plan import Planner, Rung
-from sartor.edge.tuning.tuning_job import Job, Share
-from sartor.federate.recipe import MODES, Settings
-from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.edge.owner.private_tuning import memory_folder, write_job
+from sartor.edge.store.release_store import ReleaseStore
+from sartor.edge.tuning.budgeted_tuning import DeviceBudget, Receipt, tune_within_budget
+from sartor.edge.tuning.memory_plan import MemorySetting, Planner
+from sartor.edge.tuning.tuning_job import Share, TuningJob
+from sartor.federate.recipe import MODES, RoundSettings
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest
 from sartor.federate.tuning.lora_task import Losses, change, local_recipe, settings_of
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import sampler
 from sartor.tune.recipe import Recipe
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # of the time that a round is forecast to take so much more is wanted: a device does other things too
 SPARE_TIME = 0.25
@@ -48,7 +48,7 @@ _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceFile:
     """A device file of `sartor federate simulate --clients DEVICE.yaml...`; paths are relative to where it is run."""
 
     data: str = option(REQUIRED, "the Dataset of its own rows")
@@ -60,9 +60,9 @@ class Device:
     store_bytes: int = option(0, "that the store may take; 0: no limit")
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> DeviceBudget:
         """Of one round's work."""
-        return Budget(self.memory_bytes, self.wall_s, disk_bytes=self.disk_bytes)
+        return DeviceBudget(self.memory_bytes, self.wall_s, disk_bytes=self.disk_bytes)
 
     @property
     def work(self) -> Path:
@@ -70,14 +70,14 @@ class Device:
         return Path(f"{self.store}.rounds").absolute()
 
 
-def devices_of(clients: Sequence[Path | str]) -> dict[str, Device]:
+def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
     """Dataset -> device, where clients are device files; nothing where they are Datasets. Raises ConfigError for both."""
     files = [Path(one) for one in clients if Path(one).suffix in (".yaml", ".yml")]
     if files and len(files) < len(clients):
         raise ConfigError(
             f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
         )
-    found = [config.load_any(Device, file) for file in files]
+    found = [config.load_any(DeviceFile, file) for file in files]
     for what, said in (("Dataset", [one.data for one in found]), ("store", [one.store for one in found])):
         if len(set(said)) < len(said):
             raise ConfigError(f"two devices have one {what}", f"a {what} for each")
@@ -87,27 +87,27 @@ def devices_of(clients: Sequence[Path | str]) -> dict[str, Device]:
 class WholePlanner(Planner):
     """Plans none but the ways that learn all that is asked for."""
 
-    def rungs(self, barred: Collection[str] = ()) -> Iterator[Rung]:
+    def rungs(self, barred: Collection[str] = ()) -> Iterator[MemorySetting]:
         """See Planner."""
         return (rung for rung in super().rungs(barred) if rung.name in _WHOLE)
 
 
 @dataclass
 class EdgeTask:
-    """See `round_manifest.Task`. recipe, digest, ref: as `Resident` has them; rows: this device's.
+    """See `round_manifest.ClientTask`. recipe, digest, ref: as `Resident` has them; rows: this device's.
 
     receipts: round -> what the device signed of its work.
     """
 
-    device: Device
+    device: DeviceFile
     recipe: Recipe
     digest: str
     ref: BaseRef
-    rows: Rows
+    rows: TokenizedDataset
     losses: dict[int, Losses] = field(default_factory=dict)
     receipts: dict[int, Receipt] = field(default_factory=dict)
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """As `LoraTask.update`. Raises BudgetError, before anything is trained, where the round does not fit the device."""
         settings = settings_of(manifest, self.ref.digest, self.digest)
         mode, number, work = MODES[settings.mode], manifest.number, self.device.work
@@ -115,8 +115,8 @@ class EdgeTask:
         out = work / f"round-{number}-{manifest.work.shared[:12]}"
         self._sweep(out)
         learning = [half for half in "AB" if any(mode.trains(name, number) for name in shared if f"lora_{half}." in name)]
-        with room_in_memory(work) as room:
-            job = Job(
+        with memory_folder(work) as room:
+            job = TuningJob(
                 base=str(base),
                 name=self.ref.name,
                 digest=self.ref.digest,
@@ -132,12 +132,12 @@ class EdgeTask:
             receipt = self._tuned(job)
         said = json.loads((out / "run.json").read_text(encoding="utf-8"))
         self.receipts[number], self.losses[number] = receipt, (said["loss"]["first"], said["loss"]["last"])
-        return Learnt(change(mode, shared, load_file(str(out / ADAPTER)), number), len(self.rows.train))
+        return LocalUpdate(change(mode, shared, load_file(str(out / ADAPTER)), number), len(self.rows.train))
 
     def _stored(self, manifest: Manifest, shared: Tensors) -> tuple[Path, Path]:
         """(the base, the shared adapter): as they stand in the store, put there where they do not yet."""
         name = manifest.run
-        with Store(Path(self.device.store), limit_bytes=self.device.store_bytes) as store:
+        with ReleaseStore(Path(self.device.store), limit_bytes=self.device.store_bytes) as store:
             files = {file.name: file for file in sorted(self.ref.path.iterdir()) if file.is_file()}
             base = put(store, f"{name}.base", self.ref.digest, files)
             version = f"round-{manifest.number}-{manifest.work.shared[:12]}"
@@ -150,9 +150,9 @@ class EdgeTask:
             if folder != out:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _tuned(self, job: Job) -> Receipt:
+    def _tuned(self, job: TuningJob) -> Receipt:
         try:
-            receipt = tune_within(job, self.device.budget, key=Path(self.device.key), planner=WholePlanner(job))
+            receipt = tune_within_budget(job, self.device.budget, key=Path(self.device.key), planner=WholePlanner(job))
         except BudgetError as error:
             raise BudgetError(f"this device declines the round: {error.problem}", error.remedy) from None
         if receipt.outcome != "done":
@@ -161,7 +161,7 @@ class EdgeTask:
         write_file_atomic(self._pace_file, json.dumps(_pace(receipt, Path(job.out))).encode())
         return receipt
 
-    def _check_time(self, job: Job, settings: Settings, room: Path) -> None:
+    def _check_time(self, job: TuningJob, settings: RoundSettings, room: Path) -> None:
         """Raise BudgetError where the round would take longer than the device has, as far as its pace is known.
 
         A pace that is not known yet is measured by one update, which goes nowhere.
@@ -186,16 +186,16 @@ class EdgeTask:
     def _pace_file(self) -> Path:
         return self.device.work / "pace.json"
 
-    def _tokens(self, settings: Settings) -> int:
+    def _tokens(self, settings: RoundSettings) -> int:
         """Tokens of one round's work, about: a part's rows differ a little from the next one's."""
         if settings.local.updates is None:
             return self.rows.tokens * (settings.local.epochs or 1)
         lengths = [len(row.ids) for row in self.rows.train]
-        read = sampler.updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
+        read = sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
         return sum(lengths[row] for _ in range(settings.local.updates) for row in next(read))
 
 
-def put(store: Store, name: str, version: str, files: Mapping[str, Path | bytes]) -> Path:
+def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path | bytes]) -> Path:
     """Make these files the current version of a name; nothing is written where they are. Returns their folder."""
     current = store.current(name)
     if current and current.version == version:

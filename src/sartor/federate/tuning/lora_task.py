@@ -26,28 +26,28 @@ from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, RoundError
 from sartor.core.filesystem import PrivateFileSystem
 from sartor.federate.aggregation import Mode
-from sartor.federate.privacy.accountant import Account, Budget, Spending, calibrated
-from sartor.federate.privacy.dp_sgd import RowNoise, drawn, private_updates
-from sartor.federate.recipe import MODES, Local, Privacy, Settings
-from sartor.federate.rounds.round_manifest import Learnt, Manifest
+from sartor.federate.privacy.accountant import Account, PrivacyBudget, Spending, calibrated
+from sartor.federate.privacy.dp_sgd import RowNoise, poisson_sample, private_updates
+from sartor.federate.recipe import MODES, LocalTraining, Privacy, RoundSettings
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest
 from sartor.federate.secure import masking_crypto
 from sartor.federate.tuning import round_schedule
 from sartor.models import quantization
-from sartor.models.lora_tensors import Array, Tensors, plus
-from sartor.models.packing import Encoded, pack
+from sartor.models.lora_tensors import Array, Tensors, add_changes
+from sartor.models.packing import TokenizedExample, pack
 from sartor.tune import optimizers
-from sartor.tune.recipe import Budget as recipe_Budget
 from sartor.tune.recipe import Recipe
-from sartor.tune.sampler import Part
-from sartor.tune.shared_base import Resident, train
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.recipe import StopCriteria as recipe_Budget
+from sartor.tune.sampler import SchedulePart
+from sartor.tune.shared_base import SharedBase, train
+from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.training_loop import learning_rate
 
 SECRET, ACCOUNT = "noise.secret", "account.json"
 
 
 @dataclass(frozen=True)
-class RowGuard:
+class RowPrivacy:
     """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its own."""
 
     asked: Privacy
@@ -55,7 +55,7 @@ class RowGuard:
     secret: bytes
 
     @classmethod
-    def open(cls, asked: Privacy, folder: Path) -> RowGuard:
+    def open(cls, asked: Privacy, folder: Path) -> RowPrivacy:
         """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
         account = Account(folder / ACCOUNT, asked.budget)
         if not (folder / SECRET).exists():
@@ -65,7 +65,7 @@ class RowGuard:
             raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")
         return cls(asked, account, secret)
 
-    def noise(self, settings: Settings, rows: int) -> RowNoise:
+    def noise(self, settings: RoundSettings, rows: int) -> RowNoise:
         """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the budget."""
         asked, batch = self.asked, min(self.asked.batch_rows, rows)
         multiplier = asked.noise_multiplier
@@ -74,13 +74,13 @@ class RowGuard:
             multiplier = _calibrated(asked.budget, times, batch / rows)
         return RowNoise(asked.max_grad_norm, multiplier, batch)
 
-    def spending(self, manifest: Manifest, settings: Settings, rows: int) -> Spending:
+    def spending(self, manifest: Manifest, settings: RoundSettings, rows: int) -> Spending:
         """What a round costs. Another manifest of one number is another release, and costs again."""
         how = self.noise(settings, rows)
         name = f"{manifest.run} round {manifest.number} {manifest.digest[:16]}"
         return how.spending(name, rows, updates_of(settings.local, rows, how.batch_rows))
 
-    def train(self, resident: Resident, rows: Rows, settings: Settings, manifest: Manifest) -> None:
+    def train(self, resident: SharedBase, rows: TokenizedDataset, settings: RoundSettings, manifest: Manifest) -> None:
         """A round's training of what of the resident may learn. Its rate goes its course over all rounds.
 
         Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without opacus.
@@ -92,7 +92,7 @@ class RowGuard:
         learning = [one for one in resident.factors.values() if one.requires_grad]
         optimizer = optimizers.make(learning, resident.recipe.optimizer, resident.device)
 
-        def losses(chosen: Sequence[Encoded]) -> torch.Tensor:
+        def losses(chosen: Sequence[TokenizedExample]) -> torch.Tensor:
             return row_means(resident.model, chosen, resident.device)
 
         with private_updates(resident.model, optimizer, losses, how, source=source) as update:
@@ -100,15 +100,15 @@ class RowGuard:
                 fraction = (manifest.number - 1 + place / spending.times) / settings.rounds
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(resident, settings, min(1.0, fraction))
-                update(drawn(rows.train, how, source))
+                update(poisson_sample(rows.train, how, source))
 
 
-def updates_of(local: Local, rows: int, batch_rows: int) -> int:
+def updates_of(local: LocalTraining, rows: int, batch_rows: int) -> int:
     """Updates of a client in a round: an epoch is as many as draw each row once on average."""
     return local.updates or max(1, math.ceil((local.epochs or 1) * rows / batch_rows))
 
 
-def row_means(model: Any, rows: Sequence[Encoded], device: torch.device) -> torch.Tensor:
+def row_means(model: Any, rows: Sequence[TokenizedExample], device: torch.device) -> torch.Tensor:
     """(B,) nats per supervised token of each row, times its weight; a row of the batch is a row, padded at its end.
 
     Nothing of a causal model sees what comes after it, so the padding changes no loss.
@@ -124,17 +124,17 @@ def row_means(model: Any, rows: Sequence[Encoded], device: torch.device) -> torc
     return torch.stack(means)
 
 
-def _rate(resident: Resident, settings: Settings, fraction: float) -> float:
+def _rate(resident: SharedBase, settings: RoundSettings, fraction: float) -> float:
     optimizer = resident.recipe.optimizer
     return learning_rate(optimizer, fraction) * settings.learning_rate / optimizer.learning_rate
 
 
 @functools.cache
-def _calibrated(budget: Budget, times: int, fraction: float) -> float:
+def _calibrated(budget: PrivacyBudget, times: int, fraction: float) -> float:
     return calibrated(budget, times, fraction)
 
 
-def _check(resident: Resident) -> None:
+def _check(resident: SharedBase) -> None:
     """Raise ConfigError for a base whose single gradients cannot be had."""
     if bits := quantization.bits_of(resident.model):
         problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
@@ -150,19 +150,19 @@ Losses = tuple[float | None, float | None]
 
 @dataclass
 class LoraTask:
-    """See `round_manifest.Task`. rows: this client's; losses: round -> (loss of the first update, of the last).
+    """See `round_manifest.ClientTask`. rows: this client's; losses: round -> (loss of the first update, of the last).
 
     rank: of the shared ranks this client trains the first so many, and holds the others still; None: it trains all.
     guard: makes its updates private of its rows.
     """
 
-    resident: Resident
-    rows: Rows
+    resident: SharedBase
+    rows: TokenizedDataset
     rank: int | None = None
-    guard: RowGuard | None = None
+    guard: RowPrivacy | None = None
     losses: dict[int, Losses] = field(default_factory=dict)
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """The change of what the round's mode trains, by PEFT's names; of factors too it is the change that is sent.
 
         Raises RoundError for another base, recipe or settings than this client has, ModelError for a loss that explodes.
@@ -176,10 +176,12 @@ class LoraTask:
         else:
             self._train(settings, number)
         learnt = change(mode, shared, resident.taken(), number)
-        return Learnt(learnt, len(self.rows.train), round_schedule.responses(manifest, shared, learnt, resident.recipe.seed))
+        return LocalUpdate(
+            learnt, len(self.rows.train), round_schedule.responses(manifest, shared, learnt, resident.recipe.seed)
+        )
 
-    def _train(self, settings: Settings, number: int) -> None:
-        recipe, part = local_recipe(self.resident.recipe, settings), Part(number - 1, settings.rounds)
+    def _train(self, settings: RoundSettings, number: int) -> None:
+        recipe, part = local_recipe(self.resident.recipe, settings), SchedulePart(number - 1, settings.rounds)
         try:
             run = train(self.resident, self.rows, recipe, part)
         except ModelError as error:
@@ -188,7 +190,7 @@ class LoraTask:
         self.losses[number] = run.losses["first"], run.losses["last"]
 
 
-def local_recipe(recipe: Recipe, settings: Settings) -> Recipe:
+def local_recipe(recipe: Recipe, settings: RoundSettings) -> Recipe:
     """A client's recipe with what a round decides."""
     local, optimizer = settings.local, replace(recipe.optimizer, learning_rate=settings.learning_rate)
     budget = recipe_Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)
@@ -202,10 +204,10 @@ def change(mode: Mode, shared: Tensors, trained: Tensors, number: int) -> dict[s
     """
     upload = mode.upload(shared, trained, number)
     is_whole = len(upload) == len(shared)
-    return plus(upload, {name: shared[name] for name in upload}, -1.0) if is_whole else dict(upload)
+    return add_changes(upload, {name: shared[name] for name in upload}, -1.0) if is_whole else dict(upload)
 
 
-def settings_of(manifest: Manifest, base: str, recipe: str) -> Settings:
+def settings_of(manifest: Manifest, base: str, recipe: str) -> RoundSettings:
     """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for settings
     that it lacks.
     """
@@ -217,6 +219,6 @@ def settings_of(manifest: Manifest, base: str, recipe: str) -> Settings:
                 "manifest",
             )
     try:
-        return config.load(Settings, dict(manifest.work.settings))
+        return config.load(RoundSettings, dict(manifest.work.settings))
     except ConfigError as error:
         raise RoundError(f"the settings of the task {NAME}: {error.problem}", error.remedy, "task") from None

@@ -27,18 +27,18 @@ from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.records import Example
 from sartor.core.splits import group_of
 from sartor.evaluate import predictions
-from sartor.evaluate.predictions import HeldOut, refusal
-from sartor.federate.recipe import FederateRecipe, Local, Personal
+from sartor.evaluate.predictions import HeldOut, ask_refusal
+from sartor.federate.recipe import FederateRecipe, LocalTraining, PersonalRanks
 from sartor.federate.tuning.simulated_clients import Clients
-from sartor.models.lora_tensors import Tensors, nothing
+from sartor.models.lora_tensors import Tensors, zero_adapter
 from sartor.personalization import benefit_report
 from sartor.personalization.benefit_report import SHORT_TOKENS, Own
-from sartor.personalization.stacked_adapter import Losses, Stack
+from sartor.personalization.stacked_adapter import Losses, StackedAdapter
 from sartor.tune import resume, sampler
-from sartor.tune.checkpoint import Found, full_disk
-from sartor.tune.recipe import Budget
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.checkpoint import CheckpointState, full_disk
+from sartor.tune.recipe import StopCriteria
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
 def examples_of(people: Clients) -> dict[str, Example]:
@@ -57,7 +57,7 @@ def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own
     asked: list[Example] = []
     left_out: Counter[str] = Counter()
     for one in found:
-        reason = "no_reply" if one.is_document else refusal(base, one, folder, limit)[0]
+        reason = "no_reply" if one.is_document else ask_refusal(base, one, folder, limit)[0]
         if reason:
             left_out[reason] += 1
         else:
@@ -82,7 +82,7 @@ def check_free(out: Path, *, is_meant: bool) -> None:
 
 
 def personalise(
-    people: Clients, shared: Artifact, recipe: FederateRecipe, asked: Personal, *, again: bool, notice: Notice
+    people: Clients, shared: Artifact, recipe: FederateRecipe, asked: PersonalRanks, *, again: bool, notice: Notice
 ) -> dict[str, Any]:
     """An Adapter for each client beside the shared one, and the report on them.
 
@@ -92,7 +92,7 @@ def personalise(
     folder = folder_of(shared.path)
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk(f"{folder} could not be written"), writer_lock(folder / REPORT):
-        desk = Desk.open(people, shared, recipe, asked)
+        desk = PersonalTuning.open(people, shared, recipe, asked)
         made = {}
         for name in people.rows:
             made[name] = desk.written(name, folder / name, again=again)
@@ -103,34 +103,34 @@ def personalise(
 
 
 @dataclass(frozen=True)
-class Desk:
+class PersonalTuning:
     """What the clients' own tunings have in common. adapter: the shared one."""
 
     people: Clients
     adapter: Artifact
     recipe: FederateRecipe
-    asked: Personal
-    stack: Stack
+    asked: PersonalRanks
+    stack: StackedAdapter
 
     @classmethod
-    def open(cls, people: Clients, adapter: Artifact, recipe: FederateRecipe, asked: Personal) -> Desk:
+    def open(cls, people: Clients, adapter: Artifact, recipe: FederateRecipe, asked: PersonalRanks) -> PersonalTuning:
         """Give the people's base room for both."""
-        stack = Stack.open(people.resident, load_file(adapter.path / WEIGHTS), asked.rank)
+        stack = StackedAdapter.open(people.resident, load_file(adapter.path / WEIGHTS), asked.rank)
         return cls(people, adapter, recipe, asked, stack)
 
     @property
-    def resident(self) -> Resident:
+    def resident(self) -> SharedBase:
         """The base."""
         return self.people.resident
 
     def written(self, name: str, out: Path, *, again: bool) -> Artifact:
         """A client's Adapter: the one that stands there, or a new one."""
         now = self._fingerprint(name)
-        if not again and (standing := resume.finished(out, Found(), now)):
+        if not again and (standing := resume.finished(out, CheckpointState(), now)):
             return standing
         began = time.monotonic()
         updates = updates_of(self.people.rows[name], self.asked, self.recipe)
-        budget, rows = Budget(updates=updates), self.people.rows[name]
+        budget, rows = StopCriteria(updates=updates), self.people.rows[name]
         tuned, losses = self.stack.tuned(rows, self.stack.start, self.stack.own, budget, self._rate)
         facts = self._facts(name, updates, losses) | {
             "recipe": now["recipe"],
@@ -146,10 +146,10 @@ class Desk:
         catalogue.register(adapter)
         return adapter
 
-    def alone(self, rows: Rows, updates: int) -> Tensors:
+    def alone(self, rows: TokenizedDataset, updates: int) -> Tensors:
         """What these rows make without anybody else's adapter: both factors, at the rate of the rounds."""
         ranks, rate = slice(self.recipe.method.rank + self.asked.rank), self.recipe.optimizer.learning_rate
-        return self.stack.tuned(rows, self.stack.fresh, ranks, Budget(updates=updates), rate)[0]
+        return self.stack.tuned(rows, self.stack.fresh, ranks, StopCriteria(updates=updates), rate)[0]
 
     def all_updates(self, name: str) -> int:
         """Of a client, in the rounds and after them."""
@@ -177,22 +177,22 @@ class Desk:
         return self.stack.facts(parents, self.people.sources, run, losses)
 
 
-def updates_of(rows: Rows, local: Local, recipe: FederateRecipe) -> int:
+def updates_of(rows: TokenizedDataset, local: LocalTraining, recipe: FederateRecipe) -> int:
     """How many updates of the optimiser a piece of local work takes on these rows."""
     if local.updates is not None:
         return local.updates
     lengths, position = [len(row.ids) for row in rows.train], sampler.START
-    for count, chosen in enumerate(sampler.updates(lengths, recipe.optimizer.batch_tokens, recipe.seed), 1):
+    for count, chosen in enumerate(sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed), 1):
         position = position.after(len(chosen), len(lengths))
         if position.epoch >= (local.epochs or 1):
             return count
     raise AssertionError("updates are endless")
 
 
-def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
+def _judged(desk: PersonalTuning, made: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
     """The report: every client's adapters, each on that client's held-out rows."""
     examples = examples_of(desk.people)
-    everyone = Rows(train=[row for rows in desk.people.rows.values() for row in rows.train])
+    everyone = TokenizedDataset(train=[row for rows in desk.people.rows.values() for row in rows.train])
     central = None
     if desk.asked.compare:
         notice("tuning all clients' rows as one, to compare with")
@@ -203,19 +203,19 @@ def _judged(desk: Desk, made: Mapping[str, Artifact], notice: Notice) -> dict[st
         sides = {
             what: benefit_report.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)
         }
-        judged[name] = benefit_report.Judged(own, sides, len(desk.people.rows[name].train))
+        judged[name] = benefit_report.ClientBenefit(own, sides, len(desk.people.rows[name].train))
         notice(f"{name}: {judged[name]}")
     mine = {row.example_id for rows in desk.people.rows.values() for row in rows.held_out}
     return {**benefit_report.report(judged), "not_dealt": sum(row.example_id not in mine for row in desk.people.held_out)}
 
 
 def _adapters(
-    desk: Desk, name: str, adapter: Artifact, central: Tensors | None, own: benefit_report.Own
+    desk: PersonalTuning, name: str, adapter: Artifact, central: Tensors | None, own: benefit_report.Own
 ) -> Iterator[tuple[str, Tensors]]:
     """(what, the tensors) of all that a client is judged with. One without held-out rows is judged with none."""
     if not own.encoded:
         return
-    yield "base", nothing(desk.stack.fresh)
+    yield "base", zero_adapter(desk.stack.fresh)
     yield "shared", desk.stack.unchanged
     if central is not None:
         yield "local_only", desk.alone(desk.people.rows[name], desk.all_updates(name))

@@ -21,16 +21,16 @@ from sartor.core import records
 from sartor.core.config import REQUIRED, option
 from sartor.federate import aggregation
 from sartor.federate import updates as arrays
-from sartor.federate.aggregation import PREFIX, Canary, Combined
-from sartor.federate.privacy.accountant import Account, Budget
+from sartor.federate.aggregation import PREFIX, Combined, ExactnessProbe
+from sartor.federate.privacy.accountant import Account, PrivacyBudget
 from sartor.federate.privacy.client_noise import noise_of, values_of
 from sartor.federate.recipe import MODES, ModeName
 from sartor.federate.robust_aggregation import AnyRule, Pooled
-from sartor.federate.rounds.round_coordinator import Coordinator, Plan
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Beside, Learnt, Manifest, Rules
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest, SideTensor, UpdateRules
 from sartor.federate.updates import Update, mean
-from sartor.models.lora_tensors import A, Array, B, Tensors, norm, plus
+from sartor.models.lora_tensors import A, Array, B, Tensors, add_changes, norm
 
 # of X: enough for a figure, and half a percent of the upload of a model of 100 M weights
 _COLUMNS = 2
@@ -38,12 +38,12 @@ _COLUMNS = 2
 _LEAST = 1e-9
 
 
-def of_round(shared: Tensors, seed: int, number: int) -> Canary:
+def of_round(shared: Tensors, seed: int, number: int) -> ExactnessProbe:
     """The canary of a round. seed: the recipe's."""
     return aggregation.draw(shared, seed + number, columns=_COLUMNS)
 
 
-def besides(canary: Canary, shared: Tensors, trained: Tensors, clip: float) -> list[Beside]:
+def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip: float) -> list[SideTensor]:
     """What the round asks for: a change (out, K) for each module, and how large it can be where an update has the norm `clip`.
 
     trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
@@ -59,7 +59,7 @@ def besides(canary: Canary, shared: Tensors, trained: Tensors, clip: float) -> l
         if {module + A, module + B} <= set(trained):
             bound += clip**2 * longest
         # a hair more, as responses are rounded to float32
-        found.append(Beside(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
+        found.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
     return found
 
 
@@ -68,8 +68,8 @@ def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -
     if not any(slot.name.startswith(PREFIX) for slot in manifest.terms.layout):
         return {}
     canary = of_round(shared, seed, manifest.number)
-    changed = canary.responses(plus(shared, arrays.clipped(change, manifest.rules.clip)))
-    return plus(changed, canary.responses(shared), -1.0)
+    changed = canary.responses(add_changes(shared, arrays.clipped(change, manifest.rules.clip)))
+    return add_changes(changed, canary.responses(shared), -1.0)
 
 
 def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | None:
@@ -80,12 +80,12 @@ def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | 
     canary = of_round(shared, seed, number)
     if not all(PREFIX + module in mean for module in canary.inputs):
         return None
-    wanted = plus(canary.responses(shared), mean)
-    return aggregation.exactness_error(canary, Combined(plus(shared, mean)), wanted)
+    wanted = add_changes(canary.responses(shared), mean)
+    return aggregation.exactness_error(canary, Combined(add_changes(shared, mean)), wanted)
 
 
 @dataclass(frozen=True)
-class Line:
+class RoundMetrics:
     """One round. losses: mean over clients, of their first and last updates. clipped: clients whose update was too long; these
     are None where updates stay unseen, as over a network.
 
@@ -114,7 +114,7 @@ class Line:
         return asdict(self)
 
 
-def seen(learnt: Mapping[str, Learnt], rules: Rules) -> list[Update]:
+def weighted_updates(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> list[Update]:
     """The updates as they are weighed and summed: clipped, and none of more examples than count."""
     return [
         Update(name, arrays.clipped(one.tensors, rules.clip), min(one.examples, rules.most_examples))
@@ -122,7 +122,7 @@ def seen(learnt: Mapping[str, Learnt], rules: Rules) -> list[Update]:
     ]
 
 
-def clipped_of(learnt: Mapping[str, Learnt], rules: Rules) -> int:
+def clipped_of(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
     """How many updates are longer than the clip."""
     return sum(norm(one.tensors) > rules.clip for one in learnt.values())
 
@@ -130,15 +130,15 @@ def clipped_of(learnt: Mapping[str, Learnt], rules: Rules) -> int:
 def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
     """How far the adapter of the mean change is from the mean of the clients' products, on a canary of this seed."""
     canary = aggregation.draw(shared, seed)
-    answers = [Update(one.client, canary.responses(plus(shared, one.tensors)), one.examples) for one in updates]
-    return aggregation.exactness_error(canary, Combined(plus(shared, mean(updates))), mean(answers))
+    answers = [Update(one.client, canary.responses(add_changes(shared, one.tensors)), one.examples) for one in updates]
+    return aggregation.exactness_error(canary, Combined(add_changes(shared, mean(updates))), mean(answers))
 
 
 def rounding_error(found: Tensors, updates: list[Update]) -> float:
     """The distance of the mean that came out of the ring from the mean that went in, over its norm."""
     wanted = mean(updates)
     length = norm(wanted)
-    return norm(plus(wanted, found, -1.0)) / length if length else 0.0
+    return norm(add_changes(wanted, found, -1.0)) / length if length else 0.0
 
 
 @dataclass(frozen=True)
@@ -147,27 +147,30 @@ class LoraOptions:
 
     mode: ModeName = option(REQUIRED, "what clients train and send")
     seed: int = option(0, "the recipe's: of the canary")
-    privacy: Budget | None = option(None, "what the adapter may tell of one client")
+    privacy: PrivacyBudget | None = option(None, "what the adapter may tell of one client")
     robust: AnyRule | None = option(None, "of inspectable rounds: how the updates become one")
 
 
-class LoraCourse:
-    """See `round_driver.Course`. plan: what all rounds have in common. account: where privacy that is spent is written."""
+class LoraSchedule:
+    """See `round_driver.RoundSchedule`.
 
-    def __init__(self, options: LoraOptions, plan: Plan, journal: Journal, account: Path) -> None:
+    plan: what all rounds have in common. account: where privacy that is spent is written.
+    """
+
+    def __init__(self, options: LoraOptions, plan: RoundPlan, journal: RoundJournal, account: Path) -> None:
         self._options, self._common, self._journal = options, plan, journal
         self._account = Account(account, options.privacy) if options.privacy else None
         self._coordinator: Coordinator | None = None
         self._seen: tuple[list[Update], Pooled] | None = None
 
-    def plan(self, number: int, shared: Tensors) -> tuple[Plan, Sequence[Beside]]:
+    def plan(self, number: int, shared: Tensors) -> tuple[RoundPlan, Sequence[SideTensor]]:
         """What the round trains follows from its mode; without noise a canary's responses go along in the sum."""
         trained = MODES[self._options.mode].sent(shared, number)
         plan = replace(self._common, trained=tuple(trained))
         if plan.rules.noise or plan.rules.mode != "private":
             return plan, ()
         canary = of_round(shared, self._options.seed, number)
-        return plan, besides(canary, shared, trained, plan.rules.clip)
+        return plan, side_tensors(canary, shared, trained, plan.rules.clip)
 
     def opened(self, coordinator: Coordinator) -> None:
         """Pay for the round's noise, before a noised number is seen. Raises BudgetError for a round that the budget lacks."""
@@ -191,11 +194,11 @@ class LoraCourse:
             error = exactness_error(shared, updates, self._options.seed + line.round)
             line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
         self._journal.keep(line_place(line.round), records.canonical(line.as_json()))
-        return plus(shared, mean)
+        return add_changes(shared, mean)
 
-    def _line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> Line:
+    def _line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> RoundMetrics:
         change = {name: value for name, value in mean.items() if name in shared}
-        return Line(
+        return RoundMetrics(
             manifest.number,
             clients=len(active),
             clipped=None,
@@ -209,7 +212,7 @@ class LoraCourse:
         )
 
 
-def lines_of(journal: Journal, run: str) -> list[dict[str, Any]]:
+def lines_of(journal: RoundJournal, run: str) -> list[dict[str, Any]]:
     """The line of each round that is done, in order."""
     done = (kept.number for kept in reversed(journal.rounds(run)) if kept.state == "done")
     return [json.loads(journal.kept(line_place(number)) or b"{}") for number in done]

@@ -11,14 +11,14 @@ from sartor.core import parquet_io as stored
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.federate.recipe import FederateRecipe, tuning
-from sartor.federate.rounds.round_manifest import Rules
+from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.tuning.client_shards import Shards
-from sartor.federate.tuning.lora_task import LoraTask, RowGuard
-from sartor.models.lora_tensors import Tensors, nothing
-from sartor.models.packing import Encoded
+from sartor.federate.tuning.lora_task import LoraTask, RowPrivacy
+from sartor.models.lora_tensors import Tensors, zero_adapter
+from sartor.models.packing import TokenizedExample
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.shared_base import Resident
-from sartor.tune.tokenized_dataset import Rows
+from sartor.tune.shared_base import SharedBase
+from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
 
@@ -30,10 +30,10 @@ class Clients:
     held_out: of all Datasets, without a row that any client trains on.
     """
 
-    resident: Resident
+    resident: SharedBase
     datasets: Sequence[Artifact]
-    rows: dict[str, Rows]
-    held_out: Sequence[Encoded]
+    rows: dict[str, TokenizedDataset]
+    held_out: Sequence[TokenizedExample]
     left_out: dict[str, list[str]]
 
     @property
@@ -59,16 +59,16 @@ class Clients:
             raise ConfigError(problem, "a rank for each client, in their order")
         asked = recipe.privacy if recipe.privacy and recipe.privacy.level == "example" else None
         return {
-            name: LoraTask(self.resident, rows, rank, RowGuard.open(asked, folder / name) if asked else None)
+            name: LoraTask(self.resident, rows, rank, RowPrivacy.open(asked, folder / name) if asked else None)
             for (name, rows), rank in zip(self.rows.items(), ranks, strict=True)
         }
 
     def losses(self, shared: Tensors) -> dict[str, float | None]:
         """Nats per supervised token of the held-out rows, of the base and of what was tuned."""
-        both = {"base": nothing(shared), "tuned": shared}
+        both = {"base": zero_adapter(shared), "tuned": shared}
         return {side: self.resident.loss(adapter, self.held_out) for side, adapter in both.items()}
 
-    def said(self, rules: Rules) -> Iterator[str]:
+    def said(self, rules: UpdateRules) -> Iterator[str]:
         """Lines for a person, before the first round."""
         counts = [len(rows.train) for rows in self.rows.values()]
         yield (
@@ -92,7 +92,7 @@ def open_clients(
     if shards and not recipe.data.path:
         raise ConfigError("shards are dealt of a Dataset, and the recipe names none", "data: {path: DIR}")
     datasets = [open_artifact(Path(folder), "dataset") for folder in folders or [recipe.data.path]]
-    resident = Resident.open(tuning(recipe, str(datasets[0].path)), notice)
+    resident = SharedBase.open(tuning(recipe, str(datasets[0].path)), notice)
     encoded = [encode_rows(one, tuning(recipe, str(one.path)), resident.base.chat) for one in datasets]
     if shards:
         rows = _dealt(datasets[0], encoded[0], shards)
@@ -111,7 +111,7 @@ def open_clients(
     return Clients(resident, datasets, rows, list(held_out.values()), left_out)
 
 
-def _dealt(dataset: Artifact, encoded: Rows, shards: Shards) -> dict[str, Rows]:
+def _dealt(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:
     """The rows of one Dataset by client, the held-out ones like the others."""
     examples = {one.id: one for one in stored.read_examples(dataset)}
     train, held_out = ([examples[row.example_id] for row in part] for part in (encoded.train, encoded.held_out))
@@ -119,10 +119,10 @@ def _dealt(dataset: Artifact, encoded: Rows, shards: Shards) -> dict[str, Rows]:
     owners |= shards.deal_like(owners, train, held_out)
     width = len(str(shards.count))
 
-    def of(place: int, rows: Sequence[Encoded]) -> list[Encoded]:
+    def of(place: int, rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         return [row for row in rows if owners.get(row.example_id) == place]
 
     return {
-        f"client-{place:0{width}}": Rows(train=of(place, encoded.train), held_out=of(place, encoded.held_out))
+        f"client-{place:0{width}}": TokenizedDataset(train=of(place, encoded.train), held_out=of(place, encoded.held_out))
         for place in range(shards.count)
     }

@@ -27,46 +27,66 @@ from sartor.federate import updates as arrays
 from sartor.federate.aggregation import Combined, Residual
 from sartor.federate.privacy.accountant import Account
 from sartor.federate.privacy.client_noise import noise_of, noised, values_of
-from sartor.federate.recipe import MODES, FederateRecipe, Settings
+from sartor.federate.recipe import MODES, FederateRecipe, RoundSettings
 from sartor.federate.robust_aggregation import AnyRule
-from sartor.federate.rounds.round_client import Member, RoundClient
-from sartor.federate.rounds.round_coordinator import Coordinator, Plan
-from sartor.federate.rounds.round_journal import Journal
-from sartor.federate.rounds.round_manifest import Learnt, Manifest, Rules, Task, Work, terms_for
-from sartor.federate.rounds.round_manifest import read as read_manifest
-from sartor.federate.rounds.transport import Carried, InProcess, finish
-from sartor.federate.secure.identities import Identity, Roster
+from sartor.federate.rounds.round_client import Participant, RoundClient
+from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
+from sartor.federate.rounds.round_journal import RoundJournal
+from sartor.federate.rounds.round_manifest import (
+    ClientTask,
+    ClientWork,
+    LocalUpdate,
+    Manifest,
+    UpdateRules,
+    read_manifest,
+    terms_for,
+)
+from sartor.federate.rounds.transport import InProcess, TransferStats, finish
+from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning import round_schedule
 from sartor.federate.tuning.lora_task import NAME, LoraTask, Losses
-from sartor.federate.tuning.round_schedule import Line, line_place, lines_of
+from sartor.federate.tuning.round_schedule import RoundMetrics, line_place, lines_of
 from sartor.federate.updates import Update, mean
-from sartor.models.lora_tensors import A, Array, B, Pair, Tensors, cut, joined, modules, norm, pair, plus, rank_of
-from sartor.tune.shared_base import Resident
+from sartor.models.lora_tensors import (
+    A,
+    Array,
+    B,
+    LoraPair,
+    Tensors,
+    add_changes,
+    join_ranks,
+    modules,
+    norm,
+    pair,
+    rank_of,
+    split_ranks,
+)
+from sartor.tune.shared_base import SharedBase
 
 RUN, COORDINATOR = "simulation", "coordinator"
 # every client answers at once or says no, so nothing waits for a clock (which stands still), and a stage is over at once
 _LENGTH_S = 3_600
 
 
-class TuningTask(Task, Protocol):
+class TuningTask(ClientTask, Protocol):
     """A client's work as a simulation watches it. losses: round -> those of what was trained here."""
 
     losses: dict[int, Losses]
 
 
-def work_of(recipe: FederateRecipe, resident: Resident) -> dict[str, Any]:
+def work_of(recipe: FederateRecipe, resident: SharedBase) -> dict[str, Any]:
     """What a manifest says of the work: digests of base and recipe, and the task's settings."""
-    settings = config.dump(Settings.of(recipe))
+    settings = config.dump(RoundSettings.of(recipe))
     return {"task": NAME, "settings": settings, "base": resident.ref.digest, "recipe": resident.digest}
 
 
 @dataclass(frozen=True)
-class Setting:
+class SimulationSetup:
     """What a simulation runs: tasks by client, with the rules as they were resolved. folder: of journals and keys."""
 
     recipe: FederateRecipe
-    rules: Rules
-    resident: Resident
+    rules: UpdateRules
+    resident: SharedBase
     tasks: Mapping[str, TuningTask]
     start: Tensors
     folder: Path
@@ -79,7 +99,7 @@ class Setting:
     def manifest(self, shared: Tensors, number: int) -> Manifest:
         """Of a round in which every update is seen: unsigned."""
         terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
-        said = Work(shared=arrays.digest(arrays.pack(shared)), **self.work)
+        said = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
         return Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, self.rules)
 
     @property
@@ -124,14 +144,14 @@ class _Seen:
     """A client's task, watched: a simulation sees every update, a coordinator none."""
 
     task: TuningTask
-    learnt: dict[int, Learnt] = field(default_factory=dict)
+    learnt: dict[int, LocalUpdate] = field(default_factory=dict)
 
-    def update(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """See Task."""
         self.learnt = {manifest.number: self.task.update(manifest, shared)}
         return self.learnt[manifest.number]
 
-    def of(self, manifest: Manifest, shared: Tensors) -> Learnt:
+    def of(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """What it learnt in a round: done again, to the bits, where another process saw it."""
         return self.learnt.get(manifest.number) or self.update(manifest, shared)
 
@@ -155,11 +175,11 @@ class _Strict(InProcess):
 class SecureRounds:
     """Coordinator and clients with journals of their own, and a secure sum between them."""
 
-    def __init__(self, setting: Setting, account: Account | None) -> None:
-        self._setting, self._account, self._stack, self._carried = setting, account, ExitStack(), Carried()
+    def __init__(self, setting: SimulationSetup, account: Account | None) -> None:
+        self._setting, self._account, self._stack, self._carried = setting, account, ExitStack(), TransferStats()
         folder, names = setting.folder, tuple(sorted(setting.tasks))
         roster = _enrolled(folder, (*names, COORDINATOR))
-        self._member = Member(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
+        self._member = Participant(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
         self._seen = {name: _Seen(setting.tasks[name]) for name in names}
         self._journal = self._open(COORDINATOR)
         clients = {name: self._client(name, place, roster) for place, name in enumerate(names)}
@@ -168,13 +188,13 @@ class SecureRounds:
         if self._journal.kept(f"shared {RUN}") is None:
             self._coordinator.start(setting.start)
 
-    def _open(self, name: str) -> Journal:
-        return self._stack.enter_context(Journal(self._setting.folder / f"{name}.sqlite"))
+    def _open(self, name: str) -> RoundJournal:
+        return self._stack.enter_context(RoundJournal(self._setting.folder / f"{name}.sqlite"))
 
-    def _client(self, name: str, place: int, roster: Roster) -> RoundClient:
+    def _client(self, name: str, place: int, roster: PinnedKeys) -> RoundClient:
         me, seed = Identity.open(name, self._setting.folder / "keys" / name), self._setting.recipe.seed
         return RoundClient(
-            Member(me, roster),
+            Participant(me, roster),
             self._open(name),
             {NAME: self._seen[name]},
             noised,
@@ -201,7 +221,7 @@ class SecureRounds:
             number = len(self._journal.rounds(RUN)) + 1
             trained = tuple(MODES[setting.recipe.mode].sent(self.shared, number))
             self._coordinator.begin(
-                Plan(
+                RoundPlan(
                     cohort=tuple(self._seen),
                     rules=setting.rules,
                     trained=trained,
@@ -213,7 +233,7 @@ class SecureRounds:
         if self._account:
             # before a noised number is seen; for a round that goes on it is paid
             self._account.spend(self._spending(self._manifest()))
-        self._carried = Carried()
+        self._carried = TransferStats()
         self._transport.said_no.clear()
         ended = finish(self._coordinator, self._transport, self._carried)
         if ended and ended.state == "abandoned":
@@ -232,9 +252,9 @@ class SecureRounds:
         manifest, rules = self._manifest(), self._setting.rules
         declined = self._transport.declined
         learnt = _each({name: task.of for name, task in self._seen.items()}, manifest, shared, declined)
-        updates = round_schedule.seen(learnt, rules)
+        updates = round_schedule.weighted_updates(learnt, rules)
         epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setting.spent
-        line = Line(
+        line = RoundMetrics(
             manifest.number,
             len(updates),
             round_schedule.clipped_of(learnt, rules),
@@ -248,7 +268,7 @@ class SecureRounds:
             verdicts=tuple(_said(declined)),
         )
         self._journal.keep(line_place(manifest.number), records.canonical(line.as_json()))
-        return plus(shared, mean)
+        return add_changes(shared, mean)
 
     def close(self) -> None:
         """See Rounds."""
@@ -258,9 +278,9 @@ class SecureRounds:
 class InspectedRounds:
     """Every update is seen, and a declared rule makes one of them."""
 
-    def __init__(self, setting: Setting, rule: AnyRule) -> None:
+    def __init__(self, setting: SimulationSetup, rule: AnyRule) -> None:
         self._setting, self._rule = setting, rule
-        self._journal = Journal(setting.folder / f"{COORDINATOR}.sqlite")
+        self._journal = RoundJournal(setting.folder / f"{COORDINATOR}.sqlite")
         content = self._journal.kept(RUN)
         self._lines, self._shared = ([], setting.start) if content is None else _read(content)
 
@@ -281,25 +301,25 @@ class InspectedRounds:
         learnt = self._learnt(shared, number, declined)
         if not learnt:
             raise next(iter(declined.values()))
-        updates = round_schedule.seen(learnt, setting.rules)
+        updates = round_schedule.weighted_updates(learnt, setting.rules)
         pooled = self._rule.pool(updates)
         made, error = self._made(shared, updates, pooled.tensors, setting.recipe.seed + number)
-        line = Line(
+        line = RoundMetrics(
             number,
             len(updates),
             round_schedule.clipped_of(learnt, setting.rules),
             norm(pooled.tensors),
             error,
             0.0,
-            sum(len(arrays.pack(one.tensors)) for one in updates),
+            sum(len(arrays.pack_tensors(one.tensors)) for one in updates),
             *setting.losses(number),
             *setting.spent,
             verdicts=(*_said(declined), *(f"{one.client} {one.action}: {one.reason}" for one in pooled.verdicts)),
         )
         self._lines, self._shared = [*self._lines, line.as_json()], made
-        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack(made))
+        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(made))
 
-    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, Learnt]:
+    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
         """What each client learnt of the shared adapter in a round; who declines is put down."""
         setting = self._setting
         tasks = {name: setting.tasks[name].update for name in sorted(setting.tasks)}
@@ -307,7 +327,7 @@ class InspectedRounds:
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
-        return plus(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
+        return add_changes(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
 
     def close(self) -> None:
         """See Rounds."""
@@ -315,13 +335,13 @@ class InspectedRounds:
 
 
 def _each(
-    tasks: Mapping[str, Callable[[Manifest, Tensors], Learnt]],
+    tasks: Mapping[str, Callable[[Manifest, Tensors], LocalUpdate]],
     manifest: Manifest,
     shared: Tensors,
     declined: dict[str, BudgetError],
-) -> dict[str, Learnt]:
+) -> dict[str, LocalUpdate]:
     """What each client learnt. Who declines, here or before, has learnt nothing, and is in `declined`."""
-    learnt = dict[str, Learnt]()
+    learnt = dict[str, LocalUpdate]()
     for name, update in tasks.items():
         if name in declined:
             continue
@@ -338,10 +358,10 @@ def _said(declined: Mapping[str, BudgetError]) -> list[str]:
 
 def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
     lines, _, packed = content.partition(b"\n")
-    return json.loads(lines), arrays.unpack(packed)
+    return json.loads(lines), arrays.unpack_tensors(packed)
 
 
-def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:
+def _enrolled(folder: Path, names: tuple[str, ...]) -> PinnedKeys:
     """Keys of everyone, made once, and the roster of them."""
     (folder / "roster").mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -351,7 +371,7 @@ def _enrolled(folder: Path, names: tuple[str, ...]) -> Roster:
             shutil.rmtree(folder / "keys" / name, ignore_errors=True)
             signing.keygen(folder / "keys" / name)
             shutil.copyfile(folder / "keys" / name / "sartor.pub", public)
-    return Roster.open(folder / "roster")
+    return PinnedKeys.open(folder / "roster")
 
 
 # a singular value below this, of the largest, is rounding in fp64
@@ -361,24 +381,24 @@ _NOTHING = 1e-12
 class ResidualRounds(InspectedRounds):
     """`shared` has the R shared ranks first, then the residual's. The tasks' base follows it."""
 
-    def __init__(self, setting: Setting, rule: AnyRule) -> None:
+    def __init__(self, setting: SimulationSetup, rule: AnyRule) -> None:
         super().__init__(setting, rule)
         self._fit(self._shared)
 
-    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, Learnt]:
+    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
         self._fit(shared)
         whole = super()._learnt(shared, number, declined)
-        return {name: replace(one, tensors=cut(one.tensors, self._rank)[0]) for name, one in whole.items()}
+        return {name: replace(one, tensors=split_ranks(one.tensors, self._rank)[0]) for name, one in whole.items()}
 
     def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
-        means, residual = cut(shared, self._rank)
-        whole = [replace(one, tensors=plus(means, one.tensors)) for one in updates]
+        means, residual = split_ranks(shared, self._rank)
+        whole = [replace(one, tensors=add_changes(means, one.tensors)) for one in updates]
         combined = Residual().combine(means, whole, 1)
         missed = {
-            module: Pair(*_together(combined.residual[module], pair(residual, module) if residual else None))
+            module: LoraPair(*_together(combined.residual[module], pair(residual, module) if residual else None))
             for module in modules(means)
         }
-        made = joined(combined.tensors, fewest(missed))
+        made = join_ranks(combined.tensors, fewest(missed))
         canary = aggregation.draw(means, seed)
         before = {module: pair(residual, module) for module in modules(means)} if residual else {}
         answers = [replace(one, tensors=canary.responses(one.tensors, before)) for one in whole]
@@ -398,7 +418,7 @@ class ResidualRounds(InspectedRounds):
                 task.rank = self._rank
 
 
-def _together(one: Pair, other: Pair | None) -> tuple[Array, Array]:
+def _together(one: LoraPair, other: LoraPair | None) -> tuple[Array, Array]:
     """(A, B) of the sum of two products, in fp64."""
     parts = [one, *([other] if other else [])]
     return (
@@ -407,7 +427,7 @@ def _together(one: Pair, other: Pair | None) -> tuple[Array, Array]:
     )
 
 
-def fewest(residual: dict[str, Pair]) -> dict[str, Array]:
+def fewest(residual: dict[str, LoraPair]) -> dict[str, Array]:
     """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least one.
 
     By a singular value decomposition of the product of the triangles of two QR decompositions.
@@ -422,10 +442,10 @@ def fewest(residual: dict[str, Pair]) -> dict[str, Array]:
     return tensors
 
 
-def _decomposed(one: Pair) -> Pair:
+def _decomposed(one: LoraPair) -> LoraPair:
     left, upper = np.linalg.qr(one.b)
     right, lower = np.linalg.qr(one.a.T)
     u, sizes, v = np.linalg.svd(upper @ lower.T)
     rank = int((sizes > _NOTHING * max(float(sizes[0]), np.finfo(np.float64).tiny)).sum())
     root = np.sqrt(sizes[:rank])
-    return Pair((right @ (v[:rank].T * root)).T, left @ (u[:, :rank] * root))
+    return LoraPair((right @ (v[:rank].T * root)).T, left @ (u[:, :rank] * root))

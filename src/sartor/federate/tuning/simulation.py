@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, config, numerics, records
-from sartor.core.artifacts import Artifact, check_free, kind_of, write_artifact
+from sartor.core.artifacts import Artifact, check_output_free, kind_of, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
@@ -28,21 +28,28 @@ from sartor.federate.privacy.client_noise import ClientNoise
 from sartor.federate.privacy.privacy_attacks import AttackReport, open_report
 from sartor.federate.recipe import MODES, FederateRecipe
 from sartor.federate.recipe import load as load_recipe
-from sartor.federate.rounds.round_manifest import Mode, Rules, terms_for
+from sartor.federate.rounds.round_manifest import Mode, UpdateRules, terms_for
 from sartor.federate.secure.secagg_terms import least_threshold
-from sartor.federate.tuning.attack_runner import Target, attacked
+from sartor.federate.tuning.attack_runner import AttackTarget, attacked
 from sartor.federate.tuning.client_shards import Shards
-from sartor.federate.tuning.edge_client import Device, EdgeTask, devices_of
+from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
 from sartor.federate.tuning.personal_adapters import check_free as check_personal_free
 from sartor.federate.tuning.personal_adapters import personalise
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
-from sartor.federate.tuning.simulated_rounds import InspectedRounds, ResidualRounds, Rounds, SecureRounds, Setting, TuningTask
+from sartor.federate.tuning.simulated_rounds import (
+    InspectedRounds,
+    ResidualRounds,
+    Rounds,
+    SecureRounds,
+    SimulationSetup,
+    TuningTask,
+)
 from sartor.models import adapters, hardware
-from sartor.models.base import machine
+from sartor.models.base import machine_facts
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import resume as resumption
-from sartor.tune.checkpoint import Found, full_disk
-from sartor.tune.shared_base import Resident
+from sartor.tune.checkpoint import CheckpointState, full_disk
+from sartor.tune.shared_base import SharedBase
 
 Notice = Callable[[str], object]
 _FINGERPRINT = "fingerprint.json"
@@ -77,7 +84,7 @@ def simulate(
 ) -> Simulated:
     """Tune one adapter over many clients, all in this process, and write it to `out` as `tune` does.
 
-    clients: a Dataset each, or a device file (`edge_client.Device`), whose work runs within its budget; or shards:
+    clients: a Dataset each, or a device file (`edge_client.DeviceFile`), whose work runs within its budget; or shards:
     {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that
     ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
 
@@ -89,7 +96,7 @@ def simulate(
     personal, recipe = recipe.personal, dataclasses.replace(recipe, personal=None)
     dealt = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
-    look(out, folder, resume=resume, replace=replace)
+    check_outputs(out, folder, resume=resume, replace=replace)
     if personal:
         check_personal_free(out, is_meant=resume or replace)
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
@@ -98,7 +105,7 @@ def simulate(
         devices = devices_of(clients)
         people = open_clients(recipe, list(devices) or clients, dealt, notice)
         now = _fingerprint(recipe, people)
-        if resume and (adapter := resumption.finished(out, Found(), now)):
+        if resume and (adapter := resumption.finished(out, CheckpointState(), now)):
             notice(f"{out} is finished: no round is left to do")
         else:
             setting = _setting(recipe, people, folder, list(devices.values()))
@@ -111,19 +118,19 @@ def simulate(
     return Simulated(adapter, report)
 
 
-def look(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
+def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
     """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes of it."""
     if resume and replace:
         raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
     if not (resume and kind_of(out) == "adapter"):
-        check_free(out, replace=replace)
+        check_output_free(out, replace=replace)
     if folder.exists() and not (resume or replace):
         problem = f"an unfinished run of {out} stands in {folder}"
         raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _setting(recipe: FederateRecipe, people: Clients, folder: Path, devices: Sequence[Device]) -> Setting:
+def _setting(recipe: FederateRecipe, people: Clients, folder: Path, devices: Sequence[DeviceFile]) -> SimulationSetup:
     """Tasks on one resident base, or each on its device, with the rules resolved."""
     tasks: dict[str, TuningTask] = {**people.tasks(recipe, folder / "rows")}
     if devices:
@@ -133,7 +140,7 @@ def _setting(recipe: FederateRecipe, people: Clients, folder: Path, devices: Seq
         tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
     start = people.resident.taken()
     largest = max(len(rows.train) for rows in people.rows.values())
-    return Setting(recipe, resolved(recipe, start, len(tasks), largest), people.resident, tasks, start, folder)
+    return SimulationSetup(recipe, resolved(recipe, start, len(tasks), largest), people.resident, tasks, start, folder)
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
@@ -144,7 +151,7 @@ def _check_devices(recipe: FederateRecipe) -> None:
             raise ConfigError(f"the clients are devices, whose tuner has no {what}", "a Dataset for each client")
 
 
-def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> Rules:
+def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:
     """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are within
     the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises ConfigError, BudgetError.
     """
@@ -154,7 +161,7 @@ def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int
     # a weight by a count of rows would tell of each row
     most = asked.most_examples if asked.most_examples != "auto" else 1 if noise or recipe.privacy else largest
     mode: Mode = "inspectable" if recipe.robust else "private"
-    rules = Rules(clip=asked.clip, noise=noise, most_examples=most, mode=mode)
+    rules = UpdateRules(clip=asked.clip, noise=noise, most_examples=most, mode=mode)
     if not (noise and asked.noise == "auto"):
         return rules
     # the finest noise is wanted for the largest upload of any round: all its factors
@@ -198,7 +205,7 @@ def check_same(folder: Path, now: Mapping[str, Any], dtype: str) -> None:
     )
 
 
-def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
+def _run(setting: SimulationSetup, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
     """All rounds that are left, then the Adapter."""
     began, recipe = time.monotonic(), setting.recipe
     account = Account(setting.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
@@ -210,17 +217,17 @@ def _run(setting: Setting, people: Clients, out: Path, *, replace: bool, notice:
             notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
         while len(rounds.lines) < recipe.rounds:
             rounds.step()
-            notice(said_of(rounds.lines[-1], recipe.rounds))
+            notice(round_line(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
-    report = attacked(Target(setting, shared, people.rows, people.held_out, recipe.data.attack_rows), notice)
+    report = attacked(AttackTarget(setting, shared, people.rows, people.held_out, recipe.data.attack_rows), notice)
     facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, people))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-    return written(out, people.resident, lines, shared, facts, report, replace=replace)
+    return write_adapter(out, people.resident, lines, shared, facts, report, replace=replace)
 
 
-def written(
+def write_adapter(
     out: Path,
-    resident: Resident,
+    resident: SharedBase,
     lines: Sequence[Mapping[str, Any]],
     shared: Tensors,
     facts: Mapping[str, Any],
@@ -241,7 +248,7 @@ def written(
     return adapter
 
 
-def _rounds(setting: Setting, account: Account | None) -> Rounds:
+def _rounds(setting: SimulationSetup, account: Account | None) -> Rounds:
     recipe = setting.recipe
     if recipe.robust is None:
         return SecureRounds(setting, account)
@@ -253,7 +260,7 @@ def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return {name: digest for name, digest in fingerprint.items() if name != "recipe"}
 
 
-def said_of(line: Mapping[str, Any], rounds: int) -> str:
+def round_line(line: Mapping[str, Any], rounds: int) -> str:
     """A line of the log, for a person."""
     loss = "" if line["loss_first"] is None else f"loss {line['loss_first']:.3f} -> {line['loss_last']:.3f}, "
     clipped = f", {line['clipped']} of {line['clients']} updates clipped" if line["clipped"] else ""
@@ -263,7 +270,7 @@ def said_of(line: Mapping[str, Any], rounds: int) -> str:
     return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
 
 
-def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+def facts_of(setting: SimulationSetup, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
     """The manifest of the Adapter: that of `tune`, and of the rounds."""
     resident, base = people.resident, people.resident.base
     mode, rules = MODES[setting.recipe.mode], setting.rules
@@ -302,6 +309,6 @@ def facts_of(setting: Setting, people: Clients, lines: Sequence[Mapping[str, Any
             "trainable": trained,
             "trainable_fraction": trained / everything,
         },
-        "machine": machine(),
+        "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }

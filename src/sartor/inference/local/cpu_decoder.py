@@ -17,13 +17,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sartor.core.errors import ModelError
-from sartor.inference.local.lora_stacks import Pair, Site, read_pairs
-from sartor.inference.local.torch_decoder import Angles, Blocks, Run, Scores, sites_of
+from sartor.inference.local.lora_stacks import ModuleLora, Site, read_pairs
+from sartor.inference.local.torch_decoder import Angles, Scores, TokenRun, TorchDecoder, sites_of
 from sartor.models import kernels
 from sartor.models.kernels import cpu, cpu_forward
-from sartor.models.kernels.cpu_forward import PAGE, RANKS, Factor, Layer, Model, Tokens, Walker
-from sartor.models.kernels.reference import Eager
-from sartor.models.losses.fused_decoder import Block, Fast, Norm
+from sartor.models.kernels.cpu_forward import PAGE, RANKS, CpuForward, Factor, Layer, Model, Tokens
+from sartor.models.kernels.reference import ReferenceKernels
+from sartor.models.losses.fused_decoder import DecoderBlock, FusedDecoder, Norm
 from sartor.models.losses.lora_linear import Projection, Unsupported
 
 
@@ -37,10 +37,10 @@ class Sheet:
     bytes: int = 0
 
 
-class Sheets:
+class LoraTables:
     """Every adapter by its name and its slot; -1 is the base's, which has none. Ranks are filled up to multiples of RANKS."""
 
-    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, walker: Walker) -> None:
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, walker: CpuForward) -> None:
         self._dtype, self._walker = dtype, walker
         self._sites = tuple(sites)
         self._shapes = {module: shape for site in sites for module, shape in _shapes(site).items()}
@@ -63,7 +63,7 @@ class Sheets:
         """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
         return self.add(adapter, read_pairs(path, self._shapes))
 
-    def add(self, adapter: str, pairs: Mapping[str, Pair]) -> int:
+    def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
         """The same for factors by module."""
         slot = next(number for number in range(len(self._sheets)) if number not in self._sheets)
         self._sheets[slot] = self._sheet(pairs)
@@ -74,7 +74,7 @@ class Sheets:
         """Forget an adapter."""
         del self._sheets[self._slots.pop(adapter)]
 
-    def _sheet(self, pairs: Mapping[str, Pair]) -> Sheet:
+    def _sheet(self, pairs: Mapping[str, ModuleLora]) -> Sheet:
         ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
         shapes = [(rank, *self._shapes[module]) for module, rank in ranks.items()]
         numbers = cpu_forward.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
@@ -99,7 +99,7 @@ def _filled(outs: int) -> int:
     return -(-outs // RANKS) * RANKS
 
 
-def _padded(pair: Pair, outs: int, rank: int) -> torch.Tensor:
+def _padded(pair: ModuleLora, outs: int, rank: int) -> torch.Tensor:
     """(outs, rank) scaled B, filled up with zeros."""
     b = torch.zeros(outs, rank)
     b[: len(pair.b), : len(pair.a)] = pair.b.float() * pair.scale
@@ -115,20 +115,20 @@ def _shapes(site: Site) -> dict[str, tuple[int, int]]:
 MOST_MOVED_BYTES = 1 << 30
 
 
-class NativeBlocks:
-    """See `torch_decoder.Blocks`. Raises NoKernels, with the reason, where the base or the machine is not one for this."""
+class CpuDecoder:
+    """See `torch_decoder.TorchDecoder`. Raises NoKernels, with the reason, where base or machine are not fit for it."""
 
     chunk_tokens = 4 * PAGE
     keeps_replies = True
 
-    def __init__(self, fast: Fast, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
+    def __init__(self, fast: FusedDecoder, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
         self._fast, self._angles = fast, angles
         self.dtype, self.vocabulary = fast.head.dtype, len(fast.head)
         projections = [part for block in fast.blocks for part in _projections(block)]
         _check(fast, projections)
-        self._walker = Walker(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
+        self._walker = CpuForward(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
         _move(fast, projections)
-        self.factors = Sheets(sites_of(projections, names), self.dtype, self._walker)
+        self.factors = LoraTables(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
         block = fast.blocks[0]
         size = (cache_pages, block.shape.groups, 2 * PAGE * (-(-block.width // 32) * 32))  # room for any order of them
@@ -136,8 +136,8 @@ class NativeBlocks:
         self._model = self._described()
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
-        """See `torch_decoder.Blocks`."""
+    def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
+        """See `torch_decoder.TorchDecoder`."""
         last = [0] * len(runs)
         # neighbours with one adapter are computed together
         order = sorted(range(len(runs)), key=lambda place: runs[place].slot)
@@ -150,12 +150,12 @@ class NativeBlocks:
         return Scores(*self._walker.head(self._model, x[torch.tensor([last[place] for place in wanted])]))
 
     @torch.inference_mode()
-    def hidden(self, run: Run) -> torch.Tensor:
-        """See `torch_decoder.Blocks`."""
+    def hidden(self, run: TokenRun) -> torch.Tensor:
+        """See `torch_decoder.TorchDecoder`."""
         norm = self._fast.norm
-        return Eager().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
+        return ReferenceKernels().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
 
-    def _walked(self, runs: Sequence[Run]) -> torch.Tensor:
+    def _walked(self, runs: Sequence[TokenRun]) -> torch.Tensor:
         """(T, D) hidden states of all runs' tokens, one run after the other."""
         ids = torch.tensor([token for run in runs for token in run.ids])
         ends = [run.first + len(run.ids) for run in runs]
@@ -197,24 +197,25 @@ class NativeBlocks:
             cpu_forward.address(fast.head),
         )  # fmt: skip
 
-    def _layer(self, block: Block, cache: torch.Tensor) -> Layer:
+    def _layer(self, block: DecoderBlock, cache: torch.Tensor) -> Layer:
         products = [
             cpu_forward.product([m.weight.detach() for m in part.modules], [m.bias for m in part.modules])
             for part in _projections(block)
         ]
         heads = [] if block.head_norms is None else block.head_norms.norms
         return Layer(
-            cpu_forward.address(block.norm.weight), cpu_forward.address(block.mlp_norm.weight), cpu_forward.pair([n.weight for n in block.after]),
+            cpu_forward.address(block.norm.weight), cpu_forward.address(block.mlp_norm.weight),
+            cpu_forward.pair([n.weight for n in block.after]),
             cpu_forward.pair([n.weight for n in heads]), (cpu_forward.Product * 4)(*products), cpu_forward.address(cache),
             self._kinds.index(block.rope_kind), block.shape.window or 0,
         )  # fmt: skip
 
 
-def _projections(block: Block) -> tuple[Projection, ...]:
+def _projections(block: DecoderBlock) -> tuple[Projection, ...]:
     return block.attention_in, block.attention_out, block.mlp_in, block.mlp_out
 
 
-def _move(fast: Fast, projections: Sequence[Projection]) -> None:
+def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
     """Put the weights of a small base on wide pages. A large one stays mapped, so that the processes that serve it share it."""
     modules = [module for part in projections for module in part.modules]
     if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
@@ -229,7 +230,7 @@ def _move(fast: Fast, projections: Sequence[Projection]) -> None:
     fast.head = head.copy_(fast.head)
 
 
-def _check(fast: Fast, projections: Sequence[Projection]) -> None:
+def _check(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
     """Raise NoKernels for what decode_kernels.cpp does not compute."""
     norms = [fast.norm, *(norm for block in fast.blocks for norm in _norms(block))]
     tensors = [fast.head, *(norm.weight for norm in norms), *(m.weight for part in projections for m in part.modules)]
@@ -244,21 +245,21 @@ def _check(fast: Fast, projections: Sequence[Projection]) -> None:
         raise cpu.NoKernels(f"the base has {found[0]}")
 
 
-def _norms(block: Block) -> list[Norm]:
+def _norms(block: DecoderBlock) -> list[Norm]:
     return [block.norm, block.mlp_norm, *block.after, *(block.head_norms.norms if block.head_norms else ())]
 
 
-def _sizes(block: Block) -> tuple[Any, ...]:
+def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
     shape = block.shape
     outs = tuple(len(module.weight) for part in _projections(block) for module in part.modules)
     return (block.width, shape.heads, shape.groups, shape.scale, shape.softcap, block.activation, outs)
 
 
-def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> Blocks | NativeBlocks:
+def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
     """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not know."""
     names = {id(module): name for name, module in model.named_modules()}
     try:
-        fast = Fast(model, kernels.choose(model.device)[0])
+        fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
         angles = Angles(fast, model.config, context_tokens)
     except Unsupported as why:
         raise ModelError(f"the engine cannot serve this base: {why}", "engine: {kind: llamacpp} or {kind: openai}") from None
@@ -267,9 +268,9 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> Blocks | N
             raise cpu.NoKernels("they are for CPUs")
         if wrong := difference(fast.head.dtype):
             raise cpu.NoKernels(f"they are wrong on this machine: {wrong}")
-        return NativeBlocks(fast, cache_pages, angles, names)
+        return CpuDecoder(fast, cache_pages, angles, names)
     except cpu.NoKernels:
-        return Blocks(fast, cache_pages, angles, names)
+        return TorchDecoder(fast, cache_pages, angles, names)
 
 
 @functools.cache
@@ -288,26 +289,26 @@ def difference(dtype: torch.dtype) -> str:
         )
         model = LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
         names = {id(module): name for name, module in model.named_modules()}
-        fast = Fast(model, Eager())
+        fast = FusedDecoder(model, ReferenceKernels())
         angles = Angles(fast, config, 128)
         pairs = {
-            "model.layers.0.self_attn.q_proj": Pair(torch.randn(3, 64), torch.randn(64, 3), 0.1),
-            "model.layers.1.mlp.down_proj": Pair(torch.randn(18, 96), torch.randn(64, 18), 0.1),
+            "model.layers.0.self_attn.q_proj": ModuleLora(torch.randn(3, 64), torch.randn(64, 3), 0.1),
+            "model.layers.1.mlp.down_proj": ModuleLora(torch.randn(18, 96), torch.randn(64, 18), 0.1),
         }
         # torch's last: it may lay the weights out anew
-        got, wanted = (_few(kind(fast, 4, angles, names), pairs) for kind in (NativeBlocks, Blocks))
+        got, wanted = (_few(kind(fast, 4, angles, names), pairs) for kind in (CpuDecoder, TorchDecoder))
     finally:
         torch.set_rng_state(state)
     apart = float((got - wanted).norm() / wanted.norm())
     return "" if apart < (1e-4 if dtype == torch.float32 else 0.05) else f"logits are {apart:.2g} apart"
 
 
-def _few(blocks: Blocks | NativeBlocks, pairs: Mapping[str, Pair]) -> torch.Tensor:
+def _few(blocks: TorchDecoder | CpuDecoder, pairs: Mapping[str, ModuleLora]) -> torch.Tensor:
     """Logits of two prompts, the first in two parts and with an adapter, and of a token after each."""
     blocks.factors.add("a", pairs)
     own = blocks.factors.slot("a")
     ids = [place * 7 % 50 for place in range(90)]
-    blocks.advance([Run(ids[:64], 0, (0, 1), own)], [])
-    read = blocks.advance([Run(ids[64:], 64, (0, 1), own), Run(ids[:9], 0, (2,), -1)], [0, 1])
-    written = blocks.advance([Run([3], 90, (0, 1), own, newest=True), Run([4], 9, (2,), -1, newest=True)], [0, 1])
+    blocks.advance([TokenRun(ids[:64], 0, (0, 1), own)], [])
+    read = blocks.advance([TokenRun(ids[64:], 64, (0, 1), own), TokenRun(ids[:9], 0, (2,), -1)], [0, 1])
+    written = blocks.advance([TokenRun([3], 90, (0, 1), own, newest=True), TokenRun([4], 9, (2,), -1, newest=True)], [0, 1])
     return torch.cat([read.logits, written.logits]).float()

@@ -17,7 +17,7 @@ PAGE_TOKENS = 64
 _Key = tuple[int, tuple[int, ...]]
 
 
-class Pages:
+class PagedKvCache:
     """Which pages are free, used and kept. `total`: how many there are."""
 
     def __init__(self, total: int) -> None:

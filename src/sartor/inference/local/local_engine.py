@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
-from sartor.inference.engine import BASE, LOCAL, About, Call, Done, Event, Failed, Vector
+from sartor.inference.engine import BASE, LOCAL, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextEmbedding
 from sartor.inference.local.cpu_decoder import open_blocks
-from sartor.inference.local.kv_cache import PAGE_TOKENS, Pages
-from sartor.inference.local.media_inputs import Seen, Sights
-from sartor.inference.local.sequence import Row
-from sartor.inference.local.torch_decoder import Run, Scores
-from sartor.inference.prompts import Reader
+from sartor.inference.local.kv_cache import PAGE_TOKENS, PagedKvCache
+from sartor.inference.local.media_inputs import MediaAdapters, MediaPrompt
+from sartor.inference.local.sequence import SequenceState
+from sartor.inference.local.torch_decoder import Scores, TokenRun
+from sartor.inference.prompts import PromptReader
 from sartor.media.content_parts import kinds_in
 from sartor.models.base import Base, open_base
 
@@ -45,24 +45,24 @@ class LocalEngine:
         trained = int(base.model.config.get_text_config().max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
         vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
-        self._reader = Reader(base.ref, base.chat, vocabulary, context)
-        self._pages = Pages(cache_tokens // PAGE_TOKENS)
+        self._reader = PromptReader(base.ref, base.chat, vocabulary, context)
+        self._pages = PagedKvCache(cache_tokens // PAGE_TOKENS)
         self._blocks = open_blocks(base.model, self._pages.total, context)
         bits = base.as_manifest()
-        self._about = About(
+        self._about = EngineInfo(
             LOCAL, base.ref.name, base.ref.digest, base.chat.template_digest, context, rows, bits["dtype"], str(base.device)
         )
         self._numbers = itertools.count(1)
         self._adapters = {BASE: 0}
-        self._waiting: deque[Row] = deque()
-        self._reading: deque[Row] = deque()
-        self._writing: list[Row] = []
+        self._waiting: deque[SequenceState] = deque()
+        self._reading: deque[SequenceState] = deque()
+        self._writing: list[SequenceState] = []
         self._ended: list[Event] = []
-        self._sights = Sights(base, self._reader)
-        self._seeing: dict[str, tuple[Call, Future[Seen]]] = {}
+        self._sights = MediaAdapters(base, self._reader)
+        self._seeing: dict[str, tuple[GenerateCall, Future[MediaPrompt]]] = {}
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """What it serves."""
         return self._about
 
@@ -95,7 +95,7 @@ class LocalEngine:
         self._pages.forget(self._adapters.pop(adapter))
         self._blocks.factors.drop(adapter)
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: GenerateCall) -> None:
         """See `engine.Engine`."""
         if (waiting := len(self._waiting) + len(self._seeing)) >= self._most_waiting:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
@@ -108,9 +108,9 @@ class LocalEngine:
             return
         self._queue(call, self._reader.prompt(call), None)
 
-    def _queue(self, call: Call, prompt: list[int], seen: Seen | None) -> None:
+    def _queue(self, call: GenerateCall, prompt: list[int], seen: MediaPrompt | None) -> None:
         most = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
-        row = Row(call, prompt, self._base.chat, most, self._reader.constraint(call))
+        row = SequenceState(call, prompt, self._base.chat, most, self._reader.constraint(call))
         row.seen = seen
         self._waiting.append(row)
 
@@ -126,13 +126,13 @@ class LocalEngine:
                 seen = future.result()
                 self._queue(call, seen.ids, seen)
             except SartorError as error:
-                self._ended.append(Failed(call.id, error.kind, error.problem, error.remedy))
+                self._ended.append(ReplyFailed(call.id, error.kind, error.problem, error.remedy))
 
     def cancel(self, call: str) -> None:
         """See `engine.Engine`."""
         if call in self._seeing:
             self._seeing.pop(call)[1].cancel()
-            self._ended.append(Done(call, "cancelled", 0, 0))
+            self._ended.append(ReplyDone(call, "cancelled", 0, 0))
         for row in self._all():
             if row.call.id == call:
                 self._leave(row)
@@ -149,7 +149,7 @@ class LocalEngine:
         events, self._ended = self._ended, []
         return events
 
-    def embed(self, texts: Sequence[str]) -> Iterator[Vector | None]:
+    def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """See `engine.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
         for text in texts:
             yield from self._embed(text)
@@ -158,7 +158,7 @@ class LocalEngine:
         """End the thread of the towers; nothing is held outside this process's memory."""
         self._sights.close()
 
-    def _all(self) -> list[Row]:
+    def _all(self) -> list[SequenceState]:
         return [*self._waiting, *self._reading, *self._writing]
 
     def _join(self) -> None:
@@ -174,9 +174,9 @@ class LocalEngine:
             row.read = row.cached
             self._reading.append(self._waiting.popleft())
 
-    def _chunks(self) -> list[tuple[Row, list[int]]]:
+    def _chunks(self) -> list[tuple[SequenceState, list[int]]]:
         """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short ones."""
-        chunks: list[tuple[Row, list[int]]] = []
+        chunks: list[tuple[SequenceState, list[int]]] = []
         budget = READ_TOKENS
         for row in list(self._reading):
             if budget <= 0:
@@ -187,14 +187,15 @@ class LocalEngine:
             self._reading.rotate(-1)
         return chunks
 
-    def _advance(self, chunks: Sequence[tuple[Row, list[int]]], writing: Sequence[Row]) -> None:
+    def _advance(self, chunks: Sequence[tuple[SequenceState, list[int]]], writing: Sequence[SequenceState]) -> None:
         """Read the chunks, and give every row whose text is read to its end its next token."""
         runs = [
-            Run(chunk, row.read, row.pages, row.slot, seen=row.seen.of(row.read, chunk) if row.seen else None)
+            TokenRun(chunk, row.read, row.pages, row.slot, seen=row.seen.of(row.read, chunk) if row.seen else None)
             for row, chunk in chunks
         ]
         runs += [
-            Run(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True) for row in writing
+            TokenRun(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True)
+            for row in writing
         ]
         for row, chunk in chunks:
             row.read += len(chunk)
@@ -206,7 +207,7 @@ class LocalEngine:
             self._writing.append(row)
         self._choose(rows, scores)
 
-    def _choose(self, rows: Sequence[Row], scores: Scores) -> None:
+    def _choose(self, rows: Sequence[SequenceState], scores: Scores) -> None:
         """The next token of each row."""
         for place, row in enumerate(rows):
             if scores.likeliest[place] < 0:
@@ -219,28 +220,28 @@ class LocalEngine:
                 self._fail(row, error)
                 continue
             self._ended += told
-            if told and isinstance(told[-1], Done):
+            if told and isinstance(told[-1], ReplyDone):
                 self._leave(row)
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: SequenceState) -> None:
         """Let later calls begin where this row is. Only after finite logits: what made others is of no use."""
         if not row.tokens:
             self._pages.keep(row.number, row.prompt, row.pages)
         elif self._blocks.keeps_replies and (len(row.prompt) + len(row.tokens)) % PAGE_TOKENS == 0:
             self._pages.keep(row.number, [*row.prompt, *row.tokens], row.pages)
 
-    def _fail(self, row: Row, error: SartorError) -> None:
+    def _fail(self, row: SequenceState, error: SartorError) -> None:
         self._leave(row)
-        self._ended.append(Failed(row.call.id, error.kind, error.problem, error.remedy))
+        self._ended.append(ReplyFailed(row.call.id, error.kind, error.problem, error.remedy))
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: SequenceState) -> None:
         for rows in (self._waiting, self._reading, self._writing):
             if row in rows:
                 rows.remove(row)
         self._pages.give_back(row.pages)
         row.pages = []
 
-    def _embed(self, text: str) -> Iterator[Vector | None]:
+    def _embed(self, text: str) -> Iterator[TextEmbedding | None]:
         ids = self._reader.text(text)
         found = self._pages.take(0, [], len(ids))
         if found is None:
@@ -249,18 +250,18 @@ class LocalEngine:
         try:
             parts = []
             for start in range(0, len(ids), PAGE_TOKENS):
-                parts.append(self._blocks.hidden(Run(ids[start : start + PAGE_TOKENS], start, pages, -1)).float().sum(0))
+                parts.append(self._blocks.hidden(TokenRun(ids[start : start + PAGE_TOKENS], start, pages, -1)).float().sum(0))
                 yield None
         finally:
             self._pages.give_back(pages)
         total = torch.stack(parts).sum(0)
-        yield Vector((total / total.norm().clamp(min=1e-12)).tolist(), len(ids))
+        yield TextEmbedding((total / total.norm().clamp(min=1e-12)).tolist(), len(ids))
 
 
 def open_engine(
     base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
 ) -> LocalEngine:
-    """Return the engine for a base by name; the options are those of `team_config.Local`.
+    """Return the engine for a base by name; the options are those of `team_config.LocalEngineOptions`.
 
     Raises what `open_base` raises, and ModelError.
     """

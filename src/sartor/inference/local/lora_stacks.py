@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from sartor.core.errors import ModelError
 from sartor.models.adapters import CONFIG, read_weights
-from sartor.models.kernels.reference import Stack
+from sartor.models.kernels.reference import LoraStack
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 _REMEDY = "serve it merged (`sartor export --to merged`), or tune it again with method.kind: lora"
@@ -44,7 +44,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModuleLora:
     """One module's factors: a (R, D), b (O, R), and the scale of their product."""
 
     a: torch.Tensor
@@ -52,7 +52,7 @@ class Pair:
     scale: float
 
 
-class Factors:
+class LoraStacks:
     """Stacks for every site, and who has which slot."""
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class Factors:
         """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
         return self.add(adapter, read_pairs(path, {m: self._shape(site, place) for site, place, m in self._modules()}))
 
-    def add(self, adapter: str, pairs: Mapping[str, Pair]) -> int:
+    def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
         """The same for factors by module."""
         taken = set(self._slots.values())
         slot = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -99,13 +99,13 @@ class Factors:
     def _shape(site: Site, place: int) -> tuple[int, int]:
         return site.high[place] - site.low[place], site.width
 
-    def _empty(self, site: Site, ranks: tuple[int, ...], slots: int) -> Stack:
+    def _empty(self, site: Site, ranks: tuple[int, ...], slots: int) -> LoraStack:
         wide = sum(rank * (high - low) for rank, low, high in zip(ranks, site.low, site.high, strict=True))
         made = {"dtype": self._dtype, "device": self._device}
         compute = torch.promote_types(self._dtype, torch.float32)
         scales = torch.zeros(slots, len(site.modules), dtype=compute, device=self._device)
         a, b = torch.zeros(slots, sum(ranks), site.width, **made), torch.zeros(slots, wide, **made)
-        return Stack(ranks, site.low, site.high, a, b, scales)
+        return LoraStack(ranks, site.low, site.high, a, b, scales)
 
     def _make_room(self, number: int, site: Site, ranks: Sequence[int], slot: int) -> None:
         """A larger stack if the slot or a rank does not fit, with what the old one holds."""
@@ -124,7 +124,7 @@ class Factors:
         self.stacks[number] = new
 
     @staticmethod
-    def _write(stack: Stack, site: Site, pairs: Mapping[str, Pair], slot: int) -> None:
+    def _write(stack: LoraStack, site: Site, pairs: Mapping[str, ModuleLora], slot: int) -> None:
         for place, module in enumerate(site.modules):
             pair = pairs.get(module)
             stack.scales[slot, place] = pair.scale if pair else 0.0
@@ -136,7 +136,7 @@ class Factors:
             b[:rank], b[rank:] = pair.b.T.to(b.dtype), 0
 
 
-def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Pair]:
+def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, ModuleLora]:
     """The factors in a PEFT directory by module. shapes: (outputs, inputs) of the modules that may have some.
 
     Raises ModelError for what is not plain LoRA, for tensors without a place or a partner, and for shapes that do not fit.
@@ -195,7 +195,7 @@ def _plain_config(path: Path) -> dict[str, Any]:
 
 def _pair(
     path: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
-) -> Pair:
+) -> ModuleLora:
     if set(factors) != {"A", "B"}:
         raise ModelError(f"the adapter {path} has only factor {''.join(factors)} of {module}", "tune it again")
     a, b = factors["A"], factors["B"]
@@ -207,7 +207,7 @@ def _pair(
             "use the base that it was tuned on",
         )
     alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
-    return Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return ModuleLora(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:

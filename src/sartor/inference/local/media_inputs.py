@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BudgetError, RequestError, SartorError
-from sartor.inference.engine import Call
-from sartor.inference.prompts import Reader
+from sartor.inference.engine import GenerateCall
+from sartor.inference.prompts import PromptReader
 from sartor.models import composed_model
 from sartor.models.base import Base
-from sartor.models.composed_model import ComposedMedia, Features
+from sartor.models.composed_model import ComposedMedia, TowerFeatureCache
 from sartor.models.media_tokens import MOST_TOKENS, PLACE_BITS, keys_in
 from sartor.models.towers.tower import Tower
 
@@ -26,7 +26,7 @@ HELD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Seen:
+class MediaPrompt:
     """A prompt with media: its ids, and (M, D) fp32 embeddings of its M virtual ids, in their order."""
 
     ids: list[int]
@@ -41,14 +41,14 @@ class Seen:
         return torch.tensor(places, device=self.rows.device), self.rows[first : first + len(places)]
 
 
-class Sights:
+class MediaAdapters:
     """The adapters that read media."""
 
-    def __init__(self, base: Base, reader: Reader) -> None:
+    def __init__(self, base: Base, reader: PromptReader) -> None:
         self._base, self._reader = base, reader
         self._towers: dict[str, Tower] = {}
         self._media: dict[str, ComposedMedia] = {}
-        self._readers: dict[str, Reader] = {}
+        self._readers: dict[str, PromptReader] = {}
         self._thread = ThreadPoolExecutor(1, "sartor-towers")
 
     def attach(self, adapter: str, path: Path) -> int:
@@ -69,7 +69,7 @@ class Sights:
         if lacking := [tower for tower in said.values() if tower.digest not in named]:
             raise composed_model.another_tower(path, lacking[0])
         towers = {kind: named[tower.digest] for kind, tower in said.items()}
-        media = composed_model.fresh(self._base, Features(towers, None, held_bytes=HELD_BYTES), seed=0)
+        media = composed_model.new_projectors(self._base, TowerFeatureCache(towers, None, held_bytes=HELD_BYTES), seed=0)
         composed_model.load_projectors(media, path)
         self._media[adapter] = media
         self._readers[adapter] = replace(self._reader, chat=self._reader.chat.seeing(media))
@@ -80,7 +80,7 @@ class Sights:
         self._media.pop(adapter, None)
         self._readers.pop(adapter, None)
 
-    def read(self, call: Call) -> Future[Seen]:
+    def read(self, call: GenerateCall) -> Future[MediaPrompt]:
         """The prompt of a call with media parts. The future raises RequestError as `Reader.prompt` does, and BudgetError.
 
         Whatever a decoder or a tower makes of one call's bytes is that call's alone: other rows go on.
@@ -91,7 +91,7 @@ class Sights:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _read_apart(self, call: Call) -> Seen:
+    def _read_apart(self, call: GenerateCall) -> MediaPrompt:
         try:
             return self._read(call)
         except SartorError:
@@ -105,7 +105,7 @@ class Sights:
             if media := self._media.get(call.adapter):
                 media.features.let_go()
 
-    def _read(self, call: Call) -> Seen:
+    def _read(self, call: GenerateCall) -> MediaPrompt:
         media = self._media.get(call.adapter)
         if media is None:
             raise RequestError(
@@ -117,4 +117,4 @@ class Sights:
             parts = dict(zip(keys, media.embedded(keys), strict=True))
             found = [-1 - token for token in ids if token < 0]
             rows = [parts[token >> PLACE_BITS][token & (MOST_TOKENS - 1)] for token in found]
-        return Seen(ids, torch.stack(rows).float())
+        return MediaPrompt(ids, torch.stack(rows).float())

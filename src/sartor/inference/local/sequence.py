@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 import torch
 
 from sartor.inference.constrained_decoding import Constraint
-from sartor.inference.engine import Call, Done, Event, Finish, Logprob, Piece
-from sartor.inference.generate import draw, likely, source
-from sartor.inference.local.media_inputs import Seen
+from sartor.inference.engine import Event, Finish, GenerateCall, Logprob, ReplyDone, TextDelta
+from sartor.inference.generate import prompt_generator, sample_token, sampling_probabilities
+from sartor.inference.local.media_inputs import MediaPrompt
 from sartor.inference.tool_calls import CallReader
-from sartor.models.chat import Chat
+from sartor.models.chat import ChatTokenizer
 
 
-class Spelling:
+class IncrementalDetokenizer:
     """Tokens -> text as it becomes certain: never half a character, and never the beginning of a text that ends the reply."""
 
-    def __init__(self, chat: Chat, stops: Sequence[str]) -> None:
+    def __init__(self, chat: ChatTokenizer, stops: Sequence[str]) -> None:
         self._chat, self._stops = chat, stops
         self._ids: list[int] = []
         # tokens before `_told` are spelt; those from `_from` on are spelt again with them, since a token's text may hang on it
@@ -60,12 +60,12 @@ class Spelling:
 
 
 @dataclass
-class Row:
+class SequenceState:
     """A call in work. number, slot: its adapter's; pages: where its keys and values are; read: prompt tokens that are done."""
 
-    call: Call
+    call: GenerateCall
     prompt: list[int]
-    chat: Chat
+    chat: ChatTokenizer
     most_tokens: int
     constraint: Constraint | None = None
     number: int = 0
@@ -74,12 +74,12 @@ class Row:
     read: int = 0
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
-    seen: Seen | None = None
+    seen: MediaPrompt | None = None
 
     def __post_init__(self) -> None:
         self._sampling = self.call.sampling
-        self._source = source(self._sampling)
-        self._spelling = Spelling(self.chat, self._sampling.stop)
+        self._source = prompt_generator(self._sampling)
+        self._spelling = IncrementalDetokenizer(self.chat, self._sampling.stop)
         self._calls = CallReader(self.call)
         self._counts: Counter[int] = Counter()
         self._untold: list[Logprob] = []
@@ -106,7 +106,7 @@ class Row:
         if self._sampling.is_greedy:
             token = int(logits.argmax())
         else:
-            token = draw(likely(logits[None], self._sampling)[0], self._source)
+            token = sample_token(sampling_probabilities(logits[None], self._sampling)[0], self._source)
         if self._note_logprobs is not None:
             self._untold.append(self._logprob(self._note_logprobs, token))
         return token
@@ -132,13 +132,13 @@ class Row:
         rest = "" if finish == "cancelled" else self._calls.feed(self._spelling.rest())
         last, calls = self._calls.end()
         events: list[Event] = list(self._told(rest + last, at_end=True)) if finish != "cancelled" else []
-        done = Done(self.call.id, finish, len(self.prompt), len(self.tokens), self.cached, calls)
+        done = ReplyDone(self.call.id, finish, len(self.prompt), len(self.tokens), self.cached, calls)
         return [*events, done]
 
     def _told(self, text: str, *, at_end: bool = False) -> list[Event]:
         if not text and not (at_end and self._untold_tokens):
             return []
-        piece = Piece(self.call.id, text, self._untold_tokens, tuple(self._untold))
+        piece = TextDelta(self.call.id, text, self._untold_tokens, tuple(self._untold))
         self._untold, self._untold_tokens = [], 0
         return [piece]
 

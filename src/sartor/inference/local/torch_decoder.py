@@ -25,9 +25,9 @@ import torch
 from torch.nn import functional as F
 
 from sartor.inference.local.kv_cache import PAGE_TOKENS
-from sartor.inference.local.lora_stacks import Factors, Site
-from sartor.models.kernels.reference import Cache, Eager, Looks, Serving, Turns
-from sartor.models.losses.fused_decoder import Block, Fast, Norm
+from sartor.inference.local.lora_stacks import LoraStacks, Site
+from sartor.models.kernels.reference import Cache, PagedKernels, PageTable, ReferenceKernels, RotaryTable
+from sartor.models.losses.fused_decoder import DecoderBlock, FusedDecoder, Norm
 from sartor.models.losses.lora_linear import Projection, Unsupported, rounds
 
 BLOCK_ROWS = 16
@@ -37,7 +37,7 @@ _FIRST_ANGLES = 1024
 
 Linear = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Adapt = Callable[[int, torch.Tensor, torch.Tensor], None]
-Mix = Callable[[int, Block, torch.Tensor], torch.Tensor]
+Mix = Callable[[int, DecoderBlock, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply.
 
     seen: (places among `ids`, (M, D) their embeddings) where media stand.
@@ -70,14 +70,14 @@ class Run:
 class Angles:
     """Rotary embeddings by position, as far as they were wanted until now. Raises Unsupported for those that move."""
 
-    def __init__(self, fast: Fast, config: Any, most: int) -> None:
+    def __init__(self, fast: FusedDecoder, config: Any, most: int) -> None:
         said = config.rope_parameters or {}
         if {said.get("rope_type"), *(part.get("rope_type") for part in said.values() if isinstance(part, dict))} & _MOVING_ROPE:
             raise Unsupported("rotary embeddings that change with the length of the text")
         self._fast, self._most = fast, most
-        self._made: dict[str, Turns] = {}
+        self._made: dict[str, RotaryTable] = {}
 
-    def turns(self, kind: str, end: int) -> Turns:
+    def turns(self, kind: str, end: int) -> RotaryTable:
         """Of a kind of layer, for at least the positions before `end`."""
         made = self._made.get(kind)
         if made is None or len(made.cos) < end:
@@ -85,11 +85,11 @@ class Angles:
             head = self._fast.head
             like, places = head.new_empty(0, dtype=torch.float32), torch.arange(reach, device=head.device)[None]
             cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
-            made = self._made[kind] = Turns(cos[0].float().contiguous(), sin[0].float().contiguous())
+            made = self._made[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
         return made
 
 
-class Blocks:
+class TorchDecoder:
     """The base in memory, its adapters and the cache. `cache_pages` pages of PAGE_TOKENS tokens.
 
     chunk_tokens: of a prompt that are read at once, and where chunks begin. keeps_replies: what decoding leaves in the cache
@@ -99,29 +99,29 @@ class Blocks:
     chunk_tokens = PAGE_TOKENS
     keeps_replies = False
 
-    def __init__(self, fast: Fast, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
+    def __init__(self, fast: FusedDecoder, cache_pages: int, angles: Angles, names: Mapping[int, str]) -> None:
         self._fast, self._angles = fast, angles
         self.device, self.dtype = fast.head.device, fast.head.dtype
         self._residual_dtype = torch.promote_types(self.dtype, torch.float32)
-        self._serving = Serving()
+        self._serving = PagedKernels()
         projections = [
             part
             for block in self._fast.blocks
             for part in (block.attention_in, block.attention_out, block.mlp_in, block.mlp_out)
         ]
-        self.factors = Factors(sites_of(projections, names), self.dtype, self.device)
+        self.factors = LoraStacks(sites_of(projections, names), self.dtype, self.device)
         self._linears = [linear(part) for part in projections]
         self._head = packed(self._fast.head, None)
         self.vocabulary = len(self._fast.head)
         self._caches = [self._cache(block, cache_pages) for block in self._fast.blocks]
 
-    def _cache(self, block: Block, pages: int) -> Cache:
+    def _cache(self, block: DecoderBlock, pages: int) -> Cache:
         shape = (pages, block.shape.groups, PAGE_TOKENS, block.width)
         # not zeroed: memory that no row has written to yet is then not taken, and none reads what it did not write
         return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[Run], wanted: Sequence[int]) -> Scores:
+    def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
         """Take each run through all layers; what comes after the last token of each run in `wanted`, in its order."""
         found: dict[int, Scores] = {}
         for place, run in enumerate(runs):
@@ -139,7 +139,7 @@ class Blocks:
         return Scores(logits, [found[place].likeliest[0] for place in wanted])
 
     @torch.inference_mode()
-    def hidden(self, run: Run) -> torch.Tensor:
+    def hidden(self, run: TokenRun) -> torch.Tensor:
         """(T, D) hidden states of all tokens of a run, as the LM head reads them."""
         return self._normed(self._fast.norm, self._read(run, all_rows=True))
 
@@ -159,7 +159,7 @@ class Blocks:
         logits = self._head(hidden, None)
         return logits.float() + self._head(hidden, -logits).float() if rounds(self.dtype) else logits
 
-    def _read(self, run: Run, *, all_rows: bool = False) -> torch.Tensor:
+    def _read(self, run: TokenRun, *, all_rows: bool = False) -> torch.Tensor:
         """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
         ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
         x = self._fast.embed(torch.tensor(list(ids), device=self.device).clamp(min=0))
@@ -168,7 +168,7 @@ class Blocks:
         x = x.to(self._residual_dtype)
         table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
 
-        def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
+        def mix(place: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
             turns = self._angles.turns(block.rope_kind, first + len(ids))
             return self._serving.attend_row(qkv, self._caches[place], table, first, block.shape, turns)
 
@@ -180,18 +180,18 @@ class Blocks:
             x = self._block(place, x, mix, adapt if slot >= 0 else _leave, only_last=last)
         return x
 
-    def _decoded(self, runs: Sequence[Run]) -> torch.Tensor:
+    def _decoded(self, runs: Sequence[TokenRun]) -> torch.Tensor:
         """(N, D) for the newest tokens of N rows, at most BLOCK_ROWS."""
         ids, positions = [run.ids[0] for run in runs], [run.first for run in runs]
         pages, slots = [run.pages for run in runs], [run.slot for run in runs]
         spare = BLOCK_ROWS - len(ids)
         most = max(len(row) for row in pages)
         table = torch.tensor([[*row, *[0] * (most - len(row))] for row in pages] + [[0] * most] * spare, device=self.device)
-        looks = Looks(table, torch.tensor([*positions, *[-1] * spare], device=self.device))
+        looks = PageTable(table, torch.tensor([*positions, *[-1] * spare], device=self.device))
         own = torch.tensor([*slots, *[-1] * spare], device=self.device)
         x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device)).to(self._residual_dtype)
 
-        def mix(place: int, block: Block, qkv: torch.Tensor) -> torch.Tensor:
+        def mix(place: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
             turns = self._angles.turns(block.rope_kind, max(positions) + 1)
             return self._serving.attend(qkv, self._caches[place], looks, block.shape, turns)
 
@@ -229,10 +229,10 @@ class Blocks:
         """Return the norm of the residual stream x (N, D), in the dtype of the products that read it."""
         if x.dtype == self.dtype:
             return norm.forward(x)[0]
-        return Eager().rms_norm(x, norm.weight, norm.eps, norm.offset)[0].to(self.dtype)
+        return ReferenceKernels().rms_norm(x, norm.weight, norm.eps, norm.offset)[0].to(self.dtype)
 
     @staticmethod
-    def _after(block: Block, place: int, y: torch.Tensor) -> torch.Tensor:
+    def _after(block: DecoderBlock, place: int, y: torch.Tensor) -> torch.Tensor:
         return block.after[place].forward(y)[0] if block.after else y
 
     def _adapt_chunk(self, site: int, y: torch.Tensor, x: torch.Tensor, slot: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import soundfile
 
-from sartor.core.errors import ConfigError, need
+from sartor.core.errors import ConfigError, missing_package
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ ENDINGS = {".wav": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioClip:
     """One channel of 16-bit samples. rate: of them a second."""
 
     samples: NDArray[np.int16]
@@ -61,24 +61,24 @@ class Sound:
         """How loud: the root of the mean square, 0..1."""
         return float(np.sqrt(np.mean(np.square(self.samples / FULL)))) if len(self.samples) else 0.0
 
-    def at(self, rate: int) -> Sound:
+    def at(self, rate: int) -> AudioClip:
         """The same at another rate. Raises ExtraError where soxr is absent."""
         if rate == self.rate:
             return self
         try:
             import soxr
         except ImportError:
-            raise need("soxr", "multimodal") from None
-        return Sound(soxr.resample(self.samples, self.rate, rate), rate)
+            raise missing_package("soxr", "multimodal") from None
+        return AudioClip(soxr.resample(self.samples, self.rate, rate), rate)
 
     def encoded(self, form: str) -> bytes:
         """The bytes of a file: see Encoder."""
-        encoder = Encoder(form)
+        encoder = AudioEncoder(form)
         encoder.add(self)
         return encoder.end()
 
 
-class Encoder:
+class AudioEncoder:
     """A file of one of FORMATS, made in memory a sound at a time; all have one rate."""
 
     def __init__(self, form: str) -> None:
@@ -86,7 +86,7 @@ class Encoder:
         self._bytes = io.BytesIO()
         self._file: soundfile.SoundFile | None = None
 
-    def add(self, sound: Sound) -> None:
+    def add(self, sound: AudioClip) -> None:
         """One more. Raises ConfigError where libsndfile here cannot write the form, ExtraError where soxr is absent."""
         sound = sound.at(self._form.rate or sound.rate)
         if not self._form.container:
@@ -111,13 +111,13 @@ class Encoder:
         return self._bytes.getvalue()
 
 
-def joined(sounds: Sequence[Sound]) -> Sound:
+def joined(sounds: Sequence[AudioClip]) -> AudioClip:
     """One after the other; all have one rate."""
-    return Sound(np.concatenate([sound.samples for sound in sounds]), sounds[0].rate)
+    return AudioClip(np.concatenate([sound.samples for sound in sounds]), sounds[0].rate)
 
 
-def read_wav(data: bytes, head_bytes: int = 44) -> Sound:
+def read_wav(data: bytes, head_bytes: int = 44) -> AudioClip:
     """A WAV file as espeak-ng streams it: 16 bits, one channel; what its head says of a length is not believed."""
     rate = int.from_bytes(data[24:28], "little")
     whole = len(data) - (len(data) - head_bytes) % 2
-    return Sound(np.frombuffer(data[head_bytes:whole], dtype="<i2").astype(np.int16), rate)
+    return AudioClip(np.frombuffer(data[head_bytes:whole], dtype="<i2").astype(np.int16), rate)

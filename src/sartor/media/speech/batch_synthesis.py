@@ -18,7 +18,7 @@ from sartor.core.records import digest
 from sartor.media.speech.audio_encoding import FORMATS
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import DEFAULT, open_voice
-from sartor.media.speech.voice import Voice
+from sartor.media.speech.voice import TtsVoice
 
 # Clips that one process of a voice says before the next; more threads than cores wait for programs
 SAID_AT_ONCE = 64
@@ -66,7 +66,7 @@ def say_many(
     return [made[clip.path] for clip in named]
 
 
-def said_files(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
+def speak_to_files(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
     """A file of each text as it is spoken, marks left out: `synthesize.teacher.SayAll`. Raises as `say_many`."""
     clips = say_many([Clip(spoken(text).text or text, voice, speed) for text in texts], folder)
     return [clip.path for clip in clips if clip.path]
@@ -84,7 +84,7 @@ def _said(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int)
                 yield from pool.map(lambda clip: _say(voice, clip, form, rate), waiting[begin : begin + SAID_AT_ONCE])
 
 
-def _say(voice: Voice, clip: Clip, form: str, rate: int) -> Clip:
+def _say(voice: TtsVoice, clip: Clip, form: str, rate: int) -> Clip:
     assert clip.path is not None
     if clip.path.is_file():
         return replace(clip, seconds=soundfile.info(clip.path).duration)

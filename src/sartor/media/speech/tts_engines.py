@@ -31,8 +31,8 @@ import numpy as np
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
 from sartor.media.speech import voice
-from sartor.media.speech.audio_encoding import Sound, joined, read_wav
-from sartor.media.speech.voice import ALONE, Terms, Voice
+from sartor.media.speech.audio_encoding import AudioClip, joined, read_wav
+from sartor.media.speech.voice import ALONE, SpeechTerms, TtsVoice
 
 PIPER_NAME, PACKAGE = "piper", "piper-tts"
 ENDING = ".onnx"
@@ -84,19 +84,19 @@ def _slowness(path: Path) -> float:
     return slowness
 
 
-class Piper(Voice):
+class Piper(TtsVoice):
     """One process, started at the first piece and kept; another speed needs another one, which takes its place."""
 
     speeds = (0.25, 4.0)
 
-    def __init__(self, file: VoiceFile, terms: Terms = ALONE) -> None:
+    def __init__(self, file: VoiceFile, terms: SpeechTerms = ALONE) -> None:
         self.name = f"{PIPER_NAME}:{file.name}"
         self._file = file
         self._terms = terms
         self._lock = threading.Lock()
         self._running: _Running | None = None
 
-    def speak(self, piece: str, speed: float) -> Sound:
+    def speak(self, piece: str, speed: float) -> AudioClip:
         """See Voice."""
         with self._lock:
             running = self._running
@@ -142,7 +142,7 @@ class _Running:
         """Whether it is alive, and speaks at that speed."""
         return self._speed == speed and self._process.poll() is None
 
-    def speak(self, piece: str, patience_s: float) -> Sound:
+    def speak(self, piece: str, patience_s: float) -> AudioClip:
         """See Voice."""
         assert self._process.stdin is not None
         limit_s = patience_s + (START_S if self._is_new else 0.0)
@@ -155,7 +155,7 @@ class _Running:
         self._is_new = False
         said = read_wav(path.read_bytes())
         path.unlink()
-        return joined([said, Sound(np.zeros(round(said.rate * PAUSE_S), np.int16), said.rate)])
+        return joined([said, AudioClip(np.zeros(round(said.rate * PAUSE_S), np.int16), said.rate)])
 
     def _written(self, until: float, limit_s: float) -> Path:
         while True:
@@ -194,19 +194,19 @@ HEAD_BYTES = 44
 _OTHER = re.compile(r"\((\S+) \d+\)")
 
 
-class Espeak(Voice):
+class Espeak(TtsVoice):
     """A language of espeak-ng's and perhaps a variant: `de`, `en-us+f3`; "" is American English."""
 
     speeds = (SLOWEST, FASTEST)
 
-    def __init__(self, language: str = "", terms: Terms = ALONE) -> None:
+    def __init__(self, language: str = "", terms: SpeechTerms = ALONE) -> None:
         self._program = program()
         self.name = f"{ESPEAK_NAME}:{language}" if language else ESPEAK_NAME
         self._language = language or LANGUAGE
         self._terms = terms
         _check(self._program, self._language)
 
-    def speak(self, piece: str, speed: float) -> Sound:
+    def speak(self, piece: str, speed: float) -> AudioClip:
         """See Voice."""
         pace = str(round(OWN_WORDS_PER_MINUTE * speed))
         # -b 1: UTF-8; -D: nothing random, which some variants have
@@ -266,7 +266,7 @@ def _listed(where: str, what: str) -> list[str]:
 DEFAULT = ESPEAK_NAME
 
 
-def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
+def open_voice(name: str = DEFAULT, terms: SpeechTerms = ALONE) -> TtsVoice:
     """The voice of that name; `close` ends its process.
 
     Raises ConfigError for a name that nobody has, ExtraError and AssetError for what is not installed.
@@ -279,7 +279,7 @@ def open_voice(name: str = DEFAULT, terms: Terms = ALONE) -> Voice:
     raise ConfigError(f"no voice has the name {name[:80]!a}", "espeak, espeak:en-us+f3, piper:joe or piper:FILE.onnx")
 
 
-def seen_from(name: str, root: Path) -> str:
+def resolve_voice_path(name: str, root: Path) -> str:
     """The name with the path of a file in it made absolute, as seen from a directory."""
     program, _, rest = name.partition(":")
     return f"{program}:{root / rest}" if program == PIPER_NAME and rest.endswith(ENDING) else name

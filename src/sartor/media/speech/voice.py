@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import ConfigError, DeadlineError, UnavailableError
-from sartor.media.speech.audio_encoding import Sound, joined
+from sartor.media.speech.audio_encoding import AudioClip, joined
 
 ANOTHER = "try again, or another voice"
 
 
 @dataclass(frozen=True)
-class Terms:
+class SpeechTerms:
     """patience_s: after which a program that has not spoken is killed. nice: added to its niceness, so that others go first."""
 
     patience_s: float = 20.0
     nice: int = 0
 
 
-ALONE = Terms()
+ALONE = SpeechTerms()
 
 
 def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[bytes]:
@@ -46,7 +46,7 @@ def _add_niceness(which: int, nice: int) -> None:
         os.setpriority(os.PRIO_PROCESS, which, os.getpriority(os.PRIO_PROCESS, os.getpid()) + nice)
 
 
-def step_back(nice: int) -> None:
+def lower_priority(nice: int) -> None:
     """Let others go before this thread too. Linux alone has a niceness for each thread."""
     if sys.platform == "linux":
         _add_niceness(threading.get_native_id(), nice)
@@ -120,7 +120,7 @@ def _sentences(text: str) -> Iterator[str]:
 MOST_CHARACTERS = 100_000
 
 
-class Voice(ABC):
+class TtsVoice(ABC):
     """Who speaks. speeds: the slowest and the fastest; 1.0 is the voice's own. Safe to use from several threads.
 
     Equal text and speed are equal samples, on one machine.
@@ -129,7 +129,7 @@ class Voice(ABC):
     name: str
     speeds: tuple[float, float]
 
-    def say(self, text: str, speed: float = 1.0) -> Sound:
+    def say(self, text: str, speed: float = 1.0) -> AudioClip:
         """The text, spoken. Raises what `cut` and `speak` raise."""
         return joined([self.speak(piece, speed) for piece in self.cut(text, speed)])
 
@@ -149,7 +149,7 @@ class Voice(ABC):
         return made
 
     @abstractmethod
-    def speak(self, piece: str, speed: float) -> Sound:
+    def speak(self, piece: str, speed: float) -> AudioClip:
         """One piece of `cut`, spoken.
 
         Raises DeadlineError for a program that was killed since it took too long, UnavailableError for one that ended early.

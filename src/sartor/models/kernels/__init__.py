@@ -4,7 +4,7 @@
     native   one small C++ file, compiled once on this machine (`cpu.py`): CPUs
     cuda     flash-attention, Liger and torch.compile, where they can be imported (`cuda.py`): NVIDIA GPUs
 
-All have the methods of `reference.Eager`. `fused_decoder.py` calls them and knows no other.
+All have the methods of `reference.ReferenceKernels`. `fused_decoder.py` calls them and knows no other.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import torch
 
 from sartor.models.kernels import cpu, cuda
-from sartor.models.kernels.reference import Eager
+from sartor.models.kernels.reference import ReferenceKernels
 
 
-def choose(device: torch.device) -> tuple[Eager, str]:
+def choose_kernels(device: torch.device) -> tuple[ReferenceKernels, str]:
     """The fastest kernels for a device, and what they are, for the log."""
     if device.type == "cuda":
         return cuda.load()
     if device.type == "cpu":
         try:
-            return cpu.load(), cpu.Native.name
+            return cpu.load(), cpu.CpuKernels.name
         except cpu.NoKernels as why:
-            return Eager(), f"{Eager.name}: {why}"
-    return Eager(), Eager.name
+            return ReferenceKernels(), f"{ReferenceKernels.name}: {why}"
+    return ReferenceKernels(), ReferenceKernels.name

@@ -24,8 +24,8 @@ import torch
 
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.home import folder
-from sartor.models.kernels.reference import Eager, Geometry, Layout
-from sartor.models.packing import Shape, forest, rows_of
+from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
+from sartor.models.packing import AttentionShape, group_segments, share_prefixes
 
 # and what each is compiled with besides FLAGS: simd.h says why the second
 SOURCES = {
@@ -64,7 +64,7 @@ class _Geometry64(_Geometry):
     _fields_ = (*_Geometry32._fields_[:-2], ("scale", ctypes.c_double), ("cap", ctypes.c_double))
 
 
-class Native(Eager):
+class CpuKernels(ReferenceKernels):
     """The C++ kernels. Tensors must be on the CPU, in fp32, bf16 or fp64; others fall to `Eager`."""
 
     name = "C++ kernels"
@@ -191,9 +191,9 @@ def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
 
 
 @functools.cache
-def load() -> Native:
+def load() -> CpuKernels:
     """The kernels, compiled if need be and checked. Raises NoKernels with the reason."""
-    made = Native(ctypes.CDLL(str(_library())))
+    made = CpuKernels(ctypes.CDLL(str(_library())))
     if problem := difference(made):
         raise NoKernels(f"the compiled kernels are wrong on this machine: {problem}")
     return made
@@ -258,7 +258,7 @@ def _openmp() -> Path | None:
     return next((Path(path) for path in sorted(mapped) if Path(path).name.startswith(names)), None)
 
 
-def difference(kernels: Eager) -> str:
+def difference(kernels: ReferenceKernels) -> str:
     """What `kernels` compute otherwise than `Eager`, on a few small cases; empty if nothing."""
     torch_state = torch.get_rng_state()
     try:
@@ -272,9 +272,9 @@ def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((got - wanted).norm() <= 1e-5 * (wanted.norm() + 1e-3))
 
 
-def _cases(kernels: Eager) -> Any:
+def _cases(kernels: ReferenceKernels) -> Any:
     """(name, what `kernels` give, what `Eager` gives) for every operation, fp32."""
-    eager = Eager()
+    eager = ReferenceKernels()
     x, w, d = torch.randn(5, 24), torch.randn(24), torch.randn(5, 24)
     (y, rstd), (wanted, _) = kernels.rms_norm(x, w, 1e-6, 1.0), eager.rms_norm(x, w, 1e-6, 1.0)
     yield "rms_norm", y, wanted
@@ -292,13 +292,13 @@ def _cases(kernels: Eager) -> Any:
     yield from _attention_cases(kernels, eager)
 
 
-def _attention_cases(kernels: Eager, eager: Eager) -> Any:
-    segments, _ = forest([[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3])
+def _attention_cases(kernels: ReferenceKernels, eager: ReferenceKernels) -> Any:
+    segments, _ = share_prefixes([[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3])
     tokens = sum(segment.length for segment in segments)
-    layout = Layout(segments, tuple(rows_of(segments, "cpu")), tokens)
+    layout = AttentionLayout(segments, tuple(group_segments(segments, "cpu")), tokens)
     angles = torch.rand(tokens, 4).repeat(1, 2)
     for softcap, window in ((None, None), (2.0, 6)):
-        geometry = Geometry(Shape(4, 2, 0.3, softcap, window), 12, angles.cos(), angles.sin(), layout)
+        geometry = Geometry(AttentionShape(4, 2, 0.3, softcap, window), 12, angles.cos(), angles.sin(), layout)
         qkv, d = torch.randn(tokens, 8 * 12), torch.randn(tokens, 4 * 12)
         (got, kept), (wanted, _) = kernels.attention(qkv, geometry), eager.attention(qkv, geometry)
         yield "attention", got, wanted

@@ -81,7 +81,7 @@ class Tokens:
     turns: Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Walker:
+class CpuForward:
     """The compiled walk. tiles: products by AMX tiles if there are any, for bf16 bases whose inputs are multiples of 32."""
 
     def __init__(self, dtype: torch.dtype, *, tiles: bool) -> None:

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from sartor.models.kernels.reference import Eager, Geometry, Layout, rotate
-from sartor.models.packing import Shape, forest, rows_of
+from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels, rotate
+from sartor.models.packing import AttentionShape, group_segments, share_prefixes
 
 Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Case = tuple[str, tuple[Any, ...]]
 Draw = Callable[..., torch.Tensor]
-Makers = Mapping[str, Callable[[], Eager]]
+Makers = Mapping[str, Callable[[], ReferenceKernels]]
 PARTS = {
     "attention": ("attention", "attention_backward"),
     "norms": ("rms_norm", "rms_norm_backward"),
@@ -41,7 +41,7 @@ DEVICE = torch.device("cuda")
 TOLERANCE = 0.02
 
 
-class Liger(Eager):
+class Liger(ReferenceKernels):
     """Liger's Triton kernels (Hsu et al. 2024, arXiv:2410.10989), called without autograd. fp32, bf16, fp16."""
 
     def __init__(self) -> None:
@@ -109,14 +109,14 @@ class Liger(Eager):
         return losses, logits if gradient else None
 
 
-class Compiled(Eager):
+class Compiled(ReferenceKernels):
     """`Eager`'s functions and the rotation through torch.compile, which fuses each into one or two kernels."""
 
     name = "torch.compile"
 
     def __init__(self) -> None:
         for operation in (*PARTS["norms"], *PARTS["activations"], *PARTS["losses"]):
-            setattr(self, operation, torch.compile(getattr(Eager(), operation), dynamic=True))
+            setattr(self, operation, torch.compile(getattr(ReferenceKernels(), operation), dynamic=True))
         self.rotate: Turn = torch.compile(rotate, dynamic=True)
 
 
@@ -132,7 +132,7 @@ class Spans:
     gather: torch.Tensor | None
 
 
-def spans_of(layout: Layout, device: torch.device) -> Spans:
+def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
     """The spans of a layout, made once. A segment with ancestors attends to copies of their keys and its own."""
     if "flash" not in layout.kept:
         order = sorted(layout.segments, key=lambda segment: segment.start)
@@ -149,7 +149,7 @@ def spans_of(layout: Layout, device: torch.device) -> Spans:
     return layout.kept["flash"]
 
 
-class Flash(Eager):
+class Flash(ReferenceKernels):
     """Attention by flash-attn's kernels (Dao 2023, arXiv:2307.08691), from 2.7.1 on, forests of segments included.
 
     bf16 and fp16, a width that is a multiple of 8 up to 256; anything else goes to `Eager`. Keeps the log-sum-exp of the
@@ -163,13 +163,13 @@ class Flash(Eager):
         self._package = importlib.import_module("flash_attn.flash_attn_interface")
         self.name = f"flash-attn {importlib.import_module('flash_attn').__version__}"
 
-    def _forward(self, heads: Heads, spans: Spans, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, heads: Heads, spans: Spans, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
         """(queries (T, H, K), keys, values (T', G, K)) -> mixtures (T, H, K) and the kernel's own log-sum-exp."""
         out, lse, *_ = self._package._flash_attn_varlen_forward(*heads, *spans.sizes, 0.0, shape.scale, **_mask(shape))
         return out, lse
 
     def _backward(
-        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: Shape
+        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: AttentionShape
     ) -> Heads:
         """The gradients of `heads`."""
         dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in heads)
@@ -224,7 +224,7 @@ class Flash(Eager):
         return self._turn(x.transpose(0, 1), cos, sin).transpose(0, 1)
 
 
-def _mask(shape: Shape) -> dict[str, Any]:
+def _mask(shape: AttentionShape) -> dict[str, Any]:
     """A window of -1 on the left sees all keys before a query's own."""
     left = shape.window - 1 if shape.window else -1
     return {"causal": True, "window_size_left": left, "window_size_right": 0, "softcap": float(shape.softcap or 0)}
@@ -239,13 +239,13 @@ class TorchFlash(Flash):
     def __init__(self, turn: Turn = rotate) -> None:
         self._turn = turn
 
-    def _forward(self, heads: Heads, spans: Spans, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, heads: Heads, spans: Spans, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
         more = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
         out, lse, *_ = torch.ops.aten._flash_attention_forward(*heads, *spans.sizes, 0.0, True, False, **more)
         return out, lse
 
     def _backward(
-        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: Shape
+        self, d: torch.Tensor, heads: Heads, mixed: torch.Tensor, lse: torch.Tensor, spans: Spans, shape: AttentionShape
     ) -> Heads:
         # the state of dropout's random numbers, which is not read without dropout
         state = (torch.zeros(2, dtype=torch.uint64, device=d.device), torch.empty(0, device=d.device))
@@ -264,10 +264,10 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(was, warn_only=warns)
 
 
-class Cuda(Eager):
+class Cuda(ReferenceKernels):
     """A maker for each of PARTS; fp64 and empty tensors go to `Eager`. refused: why an earlier maker was not taken."""
 
-    def __init__(self, makers: Mapping[str, Eager], refused: Mapping[str, str]) -> None:
+    def __init__(self, makers: Mapping[str, ReferenceKernels], refused: Mapping[str, str]) -> None:
         self.makers, self.refused = dict(makers), dict(refused)
         for part, operations in PARTS.items():
             for operation in operations:
@@ -284,15 +284,15 @@ class Cuda(Eager):
 
     def _call(self, part: str, operation: str, *arguments: Any) -> Any:
         is_plain = arguments[0].dtype == torch.float64 or not arguments[0].numel()
-        maker = Eager() if is_plain else self.makers[part]
+        maker = ReferenceKernels() if is_plain else self.makers[part]
         try:
             return getattr(maker, operation)(*arguments)
         except torch.OutOfMemoryError:
             raise  # nothing is wrong with the maker
         except Exception as error:  # Triton, flash-attn and torch.compile each raise their own kinds
-            if type(maker) is Eager:
+            if type(maker) is ReferenceKernels:
                 raise
-            self.makers[part] = Eager()
+            self.makers[part] = ReferenceKernels()
             self.refused[f"{maker.name} for {part}"] = _reason(error)
             return getattr(self.makers[part], operation)(*arguments)
 
@@ -311,7 +311,7 @@ def load(device: torch.device = DEVICE) -> tuple[Cuda, str]:
     return kernels, kernels.name
 
 
-def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, str]) -> Eager:
+def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, str]) -> ReferenceKernels:
     """The first maker of a part that can be had and computes what `Eager` does; else `Eager`."""
     for name, make in makers.items():
         try:
@@ -326,10 +326,10 @@ def _first(makers: Makers, part: str, device: torch.device, refused: dict[str, s
         if not problem:
             return maker
         refused[f"{name} for {part}"] = problem
-    return Eager()
+    return ReferenceKernels()
 
 
-def difference(maker: Eager, part: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def difference(maker: ReferenceKernels, part: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """What `maker` computes otherwise than fp32 arithmetic by torch's operations, on small cases; empty if nothing."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype, generator = dtype or (torch.bfloat16 if has_bf16 else torch.float16), torch.Generator().manual_seed(0)
@@ -340,14 +340,16 @@ def difference(maker: Eager, part: str, device: torch.device, dtype: torch.dtype
     with torch.no_grad():
         for operation, arguments in _cases(part, draw):
             got = _call_and_flatten(maker, operation, [_copy(argument) for argument in arguments])
-            wanted = _call_and_flatten(Eager(), operation, [_copy(argument, torch.float32) for argument in arguments])
+            wanted = _call_and_flatten(
+                ReferenceKernels(), operation, [_copy(argument, torch.float32) for argument in arguments]
+            )
             apart = float((got - wanted).norm() / wanted.norm())
             if not apart <= TOLERANCE:
                 return f"{operation} is off by {apart:.2g}"
     return ""
 
 
-def _call_and_flatten(maker: Eager, operation: str, arguments: Sequence[Any]) -> torch.Tensor:
+def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequence[Any]) -> torch.Tensor:
     """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the function."""
     if operation == "attention":
         d, qkv, geometry = arguments
@@ -369,7 +371,10 @@ def _cases(part: str, draw: Draw) -> Iterator[Case]:
     if part == "norms":
         x, weight = draw(6, 48), draw(48)
         yield "rms_norm", (x, weight, 1e-6, 1.0)
-        yield "rms_norm_backward", (draw(6, 48), x, weight, Eager().rms_norm(x, weight, 1e-6, 0.0)[1], 1.0, draw(6, 48))
+        yield (
+            "rms_norm_backward",
+            (draw(6, 48), x, weight, ReferenceKernels().rms_norm(x, weight, 1e-6, 0.0)[1], 1.0, draw(6, 48)),
+        )
     elif part == "activations":
         for activation in ("silu", "gelu_tanh"):
             yield "glu", (2 * draw(5, 64), activation)
@@ -382,11 +387,11 @@ def _cases(part: str, draw: Draw) -> Iterator[Case]:
         yield "rotate", (draw(3, 9, 16), angles.cos(), angles.sin())
     elif part == "attention":
         for rows in ([[1] * 33, [2] * 7, [3]], [[*range(40), 1, 2, 3], [*range(40), 9], [*range(20), 5], [7] * 3]):
-            segments, _ = forest(rows)
+            segments, _ = share_prefixes(rows)
             angles = draw(sum(segment.length for segment in segments), 4).repeat(1, 2)
-            layout = Layout(segments, tuple(rows_of(segments, angles.device)), len(angles))
+            layout = AttentionLayout(segments, tuple(group_segments(segments, angles.device)), len(angles))
             for softcap, window in ((None, None), (None, 6), (2.0, 6)):
-                geometry = Geometry(Shape(4, 2, 0.3, softcap, window), 16, angles.cos(), angles.sin(), layout)
+                geometry = Geometry(AttentionShape(4, 2, 0.3, softcap, window), 16, angles.cos(), angles.sin(), layout)
                 yield "attention", (draw(len(angles), 4 * 16), draw(len(angles), 8 * 16), geometry)
 
 

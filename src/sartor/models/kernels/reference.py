@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sartor.models.packing import Rows, Segment, Shape, attend
+from sartor.models.packing import AttentionShape, Segment, SegmentGroup, attend
 
 
 @dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """Who attends to whom in a pack, in the forms that kernels read. `kept` is a kernel's own form, made once a pack."""
 
     segments: Sequence[Segment]
-    rows: Sequence[Rows]
+    rows: Sequence[SegmentGroup]
     tokens: int
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -36,14 +36,14 @@ class Layout:
 class Geometry:
     """A layer's attention over a pack. width: K. cos, sin: (T, rotary) of the rotary embedding, both halves written out."""
 
-    shape: Shape
+    shape: AttentionShape
     width: int
     cos: torch.Tensor
     sin: torch.Tensor
-    layout: Layout
+    layout: AttentionLayout
 
 
-class Eager:
+class ReferenceKernels:
     """Torch's operations."""
 
     name = "torch's own operations"
@@ -111,7 +111,7 @@ class Eager:
         """The gradient of qkv, (T, (H + 2 G) K), from that of the mixtures (T, H K)."""
         with torch.enable_grad():
             leaf = qkv.detach().requires_grad_()
-            again, _ = Eager.attention(self, leaf, geometry)
+            again, _ = ReferenceKernels.attention(self, leaf, geometry)
             # to the bit what `grad(again, leaf, d)` gives, for which torch would load sympy, 35 MB
             (gradient,) = torch.autograd.grad((again * d).sum(), leaf)
         return gradient
@@ -157,7 +157,7 @@ class Cache:
 
 
 @dataclass
-class Looks:
+class PageTable:
     """Who looks where: each row's newest token at `positions` (N,), -1 for padding; `table` (N, most): its pages."""
 
     table: torch.Tensor
@@ -165,7 +165,7 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class Turns:
+class RotaryTable:
     """Rotary embedding of every position: cos, sin (positions, rotary), fp32, both halves written out."""
 
     cos: torch.Tensor
@@ -173,7 +173,7 @@ class Turns:
 
 
 @dataclass
-class Stack:
+class LoraStack:
     """The factors of every adapter on one fused projection, side by side.
 
     ranks: room of each fused module. low, high: its outputs. a (slots, sum of ranks, D); b (slots, sum of rank * outputs), each
@@ -197,10 +197,12 @@ class Stack:
         return slice(sum(self.ranks[:place]), sum(self.ranks[: place + 1]))
 
 
-class Serving:
+class PagedKernels:
     """Torch's operations."""
 
-    def attend(self, qkv: torch.Tensor, cache: Cache, looks: Looks, shape: Shape, turns: Turns) -> torch.Tensor:
+    def attend(
+        self, qkv: torch.Tensor, cache: Cache, looks: PageTable, shape: AttentionShape, turns: RotaryTable
+    ) -> torch.Tensor:
         """qkv (N, (H + 2 G) K) of each row's newest token -> (N, H K); its key and value are put into the cache."""
         out = qkv.new_zeros(len(qkv), shape.heads * cache.keys.shape[3])
         for row, position in enumerate(looks.positions.tolist()):
@@ -210,7 +212,7 @@ class Serving:
         return out
 
     def attend_row(
-        self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: Shape, turns: Turns
+        self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: AttentionShape, turns: RotaryTable
     ) -> torch.Tensor:
         """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last token's."""
         width, count = cache.keys.shape[3], len(qkv)
@@ -231,7 +233,7 @@ class Serving:
         )
         return _mixed(query, keys, values, _sees(places, end, shape), shape).transpose(0, 1).flatten(1)
 
-    def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: Stack, slots: torch.Tensor) -> None:
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, slots: torch.Tensor) -> None:
         """y (N, O) += scale x A^T B^T of each row's own adapter: x (N, D), slots (N,), -1 for none."""
         own = slots.clamp(min=0)
         scales = torch.where(slots[:, None] < 0, 0.0, stack.scales[own])
@@ -243,14 +245,16 @@ class Serving:
                 y[:, stack.low[place] : stack.high[place]] += part.to(y.dtype)
 
 
-def _sees(places: torch.Tensor, end: int, shape: Shape) -> torch.Tensor:
+def _sees(places: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:
     """(T, end) bool: which positions each query looks at."""
     keys = torch.arange(end, device=places.device)
     sees = keys <= places[:, None]
     return sees if shape.window is None else sees & (keys > places[:, None] - shape.window)
 
 
-def _mixed(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _mixed(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sees: torch.Tensor, shape: AttentionShape
+) -> torch.Tensor:
     """(H, T, K) queries, (H, L, K) keys and values -> (H, T, K)."""
     if shape.softcap is None:
         return F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=sees, scale=shape.scale)[0]

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from sartor.models.kernels.reference import Eager, Geometry, Layout
+from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
 from sartor.models.losses.lora_linear import MappedLinear, Projection, Unsupported
-from sartor.models.packing import Pack, Shape
+from sartor.models.packing import AttentionShape, Pack
 
 # Rows of the head that are widened at once
 SLICE = 2048
@@ -71,7 +71,7 @@ LOGITS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Family:
+class DecoderFamily:
     """In what an architecture differs from Llama.
 
     norm_offset: norms' weights are stored minus that. epsilon, activation: where a norm and the config keep theirs. window:
@@ -92,17 +92,17 @@ class Family:
     dropouts: tuple[str, ...] = ("attention_dropout",)
 
 
-_GEMMA = Family(
+_GEMMA = DecoderFamily(
     norm_offset=1.0, epsilon="eps", post_norms=True, activation="hidden_activation", window="layer", softcaps=True
 )  # fmt: skip
 FAMILIES = {
-    "llama": Family(),  # and SmolLM2, TinyLlama, Yi, ...
-    "mistral": Family(window="config"),
-    "qwen2": Family(window="layer"),  # its biases are seen on the modules
-    "qwen3": Family(window="layer", head_norms=True),
+    "llama": DecoderFamily(),  # and SmolLM2, TinyLlama, Yi, ...
+    "mistral": DecoderFamily(window="config"),
+    "qwen2": DecoderFamily(window="layer"),  # its biases are seen on the modules
+    "qwen3": DecoderFamily(window="layer", head_norms=True),
     "gemma2": _GEMMA,
     "gemma3_text": replace(_GEMMA, head_norms=True, rope_by_layer=True),
-    "phi3": Family(
+    "phi3": DecoderFamily(
         attention_in=("qkv_proj",), mlp_in=("gate_up_proj",), window="config",
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
     ),
@@ -113,7 +113,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 class Norm:
     """x / rms(x) * (offset + weight), over the last dimension."""
 
-    def __init__(self, module: Any, family: Family, kernels: Eager) -> None:
+    def __init__(self, module: Any, family: DecoderFamily, kernels: ReferenceKernels) -> None:
         self.weight, self._kernels = module.weight.detach(), kernels
         self.offset, self.eps = family.norm_offset, getattr(module, family.epsilon)
 
@@ -129,7 +129,9 @@ class Norm:
 class HeadNorms:
     """RMSNorm of each query and key head before the rotation (Qwen 3, Gemma 3)."""
 
-    def __init__(self, attention: Any, family: Family, shape: Shape, width: int, kernels: Eager) -> None:
+    def __init__(
+        self, attention: Any, family: DecoderFamily, shape: AttentionShape, width: int, kernels: ReferenceKernels
+    ) -> None:
         self.norms = [Norm(module, family, kernels) for module in (attention.q_norm, attention.k_norm)]
         self._sizes = [shape.heads * width, shape.groups * width, shape.groups * width]
         self._width = width
@@ -149,15 +151,15 @@ class HeadNorms:
         return torch.cat([part.view(len(qkv), -1) for part in grads], 1)
 
 
-class Block:
+class DecoderBlock:
     """One layer. `forward` keeps in `kept` what `backward` takes out again."""
 
-    def __init__(self, layer: Any, family: Family, model: Any, kernels: Eager) -> None:
+    def __init__(self, layer: Any, family: DecoderFamily, model: Any, kernels: ReferenceKernels) -> None:
         config, attention, dtype = model.config, layer.self_attn, layer.input_layernorm.weight.dtype
         self.kernels = kernels
         self.width = attention.head_dim
         self.rope_kind = config.layer_types[attention.layer_idx] if family.rope_by_layer else ""
-        self.shape = Shape(
+        self.shape = AttentionShape(
             heads=config.num_attention_heads,
             groups=config.num_key_value_heads,
             scale=attention.scaling,
@@ -179,7 +181,7 @@ class Block:
         self.mlp_out = Projection([layer.mlp.down_proj], dtype)
 
     @staticmethod
-    def _window(family: Family, config: Any, attention: Any) -> int | None:
+    def _window(family: DecoderFamily, config: Any, attention: Any) -> int | None:
         """Tokens of the layer's sliding window."""
         if not family.window:
             return None
@@ -187,7 +189,7 @@ class Block:
         return window
 
     @staticmethod
-    def _activation(family: Family, config: Any) -> str:
+    def _activation(family: DecoderFamily, config: Any) -> str:
         name = getattr(config, family.activation)
         if name not in ACTIVATIONS:
             raise Unsupported(f"the activation {name!r}")
@@ -274,7 +276,13 @@ class Block:
 class _BlockNode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, block: Block, geometry: Geometry, wanted: torch.Tensor | None, recompute: bool, *_: Any
+        ctx: Any,
+        x: torch.Tensor,
+        block: DecoderBlock,
+        geometry: Geometry,
+        wanted: torch.Tensor | None,
+        recompute: bool,
+        *_: Any,
     ) -> torch.Tensor:
         kept: dict[str, Any] = {}
         out = block.forward(x, geometry, wanted, kept)
@@ -299,7 +307,7 @@ class _HeadNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, fast: Fast, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, fast: FusedDecoder, targets: torch.Tensor) -> torch.Tensor:
         normed, rstd = fast.norm.forward(hidden)
         wants = ctx.needs_input_grad[0]
         ctx.fast = fast
@@ -325,14 +333,16 @@ class _HeadNode(torch.autograd.Function):
         return ctx.fast.norm.backward(dy, hidden, rstd), None, None
 
 
-class Fast:
+class FusedDecoder:
     """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
 
     model: transformers' module, adapters in place and without PEFT's shell (`transformers_backend.without_peft`), or a
     device's own of the same parts (`models/mmap_llama.py`): neither transformers nor peft is imported for it.
     """
 
-    def __init__(self, model: Any, kernels: Eager, *, recompute: bool = False, logits_bytes: int = LOGITS_BYTES) -> None:
+    def __init__(
+        self, model: Any, kernels: ReferenceKernels, *, recompute: bool = False, logits_bytes: int = LOGITS_BYTES
+    ) -> None:
         family = FAMILIES.get(model.config.model_type)
         if family is None:
             raise Unsupported(f"architecture {model.config.model_type!r} is not in the fast path's table")
@@ -341,7 +351,7 @@ class Fast:
         self.kernels, self.recompute = kernels, recompute
         self.embed, self.rope, self.family_name = body.embed_tokens, body.rotary_emb, model.config.model_type
         inputs = [parameter for parameter in body.embed_tokens.parameters() if parameter.requires_grad]
-        self.blocks = [Block(layer, family, model, kernels) for layer in body.layers]
+        self.blocks = [DecoderBlock(layer, family, model, kernels) for layer in body.layers]
         self.norm = Norm(body.norm, family, kernels)
         self.head, self.dtype, self.logits_bytes = head.weight.detach(), body.norm.weight.dtype, logits_bytes
         self._logits: torch.Tensor | None = None
@@ -365,7 +375,7 @@ class Fast:
         return torch.mm(x, self.head.T, out=self._logits[: len(x)])
 
     @staticmethod
-    def _check(family: Family, inner: Any, body: Any, head: Any) -> None:
+    def _check(family: DecoderFamily, inner: Any, body: Any, head: Any) -> None:
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:
             raise Unsupported("the LM head is no plain linear module")
         if head.weight.dtype != body.norm.weight.dtype and not isinstance(head, MappedLinear):
@@ -386,7 +396,7 @@ class Fast:
 
     def geometries(self, batch: Pack) -> list[Geometry]:
         """How each layer attends over this pack."""
-        layout = Layout(batch.segments, batch.rows, batch.tokens)
+        layout = AttentionLayout(batch.segments, batch.rows, batch.tokens)
         like = torch.empty(0, dtype=self.dtype, device=batch.ids.device)
         turns: dict[str, list[torch.Tensor]] = {}
         made = []

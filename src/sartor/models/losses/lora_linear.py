@@ -27,7 +27,7 @@ Gradients = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraFactors:
     """LoRA on rows [low, high) of the fused output: a (R, D), b (high - low, R), fp32 masters."""
 
     low: int
@@ -94,7 +94,7 @@ class Projection:
     def __init__(self, modules: Sequence[Any], dtype: torch.dtype, *, dropout: bool = False) -> None:
         """dropout: whether the caller applies the modules' dropout before A; else a module that has one is refused."""
         self.dtype = dtype
-        self.factors: list[Factors] = []
+        self.factors: list[LoraFactors] = []
         frozen, low = [], 0
         for module in modules:
             layer = getattr(module, "base_layer", module)
@@ -252,7 +252,7 @@ def rounds(dtype: torch.dtype) -> bool:
     return dtype.itemsize < 4
 
 
-def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[Factors], outs: int) -> torch.Tensor:
+def low_rank_product(low_rank: torch.Tensor, pairs: Sequence[LoraFactors], outs: int) -> torch.Tensor:
     """Return scale (x A^T) B^T of every pair, (N, outs), zero where no module has factors. low_rank: x A^T, (N, sum of R)."""
     covers_all = sum(pair.high - pair.low for pair in pairs) == outs
     y = (low_rank.new_empty if covers_all else low_rank.new_zeros)(len(low_rank), outs)
@@ -274,10 +274,10 @@ def _dense(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return dense_weight(base, dtype) if is_quantised(base) else base.weight.detach().to(dtype)
 
 
-def _factors(module: Any, low: int, high: int, dropout: bool) -> list[Factors]:
+def _factors(module: Any, low: int, high: int, dropout: bool) -> list[LoraFactors]:
     """The LoRA factors of a module that are switched on and trained."""
     if isinstance(module, LoraLinear):
-        return [Factors(low, high, module.a, module.b, module.scale)]
+        return [LoraFactors(low, high, module.a, module.b, module.scale)]
     from peft.tuners.lora import LoraLayer  # 190 MB, and a device has none
 
     if not isinstance(module, LoraLayer):
@@ -291,4 +291,4 @@ def _factors(module: Any, low: int, high: int, dropout: bool) -> list[Factors]:
     if not dropout and not isinstance(module.lora_dropout["default"], torch.nn.Identity):
         raise Unsupported("dropout before A")
     a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return [Factors(low, high, a, b, float(module.scaling["default"]))]
+    return [LoraFactors(low, high, a, b, float(module.scaling["default"]))]

@@ -20,42 +20,42 @@ import torch
 
 from sartor.core.home import folder
 from sartor.models import packing
-from sartor.models.losses.fused_decoder import Fast
-from sartor.models.packing import Encoded, Pack, fill, pack
-from sartor.models.tensor_files import SCHEMA, Shelf
+from sartor.models.losses.fused_decoder import FusedDecoder
+from sartor.models.packing import Pack, TokenizedExample, group_by_capacity, pack
+from sartor.models.tensor_files import SCHEMA, TensorCache
 
 PACK_TOKENS = 2048
 
 
 @dataclass
-class Part:
+class CachedPack:
     """One stored pack: its rows, their places in it, its name on the shelf, and its tensor, opened when it is first needed."""
 
-    rows: list[Encoded]
+    rows: list[TokenizedExample]
     places: dict[tuple[int, ...], slice]
     name: str
     hidden: Any = None
 
 
 @dataclass
-class Frozen:
+class ActivationCache:
     """A bounded cache of frozen activations on disk for one model and its rows."""
 
-    fast: Fast
+    fast: FusedDecoder
     device: torch.device
-    shelf: Shelf
+    shelf: TensorCache
     identity: str
-    parts: dict[tuple[int, ...], Part] = field(default_factory=dict)
+    parts: dict[tuple[int, ...], CachedPack] = field(default_factory=dict)
     computed: int = 0
     reused: int = 0
 
-    def plan(self, rows: Sequence[Encoded]) -> None:
+    def plan(self, rows: Sequence[TokenizedExample]) -> None:
         """Lay `rows` into packs, as many as the limit holds."""
         unlike = {tuple(row.ids): row for row in rows}
         ordered = [unlike[ids] for ids in sorted(unlike)]  # neighbours share beginnings
         lengths = [len(row.ids) for row in ordered]
         room = self.shelf.limit_bytes
-        for group in fill(lengths, max(PACK_TOKENS, *lengths)) if lengths else []:
+        for group in group_by_capacity(lengths, max(PACK_TOKENS, *lengths)) if lengths else []:
             room -= sum(lengths[index] for index in group) * self._token_bytes
             if room < 0:
                 left = len(ordered) - len(self.parts)
@@ -69,7 +69,7 @@ class Frozen:
     def _token_bytes(self) -> int:
         return int(self.fast.head.shape[1] * self.fast.head.element_size())
 
-    def _add(self, rows: list[Encoded]) -> None:
+    def _add(self, rows: list[TokenizedExample]) -> None:
         ends, places = 0, {}
         for row in rows:
             places[tuple(row.ids)] = slice(ends, ends + len(row.ids))
@@ -80,9 +80,9 @@ class Frozen:
         )  # fmt: skip
         name = hashlib.sha256(repr(said).encode()).hexdigest()
         self.shelf.keep(name)
-        self.parts.update(dict.fromkeys(places, Part(rows, places, name)))
+        self.parts.update(dict.fromkeys(places, CachedPack(rows, places, name)))
 
-    def inputs(self, rows: Sequence[Encoded], batch: Pack) -> torch.Tensor:
+    def inputs(self, rows: Sequence[TokenizedExample], batch: Pack) -> torch.Tensor:
         """(T, D) input of the lowest adapted layer for a pack of `rows`. Call under no_grad."""
         x = torch.empty(batch.tokens, self.fast.head.shape[1], dtype=self.fast.head.dtype, device=self.device)
         unknown = [place for place, row in enumerate(rows) if tuple(row.ids) not in self.parts]
@@ -101,7 +101,7 @@ class Frozen:
     def _compute(self, batch: Pack) -> torch.Tensor:
         return self.fast.frozen(self.fast.embed(batch.ids[0]), self.fast.geometries(batch))
 
-    def _hidden(self, part: Part) -> Any:
+    def _hidden(self, part: CachedPack) -> Any:
         """A part's activations, (tokens, D), row by row, as something that can be sliced."""
         if part.hidden is None:
             shape = (sum(len(row.ids) for row in part.rows), self.fast.head.shape[1])
@@ -119,7 +119,7 @@ Notice = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Wish:
+class LossOptions:
     """What a run asks of a path. Nothing here changes losses, but by rounding.
 
     fast: false takes transformers' module anyway. recompute: keep a tensor a layer and compute the rest again. share:
@@ -136,21 +136,21 @@ class Wish:
     notice: Notice = field(default=lambda line: None, compare=False)
 
 
-WISH = Wish()
+WISH = LossOptions()
 
 
-class Path(Protocol):
+class LossBackend(Protocol):
     """A way to compute losses."""
 
     name: str
     reason: str
     packing_difference: float | None
 
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """((S,) losses in nats, (S,) weights) of the supervised tokens of `rows`, in the rows' order; differentiable."""
         ...
 
-    def plain(self) -> Path | None:
+    def plain(self) -> LossBackend | None:
         """The same without shared prefixes and stored activations, to prove it by; None where it saves nothing."""
         ...
 
@@ -161,18 +161,18 @@ class Path(Protocol):
 
 
 @dataclass
-class FastPath:
+class FusedBackend:
     """Our own forward and backward."""
 
-    fast: Fast
+    fast: FusedDecoder
     device: torch.device
     reason: str
     share: bool
-    frozen: Frozen | None = None
+    frozen: ActivationCache | None = None
     packing_difference: float | None = None
     name: str = "fast"
 
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
         batch = packing.pack(rows, self.device, share=self.share)
         if self.frozen is None:
@@ -181,9 +181,9 @@ class FastPath:
             x = self.frozen.inputs(rows, batch)
         return self.fast.tuned(x, batch, self.fast.geometries(batch)), batch.weights
 
-    def plain(self) -> Path:
+    def plain(self) -> LossBackend:
         """See `Path`."""
-        return FastPath(self.fast, self.device, "", share=False)
+        return FusedBackend(self.fast, self.device, "", share=False)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -191,18 +191,20 @@ class FastPath:
         return [part for block in self.fast.blocks for part in block.parameters if part.requires_grad]
 
 
-def reuse(fast: Fast, rows: Sequence[Encoded], device: torch.device, wish: Wish) -> Frozen | None:
+def activation_cache_for(
+    fast: FusedDecoder, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions
+) -> ActivationCache | None:
     """The cache of what layers below the lowest adapted one make of `rows`, if there is such a layer and room for it."""
     if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
     store = wish.store or folder("activations")
-    shelf = Shelf(store, wish.reuse_bytes, wish.notice, dtype=str(fast.head.dtype))
-    frozen = Frozen(fast, device, shelf, wish.identity)
+    shelf = TensorCache(store, wish.reuse_bytes, wish.notice, dtype=str(fast.head.dtype))
+    frozen = ActivationCache(fast, device, shelf, wish.identity)
     frozen.plan(rows)
     return frozen
 
 
-def prove(path: Path, rows: Sequence[Encoded]) -> dict[str, float]:
+def measure_savings_error(path: LossBackend, rows: Sequence[TokenizedExample]) -> dict[str, float]:
     """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
 
     {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a run's
@@ -227,7 +229,9 @@ def prove(path: Path, rows: Sequence[Encoded]) -> dict[str, float]:
     return {"loss": _apart(saved, full), "gradient": worst}
 
 
-def _loss_and_gradients(path: Path, rows: Sequence[Encoded], parameters: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+def _loss_and_gradients(
+    path: LossBackend, rows: Sequence[TokenizedExample], parameters: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, Any]:
     losses, weights = path.losses(rows)
     return losses.detach(), torch.autograd.grad((losses * weights).sum() / weights.sum(), parameters)
 

@@ -28,15 +28,15 @@ from transformers import AttentionInterface
 
 from sartor.models import kernels
 from sartor.models import packing as batches
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 from sartor.models.losses.fp32_copy import in_fp32
-from sartor.models.losses.fused_decoder import Fast
+from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.lora_linear import Unsupported, rounds
 from sartor.models.losses.lora_rounding import rounded_twice
-from sartor.models.losses.loss_backend import WISH, FastPath, Path, Wish, reuse
+from sartor.models.losses.loss_backend import WISH, FusedBackend, LossBackend, LossOptions, activation_cache_for
 from sartor.models.media_tokens import own_inputs
 from sartor.models.multimodal.native_media import is_plain, native_media
-from sartor.models.packing import Encoded, Pack, Shape, attend, pack
+from sartor.models.packing import AttentionShape, Pack, TokenizedExample, attend, pack
 
 
 def packed_attention(
@@ -51,7 +51,7 @@ def packed_attention(
 
     `options` are theirs: scaling, softcap, sliding_window, dropout, and our `rows`.
     """
-    shape = Shape(
+    shape = AttentionShape(
         heads=query.shape[1],
         groups=key.shape[1],
         scale=options.get("scaling") or query.shape[3] ** -0.5,
@@ -103,7 +103,7 @@ def pack_losses(model: Any, batch: Pack) -> torch.Tensor:
     return F.cross_entropy(_at_least_fp32(logits), batch.targets, reduction="none")
 
 
-def row_losses(model: Any, examples: Sequence[Encoded], device: torch.device | str) -> torch.Tensor:
+def row_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor:
     """What `pack_losses` gives, one example at a time through the model's own attention: slow, and right for any model."""
     losses = []
     for example in examples:
@@ -118,17 +118,17 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def packs_exactly(model: Any, examples: Sequence[Encoded], device: torch.device | str) -> tuple[bool, float]:
+def packs_exactly(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> tuple[bool, float]:
     """Whether this model's packed losses equal its unpacked ones, and the largest difference in nats: see `agrees`."""
 
-    def packed(few: Sequence[Encoded]) -> torch.Tensor:
+    def packed(few: Sequence[TokenizedExample]) -> torch.Tensor:
         with packing(model):
             return pack_losses(model, pack(few, device))
 
-    return agrees(model, examples, device, packed)
+    return matches_single_rows(model, examples, device, packed)
 
 
-def turned(ids: Sequence[int]) -> list[int]:
+def reversed_text(ids: Sequence[int]) -> list[int]:
     """The tokens of text in the other order; media stay where they are, since none may become what is to be said next.
 
     >>> turned([1, 2, -9, 3])
@@ -139,8 +139,11 @@ def turned(ids: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def agrees(
-    model: Any, examples: Sequence[Encoded], device: torch.device | str, packed: Callable[[Sequence[Encoded]], torch.Tensor]
+def matches_single_rows(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    device: torch.device | str,
+    packed: Callable[[Sequence[TokenizedExample]], torch.Tensor],
 ) -> tuple[bool, float]:
     """Return whether `packed` (rows -> (S,) losses) gives what the model gives for single rows, and the largest difference.
 
@@ -162,7 +165,7 @@ def agrees(
         if media is not None and not is_plain(model, media, row.ids):
             return False, max(media.apart.values())
     plain = row_losses(model, few, device)
-    other = replace(few[0], ids=turned(few[0].ids))
+    other = replace(few[0], ids=reversed_text(few[0].ids))
     try:
         behind, behind_other = (packed([first, *few]) for first in (few[0], other))
     except Exception:  # each architecture fails in its own way, and each failure is an answer
@@ -188,7 +191,7 @@ ROUNDING_SLACK, ROUNDING_FLOOR_NATS = 1.5, 0.02
 _ROUNDED_ROWS, _ROUNDED_TOKENS = 16, 256
 
 
-def _few_rows(examples: Sequence[Encoded], dtype: torch.dtype) -> list[Encoded]:
+def _few_rows(examples: Sequence[TokenizedExample], dtype: torch.dtype) -> list[TokenizedExample]:
     """Return the rows that `agrees` looks at: the two shortest, the longest, one with media; in 16 bits further short ones."""
     rows = sorted((example for example in examples if example.supervised_tokens), key=lambda example: len(example.ids))
     few = [*rows[:2], *rows[-1:]]
@@ -203,7 +206,7 @@ def _few_rows(examples: Sequence[Encoded], dtype: torch.dtype) -> list[Encoded]:
     return few
 
 
-def _fp32_losses(model: Any, examples: Sequence[Encoded], device: torch.device | str) -> torch.Tensor | None:
+def _fp32_losses(model: Any, examples: Sequence[TokenizedExample], device: torch.device | str) -> torch.Tensor | None:
     """Return what `row_losses` gives in fp32; None for a model that does not compute with widened weights."""
     try:
         with in_fp32(model):
@@ -223,7 +226,7 @@ _TIMED_ROWS = 8
 
 
 @dataclass
-class General:
+class PackedTransformersBackend:
     """Transformers' module, packed exactly."""
 
     model: Any
@@ -233,15 +236,15 @@ class General:
     packing_difference: float | None = None
     name: str = "general"
 
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
         batch = batches.pack(rows, self.device, share=self.share)
         with packing(self.model):
             return pack_losses(self.model, batch), batch.weights
 
-    def plain(self) -> Path:
+    def plain(self) -> LossBackend:
         """See `Path`."""
-        return General(self.model, self.device, "")
+        return PackedTransformersBackend(self.model, self.device, "")
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -250,7 +253,7 @@ class General:
 
 
 @dataclass
-class OneRow:
+class RowTransformersBackend:
     """Transformers' module, a row at a time."""
 
     model: Any
@@ -259,7 +262,7 @@ class OneRow:
     packing_difference: float | None = None
     name: str = "one-row"
 
-    def losses(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, rows: Sequence[TokenizedExample]) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Path`."""
         losses = row_losses(self.model, rows, self.device)
         weights = [row.weight for row in rows for _ in range(row.supervised_tokens)]
@@ -274,18 +277,20 @@ class OneRow:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish = WISH) -> Path:
+def choose_loss_backend(
+    model: Any, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions = WISH
+) -> LossBackend:
     """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode.
 
     A path that is not the fast one says in its `reason` why, and what that costs where both can be timed.
     """
-    fast: Fast | None = None
+    fast: FusedDecoder | None = None
     try:
         if not wish.fast:
             raise Unsupported("compute.path is general")
-        made, why = kernels.choose(device)
-        fast = Fast(without_peft(model), made, recompute=wish.recompute)
-        is_exact, difference = agrees(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
+        made, why = kernels.choose_kernels(device)
+        fast = FusedDecoder(without_peft(model), made, recompute=wish.recompute)
+        is_exact, difference = matches_single_rows(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
         if not is_exact:
             how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
             raise Unsupported(f"it {how} on rows of this run")
@@ -297,11 +302,16 @@ def choose(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish
     reason = f"{fast.family_name} block by hand, {why}"
     if wish.recompute:
         reason += f"; {RECOMPUTED}"
-    return FastPath(fast, device, reason, wish.share, reuse(fast, rows, device, wish), difference)
+    return FusedBackend(fast, device, reason, wish.share, activation_cache_for(fast, rows, device, wish), difference)
 
 
 @torch.no_grad()
-def _cost(path: General | OneRow, fast: Fast | None, rows: Sequence[Encoded], device: torch.device) -> str:
+def _cost(
+    path: PackedTransformersBackend | RowTransformersBackend,
+    fast: FusedDecoder | None,
+    rows: Sequence[TokenizedExample],
+    device: torch.device,
+) -> str:
     """Say what the slower path costs: how long a few rows take on it, over how long they take on the fast one."""
     few = [row for row in rows if row.supervised_tokens][:_TIMED_ROWS]
     if fast is None or not few:
@@ -326,18 +336,20 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _general(model: Any, rows: Sequence[Encoded], device: torch.device, wish: Wish, reason: str) -> General | OneRow:
+def _general(
+    model: Any, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions, reason: str
+) -> PackedTransformersBackend | RowTransformersBackend:
     if count := rounded_twice(model):
         reason += f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/speed.md)"
     is_exact, difference = packs_exactly(model, rows, device)
     if not is_exact:
         how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
-        return OneRow(model, device, f"{reason}; packed losses {how}", difference)
-    path = General(model, device, reason, wish.share, difference)
+        return RowTransformersBackend(model, device, f"{reason}; packed losses {how}", difference)
+    path = PackedTransformersBackend(model, device, reason, wish.share, difference)
     return with_recompute(path) if wish.recompute else path
 
 
-def with_recompute(path: General) -> General:
+def with_recompute(path: PackedTransformersBackend) -> PackedTransformersBackend:
     """`path` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
 
     Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
@@ -346,7 +358,7 @@ def with_recompute(path: General) -> General:
     if not model.supports_gradient_checkpointing:
         path.reason += "; this architecture cannot compute activations again, so all are kept"
         return path
-    with quiet():  # the name of transformers 5.0, deprecated by later ones
+    with quiet_transformers():  # the name of transformers 5.0, deprecated by later ones
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
     model.disable_input_require_grads()

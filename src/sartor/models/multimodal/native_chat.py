@@ -15,7 +15,7 @@ from typing import Any
 
 from sartor.core.errors import SourceError
 from sartor.core.records import Message
-from sartor.models.chat import MARK, Chat, Seen
+from sartor.models.chat import MARK, ChatTokenizer, Seen
 from sartor.models.content_shielding import Piece, pieces_of, with_content
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.template_markup import probe
@@ -26,7 +26,7 @@ _AS_LIST, _AS_TEXT = True, False
 _NAMES = {"image": ("image",), "audio": ("audio", "input_audio")}
 
 
-class NativeChat(Chat):
+class NativeChat(ChatTokenizer):
     """See `Chat`. media: what the base reads."""
 
     def __init__(self, tokenizer: Any, media: NativeMedia, extra_stops: Sequence[int] = ()) -> None:

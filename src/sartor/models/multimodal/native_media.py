@@ -3,7 +3,7 @@
 A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself puts in the
 places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
 that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
-own forward takes; which of the two is right is measured (`transformers_backend.agrees`, `replies.py`).
+own forward takes; which of the two is right is measured (`transformers_backend.matches_single_rows`).
 
 For models that do more with media than to put embeddings in their places; which ones they are is measured on the first
 prompt with the same kinds of media.
@@ -38,7 +38,7 @@ BLANK = 1e-6
 END_S = 0.05
 
 
-class Written(list[int]):
+class MediaTokens(list[int]):
     """The ids of one media, and `text`: what the processor writes for it, placeholders and what stands around them."""
 
     def __init__(self, ids: Sequence[int], text: str) -> None:
@@ -46,7 +46,7 @@ class Written(list[int]):
         self.text = text
 
 
-class Held:
+class BoundedCache:
     """Things by key, the latest of them as long as there is room."""
 
     def __init__(self, room: int) -> None:
@@ -82,7 +82,7 @@ class NativeMedia:
         self.apart: dict[frozenset[str], float] = {}
         self._origins: dict[int, tuple[Part, Path | None]] = {}
         self._counts: dict[int, int] = {}
-        self._decoded, self._embeddings = Held(HELD_BYTES), Held(HELD_BYTES)
+        self._decoded, self._embeddings = BoundedCache(HELD_BYTES), BoundedCache(HELD_BYTES)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class NativeMedia:
         """See `media_tokens.Media`: the towers are the base's own."""
         return {}
 
-    def ids(self, part: Part, folder: Path | None) -> Written:
+    def ids(self, part: Part, folder: Path | None) -> MediaTokens:
         """See `media_tokens.Media`. Raises MediaError for a recording that the processor would cut."""
         if part.kind not in self.tokens:
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
@@ -113,13 +113,13 @@ class NativeMedia:
             problem = f"the processor does not say what it writes for {part.kind} parts"
             raise ModelError(problem, "pip install -U transformers; or use another base")
         virtual = iter(virtual_ids(key, self._counts[key]))
-        return Written([next(virtual) if token == placeholder else token for token in tokens], text)
+        return MediaTokens([next(virtual) if token == placeholder else token for token in tokens], text)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media_tokens.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
         is_fixed = self._is_fixed
         if not is_fixed:  # what makes them may be another when it is fixed again: merged
-            self._embeddings = Held(HELD_BYTES)
+            self._embeddings = BoundedCache(HELD_BYTES)
         found = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
         if lacking := [key for key, held in found.items() if held is None]:
             ids: list[int] = []
@@ -322,7 +322,7 @@ def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
     return media.apart[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
 
 
-class Chosen(transformers.LogitsProcessor):
+class ForcedToken(transformers.LogitsProcessor):
     """Leaves nothing but the token that `choose` takes of (1, V) logits."""
 
     def __init__(self, choose: Callable[[torch.Tensor], int]) -> None:
@@ -349,6 +349,6 @@ def reply(
     given = media.inputs(torch.tensor([list(prompt)], device=model.device))
     settings = transformers.GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=list(stop), pad_token_id=pad)
     made = model.generate(
-        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([Chosen(choose)])
+        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([ForcedToken(choose)])
     )
     return [int(token) for token in made[0, given["input_ids"].shape[1] :]]

@@ -42,7 +42,7 @@ class Targeted:
 
 
 @dataclass(frozen=True)
-class Parts:
+class BaseParts:
     """Names of modules. decoder: the language model; language, projector_linear, tower: linear modules; projector: whole."""
 
     decoder: str
@@ -52,7 +52,7 @@ class Parts:
     tower: tuple[str, ...]
 
 
-def parts_of(model: Any) -> Parts:
+def parts_of(model: Any) -> BaseParts:
     """The parts of a native base without an adapter."""
     names = {id(module): name for name, module in model.named_modules()}
     decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
@@ -62,10 +62,10 @@ def parts_of(model: Any) -> Parts:
     within = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
     language = [name for name in linear if _is_in(name, decoder) and name not in ours and _child(name, decoder) not in within]
     tower = [name for name in linear if name not in ours and name not in language]
-    return Parts(decoder, tuple(language), projector, tuple(ours), tuple(tower))
+    return BaseParts(decoder, tuple(language), projector, tuple(ours), tuple(tower))
 
 
-def choose(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
+def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
     """What the `targets` of a recipe name. Raises ConfigError where this base has no such part."""
     parts = parts_of(model)
     linear = _language(model, parts, language, top)
@@ -82,7 +82,7 @@ def choose(model: Any, language: Sequence[str] | str, top: int | None, projector
     return Targeted(linear, parts.projector if projector == "full" else ())
 
 
-def _language(model: Any, parts: Parts, wanted: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
+def _language(model: Any, parts: BaseParts, wanted: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
     found = parts.language
     if top is not None:
         layers = len(model.get_decoder().layers)

@@ -24,8 +24,8 @@ from sartor.core.records import Example, Message, Part
 from sartor.media import audio
 from sartor.models.media_tokens import content_of, key_of, keys_in, virtual_ids
 from sartor.models.multimodal.native_chat import NativeChat
-from sartor.models.multimodal.native_media import BLANK, HELD_BYTES, Chosen, Held, NativeMedia, Written
-from sartor.models.packing import Encoded
+from sartor.models.multimodal.native_media import BLANK, HELD_BYTES, BoundedCache, ForcedToken, MediaTokens, NativeMedia
+from sartor.models.packing import TokenizedExample
 
 _MARK = re.compile(r"<\|.+\|>")
 START = "<|startoftranscript|>"
@@ -58,16 +58,16 @@ class WhisperMedia(NativeMedia):
         self.places = int(model.config.max_target_positions)
         self.template = template(model.generation_config)
         self._origins: dict[int, tuple[Part, Path | None]] = {}
-        self._held = Held(HELD_BYTES)
+        self._held = BoundedCache(HELD_BYTES)
 
-    def ids(self, part: Part, folder: Path | None) -> Written:
+    def ids(self, part: Part, folder: Path | None) -> MediaTokens:
         """See `media_tokens.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
         if part.kind != "audio":
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         key = key_of("whisper", hashlib.sha256(content_of(part, folder)).hexdigest())
         self._origins[key] = (part, folder)
         self._spectrogram(key)
-        return Written(virtual_ids(key, 1), START)
+        return MediaTokens(virtual_ids(key, 1), START)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media_tokens.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a time."""
@@ -108,7 +108,7 @@ class WhisperChat(NativeChat):
         super().__init__(tokenizer, media, extra_stops)
         self._places = media.places
 
-    def encode(self, example: Example, folder: Path | None = None) -> Encoded:
+    def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
         """See `Chat.encode`. Raises MediaError too for a transcript that the decoder has no room for."""
         if example.is_document:
             raise _not_heard("a document")
@@ -168,6 +168,6 @@ def reply(
         begin_suppress_tokens=said.begin_suppress_tokens,
         decoder_start_token_id=model.config.decoder_start_token_id,
     )
-    processors = transformers.LogitsProcessorList([Chosen(choose)])
+    processors = transformers.LogitsProcessorList([ForcedToken(choose)])
     made = transformers.GenerationMixin.generate(model, **given, generation_config=settings, logits_processor=processors)
     return [int(token) for token in made[0, len(prompt) :]]

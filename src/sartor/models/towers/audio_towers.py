@@ -20,7 +20,7 @@ from sartor.core.model_refs import TowerRef
 from sartor.media.audio import read_sound
 from sartor.models import whisper_conversion
 from sartor.models.hardware import best_device
-from sartor.models.loading import first_line, quiet
+from sartor.models.loading import first_line, quiet_transformers
 from sartor.models.towers.tower import WHOLE, Located, stored
 
 F32 = NDArray[np.float32]
@@ -67,7 +67,7 @@ def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], obje
         whisper_conversion.convert(ref, notice)
     where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
     try:
-        with quiet():
+        with quiet_transformers():
             model, info = transformers.WhisperForConditionalGeneration.from_pretrained(
                 **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
@@ -114,7 +114,7 @@ class SpeechToText:
         heard = spectrogram(self.prepare, pieces, self.model.model.encoder.conv1.weight)
         several = self.model.generation_config.is_multilingual
         how = {"language": language or None, "task": "transcribe"} if several else {}
-        with quiet():
+        with quiet_transformers():
             tokens = self.model.generate(heard, do_sample=False, num_beams=1, **how)
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 

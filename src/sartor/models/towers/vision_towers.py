@@ -22,7 +22,7 @@ from sartor.core import assets
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
 from sartor.media.images import open_image, squared
-from sartor.models.loading import WEIGHTS, first_line, make_once, quiet
+from sartor.models.loading import WEIGHTS, convert_once, first_line, quiet_transformers
 from sartor.models.towers.tower import WHOLE, Located, stored
 
 NAME = "efficientnet-lite0"
@@ -60,7 +60,7 @@ class Convolution(nn.Module):
         return self.convolution(nn.functional.pad(x, [side for both in over for side in (both // 2, both - both // 2)]))
 
 
-class Block(nn.Module):
+class InvertedResidual(nn.Module):
     """An inverted residual block without squeeze and excitation."""
 
     def __init__(self, width: int, out: int, kernel: int, stride: int, expansion: int) -> None:
@@ -100,11 +100,11 @@ class EfficientNetLite0(nn.Module):
         return self.classifier(grid.mean((2, 3)))
 
 
-def _blocks() -> Iterator[Block]:
+def _blocks() -> Iterator[InvertedResidual]:
     width = STEM
     for count, kernel, stride, expansion, out in STAGES:
         for n in range(count):
-            yield Block(width, out, kernel, stride if n == 0 else 1, expansion)
+            yield InvertedResidual(width, out, kernel, stride if n == 0 else 1, expansion)
             width = out
 
 
@@ -152,7 +152,7 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
         save_file(weights, str(part / WEIGHTS))
         return {"derived_from": file.name, "dtype": "float32"}
 
-    make_once(ref.path, ref.digest, fill)
+    convert_once(ref.path, ref.digest, fill)
     model = EfficientNetLite0()
     model.load_state_dict(load_file(str(ref.path / WEIGHTS)))
     return EfficientNetTower(ref, model, device)
@@ -233,7 +233,7 @@ def _side(prepare: Any) -> int:
 def _opened(ref: TowerRef) -> tuple[Any, Any]:
     where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True, "trust_remote_code": False}
     try:
-        with quiet():
+        with quiet_transformers():
             model, info = transformers.AutoModel.from_pretrained(
                 **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )

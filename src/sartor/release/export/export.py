@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import catalogue, model_refs, numerics, records, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_free, create_output_directory, seal
+from sartor.core.artifacts import MANIFESTS, Artifact, check_output_free, create_output_directory, seal
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
 from sartor.evaluate.evaluation import check_base
 from sartor.models import adapters, composed_model, hardware
-from sartor.models.base import Base, machine, open_base
+from sartor.models.base import Base, machine_facts, open_base
 from sartor.models.gguf_writer import TYPES
 from sartor.release.export import export_formats
 from sartor.release.export import parity as prompts
 from sartor.release.export import parity as reference
 from sartor.release.export import parity as runtimes
-from sartor.release.export.export_formats import Made, Work
+from sartor.release.export.export_formats import ExportContext, ExportedForm
 from sartor.release.export.parity import LIKELIEST, Figures, Trace
 from sartor.release.release import verify_release
 
 Form = Literal["peft", "merged", "gguf"]
 NO_MERGED = "none"
 Notice = Callable[[str], object]
-_WRITERS: dict[str, Callable[[Work, Path], Made]] = {
+_WRITERS: dict[str, Callable[[ExportContext, Path], ExportedForm]] = {
     "peft": export_formats.write_peft,
     "merged": export_formats.write_merged,
     "gguf": export_formats.write_gguf,
@@ -53,7 +53,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How an export is made, beside where and of what.
 
     quantise: types of the merged GGUF (gguf_model.TYPES) beside f16, which is left away where bf16 or f32 is named; `none`
@@ -81,7 +81,7 @@ def export(
     out: Path | str,
     *,
     to: Form,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     replace: bool = False,
     notice: Notice = lambda line: None,
 ) -> Exported:
@@ -91,10 +91,10 @@ def export(
     than the Release (nothing is left at `out`), ExtraError where the runtime is absent and that is not allowed, BudgetError
     where memory cannot hold the comparison, ModelError for a base that the form has no place for.
     """
-    options = options or Options()
+    options = options or ExportOptions()
     _check(to, options)
     out = Path(out).absolute()
-    check_free(out, replace=replace)
+    check_output_free(out, replace=replace)
     private = signing.open_private(Path(options.sign)) if options.sign else None
     found = verify_release(release, key=options.key, base=options.base).release
     reads = _check_media(found, to)
@@ -105,7 +105,7 @@ def export(
     check_base(found, base.ref.digest, base.chat.template_digest, base.ref.name)
     asked = prompts.choose(found, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()
-    work = Work(found, base, adapters.open_adapter(base.model, found.path), (), options.types, measured, notice)
+    work = ExportContext(found, base, adapters.open_adapter(base.model, found.path), (), options.types, measured, notice)
     notice(f"asking Sartor {len(asked)} prompts")
     work.traces = traces = reference.trace(base, work.model, asked)
     with create_output_directory(out, replace=replace) as part:
@@ -124,7 +124,7 @@ def export(
     return Exported(exported)
 
 
-def _check(to: str, options: Options) -> None:
+def _check(to: str, options: ExportOptions) -> None:
     """Refuse before any work what could not be done after it."""
     if to not in _WRITERS:
         raise ConfigError(f"there is no form {to!r} of an export; there are {', '.join(_WRITERS)}", "--to peft")
@@ -172,7 +172,7 @@ def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
         "parents": [release.as_parent()],
         **{key: manifest[key] for key in known if key in manifest},
         "as_base": _as_base(to, part),
-        "machine": machine(),
+        "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")},
     }
 
@@ -208,11 +208,11 @@ def _parity(
             "base_digest": base.ref.digest,
             "device": str(base.device),
         },
-        "prompts": records.tally(one.asked.source for one in traces),
+        "prompts": records.count_values(one.asked.source for one in traces),
         "positions": sum(len(one.reply) for one in traces),
         "most_reply_tokens": reference.REPLY_TOKENS,
         "likeliest": LIKELIEST,
-        "itself": runtimes.itself(traces).as_json(),
+        "itself": runtimes.check_own_decoding(traces).as_json(),
         "files": {name: found.as_json() for name, found in figures.items()},
         "measured": measured,
         "notes": notes,

@@ -22,7 +22,7 @@ from sartor.core.model_refs import STARTER, source_gguf
 from sartor.models import adapters, composed_model, gguf_writer
 from sartor.models.base import Base, open_chat
 from sartor.models.gguf_writer import write_adapter_gguf
-from sartor.models.loading import quiet
+from sartor.models.loading import quiet_transformers
 from sartor.release.export import parity
 from sartor.release.export.parity import Figures, Trace
 
@@ -158,7 +158,7 @@ _SHARD = "4GB"
 
 
 @dataclass
-class Work:
+class ExportContext:
     """What a form is made of. `model`: the base in fp32 with the Release's adapter on it; used up when the form is done."""
 
     release: Artifact
@@ -176,14 +176,14 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Made:
+class ExportedForm:
     """A finished form: figures of its files by name, and the command lines or code that load it."""
 
     figures: dict[str, Figures]
     use: str
 
 
-def write_peft(work: Work, part: Path) -> Made:
+def write_peft(work: ExportContext, part: Path) -> ExportedForm:
     """The PEFT directory as peft, vLLM and SGLang load it, with tokenizer and chat template."""
     reads = composed_model.read_towers(work.release.path)
     for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if reads else [])):
@@ -195,14 +195,14 @@ def write_peft(work: Work, part: Path) -> Made:
     figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device)
     parity.check(figures, work.name)
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in reads.items())
-    return Made({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if reads else ""))
+    return ExportedForm({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if reads else ""))
 
 
-def write_merged(work: Work, part: Path) -> Made:
+def write_merged(work: ExportContext, part: Path) -> ExportedForm:
     """The base with the adapter added into its weights, in transformers' layout and the base's own type."""
     chat, device = work.base.chat, work.base.device
     model = adapters.merge(work.model).to(_width_of(work.base.ref.path))
-    with quiet():
+    with quiet_transformers():
         model.save_pretrained(str(part), max_shard_size=_SHARD)
     del model, work.model, work.base.model
     write_tokenizer(work.base, part)
@@ -210,7 +210,7 @@ def write_merged(work: Work, part: Path) -> Made:
     work.notice("asking transformers")
     figures = parity.ask_merged(part, chat, work.traces, device)
     parity.check(figures, work.name)
-    return Made({"*.safetensors": figures}, _USE_MERGED)
+    return ExportedForm({"*.safetensors": figures}, _USE_MERGED)
 
 
 def _width_of(base: Path) -> torch.dtype:
@@ -219,11 +219,11 @@ def _width_of(base: Path) -> torch.dtype:
         return _WIDTHS.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
 
 
-def write_gguf(work: Work, part: Path) -> Made:
+def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     """The adapter as GGUF, and the merged model as one GGUF file a type; llama.cpp is asked of each."""
     base, manifest = work.base, work.release.manifest
     template = base.chat.template
-    about = gguf_writer.About(
+    about = gguf_writer.GgufMetadata(
         manifest["name"],
         manifest["version"],
         work.release.licence,
@@ -247,7 +247,7 @@ def write_gguf(work: Work, part: Path) -> Made:
     for file_name, found in figures.items():
         parity.check(found, f"{work.name} ({file_name})")
     use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
-    return Made(figures, use)
+    return ExportedForm(figures, use)
 
 
 def _vocabulary(base: Base, rows: int) -> gguf_writer.Vocabulary:
@@ -261,7 +261,9 @@ def _own_file(base: Base) -> Path | None:
     return source_gguf(base.ref) if base.ref.gguf or base.ref.name == STARTER else None
 
 
-def _ask_of_adapter(work: Work, adapter: Path, vocabulary: gguf_writer.Vocabulary, about: gguf_writer.About) -> Figures:
+def _ask_of_adapter(
+    work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, about: gguf_writer.GgufMetadata
+) -> Figures:
     """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
     work.notice(f"asking llama.cpp of {adapter.name}")
     if file := _own_file(work.base):

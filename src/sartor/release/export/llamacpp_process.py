@@ -21,7 +21,7 @@ Json = dict[str, Any]
 Step = list[tuple[int, float | None]]
 
 
-class Asked:
+class LlamaCppSession:
     """A running llama.cpp with one model and at most one adapter."""
 
     def __init__(self, job: Json) -> None:
@@ -53,7 +53,7 @@ class Asked:
         made = self.post("/completion", {**said, "return_tokens": True})
         if not made["tokens"]:
             raise RuntimeError("llama.cpp gave no token")
-        return told_of(made["tokens"], made.get("completion_probabilities", []))
+        return token_steps(made["tokens"], made.get("completion_probabilities", []))
 
     def trace(self, prompt: list[int], reply: list[int]) -> Json:
         """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest tokens.
@@ -76,7 +76,7 @@ class Asked:
         return {"text": text, "ids": cut["tokens"]}
 
 
-def told_of(tokens: list[int], told: list[Json]) -> list[Step]:
+def token_steps(tokens: list[int], told: list[Json]) -> list[Step]:
     """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of them).
 
     Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
@@ -110,7 +110,7 @@ def main(job_file: str, result_file: str) -> int:
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        asked = Asked(job)
+        asked = LlamaCppSession(job)
         said: Json = {
             "template": asked.post("/props")["chat_template"],
             "rendered": [asked.render(messages) for messages in job["conversations"]],

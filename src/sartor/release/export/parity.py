@@ -21,15 +21,15 @@ import torch
 import transformers
 
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ExtraError, GateError, SourceError, need
+from sartor.core.errors import ExtraError, GateError, SourceError, missing_package
 from sartor.core.lineage import ancestry
 from sartor.core.records import Message
 from sartor.evaluate.predictions import held_out
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.models.base import Base
-from sartor.models.chat import Chat
-from sartor.models.loading import quiet
+from sartor.models.chat import ChatTokenizer
+from sartor.models.loading import quiet_transformers
 
 LEAST = 50
 # where nothing else is left of what a Release was made of; ordinary questions in ordinary words
@@ -45,7 +45,7 @@ _ABOUT = ("water", "a contract", "electricity", "bread", "a bridge", "music", "a
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParityPrompt:
     """A conversation that waits for a reply, its token ids, and where it is from."""
 
     messages: tuple[Message, ...]
@@ -69,9 +69,9 @@ class Asked:
         return [{"role": message.role, "content": message.text} for message in self.messages]
 
 
-def choose(release: Artifact, chat: Chat, count: int = LEAST) -> list[Asked]:
+def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[ParityPrompt]:
     """`count` prompts (fewer are topped up with generic ones). Those that the chat template refuses are passed over."""
-    found: dict[tuple[int, ...], Asked] = {}
+    found: dict[tuple[int, ...], ParityPrompt] = {}
     system = str(release.manifest.get("system_prompt", ""))
     for source, messages, tools in [*_held_out(release, count), *_generic(system)]:
         if len(found) == count:
@@ -81,7 +81,7 @@ def choose(release: Artifact, chat: Chat, count: int = LEAST) -> list[Asked]:
         except SourceError:
             continue
         spells = any(chat.markup.spelt(message.text) for message in messages)
-        found.setdefault(ids, Asked(tuple(messages), tools, ids, source, spells))
+        found.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells))
     return list(found.values())
 
 
@@ -118,7 +118,7 @@ ROWS_TOGETHER = 16
 class Trace:
     """A prompt, the Release's greedy reply to it (with the token that ends it), and the logits (len(reply), V) at each."""
 
-    asked: Asked
+    asked: ParityPrompt
     reply: tuple[int, ...]
     logits: torch.Tensor
 
@@ -128,7 +128,7 @@ class Trace:
         return list(self.asked.ids)
 
 
-def trace(base: Base, model: Any, asked: Sequence[Asked]) -> list[Trace]:
+def trace(base: Base, model: Any, asked: Sequence[ParityPrompt]) -> list[Trace]:
     """Greedy replies by Sartor's own decoding, and the logits along each of them.
 
     base.model and `model` (with the adapter) are in fp32.
@@ -144,7 +144,7 @@ def trace(base: Base, model: Any, asked: Sequence[Asked]) -> list[Trace]:
     )
     traces = []
     for one, reply in zip(asked, made, strict=True):
-        logits = along(model, list(one.ids), reply.ids)
+        logits = logits_along(model, list(one.ids), reply.ids)
         if reply.finish == "stop" and len(reply.ids) < REPLY_TOKENS:
             traces.append(Trace(one, (*reply.ids, int(logits[-1].argmax())), logits))
         else:
@@ -153,7 +153,7 @@ def trace(base: Base, model: Any, asked: Sequence[Asked]) -> list[Trace]:
 
 
 @torch.inference_mode()
-def along(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
+def logits_along(model: Any, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
     """Logits (len(reply) + 1, V), fp32 on the CPU: of the token behind the prompt, and of that behind each token of `reply`."""
     ids = torch.tensor([[*prompt, *reply]], device=model.device)
     logits: torch.Tensor = model(input_ids=ids).logits[0, len(prompt) - 1 :]
@@ -185,7 +185,7 @@ MOST_LOGIT_DIFFERENCE = {"peft": 0.01}
 
 
 @dataclass(frozen=True)
-class Answers:
+class RuntimeOutputs:
     """What a runtime said to the traces, in their order.
 
     greedy: its own replies (the token that ends one is the last). likeliest: per position behind the reference's reply the
@@ -226,7 +226,7 @@ class Figures:
         return {**asdict(self), "least_agreement": LEAST_AGREEMENT[self.form]}
 
 
-def compare(runtime: str, form: str, traces: Sequence[Trace], answers: Answers) -> Figures:
+def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOutputs) -> Figures:
     """Figures of what a runtime answered."""
     same: list[int] = []
     differences: list[torch.Tensor] = []
@@ -300,23 +300,23 @@ LLAMA_CPP = "xllamacpp"
 TIME_LIMIT_S = 6 * 3600.0
 
 
-def itself(traces: Sequence[Trace]) -> Figures:
+def check_own_decoding(traces: Sequence[Trace]) -> Figures:
     """Sartor against itself: one token at a time with a cache (the replies) against all at once (the logits)."""
     likeliest = [_likeliest(one.logits) for one in traces]
-    return compare("sartor", "sartor", traces, Answers([list(one.reply) for one in traces], likeliest))
+    return compare("sartor", "sartor", traces, RuntimeOutputs([list(one.reply) for one in traces], likeliest))
 
 
-def ask_peft(part: Path, base: Path, chat: Chat, traces: Sequence[Trace], device: torch.device) -> Figures:
+def ask_peft(part: Path, base: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
     """PeftModel on transformers' own model, in fp32."""
-    with quiet():
+    with quiet_transformers():
         model = _plain(base, device)
         model = peft.PeftModel.from_pretrained(model, str(part), torch_device="cpu").to(device).eval()
     return _ask_torch("peft", "peft", model, chat, traces, part)
 
 
-def ask_merged(part: Path, chat: Chat, traces: Sequence[Trace], device: torch.device) -> Figures:
+def ask_merged(part: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
     """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what shows."""
-    with quiet():
+    with quiet_transformers():
         model = _plain(part, device)
     return _ask_torch("transformers", "merged", model, chat, traces, part)
 
@@ -326,7 +326,7 @@ def _plain(path: Path, device: torch.device) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **where).to(device).eval()
 
 
-def _ask_torch(runtime: str, form: str, model: Any, chat: Chat, traces: Sequence[Trace], part: Path) -> Figures:
+def _ask_torch(runtime: str, form: str, model: Any, chat: ChatTokenizer, traces: Sequence[Trace], part: Path) -> Figures:
     began = time.monotonic()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(part), local_files_only=True, trust_remote_code=False)
     rendered = [
@@ -334,22 +334,22 @@ def _ask_torch(runtime: str, form: str, model: Any, chat: Chat, traces: Sequence
         for one in traces
         if one.asked.is_plain
     ]
-    logits = [along(model, one.prompt, one.reply[:-1]) for one in traces]
+    logits = [logits_along(model, one.prompt, one.reply[:-1]) for one in traces]
     greedy: list[list[int]] = []
     for start in range(0, len(traces), ROWS_TOGETHER):
         greedy += _generate(model, chat, [one.prompt for one in traces[start : start + ROWS_TOGETHER]])
-    answers = Answers(greedy, [_likeliest(one) for one in logits], logits)
+    answers = RuntimeOutputs(greedy, [_likeliest(one) for one in logits], logits)
     figures = compare(f"{runtime} {importlib.metadata.version(runtime)}", form, traces, answers)
     return replace(with_prompts(figures, traces, rendered), wall_s=round(time.monotonic() - began, 1))
 
 
 @torch.inference_mode()
-def _generate(model: Any, chat: Chat, prompts: Sequence[list[int]]) -> list[list[int]]:
+def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> list[list[int]]:
     """transformers' own greedy decoding; a stop token is the last of a reply."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[chat.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    with quiet():
+    with quiet_transformers():
         made = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -381,7 +381,7 @@ def has_llama_cpp() -> bool:
 
 def need_llama_cpp() -> ExtraError:
     """The error where it cannot be, and a receipt is wanted."""
-    missing = need(LLAMA_CPP, "llamacpp")
+    missing = missing_package(LLAMA_CPP, "llamacpp")
     return ExtraError(
         f"{missing.problem}, so how a GGUF file answers cannot be measured", f"{missing.remedy}; or --allow-unmeasured"
     )
@@ -412,7 +412,7 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
         )
     if said["template"] != template:
         raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", "report this")
-    answers = Answers([one["greedy"] for one in said["traces"]], [one["likeliest"] for one in said["traces"]])
+    answers = RuntimeOutputs([one["greedy"] for one in said["traces"]], [one["likeliest"] for one in said["traces"]])
     version = importlib.metadata.version(LLAMA_CPP)
     figures = compare(f"llama.cpp ({LLAMA_CPP} {version})", form, traces, answers)
     figures = replace(figures, wall_s=round(time.monotonic() - began, 1))

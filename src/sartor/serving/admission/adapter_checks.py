@@ -25,8 +25,8 @@ from sartor.core import assets, model_refs, safetensors_file
 from sartor.core.errors import AdmissionError, AssetError, ModelError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.model_refs import Modality
-from sartor.core.safetensors_file import FLOATS, Tensor, Values, read_whole
-from sartor.inference.engine import PROJECTORS, About
+from sartor.core.safetensors_file import FLOATS, SafetensorsEntry, Values, read_whole
+from sartor.inference.engine import PROJECTORS, EngineInfo
 
 MOST_BYTES = 1 << 20
 MOST_RANK = 256
@@ -195,7 +195,7 @@ _AGAIN = "release an adapter that `sartor tune` wrote"
 
 
 @dataclass(frozen=True)
-class Said:
+class TowerEntry:
     """A tower as the file names it."""
 
     kind: Modality
@@ -209,8 +209,8 @@ class Said:
 class Projectors:
     """The file of a Release: its towers, and its tensors, of which no value was looked at."""
 
-    towers: tuple[Said, ...]
-    tensors: Mapping[str, Tensor]
+    towers: tuple[TowerEntry, ...]
+    tensors: Mapping[str, SafetensorsEntry]
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -218,7 +218,7 @@ class Projectors:
         return tuple(tower.kind for tower in self.towers)
 
 
-def read(path: Path, files: Mapping[str, Any], about: About) -> Projectors:
+def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> Projectors:
     """The projectors of the Release in `path`, of these files, with towers that are on this machine.
 
     Raises AdmissionError or ModelError for what is no such file, or where the engine reads no media or a tower is another;
@@ -237,7 +237,7 @@ def read(path: Path, files: Mapping[str, Any], about: About) -> Projectors:
     return found
 
 
-def _towers(text: str) -> tuple[Said, ...]:
+def _towers(text: str) -> tuple[TowerEntry, ...]:
     try:
         said = json.loads(text)
     except (ValueError, RecursionError):
@@ -247,16 +247,16 @@ def _towers(text: str) -> tuple[Said, ...]:
     return tuple(_tower(kind, said[kind]) for kind in KINDS if kind in said)
 
 
-def _tower(kind: Modality, said: Any) -> Said:
+def _tower(kind: Modality, said: Any) -> TowerEntry:
     if not isinstance(said, dict) or not all(isinstance(said.get(key), str) and said[key] for key in ("name", "digest")):
         raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(said)[:80]!a}")
     for key, most in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
         if type(said.get(key)) is not int or not 1 <= said[key] <= most:
             raise _projectors_refusal(f"says {key} {str(said.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{most}")
-    return Said(kind, said["name"], said["digest"], said["width"], said["stack"])
+    return TowerEntry(kind, said["name"], said["digest"], said["width"], said["stack"])
 
 
-def _check_tower(said: Said) -> None:
+def _check_tower(said: TowerEntry) -> None:
     ref = model_refs.locate_tower(said.name, said.kind)
     if ref.digest != said.digest:
         raise ModelError(
@@ -282,7 +282,7 @@ def check_projector_values(found: Projectors, width: int) -> str:
     return f"{', '.join(f'{tower.kind} by {tower.name}' for tower in found.towers)}; {count:,} parameters"
 
 
-def _shapes(tower: Said, width: int) -> dict[str, tuple[int, ...]]:
+def _shapes(tower: TowerEntry, width: int) -> dict[str, tuple[int, ...]]:
     """Tensor -> its shape, (out, in) of weights."""
     shapes: dict[str, tuple[int, ...]] = {
         "mean": (tower.width,), "spread": (tower.width,), "gain": (),
@@ -293,7 +293,7 @@ def _shapes(tower: Said, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{tower.kind}.{name}": shape for name, shape in shapes.items()}
 
 
-def _check_tensor(tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_tensor(tensor: SafetensorsEntry, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise _projectors_refusal(f"has {tensor.name} of shape {tensor.shape}; tower and base make it {shape}")
     if tensor.dtype not in FLOATS:
@@ -328,13 +328,13 @@ class BaseWeights:
         self._digest = digest
         self._norms_file = norms_file
         self._vocabulary = _vocabulary(path)
-        self.matrices: dict[str, Tensor] = {}
+        self.matrices: dict[str, SafetensorsEntry] = {}
         for file in files:
             for name, tensor in safetensors_file.read_header(file, MOST_HEADER_BYTES).items():
                 if len(tensor.shape) == 2 and name.endswith(SUFFIX):
                     self.matrices[name.removesuffix(SUFFIX)] = tensor
 
-    def linear(self) -> dict[str, Tensor]:
+    def linear(self) -> dict[str, SafetensorsEntry]:
         """The matrices that an adapter may add to: all but embeddings and the head, which have a row per token."""
         return {name: tensor for name, tensor in self.matrices.items() if tensor.shape[0] != self._vocabulary}
 
@@ -390,12 +390,12 @@ _TUNE = "tune it again, or release the adapter as it was"
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """The two factors of a module; `scale` multiplies their product."""
 
     module: str
-    a: Tensor
-    b: Tensor
+    a: SafetensorsEntry
+    b: SafetensorsEntry
     scale: float
 
 
@@ -408,13 +408,13 @@ class Norms:
     median: float
 
 
-def pair_up(found: Mapping[str, Tensor], config: LoraConfig, base: BaseWeights) -> list[Pair]:
+def pair_up(found: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraPair]:
     """The pairs of exactly those modules of the base that the config targets.
 
     Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base lacks, one
     that the config does not target, and one that it targets and that has no factors.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
+    halves: dict[str, dict[str, SafetensorsEntry]] = {}
     for name, tensor in found.items():
         match = _NAME.fullmatch(name)
         if match is None:
@@ -434,10 +434,10 @@ def pair_up(found: Mapping[str, Tensor], config: LoraConfig, base: BaseWeights) 
         )
     if not halves:
         raise _lora_refusal("tensors", "it has no factors at all")
-    return [Pair(module, both["A"], both["B"], config.scale_of(module)) for module, both in sorted(halves.items())]
+    return [LoraPair(module, both["A"], both["B"], config.scale_of(module)) for module, both in sorted(halves.items())]
 
 
-def check_shapes(pairs: Sequence[Pair], config: LoraConfig, base: BaseWeights) -> None:
+def check_shapes(pairs: Sequence[LoraPair], config: LoraConfig, base: BaseWeights) -> None:
     """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's module."""
     for pair in pairs:
         shape = base.matrices[pair.module].shape
@@ -449,21 +449,21 @@ def check_shapes(pairs: Sequence[Pair], config: LoraConfig, base: BaseWeights) -
             )
 
 
-def check_ranks(pairs: Sequence[Pair], config: LoraConfig) -> None:
+def check_ranks(pairs: Sequence[LoraPair], config: LoraConfig) -> None:
     """Raise AdmissionError (`rank`) where the factors have another rank than the config declares."""
     for pair in pairs:
         if pair.a.shape[0] != (declared := config.rank_of(pair.module)):
             raise _lora_refusal("rank", f"{pair.module} has the rank {pair.a.shape[0]}; the config declares {declared}")
 
 
-def check_dtypes(pairs: Sequence[Pair]) -> None:
+def check_dtypes(pairs: Sequence[LoraPair]) -> None:
     """Raise AdmissionError (`dtypes`) for a factor that is stored as anything but a float of 16 or 32 bits."""
     for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
         if tensor.dtype not in FLOATS:
             raise _lora_refusal("dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}")
 
 
-def check_lora_values(pairs: Sequence[Pair], base: BaseWeights) -> Norms:
+def check_lora_values(pairs: Sequence[LoraPair], base: BaseWeights) -> Norms:
     """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of scale."""
     weights = base.norms([pair.module for pair in pairs])
     shares = {}
@@ -481,7 +481,7 @@ def check_lora_values(pairs: Sequence[Pair], base: BaseWeights) -> Norms:
     return Norms(largest, module, float(np.median(list(shares.values()))))
 
 
-def added_norm(pair: Pair) -> float:
+def added_norm(pair: LoraPair) -> float:
     """||scale B A|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
     a, b = _finite(pair.a), _finite(pair.b)
     squared = float(np.sum(_gram(a) * _gram(b.T)))
@@ -493,7 +493,7 @@ def _gram(factor: Values) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     return wide @ wide.T
 
 
-def _finite(tensor: Tensor) -> Values:
+def _finite(tensor: SafetensorsEntry) -> Values:
     values = tensor.values()
     if not np.isfinite(values).all():
         place = np.unravel_index(int(np.flatnonzero(~np.isfinite(values))[0]), values.shape)

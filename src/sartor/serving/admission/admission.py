@@ -19,16 +19,16 @@ from typing import Any, Protocol
 
 from sartor.core import model_refs, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, open_artifact
-from sartor.core.config import is_name
+from sartor.core.config import is_valid_name
 from sartor.core.errors import AdmissionError, ConfigError, InputError, LicenceError, ModelError, RefusedError, SignatureError
 from sartor.core.licences.compliance import USES
 from sartor.core.safetensors_file import read_header
-from sartor.inference.engine import About, Call, Event, Sampling, adapter_digest, numerics_difference
+from sartor.inference.engine import EngineInfo, Event, GenerateCall, Sampling, adapter_digest, numerics_difference
 from sartor.release import canary_prompts
 from sartor.release import gate as permission
 from sartor.serving.admission import adapter_checks, release_copies
 from sartor.serving.admission.adapter_checks import BaseWeights, Projectors, read_config
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import Team
 
 GATE = ("gain", "forgetting", "licence")
@@ -42,7 +42,7 @@ _SAMPLING = frozenset(Sampling.__dataclass_fields__)
 def check_form(manifest: Mapping[str, Any]) -> None:
     """Raise AdmissionError (`manifest`) unless what a server reads of release.json has the form that `release` writes."""
     for key in ("name", "version"):
-        if not is_name(manifest.get(key)):
+        if not is_valid_name(manifest.get(key)):
             raise _malformed(key, manifest.get(key))
     base = manifest.get("base")
     if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "digest", "template_digest")):
@@ -150,10 +150,10 @@ CHECKS = {
 }
 
 
-class Probe(Protocol):
+class TrialEngine(Protocol):
     """An engine in a process of its own, which no served reply depends on: `supervisor.probe`."""
 
-    async def __call__(self, adapter: str, path: Path, calls: Sequence[Call]) -> Sequence[Sequence[Event]]:
+    async def __call__(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
         """The events of each call, the adapter in `path` attached as `adapter`; calls of the base may be among them.
 
         Raises ModelError for an adapter that cannot be attached, or that ended the process.
@@ -161,20 +161,20 @@ class Probe(Protocol):
         ...
 
 
-Ask = Callable[[str, Path, Sequence[Call]], Sequence[Sequence[Event]]]
+Ask = Callable[[str, Path, Sequence[GenerateCall]], Sequence[Sequence[Event]]]
 
 
 @dataclass(frozen=True)
-class Ground:
+class AdmissionContext:
     """What a Release is held against. base: its directory. trust: the one key to believe; None: those in SARTOR_HOME."""
 
-    about: About
+    about: EngineInfo
     base: Path
     state: Path
     trust: Path | None = None
 
     @classmethod
-    def of(cls, team: Team, about: About) -> Ground:
+    def of(cls, team: Team, about: EngineInfo) -> AdmissionContext:
         """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this machine."""
         found = model_refs.locate_base(team.base)
         if not found.path.is_dir():
@@ -212,7 +212,7 @@ class Admitted:
     reads: tuple[str, ...] = ()
 
 
-def version_of(admitted: Admitted, agent: str) -> Version:
+def version_of(admitted: Admitted, agent: str) -> AgentVersion:
     """An admitted Release as a version of an agent, for the registry. What is registered is the server's own copy."""
     facts = {
         "system_prompt": admitted.system_prompt,
@@ -223,19 +223,19 @@ def version_of(admitted: Admitted, agent: str) -> Version:
         "checks": dict(admitted.checks),
         "reads": list(admitted.reads),
     }
-    return Version(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
+    return AgentVersion(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
 
 
-async def admit(release: Path | str, ground: Ground, probe: Probe) -> Admitted:
+async def admit(release: Path | str, ground: AdmissionContext, probe: TrialEngine) -> Admitted:
     """Copy, check and keep a Release. Raises what `admit_by` raises."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_threads, admit_by, release, ground, in_loop(probe, loop))
+    return await loop.run_in_executor(_threads, admit_sync, release, ground, in_loop(probe, loop))
 
 
-def registering(ground: Ground, probe: Probe) -> Callable[[Path, str], Awaitable[Version]]:
+def release_registrar(ground: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
     """What `dispatch` admits by: the Release in a directory as a version of an agent of that name."""
 
-    async def admitting(release: Path, agent: str) -> Version:
+    async def admitting(release: Path, agent: str) -> AgentVersion:
         return version_of(await admit(release, ground, probe), agent)
 
     return admitting
@@ -245,10 +245,10 @@ def registering(ground: Ground, probe: Probe) -> Callable[[Path, str], Awaitable
 _threads = ThreadPoolExecutor(2, "admission")
 
 
-def in_loop(probe: Probe, loop: asyncio.AbstractEventLoop) -> Ask:
+def in_loop(probe: TrialEngine, loop: asyncio.AbstractEventLoop) -> Ask:
     """`probe` for a thread that may wait, while `loop` runs in another."""
 
-    def ask(adapter: str, path: Path, calls: Sequence[Call]) -> Sequence[Sequence[Event]]:
+    def ask(adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
         async def said() -> Sequence[Sequence[Event]]:
             return await probe(adapter, path, calls)
 
@@ -257,7 +257,7 @@ def in_loop(probe: Probe, loop: asyncio.AbstractEventLoop) -> Ask:
     return ask
 
 
-def admit_by(release: Path | str, ground: Ground, ask: Ask) -> Admitted:
+def admit_sync(release: Path | str, ground: AdmissionContext, ask: Ask) -> Admitted:
     """Copy, check and keep a Release, for a thread. One of the team's own copies is looked at where it stands.
 
     Raises AdmissionError, SignatureError, ArtifactError, LicenceError or ModelError, each with the name of its check;
@@ -273,7 +273,7 @@ def admit_by(release: Path | str, ground: Ground, ask: Ask) -> Admitted:
         return looked.admitted(kept, checks)
 
 
-def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
+def _readmit(path: Path, ground: AdmissionContext, ask: Ask) -> Admitted:
     """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that base
     by the arithmetic of this version.
     """
@@ -289,7 +289,7 @@ def _readmit(path: Path, ground: Ground, ask: Ask) -> Admitted:
     return looked.admitted(path, checks)
 
 
-def look(release: Path | str, ground: Ground) -> Admitted:
+def check_release_files(release: Path | str, ground: AdmissionContext) -> Admitted:
     """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
 
     Raises what `admit_by` raises.
@@ -327,7 +327,7 @@ class _Looked:
         )
 
 
-def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
+def _examine(path: Path, origin: Path, ground: AdmissionContext) -> _Looked:
     """Signature, bytes, form, base, gate, licence of the copy in `path`."""
     checks: dict[str, str] = {}
     with _checking("signature"):
@@ -346,15 +346,15 @@ def _examine(path: Path, origin: Path, ground: Ground) -> _Looked:
     with _checking("weights"):
         _check_listed(found)
     with _checking("projectors"):
-        read = adapter_checks.read(path, found.manifest["files"], ground.about)
+        read = adapter_checks.read_projectors(path, found.manifest["files"], ground.about)
     return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks, read)
 
 
-def _values(looked: _Looked, ground: Ground) -> dict[str, str]:
+def _values(looked: _Looked, ground: AdmissionContext) -> dict[str, str]:
     return check_values(looked.found.path, looked.projectors, ground)
 
 
-def check_values(path: Path, media: Projectors, ground: Ground) -> dict[str, str]:
+def check_values(path: Path, media: Projectors, ground: AdmissionContext) -> dict[str, str]:
     """What each check of an adapter's files found, of everything but what only running it can show. Raises as `admit_by`."""
     config = read_config(path / CONFIG)
     with _checking("weights"):
@@ -384,7 +384,7 @@ def check_values(path: Path, media: Projectors, ground: Ground) -> dict[str, str
 def _ask(looked: _Looked, ask: Ask) -> str:
     canaries = canary_prompts.canaries_of(looked.found.manifest, looked.adapter, looked.projectors.reads)
     with _checking("canary"):
-        return canary_prompts.judge(canaries, ask(looked.adapter, looked.found.path, canaries.every))
+        return canary_prompts.judge_canaries(canaries, ask(looked.adapter, looked.found.path, canaries.every))
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:
@@ -400,7 +400,7 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
     return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
 
 
-def check_ground(found: Artifact, about: About) -> None:
+def check_ground(found: Artifact, about: EngineInfo) -> None:
     """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
     said = found.manifest["base"]
     for check, key, served in (("base", "digest", about.base_digest), ("template", "template_digest", about.template_digest)):
@@ -433,9 +433,9 @@ def _checking(name: str) -> Iterator[None]:
         raise
 
 
-def admit_personal(path: Path, agent: str, ground: Ground) -> Version:
-    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_by` raises of base and values."""
+def admit_personal(path: Path, agent: str, ground: AdmissionContext) -> AgentVersion:
+    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and values."""
     found = open_artifact(path, "adapter")
     check_ground(found, ground.about)
-    check_values(path, adapter_checks.read(path, found.manifest["files"], ground.about), ground)
-    return Version(agent, "", str(path), found.id, adapter_digest(found.manifest["files"]))
+    check_values(path, adapter_checks.read_projectors(path, found.manifest["files"], ground.about), ground)
+    return AgentVersion(agent, "", str(path), found.id, adapter_digest(found.manifest["files"]))

@@ -15,19 +15,19 @@ from typing import Any
 from sartor.core.errors import ConfigError
 from sartor.core.records import Feedback
 from sartor.curate.sources import feedback_inbox
-from sartor.inference.engine import About
+from sartor.inference.engine import EngineInfo
 from sartor.release.release import verify_release
 from sartor.serving.admission import admission
-from sartor.serving.admission.admission import Ground, version_of
-from sartor.serving.feedback_store import Inbox
+from sartor.serving.admission.admission import AdmissionContext, version_of
+from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
-from sartor.serving.registry.registry import Cause, Registry, Snapshot
-from sartor.serving.registry.registry_schema import Agent, Version
+from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
 from sartor.serving.team_config import Team, load
 
 
 @dataclass(frozen=True)
-class Rows:
+class CommandRows:
     """What a command about agents says."""
 
     rows: list[dict[str, Any]]
@@ -45,15 +45,15 @@ def _told(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, value in row.items() if value)
 
 
-def list_agents(team: Team | Path | str) -> Rows:
+def list_agents(team: Team | Path | str) -> CommandRows:
     """Every agent of a team; one whose row was changed from outside says so."""
     with _opened(team) as registry:
         read = registry.read()
     hurt = [{"name": name, "hurt": why} for name, why in read.hurt.items()]
-    return Rows([*(_row(agent, read) for agent in read.agents.values() if agent.state != "removed"), *hurt])
+    return CommandRows([*(_row(agent, read) for agent in read.agents.values() if agent.state != "removed"), *hurt])
 
 
-def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> Rows:
+def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> CommandRows:
     """Register a Release under its own name or another, after every check that needs no engine.
 
     The first version of an agent is live at once, a later one waits to be promoted. Raises what `admission.look` raises, and
@@ -74,7 +74,7 @@ def promote_agent(
     canary: float | None = None,
     shadow: float | None = None,
     why: str = "",
-) -> Rows:
+) -> CommandRows:
     """Make a registered version live, or put it on trial: by the fractions given, else by those of TEAM.yaml.
 
     A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not live
@@ -84,7 +84,7 @@ def promote_agent(
     is_given = canary is not None or shadow is not None
     fractions = (canary or 0.0, shadow or 0.0) if is_given else (made.rollout.canary_fraction, made.rollout.shadow_fraction)
 
-    def change(registry: Registry, cause: Cause) -> Agent:
+    def change(registry: Registry, cause: ChangeCause) -> Agent:
         canary, shadow = fractions
         return registry.bring_in(
             name, version, canary=canary, shadow=shadow, ends_trial=not is_given, expected=expected, cause=cause
@@ -93,36 +93,36 @@ def promote_agent(
     return _changed(made, change, why)
 
 
-def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> Rows:
+def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> CommandRows:
     """End a trial, if one runs; else make the version live that was before. Raises ConflictError."""
     return _changed(team, lambda registry, cause: registry.rollback(name, expected=expected, cause=cause), why)
 
 
-def remove_agent(team: Team | Path | str, name: str, *, why: str = "") -> Rows:
+def remove_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
     """Serve an agent no more; `add_agent` brings it back."""
     return _changed(team, lambda registry, cause: registry.remove(name, cause=cause), why)
 
 
-def drain_agent(team: Team | Path | str, name: str, *, why: str = "") -> Rows:
+def drain_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
     """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
     return _changed(team, lambda registry, cause: registry.drain(name, cause=cause), why)
 
 
-def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> Rows:
+def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> CommandRows:
     """Write an agent's row anew as the log has it, after it was changed from outside."""
     return _changed(team, lambda registry, cause: registry.repair(name, cause=cause), why)
 
 
-def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) -> Rows:
+def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) -> CommandRows:
     """The newest changes of one agent or of all, the oldest of them first."""
     with _opened(team) as registry:
-        return Rows([event.as_json() for event in registry.events(name, most=most)])
+        return CommandRows([event.as_json() for event in registry.events(name, most=most)])
 
 
-def _changed(team: Team | Path | str, change: Callable[[Registry, Cause], Agent], why: str) -> Rows:
+def _changed(team: Team | Path | str, change: Callable[[Registry, ChangeCause], Agent], why: str) -> CommandRows:
     with _opened(team) as registry:
-        agent = change(registry, Cause(getpass.getuser(), why))
-        return Rows([_row(agent, registry.read())])
+        agent = change(registry, ChangeCause(getpass.getuser(), why))
+        return CommandRows([_row(agent, registry.read())])
 
 
 def _row(agent: Agent, read: Snapshot) -> dict[str, Any]:
@@ -132,12 +132,12 @@ def _row(agent: Agent, read: Snapshot) -> dict[str, Any]:
     return {**{key: said[key] for key in shown}, "previous": agent.previous, "versions": versions}
 
 
-def _looked_at(team: Team, release: Path, name: str) -> Version:
+def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
     """A Release, checked against the team's base without an engine. What a server loads is checked by the server again."""
     Path(team.state).mkdir(parents=True, exist_ok=True)
     base = verify_release(release, key=team.trust or None, base=team.base).release.manifest["base"]
-    about = About(team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0)
-    admitted = admission.look(release, Ground.of(team, about))
+    about = EngineInfo(team.engine.kind, base["name"], base["digest"], base["template_digest"], context_tokens=0, rows=0)
+    admitted = admission.check_release_files(release, AdmissionContext.of(team, about))
     return version_of(admitted, name or admitted.name)
 
 
@@ -185,7 +185,7 @@ class _Counted:
         return {**said, "first": self.dates[0], "last": self.dates[-1]}
 
 
-def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> Rows:
+def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> CommandRows:
     """Every key that spoke, and every user of a key that has several: how much, and whether it is trusted.
 
     user: the id as clients send it. Raises ConfigError for a team's file that cannot be read.
@@ -194,7 +194,9 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
     inbox = _inbox(made)
     counted = _counted(kept.said for kept in inbox.lines() if kept.said and asked.is_by(kept.said))
     standings = {(one.key, one.user): one for one in feedback_inbox.of_folder(inbox.path).standings}
-    return Rows([_feedback_book_row(standings[voice], counted[voice]) for voice in sorted(counted) if voice in standings])
+    return CommandRows(
+        [_feedback_book_row(standings[voice], counted[voice]) for voice in sorted(counted) if voice in standings]
+    )
 
 
 def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> dict[str, Any]:
@@ -216,8 +218,8 @@ def _asked(team: Team | Path | str, key: str, user: str) -> tuple[Team, _Asked]:
     return made, _Asked(key, team_digest(Path(made.state))("user", user) if user else "")
 
 
-def _inbox(team: Team) -> Inbox:
-    return Inbox(Path(team.state) / "inbox")
+def _inbox(team: Team) -> FeedbackStore:
+    return FeedbackStore(Path(team.state) / "inbox")
 
 
 def _counted(every: Iterable[Feedback]) -> Mapping[feedback_inbox.Giver, _Counted]:
@@ -228,7 +230,7 @@ def _counted(every: Iterable[Feedback]) -> Mapping[feedback_inbox.Giver, _Counte
     return found
 
 
-def _feedback_book_row(standing: feedback_inbox.Standing, counted: _Counted) -> dict[str, Any]:
+def _feedback_book_row(standing: feedback_inbox.RaterTrust, counted: _Counted) -> dict[str, Any]:
     return {
         "key": standing.key,
         "user": "" if standing.user == feedback_inbox.WHOLE else standing.user,

@@ -11,25 +11,25 @@ from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
 from sartor.release.release import verify_release
-from sartor.serving.commands.ask_types import Question, Reply, asked, nearest_examples
+from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
 
 
 def ask(
     release: Path | str,
-    prompt: str | Question,
+    prompt: str | AskPrompt,
     *,
     key: Path | str | None = None,
     base: str = "",
     sampling: Sampling | Mapping[str, Any] | None = None,
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
-) -> Reply:
+) -> AskReply:
     """Answer one prompt, with media where it is a Question, by a Release, after verifying it (`key` and `base` as in `verify`).
 
     The Release's own system prompt goes first, and its own sampling holds but for the options given. Raises what
     `verify` raises, ConfigError for an empty prompt, RequestError for media that the Release does not read, MediaError.
     """
-    question = asked(prompt)
+    question = as_prompt(prompt)
     question.check(question.kinds, "")
     verified = verify_release(release, key=key, base=base)
     manifest = verified.release.manifest
@@ -44,4 +44,4 @@ def ask(
     made = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
     nearest, note = nearest_examples(verified.release, question.text, top)
     reason = f"asked by name; signed by {verified.signer}"
-    return Reply(question.text, chat.decode(made.ids), made.finish, agent, reason, nearest, note, media=question.said())
+    return AskReply(question.text, chat.decode(made.ids), made.finish, agent, reason, nearest, note, media=question.said())

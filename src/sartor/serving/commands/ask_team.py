@@ -12,34 +12,34 @@ from typing import Any, cast
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import error_of
-from sartor.inference.engine import Done, Failed, Piece
-from sartor.serving.commands.ask_types import Question, Reply, asked, nearest_examples
-from sartor.serving.http.startup import open_house
+from sartor.inference.engine import ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
+from sartor.serving.http.startup import build_services
 from sartor.serving.registry.registry import Registry
 from sartor.serving.team_config import Http, Team, load
-from sartor.serving.types import Request
+from sartor.serving.types import AgentRequest
 
 
 def ask_team(
     team: Team | Path | str,
-    prompt: str | Question,
+    prompt: str | AskPrompt,
     *,
     agent: str = "auto",
     sampling: Mapping[str, Any] | None = None,
     top: int = 3,
     notice: Callable[[str], object] = lambda line: None,
-) -> Reply:
+) -> AskReply:
     """Ask a team once: `agent` is a name, `name@version`, a plan, `base` or `auto`. One worker is started, and ended again.
 
     Raises UnknownAgentError for a name that nobody has, RequestError for media that the agent does not read, UnavailableError,
     and what the worker told where it did not start.
     """
-    question = asked(prompt)
+    question = as_prompt(prompt)
     question.check(question.kinds, "")
     made = team if isinstance(team, Team) else load(Path(team))
     alone = unheard(made)
     notice(f"opening the base {made.base!r} and the agents of the team")
-    reply = asyncio.run(_ask(alone, Request(agent, (question.plain(),), sampling=sampling or {})))
+    reply = asyncio.run(_ask(alone, AgentRequest(agent, (question.plain(),), sampling=sampling or {})))
     nearest, note = _nearest(alone, reply.agent, question.text, top)
     return replace(reply, prompt=question.text, media=question.said(), nearest=nearest, nearest_note=note)
 
@@ -49,22 +49,22 @@ def unheard(team: Team) -> Team:
     return replace(team, workers=replace(team.workers, count=1, spare=0), http=Http(port=0))
 
 
-async def _ask(team: Team, request: Request) -> Reply:
-    async with open_house(team) as house:
+async def _ask(team: Team, request: AgentRequest) -> AskReply:
+    async with build_services(team) as house:
         answer = await house.replies.open(request)
         text, end = "", None
         async with aclosing(cast(Any, answer.events)) as events:
-            async for event in cast(AsyncIterator[Piece | Done | Failed], events):
-                if isinstance(event, Piece):
+            async for event in cast(AsyncIterator[TextDelta | ReplyDone | ReplyFailed], events):
+                if isinstance(event, TextDelta):
                     text += event.text
                 else:
                     end = event
-        if isinstance(end, Failed):
+        if isinstance(end, ReplyFailed):
             raise error_of(end.kind, end.problem, end.remedy)
         if end is None:
             raise UnavailableError("the reply stopped before its end", "ask again")
         kept = await house.receipts.find(answer.receipt)
-        return Reply("", text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
+        return AskReply("", text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
 
 
 def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

@@ -28,7 +28,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Question:
+class AskPrompt:
     """A text, and the media that stand before it, in their order, as data URLs."""
 
     text: str
@@ -38,7 +38,7 @@ class Question:
     def of(
         cls, text: str, media: Sequence[tuple[PartKind, Path | str]] = (), *,
         images: Iterable[Path | str] = (), audio: Iterable[Path | str] = (),
-    ) -> Question:  # fmt: skip
+    ) -> AskPrompt:  # fmt: skip
         """The question with media from files; `-` is standard input. media: (kind, file) in any order; images and audio follow.
 
         Raises MediaError for a file that is not there or is no picture or recording, ConfigError where `-` stands twice.
@@ -79,9 +79,9 @@ class Question:
             )
 
 
-def asked(prompt: str | Question) -> Question:
+def as_prompt(prompt: str | AskPrompt) -> AskPrompt:
     """A prompt as a Question."""
-    return prompt if isinstance(prompt, Question) else Question(prompt)
+    return prompt if isinstance(prompt, AskPrompt) else AskPrompt(prompt)
 
 
 def read_media(kind: PartKind, file: Path | str) -> Part:
@@ -105,9 +105,9 @@ def read_media(kind: PartKind, file: Path | str) -> Part:
 def mime_of(kind: str, content: bytes) -> str:
     """The type of a media file by its own header. Raises MediaError for one that is none of that kind."""
     if kind == "image":
-        with pictures.opened(content) as image:
+        with pictures.open_checked(content) as image:
             return f"image/{str(image.format).lower()}"
-    with sounds.opened(content) as sound:
+    with sounds.open_audio(content) as sound:
         sounds.check_length(sound, sounds.MOST_SECONDS)
         return f"audio/{str(sound.format).lower()}"
 
@@ -124,7 +124,7 @@ class SpokenFile:
 
 
 @dataclass(frozen=True)
-class Reply:
+class AskReply:
     """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
 
     receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of what was

@@ -16,17 +16,17 @@ from typing import Any
 
 from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, UnavailableError
-from sartor.inference.engine import About, numerics_difference
+from sartor.inference.engine import EngineInfo, numerics_difference
 from sartor.serving.commands.ask_team import unheard
 from sartor.serving.commands.receipt_verification import question_in
 from sartor.serving.dispatch.model_selection import BASE_AGENT
-from sartor.serving.http.startup import open_house
+from sartor.serving.http.startup import build_services
 from sartor.serving.plan_options import Plan, digest
-from sartor.serving.plans.plan_dispatch import Plans, Replies
+from sartor.serving.plans.plan_dispatch import PlanDispatcher, Replier
 from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs, response_format
-from sartor.serving.receipts import Content, Digest, team_digest
+from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
 from sartor.serving.team_config import Team, load
-from sartor.serving.types import Answer, Request
+from sartor.serving.types import AgentReply, AgentRequest
 
 _PATIENCE_S = 3600.0
 _LEFT_OUT = "left out"
@@ -92,10 +92,10 @@ def _sentence(one: Replayed) -> str:
 class Pinned:
     """The members of a plan as they were: each place of the log is answered by the version that answered there."""
 
-    replies: Replies
+    replies: Replier
     rows: Mapping[str, Mapping[str, Any]]
 
-    async def open(self, request: Request, place: str) -> Answer:
+    async def open(self, request: AgentRequest, place: str) -> AgentReply:
         """See Members. A step that was left out, or never came to pass, is not asked."""
         row = self.rows.get(place)
         if row is not None and row["outcome"] == _LEFT_OUT:
@@ -105,7 +105,7 @@ class Pinned:
         return await self.replies.open(replace(request, model=name))
 
 
-class Kept(PlanLog):
+class ComparingLog(PlanLog):
     """A log that is held against another and not written."""
 
     def __init__(self) -> None:
@@ -125,10 +125,10 @@ class Remaking:
     """
 
     team: Team
-    replies: Replies
+    replies: Replier
     digest: Digest
     messages: Mapping[str, Any] = field(default_factory=dict)
-    about: About | None = None
+    about: EngineInfo | None = None
 
     async def remake(self, rows: Rows) -> Replayed:
         """One run, by its lines. Raises ConfigError for a plan that was declared otherwise, ArtifactError for other words."""
@@ -140,18 +140,18 @@ class Remaking:
         engine = self.about.made_by["engine"] if self.about else None
         if found := numerics_difference({"engine": engine, **opens}):
             return Replayed(*head, note=f"not checked: made by {found}")
-        content = Content.of_request(_words(opens, self.messages))
+        content = RequestDigestInput.of_request(_words(opens, self.messages))
         self._check_words(opens, content)
-        log = Kept()
+        log = ComparingLog()
         by_place = {row["step"]: row for row in rows[1:-1]}
-        plans = Plans(_patient(self.team), self.replies, log, members=Pinned(self.replies, by_place))
+        plans = PlanDispatcher(_patient(self.team), self.replies, log, members=Pinned(self.replies, by_place))
         name = head[1].partition("@")[0]
         sampling = {key: tuple(value) if key == "stop" else value for key, value in opens["sampling"].items()}
-        request = Request(name, (*content.system, *content.messages), sampling=sampling, schema=content.schema)
+        request = AgentRequest(name, (*content.system, *content.messages), sampling=sampling, schema=content.schema)
         await _to_the_end(plans, replace(request, deadline_s=_PATIENCE_S))
         return Replayed(*head, differs=_difference(rows, log.ran[0], self.digest))
 
-    def _check_words(self, opens: Mapping[str, Any], content: Content) -> None:
+    def _check_words(self, opens: Mapping[str, Any], content: RequestDigestInput) -> None:
         if "content" not in opens and self.digest("asked", content.digests(self.digest)) != opens["asked"]:
             raise ArtifactError(
                 f"the messages are not those of the run {opens['run']}", "give them as they were, and --run for one of several"
@@ -181,12 +181,12 @@ def replay_plans(
 
 
 async def _replay(team: Team, runs: Sequence[Rows], asked: Mapping[str, Any]) -> list[Replayed]:
-    async with open_house(team) as house:
+    async with build_services(team) as house:
         remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked, house.crew.about)
         return [await remaking.remake(rows) for rows in runs]
 
 
-async def _to_the_end(plans: Plans, request: Request) -> None:
+async def _to_the_end(plans: PlanDispatcher, request: AgentRequest) -> None:
     """Follow a plan; that no step gave anything may be what happened then, too."""
     try:
         answer = await plans.open(request)

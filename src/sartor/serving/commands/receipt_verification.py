@@ -20,9 +20,19 @@ from typing import Any
 from sartor.core import catalogue, config, model_refs, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
-from sartor.inference.engine import BASE, About, Call, Engine, Failed, Piece, Sampling, adapter_digest, numerics_difference
-from sartor.serving.receipts import FAILED, KIND, SCHEMA, Content, digest_by, read_secret
-from sartor.serving.team_config import Local, Team, load
+from sartor.inference.engine import (
+    BASE,
+    Engine,
+    EngineInfo,
+    GenerateCall,
+    ReplyFailed,
+    Sampling,
+    TextDelta,
+    adapter_digest,
+    numerics_difference,
+)
+from sartor.serving.receipts import FAILED, KIND, SCHEMA, RequestDigestInput, digest_by, read_secret
+from sartor.serving.team_config import LocalEngineOptions, Team, load
 from sartor.serving.workers.worker_main import open_engine
 
 MOST_BYTES = 64 << 20
@@ -51,7 +61,7 @@ class _Evidence:
     """What a receipt is held against. content: None where the question is not at hand, reply: None where its text is not."""
 
     receipt: Mapping[str, Any]
-    content: Content | None
+    content: RequestDigestInput | None
     reply: str | None
     team: Team | None
     release: Artifact | None
@@ -78,7 +88,9 @@ def verify_receipt(
     signer = _check_signature(receipt, Path(file), Path(key) if key else None, opened)
     if messages is not None:
         asked = {**asked, **question_in(Path(messages))}
-    content = Content.of_request(asked) if asked.get("messages") or asked.get("text") or asked.get("prompt") else None
+    content = (
+        RequestDigestInput.of_request(asked) if asked.get("messages") or asked.get("text") or asked.get("prompt") else None
+    )
     text = reply if reply is not None else asked.get("reply")
     release = _release_of(receipt, opened)
     evidence = _Evidence(
@@ -134,7 +146,7 @@ def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, t
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} holds what no receipt can: {error}", "give what GET /v1/receipts/ID answered") from None
     keys = [signing.open_public(trusted)] if trusted else None
-    return signing.check_said(document, receipt["signature"], file, f"the receipt {receipt['id']}", keys)
+    return signing.check_signature(document, receipt["signature"], file, f"the receipt {receipt['id']}", keys)
 
 
 def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | None:
@@ -148,7 +160,9 @@ def _release_of(receipt: Mapping[str, Any], team: Team | None) -> Artifact | Non
     return None
 
 
-def _completed(content: Content | None, receipt: Mapping[str, Any], release: Artifact | None) -> Content | None:
+def _completed(
+    content: RequestDigestInput | None, receipt: Mapping[str, Any], release: Artifact | None
+) -> RequestDigestInput | None:
     """The question with what the Release added to it: its system prompt and its tools, where the client gave none."""
     if content is None or release is None:
         return content
@@ -242,7 +256,7 @@ def _unfit(given: _Evidence, sampling: Sampling) -> str:
 def _engine_frame(given: _Evidence) -> dict[str, Any]:
     """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that answered."""
     made, base = given.receipt["engine"], given.receipt["base"]
-    engine = given.team.engine if given.team else Local()
+    engine = given.team.engine if given.team else LocalEngineOptions()
     if made.get("kind") != engine.kind:
         raise ConfigError(
             f"the engine {made.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
@@ -253,7 +267,7 @@ def _engine_frame(given: _Evidence) -> dict[str, Any]:
     return {"engine": config.dump(engine), "base": name}
 
 
-def _elsewhere(receipt: Mapping[str, Any], about: About) -> str:
+def _elsewhere(receipt: Mapping[str, Any], about: EngineInfo) -> str:
     """In what this machine's engine is another than the one that answered, though it has the same base."""
     made = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
     here = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
@@ -270,7 +284,7 @@ def _again(engine: Engine, given: _Evidence, sampling: Sampling) -> str:
                 f"the Release has the adapter {adapter[:16]}, the receipt {given.receipt['adapter'][:16]}", "report it"
             )
         engine.attach(adapter, given.release.path)
-    call = Call(
+    call = GenerateCall(
         _CALL,
         adapter,
         (*content.system, *content.messages),
@@ -284,7 +298,7 @@ def _again(engine: Engine, given: _Evidence, sampling: Sampling) -> str:
     said = []
     while engine.busy:
         for event in engine.step():
-            if isinstance(event, Failed):
+            if isinstance(event, ReplyFailed):
                 raise ModelError(f"the reply could not be made anew: {event.problem}", event.remedy)
-            said.append(event.text if isinstance(event, Piece) else "")
+            said.append(event.text if isinstance(event, TextDelta) else "")
     return "".join(said)

@@ -13,10 +13,10 @@ from sartor.core.filesystem import write_file_atomic
 from sartor.media.speech.audio_encoding import ENDINGS
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import DEFAULT, open_voice
-from sartor.serving.commands.ask_types import Reply, SpokenFile
+from sartor.serving.commands.ask_types import AskReply, SpokenFile
 
 
-def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[Reply], Reply]:
+def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Callable[[AskReply], AskReply]:
     """What speaks a reply into `file` (.wav, .flac, .mp3, .opus, .ogg) and notes it in the reply.
 
     Whatever can be wrong before there is a reply is raised here, before a base is opened for it: ConfigError for a file that
@@ -31,7 +31,7 @@ def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Call
     speaker = open_voice(voice)
     speaker.cut(form, speed)
 
-    def speak(reply: Reply) -> Reply:
+    def speak(reply: AskReply) -> AskReply:
         said = spoken(reply.reply)
         if not said.text:
             raise ConfigError(f"nothing in the reply can be said: {reply.reply[:80]!r}", "ask without --speak")

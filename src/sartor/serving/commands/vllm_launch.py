@@ -20,7 +20,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.inference.engine import adapter_digest
 from sartor.release.release import verify_release
-from sartor.serving.team_config import Remote, Team
+from sartor.serving.team_config import OpenAiEngineOptions, Team
 
 # What --max-lora-rank may be
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -56,7 +56,7 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
     Raises ConfigError when the team's engine is another, ModelError that names the agent which vLLM cannot serve as released.
     """
     engine = team.engine
-    if not isinstance(engine, Remote):
+    if not isinstance(engine, OpenAiEngineOptions):
         raise ConfigError(f"the team's engine is {engine.kind}", "engine: {kind: openai, url: http://127.0.0.1:8000/v1}")
     where = urlsplit(engine.url)
     if not where.hostname:

@@ -9,22 +9,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sartor.core.errors import AdmissionError, SartorError, UnavailableError
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.types import Crew
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.types import WorkerBackend
 
 # What `serving.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
 # `release` of the version is where the adapter is loaded from: the server's own copy.
-Admit = Callable[[Path, str], Awaitable[Version]]
+Admit = Callable[[Path, str], Awaitable[AgentVersion]]
 
 
-class Holdings:
+class AdapterLeases:
     """The adapters of one crew. Not thread-safe: the event loop's own.
 
     copies: where admission keeps this machine's copies, each under its Release's id: a registry that several machines share
     names a directory that may be another one's.
     """
 
-    def __init__(self, crew: Crew, admit: Admit, copies: Path) -> None:
+    def __init__(self, crew: WorkerBackend, admit: Admit, copies: Path) -> None:
         self._copies = copies
         self._crew = crew
         self._admit = admit
@@ -34,23 +34,23 @@ class Holdings:
         self.places: dict[str, Path] = {}
         self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
-        self._kept: list[Version] = []
+        self._kept: list[AgentVersion] = []
         self._leases: Counter[str] = Counter()
         # one load or unload at a time: what is being unloaded may be asked for again
         self._lock = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self.troubles: dict[str, SartorError] = {}
 
-    def holds(self, version: Version) -> bool:
+    def holds(self, version: AgentVersion) -> bool:
         """Whether a call of this version can be made now."""
         return version.adapter in self._held and version.release_id in self.places
 
-    def was_admitted(self, version: Version) -> bool:
+    def was_admitted(self, version: AgentVersion) -> bool:
         """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered it."""
         has_copy = version.release_id in self._admitted or (self._copies / version.release_id).is_dir()
         return has_copy or "canary" in version.facts.get("checks", {})
 
-    def check(self, version: Version) -> None:
+    def check(self, version: AgentVersion) -> None:
         """Raise UnavailableError, saying why, for a version that is not held."""
         if not self.holds(version):
             trouble = self.troubles.get(version.name)
@@ -70,7 +70,7 @@ class Holdings:
                 self._let_go(adapter)
 
     @contextmanager
-    def kept(self, version: Version) -> Iterator[None]:
+    def kept(self, version: AgentVersion) -> Iterator[None]:
         """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so yet."""
         self._kept.append(version)
         try:
@@ -78,7 +78,7 @@ class Holdings:
         finally:
             self._kept.remove(version)
 
-    async def hold(self, version: Version) -> None:
+    async def hold(self, version: AgentVersion) -> None:
         """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
 
         Raises what admission raises, AdmissionError when another Release lies there now, ModelError, BudgetError.
@@ -97,7 +97,7 @@ class Holdings:
         if not done.cancelled():
             done.exception()  # it is among the troubles, also where nobody waits for it any more
 
-    async def _bring(self, version: Version) -> None:
+    async def _bring(self, version: AgentVersion) -> None:
         try:
             found = await self._found(version)
             async with self._lock:
@@ -111,7 +111,7 @@ class Holdings:
             raise
         self.troubles.pop(version.name, None)
 
-    async def _found(self, version: Version) -> Version:
+    async def _found(self, version: AgentVersion) -> AgentVersion:
         """The version as admission finds it, in the copy if there is one that is whole, else where it was registered."""
         copy = self._copies / version.release_id
         if copy.is_dir():
@@ -119,7 +119,7 @@ class Holdings:
                 return await self._same(version, copy)
         return await self._same(version, Path(version.release))
 
-    async def _same(self, version: Version, path: Path) -> Version:
+    async def _same(self, version: AgentVersion, path: Path) -> AgentVersion:
         found = await self._admit(path, version.agent)
         if (found.release_id, found.adapter) != (version.release_id, version.adapter):
             raise AdmissionError(
@@ -129,7 +129,7 @@ class Holdings:
             )
         return found
 
-    def want(self, versions: Collection[Version]) -> None:
+    def want(self, versions: Collection[AgentVersion]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""
         versions = [*versions, *self._kept]
         self._wanted = {version.adapter for version in versions}
@@ -139,7 +139,7 @@ class Holdings:
         for adapter in list(self._held):
             self._let_go(adapter)
 
-    def drop(self, version: Version) -> None:
+    def drop(self, version: AgentVersion) -> None:
         """Let go of one, as soon as no reply of it lives."""
         self._wanted.discard(version.adapter)
         self.places.pop(version.release_id, None)

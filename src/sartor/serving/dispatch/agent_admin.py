@@ -11,30 +11,30 @@ from typing import Any
 
 from sartor.core.errors import ArtifactError, UnavailableError
 from sartor.serving.dispatch.adapter_leases import Admit
-from sartor.serving.dispatch.dispatcher import Dispatch
-from sartor.serving.registry.registry import Cause
+from sartor.serving.dispatch.dispatcher import Dispatcher
+from sartor.serving.registry.registry import ChangeCause
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
-from sartor.serving.types import Crew, Listed
+from sartor.serving.types import AgentListing, WorkerBackend
 
-ADMIN = Cause("admin", "over HTTP")
+ADMIN = ChangeCause("admin", "over HTTP")
 
 
-class Roster:
+class AgentAdmin:
     """The agents of a running dispatch. A change has taken effect here when its method returns."""
 
-    def __init__(self, dispatch: Dispatch, crew: Crew, admit: Admit, rules: Rollout) -> None:
+    def __init__(self, dispatch: Dispatcher, crew: WorkerBackend, admit: Admit, rules: Rollout) -> None:
         self._dispatch = dispatch
         self._served = dispatch.served
         self._crew = crew
         self._admit = admit
         self._rules = rules
 
-    async def listed(self) -> Sequence[Listed]:
+    async def listed(self) -> Sequence[AgentListing]:
         """Every agent."""
         health, unadmitted = self._served.health()["agents"], self._served.unadmitted
         return [
-            Listed(
+            AgentListing(
                 name,
                 agent.live,
                 agent.versions,

@@ -21,33 +21,49 @@ from sartor.core.errors import (
     UnavailableError,
     UnknownAgentError,
 )
-from sartor.inference.engine import BASE, Call, Done, Failed, Sampling
+from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed, Sampling
 from sartor.media.content_parts import kinds_in
 from sartor.serving.admission import release_copies
-from sartor.serving.dispatch.adapter_leases import Admit, Holdings
-from sartor.serving.dispatch.model_selection import BASE_AGENT, Plan, Reason, ReasonKind, join_reasons, plan
-from sartor.serving.dispatch.personal_versions import Serving
-from sartor.serving.dispatch.reply_stream import Replying
-from sartor.serving.dispatch.rollout import Outcome, Rollouts, Seen, Shadow, Shadows, Verdict, is_json, takes
-from sartor.serving.dispatch.served_agents import Served
-from sartor.serving.registry.registry import Cause, Registry
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.registry.user_versions import SUFFIX, PeopleBook
+from sartor.serving.dispatch.adapter_leases import AdapterLeases, Admit
+from sartor.serving.dispatch.model_selection import (
+    BASE_AGENT,
+    CandidateList,
+    Reason,
+    ReasonKind,
+    join_reasons,
+    select_candidates,
+)
+from sartor.serving.dispatch.personal_versions import UserVersionSelector
+from sartor.serving.dispatch.reply_stream import ReplyStream
+from sartor.serving.dispatch.rollout import (
+    ObservedReply,
+    Rollouts,
+    RolloutVerdict,
+    Shadow,
+    ShadowOutcome,
+    Shadows,
+    in_fraction,
+    is_json,
+)
+from sartor.serving.dispatch.served_agents import ServedAgents
+from sartor.serving.registry.registry import ChangeCause, Registry
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.user_versions import SUFFIX, UserVersionStore
 from sartor.serving.team_config import Team
-from sartor.serving.types import Answer, Crew, Events, Given, Receipts, Request, Router
+from sartor.serving.types import AgentReply, AgentRequest, EventStream, FinishedReply, ReceiptWriter, Router, WorkerBackend
 
 _OPTIONS = frozenset(option.name for option in fields(Sampling))
 _SYSTEM = ("system", "developer")
 
 
-def call_of(request: Request, version: Version | None, id: str, most_tokens: int) -> Call:
+def build_call(request: AgentRequest, version: AgentVersion | None, id: str, most_tokens: int) -> GenerateCall:
     """What an engine is asked, by a version or the base (None).
 
     A client's own system message stands in place of the Release's, and so do its sampling options and its tools. Raises
     RequestError for an option that is none or asks for more than `most_tokens`, ConfigError for a value out of range.
     """
     facts = version.facts if version else {}
-    return Call(
+    return GenerateCall(
         id=id,
         adapter=version.adapter if version else BASE,
         messages=_messages(request, str(facts.get("system_prompt", ""))),
@@ -60,13 +76,13 @@ def call_of(request: Request, version: Version | None, id: str, most_tokens: int
     )
 
 
-def _messages(request: Request, system: str) -> tuple[Any, ...]:
+def _messages(request: AgentRequest, system: str) -> tuple[Any, ...]:
     if not system or not request.messages or any(message.get("role") in _SYSTEM for message in request.messages):
         return request.messages
     return ({"role": "system", "content": system}, *request.messages)
 
 
-def _sampling(request: Request, released: dict[str, Any], most_tokens: int) -> Sampling:
+def _sampling(request: AgentRequest, released: dict[str, Any], most_tokens: int) -> Sampling:
     if foreign := sorted(set(request.sampling) - _OPTIONS):
         raise RequestError(f"there is no sampling option {foreign[0]!r}", f"one of {', '.join(sorted(_OPTIONS))}")
     if request.sampling.get("max_tokens", 0) > most_tokens:
@@ -87,8 +103,8 @@ class _Begun:
     """A reply on its way, and what is known of it when it ends."""
 
     receipt: str
-    request: Request
-    call: Call
+    request: AgentRequest
+    call: GenerateCall
     agent: str
     said_agent: str
     reason: str
@@ -99,18 +115,18 @@ class _Begun:
     person: str
 
 
-class Dispatch:
+class Dispatcher:
     """Between HTTP and the crew. One event loop's own; `start` before the first request, `close` at the end."""
 
     def __init__(
         self,
         team: Team,
-        crew: Crew,
+        crew: WorkerBackend,
         registry: Registry,
         admit: Admit,
         *,
         router: Router | None = None,
-        receipts: Receipts | None = None,
+        receipts: ReceiptWriter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._team = team
@@ -118,10 +134,12 @@ class Dispatch:
         self._router = router
         self._receipts = receipts
         self._admit = admit
-        self.holdings = Holdings(crew, admit, release_copies.folder(Path(team.state)))
+        self.holdings = AdapterLeases(crew, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = Served(registry, crew, self.holdings, self.rollouts, router)
-        self.persons = Serving(PeopleBook(registry.database), self.holdings, crew, Path(team.state), team.personal.held)
+        self.served = ServedAgents(registry, crew, self.holdings, self.rollouts, router)
+        self.persons = UserVersionSelector(
+            UserVersionStore(registry.database), self.holdings, crew, Path(team.state), team.personal.held
+        )
         self.served.followers.append(self.persons.follow)
         self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -151,7 +169,7 @@ class Dispatch:
         await self.persons.close()
         await self.holdings.close()
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; returns when its first event is there.
 
         Raises UnknownAgentError, KeyRefusedError, RequestError, ConfigError, BusyError, DeadlineError; UnavailableError when
@@ -162,7 +180,7 @@ class Dispatch:
         try:
             async with asyncio.timeout(request.deadline_s):
                 asked = self.persons.plain(request)
-                found = await plan(asked, self.served.agents, self._router, receipt, self.served.reads)
+                found = await select_candidates(asked, self.served.agents, self._router, receipt, self.served.reads)
                 found = await self.persons.own(found, request, self.served.agents, self.served.versions)
         except TimeoutError:
             raise DeadlineError(
@@ -197,13 +215,13 @@ class Dispatch:
         """A person has rated a reply of this exact version, -1 bad .. 1 good."""
         self._follow(self.rollouts.heard(agent, rating < 0))
 
-    async def _begin(self, request: Request, found: Plan, place: int, receipt: str, reason: str) -> Answer:
+    async def _begin(self, request: AgentRequest, found: CandidateList, place: int, receipt: str, reason: str) -> AgentReply:
         choice = found.choices[place]
         version = choice.own or self.served.version(choice.agent)
         may_call = request.tools is None and not request.schema and bool(request.messages)
         if may_call and (offered := self.offers(choice.agent.partition("@")[0])):
             request = replace(request, tools=offered)
-        call = call_of(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
+        call = build_call(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
         said_agent = choice.agent if version else f"{BASE_AGENT}@{self._crew.about.base_digest[:12]}"
         with ExitStack() as stack:
             stack.enter_context(self.holdings.leased(call.adapter))
@@ -216,31 +234,31 @@ class Dispatch:
             )  # fmt: skip
             began = time.monotonic()
             try:
-                events = cast(Events, await self._crew.reply(call, choice.agent, request.deadline_s))
+                events = cast(EventStream, await self._crew.reply(call, choice.agent, request.deadline_s))
             except SartorError as error:
                 self._failed(choice.agent, error.kind)
                 raise
             living = stack.pop_all()
         took_s = time.monotonic() - began
-        replying = Replying(events, living.close, lambda reply, end: self._ended(begun, reply, end), took_s)
-        return Answer(said_agent, reason, receipt, replying)
+        replying = ReplyStream(events, living.close, lambda reply, end: self._ended(begun, reply, end), took_s)
+        return AgentReply(said_agent, reason, receipt, replying)
 
-    async def _ended(self, begun: _Begun, reply: Replying, end: Done | Failed) -> None:
+    async def _ended(self, begun: _Begun, reply: ReplyStream, end: ReplyDone | ReplyFailed) -> None:
         """A reply is over: count it, keep its receipt, let the candidate answer too."""
-        if isinstance(end, Failed):
+        if isinstance(end, ReplyFailed):
             self._failed(begun.agent, end.kind)
         elif end.finish != "cancelled":
             tokens = end.reply_tokens or reply.tokens
             self._see(begun.agent, reply.text, bool(end.tool_calls), reply.took_s / max(1, tokens), begun.in_flight)
             self._shadow(begun, reply.text)
         if self._receipts is not None:
-            done = end if isinstance(end, Done) else None
+            done = end if isinstance(end, ReplyDone) else None
             facts = (begun.receipt, begun.said_agent, begun.reason, begun.release_id, begun.call, reply.text, done)
-            given = Given(*facts, scores=begun.scores, began=begun.began, person=begun.person)
+            given = FinishedReply(*facts, scores=begun.scores, began=begun.began, person=begun.person)
             # a client that goes now must not keep the receipt from being written
             await asyncio.shield(self._spawn(self._keep(given)))
 
-    async def _keep(self, given: Given) -> None:
+    async def _keep(self, given: FinishedReply) -> None:
         assert self._receipts is not None
         try:
             await asyncio.to_thread(self._receipts.write, given)
@@ -253,19 +271,19 @@ class Dispatch:
         if agent is None or not agent.candidate or begun.agent != f"{agent.name}@{agent.live}":
             return
         name = f"{agent.name}@{agent.candidate}"
-        if not takes(agent.shadow_fraction, f"shadow of {name}", begun.receipt):
+        if not in_fraction(agent.shadow_fraction, f"shadow of {name}", begun.receipt):
             return
         if not set(kinds_in(begun.request.messages)) <= set(self.served.reads(name)):
             return
         with suppress(SartorError):  # a candidate that is not held is a trouble already
             version = self.served.version(name)
             id = f"{begun.receipt}-shadow"
-            call = call_of(begun.request, version, id, self._team.limits.reply_tokens)
+            call = build_call(begun.request, version, id, self._team.limits.reply_tokens)
             self.shadows.offer(Shadow(call, name, said))
 
-    def _shadowed(self, outcome: Outcome) -> None:
+    def _shadowed(self, outcome: ShadowOutcome) -> None:
         shadow, end = outcome.shadow, outcome.end
-        if isinstance(end, Failed):
+        if isinstance(end, ReplyFailed):
             self._failed(shadow.agent, end.kind)
         elif end.finish != "cancelled":
             token_s = outcome.took_s / max(1, end.reply_tokens or outcome.tokens)
@@ -273,27 +291,27 @@ class Dispatch:
             self._see(shadow.agent, outcome.text, bool(end.tool_calls), token_s, self.in_flight + 1)
 
     def _see(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
-        self._follow(self.rollouts.saw(Seen(agent, False, is_call or is_json(text), token_s, in_flight)))
+        self._follow(self.rollouts.saw(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight)))
 
     def _failed(self, agent: str, kind: str) -> None:
         if kind in AGENT_FAULTS:
-            self._follow(self.rollouts.saw(Seen(agent, True)))
+            self._follow(self.rollouts.saw(ObservedReply(agent, True)))
         elif kind == "UnavailableError" and self._breaker(agent) == "quarantined":
             self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
 
     def _breaker(self, agent: str) -> str:
         return str(self._crew.health().get("agents", {}).get(agent, {}).get("breaker", ""))
 
-    def _follow(self, verdict: Verdict | None) -> None:
+    def _follow(self, verdict: RolloutVerdict | None) -> None:
         if verdict is not None:
             self._spawn(self._execute(verdict))
 
-    async def _execute(self, verdict: Verdict) -> None:
+    async def _execute(self, verdict: RolloutVerdict) -> None:
         """What the monitors say, unless somebody has changed the agent since."""
         agent = self.served.agents.get(verdict.agent)
         if agent is None:
             return
-        cause = Cause("monitors", verdict.why, verdict.numbers)
+        cause = ChangeCause("monitors", verdict.why, verdict.numbers)
         registry = self.served.registry
         try:
             if verdict.does == "promote":

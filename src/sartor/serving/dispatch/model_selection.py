@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from sartor.core.errors import KeyRefusedError, RequestError, SartorError, UnavailableError, UnknownAgentError
 from sartor.media.content_parts import kinds_in
-from sartor.serving.dispatch.rollout import takes
-from sartor.serving.registry.registry_schema import Agent, Version
-from sartor.serving.types import Request, Route, Router
+from sartor.serving.dispatch.rollout import in_fraction
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
+from sartor.serving.types import AgentRequest, Router, RoutingDecision
 
 BASE_AGENT = "base"
 AUTO = "auto"
@@ -45,27 +45,27 @@ def join_reasons(reasons: Sequence[Reason]) -> str:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """One who may answer: an exact version, or `base`; and why. own: the version of the person who asks, where it is that."""
 
     agent: str
     reasons: tuple[Reason, ...]
-    own: Version | None = None
+    own: AgentVersion | None = None
 
 
 _BY_NAME = Reason(ReasonKind.NAMED, "asked by name")
 
 
 @dataclass(frozen=True)
-class Plan:
+class CandidateList:
     """Who may answer a request, the first that can does. scores: what the router found, of `auto` only."""
 
-    choices: Sequence[Choice]
+    choices: Sequence[Candidate]
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Senses:
+class Modalities:
     """What a request holds beside text, and who reads it. others: agents that do, for the remedy."""
 
     kinds: Collection[str]
@@ -88,43 +88,43 @@ class Senses:
         return f'"model": "{self.others[0]}"' if self.others else "send text: no agent that you may ask reads that"
 
 
-async def plan(
-    request: Request, agents: Mapping[str, Agent], router: Router | None, id: str, reads: Reads = lambda agent: ()
-) -> Plan:
+async def select_candidates(
+    request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, reads: Reads = lambda agent: ()
+) -> CandidateList:
     """Who may answer `request`. `id`: what a canary's draw hangs on.
 
     Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the client's key does not open,
     RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being drained.
     """
     kinds = kinds_in(request.messages)
-    senses = Senses(kinds, reads)
+    senses = Modalities(kinds, reads)
     if kinds:
         able = [name for name, agent in agents.items() if _may(request, agent) and senses.fit(f"{name}@{agent.live}")]
-        senses = Senses(kinds, reads, able)
+        senses = Modalities(kinds, reads, able)
     name, at, version = request.model.partition("@")
     if request.model == BASE_AGENT:
         senses.check(BASE_AGENT)
-        return Plan([Choice(BASE_AGENT, (_BY_NAME,))])
+        return CandidateList([Candidate(BASE_AGENT, (_BY_NAME,))])
     if request.model == AUTO:
         return await _routed(request, agents, router, id, senses)
     agent = _opened(request, agents, name)
     if not at:
-        return Plan(list(_chain(agent, (_BY_NAME,), id, senses)))
+        return CandidateList(list(_chain(agent, (_BY_NAME,), id, senses)))
     if version not in agent.versions:
         raise UnknownAgentError(
             f"{name} has no version {version[:80]!r} that is served; there are: {', '.join(agent.versions) or 'none'}",
             f'"model": "{name}"',
         )
     senses.check(request.model)
-    return Plan([Choice(request.model, (Reason(ReasonKind.NAMED, "asked by name and version"),))])
+    return CandidateList([Candidate(request.model, (Reason(ReasonKind.NAMED, "asked by name and version"),))])
 
 
-def _may(request: Request, agent: Agent) -> bool:
+def _may(request: AgentRequest, agent: Agent) -> bool:
     """Whether `auto` may choose it for this client."""
     return agent.state == "serving" and (request.openable is None or agent.name in request.openable)
 
 
-def _opened(request: Request, agents: Mapping[str, Agent], name: str) -> Agent:
+def _opened(request: AgentRequest, agents: Mapping[str, Agent], name: str) -> Agent:
     openable = [other for other in agents if request.openable is None or other in request.openable]
     if name not in agents:
         raise UnknownAgentError(
@@ -140,28 +140,30 @@ def _opened(request: Request, agents: Mapping[str, Agent], name: str) -> Agent:
     return agents[name]
 
 
-async def _routed(request: Request, agents: Mapping[str, Agent], router: Router | None, id: str, senses: Senses) -> Plan:
+async def _routed(
+    request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, senses: Modalities
+) -> CandidateList:
     """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says so."""
     openable = {name for name, agent in agents.items() if _may(request, agent)}
     if senses.kinds:
         openable &= set(senses.others)
     if router is None or not openable:
         senses.check(BASE_AGENT)
-        return Plan([Choice(BASE_AGENT, _routed_by("there is nobody to choose from"))])
+        return CandidateList([Candidate(BASE_AGENT, _routed_by("there is nobody to choose from"))])
     messages = request.messages or ({"role": "user", "content": request.text},)
     try:
         route = await router.route(messages, openable)
     except SartorError as error:
-        route = Route(BASE_AGENT, f"the router failed: {error.problem}")
+        route = RoutingDecision(BASE_AGENT, f"the router failed: {error.problem}")
     reasons = _routed_by(route.reason)
     if route.agent in openable:
-        return Plan(list(_chain(agents[route.agent], reasons, id, senses)), route.scores)
+        return CandidateList(list(_chain(agents[route.agent], reasons, id, senses)), route.scores)
     if senses.fit(BASE_AGENT):
-        return Plan([Choice(BASE_AGENT, reasons)], route.scores)
+        return CandidateList([Candidate(BASE_AGENT, reasons)], route.scores)
     return _unrouted(route, agents, id, senses)
 
 
-def _unrouted(route: Route, agents: Mapping[str, Agent], id: str, senses: Senses) -> Plan:
+def _unrouted(route: RoutingDecision, agents: Mapping[str, Agent], id: str, senses: Modalities) -> CandidateList:
     """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers, and
     so does one that fits and is only no better than a base that could see it.
 
@@ -170,10 +172,10 @@ def _unrouted(route: Route, agents: Mapping[str, Agent], id: str, senses: Senses
     what = " and ".join(senses.kinds)
     if route.fits:
         reasons = _routed_by(f"{route.reason}, and the base reads no {what}")
-        return Plan(list(_chain(agents[route.fits], reasons, id, senses)), route.scores)
+        return CandidateList(list(_chain(agents[route.fits], reasons, id, senses)), route.scores)
     if not route.scores and len(senses.others) == 1:
         reasons = (*_routed_by(route.reason), Reason(ReasonKind.ROUTED, f"{senses.others[0]} alone reads {what}"))
-        return Plan(list(_chain(agents[senses.others[0]], reasons, id, senses)))
+        return CandidateList(list(_chain(agents[senses.others[0]], reasons, id, senses)))
     raise RequestError(
         f"auto chose no agent, and the base reads no {what}: {route.reason}",
         f"name one that does: {', '.join(senses.others)}",
@@ -184,23 +186,23 @@ def _routed_by(detail: str) -> tuple[Reason, ...]:
     return (Reason(ReasonKind.ROUTED, f"auto: {detail}"),)
 
 
-def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, senses: Senses) -> Iterator[Choice]:
+def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, senses: Modalities) -> Iterator[Candidate]:
     """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the request.
 
     Raises RequestError where the live one does not.
     """
     trial = f"{agent.name}@{agent.candidate}"
-    if agent.candidate and takes(agent.canary_fraction, trial, id) and senses.fit(trial):
+    if agent.candidate and in_fraction(agent.canary_fraction, trial, id) and senses.fit(trial):
         canary = Reason(ReasonKind.CANARY, f"canary, {agent.canary_fraction:g} of the requests")
-        yield Choice(trial, (*reasons, canary))
+        yield Candidate(trial, (*reasons, canary))
     if agent.live:
         senses.check(f"{agent.name}@{agent.live}")
-        yield Choice(f"{agent.name}@{agent.live}", reasons)
+        yield Candidate(f"{agent.name}@{agent.live}", reasons)
     else:
         reasons = (*reasons, Reason(ReasonKind.NO_VERSION, f"{agent.name} has no version: {agent.note}"))
     for step in agent.fallback:
         if step == "previous" and agent.previous and senses.fit(f"{agent.name}@{agent.previous}"):
-            yield Choice(f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),))
+            yield Candidate(f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),))
         elif step == BASE_AGENT and senses.fit(BASE_AGENT):
             fallback = Reason(ReasonKind.FALLBACK, "the base steps in")
-            yield Choice(BASE_AGENT, (fallback,) if agent.live else (*reasons, fallback))
+            yield Candidate(BASE_AGENT, (fallback,) if agent.live else (*reasons, fallback))

@@ -14,29 +14,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from sartor.core.errors import SartorError, UnavailableError
-from sartor.serving.dispatch.adapter_leases import Holdings
-from sartor.serving.dispatch.model_selection import Choice, Plan, Reason, ReasonKind
-from sartor.serving.registry.registry_schema import Agent, Version
-from sartor.serving.registry.server_presence import Presence
-from sartor.serving.registry.user_versions import SUFFIX, People, PeopleBook, Personal
-from sartor.serving.types import Crew, Request
+from sartor.serving.dispatch.adapter_leases import AdapterLeases
+from sartor.serving.dispatch.model_selection import Candidate, CandidateList, Reason, ReasonKind
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
+from sartor.serving.registry.server_presence import ServerPresence
+from sartor.serving.registry.user_versions import SUFFIX, People, UserVersion, UserVersionStore
+from sartor.serving.types import AgentRequest, WorkerBackend
 
 WHY = "the user's own version"
 _LOOK_S = 0.05
 
 
-class Serving:
+class UserVersionSelector:
     """The personal versions of a running server. Not thread-safe: the event loop's own. `follow` after each change.
 
     most: adapters of persons that workers hold at once. listeners: told each person who is to be forgotten.
     """
 
-    def __init__(self, book: PeopleBook, holdings: Holdings, crew: Crew, state: Path, most: int) -> None:
+    def __init__(self, book: UserVersionStore, holdings: AdapterLeases, crew: WorkerBackend, state: Path, most: int) -> None:
         self._book, self._holdings, self._crew, self._state, self._most = book, holdings, crew, state, most
         self._people = People(-1, {})
         # adapter -> what keeps it, that which was asked for longest ago first
-        self._held: OrderedDict[str, tuple[Personal, Version, ExitStack]] = OrderedDict()
-        self._presence: Presence | None = None
+        self._held: OrderedDict[str, tuple[UserVersion, AgentVersion, ExitStack]] = OrderedDict()
+        self._presence: ServerPresence | None = None
         self._telling: asyncio.Task[None] | None = None
         self._following = asyncio.Lock()
         self._renews = False  # workers still hold what somebody who was forgotten has said
@@ -47,13 +47,15 @@ class Serving:
         """How many of them the workers hold, or are to hold."""
         return len(self._held)
 
-    def plain(self, request: Request) -> Request:
+    def plain(self, request: AgentRequest) -> AgentRequest:
         """The request as it is for everybody: a personal version that was named is asked for by what it stands on."""
         if request.person and request.model.endswith(SUFFIX):
             return replace(request, model=request.model.removesuffix(SUFFIX))
         return request
 
-    async def own(self, plan: Plan, request: Request, agents: Mapping[str, Agent], versions: Mapping[str, Version]) -> Plan:
+    async def own(
+        self, plan: CandidateList, request: AgentRequest, agents: Mapping[str, Agent], versions: Mapping[str, AgentVersion]
+    ) -> CandidateList:
         """The plan with the person's own version in front of the live one that it stands on, if it can answer now.
 
         Who names an exact version gets that one; nobody tries a candidate instead of what is their own.
@@ -77,7 +79,7 @@ class Serving:
             return _without(plan, f"{WHY} could not be loaded ({error.kind})")
         # it answers in place of a candidate, which is no reason any more
         reasons = [reason for reason in plan.choices[0].reasons if reason.kind is not ReasonKind.CANARY]
-        own = Choice(personal.name, (*reasons, Reason(ReasonKind.PERSONAL, WHY)), version)
+        own = Candidate(personal.name, (*reasons, Reason(ReasonKind.PERSONAL, WHY)), version)
         return replace(plan, choices=[own, *plan.choices[place:]])
 
     async def follow(self) -> None:
@@ -116,7 +118,7 @@ class Serving:
         if self._presence is not None:
             self._presence.close()
 
-    async def _hold(self, personal: Personal, version: Version) -> None:
+    async def _hold(self, personal: UserVersion, version: AgentVersion) -> None:
         if version.adapter not in self._held:
             stack = ExitStack()
             stack.enter_context(self._holdings.kept(version))
@@ -143,13 +145,13 @@ class Serving:
         """Say up to where this server has heard, once nothing that was removed is held by any worker."""
         if self._presence is None:
             try:
-                self._presence = await asyncio.to_thread(Presence, self._state)
+                self._presence = await asyncio.to_thread(ServerPresence, self._state)
             except OSError:  # a disk that takes nothing: who forgets somebody is told that nobody has confirmed it
                 return
         if self._telling is None or self._telling.done():
             self._telling = asyncio.ensure_future(self._tell(self._presence))
 
-    async def _tell(self, presence: Presence) -> None:
+    async def _tell(self, presence: ServerPresence) -> None:
         while presence.generation != self._people.generation:
             generation, renews = self._people.generation, self._renews
             self._renews = False
@@ -160,7 +162,7 @@ class Serving:
             await asyncio.to_thread(presence.hear, generation)
 
 
-def _without(plan: Plan, detail: str) -> Plan:
+def _without(plan: CandidateList, detail: str) -> CandidateList:
     """Return the plan as it is for everybody, with why the user's own version does not answer."""
     first = plan.choices[0]
     reasons = (*first.reasons, Reason(ReasonKind.PERSONAL_UNUSED, detail))

@@ -6,20 +6,20 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 
-from sartor.inference.engine import Done, Event, Failed, Piece
-from sartor.serving.types import Events
+from sartor.inference.engine import Event, ReplyDone, ReplyFailed, TextDelta
+from sartor.serving.types import EventStream
 
-Ended = Callable[["Replying", Done | Failed], Coroutine[object, object, None]]
+Ended = Callable[["ReplyStream", ReplyDone | ReplyFailed], Coroutine[object, object, None]]
 
 
-class Replying:
+class ReplyStream:
     """The events of a reply, as `Answer` has them.
 
     free: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the last event,
     but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client adds nothing.
     """
 
-    def __init__(self, events: Events, free: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
+    def __init__(self, events: EventStream, free: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
         self._events = events
         self._free = free
         self._ended = ended
@@ -33,7 +33,7 @@ class Replying:
         """All that was said so far."""
         return "".join(self._pieces)
 
-    def __aiter__(self) -> Replying:
+    def __aiter__(self) -> ReplyStream:
         return self
 
     async def __anext__(self) -> Event:
@@ -49,7 +49,7 @@ class Replying:
             raise
         finally:
             self.took_s += time.monotonic() - began
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             self._pieces.append(event.text)
             self.tokens += event.tokens
             return event

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from sartor.core.errors import SartorError
-from sartor.inference.engine import Call, Done, Failed
-from sartor.serving.dispatch.reply_stream import Replying
-from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, Rate, Tally, alarm
+from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed
+from sartor.serving.dispatch.reply_stream import ReplyStream
+from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, FailureRate, VersionTally, first_alarm
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
-from sartor.serving.types import Crew, Events
+from sartor.serving.types import EventStream, WorkerBackend
 
 
-def takes(fraction: float, of: str, id: str) -> bool:
+def in_fraction(fraction: float, of: str, id: str) -> bool:
     """Whether the request with this id falls into `fraction` of all: always the same answer for the same words."""
     number = int.from_bytes(hashlib.sha256(f"{of}:{id}".encode()).digest()[:8], "big")
     return number < fraction * 2**64
@@ -44,7 +44,7 @@ def is_json(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedReply:
     """What is known of one reply. agent: the exact version. token_s: seconds per token; 0 where there was none."""
 
     agent: str
@@ -55,7 +55,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RolloutVerdict:
     """What is to be done about a version on trial or under watch, and what that rests on."""
 
     agent: str
@@ -74,11 +74,11 @@ class _Comparison:
     live: str
     frozen: bool
     until: float
-    seen: Tally = field(default_factory=Tally)
-    beside: Tally = field(default_factory=Tally)
+    seen: VersionTally = field(default_factory=VersionTally)
+    beside: VersionTally = field(default_factory=VersionTally)
     window: int = 1
     replies: int = 0
-    differing: Rate = field(default_factory=Rate)
+    differing: FailureRate = field(default_factory=FailureRate)
     is_over: bool = False
 
 
@@ -90,7 +90,7 @@ class Rollouts:
         self._clock = clock
         self._comparisons: dict[str, _Comparison] = {}
         # of each live version, the last whole window and the one that fills: what its successor is compared with
-        self._known: dict[str, tuple[Tally, Tally]] = {}
+        self._known: dict[str, tuple[VersionTally, VersionTally]] = {}
 
     def follow(self, agent: Agent, was: Agent | None) -> None:
         """An agent has changed: begin or end its trial or watch."""
@@ -107,14 +107,14 @@ class Rollouts:
             del self._comparisons[agent.name]
         if was is not None and was.live != agent.live:
             self._known.pop(f"{was.name}@{was.live}", None)
-        self._known.setdefault(f"{agent.name}@{agent.live}", (Tally(), Tally()))
+        self._known.setdefault(f"{agent.name}@{agent.live}", (VersionTally(), VersionTally()))
 
     def forget(self, name: str) -> None:
         """An agent is served no more."""
         self._comparisons.pop(name, None)
         self._known = {version: known for version, known in self._known.items() if version.rpartition("@")[0] != name}
 
-    def saw(self, seen: Seen) -> Verdict | None:
+    def saw(self, seen: ObservedReply) -> RolloutVerdict | None:
         """A reply has ended. What is to be done now, said once."""
         if seen.agent in self._known:
             self._count(self._current(seen.agent), seen)
@@ -130,7 +130,7 @@ class Rollouts:
             self._count(comparison.beside, seen)
         return None
 
-    def heard(self, agent: str, is_bad: bool) -> Verdict | None:
+    def heard(self, agent: str, is_bad: bool) -> RolloutVerdict | None:
         """A person has rated a reply of this exact version."""
         if agent in self._known:
             self._current(agent).feedback.count(is_bad)
@@ -151,7 +151,7 @@ class Rollouts:
         if comparison is not None and agent == f"{comparison.name}@{comparison.candidate}":
             comparison.differing.count(not same)
 
-    def condemn(self, agent: str, why: str) -> Verdict | None:
+    def condemn(self, agent: str, why: str) -> RolloutVerdict | None:
         """A version under eyes was found bad by somebody else: quarantined, say."""
         comparison = self._comparison(agent)
         if comparison is None or agent != f"{comparison.name}@{comparison.candidate}":
@@ -182,17 +182,17 @@ class Rollouts:
             return None
         return comparison
 
-    def _current(self, agent: str) -> Tally:
+    def _current(self, agent: str) -> VersionTally:
         _, filling = self._known[agent]
         if filling.failures.seen >= WINDOW_REPLIES:
-            self._known[agent] = (filling, Tally())
+            self._known[agent] = (filling, VersionTally())
         return self._known[agent][1]
 
-    def _count(self, tally: Tally, seen: Seen) -> None:
+    def _count(self, tally: VersionTally, seen: ObservedReply) -> None:
         tally.count_reply(failed=seen.failed, is_json=seen.is_json, token_s=seen.token_s, in_flight=seen.in_flight)
 
-    def _judge(self, comparison: _Comparison) -> Verdict | None:
-        found = alarm(comparison.seen, comparison.beside, self._rules, comparison.window)
+    def _judge(self, comparison: _Comparison) -> RolloutVerdict | None:
+        found = first_alarm(comparison.seen, comparison.beside, self._rules, comparison.window)
         if found is not None:
             return self._over(comparison, "roll back", found.why, _numbers(found, comparison))
         enough = self._rules.canary_requests
@@ -200,15 +200,15 @@ class Rollouts:
             numbers = {"candidate": comparison.seen.as_json(), "live": comparison.beside.as_json()}
             return self._over(comparison, "promote", f"{comparison.replies} replies without alarm", numbers)
         if comparison.seen.failures.seen >= WINDOW_REPLIES:
-            comparison.seen, comparison.window = Tally(), comparison.window + 1
-            comparison.beside = comparison.beside if comparison.frozen else Tally()
+            comparison.seen, comparison.window = VersionTally(), comparison.window + 1
+            comparison.beside = comparison.beside if comparison.frozen else VersionTally()
         return None
 
     def _over(
         self, comparison: _Comparison, does: Literal["roll back", "promote"], why: str, numbers: Mapping[str, Any]
-    ) -> Verdict:
+    ) -> RolloutVerdict:
         comparison.is_over = True  # the registry's answer, not this, ends it: until then nothing more is said
-        return Verdict(comparison.name, comparison.candidate, does, why, numbers)
+        return RolloutVerdict(comparison.name, comparison.candidate, does, why, numbers)
 
 
 def _numbers(found: Alarm, comparison: _Comparison) -> dict[str, Any]:
@@ -223,17 +223,17 @@ ROOM_S = 0.05
 class Shadow:
     """A request that was answered, to be answered again. agent: the candidate's exact version. said: the live reply."""
 
-    call: Call
+    call: GenerateCall
     agent: str
     said: str
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ShadowOutcome:
     """What came of a shadow: how it ended, and the reply."""
 
     shadow: Shadow
-    end: Done | Failed
+    end: ReplyDone | ReplyFailed
     text: str = ""
     tokens: int = 0
     took_s: float = 0.0
@@ -247,10 +247,10 @@ class Shadows:
 
     def __init__(
         self,
-        crew: Crew,
+        crew: WorkerBackend,
         has_room: Callable[[], bool],
         leased: Callable[[str], AbstractContextManager[None]],
-        report: Callable[[Outcome], object],
+        report: Callable[[ShadowOutcome], object],
         deadline_s: float,
     ) -> None:
         self._crew = crew
@@ -286,21 +286,21 @@ class Shadows:
         with self._leased(shadow.call.adapter):
             began = time.monotonic()
             try:
-                events = cast(Events, await self._crew.reply(shadow.call, shadow.agent, self._deadline_s))
+                events = cast(EventStream, await self._crew.reply(shadow.call, shadow.agent, self._deadline_s))
             except SartorError as error:
-                self._report(Outcome(shadow, Failed(shadow.call.id, error.kind, error.problem, error.remedy)))
+                self._report(ShadowOutcome(shadow, ReplyFailed(shadow.call.id, error.kind, error.problem, error.remedy)))
                 return
-            reply = Replying(events, _free, _ended, time.monotonic() - began)
+            reply = ReplyStream(events, _free, _ended, time.monotonic() - began)
             try:
                 await self._follow(shadow, reply)
             finally:
                 await reply.aclose()
 
-    async def _follow(self, shadow: Shadow, reply: Replying) -> None:
+    async def _follow(self, shadow: Shadow, reply: ReplyStream) -> None:
         async for event in reply:
-            if isinstance(event, (Done, Failed)):
+            if isinstance(event, (ReplyDone, ReplyFailed)):
                 self.answered += 1
-                self._report(Outcome(shadow, event, reply.text, reply.tokens, reply.took_s))
+                self._report(ShadowOutcome(shadow, event, reply.text, reply.tokens, reply.took_s))
             elif not self._has_room():
                 self.left_out += 1
                 return
@@ -310,5 +310,5 @@ def _free() -> None:
     """The lease lasts as long as the shadow."""
 
 
-async def _ended(reply: Replying, event: Done | Failed) -> None:
+async def _ended(reply: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
     """Nobody waits for a shadow's last event."""

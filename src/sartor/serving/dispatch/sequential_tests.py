@@ -33,7 +33,7 @@ _CLASSES = len(_LOADS) + 1
 
 
 @dataclass
-class Rate:
+class FailureRate:
     """How many were seen, and how many of them were bad."""
 
     seen: int = 0
@@ -58,7 +58,7 @@ class Rate:
         return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - told
 
 
-def excess(candidate: Rate, live: Rate, margin: float) -> float:
+def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> float:
     """Natural log of the evidence that the candidate's rate is above the live version's plus `margin`; 0 or less is none."""
     low, high = live.fraction, candidate.fraction - margin
     if high <= low:
@@ -117,12 +117,12 @@ class Histogram:
 
 
 @dataclass
-class Tally:
+class VersionTally:
     """What was seen of one version. latency: by how full the machine was."""
 
-    failures: Rate = field(default_factory=Rate)
-    format: Rate = field(default_factory=Rate)
-    feedback: Rate = field(default_factory=Rate)
+    failures: FailureRate = field(default_factory=FailureRate)
+    format: FailureRate = field(default_factory=FailureRate)
+    feedback: FailureRate = field(default_factory=FailureRate)
     latency: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in range(_CLASSES)))
 
     def count_reply(self, *, failed: bool, is_json: bool, token_s: float, in_flight: int) -> None:
@@ -134,7 +134,7 @@ class Tally:
         if token_s > 0:
             self.latency[sum(in_flight > most for most in _LOADS)].count(token_s)
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: VersionTally) -> None:
         """Count what another one has counted."""
         for mine, theirs in zip(self._rates(), other._rates(), strict=True):
             mine.seen, mine.bad = mine.seen + theirs.seen, mine.bad + theirs.bad
@@ -147,7 +147,7 @@ class Tally:
         times = [round(histogram.median_s(), 6) for histogram in self.latency]
         return {**rates, "median_token_s": times}
 
-    def _rates(self) -> tuple[Rate, Rate, Rate]:
+    def _rates(self) -> tuple[FailureRate, FailureRate, FailureRate]:
         return self.failures, self.format, self.feedback
 
 
@@ -160,7 +160,7 @@ class Alarm:
     numbers: Mapping[str, Any]
 
 
-def alarm(candidate: Tally, live: Tally, rules: Rollout, window: int = 1) -> Alarm | None:
+def first_alarm(candidate: VersionTally, live: VersionTally, rules: Rollout, window: int = 1) -> Alarm | None:
     """The first monitor that says that the candidate is worse, in this window of its trial (1 is the first); None if none does.
 
     A live version of which nothing was seen counts as one that does not fail; its format and its ratings judge nobody.
@@ -173,7 +173,7 @@ def alarm(candidate: Tally, live: Tally, rules: Rollout, window: int = 1) -> Ala
         if not theirs.seen and name == "failures":
             evidence = mine.against(margin) if mine.fraction > margin else 0.0
         else:
-            evidence = excess(mine, theirs, margin)
+            evidence = log_evidence(mine, theirs, margin)
         if evidence >= -math.log(alpha):
             why = f"{name}: {mine.bad} of {mine.seen} against {theirs.bad} of {theirs.seen} of the live version"
             return Alarm(name, f"{why}; the margin is {margin}", _numbers(candidate, live, alpha, evidence))
@@ -186,14 +186,14 @@ def alarm(candidate: Tally, live: Tally, rules: Rollout, window: int = 1) -> Ala
     return None
 
 
-def _numbers(candidate: Tally, live: Tally, alpha: float, evidence: float | None) -> dict[str, Any]:
+def _numbers(candidate: VersionTally, live: VersionTally, alpha: float, evidence: float | None) -> dict[str, Any]:
     said = {"candidate": candidate.as_json(), "live": live.as_json(), "alpha": alpha}
     return said if evidence is None else {**said, "evidence": round(min(evidence, 1e9), 3)}
 
 
 def _is_most(count: int, seen: int, alpha: float) -> bool:
     """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most `alpha`."""
-    return 2 * count > seen and Rate(seen, count).against(0.5) >= -math.log(alpha)
+    return 2 * count > seen and FailureRate(seen, count).against(0.5) >= -math.log(alpha)
 
 
 def _log_beta(one: float, other: float) -> float:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import InputError, RefusedError, SartorError, UnavailableError
-from sartor.serving.dispatch.adapter_leases import Admit, Holdings
+from sartor.serving.dispatch.adapter_leases import AdapterLeases, Admit
 from sartor.serving.dispatch.model_selection import BASE_AGENT
 from sartor.serving.dispatch.rollout import Rollouts
-from sartor.serving.registry.registry import Cause, Registry, Snapshot
-from sartor.serving.registry.registry_schema import Agent, Version
+from sartor.serving.registry.registry import ChangeCause, Registry, Snapshot
+from sartor.serving.registry.registry_schema import Agent, AgentVersion
 from sartor.serving.registry.user_versions import SUFFIX
-from sartor.serving.team_config import Member
-from sartor.serving.types import Crew, Router
+from sartor.serving.team_config import AgentOptions
+from sartor.serving.types import Router, WorkerBackend
 
 POLL_S = 1.0
 # Rows may be hurt without a change, and what could not be loaded may be there now
@@ -31,13 +31,15 @@ SCRUB_S = 10.0
 MOST_WAIT_S = 3600.0
 
 
-class Served:
+class ServedAgents:
     """The agents of a running server. `agents` and `versions` are what requests are answered by, at this moment."""
 
-    def __init__(self, registry: Registry, crew: Crew, holdings: Holdings, rollouts: Rollouts, router: Router | None) -> None:
+    def __init__(
+        self, registry: Registry, crew: WorkerBackend, holdings: AdapterLeases, rollouts: Rollouts, router: Router | None
+    ) -> None:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
-        self.versions: dict[str, Version] = {}
+        self.versions: dict[str, AgentVersion] = {}
         # agents of which no version ever was admitted: the base does not answer in their names
         self.unadmitted: set[str] = set()
         self.troubles: dict[str, str] = {}
@@ -61,7 +63,7 @@ class Served:
         # told after each reading of the registry; `settle` waits for them
         self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
-    async def register(self, members: Mapping[str, Member], admit: Admit) -> None:
+    async def register(self, members: Mapping[str, AgentOptions], admit: Admit) -> None:
         """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
         known = await asyncio.to_thread(self.registry.read)
         for name, member in members.items():
@@ -69,7 +71,7 @@ class Served:
                 continue
             try:
                 version = await admit(Path(member.release), name)
-                cause = Cause("TEAM.yaml", "not in the registry yet")
+                cause = ChangeCause("TEAM.yaml", "not in the registry yet")
                 await asyncio.to_thread(self.registry.add, version, fallback=member.fallback, cause=cause)
             except SartorError as error:
                 why = _refusal(error)
@@ -117,7 +119,7 @@ class Served:
                 if await self._is_stale():
                     await self.reload()
 
-    def version(self, name: str) -> Version | None:
+    def version(self, name: str) -> AgentVersion | None:
         """The version of an exact name, None for the base. Raises UnavailableError where it cannot answer now."""
         if name == BASE_AGENT:
             return None
@@ -197,7 +199,7 @@ class Served:
             if was is not None and agent.candidate == was.candidate:
                 self._crew.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
 
-    async def _fetch(self, version: Version) -> None:
+    async def _fetch(self, version: AgentVersion) -> None:
         """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
         is_held = False
         try:
@@ -228,9 +230,9 @@ class Served:
         """Keep beside an agent why it was not admitted, for `sartor agents list`."""
         if self.agents[name].note != why:
             with suppress(SartorError):
-                await asyncio.to_thread(self.registry.note, name, why, cause=Cause("server", "admission"))
+                await asyncio.to_thread(self.registry.note, name, why, cause=ChangeCause("server", "admission"))
 
-    def _needed(self, agents: Iterable[Agent]) -> Iterator[Version]:
+    def _needed(self, agents: Iterable[Agent]) -> Iterator[AgentVersion]:
         for agent in agents:
             for version in agent.versions:
                 if found := self.versions.get(f"{agent.name}@{version}"):

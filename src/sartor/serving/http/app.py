@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from sartor.core.errors import SartorError
-from sartor.serving.http.app_state import Desk, desk_of, entry_of
-from sartor.serving.http.http_errors import BUG, Fault, fault_of, field_error
+from sartor.serving.http.app_state import AppState, get_record, get_state
+from sartor.serving.http.http_errors import BUG, HttpError, field_error, to_http_error
 from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, check_weight, parse
 from sartor.serving.http.response_models import ErrorAnswer
-from sartor.serving.http.shutdown import GoneError
+from sartor.serving.http.shutdown import ClientDisconnectedError
 
 GONE = 499
 LARGE_BYTES = 64 << 10
@@ -49,7 +49,7 @@ class _Checked(Request):
         self._json = value
 
 
-class Route(APIRoute):
+class StrictJsonRoute(APIRoute):
     """A route whose body, if it has one, is read within its limits and parsed strictly."""
 
     def get_route_handler(self) -> Answering:  # the framework's name
@@ -64,7 +64,7 @@ class Route(APIRoute):
                 return await original(request)
             body = await body_of(request, has_media)
             body_bytes = len(body)
-            value = await _value(body, desk_of(request).limits.body_bytes)
+            value = await _value(body, get_state(request).limits.body_bytes)
             try:
                 return await original(_Checked(request, body_bytes, value))
             except RequestValidationError as error:
@@ -88,7 +88,7 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
 
     Raises MediaTypeError, SlowBodyError, TooLargeError, BusyError.
     """
-    desk = desk_of(request)
+    desk = get_state(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise MediaTypeError(f"the body is of type {kind[:80]!a}", "send the header Content-Type: application/json")
@@ -103,7 +103,7 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
         raise SlowBodyError(f"the body did not come within {limit_s:g} s", "send it at once") from None
 
 
-def build_app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
+def build_app(desk: AppState, cors: tuple[str, ...]) -> FastAPI:
     """The application behind the guard."""
     app = FastAPI(
         title="Sartor",
@@ -114,10 +114,10 @@ def build_app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
         responses=_ERRORS,
     )
     app.state.desk = desk
-    app.router.route_class = Route
+    app.router.route_class = StrictJsonRoute
     for kind, answer in ((SartorError, _sartor_error), (PlainHTTPException, _http_error), (Exception, _bug)):
         app.add_exception_handler(kind, answer)
-    for left in (GoneError, ClientDisconnect):
+    for left in (ClientDisconnectedError, ClientDisconnect):
         app.add_exception_handler(left, _gone)
     if cors:
         app.add_middleware(
@@ -130,14 +130,14 @@ def build_app(desk: Desk, cors: tuple[str, ...]) -> FastAPI:
     return app
 
 
-def _answer(request: Request, fault: Fault) -> Response:
-    entry_of(request).error = fault.kind
+def _answer(request: Request, fault: HttpError) -> Response:
+    get_record(request).error = fault.kind
     return JsonResponse(fault.as_json(), fault.status, dict(fault.headers))
 
 
 async def _sartor_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SartorError)
-    return _answer(request, fault_of(error))
+    return _answer(request, to_http_error(error))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
@@ -147,7 +147,7 @@ async def _bug(request: Request, error: Exception) -> Response:
 
 async def _gone(request: Request, error: Exception) -> Response:
     """To nobody: the status is for the log."""
-    entry_of(request).error = "Gone"
+    get_record(request).error = "Gone"
     return Response(status_code=GONE)
 
 
@@ -156,7 +156,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PlainHTTPException)
     where = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
     problem = f"there is no {where}" if error.status_code in (404, 405) else f"{where} is not possible"
-    fault = Fault(
+    fault = HttpError(
         error.status_code, "invalid_request_error", "unknown_url", problem, "see GET /openapi.json", "RequestError",
         headers=dict(error.headers or {}),
     )  # fmt: skip

@@ -8,21 +8,20 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from sartor.core.errors import KeyRefusedError, UnknownAgentError
-from sartor.serving.api_keys import Opened
-from sartor.serving.feedback_intake import Hearing
+from sartor.serving.api_keys import Principal
+from sartor.serving.feedback_intake import FeedbackIntake
 from sartor.serving.feedback_store import Exchange, Memory
 from sartor.serving.http.http_errors import FieldError
-from sartor.serving.http.media_checks import Looking
-from sartor.serving.http.reply_collection import Answers
-from sartor.serving.http.request_body import Reading
-from sartor.serving.http.request_log import Entry
-from sartor.serving.http.services import House
-from sartor.serving.http.shutdown import Shift
+from sartor.serving.http.media_checks import MediaChecker
+from sartor.serving.http.reply_collection import ReplyGroup
+from sartor.serving.http.request_body import BodyReader
+from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.services import Services
+from sartor.serving.http.shutdown import ServerLifetime
 from sartor.serving.http.speech_service import MODEL
-from sartor.serving.http.telemetry import Meters
-from sartor.serving.team_config import Limits, MediaLimits
-from sartor.serving.types import Answer
-from sartor.serving.types import Request as Question
+from sartor.serving.http.telemetry import Metrics
+from sartor.serving.team_config import MediaLimits, RequestLimits
+from sartor.serving.types import AgentReply, AgentRequest
 
 MOST_HEADER = 512
 SPECIAL = ("base", "auto")
@@ -30,24 +29,24 @@ USER_HEADER = "x-sartor-user"
 
 
 @dataclass(frozen=True)
-class Desk:
+class AppState:
     """The house, the limits, and what this process keeps."""
 
-    house: House
-    limits: Limits
-    shift: Shift
-    meters: Meters
+    house: Services
+    limits: RequestLimits
+    shift: ServerLifetime
+    meters: Metrics
     memory: Memory
-    hearing: Hearing
-    reading: Reading
-    looking: Looking
+    hearing: FeedbackIntake
+    reading: BodyReader
+    looking: MediaChecker
     media: MediaLimits
 
     def most_bytes(self, has_media: bool) -> int:
         """Of a request's body. With media these come beside the rest, a third larger as base64."""
         return self.limits.body_bytes + (self.media.bytes * 4 // 3 if has_media else 0)
 
-    async def check_model(self, model: str, visitor: Opened) -> None:
+    async def check_model(self, model: str, visitor: Principal) -> None:
         """Raises UnknownAgentError for a name that nobody has, KeyRefusedError for one that the visitor's key does not open."""
         name, at, version = model.partition("@")
         listed = {agent.name: agent for agent in (*await self.house.roster.listed(), *self.house.plans)}
@@ -61,13 +60,13 @@ class Desk:
         if not visitor.opens(name):
             raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
 
-    def check_speech(self, visitor: Opened) -> None:
+    def check_speech(self, visitor: Principal) -> None:
         """Raises UnknownAgentError where the team does not speak, KeyRefusedError for a key that does not open `speech`."""
         self.house.speech.check_on()
         if not visitor.opens(MODEL):
             raise KeyRefusedError(f"this key does not open {MODEL!r}", f"sartor agents key {MODEL} makes one that does")
 
-    def remember(self, key: str, person: str, answer: Answer, question: Question, reply: str) -> None:
+    def remember(self, key: str, person: str, answer: AgentReply, question: AgentRequest, reply: str) -> None:
         """Keep a reply that is whole, and who got it, so that feedback on it can be learnt from."""
         exchange = Exchange(answer.agent, question.messages, question.text, reply, key, person)
         self.memory.keep(answer.receipt, exchange)
@@ -78,7 +77,7 @@ class Desk:
             raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
         return self.house.people.person_of(header or user)
 
-    def spoken_for(self, person: str, header: str, visitor: Opened) -> str:
+    def spoken_for(self, person: str, header: str, visitor: Principal) -> str:
         """Whose own versions may answer. A key that may not speak for a person changes nothing by `user`, as on other servers.
 
         Raises KeyRefusedError where the header asks for somebody for whom it may not speak.
@@ -94,19 +93,19 @@ class Desk:
         return f"fp_{self.house.crew.about.base_digest[:12]}"
 
 
-def desk_of(request: Request) -> Desk:
+def get_state(request: Request) -> AppState:
     """The desk of the application that this request came to."""
-    desk: Desk = request.app.state.desk
+    desk: AppState = request.app.state.desk
     return desk
 
 
-def entry_of(request: Request) -> Entry:
+def get_record(request: Request) -> RequestRecord:
     """What is noted of this request."""
-    entry: Entry = request.scope["state"]["entry"]
+    entry: RequestRecord = request.scope["state"]["entry"]
     return entry
 
 
-def reply_headers(opened: Answers) -> Mapping[str, str]:
+def reply_headers(opened: ReplyGroup) -> Mapping[str, str]:
     """Who answered, why, and under which receipts."""
     first = opened.first
     said = {"x-sartor-agent": first.agent, "x-sartor-reason": first.reason, "x-sartor-receipt": opened.receipts}

@@ -20,13 +20,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sartor.core.errors import KeyRefusedError, SartorError, UnavailableError
-from sartor.serving.api_keys import Opened
-from sartor.serving.http.http_errors import ASK_AGAIN_S, BUG, Fault, ForeignError, UnknownKeyError, fault_of
-from sartor.serving.http.request_log import Entry, Journal
-from sartor.serving.http.services import ANYBODY, NOBODY, Doors, Rates
-from sartor.serving.http.shutdown import GoneError, Shift
-from sartor.serving.http.telemetry import Meters, Tracer
-from sartor.serving.team_config import Http, Limits
+from sartor.serving.api_keys import Principal
+from sartor.serving.http.http_errors import ASK_AGAIN_S, BUG, ForeignError, HttpError, UnknownKeyError, to_http_error
+from sartor.serving.http.request_log import RequestLog, RequestRecord
+from sartor.serving.http.services import ANYBODY, NOBODY, Authenticator, RateLimits
+from sartor.serving.http.shutdown import ClientDisconnectedError, ServerLifetime
+from sartor.serving.http.telemetry import Metrics, Tracer
+from sartor.serving.team_config import Http, RequestLimits
 
 PUBLIC = ("/health", "/openapi.json", "/.well-known/agent-card.json")
 LOOPBACK_NAMES = ("localhost", "ip6-localhost")
@@ -40,17 +40,17 @@ _threads = ThreadPoolExecutor(4, "sartor-doors")
 
 
 @dataclass(frozen=True)
-class Gate:
+class RequestGate:
     """Who may come in, and who takes note of it."""
 
-    doors: Doors
-    rates: Rates
+    doors: Authenticator
+    rates: RateLimits
     http: Http
-    limits: Limits
-    shift: Shift
+    limits: RequestLimits
+    shift: ServerLifetime
     connections: Callable[[], int]
 
-    async def check(self, scope: Scope, headers: Headers) -> Opened:
+    async def check(self, scope: Scope, headers: Headers) -> Principal:
         """Who asks. Raises ForeignError, KeyRefusedError, BusyError, UnavailableError."""
         if self.connections() > self.limits.connections:
             raise UnavailableError(
@@ -65,7 +65,7 @@ class Gate:
             self.rates.begin(visitor.key)
         return visitor
 
-    def _enter(self, scope: Scope, headers: Headers) -> Opened:
+    def _enter(self, scope: Scope, headers: Headers) -> Principal:
         path = scope["path"]
         try:
             is_open = self.doors.is_open
@@ -86,7 +86,7 @@ class Gate:
             self._check_admin(visitor)
         return visitor
 
-    def _visitor(self, headers: Headers) -> Opened:
+    def _visitor(self, headers: Headers) -> Principal:
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise UnknownKeyError(
@@ -97,7 +97,7 @@ class Gate:
         except KeyRefusedError as error:
             raise UnknownKeyError(error.problem, error.remedy) from None
 
-    def _check_admin(self, visitor: Opened) -> None:
+    def _check_admin(self, visitor: Principal) -> None:
         if not self.doors.has_admin:
             raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
         if not visitor.is_admin:
@@ -133,10 +133,10 @@ def is_loopback(host: str) -> bool:
         return host.lower() in LOOPBACK_NAMES
 
 
-class Guard:
+class AuthMiddleware:
     """The outermost application."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, journal: Journal, meters: Meters, tracer: Tracer) -> None:
+    def __init__(self, app: ASGIApp, gate: RequestGate, journal: RequestLog, meters: Metrics, tracer: Tracer) -> None:
         self._app = app
         self._gate = gate
         self._journal = journal
@@ -148,24 +148,24 @@ class Guard:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        entry = Entry(_request_id(headers), scope["method"])
+        entry = RequestRecord(_request_id(headers), scope["method"])
         scope.setdefault("state", {})["entry"] = entry
         answering = _Answering(send, entry)
         with self._tracer.span(entry, headers):
             try:
                 entry.visitor = await self._gate.check(scope, headers)
                 await self._app(scope, receive, answering.send)
-            except GoneError:
+            except ClientDisconnectedError:
                 entry.error = "Gone"
             except SartorError as error:
-                await answering.fault(fault_of(error))
+                await answering.fault(to_http_error(error))
             except Exception as error:
                 self._journal.bug(entry, error)
                 await answering.fault(BUG)
             finally:
                 self._finish(entry, scope)
 
-    def _finish(self, entry: Entry, scope: Scope) -> None:
+    def _finish(self, entry: RequestRecord, scope: Scope) -> None:
         route = scope.get("route")
         entry.route = route.path if route is not None else "other"
         entry.status = entry.status or CLIENT_GONE
@@ -178,7 +178,7 @@ class Guard:
 class _Answering:
     """What is sent: its status is noted, and every answer says the request's id."""
 
-    def __init__(self, send: Send, entry: Entry) -> None:
+    def __init__(self, send: Send, entry: RequestRecord) -> None:
         self._send = send
         self._entry = entry
 
@@ -188,7 +188,7 @@ class _Answering:
             MutableHeaders(scope=message)["x-request-id"] = self._entry.id
         await self._send(message)
 
-    async def fault(self, fault: Fault) -> None:
+    async def fault(self, fault: HttpError) -> None:
         """Answer with an error, unless an answer has begun."""
         self._entry.error = fault.kind
         if not self._entry.status:
@@ -197,7 +197,7 @@ class _Answering:
             await self._send({"type": "http.response.body", "body": body})
 
 
-def _plain(fault: Fault, size: int) -> list[tuple[bytes, bytes]]:
+def _plain(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
     said: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
     return [(name.encode(), str(value).encode()) for name, value in said.items()]
 

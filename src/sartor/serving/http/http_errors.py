@@ -10,7 +10,7 @@ from typing import Any
 
 from sartor.core import errors
 from sartor.core.errors import SartorError
-from sartor.inference.engine import Failed
+from sartor.inference.engine import ReplyFailed
 from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, TooLargeError
 
 ASK_AGAIN_S = 5
@@ -84,7 +84,7 @@ _STATUSES: tuple[tuple[type[SartorError], int, str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Fault:
+class HttpError:
     """An error as HTTP says it."""
 
     status: int
@@ -105,13 +105,13 @@ class Fault:
         return {"error": {**said, "kind": self.kind, "remedy": self.remedy}}
 
 
-BUG = Fault(
+BUG = HttpError(
     500, "server_error", "internal_error", "the server made a mistake; it is logged under this request's id",
     "report the x-request-id of this answer", "Bug",
 )  # fmt: skip
 
 
-def fault_of(error: SartorError) -> Fault:
+def to_http_error(error: SartorError) -> HttpError:
     """The status and words of an error."""
     found = next(((status, kind, code) for cls, status, kind, code in _STATUSES if isinstance(error, cls)), None)
     if found is None:
@@ -120,7 +120,7 @@ def fault_of(error: SartorError) -> Fault:
     code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
-    return Fault(status, kind, code, error.problem, error.remedy, _public(error), param, _headers(error, status))
+    return HttpError(status, kind, code, error.problem, error.remedy, _public(error), param, _headers(error, status))
 
 
 def _public(error: SartorError) -> str:
@@ -136,7 +136,7 @@ def _headers(error: SartorError, status: int) -> dict[str, str]:
     return {"retry-after": str(ASK_AGAIN_S)} if status == 503 else {}
 
 
-def error_of(failed: Failed) -> SartorError:
+def error_of(failed: ReplyFailed) -> SartorError:
     """The error that a Failed tells of."""
     cls = vars(errors).get(failed.kind)
     if isinstance(cls, type) and issubclass(cls, SartorError):

@@ -20,18 +20,18 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from sartor.core.errors import RequestError, SartorError, need
-from sartor.serving.api_keys import Opened
-from sartor.serving.http.app_state import SPECIAL, Desk, entry_of
-from sartor.serving.http.http_errors import BUG, Fault, fault_of
-from sartor.serving.http.reply_collection import Answers, Reply
-from sartor.serving.http.request_conversion import chat_request, opened_for
-from sartor.serving.http.request_log import Entry
+from sartor.core.errors import RequestError, SartorError, missing_package
+from sartor.serving.api_keys import Principal
+from sartor.serving.http.app_state import SPECIAL, AppState, get_record
+from sartor.serving.http.http_errors import BUG, HttpError, to_http_error
+from sartor.serving.http.reply_collection import CollectedReply, ReplyGroup
+from sartor.serving.http.request_conversion import chat_request, open_replies
+from sartor.serving.http.request_log import RequestRecord
 from sartor.serving.http.request_models import ChatRequest
-from sartor.serving.http.shutdown import GoneError, while_there
-from sartor.serving.plans.step_messages import wrong_in
+from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconnect
+from sartor.serving.plans.step_messages import schema_errors
 from sartor.serving.team_config import Team
-from sartor.serving.types import Listed
+from sartor.serving.types import AgentListing
 
 if TYPE_CHECKING:
     from mcp.server import ServerRequestContext
@@ -43,7 +43,7 @@ ABOUT_BASE = "Answer a prompt by the model that all agents of this team stand on
 
 
 @dataclass(frozen=True)
-class Ability:
+class ToolDescription:
     """One agent or plan. version: what is live. about: what it is for."""
 
     name: str
@@ -56,31 +56,31 @@ def abouts(team: Team) -> Mapping[str, str]:
     return {member.name: member.about for member in team.agents if member.about}
 
 
-async def abilities(desk: Desk, visitor: Opened, said: Mapping[str, str]) -> list[Ability]:
+async def abilities(desk: AppState, visitor: Principal, said: Mapping[str, str]) -> list[ToolDescription]:
     """The agents and plans that this visitor's key opens and somebody answers for."""
     listed = (*await desk.house.roster.listed(), *desk.house.plans)
     return [_ability(one, said) for one in listed if one.is_ready and visitor.opens(one.name)]
 
 
-def _ability(one: Listed, said: Mapping[str, str]) -> Ability:
+def _ability(one: AgentListing, said: Mapping[str, str]) -> ToolDescription:
     plan = one.state.get("plan")
     what = f"the plan {one.name} ({plan}: several agents for one request)" if plan else f"the agent {one.name}"
-    return Ability(one.name, one.live, said.get(one.name, "") or f"Answer a prompt by {what} of this team.")
+    return ToolDescription(one.name, one.live, said.get(one.name, "") or f"Answer a prompt by {what} of this team.")
 
 
 ASK = "ask"
 PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}
 
 
-class AsTools:
+class McpServer:
     """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not installed."""
 
-    def __init__(self, desk: Desk, team: Team, bug: Callable[[Entry, Exception], object]) -> None:
+    def __init__(self, desk: AppState, team: Team, bug: Callable[[RequestRecord, Exception], object]) -> None:
         try:
             from mcp.server.lowlevel import Server
             from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
         except ImportError:
-            raise need("mcp", "mcp") from None
+            raise missing_package("mcp", "mcp") from None
         self._desk, self._bug, self._abouts = desk, bug, abouts(team)
         server: Any = Server("sartor", version=desk.fingerprint(), on_list_tools=self._list, on_call_tool=self._call)
         server.middleware.clear()  # its spans: the guard makes one a request, and knows what must not stand in it
@@ -123,18 +123,18 @@ class AsTools:
         from mcp_types import INTERNAL_ERROR, INVALID_PARAMS
 
         request: Request = context.request  # type: ignore[assignment]
-        entry = entry_of(request)
+        entry = get_record(request)
         try:
             tool = (await self._tools(request)).get(params.name)
             if tool is None:
                 entry.error = "UnknownAgentError"
                 raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!a} here; tools/list says which there are")
             return await self._answer(request, tool, params.arguments or {})
-        except GoneError:
+        except ClientDisconnectedError:
             entry.error = "Gone"
             raise MCPError(INTERNAL_ERROR, "the client is gone") from None
         except SartorError as error:
-            return _failed(entry, fault_of(error))
+            return _failed(entry, to_http_error(error))
         except MCPError:
             raise
         except Exception as error:
@@ -142,23 +142,23 @@ class AsTools:
             return _failed(entry, BUG)
 
     async def _answer(self, request: Request, tool: Tool, arguments: Mapping[str, Any]) -> CallToolResult:
-        desk, entry = self._desk, entry_of(request)
-        if wrong := wrong_in(dict(arguments), tool.input_schema):
+        desk, entry = self._desk, get_record(request)
+        if wrong := schema_errors(dict(arguments), tool.input_schema):
             raise RequestError(f"the arguments of {tool.name!a} are wrong: {'; '.join(wrong)}", "see its inputSchema")
         desk.house.rates.begin(entry.visitor.key)
         model = request.path_params.get("agent") or (arguments.get("agent", "auto") if tool.name == ASK else tool.name)
         await desk.check_model(model, entry.visitor)
         asked = ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]})
-        opened = await opened_for(request, [chat_request(asked, desk.limits)])
+        opened = await open_replies(request, [chat_request(asked, desk.limits)])
         try:
-            (reply,) = await while_there(request.receive, opened.whole())
+            (reply,) = await until_disconnect(request.receive, opened.whole())
         finally:
             await opened.close()
         return _said(opened, reply)
 
     async def _tools(self, request: Request) -> dict[str, Tool]:
         """What the path and the key of this request open, by name."""
-        visitor, alone = entry_of(request).visitor, request.path_params.get("agent", "")
+        visitor, alone = get_record(request).visitor, request.path_params.get("agent", "")
         found = await abilities(self._desk, visitor, self._abouts)
         if alone:
             return {tool.name: tool for tool in [_tool(_alone(alone, found))]}
@@ -168,14 +168,14 @@ class AsTools:
         return {tool.name: tool for tool in tools}
 
 
-def _alone(model: str, found: list[Ability]) -> Ability:
+def _alone(model: str, found: list[ToolDescription]) -> ToolDescription:
     """The one that a path names, which `check_model` has let pass: an agent, a version of one, `base` or `auto`."""
     name = model.partition("@")[0]
     special = {"base": ABOUT_BASE, "auto": ABOUT_AUTO}
-    return next((one for one in found if one.name == name), Ability(name, "", special.get(name, f"Ask {name}.")))
+    return next((one for one in found if one.name == name), ToolDescription(name, "", special.get(name, f"Ask {name}.")))
 
 
-def _tool(one: Ability) -> Tool:
+def _tool(one: ToolDescription) -> Tool:
     from mcp_types import Tool
 
     return Tool(name=one.name, description=one.about, input_schema=_object({"prompt": PROMPT}))
@@ -192,7 +192,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "required": ["prompt"], "additionalProperties": False}
 
 
-def _said(opened: Answers, reply: Reply) -> CallToolResult:
+def _said(opened: ReplyGroup, reply: CollectedReply) -> CallToolResult:
     """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs them."""
     from mcp_types import CallToolResult, TextContent
 
@@ -203,7 +203,7 @@ def _said(opened: Answers, reply: Reply) -> CallToolResult:
     return CallToolResult(content=[TextContent(type="text", text=text)], _meta=_meta(facts))
 
 
-def _failed(entry: Entry, fault: Fault) -> CallToolResult:
+def _failed(entry: RequestRecord, fault: HttpError) -> CallToolResult:
     """An error as the result of a tool, so that the model that called it reads what to do."""
     from mcp_types import CallToolResult, TextContent
 

@@ -16,7 +16,7 @@ from sartor.media import audio, content_parts, images
 from sartor.media.content_parts import MEDIA, is_media, url_in
 from sartor.serving.http.http_errors import MediaFaultError
 from sartor.serving.http.request_body import TooLargeError, too_large
-from sartor.serving.team_config import Limits, MediaLimits
+from sartor.serving.team_config import MediaLimits, RequestLimits
 
 # Of all requests whose first word is not there yet, together
 MOST_HELD_BYTES = 256 << 20
@@ -24,10 +24,10 @@ _HEADS = {"image": "data:image/png;base64,...", "audio": "data:audio/wav;base64,
 _threads = ThreadPoolExecutor(2, "sartor-media")
 
 
-class Looking:
+class MediaChecker:
     """The media of all requests that are being answered: held_bytes as base64."""
 
-    def __init__(self, limits: Limits, media: MediaLimits, most_bytes: int = MOST_HELD_BYTES) -> None:
+    def __init__(self, limits: RequestLimits, media: MediaLimits, most_bytes: int = MOST_HELD_BYTES) -> None:
         self._limits, self._media, self._most_bytes = limits, media, most_bytes
         self.held_bytes = 0
 
@@ -81,13 +81,13 @@ class Looking:
                 raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, f"unreadable_{kind}") from None
 
     def _look_at_picture(self, content: bytes) -> None:
-        with images.opened(content) as image:
+        with images.open_checked(content) as image:
             if (count := image.width * image.height) > self._media.pixels:
                 problem = f"the picture has {image.width} x {image.height} = {count} pixels; the limit is {self._media.pixels}"
                 raise MediaError("image_bomb", problem, "scale the picture down")
 
     def _look_at_sound(self, content: bytes) -> None:
-        with audio.opened(content) as sound:
+        with audio.open_audio(content) as sound:
             if not sound.frames:
                 raise MediaError("unreadable_audio", "it holds no samples", "send a recording of something")
             if (seconds := sound.frames / sound.samplerate) > self._media.seconds:

@@ -8,12 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
-from sartor.inference.engine import Done, Event, Failed, Logprob, Piece
+from sartor.inference.engine import Event, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.http.http_errors import CutError, error_of
-from sartor.serving.http.request_log import Entry
-from sartor.serving.http.services import Replies
-from sartor.serving.http.shutdown import Shift
-from sartor.serving.types import Answer, Request
+from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.services import Replier
+from sartor.serving.http.shutdown import ServerLifetime
+from sartor.serving.types import AgentReply, AgentRequest
 
 T = TypeVar("T")
 # What dispatch may still say of a deadline in its own words before this front does
@@ -22,31 +22,31 @@ MOST_WAITING_EVENTS = 64
 
 
 @dataclass
-class Reply:
+class CollectedReply:
     """One whole reply."""
 
     text: str
-    done: Done
+    done: ReplyDone
     logprobs: list[Logprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Terms:
+class ReplyTerms:
     """What holds for the Answers to one HTTP request.
 
     per_prompt: how many Answers each prompt has. keep: told of each reply that is whole.
     """
 
-    entry: Entry
-    shift: Shift
+    entry: RequestRecord
+    shift: ServerLifetime
     per_prompt: int = 1
-    keep: Callable[[Answer, Request, str], object] = lambda answer, request, reply: None
+    keep: Callable[[AgentReply, AgentRequest, str], object] = lambda answer, request, reply: None
 
 
-class Answers:
+class ReplyGroup:
     """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `at` of the loop's clock."""
 
-    def __init__(self, answers: Sequence[Answer], requests: Sequence[Request], terms: Terms, at: float) -> None:
+    def __init__(self, answers: Sequence[AgentReply], requests: Sequence[AgentRequest], terms: ReplyTerms, at: float) -> None:
         self.answers = answers
         self._requests = requests
         self._terms = terms
@@ -54,7 +54,7 @@ class Answers:
         self._events = [cast(AsyncGenerator[Event, None], answer.events) for answer in answers]
 
     @property
-    def first(self) -> Answer:
+    def first(self) -> AgentReply:
         """The Answer that stands for all: agent, reason."""
         return self.answers[0]
 
@@ -63,7 +63,7 @@ class Answers:
         """The receipts of all, as one header has them."""
         return ", ".join(answer.receipt for answer in self.answers)
 
-    async def events(self, place: int) -> AsyncGenerator[Piece | Done, None]:
+    async def events(self, place: int) -> AsyncGenerator[TextDelta | ReplyDone, None]:
         """The events of one Answer. Raises what a Failed tells, DeadlineError, CutError."""
         texts: list[str] = []
         async with aclosing(self._events[place]) as source:
@@ -71,10 +71,10 @@ class Answers:
                 event = await self._terms.shift.within(anext(source, None), self._at)
                 if event is None:
                     raise CutError("the reply stopped before its end", "ask again")
-                if isinstance(event, Failed):
+                if isinstance(event, ReplyFailed):
                     raise error_of(event)
                 self._terms.entry.hear(event, place % self._terms.per_prompt == 0)
-                if isinstance(event, Piece):
+                if isinstance(event, TextDelta):
                     texts.append(event.text)
                     yield event
                     continue
@@ -84,23 +84,23 @@ class Answers:
                 yield event
                 return
 
-    async def whole(self) -> list[Reply]:
+    async def whole(self) -> list[CollectedReply]:
         """All replies, each to its end. When one fails the others are closed, and its error is raised."""
-        return await together([self._collect(place) for place in range(len(self.answers))])
+        return await gather_or_cancel([self._collect(place) for place in range(len(self.answers))])
 
-    async def _collect(self, place: int) -> Reply:
+    async def _collect(self, place: int) -> CollectedReply:
         events = [event async for event in self.events(place)]
-        pieces = [event for event in events if isinstance(event, Piece)]
+        pieces = [event for event in events if isinstance(event, TextDelta)]
         logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
-        return Reply("".join(piece.text for piece in pieces), cast(Done, events[-1]), logprobs)
+        return CollectedReply("".join(piece.text for piece in pieces), cast(ReplyDone, events[-1]), logprobs)
 
-    async def merged(self) -> AsyncGenerator[tuple[int, Piece | Done], None]:
+    async def merged(self) -> AsyncGenerator[tuple[int, TextDelta | ReplyDone], None]:
         """The events of all Answers as they come, each with the Answer's place."""
         if len(self.answers) == 1:
             async for event in self.events(0):
                 yield 0, event
             return
-        waiting: asyncio.Queue[tuple[int, Piece | Done] | Exception] = asyncio.Queue(MOST_WAITING_EVENTS)
+        waiting: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception] = asyncio.Queue(MOST_WAITING_EVENTS)
         tasks = [asyncio.ensure_future(self._pump(place, waiting)) for place in range(len(self.answers))]
         left = len(tasks)
         try:
@@ -108,14 +108,14 @@ class Answers:
                 item = await waiting.get()
                 if isinstance(item, Exception):
                     raise item
-                left -= isinstance(item[1], Done)
+                left -= isinstance(item[1], ReplyDone)
                 yield item
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, place: int, waiting: asyncio.Queue[tuple[int, Piece | Done] | Exception]) -> None:
+    async def _pump(self, place: int, waiting: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception]) -> None:
         try:
             async for event in self.events(place):
                 await waiting.put((place, event))
@@ -132,7 +132,7 @@ class Answers:
             await events.aclose()
 
 
-async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all, in order; when one fails the others are cancelled, and its error is raised."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -142,20 +142,20 @@ async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def open_answers(replies: Replies, requests: Sequence[Request], terms: Terms) -> Answers:
+async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms: ReplyTerms) -> ReplyGroup:
     """Begin all replies; the first decides which agent, and the version of it, makes the others too.
 
     Raises what `Replies.open` raises; then no Answer is left open.
     """
     entry, deadline_s = terms.entry, requests[0].deadline_s
     at = asyncio.get_running_loop().time() + deadline_s - entry.elapsed_s + GRACE_S
-    places: dict[int, Answer] = {}
+    places: dict[int, AgentReply] = {}
 
-    def opened() -> Answers:
+    def opened() -> ReplyGroup:
         done = sorted(places)
-        return Answers([places[place] for place in done], [requests[place] for place in done], terms, at)
+        return ReplyGroup([places[place] for place in done], [requests[place] for place in done], terms, at)
 
-    async def begin(place: int, request: Request) -> None:
+    async def begin(place: int, request: AgentRequest) -> None:
         left_s = max(deadline_s - entry.elapsed_s, 0.001)
         places[place] = await terms.shift.within(replies.open(replace(request, deadline_s=left_s)), at)
 
@@ -164,7 +164,7 @@ async def open_answers(replies: Replies, requests: Sequence[Request], terms: Ter
         entry.agent, entry.receipt = places[0].agent, places[0].receipt
         # `base@` and its digest is a name that replies carry and nobody asks for
         same = "base" if entry.agent.startswith("base@") else entry.agent
-        await together([begin(place, replace(request, model=same)) for place, request in enumerate(requests[1:], 1)])
+        await gather_or_cancel([begin(place, replace(request, model=same)) for place, request in enumerate(requests[1:], 1)])
     except BaseException:
         await opened().close()
         raise

@@ -45,7 +45,7 @@ class SlowBodyError(RequestError):
     """A body that did not come in time."""
 
 
-class Reading:
+class BodyReader:
     """All bodies that are being read: how many bytes they hold together."""
 
     def __init__(self, most_bytes: int = MOST_HELD_BYTES) -> None:

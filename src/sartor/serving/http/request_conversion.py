@@ -13,33 +13,33 @@ from fastapi import Request as HttpRequest
 
 from sartor.core.records import Part
 from sartor.inference.tool_calls import read_choice, read_tools
-from sartor.serving.http.app_state import USER_HEADER, desk_of, entry_of
+from sartor.serving.http.app_state import USER_HEADER, get_record, get_state
 from sartor.serving.http.http_errors import FieldError
 from sartor.serving.http.media_checks import data_url
-from sartor.serving.http.reply_collection import Answers, Terms, open_answers
+from sartor.serving.http.reply_collection import ReplyGroup, ReplyTerms, open_answers
 from sartor.serving.http.request_models import (
     AssistantTurn,
     ChatRequest,
-    Chosen,
     ImagePart,
     MediaPart,
     NamedTool,
     ObjectFormat,
+    SamplingFields,
     SchemaFormat,
     TextPart,
     TextRequest,
     Turn,
 )
-from sartor.serving.http.shutdown import while_there
-from sartor.serving.team_config import Limits
-from sartor.serving.types import Request
+from sartor.serving.http.shutdown import until_disconnect
+from sartor.serving.team_config import RequestLimits
+from sartor.serving.types import AgentRequest
 from sartor.text.json_schema import JSON_OBJECT, read_schema
 
 SEED_BITS = 31
 _SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
 
 
-def chat_request(asked: ChatRequest, limits: Limits) -> Request:
+def chat_request(asked: ChatRequest, limits: RequestLimits) -> AgentRequest:
     """The Request of a chat. Raises RequestError for what only holds together wrongly."""
     if len(asked.messages) > limits.messages:
         raise FieldError(
@@ -62,7 +62,7 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
     tools, must_call = read_choice(choice, declared)
     for tool in tools:
         _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
-    return Request(
+    return AgentRequest(
         model=asked.model,
         messages=tuple(_message(turn, place) for place, turn in enumerate(asked.messages)),
         sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
@@ -74,16 +74,16 @@ def chat_request(asked: ChatRequest, limits: Limits) -> Request:
     )
 
 
-def text_requests(asked: TextRequest, limits: Limits) -> list[Request]:
+def text_requests(asked: TextRequest, limits: RequestLimits) -> list[AgentRequest]:
     """One Request per prompt. Raises RequestError for what only holds together wrongly."""
     _check_stream(asked.stream, asked.stream_options)
     sampling = _sampling(asked, asked.max_tokens, limits)
     top = -1 if asked.logprobs is None else asked.logprobs
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    return [Request(asked.model, text=prompt, sampling=sampling, top_logprobs=top) for prompt in prompts]
+    return [AgentRequest(asked.model, text=prompt, sampling=sampling, top_logprobs=top) for prompt in prompts]
 
 
-def choices(request: Request, count: int) -> list[Request]:
+def choices(request: AgentRequest, count: int) -> list[AgentRequest]:
     """The same question `count` times, each with a seed of its own that follows from the first."""
     seed = request.sampling["seed"]
     seeds = [(seed + place + 2**63) % 2**64 - 2**63 for place in range(count)]
@@ -113,7 +113,7 @@ def _check_speech(asked: ChatRequest) -> None:
             raise FieldError(f"{param} stands without content; no speech is kept here", "send the reply's content", param)
 
 
-def _sampling(asked: Chosen, most: int | None, limits: Limits) -> Mapping[str, Any]:
+def _sampling(asked: SamplingFields, most: int | None, limits: RequestLimits) -> Mapping[str, Any]:
     """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made again."""
     if most is not None and most > limits.reply_tokens:
         raise FieldError(
@@ -186,24 +186,24 @@ def _part(part: TextPart | MediaPart, param: str) -> Part:
     return Part("audio", media=f"data:audio/{part.input_audio.format};base64,{part.input_audio.data}")
 
 
-def texts_of(asked: str | Sequence[str]) -> list[str]:
+def as_list(asked: str | Sequence[str]) -> list[str]:
     """One or several texts as a list."""
     return [asked] if isinstance(asked, str) else list(asked)
 
 
-async def opened_for(request: HttpRequest, questions: Sequence[Request], user: str = "", count: int = 1) -> Answers:
+async def open_replies(request: HttpRequest, questions: Sequence[AgentRequest], user: str = "", count: int = 1) -> ReplyGroup:
     """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
 
     user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
     """
-    desk, entry = desk_of(request), entry_of(request)
+    desk, entry = get_state(request), get_record(request)
     header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
     person = desk.person(user, header)
-    terms = Terms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
+    terms = ReplyTerms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
     own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
     every = [
         replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
         for question in questions
         for choice in choices(question, terms.per_prompt)
     ]
-    return await while_there(request.receive, open_answers(desk.house.replies, every, terms))
+    return await until_disconnect(request.receive, open_answers(desk.house.replies, every, terms))

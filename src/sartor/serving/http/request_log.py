@@ -14,13 +14,13 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from sartor.inference.engine import Done, Event, Piece
-from sartor.serving.api_keys import Opened
+from sartor.inference.engine import Event, ReplyDone, TextDelta
+from sartor.serving.api_keys import Principal
 from sartor.serving.http.services import NOBODY
 
 
 @dataclass
-class Usage:
+class TokenUsage:
     """Tokens of a request's replies together. reply: counted while they come, so that a reply that is cut counts too."""
 
     prompt: int = 0
@@ -39,29 +39,29 @@ class Usage:
 
 
 @dataclass
-class Entry:
+class RequestRecord:
     """One request. agent: the exact version that answered, "" before. error: the kind of the error that ended it."""
 
     id: str
     method: str
     route: str = ""
-    visitor: Opened = NOBODY
+    visitor: Principal = NOBODY
     agent: str = ""
     receipt: str = ""
     finish: str = ""
     status: int = 0
     error: str = ""
-    usage: Usage = field(default_factory=Usage)
+    usage: TokenUsage = field(default_factory=TokenUsage)
     began: float = field(default_factory=time.monotonic)
     first_s: float | None = None
 
     def hear(self, event: Event, prompt_is_new: bool = True) -> None:
         """Count an event of a reply. prompt_is_new: several replies to one prompt have its tokens once."""
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             self.usage.reply += event.tokens
             if self.first_s is None:
                 self.first_s = self.elapsed_s
-        elif isinstance(event, Done):
+        elif isinstance(event, ReplyDone):
             self.finish = event.finish
             if prompt_is_new:
                 self.usage.prompt += event.prompt_tokens
@@ -78,7 +78,7 @@ LOGGERS = ("uvicorn.error", "sartor")
 SILENT = ("/health", "/metrics")
 
 
-class Journal:
+class RequestLog:
     """Writes lines to a stream until `close`."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -97,7 +97,7 @@ class Journal:
         except queue.Full:
             self.lost += 1
 
-    def request(self, entry: Entry) -> None:
+    def request(self, entry: RequestRecord) -> None:
         """The line of a request that is over. Probes that go well have none."""
         if entry.route in SILENT and entry.status < 400:
             return
@@ -120,7 +120,7 @@ class Journal:
         }
         self.say("request", **{name: value for name, value in said.items() if value not in ("", None, 0)})
 
-    def bug(self, entry: Entry, error: BaseException) -> None:
+    def bug(self, entry: RequestRecord, error: BaseException) -> None:
         """A mistake of the server: its type and where it was made."""
         self.say("bug", request=entry.id, route=entry.route, error=type(error).__name__, at=places(error))
 
@@ -149,7 +149,7 @@ class ServerLines(logging.Handler):
     uvicorn's lines are their fixed words alone, since what it puts into them may come from a client.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: RequestLog) -> None:
         super().__init__(logging.WARNING)
         self._journal = journal
 

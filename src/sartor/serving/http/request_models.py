@@ -35,41 +35,41 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_whole)]
 Filled = Annotated[str, Field(min_length=1)]
 
 
-class Asked(BaseModel):
+class RequestModel(BaseModel):
     """A body or a part of one."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class TextPart(Asked):
+class TextPart(RequestModel):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Asked):
+class ImageUrl(RequestModel):
     """A picture as a data URL (`data:image/png;base64,...`): PNG, JPEG, GIF, WebP, BMP or TIFF. `detail` changes nothing."""
 
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(Asked):
+class ImagePart(RequestModel):
     """A picture among the parts of a user's turn."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class InputAudio(Asked):
+class InputAudio(RequestModel):
     """A recording: base64 of a whole file of that form."""
 
     data: str
     format: Literal["wav", "mp3", "flac", "ogg"]
 
 
-class AudioPart(Asked):
+class AudioPart(RequestModel):
     """A recording among the parts of a user's turn."""
 
     type: Literal["input_audio"]
@@ -81,7 +81,7 @@ MediaPart = ImagePart | AudioPart
 UserPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
-class SystemTurn(Asked):
+class SystemTurn(RequestModel):
     """What the agent is told to be. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer"]
@@ -89,7 +89,7 @@ class SystemTurn(Asked):
     name: str | None = None
 
 
-class UserTurn(Asked):
+class UserTurn(RequestModel):
     """What a person says and shows. Media count by their place among the parts; an agent reads them as it was tuned to."""
 
     role: Literal["user"]
@@ -97,14 +97,14 @@ class UserTurn(Asked):
     name: str | None = None
 
 
-class CalledFunction(Asked):
+class CalledFunction(RequestModel):
     """Which function was called; `arguments` is JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Asked):
+class ToolCall(RequestModel):
     """One call of a tool in an earlier reply."""
 
     id: str
@@ -113,7 +113,7 @@ class ToolCall(Asked):
     index: Index | None = None
 
 
-class EarlierSpeech(Asked):
+class EarlierSpeech(RequestModel):
     """The speech of an earlier reply, sent back as it came. It is not kept and not heard: the turn's content is what counts."""
 
     id: str
@@ -122,7 +122,7 @@ class EarlierSpeech(Asked):
     expires_at: Index | None = None
 
 
-class AssistantTurn(Asked):
+class AssistantTurn(RequestModel):
     """An earlier reply. The fields of OpenAI's replies that are always empty here may be sent back as they came."""
 
     role: Literal["assistant"]
@@ -135,7 +135,7 @@ class AssistantTurn(Asked):
     function_call: None = None
 
 
-class ToolTurn(Asked):
+class ToolTurn(RequestModel):
     """What a tool returned."""
 
     role: Literal["tool"]
@@ -147,7 +147,7 @@ class ToolTurn(Asked):
 Turn = Annotated[SystemTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
-class Function(Asked):
+class Function(RequestModel):
     """A function that the model may call. `parameters` is a JSON Schema."""
 
     name: Annotated[str, Field(pattern=NAME)]
@@ -156,39 +156,39 @@ class Function(Asked):
     strict: bool | None = None
 
 
-class Tool(Asked):
+class Tool(RequestModel):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Asked):
+class NamedFunction(RequestModel):
     """Which function must be called."""
 
     name: Annotated[str, Field(pattern=NAME)]
 
 
-class NamedTool(Asked):
+class NamedTool(RequestModel):
     """Which tool must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(Asked):
+class TextFormat(RequestModel):
     """Any text."""
 
     type: Literal["text"]
 
 
-class ObjectFormat(Asked):
+class ObjectFormat(RequestModel):
     """Some JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(Asked):
+class NamedSchema(RequestModel):
     """A JSON Schema that the reply obeys, token by token; `strict` is always so."""
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
@@ -199,7 +199,7 @@ class NamedSchema(Asked):
     strict: bool | None = None
 
 
-class SchemaFormat(Asked):
+class SchemaFormat(RequestModel):
     """JSON of a given form."""
 
     type: Literal["json_schema"]
@@ -209,14 +209,14 @@ class SchemaFormat(Asked):
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestModel):
     """What a stream holds besides the reply."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class Chosen(Asked):
+class SamplingFields(RequestModel):
     """How the next token is chosen. What is left out is as the agent's Release says; a seed that is left out is drawn."""
 
     max_tokens: Positive | None = None
@@ -228,7 +228,7 @@ class Chosen(Asked):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 
 
-class Delivered(Asked):
+class Delivered(RequestModel):
     """By whom, how many, and in which way. `user`: whom the key speaks for, if it may; a version of theirs answers."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -238,21 +238,21 @@ class Delivered(Asked):
     user: str | None = None
 
 
-class AudioOptions(Asked):
+class AudioOptions(RequestModel):
     """How a reply is spoken. voice: `default` is the team's."""
 
     voice: Annotated[str, Field(min_length=1, max_length=256)] = "default"
     format: Literal["wav", "mp3", "flac", "opus", "pcm16"]
 
 
-class Heard(Asked):
+class Heard(RequestModel):
     """A reply as text, or as text and speech."""
 
     modalities: list[Literal["text", "audio"]] | None = None
     audio: AudioOptions | None = None
 
 
-class Elsewhere(Asked):
+class Elsewhere(RequestModel):
     """Of OpenAI's own service. The first four change nothing here; the others may be sent with what changes nothing."""
 
     metadata: dict[str, str] | None = None
@@ -267,7 +267,7 @@ class Elsewhere(Asked):
     web_search_options: None = None
 
 
-class ChatRequest(Delivered, Chosen, Heard, Elsewhere):
+class ChatRequest(Delivered, SamplingFields, Heard, Elsewhere):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
@@ -280,7 +280,7 @@ class ChatRequest(Delivered, Chosen, Heard, Elsewhere):
     response_format: Format | None = None
 
 
-class TextRequest(Delivered, Chosen):
+class TextRequest(Delivered, SamplingFields):
     """Body of POST /v1/completions: a raw text to go on, without the chat template."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
@@ -291,7 +291,7 @@ class TextRequest(Delivered, Chosen):
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
 
-class VectorRequest(Asked):
+class VectorRequest(RequestModel):
     """Body of POST /v1/embeddings."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -301,7 +301,7 @@ class VectorRequest(Asked):
     user: str | None = None
 
 
-class SpeechRequest(Asked):
+class SpeechRequest(RequestModel):
     """Body of POST /v1/audio/speech. model: `speech`, or a voice's name; voice: `default` is the team's."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -314,7 +314,7 @@ class SpeechRequest(Asked):
     user: str | None = None
 
 
-class FeedbackRequest(Asked):
+class FeedbackRequest(RequestModel):
     """Body of POST /v1/feedback: what a person says of a reply.
 
     consent: whether the words (prompt, reply, correction, comment) may be kept and learnt from; left out, it is as the team
@@ -329,7 +329,7 @@ class FeedbackRequest(Asked):
     user: Annotated[str, Field(max_length=256)] | None = None
 
 
-class PromoteRequest(Asked):
+class PromoteRequest(RequestModel):
     """Body of POST /v1/agents/{name}/promote: a Release's directory on the server, or a version that is registered."""
 
     release: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
@@ -337,7 +337,7 @@ class PromoteRequest(Asked):
     expected_version: Annotated[str, Field(max_length=128)] | None = None
 
 
-class RollbackRequest(Asked):
+class RollbackRequest(RequestModel):
     """Body of POST /v1/agents/{name}/rollback."""
 
     expected_version: Annotated[str, Field(max_length=128)] | None = None

@@ -15,18 +15,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sartor.core.errors import SartorError
-from sartor.inference.engine import Done, Logprob, Piece
-from sartor.serving.http.http_errors import BUG, fault_of
-from sartor.serving.http.reply_collection import Answers, Reply
-from sartor.serving.http.request_log import Entry
-from sartor.serving.http.shutdown import GoneError, while_there
+from sartor.inference.engine import Logprob, ReplyDone, TextDelta
+from sartor.serving.http.http_errors import BUG, to_http_error
+from sartor.serving.http.reply_collection import CollectedReply, ReplyGroup
+from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconnect
 
 # What OpenAI and vLLM say for a probability of nothing: JSON has no -inf
 LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True)
-class Head:
+class CompletionHeader:
     """What every object of one answer begins with. `model` is the exact version that answers."""
 
     id: str
@@ -40,14 +40,14 @@ class Head:
         return {**said, "system_fingerprint": self.fingerprint, "choices": list(choices), **more}
 
 
-class Shape(Protocol):
+class CompletionFormat(Protocol):
     """One of the two forms."""
 
     prefix: str
     whole_kind: str
     chunk_kind: str
 
-    def whole(self, index: int, reply: Reply) -> dict[str, Any]:
+    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
         """A choice of the object."""
         ...
 
@@ -55,16 +55,16 @@ class Shape(Protocol):
         """What a choice's stream begins with."""
         ...
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
         """More of a choice."""
         ...
 
-    def end(self, index: int, done: Done) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
         """The end of a choice."""
         ...
 
 
-class Chat:
+class ChatCompletionFormat:
     """`chat.completion`. one_call: the client wants one tool call at most (`parallel_tool_calls: false`)."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
@@ -73,7 +73,7 @@ class Chat:
         self._with_logprobs = with_logprobs
         self._one_call = one_call
 
-    def whole(self, index: int, reply: Reply) -> dict[str, Any]:
+    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
         """See Shape."""
         calls = self._calls(reply.done)
         message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not calls else None}
@@ -87,11 +87,11 @@ class Chat:
         """See Shape."""
         yield self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
         """See Shape."""
         return self._delta(index, {"content": piece.text}, piece.logprobs)
 
-    def end(self, index: int, done: Done) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
         """See Shape."""
         if calls := self._calls(done):
             yield self._delta(index, {"tool_calls": [{"index": place, **call} for place, call in enumerate(calls)]})
@@ -101,11 +101,11 @@ class Chat:
         said = _chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
         return {"index": index, "delta": delta, "logprobs": said, "finish_reason": None}
 
-    def _calls(self, done: Done) -> list[Mapping[str, Any]]:
+    def _calls(self, done: ReplyDone) -> list[Mapping[str, Any]]:
         return list(done.tool_calls[:1] if self._one_call else done.tool_calls)
 
 
-class Text:
+class TextCompletionFormat:
     """`text_completion`: logprobs count their offsets over the whole reply of a choice."""
 
     prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
@@ -114,7 +114,7 @@ class Text:
         self._with_logprobs = with_logprobs
         self._offsets: dict[int, int] = {}
 
-    def whole(self, index: int, reply: Reply) -> dict[str, Any]:
+    def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
         """See Shape."""
         return self._choice(index, reply.text, reply.logprobs, _finish(reply.done))
 
@@ -122,11 +122,11 @@ class Text:
         """See Shape."""
         yield from ()
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
         """See Shape."""
         return self._choice(index, piece.text, piece.logprobs, None)
 
-    def end(self, index: int, done: Done) -> Iterator[dict[str, Any]]:
+    def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
         """See Shape."""
         yield self._choice(index, "", (), _finish(done))
 
@@ -147,7 +147,7 @@ class Text:
         }
 
 
-def _finish(done: Done) -> str:
+def _finish(done: ReplyDone) -> str:
     return "tool_calls" if done.tool_calls else done.finish
 
 
@@ -173,7 +173,9 @@ _LINE_ENDS = tuple((letter, f"\\u{ord(letter):04x}") for letter in "\x0b\x0c\x1c
 END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}
 
 
-async def chunks(opened: Answers, shape: Shape, head: Head, entry: Entry, with_usage: bool) -> Chunks:
+async def chunks(
+    opened: ReplyGroup, shape: CompletionFormat, head: CompletionHeader, entry: RequestRecord, with_usage: bool
+) -> Chunks:
     """OpenAI's chunks. with_usage: the last holds the tokens, and the others say null, as OpenAI has it."""
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     for place in range(len(opened.answers)):
@@ -187,19 +189,19 @@ async def chunks(opened: Answers, shape: Shape, head: Head, entry: Entry, with_u
         yield head.of(shape.chunk_kind, [], usage=entry.usage.as_json())
 
 
-def _choices(shape: Shape, place: int, event: Piece | Done) -> Iterable[dict[str, Any]]:
-    if isinstance(event, Done):
+def _choices(shape: CompletionFormat, place: int, event: TextDelta | ReplyDone) -> Iterable[dict[str, Any]]:
+    if isinstance(event, ReplyDone):
         return shape.end(place, event)
     # tokens whose text is still held back tell nothing
     return [shape.piece(place, event)] if event.text or event.logprobs else []
 
 
-class EventStream(Response):
+class SseResponse(Response):
     """The response of a stream. An error that comes after it began is an event; then, too, the stream ends as it should."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, said: Chunks, opened: Answers, entry: Entry, headers: Mapping[str, str]) -> None:
+    def __init__(self, said: Chunks, opened: ReplyGroup, entry: RequestRecord, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._said = said
@@ -210,8 +212,8 @@ class EventStream(Response):
         """Send it all, unless the client goes before."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await while_there(receive, self._send(send))
-        except GoneError:
+            await until_disconnect(receive, self._send(send))
+        except ClientDisconnectedError:
             self._entry.error = "Gone"
         finally:
             # in a task of its own: what closes a reply may have to be told to others, also while this task is being ended
@@ -225,7 +227,7 @@ class EventStream(Response):
                     # neither of the two waits while there is text and room: others, and the client's leaving, must be heard
                     await asyncio.sleep(0)
             except SartorError as error:
-                fault = fault_of(error)
+                fault = to_http_error(error)
                 self._entry.error = fault.kind
                 await _event(send, fault.as_json())
             except Exception:  # the guard logs it; the client must not wait for a stream that nobody goes on with

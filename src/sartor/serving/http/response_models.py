@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict
 Finish = Literal["stop", "length", "tool_calls"]
 
 
-class Said(BaseModel):
+class ResponseModel(BaseModel):
     """An answer or a part of one."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class ErrorBody(Said):
+class ErrorBody(ResponseModel):
     """What is wrong. `kind` is a heading of docs/errors.md, `remedy` the next thing to do."""
 
     message: str
@@ -26,19 +26,19 @@ class ErrorBody(Said):
     remedy: str
 
 
-class ErrorAnswer(Said):
+class ErrorAnswer(ResponseModel):
     """OpenAI's error object."""
 
     error: ErrorBody
 
 
-class Cached(Said):
+class Cached(ResponseModel):
     """Of the prompt's tokens."""
 
     cached_tokens: int
 
 
-class UsageBody(Said):
+class UsageBody(ResponseModel):
     """Tokens of all choices together; the prompt's are counted once."""
 
     prompt_tokens: int
@@ -47,14 +47,14 @@ class UsageBody(Said):
     prompt_tokens_details: Cached
 
 
-class CalledBody(Said):
+class CalledBody(ResponseModel):
     """Which function; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class CallBody(Said):
+class CallBody(ResponseModel):
     """A call of a tool."""
 
     id: str
@@ -62,7 +62,7 @@ class CallBody(Said):
     function: CalledBody
 
 
-class AudioBody(Said):
+class AudioBody(ResponseModel):
     """The reply as speech: base64 of a file. transcript: what is said. expires_at: at once, since nothing is kept."""
 
     id: str
@@ -71,7 +71,7 @@ class AudioBody(Said):
     expires_at: int
 
 
-class MessageBody(Said):
+class MessageBody(ResponseModel):
     """What the agent says. `tool_calls` is there when it calls tools, `audio` when it was asked to speak."""
 
     role: Literal["assistant"]
@@ -81,7 +81,7 @@ class MessageBody(Said):
     audio: AudioBody | None = None
 
 
-class Token(Said):
+class Token(ResponseModel):
     """A token, the natural log of its probability, its bytes."""
 
     token: str
@@ -95,14 +95,14 @@ class TokenChoice(Token):
     top_logprobs: list[Token]
 
 
-class ChatLogprobs(Said):
+class ChatLogprobs(ResponseModel):
     """Of each token of the reply."""
 
     content: list[TokenChoice]
     refusal: None
 
 
-class ChatChoice(Said):
+class ChatChoice(ResponseModel):
     """One reply."""
 
     index: int
@@ -111,7 +111,7 @@ class ChatChoice(Said):
     finish_reason: Finish
 
 
-class ChatAnswer(Said):
+class ChatAnswer(ResponseModel):
     """Answer of POST /v1/chat/completions. `id` holds the receipt of the first choice; `model` is the exact version."""
 
     id: str
@@ -123,7 +123,7 @@ class ChatAnswer(Said):
     usage: UsageBody
 
 
-class TextLogprobs(Said):
+class TextLogprobs(ResponseModel):
     """Of each token of the text."""
 
     tokens: list[str]
@@ -132,7 +132,7 @@ class TextLogprobs(Said):
     text_offset: list[int]
 
 
-class TextChoice(Said):
+class TextChoice(ResponseModel):
     """One text."""
 
     index: int
@@ -141,7 +141,7 @@ class TextChoice(Said):
     finish_reason: Finish
 
 
-class TextAnswer(Said):
+class TextAnswer(ResponseModel):
     """Answer of POST /v1/completions."""
 
     id: str
@@ -153,7 +153,7 @@ class TextAnswer(Said):
     usage: UsageBody
 
 
-class Vector(Said):
+class EmbeddingObject(ResponseModel):
     """The vector of one text, of unit length: numbers, or base64 of little-endian 32 bit floats."""
 
     object: Literal["embedding"]
@@ -161,23 +161,23 @@ class Vector(Said):
     embedding: list[float] | str
 
 
-class VectorUsage(Said):
+class VectorUsage(ResponseModel):
     """Tokens of all texts, as the model reads them."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class VectorAnswer(Said):
+class VectorAnswer(ResponseModel):
     """Answer of POST /v1/embeddings."""
 
     object: Literal["list"]
     model: str
-    data: list[Vector]
+    data: list[EmbeddingObject]
     usage: VectorUsage
 
 
-class ModelBody(Said):
+class ModelBody(ResponseModel):
     """A name that may be asked for. root: the exact version behind it; parent: the base of an agent, as vLLM has it.
 
     max_model_len: tokens of a prompt and its reply; null of `speech`, which reads none. modalities: what it reads.
@@ -193,14 +193,14 @@ class ModelBody(Said):
     modalities: list[Literal["text", "image", "audio"]]
 
 
-class ModelsAnswer(Said):
+class ModelsAnswer(ResponseModel):
     """Answer of GET /v1/models."""
 
     object: Literal["list"]
     data: list[ModelBody]
 
 
-class WorkerHealth(Said):
+class WorkerHealth(ResponseModel):
     """A worker process. role: of one that is ready, whether it answers or is spare."""
 
     state: str
@@ -209,7 +209,7 @@ class WorkerHealth(Said):
     restarts: int
 
 
-class AgentHealth(Said):
+class AgentHealth(ResponseModel):
     """An agent's exact version: its breaker and what opened it last, requests that wait and that are answered."""
 
     breaker: str
@@ -218,7 +218,7 @@ class AgentHealth(Said):
     live: int
 
 
-class HealthAnswer(Said):
+class HealthAnswer(ResponseModel):
     """Answer of GET /health. Of agents it tells what the sent key opens.
 
     agents: those of whom something is known, by exact version. troubles: what cannot be served as it should, and why.
@@ -230,7 +230,7 @@ class HealthAnswer(Said):
     troubles: dict[str, str]
 
 
-class FeedbackAnswer(Said):
+class FeedbackAnswer(ResponseModel):
     """Answer of POST /v1/feedback. `learnable`: the prompt was still known, and its words may be kept and learnt from."""
 
     receipt: str
@@ -238,7 +238,7 @@ class FeedbackAnswer(Said):
     learnable: bool
 
 
-class AgentBody(Said):
+class AgentBody(ResponseModel):
     """An agent as the registry has it; `state` holds its trial, fall-backs and notes."""
 
     name: str
@@ -247,7 +247,7 @@ class AgentBody(Said):
     state: dict[str, Any]
 
 
-class AgentsAnswer(Said):
+class AgentsAnswer(ResponseModel):
     """Answer of GET /v1/agents."""
 
     agents: list[AgentBody]

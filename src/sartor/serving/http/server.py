@@ -25,21 +25,21 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sartor.core.errors import ConfigError, UnavailableError
-from sartor.serving.feedback_intake import Hearing
+from sartor.serving.feedback_intake import FeedbackIntake
 from sartor.serving.feedback_store import Memory
 from sartor.serving.http import app as openapi
 from sartor.serving.http.app import build_app
-from sartor.serving.http.app_state import Desk
-from sartor.serving.http.auth_middleware import Gate, Guard, is_loopback
-from sartor.serving.http.http_errors import Fault
-from sartor.serving.http.mcp_server import AsTools
-from sartor.serving.http.media_checks import Looking
-from sartor.serving.http.request_body import Reading
-from sartor.serving.http.request_log import LOGGERS, Journal, ServerLines
+from sartor.serving.http.app_state import AppState
+from sartor.serving.http.auth_middleware import AuthMiddleware, RequestGate, is_loopback
+from sartor.serving.http.http_errors import HttpError
+from sartor.serving.http.mcp_server import McpServer
+from sartor.serving.http.media_checks import MediaChecker
+from sartor.serving.http.request_body import BodyReader
+from sartor.serving.http.request_log import LOGGERS, RequestLog, ServerLines
 from sartor.serving.http.routes import admin, completions, embeddings, feedback, models, speech, system
-from sartor.serving.http.services import Doors, House
-from sartor.serving.http.shutdown import Shift
-from sartor.serving.http.telemetry import Meters, Tracer
+from sartor.serving.http.services import Authenticator, Services
+from sartor.serving.http.shutdown import ServerLifetime
+from sartor.serving.http.telemetry import Metrics, Tracer
 from sartor.serving.team_config import Http, Team
 
 # Beyond limits.connections a client is told so, in an answer; beyond so many more it is not even heard
@@ -47,7 +47,7 @@ SPARE_CONNECTIONS = 128
 # What one client may leave unread in this process, and in the kernel
 UNREAD_BYTES = 64 << 10
 KERNEL_BYTES = 256 << 10
-_MALFORMED = Fault(
+_MALFORMED = HttpError(
     400, "invalid_request_error", "invalid_http", "this is not an HTTP request", "send HTTP/1.1 with a head below 64 KiB",
     "RequestError",
 )  # fmt: skip
@@ -143,34 +143,34 @@ LAST_WORDS_S = 2.0
 OTHER_FILES = 256
 
 
-class Server:
+class HttpServer:
     """Serves a house. journal: by default one to stderr; closed with the server. Raises ConfigError, ExtraError."""
 
-    def __init__(self, house: House, team: Team, *, journal: Journal | None = None) -> None:
+    def __init__(self, house: Services, team: Team, *, journal: RequestLog | None = None) -> None:
         self.team = team
-        self.shift = Shift()
+        self.shift = ServerLifetime()
         self._house = house
-        self.journal = journal or Journal(sys.stderr)
+        self.journal = journal or RequestLog(sys.stderr)
         check_bind(house.doors, team.http)
         self._tracer = Tracer(team.http.otel)
         self._uvicorn: uvicorn.Server | None = None
-        meters = Meters(house, self.connections, lambda: self.journal.lost)
-        desk = Desk(
+        meters = Metrics(house, self.connections, lambda: self.journal.lost)
+        desk = AppState(
             house=house,
             limits=team.limits,
             shift=self.shift,
             meters=meters,
             memory=Memory(team.limits.remembered_bytes),
-            hearing=Hearing(team.feedback, Path(team.state)),
-            reading=Reading(),
-            looking=Looking(team.limits, team.media),
+            hearing=FeedbackIntake(team.feedback, Path(team.state)),
+            reading=BodyReader(),
+            looking=MediaChecker(team.limits, team.media),
             media=team.media,
         )
         house.people.listeners.append(desk.memory.forget_person)
-        self._tools = AsTools(desk, team, self.journal.bug) if team.mcp.serve else None
+        self._tools = McpServer(desk, team, self.journal.bug) if team.mcp.serve else None
         self.app = _app(desk, team, self._tools)
-        gate = Gate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)
-        self.asgi = Guard(self.app, gate, self.journal, meters, self._tracer)
+        gate = RequestGate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)
+        self.asgi = AuthMiddleware(self.app, gate, self.journal, meters, self._tracer)
 
     def connections(self) -> int:
         """How many are open."""
@@ -274,7 +274,7 @@ class _Draining(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _app(desk: Desk, team: Team, tools: AsTools | None) -> FastAPI:
+def _app(desk: AppState, team: Team, tools: McpServer | None) -> FastAPI:
     app = build_app(desk, team.http.cors)
     for routes in (models, completions, embeddings, speech, feedback, system, admin):
         app.include_router(routes.router)
@@ -286,7 +286,7 @@ def _app(desk: Desk, team: Team, tools: AsTools | None) -> FastAPI:
     return app
 
 
-def check_bind(doors: Doors, http: Http) -> None:
+def check_bind(doors: Authenticator, http: Http) -> None:
     """Raise ConfigError where others could reach a server without keys: then it is this machine alone that may."""
     if asks_for_key(doors):
         return
@@ -301,7 +301,7 @@ def check_bind(doors: Doors, http: Http) -> None:
         )
 
 
-def asks_for_key(doors: Doors) -> bool:
+def asks_for_key(doors: Authenticator) -> bool:
     """Whether nobody is let in without a key; also where there were keys and they are gone."""
     try:
         return not doors.is_open

@@ -6,33 +6,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sartor.inference.engine import About
-from sartor.serving.api_keys import Opened
-from sartor.serving.http.speech_service import OFF, Speaker
-from sartor.serving.team_config import Speech
-from sartor.serving.types import Answer, Embedded, Listed, Request
+from sartor.inference.engine import EngineInfo
+from sartor.serving.api_keys import Principal
+from sartor.serving.http.speech_service import OFF, SpeechService
+from sartor.serving.team_config import SpeechOptions
+from sartor.serving.types import AgentListing, AgentReply, AgentRequest, EmbeddingResult
 
-NOBODY = Opened("", frozenset(), is_admin=False)
-ANYBODY = Opened("", None, is_admin=False, speaks_for=None)
+NOBODY = Principal("", frozenset(), is_admin=False)
+ANYBODY = Principal("", None, is_admin=False, speaks_for=None)
 
 
-class Replies(Protocol):
+class Replier(Protocol):
     """Who answers: `dispatch`."""
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; returns when its first event is there."""
         ...
 
 
-class Vectors(Protocol):
+class EmbeddingBackend(Protocol):
     """Who embeds, and who computes: of `Crew`, what this front uses itself."""
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """The engine that every worker holds."""
         ...
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """Vectors of unit length."""
         ...
 
@@ -41,7 +41,7 @@ class Vectors(Protocol):
         ...
 
 
-class Doors(Protocol):
+class Authenticator(Protocol):
     """The keys, of agents and of the admin. Asked in a thread: they are read from a database."""
 
     @property
@@ -57,12 +57,12 @@ class Doors(Protocol):
         """Whether an admin key is set; without one the admin's routes are off."""
         ...
 
-    def admit(self, secret: str) -> Opened:
+    def admit(self, secret: str) -> Principal:
         """Who holds this key. Raises KeyRefusedError."""
         ...
 
 
-class Rates(Protocol):
+class RateLimits(Protocol):
     """What each key has used of its rates."""
 
     def begin(self, key: str) -> None:
@@ -74,10 +74,10 @@ class Rates(Protocol):
         ...
 
 
-class Roster(Protocol):
+class AgentAdminProtocol(Protocol):
     """The agents: what may be asked for, and what the admin changes. The changes return what is live afterwards."""
 
-    async def listed(self) -> Sequence[Listed]:
+    async def listed(self) -> Sequence[AgentListing]:
         """Every agent."""
         ...
 
@@ -105,7 +105,7 @@ class Roster(Protocol):
         ...
 
 
-class Receipts(Protocol):
+class ReceiptFinder(Protocol):
     """The receipts that `dispatch` wrote."""
 
     async def find(self, receipt: str) -> Mapping[str, Any] | None:
@@ -114,7 +114,7 @@ class Receipts(Protocol):
 
 
 @dataclass(frozen=True)
-class Persons:
+class UserDirectory:
     """Users who may have versions of their own. person_of: the id that a client sends -> who that is here, "" for nobody.
 
     listeners: told whom the server is to forget.
@@ -125,21 +125,21 @@ class Persons:
 
 
 @dataclass(frozen=True)
-class House:
+class Services:
     """Everything behind the server.
 
     troubles: what cannot be served as it should, by agent or version, and why. receipts_lost: how many could not be written.
     plans: what may be asked for as an agent is, and is several of them.
     """
 
-    replies: Replies
-    crew: Vectors
-    doors: Doors
-    rates: Rates
-    roster: Roster
-    receipts: Receipts
+    replies: Replier
+    crew: EmbeddingBackend
+    doors: Authenticator
+    rates: RateLimits
+    roster: AgentAdminProtocol
+    receipts: ReceiptFinder
     troubles: Callable[[], Mapping[str, str]] = dict
     receipts_lost: Callable[[], int] = int
-    people: Persons = field(default_factory=Persons)
-    speech: Speaker = field(default_factory=lambda: Speaker(Speech(voice=OFF)))
-    plans: Sequence[Listed] = ()
+    people: UserDirectory = field(default_factory=UserDirectory)
+    speech: SpeechService = field(default_factory=lambda: SpeechService(SpeechOptions(voice=OFF)))
+    plans: Sequence[AgentListing] = ()

@@ -14,11 +14,11 @@ from sartor.serving.http.http_errors import CutError
 T = TypeVar("T")
 
 
-class GoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client has closed the connection: nobody is there to be answered."""
 
 
-class Shift:
+class ServerLifetime:
     """The server's working time. `closing`: no new request is taken; `over`: what still runs is cut."""
 
     def __init__(self) -> None:
@@ -59,13 +59,13 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes. Raises GoneError then."""
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise GoneError
+            raise ClientDisconnectedError
         return working.result()
     finally:
         for task in (working, leaving):

@@ -16,12 +16,12 @@ from typing import TypeVar
 
 from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
 from sartor.media.speech import tts_engines
-from sartor.media.speech.audio_encoding import Encoder, Sound
+from sartor.media.speech.audio_encoding import AudioClip, AudioEncoder
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import open_voice
-from sartor.media.speech.voice import Terms, Voice, step_back
+from sartor.media.speech.voice import SpeechTerms, TtsVoice, lower_priority
 from sartor.serving.http.http_errors import FieldError
-from sartor.serving.team_config import Speech
+from sartor.serving.team_config import SpeechOptions
 
 T = TypeVar("T")
 # The name that clients ask for as `model`, and that a key opens; the team's own voice
@@ -31,23 +31,23 @@ NICE = 10
 
 
 @dataclass(frozen=True)
-class Said:
+class SpokenText:
     """A text that was spoken. text: what was said of it. sound: the bytes of a file."""
 
     text: str
     sound: bytes
 
 
-class Speaker:
+class SpeechService:
     """The voices of a team. Raises what `open_voice` raises for those that the team names."""
 
-    def __init__(self, options: Speech) -> None:
+    def __init__(self, options: SpeechOptions) -> None:
         self._options = options
-        self._terms = Terms(options.patience_s, NICE)
+        self._terms = SpeechTerms(options.patience_s, NICE)
         default = _default(options.voice)
         opened = [open_voice(name, self._terms) for name in ([default, *options.voices] if default else [])]
         self._voices = {voice.name: voice for voice in opened}
-        self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice", lambda: step_back(NICE))
+        self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice", lambda: lower_priority(NICE))
         self._held = 0
 
     @property
@@ -61,7 +61,7 @@ class Speaker:
             problem = f"there is no model {MODEL!r}: this team does not speak"
             raise UnknownAgentError(problem, "speech: {voice: espeak} in TEAM.yaml, and `apt-get install espeak-ng`")
 
-    def voice(self, name: str, param: str = "voice") -> Voice:
+    def voice(self, name: str, param: str = "voice") -> TtsVoice:
         """The voice that a client names: the team's, or any of espeak-ng's where the team has one of them.
 
         Raises FieldError: no client names a file or a program.
@@ -83,21 +83,21 @@ class Speaker:
             problem = f"input has {len(text)} characters; the limit of one request is {self._options.characters}"
             raise FieldError(problem, "send it in parts, or raise speech.characters in TEAM.yaml", "input")
 
-    async def sounds(self, text: str, voice: Voice, speed: float = 1.0) -> AsyncGenerator[Sound, None]:
+    async def sounds(self, text: str, voice: TtsVoice, speed: float = 1.0) -> AsyncGenerator[AudioClip, None]:
         """The spoken form of a written text, a piece at a time. Raises BusyError, and what a voice raises."""
         with self._place():
             said = await self.aside(lambda: spoken(text))
             for piece in await self.aside(lambda: voice.cut(said.text, speed)):
                 yield await self.aside(functools.partial(voice.speak, piece, speed))
 
-    async def say(self, text: str, voice: Voice, form: str, speed: float = 1.0) -> Said:
+    async def say(self, text: str, voice: TtsVoice, form: str, speed: float = 1.0) -> SpokenText:
         """All of it, as the bytes of a file."""
         with self._place():
             said = await self.aside(lambda: spoken(text))
-            encoder = Encoder(form)
+            encoder = AudioEncoder(form)
             for piece in await self.aside(lambda: voice.cut(said.text, speed)):
                 await self.aside(functools.partial(_add, encoder, voice, piece, speed))
-            return Said(said.text, await self.aside(encoder.end))
+            return SpokenText(said.text, await self.aside(encoder.end))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """The result of some work in a thread of the voices."""
@@ -122,7 +122,7 @@ class Speaker:
             await asyncio.to_thread(voice.close)
 
 
-def _add(encoder: Encoder, voice: Voice, piece: str, speed: float) -> None:
+def _add(encoder: AudioEncoder, voice: TtsVoice, piece: str, speed: float) -> None:
     encoder.add(voice.speak(piece, speed))
 
 

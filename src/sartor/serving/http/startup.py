@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from sartor.serving.admission import admission, release_copies
-from sartor.serving.admission.admission import Ground, admit_personal, version_of
-from sartor.serving.api_keys import Keys
+from sartor.serving.admission.admission import AdmissionContext, admit_personal, version_of
+from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.dispatch.adapter_leases import Admit
-from sartor.serving.dispatch.agent_admin import Roster
-from sartor.serving.dispatch.dispatcher import Dispatch
-from sartor.serving.http.request_log import Journal
-from sartor.serving.http.server import Server, asks_for_key, bind, check_bind
-from sartor.serving.http.services import House, Persons
-from sartor.serving.http.speech_service import Speaker
-from sartor.serving.plans.plan_dispatch import Plans
+from sartor.serving.dispatch.agent_admin import AgentAdmin
+from sartor.serving.dispatch.dispatcher import Dispatcher
+from sartor.serving.http.request_log import RequestLog
+from sartor.serving.http.server import HttpServer, asks_for_key, bind, check_bind
+from sartor.serving.http.services import Services, UserDirectory
+from sartor.serving.http.speech_service import SpeechService
+from sartor.serving.plans.plan_dispatch import PlanDispatcher
 from sartor.serving.plans.plan_log import PlanLog
-from sartor.serving.rate_limits import Rates
-from sartor.serving.receipts import ReceiptBook, team_digest
+from sartor.serving.rate_limits import RateLimiter
+from sartor.serving.receipts import ReceiptLog, team_digest
 from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import Version
-from sartor.serving.registry.user_versions import is_personal, person_of
+from sartor.serving.registry.registry_schema import AgentVersion
+from sartor.serving.registry.user_versions import is_personal, user_digest
 from sartor.serving.routing.router import AutoRouter
 from sartor.serving.team_config import Team, load
-from sartor.serving.tool_loop import Toolbox, Tooled
+from sartor.serving.tool_loop import ToolCallingAgent, ToolServers
 from sartor.serving.workers.supervisor import Supervisor
 
 Ready = Callable[[Mapping[str, Any]], object]
@@ -48,16 +48,16 @@ def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = 
 
 
 async def _serve(team: Team, ready: Ready) -> None:
-    journal = Journal(sys.stderr)
+    journal = RequestLog(sys.stderr)
     try:
         await _open_and_serve(team, ready, journal)
     finally:
         journal.close()
 
 
-async def _open_and_serve(team: Team, ready: Ready, journal: Journal) -> None:
-    async with open_house(team, journal.say) as house:
-        server = Server(house, team, journal=journal)
+async def _open_and_serve(team: Team, ready: Ready, journal: RequestLog) -> None:
+    async with build_services(team, journal.say) as house:
+        server = HttpServer(house, team, journal=journal)
         names = [agent.name for agent in await house.roster.listed() if agent.is_ready]
         about = house.crew.about
         facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": asks_for_key(house.doors)}
@@ -65,45 +65,47 @@ async def _open_and_serve(team: Team, ready: Ready, journal: Journal) -> None:
 
 
 @asynccontextmanager
-async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> AsyncIterator[House]:
+async def build_services(team: Team, tell: Tell = lambda event, **fields: None) -> AsyncIterator[Services]:
     """Registry, workers, agents. What cannot be is found before the workers, which take longest, are started."""
     async with AsyncExitStack() as stack:
         # digests of keys and receipts lie in it
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
-        doors = Keys(registry.database, state=Path(team.state))
+        doors = ApiKeyStore(registry.database, state=Path(team.state))
         await asyncio.to_thread(check_bind, doors, team.http)
         bind(team).close()
-        speech = Speaker(team.speech)
+        speech = SpeechService(team.speech)
         stack.push_async_callback(speech.close)
         tell("opening the base", base=team.base, engine=team.engine.kind, workers=team.workers.count)
         crew = Supervisor(team)
         await crew.start()
         stack.push_async_callback(crew.close)
-        book = await asyncio.to_thread(ReceiptBook.of, team, lambda: crew.about)
+        book = await asyncio.to_thread(ReceiptLog.of, team, lambda: crew.about)
         stack.callback(book.close)
         release_copies.sweep(Path(team.state))
         admit = _admission(team, crew)
         router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind, crew.about.dtype)
         stack.push_async_callback(router.close)
-        dispatch = Dispatch(team, crew, registry, _told(admit, Path(team.state), tell), router=router, receipts=book)
+        dispatch = Dispatcher(team, crew, registry, _told(admit, Path(team.state), tell), router=router, receipts=book)
         await dispatch.start()
         tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
         stack.push_async_callback(dispatch.close)
-        box = Toolbox(team)
+        box = ToolServers(team)
         stack.push_async_callback(box.close)
         await box.start()
         dispatch.offers = box.declared
-        tooled = Tooled(dispatch, box, team)
-        plans = Plans(team, tooled, PlanLog.of(team, lambda: crew.about), receipts=book, known=lambda: dispatch.served.agents)
+        tooled = ToolCallingAgent(dispatch, box, team)
+        plans = PlanDispatcher(
+            team, tooled, PlanLog.of(team, lambda: crew.about), receipts=book, known=lambda: dispatch.served.agents
+        )
         stack.push_async_callback(plans.close)
-        yield House(
+        yield Services(
             replies=plans,
             crew=crew,
             doors=doors,
-            rates=Rates(team.limits),
-            roster=Roster(dispatch, crew, admit, team.rollout),
+            rates=RateLimiter(team.limits),
+            roster=AgentAdmin(dispatch, crew, admit, team.rollout),
             receipts=book,
             troubles=lambda: {
                 **doors.troubles(),
@@ -115,7 +117,7 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
             },
             receipts_lost=lambda: book.lost,
             speech=speech,
-            people=Persons(partial(person_of, digest=team_digest(Path(team.state))), dispatch.persons.listeners),
+            people=UserDirectory(partial(user_digest, digest=team_digest(Path(team.state))), dispatch.persons.listeners),
             plans=plans.listed,
         )
 
@@ -123,8 +125,8 @@ async def open_house(team: Team, tell: Tell = lambda event, **fields: None) -> A
 def _admission(team: Team, crew: Supervisor) -> Admit:
     """Admission on the ground of this crew's engine, which is looked for when the first Release comes."""
 
-    async def admit(release: Path, agent: str) -> Version:
-        ground = await asyncio.to_thread(Ground.of, team, crew.about)
+    async def admit(release: Path, agent: str) -> AgentVersion:
+        ground = await asyncio.to_thread(AdmissionContext.of, team, crew.about)
         if is_personal(release, ground.state):
             return await asyncio.to_thread(admit_personal, release, agent, ground)
         return version_of(await admission.admit(release, ground, crew.probe), agent)
@@ -136,7 +138,7 @@ def _told(admit: Admit, state: Path, tell: Tell) -> Admit:
     """The same, which tells of each Release the first time: what is refused is tried again every few seconds."""
     known: set[tuple[Path, str]] = set()
 
-    async def admitting(release: Path, agent: str) -> Version:
+    async def admitting(release: Path, agent: str) -> AgentVersion:
         if is_personal(release, state):  # nobody's name, and none of the team's agents
             return await admit(release, agent)
         if (release, agent) not in known:

@@ -11,18 +11,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.datastructures import Headers
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 from sartor.core.records import Feedback
-from sartor.serving.http.request_log import Entry
-from sartor.serving.http.services import House
+from sartor.serving.http.request_log import RequestRecord
+from sartor.serving.http.services import Services
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
-class Meters:
+class Metrics:
     """What is counted as requests end, and what is asked of the house when somebody looks."""
 
-    def __init__(self, house: House, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
+    def __init__(self, house: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "requests that ended", "route", "agent", "status")
         self._errors = self._counter("errors", "requests that ended with an error, by its kind", "route", "agent", "kind")
@@ -33,7 +33,7 @@ class Meters:
         self._masked = self._counter("feedback_masked", "values of personal data masked in what people said", "kind")
         self._registry.register(_State(house, connections, lines_lost))
 
-    def count(self, entry: Entry) -> None:
+    def count(self, entry: RequestRecord) -> None:
         """A request that is over."""
         self._requests.labels(entry.route, entry.agent, entry.status).inc()
         self._wall.labels(entry.route, entry.agent).observe(entry.elapsed_s)
@@ -70,7 +70,7 @@ class Meters:
 class _State(Collector):
     """What the house is like now."""
 
-    def __init__(self, house: House, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
+    def __init__(self, house: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._house = house
         self._connections = connections
         self._lines_lost = lines_lost
@@ -135,14 +135,14 @@ class Tracer:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
-            raise need("opentelemetry", "otel") from None
+            raise missing_package("opentelemetry", "otel") from None
         # atexit would wait for an endpoint that is gone; `close` does, within its bound
         self._provider = TracerProvider(resource=Resource.create({"service.name": "sartor"}), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("sartor.serve")
 
     @contextmanager
-    def span(self, entry: Entry, headers: Headers) -> Iterator[None]:
+    def span(self, entry: RequestRecord, headers: Headers) -> Iterator[None]:
         """The time of one request, as a child of the caller's span where it names one."""
         if self._tracer is None:
             yield
@@ -165,7 +165,7 @@ class Tracer:
             self._provider.shutdown()
 
 
-def attributes(entry: Entry) -> dict[str, Any]:
+def attributes(entry: RequestRecord) -> dict[str, Any]:
     """What a span says, in the names of OpenTelemetry's conventions for HTTP and generative models."""
     said: dict[str, Any] = {
         "http.request.method": entry.method,

@@ -17,10 +17,10 @@ from typing import Any
 import regex
 
 from sartor.core.errors import ConfigError
-from sartor.serving.plan_options import Arithmetic, Citations, Json, Pattern
-from sartor.serving.plans.step_messages import is_json, read_json, wrong_in
+from sartor.serving.plan_options import Arithmetic, Citations, Json, PatternCheck
+from sartor.serving.plans.step_messages import is_json, read_json, schema_errors
 
-Computed = Json | Pattern | Arithmetic | Citations
+Computed = Json | PatternCheck | Arithmetic | Citations
 MOST_FINDINGS = 8
 # Of one regular expression on one draft; a longer search is a finding
 SEARCH_S = 0.5
@@ -37,11 +37,11 @@ _OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
-def found_by(check: Computed, draft: str, request: str) -> list[str]:
+def run_check(check: Computed, draft: str, request: str) -> list[str]:
     """What a check finds in a draft, at most MOST_FINDINGS sentences; request: what the client said."""
     if isinstance(check, Json):
-        found = wrong_in(read_json(draft), check.schema or {})
-    elif isinstance(check, Pattern):
+        found = schema_errors(read_json(draft), check.schema or {})
+    elif isinstance(check, PatternCheck):
         found = _by_pattern(check, draft)
     elif isinstance(check, Arithmetic):
         found = _by_arithmetic(check, draft)
@@ -50,7 +50,7 @@ def found_by(check: Computed, draft: str, request: str) -> list[str]:
     return found[:MOST_FINDINGS]
 
 
-def _by_pattern(check: Pattern, draft: str) -> list[str]:
+def _by_pattern(check: PatternCheck, draft: str) -> list[str]:
     try:
         holds = regex.search(check.pattern, draft, timeout=SEARCH_S) is not None
     except TimeoutError:

@@ -24,24 +24,24 @@ from sartor.core.errors import (
     UnknownAgentError,
 )
 from sartor.core.ipc import error_of
-from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, Sampling
+from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.serving.dispatch.model_selection import AUTO, BASE_AGENT
-from sartor.serving.dispatch.reply_stream import Replying
-from sartor.serving.plan_options import Divided, Plan, asked, digest
+from sartor.serving.dispatch.reply_stream import ReplyStream
+from sartor.serving.plan_options import DividedPlan, Plan, agents_of_plan, digest
 from sartor.serving.plans.plan_log import PlanLog, Ran
-from sartor.serving.plans.plan_runner import Run, purse_of
-from sartor.serving.plans.plan_steps import Course, Line, Members, Opened, Purse, Said
+from sartor.serving.plans.plan_runner import PlanRunner, purse_of
+from sartor.serving.plans.plan_steps import OpenStep, PlanAllowance, PlanRun, StepLogEntry, StepReplier, StepReply
 from sartor.serving.team_config import Team
-from sartor.serving.types import Answer, Given, Listed, Receipts, Request
+from sartor.serving.types import AgentListing, AgentReply, AgentRequest, FinishedReply, ReceiptWriter
 
 # What is told as it is where no step gave anything: it says what the client can do
 _CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)
 
 
-class Replies(Protocol):
+class Replier(Protocol):
     """Who answers a request to one agent: `dispatch`."""
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply."""
         ...
 
@@ -50,24 +50,24 @@ class Replies(Protocol):
 class Single:
     """The members of plans, as `dispatch` answers for them."""
 
-    replies: Replies
+    replies: Replier
 
-    async def open(self, request: Request, place: str) -> Answer:
+    async def open(self, request: AgentRequest, place: str) -> AgentReply:
         """See Members."""
         return await self.replies.open(request)
 
 
-class Plans:
+class PlanDispatcher:
     """Answers for the plans of a team, and hands on what is not for one. known: the agents that are served now."""
 
     def __init__(
         self,
         team: Team,
-        replies: Replies,
+        replies: Replier,
         log: PlanLog,
         *,
-        members: Members | None = None,
-        receipts: Receipts | None = None,
+        members: StepReplier | None = None,
+        receipts: ReceiptWriter | None = None,
         known: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._replies, self._members = replies, members or Single(replies)
@@ -79,9 +79,11 @@ class Plans:
         self.receipts_lost = 0
 
     @property
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[AgentListing]:
         """The plans, as what may be asked for."""
-        return [Listed(name, version, (version,), {"plan": self._plans[name].kind}) for name, version in self._digests.items()]
+        return [
+            AgentListing(name, version, (version,), {"plan": self._plans[name].kind}) for name, version in self._digests.items()
+        ]
 
     @property
     def troubles(self) -> dict[str, str]:
@@ -89,7 +91,7 @@ class Plans:
         known = {*self._known(), *self._plans, BASE_AGENT, AUTO}
         found = {}
         for name, plan in self._plans.items():
-            if absent := sorted({step.agent for step in asked(plan) if step.agent.partition("@")[0] not in known}):
+            if absent := sorted({step.agent for step in agents_of_plan(plan) if step.agent.partition("@")[0] not in known}):
                 found[name] = f"nobody of its steps is called {', '.join(absent)}"
             elif name in self._known():
                 found[name] = "an agent has its name too, and the plan answers"
@@ -97,7 +99,7 @@ class Plans:
             found["plans"] = f"{self._log.lost} runs and {self.receipts_lost} receipts could not be written"
         return found
 
-    async def open(self, request: Request) -> Answer:
+    async def open(self, request: AgentRequest) -> AgentReply:
         """Begin an answer; returns when its first event is there.
 
         Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where no step
@@ -108,14 +110,14 @@ class Plans:
         if plan is None:
             return await self._replies.open(request)
         self._check(plan, request, version if at else self._digests[name])
-        course = Course(secrets.token_hex(16), request, self._members, self._plans, self._most_tokens)
+        course = PlanRun(secrets.token_hex(16), request, self._members, self._plans, self._most_tokens)
         return await self._opened(course, plan)
 
     async def close(self) -> None:
         """Wait for what is still to be written."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _check(self, plan: Plan, request: Request, version: str) -> None:
+    def _check(self, plan: Plan, request: AgentRequest, version: str) -> None:
         if version != self._digests[plan.name]:
             problem = f"the plan {plan.name} has no version {version[:80]!r}; it is {self._digests[plan.name]}"
             raise UnknownAgentError(problem, f'"model": "{plan.name}"')
@@ -127,17 +129,17 @@ class Plans:
             raise RequestError(f"the plan {plan.name} calls no tools", "ask an agent, or leave `tools` out")
         if request.top_logprobs >= 0:
             raise RequestError(f"the plan {plan.name} tells no logprobs", "ask an agent, or leave `logprobs` out")
-        if request.schema and isinstance(plan, Divided) and plan.answer is None:
+        if request.schema and isinstance(plan, DividedPlan) and plan.answer is None:
             raise RequestError(
                 f"the plan {plan.name} puts answers below each other, which obey no schema", "declare who makes one: `answer`"
             )
 
-    async def _opened(self, course: Course, plan: Plan) -> Answer:
+    async def _opened(self, course: PlanRun, plan: Plan) -> AgentReply:
         """Follow the plan. Whatever happens, the log has it."""
         purse = purse_of(plan, course.request.deadline_s)
         running = _Running(course, plan, f"{plan.name}@{self._digests[plan.name]}", purse)
         try:
-            said = await Run(course, plan, course.request, purse).follow(course.request.streams)
+            said = await PlanRunner(course, plan, course.request, purse).follow(course.request.streams)
             if said is None:
                 raise _nothing(plan, course.errors)
         except asyncio.CancelledError:
@@ -148,23 +150,23 @@ class Plans:
             raise
         running.reason = "; ".join([f"plan {plan.name}", *course.notes])
         told = _Told(said, course.id, purse, lambda: self._spawn(self._write(running.ran("", "cancelled"))))
-        replying = Replying(told, lambda: None, lambda reply, end: self._ended(running, reply.text, end))
-        return Answer(running.version, running.reason, course.id, replying)
+        replying = ReplyStream(told, lambda: None, lambda reply, end: self._ended(running, reply.text, end))
+        return AgentReply(running.version, running.reason, course.id, replying)
 
-    async def _ended(self, running: _Running, text: str, end: Done | Failed) -> None:
+    async def _ended(self, running: _Running, text: str, end: ReplyDone | ReplyFailed) -> None:
         """The answer is over: its receipt is kept, and its run logged."""
         course = running.course
-        done, error = (end, None) if isinstance(end, Done) else (None, error_of(end.kind, end.problem, end.remedy))
-        call = Call(
+        done, error = (end, None) if isinstance(end, ReplyDone) else (None, error_of(end.kind, end.problem, end.remedy))
+        call = GenerateCall(
             course.id, BASE, course.request.messages, sampling=Sampling(**course.request.sampling), schema=course.request.schema
         )
         facts = (course.id, running.version, running.reason, "", call, text, done)
-        given = Given(*facts, scores={}, began=running.began, steps=course.receipts)
+        given = FinishedReply(*facts, scores={}, began=running.began, steps=course.receipts)
         # a client that goes now must not keep either from being written
         await asyncio.shield(self._spawn(self._keep(given)))
         await asyncio.shield(self._spawn(self._write(running.ran(text, "failed" if error else "answered", error))))
 
-    async def _keep(self, given: Given) -> None:
+    async def _keep(self, given: FinishedReply) -> None:
         if self._receipts is None:
             return
         try:
@@ -186,10 +188,10 @@ class Plans:
 class _Running:
     """A plan that is being followed, and what is told of it at its end. began: seconds since the epoch."""
 
-    course: Course
+    course: PlanRun
     plan: Plan
     version: str
-    purse: Purse
+    purse: PlanAllowance
     reason: str = ""
     began: float = field(default_factory=time.time)
 
@@ -199,8 +201,10 @@ class _Running:
         told = {"messages": list(asked.messages), "sampling": dict(asked.sampling), "schema": asked.schema}
         tokens = {"prompt": self.purse.prompt, "reply": self.purse.reply, "cached": self.purse.cached}
         took_s = time.time() - self.began
-        ends = Line("", "answer", self.version, outcome, error, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s)
-        opens = Line("", "request", asked.model, "asked", asked=told)
+        ends = StepLogEntry(
+            "", "answer", self.version, outcome, error, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s
+        )
+        opens = StepLogEntry("", "request", asked.model, "asked", asked=told)
         return Ran(self.course.id, self.version, opens, self.course.lines, ends, self.plan.log == "content", self.began)
 
 
@@ -210,7 +214,7 @@ class _Told:
     left: called when the client wants no more of it.
     """
 
-    def __init__(self, source: Said | Opened, id: str, purse: Purse, left: Callable[[], object]) -> None:
+    def __init__(self, source: StepReply | OpenStep, id: str, purse: PlanAllowance, left: Callable[[], object]) -> None:
         self._source, self._id, self._purse, self._left = source, id, purse, left
         self._has_begun = False
 
@@ -221,16 +225,18 @@ class _Told:
         if not self._has_begun:
             self._has_begun = True
             # what the steps before said is paid for, and not heard
-            return Piece(self._id, self._source.text if isinstance(self._source, Said) else "", self._purse.reply)
-        event = Done(self._id, self._source.finish, 0, 0) if isinstance(self._source, Said) else await anext(self._source)
-        if isinstance(event, Done):
-            return Done(self._id, event.finish, self._purse.prompt, self._purse.reply, self._purse.cached)
+            return TextDelta(self._id, self._source.text if isinstance(self._source, StepReply) else "", self._purse.reply)
+        event = (
+            ReplyDone(self._id, self._source.finish, 0, 0) if isinstance(self._source, StepReply) else await anext(self._source)
+        )
+        if isinstance(event, ReplyDone):
+            return ReplyDone(self._id, event.finish, self._purse.prompt, self._purse.reply, self._purse.cached)
         return replace(event, call=self._id)
 
     async def aclose(self) -> None:
         """See Events."""
         self._left()
-        if isinstance(self._source, Opened):
+        if isinstance(self._source, OpenStep):
             await self._source.aclose()
 
 

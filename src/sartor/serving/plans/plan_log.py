@@ -22,9 +22,9 @@ from typing import Any
 
 from sartor.core.errors import ArtifactError, MissingError
 from sartor.core.filesystem import fsync_directory
-from sartor.inference.engine import About
-from sartor.serving.plans.plan_steps import Line
-from sartor.serving.receipts import Content, Digest, team_digest
+from sartor.inference.engine import EngineInfo
+from sartor.serving.plans.plan_steps import StepLogEntry
+from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
 from sartor.serving.team_config import Team
 
 
@@ -77,9 +77,9 @@ class Ran:
 
     id: str
     plan: str
-    request: Line
-    steps: Sequence[Line]
-    answer: Line
+    request: StepLogEntry
+    steps: Sequence[StepLogEntry]
+    answer: StepLogEntry
     content: bool
     began: float
 
@@ -91,7 +91,7 @@ class Ran:
         return [{**head, "number": number, "of": len(told), "created": made, **row} for number, row in enumerate(told)]
 
 
-def _told(line: Line, digest: Digest, content: bool) -> dict[str, Any]:
+def _told(line: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
     asked = {name: value for name, value in line.asked.items() if name != "sampling"}
     said = {
         "step": line.place,
@@ -115,10 +115,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def digests(line: Line, digest: Digest) -> dict[str, Any]:
+def digests(line: StepLogEntry, digest: Digest) -> dict[str, Any]:
     """Of what a step was asked and said; "" of nothing."""
     asked, schema = line.asked, line.asked.get("schema", "")
-    content = Content.of_request({"messages": list(asked.get("messages", ())), "response_format": response_format(schema)})
+    content = RequestDigestInput.of_request(
+        {"messages": list(asked.get("messages", ())), "response_format": response_format(schema)}
+    )
     parts = content.digests(digest) if asked else {}
     return {"asked": digest("asked", parts), "said": digest("said", line.said)}
 
@@ -135,12 +137,12 @@ class PlanLog:
     states it as receipts do. lost: runs that could not be written.
     """
 
-    def __init__(self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], About] | None = None) -> None:
+    def __init__(self, folder: Path, digest: Digest, days: int = 0, about: Callable[[], EngineInfo] | None = None) -> None:
         self._files, self._digest, self._about = DayFiles(folder, "plans", days), digest, about
         self.lost = 0
 
     @classmethod
-    def of(cls, team: Team, about: Callable[[], About]) -> PlanLog:
+    def of(cls, team: Team, about: Callable[[], EngineInfo]) -> PlanLog:
         """The log of a team, by whose key it digests."""
         state = Path(team.state)
         return cls(state / "plans", team_digest(state), team.limits.receipts_days, about)

@@ -12,31 +12,31 @@ from typing import Any, Literal, Protocol
 
 from sartor.core.errors import BudgetError, DeadlineError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
-from sartor.inference.engine import Done, Event, Failed, Finish, Piece
+from sartor.inference.engine import Event, Finish, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.dispatch.model_selection import AUTO
-from sartor.serving.plan_options import Plan, Step
-from sartor.serving.plans.step_messages import VERDICT, Handover, Role
-from sartor.serving.types import Answer, Request
+from sartor.serving.plan_options import Plan, PlanStep
+from sartor.serving.plans.step_messages import VERDICT, PlanStepInput, Role
+from sartor.serving.types import AgentReply, AgentRequest
 
 # Who judges and who divides say it in a form of their own, and the client's options are not for them
 _OWN_FORM = ("check", "plan")
 
 
-class Members(Protocol):
+class StepReplier(Protocol):
     """Who answers the steps: `dispatch`, or what stands for it. place: of the step in its plan, as the log has it."""
 
-    async def open(self, request: Request, place: str) -> Answer:
+    async def open(self, request: AgentRequest, place: str) -> AgentReply:
         """Begin a reply; see `Dispatch.open`."""
         ...
 
 
 @dataclass
-class Purse:
+class PlanAllowance:
     """What a plan may still take. due: of the monotonic clock. What is spent of it is spent of what it is a part of."""
 
     tokens: int
     due: float
-    part_of: Purse | None = None
+    part_of: PlanAllowance | None = None
     prompt: int = 0
     reply: int = 0
     cached: int = 0
@@ -67,7 +67,7 @@ class Purse:
 
 
 @dataclass(frozen=True)
-class Line:
+class StepLogEntry:
     """What the log has of a step. asked, said: content; how much of it is written, the plan declares.
 
     place: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
@@ -88,18 +88,18 @@ class Line:
 
 
 @dataclass
-class Course:
+class PlanRun:
     """One request on its way through a plan and the plans within it, and what became of it so far.
 
     request: the client's. known: every plan of the team by name. most_tokens: of one reply, as the server has it.
     """
 
     id: str
-    request: Request
-    members: Members
+    request: AgentRequest
+    members: StepReplier
     known: Mapping[str, Plan]
     most_tokens: int
-    lines: list[Line] = field(default_factory=list)
+    lines: list[StepLogEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[SartorError] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ class Course:
         """Of the steps that were begun, in the order of their ends."""
         return tuple(line.receipt for line in self.lines if line.receipt)
 
-    def leave_out(self, line: Line, error: SartorError) -> None:
+    def leave_out(self, line: StepLogEntry, error: SartorError) -> None:
         """Note a step that gave nothing."""
         self.lines.append(replace(line, outcome="left out", error=error))
         self.notes.append(f"{line.agent} is left out of {line.place}: {error.problem}")
@@ -116,13 +116,13 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Task:
+class StepTask:
     """What a step is to do. request: of the plan that it is a step of. number: by which its seed differs from the client's."""
 
-    step: Step
+    step: PlanStep
     role: Role
     place: str
-    handover: Handover
+    handover: PlanStepInput
     number: int = 0
     form: Mapping[str, Any] | None = None
 
@@ -133,7 +133,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Said:
+class StepReply:
     """What a step replied."""
 
     text: str
@@ -141,7 +141,7 @@ class Said:
     finish: Finish = "stop"
 
 
-def request_of(task: Task, client: Request, purse: Purse, most_tokens: int) -> Request:
+def request_of(task: StepTask, client: AgentRequest, purse: PlanAllowance, most_tokens: int) -> AgentRequest:
     """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's agents."""
     step = task.step
     is_own = task.role in _OWN_FORM
@@ -154,7 +154,7 @@ def request_of(task: Task, client: Request, purse: Purse, most_tokens: int) -> R
         sampling["max_tokens"] = purse.left
     sampling["seed"] = int(client.sampling.get("seed", 0)) + task.number
     schema = json.dumps(task.schema, sort_keys=True) if task.schema else "" if is_own else client.schema
-    return Request(
+    return AgentRequest(
         model=step.agent,
         messages=task.handover.messages(step, task.role),
         sampling=sampling,
@@ -164,10 +164,12 @@ def request_of(task: Task, client: Request, purse: Purse, most_tokens: int) -> R
     )
 
 
-class Opened:
+class OpenStep:
     """A step that has begun: its events, to be iterated over once, and its line in the log when they have ended."""
 
-    def __init__(self, course: Course, purse: Purse, request: Request, task: Task, answer: Answer, began: float) -> None:
+    def __init__(
+        self, course: PlanRun, purse: PlanAllowance, request: AgentRequest, task: StepTask, answer: AgentReply, began: float
+    ) -> None:
         self._course, self._purse, self._began = course, purse, began
         self.agent = answer.agent
         self._events = answer.events
@@ -175,15 +177,15 @@ class Opened:
         self._text, self._tokens = "", 0
         self._is_told = False
 
-    def __aiter__(self) -> Opened:
+    def __aiter__(self) -> OpenStep:
         return self
 
     async def __anext__(self) -> Event:
         event = await anext(self._events)
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             self._text += event.text
             self._tokens += event.tokens
-        elif isinstance(event, Failed):
+        elif isinstance(event, ReplyFailed):
             self.left_out(error_of(event.kind, event.problem, event.remedy))
         elif event.finish != "cancelled":
             self._end(event)
@@ -193,14 +195,14 @@ class Opened:
         """No more of it is wanted."""
         await self._events.aclose()
 
-    async def whole(self) -> Said:
+    async def whole(self) -> StepReply:
         """The whole reply. Raises what a Failed tells, and UnavailableError where it was cut."""
         async with aclosing(self):
             async for event in self:
-                if isinstance(event, Failed):
+                if isinstance(event, ReplyFailed):
                     raise error_of(event.kind, event.problem, event.remedy)
-                if isinstance(event, Done) and event.finish != "cancelled":
-                    return Said(self._text, self.agent, event.finish)
+                if isinstance(event, ReplyDone) and event.finish != "cancelled":
+                    return StepReply(self._text, self.agent, event.finish)
         raise UnavailableError("the reply stopped before its end", "ask again")
 
     def left_out(self, error: SartorError) -> None:
@@ -210,7 +212,7 @@ class Opened:
             self._purse.spend(0, self._tokens, 0)
             self._course.leave_out(replace(self._line, took_s=time.monotonic() - self._began), error)
 
-    def _end(self, done: Done) -> None:
+    def _end(self, done: ReplyDone) -> None:
         self._is_told = True
         self._purse.spend(done.prompt_tokens, done.reply_tokens, done.cached_tokens)
         tokens = {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
@@ -218,25 +220,25 @@ class Opened:
         self._course.lines.append(replace(self._line, said=self._text, tokens=tokens, took_s=took_s))
 
 
-def line_of(task: Task, request: Request) -> Line:
+def line_of(task: StepTask, request: AgentRequest) -> StepLogEntry:
     """A step's line as it stands when it is asked."""
     asked = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
-    return Line(task.place, task.role, task.step.agent, "said", asked=asked)
+    return StepLogEntry(task.place, task.role, task.step.agent, "said", asked=asked)
 
 
-async def begin(course: Course, purse: Purse, client: Request, task: Task) -> Opened:
+async def begin(course: PlanRun, purse: PlanAllowance, client: AgentRequest, task: StepTask) -> OpenStep:
     """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and BudgetError."""
     purse.check()
     began = time.monotonic()
     request = request_of(task, client, purse, course.most_tokens)
     answer = await course.members.open(request, task.place)
-    return Opened(course, purse, request, task, answer, began)
+    return OpenStep(course, purse, request, task, answer, began)
 
 
-async def ask(course: Course, purse: Purse, client: Request, task: Task) -> Said | None:
+async def ask(course: PlanRun, purse: PlanAllowance, client: AgentRequest, task: StepTask) -> StepReply | None:
     """The whole reply of a step; None where it has none, which is noted with the reason."""
-    opened: Opened | None = None
-    line = Line(task.place, task.role, task.step.agent, "said")
+    opened: OpenStep | None = None
+    line = StepLogEntry(task.place, task.role, task.step.agent, "said")
     try:
         limit_s = min(task.step.seconds or purse.left_s, purse.left_s)
         async with asyncio.timeout(max(limit_s, 0)):

@@ -15,8 +15,8 @@ import jsonschema
 import referencing
 import referencing.exceptions
 
-from sartor.media.content_parts import parts_in
-from sartor.serving.plan_options import Given, Step
+from sartor.media.content_parts import media_parts
+from sartor.serving.plan_options import Given, PlanStep
 
 Role = Literal["draft", "check", "mend", "plan", "part", "answer"]
 Messages = tuple[Mapping[str, Any], ...]
@@ -50,7 +50,7 @@ VERDICT: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class DraftFinding:
     """What a check found wrong: `check` is its place and kind (`0 json`), `says` a sentence."""
 
     check: str
@@ -58,7 +58,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CriticVerdict:
     """What a critic says of a draft."""
 
     right: bool
@@ -66,7 +66,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskPart:
     """A part of a request, and whose it is."""
 
     agent: str
@@ -74,12 +74,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Handover:
+class PlanStepInput:
     """What a step may be given: the client's conversation, the draft so far, and what was found in it."""
 
     request: Messages
     draft: str = ""
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[DraftFinding, ...] = ()
 
     def as_json(self, gets: Sequence[Given]) -> dict[str, Any]:
         """The fields that a step gets. A conversation of one turn is its text."""
@@ -88,7 +88,7 @@ class Handover:
         said = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
         return {**said, "findings": [asdict(one) for one in self.findings]} if "findings" in gets else said
 
-    def messages(self, step: Step, role: Role) -> Messages:
+    def messages(self, step: PlanStep, role: Role) -> Messages:
         """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
         gets = step.gets or (("request", "draft") if role == "draft" and self.draft else NEEDS[role])
         told = self._told(step, role, gets)
@@ -96,7 +96,7 @@ class Handover:
             return told
         return ({"role": "system", "content": step.system}, *(turn for turn in told if turn["role"] not in _SYSTEM))
 
-    def _told(self, step: Step, role: Role, gets: Sequence[Given]) -> Messages:
+    def _told(self, step: PlanStep, role: Role, gets: Sequence[Given]) -> Messages:
         if tuple(gets) == ("request",) and role not in ("check", "plan"):
             return self.request
         if step.form == "turns":
@@ -105,7 +105,7 @@ class Handover:
             return (*self.request, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], found]))})
         fields = {name: value for name, value in self.as_json(gets).items() if name in gets}
         said = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)
-        media = list(parts_in(self.request)) if "request" in gets else []
+        media = list(media_parts(self.request)) if "request" in gets else []
         return ({"role": "user", "content": [*media, {"type": "text", "text": said}] if media else said},)
 
 
@@ -122,12 +122,12 @@ def asked_in(request: Messages) -> str:
     return "\n".join(text_of(turn) for turn in request if turn.get("role") == "user")
 
 
-def read_verdict(text: str) -> Verdict | None:
+def read_verdict(text: str) -> CriticVerdict | None:
     """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the former."""
     said = read_json(text)
-    if wrong_in(said, VERDICT):
+    if schema_errors(said, VERDICT):
         return None
-    return Verdict(said["right"] and not said["findings"], tuple(said["findings"]))
+    return CriticVerdict(said["right"] and not said["findings"], tuple(said["findings"]))
 
 
 def parts_schema(members: Sequence[str], most: int) -> dict[str, Any]:
@@ -143,10 +143,14 @@ def parts_schema(members: Sequence[str], most: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"parts": parts}, "required": ["parts"], "additionalProperties": False}
 
 
-def read_parts(text: str, members: Sequence[str], most: int) -> list[Part]:
+def read_parts(text: str, members: Sequence[str], most: int) -> list[TaskPart]:
     """The parts that a planner made; empty where it said none."""
     said = read_json(text)
-    return [] if wrong_in(said, parts_schema(members, most)) else [Part(one["agent"], one["task"]) for one in said["parts"]]
+    return (
+        []
+        if schema_errors(said, parts_schema(members, most))
+        else [TaskPart(one["agent"], one["task"]) for one in said["parts"]]
+    )
 
 
 _NO_JSON = object()
@@ -165,7 +169,7 @@ def is_json(value: Any) -> bool:
     return value is not _NO_JSON
 
 
-def wrong_in(value: Any, schema: Mapping[str, Any]) -> list[str]:
+def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
     """What of a value does not obey a schema: at most eight sentences, in the order of the value. Nothing is fetched."""
     if not is_json(value):
         return ["it is not JSON"]

@@ -22,13 +22,13 @@ from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConflictError, UnknownAgentError
 from sartor.serving.registry import registry_schema
-from sartor.serving.registry.registry_schema import Agent, Event, Version
+from sartor.serving.registry.registry_schema import Agent, AgentVersion, Event
 
 Change = Callable[[Agent], Agent]
 
 
 @dataclass(frozen=True)
-class Cause:
+class ChangeCause:
     """Who changes something and why, for the log; numbers: what the decision rests on."""
 
     by: str = ""
@@ -36,7 +36,7 @@ class Cause:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
-NOBODY = Cause()
+NOBODY = ChangeCause()
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Snapshot:
 
     generation: int
     agents: Mapping[str, Agent]
-    versions: Mapping[str, Version]
+    versions: Mapping[str, AgentVersion]
     hurt: Mapping[str, str]
 
 
@@ -95,7 +95,7 @@ class Registry:
         for row in version_rows:
             name = f"{row['agent']}@{row['version']}"
             if is_whole(row):
-                versions[name] = Version.from_row(row)
+                versions[name] = AgentVersion.from_row(row)
             else:
                 hurt[name] = f"its row was changed from outside; sartor agents add {row['release']}"
         return Snapshot(generation, agents, versions, hurt)
@@ -105,7 +105,9 @@ class Registry:
         with self.database.read() as connection:
             return self._events(connection, agent, most)
 
-    def add(self, version: Version, *, fallback: Sequence[str] = ("previous", "base"), cause: Cause = NOBODY) -> Agent:
+    def add(
+        self, version: AgentVersion, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
+    ) -> Agent:
         """Register an admitted Release; of a new agent (or a removed one) it is live at once, else it waits to be promoted.
 
         The same Release again changes nothing but where it lies. Raises ConflictError when the name and version already
@@ -128,7 +130,9 @@ class Registry:
 
         return self._change(write)
 
-    def refuse(self, name: str, why: str, *, fallback: Sequence[str] = ("previous", "base"), cause: Cause = NOBODY) -> Agent:
+    def refuse(
+        self, name: str, why: str, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
+    ) -> Agent:
         """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is known.
 
         Raises ConflictError where a version of that name is there by now.
@@ -146,7 +150,7 @@ class Registry:
 
         return self._change(write)
 
-    def promote(self, name: str, version: str, *, expected: str | None = None, cause: Cause = NOBODY) -> Agent:
+    def promote(self, name: str, version: str, *, expected: str | None = None, cause: ChangeCause = NOBODY) -> Agent:
         """Make a registered version live, if `expected` is (None: whatever is). Also ends a trial, a drain, a quarantine.
 
         Without an expectation it heals a row that was changed from outside.
@@ -156,7 +160,9 @@ class Registry:
             name, "promoted", lambda agent: agent.expecting(expected).promoted(version), cause, version, heals=expected is None
         )
 
-    def rollback(self, name: str, *, expected: str | None = None, trial: str | None = None, cause: Cause = NOBODY) -> Agent:
+    def rollback(
+        self, name: str, *, expected: str | None = None, trial: str | None = None, cause: ChangeCause = NOBODY
+    ) -> Agent:
         """Undo the newest step: end a trial, if one runs; else the version that was live before is so again.
 
         `trial`: the version that must be on trial, "" for none. The version that left is marked. Raises as `promote`.
@@ -173,7 +179,7 @@ class Registry:
         return self._change(write)
 
     def start_canary(
-        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: Cause = NOBODY
+        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: ChangeCause = NOBODY
     ) -> Agent:
         """Let a registered version answer a fraction of the requests. Raises as `promote`, and ConfigError."""
         return self._edit(
@@ -181,7 +187,7 @@ class Registry:
         )
 
     def start_shadow(
-        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: Cause = NOBODY
+        self, name: str, version: str, fraction: float, *, expected: str | None = None, cause: ChangeCause = NOBODY
     ) -> Agent:
         """Let a registered version also answer a fraction of the requests, unseen. Raises as `start_canary`."""
         return self._edit(
@@ -197,7 +203,7 @@ class Registry:
         shadow: float = 0.0,
         ends_trial: bool = True,
         expected: str | None = None,
-        cause: Cause = NOBODY,
+        cause: ChangeCause = NOBODY,
     ) -> Agent:
         """Put a registered version on trial; without fractions, make it live.
 
@@ -214,19 +220,19 @@ class Registry:
         heals = expected is None and not (canary or shadow)
         return self._edit(name, "", change, cause, version, heals=heals)
 
-    def drain(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+    def drain(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Let an agent end what it has begun and take nothing new, until a version of it is promoted."""
         return self._edit(name, "drained", lambda agent: replace(agent, state="draining"), cause)
 
-    def remove(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+    def remove(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Serve an agent no more. Its versions stay known, so that none of their names ever means another Release."""
         return self._edit(name, "removed", lambda agent: replace(agent.untried(), state="removed"), cause)
 
-    def note(self, name: str, text: str, *, cause: Cause = NOBODY) -> Agent:
+    def note(self, name: str, text: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Keep a sentence beside an agent."""
         return self._edit(name, "noted", lambda agent: replace(agent, note=text), cause)
 
-    def repair(self, name: str, *, cause: Cause = NOBODY) -> Agent:
+    def repair(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Write an agent's row anew as the log has it. Raises ArtifactError when the log does not know, or its row is whole."""
 
         def write(connection: Connection) -> Agent:
@@ -237,7 +243,7 @@ class Registry:
 
         return self._change(write)
 
-    def _edit(self, name: str, what: str, change: Change, cause: Cause, version: str = "", heals: bool = False) -> Agent:
+    def _edit(self, name: str, what: str, change: Change, cause: ChangeCause, version: str = "", heals: bool = False) -> Agent:
         """One change of one agent; `heals` takes the agent from the log where its row was changed from outside."""
 
         def write(connection: Connection) -> Agent:
@@ -292,7 +298,7 @@ class Registry:
         if not is_whole(row):
             raise ArtifactError(f"the row of {name}@{version} was changed from outside", f"sartor agents add {row['release']}")
 
-    def _put_version(self, connection: Connection, version: Version) -> str:
+    def _put_version(self, connection: Connection, version: AgentVersion) -> str:
         """Write a version that is new, has moved, or whose row is hurt; says which, "" for nothing to do."""
         row = self._row(connection, registry_schema.versions, agent=version.agent, version=version.version)
         if row is None:
@@ -305,14 +311,14 @@ class Registry:
                 f"{version.name} is the Release {known[:16]}, not {version.release_id[:16]}; a version is never another one",
                 f"release it under a new version: sartor release ... --name {version.agent} --version NEW",
             )
-        standing = Version.from_row(row) if whole else version
+        standing = AgentVersion.from_row(row) if whole else version
         if whole and standing.release == version.release and standing.facts == version.facts:
             return ""
         moved = replace(standing, release=version.release, facts=version.facts, adapter=version.adapter)
         self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
         return "moved" if whole else "repaired"
 
-    def _logged_id(self, connection: Connection, version: Version) -> str:
+    def _logged_id(self, connection: Connection, version: AgentVersion) -> str:
         added = [event for event in self._events(connection, version.agent, 1000) if event.version == version.version]
         return next((str(event.numbers["release_id"]) for event in added if "release_id" in event.numbers), "")
 
@@ -320,11 +326,11 @@ class Registry:
         agent, _, version = name.rpartition("@")
         row = self._row(connection, registry_schema.versions, agent=agent, version=version)
         if row is not None and is_whole(row) and row["status"] != status:
-            marked = replace(Version.from_row(row), status=status)
+            marked = replace(AgentVersion.from_row(row), status=status)
             self._put(connection, registry_schema.versions, marked.as_row(), agent=agent, version=version)
 
     def _record(
-        self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: Cause
+        self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
     ) -> Agent:
         """Write the agent, and the event that says so; both under the next generation."""
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())

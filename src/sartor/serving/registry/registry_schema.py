@@ -156,7 +156,7 @@ class Agent:
 
 
 @dataclass(frozen=True)
-class Version:
+class AgentVersion:
     """One version of an agent: a Release that was admitted, and what is known of it.
 
     release: the directory; the same Release may move. adapter: the digest under which engines attach it. facts: what a
@@ -182,7 +182,7 @@ class Version:
         return sealed({**vars(self), "facts": _json(self.facts)})
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Version:
+    def from_row(cls, row: Mapping[str, Any]) -> AgentVersion:
         """The version of a row that is whole."""
         return cls(**{**{name: row[name] for name in row if name != "checksum"}, "facts": json.loads(row["facts"])})
 

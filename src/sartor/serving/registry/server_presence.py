@@ -24,7 +24,7 @@ FOLDER = "servers"
 _LOOK_S = 0.1
 
 
-class Presence:
+class ServerPresence:
     """A server's own; generation: what it has said last. `close` at its end."""
 
     def __init__(self, state: Path) -> None:

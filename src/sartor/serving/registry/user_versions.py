@@ -22,8 +22,8 @@ from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ConfigError, RequestError
 from sartor.serving.receipts import Digest
 from sartor.serving.registry import registry_schema
-from sartor.serving.registry.registry import NOBODY, Cause
-from sartor.serving.registry.registry_schema import Version
+from sartor.serving.registry.registry import NOBODY, ChangeCause
+from sartor.serving.registry.registry_schema import AgentVersion
 
 SUFFIX = "+personal"
 ANYBODY = "*"
@@ -33,18 +33,18 @@ FOLDER, ADAPTER = "people", "adapter"
 TUNING = "tuning"
 
 
-def person_of(user: str, digest: Digest) -> str:
+def user_digest(user: str, digest: Digest) -> str:
     """64 hex digits for a user's id, "" for none. Raises RequestError for one that is too long."""
     if len(user) > MOST_CHARACTERS:
         raise RequestError(f"the user's id has {len(user)} characters; the limit is {MOST_CHARACTERS}", "a shorter id")
     return digest("user", user)
 
 
-def named(user: str, digest: Digest) -> str:
+def required_user_digest(user: str, digest: Digest) -> str:
     """`person_of` for who must name somebody. Raises ConfigError for an empty id."""
     if not user or len(user) > MOST_CHARACTERS:
         raise ConfigError(f"{user[:40]!r} cannot be a user's id", f"--user ID, of 1 to {MOST_CHARACTERS} characters")
-    return person_of(user, digest)
+    return user_digest(user, digest)
 
 
 def folder_of(state: Path, person: str, agent: str = "") -> Path:
@@ -62,7 +62,7 @@ TUNED, REFUSED, FORGOTTEN, ALLOWED = "personal tuned", "personal refused", "pers
 
 
 @dataclass(frozen=True)
-class Personal:
+class UserVersion:
     """One person's version of one agent. version, release_id: what it was tuned on; it answers only while that is live.
 
     adapter: the digest under which engines attach it; artifact: the id of the Adapter in `path`; all three are "" where no
@@ -85,7 +85,7 @@ class Personal:
         """What replies are said to be by: `faq@1.0+personal`."""
         return f"{self.agent}@{self.version}{SUFFIX}"
 
-    def on(self, live: Version) -> Version:
+    def on(self, live: AgentVersion) -> AgentVersion:
         """As a version to be held: its adapter, and what the live one says beside it (system prompt, sampling, tools)."""
         return replace(
             live, version=f"{self.version}{SUFFIX}", release=self.path, release_id=self.artifact, adapter=self.adapter
@@ -96,7 +96,7 @@ class Personal:
         return sealed({**asdict(self), "facts": records.canonical(dict(self.facts or {})).decode()})
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Personal:
+    def from_row(cls, row: Mapping[str, Any]) -> UserVersion:
         """The record of a row that is whole."""
         return cls(**{**{name: row[name] for name in row if name != "checksum"}, "facts": json.loads(row["facts"])})
 
@@ -106,11 +106,11 @@ class People:
     """All of them at one generation, by person and agent. hurt: how many rows were changed from outside, and are not used."""
 
     generation: int
-    known: Mapping[tuple[str, str], Personal]
+    known: Mapping[tuple[str, str], UserVersion]
     hurt: int = 0
 
 
-class PeopleBook:
+class UserVersionStore:
     """The rows of one team's registry. Safe to use from several threads and processes."""
 
     def __init__(self, database: Database) -> None:
@@ -124,25 +124,25 @@ class PeopleBook:
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
-        whole = [Personal.from_row(row) for row in rows if is_whole(row)]
+        whole = [UserVersion.from_row(row) for row in rows if is_whole(row)]
         return People(generation, {(one.person, one.agent): one for one in whole}, len(rows) - len(whole))
 
-    def put(self, personal: Personal, cause: Cause = NOBODY) -> None:
+    def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
         with self.database.change() as connection:
             _replace(connection, replace(personal, added=_now()))
             note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
 
-    def refuse(self, personal: Personal, why: str, cause: Cause = NOBODY) -> None:
+    def refuse(self, personal: UserVersion, why: str, cause: ChangeCause = NOBODY) -> None:
         """Keep why a tuning was refused. What the person has of the agent goes on."""
         with self.database.change() as connection:
             key = {"person": personal.person, "agent": personal.agent}
             found = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
-            standing = Personal.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
+            standing = UserVersion.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
             _replace(connection, replace(standing, note=why, added=standing.added or _now()))
             note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
 
-    def forget(self, person: str, cause: Cause = NOBODY) -> tuple[int, dict[str, int]]:
+    def forget(self, person: str, cause: ChangeCause = NOBODY) -> tuple[int, dict[str, int]]:
         """Remove every row of a person. Returns (the generation that servers hear it under, rows removed by table)."""
         with self.database.change() as connection:
             removed = {
@@ -158,7 +158,7 @@ class PeopleBook:
         with self.database.read() as connection:
             return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
 
-    def allow(self, key: str, person: str, cause: Cause = NOBODY) -> None:
+    def allow(self, key: str, person: str, cause: ChangeCause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`ANYBODY`)."""
         with self.database.change() as connection:
             connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
@@ -184,12 +184,12 @@ def speakers(connection: Connection) -> dict[str, frozenset[str]]:
     return found
 
 
-def _replace(connection: Connection, personal: Personal) -> None:
+def _replace(connection: Connection, personal: UserVersion) -> None:
     connection.execute(delete(registry_schema.people).filter_by(person=personal.person, agent=personal.agent))
     connection.execute(insert(registry_schema.people).values(personal.as_row()))
 
 
-def note(connection: Connection, what: str, agent: str, version: str, cause: Cause, numbers: Mapping[str, Any]) -> int:
+def note(connection: Connection, what: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]) -> int:
     """Write it into the log, under the next generation, which is returned."""
     generation = registry_schema.next_generation(connection)
     event = {

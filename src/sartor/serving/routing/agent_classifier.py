@@ -27,8 +27,8 @@ from sartor.core.records import digest as digest_of
 from sartor.serving.routing.exemplars import (
     FOLDS,
     MEASURED,
+    ExemplarPrompt,
     Exemplars,
-    Prompt,
     Slices,
     digest,
     fold,
@@ -37,11 +37,11 @@ from sartor.serving.routing.exemplars import (
     shortened,
     sliced,
 )
-from sartor.serving.routing.text_features import F32, Dense, Features, Lexical, neighbours, stacked
+from sartor.serving.routing.text_features import F32, Dense, Lexical, TextFeatures, neighbours, stacked
 
 
 @dataclass(frozen=True)
-class Space:
+class GeneralPrompts:
     """Of G general prompts. folds: (G,) by their kind; likeness: (G, G); foreign: (G,) mean likeness to the nearest prompts of
     other folds, which is what a general prompt of a kind that is not on the list would have.
     """
@@ -49,14 +49,14 @@ class Space:
     encoder: str
     lexical: Lexical
     dense: Dense | None
-    general: Features
+    general: TextFeatures
     folds: Any
     likeness: F32
     foreign: F32
 
-    def features(self, texts: Sequence[str], vectors: F32 | None) -> Features:
+    def features(self, texts: Sequence[str], vectors: F32 | None) -> TextFeatures:
         """Of N texts; `vectors` are the encoder's (N, D), None for words alone."""
-        return Features(self.lexical(texts), self.dense(vectors) if self.dense is not None else None)
+        return TextFeatures(self.lexical(texts), self.dense(vectors) if self.dense is not None else None)
 
 
 def general_texts() -> list[str]:
@@ -64,19 +64,19 @@ def general_texts() -> list[str]:
     return [shortened(prompt.text) for prompts in general().values() for prompt in prompts]
 
 
-def make(encoder: str, vectors: F32 | None) -> Space:
+def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
     """vectors: of `general_texts()` by the encoder, None for words alone."""
     texts = general_texts()
     folds = np.array([fold(kind) for kind, prompts in general().items() for _ in prompts])
     lexical, dense = Lexical.of(texts), Dense.of(vectors) if vectors is not None else None
-    found = Features(lexical(texts), dense(vectors) if dense is not None else None)
+    found = TextFeatures(lexical(texts), dense(vectors) if dense is not None else None)
     likeness = found.likeness(found)
     foreign = np.zeros(len(texts), dtype=np.float32)
     for one in range(FOLDS):
         inside, outside = np.flatnonzero(folds == one), np.flatnonzero(folds != one)
         if len(inside) and len(outside):
             foreign[inside] = neighbours(likeness[np.ix_(inside, outside)])
-    return Space(encoder, lexical, dense, found, folds, likeness, foreign)
+    return GeneralPrompts(encoder, lexical, dense, found, folds, likeness, foreign)
 
 
 # Own prompts that are fitted on: the time grows with their cube, a request's with their number
@@ -88,12 +88,12 @@ LENT = 5
 
 
 @dataclass(frozen=True)
-class Rows:
+class ClassifierRows:
     """The texts of a part in the order of its vectors: fitted on, nobody's, held out, near misses of those, the Report's."""
 
-    train: tuple[Prompt, ...]
+    train: tuple[ExemplarPrompt, ...]
     nobodys: tuple[str, ...]
-    held_out: tuple[Prompt, ...]
+    held_out: tuple[ExemplarPrompt, ...]
     missed: tuple[str, ...]
     measured: tuple[str, ...]
 
@@ -111,7 +111,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Part:
+class AgentClassifier:
     """Of one agent. ids: of its own N prompts, whose features are `own`.
 
     A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times `general`
@@ -122,28 +122,28 @@ class Part:
 
     digest: str
     ids: tuple[str, ...]
-    own: Features
+    own: TextFeatures
     words: Any
     dense: F32 | None
     general: F32
     bias: float
-    held: Features
-    missed: Features
+    held: TextFeatures
+    missed: TextFeatures
     unseen: F32
     slices: Slices | None = None
 
 
-def rows_of(found: Exemplars) -> Rows:
+def rows_of(found: Exemplars) -> ClassifierRows:
     """What a part is fitted with."""
     train, held_out = found.train[:MOST_FITTED], found.held_out[:MOST_HELD]
     if not held_out and len(train) >= LENT:
         train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
     nobodys = (*(one.text for one in found.other), *near_misses(train))
     measured = found.gain.rows[:MEASURED] if found.gain else ()
-    return Rows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
+    return ClassifierRows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
 
 
-def fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
+def fit(found: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
     """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One thread."""
     import scipy.linalg  # noqa: F401 - the limit below holds for libraries that are loaded by then
     import sklearn.linear_model  # noqa: F401
@@ -152,7 +152,7 @@ def fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
         return _fit(found, space, vectors)
 
 
-def _fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
+def _fit(found: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
     rows = rows_of(found)
     features = space.features(rows.texts, vectors)
     own, nobodys, held, missed, measured = (features.at(where) for where in rows.bounds)
@@ -175,7 +175,7 @@ def _fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
     general = np.zeros(len(space.folds), dtype=np.float32)
     general[kept] = weights[start:]
     mine = weights[:start].astype(np.float32)
-    return Part(
+    return AgentClassifier(
         digest=digest(found),
         ids=tuple(one.id for one in rows.train),
         own=own,
@@ -190,7 +190,7 @@ def _fit(found: Exemplars, space: Space, vectors: F32 | None) -> Part:
     )
 
 
-def _near(own: Features, to_general: F32) -> F32:
+def _near(own: TextFeatures, to_general: F32) -> F32:
     """General prompts that are as like the agent's as its own are to each other: they may well be its business."""
     among = own.likeness(own)
     np.fill_diagonal(among, -1)
@@ -206,7 +206,7 @@ def _solved(kernel: Any, target: Any) -> tuple[Any, Any]:
     return inverse, inverse @ target
 
 
-def as_arrays(part: Part) -> dict[str, Any]:
+def as_arrays(part: AgentClassifier) -> dict[str, Any]:
     """A part as plain arrays; see `from_arrays`."""
     used = np.flatnonzero(part.words)
     found = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
@@ -218,12 +218,12 @@ def as_arrays(part: Part) -> dict[str, Any]:
     return found | (part.slices.as_arrays() if part.slices else {})
 
 
-def from_arrays(digest: str, ids: tuple[str, ...], found: Mapping[str, Any]) -> Part:
+def from_arrays(digest: str, ids: tuple[str, ...], found: Mapping[str, Any]) -> AgentClassifier:
     """The part that `as_arrays` told of. Raises ValueError where arrays of two writers stand beside each other."""
     words = np.zeros(int(found["width"]), dtype=np.float32)
     words[found["columns"]] = found["weights"]
-    own, held, missed = (Features.from_arrays(name, found) for name in ("own", "held", "missed"))
-    part = Part(
+    own, held, missed = (TextFeatures.from_arrays(name, found) for name in ("own", "held", "missed"))
+    part = AgentClassifier(
         digest=digest,
         ids=ids,
         own=own,
@@ -245,12 +245,12 @@ SCHEMA = 2
 GENERAL = "general"
 
 
-def save_part(folder: Path, encoder: str, part: Part, dtype: str = "") -> None:
+def save_part(folder: Path, encoder: str, part: AgentClassifier, dtype: str = "") -> None:
     """Write one agent's part. dtype: in which Sartor's engine made the encoder's vectors; "" where it did not."""
     _save(_file(folder, encoder, part.digest), part.digest, as_arrays(part), {"ids": part.ids, **_made_by(dtype)})
 
 
-def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> Part | None:
+def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> AgentClassifier | None:
     """The part of an agent with these exemplars; None if there is none, or of another arithmetic in `dtype`.
 
     Raises ArtifactError for a damaged one.

@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sartor.evaluate.metrics import BINS
-from sartor.serving.routing.agent_classifier import Part, Space
+from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralPrompts
 from sartor.serving.routing.router_model import Fitted, Linear, Looked, Shared, best_places
 from sartor.serving.routing.text_features import F32, stacked
 
@@ -61,7 +61,7 @@ KINDS, AGENTS, MISSES = "kinds", "agents", "near_misses"
 
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationSample:
     """Prompts that no part was fitted on, and whose each is. agent: (N,) its place, -1 for nobody's."""
 
     name: str
@@ -77,7 +77,11 @@ class Sample:
 
 
 def assemble(
-    agents: Mapping[str, Part], space: Space, target: float, risk: float = 1.0, unproven: Mapping[str, str] | None = None
+    agents: Mapping[str, AgentClassifier],
+    space: GeneralPrompts,
+    target: float,
+    risk: float = 1.0,
+    unproven: Mapping[str, str] | None = None,
 ) -> Fitted:
     """The router of these agents. One thread.
 
@@ -89,7 +93,9 @@ def assemble(
         return _assembled(agents, space, (target, risk), unproven or {})
 
 
-def _assembled(agents: Mapping[str, Part], space: Space, limits: tuple[float, float], unproven: Mapping[str, str]) -> Fitted:
+def _assembled(
+    agents: Mapping[str, AgentClassifier], space: GeneralPrompts, limits: tuple[float, float], unproven: Mapping[str, str]
+) -> Fitted:
     names, parts = tuple(agents), tuple(agents.values())
     held, *foreign = _samples(space, parts)
     foreign = [one for one in foreign if len(one.agent)]
@@ -114,7 +120,7 @@ def _assembled(agents: Mapping[str, Part], space: Space, limits: tuple[float, fl
     return replace(fitted, threshold=threshold, figures=figures)
 
 
-def _samples(space: Space, parts: tuple[Part, ...]) -> list[Sample]:
+def _samples(space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> list[CalibrationSample]:
     """Own held-out prompts, and three kinds of foreign ones."""
     linear = Linear.of(space, parts)
     most = max(2, MOST_HELD // len(parts))
@@ -129,16 +135,16 @@ def _samples(space: Space, parts: tuple[Part, ...]) -> list[Sample]:
     general = Looked(places, np.take_along_axis(scores, places, 1), likeness, space.foreign)
     nobody = np.full(len(missed.foreign), -1)
     others = replace(held, score=np.where(held.agents == agent[:, None], -np.inf, held.score))
-    samples = [Sample("own", held, agent), Sample(MISSES, missed, nobody)]
-    samples.append(Sample(KINDS, general, np.full(len(space.foreign), -1)))
-    return [*samples, Sample(AGENTS, others, np.full(len(agent), -1))] if len(parts) > 1 else samples
+    samples = [CalibrationSample("own", held, agent), CalibrationSample(MISSES, missed, nobody)]
+    samples.append(CalibrationSample(KINDS, general, np.full(len(space.foreign), -1)))
+    return [*samples, CalibrationSample(AGENTS, others, np.full(len(agent), -1))] if len(parts) > 1 else samples
 
 
-def _shared(held: Sample, foreign: Sequence[Sample]) -> Shared:
+def _shared(held: CalibrationSample, foreign: Sequence[CalibrationSample]) -> Shared:
     """The most likely figures; own prompts weigh as much as foreign ones, and each kind of these the same."""
     from scipy.optimize import minimize
 
-    def chance(values: Any, sample: Sample) -> Any:
+    def chance(values: Any, sample: CalibrationSample) -> Any:
         probability = Shared(*values).probability(sample.found)
         is_own = sample.found.agents == sample.agent[:, None]
         own = (probability * is_own).sum(axis=1)

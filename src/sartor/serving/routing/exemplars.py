@@ -29,8 +29,8 @@ from sartor.core.errors import ArtifactError
 from sartor.core.records import digest as records_digest
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.training_facts import EXEMPLARS, OTHER
-from sartor.release.gate import gain as checked
-from sartor.serving.routing.text_features import Features, neighbours_of
+from sartor.release.gate import check_gain as checked
+from sartor.serving.routing.text_features import TextFeatures, neighbours_of
 
 # Rows of a Report that are looked at, rows that make a slice on average, and the fewest of one that is judged
 MEASURED = 200
@@ -41,7 +41,7 @@ BY_ROW = {"macro_f1": "accuracy"}
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRow:
     """A row of a Report: its prompt, its class ("" without), and by how much the tuned reply was better than the base's."""
 
     prompt: str
@@ -55,19 +55,19 @@ class Gain:
 
     is_shown: bool
     detail: str
-    rows: tuple[Measured, ...] = ()
+    rows: tuple[MeasuredRow, ...] = ()
 
 
 @dataclass(frozen=True)
 class Slices:
     """A Report's rows in slices. features: of M rows; of: (M,) the slice of each; gain, size: (S,)."""
 
-    features: Features
+    features: TextFeatures
     of: Any
     gain: Any
     size: Any
 
-    def nearest(self, asked: Features) -> Any:
+    def nearest(self, asked: TextFeatures) -> Any:
         """(N,): the slice that each text belongs to."""
         return neighbours_of(asked.likeness(self.features), self.of, len(self.gain)).argmax(axis=1)
 
@@ -82,7 +82,7 @@ class Slices:
     @classmethod
     def from_arrays(cls, found: Mapping[str, Any]) -> Slices:
         """See `agent_classifier.from_arrays`."""
-        return cls(Features.from_arrays("slices", found), found["slice_of"], found["slice_gain"], found["slice_size"])
+        return cls(TextFeatures.from_arrays("slices", found), found["slice_of"], found["slice_gain"], found["slice_size"])
 
 
 def read_measured_gain(release: Path) -> Gain | None:
@@ -96,7 +96,7 @@ def read_measured_gain(release: Path) -> Gain | None:
         column, sign = BY_ROW.get(name, name), -1 if name in LOWER_IS_BETTER else 1
         told = parquet_io.read_file(release / "report" / "rows.parquet")
         found = [
-            Measured(row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"]))
+            MeasuredRow(row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"]))
             for row in told
             if row["prompt"].strip() and row.get(f"base_{column}") is not None and not row.get("media")
         ]
@@ -105,7 +105,7 @@ def read_measured_gain(release: Path) -> Gain | None:
     return Gain(check.outcome == "pass", check.detail, tuple(found))
 
 
-def sliced(found: Gain, features: Features) -> Slices | None:
+def sliced(found: Gain, features: TextFeatures) -> Slices | None:
     """The rows by their class where they have classes, else by likeness (average linkage); None for fewer than two slices."""
     rows = found.rows[: features.count]
     labels = [row.label for row in rows]
@@ -132,7 +132,7 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ExemplarPrompt:
     """An exemplar and where it stands: `agent:line` of its Release's file."""
 
     id: str
@@ -146,9 +146,9 @@ class Exemplars:
     gain: what its Report measured; None where there is no Report.
     """
 
-    train: tuple[Prompt, ...] = ()
-    held_out: tuple[Prompt, ...] = ()
-    other: tuple[Prompt, ...] = ()
+    train: tuple[ExemplarPrompt, ...] = ()
+    held_out: tuple[ExemplarPrompt, ...] = ()
+    other: tuple[ExemplarPrompt, ...] = ()
     gain: Gain | None = None
 
 
@@ -163,23 +163,23 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
     remedy = "release it again"
     if file.stat().st_size > MOST_BYTES:
         raise ArtifactError(f"{file} has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read", remedy)
-    found: dict[str, list[Prompt]] = {"train": [], "eval": [], OTHER: []}
+    found: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}
     try:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:MOST_LINES], 1):
             said = json.loads(line)
             if text := str(said["text"]).strip():
-                found[said["split"]].append(Prompt(f"{agent}:{number}", text))
+                found[said["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
     return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]), read_measured_gain(release))
 
 
 @cache
-def general() -> Mapping[str, tuple[Prompt, ...]]:
+def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
     """Sartor's own general prompts, by kind (general_prompts.yaml)."""
     text = importlib.resources.files("sartor").joinpath("serving/routing/general_prompts.yaml").read_text(encoding="utf-8")
     return {
-        kind: tuple(Prompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
+        kind: tuple(ExemplarPrompt(f"{kind}:{number}", str(prompt)) for number, prompt in enumerate(prompts, 1))
         for kind, prompts in yaml.safe_load(text).items()
     }
 
@@ -224,7 +224,7 @@ FRAMES = (
 _WORD = re.compile(r"[^\W\d_]{4,}")
 
 
-def near_misses(prompts: Sequence[Prompt], most: int = MOST) -> list[str]:
+def near_misses(prompts: Sequence[ExemplarPrompt], most: int = MOST) -> list[str]:
     """One for each of the first `most` prompts; frame and words are drawn by the prompt's digest."""
     return [_framed(prompt.text) for prompt in prompts[:most]]
 

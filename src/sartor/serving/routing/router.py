@@ -22,11 +22,11 @@ from sartor.core import assets
 from sartor.core.errors import ArtifactError, BusyError, SartorError
 from sartor.inference.engine import LOCAL
 from sartor.serving.routing import agent_classifier, calibration, exemplars
-from sartor.serving.routing.agent_classifier import Part, Space
+from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralPrompts
 from sartor.serving.routing.exemplars import Exemplars, shortened
-from sartor.serving.routing.router_model import BASE, Fitted, Judged
+from sartor.serving.routing.router_model import BASE, Fitted, RoutedText
 from sartor.serving.team_config import Routing
-from sartor.serving.types import Embedded, Route
+from sartor.serving.types import EmbeddingResult, RoutingDecision
 
 WORDS, BASE_ENCODER = "tfidf", "base"
 Made = TypeVar("Made")
@@ -45,7 +45,7 @@ LEAN = 0.3
 class Embedder(Protocol):
     """Of `Crew`, what a router needs."""
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """See Crew."""
         ...
 
@@ -68,8 +68,8 @@ class AutoRouter:
         self._task: asyncio.Task[None] | None = None
         self._is_ready = asyncio.Event()
         self._silent: tuple[str, ...] = ()
-        self._spaces: dict[str, Space] = {}
-        self._parts: dict[tuple[str, str], Part] = {}
+        self._spaces: dict[str, GeneralPrompts] = {}
+        self._parts: dict[tuple[str, str], AgentClassifier] = {}
         self.troubles: dict[str, str] = {}
 
     async def learn(self, releases: Mapping[str, Path]) -> None:
@@ -94,23 +94,25 @@ class AutoRouter:
         """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is none."""
         return {} if self._fitted is None else self._fitted.told
 
-    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> Route:
+    async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
         """See Router. The last user turn decides; the one before helps where it says too little."""
         turns = user_turns(messages)
         if not turns:
-            return Route(BASE, "there is no text to go by")
+            return RoutingDecision(BASE, "there is no text to go by")
         if not self._is_ready.is_set() and self._task is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_WAIT_S):
                     await self._is_ready.wait()
         if self._fitted is None:
-            return Route(BASE, "the router is being made" if not self._is_ready.is_set() else "no live agent has exemplars")
+            return RoutingDecision(
+                BASE, "the router is being made" if not self._is_ready.is_set() else "no live agent has exemplars"
+            )
         texts = [shortened(turns[-1]), *([shortened("\n".join(turns[-2:]))] if len(turns) > 1 else [])]
         try:
             fitted, judged, note = await self._judged(self._fitted, texts, openable)
         except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
             why = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
-            return Route(BASE, f"the router failed: {why}")
+            return RoutingDecision(BASE, f"the router failed: {why}")
         route = chosen(fitted, judged, openable)
         silent = [name for name in self._silent if name in openable]
         more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""
@@ -118,7 +120,7 @@ class AutoRouter:
 
     async def _judged(
         self, fitted: Fitted, texts: Sequence[str], openable: Collection[str]
-    ) -> tuple[Fitted, list[Judged], str]:
+    ) -> tuple[Fitted, list[RoutedText], str]:
         """What a router finds; by words alone where the encoder does not answer."""
         if not fitted.has_encoder:
             return fitted, await asyncio.to_thread(fitted.judge, texts, None, openable), ""
@@ -198,7 +200,7 @@ class AutoRouter:
             await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.told)
         return fitted if measured else replace(fitted, parts=tuple(replace(one, slices=None) for one in fitted.parts))
 
-    async def _space(self, encoder: str) -> Space:
+    async def _space(self, encoder: str) -> GeneralPrompts:
         """The general prompts by this encoder."""
         digest, made_in = exemplars.general_digest(), self._made_in(encoder)
         if (known := self._spaces.get(f"{encoder} {digest}")) is not None:
@@ -214,7 +216,7 @@ class AutoRouter:
         self._spaces = {f"{encoder} {digest}": await _apart(lambda: agent_classifier.make(encoder, vectors)), **self._spaces}
         return self._spaces[f"{encoder} {digest}"]
 
-    async def _part(self, found: Exemplars, ground: Space) -> Part:
+    async def _part(self, found: Exemplars, ground: GeneralPrompts) -> AgentClassifier:
         """One agent's part: of this server, from the disk, or fitted."""
         digest = exemplars.digest(found)
         key = (ground.encoder, digest)
@@ -226,7 +228,7 @@ class AutoRouter:
             self._parts[key] = known or await self._fitted_part(found, ground)
         return self._parts[key]
 
-    async def _fitted_part(self, found: Exemplars, ground: Space) -> Part:
+    async def _fitted_part(self, found: Exemplars, ground: GeneralPrompts) -> AgentClassifier:
         vectors = None
         if ground.dense is not None:
             vectors = await self._embedded(agent_classifier.rows_of(found).texts, ground.encoder)
@@ -306,14 +308,14 @@ async def _apart(fit: Callable[[], Made]) -> Made:
     return await found
 
 
-def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) -> Route:
+def chosen(fitted: Fitted, judged: Sequence[RoutedText], openable: Collection[str]) -> RoutingDecision:
     """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there is one.
 
     The base, if the agent that it is for is no better by its Report. The reason names no agent that may not be chosen.
     """
     by_turn = judged[0].best(openable)
     if not by_turn:
-        return Route(BASE, "no agent that may be chosen has exemplars")
+        return RoutingDecision(BASE, "no agent that may be chosen has exemplars")
     scores = {name: round(score, 4) for name, score in by_turn}
     (name, score), note = by_turn[0], ""
     found = judged[0]
@@ -327,13 +329,13 @@ def chosen(fitted: Fitted, judged: Sequence[Judged], openable: Collection[str]) 
     said = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
     said = f"{said}; {fitted.encoder}"
     if score < fitted.threshold:
-        return Route(BASE, f"no agent fits: {said}", scores)
+        return RoutingDecision(BASE, f"no agent fits: {said}", scores)
     if why := _no_gain(fitted, found, name):
-        return Route(BASE, f"{name} fits, {why}: {said}", scores, name)
-    return Route(name, said, scores)
+        return RoutingDecision(BASE, f"{name} fits, {why}: {said}", scores, name)
+    return RoutingDecision(name, said, scores)
 
 
-def _no_gain(fitted: Fitted, found: Judged, name: str) -> str:
+def _no_gain(fitted: Fitted, found: RoutedText, name: str) -> str:
     """Why the base is as good as this agent by the agent's own Report; "" where it is not."""
     if name in fitted.unproven:
         return f"but its Report shows no gain over the base ({fitted.unproven[name]})"

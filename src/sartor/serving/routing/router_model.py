@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sartor.serving.routing.agent_classifier import Part, Space
-from sartor.serving.routing.text_features import F32, Features, neighbours
+from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralPrompts
+from sartor.serving.routing.text_features import F32, TextFeatures, neighbours
 
 BASE = "base"
 # Agents whose prompts a text is compared with, by the scores of all
@@ -18,7 +18,7 @@ CANDIDATES = 8
 
 
 @dataclass(frozen=True)
-class Slice:
+class ReportSlice:
     """Where a text belongs among the rows of an agent's Report, and the mean gain there."""
 
     number: int
@@ -27,7 +27,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RoutedText:
     """What the router finds in one text. score: probability by agent, of the CANDIDATES best (the rest have next to none).
 
     nearest: by agent, (exemplar's id, likeness). poor: the slice of its Report that the text belongs to, of agents that were no
@@ -36,7 +36,7 @@ class Judged:
 
     score: Mapping[str, float]
     nearest: Mapping[str, tuple[str, float]]
-    poor: Mapping[str, Slice] = field(default_factory=dict)
+    poor: Mapping[str, ReportSlice] = field(default_factory=dict)
 
     def best(self, openable: Collection[str]) -> list[tuple[str, float]]:
         """(agent, score) of those that may be chosen, the best first."""
@@ -81,8 +81,8 @@ class Fitted:
     """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find again."""
 
     agents: tuple[str, ...]
-    space: Space
-    parts: tuple[Part, ...]
+    space: GeneralPrompts
+    parts: tuple[AgentClassifier, ...]
     shared: Shared
     threshold: float
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -104,7 +104,9 @@ class Fitted:
         said = {"encoder": self.encoder, "threshold": self.threshold, "agents": list(self.agents)}
         return {**said, "unproven": dict(self.unproven), **self.figures}
 
-    def judge(self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None) -> list[Judged]:
+    def judge(
+        self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None
+    ) -> list[RoutedText]:
         """Each text judged; `vectors` are the encoder's (N, D). The best of `openable` are looked at among others."""
         asked = self.space.features(texts, vectors)
         found = self._linear.look(asked, self._places(openable))
@@ -116,7 +118,7 @@ class Fitted:
             return None
         return np.array([place for place, name in enumerate(self.agents) if name in openable], dtype=int)
 
-    def _judged(self, asked: Features, agents: Any, probability: F32) -> Judged:
+    def _judged(self, asked: TextFeatures, agents: Any, probability: F32) -> RoutedText:
         score, nearest, poor = {}, {}, {}
         for place, chance in zip(agents, probability, strict=True):
             name, part = self.agents[place], self.parts[place]
@@ -129,8 +131,8 @@ class Fitted:
             if part.slices is not None:
                 number = int(part.slices.nearest(asked)[0])
                 if part.slices.lacks_gain(number):
-                    poor[name] = Slice(number, int(part.slices.size[number]), float(part.slices.gain[number]))
-        return Judged(score, nearest, poor)
+                    poor[name] = ReportSlice(number, int(part.slices.size[number]), float(part.slices.gain[number]))
+        return RoutedText(score, nearest, poor)
 
     @cached_property
     def _linear(self) -> Linear:
@@ -141,15 +143,15 @@ class Fitted:
 class Linear:
     """The classifiers of all parts side by side. words: (D, A) sparse; dense: (W, A); general: (G, A); bias: (A,)."""
 
-    space: Space
-    parts: tuple[Part, ...]
+    space: GeneralPrompts
+    parts: tuple[AgentClassifier, ...]
     words: Any
     dense: F32 | None
     general: F32
     bias: F32
 
     @classmethod
-    def of(cls, space: Space, parts: tuple[Part, ...]) -> Linear:
+    def of(cls, space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> Linear:
         """Of these parts."""
         import scipy.sparse
 
@@ -158,14 +160,14 @@ class Linear:
         general = np.stack([part.general for part in parts], axis=1)
         return cls(space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts]))
 
-    def scores(self, asked: Features, to_general: F32) -> F32:
+    def scores(self, asked: TextFeatures, to_general: F32) -> F32:
         """(N, A)."""
         found = np.asarray((asked.words @ self.words).todense())
         if self.dense is not None and asked.dense is not None:
             found = (found + asked.dense @ self.dense) / 2
         return np.asarray(found + to_general @ self.general + self.bias, dtype=np.float32)
 
-    def look(self, asked: Features, also: Any = None) -> Looked:
+    def look(self, asked: TextFeatures, also: Any = None) -> Looked:
         """The candidates of each text, and the best of the places `also` beside them."""
         to_general = asked.likeness(self.space.general)
         scores = self.scores(asked, to_general)
@@ -178,7 +180,7 @@ class Linear:
             agents = np.concatenate([agents, more], axis=1)
         return Looked(agents, found, self.likeness(asked, agents), neighbours(to_general))
 
-    def likeness(self, asked: Features, agents: Any) -> F32:
+    def likeness(self, asked: TextFeatures, agents: Any) -> F32:
         """(N, K): mean likeness to the nearest prompts of each candidate."""
         found = np.zeros(agents.shape, dtype=np.float32)
         for place in np.unique(agents):

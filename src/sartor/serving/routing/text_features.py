@@ -60,13 +60,13 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Features:
+class TextFeatures:
     """Of N texts: sparse words, and an encoder's rows where there is an encoder."""
 
     words: Any
     dense: F32 | None = None
 
-    def likeness(self, others: Features) -> F32:
+    def likeness(self, others: TextFeatures) -> F32:
         """(N, M): how alike each of these is to each of the others."""
         found = np.asarray((self.words @ others.words.T).todense(), dtype=np.float32)
         if self.dense is None or others.dense is None:
@@ -78,9 +78,9 @@ class Features:
         """N."""
         return int(self.words.shape[0])
 
-    def at(self, rows: Any) -> Features:
+    def at(self, rows: Any) -> TextFeatures:
         """Of some of the texts."""
-        return Features(self.words[rows], self.dense[rows] if self.dense is not None else None)
+        return TextFeatures(self.words[rows], self.dense[rows] if self.dense is not None else None)
 
     def as_arrays(self, name: str) -> dict[str, Any]:
         """Plain arrays whose names begin with `name`."""
@@ -90,7 +90,7 @@ class Features:
         return {f"{name}_{key}": array for key, array in found.items()}
 
     @classmethod
-    def from_arrays(cls, name: str, found: Mapping[str, Any]) -> Features:
+    def from_arrays(cls, name: str, found: Mapping[str, Any]) -> TextFeatures:
         """What `as_arrays` told of."""
         import scipy.sparse
 
@@ -98,13 +98,13 @@ class Features:
         return cls(scipy.sparse.csr_matrix(parts, tuple(found[f"{name}_shape"])), found.get(f"{name}_dense"))
 
 
-def stacked(parts: Sequence[Features]) -> Features:
+def stacked(parts: Sequence[TextFeatures]) -> TextFeatures:
     """One below the other."""
     import scipy.sparse
 
     dense = [part.dense for part in parts if part.dense is not None]
     words = scipy.sparse.vstack([part.words for part in parts], format="csr")
-    return Features(words, np.vstack(dense) if dense else None)
+    return TextFeatures(words, np.vstack(dense) if dense else None)
 
 
 def neighbours(likeness: F32) -> F32:

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ModelError, SartorError, UnavailableError
-from sartor.inference.engine import Call, Event, event_from_json
-from sartor.serving.workers.in_flight import LiveCall
-from sartor.serving.workers.worker_process import Child, GoneError, WorkerEnd
+from sartor.inference.engine import Event, GenerateCall, event_from_json
+from sartor.serving.workers.in_flight import InFlightCall
+from sartor.serving.workers.worker_process import WorkerDiedError, WorkerEnd, WorkerProcess
 
 # Workers that die while they load an adapter, in a row, before it is what is blamed: one may be killed from outside just then,
 # or die of a call that it makes.
 _MOST_DEATHS, _MOST_DOUBTFUL = 2, 5
 
 
-class Shelf:
+class AdapterPool:
     """`ready`: the workers that are ready. `to_try`: waits for one for what may kill it."""
 
-    def __init__(self, ready: Callable[[], list[Child]], to_try: Callable[[], Awaitable[Child]]) -> None:
+    def __init__(self, ready: Callable[[], list[WorkerProcess]], to_try: Callable[[], Awaitable[WorkerProcess]]) -> None:
         self._ready = ready
         self._to_try = to_try
         self._deaths: Counter[str] = Counter()
@@ -67,11 +67,11 @@ class Shelf:
                     raise
                 lacking[0].refused[adapter] = error  # calls of it go to the workers that have it
 
-    async def _try(self, child: Child, adapter: str, path: Path) -> None:
+    async def _try(self, child: WorkerProcess, adapter: str, path: Path) -> None:
         """Raises ModelError when workers died of it often enough; one death is no answer."""
         try:
             await child.attach(adapter, path)
-        except GoneError as error:
+        except WorkerDiedError as error:
             self._died(adapter, child)
             if self._is_deadly(adapter):
                 problem = f"workers died while they loaded the adapter {adapter[:12]}: {error}"
@@ -85,13 +85,13 @@ class Shelf:
         for child in self._ready():
             await child.detach(adapter)
 
-    async def equip(self, child: Child) -> None:
+    async def equip(self, child: WorkerProcess) -> None:
         """Load all of them in a new worker; it remembers what it could not load, and why. Raises GoneError when it dies."""
         while lacking := [name for name in self.paths if not child.knows(name)]:
             for adapter in lacking:
                 await self._equip(child, adapter)
 
-    async def _equip(self, child: Child, adapter: str) -> None:
+    async def _equip(self, child: WorkerProcess, adapter: str) -> None:
         path = self.paths.get(adapter)
         if path is None:  # taken away meanwhile
             return
@@ -102,13 +102,13 @@ class Shelf:
         try:
             await child.attach(adapter, path)
             self._forgive(adapter)
-        except GoneError:
+        except WorkerDiedError:
             self._died(adapter, child)
             raise
         except SartorError as error:
             child.refused[adapter] = error
 
-    def _died(self, adapter: str, child: Child) -> None:
+    def _died(self, adapter: str, child: WorkerProcess) -> None:
         doubtful = child.died_serving or child.end is WorkerEnd.KILLED
         (self._doubtful if doubtful else self._deaths)[adapter] += 1
 
@@ -128,7 +128,7 @@ _LOOK_S = 0.25
 AGENT = "probation"
 
 
-class Probation:
+class TrialWorker:
     """`command` and `opening` as of the workers that serve. One adapter at a time: each takes a base's memory."""
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], start_s: float) -> None:
@@ -143,7 +143,7 @@ class Probation:
         self._start_s = start_s
         self._turn = asyncio.Lock()
 
-    async def events(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[tuple[Event, ...]]:
+    async def events(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
         """What each call said, once the adapter in `path` is attached as `adapter`; calls of the base may be among them.
 
         Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or says nothing for start_s, and
@@ -153,7 +153,7 @@ class Probation:
             said: dict[str, list[Event]] = {call.id: [] for call in calls}
             ended = asyncio.Event()
 
-            def heard(child: Child, told: Mapping[str, Any]) -> None:
+            def heard(child: WorkerProcess, told: Mapping[str, Any]) -> None:
                 event = event_from_json(told)
                 said[event.call].append(event)
                 if told["event"] != "piece":
@@ -161,30 +161,30 @@ class Probation:
                 if not child.calls:
                     ended.set()
 
-            child = Child(self._command, self._opening, heard)
+            child = WorkerProcess(self._command, self._opening, heard)
             try:
                 await self._start(child)
                 async with self._watched(child):
                     await child.attach(adapter, path)
                     for number, call in enumerate(calls):
-                        child.begin(LiveCall(call, AGENT, False, number), call.id)
+                        child.begin(InFlightCall(call, AGENT, False, number), call.id)
                     if calls:
                         await self._all(child, ended)
-            except GoneError as error:
+            except WorkerDiedError as error:
                 raise ModelError(f"a worker that tried the adapter in {path} ended: {error}", "tune it again") from None
             finally:
                 child.kill(WorkerEnd.CLOSED)
                 await child.gone()
             return [tuple(said[call.id]) for call in calls]
 
-    async def _start(self, child: Child) -> None:
+    async def _start(self, child: WorkerProcess) -> None:
         try:
             await child.start(self._start_s)
-        except GoneError as error:
+        except WorkerDiedError as error:
             raise UnavailableError(f"a worker to try the adapter could not start: {error}", "see what the log says") from None
 
     @contextlib.asynccontextmanager
-    async def _watched(self, child: Child) -> AsyncIterator[None]:
+    async def _watched(self, child: WorkerProcess) -> AsyncIterator[None]:
         """Kill it when it says nothing for too long: with little of the processor it may be slow, and is not hanging."""
 
         async def watch() -> None:
@@ -198,7 +198,7 @@ class Probation:
         finally:
             watching.cancel()
 
-    async def _all(self, child: Child, ended: asyncio.Event) -> None:
+    async def _all(self, child: WorkerProcess, ended: asyncio.Event) -> None:
         """Return when all calls have ended. Raises GoneError when the worker does."""
         gone = asyncio.ensure_future(child.gone())
         done = asyncio.ensure_future(ended.wait())
@@ -206,4 +206,4 @@ class Probation:
         for waiter in (gone, done):
             waiter.cancel()
         if child.calls:
-            raise GoneError(child.why)
+            raise WorkerDiedError(child.why)

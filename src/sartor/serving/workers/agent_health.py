@@ -18,19 +18,19 @@ from typing import Any, Literal
 
 from sartor.core.errors import BusyError, ModelError, UnavailableError
 from sartor.core.ipc import frame
-from sartor.inference.engine import Call, Done, Failed
+from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed
 from sartor.serving import team_config
-from sartor.serving.workers.in_flight import LiveCall
+from sartor.serving.workers.in_flight import InFlightCall
 
 State = Literal["closed", "open", "half-open", "quarantined"]
 Clock = Callable[[], float]
 _MOST_DOUBLINGS = 4
 
 
-class Breaker:
+class CircuitBreaker:
     """One agent's. Every call that `enter` lets in ends by exactly one of `succeed`, `fail` and `leave`."""
 
-    def __init__(self, agent: str, rules: team_config.Breaker, clock: Clock = time.monotonic) -> None:
+    def __init__(self, agent: str, rules: team_config.CircuitBreakerOptions, clock: Clock = time.monotonic) -> None:
         self._agent = agent
         self._rules = rules
         self._clock = clock
@@ -116,7 +116,7 @@ class Restarts:
     """When the worker of one place may be started again."""
 
     def __init__(
-        self, rules: team_config.Workers, clock: Clock = time.monotonic, draw: Callable[[], float] = random.random
+        self, rules: team_config.WorkerOptions, clock: Clock = time.monotonic, draw: Callable[[], float] = random.random
     ) -> None:
         self._rules = rules
         self._clock = clock
@@ -152,13 +152,13 @@ _LEAST_RESERVING_ROWS = 4  # fewer rows are too few to keep one
 _OLD = 0.9  # weight of the past in the mean time that a call takes
 
 
-class Bulkhead:
+class AgentQueues:
     """Who waits for which agent, and how many calls each has."""
 
     def __init__(self, per_agent: int) -> None:
         self._per_agent = per_agent
-        self._waiting: dict[str, deque[LiveCall]] = {}
-        self._alone: list[LiveCall] = []
+        self._waiting: dict[str, deque[InFlightCall]] = {}
+        self._alone: list[InFlightCall] = []
         self._mean_s: dict[str, float] = {}
         self.inside: Counter[str] = Counter()
 
@@ -181,7 +181,7 @@ class Bulkhead:
             del self.inside[agent]
         self._mean_s[agent] = _OLD * self._mean_s.get(agent, took_s) + (1 - _OLD) * took_s
 
-    def put(self, live: LiveCall) -> None:
+    def put(self, live: InFlightCall) -> None:
         """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made alone."""
         if live.is_suspect:
             self._alone.append(live)
@@ -192,7 +192,7 @@ class Bulkhead:
             place -= 1
         queue.insert(place, live)
 
-    def drop(self, live: LiveCall) -> None:
+    def drop(self, live: InFlightCall) -> None:
         """Take a call out of where it waits, if it waits."""
         if live in self._alone:
             self._alone.remove(live)
@@ -204,15 +204,15 @@ class Bulkhead:
         if not queue:
             del self._waiting[live.agent]
 
-    def in_turn(self, held: Counter[str]) -> list[LiveCall]:
+    def in_turn(self, held: Counter[str]) -> list[InFlightCall]:
         """The first call of each agent: the agent that holds fewest rows first, then the call that waits longest."""
         return sorted((queue[0] for queue in self._waiting.values()), key=lambda live: (held[live.agent], live.number))
 
-    def suspects(self, watched: Counter[str]) -> list[LiveCall]:
+    def suspects(self, watched: Counter[str]) -> list[InFlightCall]:
         """Calls to be made alone; those of agents that nothing is known against first."""
         return sorted(self._alone, key=lambda live: (watched[live.agent] > 0, live.number))
 
-    def waiting(self) -> Iterator[LiveCall]:
+    def waiting(self) -> Iterator[InFlightCall]:
         """All that wait."""
         for queue in list(self._waiting.values()):
             yield from list(queue)
@@ -241,17 +241,17 @@ _WATCHED_CALLS = 8  # of an agent whose call killed a worker: so many are made a
 _MOST_KILLERS = 1024
 
 
-class Standing:
+class AgentHealthTracker:
     """Of all agents."""
 
-    def __init__(self, rules: team_config.Breaker) -> None:
+    def __init__(self, rules: team_config.CircuitBreakerOptions) -> None:
         self._rules = rules
-        self._breakers: dict[str, Breaker] = {}
+        self._breakers: dict[str, CircuitBreaker] = {}
         self._killers: OrderedDict[str, None] = OrderedDict()
         self._prompts: OrderedDict[str, None] = OrderedDict()
         self.watched: Counter[str] = Counter()
 
-    def enter(self, call: Call, agent: str) -> bool:
+    def enter(self, call: GenerateCall, agent: str) -> bool:
         """Whether the call is the one that tries a half-open breaker.
 
         Raises ModelError for one that has killed workers, UnavailableError when the agent is out of service.
@@ -260,7 +260,7 @@ class Standing:
             raise ModelError(f"this request to {agent} killed the workers that took it", "change the request")
         return agent in self._breakers and self._breakers[agent].enter()
 
-    def is_suspect(self, call: Call, agent: str) -> bool:
+    def is_suspect(self, call: GenerateCall, agent: str) -> bool:
         """Whether it is to be made alone from the start: its agent is watched, or the same prompt has killed as another's.
 
         So whoever steps in for an agent is asked the same at nobody's cost.
@@ -272,16 +272,16 @@ class Standing:
         if agent in self._breakers:
             self._breakers[agent].leave(trial)
 
-    def judge(self, live: LiveCall, event: Done | Failed) -> None:
+    def judge(self, live: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
         """A call ended: what that says of its agent."""
-        if isinstance(event, Failed) and event.kind in AGENT_FAULTS:
+        if isinstance(event, ReplyFailed) and event.kind in AGENT_FAULTS:
             self.blame(live.agent, event.problem, live.trial)
-        elif isinstance(event, Done) and event.finish != "cancelled":
+        elif isinstance(event, ReplyDone) and event.finish != "cancelled":
             self._praise(live)
         else:
             self.leave(live.agent, live.trial)
 
-    def condemn(self, live: LiveCall) -> None:
+    def condemn(self, live: InFlightCall) -> None:
         """A call has killed a worker that served nobody else."""
         for kept, digest in ((self._killers, _content(live.call)), (self._prompts, _prompt(live.call))):
             kept[digest] = None
@@ -297,7 +297,7 @@ class Standing:
         if agent not in self._breakers:
             # versions come and go: those of which nothing is known any more make room
             self._breakers = {name: breaker for name, breaker in self._breakers.items() if not breaker.is_blank}
-            self._breakers[agent] = Breaker(agent, self._rules)
+            self._breakers[agent] = CircuitBreaker(agent, self._rules)
         self._breakers[agent].fail(why, trial)
 
     def release(self, agent: str) -> None:
@@ -316,7 +316,7 @@ class Standing:
         said = {"breaker": breaker.state, "why": breaker.why} if breaker else {"breaker": "closed", "why": ""}
         return {**said, "watched": self.watched[agent]}
 
-    def _praise(self, live: LiveCall) -> None:
+    def _praise(self, live: InFlightCall) -> None:
         if live.agent in self._breakers:
             self._breakers[live.agent].succeed(live.trial)
         if live.is_suspect and live.agent in self.watched:
@@ -324,12 +324,12 @@ class Standing:
             self.watched += Counter()  # forgets those at 0
 
 
-def _prompt(call: Call) -> str:
+def _prompt(call: GenerateCall) -> str:
     """A digest of what is asked in the end, whatever stands before it."""
     return _digest({"asked": call.messages[-1:], "text": call.text})
 
 
-def _content(call: Call) -> str:
+def _content(call: GenerateCall) -> str:
     """A digest of all that a call asks for, whoever asks."""
     return _digest({**call.as_json(), "id": ""})
 

@@ -12,18 +12,18 @@ from collections.abc import Callable, Sequence
 
 from sartor.core.errors import SartorError
 from sartor.core.ipc import error_of
-from sartor.inference.engine import Call, Done, Event, Failed, Logprob, Piece
+from sartor.inference.engine import Event, GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
 
 # What a worker said may lie this many tokens behind what it did when it died.
 _LAG_TOKENS = 2
 _SUSPECT_DEATHS, _SUSPECT_DEATHS_ANYWHERE = 2, 3
 
 
-class DiffersError(Exception):
+class ReplayMismatchError(Exception):
     """A reply that was made again is another one."""
 
 
-class Story:
+class ReplayBuffer:
     """All that was said of one reply, so that another worker can go on where the first one stopped."""
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class Story:
         self.at_tokens = 0
         self._at_logprobs = 0
 
-    def more(self, piece: Piece) -> Piece | None:
+    def more(self, piece: TextDelta) -> TextDelta | None:
         """What of a piece is new. Raises DiffersError when it is not what was said before."""
         known = self._text[self._at : self._at + len(piece.text)]
         if not piece.text.startswith(known):
-            raise DiffersError
+            raise ReplayMismatchError
         self._at += len(piece.text)
         self.at_tokens += piece.tokens
         self._at_logprobs += len(piece.logprobs)
@@ -53,23 +53,23 @@ class Story:
         self._text += text
         self._tokens += tokens
         self._logprobs += fresh
-        return Piece(piece.call, text, tokens, logprobs) if text or tokens or logprobs else None
+        return TextDelta(piece.call, text, tokens, logprobs) if text or tokens or logprobs else None
 
     def end(self) -> None:
         """The reply is whole. Raises DiffersError when more had been said before."""
         if self._at < len(self._text):
-            raise DiffersError
+            raise ReplayMismatchError
 
 
-class LiveCall:
+class InFlightCall:
     """One call between its client and the workers. `wire_id` names the attempt that counts; "" when none runs."""
 
-    def __init__(self, call: Call, agent: str, trial: bool, number: int) -> None:
+    def __init__(self, call: GenerateCall, agent: str, trial: bool, number: int) -> None:
         self.call = call
         self.agent = agent
         self.trial = trial
         self.number = number
-        self.story = Story()
+        self.story = ReplayBuffer()
         self.wire_id = ""
         self.began_at = time.monotonic()
         self.over = asyncio.Event()
@@ -77,8 +77,8 @@ class LiveCall:
         self.deaths_alone = 0
         self.timer: asyncio.TimerHandle | None = None
         self._deaths: list[int] = []
-        self._pieces: list[Piece] = []
-        self._last: Done | Failed | None = None
+        self._pieces: list[TextDelta] = []
+        self._last: ReplyDone | ReplyFailed | None = None
         self._untaken_since = 0.0
         self._news = asyncio.Event()
 
@@ -89,7 +89,7 @@ class LiveCall:
 
     def say(self, event: Event) -> None:
         """Keep an event for the client."""
-        if isinstance(event, Piece):
+        if isinstance(event, TextDelta):
             if not self._pieces:
                 self._untaken_since = time.monotonic()
             self._pieces.append(event)
@@ -122,7 +122,7 @@ class LiveCall:
 
     def error(self) -> SartorError | None:
         """The error, if that is all there is to take."""
-        if self._pieces or not isinstance(self._last, Failed):
+        if self._pieces or not isinstance(self._last, ReplyFailed):
             return None
         return error_of(self._last.kind, self._last.problem, self._last.remedy)
 
@@ -130,28 +130,28 @@ class LiveCall:
         """What is there: all pieces as one, or the end."""
         if self._pieces:
             pieces, self._pieces = self._pieces, []
-            return merged(pieces)
+            return merge_pieces(pieces)
         assert self._last is not None, "wait() before take()"
         return self._last
 
 
-def merged(pieces: Sequence[Piece]) -> Piece:
+def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
     """Pieces that follow each other, as one."""
     if len(pieces) == 1:
         return pieces[0]
     logprobs: tuple[Logprob, ...] = tuple(logprob for piece in pieces for logprob in piece.logprobs)
-    return Piece(pieces[0].call, "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces), logprobs)
+    return TextDelta(pieces[0].call, "".join(piece.text for piece in pieces), sum(piece.tokens for piece in pieces), logprobs)
 
 
-class Events:
+class InFlightEvents:
     """The client's side of a LiveCall: an async iterator that ends after Done or Failed; `aclose` cancels the reply."""
 
-    def __init__(self, live: LiveCall, cancel: Callable[[LiveCall], None]) -> None:
+    def __init__(self, live: InFlightCall, cancel: Callable[[InFlightCall], None]) -> None:
         self._live = live
         self._cancel = cancel
         self._ended = False
 
-    def __aiter__(self) -> Events:
+    def __aiter__(self) -> InFlightEvents:
         return self
 
     async def __anext__(self) -> Event:
@@ -163,7 +163,7 @@ class Events:
             await self.aclose()
             raise
         event = self._live.take()
-        self._ended = not isinstance(event, Piece)
+        self._ended = not isinstance(event, TextDelta)
         return event
 
     async def aclose(self) -> None:

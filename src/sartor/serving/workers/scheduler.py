@@ -12,41 +12,41 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
-from sartor.inference.engine import BASE, Call, Done, Event, Failed, Piece, event_from_json
-from sartor.serving.team_config import Workers
-from sartor.serving.workers.adapter_loading import Shelf
-from sartor.serving.workers.agent_health import Bulkhead, Standing, most_rows
-from sartor.serving.workers.in_flight import DiffersError, LiveCall
-from sartor.serving.workers.worker_pool import Places
-from sartor.serving.workers.worker_process import Child, WorkerEnd
+from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta, event_from_json
+from sartor.serving.team_config import WorkerOptions
+from sartor.serving.workers.adapter_loading import AdapterPool
+from sartor.serving.workers.agent_health import AgentHealthTracker, AgentQueues, most_rows
+from sartor.serving.workers.in_flight import InFlightCall, ReplayMismatchError
+from sartor.serving.workers.worker_pool import WorkerSlots
+from sartor.serving.workers.worker_process import WorkerEnd, WorkerProcess
 
 # Ends that the operator, the kernel or a machine without time may have caused: they prove little by happening once.
 _UNCERTAIN_ENDS = (WorkerEnd.KILLED, WorkerEnd.HUNG)
 _LOG = logging.getLogger("sartor.agents")
 
 
-class Calls:
+class CallScheduler:
     """All that live. A worker that dies takes none with it.
 
     Its calls are made again by another and go on where they were (in_flight.py). A call at whose side workers die is
     made by a worker that serves nobody else; if it kills that, too, it fails, and its agent is blamed.
     """
 
-    def __init__(self, bulkhead: Bulkhead, standing: Standing, rules: Workers) -> None:
+    def __init__(self, bulkhead: AgentQueues, standing: AgentHealthTracker, rules: WorkerOptions) -> None:
         self._bulkhead = bulkhead
         self._standing = standing
         self._rules = rules
         self._numbers = itertools.count(1)
         self._is_poked = False
-        self.lives: set[LiveCall] = set()
+        self.lives: set[InFlightCall] = set()
         self.counts: Counter[str] = Counter()
 
-    def use(self, places: Places, shelf: Shelf) -> None:
+    def use(self, places: WorkerSlots, shelf: AdapterPool) -> None:
         """Who makes them. Both tell `heard`, `lost` and `poke`, so they are made after this."""
         self._places = places
         self._shelf = shelf
 
-    def add(self, call: Call, agent: str, deadline_s: float) -> LiveCall:
+    def add(self, call: GenerateCall, agent: str, deadline_s: float) -> InFlightCall:
         """A call that waits from here on.
 
         Raises UnavailableError, ModelError and BusyError as Standing and Bulkhead do.
@@ -59,7 +59,7 @@ class Calls:
         except SartorError:
             self._standing.leave(agent, trial)
             raise
-        live = LiveCall(call, agent, trial, next(self._numbers))
+        live = InFlightCall(call, agent, trial, next(self._numbers))
         live.is_suspect = self._standing.is_suspect(call, agent)
         live.timer = asyncio.get_running_loop().call_later(deadline_s, self._late, live, deadline_s)
         self.lives.add(live)
@@ -67,17 +67,17 @@ class Calls:
         self._dispatch()
         return live
 
-    def cancel(self, live: LiveCall) -> None:
+    def cancel(self, live: InFlightCall) -> None:
         """Its client wants no more."""
         if not live.over.is_set():
             self.counts["cancelled"] += 1
             self._stop(live)
-            self._finish(live, Done(live.call.id, "cancelled", 0, live.story.at_tokens))
+            self._finish(live, ReplyDone(live.call.id, "cancelled", 0, live.story.at_tokens))
 
-    def fail(self, live: LiveCall, error: SartorError) -> None:
+    def fail(self, live: InFlightCall, error: SartorError) -> None:
         """End it with an error."""
         self._stop(live)
-        self._finish(live, Failed(live.call.id, error.kind, error.problem, error.remedy))
+        self._finish(live, ReplyFailed(live.call.id, error.kind, error.problem, error.remedy))
 
     def cut_slow_clients(self, most_s: float) -> None:
         """End those whose clients take nothing."""
@@ -91,13 +91,13 @@ class Calls:
             self._is_poked = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
-    def heard(self, child: Child, said: Mapping[str, Any]) -> None:
+    def heard(self, child: WorkerProcess, said: Mapping[str, Any]) -> None:
         """A worker said an event."""
         event = event_from_json(said)
         live = child.calls.get(event.call)
         if live is None:
             return
-        if not isinstance(event, Piece):
+        if not isinstance(event, TextDelta):
             del child.calls[event.call]
             child.owes = child.owes or (child.alone and live.is_suspect)
             child.alone = child.alone and bool(child.calls)
@@ -106,12 +106,12 @@ class Calls:
             return
         try:
             self._tell(live, replace(event, call=live.call.id))
-        except DiffersError:
+        except ReplayMismatchError:
             self.counts["differing"] += 1
             problem = "a worker died, and the reply that another made in its place was not the same"
             self.fail(live, UnavailableError(problem, "ask again"))
 
-    def lost(self, child: Child) -> None:
+    def lost(self, child: WorkerProcess) -> None:
         """A worker is gone."""
         lives = [live for name, live in child.calls.items() if live.wire_id == name and not live.over.is_set()]
         child.calls.clear()
@@ -127,16 +127,16 @@ class Calls:
                 self._bulkhead.put(live)
         self.poke()
 
-    def _tell(self, live: LiveCall, event: Event) -> None:
-        if isinstance(event, Piece):
+    def _tell(self, live: InFlightCall, event: Event) -> None:
+        if isinstance(event, TextDelta):
             if (piece := live.story.more(event)) is not None:
                 live.say(piece)
             return
-        if isinstance(event, Done):
+        if isinstance(event, ReplyDone):
             live.story.end()
         self._finish(live, event)
 
-    def _finish(self, live: LiveCall, event: Done | Failed) -> None:
+    def _finish(self, live: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
         """The one way by which a call ends."""
         if live.over.is_set():
             return
@@ -150,17 +150,17 @@ class Calls:
         live.say(event)
         self.poke()
 
-    def _stop(self, live: LiveCall) -> None:
+    def _stop(self, live: InFlightCall) -> None:
         """Its worker is told. The row counts as taken until the worker says that it is free."""
         child = self._places.find(live.wire_id)
         if child is not None:
             child.send({"op": "cancel", "call": live.wire_id})
 
-    def _late(self, live: LiveCall, deadline_s: float) -> None:
+    def _late(self, live: InFlightCall, deadline_s: float) -> None:
         self.counts["late"] += 1
         self.fail(live, DeadlineError(f"no whole reply within {deadline_s:g} s", "ask for fewer tokens, or again later"))
 
-    def _condemn(self, live: LiveCall, why: str) -> None:
+    def _condemn(self, live: InFlightCall, why: str) -> None:
         self.counts["condemned"] += 1
         _LOG.error("a call of %s killed a worker that served nobody else: %s", live.agent, why)
         self._standing.condemn(live)
@@ -185,7 +185,7 @@ class Calls:
             child.owes = False
             self._begin(child, live)
 
-    def _next(self, answering: list[Child]) -> tuple[Child, LiveCall] | None:
+    def _next(self, answering: list[WorkerProcess]) -> tuple[WorkerProcess, InFlightCall] | None:
         """Whose turn it is, and the worker with most free rows that has the adapter."""
         held = Counter(live.agent for child in answering for live in child.calls.values())
         rows = self._rows(answering)
@@ -199,20 +199,20 @@ class Calls:
             self._fail_where_all_refuse(live)
         return None
 
-    def _rows(self, children: list[Child]) -> int:
+    def _rows(self, children: list[WorkerProcess]) -> int:
         return sum(child.about.rows for child in children)
 
-    def _begin(self, child: Child, live: LiveCall) -> None:
+    def _begin(self, child: WorkerProcess, live: InFlightCall) -> None:
         self._bulkhead.drop(live)
         child.begin(live, str(next(self._numbers)))
 
-    def _fail_where_all_refuse(self, live: LiveCall) -> None:
+    def _fail_where_all_refuse(self, live: InFlightCall) -> None:
         ready = self._places.ready()
         refusals = [child.refused[live.call.adapter] for child in ready if live.call.adapter in child.refused]
         if refusals and len(refusals) == len(ready):
             self.fail(live, refusals[0])
 
-    def _dispatch_suspects(self, answering: list[Child]) -> None:
+    def _dispatch_suspects(self, answering: list[WorkerProcess]) -> None:
         for live in self._bulkhead.suspects(self._standing.watched):
             child = self._lonely(live, answering)
             if child is None:
@@ -222,7 +222,7 @@ class Calls:
             if not child.calls:  # else those that it has end first
                 self._begin(child, live)
 
-    def _lonely(self, live: LiveCall, answering: list[Child]) -> Child | None:
+    def _lonely(self, live: InFlightCall, answering: list[WorkerProcess]) -> WorkerProcess | None:
         """For a suspected call: a spare; where there is none nor will be, one that answers, in turn with other calls."""
         adapter = live.call.adapter
         able = [child for child in self._places.ready() if not child.alone and (adapter == BASE or adapter in child.adapters)]
@@ -233,7 +233,7 @@ class Calls:
         return min(able, key=lambda child: len(child.calls), default=None)
 
 
-def _has_killed(live: LiveCall, end: WorkerEnd | None) -> bool:
+def _has_killed(live: InFlightCall, end: WorkerEnd | None) -> bool:
     """Count a worker that made nothing else and ended, and return whether that is enough to blame the call."""
     live.deaths_alone += 1
     return live.deaths_alone > 1 or end not in _UNCERTAIN_ENDS

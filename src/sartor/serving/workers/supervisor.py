@@ -19,15 +19,15 @@ from typing import Any
 
 from sartor.core import config, records
 from sartor.core.errors import DeadlineError, ModelError, UnavailableError
-from sartor.inference.engine import BASE, About, Call, Event
-from sartor.serving.team_config import Remote, Team
-from sartor.serving.types import Embedded
-from sartor.serving.workers.adapter_loading import Probation, Shelf
-from sartor.serving.workers.agent_health import Bulkhead, Standing
-from sartor.serving.workers.in_flight import Events
-from sartor.serving.workers.scheduler import Calls
-from sartor.serving.workers.worker_pool import Hooks, Places
-from sartor.serving.workers.worker_process import Child, GoneError, cores
+from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall
+from sartor.serving.team_config import OpenAiEngineOptions, Team
+from sartor.serving.types import EmbeddingResult
+from sartor.serving.workers.adapter_loading import AdapterPool, TrialWorker
+from sartor.serving.workers.agent_health import AgentHealthTracker, AgentQueues
+from sartor.serving.workers.in_flight import InFlightEvents
+from sartor.serving.workers.scheduler import CallScheduler
+from sartor.serving.workers.worker_pool import Hooks, WorkerSlots
+from sartor.serving.workers.worker_process import WorkerDiedError, WorkerProcess, cores
 
 EMBEDDINGS = "embeddings"  # the bulkhead that all embeddings share
 WORKER = (sys.executable, "-m", "sartor.serving.workers.worker_main")
@@ -42,19 +42,19 @@ class Supervisor:
     def __init__(self, team: Team, command: Sequence[str] = WORKER) -> None:
         self._team = team
         self._command = tuple(command)
-        self._bulkhead = Bulkhead(team.limits.per_agent)
-        self._standing = Standing(team.breaker)
-        self._calls = Calls(self._bulkhead, self._standing, team.workers)
+        self._bulkhead = AgentQueues(team.limits.per_agent)
+        self._standing = AgentHealthTracker(team.breaker)
+        self._calls = CallScheduler(self._bulkhead, self._standing, team.workers)
         hooks = Hooks(lambda child: self._shelf.equip(child), self._calls.poke, self._calls.lost, self._beat)
-        self._places = Places(team.workers, lambda: Child(self._command, self.opening(), self._calls.heard), hooks)
-        self._shelf = Shelf(self._places.ready, self._places.to_try)
+        self._places = WorkerSlots(team.workers, lambda: WorkerProcess(self._command, self.opening(), self._calls.heard), hooks)
+        self._shelf = AdapterPool(self._places.ready, self._places.to_try)
         self._calls.use(self._places, self._shelf)
-        self._probation = Probation(self._command, self.opening(), team.workers.start_s)
-        self._about: About | None = None
+        self._probation = TrialWorker(self._command, self.opening(), team.workers.start_s)
+        self._about: EngineInfo | None = None
         self._condemned: deque[str] = deque(maxlen=_MOST_CONDEMNED)
         self._is_closing = False
 
-    async def start(self) -> About:
+    async def start(self) -> EngineInfo:
         """Start the workers, and wait for the first. Raises what it told (no such base, no such package), UnavailableError."""
         try:
             self._about = await self._places.start()
@@ -76,7 +76,7 @@ class Supervisor:
         await self._places.close()
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """See Crew; known once `start` has returned."""
         if self._about is None:
             raise UnavailableError("no worker has been started", "await start()")
@@ -95,7 +95,7 @@ class Supervisor:
             await lives[0].over.wait()
         await self._shelf.detach(adapter, since)
 
-    async def reply(self, call: Call, agent: str, deadline_s: float) -> AsyncIterator[Event]:
+    async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
         """See Crew. ModelError for a call that has killed a worker before."""
         self._refuse_when_closing()
         if call.adapter != BASE and call.adapter not in self._shelf.paths:
@@ -108,9 +108,9 @@ class Supervisor:
             raise
         if (error := live.error()) is not None:
             raise error
-        return Events(live, self._calls.cancel)
+        return InFlightEvents(live, self._calls.cancel)
 
-    async def embed(self, texts: Sequence[str], encoder: str) -> Embedded:
+    async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers, and what
         the encoder tells.
         """
@@ -131,9 +131,9 @@ class Supervisor:
             raise DeadlineError(f"{len(texts)} texts took more than {deadline_s:g} s", "send fewer at once") from None
         finally:
             self._bulkhead.leave(EMBEDDINGS, time.monotonic() - began)
-        return Embedded(vectors, tokens, tuple(cut))
+        return EmbeddingResult(vectors, tokens, tuple(cut))
 
-    async def probe(self, adapter: str, path: Path, calls: Sequence[Call]) -> list[tuple[Event, ...]]:
+    async def probe(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
         """What each call says when the adapter in `path` is attached as `adapter` to a worker of its own, for admission.
 
         Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
@@ -167,7 +167,7 @@ class Supervisor:
     def opening(self) -> dict[str, Any]:
         """The frame that opens a worker's engine."""
         rules, engine = self._team.workers, self._team.engine
-        if not isinstance(engine, Remote) and engine.threads == 0:
+        if not isinstance(engine, OpenAiEngineOptions) and engine.threads == 0:
             engine = replace(engine, threads=max(1, cores() // rules.count))
         return {
             "engine": config.dump(engine),
@@ -194,7 +194,7 @@ class Supervisor:
             children = self._places.answering() or self._places.ready()
             try:
                 return await min(children, key=lambda child: len(child.calls)).ask("embed", texts=texts, encoder=encoder)
-            except GoneError:
+            except WorkerDiedError:
                 continue
         self._condemned.append(known)
         raise UnavailableError("two workers died while they embedded these texts", "send other texts, or fewer")

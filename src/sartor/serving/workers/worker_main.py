@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import resource_limits
-from sartor.core.encoder_registry import Encoder, open_encoder
+from sartor.core.encoder_registry import TextEncoder, open_encoder
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
 from sartor.core.filesystem import file_digest
-from sartor.core.ipc import BEAT_S, Channel, Malformed, error_as_json
-from sartor.core.lazy_import import load
-from sartor.inference.engine import PROJECTORS, Call, Engine, Failed, Vector, adapter_digest, event_as_json
+from sartor.core.ipc import BEAT_S, Channel, MalformedFrame, error_as_json
+from sartor.core.lazy_import import import_module
+from sartor.inference.engine import PROJECTORS, Engine, GenerateCall, ReplyFailed, TextEmbedding, adapter_digest, event_as_json
 from sartor.media import audio
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
@@ -65,7 +65,7 @@ def open_engine(said: Mapping[str, Any]) -> Engine:
     kind = options.pop("kind")
     if kind not in _ENGINES:
         raise ConfigError(f"there is no engine {kind!r}", f"engine: {{kind: {' | '.join(_ENGINES)}}}")
-    engine: Engine = load(_ENGINES[kind]).open_engine(said["base"], **options)
+    engine: Engine = import_module(_ENGINES[kind]).open_engine(said["base"], **options)
     return engine
 
 
@@ -85,8 +85,8 @@ class _Embedding:
     """Texts on their way to vectors, a part of the work a turn: replies go on meanwhile."""
 
     said: Mapping[str, Any]
-    parts: Iterator[Vector | None]
-    made: list[Vector] = field(default_factory=list)
+    parts: Iterator[TextEmbedding | None]
+    made: list[TextEmbedding] = field(default_factory=list)
 
     def go_on(self) -> dict[str, Any]:
         """One part. The answer once all is done, else nothing."""
@@ -110,7 +110,7 @@ class _Loop:
         self._check = check
         self._asks: deque[Mapping[str, Any]] = deque()
         self._embeddings: deque[_Embedding] = deque()
-        self._encoders: dict[str, Encoder] = {}
+        self._encoders: dict[str, TextEncoder] = {}
         self._closing = False
         self._beat_at = 0.0
 
@@ -144,8 +144,8 @@ class _Loop:
             self._beat_at = now + BEAT_S
             self._channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
 
-    def _hear(self, said: Mapping[str, Any] | Malformed) -> None:
-        if isinstance(said, Malformed):
+    def _hear(self, said: Mapping[str, Any] | MalformedFrame) -> None:
+        if isinstance(said, MalformedFrame):
             self._channel.send({"op": "malformed", "problem": said.problem})
             return
         op = said.get("op")
@@ -166,13 +166,13 @@ class _Loop:
     def _submit(self, said: Mapping[str, Any]) -> None:
         name = str(said["call"]["id"])
         try:
-            self._engine.submit(Call.from_json(said["call"]))
+            self._engine.submit(GenerateCall.from_json(said["call"]))
         except SartorError as error:
-            failed = Failed(name, error.kind, error.problem, error.remedy)
+            failed = ReplyFailed(name, error.kind, error.problem, error.remedy)
             self._channel.send(event_as_json(failed))
         except Exception as error:  # one call's content, in code of the engine that nobody foresaw: others must not pay
             problem = f"the engine could not take the call: {type(error).__name__}"
-            self._channel.send(event_as_json(Failed(name, "SartorError", problem, "report it with the request")))
+            self._channel.send(event_as_json(ReplyFailed(name, "SartorError", problem, "report it with the request")))
 
     def _answer(self, said: Mapping[str, Any], work: Callable[[], Mapping[str, Any] | None]) -> None:
         """Say what `work` returns, or how it failed; nothing where it returns None, and will go on."""
@@ -208,7 +208,7 @@ class _Loop:
         self._embeddings.append(embedding)
         return None
 
-    def _vectors(self, texts: list[str], encoder: str) -> Iterator[Vector | None]:
+    def _vectors(self, texts: list[str], encoder: str) -> Iterator[TextEmbedding | None]:
         if encoder == BASE_ENCODER:
             return self._engine.embed(texts)
         if encoder not in self._encoders:
@@ -216,12 +216,12 @@ class _Loop:
         return _encoded(self._encoders[encoder], texts)
 
 
-def _encoded(encoder: Encoder, texts: Sequence[str]) -> Iterator[Vector | None]:
+def _encoded(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
     rows, tokens, some_are_cut = encoder.encode(texts).tolist(), encoder.tokens, encoder.cut > 0
     for row, text in zip(rows, texts, strict=True):
         if some_are_cut:  # which ones, an encoder tells of one text
             encoder.encode([text])
-        yield Vector(row, tokens, some_are_cut and encoder.cut > 0)
+        yield TextEmbedding(row, tokens, some_are_cut and encoder.cut > 0)
         tokens = 0  # all of them stand with the first
 
 
@@ -274,7 +274,7 @@ def _opening(channel: Channel) -> Mapping[str, Any] | None:
     while not channel.closed:
         channel.wait()
         for said in channel.received():
-            if not isinstance(said, Malformed) and said.get("op") == "open":
+            if not isinstance(said, MalformedFrame) and said.get("op") == "open":
                 return said
             channel.send({"op": "malformed", "problem": "the first frame is `open`"})
         channel.flush()

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import BudgetError, ModelError, SartorError, UnavailableError
-from sartor.inference.engine import About
-from sartor.serving.team_config import Workers
+from sartor.inference.engine import EngineInfo
+from sartor.serving.team_config import WorkerOptions
 from sartor.serving.workers.agent_health import Restarts
-from sartor.serving.workers.worker_process import Child, GoneError, WorkerEnd
+from sartor.serving.workers.worker_process import WorkerDiedError, WorkerEnd, WorkerProcess
 
 # A worker above its limit gets no new calls, and so long for those that it has; this far above, it is ended at once.
 _RETIRE_S = 30.0
@@ -31,38 +31,38 @@ _LOG = logging.getLogger("sartor.agents")
 class Hooks:
     """Who is told. equip: loads what a worker must hold before it is ready. changed: one is ready, or a place is given up."""
 
-    equip: Callable[[Child], Awaitable[None]]
+    equip: Callable[[WorkerProcess], Awaitable[None]]
     changed: Callable[[], None]
-    lost: Callable[[Child], None]
+    lost: Callable[[WorkerProcess], None]
     beat: Callable[[], None]
 
 
 @dataclass
-class Place:
+class WorkerSlot:
     """Where a worker stands, and how often one ended there."""
 
     restarts: Restarts
-    child: Child | None = None
+    child: WorkerProcess | None = None
     retiring_since: float = 0.0
 
 
-class Places:
+class WorkerSlots:
     """`count` workers that answer and `spare` that wait, as `rules` say. `make` makes a Child that is not started."""
 
-    def __init__(self, rules: Workers, make: Callable[[], Child], hooks: Hooks) -> None:
+    def __init__(self, rules: WorkerOptions, make: Callable[[], WorkerProcess], hooks: Hooks) -> None:
         self._rules = rules
         self._make = make
         self._hooks = hooks
-        self._places = [Place(Restarts(rules)) for _ in range(rules.count + rules.spare)]
+        self._places = [WorkerSlot(Restarts(rules)) for _ in range(rules.count + rules.spare)]
         self._tasks: list[asyncio.Task[None]] = []
         self._some_ready = asyncio.Event()
-        self._first: asyncio.Future[About] | None = None
-        self._silent: set[Child] = set()
-        self._outdated: set[Child] = set()
+        self._first: asyncio.Future[EngineInfo] | None = None
+        self._silent: set[WorkerProcess] = set()
+        self._outdated: set[WorkerProcess] = set()
         self._beat_s = min(_MOST_BEAT_S, rules.hang_s / 4)
         self.ends: Counter[str] = Counter()
 
-    async def start(self) -> About:
+    async def start(self) -> EngineInfo:
         """Begin, and wait for the first worker. Raises the error that it told, or UnavailableError when none comes up."""
         self._first = asyncio.get_running_loop().create_future()
         self._tasks = [asyncio.create_task(self._keep(place)) for place in self._places]
@@ -84,11 +84,11 @@ class Places:
         self._outdated |= set(old)
         await asyncio.gather(*(child.gone() for child in old))
 
-    def ready(self) -> list[Child]:
+    def ready(self) -> list[WorkerProcess]:
         """The workers that are ready, spares first."""
         return sorted((child for child in self._children() if child.state == "ready"), key=lambda child: child.answers)
 
-    def answering(self) -> list[Child]:
+    def answering(self) -> list[WorkerProcess]:
         """The workers that answer. A spare steps in for one that is missing, or quiet: that may hang, or take a long step.
 
         When a quiet one is heard again there is one too many, who takes no new calls and is the spare. Where nobody can step
@@ -125,7 +125,7 @@ class Places:
         except TimeoutError:
             raise UnavailableError(f"no worker was ready within {self._rules.start_s:g} s", "see what the log says") from None
 
-    async def to_try(self) -> Child:
+    async def to_try(self) -> WorkerProcess:
         """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is ready.
 
         Raises UnavailableError.
@@ -139,7 +139,7 @@ class Places:
         await self.some_ready()
         return self.ready()[0]
 
-    def find(self, wire_id: str) -> Child | None:
+    def find(self, wire_id: str) -> WorkerProcess | None:
         """The worker that has a call."""
         return next((child for child in self._children() if wire_id in child.calls), None)
 
@@ -162,15 +162,15 @@ class Places:
             for place in self._places
         ]
 
-    def _children(self) -> list[Child]:
+    def _children(self) -> list[WorkerProcess]:
         return [place.child for place in self._places if place.child is not None]
 
-    async def _keep(self, place: Place) -> None:
+    async def _keep(self, place: WorkerSlot) -> None:
         while True:
             child = place.child = self._make()
             try:
                 await self._open(child)
-            except GoneError:
+            except WorkerDiedError:
                 pass
             except SartorError as error:
                 _LOG.error("a worker could not start: %s", error.problem)
@@ -187,7 +187,7 @@ class Places:
             await asyncio.sleep(wait_s)
             place.restarts.starting()
 
-    async def _open(self, child: Child) -> None:
+    async def _open(self, child: WorkerProcess) -> None:
         about = await child.start(self._rules.start_s)
         known = self._first.result() if self._first and self._first.done() and not self._first.exception() else about
         if (about.base_digest, about.template_digest) != (known.base_digest, known.template_digest):
@@ -199,7 +199,7 @@ class Places:
             raise BudgetError(problem, f"workers: {{memory_bytes: {2 * child.memory_bytes}}}, or a smaller base")
         await self._hooks.equip(child)
         if child.state != "starting":
-            raise GoneError(child.why)
+            raise WorkerDiedError(child.why)
         child.state = "ready"
         self._some_ready.set()
         if self._first and not self._first.done():
@@ -210,7 +210,7 @@ class Places:
         if self._first and not self._first.done():
             self._first.set_exception(error)
 
-    def _ended(self, child: Child) -> None:
+    def _ended(self, child: WorkerProcess) -> None:
         self._silent.discard(child)
         self._outdated.discard(child)
         if child.end is not None:
@@ -228,7 +228,7 @@ class Places:
                     self._watch(place, place.child, late_s)
             self._hooks.beat()
 
-    def _watch(self, place: Place, child: Child, late_s: float) -> None:
+    def _watch(self, place: WorkerSlot, child: WorkerProcess, late_s: float) -> None:
         """`late_s`: for so long this process heard nobody, by its own fault."""
         child.heard_at += late_s
         child.measure()
@@ -248,7 +248,7 @@ class Places:
         if child.state == "ready" and not child.has_work:
             child.ping()  # so that one that hangs while it is idle is known before a call comes
 
-    def _watch_memory(self, place: Place, child: Child) -> None:
+    def _watch_memory(self, place: WorkerSlot, child: WorkerProcess) -> None:
         limit = self._rules.memory_bytes
         if limit and child.memory_bytes > _FAR_ABOVE * limit:
             child.kill(WorkerEnd.MEMORY, f"it took {child.memory_bytes} bytes; workers.memory_bytes is {limit}")
@@ -259,13 +259,13 @@ class Places:
             child.state, place.retiring_since = "retiring", time.monotonic()
             self._hooks.changed()
 
-    def _replace(self, child: Child) -> None:
+    def _replace(self, child: WorkerProcess) -> None:
         if child in self._outdated:
             child.kill(WorkerEnd.RENEWED, "nothing that it held is to stay in memory")
         else:
             child.kill(WorkerEnd.RECYCLED, "it took more than workers.memory_bytes")
 
-    def _is_to_retire(self, child: Child, limit: int) -> bool:
+    def _is_to_retire(self, child: WorkerProcess, limit: int) -> bool:
         if child.state != "ready" or self._is_one_retiring():
             return False
         if child in self._outdated:  # not before all that ended stand again
@@ -276,11 +276,11 @@ class Places:
         return any(child.state == "retiring" for child in self._children())
 
 
-def _state(child: Child | None) -> str:
+def _state(child: WorkerProcess | None) -> str:
     return "waiting" if child is None or child.state == "gone" else child.state
 
 
-def _role(child: Child | None) -> str:
+def _role(child: WorkerProcess | None) -> str:
     if child is None or child.state != "ready":
         return ""
     return "alone" if child.alone else "answers" if child.answers else "spare"

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from sartor.core import resource_limits
 from sartor.core.errors import SartorError, UnavailableError
-from sartor.core.ipc import Frames, Malformed, error_from_json, frame
-from sartor.inference.engine import BASE, About
-from sartor.serving.workers.in_flight import LiveCall
+from sartor.core.ipc import Frames, MalformedFrame, error_from_json, frame
+from sartor.inference.engine import BASE, EngineInfo
+from sartor.serving.workers.in_flight import InFlightCall
 
 State = Literal["starting", "ready", "retiring", "gone"]
 # What is in a dead worker's socket is read after its end; a process that it left behind may hold the socket open.
@@ -28,7 +28,7 @@ _PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 _PING = 0  # its number; other questions have greater ones
 
 
-Heard = Callable[["Child", Mapping[str, Any]], None]
+Heard = Callable[["WorkerProcess", Mapping[str, Any]], None]
 
 
 class WorkerEnd(StrEnum):
@@ -54,11 +54,11 @@ class WorkerEnd(StrEnum):
         return (WorkerEnd.CRASHED if self is WorkerEnd.KILLED else self).value
 
 
-class GoneError(Exception):
+class WorkerDiedError(Exception):
     """The worker died before it answered."""
 
 
-class Child:
+class WorkerProcess:
     """One worker process. `heard` is called with each frame that is no answer to a question."""
 
     def __init__(self, command: Sequence[str], opening: Mapping[str, Any], heard: Heard) -> None:
@@ -70,9 +70,9 @@ class Child:
         self._line: _Line | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end_watch: asyncio.Task[None] | None = None
-        self._is_open: asyncio.Future[About] = asyncio.get_running_loop().create_future()
+        self._is_open: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.state: State = "starting"
-        self.calls: dict[str, LiveCall] = {}
+        self.calls: dict[str, InFlightCall] = {}
         self.adapters: set[str] = set()
         self.refused: dict[str, SartorError] = {}
         self.answers = False  # not a spare
@@ -113,11 +113,11 @@ class Child:
         return self._is_open.done()
 
     @property
-    def about(self) -> About:
+    def about(self) -> EngineInfo:
         """What it serves, once it is open."""
         return self._is_open.result()
 
-    async def start(self, within_s: float) -> About:
+    async def start(self, within_s: float) -> EngineInfo:
         """Begin the process and wait until its engine is open.
 
         Raises the error that the engine told, GoneError when it died, UnavailableError when it took too long.
@@ -147,7 +147,7 @@ class Child:
         if self._is_open in done:
             return self.about
         if done:
-            raise GoneError("it ended before it was open")
+            raise WorkerDiedError("it ended before it was open")
         self.kill(WorkerEnd.START, f"not open after {within_s:g} s")
         raise UnavailableError(f"a worker was not open after {within_s:g} s", "raise workers.start_s, or take a smaller base")
 
@@ -175,10 +175,10 @@ class Child:
         self.state = "gone"
         for answer in self._asks.values():
             if not answer.done():
-                answer.set_exception(GoneError(self.why))
+                answer.set_exception(WorkerDiedError(self.why))
         self._asks.clear()
         if not self._is_open.done():
-            self._is_open.set_exception(GoneError(self.why))
+            self._is_open.set_exception(WorkerDiedError(self.why))
             self._is_open.exception()  # seen, if nobody waits for it
 
     def send(self, said: Mapping[str, Any]) -> None:
@@ -189,7 +189,7 @@ class Child:
     async def ask(self, op: str, **said: Any) -> Mapping[str, Any]:
         """Its answer. Raises the error that it tells, or GoneError."""
         if self.state == "gone":
-            raise GoneError(self.why)
+            raise WorkerDiedError(self.why)
         if not self.has_work:
             self.heard_at = time.monotonic()  # it was idle, and owed nothing until now
         number = next(self._numbers)
@@ -224,10 +224,10 @@ class Child:
         self.refused.pop(adapter, None)
         if adapter in self.adapters:
             self.adapters.discard(adapter)
-            with contextlib.suppress(GoneError):
+            with contextlib.suppress(WorkerDiedError):
                 await self.ask("detach", adapter=adapter)
 
-    def begin(self, live: LiveCall, wire_id: str) -> None:
+    def begin(self, live: InFlightCall, wire_id: str) -> None:
         """Give it a call."""
         if not self.has_work:
             self.heard_at = time.monotonic()
@@ -266,9 +266,9 @@ class Child:
         if self.end is None:
             self.end, self.detail = end, detail
 
-    def _frame(self, said: Mapping[str, Any] | Malformed) -> None:
+    def _frame(self, said: Mapping[str, Any] | MalformedFrame) -> None:
         self.heard_at = time.monotonic()
-        if isinstance(said, Malformed) or said.get("op") == "malformed":
+        if isinstance(said, MalformedFrame) or said.get("op") == "malformed":
             self.malformed += 1
             return
         self.memory_bytes = said.get("memory_bytes", self.memory_bytes)
@@ -277,7 +277,7 @@ class Child:
             if answer is not None and not answer.done():
                 answer.set_result(said)
         elif said.get("op") == "ready" and not self._is_open.done():
-            self._is_open.set_result(About(**said["about"]))
+            self._is_open.set_result(EngineInfo(**said["about"]))
         elif said.get("op") == "failed" and not self._is_open.done():
             self._is_open.set_exception(error_from_json(said["error"]))
         elif "event" in said:
@@ -287,7 +287,7 @@ class Child:
 class _Line(asyncio.Protocol):
     """The connection to a worker, in frames."""
 
-    def __init__(self, heard: Callable[[Mapping[str, Any] | Malformed], None]) -> None:
+    def __init__(self, heard: Callable[[Mapping[str, Any] | MalformedFrame], None]) -> None:
         self._heard = heard
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None

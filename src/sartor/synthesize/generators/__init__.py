@@ -8,27 +8,27 @@ from typing import Any, TypeGuard, get_args
 
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
-from sartor.synthesize.generator import AskingWay, Made, Skipped
-from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, Speech, Templates, copied
+from sartor.synthesize.generator import GeneratedRow, PromptedGenerator, Skipped
+from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, SpokenQuestions, Templates, copied
 from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, Structured
 from sartor.synthesize.generators.rewrite_generators import Extend, Harder, Persona, Preference, Vary
 
 AnyAskingWay = Vary | Extend | Harder | Persona | Questions | Scenarios | Preference | Structured
-AnyMakingWay = Counterfactual | SlotSubstitution | Templates | Speech
+AnyMakingWay = Counterfactual | SlotSubstitution | Templates | SpokenQuestions
 AnyCopyingWay = AugmentImages | AugmentAudio
 Way = AnyAskingWay | AnyMakingWay | AnyCopyingWay
 # what makes rows of nothing: the others need sources
 FROM_NOTHING = (Scenarios, Structured, Templates)
 
 
-def asks_teacher(way: Any) -> TypeGuard[AskingWay]:
+def asks_teacher(way: Any) -> TypeGuard[PromptedGenerator]:
     """Whether a way is an AskingWay."""
     return isinstance(way, get_args(AnyAskingWay))
 
 
-def make(way: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+def make(way: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
     """What a way without a teacher makes."""
     if isinstance(way, get_args(AnyCopyingWay)):
         return copied(way, seeds, folder)
-    made: Iterator[Made | Drop | Skipped] = way.make(seeds, seed, folder)
+    made: Iterator[GeneratedRow | Drop | Skipped] = way.make(seeds, seed, folder)
     return made

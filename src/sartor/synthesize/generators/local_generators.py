@@ -20,9 +20,9 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message, Part, digest
 from sartor.core.splits import split_group
 from sartor.curate.sources import media_files
-from sartor.curate.step import Copy
+from sartor.curate.step import AugmentedRow
 from sartor.curate.steps.media_augmentation import AugmentAudio, AugmentImages
-from sartor.synthesize.generator import Made, Skipped, draw_of, some, why_no_question, with_text
+from sartor.synthesize.generator import GeneratedRow, Skipped, draw_of, refusal_reason, sample_seeds, with_text
 from sartor.synthesize.generators.rewrite_generators import ROWS
 from sartor.synthesize.teacher import say_all
 from sartor.text.demographics.group_terms import KINDS, Kind, groups, mentions, swap
@@ -53,11 +53,11 @@ class SlotSubstitution:
         if self.per_row < 1 or self.rows < 0:
             raise ConfigError(f"per_row is {self.per_row} and rows {self.rows}; neither can be less", "per_row: 1, rows: 0")
 
-    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
         homes = self._homes()
-        for row in some(seeds, self.rows, seed, self.kind):
-            if reason := why_no_question(row):
+        for row in sample_seeds(seeds, self.rows, seed, self.kind):
+            if reason := refusal_reason(row):
                 yield Skipped(reason)
                 continue
             asked, said = row.messages[-2].text, row.reply
@@ -76,9 +76,9 @@ class SlotSubstitution:
     def _numbers(self, text: str) -> list[str]:
         return list(dict.fromkeys(_NUMBER.findall(text))) if self.numbers else []
 
-    def _copies(self, row: Example, values: Sequence[str], homes: dict[str, list[str]], seed: int) -> list[Made]:
+    def _copies(self, row: Example, values: Sequence[str], homes: dict[str, list[str]], seed: int) -> list[GeneratedRow]:
         draw = draw_of(seed, self.kind, row.id)
-        made: list[Made] = []
+        made: list[GeneratedRow] = []
         seen: set[tuple[tuple[str, str], ...]] = {()}
         for _ in range(TRIES * self.per_row):
             if len(made) == self.per_row or not values:
@@ -90,7 +90,7 @@ class SlotSubstitution:
                 continue
             seen.add(changes)
             words = "; ".join(f"{old} to {new}" for old, new in changes)
-            made.append(Made(_changed(row, instead), f"{row.id[:16]}.{len(made) + 1}", (row,), split_group(row), words))
+            made.append(GeneratedRow(_changed(row, instead), f"{row.id[:16]}.{len(made) + 1}", (row,), split_group(row), words))
         return made
 
 
@@ -150,9 +150,9 @@ class Counterfactual:
         if not self.kinds or self.per_row < 1 or self.rows < 0:
             raise ConfigError(f"per_row is {self.per_row}; it must be at least 1, of at least one kind", "per_row: 1")
 
-    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
-        for row in some(seeds, self.rows, seed, self.kind):
+        for row in sample_seeds(seeds, self.rows, seed, self.kind):
             text = _APART.join(_texts(row))
             named = [kind for kind in self.kinds if mentions(text, kind)]
             made = [one for kind in named for one in self._swapped(row, text, kind, seed)]
@@ -160,14 +160,16 @@ class Counterfactual:
                 yield Skipped("not_swappable" if named else "no_group_named")
             yield from made
 
-    def _swapped(self, row: Example, text: str, kind: Kind, seed: int) -> list[Made]:
+    def _swapped(self, row: Example, text: str, kind: Kind, seed: int) -> list[GeneratedRow]:
         turned = list(self.to or groups(kind))
         draw_of(seed, self.kind, row.id, kind).shuffle(turned)
-        made: list[Made] = []
+        made: list[GeneratedRow] = []
         for to in turned:
             if to in groups(kind) and len(made) < self.per_row and (changed := swap(text, kind, to)):
                 number = f"{row.id[:16]}.{kind}.{to}"
-                made.append(Made(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}"))
+                made.append(
+                    GeneratedRow(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}")
+                )
         return made
 
 
@@ -189,7 +191,7 @@ def _with_texts(row: Example, texts: Sequence[str]) -> Example:
 
 
 @dataclass(frozen=True)
-class Speech:
+class SpokenQuestions:
     """The last question of a row as a recording instead of its words; the reply stays. Needs a voice (espeak-ng, or piper)."""
 
     voice: str = option("espeak", "a voice as `sartor ask --speak` names them")
@@ -203,11 +205,11 @@ class Speech:
                 f"speeds is {list(self.speeds)}; each must be from 0.5 to 2, and there must be one", "speeds: [0.9, 1.1]"
             )
 
-    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay. Raises MissingError where no voice is installed."""
-        wanted = some(seeds, self.rows, seed, self.kind)
-        speakable = [row for row in wanted if not why_no_question(row)]
-        yield from (Skipped(why) for row in wanted if (why := why_no_question(row)))
+        wanted = sample_seeds(seeds, self.rows, seed, self.kind)
+        speakable = [row for row in wanted if not refusal_reason(row)]
+        yield from (Skipped(why) for row in wanted if (why := refusal_reason(row)))
         for speed in self.speeds:
             clips = say_all([row.messages[-2].text for row in speakable], self.voice, speed, folder / "clips")
             for row, clip in zip(speakable, clips, strict=True):
@@ -216,17 +218,21 @@ class Speech:
                 others = tuple(part for part in row.messages[-2].content if part.kind != "text")
                 asked = replace(row.messages[-2], content=(Part("audio", media=name), *others))
                 spoken = replace(row, messages=(*row.messages[:-2], asked, row.messages[-1]))
-                yield Made(spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}")
+                yield GeneratedRow(
+                    spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}"
+                )
 
 
-def copied(step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder: Path) -> Iterator[Made | Drop | Skipped]:
+def copied(
+    step: AugmentImages | AugmentAudio, seeds: Sequence[Example], folder: Path
+) -> Iterator[GeneratedRow | Drop | Skipped]:
     """A CopyStep of `curate` as a MakingWay: its own seed draws."""
     copies = step.open(folder)
     for row in seeds:
         number = 0
         for number, outcome in enumerate(copies(row), 1):
-            if isinstance(outcome, Copy):
-                yield Made(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
+            if isinstance(outcome, AugmentedRow):
+                yield GeneratedRow(outcome.row, f"{row.id[:16]}.{number}", (row,), split_group(row), outcome.changes)
             else:
                 yield outcome
         if not number:
@@ -260,7 +266,7 @@ class Templates:
                 problem = f"the reply says {{{sorted(lacking)[0]}}}, which the prompt {text!r} does not"
                 raise ConfigError(problem, "a reply can only tell what was asked")
 
-    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[Made | Drop | Skipped]:
+    def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
         every = [(text, self._names(text)) for text in self.prompts]
         sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in every]
@@ -285,10 +291,10 @@ class Templates:
             values[name] = str(self.slots[name][place])
         return values
 
-    def _row(self, text: str, values: dict[str, str], number: str) -> Made:
+    def _row(self, text: str, values: dict[str, str], number: str) -> GeneratedRow:
         def filled(template: str) -> str:
             return _SLOT.sub(lambda match: values.get(match[1], match[0]), template)
 
         messages = [Message.of("system", self.system)] if self.system else []
         messages += [Message.of("user", filled(text)), Message.of("assistant", filled(self.reply))]
-        return Made(Example(tuple(messages), ()), number, group=f"template:{digest(text)[:16]}", changes=text)
+        return GeneratedRow(Example(tuple(messages), ()), number, group=f"template:{digest(text)[:16]}", changes=text)

@@ -14,7 +14,18 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, digest
 from sartor.core.splits import split_group
-from sartor.synthesize.generator import Ask, Made, Skipped, Unusable, draw_of, quoted, said, some, texts, why_no_question
+from sartor.synthesize.generator import (
+    GeneratedRow,
+    Skipped,
+    TeacherRequest,
+    Unusable,
+    conversation_text,
+    draw_of,
+    quoted,
+    refusal_reason,
+    sample_seeds,
+    texts,
+)
 from sartor.synthesize.generators.rewrite_generators import ROWS, SYSTEM, check_count
 from sartor.text.json_schema import check_schema
 
@@ -40,9 +51,9 @@ class Questions:
             problem = f"piece_chars is {self.piece_chars}, least_span_chars {self.least_span_chars}; at least 200, and 1"
             raise ConfigError(problem, "piece_chars: 3000")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
-        for document in some(seeds, self.rows, seed, self.kind):
+        for document in sample_seeds(seeds, self.rows, seed, self.kind):
             if not document.is_document:
                 yield Skipped("no_document")
                 continue
@@ -60,9 +71,11 @@ class Questions:
                 )
                 place = f"{document.id[:16]}.{number}"
                 note = {"start": start, "end": end}
-                yield Ask(place, (("system", SYSTEM), ("user", text)), texts("question", "answer", "span"), (document,), note)
+                yield TeacherRequest(
+                    place, (("system", SYSTEM), ("user", text)), texts("question", "answer", "span"), (document,), note
+                )
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         (document,) = ask.parents
         question, answer = value["question"].strip(), value["answer"].strip()
@@ -71,13 +84,13 @@ class Questions:
         shown = document.reply[ask.note["start"] : ask.note["end"]]
         if len(value["span"].strip()) < self.least_span_chars:
             return Unusable("span_too_short", f"the cited words are {value['span'].strip()!r}")
-        place = found(value["span"], shown)
+        place = find_span(value["span"], shown)
         if place is None:
             return Unusable("span_not_found", f"the document does not say {value['span'].strip()[:120]!r}")
         asked = f"{shown}\n\n{question}" if self.with_passage else question
         row = Example((Message.of("user", asked), Message.of("assistant", answer)), document.origins)
         span = place[0] + ask.note["start"], place[1] + ask.note["start"]
-        return Made(row, ask.number, ask.parents, split_group(document), "asked of the document", span)
+        return GeneratedRow(row, ask.number, ask.parents, split_group(document), "asked of the document", span)
 
 
 def pieces(text: str, most: int) -> list[tuple[int, int]]:
@@ -94,7 +107,7 @@ def pieces(text: str, most: int) -> list[tuple[int, int]]:
     return cut
 
 
-def found(span: str, text: str) -> tuple[int, int] | None:
+def find_span(span: str, text: str) -> tuple[int, int] | None:
     """Where a span stands in a text: as it is, but for runs of white space."""
     words = span.split()
     match = re.search(r"\s+".join(map(re.escape, words)), text) if words else None
@@ -123,27 +136,27 @@ class Scenarios:
             problem = f"per_cell is {self.per_cell}, turns {self.turns}; at least 1, and 1 to {MOST_TURNS}"
             raise ConfigError(problem, "turns: 2")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
-        shown = [row for row in seeds if not why_no_question(row)]
+        shown = [row for row in seeds if not refusal_reason(row)]
         for cell in itertools.product(self.personas, self.intents, self.edge_cases):
             for number in range(1, self.per_cell + 1):
                 place = f"{digest(cell)[:12]}.{number}"
                 models = draw_of(seed, self.kind, place).sample(shown, min(1, len(shown)))
-                style = "".join(f"A conversation in the wanted style:\n{quoted(said(row))}\n" for row in models)
+                style = "".join(f"A conversation in the wanted style:\n{quoted(conversation_text(row))}\n" for row in models)
                 text = (
                     f"{style}Write a conversation between {cell[0]} and an assistant. What is wanted: {cell[1]}. What is "
                     f"special: {cell[2]}. {self.turns} questions, each with its reply. Conversation {number}."
                     '\nAnswer with {"turns": [{"user": "...", "assistant": "..."}]}.'
                 )
                 note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
-                yield Ask(place, (("system", SYSTEM), ("user", text)), self._schema(), tuple(models), note)
+                yield TeacherRequest(place, (("system", SYSTEM), ("user", text)), self._schema(), tuple(models), note)
 
     def _schema(self) -> dict[str, Any]:
         turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
         return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         messages = [Message.of("system", self.system)] if self.system else []
         for turn in value["turns"]:
@@ -151,7 +164,7 @@ class Scenarios:
             if not asked or not reply:
                 return Unusable("empty_answer", "a turn is empty")
             messages += [Message.of("user", asked), Message.of("assistant", reply)]
-        return Made(Example(tuple(messages), ()), ask.number, ask.parents, ask.note["group"], ask.note["cell"])
+        return GeneratedRow(Example(tuple(messages), ()), ask.number, ask.parents, ask.note["group"], ask.note["cell"])
 
 
 MODELS = 2
@@ -185,7 +198,7 @@ class Structured:
             raise ConfigError(f"the schema is {found!r}, no mapping", "schema: {type: object, properties: {...}}")
         return {str(name): value for name, value in found.items()}
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
         wanted = self.wanted()
         schema: dict[str, Any] = {
@@ -195,22 +208,22 @@ class Structured:
             "additionalProperties": False,
             **{name: wanted[name] for name in ("$defs", "definitions") if name in wanted},  # `#/$defs/x` is from the root
         }
-        shown = [row for row in seeds if not why_no_question(row)]
+        shown = [row for row in seeds if not refusal_reason(row)]
         for number in range(1, self.count + 1):
             models = draw_of(seed, self.kind, number).sample(shown, min(MODELS, len(shown)))
-            style = "".join(f"An example:\n{quoted(said(row))}\n" for row in models)
+            style = "".join(f"An example:\n{quoted(conversation_text(row))}\n" for row in models)
             text = (
                 f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply "
                 f"as JSON of this schema: {json.dumps(wanted)}\nText {number} of {self.count}."
                 '\nAnswer with {"question": "...", "reply": {...}}.'
             )
-            yield Ask(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(models))
+            yield TeacherRequest(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(models))
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         question = value["question"].strip()
         if not question:
             return Unusable("empty_answer", "the question is empty")
         reply = json.dumps(value["reply"], ensure_ascii=False, separators=(",", ":"))
         messages = Message.of("system", self.task), Message.of("user", question), Message.of("assistant", reply)
-        return Made(Example(messages, ()), ask.number, ask.parents, changes="by the schema")
+        return GeneratedRow(Example(messages, ()), ask.number, ask.parents, changes="by the schema")

@@ -11,16 +11,16 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message
 from sartor.core.splits import split_group
 from sartor.synthesize.generator import (
-    Ask,
-    Made,
+    GeneratedRow,
     Skipped,
+    TeacherRequest,
     Unusable,
+    conversation_text,
     draw_of,
     quoted,
-    said,
-    some,
+    refusal_reason,
+    sample_seeds,
     texts,
-    why_no_question,
     with_text,
     words,
 )
@@ -39,20 +39,20 @@ def check_count(per_row: int, rows: int) -> None:
 
 def asks(
     kind: str, counts: tuple[int, int], seeds: Sequence[Example], seed: int, text: Any, schema: Mapping[str, Any]
-) -> Iterator[Ask | Skipped]:
+) -> Iterator[TeacherRequest | Skipped]:
     """`counts`: (per_row, rows). text: (row, number of the variant, draw) -> what is asked of it."""
     per_row, rows = counts
-    for row in some(seeds, rows, seed, kind):
-        if why := why_no_question(row):
+    for row in sample_seeds(seeds, rows, seed, kind):
+        if why := refusal_reason(row):
             yield Skipped(why)
             continue
         for number in range(1, per_row + 1):
             place = f"{row.id[:16]}.{number}"
             asked = text(row, number, draw_of(seed, kind, place))
-            yield Ask(place, (("system", SYSTEM), ("user", asked)), schema, (row,))
+            yield TeacherRequest(place, (("system", SYSTEM), ("user", asked)), schema, (row,))
 
 
-def rewritten(ask: Ask, question: str, reply: str | None, changes: str) -> Made | Unusable:
+def rewritten(ask: TeacherRequest, question: str, reply: str | None, changes: str) -> GeneratedRow | Unusable:
     """The parent with another last question, and another reply where there is one."""
     (parent,) = ask.parents
     question = question.strip()
@@ -63,7 +63,7 @@ def rewritten(ask: Ask, question: str, reply: str | None, changes: str) -> Made 
         return Unusable("same_as_seed", "the question is the seed's own")
     last = parent.messages[-1] if reply is None else Message.of("assistant", reply.strip())
     row = replace(parent, messages=(*parent.messages[:-2], with_text(asked, question), last))
-    return Made(row, ask.number, ask.parents, split_group(parent), changes)
+    return GeneratedRow(row, ask.number, ask.parents, split_group(parent), changes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Vary:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
@@ -90,7 +90,7 @@ class Vary:
 
         yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         return rewritten(ask, value["question"], None, "in other words")
 
@@ -117,7 +117,7 @@ class Persona:
         if not self.personas:
             raise ConfigError("personas is empty", "personas: [a hurried customer]")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
@@ -132,7 +132,7 @@ class Persona:
         """Personas in turn, begun at another one for each row."""
         return self.personas[(int(row.id[:8], 16) + number) % len(self.personas)]
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         number = int(ask.number.rpartition(".")[2])
         return rewritten(ask, value["question"], None, f"as {self._who(ask.parents[0], number)}")
@@ -149,11 +149,11 @@ class Extend:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
         yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH))
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         return rewritten(ask, value["question"], value["answer"], "asks for more")
 
@@ -169,12 +169,12 @@ class Harder:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
         grown = _grown("is harder to answer: it needs another step of thought, or has a condition that matters")
         yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         return rewritten(ask, value["question"], value["answer"], "harder")
 
@@ -185,7 +185,8 @@ _BOTH = ("question", "answer")
 def _grown(how: str) -> Any:
     def text(row: Example, number: int, draw: Any) -> str:
         return (
-            f"A conversation:\n{quoted(said(row))}\nWrite another last question of the same subject that {how}, and a right "
+            f"A conversation:\n{quoted(conversation_text(row))}\n"
+            f"Write another last question of the same subject that {how}, and a right "
             f'answer in the style of the one above. Variant {number}.\nAnswer with {{"question": "...", "answer": "..."}}.'
         )
 
@@ -218,18 +219,19 @@ class Preference:
     def _flaw(self, row: Example, number: int) -> str:
         return self.flaws[(int(row.id[:8], 16) + number) % len(self.flaws)]
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[Ask | Skipped]:
+    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
             return (
-                f"A conversation whose last reply is good:\n{quoted(said(row))}\nWrite a last reply of about the same length "
+                f"A conversation whose last reply is good:\n{quoted(conversation_text(row))}\n"
+                f"Write a last reply of about the same length "
                 f'that {self._flaw(row, number)}. It teaches to tell good from bad.\nAnswer with {{"reply": "..."}}.'
             )
 
         yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("reply"))
 
-    def made(self, ask: Ask, value: Mapping[str, Any]) -> Made | Unusable:
+    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         (parent,) = ask.parents
         flawed = value["reply"].strip()
@@ -238,6 +240,6 @@ class Preference:
         if words(flawed) == words(parent.reply):
             return Unusable("same_as_seed", "the flawed reply is the good one")
         flaw = self._flaw(parent, int(ask.number.rpartition(".")[2]))
-        return Made(
+        return GeneratedRow(
             replace(parent, rejected=(Message.of("assistant", flawed),)), ask.number, ask.parents, split_group(parent), flaw
         )

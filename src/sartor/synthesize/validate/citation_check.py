@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from sartor.core.records import Example
-from sartor.synthesize.validate.permutation_tests import SHOWN_ROWS, Finding, not_tested
-from sartor.synthesize.validate.types import Limits
+from sartor.synthesize.validate.permutation_tests import SHOWN_ROWS, StatisticResult, not_tested
+from sartor.synthesize.validate.types import ValidationLimits
 from sartor.text.equivalence import Read
 
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
@@ -104,7 +104,7 @@ def _plain(text: str) -> str:
     return " ".join(text.translate(_QUOTED).casefold().split()).strip(" .…")
 
 
-def consistency(found: Mapping[int, str], citing: int, ids: Sequence[str], limits: Limits) -> Finding:
+def consistency(found: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits) -> StatisticResult:
     """More spans that do not hold than the limit: an exact binomial test against it."""
     if not citing:
         return not_tested("span", limits.span, "no row cites a span")
@@ -112,4 +112,4 @@ def consistency(found: Mapping[int, str], citing: int, ids: Sequence[str], limit
     p = float(stats.binomtest(len(found), citing, limits.span, alternative="greater").pvalue)
     detail = f"{len(found)} of {citing} cited spans do not hold"
     rows = tuple(ids[place] for place in sorted(found))[:SHOWN_ROWS]
-    return Finding("span", part, part, limits.span, p, detail, rows)
+    return StatisticResult("span", part, part, limits.span, p, detail, rows)

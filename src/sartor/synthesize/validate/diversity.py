@@ -14,9 +14,9 @@ from sartor.core.records import Example
 from sartor.curate.dedup import near_duplicates, shingles
 from sartor.curate.dedup.pair_scoring import METHODS, rules_for
 from sartor.curate.steps.text_duplicates import text_of
-from sartor.synthesize.validate.permutation_tests import Finding, finding_of, not_tested
-from sartor.synthesize.validate.samples import F32, Pool, Space
-from sartor.synthesize.validate.types import Limits
+from sartor.synthesize.validate.permutation_tests import StatisticResult, finding_of, not_tested
+from sartor.synthesize.validate.samples import F32, Pool, SampleSpace
+from sartor.synthesize.validate.types import ValidationLimits
 from sartor.text.encoders import prompt_text
 from sartor.text.example_text import words
 
@@ -26,7 +26,7 @@ _SAMPLE = 100
 _GRAMS = 4
 
 
-def distinct(pool: Pool, members: F32, limits: Limits) -> Finding:
+def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Distinct-2 (Li et al. 2016): different pairs of words over pairs of words, against as many rows drawn from both sides."""
     counts = _pairs_of_words([_said(row) for row in pool.rows])
     lengths = np.asarray(counts.sum(1)).ravel()
@@ -39,7 +39,7 @@ def distinct(pool: Pool, members: F32, limits: Limits) -> Finding:
     return finding_of("distinct", 1 - values / usual, limits.diversity, detail)
 
 
-def vendi(space: Space, members: F32, limits: Limits) -> Finding:
+def vendi(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """The Vendi score of order 2 (Friedman and Dieng 2023; Pasarkar and Dieng 2023): how many unlike rows there are, in effect.
 
     1 / the mean squared likeness of two rows, so that all permutations cost one product.
@@ -51,7 +51,7 @@ def vendi(space: Space, members: F32, limits: Limits) -> Finding:
     return finding_of("vendi", 1 - 1 / (values * usual), limits.diversity, detail)
 
 
-def described(space: Space, seed: int) -> dict[str, dict[str, float]]:
+def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float]]:
     """Figures of each side, of equally many rows: distinct-1 to 3, self-BLEU, Vendi score of order 1. No test hangs on them."""
     rng = np.random.default_rng([seed, 4])
     own = space.pool.is_synthetic
@@ -146,7 +146,7 @@ def vendi_score(vectors: F32) -> float:
 
 
 @dataclass(frozen=True)
-class Pair:
+class CopyPair:
     """Two places in a list of rows that say nearly the same."""
 
     a: int
@@ -155,7 +155,7 @@ class Pair:
     method: str
 
 
-def near_copies(rows: Sequence[Example]) -> list[Pair]:
+def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
     """Verified pairs, prompt and reply compared together, with the settings of `near_duplicates`."""
     how = shingles.resolve("words", 0, ())
     rules = rules_for(how)
@@ -163,10 +163,12 @@ def near_copies(rows: Sequence[Example]) -> list[Pair]:
     pairs = near_duplicates.near_duplicates(found.shingles, found.offsets, found.digests, rules).pairs
     pairs = pairs.judged(rules.threshold, rules.contained)
     columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
-    return [Pair(a, b, score, METHODS[method]) for a, b, score, method in zip(*(one.tolist() for one in columns), strict=True)]
+    return [
+        CopyPair(a, b, score, METHODS[method]) for a, b, score, method in zip(*(one.tolist() for one in columns), strict=True)
+    ]
 
 
-def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Limits) -> Finding:
+def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: ValidationLimits) -> StatisticResult:
     """More near-copies of seeds than reality itself has: real rows may be like the seeds too, and that is no copying."""
     if not seeds:
         return not_tested("copies_of_seeds", limits.copies, "no seeds are known: --seeds DATASET")
@@ -183,7 +185,7 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Limits)
     return finding_of("copies_of_seeds", rate - other, limits.copies, detail, ids, effect=float(rate[0] - other[0]))
 
 
-def of_held_out(pool: Pool, pairs: Sequence[Pair], members: F32, limits: Limits) -> Finding:
+def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
     """More synthetic near-copies of held-out rows than chance gives: what would be evaluated on has leaked."""
     across = _graph(pool, [pair for pair in pairs if pool.units[pair.a] != pool.units[pair.b]])
     copies = ((across @ (1 - members).T) > 0).T * members
@@ -193,7 +195,7 @@ def of_held_out(pool: Pool, pairs: Sequence[Pair], members: F32, limits: Limits)
     return finding_of("copies_of_held_out", values, limits.copies, detail, ids)
 
 
-def repeated(pool: Pool, pairs: Sequence[Pair], members: F32, limits: Limits) -> Finding:
+def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
     """More near-copies of one another than real rows are."""
     graph = _graph(pool, pairs)
     again = ((graph @ members.T) > 0).T * members
@@ -203,7 +205,7 @@ def repeated(pool: Pool, pairs: Sequence[Pair], members: F32, limits: Limits) ->
     return finding_of("repeated", values, limits.copies, detail, ids)
 
 
-def _graph(pool: Pool, pairs: Sequence[Pair]) -> sparse.csr_matrix:
+def _graph(pool: Pool, pairs: Sequence[CopyPair]) -> sparse.csr_matrix:
     ends = np.array([(pair.a, pair.b) for pair in pairs], np.int64).reshape(-1, 2)
     rows, columns = np.concatenate([ends, ends[:, ::-1]]).T
     return sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(pool.count, pool.count))

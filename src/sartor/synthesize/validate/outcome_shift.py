@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.curate.bias.group_membership import Memberships
-from sartor.synthesize.validate.permutation_tests import F64, Finding, finding_of, not_tested
-from sartor.synthesize.validate.samples import F32, Pool, Space
-from sartor.synthesize.validate.types import Limits
+from sartor.synthesize.validate.permutation_tests import F64, StatisticResult, finding_of, not_tested
+from sartor.synthesize.validate.samples import F32, Pool, SampleSpace
+from sartor.synthesize.validate.types import ValidationLimits
 from sartor.text.demographics.decision_words import decision_of
 
 FEWEST = 8  # rows of a group, and of the others of its attribute, on each side
@@ -33,7 +33,9 @@ class Cell:
     hit: F32
 
 
-def group_outcome(pool: Pool, people: Memberships, named: Sequence[str | None], members: F32, limits: Limits) -> Finding:
+def group_outcome(
+    pool: Pool, people: Memberships, named: Sequence[str | None], members: F32, limits: ValidationLimits
+) -> StatisticResult:
     """The gap of a group's outcome rate to that of the others, synthetic less real, over its standard error; the largest cell.
 
     All cells share the permutations, so the largest of them is held against the largest that chance gives (Westfall and Young
@@ -109,7 +111,7 @@ def decisions(replies: Sequence[str]) -> list[str | None]:
     return found if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
 
 
-def reply_kinds(space: Space, replies: F32) -> list[str]:
+def reply_kinds(space: SampleSpace, replies: F32) -> list[str]:
     """Outcomes of free text: clusters of the (n, D) vectors of the replies, each called by a reply from its middle."""
     from sklearn.cluster import KMeans
 

@@ -19,7 +19,7 @@ _SAID = ("statistic", "effect", "limit", "p", "detail", "rows", "p_corrected", "
 
 
 @dataclass(frozen=True)
-class Finding:
+class StatisticResult:
     """One test. `effect` is what was found less what chance gives, in the unit of `limit`; p is one-sided: worse than chance.
 
     `fail` needs both: p_corrected of at most alpha, and an effect over the limit. rows: ids of rows that make the effect, the
@@ -49,9 +49,9 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def not_tested(name: str, limit: float, why: str) -> Finding:
+def not_tested(name: str, limit: float, why: str) -> StatisticResult:
     """A test that the rows do not allow, and why."""
-    return Finding(name, 0.0, 0.0, limit, None, why)
+    return StatisticResult(name, 0.0, 0.0, limit, None, why)
 
 
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
@@ -77,7 +77,7 @@ def permuted(pool: Pool, permutations: int, seed: int) -> F32:
 
 def finding_of(
     name: str, values: F64, limit: float, detail: str, rows: Sequence[str] = (), effect: float | None = None
-) -> Finding:
+) -> StatisticResult:
     """A test of (1 + permutations,) values of a statistic that is larger the worse; the first is the one found.
 
     effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson and
@@ -86,7 +86,7 @@ def finding_of(
     found = float(values[0])
     draws = _as_large(values)
     excess = found - float(values[1:].mean()) if effect is None else effect
-    return Finding(name, found, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
+    return StatisticResult(name, found, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
 
 
 def _as_large(values: F64) -> F64:
@@ -101,7 +101,7 @@ def beyond_chance(values: F64) -> float:
     return float(np.sqrt(max(0.0, float(values[0]) ** 2 - float((values[1:] ** 2).mean()))))
 
 
-def judged(tests: Sequence[Finding], alpha: float) -> list[Finding]:
+def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[StatisticResult]:
     """The tests with their verdicts: of a set in which nothing is wrong, at most a fraction `alpha` fails any test.
 
     Tests that permute are corrected together by what their smallest p is under the permutations that all of them share
@@ -113,12 +113,12 @@ def judged(tests: Sequence[Finding], alpha: float) -> list[Finding]:
     corrected = {place: min(1.0, (tests[place].p or 0.0) * len(tested)) for place in tested}
     if together:
         shared = len(tested) / len(together)
-        joint = jointly(np.stack([one for place in together if (one := tests[place].draws) is not None]))
+        joint = westfall_young(np.stack([one for place in together if (one := tests[place].draws) is not None]))
         corrected |= {place: min(1.0, p * shared) for place, p in zip(together, joint.tolist(), strict=True)}
     return [_with_verdict(test, corrected.get(place), alpha) for place, test in enumerate(tests)]
 
 
-def jointly(draws: F64) -> F64:
+def westfall_young(draws: F64) -> F64:
     """(m,) corrected p of m tests, of their (m, B) p under the same permutations, the found one first.
 
     Step-down min-p (Westfall and Young 1993, algorithm 2.8): each p against the smallest that the tests which are no better
@@ -132,7 +132,7 @@ def jointly(draws: F64) -> F64:
     return corrected
 
 
-def _with_verdict(test: Finding, p: float | None, alpha: float) -> Finding:
+def _with_verdict(test: StatisticResult, p: float | None, alpha: float) -> StatisticResult:
     if p is None:
         return test
     return replace(test, p_corrected=p, verdict="fail" if p <= alpha and test.effect > test.limit else "pass")

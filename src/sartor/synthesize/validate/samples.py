@@ -19,8 +19,8 @@ from sartor.core.errors import SourceError
 from sartor.core.records import Drop, Example
 from sartor.core.splits import group_of, split_group
 from sartor.curate.sources.planner import read_all
-from sartor.curate.sources.types import Source
-from sartor.text.encoders import MOST_CHARACTERS, Chosen, prompt_text
+from sartor.curate.sources.types import SourceOptions
+from sartor.text.encoders import MOST_CHARACTERS, ChosenEncoder, prompt_text
 
 I64 = NDArray[np.int64]
 FEWEST_ROWS = 20
@@ -28,7 +28,7 @@ _ROW_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Sides:
+class ValidationSamples:
     """Synthetic rows, real rows that the generator did not see, and those that it did. left_out: reason -> rows.
 
     cited: of a synthetic row by its id, which characters of its parent's text it cites.
@@ -41,7 +41,7 @@ class Sides:
     cited: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
+def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> ValidationSamples:
     """The rows of the three. A path is a Dataset, or a file or folder in any form that `curate` reads.
 
     Of reality the held-out rows are taken where it holds out any, and its training rows are the seeds where none are named. A
@@ -58,7 +58,7 @@ def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
         real = [row for row in real if row.split == "eval"]
     elif not seeds:
         known = []  # nothing is held out: every row is reality
-    left_out = records.tally([*dropped, *more])
+    left_out = records.count_values([*dropped, *more])
     unseen = _unseen(real, made, known)
     if len(unseen) < len(real):
         left_out["seen_by_the_generator"] = len(real) - len(unseen)
@@ -69,7 +69,7 @@ def opened(synthetic: Path, reality: Path, seeds: Path | None) -> Sides:
                 f"with under {FEWEST_ROWS} nothing can be told",
                 f"give {FEWEST_ROWS} {name} rows or more" + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
-    return Sides(made, unseen, known, left_out, _cited(synthetic))
+    return ValidationSamples(made, unseen, known, left_out, _cited(synthetic))
 
 
 def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
@@ -88,7 +88,7 @@ def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
     if not path.exists():
         raise SourceError(f"there is nothing at {path}", "give a Dataset, or a file of rows")
     with tempfile.TemporaryDirectory() as media:
-        found = list(read_all(Source(str(path)), _ROW_BYTES, Path(media)))
+        found = list(read_all(SourceOptions(str(path)), _ROW_BYTES, Path(media)))
     return [row for row in found if isinstance(row, Example)], [row.reason for row in found if isinstance(row, Drop)]
 
 
@@ -129,7 +129,7 @@ class Pool:
         return len(np.unique(self.units[self.is_synthetic == synthetic]))
 
 
-def pooled(sides: Sides, most: int, seed: int) -> Pool:
+def pooled(sides: ValidationSamples, most: int, seed: int) -> Pool:
     """Both sides in one list, each cut to about `most` rows by whole units, drawn by seed."""
     rng = np.random.default_rng(seed)
     made, made_units = _drawn(sides.synthetic, [unit_of(row) for row in sides.synthetic], most, rng)
@@ -162,7 +162,7 @@ _DIRECTIONS = 40
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EmbeddedSamples:
     """(N, D) unit vectors; in the columns from `replies_at` on stand the replies. cut: texts that were cut."""
 
     vectors: F32
@@ -170,7 +170,7 @@ class Encoded:
     cut: int
 
 
-def encoded(chosen: Chosen, some: Sequence[Example]) -> Encoded:
+def encoded(chosen: ChosenEncoder, some: Sequence[Example]) -> EmbeddedSamples:
     """What is asked and what is replied as vectors side by side, so that neither drowns.
 
     A row of one part alone, such as a document, has the other part empty.
@@ -178,17 +178,17 @@ def encoded(chosen: Chosen, some: Sequence[Example]) -> Encoded:
     texts = ([prompt_text(row) for row in some], [row.reply[:MOST_CHARACTERS] for row in some])
     parts = [part for part in texts if any(text.strip() for text in part)]
     if not parts:
-        return Encoded(np.zeros((len(some), 1), np.float32), 0, 0)
+        return EmbeddedSamples(np.zeros((len(some), 1), np.float32), 0, 0)
     # read at once, so that the same word is the same in a prompt and in a reply
     read = np.asarray(chosen.encoder.encode([text for part in parts for text in part]), np.float32)
     vectors = np.concatenate(np.split(read, len(parts)), axis=1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     replies_at = read.shape[1] if len(parts) == 2 else 0
-    return Encoded(np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, chosen.encoder.cut)
+    return EmbeddedSamples(np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, chosen.encoder.cut)
 
 
 @dataclass(frozen=True)
-class Space:
+class SampleSpace:
     """n rows of a pool as (n, D) unit vectors. From the column `replies_at` on stand the replies, where it is not 0."""
 
     pool: Pool

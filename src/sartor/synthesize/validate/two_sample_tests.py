@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.synthesize.validate.permutation_tests import F64, Finding, beyond_chance, finding_of, not_tested
-from sartor.synthesize.validate.samples import F32, Pool, Space
-from sartor.synthesize.validate.types import Limits
+from sartor.synthesize.validate.permutation_tests import F64, StatisticResult, beyond_chance, finding_of, not_tested
+from sartor.synthesize.validate.samples import F32, Pool, SampleSpace
+from sartor.synthesize.validate.types import ValidationLimits
 from sartor.text.encoders import prompt_text
 from sartor.text.example_text import words
 
 SHOWN = 5
 
 
-def lengths(pool: Pool, members: F32, limits: Limits) -> Finding:
+def lengths(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Words of prompts and of replies: the larger of their Kolmogorov-Smirnov distances."""
     counted = {
         "prompts": np.array([len(words(prompt_text(row))) for row in pool.rows]),
@@ -44,7 +44,7 @@ def _kolmogorov(values: NDArray[np.int64], members: F32) -> F64:
     return np.asarray(np.abs(inside / count - outside / (len(values) - count))[:, ends].max(1))
 
 
-def topics(space: Space, members: F32, limits: Limits) -> Finding:
+def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Chi-squared of how the two sides fall into topics, over all ways in which the topics were drawn.
 
     The effect is the total variation beyond chance in the way where it is largest, against what chance gives there; the rows
@@ -62,7 +62,7 @@ def topics(space: Space, members: F32, limits: Limits) -> Finding:
     return finding_of("topic", beyond.mean(0), limits.topic, detail, ids, effect=beyond_chance(values))
 
 
-def labels(pool: Pool, named: Sequence[str | None], members: F32, limits: Limits) -> Finding:
+def labels(pool: Pool, named: Sequence[str | None], members: F32, limits: ValidationLimits) -> StatisticResult:
     """Total variation of the labels; a row without one is of its own kind."""
     if not any(named):
         return not_tested("label", limits.label, "the replies are free text: there is no label")
@@ -109,7 +109,7 @@ FOLDS = 5
 _RIDGE = 1.0
 
 
-def classifier(space: Space, members: F32, limits: Limits) -> Finding:
+def classifier_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): AUC of kernel ridge on rows that it did not learn from.
 
     Units are kept whole in the folds. The held-out scores are linear in the labels, so every permutation is trained anew at the
@@ -126,7 +126,7 @@ def classifier(space: Space, members: F32, limits: Limits) -> Finding:
     return finding_of("distinguishable", values, limits.distinguishable, detail, ids, effect=auc - 0.5)
 
 
-def _hat(space: Space) -> F32:
+def _hat(space: SampleSpace) -> F32:
     """(n, n): held-out scores of all rows are this times their labels."""
     units = space.pool.units
     fold = np.random.default_rng([space.seed, 3]).permutation(int(units.max()) + 1)[units] % FOLDS
@@ -150,7 +150,7 @@ def _auc(scores: NDArray[np.float32], members: F32) -> F64:
     return np.asarray((above - inside * (inside + 1) / 2) / (inside * outside))
 
 
-def mmd(space: Space, members: F32, limits: Limits) -> Finding:
+def mmd_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, lemma 6), over the mean squared distance of two rows.
 
     The effect is a part of reality's own spread: 0 for the same distribution.
@@ -178,7 +178,7 @@ _CHANCE = 0.04
 _FEWEST, _MOST = 3, 100
 
 
-def coverage(space: Space, members: F32, limits: Limits) -> Finding:
+def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Real rows none of whose k nearest is synthetic: 1 - coverage (Naeem et al. 2020), k by how many are synthetic.
 
     Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays unseen.
@@ -194,7 +194,7 @@ def coverage(space: Space, members: F32, limits: Limits) -> Finding:
     return replace(found, more={"regions": _regions(space, alone[0])})
 
 
-def novelty(space: Space, members: F32, limits: Limits) -> Finding:
+def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as above."""
     real = 1 - float(space.pool.is_synthetic.mean())
     alone = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
@@ -214,7 +214,7 @@ def _alone(neighbours: Any, members: F32) -> F32:
     return ((neighbours @ members.T) == 0).T.astype(np.float32)
 
 
-def _regions(space: Space, alone: F32) -> list[dict[str, Any]]:
+def _regions(space: SampleSpace, alone: F32) -> list[dict[str, Any]]:
     """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its middle."""
     real = ~space.pool.is_synthetic
     found = []
@@ -233,7 +233,7 @@ def _regions(space: Space, alone: F32) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: (one["covered"], -one["real"]))
 
 
-def outside(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
+def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
     """Synthetic rows that are farther from reality than real rows are: row -> a sentence.
 
     A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows at or

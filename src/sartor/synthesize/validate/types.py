@@ -9,7 +9,7 @@ from sartor.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Limits:
+class ValidationLimits:
     """How far synthetic rows may be from reality and still be useful. A test fails where its effect is beyond chance and here.
 
     Each is on the test's effect: what was found less what chance alone gives.
@@ -34,7 +34,7 @@ class ValidateOptions:
     """What is tested, and how strictly."""
 
     alpha: float = option(0.05, "the false alarm of all tests together, where synthetic rows are like reality")
-    limits: Limits = option(Limits(), "effects that are let pass")
+    limits: ValidationLimits = option(ValidationLimits(), "effects that are let pass")
     permutations: int = option(1999, "of which rows are the synthetic ones")
     encoder: str = option("auto", "auto (minilm where it can be opened, else tfidf), a name, or the directory of a model")
     label: str = option("auto", "what a reply's label is: auto, reply, text, json:KEY or regex:PATTERN")

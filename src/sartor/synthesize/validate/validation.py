@@ -12,25 +12,34 @@ from typing import Any
 import numpy as np
 
 from sartor.core import config
-from sartor.core.artifacts import check_free, kind_of, open_artifact
+from sartor.core.artifacts import check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, GateError
-from sartor.core.records import Example, dropped
+from sartor.core.records import Example, drop_of
 from sartor.core.splits import group_of
 from sartor.curate.bias.group_membership import memberships, outcomes
-from sartor.curate.dataset_writer import write_derived
-from sartor.curate.labels.class_labels import Target
+from sartor.curate.dataset_writer import write_dataset_from
+from sartor.curate.labels.class_labels import ClassLabels
 from sartor.curate.review import review_file
 from sartor.curate.review.review_items import SCHEMA
 from sartor.synthesize.validate import citation_check, diversity, outcome_shift, two_sample_tests
 from sartor.synthesize.validate import diversity as copies
-from sartor.synthesize.validate.permutation_tests import Finding, judged, not_tested, permuted
-from sartor.synthesize.validate.samples import F32, Encoded, Pool, Sides, Space, encoded, opened, pooled
+from sartor.synthesize.validate.permutation_tests import StatisticResult, corrected_results, not_tested, permuted
+from sartor.synthesize.validate.samples import (
+    F32,
+    EmbeddedSamples,
+    Pool,
+    SampleSpace,
+    ValidationSamples,
+    encoded,
+    open_samples,
+    pooled,
+)
 from sartor.synthesize.validate.types import ValidateOptions
-from sartor.text.encoders import Chosen, choose
+from sartor.text.encoders import ChosenEncoder, choose_encoder
 
 
 @dataclass(frozen=True)
-class Flaw:
+class RejectedRow:
     """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. place: among the synthetic rows."""
 
     place: int
@@ -46,15 +55,15 @@ class Validated:
     synthetic: Path
     reality: Path
     rows: Mapping[str, Any]
-    tests: Sequence[Finding]
-    flaws: Sequence[Flaw]
+    tests: Sequence[StatisticResult]
+    flaws: Sequence[RejectedRow]
     facts: Mapping[str, Any]
     written: Path | None = None
     review: Path | None = None
     wall_s: float = 0.0
 
     @property
-    def failed(self) -> list[Finding]:
+    def failed(self) -> list[StatisticResult]:
         """The tests that failed."""
         return [test for test in self.tests if test.verdict == "fail"]
 
@@ -94,7 +103,7 @@ class Validated:
         return [*lines, *((name, said[name]) for name in shown if said[name] not in ("", []))]
 
 
-def _line(test: Finding) -> str:
+def _line(test: StatisticResult) -> str:
     if test.p is None:
         return f"{test.verdict}: {test.detail}"
     p = f"p {test.p_corrected:.3f} corrected" if test.p_corrected is not None else f"p {test.p:.3f}"
@@ -108,14 +117,14 @@ def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], found: Val
     """Write the synthetic rows without a flaw; returns where. The first flaw of a row is its Drop's reason."""
     flaws = {flaw.place: flaw for flaw in reversed(found.flaws)}
     kept = [row for place, row in enumerate(rows) if place not in flaws]
-    drops = [dropped(rows[place], flaw.reason, flaw.detail, step=STEP) for place, flaw in sorted(flaws.items())]
+    drops = [drop_of(rows[place], flaw.reason, flaw.detail, step=STEP) for place, flaw in sorted(flaws.items())]
     facts = {
         "reality": str(found.reality.name),
         "rows": dict(found.rows),
         "tests": {test.name: test.as_json() for test in found.tests},
         **found.facts,
     }
-    return write_derived(out, [open_artifact(dataset, "dataset")], kept, drops, step={STEP: facts}, replace=replace).path
+    return write_dataset_from(out, [open_artifact(dataset, "dataset")], kept, drops, step={STEP: facts}, replace=replace).path
 
 
 ORIGIN = "validate"
@@ -170,9 +179,9 @@ def validate(
     if out is not None:
         if kind_of(made) != "dataset":
             raise ConfigError(f"{made} is no Dataset, so none can be made of its accepted rows", f"sartor curate {made} first")
-        check_free(Path(out).absolute(), replace=replace)
-    sides = opened(made, real, Path(seeds).absolute() if seeds else None)
-    found = validated(sides, chosen, (made, real))
+        check_output_free(Path(out).absolute(), replace=replace)
+    sides = open_samples(made, real, Path(seeds).absolute() if seeds else None)
+    found = validate_rows(sides, chosen, (made, real))
     review = write_review(made, sides.synthetic, found) if kind_of(made) == "dataset" else None
     if out is not None and not found.passed:
         said = "; ".join(f"{test.name}: {test.detail}" for test in found.failed)
@@ -187,7 +196,7 @@ def load_options(options: ValidateOptions | Mapping[str, Any] | Path | str, flag
     return config.load_any(ValidateOptions, options, flags)
 
 
-def validated(sides: Sides, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())) -> Validated:
+def validate_rows(sides: ValidationSamples, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())) -> Validated:
     """The same for rows in memory; nothing is written."""
     read = _read(sides, options)
     pool, faults = read.space.pool, read.faults
@@ -200,7 +209,7 @@ def validated(sides: Sides, options: ValidateOptions, paths: tuple[Path, Path] =
         "units": {"synthetic": pool.units_of(synthetic=True), "real": pool.units_of(synthetic=False)},
     }
     facts = {
-        "diversity": diversity.described(read.space, options.seed),
+        "diversity": diversity.diversity_report(read.space, options.seed),
         **read.chosen.facts(),
         "texts_cut": read.encoded.cut,
         "options": config.dump(options),
@@ -209,7 +218,7 @@ def validated(sides: Sides, options: ValidateOptions, paths: tuple[Path, Path] =
     return Validated(*paths, rows, _judged(read, sides, options), flaws, facts)
 
 
-def verdicts(sides: Sides, options: ValidateOptions) -> list[Finding]:
+def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
     """The tests of `validated` alone, without what speaks against single rows."""
     return _judged(_read(sides, options), sides, options)
 
@@ -218,16 +227,16 @@ def verdicts(sides: Sides, options: ValidateOptions) -> list[Finding]:
 class _Read:
     """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span lacks."""
 
-    chosen: Chosen
-    encoded: Encoded
-    space: Space
+    chosen: ChosenEncoder
+    encoded: EmbeddedSamples
+    space: SampleSpace
     replies: F32
     faults: Mapping[int, str]
     citing: int
 
 
-def _read(sides: Sides, options: ValidateOptions) -> _Read:
-    chosen = choose(options.encoder)
+def _read(sides: ValidationSamples, options: ValidateOptions) -> _Read:
+    chosen = choose_encoder(options.encoder)
     pool = pooled(sides, options.most_rows, options.seed)
     everything = [*sides.synthetic, *sides.real]
     found = encoded(chosen, everything)
@@ -236,17 +245,17 @@ def _read(sides: Sides, options: ValidateOptions) -> _Read:
     replies = vectors[:, found.replies_at :]
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
     faults, citing = citation_check.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
-    space = Space(pool, vectors, options.seed, found.replies_at)
+    space = SampleSpace(pool, vectors, options.seed, found.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
     return _Read(chosen, found, space, unit, faults, citing)
 
 
-def _judged(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
+def _judged(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
     citations = citation_check.consistency(read.faults, read.citing, [row.id for row in sides.synthetic], options.limits)
-    return judged([*_tests(read, sides, options), citations], options.alpha)
+    return corrected_results([*_tests(read, sides, options), citations], options.alpha)
 
 
-def _tests(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]:
+def _tests(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
     """Every test of the whole set that its rows allow."""
     space, limits = read.space, options.limits
     pool = space.pool
@@ -259,8 +268,8 @@ def _tests(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]
     named = outcomes(pool.rows, options.label)
     people = memberships(pool.rows, options.group)
     return [
-        two_sample_tests.classifier(space, members, limits),
-        two_sample_tests.mmd(space, members, limits),
+        two_sample_tests.classifier_test(space, members, limits),
+        two_sample_tests.mmd_test(space, members, limits),
         two_sample_tests.coverage(space, members, limits),
         two_sample_tests.novelty(space, members, limits),
         two_sample_tests.lengths(pool, members, limits),
@@ -275,7 +284,7 @@ def _tests(read: _Read, sides: Sides, options: ValidateOptions) -> list[Finding]
     ]
 
 
-def _outcomes(read: _Read, form: str, named: Target, people: Mapping[str, Any]) -> Sequence[str | None]:
+def _outcomes(read: _Read, form: str, named: ClassLabels, people: Mapping[str, Any]) -> Sequence[str | None]:
     """The labels; where none were asked for, of free text what it decides, or kinds of replies where few say that."""
     rows = read.space.pool.rows
     if not people or form != "auto" or (any(named.labels) and named.chosen != "reply"):
@@ -287,25 +296,27 @@ def _outcomes(read: _Read, form: str, named: Target, people: Mapping[str, Any]) 
     return outcome_shift.reply_kinds(read.space, read.replies)
 
 
-def _flaws(sides: Sides, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]) -> list[Flaw]:
+def _flaws(
+    sides: ValidationSamples, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]
+) -> list[RejectedRow]:
     """What speaks against single synthetic rows."""
     made, count = sides.synthetic, len(sides.synthetic)
-    found = [Flaw(place, made[place].id, "span_not_held", said) for place, said in sorted(span_faults.items())]
+    found = [RejectedRow(place, made[place].id, "span_not_held", said) for place, said in sorted(span_faults.items())]
     found += _copied(made, sides.seeds, "copy_of_seed")
     found += _copied(made, sides.real, "copy_of_held_out")
     units = np.unique(np.array([group_of(row) for row in sides.real]), return_inverse=True)[1]
-    outside = two_sample_tests.outside(vectors[:count], vectors[count:], units, options.limits.outside)
-    return found + [Flaw(place, made[place].id, "outside", said) for place, said in sorted(outside.items())]
+    outside = two_sample_tests.out_of_distribution(vectors[:count], vectors[count:], units, options.limits.outside)
+    return found + [RejectedRow(place, made[place].id, "outside", said) for place, said in sorted(outside.items())]
 
 
-def _copied(made: Sequence[Example], others: Sequence[Example], reason: str) -> list[Flaw]:
+def _copied(made: Sequence[Example], others: Sequence[Example], reason: str) -> list[RejectedRow]:
     best: dict[int, tuple[float, str]] = {}
     for pair in copies.near_copies([*made, *others]):
         if pair.a < len(made) <= pair.b:
             other = others[pair.b - len(made)]
             said = f"{pair.method} copy ({pair.score:.2f}) of {other.id} ({other.origins[0].locator})"
             best[pair.a] = max(best.get(pair.a, (0.0, "")), (pair.score, said))
-    return [Flaw(place, made[place].id, reason, said) for place, (_, said) in sorted(best.items())]
+    return [RejectedRow(place, made[place].id, reason, said) for place, (_, said) in sorted(best.items())]
 
 
-__all__ = ["Pool", "validate", "validated", "verdicts"]
+__all__ = ["Pool", "validate", "validate_rows", "verdicts"]

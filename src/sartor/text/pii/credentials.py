@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from sartor.text.pii.entities import Finding, Sight
+from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _END = r"(?![A-Za-z0-9_-])"
 _START = r"(?<![A-Za-z0-9_-])"
@@ -84,7 +84,7 @@ def entropy(text: str) -> float:
     return -sum(count / len(text) * math.log2(count / len(text)) for count in Counter(text).values())
 
 
-def secrets(sight: Sight) -> Iterator[Finding]:
+def secrets(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Keys in the form of their issuer, private keys, credentials in URLs, and what follows `password:`, `token=`."""
     long = any(end - start >= SHORTEST for start, end in sight.tokens)
     if long or any(hint in sight.flat for hint in MAY_LACK_DIGITS):
@@ -99,7 +99,7 @@ def secrets(sight: Sight) -> Iterator[Finding]:
             yield from _named(sight, hint)
 
 
-def _issued(sight: Sight, what: str, pattern: re.Pattern[str]) -> Iterator[Finding]:
+def _issued(sight: NormalizedText, what: str, pattern: re.Pattern[str]) -> Iterator[PiiEntity]:
     group = 1 if pattern.groups else 0
     for match in pattern.finditer(sight.flat):
         value = match[group]
@@ -107,10 +107,10 @@ def _issued(sight: Sight, what: str, pattern: re.Pattern[str]) -> Iterator[Findi
             continue  # `sk-learn-contrib-package-name`
         if what == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
             continue  # a port
-        yield Finding(match.start(group), match.end(group), "secret", what, 0.9 if group else 1.0, value)
+        yield PiiEntity(match.start(group), match.end(group), "secret", what, 0.9 if group else 1.0, value)
 
 
-def _named(sight: Sight, hint: str) -> Iterator[Finding]:
+def _named(sight: NormalizedText, hint: str) -> Iterator[PiiEntity]:
     # `lower` may differ in length from `flat` by letters such as İ: then the places are looked for in `flat` itself
     text = sight.lower if len(sight.lower) == len(sight.flat) else sight.flat
     place = text.find(hint)
@@ -126,11 +126,11 @@ def _named(sight: Sight, hint: str) -> Iterator[Finding]:
             )
             if score:
                 start = match.start("value")
-                yield Finding(start, start + len(value), "secret", "after_its_name", score, value)
+                yield PiiEntity(start, start + len(value), "secret", "after_its_name", score, value)
         place = text.find(hint, place + 1)
 
 
-def _is_subject(sight: Sight, place: int, hint: str) -> bool:
+def _is_subject(sight: NormalizedText, place: int, hint: str) -> bool:
     """Whether the word that begins here is one of its own (`monkey`, `compass` are not), and of a key says whose it is."""
     if hint == "key":
         return _QUALIFIED.search(sight.before(place, 14)) is not None

@@ -47,7 +47,7 @@ MAY_HIDE = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PiiEntity:
     """Characters `start` to `end` are personal data of the kind `entity`; `what` is its finer kind (`aws_key`).
 
     `score` is 0..1. `value` is equal for two spellings of one thing (+49 30 1234567, 0049 30 123 45 67); it is never
@@ -67,7 +67,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Sight:
+class NormalizedText:
     """A text without disguise, `flat`: digits of any script are 0-9, invisible characters are gone, escapes undone.
 
     `starts[i]` is where the character i of `flat` stands in the text that was given, None where both are the same.
@@ -132,7 +132,7 @@ class Sight:
         """The character at a place, a space outside of the text."""
         return self.flat[place] if 0 <= place < len(self.flat) else " "
 
-    def in_source(self, finding: Finding) -> Finding:
+    def in_source(self, finding: PiiEntity) -> PiiEntity:
         """The finding by the places of the text that was given."""
         if self.starts is None:
             return finding
@@ -142,14 +142,14 @@ class Sight:
 
 _NUMBER = re.compile("[0-9]+")
 _IN_WORD = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-").__contains__
-Recogniser = Callable[[Sight], Iterable[Finding]]
+Recogniser = Callable[[NormalizedText], Iterable[PiiEntity]]
 
 
-def look(text: str, *, escapes: bool = False) -> Sight:
+def normalize(text: str, *, escapes: bool = False) -> NormalizedText:
     r"""The Sight of a text. `escapes`: it may be raw JSON, so `\u0040` and `\n` are read as what they stand for."""
     odd = escapes and "\\" in text
     if not odd and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
-        return Sight(text, None, len(text))
+        return NormalizedText(text, None, len(text))
     pieces: list[str] = []
     starts: list[int] = []
     at = 0
@@ -163,7 +163,7 @@ def look(text: str, *, escapes: bool = False) -> Sight:
         at = match.end()
     pieces.append(text[at:])
     starts += range(at, len(text))
-    return Sight("".join(pieces), starts, len(text))
+    return NormalizedText("".join(pieces), starts, len(text))
 
 
 def _plain(said: str) -> str:
@@ -201,13 +201,13 @@ def _shown(code: int, said: str) -> str:
     return chr(code) if code < 128 else _plain(chr(code))
 
 
-def resolved(findings: Iterable[Finding]) -> list[Finding]:
+def resolve_overlaps(findings: Iterable[PiiEntity]) -> list[PiiEntity]:
     """Findings that do not overlap, in order: of two that do the surer one, then the longer one, stands for both.
 
     It takes over what the other covers beyond it, so that no half of a value stays behind.
     """
-    kept: list[Finding] = []
-    heap: list[Finding] = []  # findings that hang together
+    kept: list[PiiEntity] = []
+    heap: list[PiiEntity] = []  # findings that hang together
     end = 0
     for finding in sorted(findings, key=lambda one: one.start):
         if heap and finding.start >= end:
@@ -218,11 +218,11 @@ def resolved(findings: Iterable[Finding]) -> list[Finding]:
     return kept + _of_a_heap(heap)
 
 
-def _of_a_heap(heap: list[Finding]) -> list[Finding]:
+def _of_a_heap(heap: list[PiiEntity]) -> list[PiiEntity]:
     if len(heap) < 2:
         return heap
     starts: list[int] = []
-    kept: list[Finding] = []
+    kept: list[PiiEntity] = []
     for finding in sorted(heap, key=lambda one: (-round(one.score, 1), one.start - one.end, one.start, one.entity)):
         place = bisect_right(starts, finding.start)
         near = [at for at in (place - 1, place) if 0 <= at < len(kept) and kept[at].touches(finding.start, finding.end)]
@@ -238,14 +238,14 @@ def _of_a_heap(heap: list[Finding]) -> list[Finding]:
     return kept
 
 
-def outside_placeholders(findings: list[Finding], text: str) -> list[Finding]:
+def outside_placeholders(findings: list[PiiEntity], text: str) -> list[PiiEntity]:
     """The findings that do not touch what was masked before."""
     if not findings or "<" not in text:
         return findings
     spans = [match.span() for match in PLACEHOLDER.finditer(text)]
     starts = [start for start, _ in spans]
 
-    def free(finding: Finding) -> bool:
+    def free(finding: PiiEntity) -> bool:
         place = bisect_right(starts, finding.end - 1) - 1
         return place < 0 or spans[place][1] <= finding.start
 

@@ -79,7 +79,7 @@ Place = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group
 
 
 @dataclass(frozen=True)
-class Slot:
+class TextSlot:
     """One text of a row. `leaf` is set where the text is a string or number inside of JSON."""
 
     place: Place
@@ -97,25 +97,25 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExampleLayout:
     """All texts of a row, in order, and the leaves of those that are JSON."""
 
-    slots: tuple[Slot, ...]
+    slots: tuple[TextSlot, ...]
     json: Mapping[Place, tuple[Leaf, ...]]
 
 
-def lay_out(example: Example) -> Layout:
+def lay_out_example(example: Example) -> ExampleLayout:
     """Every text that a row bears, but for its origins (paths) and media."""
-    slots: list[Slot] = []
+    slots: list[TextSlot] = []
     json: dict[Place, tuple[Leaf, ...]] = {}
     for place, field, text in _texts(example):
         found = leaves(text) if text[:1] in JSON_BEGINS else None
         if found is None:
-            slots.append(Slot(place, field, text))
+            slots.append(TextSlot(place, field, text))
             continue
         json[place] = found
-        slots += [Slot(place, field, leaf.text, leaf) for part in found for leaf in part.plain()]
-    return Layout(tuple(slots), json)
+        slots += [TextSlot(place, field, leaf.text, leaf) for part in found for leaf in part.plain()]
+    return ExampleLayout(tuple(slots), json)
 
 
 def plain_text(example: Example) -> str | None:
@@ -159,7 +159,7 @@ def _of_message(where: str, number: int, field: FieldName, message: Message) -> 
             yield (where, number, name, 0), field, text
 
 
-def put_back(example: Example, layout: Layout, changed: Mapping[int, str]) -> Example:
+def replace_texts(example: Example, layout: ExampleLayout, changed: Mapping[int, str]) -> Example:
     """The row with the texts of some slots (by their number) changed."""
     texts: dict[Place, str] = {}
     by_leaf: dict[Place, dict[int, str]] = {}
@@ -211,7 +211,7 @@ def _message(where: str, number: int, message: Message, texts: Mapping[Place, st
     )
 
 
-def joints(example: Example, layout: Layout) -> Iterator[list[int]]:
+def joints(example: Example, layout: ExampleLayout) -> Iterator[list[int]]:
     """The numbers of the slots that make one message's text together, where there are two or more."""
     together: dict[tuple[str, int], list[int]] = {}
     for number, slot in enumerate(layout.slots):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sartor.core.records import Example, Message, Origin
-from sartor.text.pii.entities import BREAK, PLACEHOLDER, Finding
-from sartor.text.pii.example_layout import Layout, Slot, joints, lay_out, plain_text, put_back
+from sartor.text.pii.entities import BREAK, PLACEHOLDER, PiiEntity
+from sartor.text.pii.example_layout import ExampleLayout, TextSlot, joints, lay_out_example, plain_text, replace_texts
 from sartor.text.pii.scanner import Scanner
 
 # A placeholder is shorter than what it stands for, so a word may come near enough to a number to say what it is: looking
@@ -26,18 +26,18 @@ class Hit:
     slot: int
     start: int
     end: int
-    finding: Finding
+    finding: PiiEntity
     goes_on: bool = False
 
 
 @dataclass(frozen=True)
-class Found:
+class RowEntities:
     """The hits of a row in order, and its texts."""
 
-    layout: Layout
+    layout: ExampleLayout
     hits: tuple[Hit, ...]
 
-    def slot(self, hit: Hit) -> Slot:
+    def slot(self, hit: Hit) -> TextSlot:
         """The text in which a hit lies."""
         return self.layout.slots[hit.slot]
 
@@ -57,12 +57,12 @@ class Found:
         return f"{hit.finding.entity}{what} at {slot.name} {start}-{end}"
 
 
-def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> Found:
+def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> RowEntities:
     """Everything personal in the texts of a row, which are looked at as one: words of one field speak for the next."""
     plain = None if escapes else plain_text(example)
     if plain is not None and not scanner.find(plain):
         return NOTHING  # most rows: they are not laid out
-    layout = lay_out(example)
+    layout = lay_out_example(example)
     starts = [0]
     for slot in layout.slots:
         starts.append(starts[-1] + len(slot.text) + 1)
@@ -79,10 +79,10 @@ def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) ->
             if not any(hit.slot == slot and hit.start < end and start < hit.end for slot, start, end in covered)
         ]
         hits += across
-    return Found(layout, tuple(sorted(hits, key=lambda hit: (hit.slot, hit.start))))
+    return RowEntities(layout, tuple(sorted(hits, key=lambda hit: (hit.slot, hit.start))))
 
 
-def _across(scanner: Scanner, layout: Layout, numbers: Sequence[int]) -> list[Hit]:
+def _across(scanner: Scanner, layout: ExampleLayout, numbers: Sequence[int]) -> list[Hit]:
     """What is only there when the parts of a message are read in one: a number of which each part holds a half."""
     texts = [layout.slots[number].text for number in numbers]
     hits = []
@@ -99,7 +99,7 @@ def _across(scanner: Scanner, layout: Layout, numbers: Sequence[int]) -> list[Hi
     return hits
 
 
-NOTHING = Found(Layout((), {}), ())
+NOTHING = RowEntities(ExampleLayout((), {}), ())
 
 
 class Placeholders:
@@ -114,7 +114,7 @@ class Placeholders:
             for match in PLACEHOLDER.finditer(text) if "<" in text else ():
                 self._last[match[1]] = max(self._last.get(match[1], 0), int(match[2] or 0))
 
-    def of(self, finding: Finding) -> str:
+    def of(self, finding: PiiEntity) -> str:
         """What stands in a finding's place."""
         name = finding.entity.upper()
         if not self._numbered:
@@ -125,7 +125,7 @@ class Placeholders:
         return f"<{name}_{self._numbers[key]}>"
 
 
-def masked(example: Example, found: Found, names: Placeholders) -> Example:
+def masked(example: Example, found: RowEntities, names: Placeholders) -> Example:
     """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay apart."""
     changed: dict[int, str] = {}
     by_slot: dict[int, list[Hit]] = {}
@@ -137,7 +137,7 @@ def masked(example: Example, found: Found, names: Placeholders) -> Example:
             changed[number] = f"group-{hashlib.sha256(example.group.encode()).hexdigest()[:16].translate(LETTERS)}"
             continue
         changed[number] = _replaced(slot.text, hits, names)
-    return put_back(example, found.layout, changed)
+    return replace_texts(example, found.layout, changed)
 
 
 def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
@@ -149,9 +149,9 @@ def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
     return "".join([*pieces, text[at:]])
 
 
-def only(found: Found, keep: Callable[[Slot, Finding], bool]) -> Found:
+def only(found: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> RowEntities:
     """The hits that a condition holds for."""
-    return Found(found.layout, tuple(hit for hit in found.hits if keep(found.slot(hit), hit.finding)))
+    return RowEntities(found.layout, tuple(hit for hit in found.hits if keep(found.slot(hit), hit.finding)))
 
 
 def text_masker(scanner: Scanner, numbered: bool, kept: int) -> Callable[[str], str]:
@@ -185,7 +185,7 @@ def _last_word(text: str) -> int:
     return place
 
 
-def counted(found: Found) -> Mapping[str, int]:
+def entity_counts(found: RowEntities) -> Mapping[str, int]:
     """`email.reply` -> how many: by entity and field."""
     counts: dict[str, int] = {}
     for hit in found.hits:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sartor.text.pii.entities import Finding, Sight, digits
+from sartor.text.pii.entities import NormalizedText, PiiEntity, digits
 from sartor.text.pii.payment import luhn
 from sartor.text.pii.presidio_loader import recogniser
 
@@ -268,13 +268,13 @@ _DOCUMENT = re.compile(
 )
 
 
-def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
+def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
     """The recogniser for the numbers of `countries`; () is all in COUNTRIES. Raises ExtraError without presidio."""
     wanted = set(countries or COUNTRIES)
     numbers = [number for number in OWN if number.country in wanted]
     numbers += [_borrowed(*row) for row in BORROWED if row[0] in wanted]
 
-    def find(sight: Sight) -> Iterator[Finding]:
+    def find(sight: NormalizedText) -> Iterator[PiiEntity]:
         if not sight.numbers:
             return
         for start, end in _places(sight):
@@ -283,12 +283,12 @@ def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
                 yield from _in_place(sight, start, end, before, number)
         if sight.has("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis"):
             for match in _DOCUMENT.finditer(sight.flat):
-                yield Finding(match.start(1), match.end(1), "national_id", "document", 0.7, _bare(match[1]))
+                yield PiiEntity(match.start(1), match.end(1), "national_id", "document", 0.7, _bare(match[1]))
 
     return find
 
 
-def _places(sight: Sight) -> list[tuple[int, int]]:
+def _places(sight: NormalizedText) -> list[tuple[int, int]]:
     """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen once."""
     spans = [(_left(sight, start), _right(sight, end)) for start, end in sight.runs]
     starts = [start for start, _ in spans]  # in order, as the runs are
@@ -299,21 +299,21 @@ def _places(sight: Sight) -> list[tuple[int, int]]:
     return spans
 
 
-def _left(sight: Sight, place: int) -> int:
+def _left(sight: NormalizedText, place: int) -> int:
     space = 1 if place and sight.at(place - 1) == " " else 0
     while place - space > 0 and sight.at(place - space - 1).isalnum() and space < 6:
         space += 1
     return place - space
 
 
-def _right(sight: Sight, place: int) -> int:
+def _right(sight: NormalizedText, place: int) -> int:
     space = 1 if sight.at(place) in " -+" else 0
     while sight.at(place + space).isalnum() and space < 6:
         space += 1
     return place + space
 
 
-def _in_place(sight: Sight, start: int, end: int, before: str, number: Number) -> Iterator[Finding]:
+def _in_place(sight: NormalizedText, start: int, end: int, before: str, number: Number) -> Iterator[PiiEntity]:
     for match in number.form.finditer(sight.flat, start, end):
         text = match[0]
         if sight.at(match.end()).isalnum() or sight.at(match.start() - 1).isalnum() or not number.check(text):
@@ -323,7 +323,7 @@ def _in_place(sight: Sight, start: int, end: int, before: str, number: Number) -
         told = number.words.search(before) is not None
         if told or (number.alone is not None and number.alone.match(text)):
             score = 0.95 if told else 0.75
-            yield Finding(match.start(), match.end(), "national_id", number.what, score, _bare(text))
+            yield PiiEntity(match.start(), match.end(), "national_id", number.what, score, _bare(text))
 
 
 def _bare(text: str) -> str:

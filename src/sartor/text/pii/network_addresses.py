@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from sartor.core.errors import need
-from sartor.text.pii.entities import Finding, Sight
+from sartor.core.errors import missing_package
+from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _LOCAL = re.compile(r"""(?:"[^"\x00\n]{1,62}"|[\w!#$%&'*+/=?^`{|}~.-]{1,64})$""")
 _USERINFO = re.compile(r"://[^\s/@\x00]*$")
@@ -61,7 +61,7 @@ def top_domains() -> frozenset[str]:
     """
     spec = importlib.util.find_spec("tldextract")
     if spec is None or not spec.submodule_search_locations:
-        raise need("tldextract")
+        raise missing_package("tldextract")
     text = Path(list(spec.submodule_search_locations)[0], ".tld_set_snapshot").read_text(encoding="utf-8")
     lines = (line.strip() for line in text.split("\n"))
     labels = {line.rpartition(".")[2].lower() for line in lines if line and not line.startswith("//")}
@@ -78,7 +78,7 @@ def is_domain(text: str) -> bool:
     return "." in text and (last in RESERVED or last in top_domains())
 
 
-def emails(sight: Sight) -> Iterator[Finding]:
+def emails(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Addresses with an @ and a domain below a public suffix; written-out ones (`bob [at] example [dot] com`)."""
     flat = sight.flat
     place = flat.find("@")
@@ -90,7 +90,7 @@ def emails(sight: Sight) -> Iterator[Finding]:
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
             if start < place and not _is_remote(flat, start, place, domain.end()):
                 text = flat[start : domain.end()]
-                yield Finding(start, domain.end(), "email", "email", 1.0, text.casefold())
+                yield PiiEntity(start, domain.end(), "email", "email", 1.0, text.casefold())
         place = flat.find("@", place + 1)
     if sight.has(
         " dot ", "dot]", "dot)", "[at]", "(at)", "{at}", "<at>", " punkt ", "[@]", "(@)", " punto ", "(ät)", "[ät]", " point "
@@ -105,7 +105,7 @@ def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
     ) is not None
 
 
-def _spelt(sight: Sight) -> Iterator[Finding]:
+def _spelt(sight: NormalizedText) -> Iterator[PiiEntity]:
     for at in _AT.finditer(sight.flat):
         before = _SPELT_LOCAL.search(sight.before(at.start(), 100))
         after = _SPELT_DOMAIN.match(sight.flat, at.end())
@@ -120,10 +120,10 @@ def _spelt(sight: Sight) -> Iterator[Finding]:
         start = at.start() - len(before[0])
         score = 0.9 if bracketed else _meant(sight, start, local)
         if score and is_domain(domain):
-            yield Finding(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
+            yield PiiEntity(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
 
 
-def _meant(sight: Sight, start: int, local: str) -> float:
+def _meant(sight: NormalizedText, start: int, local: str) -> float:
     """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at ..."."""
     before = sight.before(start, 60)
     if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
@@ -141,19 +141,19 @@ def _end_of(match: re.Match[str], domain: str) -> int:
     return end
 
 
-def ip_addresses(sight: Sight) -> Iterator[Finding]:
+def ip_addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
     """IPv4 and IPv6 addresses, but no masks, loopbacks, version or section numbers."""
     for start, end in sight.numbers:
         match = _IPV4.match(sight.flat, start) if sight.at(end) == "." else None
         if match:
             before = sight.before(start, 40)
             if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
-                yield Finding(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
+                yield PiiEntity(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
     if sight.numbers and _COLONS.search(sight.flat):
         for match in _IPV6.finditer(sight.flat):
             address = _v6(match[0])
             if address:
-                yield Finding(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
+                yield PiiEntity(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
 
 
 def _is_meant_v4(text: str, before: str) -> bool:
@@ -173,7 +173,7 @@ def _v6(text: str) -> str:
     return "" if address.is_loopback or address.is_unspecified else str(address)
 
 
-def mac_addresses(sight: Sight) -> Iterator[Finding]:
+def mac_addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor zeros."""
     if not any(middle.search(sight.flat) for middle in _MAC_MIDDLES):
         return
@@ -181,4 +181,4 @@ def mac_addresses(sight: Sight) -> Iterator[Finding]:
         value = re.sub(r"[:.-]", "", match[0]).lower()
         sure = "." not in match[0] or not value.isdigit() or "mac" in sight.before(match.start(), 24).lower()
         if sure and value not in ("0" * 12, "f" * 12):
-            yield Finding(match.start(), match.end(), "mac_address", "mac", 0.95, value)
+            yield PiiEntity(match.start(), match.end(), "mac_address", "mac", 0.95, value)

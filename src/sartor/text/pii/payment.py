@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from sartor.text.pii.entities import Finding, Sight, Span, digits
+from sartor.text.pii.entities import NormalizedText, PiiEntity, Span, digits
 from sartor.text.pii.presidio_loader import recogniser
 
 # Issuer ranges (ISO/IEC 7812) and their lengths
@@ -69,7 +69,7 @@ def is_iban(text: str) -> bool:
     return int("".join(str(int(sign, 36)) for sign in text[4:] + text[:4])) % 97 == 1
 
 
-def cards(sight: Sight) -> Iterator[Finding]:
+def cards(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Card numbers, written in one, in groups or digit by digit."""
     for start, end in sight.runs:
         if end - start < 13:
@@ -80,10 +80,10 @@ def cards(sight: Sight) -> Iterator[Finding]:
                 number = digits(sight.flat[first:last])
                 # 13 digits from a 4 on are barcodes (EAN) more often than Visa's old numbers
                 old = len(number) == 13 and not _CARD_WORD.search(sight.before(first))
-                yield Finding(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
+                yield PiiEntity(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
 
 
-def _apart(sight: Sight, start: int, end: int) -> Span:
+def _apart(sight: NormalizedText, start: int, end: int) -> Span:
     """A run without a group at either end that is part of a word, if a space parts it from the others (`invoice2 4111...`)."""
     if sight.at(start - 1).isalnum():
         space = sight.flat.find(" ", start, end)
@@ -124,7 +124,7 @@ def _usual(flat: str, groups: list[Span]) -> bool:
     return is_card("".join(flat[start:end] for start, end in groups))
 
 
-def ibans(sight: Sight) -> Iterator[Finding]:
+def ibans(sight: NormalizedText) -> Iterator[PiiEntity]:
     """IBANs whose length and check digits are right."""
     for start, end in sight.numbers:
         start -= 3 if sight.at(start - 1) == " " else 2
@@ -137,7 +137,7 @@ def ibans(sight: Sight) -> Iterator[Finding]:
         text = "".join(match[0][place] for place in places[: IBAN_LENGTHS[match[0][:2].upper()]])
         end = start + places[len(text) - 1] + 1
         if is_iban(text) and not sight.at(end).isalnum() and _is_written_as_one(sight.flat[start:end]):
-            yield Finding(start, end, "iban", f"iban_{text[:2].lower()}", 1.0, text.upper())
+            yield PiiEntity(start, end, "iban", f"iban_{text[:2].lower()}", 1.0, text.upper())
 
 
 def _is_written_as_one(text: str) -> bool:
@@ -159,15 +159,15 @@ def base58_checked(text: str) -> bool:
     return hashlib.sha256(hashlib.sha256(raw[:-4]).digest()).digest()[:4] == raw[-4:]
 
 
-def wallets(sight: Sight) -> Iterator[Finding]:
+def wallets(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form alone)."""
     for start, end in sight.tokens:
         text = sight.flat[start:end]
         if len(text) < 26:
             continue
         if _BASE58.fullmatch(text) and base58_checked(text):
-            yield Finding(start, end, "crypto_wallet", "base58", 1.0, text)
+            yield PiiEntity(start, end, "crypto_wallet", "base58", 1.0, text)
         elif _BECH32.fullmatch(text) and recogniser("generic.crypto").validate_bech32_address(text)[0]:
-            yield Finding(start, end, "crypto_wallet", "bech32", 1.0, text.lower())
+            yield PiiEntity(start, end, "crypto_wallet", "bech32", 1.0, text.lower())
         elif _ETHER.fullmatch(text):
-            yield Finding(start, end, "crypto_wallet", "ethereum", 0.7, text.lower())
+            yield PiiEntity(start, end, "crypto_wallet", "ethereum", 0.7, text.lower())

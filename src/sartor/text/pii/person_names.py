@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from sartor.text.pii.entities import Finding, Sight
+from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _U = "A-ZÀ-ÖØ-Þ"
 _LOW = "a-zß-öø-ÿ"
@@ -44,7 +44,7 @@ _NO_NAME = re.compile(
 )
 
 
-def people(sight: Sight) -> Iterator[Finding]:
+def people(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Names that are introduced, addressed with a title, or signed with."""
     flat = sight.flat
     if sight.has(
@@ -99,10 +99,10 @@ def people(sight: Sight) -> Iterator[Finding]:
             yield from _person(match, "introduced", 0.6)
 
 
-def _person(match: re.Match[str], what: str, score: float) -> Iterator[Finding]:
+def _person(match: re.Match[str], what: str, score: float) -> Iterator[PiiEntity]:
     """The name up to the first word that is none: `Dr. Doolittle Or why ...`."""
     words = match[1].split(" ")
     names = list(itertools.takewhile(lambda one: not _NO_NAME.fullmatch(one.strip(".,")), words))
     if names:
         name = " ".join(names)
-        yield Finding(match.start(1), match.start(1) + len(name), "person", what, score, name.casefold())
+        yield PiiEntity(match.start(1), match.start(1) + len(name), "person", what, score, name.casefold())

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sartor.core.errors import need
-from sartor.text.pii.entities import Finding, Sight, digits
+from sartor.core.errors import missing_package
+from sartor.text.pii.entities import NormalizedText, PiiEntity, digits
 
 REGIONS = (
     "US", "GB", "DE", "FR", "ES", "IT", "NL", "BE", "AT", "CH", "PL", "SE", "NO", "DK", "FI", "IE", "PT", "CZ", "SK", "HU",
@@ -69,16 +69,16 @@ _DECIMAL = re.compile(r"\d*\.\d+|\d{1,3}(?:\.\d{3})+")
 _YEARS = re.compile(r"\(?(?:1[5-9]|20)\d\d(?: ?[-/] ?| )(?:(?:1[5-9]|20)\d\d|\d\d)\)?$")
 
 
-def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
+def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
     """The recogniser for numbers in international form and in the national forms of `countries` (ISO 3166; () is REGIONS)."""
     try:
         import phonenumbers
     except ImportError:
-        raise need("phonenumbers") from None
+        raise missing_package("phonenumbers") from None
     regions = [country for country in countries if country in phonenumbers.SUPPORTED_REGIONS] or REGIONS
     nanp = bool({"US", "CA"} & set(regions))
 
-    def find(sight: Sight) -> Iterator[Finding]:
+    def find(sight: NormalizedText) -> Iterator[PiiEntity]:
         if sight.runs:
             yield from _abroad(sight, phonenumbers)
             yield from _national(sight, phonenumbers, regions, nanp)
@@ -86,7 +86,7 @@ def opener(countries: Sequence[str]) -> Callable[[Sight], Iterable[Finding]]:
     return find
 
 
-def _abroad(sight: Sight, library: Any) -> Iterator[Finding]:
+def _abroad(sight: NormalizedText, library: Any) -> Iterator[PiiEntity]:
     for match in _ABROAD.finditer(sight.flat):
         text = match[0]
         number = digits(re.sub(r"[a-z].*", "", text, flags=re.IGNORECASE)).removeprefix("00")
@@ -99,10 +99,10 @@ def _abroad(sight: Sight, library: Any) -> Iterator[Finding]:
         if told < 0 and not plus:
             continue
         score = 0.95 if sure and plus else 0.8 if sure else 0.65 if plus and _in_groups(text) else 0.6 if told > 0 else 0.4
-        yield Finding(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
+        yield PiiEntity(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
 
 
-def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+def _national(sight: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
     yield from _by_form(sight, library, regions, nanp)
     for start, end in sight.runs:
         match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
@@ -115,7 +115,7 @@ def _national(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) ->
             yield _finding(sight, match, "after_its_name", 0.6, library, regions)
 
 
-def _by_form(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[Finding]:
+def _by_form(sight: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
     if nanp:
         for match in _NANP.finditer(sight.flat):
             if _told(sight, match.start()) >= 0 and not _is_date(match[0]):
@@ -132,14 +132,16 @@ def _by_form(sight: Sight, library: Any, regions: Sequence[str], nanp: bool) -> 
                 yield finding
 
 
-def _finding(sight: Sight, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]) -> Finding:
+def _finding(
+    sight: NormalizedText, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]
+) -> PiiEntity:
     plain = re.sub(r"[A-Za-z].*", "", match[0])
     for region in regions:
         parsed = _parsed(plain, region, library)
         if parsed is not None and library.is_valid_number(parsed):
             score = min(1.0, score + (0.15 if _told(sight, match.start()) > 0 else 0.05))
-            return Finding(match.start(), match.end(), "phone", what, score, _value(parsed, "", library))
-    return Finding(match.start(), match.end(), "phone", what, score, digits(plain).lstrip("0"))
+            return PiiEntity(match.start(), match.end(), "phone", what, score, _value(parsed, "", library))
+    return PiiEntity(match.start(), match.end(), "phone", what, score, digits(plain).lstrip("0"))
 
 
 def _parsed(text: str, region: str | None, library: Any) -> Any:
@@ -167,7 +169,7 @@ def _is_date(text: str) -> bool:
     return _DATE.match(text.lstrip("(")) is not None
 
 
-def _told(sight: Sight, place: int) -> int:
+def _told(sight: NormalizedText, place: int) -> int:
     """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0 nothing."""
     before = sight.before(place, 56)
     sure = _last(_SURE, before)
@@ -182,7 +184,7 @@ def _told(sight: Sight, place: int) -> int:
     return 1 if perhaps >= 0 and len(before) - perhaps < 28 else 0
 
 
-def _perhaps_directly(sight: Sight, place: int) -> bool:
+def _perhaps_directly(sight: NormalizedText, place: int) -> bool:
     """Whether a word that may announce a phone number is the last one before, but for "me", "at", "on"."""
     before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", sight.before(place, 40))
     return _last(_PERHAPS, before) >= len(before) - 2

@@ -9,7 +9,7 @@ import datetime
 import re
 from collections.abc import Iterator
 
-from sartor.text.pii.entities import Finding, Sight
+from sartor.text.pii.entities import NormalizedText, PiiEntity
 
 _U = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĖĘĚĞĢĪĮİĶĹĻĽŁŃŅŇŌŐŒŔŘŚŞŠŢŤŪŮŰŲŸŹŻŽ"
 _NAME = rf"(?:(?:St|Ste|Dr|Mt|Ft|[{_U}])\.|[{_U}][\w'’-]*)"  # a word with a capital, or one cut short with a dot
@@ -181,7 +181,7 @@ _BIRTH_WORDS = ("born", "birth", "d.o.b", "dob", "geb", "né", "nee le", "ne le"
 _THIS_YEAR = datetime.date.today().year
 
 
-def addresses(sight: Sight) -> Iterator[Finding]:
+def addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Streets with a house number, with the town where it follows; British postcodes; boxes at a post office."""
     flat = sight.flat
     for start, end in sight.numbers:
@@ -200,7 +200,7 @@ def addresses(sight: Sight) -> Iterator[Finding]:
                     )
 
 
-def _number_first(sight: Sight, start: int) -> Iterator[Finding]:
+def _number_first(sight: NormalizedText, start: int) -> Iterator[PiiEntity]:
     if sight.at(start - 1).isalnum():
         return
     match = _ENGLISH.match(sight.flat, start)
@@ -216,7 +216,7 @@ def _number_first(sight: Sight, start: int) -> Iterator[Finding]:
         yield _address(sight, match, "street_french", 0.9 if match["town"] else 0.65 if sure else 0.4)
 
 
-def _is_no_street(match: re.Match[str], sight: Sight) -> bool:
+def _is_no_street(match: re.Match[str], sight: NormalizedText) -> bool:
     """Courts and saints: `131 S. Ct. 2507`, `2017, Judge Amy J. St. Eve`."""
     words = match[0][: match.start("way") - match.start()].split()[1:]
     if all(
@@ -226,7 +226,7 @@ def _is_no_street(match: re.Match[str], sight: Sight) -> bool:
     return match["way"] in ("St", "Ct") and not match["town"] and _SAINT.match(sight.flat, match.end("way")) is not None
 
 
-def _street_first(sight: Sight, start: int) -> Iterator[Finding]:
+def _street_first(sight: NormalizedText, start: int) -> Iterator[PiiEntity]:
     window = sight.before(start, 90)
     known = _WAY_BEFORE.search(window) is not None
     if not known and not (_ANY_WORD.search(window) and _ANY_NUMBER.match(sight.flat, start)):
@@ -247,28 +247,28 @@ def _street_first(sight: Sight, start: int) -> Iterator[Finding]:
         yield _finding(sight, first, match.end(), what, score, score == with_town)
 
 
-def _home(sight: Sight, place: int) -> bool:
+def _home(sight: NormalizedText, place: int) -> bool:
     return _HOME.search(sight.before(place, 32)) is not None
 
 
-def _address(sight: Sight, match: re.Match[str], what: str, score: float) -> Finding:
+def _address(sight: NormalizedText, match: re.Match[str], what: str, score: float) -> PiiEntity:
     return _finding(sight, match.start(), match.end(), what, score, bool(match.groupdict().get("town")))
 
 
-def _finding(sight: Sight, start: int, end: int, what: str, score: float, has_town: bool) -> Finding:
+def _finding(sight: NormalizedText, start: int, end: int, what: str, score: float, has_town: bool) -> PiiEntity:
     """The address without marks at its end; with the town where that stands before its code."""
     tail = None if has_town else _TAIL.match(sight.flat, end)
     if tail:
         end, score = tail.end(), max(score, 0.85)
     text = sight.flat[start:end].rstrip(" ,\n")
-    return Finding(start, start + len(text), "address", what, score, " ".join(text.casefold().split()))
+    return PiiEntity(start, start + len(text), "address", what, score, " ".join(text.casefold().split()))
 
 
-def birth_dates(sight: Sight) -> Iterator[Finding]:
+def birth_dates(sight: NormalizedText) -> Iterator[PiiEntity]:
     """Dates after a word for birth. Of people who may be alive: a year before 1900 is history."""
     if not sight.numbers or not sight.has(*_BIRTH_WORDS):
         return
     for match in _BORN.finditer(sight.flat):
         year = next(value for name, value in match.groupdict().items() if value)
         if len(year) == 2 or 1900 <= int(year) <= _THIS_YEAR:
-            yield Finding(match.start(1), match.end(1), "birth_date", "birth_date", 0.85, match[1].casefold())
+            yield PiiEntity(match.start(1), match.end(1), "birth_date", "birth_date", 0.85, match[1].casefold())

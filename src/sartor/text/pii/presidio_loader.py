@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import need
+from sartor.core.errors import missing_package
 
 ROOT = "presidio_analyzer"
 # in the order in which they need each other; the first three packages stay empty
@@ -44,7 +44,7 @@ def recogniser(place: str) -> Any:
     """
     spec = importlib.util.find_spec(ROOT)
     if spec is None or not spec.submodule_search_locations:
-        raise need(ROOT)
+        raise missing_package(ROOT)
     with _lock, _bare(Path(list(spec.submodule_search_locations)[0])):
         name = f"{ROOT}.predefined_recognizers.{place}_recognizer"
         package = name.rpartition(".")[0]

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 
 from sartor.core.errors import ConfigError
 from sartor.text.pii import credentials, national_ids, network_addresses, payment, person_names, phone_numbers, postal_addresses
-from sartor.text.pii.entities import BREAK, Finding, Recogniser, Sight, digits, look, outside_placeholders, resolved
+from sartor.text.pii.entities import (
+    BREAK,
+    NormalizedText,
+    PiiEntity,
+    Recogniser,
+    digits,
+    normalize,
+    outside_placeholders,
+    resolve_overlaps,
+)
 
 # entity -> how its recogniser is opened for a list of countries
 OPENERS: Mapping[str, Callable[[Sequence[str]], Recogniser]] = {
@@ -52,10 +61,10 @@ class Allowed:
             if len(one) > 2 and one[0] == one[-1] == "/":
                 patterns.append(_compiled(one))
                 continue
-            values |= {_plain(one), *(found.value for find in recognisers for found in find(look(one)))}
+            values |= {_plain(one), *(found.value for find in recognisers for found in find(normalize(one)))}
         return cls(frozenset(values), tuple(patterns))
 
-    def holds(self, finding: Finding, text: str) -> bool:
+    def holds(self, finding: PiiEntity, text: str) -> bool:
         """Whether the finding, which reads `text`, is allowed."""
         return finding.value in self.values or _plain(text) in self.values or any(one.fullmatch(text) for one in self.patterns)
 
@@ -84,25 +93,25 @@ class Scanner:
         self._min_score = min_score
         self._allowed = Allowed.of(allow, self._recognisers) if allow else None
 
-    def find(self, text: str, *, escapes: bool = False) -> list[Finding]:
+    def find(self, text: str, *, escapes: bool = False) -> list[PiiEntity]:
         """Findings of at least the least score, in order, none over another. `escapes` as in `look`.
 
         What was masked before is left alone. A finding ends at a BREAK.
         """
-        sight = look(text, escapes=escapes)
+        sight = normalize(text, escapes=escapes)
         found = [one for find in self._recognisers for one in find(sight) if one.score >= self._min_score]
         if not found:
             return []
         found = outside_placeholders(found, sight.flat)
         if self._allowed is not None:
             found = [one for one in found if not self._allowed.holds(one, sight.flat[one.start : one.end])]
-        found = resolved(_cut(found, sight.flat))
+        found = resolve_overlaps(_cut(found, sight.flat))
         echoes = outside_placeholders(list(_elsewhere(found, sight)), sight.flat)
-        found = resolved([*found, *echoes]) if echoes else found
+        found = resolve_overlaps([*found, *echoes]) if echoes else found
         return [sight.in_source(one) for one in _of_one_value(found, sight.flat)]
 
 
-def _of_one_value(found: list[Finding], flat: str) -> Iterator[Finding]:
+def _of_one_value(found: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
     """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
     values: dict[tuple[str, str], str] = {}
     for one in found:
@@ -112,7 +121,7 @@ def _of_one_value(found: list[Finding], flat: str) -> Iterator[Finding]:
         yield one if value == one.value else replace(one, value=value)
 
 
-def _cut(found: list[Finding], flat: str) -> list[Finding]:
+def _cut(found: list[PiiEntity], flat: str) -> list[PiiEntity]:
     """Findings that end where their field does."""
     return [
         replace(one, end=one.start + at) if (at := flat[one.start : one.end].find(BREAK)) > 0 else one
@@ -121,10 +130,10 @@ def _cut(found: list[Finding], flat: str) -> list[Finding]:
     ]
 
 
-def _elsewhere(found: list[Finding], sight: Sight) -> Iterator[Finding]:
+def _elsewhere(found: list[PiiEntity], sight: NormalizedText) -> Iterator[PiiEntity]:
     """The values that were found, at the other places where nothing around them says what they are."""
-    by_number: dict[str, Finding] = {}
-    spelt: dict[str, Finding] = {}
+    by_number: dict[str, PiiEntity] = {}
+    spelt: dict[str, PiiEntity] = {}
     for one in found:
         text = sight.flat[one.start : one.end]
         if one.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
@@ -139,7 +148,7 @@ def _elsewhere(found: list[Finding], sight: Sight) -> Iterator[Finding]:
         yield _echo(spelt[said], start, end)
 
 
-def _places_of(spelt: Mapping[str, Finding], flat: str) -> Iterator[tuple[str, int, int]]:
+def _places_of(spelt: Mapping[str, PiiEntity], flat: str) -> Iterator[tuple[str, int, int]]:
     if len(spelt) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
         yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in spelt)
         return
@@ -149,12 +158,12 @@ def _places_of(spelt: Mapping[str, Finding], flat: str) -> Iterator[tuple[str, i
                 yield said, match.start(), match.end()
 
 
-def _echo(finding: Finding, start: int, end: int) -> Finding:
+def _echo(finding: PiiEntity, start: int, end: int) -> PiiEntity:
     """The same value at another place: less sure, so that what stands there by itself is called by its own name."""
     return replace(finding, start=start, end=end, score=finding.score - 0.1)
 
 
-def _spellings(finding: Finding, text: str) -> list[str]:
+def _spellings(finding: PiiEntity, text: str) -> list[str]:
     """What to look for elsewhere: of a name also its parts; nothing too short to be told from other words."""
     if finding.entity != "person" or finding.what != "introduced":
         return [text] if len(text) >= 4 else []

@@ -8,14 +8,14 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Path, Request
 
 from sartor.core.errors import AdmissionError, ModelError
-from sartor.serving.http.app import JsonResponse, Route
-from sartor.serving.http.app_state import desk_of, entry_of
+from sartor.serving.http.app import JsonResponse, StrictJsonRoute
+from sartor.serving.http.app_state import get_record, get_state
 from sartor.serving.http.http_errors import FieldError
 from sartor.serving.http.request_models import PromoteRequest, RollbackRequest
 from sartor.serving.http.response_models import AgentsAnswer, ErrorAnswer
 
 router = APIRouter(
-    route_class=Route,
+    route_class=StrictJsonRoute,
     responses={
         409: {"model": ErrorAnswer, "description": "Another version is live than was expected; nothing was changed"},
         422: {"model": ErrorAnswer, "description": "The Release is not admitted; nothing was changed"},
@@ -29,7 +29,7 @@ _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "des
 @router.get("/v1/agents", responses={200: {"model": AgentsAnswer}})
 async def agents(request: Request) -> JsonResponse:
     """Every agent: live version, versions, trial, state."""
-    listed = await desk_of(request).house.roster.listed()
+    listed = await get_state(request).house.roster.listed()
     said = [{"name": one.name, "live": one.live, "versions": one.versions, "state": one.state} for one in listed]
     return JsonResponse({"agents": said})
 
@@ -39,26 +39,26 @@ async def promote(name: Name, asked: PromoteRequest, request: Request) -> JsonRe
     """Compare and swap: a Release or version becomes live, if `expected_version` still is. Running replies go on as begun."""
     if bool(asked.release) == bool(asked.version):
         raise FieldError("exactly one of release and version says what becomes live", '"version": "1.1"', "version")
-    roster = desk_of(request).house.roster
+    roster = get_state(request).house.roster
     return await _changed(request, roster.promote(name, asked.release or "", asked.version or "", asked.expected_version))
 
 
 @router.post("/v1/agents/{name}/rollback", responses=_CHANGED)
 async def rollback(name: Name, asked: RollbackRequest, request: Request) -> JsonResponse:
     """Undo the newest step: end a trial, else the version before becomes live again."""
-    return await _changed(request, desk_of(request).house.roster.rollback(name, asked.expected_version))
+    return await _changed(request, get_state(request).house.roster.rollback(name, asked.expected_version))
 
 
 @router.post("/v1/agents/{name}/drain", responses=_CHANGED)
 async def drain(name: Name, request: Request) -> JsonResponse:
     """Take an agent out of service: what it began ends, what comes is refused."""
-    return await _changed(request, desk_of(request).house.roster.drain(name))
+    return await _changed(request, get_state(request).house.roster.drain(name))
 
 
 @router.post("/v1/agents/{name}/release", responses=_CHANGED)
 async def release(name: Name, request: Request) -> JsonResponse:
     """Bring an agent back from quarantine or drain."""
-    return await _changed(request, desk_of(request).house.roster.release(name))
+    return await _changed(request, get_state(request).house.roster.release(name))
 
 
 async def _changed(request: Request, change: Awaitable[Mapping[str, Any]]) -> JsonResponse:
@@ -66,5 +66,5 @@ async def _changed(request: Request, change: Awaitable[Mapping[str, Any]]) -> Js
         said = await change
     except ModelError as error:  # here it is the Release that is wrong, not the service
         raise AdmissionError(error.problem, error.remedy) from None
-    entry_of(request).agent = f"{said['name']}@{said['live']}"
+    get_record(request).agent = f"{said['name']}@{said['live']}"
     return JsonResponse(said)

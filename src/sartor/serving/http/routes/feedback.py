@@ -12,21 +12,21 @@ from fastapi import APIRouter, Path, Request
 
 from sartor.core.errors import KeyRefusedError
 from sartor.core.records import Feedback
-from sartor.serving.api_keys import Opened
-from sartor.serving.http.app import JsonResponse, Route
-from sartor.serving.http.app_state import Desk, agent_of, desk_of, entry_of
+from sartor.serving.api_keys import Principal
+from sartor.serving.http.app import JsonResponse, StrictJsonRoute
+from sartor.serving.http.app_state import AppState, agent_of, get_record, get_state
 from sartor.serving.http.http_errors import FieldError, NotFoundError
 from sartor.serving.http.request_models import FeedbackRequest
 from sartor.serving.http.response_models import FeedbackAnswer
 
-router = APIRouter(route_class=Route)
+router = APIRouter(route_class=StrictJsonRoute)
 PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @router.post("/v1/feedback", responses={200: {"model": FeedbackAnswer}})
 async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
     """Rate or correct a reply by its receipt, or by the `id` of its completion. It is on disk when this answers."""
-    desk, entry = desk_of(request), entry_of(request)
+    desk, entry = get_state(request), get_record(request)
     if asked.rating is None and not asked.correction and not asked.comment:
         raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
     desk.hearing.rates.begin(entry.visitor.key)
@@ -61,24 +61,24 @@ async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
 async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Request) -> JsonResponse:
     """The signed record of a reply: digests, no content. `sartor receipt verify` checks it."""
-    found = await _find(desk_of(request), _bare(receipt))
-    _check_opens(entry_of(request).visitor, str(found["agent"]))
+    found = await _find(get_state(request), _bare(receipt))
+    _check_opens(get_record(request).visitor, str(found["agent"]))
     return JsonResponse(found)
 
 
-async def _find(desk: Desk, receipt: str) -> Mapping[str, Any]:
+async def _find(desk: AppState, receipt: str) -> Mapping[str, Any]:
     found = await desk.house.receipts.find(receipt)
     if found is None:
         raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
     return found
 
 
-def _check_opens(visitor: Opened, agent: str) -> None:
+def _check_opens(visitor: Principal, agent: str) -> None:
     if not visitor.opens(agent_of(agent)):
         raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
 
 
-def _check_may_rate(visitor: Opened, agent: str, asker: str) -> None:
+def _check_may_rate(visitor: Principal, agent: str, asker: str) -> None:
     """Raises KeyRefusedError for a key that does not open the agent, or did not get the reply, where that is known."""
     if visitor.is_admin:
         return

@@ -9,27 +9,27 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from sartor.core.errors import UnavailableError
-from sartor.serving.api_keys import Opened
+from sartor.serving.api_keys import Principal
 from sartor.serving.http import speech_service
-from sartor.serving.http.app import JsonResponse, Route
-from sartor.serving.http.app_state import Desk, desk_of, entry_of
+from sartor.serving.http.app import JsonResponse, StrictJsonRoute
+from sartor.serving.http.app_state import AppState, get_record, get_state
 from sartor.serving.http.response_models import ModelBody, ModelsAnswer
 
-router = APIRouter(route_class=Route)
+router = APIRouter(route_class=StrictJsonRoute)
 STARTED = int(time.time())
 
 
 @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
 async def models(request: Request) -> JsonResponse:
     """What the key opens of base, `auto` and agents, these with every version that may be asked for."""
-    names = await _names(desk_of(request), entry_of(request).visitor)
+    names = await _names(get_state(request), get_record(request).visitor)
     return JsonResponse({"object": "list", "data": list(names.values())})
 
 
 @router.get("/v1/models/{model}", responses={200: {"model": ModelBody}})
 async def model(model: str, request: Request) -> JsonResponse:
     """One of them."""
-    desk, visitor = desk_of(request), entry_of(request).visitor
+    desk, visitor = get_state(request), get_record(request).visitor
     if model == speech_service.MODEL:
         desk.check_speech(visitor)
     else:
@@ -40,7 +40,7 @@ async def model(model: str, request: Request) -> JsonResponse:
     return JsonResponse(names[model])
 
 
-async def _names(desk: Desk, visitor: Opened) -> dict[str, dict[str, Any]]:
+async def _names(desk: AppState, visitor: Principal) -> dict[str, dict[str, Any]]:
     about = desk.house.crew.about
     exact = f"base@{about.base_digest[:12]}"
 

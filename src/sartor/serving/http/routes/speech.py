@@ -13,17 +13,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sartor.core.errors import SartorError, UnknownAgentError
-from sartor.media.speech.audio_encoding import FORMATS, Sound
-from sartor.media.speech.voice import Voice
-from sartor.serving.http.app import Route
-from sartor.serving.http.app_state import Desk, as_header, desk_of, entry_of
-from sartor.serving.http.http_errors import FieldError, fault_of
-from sartor.serving.http.request_log import Entry
+from sartor.media.speech.audio_encoding import FORMATS, AudioClip
+from sartor.media.speech.voice import TtsVoice
+from sartor.serving.http.app import StrictJsonRoute
+from sartor.serving.http.app_state import AppState, as_header, get_record, get_state
+from sartor.serving.http.http_errors import FieldError, to_http_error
+from sartor.serving.http.request_log import RequestRecord
 from sartor.serving.http.request_models import SpeechRequest
-from sartor.serving.http.shutdown import GoneError, while_there
+from sartor.serving.http.shutdown import ClientDisconnectedError, until_disconnect
 from sartor.serving.http.speech_service import DEFAULT, MODEL
 
-router = APIRouter(route_class=Route)
+router = APIRouter(route_class=StrictJsonRoute)
 # Of a form that needs no head, so that what is spoken can be sent while the rest still is
 STREAMED = "pcm"
 _FILES: dict[int | str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ _FILES: dict[int | str, dict[str, Any]] = {
 @router.post("/v1/audio/speech", responses=_FILES, response_class=Response)
 async def speech(asked: SpeechRequest, request: Request) -> Response:
     """A text spoken by one of the team's voices. Markdown, tables and JSON are said as the chat says them."""
-    desk, entry = desk_of(request), entry_of(request)
+    desk, entry = get_state(request), get_record(request)
     desk.check_speech(entry.visitor)
     voice, speaker = _voice(asked, desk), desk.house.speech
     speaker.check_length(asked.input)
@@ -47,20 +47,20 @@ async def speech(asked: SpeechRequest, request: Request) -> Response:
     if form.name == STREAMED:
         sounds = speaker.sounds(asked.input, voice, speed)
         try:
-            first = await while_there(request.receive, desk.shift.within(anext(sounds), at))
+            first = await until_disconnect(request.receive, desk.shift.within(anext(sounds), at))
         except BaseException:
             await sounds.aclose()
             raise
         response: Response = SoundStream(_pcm(desk, sounds, first, at), sounds, entry)
     else:
         work = desk.shift.within(speaker.say(asked.input, voice, form.name, speed), at)
-        said = await while_there(request.receive, work)
+        said = await until_disconnect(request.receive, work)
         response = Response(said.sound, media_type=form.media_type)
     response.headers.update({"x-sartor-agent": MODEL, "x-sartor-reason": as_header(f"spoken by {voice.name}")})
     return response
 
 
-def _voice(asked: SpeechRequest, desk: Desk) -> Voice:
+def _voice(asked: SpeechRequest, desk: AppState) -> TtsVoice:
     """Who speaks: `model` is `speech` and `voice` says who, or `model` is a voice itself."""
     speaker = desk.house.speech
     if asked.model == MODEL:
@@ -75,9 +75,11 @@ def _voice(asked: SpeechRequest, desk: Desk) -> Voice:
     return voice
 
 
-async def _pcm(desk: Desk, sounds: AsyncGenerator[Sound, None], first: Sound, at: float) -> AsyncGenerator[bytes, None]:
+async def _pcm(
+    desk: AppState, sounds: AsyncGenerator[AudioClip, None], first: AudioClip, at: float
+) -> AsyncGenerator[bytes, None]:
     """The bytes of all pieces, the first of which is there."""
-    sound: Sound | None = first
+    sound: AudioClip | None = first
     while sound is not None:
         yield await desk.house.speech.aside(functools.partial(sound.encoded, STREAMED))
         sound = await desk.shift.within(anext(sounds, None), at)
@@ -88,7 +90,9 @@ class SoundStream(Response):
 
     media_type = FORMATS[STREAMED].media_type
 
-    def __init__(self, said: AsyncGenerator[bytes, None], sounds: AsyncGenerator[Sound, None], entry: Entry) -> None:
+    def __init__(
+        self, said: AsyncGenerator[bytes, None], sounds: AsyncGenerator[AudioClip, None], entry: RequestRecord
+    ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._said = said
@@ -99,12 +103,12 @@ class SoundStream(Response):
         """Send it all, unless the client goes before."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            await while_there(receive, self._send(send))
-        except GoneError:
+            await until_disconnect(receive, self._send(send))
+        except ClientDisconnectedError:
             self._entry.error = "Gone"
         except SartorError as error:
             # without its end the answer is seen to be cut
-            self._entry.error = fault_of(error).kind
+            self._entry.error = to_http_error(error).kind
         finally:
             await self._sounds.aclose()
 

@@ -12,15 +12,15 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from sartor.serving.http.app import JsonResponse, Route, body_of
-from sartor.serving.http.app_state import agent_of, desk_of, entry_of
-from sartor.serving.http.mcp_server import ABOUT_AUTO, Ability, AsTools, abilities, abouts
+from sartor.serving.http.app import JsonResponse, StrictJsonRoute, body_of
+from sartor.serving.http.app_state import agent_of, get_record, get_state
+from sartor.serving.http.mcp_server import ABOUT_AUTO, McpServer, ToolDescription, abilities, abouts
 from sartor.serving.http.request_body import parse
 from sartor.serving.http.response_models import HealthAnswer
 from sartor.serving.http.services import ANYBODY
 from sartor.serving.team_config import Team
 
-router = APIRouter(route_class=Route)
+router = APIRouter(route_class=StrictJsonRoute)
 READY = "ready"
 _UNHEALTHY: dict[int | str, dict[str, Any]] = {
     200: {"model": HealthAnswer, "description": "Requests can be answered"},
@@ -34,8 +34,8 @@ async def health(request: Request) -> JsonResponse:
 
     503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says so.
     """
-    visitor = entry_of(request).visitor
-    said = desk_of(request).house.crew.health()
+    visitor = get_record(request).visitor
+    said = get_state(request).house.crew.health()
     workers = [{name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in said["workers"]]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
@@ -43,7 +43,7 @@ async def health(request: Request) -> JsonResponse:
         for name, agent in said["agents"].items()
         if visitor.opens(agent_of(name))
     }
-    known = desk_of(request).house.troubles()
+    known = get_state(request).house.troubles()
     troubles = {name: why for name, why in known.items() if visitor.opens(agent_of(name))}
     all_well = not known and ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
     if (shut := request.scope["state"].get("shut")) is not None:
@@ -57,7 +57,7 @@ async def health(request: Request) -> JsonResponse:
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})
 async def metrics(request: Request) -> Response:
     """All numbers in Prometheus' text format. With keys set it takes the admin's, or one that opens every agent."""
-    return Response(desk_of(request).meters.page(), media_type=CONTENT_TYPE_LATEST)
+    return Response(get_state(request).meters.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 TEXT = ["text/plain"]
@@ -66,13 +66,13 @@ A2A_VERSION = "1.0"
 
 def agent_card_router(team: Team) -> APIRouter:
     """The route."""
-    router = APIRouter(route_class=Route, include_in_schema=False)
+    router = APIRouter(route_class=StrictJsonRoute, include_in_schema=False)
     said = abouts(team)
 
     @router.get("/.well-known/agent-card.json")
     async def card(request: Request) -> JsonResponse:
         """The card; its skills are the agents that the key opens, and without one the team alone."""
-        desk, visitor = desk_of(request), entry_of(request).visitor
+        desk, visitor = get_state(request), get_record(request).visitor
         found = await abilities(desk, visitor, said)
         url = (team.a2a.url or str(request.base_url)).rstrip("/")
         return JsonResponse(_card(team, url, desk.fingerprint(), found, needs_key=visitor != ANYBODY))
@@ -80,7 +80,7 @@ def agent_card_router(team: Team) -> APIRouter:
     return router
 
 
-def _card(team: Team, url: str, version: str, found: list[Ability], *, needs_key: bool) -> dict[str, Any]:
+def _card(team: Team, url: str, version: str, found: list[ToolDescription], *, needs_key: bool) -> dict[str, Any]:
     bindings = [("MCP", "/mcp")] if team.mcp.serve else []
     paths = [*bindings, ("OPENAI", "/v1/chat/completions")]
     card: dict[str, Any] = {
@@ -93,7 +93,7 @@ def _card(team: Team, url: str, version: str, found: list[Ability], *, needs_key
         "capabilities": {"streaming": True, "pushNotifications": False, "extendedAgentCard": False},
         "defaultInputModes": TEXT,
         "defaultOutputModes": TEXT,
-        "skills": [_skill(one) for one in (Ability("auto", "", ABOUT_AUTO), *found)],
+        "skills": [_skill(one) for one in (ToolDescription("auto", "", ABOUT_AUTO), *found)],
     }
     if needs_key:
         card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
@@ -101,13 +101,13 @@ def _card(team: Team, url: str, version: str, found: list[Ability], *, needs_key
     return card
 
 
-def _skill(one: Ability) -> dict[str, Any]:
+def _skill(one: ToolDescription) -> dict[str, Any]:
     return {"id": one.name, "name": one.name, "description": one.about, "tags": [one.name]}
 
 
-def mcp_router(tools: AsTools) -> APIRouter:
+def mcp_router(tools: McpServer) -> APIRouter:
     """The two routes. Not in the OpenAPI: MCP says itself what it takes."""
-    router = APIRouter(route_class=Route, include_in_schema=False)
+    router = APIRouter(route_class=StrictJsonRoute, include_in_schema=False)
 
     @router.post("/mcp")
     async def team(request: Request) -> Response:
@@ -119,7 +119,7 @@ def mcp_router(tools: AsTools) -> APIRouter:
     @router.post("/mcp/{agent}")
     async def alone(agent: str, request: Request) -> Response:
         """One agent alone."""
-        await desk_of(request).check_model(agent, entry_of(request).visitor)
+        await get_state(request).check_model(agent, get_record(request).visitor)
         return await team(request)
 
     return router
