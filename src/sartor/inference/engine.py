@@ -140,12 +140,14 @@ class ReplyFailed:
 
 
 Event = TextDelta | ReplyDone | ReplyFailed
+# names on the wire between a server and its workers
 _EVENTS: dict[str, type[Event]] = {"piece": TextDelta, "done": ReplyDone, "failed": ReplyFailed}
+_EVENT_NAMES = {event_type: name for name, event_type in _EVENTS.items()}
 
 
 def event_as_json(event: Event) -> dict[str, Any]:
     """A mapping that `event_from_json` turns back into an equal event."""
-    return {"event": type(event).__name__.lower(), **asdict(event)}
+    return {"event": _EVENT_NAMES[type(event)], **asdict(event)}
 
 
 def event_from_json(said: Mapping[str, Any]) -> Event:
