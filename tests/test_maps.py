@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import file_map
+
 ROOT = Path(__file__).parent.parent
 SRC = ROOT / "src" / "sartor"
 DECISIONS = ROOT / "docs" / "decisions"
@@ -79,6 +81,12 @@ def test_architecture_names_both_ways_with_functions() -> None:
         part = re.search(rf"^## {heading}\n(.*?)(?=^## )", text, re.DOTALL | re.MULTILINE)
         assert part is not None, heading
         assert len(re.findall(r"`[\w/]+\.py:[\w.]+`", part[1])) >= least
+
+
+def test_levels_of_the_architecture_are_those_that_hold() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    drawn = {int(level): tuple(names.split()) for level, names in re.findall(r"^ ?(\d+)  (\w+(?:  \w+)*)", text, re.MULTILINE)}
+    assert drawn == dict(enumerate(file_map.read_levels(ROOT), start=1))
 
 
 @pytest.mark.parametrize("place", ["`curate/pipeline.py:curat`", "`curate/gone.py`", "`tune/trainer.py:Tuned.gone`"])
