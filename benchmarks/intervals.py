@@ -1,6 +1,6 @@
 """False verdicts and power of the interval over groups (`sartor.evaluate.bootstrap`), and of what was tried before it.
 
-    python benchmarks/intervals.py --json                # the table of docs/decisions/040-few-groups.md
+    python benchmarks/intervals.py --json                # the table of docs/decisions/021-few-groups.md
     python benchmarks/intervals.py --json --small        # Sartor's method alone, 20 draws: shows that it runs
 
 Differences of groups are drawn with mean 0 from each distribution; a verdict of "better" or "worse" is false, at a nominal

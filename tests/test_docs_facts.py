@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 SRC = Path(sartor.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+ERRORS = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 
 
@@ -43,16 +45,13 @@ def error_classes() -> dict[str, str]:
     return {cls.__name__: cls.__base__.__name__ if cls is not errors.SartorError else "" for cls in classes}
 
 
-@pytest.mark.parametrize(
-    "drawing", [errors.__doc__, block_with(ARCHITECTURE, "SartorError")], ids=["docstring", "architecture"]
-)
+@pytest.mark.parametrize("drawing", [errors.__doc__, block_with(ERRORS, "SartorError")], ids=["docstring", "page"])
 def test_error_tree_is_the_class_tree(drawing: str) -> None:
     assert parents_in(drawing.partition("An error is a value")[0]) == error_classes()
 
 
 def test_errors_page_counts_the_children_of_each_parent() -> None:
-    page = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
-    counts = re.findall(r"^## (\w+)\n\n(?:(?!^## ).)*?[Pp]arent of the next (\w+)", page, re.DOTALL | re.MULTILINE)
+    counts = re.findall(r"^## (\w+)\n\n(?:(?!^## ).)*?[Pp]arent of the next (\w+)", ERRORS, re.DOTALL | re.MULTILINE)
     counted = {name: NUMBERS[word] for name, word in counts if word in NUMBERS}
     assert len(counted) >= 2
     for name, count in counted.items():
@@ -70,8 +69,8 @@ def test_verb_table_has_every_command() -> None:
 def test_gate_table_has_every_check() -> None:
     """The checks are the keys of dicts of Check in what returns `dict[str, Check]`."""
     made = set()
-    for name in ("release.py", "checks.py", "attacked.py", "audit/verdicts.py"):
-        for function in ast.walk(ast.parse((SRC / "evaluate" / name).read_text(encoding="utf-8"))):
+    for name in ("release/release.py", "release/gate.py", "evaluate/limits.py"):
+        for function in ast.walk(ast.parse((SRC / name).read_text(encoding="utf-8"))):
             if (
                 isinstance(function, ast.FunctionDef)
                 and function.returns
@@ -87,18 +86,17 @@ def test_gate_table_has_every_check() -> None:
 
 def test_kinds_of_artefacts_are_named_with_their_manifests() -> None:
     for kind, manifest in artifacts.MANIFESTS.items():
-        assert f"`{kind}`" in ARCHITECTURE
-        assert f"`{manifest}`" in ARCHITECTURE
+        assert f"`{kind}`" in FORMATS
+        assert f"`{manifest}`" in FORMATS
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md"])
-def test_map_has_every_package_and_no_file_that_is_gone(page: str) -> None:
-    drawn = block_with((ROOT / page).read_text(encoding="utf-8"), "src/sartor/")
+def test_readme_map_has_every_package_and_no_file_that_is_gone() -> None:
+    drawn = block_with(README, "src/sartor/")
     parts = [
         path.name for path in SRC.iterdir() if path.suffix in ("", ".py", ".toml", ".jsonl") and path.name != "__pycache__"
     ]
     assert [part for part in parts if not re.search(rf"^  {re.escape(part)}/?\s", drawn, re.MULTILINE)] == []
-    known = {path.name for folder in ("src", "tests") for path in (ROOT / folder).rglob("*")}
+    known = {path.name for folder in ("src", "tests", "tools") for path in (ROOT / folder).rglob("*")}
     named = set(re.findall(r"\b\w+\.(?:py|toml)\b", drawn))
     assert sorted(named - known) == []
 

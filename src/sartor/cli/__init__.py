@@ -1,18 +1,6 @@
-"""Verbs -> commands; SartorError -> exit code. No logic of its own: every command is one call of the façade.
+"""Command line: one command a verb, one exit code an error.
 
-    app.py      the application, and what signatures share
-    data.py     curate, synthesize, dedup, rethreshold, inspect, revoke, index
-    validation.py  validate, bias
-    tuning.py   demo, plan, tune, evaluate, release, verify, ask, keygen
-    agents.py   agents: keys, versions, trials, feedback, replays; receipt verify
-    assets.py   assets list, assets install
-    serving.py  export, serve
-    learning.py retrain
-    edge.py     edge: what a publisher of updates does, and what a device does
-    federate.py federate: keys, the coordinator and a client over Flower, and a run simulated on one machine
-    review.py   review: the person's queue of a Dataset
-    personal.py personal: versions of a served agent for one user, tuned, shown, forgotten
-    person.py   edge add, tune, undo, forget: what a release learns from a device's owner
+There is no logic here: every command is one call of the public API.
 
 Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
 """

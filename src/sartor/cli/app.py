@@ -1,4 +1,4 @@
-"""The application that the commands below join, and what their signatures share."""
+"""Cyclopts application and the argument types that commands share."""
 
 from __future__ import annotations
 

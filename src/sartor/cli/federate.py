@@ -1,4 +1,4 @@
-"""Commands about federation: keys of those who take part, who leads and who follows, and a run simulated on one machine."""
+"""Commands for federation: keys, coordinator, client, and simulation on one machine."""
 
 from __future__ import annotations
 

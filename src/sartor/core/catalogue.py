@@ -1,4 +1,4 @@
-"""Where artefacts live: a SQLite file that any stage writes to and `index` rebuilds.
+"""SQLite catalogue of artefact locations; any stage writes to it, and `index` rebuilds it.
 
 A convenience, never the truth: manifests are. A lost catalogue costs one `sartor index DIR`.
 """

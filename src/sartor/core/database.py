@@ -1,4 +1,4 @@
-"""A database of tables: opened and brought to its newest form, one changing transaction at a time, faults as typed errors.
+"""SQL database with migrations, one writing transaction at a time, and typed errors.
 
 SQLite by default (write-ahead log, foreign keys, waits for another's lock), Postgres by URL. The URL holds no secret: `${NAME}`
 in it is filled from the environment, and what was filled in is taken out of every message. A `Form` says what it holds: the

@@ -1,4 +1,4 @@
-"""Every error that Sartor raises on purpose, drawn once.
+"""Exception tree of Sartor, with exit codes.
 
     SartorError                     exit  what it says
     |-- ConfigError                  2    a recipe, flag or output path is wrong

@@ -1,6 +1,8 @@
-"""Where Sartor keeps what is shared between runs: SARTOR_HOME, by default the platform's cache folder.
+"""Location of SARTOR_HOME, the folder shared between runs.
 
-assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite
+By default it is the platform's cache folder. It holds
+
+    assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def serial(function: Callable[..., T], items: Iterable[tuple[Any, ...]]) -> Iter
 
 @dataclass(frozen=True)
 class Executor:
-    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order (also `workers.py`)."""
+    """`show(stage, done, of)` hears of progress; `spread` calls a module's function on items, in order."""
 
     show: Callable[[str, int, int], None] = _silent
     spread: Callable[..., Iterator[Any]] = serial

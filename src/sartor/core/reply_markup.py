@@ -1,4 +1,6 @@
-"""A reply that spells a model's markup in its text -> the fields that the markup stands for. No tokenizer is needed.
+"""Tool calls and reasoning read from markup that a reply spells in its text.
+
+No tokenizer is needed.
 
     <think>...</think> at the beginning                              -> reasoning_content
     <tool_call>{"name": ..., "arguments": {...}}</tool_call>, the last things in it,

@@ -1,4 +1,4 @@
-"""Source -> Dataset. `sartor.curate(...)` calls the verb in `pipeline.py`."""
+"""Curation of sources to a Dataset. `sartor.curate(...)` calls the verb in `pipeline.py`."""
 
 from sartor.core.lazy_import import callable_package
 

@@ -38,7 +38,7 @@ class AugmentedShards:
         return sum(part.kept + int(part.summary["dropped"]) for _, part in self.parts)
 
     def tables(self) -> Iterator[Any]:
-        """The copies that are kept, part by part, in the schema of `rows.EXAMPLES`."""
+        """The copies that are kept, part by part, in the schema of `parquet_io.EXAMPLES`."""
         for _, part in self.parts:
             yield self._left(part, part.table())
 

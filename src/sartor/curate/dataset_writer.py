@@ -67,11 +67,11 @@ class DatasetWriter:
         self.dropped: Counter[str] = Counter()
 
     def examples(self, tables: Iterable[Any]) -> None:
-        """Write tables in the schema `rows.EXAMPLES` as `examples/part-*.parquet`."""
+        """Write tables in the schema `parquet_io.EXAMPLES` as `examples/part-*.parquet`."""
         self.kept += write_tables(self.folder / "examples", parquet_io.EXAMPLES, tables)
 
     def drops(self, tables: Iterable[Any]) -> None:
-        """Write tables in the schema `rows.DROPS` as `drops/part-*.parquet`."""
+        """Write tables in the schema `parquet_io.DROPS` as `drops/part-*.parquet`."""
 
         def counted() -> Iterator[Any]:
             for table in tables:

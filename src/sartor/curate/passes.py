@@ -1,4 +1,6 @@
-"""The steps of a recipe as passes over the rows: row steps in the workers, then the SetSteps that follow them, here.
+"""Runs row steps and set steps pass by pass.
+
+Row steps run in the workers, the SetSteps that follow them in this process.
 
 A pass reads what the one before left (the first reads the sources), applies the verdicts that are still open, runs its row
 steps, and sketches the rows for each SetStep that ends it. The verdicts of the last pass are left open: writing the Dataset

@@ -1,4 +1,6 @@
-"""Another threshold for the near-duplicates of a Dataset: from its evidence and the rows set aside, without a new comparison.
+"""Verb rethreshold: another near-duplicate threshold without a new comparison.
+
+Of a Dataset it reads the evidence and the rows that were set aside.
 
 Rows that come back go through the row steps that stood behind `near_duplicates` in the recipe, and into the split of their
 group. What other steps decided stays.

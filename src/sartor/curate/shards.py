@@ -74,7 +74,7 @@ class Shard:
         return read_arrow(self.path / f"sketch-{place}.arrow")
 
     def table(self, columns: list[str] | None = None) -> Any:
-        """The rows as an Arrow table in the schema of `rows.EXAMPLES`, or some of its columns."""
+        """The rows as an Arrow table in the schema of `parquet_io.EXAMPLES`, or some of its columns."""
         return pq.read_table(self.path / "examples.parquet", columns=columns)
 
     def examples(self) -> Iterator[Example]:
@@ -293,7 +293,7 @@ def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
 
 
 def index_table(some: Sequence[SteppedRow]) -> Any:
-    """The columns of `parts.INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
+    """The columns of `INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """
     batch = [item.row for item in some]

@@ -1,4 +1,7 @@
-"""Reasons for which a device refuses a version, and their text in its store: a word, a colon, the detail."""
+"""Reasons for which a device refuses a version.
+
+Their text in its store is a word, a colon, the detail.
+"""
 
 from __future__ import annotations
 

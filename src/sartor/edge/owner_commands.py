@@ -1,6 +1,7 @@
 """Verbs of a device owner: add, tune, undo, forget.
 
-DeviceOptions of `device.py` say how releases come; PersonOptions what is learnt on top of one, and what that may take.
+DeviceOptions of `device_commands.py` say how releases come; PersonOptions what is learnt on top of one, and what that
+may take.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PersonOptions:
     name: of the release in `store`. folder: the person's. key: of the rows: a file, `keyring`, or `passphrase` (in
     SARTOR_PERSON_PASSPHRASE); by default a file in the folder, which protects from other users alone. base: in transformers'
     layout, in another place than the release names. probe: rows whose loss may not rise; by default the release's canaries.
-    recipe: what differs from `personal.work.DEFAULTS`. root: of sysfs, for `policy`.
+    recipe: what differs from `user_tokens.DEFAULTS`. root: of sysfs, for `policy`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Adapter -> Report -> Release. `sartor.evaluate(...)` calls the verb in `tasks.py`."""
+"""Evaluation of an Adapter to a Report. `sartor.evaluate(...)` calls the verb in `evaluation.py`."""
 
 from sartor.core.lazy_import import callable_package
 

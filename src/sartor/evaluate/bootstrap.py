@@ -8,7 +8,7 @@ one computation and cannot disagree.
 Flipped signs are exact for differences that are as likely with the other sign, and too eager where a long tail on one side
 was not drawn (log-normal differences: 15 % false verdicts at a nominal 2.5 %). Two things are taken off therefore: a
 handicap of one group that was not seen and lies further out than any that was, and, where most groups stand at one end of
-what was seen, as large a fraction of unseen groups as chance may have hidden. docs/decisions/040-few-groups.md has what was
+what was seen, as large a fraction of unseen groups as chance may have hidden. docs/decisions/021-few-groups.md has what was
 tried, with false verdicts and power.
 """
 
@@ -195,7 +195,7 @@ def _drawn(rng: np.random.Generator, sets: int, count: int) -> NDArray[np.bool_]
 def _handicap(each: Array) -> float:
     """What one unseen group may take from the sum: over twice as far below the median as the farthest group that was seen.
 
-    More where groups are few, since the farthest of few is not far out. Both numbers were measured (decision 040).
+    More where groups are few, since the farthest of few is not far out. Both numbers were measured (decision 021).
     """
     return float((2.25 + 12 / len(each)) * (np.median(each) - each.min()))
 

@@ -321,7 +321,7 @@ def compare_with_live(
 
 
 def write_beside(file: Path, found: VersionScores) -> None:
-    """The rows as Parquet, for a person and for `rows.read_file`."""
+    """The rows as Parquet, for a person and for `parquet_io.read_file`."""
     parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
 
 

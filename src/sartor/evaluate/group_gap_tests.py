@@ -1,4 +1,4 @@
-"""What prompts that differ in a group alone show: how often each group gets an outcome, and whether that is chance. No torch.
+"""Tests of outcome gaps between groups, on prompts that differ in the group alone. No torch.
 
 A *block* is one prompt about somebody of each group of a kind. The rate of a group stands against the mean rate of the others
 in the same blocks, so that merit is the same on both sides.

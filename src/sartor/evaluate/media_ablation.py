@@ -1,6 +1,6 @@
 """Scores with shuffled or blank media.
 
-*Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence (`blank.py`). What either
+*Shuffled*: each row has the media of a row of another group. *Blank*: a grey picture, or silence. What either
 costs is what the replies take from the media; a model that guesses from the words around them loses nothing.
 
 They go the way of every picture and recording, so that they are the same thing to a base with towers and to one that reads

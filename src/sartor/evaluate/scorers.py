@@ -1,4 +1,4 @@
-"""Scorers: (reply, reference) -> score in 0..1; and words that were heard wrongly."""
+"""Scorers of one reply: exact match, F1, ROUGE-L and word error rate."""
 
 from __future__ import annotations
 

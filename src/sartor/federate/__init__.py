@@ -1,1 +1,1 @@
-"""Many devices, one adapter: rounds in which no device shares its rows."""
+"""Federated tuning: rounds in which no device shares its rows."""

@@ -62,7 +62,7 @@ class Mode(Protocol):
         ...
 
     def sent(self, shared: Tensors, number: int) -> Tensors:
-        """Tensors with the names and shapes of an upload, to check one against (`tensors.checked`)."""
+        """Tensors with the names and shapes of an upload, to check one against (`updates.checked`)."""
         ...
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
@@ -95,7 +95,7 @@ class _Changes:
         return {name: value for name, value in shared.items() if self.trains(name, number)}
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
-        """See Mode. `trained` may be of a lower rank (`ranks.cut`)."""
+        """See Mode. `trained` may be of a lower rank (`lora_tensors.split_ranks`)."""
         whole = pad_ranks(trained, shared)
         if strange := sorted(set(whole) ^ set(shared)):
             raise InputError(f"{strange[0]} is not in both, what was shared and what was trained", "train the shared adapter")

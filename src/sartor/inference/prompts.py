@@ -288,7 +288,10 @@ class PromptReader:
 
 
 def open_reader(base: str, most_tokens: int) -> PromptReader:
-    """The base that a name means. Raises what `bases.locate` and `open_chat` do, ModelError for a config that is not whole."""
+    """Return the reader of the base that a name means.
+
+    Raises what `model_refs.locate_base` and `open_chat` do, ModelError for a config that is not whole.
+    """
     ref = model_refs.locate_base(base)
     if ref.is_converted:
         convert(ref)

@@ -1,1 +1,1 @@
-"""Feedback to a better version of an agent, or a refusal with reasons; personal versions; erasure."""
+"""Learning from feedback: next versions of agents, personal versions, erasure."""

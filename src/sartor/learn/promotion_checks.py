@@ -1,4 +1,4 @@
-"""Is the new version better than the live one.
+"""Comparison of a new version with the live one.
 
 Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
 were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing

@@ -1,4 +1,4 @@
-"""What a team keeps of a user, and search.
+"""Data that a team holds about a user, and its search.
 
 A text is looked for by pieces of it, one from each word on, as UTF-8 and as JSON and HTML spell it, so that a part of it is
 found too. Texts of under `LEAST` characters say nothing about whose they are, nor do those that others have said too: both are

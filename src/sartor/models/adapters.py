@@ -1,4 +1,4 @@
-"""PEFT methods: put an adapter on a model, take it off, merge it, write it and read it in the PEFT directory format."""
+"""LoRA adapters through peft: inject, undo, merge, read and write in the PEFT directory format."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def inject_lora(
 ) -> Any:
     """`model` with fresh LoRA factors (Hu et al. 2021, arXiv:2106.09685): A random, B zero, so it computes as before.
 
-    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `parts.choose` chose. top_layers:
-    adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and so is what is trained
-    whole. A composed base's projectors are left as they are. Raises ConfigError when the targets name no module of this model.
+    targets: `all-linear` or names of linear modules (`q_proj`), or of a native base what `trainable_parts.choose_targets`
+    chose. top_layers: adapt only that many layers next to the head. Factors are fp32 whatever the base's dtype is, and
+    so is what is trained whole. A composed base's projectors are left as they are. Raises ConfigError when the targets
+    name no module of this model.
     """
     torch.manual_seed(seed)
     whole: tuple[str, ...] = ()

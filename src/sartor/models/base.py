@@ -1,4 +1,4 @@
-"""Open a base by name. Device, dtype and width are decided here and nowhere else.
+"""Base models opened by name. Device, dtype and width are decided here and nowhere else.
 
 The starter asset is a GGUF file, and any GGUF file may be a base. It is dequantised once into a fresh model of the same
 config under SARTOR_HOME/bases (a GGUF-loaded model refuses `save_pretrained`): every machine then computes with the same
@@ -87,7 +87,7 @@ def open_base(
     """The base that `name` means, in memory, in eval mode, without gradients.
 
     bits: of a weight of the linear layers. 32 for fp32 and 16 for bf16 whatever the hardware, `auto` for `best_dtype`; 8 and 4
-    for a quantised base (`quantised.py`) that computes in `best_dtype`, as its LM head and norms are held.
+    for a quantised base (`quantization.py`) that computes in `best_dtype`, as its LM head and norms are held.
 
     Raises ModelError when the directory holds no causal language model that transformers can open, HubError when a hub
     name cannot be fetched, AssetError when the starter cannot be, ExtraError when bits need bitsandbytes and it is not

@@ -1,4 +1,4 @@
-"""Messages -> token ids and label mask: the only tokenisation.
+"""Chat messages to token ids and loss mask; the only tokenisation.
 
 Which characters are the assistant's is read off the chat template itself, not guessed from its markers: each assistant
 turn is rendered once more with a sentinel in place of its content. What stands before the sentinel is the prompt, what
@@ -7,9 +7,10 @@ mask is right for templates with or without `{% generation %}`, that strip conte
 the template writes between the generation prompt and the end of the turn is what the model must produce.
 
 An image or a recording is rendered as a mark that no text may hold, and the mark becomes the media's own token ids: they are
-whole or absent, and count what the media has (`media.py`).
+whole or absent, and count what the media has (`media_tokens.py`).
 
-Content is shielded before it is rendered: what spells the base's own markup is tokenised as text (`markup.py`).
+Content is shielded before it is rendered: what spells the base's own markup is tokenised as text
+(`content_shielding.py`).
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class ChatTokenizer:
         return in_text(messages, calls=not probed.writes_calls, reasoning=not probed.writes_reasoning)
 
     def write(self, messages: Sequence[Message], *, tools: str = "", reply_next: bool = False) -> str:
-        """The template's text of messages and tools that are shielded, with the marks of `markup.py` in it.
+        """The template's text of messages and tools that are shielded, with the marks of `content_shielding.py` in it.
 
         Raises SourceError as `render` does.
         """

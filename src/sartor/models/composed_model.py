@@ -144,7 +144,7 @@ class TowerFeatureCache:
 
 
 class ComposedMedia(torch.nn.Module):
-    """See `media.Media`: frozen towers and a projector for each."""
+    """See `media_tokens.Media`: frozen towers and a projector for each."""
 
     def __init__(self, features: TowerFeatureCache, projectors: Mapping[str, Projector]) -> None:
         super().__init__()
@@ -153,18 +153,18 @@ class ComposedMedia(torch.nn.Module):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """See `media.Media`."""
+        """See `media_tokens.Media`."""
         return tuple(self.projectors)
 
     def ids(self, part: Part, folder: Path | None) -> list[int]:
-        """See `media.Media`."""
+        """See `media_tokens.Media`."""
         if part.kind not in self.projectors:
             raise SourceError(f"this base reads no {part.kind}", f"base: {{text: ..., {part.kind}: a tower}}")
         key = self.features.key(part, folder)
         return virtual_ids(key, -(-len(self.features.of(key)) // self._projector(part.kind).stack))
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media.Media`. All media of a kind are projected in one product."""
+        """See `media_tokens.Media`. All media of a kind are projected in one product."""
         made: dict[int, torch.Tensor] = {}
         for kind in self.projectors:
             own = [key for key in keys if self.features.kind(key) == kind]
@@ -178,7 +178,7 @@ class ComposedMedia(torch.nn.Module):
         return [made[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """See `media.Media`: the embedding knows virtual ids, and whether they are blank."""
+        """See `media_tokens.Media`: the embedding knows virtual ids, and whether they are blank."""
         return {"input_ids": ids}
 
     def calibrate(self, keys: Sequence[int]) -> None:
@@ -199,7 +199,7 @@ class ComposedMedia(torch.nn.Module):
         }
 
     def said(self) -> dict[str, dict[str, Any]]:
-        """See `media.Media`."""
+        """See `media_tokens.Media`."""
         return {kind: asdict(tower) for kind, tower in self.towers().items()}
 
     def _projector(self, kind: str) -> Projector:

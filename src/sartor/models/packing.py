@@ -1,7 +1,8 @@
 """Packs rows without padding; attention inside a pack.
 
-In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one flat row of T tokens; `forward.py` and
-`general.py` make losses of it. Examples meet nowhere but in attention, which `attention.py` keeps apart.
+In: `Encoded` rows (token ids and which of them are learnt). Out: a `Pack`, one flat row of T tokens;
+`losses/fused_decoder.py` and `losses/transformers_backend.py` make losses of it. Examples meet nowhere but in
+attention, which `attend` keeps apart.
 
 With shared prefixes (`share=True`) what several examples begin with stands in the pack once: the pack is then a forest of
 segments in which a child goes on at the position where its parent ends. A prefix's activations do not depend on what

@@ -5,7 +5,7 @@ piece of markup that content spells, before the chat template is rendered; the t
 the marks out of the rendering and says where text must be cut before it is tokenised. Text without markup is left as it is.
 
 Every text of the probes is a sentinel, so whatever else the template writes is its own. Of its own tokens, and of all that the
-tokenizer adds to its vocabulary, those count that `markup.is_markup` takes for control tokens.
+tokenizer adds to its vocabulary, those count that `is_markup` takes for control tokens.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What learning, devices and federation share about the adapter of one user."""
+"""Personal adapters, as shared by learning, devices and federation."""

@@ -2,8 +2,8 @@
 
     [A_shared; A_own], [B_shared B_own], whose product is the sum of both products, exactly
 
-One PEFT directory, which works without the shared one: for clients of rounds (`personal.py`), and for users of a served
-agent (`sartor.personal`).
+One PEFT directory, which works without the shared one: for clients of rounds (`personal_adapters.py`), and for users of a
+served agent (`learn/personal_tuning.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Report -> Release: gate, signature, export. `sartor.release(...)` calls the verb in `release.py`."""
+"""Release of an Adapter: gate, signature, export. `sartor.release(...)` calls the verb in `release.py`."""
 
 from sartor.core.lazy_import import callable_package
 

@@ -69,12 +69,12 @@ def release(
 ) -> Released:
     """Pass an Adapter through the gate and sign it as a Release.
 
-    `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of this
-    Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter. `key` is
-    a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it, for the router
-    of a team; 0 leaves them out, and `auto` never chooses it. `rules`: limits and checks of one's own (`rules.py`), a YAML file
-    or what one holds. `open_items`: how many items of a Dataset wait for a person. Raises GateError naming each failed check,
-    ConfigError, ArtifactError.
+    `use` is what it is meant for: the licences of its sources and base have to permit it. `report` is the Report of
+    this Adapter; by default the newest that the catalogue knows. `out` defaults to `NAME-VERSION` beside the Adapter.
+    `key` is a private key file, or the directory that keygen made. `exemplars`: prompts of its rows that go with it,
+    for the router of a team; 0 leaves them out, and `auto` never chooses it. `rules`: limits and checks of one's own
+    (`gate.py`), a YAML file or what one holds. `open_items`: how many items of a Dataset wait for a person. Raises
+    GateError naming each failed check, ConfigError, ArtifactError.
     """
     for what, text in (("name", name), ("version", version)):
         if not is_valid_name(text):
@@ -189,7 +189,7 @@ def _facts(
 
 
 def _of_training(known: training_facts.TrainingFacts, report: Artifact) -> dict[str, Any]:
-    """What a server needs of the rows: see `training.py`."""
+    """What a server needs of the rows: see `evaluate/training_facts.py`."""
     return {
         "system_prompt": known.system_prompt,
         "tools": known.most_tools,

@@ -236,7 +236,8 @@ _NOBODY = "0" * 64
 class Principal:
     """Who asks. key: the id, never the secret. agents: those that the key opens; None is all of them.
 
-    speaks_for: the persons (`people.names`) that it may name as `user` and be answered by what is theirs; None is anybody.
+    speaks_for: the persons (`registry.user_versions`) that it may name as `user` and be answered by what is theirs;
+    None is anybody.
     """
 
     key: str

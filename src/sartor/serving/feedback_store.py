@@ -1,8 +1,8 @@
 """Feedback files and the memory of recent replies.
 
-Receipts hold digests, so a correction alone could teach nothing. Prompts and replies are therefore remembered for a while, in
-memory only, and what a person comments on is written down with the comment; everything else is forgotten. hearing.py decides
-what of it may be written, masking.py takes personal data out.
+Receipts hold digests, so a correction alone could teach nothing. Prompts and replies are therefore remembered for a
+while, in memory only, and what a person comments on is written down with the comment; everything else is forgotten.
+`feedback_intake.py` decides what of it may be written, `text/pii/masking.py` takes personal data out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TEAM.yaml."""
+"""Options of TEAM.yaml."""
 
 from __future__ import annotations
 

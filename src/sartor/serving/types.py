@@ -1,7 +1,7 @@
 """Request, Answer and protocols between front and workers.
 
-serve/ (HTTP) --Request--> dispatch.py --Call--> supervisor.py --JSON--> worker.py (an engine)
-<--Answer--              <--Event--             <--JSON--
+http/ --Request--> dispatcher.py --Call--> supervisor.py --JSON--> worker_main.py (an engine)
+      <--Answer--                <--Event--              <--JSON--
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ An `AskingWay` says what is to be asked of the teacher, and makes a row of an an
 no teacher. Both go through the seeds in order and say of each seed that they can do nothing with why (`Skipped`), so that every
 seed is accounted for. A way draws from nothing but (recipe's seed, its kind, the number of what it makes).
 
-A new way is one new file with its class, and its name in a union of `ways/__init__.py`.
+A new way is one new file with its class, and its name in a union of `generators/__init__.py`.
 """
 
 from __future__ import annotations

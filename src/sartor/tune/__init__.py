@@ -1,4 +1,4 @@
-"""Dataset -> Adapter. `sartor.tune(...)` calls the verb in `trainer.py`."""
+"""Tuning of an Adapter on a Dataset. `sartor.tune(...)` calls the verb in `trainer.py`."""
 
 from sartor.core.lazy_import import callable_package
 

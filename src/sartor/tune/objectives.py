@@ -1,4 +1,6 @@
-"""Objectives: what a model gives of some rows -> one number to minimise, or one a row. Pure functions of tensors.
+"""SFT, DPO and KTO losses as pure functions of tensors.
+
+The loss of a batch is one number to minimise, or one a row.
 
 Log-probabilities are sums over the tokens of a reply, in nats: (N,), of the model that is tuned and of the reference, which is
 that model before its first update.

@@ -1,6 +1,7 @@
 """AdamW and gradient scaler, also without torch.optim.
 
-It takes the steps of `torch.optim.AdamW(fused=True)` to the same bits, and has of its interface what `tune.run.Run` uses.
+It takes the steps of `torch.optim.AdamW(fused=True)` to the same bits, and has of its interface what
+`training_loop.TrainingRun` uses.
 """
 
 from __future__ import annotations

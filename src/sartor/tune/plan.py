@@ -1,4 +1,7 @@
-"""plan(recipe) -> Plan: what a run would cost, and what it would be refused for. It writes nothing and trains nothing."""
+"""Verb plan: forecast of time and memory, and reasons for a refusal.
+
+It writes nothing and trains nothing.
+"""
 
 from __future__ import annotations
 

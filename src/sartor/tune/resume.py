@@ -1,4 +1,7 @@
-"""Whether a run begins, goes on or is finished: what stands at the output and beside it, against what is asked now."""
+"""Decision whether a run starts, resumes or is finished.
+
+Files at the output and beside it are compared with the options of this call.
+"""
 
 from __future__ import annotations
 

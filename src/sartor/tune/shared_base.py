@@ -43,7 +43,7 @@ Notice = Callable[[str], object]
 
 
 class SharedBase:
-    """The base of a recipe with fresh factors: see `tune.run.Ground` for what a run asks of it.
+    """The base of a recipe with fresh factors: see `training_loop.TrainingBase` for what a run asks of it.
 
     Raises what opening a base raises, and ConfigError for one that reads media: its projectors are no factors.
     """

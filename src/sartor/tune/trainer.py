@@ -1,4 +1,4 @@
-"""tune(recipe) -> Adapter: one loop.
+"""Verb tune: Dataset to Adapter.
 
     Dataset --encode--> rows --order--> updates --pack--> micro-batches --loss--> gradients --AdamW--> Adapter
 

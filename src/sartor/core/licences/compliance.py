@@ -1,6 +1,6 @@
 """Combines licences; reports objections, conflicts and obligations.
 
-`spdx.py` reads expressions into alternatives; what licences permit stands in `licence_table.py`; a source may state
+`spdx.py` reads expressions into alternatives; what licences permit stands in `licence_families.py`; a source may state
 further terms of its own. Everything here reads the `sources` of a manifest.
 """
 

@@ -1,4 +1,4 @@
-"""What each licence family permits and demands.
+"""Permissions and obligations of each licence family.
 
 A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
 in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.

@@ -1,4 +1,4 @@
-"""The data card: what a Dataset holds, where it came from, what was taken out and why.
+"""Data card of a Dataset: content, sources, and removed rows with their reasons.
 
 `card.md` (with the Hub's YAML head; plots in `card/*.svg`), `card.html` (the same on one page), `croissant.json` (metadata
 for machines). All three are pure functions of the Dataset's files and facts: no clock, no path, no name of a machine.

@@ -1,4 +1,4 @@
-"""What a card is made of, before it is Markdown or HTML.
+"""Content blocks of a data card, before they are Markdown or HTML.
 
 A `str` is our own wording. Words that came from rows, files or recipes are `Said`, and each renderer shows them as text and
 nothing else.

@@ -359,7 +359,7 @@ def _append(stream: BinaryIO, sketches: Sketches) -> None:
 def sketch_rows(
     rows: list[Any], choice: ComparedFields, kind: str, how: Shingling
 ) -> tuple[Sketches, I64, list[tuple[int, BadRecord]]]:
-    """Sketches of a block's rows as `inputs.blocks` yields them, the lengths of their texts, and by place the Faults.
+    """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the Faults.
 
     A row that cannot be used has an empty set.
     """

@@ -1,15 +1,15 @@
 """MinHash candidates and their verification.
 
 1. Rows of equal digest are one row from here on (`exact`).
-2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`commons.py`): boilerplate, templates, set
-   phrases.
+2. Shingles that stand in more than max(100, 0.5 %) of the rows are *common* (`shingles.py`): boilerplate, templates,
+   set phrases.
 3. MinHash signatures (Broder 1997) of what is a row's own, 50 bands of 4 (a pair with Jaccard 0.7 is missed once in a
    million, with 0.5 four times in a hundred). Rows of which a good part is common also get a signature of the whole: many
    near-copies of one row make each other's shingles common.
 4. Band by band, rows that share a key are candidates: each with its next NEIGHBOURS rows and with the first of its bucket, so
    that the work is linear however large a bucket is.
-5. Every candidate is verified on the sets themselves (`verify.py`), and rows of a large cluster that were never held against
-   its head are, at the end.
+5. Every candidate is verified on the sets themselves (`pair_scoring.py`), and rows of a large cluster that were never
+   held against its head are, at the end.
 
 Odd sketches (Mitzenmacher, Pagh, Pham 2014): a bit is the parity of the elements that fall on it, so the bits in which two
 sketches differ are at most the elements that one of two sets holds alone, and about as many while they are few. Two of 256
@@ -120,7 +120,7 @@ class BitSketch:
         return BitSketch(np.concatenate(text), np.concatenate(own))
 
     def perhaps_edited(self, a: I64, b: I64) -> Mask:
-        """Whether pairs of places may pass the rule of displaced shingles in `verify.py`."""
+        """Whether pairs of places may pass the rule of displaced shingles in `pair_scoring.py`."""
         displaced = np.bitwise_count(self.text[a] ^ self.text[b]).sum(axis=1)
         own = np.bitwise_count(self.own[a] ^ self.own[b]).sum(axis=1)
         return displaced >= _DISPLACED * own  # type: ignore[no-any-return]
@@ -165,8 +165,8 @@ def near_duplicates(
     """Verified pairs of N rows down to `rules.floor`, exact ones among them, each (a, b) with a < b once.
 
     `shingles`, `offsets`, `digests` as in `Sketches` (memory-mapped files will do). `rank` (N,) is the one that
-    `clusters.resolve` will get; rows of large clusters are held against the row that it puts first (default: the largest
-    set). `means`: progress, processes.
+    `clusters.resolve_clusters` will get; rows of large clusters are held against the row that it puts first (default:
+    the largest set). `means`: progress, processes.
     """
     sizes = np.diff(offsets)
     empty = sizes == 0

@@ -1,6 +1,6 @@
 """True Jaccard and containment of candidate pairs.
 
-Common shingles (`commons.py`) are set aside, with two exceptions that follow from what they are for.
+Common shingles (`shingles.py`) are set aside, with two exceptions that follow from what they are for.
 
 - *An edit displaces, boilerplate adds.* Of 150 near-copies of one row every shingle is common but those that an edit made;
   set aside, nothing would be left to agree on. But a changed word takes common shingles away where it stands, and a row
@@ -38,7 +38,7 @@ METHODS = ("exact", "near", "contained")
 class ScoredPairs:
     """P pairs of rows, a < b: (P,) each.
 
-    `jaccard` 0..1 of the two sets as `verify.py` defines it, 1 for exact duplicates; `containment` 0..1, the share of the
+    `jaccard` 0..1 of the two sets as defined above, 1 for exact duplicates; `containment` 0..1, the share of the
     smaller set that is in the larger, 0 where it was not to be asked.
     """
 

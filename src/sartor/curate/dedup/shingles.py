@@ -10,10 +10,10 @@ The texts of a batch are one buffer of bytes; look-ups, prefix sums and one sort
 - every other symbol is a word of its own (`C++` is not `C`, `-5` not `5`, `a<b` not `a>b`), and so is every character of a
   script that writes no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) and every emoji.
 
-**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit of its
-hash set: `verify.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size` characters of the
-words with one space between. A row that is shorter than one shingle is one shingle; a row without words has none, and is
-never anybody's duplicate.
+**Shingles.** `words`: runs of `size` words, and each word that holds a digit once more by itself, with the lowest bit
+of its hash set: `pair_scoring.py` asks whether two rows contradict each other in numbers. `characters`: runs of `size`
+characters of the words with one space between. A row that is shorter than one shingle is one shingle; a row without
+words has none, and is never anybody's duplicate.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ _CUT = 2
 
 @dataclass(frozen=True)
 class Sets:
-    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`commons.levels`)."""
+    """N sets: `shingles` (S,), `offsets` (N + 1,) as in `Sketches`, and (S,) the `level` of each shingle (`levels`)."""
 
     shingles: U32
     offsets: I64

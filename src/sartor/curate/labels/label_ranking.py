@@ -1,7 +1,8 @@
 """Ranks rows whose label or reply looks wrong.
 
-Prompts are paired by their vectors and verified by their words (`alike.py`), replies compared by equality, numbers, negations,
-opposites and ROUGE-L. A row's quality is how far the replies of its like prompts agree with its own.
+Prompts are paired by their vectors and verified by their words (`text/equivalence.py`), replies compared by equality,
+numbers, negations, opposites and ROUGE-L. A row's quality is how far the replies of its like prompts agree with its
+own.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def review_agreement(dataset: Path | str, queue: str = "", *, kind: str = "") ->
 
 def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, replace: bool = False, keep_derived: bool = False,
                  rule: ReviewPolicy | None = None) -> dict[str, Any]:  # fmt: skip
-    """A new Dataset in which what was decided is done; the old one stays. Raises as `applying.apply`."""
+    """A new Dataset in which what was decided is done; the old one stays. Raises as `apply_decisions.apply`."""
     check_output_free(Path(out).absolute(), replace=replace)
     with open_review(dataset, queue, rule) as view:
         made, said = apply(view, Path(out), replace=replace, keep_derived=keep_derived)

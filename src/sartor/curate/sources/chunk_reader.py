@@ -1,8 +1,8 @@
 """Reads one input chunk into Examples and Drops.
 
-`planning.plan` walks every source once and cuts it into units; `read` gives the Examples and Drops of one. Whatever is not
-read (an archive, a link out of the folder, a picture without a caption) was found at planning and stands in a unit as a
-refusal, so that it is a counted Drop in its place.
+`planner.plan_reading` walks every source once and cuts it into chunks; `read_chunk` gives the Examples and Drops of
+one. Whatever is not read (an archive, a link out of the folder, a picture without a caption) was found at planning and
+stands in a chunk as a refusal, so that it is a counted Drop in its place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Documents -> rows of the form `text`: plain text and Markdown here, HTML and PDF by a guarded process (pages.py)."""
+"""Text, Markdown, HTML and PDF documents as rows of the form `text`.
+
+Plain text and Markdown are read here, HTML and PDF by a guarded process (`document_worker.py`).
+"""
 
 from __future__ import annotations
 

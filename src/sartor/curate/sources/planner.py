@@ -1,7 +1,8 @@
 """Scans all sources and cuts them into input chunks.
 
-Large files become several units (survey.py), small ones are put together. A media file is given its caption here: by a table
-`metadata.*` in its folder or one above, by a text or JSON file of the same name beside it, or by its folder's name.
+Large files become several units (`source_files.py`), small ones are put together. A media file is given its caption
+here: by a table `metadata.*` in its folder or one above, by a text or JSON file of the same name beside it, or by its
+folder's name.
 """
 
 from __future__ import annotations

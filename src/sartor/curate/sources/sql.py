@@ -1,4 +1,6 @@
-"""`sql:URL#QUERY` -> rows, by SQLAlchemy: one reading statement, streamed, in a transaction that is read-only and rolled back.
+"""Rows of one read-only SQL query: `sql:URL#QUERY`.
+
+SQLAlchemy streams one reading statement in a transaction that is read-only and rolled back.
 
 The URL holds no secret: `${NAME}` in it is filled from the environment when the database is opened, and what was filled in
 is taken out again of every message.

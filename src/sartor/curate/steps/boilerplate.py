@@ -1,4 +1,6 @@
-"""`boilerplate`: lines and sentences that very many rows share, and given patterns, taken out of the answers.
+"""Step boilerplate: removes lines and sentences that many rows share.
+
+Given patterns are removed from the answers as well.
 
 A row counts for a line or sentence only where something else stands beside it: "Yes." as a whole answer is an answer. Code
 blocks and JSON are not looked at. The facts list what was taken out, and in how many rows it stood.

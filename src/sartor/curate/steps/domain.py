@@ -1,4 +1,4 @@
-"""`domain`: rows of the wanted kind stay, by a classifier made from a few labelled examples.
+"""Step domain: keeps rows of a domain by a classifier fitted on a few labelled examples.
 
 TF-IDF of words (1- and 2-grams) and of character n-grams within words (2 to 5), and logistic regression with classes weighted
 alike. It is fitted once per process from the examples alone, and is the same each time. What it can be trusted with stands in

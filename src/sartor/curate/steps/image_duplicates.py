@@ -1,4 +1,7 @@
-"""`image_duplicates`: rows that ask the same of the same picture, be it another size, compression or brightness of it."""
+"""Step image_duplicates: removes rows with the same question about the same picture.
+
+A picture counts as the same in another size, compression or brightness.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`personal_data`: e-mail addresses, numbers of cards and people, keys and the like are masked, or their rows go."""
+"""Step personal_data: masks or drops personal data and credentials."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def _complete(verifier: _Verifier, count: int, place: Any) -> None:
 def same_reply(
     texts: tuple[str, str], one: equivalence.Read, other: equivalence.Read, weights: dict[str, float]
 ) -> equivalence.EquivalenceVerdict:
-    """`alike.compare` for replies: values and JSON must be equal, since one letter of them may be another thing."""
+    """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another thing."""
     if is_value(texts[0], one) or is_value(texts[1], other):
         return equivalence.EquivalenceVerdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
     return equivalence.compare_texts(one, other, weights)

@@ -1,1 +1,1 @@
-"""What a device learns from its owner: rows that never leave it, and an adapter on the shipped Release."""
+"""Personal adapter of a device's owner, from rows that never leave the device."""

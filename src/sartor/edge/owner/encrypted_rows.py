@@ -3,9 +3,10 @@
     FOLDER/diary   {"schema": 1, "kind": "diary", "name": ..., "generation": ..., "source": {...}, "wrapped": ...}
                    ID base64(nonce, ciphertext)          one line a row, ChaCha20-Poly1305 (RFC 8439)
 
-The header wraps two secrets (`keys.py`): the key of the rows, and one that names rows in manifests. A row is bound to its file,
-generation, place and id: one that is moved, repeated, taken out of the middle or brought from an older file does not open. Rows
-are padded, so that their lengths say little. What cannot be seen is an older copy of the whole file, or an end that is gone.
+The header wraps two secrets (`row_keys.py`): the key of the rows, and one that names rows in manifests. A row is bound
+to its file, generation, place and id: one that is moved, repeated, taken out of the middle or brought from an older
+file does not open. Rows are padded, so that their lengths say little. What cannot be seen is an older copy of the
+whole file, or an end that is gone.
 
 A row is on the disk when `add` returns. What a power cut leaves of the next one is the last line at most, which is left out and
 said. `forget` writes the others under a new key into a new file, which takes the name in one rename; then the old key goes.

@@ -1,9 +1,9 @@
 """Local adapters as versions in the store.
 
-A version is PEFT's two files and `local.json`: of which shipped release it is (by the digest of that release's files), which
-rows it was tuned on (keyed names, `diary.py`), how it was judged. It is applied to that release alone. A blank version has
-`local.json` alone, and means that the shipped release works as it is: the store keeps two versions of a name, so what must go
-for good is followed by a blank one, or two.
+A version is PEFT's two files and `local.json`: of which shipped release it is (by the digest of that release's files),
+which rows it was tuned on (keyed names, `encrypted_rows.py`), how it was judged. It is applied to that release alone.
+A blank version has `local.json` alone, and means that the shipped release works as it is: the store keeps two versions
+of a name, so what must go for good is followed by a blank one, or two.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     FOLDER/rows/       the diary
     FOLDER/signer/     the key that signs receipts
     FOLDER/receipts/   what was forgotten, signed
-    and what adapting.py and forgetting.py say
+    and the files that `adaptation.py` and `personalization/erasure_receipt.py` describe
 
 Nobody decides what is held out, and nothing is made current that is not better on rows it never saw.
 """
@@ -47,9 +47,9 @@ class Status:
 class OwnerModel:
     """A person's rows below `folder`, and the delta on a release in the device's store.
 
-    key: of the rows (`keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits. may_run: why
-    not now, or '' (`energy.Policy.refusal`). signer: folder of the key that signs receipts, made if absent. A forgetting that
-    a power cut interrupted is ended here.
+    key: of the rows (`row_keys.py`). tune: Job -> facts; by default the tuner's own process under settings.limits.
+    may_run: why not now, or '' (`energy_policy.EnergyPolicy.refusal`). signer: folder of the key that signs receipts, made if
+    absent. A forgetting that a power cut interrupted is ended here.
     """
 
     def __init__(

@@ -2,11 +2,6 @@
 
 What it does to that process, a crash of llama.cpp or a machine's last memory, says something of the version and hurts
 nobody. JOB is a JSON file; the answers are written beside it.
-
-gguf.py      an export, or its adapter on a base's own GGUF file, by xllamacpp: no torch, no transformers in the process
-ours.py      a Release on its base, as `sartor ask` computes it
-process.py   either of them in a process of its own, under limits: what a health check asks
-ask.py       one reply of the version that is current
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _ADAPTER = "-adapter.gguf"
 
 
 class Gguf:
-    """See `runtime.Runtime`."""
+    """See `device_runtime.Runtime`."""
 
     name = "llama.cpp"
 
@@ -36,11 +36,11 @@ class Gguf:
         self._markup = markup_of(model, inner)
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """See `runtime.Runtime`. One after the other: a device has few cores."""
+        """See `device_runtime.Runtime`. One after the other: a device has few cores."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
-        """See `runtime.Runtime`."""
+        """See `device_runtime.Runtime`."""
         self._inner = None
 
     def _events(self, call: GenerateCall) -> list[Event]:

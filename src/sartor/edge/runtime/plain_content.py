@@ -1,4 +1,6 @@
-"""Content of a call as llama.cpp is to read it: its own template and tokenizer, and no token of markup from what a text spells.
+"""Prompts for llama.cpp in which no text becomes a markup token.
+
+The template and the tokenizer are llama.cpp's own.
 
 llama.cpp looks for control tokens in all of a prompt's text, and for added words even where it is told to look for none. So a
 prompt that spells some is cut inside of them, and its pieces are tokenised one by one (`models/template_markup.py`).

@@ -16,7 +16,7 @@ UNKNOWN_TOKENS = 4096
 
 
 class TorchRuntime:
-    """See `runtime.Runtime`."""
+    """See `device_runtime.Runtime`."""
 
     name = "sartor"
 
@@ -24,11 +24,11 @@ class TorchRuntime:
         self._base, self._model = open_tuned(release, base_name=base)
 
     def answer(self, calls: Sequence[GenerateCall]) -> list[list[Event]]:
-        """See `runtime.Runtime`."""
+        """See `device_runtime.Runtime`."""
         return [self._events(call) for call in calls]
 
     def close(self) -> None:
-        """See `runtime.Runtime`."""
+        """See `device_runtime.Runtime`."""
 
     def _events(self, call: GenerateCall) -> list[Event]:
         chat = self._base.chat

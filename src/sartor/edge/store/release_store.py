@@ -13,13 +13,6 @@ nothing names, which the next opening or collection removes, and never a name wi
 
 The running program reads with `installed`, which takes no lock and never waits for an update. Files are touched through
 `core.filesystem.FileSystem` alone: tests kill, fill and cut the power at each of its operations.
-
-    pointers.py  NAME.json: which version is current, previous, staged, refused; two copies, each written whole or not at all
-    trial.py     a version that has so many starts to say that it works; view.py what a program sees of all this
-    blobs.py     content by its sha256: downloads that go on where they stopped, checked and durable when finished
-    trees.py     a version's files as a directory that can be opened as a Release
-    rot.py       bytes that differ from what was written: mended from a second copy, or fetched again
-    room.py      the bound on the disk: what would be freed, what fits, and what is said where it does not
 """
 
 from __future__ import annotations

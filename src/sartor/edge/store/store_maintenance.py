@@ -1,8 +1,8 @@
 """Disk quota and integrity repair.
 
-A file that is in the current and in the previous version is on the disk twice (`trees.py`), and is mended from its other
-copy. Any other blob is quarantined, so that a sync fetches it again; a version that lacks it is not worked with as long as
-the one before it is whole.
+A file that is in the current and in the previous version is on the disk twice (`content_store.py`), and is mended from
+its other copy. Any other blob is quarantined, so that a sync fetches it again; a version that lacks it is not worked
+with as long as the one before it is whole.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def tune_within_budget(
     """Tune `job` within `budget`, and sign a receipt with the private key in `key`. Called again it goes on where it stopped.
 
     policy: asked before and while it runs, "" if it may; else why not, at which it pauses. narrow: the same base in 4 bits
-    (`narrow.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt is written
+    (`mmap_llama.write_narrow`), taken where the pages of the other would not fit beside what is held. The receipt is written
     whatever the outcome is. Raises BudgetError where no rung fits, naming the least limit that would; and the tuner's own
     error where it failed for another reason.
     """

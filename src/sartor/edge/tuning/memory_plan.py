@@ -118,7 +118,7 @@ class MemorySetting:
 
     @property
     def way(self) -> MemoryMode:
-        """As `peak.py` reads it."""
+        """As `peak_memory.py` reads it."""
         return MemoryMode(self.learning, self.name != "lora", self.name == "zeroth")
 
 

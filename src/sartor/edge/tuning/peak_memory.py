@@ -2,8 +2,9 @@
 
     peak = floor + rows + factors and moments + the largest of (head, backward pass, forward pass)
 
-floor: Python with torch, measured once (`floor.py`). The rest is counted: every tensor that `models/losses/fused_decoder.py`
-holds at the moments that can be the fullest. That works since the tuner gives memory back at once (`tuner.py`). No torch.
+floor: Python with torch, measured once (`memory_plan.py`). The rest is counted: every tensor that
+`models/losses/fused_decoder.py` holds at the moments that can be the fullest. That works since the tuner gives memory
+back at once (`tuner_process.py`). No torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sartor.tune.recipe import Recipe
 FLOAT_BYTES = 4
 # A token of the rows: an entry of its list and an int in it, an entry of the mask's list (CPython, 64 bits)
 ROW_TOKEN_BYTES = 48
-# Rows of the head, and bytes of logits, at once: `models/losses/fused_decoder.py`, `tuner.py`
+# Rows of the head, and bytes of logits, at once: `models/losses/fused_decoder.py`, `tuner_process.py`
 HEAD_SLICE, LOGITS_BYTES = 2048, 8 << 20
 # What products pack their operands into, beyond those of the floor's small ones, and pages that are half used
 SLACK_BYTES = 6 << 20
@@ -82,8 +83,8 @@ class DeviceLoad:
 
 @dataclass(frozen=True)
 class MemoryMode:
-    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`, `job.Job`. native: by the
-    C++ kernels.
+    """How a rung computes. learning: layers that learn. recompute, zeroth: see `tune.recipe.Compute`,
+    `tuning_job.TuningJob`. native: by the C++ kernels.
     """
 
     learning: int

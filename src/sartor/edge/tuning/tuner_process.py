@@ -1,8 +1,9 @@
 """The tuning child process and its token file.
 
-It loads torch and nothing else of this trade: rows come as tokens (`tokens.py`), the base as mapped files (`llama.py`), and
-the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What it makes is
-PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 where memory fails).
+It loads torch and nothing else of this trade: rows come as tokens, the base as mapped files (`models/mmap_llama.py`),
+and the loop is that of `tune`. It saves when a save is due and at SIGTERM; started again it goes on from there. What
+it makes is PEFT's adapter directory. Exit codes are those of the command line (143 after SIGTERM, 4 where memory
+fails).
 
 ids (N,) int32, learnt (N,) uint8: the tokens of all rows, end to end; lengths (R,) int64; weights (R,) float64;
 train: how many of the rows, the first ones, are trained on. Metadata: schema, and the rows' ids, one a line.
@@ -92,7 +93,7 @@ _M_MMAP_THRESHOLD, _M_MMAP_MAX, MAPPED_BYTES = -3, -4, 256 << 10
 
 @dataclass
 class DeviceBase:
-    """A base as a run stands on it: see `tune.run.Ground`."""
+    """A base as a run stands on it: see `training_loop.TrainingBase`."""
 
     ref: BaseRef
     device: torch.device

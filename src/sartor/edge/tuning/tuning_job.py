@@ -29,8 +29,9 @@ class Share(SchedulePart):
 
 @dataclass(frozen=True)
 class TuningJob:
-    """base: a directory in transformers' layout, or one that `narrow.py` wrote; tokens: a file of `tokens.py`; out: a
-    directory for the adapter, its log and its checkpoints. name, digest, licence: of the base, as an adapter says them.
+    """base: a directory in transformers' layout, or one that `models/mmap_llama.py` wrote; tokens: a token file
+    (`tuner_process.py`); out: a directory for the adapter, its log and its checkpoints. name, digest, licence: of the
+    base, as an adapter says them.
 
     start: an adapter directory to go on from; empty for a fresh one. store: the dtype in which the adapter is written (in
     bf16 one more epoch changes fewer bytes). top: so many layers next to the head go on learning, 0 for all; the factors of

@@ -89,7 +89,7 @@ def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy
 def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool = False) -> list[RolloutTally]:
     """Do what the tallies say: halt, and with `widen` widen. Returns what was done.
 
-    `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `publish.halt` raises.
+    `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `repository.halt` raises.
     """
     done = []
     for item in counted.tallies if keys else ():

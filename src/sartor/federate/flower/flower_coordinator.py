@@ -5,9 +5,9 @@
                   coordinator.sqlite          the journal: signed manifests, the transcript, what was made of each sum
                   coordinator.rounds.jsonl    a line for each round that ended
 
-SuperLink runs the ServerApp, on this machine: that process has the journal while it leads (`lead.lead_rounds`). This one begins
-a run of it where none leads, and waits; once all rounds are over it writes the Adapter from the journal. Killed, it is
-started again with `resume`; rounds go on meanwhile.
+SuperLink runs the ServerApp, on this machine: that process has the journal while it leads
+(`round_driver.drive_rounds`). This one begins a run of it where none leads, and waits; once all rounds are over it
+writes the Adapter from the journal. Killed, it is started again with `resume`; rounds go on meanwhile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The ServerApp: rounds led over Flower's grid. Of the run's config it takes lead="ABSOLUTE PATH OF THE YAML", see lead.py."""
+"""Flower ServerApp: runs the rounds over Flower's grid.
+
+Of the run's config it takes lead="ABSOLUTE PATH OF THE YAML"; see `round_driver.py`.
+"""
 
 from __future__ import annotations
 

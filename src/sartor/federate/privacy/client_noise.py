@@ -147,7 +147,7 @@ class ClientNoise:
     def encoded(self, upload: Tensors, source: Source = os.urandom) -> dict[str, Integers]:
         """The update as integers in units of the ring, clipped and noised: what a client puts into the secure sum.
 
-        The ring takes them modulo its size. Weights are equal here (`rounds.manifest.Rules`). Raises InputError for values
+        The ring takes them modulo its size. Weights are equal here (`round_manifest.UpdateRules`). Raises InputError for values
         that are not finite.
         """
         length = norm(upload)
@@ -193,7 +193,7 @@ def values_of(manifest: Manifest) -> int:
 
 
 def noised(tensors: Tensors, manifest: Manifest) -> Tensors:
-    """See `rounds.task.Noise`: the update in whole units of the ring, with this client's share added."""
+    """The update in whole units of the ring, with this client's share added."""
     how = noise_of(manifest)
     how.effective_multiplier(values_of(manifest))
     return {name: units * how.step for name, units in how.encoded(tensors).items()}

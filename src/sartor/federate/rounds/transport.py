@@ -1,4 +1,4 @@
-"""What carries the messages: a Protocol of one method, the loop that is the same over each, and the transport of one process.
+"""Transport protocol, its message loop, and the transport within one process.
 
 A transport need not be trusted: messages are signed, and what is lost is sent again. It need not be fast: a request that waited
 is answered late, which costs that client the stage and nobody else anything.

@@ -1,13 +1,4 @@
-"""The sum of many clients' vectors, to a server that learns the sum and no client's vector, also where the server lies.
-
-terms.py      what a round's signed manifest fixes of the sum, and what a client demands of it
-graph.py      who shares masks with whom: everyone with everyone, or a k-regular graph of a large cohort
-ring.py       float32 tensors <-> integers modulo 2**32
-masks.py      X25519 agreement, HKDF-SHA256, ChaCha20 key stream
-shares.py     Shamir's secret sharing
-identity.py   Ed25519 keys that are pinned at enrolment
-messages.py   what is sent, as frozen dataclasses with one way to write each
-client.py     the client's side, server.py the coordinator's: no clock, no file, no network, no chance
+"""Secure aggregation: a server learns the sum of clients' vectors and no vector, even if it lies.
 
 The protocol is that of Bonawitz et al. (CCS 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
 figure 4, the version against active servers), on the sparse graph of Bell et al. (CCS 2020, "Secure Single-Server Aggregation

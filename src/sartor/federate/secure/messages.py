@@ -1,4 +1,4 @@
-r"""What is sent: frozen dataclasses, each written in one way only, signed by its sender.
+r"""Signed protocol messages of secure aggregation, each with one encoding.
 
     {"boxes":{...},"kind":"shares","round":"<digest>","schema":1,"sender":"ward-3","signature":"..."}\n<payload>
 
@@ -29,7 +29,7 @@ Payload = NewType("Payload", bytes)
 
 @dataclass(frozen=True)
 class Invite:
-    """Coordinator: the signed manifest of a round, and the tensors that it starts from (rounds/tensors.py)."""
+    """Coordinator: the signed manifest of a round, and the tensors that it starts from (federate/updates.py)."""
 
     kind: ClassVar[str] = "invite"
     manifest: bytes
@@ -120,7 +120,7 @@ class Reveal:
 
 @dataclass(frozen=True)
 class Shown:
-    """Client, in an inspectable round: its update and its weight, for the coordinator to see (rounds/tensors.py)."""
+    """Client, in an inspectable round: its update and its weight, for the coordinator to see (federate/updates.py)."""
 
     kind: ClassVar[str] = "shown"
     tensors: Payload

@@ -3,7 +3,7 @@
     membership   of the tuned adapter: losses of trained and of held-out rows, beside the untuned base's
     exposure     of rows with a secret, planted in a run of rounds of their own, which makes no adapter that is shipped
     inversion    of what one client sends in the first round, and of the gradient of one of its rows
-    audit        where privacy is claimed: of a client, the rounds (`auditing.py`); of its rows, who is a member of the adapter
+    audit        where privacy is claimed: of a client, the rounds; of its rows, who is a member of the adapter
 
 Whoever writes such an adapter calls this. A coordinator of real clients has none of their rows: what needs them is left out
 with the reason, and made-up clients do the rest.

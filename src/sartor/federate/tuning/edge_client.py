@@ -94,7 +94,7 @@ class WholePlanner(Planner):
 
 @dataclass
 class EdgeTask:
-    """See `rounds.task.Task`. recipe, digest, ref: as `Resident` has them; rows: this device's.
+    """See `round_manifest.ClientTask`. recipe, digest, ref: as `Resident` has them; rows: this device's.
 
     receipts: round -> what the device signed of its work.
     """

@@ -150,7 +150,7 @@ Losses = tuple[float | None, float | None]
 
 @dataclass
 class LoraTask:
-    """See `rounds.task.Task`. rows: this client's; losses: round -> (loss of the first update, of the last).
+    """See `round_manifest.ClientTask`. rows: this client's; losses: round -> (loss of the first update, of the last).
 
     rank: of the shared ranks this client trains the first so many, and holds the others still; None: it trains all.
     guard: makes its updates private of its rows.

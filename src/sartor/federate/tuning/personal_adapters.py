@@ -5,7 +5,7 @@ far more elaborate (Cheng, Chadha & Duchi 2021, arXiv:2108.07313), and no messag
 is written is one PEFT directory, as a person's delta on a device is (`edge.personal`), and works without the shared one.
 
     OUT.personal/CLIENT/         its Adapter: it stays with that client
-    OUT.personal/personal.json   the report (`lifts.py`)
+    OUT.personal/personal.json   the report (`personalization/benefit_report.py`)
 """
 
 from __future__ import annotations

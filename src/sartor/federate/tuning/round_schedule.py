@@ -154,7 +154,10 @@ class LoraOptions:
 
 
 class LoraSchedule:
-    """See `lead.Course`. plan: what all rounds have in common. account: where privacy that is spent is written."""
+    """See `round_driver.RoundSchedule`.
+
+    plan: what all rounds have in common. account: where privacy that is spent is written.
+    """
 
     def __init__(self, options: LoraOptions, plan: RoundPlan, journal: RoundJournal, account: Path) -> None:
         self._options, self._common, self._journal = options, plan, journal

@@ -1,4 +1,4 @@
-"""simulate(recipe, out) -> Adapter: coordinator and clients of a federated tuning in this process.
+"""Verb federate simulate: coordinator and clients in one process.
 
     Datasets, or one dealt out --rows--> clients --updates--> secure sum (or a declared robust rule) --mean--> shared adapter
 
@@ -84,9 +84,9 @@ def simulate(
 ) -> Simulated:
     """Tune one adapter over many clients, all in this process, and write it to `out` as `tune` does.
 
-    clients: a Dataset each, or a device file (`device.Device`), whose work runs within its budget; or shards: {count, alpha,
-    by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that ended, to the bits that an
-    uninterrupted run gives (but for noise, which is drawn once).
+    clients: a Dataset each, or a device file (`edge_client.DeviceFile`), whose work runs within its budget; or shards:
+    {count, alpha, by, seed} deals out the one at the recipe's data.path. `resume` goes on after the last round that
+    ended, to the bits that an uninterrupted run gives (but for noise, which is drawn once).
 
     Raises ConfigError (recipe, clients, taken `out`, a run of something else), ArtifactError, SourceError (a client's Dataset),
     ModelError (base; a client whose loss explodes), RoundError (a cohort below 3), BudgetError (privacy), GuardError (a rule).

@@ -116,7 +116,7 @@ MOST_MOVED_BYTES = 1 << 30
 
 
 class CpuDecoder:
-    """See `blocks.Blocks`. Raises NoKernels, with the reason, where the base or the machine is not one for this."""
+    """See `torch_decoder.TorchDecoder`. Raises NoKernels, with the reason, where base or machine are not fit for it."""
 
     chunk_tokens = 4 * PAGE
     keeps_replies = True
@@ -137,7 +137,7 @@ class CpuDecoder:
 
     @torch.inference_mode()
     def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
-        """See `blocks.Blocks`."""
+        """See `torch_decoder.TorchDecoder`."""
         last = [0] * len(runs)
         # neighbours with one adapter are computed together
         order = sorted(range(len(runs)), key=lambda place: runs[place].slot)
@@ -151,7 +151,7 @@ class CpuDecoder:
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
-        """See `blocks.Blocks`."""
+        """See `torch_decoder.TorchDecoder`."""
         norm = self._fast.norm
         return ReferenceKernels().rms_norm(self._walked([run]), norm.weight, norm.eps, norm.offset)[0]
 
@@ -256,7 +256,7 @@ def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
 
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
-    """The fastest that is right for a base. Raises ModelError for an architecture that `forward.py` does not know."""
+    """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not know."""
     names = {id(module): name for name, module in model.named_modules()}
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])

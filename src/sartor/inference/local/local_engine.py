@@ -35,7 +35,7 @@ MOMENT_S = 0.02
 
 
 class LocalEngine:
-    """See `contract.Engine`."""
+    """See `engine.Engine`."""
 
     def __init__(self, base: Base, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768) -> None:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
@@ -72,7 +72,7 @@ class LocalEngine:
         return bool(self._waiting or self._reading or self._writing or self._ended or self._seeing)
 
     def attach(self, adapter: str, path: Path) -> int:
-        """See `contract.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
+        """See `engine.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
         if adapter in self._adapters:
             return self._blocks.factors.bytes_of(adapter)
         taken = self._sights.attach(adapter, path)
@@ -85,7 +85,7 @@ class LocalEngine:
         return taken
 
     def detach(self, adapter: str) -> None:
-        """See `contract.Engine`."""
+        """See `engine.Engine`."""
         if adapter not in self._adapters or adapter == BASE:
             return
         for row in self._all():
@@ -96,7 +96,7 @@ class LocalEngine:
         self._blocks.factors.drop(adapter)
 
     def submit(self, call: GenerateCall) -> None:
-        """See `contract.Engine`."""
+        """See `engine.Engine`."""
         if (waiting := len(self._waiting) + len(self._seeing)) >= self._most_waiting:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
@@ -129,7 +129,7 @@ class LocalEngine:
                 self._ended.append(ReplyFailed(call.id, error.kind, error.problem, error.remedy))
 
     def cancel(self, call: str) -> None:
-        """See `contract.Engine`."""
+        """See `engine.Engine`."""
         if call in self._seeing:
             self._seeing.pop(call)[1].cancel()
             self._ended.append(ReplyDone(call, "cancelled", 0, 0))
@@ -139,7 +139,7 @@ class LocalEngine:
                 self._ended += row.end("cancelled")
 
     def step(self) -> Sequence[Event]:
-        """See `contract.Engine`."""
+        """See `engine.Engine`."""
         if self._seeing:
             self._look()
         self._join()
@@ -150,7 +150,7 @@ class LocalEngine:
         return events
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
-        """See `contract.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
+        """See `engine.Engine`. Raises RequestError for an empty or too long text, BusyError when the cache is full."""
         for text in texts:
             yield from self._embed(text)
 
@@ -261,7 +261,10 @@ class LocalEngine:
 def open_engine(
     base: str, *, rows: int = 16, waiting: int = 256, cache_tokens: int = 32_768, threads: int = 0, bits: int | str = "auto"
 ) -> LocalEngine:
-    """The engine for a base by name; the options are those of `team.Local`. Raises what `open_base` raises, and ModelError."""
+    """Return the engine for a base by name; the options are those of `team_config.LocalEngineOptions`.
+
+    Raises what `open_base` raises, and ModelError.
+    """
     if threads:
         torch.set_num_threads(threads)
     return LocalEngine(open_base(base, bits=bits), rows=rows, waiting=waiting, cache_tokens=cache_tokens)

@@ -67,7 +67,7 @@ def say_many(
 
 
 def speak_to_files(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
-    """A file of each text as it is spoken, marks left out: `core.teachers.SayAll`. Raises as `say_many`."""
+    """A file of each text as it is spoken, marks left out: `synthesize.teacher.SayAll`. Raises as `say_many`."""
     clips = say_many([Clip(spoken(text).text or text, voice, speed) for text in texts], folder)
     return [clip.path for clip in clips if clip.path]
 

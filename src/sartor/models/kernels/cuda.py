@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs: of each part the fastest maker that this machine has and that agrees with torch's operations.
+"""Fastest CUDA kernels on this machine that agree with torch's operations.
 
     attention                    flash-attn; else the flash kernels that torch carries; else torch's operations
     norms, activations, losses   Liger; else torch.compile of `Eager`'s own functions; else torch's operations

@@ -20,7 +20,7 @@
 
 namespace {
 
-// What Python describes: kernels/walk.py has the same structures.
+// What Python describes: kernels/cpu_forward.py has the same structures.
 
 struct Product {  // linear modules that read the same input; outputs stand side by side
   Long count, ins, outs[3];

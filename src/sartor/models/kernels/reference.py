@@ -4,8 +4,8 @@ Shapes: N rows of width D; T tokens; a block of H heads and G key heads of width
 is in fp32 (fp64 for fp64), results in the dtype of what came in. Backward functions are derived by hand, save attention's,
 which computes the forward again under autograd.
 
-In torch's operations, on any device: what `walk.py` is checked against, and what serves where that cannot. A row's result is
-computed from its own numbers alone, in an order that its neighbours do not change.
+In torch's operations, on any device: what `cpu_forward.py` is checked against, and what serves where that cannot. A
+row's result is computed from its own numbers alone, in an order that its neighbours do not change.
 
 Shapes: N rows; H heads, G key heads of width K; pages of P tokens; R ranks; D inputs, O outputs of a fused projection.
 """

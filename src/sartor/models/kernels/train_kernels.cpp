@@ -1,7 +1,7 @@
 // The elementwise parts and the attention of the Llama-shaped block, for CPUs: what matrix products leave over.
 //
 // Plain C++17 with GCC's vector extensions, so one text serves AVX2, AVX-512 and NEON: the compiler takes the machine's own
-// width. Called through ctypes (kernels/native.py); every function has its torch twin in kernels/eager.py, against which it
+// width. Called through ctypes (kernels/cpu.py); every function has its torch twin in kernels/reference.py, against which it
 // is checked when it is loaded. Storage T is float, bf16 or double; arithmetic C is float (double for double).
 //
 // Work is cut into contiguous ranges by a rule that depends on sizes and the number of threads alone, so that sums are taken
@@ -180,7 +180,7 @@ void product(const C* a, Long lda, const C* b, Long ldb, C* c, Long ldc, Long m,
   for (; i < m; ++i) product_rows<C, 1, TA>(at(i), lda, b, ldb, c + i * ldc, ldc, depth, n, add);
 }
 
-// The forest of segments of a pack (attention.py) and the layer's heads. cos, sin: (T, rotary), both halves written out.
+// The forest of segments of a pack (packing.py) and the layer's heads. cos, sin: (T, rotary), both halves written out.
 template <class C> struct Geometry {
   const Long *start, *length, *first, *ancestors, *ancestor_ends;
   Long segments, tokens, heads, groups, width, rotary, window;

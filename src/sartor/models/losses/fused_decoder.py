@@ -336,8 +336,8 @@ class _HeadNode(torch.autograd.Function):
 class FusedDecoder:
     """A causal language model of a known family as blocks. Raises Unsupported, with the reason, for any other.
 
-    model: transformers' module, adapters in place and without PEFT's shell (`general.without_peft`), or a device's own of the
-    same parts (`models/mmap_llama.py`): neither transformers nor peft is imported for it.
+    model: transformers' module, adapters in place and without PEFT's shell (`transformers_backend.without_peft`), or a
+    device's own of the same parts (`models/mmap_llama.py`): neither transformers nor peft is imported for it.
     """
 
     def __init__(
@@ -387,7 +387,7 @@ class FusedDecoder:
                 raise Unsupported(f"the base has {name}")
 
     def losses(self, batch: Pack) -> torch.Tensor:
-        """(S,) losses in nats of the supervised tokens of a pack, as `general.pack_losses` gives."""
+        """(S,) losses in nats of the supervised tokens of a pack, as `transformers_backend.pack_losses` gives."""
         geometries = self.geometries(batch)
         x = self.embed(batch.ids[0])
         with torch.no_grad():

@@ -1,11 +1,11 @@
 """Peft's LoRA layers with both products summed before rounding.
 
-peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part of it
-is lost (`linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of `linear.Projection`
-instead, so that transformers' module computes what the fast path computes. What a Projection does not know (DoRA, LoRA with
-a bias, the fused experts of a mixture) keeps peft's forward, and so does any call that is not the plain one: adapters switched
-off, merged or mixed in a batch, inputs of another dtype, autocast, and factors that somebody listens to by hooks (opacus
-takes the gradients of single rows from them).
+peft's own layer rounds the frozen product to bf16 and adds the low-rank term to what stands on that grid, where part
+of it is lost (`lora_linear.py` says why). `round_once` gives each plain LoRA layer the forward and backward of
+`lora_linear.Projection` instead, so that transformers' module computes what the fast path computes. What a Projection
+does not know (DoRA, LoRA with a bias, the fused experts of a mixture) keeps peft's forward, and so does any call that
+is not the plain one: adapters switched off, merged or mixed in a batch, inputs of another dtype, autocast, and factors
+that somebody listens to by hooks (opacus takes the gradients of single rows from them).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """LossBackend protocol, fused backend, frozen-activation cache.
 
-Rows are laid into packs of about PACK_TOKENS once, in an order that depends on the rows alone, and a pack is computed and
-stored as a whole: a row's activations then have the same bits whoever asked first, so a killed and resumed run ends as an
-uninterrupted one does. A pack's name is the digest of the base, the layer, the arithmetic and the tokens, so another run on
-the same base and rows (another rate, another rank) finds them; what another version's arithmetic made is computed anew
-(`shelf.py`). Files live below SARTOR_HOME/activations, the least recently used go first when the limit is reached; rows
-that the limit has no room for are computed with each update.
+Rows are laid into packs of about PACK_TOKENS once, in an order that depends on the rows alone, and a pack is computed
+and stored as a whole: a row's activations then have the same bits whoever asked first, so a killed and resumed run
+ends as an uninterrupted one does. A pack's name is the digest of the base, the layer, the arithmetic and the tokens,
+so another run on the same base and rows (another rate, another rank) finds them; what another version's arithmetic
+made is computed anew (`tensor_files.py`). Files live below SARTOR_HOME/activations, the least recently used go first
+when the limit is reached; rows that the limit has no room for are computed with each update.
 """
 
 from __future__ import annotations

@@ -3,11 +3,13 @@
 `packed_attention` hands `attend` to transformers under the name `sartor_packed`: any architecture whose attention goes
 through transformers' AttentionInterface then packs exactly, which `agrees` measures on rows of the run.
 
-    fast       our own forward and backward of the Llama-shaped block (`forward.py`), frozen layers from disk (`frozen.py`)
-    general    transformers' own module, with our packing and loss (`general.py`)
+    fast       our own forward and backward of the Llama-shaped block (`fused_decoder.py`), frozen layers from
+               disk (`loss_backend.py`)
+    general    transformers' own module, with our packing and loss
     one-row    transformers' own module, a row at a time: for models that do not pack exactly
 
-Every path gives the same losses up to rounding; what differs is time and memory. What needs torch alone is in `path.py`.
+Every path gives the same losses up to rounding; what differs is time and memory. What needs torch alone is in
+`loss_backend.py`.
 """
 
 from __future__ import annotations
@@ -151,9 +153,9 @@ def matches_single_rows(
     state outside attention (convolutions, recurrences), or that drops unknown keyword arguments, fails one of them. Any
     exception of the packed pass counts as "no": another path then serves.
 
-    In 16 bits both ways round, by up to 0.5 nats a token where losses are near 10, so neither can judge the other. Both are
-    judged by the same computation in fp32 (`widened.py`), over more rows: `packed` may be off by half as much again as the
-    model's own way. The difference is then the largest one to fp32.
+    In 16 bits both ways round, by up to 0.5 nats a token where losses are near 10, so neither can judge the other.
+    Both are judged by the same computation in fp32 (`fp32_copy.py`), over more rows: `packed` may be off by half as
+    much again as the model's own way. The difference is then the largest one to fp32.
     """
     few = _few_rows(examples, model.get_output_embeddings().weight.dtype)
     if not few:

@@ -1,1 +1,1 @@
-"""Native multi-modal bases: transformers' image-text-to-text and audio models, opened by name like any base."""
+"""Native multimodal bases: image-text-to-text and audio models of transformers."""

@@ -3,7 +3,7 @@
 A placeholder of the processor becomes a virtual id (`models/media_tokens.py`). `embedded` is what the model itself puts in the
 places of placeholders before its first layer, taken where it enters the decoder. Where a model does more with media than
 that (positions in two dimensions, attention both ways, features for deeper layers), `inputs` turns a row back into what its
-own forward takes; which of the two is right is measured (`general.agrees`, `replies.py`).
+own forward takes; which of the two is right is measured (`transformers_backend.matches_single_rows`).
 
 For models that do more with media than to put embeddings in their places; which ones they are is measured on the first
 prompt with the same kinds of media.
@@ -73,7 +73,7 @@ class _Reached(Exception):
 
 
 class NativeMedia:
-    """See `media.Media`. `apart`: by kinds of media, nats by which what their embeddings give is off the own forward."""
+    """See `media_tokens.Media`. `apart`: by kinds of media, nats by which what their embeddings give is off the own forward."""
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor, self._model = processor, model
@@ -86,15 +86,15 @@ class NativeMedia:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """See `media.Media`."""
+        """See `media_tokens.Media`."""
         return tuple(self.tokens)
 
     def said(self) -> dict[str, dict[str, Any]]:
-        """See `media.Media`: the towers are the base's own."""
+        """See `media_tokens.Media`: the towers are the base's own."""
         return {}
 
     def ids(self, part: Part, folder: Path | None) -> MediaTokens:
-        """See `media.Media`. Raises MediaError for a recording that the processor would cut."""
+        """See `media_tokens.Media`. Raises MediaError for a recording that the processor would cut."""
         if part.kind not in self.tokens:
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         content = content_of(part, folder)
@@ -116,7 +116,7 @@ class NativeMedia:
         return MediaTokens([next(virtual) if token == placeholder else token for token in tokens], text)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
+        """See `media_tokens.Media`. Raises ModelError where the decoder of this model is not given embeddings."""
         is_fixed = self._is_fixed
         if not is_fixed:  # what makes them may be another when it is fixed again: merged
             self._embeddings = BoundedCache(HELD_BYTES)

@@ -61,7 +61,7 @@ class WhisperMedia(NativeMedia):
         self._held = BoundedCache(HELD_BYTES)
 
     def ids(self, part: Part, folder: Path | None) -> MediaTokens:
-        """See `media.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
+        """See `media_tokens.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
         if part.kind != "audio":
             raise SourceError(f"this base reads no {part.kind}", "use a base that does, or leave these rows out")
         key = key_of("whisper", hashlib.sha256(content_of(part, folder)).hexdigest())
@@ -70,11 +70,11 @@ class WhisperMedia(NativeMedia):
         return MediaTokens(virtual_ids(key, 1), START)
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
-        """See `media.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a time."""
+        """See `media_tokens.Media`. Raises ModelError: what is heard goes in by cross-attention, and rows go one at a time."""
         raise ModelError("a Whisper's recordings are no embeddings of tokens", "read them by its own forward: `inputs`")
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
-        """See `media.Media`."""
+        """See `media_tokens.Media`."""
         weight = self._model.get_output_embeddings().weight
         heard = self._spectrogram(keys_in(ids[0].tolist())[0]).to(weight.device, weight.dtype)
         if is_blank:
@@ -153,7 +153,7 @@ def reply(
     most: int,
     choose: Callable[[torch.Tensor], int],
 ) -> list[int]:
-    """See `replies.reply`: one transcript, at most as long as the decoder has places.
+    """See `native_media.reply`: one transcript, at most as long as the decoder has places.
 
     By transformers' general generation with what Whisper's own suppresses; its own would write the prompt anew.
     """

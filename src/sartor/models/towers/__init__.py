@@ -1,4 +1,4 @@
-"""Frozen encoders of pictures and recordings: `open_tower`. Their contract: `contract.py`."""
+"""Frozen encoders of images and audio, opened by name. Their protocol: `tower.py`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,5 @@
 """Admits a Release or personal adapter before it is loaded.
 
-    copies.py   the server's own copy: what is looked at is what is loaded
-    terms.py    release.json, the gate, licences          config.py   adapter_config.json of plain LoRA
-    tensors.py  safetensors, strictly                     weights.py  the base's matrices
-    lora.py     the factors against config and base
-    projectors.py   what it reads media with
-
 The checks run in the order of `CHECKS`, each on bytes that the ones before it vouch for: nothing of a Release is parsed
 before its signature is known to be good. Whoever is refused learns which check it was: `error.check`.
 
@@ -440,7 +434,7 @@ def _checking(name: str) -> Iterator[None]:
 
 
 def admit_personal(path: Path, agent: str, ground: AdmissionContext) -> AgentVersion:
-    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_by` raises of base and values."""
+    """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and values."""
     found = open_artifact(path, "adapter")
     check_ground(found, ground.about)
     check_values(path, adapter_checks.read_projectors(path, found.manifest["files"], ground.about), ground)

@@ -1,1 +1,1 @@
-"""Verbs around a team: the registry of agents, ask, replay, receipts."""
+"""Verbs of a team: registry of agents, ask, replay, receipts."""

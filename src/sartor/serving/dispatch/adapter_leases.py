@@ -12,7 +12,7 @@ from sartor.core.errors import AdmissionError, SartorError, UnavailableError
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.types import WorkerBackend
 
-# What `agents.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
+# What `serving.admission` is asked for: the Release in a directory as a version of an agent of that name, or what it raises.
 # `release` of the version is where the adapter is loaded from: the server's own copy.
 Admit = Callable[[Path, str], Awaitable[AgentVersion]]
 

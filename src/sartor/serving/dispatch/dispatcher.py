@@ -1,11 +1,4 @@
-"""Request to answer: version, fallback, receipt.
-
-choosing.py  who may answer, in order       calling.py   what an engine is asked
-people/      users who have their own
-served.py    the agents as they are held    holdings.py  adapters, and who still needs them
-rollout.py   trials, watches, verdicts      shadows.py   requests answered again, unseen
-roster.py    what the admin changes
-"""
+"""Request to answer: version, fallback, receipt."""
 
 from __future__ import annotations
 

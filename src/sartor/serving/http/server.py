@@ -1,6 +1,6 @@
 """Uvicorn server with connection limits and draining.
 
-with_house: `Server(house, team).run()` until a signal; `sartor serve` opens the house first (opening.py)
+with_house: `Server(house, team).run()` until a signal; `sartor serve` opens the house first (startup.py)
 
 uvicorn bounds the size of a request's head, and the quiet between two requests. What it lets pass is here: a head or a body
 that trickles, a client that does not read what is sent to it, and one connection too many.

@@ -4,7 +4,7 @@
 
 A run is a line that opens it (the request), a line a step, and a line that ends it (the answer), written together when the
 answer ends and fsynced. By default the log holds no word of what was asked and said: digests by the team's key, as receipts
-have them (`receipt_content.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines, which are
+have them (`receipts.py`). A plan with `log: content` keeps the words. A disk that takes nothing costs lines, which are
 counted, and no answers.
 """
 

@@ -159,7 +159,7 @@ class UserVersionStore:
             return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
 
     def allow(self, key: str, person: str, cause: ChangeCause = NOBODY) -> None:
-        """Let a key speak for a person, or for anybody (`names.ANYBODY`)."""
+        """Let a key speak for a person, or for anybody (`ANYBODY`)."""
         with self.database.change() as connection:
             connection.execute(delete(registry_schema.speakers).filter_by(key=key, person=person))
             connection.execute(insert(registry_schema.speakers).values(sealed({"key": key, "person": person})))

@@ -1,1 +1,1 @@
-"""How `auto` chooses an agent: one classifier an agent, shared figures, a threshold."""
+"""Routing of `auto` requests: one classifier an agent, shared figures, a threshold."""

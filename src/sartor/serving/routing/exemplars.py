@@ -76,12 +76,12 @@ class Slices:
         return bool(self.size[one] >= SLICE_LEAST and self.gain[one] <= 0)
 
     def as_arrays(self) -> dict[str, Any]:
-        """See `part.as_arrays`."""
+        """See `agent_classifier.as_arrays`."""
         return {"slice_of": self.of, "slice_gain": self.gain, "slice_size": self.size, **self.features.as_arrays("slices")}
 
     @classmethod
     def from_arrays(cls, found: Mapping[str, Any]) -> Slices:
-        """See `part.from_arrays`."""
+        """See `agent_classifier.from_arrays`."""
         return cls(TextFeatures.from_arrays("slices", found), found["slice_of"], found["slice_gain"], found["slice_size"])
 
 

@@ -51,7 +51,7 @@ class Embedder(Protocol):
 
 
 class AutoRouter:
-    """A Router (asking.py) of the event loop's own. Close it, or its last fit goes on."""
+    """A Router (types.py) of the event loop's own. Close it, or its last fit goes on."""
 
     def __init__(self, crew: Embedder, rules: Routing, state: Path, engine: str = LOCAL, dtype: str = "") -> None:
         """engine: the kind of the crew's engine. Only our own makes vectors of its base fast enough to be asked unasked.

@@ -28,8 +28,8 @@ _LOG = logging.getLogger("sartor.agents")
 class CallScheduler:
     """All that live. A worker that dies takes none with it.
 
-    Its calls are made again by another and go on where they were (live.py). A call at whose side workers die is made by a
-    worker that serves nobody else; if it kills that, too, it fails, and its agent is blamed.
+    Its calls are made again by another and go on where they were (in_flight.py). A call at whose side workers die is
+    made by a worker that serves nobody else; if it kills that, too, it fails, and its agent is blamed.
     """
 
     def __init__(self, bulkhead: AgentQueues, standing: AgentHealthTracker, rules: WorkerOptions) -> None:

@@ -1,7 +1,7 @@
 """Supervises the workers of a server.
 
-    reply -> standing.py (is the agent in service?) -> bulkhead.py (is there room, whose turn is it?) -> calls.py -> a worker
-    places.py keeps the workers alive, shelf.py brings the adapters to them, child.py is one of them as seen from here
+    call -> agent_health.py (in service? room? whose turn?) -> scheduler.py -> a worker
+    worker_pool.py restarts workers, adapter_loading.py brings adapters to them, worker_process.py is the handle of one
 
 Everything runs in one event loop; all times are of the monotonic clock, so a jump of the wall clock changes nothing.
 """
@@ -37,7 +37,7 @@ _MOST_CONDEMNED = 1024
 
 
 class Supervisor:
-    """A `Crew` (asking.py). `command`: what starts a worker; the number of its socket is added."""
+    """A `Crew` (types.py). `command`: what starts a worker; the number of its socket is added."""
 
     def __init__(self, team: Team, command: Sequence[str] = WORKER) -> None:
         self._team = team

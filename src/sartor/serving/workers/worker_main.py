@@ -1,8 +1,9 @@
 """Worker process: engine loop.
 
-It trusts its parent and nobody else can reach it, but what calls hold comes from clients: a malformed line, a call that the
-engine refuses, an adapter that does not load are answers. What is left, an engine whose step fails, ends the process: the
-parent makes the calls again in another one, which knows nothing of whatever went wrong here. See channel.py for the wire.
+It trusts its parent and nobody else can reach it, but what calls hold comes from clients: a malformed line, a call
+that the engine refuses, an adapter that does not load are answers. What is left, an engine whose step fails, ends the
+process: the parent makes the calls again in another one, which knows nothing of whatever went wrong here. See
+`core/ipc.py` for the wire.
 
 A module of its own: a worker has no use for the rest of admission, and pays for what it imports in memory.
 """

@@ -1,4 +1,7 @@
-"""What alembic runs for the queue: its revisions, on the connection and in the transaction of `sartor.core.database`."""
+"""Alembic environment of the review database.
+
+Revisions run on the connection and in the transaction of `sartor.core.database`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first tables, and the triggers that keep decisions as they were made."""
+"""Alembic revision 1 of the review tables, with triggers against changed decisions."""
 
 from __future__ import annotations
 
