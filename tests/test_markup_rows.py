@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import sartor
-from conftest import recipe_on, write_jsonl
+from sample_data import recipe_on, write_jsonl
 from marked import FAMILIES
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sartor.core.home import home
-from test_docs import blocks
+from doc_blocks import blocks
 
 pytestmark = pytest.mark.circle
 ROOT = Path(__file__).parent.parent

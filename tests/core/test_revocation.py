@@ -14,38 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lineage_rows import A, B, example, origin, write
 import sartor
-from sartor.core import catalogue, parquet_io
-from sartor.core.artifacts import Artifact, seal, write_artifact
+from sartor.core import catalogue
+from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
-
-A, B = ("data/a.jsonl", "a.jsonl"), ("data/b.jsonl", "b.jsonl")
-
-
-def example(text: str, *origins: sartor.Origin) -> sartor.Example:
-    turns = (sartor.Message.of("user", text), sartor.Message.of("assistant", text))
-    return sartor.Example(turns, origins or (origin(A, 1),), split="train")
-
-
-def origin(pair: tuple[str, str], line: int, *parents: sartor.Example | str) -> sartor.Origin:
-    ids = tuple(parent if isinstance(parent, str) else parent.id for parent in parents)
-    return sartor.Origin(pair[0], f"{pair[1]}:{line}", "MIT", ids)
-
-
-def write(
-    folder: Path, examples: list[sartor.Example], drops: list[sartor.Drop] = [], *, index: bool = True, files: int = 1
-) -> Artifact:
-    """A Dataset of these rows, in several Parquet files. Sealed in place: what an fsync costs is not asked here."""
-    for number in range(files):
-        parquet_io.write_examples(folder / f"examples/part-{number:05}.parquet", examples[number::files])
-    parquet_io.write_drops(folder / "drops/part-00000.parquet", drops)
-    if index:
-        origin_index.write(folder)
-    pairs = sorted({(one.source, one.locator.rpartition(":")[0]) for row in examples for one in row.origins})
-    sources = [{"source": source, "path": path, "licence": "MIT", "kept": 1} for source, path in pairs]
-    return Artifact(folder, seal(folder, "dataset", {"parents": [], "sources": sources}))
-
 
 def test_a_row_goes_when_its_last_origin_goes_and_stays_while_one_is_left(tmp_path: Path) -> None:
     only, both, other = (example(word, *ways) for word, ways in (("only", [origin(A, 1)]), ("both", [origin(A, 2), origin(B, 1)]), ("other", [origin(B, 2)])))  # fmt: skip
@@ -220,11 +194,10 @@ def test_the_command_is_short_for_a_person_and_whole_as_json(tmp_path: Path) -> 
 
 
 def test_revoking_loads_no_pandas() -> None:
-    here = Path(__file__).parent
     code = f"""
 import sys, tempfile, pathlib
-sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]
-import test_revoke as t, sartor
+sys.path[:] = {sys.path!r}
+import lineage_rows as t, sartor
 folder = pathlib.Path(tempfile.mkdtemp())
 made = t.write(folder / "d", [t.example("1"), t.example("2", t.origin(t.B, 1, t.example("1")))])
 import subprocess

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.core.splits import group_of, group_of_stored, prompt_group, split_group, stated_group

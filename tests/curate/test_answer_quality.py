@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from curate.rows import applied, document, reason, row, step_of
+from rows import applied, document, reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message
 from sartor.curate.steps.answer_quality import ChatQuality, quality

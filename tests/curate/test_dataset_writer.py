@@ -1,4 +1,4 @@
-"""Every verb that writes a Dataset writes the same bytes as when `golden/` was recorded (dataset_cases.py records it anew)."""
+"""Every verb that writes a Dataset writes the same bytes as when `golden/` was recorded (tests/helpers/dataset_cases.py records it anew)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curate.gathering import example, gather
+from rows import example, gather
 from sartor.core import assets
 from sartor.core.errors import AssetError, ConfigError, GuardError
 from sartor.core.records import Example

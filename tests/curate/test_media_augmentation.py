@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, StoppedError
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate import pipeline, shards

@@ -17,8 +17,9 @@ import pytest
 import soundfile
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, PngImagePlugin
 
+from media_files import RATE, bomb, scene, tone
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
 from sartor.curate.sources import media_files
@@ -29,25 +30,6 @@ from sartor.curate.steps.image_duplicates import ImageDuplicates
 from sartor.curate.steps.media_filters import Audio, Images
 from sartor.media import images
 from sourcing import Rows, chat, tree
-
-RATE = 16_000
-
-
-def scene(seed: int, width: int = 240, height: int = 200) -> Image.Image:
-    """A picture with shapes of many sizes."""
-    random = np.random.default_rng(seed)
-    image = Image.new("RGB", (width, height), tuple(int(value) for value in random.integers(0, 255, 3)))
-    draw = ImageDraw.Draw(image)
-    for _ in range(60):
-        x, y, w, h = random.integers(0, width), random.integers(0, height), random.integers(5, 70), random.integers(5, 70)
-        colour = tuple(int(value) for value in random.integers(0, 255, 3))
-        (draw.ellipse if random.random() < 0.5 else draw.rectangle)((x, y, x + w, y + h), fill=colour)
-    return image
-
-
-def tone(seconds: float, loud: float = 0.5, rate: int = RATE) -> Any:
-    return loud * np.sin(np.arange(int(seconds * rate)) / rate * 440 * 2 * np.pi)
-
 
 def content(example: Example) -> list[tuple[str, str]]:
     return [(part.kind, part.text) for part in example.messages[0].content]
@@ -300,9 +282,7 @@ def test_a_bomb_of_text_or_pixels_in_a_picture_is_unreadable_not_a_crash(tmp_pat
     out = io.BytesIO()
     scene(1).save(out, "PNG", pnginfo=info)
     assert verdict(Images(), tmp_path, placed(tmp_path, out.getvalue())) in ("kept", "unreadable_image")
-    from curate.test_hostile import png
-
-    assert verdict(Images(), tmp_path, placed(tmp_path, png(20_000, 20_000))) == "image_bomb"
+    assert verdict(Images(), tmp_path, placed(tmp_path, bomb(20_000))) == "image_bomb"
 
 
 def decided(step: ImageDuplicates, folder: Path, examples: list[Example], notices: list[str] | None = None) -> Any:

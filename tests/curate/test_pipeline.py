@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from media_files import data_url, png, sound
 from sartor.core import parquet_io
 from sartor.core.artifacts import open_artifact

@@ -13,9 +13,8 @@ import pytest
 import soundfile
 
 import sartor
-from conftest import write_jsonl
-from curate.test_hostile import png
-from curate.test_media import scene, tone
+from sample_data import write_jsonl
+from media_files import bomb, scene, tone
 from sartor.cli import main
 from sartor.core.records import Example
 from sourcing import chat
@@ -159,8 +158,8 @@ def test_every_useless_picture_is_a_counted_drop_of_the_command(
 ) -> None:
     scene(1).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-700])
-    (tmp_path / "empty.png").write_bytes(png(0, 0))
-    (tmp_path / "bomb.png").write_bytes(png(100_000, 100_000))
+    (tmp_path / "empty.png").write_bytes(bomb(0))
+    (tmp_path / "bomb.png").write_bytes(bomb(100_000))
     rows = [form("good.png", 1), *(form(name, 1) for name in USELESS if name != "marks"), form("good.png", 2)]
     file = tmp_path / f"rows.{suffix}"
     if suffix == "csv":

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.curate.sources import planner, source_files
 from sartor.curate.sources.chunk_reader import read_chunk
 from sartor.curate.sources.planner import plan_reading

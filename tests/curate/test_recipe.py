@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 import sartor
-from curate.rows import HERE, row
+from rows import HERE, row
 from sartor.core import assets
 from sartor.core.config import load, read_yaml
 from sartor.core.records import Drop, Example

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from curate.rows import applied, reason, row, step_of
+from rows import applied, reason, row, step_of
 from sartor.core.config import dump, load
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, Message

@@ -15,7 +15,7 @@ import soundfile
 from PIL import Image
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core import parquet_io
 
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from curate.gathering import example, gather
+from rows import example, gather
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Example
 from sartor.curate.step import StepResult

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import write_jsonl
+from media_files import bomb
+from sample_data import write_jsonl
 from sartor.core import records
 from sartor.core.errors import ConfigError
 from sartor.curate.sources import document_worker, documents, media_files, row_readers, safe_paths
@@ -241,16 +242,8 @@ def gif(frames: int) -> bytes:
     return b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff" + frame * frames + b";"
 
 
-def png(width: int, height: int) -> bytes:
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 16)), (b"IEND", b""))
-    )
-
-
 BOMBS = {
-    "a.png": png(100_000, 100_000),
+    "a.png": bomb(100_000),
     "b.gif": gif(100_000),
     "c.bmp": b"BM" + struct.pack("<IHHIIii", 60, 0, 0, 54, 40, 60_000, -60_000) + bytes(28),
     "d.jpg": b"\xff\xd8\xff\xe0\0\x04xx\xff\xc2\0\x11\x08" + struct.pack(">HH", 65_000, 65_000) + bytes(20),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.rows import HERE, applied, reason, row, step_of
+from rows import HERE, applied, reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.steps.text_cleaning import Markup

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.rows import HERE, applied, reason, row
+from rows import HERE, applied, reason, row
 from sartor.core.records import Example, Message, Origin, Part
 from sartor.curate.steps.text_cleaning import RepairText
 

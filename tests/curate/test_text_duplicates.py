@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 
 TEXT = (

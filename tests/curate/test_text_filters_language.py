@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from curate.rows import decided, document, row, step_of
+from rows import decided, document, row, step_of
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
 from sartor.curate.recipe import CurateRecipe

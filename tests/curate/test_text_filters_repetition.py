@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from curate.rows import reason, row, step_of
+from rows import reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.curate.steps.text_filters import Repetition
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_jobs import job
+from edge_jobs import job, key  # noqa: F401
 
 from sartor.core.errors import ArtifactError, BudgetError, ModelError, SignatureError
 from sartor.core.resource_limits import Killed, ResourceLimits, ResourceUsage
-from sartor.core.signing import keygen, open_public
+from sartor.core.signing import open_public
 from sartor.edge.tuning import budgeted_tuning
 from sartor.edge.tuning.budgeted_tuning import DeviceBudget, tune_within_budget, verify_receipt
 from sartor.edge.tuning.memory_plan import MemoryBaseline, Planner
@@ -48,11 +48,6 @@ class Tuner:
         killed: Killed = end if isinstance(end, str) else ""
         code = end if isinstance(end, int) else -9 if end == "memory" else 143 if killed else 3
         return ResourceUsage("cgroup v1", limits.memory_bytes, 300_000_000, 10.0, 9.0, code, killed)
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    return Path(keygen(tmp_path / "key")["private"])
 
 
 @pytest.fixture

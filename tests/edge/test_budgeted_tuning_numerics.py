@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tuner import job
+from edge_jobs import job
 
 import sartor
 from sartor.core import signing
@@ -20,7 +20,7 @@ from sartor.edge.tuning.tuner_process import tune
 from sartor.tune.checkpoint import newest
 from sartor.tune.training_loop import TrainingRun
 
-FEW: dict[str, Any] = {"recipe": {"budget": {"updates": 4}}}
+FEW: dict[str, Any] = {"updates": 4, "recipe": {"compute": {"recompute": True}}}
 
 
 def cut(tiny_base: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -16,16 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from edge_jobs import job, rows
-from safetensors.torch import load_file
+from edge_jobs import adapter, job, key, rows  # noqa: F401
 
 from sartor.core import model_refs
 from sartor.core.resource_limits import ResourceLimits, holder, run
-from sartor.core.signing import keygen, open_public
+from sartor.core.signing import open_public
 from sartor.edge.tuning import budgeted_tuning
 from sartor.edge.tuning.budgeted_tuning import DeviceBudget, planned_job, tune_within_budget, tuner_command, verify_receipt
 from sartor.edge.tuning.memory_plan import MemoryBaseline, MemorySetting, Planner
-from sartor.edge.tuning.tuning_job import TuningJob
 
 MB = 1_000_000
 ALONE = ["unshare", "--net", "--map-root-user", "--user"]
@@ -46,17 +44,8 @@ def can_be_alone() -> bool:
 
 
 @pytest.fixture
-def key(tmp_path: Path) -> Path:
-    return Path(keygen(tmp_path / "key")["private"])
-
-
-@pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
-    return load_file(str(Path(one.out) / "adapter_model.safetensors"))
 
 
 @pytest.mark.services

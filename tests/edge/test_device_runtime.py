@@ -14,7 +14,7 @@ import torch
 
 import sartor
 import tiny
-from export import releases
+import releases
 from sartor.core.errors import ConfigError, HealthError, ModelError, StoreError
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.runtime.ask_device import ask

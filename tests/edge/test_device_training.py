@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from edge_jobs import job
+from edge_jobs import adapter, job
 from safetensors.torch import load_file
 
 from sartor.core.errors import ArtifactError, StoppedError
@@ -19,10 +19,6 @@ from sartor.edge.tuning.device_training import DeviceRun, ZerothRun
 from sartor.edge.tuning.tuner_process import tune
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune import checkpoint
-
-
-def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
-    return load_file(str(Path(one.out) / "adapter_model.safetensors"))
 
 
 def until(one: TuningJob, update: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loopback import listening
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
 from sartor.edge import device_commands as verbs
@@ -253,16 +253,9 @@ def gathering(status: int = 204) -> Iterator[Seen]:
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    seen.url = f"http://127.0.0.1:{server.server_address[1]}/reports"
-    try:
+    with listening(Endpoint) as address:
+        seen.url = f"{address}/reports"
         yield seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def options(world: World, **more: Any) -> verbs.DeviceOptions:

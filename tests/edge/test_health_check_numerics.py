@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_health import CANARIES, ROWS, answering, lines, version  # noqa: F401
+from health_fakes import CANARIES, ROWS, answering, lines, version  # noqa: F401
 
 from sartor.edge import device_commands
 from sartor.edge.store.release_store import ReleaseStore

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.cli import main
 from sartor.edge import owner_commands
 from sartor.edge.store.release_store import ReleaseStore

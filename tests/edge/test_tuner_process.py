@@ -15,40 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import edge_jobs
+from edge_jobs import rows
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.edge.tuning.tuner_process import read_tokens, tune, write_tokens
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
-from sartor.models.packing import TokenizedExample
-from sartor.tune.tokenized_dataset import TokenizedDataset
-
-RECIPE: dict[str, Any] = {
-    "base": "tiny",
-    "data": {"path": "rows"},
-    "method": {"kind": "lora", "rank": 4, "alpha": 8},
-    "budget": {"updates": 40},
-    "optimizer": {"learning_rate": 3e-2, "batch_tokens": 64},
-    "compute": {"recompute": True},
-    "checkpoints": {"every_minutes": 0},
-}
-
-
-def rows() -> TokenizedDataset:
-    def row(n: int) -> TokenizedExample:
-        ids = [5 + (n * 7 + place * 3) % 40 for place in range(12 + n % 5)]
-        return TokenizedExample(ids, [False] * 6 + [True] * (len(ids) - 6), f"row-{n}")
-
-    return TokenizedDataset([row(n) for n in range(20)], [row(n) for n in range(20, 24)])
-
 
 def job(tiny_base: Path, folder: Path, **changes: Any) -> TuningJob:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokens(rows(), folder / "tokens.safetensors")
-    recipe = {**RECIPE, **changes.pop("recipe", {})}
-    given = {"base": str(tiny_base), "name": "tiny", "digest": "d", "licence": "MIT", "recipe": recipe}
-    return TuningJob(**given, tokens=str(folder / "tokens.safetensors"), out=str(folder / "out"), **changes)
+    recipe = {"compute": {"recompute": True}, **changes.pop("recipe", {})}
+    return edge_jobs.job(tiny_base, folder, 40, recipe=recipe, **changes)
 
 
 def test_tokens_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 import sartor
 import tiny
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import GateError
 from sartor.core.records import Example, Message, Part
 from sartor.evaluate import predictions

@@ -9,7 +9,7 @@ import pytest
 
 import sartor
 import tiny
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import GateError

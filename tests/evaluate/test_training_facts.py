@@ -8,24 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from training_examples import example, facts
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
-from sartor.core.records import Example, Message, Origin
 from sartor.evaluate import training_facts
 from sartor.evaluate.bootstrap import LEAST_GROUPS
-from sartor.evaluate.training_facts import TrainingFacts
-
-
-def example(question: str, reply: str, split: str = "train", system: str = "Be brief.", **more: object) -> Example:
-    messages = (Message.of("system", system), Message.of("user", question), Message.of("assistant", reply))
-    return Example(messages, (Origin("f", "1"),), split=split, **more)  # type: ignore[arg-type]
-
-
-def facts(*examples: Example) -> TrainingFacts:
-    made = TrainingFacts()
-    for one in examples:
-        made.add(one)
-    return made
 
 
 def test_what_most_rows_have_is_what_the_release_says() -> None:

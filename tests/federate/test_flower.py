@@ -22,7 +22,7 @@ from flower_trainer import certain
 from round_parties import Pull
 
 import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.federate.flower.local_rpc import ask
 from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds

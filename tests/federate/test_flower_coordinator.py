@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federating import COORDINATOR
-from test_lora_rounds import recipe
+from tuning_rounds import recipe
 
 import sartor
 from sartor.cli import main

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core import parquet_io as stored
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError

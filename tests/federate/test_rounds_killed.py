@@ -6,28 +6,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import killed_round
 from round_parties import mean_of_numbers
 
 VICTIM = 1
 EVERYONE, WITHOUT = mean_of_numbers([0, 1, 2, 3, 4]), mean_of_numbers([0, 2, 3, 4])
 
 
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A short path (a socket's has 107 bytes at most), in memory where there is one."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        yield Path(folder)
-
-
 def kills(root: Path, who: str, each: int, comes_back: bool = True) -> list[tuple[int, str, list[str], list[float]]]:
-    script = Path(__file__).with_name("killed_round.py")
+    script = Path(killed_round.__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(script), str(root), who, str(each), str(int(comes_back))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)

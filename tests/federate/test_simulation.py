@@ -12,6 +12,7 @@ import pytest
 import torch
 from tuning_rounds import manifest
 
+from tuning_rounds import people, recipe  # noqa: F401
 import sartor
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, RoundError
@@ -20,30 +21,12 @@ from sartor.federate.recipe import FederateRecipe, load
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.lora_task import LoraTask
-from sartor.federate.tuning.simulated_clients import Clients, open_clients
+from sartor.federate.tuning.simulated_clients import Clients
 from sartor.federate.tuning.simulation import simulate
 from sartor.models.lora_tensors import B, Tensors, norm
 from sartor.models.losses.transformers_backend import row_losses
 from sartor.tune import sampler
 from sartor.tune.training_loop import learning_rate
-
-
-def recipe(base: Path, dataset: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "data": {"path": str(dataset), "attack_rows": 0},
-        "method": {"rank": 8, "alpha": 16},
-        "rounds": 2,
-        "local": {"updates": 2},
-        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
-        **changes,
-    }
-
-
-@pytest.fixture
-def people(tiny_base: Path, dataset: Path, fp32: None) -> tuple[FederateRecipe, Clients]:
-    asked = load(recipe(tiny_base, dataset))
-    return asked, open_clients(asked, [dataset], None)
 
 
 def plainly(asked: FederateRecipe, people: Clients, shared: Tensors) -> dict[str, np.ndarray]:

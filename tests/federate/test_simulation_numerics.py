@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_rounds import recipe
+from tuning_rounds import recipe
 
 from sartor.core.errors import ConfigError
 from sartor.core.numerics import NUMERICS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from sartor.models import composed_model
 from sartor.models.base import open_base
 from tiny_towers import tiny_clip, tiny_whisper
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from bad_adapters import TARGETS, Bad, Maker  # noqa: E402
+from bad_adapters import TARGETS, Bad, Maker
 
 CPU = torch.device("cpu")
 KINDS = ("image", "audio")

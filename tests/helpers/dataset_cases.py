@@ -1,6 +1,6 @@
-"""Small Datasets, one or more of each verb that writes Datasets, and what is recorded of them in `golden/`.
+"""Small Datasets, one or more of each verb that writes Datasets, and what is recorded of them in `tests/curate/golden/`.
 
-    PYTHONPATH=src:tests python tests/curate/dataset_cases.py     # records all of them anew
+    PYTHONPATH=src python tests/helpers/dataset_cases.py     # records all of them anew
 
 Each case is a function that writes a Dataset below the working directory and returns its path. Paths in recipes are relative,
 times are fixed, media are constants, so that the same code writes the same bytes on every machine with the same pyarrow.
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.artifacts import Artifact, write_artifact
 from sartor.core.parquet_io import ROWS_PER_GROUP, example_row, read_examples, write_examples
 from sartor.core.records import Example, Feedback, FeedbackAuthor, Message, Origin, digest
@@ -32,7 +32,7 @@ from sartor.synthesize.teacher import TeacherAnswer, TeacherQuestion
 from sartor.synthesize.validate.permutation_tests import StatisticResult
 from sartor.synthesize.validate.validation import RejectedRow, Validated, write_accepted
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "curate" / "golden"
 PYARROW = GOLDEN / "pyarrow.txt"
 # the packages that a manifest names; what they are called here does not change with a new version of them
 VERSIONS = {"sartor": "0.0.0", "pyarrow": "0.0.0"}

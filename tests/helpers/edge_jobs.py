@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sartor.core.signing import keygen
 from sartor.edge.tuning.tuner_process import write_tokens
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models.packing import TokenizedExample
@@ -34,3 +39,12 @@ def job(base: Path, folder: Path, updates: int, **changes: Any) -> TuningJob:
         **changes.pop("recipe", {}),
     }
     return TuningJob(str(base), "tiny", "d", "MIT", str(folder / "tokens"), str(folder / "out"), recipe, **changes)
+
+
+def adapter(one: TuningJob) -> dict[str, torch.Tensor]:
+    return load_file(str(Path(one.out) / "adapter_model.safetensors"))
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    return Path(keygen(tmp_path / "key")["private"])

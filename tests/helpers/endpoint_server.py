@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import listening
 
 from sartor.synthesize.teacher import TeacherQuestion
 from sartor.synthesize.teacher_options import FakeTeacher
@@ -112,24 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *arguments: Any) -> None:
-        pass
-
-
 @contextmanager
 def serving(server: EndpointServer) -> Iterator[EndpointServer]:
     """The server, listening."""
-    http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"told": server}))
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{http.server_port}/v1"
-    try:
-        yield server
-    finally:
-        server.held.set()
-        http.shutdown()
-        http.server_close()
-        thread.join()
+    with listening(type("Handler", (_Handler,), {"told": server})) as address:
+        server.url = f"{address}/v1"
+        try:
+            yield server
+        finally:
+            server.held.set()

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+import numpy as np
+import soundfile
+from PIL import Image, ImageDraw
+
 import base64
 import io
 import zlib
@@ -120,3 +126,20 @@ def vorbis_packets(books: int, log2_entries: int) -> list[bytes]:
     setup.add((1, 1))
     heads = [b"\x01vorbis" + identification.bytes(), b"\x03vorbis" + bytes(8) + b"\x01", b"\x05vorbis" + setup.bytes()]
     return [*heads, *[bytes(2)] * 20]
+
+
+RATE = 16_000
+def scene(seed: int, width: int = 240, height: int = 200) -> Image.Image:
+    """A picture with shapes of many sizes."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (width, height), tuple(int(value) for value in random.integers(0, 255, 3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(60):
+        x, y, w, h = random.integers(0, width), random.integers(0, height), random.integers(5, 70), random.integers(5, 70)
+        colour = tuple(int(value) for value in random.integers(0, 255, 3))
+        (draw.ellipse if random.random() < 0.5 else draw.rectangle)((x, y, x + w, y + h), fill=colour)
+    return image
+
+
+def tone(seconds: float, loud: float = 0.5, rate: int = RATE) -> Any:
+    return loud * np.sin(np.arange(int(seconds * rate)) / rate * 440 * 2 * np.pi)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sartor.inference.engine import Event, GenerateCall, ReplyFailed, TextDelta
+
 from collections.abc import Sequence
 
 from sartor.inference.engine import Engine, GenerateCall, ReplyFailed, TextDelta
@@ -19,3 +21,7 @@ def replies(engine: Engine, asked: Sequence[GenerateCall]) -> dict[str, str]:
             elif isinstance(event, ReplyFailed):
                 said[event.call] = f"<{event.kind}>"
     return said
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))

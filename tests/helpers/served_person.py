@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 import sartor
-from conftest import ROWS, write_jsonl
+from release_fixtures import quiet_gates, switch_team
+from sample_data import ROWS, write_jsonl
 from sartor.core.records import Feedback, FeedbackAuthor
-from sartor.evaluate.audit import probes
-from sartor.serving.admission import admission
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.receipts import team_digest
 from sartor.serving.registry.user_versions import user_digest
@@ -22,25 +21,10 @@ CANARY = "xyzzy-plugh-71b3 lives in Porlock"
 @pytest.fixture
 def team(tmp_path: Path, adapter: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """TEAM.yaml beside two signed Releases of the tiny base, `switch` 1.0, which is live, and 1.1."""
-
-    origins = (sartor.Origin("probe", "1"),)
-    rows = [
-        sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
-        for n in range(6)
-    ]
-    monkeypatch.setattr(probes, "chitchat_rows", lambda: rows)
-    # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
-    sartor.keygen(tmp_path / "keys", trust=True)
-    waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
-    sartor.evaluate(adapter)
-    for number in ("1.0", "1.1"):
-        out = tmp_path / f"switch-{number}"
-        sartor.release(adapter, name="switch", version=number, key=tmp_path / "keys", out=out, waivers=waivers)
-    file = tmp_path / "team.yaml"
+    quiet_gates(monkeypatch)
     # capitals are what the Release's own rows are not: what a user wants may contradict it so far
     settings = "engine: {kind: local, threads: 1}\nworkers: {count: 1, spare: 0}\npersonal: {most_elsewhere: 3.0}\n"
-    file.write_text(f"base: {tiny_base}\nagents: [{{name: switch, release: switch-1.0}}]\n{settings}")
+    file = switch_team(tmp_path, adapter, tiny_base, settings)
     sartor.add_agent(file, tmp_path / "switch-1.0")
     return file
 

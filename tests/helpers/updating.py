@@ -6,17 +6,17 @@ import contextlib
 import json
 import shutil
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loopback import listening
 from sartor.core import signing
 from sartor.core.artifacts import MANIFESTS, write_artifact
 from sartor.edge.store.release_store import ReleaseStore
@@ -79,11 +79,7 @@ class Mirror:
     tricks: list[Callable[[BaseHTTPRequestHandler, bytes, int], None]] = field(default_factory=list)
     always: Callable[[BaseHTTPRequestHandler, bytes, int], None] | None = None
     asked: list[tuple[str, int]] = field(default_factory=list)
-    port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    url: str = ""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -144,17 +140,8 @@ def drip(request: BaseHTTPRequestHandler, content: bytes, start: int) -> None:
 @contextmanager
 def serving(folder: Path) -> Iterator[Mirror]:
     mirror = Mirror(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (_Handler,), {"mirror": mirror}))
-    server.daemon_threads, server.block_on_close = True, False
-    mirror.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with listening(type("Of", (_Handler,), {"mirror": mirror})) as mirror.url:
         yield mirror
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def nothing(path: Path) -> None:

@@ -44,7 +44,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 # Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it
 NEVER = ("flower", "migrations", "__main__")
 CLIENT = '''#!{python} -ISE
-"""Ask the server of tests/warm.py for a fork, and be its stand-in: its signals, its end."""
+"""Ask the server of tests/helpers/warm.py for a fork, and be its stand-in: its signals, its end."""
 import array, json, os, signal, socket, sys
 
 real, address, known = {real!r}, {address!r}, {known!r}
@@ -92,7 +92,7 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
     with subprocess.Popen([sys.executable, __file__, str(address)], env=inside, stdin=subprocess.PIPE) as server:
         while not address.exists() and server.poll() is None:
             time.sleep(0.05)
-        assert address.exists(), "the server of tests/warm.py ended"
+        assert address.exists(), "the server of tests/helpers/warm.py ended"
         yield {**OFFLINE, "PATH": f"{folder}:{real}:{os.environ['PATH']}"}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from loras import write_lora
+from replies import text_of
+from replies import text_of
 from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.inference import openai_engine
 from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
@@ -53,10 +55,6 @@ def answer(
             told[event.call].append(event)
             also(event)
     return told
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def test_the_base_answers(engine: LlamaCppEngine) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_forward import MODELS, tuned
+from tiny_families import MODELS, tuned
 
 import loras
 from replies import replies

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from models.openai_fake import Fake, serving
+from openai_fake import Fake, serving
+from replies import text_of
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, UnavailableError
 from sartor.inference import openai_engine
 from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
@@ -43,10 +44,6 @@ def answer(engine: RemoteEngine, *calls: GenerateCall) -> dict[str, list[Event]]
         for event in engine.step():
             told[event.call].append(event)
     return told
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def test_a_reply_is_streamed(engine: RemoteEngine, fake: Fake) -> None:
@@ -143,7 +140,7 @@ def test_what_breaks_off_after_the_first_token_is_not_asked_again(engine: Remote
     "sent", ["{}", "[]", "{", '{"choices":[{}]}', '{"choices":3}', '{"error":{"message":"boom"}}', '{"usage":3}']
 )
 def test_events_of_another_form_fail_their_own_reply(engine: RemoteEngine, fake: Fake, sent: str, monkeypatch: Any) -> None:
-    from models import openai_fake
+    import openai_fake
 
     whole = openai_fake._Answers._event
     monkeypatch.setattr(openai_fake._Answers, "_event", lambda self, said: whole(self, sent if "usage" not in said else said))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from served_person import CANARY, others_rows, person, say, state_of, team
 
 import sartor
-from conftest import ROWS
+from sample_data import ROWS
 from sartor.core import home
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (

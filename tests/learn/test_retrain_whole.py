@@ -12,14 +12,13 @@ import pytest
 import yaml
 
 import sartor
+from release_fixtures import quiet_gates
 import tiny
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, FeedbackAuthor
-from sartor.evaluate.audit import probes
 from sartor.learn import retrain, training_data
 from sartor.learn.run_record import RetrainContext, works
-from sartor.serving.admission import admission
 from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
@@ -33,14 +32,8 @@ def row(prompt: str, reply: str) -> dict[str, Any]:
 
 def quiet(patch: pytest.MonkeyPatch) -> None:
     """A small probe of forgetting, no picture of losses, and no judgement of what a random base says."""
-    origins = (sartor.Origin("probe", "1"),)
-    talk = [
-        sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
-        for n in range(3)
-    ]
-    patch.setattr(probes, "chitchat_rows", lambda: talk)
+    quiet_gates(patch)
     patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
-    patch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
 
 
 @pytest.fixture(scope="module")

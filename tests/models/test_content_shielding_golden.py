@@ -1,6 +1,6 @@
 """Text that spells no control token has the ids that it had before content was shielded: GOLDEN was written at f346d1e.
 
-`PYTHONPATH=src:tests python tests/models/test_markup_golden.py` prints the table.
+`PYTHONPATH=src:tests/helpers python tests/models/test_content_shielding_golden.py` prints the table.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from test_forward import fast_path, rows, tuned
+from tiny_families import fast_path, rows, tuned
 
 from sartor.core.home import folder
 from sartor.core.numerics import NUMERICS

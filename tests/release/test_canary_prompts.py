@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_release import keys, probe, release  # noqa: F401
-from test_training import example, facts
+from release_fixtures import keys, probe, release  # noqa: F401
+from training_examples import example, facts
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact

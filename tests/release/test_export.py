@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sartor
 import tiny
-from export import releases
+import releases
 from sartor.core import model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
@@ -44,7 +44,7 @@ from sartor.release.export import parity as prompts
 from sartor.release.export import parity as reference
 from sartor.release.export import parity as runtimes
 from sartor.release.release import verify_release
-from test_kill import check, moments, run_killed
+from killing import check, moments, run_killed
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 
 import sartor
 import tiny
-from export import releases
-from models.test_gguf_model import FAMILIES
+import releases
+from gguf_families import FAMILIES
 from sartor.cli import main
 from sartor.core.errors import GateError
 from sartor.core.model_refs import BaseRef

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sartor
-from export import releases
+import releases
 from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling

@@ -9,44 +9,13 @@ from typing import Any
 
 import pytest
 
+from release_fixtures import PASSES, keys, probe, release  # noqa: F401
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate.audit import probes
-
-PASSES = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]
-
-
-@pytest.fixture(autouse=True)
-def probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forgetting probe without the asset: six of the same rows."""
-
-    def few() -> list[sartor.Example]:
-        origins = (sartor.Origin("probe", "1"),)
-        return [
-            sartor.Example(
-                (sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}"
-            )
-            for n in range(6)
-        ]
-
-    monkeypatch.setattr(probes, "chitchat_rows", few)
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    sartor.keygen(tmp_path / "keys", trust=True)
-    return tmp_path / "keys"
-
-
-@pytest.fixture
-def release(tmp_path: Path, adapter: Path, keys: Path) -> Path:
-    sartor.evaluate(adapter)
-    made = sartor.release(adapter, name="switch", version="1.0", key=keys, waivers=PASSES)
-    return Path(made.release.path)
-
 
 def test_the_report_has_metrics_with_intervals_rows_and_a_page(adapter: Path) -> None:
     said = sartor.evaluate(adapter).as_json()

@@ -10,16 +10,16 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # the corpus is the chaos benchmark's too
-import bad_adapters  # noqa: E402, I001
-from bad_adapters import CORPUS, Maker, safetensors  # noqa: E402
+import bad_adapters
+from bad_adapters import CORPUS, Maker, safetensors
+from admission_fakes import Fake, Says, ground, maker, saying  # noqa: F401
 from sartor.serving.admission import admission
 from sartor.serving.admission.admission import CHECKS, AdmissionContext
 from sartor.serving.admission import release_copies, adapter_checks
@@ -30,38 +30,6 @@ from sartor.core.errors import AdmissionError, ArtifactError, InputError, Missin
 from sartor.core.home import folder
 from sartor.release import canary_prompts
 from sartor.inference.engine import BASE, EngineInfo, GenerateCall, ReplyDone, Event, ReplyFailed, TextDelta
-
-Says = Callable[[GenerateCall], Sequence[Event]]
-
-
-@pytest.fixture(scope="session")
-def maker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    return Maker.on(tiny_base, tmp_path_factory.mktemp("corpus") / "keys")
-
-
-@pytest.fixture
-def ground(maker: Maker, tmp_path: Path) -> AdmissionContext:
-    about = EngineInfo("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
-    return AdmissionContext(about, maker.base, tmp_path / "state", maker.public)
-
-
-def saying(text: str) -> Says:
-    return lambda call: [TextDelta(call.id, text, 1), ReplyDone(call.id, "stop", 3, 5)]
-
-
-class Fake:
-    """A probation process that says what it is told to. path: where it found the adapter."""
-
-    def __init__(self, says: Says = saying("It is blue."), of_base: Says = saying("Hello there.")) -> None:
-        self.says, self.of_base = says, of_base
-        self.calls: list[GenerateCall] = []
-
-    def __call__(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[Sequence[Event]]:
-        check_digest(path, adapter)
-        self.path = path
-        self.calls += calls
-        return [(self.of_base if call.adapter == BASE else self.says)(call) for call in calls]
-
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker, ground: AdmissionContext) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from bad_adapters import Bad, Maker, with_header  # noqa: E402
+from bad_adapters import Bad, Maker, with_header
 
+from admission_fakes import ground, maker  # noqa: F401
 from sartor.core import model_refs
 from sartor.core.errors import AdmissionError, AssetError, ModelError, SartorError
 from sartor.inference.engine import PROJECTORS, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
@@ -25,17 +24,6 @@ from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.workers.worker_main import check_digest
 
 WIDTH, TOWER, STACK = 32, 6, 2
-
-
-@pytest.fixture(scope="module")
-def maker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    return Maker.on(tiny_base, tmp_path_factory.mktemp("corpus") / "keys")
-
-
-@pytest.fixture
-def ground(maker: Maker, tmp_path: Path) -> AdmissionContext:
-    about = EngineInfo("local", "tiny", maker.facts["digest"], maker.facts["template_digest"], 512, 4)
-    return AdmissionContext(about, maker.base, tmp_path / "state", maker.public)
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import pytest
 from dispatch_fakes import no_fsync, version
 
 import sartor
+from release_fixtures import quiet_gates, switch_team
 from sartor.cli import main
-from sartor.evaluate.audit import probes
-from sartor.serving.admission import admission
 from sartor.serving.commands import agent_commands
 from sartor.serving.registry.registry import Registry
 from sartor.serving.team_config import load
@@ -105,27 +104,9 @@ def test_people_read_a_line_a_row(team: Path, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def releases(tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A team file beside two signed Releases of the tiny base, `switch` 1.0 and 1.1."""
-
-    origins = (sartor.Origin("probe", "1"),)
-    rows = [
-        sartor.Example((sartor.Message.of("user", f"how are you {n}"), sartor.Message.of("assistant", "fine")), origins, f"{n}")
-        for n in range(6)
-    ]
-    monkeypatch.setattr(probes, "chitchat_rows", lambda: rows)
-    sartor.keygen(tmp_path / "keys", trust=True)
-    waivers = [sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting")]
+    quiet_gates(monkeypatch)
     sartor.tune(tune_recipe, tmp_path / "adapter", show=False)
-    # what a random base of 32 dimensions says is nothing that admission would let pass
-    monkeypatch.setattr(admission.canary_prompts, "judge_canaries", lambda canaries, said: f"{len(said)} replies, not judged")
-    sartor.evaluate(tmp_path / "adapter")
-    for number in ("1.0", "1.1"):
-        out = tmp_path / f"switch-{number}"
-        sartor.release(tmp_path / "adapter", name="switch", version=number, key=tmp_path / "keys", out=out, waivers=waivers)
-    file = tmp_path / "team.yaml"
-    file.write_text(
-        f"base: {tune_recipe['base']}\nagents: [{{name: switch, release: switch-1.0}}]\nengine: {{kind: local, threads: 1}}\n"
-    )
-    return file
+    return switch_team(tmp_path, tmp_path / "adapter", tune_recipe["base"], "engine: {kind: local, threads: 1}\n")
 
 
 @pytest.mark.services

@@ -7,20 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from clock import Clock
 from sartor.core.errors import UnavailableError
 from sartor.serving.team_config import CircuitBreakerOptions as Rules
 from sartor.serving.team_config import WorkerOptions
 from sartor.serving.workers.agent_health import CircuitBreaker, Restarts
 
 RULES = Rules(failures=3, window_s=30.0, open_s=10.0, quarantine=2)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Agreement(RuleBasedStateMachine):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clock import Clock, clock  # noqa: F401
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, KeyRefusedError
 from sartor.serving import api_keys as keys_module
 from sartor.serving.api_keys import ApiKeyStore
@@ -20,19 +21,6 @@ from sartor.serving.team_config import RequestLimits, Team
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "state" / "registry.sqlite"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 import serving
 from serving import chat
 
+from clock import Clock, clock  # noqa: F401
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, MissingError, UnavailableError
 from sartor.serving import api_keys
 from sartor.serving import api_keys as keys_module
@@ -23,19 +24,6 @@ from sartor.serving.api_keys import ApiKeyStore, KeyCache, KeyTable, remove_keys
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import open_database
 from sartor.serving.team_config import CardTerms, McpTerms, Team
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

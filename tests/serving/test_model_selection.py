@@ -12,7 +12,7 @@ from dispatch_fakes import (
     FakeCrew,
     FakeReceipts,
     FakeRouter,
-    admit,
+    admitted,
     asked,
     dispatching,
     no_fsync,
@@ -26,7 +26,6 @@ from sartor.core.errors import ModelError, UnavailableError
 from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.http.app_state import as_header
 from sartor.serving.registry.registry import ChangeCause, Registry
-from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import UserVersion, UserVersionStore
 from sartor.serving.types import AgentRequest
 
@@ -36,12 +35,6 @@ ADA = "a" * 64
 BROKEN = ModelError("a logit is not finite; canary rows are", "tune again")
 PERSONAL = UserVersion(ADA, "faq", "1", "id-faq-1", "own-aaaa", "art-own-aaaa", "/people/own-aaaa", {"rows": 9})
 Change = Callable[[Registry, FakeCrew, FakeRouter], object]
-
-
-async def admitted(path: Path, name: str) -> AgentVersion:
-    if path.parent.name == "people":
-        return AgentVersion(name, "", str(path), f"art-{path.name}", path.name)
-    return await admit(path, name)
 
 
 def nothing(of: Registry, crew: FakeCrew, router: FakeRouter) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from plan_fakes import DIGEST, planned
-from test_admission import Fake, maker  # noqa: F401
-from test_plan_log import PLAN, WORDS, again, logged, script
-from test_receipts import command, given, replied
+from admission_fakes import Fake, maker  # noqa: F401
+from plan_logs import PLAN, WORDS, again, logged, script
+from receipt_fakes import command, given, replied
 
 import sartor
 from sartor.core.errors import ArtifactError

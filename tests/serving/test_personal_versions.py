@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import FakeCrew, FakeReceipts, admit, asked, dispatching, no_fsync, registry, team, until, version
+from dispatch_fakes import FakeCrew, FakeReceipts, asked, dispatching, no_fsync, registry, team, until, version
 
 from postgres_server import postgres
+from dispatch_fakes import admitted
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.inference.engine import TextDelta
@@ -22,7 +23,6 @@ from sartor.serving.http.services import ANYBODY
 from sartor.serving.receipts import erase_receipts
 from sartor.serving.registry import server_presence
 from sartor.serving.registry.registry import ChangeCause, Registry
-from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import FORGOTTEN, UserVersion, UserVersionStore
 from sartor.serving.team_config import PersonalTerms, Team
 
@@ -37,12 +37,6 @@ def own(person: str, number: str = "1", agent: str = "faq", name: str = "own") -
     return UserVersion(
         person, agent, number, f"id-{agent}-{number}", adapter, f"art-{adapter}", f"/people/{adapter}", {"rows": 9}
     )
-
-
-async def admitted(path: Path, name: str) -> AgentVersion:
-    if path.parent.name == "people":
-        return AgentVersion(name, "", str(path), f"art-{path.name}", path.name)
-    return await admit(path, name)
 
 
 async def told(dispatch: Any, person: str = "", model: str = "faq", **options: Any) -> tuple[str, str, str]:

@@ -1,48 +1,19 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from plan_fakes import DIGEST, FakeReplies, ask, asked, planned
+from plan_fakes import DIGEST, FakeReplies, planned
 
+from plan_logs import PLAN, WORDS, again, logged, script
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
-from sartor.serving.commands.plan_replay import Remaking, Replayed, replay_plans
+from sartor.serving.commands.plan_replay import replay_plans
 from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
 from sartor.serving.plans.plan_steps import StepLogEntry
-from sartor.serving.team_config import Team
 from sartor.serving.types import AgentRequest
-
-PLAN: dict[str, Any] = {
-    "name": "checked",
-    "kind": "sequence",
-    "steps": "home",
-    "check": ["json", {"kind": "agent", "agent": "critic"}],
-    "mend": {"agent": "fixer", "gets": ["request", "findings"]},
-}
-WORDS = {"messages": [{"role": "user", "content": "light in the hall"}]}
-RIGHT = '{"right": true, "findings": []}'
-
-
-def script(**changes: Any) -> FakeReplies:
-    return FakeReplies(**{"home": "on", "critic": RIGHT, "fixer": '{"on": true}', **changes})
-
-
-def logged(tmp_path: Path, team: Team, replies: FakeReplies, **options: Any) -> list[dict[str, Any]]:
-    """The lines of a run."""
-    request = asked("checked", sampling={"seed": 5, "stop": ("END",)}, **options)
-    ask(team, replies, request)
-    newest = max((tmp_path / "state/plans").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    return list(read_runs(newest))[-1]
-
-
-def again(team: Team, rows: list[dict[str, Any]], replies: FakeReplies, words: Any = None) -> Replayed:
-    return asyncio.run(Remaking(team, replies, DIGEST, words or {}).remake(rows))
-
 
 def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
     rows = logged(tmp_path, planned(tmp_path, PLAN), script())

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_serve_process import address, serve
+from server_process import address, serve
 
 import sartor
 

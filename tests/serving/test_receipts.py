@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 import media_files
+from receipt_fakes import ABOUT, WORDS, command, given, replied
 import sartor
-from sartor import cli
 from sartor.core import catalogue, parquet_io, signing
 from sartor.core.artifacts import Artifact, seal, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError
@@ -31,28 +31,11 @@ from sartor.core.lineage import origin_index
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.core.lineage.revocation import Folder, _replies
 from sartor.core.records import canonical
-from sartor.inference.engine import EngineInfo, GenerateCall, ReplyDone, Sampling, TextDelta
+from sartor.inference.engine import GenerateCall, Sampling
 from sartor.serving import receipts
 from sartor.serving.receipts import ReceiptLog, RequestDigestInput, TeamSigner, digest_by
 from sartor.serving.team_config import RequestLimits, Team, load
 from sartor.serving.types import FinishedReply
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from bad_adapters import Maker  # noqa: E402
-
-ABOUT = EngineInfo("local", "tiny", "b" * 64, "c" * 64, 512, 4, "float32", "cpu")
-WORDS = ("zebra crossing", "quagga stripes", "okapi grazing")
-
-
-def given(identity: str = "r1", *, release: str = "d" * 64, place: int = 0, **changes: Any) -> FinishedReply:
-    messages = ({"role": "system", "content": f"Talk of {WORDS[2]}."}, {"role": "user", "content": f"What of the {WORDS[0]}?"})
-    call = GenerateCall(
-        f"{identity}-{place}" if place else identity, "e" * 64, messages, sampling=Sampling(max_tokens=9, stop=("END",)),
-        tools=({"type": "function", "function": {"name": "find"}},), schema='{"type": "object"}',
-    )  # fmt: skip
-    said = {"receipt": identity, "agent": "faq@1.0", "reason": "asked by name", "release_id": release, "call": call,
-            "text": f"I like {WORDS[1]}.", "done": ReplyDone(call.id, "stop", 12, 5, 3), "scores": {"faq": 0.75}, "began": 1.8e9}  # fmt: skip
-    return FinishedReply(**{**said, **changes})
 
 
 @pytest.fixture
@@ -402,12 +385,6 @@ def test_a_file_that_is_no_receipt_says_so(content: str, tmp_path: Path) -> None
         sartor.verify_receipt(tmp_path / "x.json")
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*map(str, arguments), "--json"])
-    return int(ended.value.code or 0), json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys: pytest.CaptureFixture[str]) -> None:
     at = ("receipt", "verify", file, "--team", tmp_path / "team.yaml")
     code, said = command(capsys, *at, "--reply", given().text)
@@ -423,33 +400,6 @@ def test_the_commands_exit_codes(tmp_path: Path, file: Path, team: Team, capsys:
     assert [key["id"] for key in listed["keys"]] == [said["id"]] and said["key"] not in json.dumps(listed)
     assert command(capsys, "agents", "key", "--revoke", said["id"], "--team", tmp_path / "team.yaml")[1]["state"] == "revoked"
     assert command(capsys, "agents", "key", "--team", tmp_path / "team.yaml")[0] == 2
-
-
-def replied(tmp_path: Path, tiny_base: Path) -> tuple[Path, FinishedReply, ReceiptLog]:
-    """A reply that this package's own engine gave, with a Release of the tiny base; its team, and its book."""
-    from sartor.inference.local.local_engine import open_engine
-
-    maker = Maker.on(tiny_base, tmp_path / "keys")
-    draft = maker.draft(size=0.5)
-    release = sartor.open(maker.good(tmp_path / "releases" / "faq", draft))
-    catalogue.register(release)
-    (tmp_path / "tiny.yaml").write_text(f"base: {tiny_base}\nengine: {{kind: local, rows: 1, cache_tokens: 512}}\n")
-    engine = open_engine(str(tiny_base), rows=1, cache_tokens=512)
-    from sartor.inference.engine import adapter_digest
-
-    adapter = adapter_digest(release.manifest["files"])
-    engine.attach(adapter, release.path)
-    call = GenerateCall(
-        "r1", adapter, ({"role": "system", "content": "You are brief."}, {"role": "user", "content": "turn on the light"}),
-        sampling=Sampling(max_tokens=8),
-    )  # fmt: skip
-    engine.submit(call)
-    events = []
-    while engine.busy:
-        events += engine.step()
-    text = "".join(event.text for event in events if isinstance(event, TextDelta))
-    book = ReceiptLog.of(load(tmp_path / "tiny.yaml"), lambda: engine.about)
-    return tmp_path / "tiny.yaml", given(call=call, text=text, release_id=release.id, done=events[-1]), book
 
 
 @pytest.fixture
@@ -520,8 +470,8 @@ def test_revoke_finds_the_replies_of_every_release_that_it_reaches(tmp_path: Pat
 
 WRITER = """
 import sys, dataclasses
-sys.path[:0] = {path!r}
-from test_receipts import ABOUT, given
+sys.path[:] = {path!r}
+from receipt_fakes import ABOUT, given
 from sartor.serving.receipts import ReceiptLog
 from sartor.serving.team_config import Team
 book = ReceiptLog.of(Team(base="starter", state={state!r}), lambda: ABOUT)
@@ -537,7 +487,7 @@ while True:
 def test_no_receipt_that_was_acknowledged_is_lost_to_a_kill(team: Team) -> None:
     acknowledged: list[str] = []
     for _ in range(3):
-        code = WRITER.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])], state=team.state)
+        code = WRITER.format(path=sys.path, state=team.state)
         writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         lines = [writer.stdout.readline() for _ in range(40)]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import httpx
 import pytest
 
 from speaking import needs_espeak
+from server_process import address, children, serve
 
 SCHEMA: Any = {
     "type": "object",
@@ -25,36 +22,6 @@ SCHEMA: Any = {
     "additionalProperties": False,
 }
 TOOLS: Any = [{"type": "function", "function": {"name": "light", "parameters": SCHEMA}}]
-
-
-@contextmanager
-def serve(state: Path, base: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The process, and the file of its log. Killed at the end, if it still runs."""
-    state.mkdir()
-    members = "agents: [{name: nobody, release: nowhere}]"
-    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0}}\n{members}\n")
-    command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json", *flags]
-    with (state / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=state, stdout=subprocess.PIPE, stderr=log, text=True)
-    with process:
-        try:
-            yield process, state / "log"
-        finally:
-            process.kill()
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-
-
-def address(process: subprocess.Popen[str]) -> str:
-    assert process.stdout
-    line = process.stdout.readline()
-    assert line, "the server ended before it answered"
-    said = json.loads(line)
-    assert (said["keys"], said["agents"], said["engine"]) == (False, [], "local")
-    return str(said["address"])
 
 
 EXTREMES: list[dict[str, Any]] = [

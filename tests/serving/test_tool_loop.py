@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import serving
 from dispatch_fakes import FakeCrew, FakeRouter, asked, dispatching, no_fsync, registry, said, version
 
+from server_process import SMALL
 from sartor.core.errors import ConfigError, UnavailableError
 from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.serving.http.request_conversion import chat_request
@@ -26,7 +26,6 @@ from sartor.serving.types import AgentReply, AgentRequest
 
 __all__ = ["no_fsync"]
 pytest.importorskip("mcp")
-SMALL = (sys.executable, str(Path(__file__).parent / "tool_server.py"))
 
 
 class Scripted:

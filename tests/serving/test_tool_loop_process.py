@@ -10,8 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_agent_tools import SMALL
-from test_serve_process import address, serve
+from server_process import SMALL, address, serve
 
 pytest.importorskip("mcp")
 

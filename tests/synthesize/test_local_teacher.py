@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.synthesize.generator import texts
 from sartor.synthesize.local_teacher import LocalTeacher
 from sartor.synthesize.teacher import TeacherQuestion

@@ -16,7 +16,7 @@ import pytest
 from endpoint_server import FAULTS, EndpointServer, serving
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import BudgetError, BusyError, ConfigError, KeyRefusedError, UnavailableError
 from sartor.core.records import Example
 from sartor.synthesize.openai_teacher import (

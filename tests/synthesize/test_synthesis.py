@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from media_files import png
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import SETTINGS, WEIGHTS, killed, tune
+from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 
 from sartor.cli import main
 from sartor.core.artifacts import manifest_id

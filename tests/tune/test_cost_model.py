@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.core.errors import BudgetError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.models import hardware

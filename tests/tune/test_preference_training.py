@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import sartor
-from conftest import ROWS, recipe_on, write_jsonl
+from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.filesystem import file_digest
