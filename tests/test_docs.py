@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from doc_blocks import RUN, blocks
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from killing import check, moments, run_killed
 import sartor
+from killing import check, moments, run_killed
 from sample_data import write_jsonl
 from sartor.evaluate.audit import probes
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 import sartor
-from sample_data import recipe_on, write_jsonl
 from marked import FAMILIES
+from sample_data import recipe_on, write_jsonl
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, Feedback, MalformedRow, Message, Origin, Part

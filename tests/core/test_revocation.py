@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lineage_rows import A, B, example, origin, write
 import sartor
+from lineage_rows import A, B, example, origin, write
 from sartor.core import catalogue
 from sartor.core.artifacts import write_artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.lineage import origin_index
+
 
 def test_a_row_goes_when_its_last_origin_goes_and_stays_while_one_is_left(tmp_path: Path) -> None:
     only, both, other = (example(word, *ways) for word, ways in (("only", [origin(A, 1)]), ("both", [origin(A, 2), origin(B, 1)]), ("other", [origin(B, 2)])))  # fmt: skip

@@ -17,8 +17,8 @@ import pytest
 import soundfile
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, PngImagePlugin
 
-from media_files import RATE, bomb, scene, tone
 import sartor
+from media_files import RATE, bomb, scene, tone
 from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, GuardError
 from sartor.core.records import Drop, Example, Message, Origin, Part
@@ -30,6 +30,7 @@ from sartor.curate.steps.image_duplicates import ImageDuplicates
 from sartor.curate.steps.media_filters import Audio, Images
 from sartor.media import images
 from sourcing import Rows, chat, tree
+
 
 def content(example: Example) -> list[tuple[str, str]]:
     return [(part.kind, part.text) for part in example.messages[0].content]

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 import sartor
-from sample_data import write_jsonl
 from media_files import bomb, scene, tone
+from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core.records import Example
 from sourcing import chat

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_jobs import job, key  # noqa: F401
 
+from edge_jobs import job, key  # noqa: F401
 from sartor.core.errors import ArtifactError, BudgetError, ModelError, SignatureError
 from sartor.core.resource_limits import Killed, ResourceLimits, ResourceUsage
 from sartor.core.signing import open_public

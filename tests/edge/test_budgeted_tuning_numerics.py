@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edge_jobs import job
 
 import sartor
+from edge_jobs import job
 from sartor.core import signing
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ConfigError

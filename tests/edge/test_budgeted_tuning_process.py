@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from edge_jobs import adapter, job, key, rows  # noqa: F401
 
+from edge_jobs import adapter, job, key, rows  # noqa: F401
 from sartor.core import model_refs
 from sartor.core.resource_limits import ResourceLimits, holder, run
 from sartor.core.signing import open_public

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+import releases
 import sartor
 import tiny
-import releases
 from sartor.core.errors import ConfigError, HealthError, ModelError, StoreError
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.runtime.ask_device import ask

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from edge_jobs import adapter, job
 from safetensors.torch import load_file
 
+from edge_jobs import adapter, job
 from sartor.core.errors import ArtifactError, StoppedError
 from sartor.core.processes import DeferredSignals
 from sartor.edge.tuning.device_training import DeviceRun, ZerothRun

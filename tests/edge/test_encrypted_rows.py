@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import edge_disks
 import pytest
-from edge_disks import CUTS, Cut, File, MemoryDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from killed_update import Killer
 
+import edge_disks
+from edge_disks import CUTS, Cut, File, MemoryDisk
+from killed_update import Killer
 from sartor.core.errors import (
     BudgetError,
     BusyError,
@@ -434,7 +434,9 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_there(tmp_path: Path) ->
 @pytest.mark.services
 def test_a_real_kill_at_every_operation(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) > 30

@@ -17,6 +17,7 @@ from sartor.edge.update import health_check
 from sartor.edge.update.health_check import Health, read_prompts
 from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed
 
+
 def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device_expects(
     tmp_path: Path, answering: Any
 ) -> None:

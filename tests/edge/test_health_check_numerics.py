@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from health_fakes import CANARIES, ROWS, answering, lines, version  # noqa: F401
 
+from health_fakes import CANARIES, ROWS, answering, lines, version  # noqa: F401
 from sartor.edge import device_commands
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.health_check import Health, read_prompts

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edge_jobs import job, rows
 
+from edge_jobs import job, rows
 from sartor.core.errors import ArtifactError, BudgetError, ModelError
 from sartor.edge.tuning.memory_plan import NAMES, MemoryBaseline, Planner
 from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, total

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, install, sizes, tree, version_of
 
+from edge_disks import NAME, VERSIONS, check_whole, digest_of, digests, fetch, install, sizes, tree, version_of
 from sartor.core.artifacts import open_artifact, write_artifact
 from sartor.core.errors import BusyError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.filesystem import FileSystem

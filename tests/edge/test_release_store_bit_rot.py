@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edge_disks import NAME, SHARED, VERSIONS, Cut, MemoryDisk, check_whole, digest_of, digests, fetch, install, version_of
 
+from edge_disks import NAME, SHARED, VERSIONS, Cut, MemoryDisk, check_whole, digest_of, digests, fetch, install, version_of
 from sartor.core.errors import StoreError
 from sartor.edge.store.release_store import ReleaseStore
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from edge_disks import (
     NAME,
     VERSIONS,
@@ -24,7 +25,6 @@ from edge_disks import (
     tree,
     version_of,
 )
-
 from sartor.core.errors import BudgetError, MissingError
 from sartor.edge.store.release_store import ReleaseStore
 

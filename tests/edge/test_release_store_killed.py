@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from edge_disks import STEPS
 from killed_update import CHANGES, Killer
-
-from update_kills import check_each, kill_each
 from sartor.core.filesystem import FileSystem
+from update_kills import check_each, kill_each
+
 
 @pytest.mark.services
 def test_a_kill_at_every_operation_leaves_the_old_or_the_new_version(memory: Path) -> None:

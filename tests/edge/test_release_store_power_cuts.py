@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after, content_of, walk
 
+from edge_disks import CUTS, STEPS, Cut, MemoryDisk, Step, check_after, content_of, walk
 from sartor.core import filesystem
 from sartor.core.filesystem import Content, write_file_atomic
 from sartor.edge.store.release_store import ReleaseStore

@@ -6,11 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
-from edge_disks import Cut, MemoryDisk, digest_of, tree, version_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from edge_disks import Cut, MemoryDisk, digest_of, tree, version_of
 from sartor.core.errors import HealthError, StoreError
 from sartor.edge.store.release_store import ReleaseStore
 

@@ -24,6 +24,7 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.losses import transformers_backend
 
+
 def job(tiny_base: Path, folder: Path, **changes: Any) -> TuningJob:
     recipe = {"compute": {"recompute": True}, **changes.pop("recipe", {})}
     return edge_jobs.job(tiny_base, folder, 40, recipe=recipe, **changes)

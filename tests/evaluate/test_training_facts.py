@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from training_examples import example, facts
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.evaluate import training_facts
 from sartor.evaluate.bootstrap import LEAST_GROUPS
+from training_examples import example, facts
 
 
 def test_what_most_rows_have_is_what_the_release_says() -> None:

@@ -7,10 +7,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from adapters_of import WHOLE, Q, V, shared, trained, true_products
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from adapters_of import WHOLE, Q, V, shared, trained, true_products
 from sartor.core import config
 from sartor.core.errors import ConfigError, InputError
 from sartor.federate import aggregation

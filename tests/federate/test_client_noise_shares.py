@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+
 import round_parties
 from round_parties import House
-
 from sartor.federate.privacy.client_noise import noise_of, noised
 from sartor.federate.rounds.round_client import RoundClient
 from sartor.federate.rounds.round_manifest import UpdateRules

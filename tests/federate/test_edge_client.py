@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tuning_rounds import manifest
 
 import sartor
 from sartor.core.artifacts import open_artifact
@@ -28,6 +27,7 @@ from sartor.federate.tuning.lora_task import LoraTask, Losses
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.federate.tuning.simulated_rounds import InspectedRounds, Rounds, SecureRounds, SimulationSetup
 from sartor.models.lora_tensors import A, B, Tensors, add_changes, norm
+from tuning_rounds import manifest
 
 
 @pytest.fixture

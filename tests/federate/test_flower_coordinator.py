@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federating import COORDINATOR
-from tuning_rounds import recipe
 
 import sartor
+from federating import COORDINATOR
 from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError, SartorError
@@ -33,6 +32,7 @@ from sartor.federate.rounds.transport import InProcess
 from sartor.federate.tuning import round_schedule
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulation import simulate
+from tuning_rounds import recipe
 
 WARDS = ("ward-a", "ward-b", "ward-c")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from federating import write_keys
 from round_parties import START, House, mean_of_numbers
-
 from sartor.core.errors import BusyError, ConfigError, MissingError, RequestError, RoundError
 from sartor.federate import updates as arrays
 from sartor.federate.flower import round_driver as leading

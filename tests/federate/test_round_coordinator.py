@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import START, Pull
-
 from sartor.core.errors import ArtifactError, ConfigError, ConflictError, RoundError, SignatureError
 from sartor.federate import updates as arrays
 from sartor.federate.rounds.round_client import EnrolmentPolicy, Participant, RoundClient

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import killed_round
 from round_parties import mean_of_numbers
 

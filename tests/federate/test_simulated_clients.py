@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tuning_rounds import manifest
 
 from sartor.core.errors import ModelError
 from sartor.federate.recipe import FederateRecipe, load
@@ -15,6 +14,7 @@ from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.personalization.stacked_adapter import StackedAdapter
 from sartor.tune.recipe import StopCriteria
 from sartor.tune.training_loop import TrainingRun
+from tuning_rounds import manifest
 
 
 @pytest.fixture

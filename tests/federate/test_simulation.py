@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tuning_rounds import manifest
 
-from tuning_rounds import people, recipe  # noqa: F401
 import sartor
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, RoundError
@@ -27,6 +25,7 @@ from sartor.models.lora_tensors import B, Tensors, norm
 from sartor.models.losses.transformers_backend import row_losses
 from sartor.tune import sampler
 from sartor.tune.training_loop import learning_rate
+from tuning_rounds import manifest, people, recipe  # noqa: F401
 
 
 def plainly(asked: FederateRecipe, people: Clients, shared: Tensors) -> dict[str, np.ndarray]:

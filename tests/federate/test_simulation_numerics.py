@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tuning_rounds import recipe
 
 from sartor.core.errors import ConfigError
 from sartor.core.numerics import NUMERICS
 from sartor.federate.tuning.simulation import check_same, simulate
 from sartor.models import base
+from tuning_rounds import recipe
 
 SHARDS = {"count": 3, "alpha": 1.0, "by": ".", "seed": 1}
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
 import pytest
 from bad_adapters import Maker
+
+from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall, ReplyDone, TextDelta
 from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.workers.worker_main import check_digest
-from sartor.inference.engine import BASE, EngineInfo, GenerateCall, ReplyDone, Event, TextDelta
 
 Says = Callable[[GenerateCall], Sequence[Event]]
+
+
 @pytest.fixture(scope="session")
 def maker(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
     return Maker.on(tiny_base, tmp_path_factory.mktemp("corpus") / "keys")

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from bad_adapters import TARGETS, Bad, Maker
 
 import tiny
 from sartor.models import composed_model
 from sartor.models.base import open_base
 from tiny_towers import tiny_clip, tiny_whisper
-
-from bad_adapters import TARGETS, Bad, Maker
 
 CPU = torch.device("cpu")
 KINDS = ("image", "audio")

@@ -3,17 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-import pytest
-from sartor.core.errors import ModelError
-from sartor.inference.engine import TextDelta
-from sartor.serving.registry.registry import Registry
-from sartor.serving.registry.registry_schema import AgentVersion
-from sartor.serving.team_config import Team
-
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path

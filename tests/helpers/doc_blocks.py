@@ -10,6 +10,8 @@ BLOCK = re.compile(
 )
 
 RUN = ("python", "bash", "sh")
+
+
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     text = page.read_text(encoding="utf-8")
     return [(match["info"].strip(), match["file"] or "", match["body"]) for match in BLOCK.finditer(text)]

@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from loopback import listening
-
 from sartor.synthesize.teacher import TeacherQuestion
 from sartor.synthesize.teacher_options import FakeTeacher
 

@@ -24,10 +24,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from federating import COORDINATOR, identity, names, roster_of, write_keys
-from round_parties import START
 
 import sartor
+from federating import COORDINATOR, identity, names, roster_of, write_keys
+from round_parties import START
 from sartor.federate import updates as arrays
 from sartor.federate.flower.flower_run import ENVIRONMENT, write_app
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from federating import COORDINATOR, LENIENT, identity, names
 from round_parties import Pull
-
 from sartor.federate.flower.local_rpc import serve
 from sartor.federate.rounds.round_client import Participant, RoundClient
 from sartor.federate.rounds.round_journal import RoundJournal

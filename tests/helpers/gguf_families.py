@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
 import tiny
 
 SMALL = {
@@ -14,6 +16,8 @@ SMALL = {
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
+
+
 def built(kind: type, config: type, **changes: Any) -> Any:
     """A model with random weights, biases too (transformers starts those at zero)."""
     torch.manual_seed(3)

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
 import pytest
+
 from sartor.core.artifacts import write_artifact
 from sartor.core.resource_limits import ResourceLimits, ResourceUsage
 from sartor.edge.runtime import device_runtime
@@ -16,6 +18,8 @@ CANARIES = [
     {"messages": [{"role": "user", "content": "turn on the light"}], "reply": '{"intent":"HassTurnOn"}'},
     {"messages": [{"role": "user", "content": "what colour is the sky"}], "reply": "the sky is blue"},
 ]
+
+
 def version(folder: Path, **facts: Any) -> Path:
     """A Release without weights: what answers is a function of the test."""
     facts = {"name": "home", "version": "1.0", "system_prompt": "Be brief.", **facts}
@@ -63,6 +67,8 @@ ROWS: list[dict[str, Any]] = [
         "expected": {"json": {"intent": "HassTurnOff", "slots.area": "kitchen", "slots.level": 3}},
     },
 ]
+
+
 @pytest.fixture
 def answering(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(**changes: str | ReplyFailed) -> Fake:

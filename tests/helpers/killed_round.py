@@ -22,7 +22,6 @@ from typing import Any
 
 from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from round_parties import RULES, START, Pull
-
 from sartor.core.errors import SartorError
 from sartor.federate.rounds.round_client import Participant, RoundClient
 from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan

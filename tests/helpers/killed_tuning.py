@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
 import pytest
+
 import sartor
 from sartor.tune.training_loop import TrainingRun
 
 WEIGHTS = "adapter_model.safetensors"
+
+
 class Killed(BaseException):
     """Stands for SIGKILL in the tests that stay in one process: nothing in Sartor catches it."""
 
@@ -19,6 +23,8 @@ SETTINGS = {
     "checkpoints": {"every_minutes": 0, "keep": 2},
     "evaluations": 3,
 }
+
+
 def tune(recipe: dict[str, Any], out: Path, **options: Any) -> Any:
     return sartor.tune(recipe, out, show=False, **options)
 

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from edge_disks import STEPS
-
 from sartor.core.filesystem import Content, FileSystem
 from sartor.edge.store.release_store import ReleaseStore
 

@@ -9,7 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+
 from sartor.core.artifacts import open_artifact
+
 
 def run_killed(code: str, moment_s: float, commands: dict[str, str]) -> None:
     """Run Python code and kill it that long after it says READY (its imports are done)."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+
 import sartor
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, seal
 from sartor.core.lineage import origin_index
 
 A, B = ("data/a.jsonl", "a.jsonl"), ("data/b.jsonl", "b.jsonl")
+
+
 def example(text: str, *origins: sartor.Origin) -> sartor.Example:
     turns = (sartor.Message.of("user", text), sartor.Message.of("assistant", text))
     return sartor.Example(turns, origins or (origin(A, 1),), split="train")

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-import numpy as np
-import soundfile
-from PIL import Image, ImageDraw
-
 import base64
 import io
 import zlib
@@ -15,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 def png(shade: int = 200, side: int = 40) -> bytes:
@@ -129,6 +123,8 @@ def vorbis_packets(books: int, log2_entries: int) -> list[bytes]:
 
 
 RATE = 16_000
+
+
 def scene(seed: int, width: int = 240, height: int = 200) -> Image.Image:
     """A picture with shapes of many sizes."""
     random = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
+
 from plan_fakes import DIGEST, FakeReplies, ask, asked
 from sartor.serving.commands.plan_replay import Remaking, Replayed
 from sartor.serving.plans.plan_log import read_runs
@@ -21,6 +22,8 @@ PLAN: dict[str, Any] = {
 WORDS = {"messages": [{"role": "user", "content": "light in the hall"}]}
 
 RIGHT = '{"right": true, "findings": []}'
+
+
 def script(**changes: Any) -> FakeReplies:
     return FakeReplies(**{"home": "on", "critic": RIGHT, "fixer": '{"on": true}', **changes})
 

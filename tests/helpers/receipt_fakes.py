@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
 import pytest
+from bad_adapters import Maker
+
 import sartor
 from sartor import cli
 from sartor.core import catalogue
@@ -13,11 +16,12 @@ from sartor.inference.engine import EngineInfo, GenerateCall, ReplyDone, Samplin
 from sartor.serving.receipts import ReceiptLog
 from sartor.serving.team_config import load
 from sartor.serving.types import FinishedReply
-from bad_adapters import Maker
 
 ABOUT = EngineInfo("local", "tiny", "b" * 64, "c" * 64, 512, 4, "float32", "cpu")
 
 WORDS = ("zebra crossing", "quagga stripes", "okapi grazing")
+
+
 def given(identity: str = "r1", *, release: str = "d" * 64, place: int = 0, **changes: Any) -> FinishedReply:
     messages = ({"role": "system", "content": f"Talk of {WORDS[2]}."}, {"role": "user", "content": f"What of the {WORDS[0]}?"})
     call = GenerateCall(

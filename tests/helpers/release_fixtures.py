@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+
 import pytest
+
 import sartor
 from sartor.evaluate.audit import probes
 from sartor.serving.admission import admission
 
 PASSES = [sartor.Waiver(check, "A. Tester", "a tiny random base gains nothing") for check in ("gain", "forgetting")]
+
+
 def probe_rows() -> list[sartor.Example]:
     """The forgetting probe without the asset: six of the same rows."""
     origins = (sartor.Origin("probe", "1"),)

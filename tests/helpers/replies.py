@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from sartor.inference.engine import Event, GenerateCall, ReplyFailed, TextDelta
-
 from collections.abc import Sequence
 
-from sartor.inference.engine import Engine, GenerateCall, ReplyFailed, TextDelta
+from sartor.inference.engine import Engine, Event, GenerateCall, ReplyFailed, TextDelta
 
 
 def replies(engine: Engine, asked: Sequence[GenerateCall]) -> dict[str, str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from federating import COORDINATOR, LENIENT, identity, names, roster_of
 
+from federating import COORDINATOR, LENIENT, identity, names, roster_of
 from sartor.federate.rounds.round_client import Participant, RoundClient
 from sartor.federate.rounds.round_coordinator import Coordinator, RoundPlan
 from sartor.federate.rounds.round_journal import RoundJournal

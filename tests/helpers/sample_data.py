@@ -11,6 +11,8 @@ ROWS = [
     for word in ("on", "off", "up", "down")
     for place in ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
 ]
+
+
 def write_jsonl(file: Path, rows: list[Any]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file

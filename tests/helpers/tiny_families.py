@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from typing import Any
+
 import torch
 import transformers
+
 from sartor.models import adapters
 from sartor.models.losses import loss_backend, transformers_backend
 from sartor.models.losses.loss_backend import LossOptions
@@ -31,6 +33,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("Gemma3", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3", {"sliding_window": 9}),
 }  # fmt: skip
+
+
 def exact_norms(module: torch.nn.Module) -> None:
     """Transformers' norms compute in fp32 even in an fp64 model; a proof to 1e-10 needs them in fp64."""
     for part in module.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sartor.core.records import Example, Message, Origin
 from sartor.evaluate.training_facts import TrainingFacts
 
+
 def example(question: str, reply: str, split: str = "train", system: str = "Be brief.", **more: object) -> Example:
     messages = (Message.of("system", system), Message.of("user", question), Message.of("assistant", reply))
     return Example(messages, (Origin("f", "1"),), split=split, **more)  # type: ignore[arg-type]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import pytest
-from sartor.federate.recipe import FederateRecipe, load
-from sartor.federate.tuning.simulated_clients import Clients, open_clients
-from sartor.models.lora_tensors import Tensors
 
-from dataclasses import replace
-from typing import Any
+import pytest
 
 from sartor.core import config
 from sartor.federate import updates as arrays
-from sartor.federate.recipe import FederateRecipe, RoundSettings
+from sartor.federate.recipe import FederateRecipe, RoundSettings, load
 from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRules, terms_for
-from sartor.federate.tuning.simulated_clients import Clients
+from sartor.federate.tuning.simulated_clients import Clients, open_clients
 from sartor.models.lora_tensors import Tensors
 
 

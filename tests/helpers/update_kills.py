@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
 from edge_disks import STEPS, check_after
 from sartor.core.filesystem import FileSystem
 
 Kill = tuple[int, str, str]
+
+
 def kill_each(root: Path, each: int) -> list[Kill]:
     script = Path(__file__).with_name("killed_update.py")
     done = subprocess.run([sys.executable, str(script), str(root), str(each)], capture_output=True, text=True, check=False)

@@ -10,7 +10,6 @@ import pytest
 
 from loras import write_lora
 from replies import text_of
-from replies import text_of
 from sartor.core.errors import BusyError, ModelError, RequestError
 from sartor.inference import openai_engine
 from sartor.inference.engine import Event, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta

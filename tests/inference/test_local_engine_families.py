@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import MODELS, tuned
 
 import loras
 from replies import replies
@@ -21,6 +20,7 @@ from sartor.models import adapters
 from sartor.models.base import open_base
 from sartor.models.hardware import _cpu_flags
 from sartor.models.kernels import cpu
+from tiny_families import MODELS, tuned
 
 PROMPTS = [[3 + (7 * place + 5 * row) % 90 for place in range(length)] for row, length in enumerate((70, 5, 130))]
 

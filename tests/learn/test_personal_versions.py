@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dispatch_fakes import FakeCrew, FakeReceipts, asked, dispatching, said, until
 from safetensors.numpy import load_file
-from served_person import CANARY, others_rows, person, say, state_of, team
 
 import sartor
+from dispatch_fakes import FakeCrew, FakeReceipts, asked, dispatching, said, until
 from sample_data import ROWS
 from sartor.core import home
 from sartor.core.artifacts import open_artifact
@@ -35,6 +34,7 @@ from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.registry.user_versions import is_personal
 from sartor.serving.team_config import load
+from served_person import CANARY, others_rows, person, say, state_of, team
 
 __all__ = ["team"]
 

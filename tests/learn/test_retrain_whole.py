@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import sartor
-from release_fixtures import quiet_gates
 import tiny
+from release_fixtures import quiet_gates
 from sample_data import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, FeedbackAuthor

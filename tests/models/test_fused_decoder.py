@@ -12,7 +12,6 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tiny_families import MODELS, SHAPE, V, fast_path, rows, tuned
 from sartor.models import adapters, packing
 from sartor.models.kernels import cpu
 from sartor.models.kernels.reference import ReferenceKernels
@@ -20,6 +19,8 @@ from sartor.models.losses import transformers_backend
 from sartor.models.losses.fused_decoder import FAMILIES, FusedDecoder
 from sartor.models.losses.lora_linear import Unsupported
 from sartor.models.losses.loss_backend import LossOptions, measure_savings_error
+from tiny_families import MODELS, SHAPE, V, fast_path, rows, tuned
+
 
 def kernels() -> list[ReferenceKernels]:
     made: list[ReferenceKernels] = [ReferenceKernels()]

@@ -20,6 +20,7 @@ from sartor.models.base import open_base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.gguf_writer import GgufMetadata, write_model_gguf
 
+
 def written(path: Path, model: Any, kind: str = "f32", tokenizer: Any = None) -> Path:
     chat = ChatTokenizer(tokenizer or tiny.tokenizer())
     about = GgufMetadata("tiny", "1.0", "MIT", chat.template)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from tiny_families import fast_path, rows, tuned
 
 from sartor.core.home import folder
 from sartor.core.numerics import NUMERICS
 from sartor.models.tensor_files import TensorCache
+from tiny_families import fast_path, rows, tuned
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from release_fixtures import keys, probe, release  # noqa: F401
-from training_examples import example, facts
 
+from release_fixtures import keys, probe, release  # noqa: F401
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import AdmissionError
@@ -18,6 +17,7 @@ from sartor.core.numerics import NUMERICS, numerics
 from sartor.evaluate import training_facts
 from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.release import canary_prompts
+from training_examples import example, facts
 
 OLD = "not checked: made by numerics 1, and this version computes bfloat16 by numerics 2"
 REPLIES = ("the sky is blue", "the light is on")

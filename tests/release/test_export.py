@@ -16,9 +16,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import releases
 import sartor
 import tiny
-import releases
+from killing import check, moments, run_killed
 from sartor.core import model_refs
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import (
@@ -44,7 +45,6 @@ from sartor.release.export import parity as prompts
 from sartor.release.export import parity as reference
 from sartor.release.export import parity as runtimes
 from sartor.release.release import verify_release
-from killing import check, moments, run_killed
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
+import releases
 import sartor
 import tiny
-import releases
 from gguf_families import FAMILIES
 from sartor.cli import main
 from sartor.core.errors import GateError

@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 
-import sartor
 import releases
+import sartor
 from sartor.core.model_refs import source_gguf
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from release_fixtures import PASSES, keys, probe, release  # noqa: F401
 import sartor
+from release_fixtures import PASSES, keys, probe, release  # noqa: F401
 from sample_data import write_jsonl
 from sartor.cli import main
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate.audit import probes
+
 
 def test_the_report_has_metrics_with_intervals_rows_and_a_page(adapter: Path) -> None:
     said = sartor.evaluate(adapter).as_json()

@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bad_adapters
 import numpy as np
 import pytest
-
-import bad_adapters
 from bad_adapters import CORPUS, Maker, safetensors
+
 from admission_fakes import Fake, Says, ground, maker, saying  # noqa: F401
-from sartor.serving.admission import admission
-from sartor.serving.admission.admission import CHECKS, AdmissionContext
-from sartor.serving.admission import release_copies, adapter_checks
-from sartor.serving.admission.adapter_checks import LoraConfig, read_config
-from sartor.serving.workers.worker_main import check_digest
 from sartor.core import signing
 from sartor.core.errors import AdmissionError, ArtifactError, InputError, MissingError, ModelError, RefusedError, SignatureError
 from sartor.core.home import folder
+from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta
 from sartor.release import canary_prompts
-from sartor.inference.engine import BASE, EngineInfo, GenerateCall, ReplyDone, Event, ReplyFailed, TextDelta
+from sartor.serving.admission import adapter_checks, admission, release_copies
+from sartor.serving.admission.adapter_checks import LoraConfig, read_config
+from sartor.serving.admission.admission import CHECKS, AdmissionContext
+from sartor.serving.workers.worker_main import check_digest
+
 
 @pytest.mark.parametrize("name", CORPUS)
 def test_each_of_the_corpus_is_refused_by_its_own_check(name: str, maker: Maker, ground: AdmissionContext) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from bad_adapters import Bad, Maker, with_header
 
 from admission_fakes import ground, maker  # noqa: F401

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import no_fsync, version
 
 import sartor
+from dispatch_fakes import no_fsync, version
 from release_fixtures import quiet_gates, switch_team
 from sartor.cli import main
 from sartor.serving.commands import agent_commands

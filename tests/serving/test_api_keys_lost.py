@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import chat
 
+import serving
 from clock import Clock, clock  # noqa: F401
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, MissingError, UnavailableError
 from sartor.serving import api_keys
@@ -24,6 +23,7 @@ from sartor.serving.api_keys import ApiKeyStore, KeyCache, KeyTable, remove_keys
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import open_database
 from sartor.serving.team_config import CardTerms, McpTerms, Team
+from serving import chat
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-import serving
 
+import serving
 from sartor.serving.http.request_log import RequestLog
 from sartor.serving.http.server import HttpServer
 from sartor.serving.http.speech_service import SpeechService

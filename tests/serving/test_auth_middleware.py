@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import chat
 
+import serving
 from sartor.core.errors import ConfigError, KeyRefusedError
 from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.http.auth_middleware import is_loopback
 from sartor.serving.http.server import HttpServer, bind
+from serving import chat
 
 COMPLETIONS = "/v1/chat/completions"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))

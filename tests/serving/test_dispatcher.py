@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dispatch_fakes import (
     FakeCrew,
     FakeReceipts,
@@ -20,7 +21,6 @@ from dispatch_fakes import (
     until,
     version,
 )
-
 from sartor.core.errors import (
     ArtifactError,
     BusyError,

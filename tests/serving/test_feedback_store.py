@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import chat
 
+import serving
 from sartor.core.errors import BusyError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import temporary_path
 from sartor.core.records import Feedback, FeedbackAuthor
@@ -23,6 +22,7 @@ from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
 from sartor.serving.rate_limits import FeedbackRates
 from sartor.serving.receipts import team_digest
 from sartor.serving.team_config import FeedbackTerms
+from serving import chat
 
 COMPLETIONS, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
 FAQ, ALL, ADMIN = ({"authorization": f"Bearer key-{name}"} for name in ("faq", "all", "admin"))

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-import serving
 
+import serving
 from sartor.core.errors import ExtraError, UnavailableError
 from sartor.serving.http.request_log import RequestLog
 from sartor.serving.http.server import HttpServer

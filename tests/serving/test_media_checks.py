@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import chat
 
+import serving
 from media_files import audio_part, bomb, data_url, image_part, png, silence, sound
 from sartor.core.errors import BusyError, ConfigError
 from sartor.serving.http.media_checks import MediaChecker
 from sartor.serving.http.request_body import TooLargeError, check_weight
 from sartor.serving.team_config import MediaLimits, RequestLimits, load
 from sartor.serving.types import AgentListing
+from serving import chat
 
 ROUTE = "/v1/chat/completions"
 TEXT = {"type": "text", "text": "What is it?"}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from dispatch_fakes import (
     FakeCrew,
     FakeReceipts,
@@ -21,7 +22,6 @@ from dispatch_fakes import (
     until,
     version,
 )
-
 from sartor.core.errors import ModelError, UnavailableError
 from sartor.serving.dispatch.dispatcher import Dispatcher
 from sartor.serving.http.app_state import as_header

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plan_fakes import DIGEST, planned
-from admission_fakes import Fake, maker  # noqa: F401
-from plan_logs import PLAN, WORDS, again, logged, script
-from receipt_fakes import command, given, replied
 
 import sartor
+from admission_fakes import Fake, maker  # noqa: F401
+from plan_fakes import DIGEST, planned
+from plan_logs import PLAN, WORDS, again, logged, script
+from receipt_fakes import command, given, replied
 from sartor.core.errors import ArtifactError
 from sartor.core.numerics import NUMERICS
 from sartor.inference.engine import EngineInfo

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import FakeCrew, FakeReceipts, asked, dispatching, no_fsync, registry, team, until, version
 
+from dispatch_fakes import FakeCrew, FakeReceipts, admitted, asked, dispatching, no_fsync, registry, team, until, version
 from postgres_server import postgres
-from dispatch_fakes import admitted
 from sartor.core.errors import ModelError
 from sartor.core.lineage.receipt_index import ReceiptIndex
 from sartor.inference.engine import TextDelta

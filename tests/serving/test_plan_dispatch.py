@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import serving
 from dispatch_fakes import FakeReceipts
 from plan_fakes import FakeReplies, ask, asked, opened, planned, told
-
 from sartor.core.errors import (
     BudgetError,
     BusyError,

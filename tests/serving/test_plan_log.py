@@ -6,14 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from plan_fakes import DIGEST, FakeReplies, planned
 
+from plan_fakes import DIGEST, FakeReplies, planned
 from plan_logs import PLAN, WORDS, again, logged, script
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
 from sartor.serving.commands.plan_replay import replay_plans
 from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
 from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.types import AgentRequest
+
 
 def test_every_step_is_a_line_and_no_word_is_in_it(tmp_path: Path) -> None:
     rows = logged(tmp_path, planned(tmp_path, PLAN), script())

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from server_process import address, serve
 
 import sartor
+from server_process import address, serve
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

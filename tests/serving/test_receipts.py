@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 import media_files
-from receipt_fakes import ABOUT, WORDS, command, given, replied
 import sartor
+from receipt_fakes import ABOUT, WORDS, command, given, replied
 from sartor.core import catalogue, parquet_io, signing
 from sartor.core.artifacts import Artifact, seal, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SignatureError

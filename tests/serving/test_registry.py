@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import no_fsync, sqlite_url, version
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
+from dispatch_fakes import no_fsync, sqlite_url, version
 from postgres_server import postgres
 from sartor.core import database
 from sartor.core.errors import (

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import chat
 
+import serving
 from sartor.core.errors import BusyError, RequestError
 from sartor.serving.http import request_body
 from sartor.serving.http.request_body import MOST_NESTED, BodyReader, TooLargeError, nested, parse
+from serving import chat
 
 COMPLETIONS = "/v1/chat/completions"
 DEEP = 100_000

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
 
+from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
 from sartor.core.errors import ModelError
 from sartor.serving.dispatch.agent_admin import AgentAdmin
 from sartor.serving.dispatch.rollout import ObservedReply, Rollouts, RolloutVerdict, in_fraction, is_json

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import chat, events
 
+import serving
 from sartor.core.errors import DeadlineError, UnavailableError
 from sartor.core.records import Feedback
 from sartor.inference.engine import Logprob, ReplyFailed, TextDelta
 from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
 from sartor.serving.http.response_models import ChatAnswer, TextAnswer, VectorAnswer
 from sartor.serving.types import AgentListing
+from serving import chat, events
 
 COMPLETIONS = "/v1/chat/completions"
 TOOLS = [{"type": "function", "function": {"name": "light", "parameters": {"type": "object", "properties": {}}}}]

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import serving
-from serving import chat, running
 
+import serving
 from sartor.inference.engine import ReplyDone, TextDelta
 from sartor.serving.http import server as server_module
 from sartor.serving.http.request_log import RequestLog
 from sartor.serving.http.server import HttpServer
+from serving import chat, running
 
 pytestmark = [pytest.mark.services, pytest.mark.alone]
 COMPLETIONS = "/v1/chat/completions"

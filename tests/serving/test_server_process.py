@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from speaking import needs_espeak
 from server_process import address, children, serve
+from speaking import needs_espeak
 
 SCHEMA: Any = {
     "type": "object",

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import serving
 import soundfile
-from serving import chat
 
+import serving
 from sartor.core.errors import ConfigError
 from sartor.inference.engine import TextDelta
 from sartor.serving.http.request_log import RequestLog
@@ -26,6 +25,7 @@ from sartor.serving.http.response_models import ChatAnswer
 from sartor.serving.http.server import HttpServer
 from sartor.serving.http.speech_service import SpeechService
 from sartor.serving.team_config import SpeechOptions, load
+from serving import chat
 from speaking import SAYS, needs_espeak, play_espeak, play_piper
 
 SPEECH, COMPLETIONS = "/v1/audio/speech", "/v1/chat/completions"

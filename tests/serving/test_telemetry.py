@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from serving import chat
 
+import serving
 from sartor.core.errors import ExtraError
 from sartor.serving.http import telemetry
 from sartor.serving.http.request_log import RequestLog, ServerLines
 from sartor.serving.http.telemetry import Tracer
+from serving import chat
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import serving
 from dispatch_fakes import FakeCrew, FakeRouter, asked, dispatching, no_fsync, registry, said, version
-
-from server_process import SMALL
 from sartor.core.errors import ConfigError, UnavailableError
 from sartor.inference.engine import Event, ReplyDone, TextDelta
 from sartor.serving.http.request_conversion import chat_request
@@ -23,6 +22,7 @@ from sartor.serving.mcp_client import McpConnection
 from sartor.serving.team_config import AgentOptions, RequestLimits, Team, ToolServer
 from sartor.serving.tool_loop import ROUNDS, ToolCallingAgent, ToolServers
 from sartor.serving.types import AgentReply, AgentRequest
+from server_process import SMALL
 
 __all__ = ["no_fsync"]
 pytest.importorskip("mcp")

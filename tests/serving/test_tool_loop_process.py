@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from server_process import SMALL, address, serve
 
 pytest.importorskip("mcp")

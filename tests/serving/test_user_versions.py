@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving
-from serving import KEYS, chat
 
+import serving
 from sartor.core.errors import ConfigError
 from sartor.serving.feedback_store import Exchange, FeedbackStore, Memory
 from sartor.serving.http.services import UserDirectory
 from sartor.serving.receipts import digest_by
 from sartor.serving.registry.user_versions import MOST_CHARACTERS, required_user_digest, user_digest
+from serving import KEYS, chat
 
 DIGEST = digest_by(b"k" * 32)
 ADA = user_digest("ada", DIGEST)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from endpoint_server import FAULTS, EndpointServer, serving
 
 import sartor
+from endpoint_server import FAULTS, EndpointServer, serving
 from sample_data import write_jsonl
 from sartor.core.errors import BudgetError, BusyError, ConfigError, KeyRefusedError, UnavailableError
 from sartor.core.records import Example

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import sartor
-from sample_data import write_jsonl
 from media_files import png
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, Message, Origin
 from sartor.curate.steps import text_duplicates

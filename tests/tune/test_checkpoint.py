@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 
-from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 import sartor
+from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
@@ -31,6 +31,7 @@ from sartor.tune import checkpoint, optimizers, resume, sampler
 from sartor.tune.checkpoint import RandomState, folder_of, newest, open_checkpoint, seed_all
 from sartor.tune.resume import changed, differences
 from sartor.tune.training_loop import TrainingRun
+
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:

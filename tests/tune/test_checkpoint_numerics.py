@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 
+from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 from sartor.cli import main
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import ConfigError
