@@ -5,7 +5,7 @@
 
 A signer who is trusted can be mistaken, or robbed of the key: so a Release is signed anew after it was made worse, wherever
 the signature itself is not what is wrong, and `CORPUS` says which check of admission has to find it. No torch; a few
-milliseconds each on a small base. `tests/agents/test_admission.py` and `benchmarks/chaos.py` use it.
+milliseconds each on a small base. `tests/serving/test_admission.py` and `benchmarks/chaos.py` use it.
 """
 
 from __future__ import annotations

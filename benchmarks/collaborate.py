@@ -60,7 +60,7 @@ from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import Team
 from sartor.serving.types import AgentReply, AgentRequest
 
-TESTS = Path(__file__).parent.parent / "tests"
+HELPERS = Path(__file__).parent.parent / "tests" / "helpers"
 AGENT = "home"
 TEMPERATURE, MENDS = 0.8, 4
 MOST_TOKENS = 96
@@ -269,7 +269,7 @@ def specialist(asked: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> 
     """(the Adapter's directory, its base): curated and tuned, unless it is there."""
     out, base = asked.out, "starter"
     if asked.small:
-        sys.path.insert(0, str(TESTS))
+        sys.path.insert(0, str(HELPERS))
         import tiny
 
         base = str(out / "tiny" if (out / "tiny").exists() else tiny.write_base(out / "tiny"))

@@ -313,8 +313,8 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
 
 def updates_and_attacks(folder: Path, plan: Plan) -> dict[str, int]:
     """Kills of a real process at each operation of an update, and the tests of attacks on the update's metadata."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "edge")]
-    from test_killed_update import check_each, kill_each
+    sys.path.insert(0, str(TESTS / "helpers"))
+    from update_kills import check_each, kill_each
 
     kills, survived = kill_each(folder / "kills", plan.each), 0
     for kill in kills:

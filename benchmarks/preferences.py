@@ -36,7 +36,7 @@ from sartor.models import adapters, packing
 from sartor.models.base import machine_facts, open_base
 from sartor.models.losses import transformers_backend
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 import tiny  # the same tiny architecture as the tests have
 
 DEVICES = ("lamp", "heater", "blind", "fan", "radio", "kettle", "speaker", "screen")

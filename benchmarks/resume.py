@@ -207,7 +207,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 def write_base(path: Path) -> None:
-    sys.path.insert(0, str(HERE.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
     import tiny
 
     tiny.model(hidden_size=64, intermediate_size=128, num_hidden_layers=3).save_pretrained(str(path))

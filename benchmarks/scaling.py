@@ -45,7 +45,7 @@ def prepare(folder: Path, most_rows: int) -> Path:
 
     import sartor
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
     import tiny
 
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from serve_sides import starter_file
 from sartor.core import model_refs
 from sartor.models.base import convert
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 from loras import write_lora  # noqa: E402
 
 RANK, SIZE = 16, 0.3

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
+HELPERS = Path(__file__).resolve().parent.parent / "tests" / "helpers"
 PYTHON = "SARTOR_BENCH_PYTHON"
 HELP = "the smallest size: a tiny base and made-up data, in seconds; shows that everything runs"
 LEFT_OUT = "left out at the smallest size"
@@ -33,7 +33,7 @@ def add_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
 def python() -> str:
     """The Python that the processes of a benchmark run by.
 
-    The tests set SARTOR_BENCH_PYTHON to one that has imported everything before (tests/warm.py).
+    The tests set SARTOR_BENCH_PYTHON to one that has imported everything before (tests/helpers/warm.py).
     """
     return os.environ.get(PYTHON) or sys.executable
 
@@ -67,8 +67,8 @@ def write_image_tower(folder: Path) -> Path:
 
 
 def _write(assets: tuple[str, ...], layers: int) -> None:
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
+    if str(HELPERS) not in sys.path:
+        sys.path.insert(0, str(HELPERS))
     # only here: at its real size a benchmark needs nothing of tests/
     import smallest_assets
 

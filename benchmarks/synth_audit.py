@@ -47,7 +47,7 @@ from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import BiasLimits
 from sartor.text.demographics.group_terms import groups, lexicon
 
-TESTS = Path(__file__).parent.parent / "tests"
+HELPERS = Path(__file__).parent.parent / "tests" / "helpers"
 INCOMES, DEBTS, OUTCOMES = ("low", "middle", "high"), ("none", "few", "many"), ("approved", "denied")
 PLANTED, FRACTION, HELD_OUT = ("black_female", "black_male"), 0.9, 0.25
 ATTRIBUTE, MITIGATION = "name_origin", "substitute"
@@ -201,8 +201,8 @@ def _written(file: Path, rows: Sequence[Example]) -> Path:
 
 
 def _tiny_base(folder: Path) -> Path:
-    if str(TESTS) not in sys.path:
-        sys.path.insert(0, str(TESTS))
+    if str(HELPERS) not in sys.path:
+        sys.path.insert(0, str(HELPERS))
     import tiny
 
     known = [Applicant(name, group, 0, income, debts) for group, name in names() for income in INCOMES for debts in DEBTS]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import warm
+from sample_data import ROWS, recipe_on, write_jsonl
 
 # what numpy and torch read of these when they are loaded must be there before: nothing of Sartor's is imported above
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("SARTOR_KERNELS", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
 Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
 
-# fixtures of tests/edge: a conftest.py there would hide this one from those who import from it; and which skips CI allows
+# fixtures of updates, which tests of several folders ask for; and which skips CI allows
 pytest_plugins = ["updating", "skips"]
 
 # torch, transformers and scikit-learn are half a million objects that live as long as the process: no collection while they are
@@ -35,13 +36,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
     gc.enable()
-
-
-ROWS = [
-    {"messages": [{"role": "user", "content": f"switch {place} {word}"}, {"role": "assistant", "content": f"{word}:{place}"}]}
-    for word in ("on", "off", "up", "down")
-    for place in ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft")
-]
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +50,16 @@ def sartor_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
     if "circle" not in request.keywords:
         monkeypatch.setenv("SARTOR_HOME", str(tmp_path / "sartor-home"))
     yield
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A short path (a socket's has 107 bytes at most), in memory where there is one: a killed process's writes are in the page
+    cache all the same.
+    """
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -86,11 +90,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
     limit_s = 0.1
     monkeypatch.setattr(Clock.__init__, "__defaults__", (limit_s,))
     return limit_s
-
-
-def write_jsonl(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="session")
@@ -130,16 +129,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.write_base(tmp_path_factory.mktemp("base") / "tiny")
-
-
-def recipe_on(dataset: Path, base: Path) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "data": {"path": str(dataset)},
-        "method": {"kind": "lora", "rank": 8, "alpha": 16},
-        "budget": {"epochs": 2},
-        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
-    }
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,10 +242,30 @@ def test_a_module_name_is_unique_in_its_package() -> None:
     assert {key: names for key, names in seen.items() if len(names) > 1} == {}
 
 
-def test_no_two_test_files_have_one_name() -> None:
-    files = sorted(Path(__file__).parent.rglob("*.py"), key=lambda file: file.name)
-    same = [str(one) for one, other in itertools.pairwise(files) if one.name == other.name]
-    assert same == [], "pytest imports by basename: the second is an error, and a second conftest.py hides the first"
+TESTS = Path(__file__).parent
+# of the folders of tests, those that are no package of Sartor
+OTHER_TESTS = {"helpers", "artefacts", "frozen"}
+
+
+def test_tests_lie_in_folders_of_the_packages() -> None:
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.glob("*.py"))} - OTHER_TESTS
+    assert sorted(folders - {path.name for path in SRC.iterdir()}) == []
+    assert [path.name for path in (TESTS / "helpers").glob("test_*.py")] == []
+
+
+def test_no_test_file_is_imported() -> None:
+    nodes = [
+        (file, node)
+        for file in TESTS.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    found = []
+    for file, node in nodes:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+        if any(re.search(r"(^|\.)(test_|conftest)", name) for name in names):
+            found.append(f"{file.relative_to(TESTS)}:{node.lineno}")
+    assert found == [], "what two test files share lies in tests/helpers"
 
 
 def test_imports_of_our_own_stand_at_the_top_of_a_module() -> None:

@@ -14,19 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from doc_blocks import RUN, blocks
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(
-    r"(?:<!-- file: (?P<file>\S+) -->\s*\n)?^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*$", re.DOTALL | re.MULTILINE
-)
-RUN = ("python", "bash", "sh")
 # The blocks that are not run: the number may fall, and a new one must be counted here on purpose.
 MOST_NOT_RUN = 15
-
-
-def blocks(page: Path) -> list[tuple[str, str, str]]:
-    text = page.read_text(encoding="utf-8")
-    return [(match["info"].strip(), match["file"] or "", match["body"]) for match in BLOCK.finditer(text)]
 
 
 # Ten seconds to half a minute of real runs on one page: not for the inner loop

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from doc_blocks import blocks
 from sartor.core.home import home
-from test_docs import blocks
 
 pytestmark = pytest.mark.circle
 ROOT = Path(__file__).parent.parent

@@ -58,7 +58,7 @@ def write_hub(cache: Path) -> None:
     import torch
 
     import tiny
-    from conftest import ROWS
+    from sample_data import ROWS
 
     folder = cache / f"models--{HUB_NAME.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
@@ -94,7 +94,7 @@ def inside(root: Path) -> None:
 def dataset(root: Path) -> dict[str, Any]:
     """Curate the forty rows of the tests."""
     import sartor
-    from conftest import ROWS, write_jsonl
+    from sample_data import ROWS, write_jsonl
 
     write_jsonl(root / "rows.jsonl", ROWS)
     source = {"path": str(root / "rows.jsonl"), "licence": "CC-BY-4.0"}
@@ -259,7 +259,7 @@ def answered(client: Any, root: Path, version: str) -> str:
 def edge(root: Path) -> dict[str, Any]:
     """Publish both Releases, sync a device after each, teach it as its person does, let the publication expire."""
     import sartor
-    from conftest import ROWS, write_jsonl
+    from sample_data import ROWS, write_jsonl
 
     repository, keys, store = root / "repository", root / "update-keys", root / "store"
     sartor.edge_keygen(keys)
@@ -390,5 +390,5 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent / "helpers"))
     COMMANDS[sys.argv[1]](*sys.argv[2:]) if sys.argv[1:] else main()

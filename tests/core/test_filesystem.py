@@ -1,4 +1,4 @@
-"""Files and directories are written whole or not at all, by any number of writers at once. Power cuts: tests/edge/test_power.py."""
+"""Files and directories are written whole or not at all, by any number of writers at once. Power cuts: tests/edge/test_release_store_power_cuts.py."""
 
 from __future__ import annotations
 

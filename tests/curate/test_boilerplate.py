@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from curate.rows import applied, decided, document, reason, row, step_of
+from rows import applied, decided, document, reason, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example
 from sartor.curate.steps.boilerplate import Boilerplate, RemoveLines

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.rows import decided, document, row, step_of
+from rows import decided, document, row, step_of
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example
 from sartor.curate.steps.contamination import Contamination

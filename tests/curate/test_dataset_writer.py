@@ -1,4 +1,4 @@
-"""Every verb that writes a Dataset writes the same bytes as when `golden/` was recorded (dataset_cases.py records it anew)."""
+"""Every verb that writes a Dataset writes the same bytes as when `golden/` was recorded (tests/helpers/dataset_cases.py records it anew)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_cases import CASES, GOLDEN, PYARROW, as_text, fixed_versions, record_of, without_parquet_bytes
 
+from dataset_cases import CASES, GOLDEN, PYARROW, as_text, fixed_versions, record_of, without_parquet_bytes
 from sartor.core import parquet_io
 from sartor.core.records import Drop
 from sartor.curate import dataset_writer

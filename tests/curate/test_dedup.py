@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.dedup_rows import WORDS, edited, search, text, texts
+from dedup_rows import WORDS, edited, search, text, texts
 from sartor.core.errors import ConfigError, GuardError
 from sartor.curate.dedup import clusters, near_duplicates, pair_scoring, pair_store, shingles
 from sartor.curate.dedup import clusters as graph

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import sartor
-from curate.dedup_rows import edited, text, texts
+from dedup_rows import edited, text, texts
 from sartor.core import processes
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, GuardError, SourceError

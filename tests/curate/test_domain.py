@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from curate.rows import decided, document, row, step_of
+from rows import decided, document, row, step_of
 from sartor.core.config import dump, load
 from sartor.core.errors import ConfigError
 from sartor.curate.steps.domain import Domain

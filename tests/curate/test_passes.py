@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 import sartor
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core.errors import ConfigError, MissingError, SourceError, StoppedError
 from sartor.core.records import Drop, Example, drop_of
 from sartor.curate import passes, pipeline, shards

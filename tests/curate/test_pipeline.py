@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sartor
-from conftest import ROWS, write_jsonl
 from media_files import data_url, png, sound
+from sample_data import ROWS, write_jsonl
 from sartor.core import parquet_io
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, HubError, SourceError

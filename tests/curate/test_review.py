@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import row
 from sqlalchemy import insert
 
 import sartor
 from postgres_server import postgres
+from rows import row
 from sartor.core import database, signing
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, SignatureError, SourceError
 from sartor.core.parquet_io import example_row, read_drops, read_examples

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import write_jsonl
+from sample_data import write_jsonl
 from sartor.core import assets
 from sartor.core.errors import ConfigError, HubError, SourceError
 from sartor.curate.sources import row_formats, sql

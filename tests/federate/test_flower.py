@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import sartor
 from federating import COORDINATOR, LENIENT, identity
 from flower_fleet import APART, NOBODY, ROUNDS, WARDS, Fleet, coordinator_files, node_key, path_for_another, until
 from flower_trainer import certain
 from round_parties import Pull
-
-import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.federate.flower.local_rpc import ask
 from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from federating import COORDINATOR, LENIENT, Session, identity, names, roster_of, secret, terms
 from scipy import stats
 
+from federating import COORDINATOR, LENIENT, Session, identity, names, roster_of, secret, terms
 from sartor.core.errors import RoundError, SartorError, SignatureError
 from sartor.federate.secure import messages
 from sartor.federate.secure.messages import AdvertiseKeys, PeerKeys, SurvivorLists, Unmask

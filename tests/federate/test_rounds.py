@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from federating import COORDINATOR, identity
 from round_parties import RULES, START, House, mean_of_numbers
-
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, ConflictError, RoundError, SartorError, SignatureError
 from sartor.federate import updates as arrays
 from sartor.federate.rounds import round_manifest as manifests

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federating import COORDINATOR, identity, names, roster_of, secret, terms
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from federating import COORDINATOR, identity, names, roster_of, secret, terms
 from sartor.core import signing
 from sartor.core.errors import ArtifactError, BudgetError, ConfigError, RoundError, SignatureError
 from sartor.federate.secure import fixed_point, masking_crypto, messages

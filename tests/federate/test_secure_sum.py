@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federating import Session, names
 
+from federating import Session, names
 from sartor.core.errors import ConflictError, RoundError
 from sartor.federate.secure import fixed_point, messages
 from sartor.federate.secure.secagg_server import STAGES

@@ -20,7 +20,8 @@ import torch
 import yaml
 
 import sartor
-from conftest import ROWS, recipe_on, write_jsonl
+from killed_tuning import SETTINGS, WEIGHTS, killed, tune
+from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, StoppedError
 from sartor.core.filesystem import file_digest
@@ -31,12 +32,6 @@ from sartor.tune.checkpoint import RandomState, folder_of, newest, open_checkpoi
 from sartor.tune.resume import changed, differences
 from sartor.tune.training_loop import TrainingRun
 
-WEIGHTS = "adapter_model.safetensors"
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL in the tests that stay in one process: nothing in Sartor catches it."""
-
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
@@ -44,14 +39,6 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-# dropout on, evaluations in between, saved after every update
-SETTINGS = {
-    "method": {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.1},
-    "checkpoints": {"every_minutes": 0, "keep": 2},
-    "evaluations": 3,
-}
 
 
 @pytest.fixture
@@ -63,28 +50,6 @@ def recipe(tune_recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "a"
-
-
-def tune(recipe: dict[str, Any], out: Path, **options: Any) -> Any:
-    return sartor.tune(recipe, out, show=False, **options)
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, update: int, how: type[BaseException] = Killed) -> None:
-    """The process dies in that update, after its gradients and before its step."""
-    whole = TrainingRun._check
-
-    def dies(self: TrainingRun, *arguments: Any) -> None:
-        if self.counters.updates + 1 == update:
-            raise how
-        whole(self, *arguments)
-
-    monkeypatch.setattr(TrainingRun, "_check", dies)
-
-
-def killed(monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], out: Path, update: int, **options: Any) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, update)
-        tune(recipe, out, **options)
 
 
 @pytest.fixture(scope="module")

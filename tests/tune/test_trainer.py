@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sartor
-from conftest import ROWS, write_jsonl
+from sample_data import ROWS, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.filesystem import file_digest

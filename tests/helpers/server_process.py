@@ -1,0 +1,42 @@
+"""Processes of tests: `sartor serve`, its address and its workers; and the command of a small tool server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SMALL = (sys.executable, str(Path(__file__).with_name("tool_server.py")))
+
+
+@contextmanager
+def serve(state: Path, base: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The process, and the file of its log. Killed at the end, if it still runs."""
+    state.mkdir()
+    members = "agents: [{name: nobody, release: nowhere}]"
+    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0}}\n{members}\n")
+    command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json", *flags]
+    with (state / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=state, stdout=subprocess.PIPE, stderr=log, text=True)
+    with process:
+        try:
+            yield process, state / "log"
+        finally:
+            process.kill()
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    line = process.stdout.readline()
+    assert line, "the server ended before it answered"
+    said = json.loads(line)
+    assert (said["keys"], said["agents"], said["engine"]) == (False, [], "local")
+    return str(said["address"])

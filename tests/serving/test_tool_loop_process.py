@@ -1,0 +1,39 @@
+"""A real server on the tiny base that opens a real tool server, and is itself one of MCP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server_process import SMALL, address, serve
+
+pytest.importorskip("mcp")
+
+
+@pytest.mark.services
+@pytest.mark.alone
+def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(tiny_base: Path, tmp_path: Path) -> None:
+    tools = json.dumps([{"name": "small", "command": SMALL}, {"name": "absent", "command": ["/no/such/program"]}])
+    with serve(tmp_path / "state", str(tiny_base), "--tools", tools, "--mcp.serve", "true") as (process, _):
+        url = address(process)
+        troubles = httpx.get(f"{url}/health").json()["troubles"]
+        assert "is no JSON Schema" in troubles["tools small.broken"] and "No such file" in troubles["tools absent"]
+
+        async def ask() -> Any:
+            from mcp.client import Client
+
+            async with Client(f"{url}/mcp/base") as client:
+                return await client.call_tool("base", {"prompt": "light in the hall"})
+
+        said = asyncio.run(ask())
+        assert not said.is_error and said.meta["sartor/agent"].startswith("base@")
+        receipt = httpx.get(f"{url}/v1/receipts/{said.meta['sartor/receipt']}").json()
+        assert receipt["agent"] == said.meta["sartor/agent"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
