@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +126,16 @@ def test_a_commands_help_says_what_its_options_are(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["edge", "tune", "--help"])
     assert "directory of the person's rows" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_what_is_imported_by_its_name_at_first_use_exists() -> None:
+    """`import_module("sartor.x").NAME` hides a name from mypy."""
+    sources = Path(sartor.__file__).parent
+    named = re.compile(r'import_module\("(sartor[\w.]*)"\)\.(\w+)')
+    uses = {match.groups() for file in sources.rglob("*.py") for match in named.finditer(file.read_text(encoding="utf-8"))}
+    assert len(uses) > 5
+    for module, name in uses:
+        file = sources.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert name in defined, f"{module} has no {name}"

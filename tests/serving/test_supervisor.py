@@ -428,7 +428,7 @@ def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -
             said, _ = await asyncio.gather(probe("ok"), load(crew))
             texts = ["".join(event.text for event in events if isinstance(event, TextDelta)) for events in said]
             assert texts[:2] == [scripted.reply_of(one) for one in calls[:2]]
-            assert [type(events[-1]).__name__ for events in said] == ["Done", "Done", "Failed"]
+            assert [type(events[-1]).__name__ for events in said] == ["ReplyDone", "ReplyDone", "ReplyFailed"]
             for behaviour, problem in (
                 ("error", "not fit"),
                 ("die", "ended"),
