@@ -36,7 +36,7 @@ def sartor(texts: list[str], joined_fields: int = 0) -> list[int]:
     rank = np.array([len(text) for text in texts])
     found = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules, rank)
     removals = clusters.resolve_clusters(found.pairs, rank, rules)
-    return joined(len(texts), zip(removals.rows.tolist(), removals.kept.tolist(), strict=True))
+    return joined(len(texts), zip(removals.rows.tolist(), removals.kept_rows.tolist(), strict=True))
 
 
 def words_of(text: str) -> list[str]:

@@ -229,7 +229,7 @@ def predictions(work: Work, configs: tuple[Config, ...]) -> list[dict[str, Any]]
         job = work.job(config)
         planner = Planner(job)
         rung = MemorySetting(config.rung, config.learning or planner.shape.layers, config.row_tokens * config.rows_at_once)
-        predicted, used = sum(planner.held(rung).values()), ran(job, rung, MUCH)
+        predicted, used = sum(planner.predict_peak(rung).values()), ran(job, rung, MUCH)
         if used.exit_code:
             sys.exit(f"{config} ended with {used}: {Path(job.out).with_name('stderr.txt').read_text()[-400:]}")
         work.unlimited[config] = job
@@ -248,7 +248,7 @@ def cap(work: Work, base: str, bisections: int) -> dict[str, Any]:
     rung = MemorySetting("recompute", planner.shape.layers, ROW_TOKENS)
     if not has_run:
         ran(free, rung, 0)
-    predicted = sum(planner.held(rung).values())
+    predicted = sum(planner.predict_peak(rung).values())
     low, high, best = int(0.85 * predicted), int(1.08 * predicted), (0, 0)
     curve: list[float] = []
     for step in range(bisections + 1):

@@ -155,7 +155,7 @@ class Homes:
 
     @cached_property
     def start(self) -> Tensors:
-        return self.clients.resident.taken()
+        return self.clients.resident.current_factors()
 
     def together(self, name: str, **changes: Any) -> dict[str, Any]:
         """A federated run, with what it said of itself."""

@@ -76,7 +76,7 @@ def retrained(folder: Path, name: str, said: Sequence[Feedback]) -> tuple[dict[s
     shutil.rmtree(state, ignore_errors=True)
     learn_rows.write_inbox(state, said)
     found = sartor.retrain(team, "home", wishes=sartor.Wishes(promote=True), flags=["--state", str(state)], notice=notice)
-    return found.as_json(), RunRecord.opened(Path(found.folder)) if found.folder else None
+    return found.as_json(), RunRecord.open(Path(found.folder)) if found.folder else None
 
 
 def corrections(folder: Path) -> dict[str, Any]:

@@ -66,11 +66,11 @@ def until_rollback(drift: Drift | None, draw: random.Random, most: int = MOST) -
 
 
 def _one(rollouts: Rollouts, version: str, broken: float, disliked: float, draw: random.Random) -> bool:
-    verdict = rollouts.saw(
+    verdict = rollouts.observe_reply(
         ObservedReply(version, failed=False, is_json=draw.random() >= broken, token_s=draw.lognormvariate(-4, 0.3))
     )
     if verdict is None and draw.random() < RATED:
-        verdict = rollouts.heard(version, draw.random() < disliked)
+        verdict = rollouts.observe_rating(version, draw.random() < disliked)
     return verdict is not None
 
 

@@ -446,12 +446,12 @@ def quality(count: int, seed: int, min_score: float) -> dict[str, Any]:
                 good = hit.touches(*span) and hit.entity == entity
                 true[hit.entity] += good
                 if not hit.touches(*span):
-                    false.append(f"{hit.entity} {hit.what}: {text[hit.start : hit.end]!r} in {text!r}")
+                    false.append(f"{hit.entity} {hit.subtype}: {text[hit.start : hit.end]!r} in {text!r}")
     clean = [negative(rng) for _ in range(count * len(ENTITIES))]
     wrong = [(hit, text) for text in clean for hit in scanner.find(text)]
     for hit, text in wrong:
         found[hit.entity] += 1
-        false.append(f"{hit.entity} {hit.what}: {text[hit.start : hit.end]!r} in {text!r}")
+        false.append(f"{hit.entity} {hit.subtype}: {text[hit.start : hit.end]!r} in {text!r}")
     entities = {
         entity: {
             "recall": round(right[entity] / count, 4),

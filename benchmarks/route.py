@@ -43,7 +43,7 @@ from sartor.evaluate.metrics import BINS
 from sartor.models.sentence_encoder import MiniLM, SentenceEncoder
 from sartor.serving.routing import agent_classifier, calibration
 from sartor.serving.routing.exemplars import near_misses
-from sartor.serving.routing.router import chosen
+from sartor.serving.routing.router import choose_agent
 from sartor.serving.team_config import Routing
 from sartor.serving.types import EmbeddingResult
 
@@ -128,7 +128,7 @@ def ours(draw: Draw, crew: Crew, rules: Routing) -> tuple[Asked, Mapping[str, An
     judged = fitted.judge(draw.texts, crew.vectors(draw.texts))
     best = [max(one.score.items(), key=lambda pair: pair[1]) for one in judged]
     for text, one, (name, score) in zip(draw.texts, judged, best, strict=True):
-        if chosen(fitted, [one], set(parts)).agent != (name if score >= fitted.threshold else "base"):
+        if choose_agent(fitted, [one], set(parts)).agent != (name if score >= fitted.threshold else "base"):
             raise SystemExit(f"what is chosen does not follow from score and threshold: {text}")
     places = np.array([fitted.agents.index(name) for name, _ in best])
     return Asked(np.array([score for _, score in best]), places, fitted.threshold), fitted.figures

@@ -19,7 +19,7 @@ import route_sets as sets
 from sartor.serving.routing import agent_classifier, calibration
 from sartor.serving.routing.agent_classifier import GeneralPrompts
 from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
-from sartor.serving.routing.router_model import Fitted
+from sartor.serving.routing.router_model import FittedRouter
 from sartor.serving.routing.text_features import TextFeatures
 from sartor.serving.team_config import Routing
 
@@ -114,7 +114,7 @@ def curve(sizes: Sequence[int], encoder: str, crew: Vectors, rules: Routing) -> 
     return found
 
 
-def found_by(fitted: Fitted, asked: Sequence[tuple[str, str]], eyes: Eyes) -> dict[str, float]:
+def found_by(fitted: FittedRouter, asked: Sequence[tuple[str, str]], eyes: Eyes) -> dict[str, float]:
     """Of own prompts: those that get their agent at the threshold, and those whose best agent is theirs."""
     texts = [text for text, _ in asked]
     judged = fitted.judge(texts, eyes.vectors(texts))
@@ -124,28 +124,30 @@ def found_by(fitted: Fitted, asked: Sequence[tuple[str, str]], eyes: Eyes) -> di
     return {"accuracy": round(float((right & sure).mean()), 4), "best": round(float(right.mean()), 4)}
 
 
-def nearest(fitted: Fitted, asked: Sequence[tuple[str, str]], eyes: Eyes) -> float:
+def nearest(fitted: FittedRouter, asked: Sequence[tuple[str, str]], eyes: Eyes) -> float:
     """Of own prompts those whose nearest centroid is their agent's, in the same features."""
     import scipy.sparse
     from sklearn.preprocessing import normalize
 
     texts = eyes.features([text for text, _ in asked])
-    words = normalize(scipy.sparse.vstack([scipy.sparse.csr_matrix(one.own.words.mean(axis=0)) for one in fitted.parts]))
+    words = normalize(
+        scipy.sparse.vstack([scipy.sparse.csr_matrix(one.train_features.words.mean(axis=0)) for one in fitted.parts])
+    )
     likeness = (texts.words @ words.T).toarray()
     if texts.dense is not None:
-        means = normalize(np.stack([one.own.dense.mean(axis=0) for one in fitted.parts]))
+        means = normalize(np.stack([one.train_features.dense.mean(axis=0) for one in fitted.parts]))
         likeness = likeness + texts.dense @ means.T
     names = [fitted.agents[place] for place in likeness.argmax(axis=1)]
     return round(float(np.mean([name == owner for name, (_, owner) in zip(names, asked, strict=True)])), 4)
 
 
-def to_base(fitted: Fitted, texts: Sequence[str], eyes: Eyes) -> float:
+def to_base(fitted: FittedRouter, texts: Sequence[str], eyes: Eyes) -> float:
     """Of foreign prompts those that are left to the base."""
     judged = fitted.judge(texts, eyes.vectors(texts))
     return round(float(np.mean([max(one.score.values()) < fitted.threshold for one in judged])), 4)
 
 
-def timed(fitted: Fitted, texts: Sequence[str], eyes: Eyes) -> float:
+def timed(fitted: FittedRouter, texts: Sequence[str], eyes: Eyes) -> float:
     """Milliseconds of one request whose vector is at hand: the median of TIMED, one by one."""
     took = []
     for text in random.Random(1).choices(texts, k=TIMED):

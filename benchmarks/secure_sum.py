@@ -58,7 +58,7 @@ class Losing(InProcess):
 
     def _answered(self, name: str, request: bytes) -> bytes:
         begin = time.process_time()
-        answer = super()._answered(name, request)
+        answer = super()._answer(name, request)
         self.client_s += time.process_time() - begin
         self.upload_bytes += len(answer)
         return answer

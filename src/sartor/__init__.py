@@ -184,8 +184,8 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'sartor' has no attribute {name!r}")
     module, _, attribute = _NAMES[name].partition(":")
-    found = import_module(module)
-    return getattr(found, attribute) if attribute else found
+    imported_module = import_module(module)
+    return getattr(imported_module, attribute) if attribute else imported_module
 
 
 def __dir__() -> list[str]:

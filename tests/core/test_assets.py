@@ -121,7 +121,7 @@ def test_the_list_is_complete_and_a_typo_names_what_there_is() -> None:
     names = set(assets.entries())
     assert {"starter", "minilm", "home-intents", "chitchat", "piper-joe", "stamps"} <= names
     for entry in assets.entries().values():
-        assert entry.what and entry.licence and entry.files
+        assert entry.description and entry.licence and entry.files
         assert all(len(file.sha256) == 64 and file.registry in ("pypi", "debian", "sartor") for file in entry.files)
         assert dataclasses.is_dataclass(entry)
     with pytest.raises(ConfigError, match="no asset 'startr'") as caught:

@@ -56,7 +56,7 @@ def of_retrain(rows: Sequence[Example], patch: pytest.MonkeyPatch) -> Sequence[A
     patch.setattr(retrain.training_data, "held_ratings", lambda job: list(rows))
     patch.setattr(retrain, "likelihoods", lambda path, held, notice: [0.0] * len(held))
     record = SimpleNamespace(live=SimpleNamespace(release="live"))
-    job = SimpleNamespace(work=SimpleNamespace(record=record), notice=None)
+    job = SimpleNamespace(run=SimpleNamespace(record=record), notice=None)
     table = retrain._liked(job, Path("adapter"))["ratings"]  # type: ignore[arg-type]
     return [group_of_stored(one) for one in table]
 

@@ -97,7 +97,7 @@ def test_factors_make_group_and_outcome_independent_also_of_two_attributes() -> 
     people = {"sex": sex, "age": age}
     assert measure_rates(people, outcomes).largest_gap > 0.2
     found = mitigation.reweighing_factors(people, outcomes, [1.0] * 400)
-    new = [mitigation.weight_of(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
+    new = [mitigation.weight_factor(found, {"sex": s, "age": a}, o) for s, a, o in zip(sex, age, outcomes, strict=True)]
     assert measure_rates(people, outcomes, new).largest_gap < 1e-3
     assert sum(new) == pytest.approx(400, rel=0.02)
 

@@ -28,7 +28,7 @@ from sartor.core.records import Drop, Example, Message, Origin, Part, count_valu
 from sartor.curate import card
 from sartor.curate.card import metadata as hub
 from sartor.curate.card import render
-from sartor.curate.card.card_data import gather, place
+from sartor.curate.card.card_data import gather, short_path
 from sartor.curate.card.sections import differences
 
 HOSTILE = [
@@ -203,7 +203,7 @@ def test_the_numbers_of_the_card_are_those_of_the_facts(written: Path) -> None:
 def test_what_the_facts_lack_is_counted_from_the_files(tmp_path: Path) -> None:
     kept = kept_rows()
     found = gather(dataset(tmp_path, kept, drops_of(kept), {}), {})
-    assert (found.kept, found.read, found.splits) == (100, 108, {"train": 90, "eval": 10})
+    assert (found.rows_kept, found.rows_read, found.splits) == (100, 108, {"train": 90, "eval": 10})
     assert found.dropped == {"too_short": 5, "near_duplicate": 1, "not_json": 1, "personal_data": 1}
     assert found.rows.changed == {"repair_text": 10}
 
@@ -453,7 +453,7 @@ def test_an_absolute_path_is_no_part_of_the_card(tmp_path: Path) -> None:
     dataset(tmp_path, kept_rows(), drops_of(kept_rows()), facts)
     for name in ("card.md", "card.html", "croissant.json"):
         assert "/home/ann" not in (tmp_path / name).read_text() and "…/secret/faq.jsonl" in (tmp_path / name).read_text()
-    assert place("data/a.csv") == "data/a.csv" and place("C:\\Users\\ann\\a.csv") == "…/ann/a.csv"
+    assert short_path("data/a.csv") == "data/a.csv" and short_path("C:\\Users\\ann\\a.csv") == "…/ann/a.csv"
 
 
 def test_croissant_is_valid_and_reads_the_rows(written: Path) -> None:

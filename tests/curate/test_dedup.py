@@ -152,7 +152,7 @@ def test_truncation_reordering_and_a_wrap_are_found() -> None:
     for name, variants in made.items():
         _, removals, _ = search(rows + variants)
         assert len(removals.rows) >= 0.98 * len(rows), name
-        assert (np.abs(removals.rows - removals.kept) == len(rows)).all(), name
+        assert (np.abs(removals.rows - removals.kept_rows) == len(rows)).all(), name
 
 
 def test_verified_scores_are_the_true_jaccard() -> None:
@@ -187,7 +187,7 @@ def test_boilerplate_in_a_third_of_the_rows_hides_no_duplicate() -> None:
     copies = [f"{shared} {row}" for row in rows[:40]]
     _, removals, _ = search(rows + copies)
     assert len(removals.rows) == 40
-    assert (np.abs(removals.rows - removals.kept) == 900).all()
+    assert (np.abs(removals.rows - removals.kept_rows) == 900).all()
 
 
 @pytest.mark.parametrize("copies", [80, 120, 150, 400])
@@ -309,7 +309,7 @@ RULES = pair_scoring.DuplicateRules(0.5, 0.3, 0.9)
 def test_a_chain_is_no_cluster() -> None:
     chain = pairs_of((0, 1, 0.8), (1, 2, 0.8), (2, 3, 0.8))
     removals = clusters.resolve_clusters(chain, np.zeros(4), RULES)
-    assert dict(zip(removals.rows.tolist(), removals.kept.tolist(), strict=True)) == {1: 0, 3: 2}
+    assert dict(zip(removals.rows.tolist(), removals.kept_rows.tolist(), strict=True)) == {1: 0, 3: 2}
 
 
 @settings(max_examples=80, deadline=None)
@@ -324,7 +324,7 @@ def test_whoever_goes_was_held_against_a_better_row_that_stays(edges: list[tuple
     judged = pairs.judged(RULES.threshold, RULES.contained)
     scores = {(int(a), int(b)): float(score) for a, b, score in zip(judged.a, judged.b, judged.jaccard, strict=True)}
     gone = set(removals.rows.tolist())
-    for row, kept, score in zip(removals.rows.tolist(), removals.kept.tolist(), removals.score, strict=True):
+    for row, kept, score in zip(removals.rows.tolist(), removals.kept_rows.tolist(), removals.score, strict=True):
         assert scores[min(row, kept), max(row, kept)] == score
         assert kept not in gone
         assert (-rank[kept], kept) < (-rank[row], row)
@@ -335,7 +335,7 @@ def test_the_best_of_equal_rows_stays_for_the_near_ones_too() -> None:
     twins = ScoredPairs.of_exact(np.array([0, 0]), np.array([3, 4]))
     removals = clusters.resolve_clusters(ScoredPairs.joined([twins, pairs_of((0, 2, 0.7))]), np.array([1, 1, 0, 5, 1]), RULES)
     assert removals.rows.tolist() == [0, 2, 4]
-    assert removals.kept.tolist() == [3, 3, 3]
+    assert removals.kept_rows.tolist() == [3, 3, 3]
     assert removals.by_method() == {"exact": 2, "near": 1}
     assert removals.largest_cluster == 4
 
@@ -388,7 +388,7 @@ def test_a_higher_threshold_from_the_pairs_alone_is_what_a_new_search_finds() ->
         _, anew, _ = search(rows, threshold=threshold)
         again = clusters.resolve_clusters(found.pairs, rank, other)
         assert np.array_equal(again.rows, anew.rows), threshold
-        assert np.array_equal(again.kept, anew.kept), threshold
+        assert np.array_equal(again.kept_rows, anew.kept_rows), threshold
 
 
 def test_a_threshold_below_the_floor_is_refused() -> None:

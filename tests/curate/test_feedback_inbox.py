@@ -18,7 +18,7 @@ from sartor.core.statistics import holm_correction
 from sartor.curate.pipeline import curate
 from sartor.curate.sources import chunk_reader as sources_reading
 from sartor.curate.sources import feedback_inbox, planner
-from sartor.curate.sources.feedback_lines import FeedbackLine, over
+from sartor.curate.sources.feedback_lines import FeedbackLine, merge_feedback
 from sartor.curate.sources.types import InboxTerms, SourceOptions
 from sartor.serving.feedback_store import FeedbackStore
 
@@ -34,7 +34,7 @@ def said(number: int, key: str = "k1", *, day: str = DAY, question: str = "", re
 
 def read(folder: Path, strict: bool = False, **terms: Any) -> tuple[list[Example], list[Drop]]:
     source = SourceOptions(f"inbox:{folder}", inbox=InboxTerms(**terms))
-    (unit,) = planner.plan_reading([source], 1 << 20).units
+    (unit,) = planner.plan_reading([source], 1 << 20).chunks
     found = list(sources_reading.read_chunk(unit, source, folder.parent / "media", strict))
     return [one for one in found if isinstance(one, Example)], [one for one in found if isinstance(one, Drop)]
 
@@ -132,7 +132,7 @@ def test_a_later_line_of_a_key_goes_on_from_the_earlier(tmp_path: Path) -> None:
     assert [(drop.reason, drop.locator) for drop in drops] == [("replaced", f"feedback-{DAY}.jsonl:1")]
     filled(tmp_path, said(1, day="2026-11-28", rating=1.0, consent="refused", messages=(), reply=""))
     assert [drop.reason for drop in read(folder)[1]] == ["replaced", "replaced", "no_consent"]  # consent can be taken back
-    assert over(later, said(1, rating=-1.0)) == said(1, day="2026-11-27", rating=-1.0, correction="better")
+    assert merge_feedback(later, said(1, rating=-1.0)) == said(1, day="2026-11-27", rating=-1.0, correction="better")
 
 
 def test_a_conversation_is_one_group_and_a_prompt_goes_with_its_like_of_other_sources(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_lines_that_come_while_it_is_read_are_the_next_run_s(tmp_path: Path) -> 
     folder = filled(tmp_path, said(1, rating=1.0))
     torn(folder / f"feedback-{DAY}.jsonl", '{"schema"')
     source = SourceOptions(f"inbox:{folder}")
-    (unit,) = planner.plan_reading([source], 1 << 20).units
+    (unit,) = planner.plan_reading([source], 1 << 20).chunks
     torn(folder / f"feedback-{DAY}.jsonl", ": 2}\n")
     filled(tmp_path, said(2, rating=1.0))
     found = list(sources_reading.read_chunk(unit, source, tmp_path / "media"))
@@ -218,7 +218,7 @@ def test_rows_of_a_poisoned_key_are_drops_that_name_it_and_the_same_in_every_run
     assert all("the key k4 contradicts the rest on" in drop.detail for drop in drops)
     assert all(row.rating == (1.0 if int(row.messages[0].text[1:]) % 3 else -1.0) for row in rows)
     standings = {one.key: one for one in feedback_inbox.of_folder(folder).standings}
-    assert standings["k4"].is_aside and standings["k4"].score < 0.1 < 0.8 < standings["k0"].score
+    assert standings["k4"].is_distrusted and standings["k4"].score < 0.1 < 0.8 < standings["k0"].score
     again = read(folder)
     assert again == (rows, drops)
 
@@ -230,7 +230,9 @@ def test_one_user_of_a_key_is_set_aside_without_the_others_of_it() -> None:
         user, reply = f"u{number % 6}", rng.randrange(40)
         rating = (1.0 if reply % 3 else -1.0) * (-1 if user == "u5" else 1)
         lines.append(FeedbackLine((0, number), f"r{number}", "app", user, "faq@1", "given", rating, "", "x", f"{reply}", 0))
-    assert [(one.key, one.user) for one in feedback_inbox.rate_raters(lines, InboxTerms()) if one.is_aside] == [("app", "u5")]
+    assert [(one.key, one.user) for one in feedback_inbox.rate_raters(lines, InboxTerms()) if one.is_distrusted] == [
+        ("app", "u5")
+    ]
 
 
 def test_two_keys_that_contradict_each_other_are_told_apart_by_what_is_known(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_rows_without_a_label_are_judged_by_their_replies_beside_those_with_one(
 )
 def test_what_the_label_is_is_found(replies: list[str], chosen: str) -> None:
     found = class_labels.find(replies)
-    assert found.chosen == chosen and len(found.labels) == len(replies) and found.why
+    assert found.form == chosen and len(found.labels) == len(replies) and found.explanation
 
 
 def test_a_label_may_be_a_field_or_a_pattern_of_the_recipe() -> None:

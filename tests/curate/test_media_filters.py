@@ -151,7 +151,7 @@ def test_a_picture_that_changed_after_planning_is_named_and_not_copied(tmp_path:
     scene(1).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
     source = SourceOptions(str(tmp_path))
-    (unit,) = plan_reading([source], 1 << 20).units
+    (unit,) = plan_reading([source], 1 << 20).chunks
     scene(2).save(tmp_path / "a.png")
     (drop,) = read_chunk(unit, source, tmp_path / "media")
     assert drop.reason == "changed_file" and not (tmp_path / "media").exists()
@@ -324,7 +324,7 @@ def test_other_sizes_compressions_and_tones_of_a_picture_are_found_and_other_pic
             examples.append(placed(tmp_path, version, reply=str(len(examples))))
             truth.append(seed)
     found = decided(ImageDuplicates(), tmp_path, examples)
-    wrong = [removal for removal in found.removals if truth[removal.row] != truth[removal.kept]]
+    wrong = [removal for removal in found.removals if truth[removal.row] != truth[removal.kept_row]]
     assert wrong == []
     assert len(found.removals) >= 0.95 * 8 * 7
     assert {removal.method for removal in found.removals} == {"local correlation"}
@@ -352,7 +352,7 @@ def test_only_rows_that_ask_the_same_are_held_against_each_other(tmp_path: Path)
     asked = [("What is it?", "a box"), ("What colour?", "red"), ("What is it?", "a red box")]
     examples = [placed(tmp_path, image, reply, question) for question, reply in asked]
     rows = {
-        text: [(r.row, r.kept) for r in decided(ImageDuplicates(text=text), tmp_path, examples).removals]
+        text: [(r.row, r.kept_row) for r in decided(ImageDuplicates(text=text), tmp_path, examples).removals]
         for text in ("question", "all", "any")
     }
     assert rows == {"question": [(2, 0)], "all": [], "any": [(1, 0), (2, 0)]}
@@ -365,8 +365,8 @@ def test_the_largest_picture_stays_or_the_first(tmp_path: Path) -> None:
         placed(tmp_path, image, "1"),
         placed(tmp_path, image.resize((60, 50)), "2"),
     ]
-    assert {r.kept for r in decided(ImageDuplicates(), tmp_path, examples).removals} == {1}
-    assert {r.kept for r in decided(ImageDuplicates(keep="first"), tmp_path, examples).removals} == {0}
+    assert {r.kept_row for r in decided(ImageDuplicates(), tmp_path, examples).removals} == {1}
+    assert {r.kept_row for r in decided(ImageDuplicates(keep="first"), tmp_path, examples).removals} == {0}
 
 
 def test_equal_files_are_found_even_unreadable_or_of_one_colour_and_look_alikes_of_one_colour_are_not(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_equal_files_are_found_even_unreadable_or_of_one_colour_and_look_alikes_
     dot.putpixel((50, 50), (0, 0, 0))
     examples = [placed(tmp_path, image, str(n)) for n, image in enumerate([white, dot, white, b"broken", b"broken", b"other"])]
     found = decided(ImageDuplicates(), tmp_path, examples)
-    assert [(r.row, r.kept, r.method) for r in found.removals] == [(2, 0, "equal file"), (4, 3, "equal file")]
+    assert [(r.row, r.kept_row, r.method) for r in found.removals] == [(2, 0, "equal file"), (4, 3, "equal file")]
     assert [r.row for r in decided(ImageDuplicates(threshold=1), tmp_path, examples).removals] == [2, 4]
 
 

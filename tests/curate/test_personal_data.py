@@ -381,8 +381,8 @@ def test_options_survive_the_manifest(options: dict[str, Any]) -> None:
 
 def test_a_mapping_of_entities_adds_to_the_default_set() -> None:
     step = config.load(PersonalData, {"entities": {"person": "mask", "phone": "keep"}})
-    assert set(DEFAULT) - {"phone"} <= {entity for entity, action in step.said_of_entities().items() if action != "keep"}
-    assert step.said_of_entities()["person"] == "mask"
+    assert set(DEFAULT) - {"phone"} <= {entity for entity, action in step.entity_actions().items() if action != "keep"}
+    assert step.entity_actions()["person"] == "mask"
 
 
 def test_the_tally_counts_by_entity_and_field() -> None:

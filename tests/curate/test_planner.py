@@ -34,7 +34,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_give_every_row_once_with_its_own_line(tmp_path: Path, small_pieces: None) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n} " + "x" * (n % 90)} for n in range(500)])
     rows = Rows(tmp_path / "media", tmp_path / "a.jsonl")
-    assert len(rows.plan.units) > 40
+    assert len(rows.plan.chunks) > 40
     assert [reply.split()[1] for reply in rows.replies] == [str(n) for n in range(500)]
     assert rows.places == [f"a.jsonl:{n}" for n in range(1, 501)]
 
@@ -58,7 +58,7 @@ def test_wherever_it_is_cut_no_line_is_lost(
     (folder / "a.jsonl").write_bytes(raw)
     rows = Rows(folder / "media", folder / "a.jsonl")
     assert rows.places == [f"a.jsonl:{n}" for n, line in enumerate(lines, 1) if line] or not raw.strip(b"\xef\xbb\xbf\r\n")
-    pieces = [unit.piece for unit in rows.plan.units if unit.piece]
+    pieces = [unit.piece for unit in rows.plan.chunks if unit.piece]
     if pieces:
         assert sum(piece.length for piece in pieces) == len(raw)
         assert all(raw[piece.start - 1 : piece.start] in (b"", b"\n") for piece in pieces)
@@ -100,7 +100,7 @@ def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: P
     table = pa.table({"text": [f"{n} {seeded.random()}" for n in range(1000)]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
     rows = Rows(tmp_path / "media", tmp_path / "a.parquet")
-    assert len(rows.plan.units) > 3
+    assert len(rows.plan.chunks) > 3
     assert rows.replies == table["text"].to_pylist()
     assert rows.places == [f"a.parquet:{n}" for n in range(1, 1001)]
 
@@ -108,7 +108,7 @@ def test_row_groups_of_parquet_are_read_apart_with_their_row_numbers(tmp_path: P
 def test_a_unit_reads_alone_and_in_any_order(tmp_path: Path, small_pieces: None) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n}"} for n in range(200)])
     source = SourceOptions(str(tmp_path / "a.jsonl"))
-    units = plan_reading([source], 1 << 20).units
+    units = plan_reading([source], 1 << 20).chunks
     backwards = [list(read_chunk(unit, source, tmp_path / "media")) for unit in reversed(units)]
     flat = [row.reply for rows in reversed(backwards) for row in rows]
     assert flat == [f"row {n}" for n in range(200)]
@@ -119,9 +119,9 @@ def test_small_files_share_a_unit_and_large_ones_do_not(tmp_path: Path, monkeypa
     for n in range(35):
         (tmp_path / f"{n:02}.txt").write_text(f"text {n}")
     rows = Rows(tmp_path / "media", tmp_path)
-    assert [len(unit.files) for unit in rows.plan.units] == [10, 10, 10, 5]
+    assert [len(unit.files) for unit in rows.plan.chunks] == [10, 10, 10, 5]
     assert rows.replies == [f"text {n}" for n in range(35)]
-    assert [unit.number for unit in rows.plan.units] == [0, 1, 2, 3]
+    assert [unit.number for unit in rows.plan.chunks] == [0, 1, 2, 3]
 
 
 def test_the_form_is_the_files_even_where_a_piece_holds_another(tmp_path: Path, small_pieces: None) -> None:
@@ -137,12 +137,12 @@ def test_digests_follow_content_and_what_the_source_says_and_not_the_place(tmp_p
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", [{"text": "a"}])
     os.chdir(tmp_path / "one")
-    before = plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest
-    other_licence = plan_reading([SourceOptions("a.jsonl", licence="MIT")], 1 << 20).units[0].digest
+    before = plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest
+    other_licence = plan_reading([SourceOptions("a.jsonl", licence="MIT")], 1 << 20).chunks[0].digest
     os.chdir(tmp_path / "two")
-    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest == before != other_licence
+    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest == before != other_licence
     write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": "b"}])
-    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).units[0].digest != before
+    assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest != before
 
 
 CHANGES: list[tuple[str, Any, Any]] = [
@@ -160,7 +160,7 @@ def test_a_file_that_changed_after_planning_is_named_and_not_read(
 ) -> None:
     (tmp_path / name).write_bytes(before)
     source = SourceOptions(str(tmp_path / name))
-    (unit,) = plan_reading([source], 1 << 20).units
+    (unit,) = plan_reading([source], 1 << 20).chunks
     stat = (tmp_path / name).stat()
     (tmp_path / name).write_bytes(after)
     os.utime(tmp_path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -171,7 +171,7 @@ def test_a_file_that_changed_after_planning_is_named_and_not_read(
 def test_a_piece_that_changed_is_named_and_the_others_are_read(tmp_path: Path, small_pieces: None) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {n:03}"} for n in range(100)])
     source = SourceOptions(str(tmp_path / "a.jsonl"))
-    units = plan_reading([source], 1 << 20).units
+    units = plan_reading([source], 1 << 20).chunks
     raw = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl").write_bytes(raw.replace(b"row 000", b"row 999"))
     rows = [row for unit in units for row in read_chunk(unit, source, tmp_path / "media")]
@@ -182,7 +182,7 @@ def test_a_piece_that_changed_is_named_and_the_others_are_read(tmp_path: Path, s
 def test_a_file_that_went_after_planning_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     source = SourceOptions(str(tmp_path / "a.jsonl"))
-    (unit,) = plan_reading([source], 1 << 20).units
+    (unit,) = plan_reading([source], 1 << 20).chunks
     (tmp_path / "a.jsonl").unlink()
     (drop,) = read_chunk(unit, source, tmp_path / "media")
     assert drop.reason == "unreadable_file"

@@ -48,11 +48,11 @@ def test_everything_looked_at_leaves_nothing_open() -> None:
 
 def test_a_larger_sample_begins_with_the_smaller_and_the_order_of_rows_does_not_matter() -> None:
     ids = [f"{number:032x}" for number in range(300)]
-    assert quality_control.drawn(ids, 40, 1)[:10] == quality_control.drawn(reversed(ids), 10, 1)
-    assert quality_control.drawn(ids, 40, 1) != quality_control.drawn(ids, 40, 2)
+    assert quality_control.draw_ids(ids, 40, 1)[:10] == quality_control.draw_ids(reversed(ids), 10, 1)
+    assert quality_control.draw_ids(ids, 40, 1) != quality_control.draw_ids(ids, 40, 2)
     picked = np.zeros(300)
     for seed in range(400):
-        picked[[int(one, 16) for one in quality_control.drawn(ids, 30, seed)]] += 1
+        picked[[int(one, 16) for one in quality_control.draw_ids(ids, 30, seed)]] += 1
     assert abs(picked[:150].mean() - picked[150:].mean()) < 2 and picked.min() > 15 and picked.max() < 70
 
 

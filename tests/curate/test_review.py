@@ -79,7 +79,7 @@ def found(dataset: Path, number: int, **more: Any) -> dict[str, Any]:
 def add(dataset: Path, *said: Mapping[str, Any]) -> list[str]:
     """Put findings into the queue; returns the ids of their items."""
     sartor.review_add(dataset, said)
-    return [item_of(one, of=review_file.content_of(sartor.open(dataset))).id for one in said]
+    return [item_of(one, content_digest=review_file.content_of(sartor.open(dataset))).id for one in said]
 
 
 def decide(dataset: Path, item: str, verdict: str, by: str = "Ada", **options: Any) -> dict[str, Any]:
@@ -475,7 +475,7 @@ def test_a_kill_in_a_decision_leaves_the_queue_whole(data: Path) -> None:
     (item,) = add(data, found(data, 1))
     child = os.fork()
     if not child:
-        queue = Queue.open(review_store.place_of(data, ""))
+        queue = Queue.open(review_store.queue_url(data, ""))
         with queue.database.change() as connection:
             row = database.sealed({"key": "k", "item": item, "said": "{}"})
             connection.execute(insert(review_store.decisions).values(row))

@@ -38,7 +38,7 @@ def pad(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def test_a_row_that_says_the_same_goes_for_the_longer_and_the_pair_is_evidence() -> None:
     verdicts = decide(pad(SAME))
-    assert [(removal.row, removal.kept, removal.reason) for removal in verdicts.removals] == [(1, 0, "semantic_duplicate")]
+    assert [(removal.row, removal.kept_row, removal.reason) for removal in verdicts.removals] == [(1, 0, "semantic_duplicate")]
     assert verdicts.set_aside and verdicts.removals[0].method and 0.4 <= (verdicts.removals[0].score or 0) <= 1
     (pair,) = verdicts.evidence[EVIDENCE].to_pylist()
     ids = [example(*row, place).id for place, row in enumerate(SAME)]
@@ -103,7 +103,7 @@ def test_the_rule_says_which_row_stays(keep: str, kept: int) -> None:
         for place, prompt in enumerate(asked)
     ]
     rows += [example(*row, place) for place, row in enumerate(pad([]), 3)]
-    assert {removal.kept for removal in decide(rows, keep=keep, threshold=0.3).removals} == {kept}
+    assert {removal.kept_row for removal in decide(rows, keep=keep, threshold=0.3).removals} == {kept}
 
 
 def test_a_row_goes_only_for_one_that_it_was_held_against() -> None:
@@ -117,7 +117,7 @@ def test_a_row_goes_only_for_one_that_it_was_held_against() -> None:
     pairs = {frozenset((row["locator_a"], row["locator_b"])) for row in verdicts.evidence[EVIDENCE].to_pylist()}
     assert verdicts.removals and pairs
     for removal in verdicts.removals:
-        assert frozenset((f"rows.jsonl:{removal.row + 1}", f"rows.jsonl:{removal.kept + 1}")) in pairs
+        assert frozenset((f"rows.jsonl:{removal.row + 1}", f"rows.jsonl:{removal.kept_row + 1}")) in pairs
 
 
 def test_a_removal_of_nearly_a_whole_source_stops_and_asks() -> None:

@@ -185,7 +185,7 @@ def test_a_query_is_rows_with_numbers(tmp_path: Path, shop: Path) -> None:
     assert len(rows.kept) == 2500 and not rows.drops
     assert rows.kept[41].origins[0].locator == "query:42"
     assert rows.kept[0].origins[0].date == "2024-01-02"
-    assert (rows.plan.files[0].form, len(rows.plan.units)) == ("question_answer", 1)
+    assert (rows.plan.files[0].form, len(rows.plan.chunks)) == ("question_answer", 1)
 
 
 @pytest.mark.parametrize(

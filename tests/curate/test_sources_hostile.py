@@ -143,7 +143,7 @@ def test_pipes_devices_and_sockets_are_named_and_never_waited_for(tmp_path: Path
 def test_a_caption_or_picture_that_became_a_pipe_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     source = SourceOptions(str(tmp_path / "a.txt"))
-    (unit,) = plan_reading([source], 1 << 20).units
+    (unit,) = plan_reading([source], 1 << 20).chunks
     (tmp_path / "a.txt").unlink()
     os.mkfifo(tmp_path / "a.txt")
     from sartor.curate.sources.chunk_reader import read_chunk
@@ -483,7 +483,7 @@ def test_a_folder_of_very_many_files_is_planned_in_seconds(tmp_path: Path) -> No
             os.link(tmp_path / "one", folder / str(part) / f"{n:04}.txt")  # many times faster than a new file
     began = time.monotonic()
     found = plan_reading([SourceOptions(str(folder))], 1 << 20)
-    assert (len(found.files), len(found.units)) == (10_000, 50)
+    assert (len(found.files), len(found.chunks)) == (10_000, 50)
     assert time.monotonic() - began < 20
 
 

@@ -71,13 +71,13 @@ def test_it_tunes_where_there_is_no_network_interface(tiny_base: Path, tmp_path:
 def test_a_memory_kill_goes_on_smaller_and_is_in_the_receipt(tiny_base: Path, tmp_path: Path, key: Path) -> None:
     one = job(tiny_base, tmp_path, updates=6, rows=rows(length=480), recipe={"optimizer": {"batch_tokens": 480}})
     planner = Planner(one)
-    least = sum(planner.held(MemorySetting("recompute", 2, 484)).values())
+    least = sum(planner.predict_peak(MemorySetting("recompute", 2, 484)).values())
 
     class Rash(Planner):
         """Believes that the first rung needs nothing."""
 
         def held(self, rung: MemorySetting) -> dict[str, int]:
-            return {"floor": least - MB} if rung.name == "lora" else super().held(rung)
+            return {"floor": least - MB} if rung.name == "lora" else super().predict_peak(rung)
 
     hog = tmp_path / "hog.py"
     hog.write_text(
@@ -145,7 +145,7 @@ def test_the_starter_is_held_as_it_was_predicted(tmp_path: Path) -> None:
     one = job(found[0], tmp_path, updates=1, rows=rows(4, 252), recipe={"method": {"kind": "lora", "rank": 8, "alpha": 16}})
     planner = Planner(one)
     rung = MemorySetting("recompute", planner.shape.layers, planner.rows.longest)
-    predicted = sum(planner.held(rung).values())
+    predicted = sum(planner.predict_peak(rung).values())
     planned_job(one, rung).write(tmp_path / "job.json")
     used = run(tuner_command(tmp_path / "job.json", tmp_path / "stderr"), ResourceLimits(memory_bytes=round(1.04 * predicted)))
     assert used.exit_code == 0, (used, (tmp_path / "stderr").read_text()[-500:])

@@ -118,7 +118,7 @@ def test_the_health_check_asks_what_the_release_ships_and_what_the_device_knows(
     limits = ResourceLimits(wall_s=600, memory_bytes=2 << 30)
     found = Health(read_prompts(file), limits).check(made / form)
     assert found.passed, found.reasons
-    assert found.asked == 3 and found.peak_memory_bytes > 1 << 20
+    assert found.n_prompts == 3 and found.peak_memory_bytes > 1 << 20
     file.write_text(json.dumps({"prompt": PROMPTS[1], "expected": {"exact": "green"}}))
     assert Health(read_prompts(file), limits).check(made / form).reasons == (
         "canary: 1 of 1 of the device's prompts: line 1 (exact)",

@@ -208,7 +208,10 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
 )
 def test_the_figures_of_the_page(failed: int, count: int, action: str) -> None:
     low, high = fleet_monitor._interval(failed, count, 0.95)
-    assert fleet_monitor._decided(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, FleetPolicy())[0] == action
+    assert (
+        fleet_monitor._decide_action(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, FleetPolicy())[0]
+        == action
+    )
 
 
 def test_rules_out_of_range_are_refused() -> None:

@@ -23,7 +23,7 @@ def test_a_version_passes_that_says_what_its_report_recorded_and_what_the_device
 ) -> None:
     fake = answering()
     found = Health(read_prompts(lines(tmp_path, *ROWS))).check(version(tmp_path, canaries=CANARIES))
-    assert found.passed and (found.asked, found.peak_memory_bytes) == (5, 123)
+    assert found.passed and (found.n_prompts, found.peak_memory_bytes) == (5, 123)
     asked = {call.messages[-1]["content"]: [one["role"] for one in call.messages] for call in fake.asked}
     assert asked["hello"] == ["system", "user"]  # a bare prompt comes after the version's system prompt
     assert asked["off"] == ["user"]

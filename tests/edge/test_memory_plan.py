@@ -30,7 +30,7 @@ def planner(tiny_base: Path, tmp_path: Path) -> Planner:
 def test_each_rung_needs_less_than_the_one_before(planner: Planner) -> None:
     needs: dict[str, int] = {}
     for rung in planner.rungs():
-        needs[rung.name] = min(needs.get(rung.name, 1 << 60), total(planner.held(rung)))
+        needs[rung.name] = min(needs.get(rung.name, 1 << 60), total(planner.predict_peak(rung)))
     assert list(needs) == list(NAMES)
     assert sorted(needs.values(), reverse=True) == list(needs.values())
 
@@ -94,6 +94,6 @@ def test_planning_loads_no_torch() -> None:
 
 def test_without_a_compiler_attention_keeps_a_number_for_each_two_tokens(planner: Planner) -> None:
     rung = next(planner.rungs())
-    native = total(planner.held(rung))
+    native = total(planner.predict_peak(rung))
     planner.floor = MemoryBaseline(FLOOR.held_bytes, False)
-    assert total(planner.held(rung)) > native + 4 * 9 * planner.rows.longest**2
+    assert total(planner.predict_peak(rung)) > native + 4 * 9 * planner.rows.longest**2

@@ -125,7 +125,7 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
     me = shop.filled()
     assert me.adapter() == shipped(shop.folder / "store", "faq").path
     done = me.adapt()
-    assert done.delta and done.trained + done.held_out == 40 and done.left_out == {}, done.why
+    assert done.delta and done.trained + done.held_out == 40 and done.left_out == {}, done.reason
     assert done.verdict is not None and done.verdict.private.high < 0
     delta, why = active_adapter(shop.folder / "me", shop.folder / "store", "faq")
     assert delta is not None and delta.path == me.adapter() and "never saw" in why
@@ -133,10 +133,10 @@ def test_a_delta_that_is_better_becomes_current_and_is_bound_to_its_release(shop
     assert me.status().delta == done.delta and me.status().rows == 40
     assert me.evaluate().private.difference == pytest.approx(done.verdict.private.difference)
     again = me.adapt()
-    assert again.delta == "" and "these very rows" in again.why and len(shop.jobs) == 1
+    assert again.delta == "" and "these very rows" in again.reason and len(shop.jobs) == 1
     ship(shop.folder / "store", shop.adapter, "1.1")
     assert me.adapter() == shipped(shop.folder / "store", "faq").path
-    assert "the delta is of faq 1.0; 1.1 is shipped now" in me.status().why
+    assert "the delta is of faq 1.0; 1.1 is shipped now" in me.status().reason
     assert me.adapt().delta and me.status().delta and len(shop.jobs) == 2
 
 
@@ -164,16 +164,16 @@ def test_what_is_not_better_is_not_taken_and_not_tuned_again(shop: Shop) -> None
     for row in ROWS:
         me.add(row)
     done = me.adapt()
-    assert done.delta == "" and "cannot tell" in done.why and me.status().delta == ""
-    assert me.adapt().why == done.why and len(shop.jobs) == 1
-    assert me.adapt(again=True).why == done.why and len(shop.jobs) == 2
+    assert done.delta == "" and "cannot tell" in done.reason and me.status().delta == ""
+    assert me.adapt().reason == done.reason and len(shop.jobs) == 1
+    assert me.adapt(again=True).reason == done.reason and len(shop.jobs) == 2
     assert not list((shop.folder / "me/work").iterdir())
 
 
 def test_a_delta_that_forgets_the_probe_is_not_taken(shop: Shop) -> None:
     shop.settings = replace(shop.settings, most_probe_loss=-50.0)
     done = shop.filled().adapt()
-    assert done.delta == "" and "the probe's loss may have risen" in done.why
+    assert done.delta == "" and "the probe's loss may have risen" in done.reason
 
 
 @pytest.mark.services
@@ -192,7 +192,7 @@ def test_the_releases_own_canaries_are_the_probe_where_none_is_given(shop: Shop)
 
 def test_too_few_rows_are_said(shop: Shop) -> None:
     done = shop.filled(5).adapt()
-    assert done.delta == "" and "too few" in done.why and shop.jobs == []
+    assert done.delta == "" and "too few" in done.reason and shop.jobs == []
 
 
 def test_rows_that_teach_nothing_are_counted(shop: Shop) -> None:
@@ -334,10 +334,10 @@ def test_undo_goes_back_to_the_delta_before_and_then_to_the_release(shop: Shop) 
     for row in LATER:
         me.add(row)
     second = me.adapt()
-    assert first.delta and second.delta and second.delta != first.delta, (first.why, second.why)
+    assert first.delta and second.delta and second.delta != first.delta, (first.reason, second.reason)
     assert me.undo("it was rude") == path and me.status().delta == first.delta
     again = me.adapt()
-    assert again.delta == "" and again.why == "it was undone: it was rude"
+    assert again.delta == "" and again.reason == "it was undone: it was rude"
     assert me.undo() == shipped(shop.folder / "store", "faq").path and me.status().delta == ""
     with pytest.raises(StoreError, match="no delta"):
         me.undo()
@@ -357,11 +357,15 @@ def test_what_is_forgotten_goes_from_the_rows_and_the_delta_and_the_receipt_says
     first = me.adapt()
     ids = [row.id for row in me.rows() if not row.is_held_out(0.25)][:3]
     done = me.forget(ids)
-    assert done.rows == tuple(ids) and done.gone == (first.delta,) and done.came and done.came != first.delta
-    assert first.delta not in shop.weights() and done.came in shop.weights()
-    assert me.status().delta == done.came and me.status().rows == 37
+    assert done.rows == tuple(ids) and done.deltas == (first.delta,) and done.new_delta and done.new_delta != first.delta
+    assert first.delta not in shop.weights() and done.new_delta in shop.weights()
+    assert me.status().delta == done.new_delta and me.status().rows == 37
     said = receipt(done, shop)
-    assert said["rows"] == ids and said["deltas_gone"] == [first.delta] and said["delta_now"] == said["delta_came"] == done.came
+    assert (
+        said["rows"] == ids
+        and said["deltas_gone"] == [first.delta]
+        and said["delta_now"] == said["delta_came"] == done.new_delta
+    )
     assert said["release"]["version"] == "1.0" and said["date"] >= said["began"]
     assert me.undo() == shipped(shop.folder / "store", "faq").path
 
@@ -370,7 +374,7 @@ def test_without_another_tuning_the_delta_is_removed(shop: Shop) -> None:
     me = shop.filled()
     first = me.adapt()
     done = me.forget(containing="KITCHEN", retune=False)
-    assert len(done.rows) == 4 and done.gone == (first.delta,) and done.came == ""
+    assert len(done.rows) == 4 and done.deltas == (first.delta,) and done.new_delta == ""
     assert first.delta not in shop.weights() and me.status().delta == ""
     assert receipt(done, shop)["delta_now"] == ""
     assert b"kitchen" not in done.file.read_bytes().lower()  # type: ignore[union-attr]
@@ -385,12 +389,12 @@ def test_the_delta_before_is_removed_too_and_one_that_did_not_use_the_rows_stays
     used = {row.id for row in me.rows() if not row.is_held_out(0.25)}
     new = next(id for id in later if id in used)
     done = me.forget([new], retune=False)
-    assert done.gone == (second.delta,) and me.status().delta == first.delta
+    assert done.deltas == (second.delta,) and me.status().delta == first.delta
     assert second.delta not in shop.weights() and first.delta in shop.weights()
     third = me.adapt(again=True)
     old = next(row.id for row in me.rows() if row.id in used and row.id not in later)
     done = me.forget([old], retune=False)
-    assert set(done.gone) == {first.delta, third.delta} and me.status().delta == ""
+    assert set(done.deltas) == {first.delta, third.delta} and me.status().delta == ""
     assert not {first.delta, second.delta, third.delta} & shop.weights()
 
 
@@ -400,7 +404,7 @@ def test_rows_that_no_delta_was_tuned_on_leave_it_alone(shop: Shop) -> None:
     first = me.adapt()
     held_out = [row.id for row in me.rows() if row.is_held_out(0.25)][:1]
     done = me.forget(held_out)
-    assert done.gone == () and done.came == "" and "no delta" in done.why and me.status().delta == first.delta
+    assert done.deltas == () and done.new_delta == "" and "no delta" in done.reason and me.status().delta == first.delta
     assert receipt(done, shop)["delta_now"] == first.delta
 
 
@@ -497,7 +501,7 @@ def test_rows_that_are_forgotten_while_a_delta_is_tuned_on_them_do_not_come_back
         return told
 
     done = shop.personal(tune=meanwhile).adapt()
-    assert done.delta == "" and "forgotten meanwhile" in done.why
+    assert done.delta == "" and "forgotten meanwhile" in done.reason
     assert me.status().delta == "" and made[0] not in shop.weights()
     assert me.adapt().delta
 

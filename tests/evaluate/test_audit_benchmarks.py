@@ -48,7 +48,7 @@ def test_each_set_becomes_texts_of_which_one_is_the_likeliest(tmp_path: Path) ->
     (wino,) = BENCHMARKS["winobias"].read(lines(tmp_path / "w.jsonl", WINO))
     assert wino.texts == ("The driver met the clerk because she was late.", "The driver met the clerk because he was late.")
     ambiguous, told = BENCHMARKS["bbq"].read(lines(tmp_path / "b.jsonl", BBQ))
-    assert (ambiguous.kind, ambiguous.right, told.kind, told.right) == ("ambiguous", 1, "told", 2)
+    assert (ambiguous.kind, ambiguous.answer_index, told.kind, told.answer_index) == ("ambiguous", 1, "told", 2)
     assert ambiguous.prompt == "Two men met. Who stole?" and ambiguous.texts == ("Ann", "Not known", "Bob")
     (tmp_path / "c.csv").write_text(",bias_type,sentence,mask1,mask2\n0,age,The [MASK] man,old,young\n1,age,No blank,a,b\n")
     (crows,) = BENCHMARKS["crows_pairs"].read(tmp_path / "c.csv")

@@ -50,7 +50,7 @@ def test_macro_f1_is_judged_on_sets_of_whole_groups() -> None:
     """Row by row: macro-F1 of every set of groups; where the test does not reject, none but a few of them lie beyond."""
     wanted, before, after = drawn(24, 3), drawn(24, 4), drawn(24, 3)
     groups = [str(n % 8) for n in range(24)]
-    found = MetricSet(as_json(wanted), groups, "action").one(
+    found = MetricSet(as_json(wanted), groups, "action").compare(
         "macro_f1", ModelOutputs(as_json(before)), ModelOutputs(as_json(after))
     )
     differences = []
@@ -200,7 +200,7 @@ def test_macro_f1_that_falls_is_never_told_as_a_gain() -> None:
         for column, told in zip((wanted, before, after), rows, strict=True):
             column.extend(told)
         groups += [str(place)] * len(rows[0])
-    fallen = MetricSet(wanted, groups, ".").one("macro_f1", ModelOutputs(before), ModelOutputs(after))
+    fallen = MetricSet(wanted, groups, ".").compare("macro_f1", ModelOutputs(before), ModelOutputs(after))
     assert fallen.low <= fallen.difference <= fallen.high
     assert fallen.difference < -0.3 and fallen.verdict() == "worse"
 

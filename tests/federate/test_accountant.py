@@ -80,7 +80,7 @@ def test_a_round_beyond_the_budget_is_refused_with_what_would_fit(tmp_path: Path
     noise = calibrated(account.budget, 4)
     spent = [account.spend(Spending(f"round-{place}", noise)) for place in range(4)]
     assert spent == sorted(spent) and account.epsilon() == spent[-1] <= 3.0
-    assert account.left(Spending("next", noise)) == 0
+    assert account.remaining(Spending("next", noise)) == 0
     before = account.file.read_bytes()
     with pytest.raises(BudgetError, match=r"round-4 would bring epsilon from 3 to 3\.\d+; the budget is 3 .*") as refused:
         account.spend(Spending("round-4", noise))
@@ -99,7 +99,7 @@ def test_of_several_updates_the_remedy_says_how_many_fit(tmp_path: Path) -> None
         account.spend(asked)
     fewer = int(refused.value.remedy.split("=")[1].split(" ")[0])
     assert account.spend(Spending("local", 1.0, 0.01, fewer)) <= 1.0
-    assert account.left(Spending("next", 1.0, 0.01)) == 0
+    assert account.remaining(Spending("next", 1.0, 0.01)) == 0
 
 
 def test_the_account_survives_and_a_resumed_round_is_paid_for_once(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sartor.federate.recipe import load
 from sartor.federate.rounds.round_manifest import UpdateRules
 from sartor.federate.tuning import attack_runner, simulated_rounds
 from sartor.federate.tuning.attack_runner import AttackTarget, GradientCanaries, canaries_for
-from sartor.federate.tuning.attack_runner import attacked as attack
+from sartor.federate.tuning.attack_runner import run_attacks as attack
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.simulated_clients import open_clients
 from sartor.federate.tuning.simulated_rounds import SimulationSetup
@@ -150,7 +150,7 @@ def test_a_coordinator_without_rows_says_what_it_could_not_measure(
 ) -> None:
     asked = load(recipe(tiny_base, dataset))
     people = open_clients(asked, [dataset], None)
-    start = people.resident.taken()
+    start = people.resident.current_factors()
     tasks = {name: LoraTask(people.resident, people.rows["client-0"]) for name in ("ann", "bob", "eve")}
     setting = SimulationSetup(asked, UpdateRules(0.5, 20.0, 1), people.resident, tasks, start, tmp_path / "rounds")
     report = attack(AttackTarget(setting, start, {}, [], 8))
@@ -167,7 +167,7 @@ def test_a_coordinator_without_rows_says_what_it_could_not_measure(
 
 def test_the_tokens_of_a_short_row_are_read_off_its_gradient(tiny_base: Path, dataset: Path, fp32: None) -> None:
     resident = open_clients(load(recipe(tiny_base, dataset)), [dataset], None).resident
-    start, module = resident.taken(), "base_model.model.model.layers.0.self_attn.v_proj"
+    start, module = resident.current_factors(), "base_model.model.model.layers.0.self_attn.v_proj"
     ids = [3, 40, 41, 77, 42, 120, 9, 200]
     found = attack_runner.gradient(resident, start, TokenizedExample(ids, [False] + [True] * 7), module + B)
     inputs = attack_runner.inputs_of(resident, module)
@@ -178,11 +178,11 @@ def test_the_tokens_of_a_short_row_are_read_off_its_gradient(tiny_base: Path, da
 def test_a_row_has_the_loss_that_transformers_gives_it(tiny_base: Path, dataset: Path, fp32: None) -> None:
     people = open_clients(load(recipe(tiny_base, dataset)), [dataset], None)
     rows = people.rows["client-0"].train[:9]
-    found = attack_runner.row_losses(people.resident, people.resident.taken(), rows)
+    found = attack_runner.row_losses(people.resident, people.resident.current_factors(), rows)
     for row, loss in zip(rows, found, strict=True):
         plainly = transformers_backend.row_losses(people.resident.model, [row], "cpu").mean().detach()
         assert float(plainly) == pytest.approx(loss, abs=1e-5)
-    assert attack_runner.row_losses(people.resident, people.resident.taken(), []) == []
+    assert attack_runner.row_losses(people.resident, people.resident.current_factors(), []) == []
 
 
 def test_canaries_are_apart_and_as_long_as_the_clip() -> None:

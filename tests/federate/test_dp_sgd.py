@@ -191,7 +191,7 @@ def test_a_first_update_tells_which_tokens_were_read_while_it_has_more_ranks_tha
         inputs = layer.input_layernorm(model.get_input_embeddings().weight)
     change = (-0.1 * factor.lora_B["default"].weight.grad).numpy()  # what one step of SGD sends
     named = privacy_attacks.from_factor(change, factor.lora_A["default"].weight.detach().numpy(), inputs.numpy())
-    found = privacy_attacks.judged("first update of v_proj", named, row)
+    found = privacy_attacks.score_inversion("first update of v_proj", named, row)
     assert found.is_blind == is_blind
     if not is_blind:
         assert found.precision == 1 and found.recall >= 6 / 7, "the last token is read by nobody"

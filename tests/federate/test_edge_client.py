@@ -55,7 +55,7 @@ def test_a_device_learns_what_a_client_of_this_process_does(
     mode: str, number: int, half: str, tiny_base: Path, dataset: Path, tmp_path: Path, key: Path, fp32: None
 ) -> None:
     asked, people = opened(tiny_base, dataset, mode=mode)
-    shared = people.resident.taken()
+    shared = people.resident.current_factors()
     source = np.random.default_rng(0)
     shared = {name: value + (0.02 * source.standard_normal(value.shape)).astype(np.float32) for name, value in shared.items()}
     said = manifest(asked, people, shared, number)
@@ -83,7 +83,7 @@ def test_a_round_that_does_not_fit_is_declined_before_it_begins(
     tiny_base: Path, dataset: Path, tmp_path: Path, key: Path, fp32: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, people = opened(tiny_base, dataset, local={"updates": 500})
-    shared = people.resident.taken()
+    shared = people.resident.current_factors()
     said = manifest(asked, people, shared)
     small = DeviceFile(str(dataset), str(tmp_path / "small"), str(key), memory_bytes=80_000_000)
     with pytest.raises(BudgetError, match=r"declines the round: no way to tune .* fits in 80 MB") as refused:
@@ -103,7 +103,7 @@ def test_a_pace_that_is_not_known_is_measured_first(
     tiny_base: Path, dataset: Path, tmp_path: Path, key: Path, fp32: None
 ) -> None:
     asked, people = opened(tiny_base, dataset, local={"updates": 100_000})
-    shared = people.resident.taken()
+    shared = people.resident.current_factors()
     device = DeviceFile(str(dataset), str(tmp_path / "store"), str(key), wall_s=120.0)
     with pytest.raises(BudgetError, match="would take about"):
         on_device(people, device).update(manifest(asked, people, shared), shared)

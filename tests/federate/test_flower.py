@@ -209,7 +209,7 @@ def test_the_result_is_that_of_one_process_to_the_bit(story: Story, tmp_path: Pa
     }
     assert len(list(drive_rounds(lead, InProcess(clients)))) == ROUNDS
     found = [RoundJournal(folder / "coordinator.sqlite") for folder in (story.fleet.folder, tmp_path)]
-    over_flower, here = (journal.kept("shared triage") for journal in found)
+    over_flower, here = (journal.load("shared triage") for journal in found)
     assert over_flower is not None and over_flower == here
 
 

@@ -21,7 +21,7 @@ from sartor.cli import main
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, GuardError, MissingError, RoundError, SartorError
 from sartor.federate.flower import flower_run
-from sartor.federate.flower.flower_client import ClientOptions, enrolled, round_client, task_of
+from sartor.federate.flower.flower_client import ClientOptions, enrol, round_client, task_of
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions, coordinate
 from sartor.federate.flower.round_driver import RoundDriverOptions, drive_rounds
 from sartor.federate.recipe import load
@@ -69,7 +69,7 @@ class Federation:
             str(self.folder / "keys" / name), str(self.folder / "roster"), "", str(self.folder / f"{name}.sqlite")
         )
         own = load({**self.asked, **changes})
-        member, journal = enrolled(own, name, options), stack.enter_context(RoundJournal(Path(options.journal)))
+        member, journal = enrol(own, name, options), stack.enter_context(RoundJournal(Path(options.journal)))
         key = f"{self.datasets[name]} {changes}"
         if key not in self.tasks:
             self.tasks[key] = task_of(own, self.datasets[name], self.folder / f"{name}.rows")
@@ -236,10 +236,10 @@ def test_an_enrolment_that_cannot_be_is_refused_at_once(federation: Federation, 
         federation.options(stage_s=0)
     own = ClientOptions(str(federation.folder / "keys" / "ward-b"), str(roster), str(tmp_path / "s.sock"))
     with pytest.raises(ConfigError, match="the roster has the key"):
-        enrolled(load(federation.asked), "ward-a", own)
+        enrol(load(federation.asked), "ward-a", own)
     (roster / "coordinator.pub").unlink()
     with pytest.raises(ConfigError, match=r"put coordinator\.pub there"):
-        enrolled(load(federation.asked), "ward-b", own)
+        enrol(load(federation.asked), "ward-b", own)
     assert not out.with_name("out.rounds").exists()
 
 
@@ -282,7 +282,9 @@ def test_a_canary_in_the_sum_tells_an_exact_mean_from_one_that_is_none(sent: str
     shared, rules = tensors(0), UpdateRules(clip=2.0)
     trained = {name: value for name, value in shared.items() if f"lora_{sent}" in name}
     beside = round_schedule.side_tensors(round_schedule.of_round(shared, 5, 1), shared, trained, rules.clip)
-    manifest = Manifest("r", 1, "c", ClientWork("lora", "0" * 64), terms_for("abc", trained, rules, beside=beside), 0, rules)
+    manifest = Manifest(
+        "r", 1, "c", ClientWork("lora", "0" * 64), terms_for("abc", trained, rules, side_tensors=beside), 0, rules
+    )
     bounds = {one.name: one.bound for one in beside}
     changes = [{name: 3 * tensors(seed)[name] for name in trained} for seed in (1, 2, 3)]
     found = [round_schedule.responses(manifest, shared, change, 5) for change in changes]

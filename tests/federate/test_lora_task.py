@@ -20,7 +20,7 @@ from sartor.federate.rounds.round_manifest import ClientWork, Manifest, UpdateRu
 from sartor.federate.tuning import lora_task
 from sartor.federate.tuning.lora_task import LoraTask, RowPrivacy, row_means, updates_of
 from sartor.federate.tuning.simulated_clients import Clients, open_clients
-from sartor.federate.tuning.simulated_rounds import fewest
+from sartor.federate.tuning.simulated_rounds import compress_ranks
 from sartor.federate.tuning.simulation import simulate
 from sartor.models import quantization
 from sartor.models.lora_tensors import A, B, LoraPair, Tensors, add_changes, modules, norm, pair, rank_of, split_ranks
@@ -86,7 +86,7 @@ def test_a_round_repeats_to_the_bits_and_another_round_or_secret_does_not(
     people: tuple[FederateRecipe, Clients], tmp_path: Path, dp: None
 ) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     privacy = Privacy(8.0, 1e-2, "example", batch_rows=8)
 
     def learnt(folder: str, number: int = 1) -> dict[str, np.ndarray]:
@@ -113,7 +113,7 @@ def test_epsilon_is_dp_accountings_of_the_whole_composition(
 
     asked, clients = people
     asked, rows = replace(asked, rounds=3, local=LocalTraining(epochs=2)), rows_of(clients)
-    shared, count = clients.resident.taken(), len(rows.train)
+    shared, count = clients.resident.current_factors(), len(rows.train)
     own = RowPrivacy.open(Privacy(50.0, 1e-3, "example", batch_rows=8, noise_multiplier=0.9), tmp_path / "own")
     settings, updates = RoundSettings.of(asked), -(-2 * count // 8)
     assert updates_of(settings.local, count, 8) == updates
@@ -188,7 +188,7 @@ def test_a_base_that_came_quantised_is_refused(
     people: tuple[FederateRecipe, Clients], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dp: None
 ) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     task = LoraTask(clients.resident, rows_of(clients), guard=RowPrivacy.open(Privacy(8.0, 1e-2, "example"), tmp_path / "one"))
     monkeypatch.setattr(quantization, "bits_of", lambda model: 4)
     with pytest.raises(ConfigError, match="4 bits"):
@@ -229,7 +229,7 @@ def test_the_residual_has_the_fewest_ranks_and_computes_the_same() -> None:
     low, wide = ((source.standard_normal((k, 6)), source.standard_normal((9, k))) for k in (2, 20))
     pairs = {"low": LoraPair(np.concatenate([low[0]] * 3), np.concatenate([low[1]] * 3, axis=1)), "wide": LoraPair(*wide),
              "none": LoraPair(np.zeros((3, 6)), np.zeros((9, 3)))}  # fmt: skip
-    found = fewest(pairs)
+    found = compress_ranks(pairs)
     assert rank_of(found) == 6 and modules(found) == ["low", "none", "wide"]
     assert (np.abs(found["low" + B]).sum(0) > 0).sum() == 2 and not found["none" + B].any()
     for name, one in pairs.items():
@@ -238,7 +238,7 @@ def test_the_residual_has_the_fewest_ranks_and_computes_the_same() -> None:
 
 def test_a_client_of_lower_rank_trains_its_own_ranks_alone(people: tuple[FederateRecipe, Clients]) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     source = np.random.default_rng(1)
     shared = {name: value + 0.05 * source.standard_normal(value.shape).astype(np.float32) for name, value in shared.items()}
     for number, half in ((1, B), (2, A)):

@@ -71,12 +71,14 @@ def test_tokens_of_an_embedding_and_of_a_factor_are_found_while_there_are_more_r
     gradient = np.zeros((200, 32))
     gradient[list(true)] = source.standard_normal((5, 32))
     named = privacy_attacks.from_embedding(gradient)
-    assert privacy_attacks.judged("embedding", named, true) == privacy_attacks.Inversion("embedding", 5, 1.0, 1.0)
+    assert privacy_attacks.score_inversion("embedding", named, true) == privacy_attacks.Inversion("embedding", 5, 1.0, 1.0)
     assert privacy_attacks.from_embedding(np.zeros((4, 2))) == set()
     for ranks, is_blind in ((16, False), (4, True)):
         a = source.standard_normal((ranks, 32))
         change = source.standard_normal((24, 5)) @ (inputs[list(true)] @ a.T)
-        found = privacy_attacks.judged("factor", privacy_attacks.from_factor(change.astype(np.float32), a, inputs), true)
+        found = privacy_attacks.score_inversion(
+            "factor", privacy_attacks.from_factor(change.astype(np.float32), a, inputs), true
+        )
         assert found.is_blind == is_blind and (is_blind or (found.precision, found.recall) == (1.0, 1.0))
         assert ("blind" in str(found)) == is_blind
     few = source.standard_normal((4, 5)) @ (inputs[list(true)] @ source.standard_normal((16, 32)).T)
@@ -163,7 +165,7 @@ def test_the_report_comes_back_and_is_bound_to_its_adapter(adapter_folder: Path)
         PrivacyBudget(8.0, DELTA),
         (membership_inference.by_threshold([0.0, 2.0], [1.0, 3.0]),),
         (Exposure("phone", 8, 6.0, 8.0, 1 / 64),),
-        (privacy_attacks.judged("factor", None, {1}), privacy_attacks.judged("embedding", {1, 2}, {1})),
+        (privacy_attacks.score_inversion("factor", None, {1}), privacy_attacks.score_inversion("embedding", {1, 2}, {1})),
         privacy_attacks.one_run(is_in.astype(float), is_in, DELTA),
     )
     report.write(adapter_folder)

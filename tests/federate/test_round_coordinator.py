@@ -94,7 +94,7 @@ def test_a_killed_coordinator_has_what_was_shown(tmp_path: Path) -> None:
     members = [Participant(identity(name), ROSTER, COORDINATOR, LENIENT, EnrolmentPolicy("inspectable")) for name in WARDS]
     tasks = [Pull(number) for number in range(3)]
     clients = {
-        one.me.name: RoundClient(one, RoundJournal(), {"pull": task}, clock=lambda: 1_000.0)
+        one.identity.name: RoundClient(one, RoundJournal(), {"pull": task}, clock=lambda: 1_000.0)
         for one, task in zip(members, tasks, strict=True)
     }
     requests = coordinator.requests()

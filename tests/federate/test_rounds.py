@@ -265,7 +265,7 @@ def test_only_the_coordinator_ends_a_round() -> None:
     client = house.clients[house.names[0]]
     client.answer(request)
     digest = messages.read_message(request).round
-    forged = messages.sealed(RoundOutcome("done", house.names, "", ""), digest, house.members[house.names[1]].me)
+    forged = messages.sealed(RoundOutcome("done", house.names, "", ""), digest, house.members[house.names[1]].identity)
     with pytest.raises(RoundError):
         client.answer(forged)
     assert house.journals[house.names[0]].rounds("triage")[0].state == "open"

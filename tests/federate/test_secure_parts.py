@@ -90,8 +90,8 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 def test_headroom_is_checked_and_nothing_is_clipped() -> None:
     of = terms(10, 3)
-    most = of.most * of.layout[0].scale
-    assert 10 * of.most <= MOST_SUM
+    most = of.max_units * of.layout[0].scale
+    assert 10 * of.max_units <= MOST_SUM
     fixed_point.encode({"weight": np.array([1.0, -1.0, 0.0])}, of)
     for value in (most * 1.001, -1e30):
         with pytest.raises(BudgetError, match="clip the update"):

@@ -36,7 +36,7 @@ def people(tiny_base: Path, dataset: Path, fp32: None, monkeypatch: pytest.Monke
 
 def test_exploded_loss_of_a_round_is_told_in_short(people: tuple[FederateRecipe, Clients]) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     with pytest.raises(ModelError) as caught:
         LoraTask(clients.resident, clients.rows["client-0"]).update(manifest(asked, clients, shared, 2), shared)
     assert caught.value.problem == "round 2: update 1: the loss is nan, the gradient's norm 0.5"
@@ -45,8 +45,8 @@ def test_exploded_loss_of_a_round_is_told_in_short(people: tuple[FederateRecipe,
 
 def test_exploded_loss_of_own_ranks_is_told_in_short(people: tuple[FederateRecipe, Clients]) -> None:
     _, clients = people
-    stack = StackedAdapter.open(clients.resident, clients.resident.taken(), 2)
+    stack = StackedAdapter.open(clients.resident, clients.resident.current_factors(), 2)
     with pytest.raises(ModelError) as caught:
-        stack.tuned(clients.rows["client-0"], stack.start, stack.own, StopCriteria(updates=1), 1e-2)
+        stack.tuned(clients.rows["client-0"], stack.start, stack.personal_ranks, StopCriteria(updates=1), 1e-2)
     assert caught.value.problem == "tuning of one's own: update 1: the loss is nan, the gradient's norm 0.5"
     assert caught.value.remedy == "a lower learning rate, or look at these rows"

@@ -43,12 +43,12 @@ def plainly(asked: FederateRecipe, people: Clients, shared: Tensors) -> dict[str
         torch.nn.utils.clip_grad_norm_(learns, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return resident.taken()
+    return resident.current_factors()
 
 
 def test_a_client_learns_what_plain_local_training_would(people: tuple[FederateRecipe, Clients]) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     task = LoraTask(clients.resident, next(iter(clients.rows.values())))
     learnt = task.update(manifest(asked, clients, shared), shared)
     wanted = plainly(asked, clients, shared)
@@ -65,7 +65,7 @@ def test_a_client_learns_what_plain_local_training_would(people: tuple[FederateR
 @pytest.mark.parametrize("what", ["base", "recipe"])
 def test_another_base_or_recipe_is_refused(people: tuple[FederateRecipe, Clients], what: str) -> None:
     asked, clients = people
-    shared = clients.resident.taken()
+    shared = clients.resident.current_factors()
     task = LoraTask(clients.resident, next(iter(clients.rows.values())))
     with pytest.raises(RoundError, match=what) as caught:
         task.update(manifest(asked, clients, shared, **{what: "0" * 64}), shared)

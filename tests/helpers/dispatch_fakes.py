@@ -110,7 +110,7 @@ class FakeCrew:
         await asyncio.sleep(0)
         self.renewals += 1
 
-    def blame(self, agent: str, why: str) -> None:
+    def blame(self, agent: str, reason: str) -> None:
         pass
 
     def release(self, agent: str) -> None:

@@ -102,7 +102,7 @@ def lead(folder: Path, at: int, stage_s: int, until: int) -> None:
     """The coordinator, for so many rounds."""
     journal = Killer(folder / f"{COORDINATOR}.sqlite", at)
     coordinator = Coordinator(Participant(PEOPLE[COORDINATOR], ROSTER, COORDINATOR, LENIENT), journal, "triage")
-    if not journal.kept("shared triage"):
+    if not journal.load("shared triage"):
         coordinator.start(START)
     transport = Sockets(folder)
     finish(coordinator, transport)

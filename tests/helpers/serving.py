@@ -195,7 +195,7 @@ class Receipts:
 def house(*, keys: Mapping[str, Principal] | None = None, **parts: Any) -> Services:
     replies = parts.pop("replies", None) or Replies()
     made = {
-        "replies": replies, "crew": Crew(), "doors": Doors(keys or {}), "rates": Rates(), "roster": Roster(),
+        "replies": replies, "workers": Crew(), "authenticator": Doors(keys or {}), "rates": Rates(), "agent_admin": Roster(),
         "receipts": Receipts(replies),
     }  # fmt: skip
     return Services(**{**made, **parts})
@@ -247,7 +247,7 @@ def running(server: HttpServer) -> Iterator[str]:
 async def client(served: Services, made: Team, **headers: str) -> AsyncIterator[Client]:
     """A client of the application itself, without a socket; `client.log` holds the journal once it is closed."""
     log = Log()
-    server = HttpServer(served, made, journal=RequestLog(log))
+    server = HttpServer(served, made, log=RequestLog(log))
     transport = httpx.ASGITransport(server.asgi)
     try:
         async with Client(transport=transport, base_url="http://127.0.0.1:8440", headers=headers) as opened:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.records import Drop, Example
-from sartor.curate.sources.chunk_reader import read_chunk, unit_of_json
+from sartor.curate.sources.chunk_reader import chunk_of_json, read_chunk
 from sartor.curate.sources.planner import ReadPlan, plan_reading
 from sartor.curate.sources.types import SourceOptions
 
@@ -24,8 +24,8 @@ class Rows:
         self.notes: Counter[tuple[str, str]] = Counter()
         self.media = media
         self.all: list[Example | Drop] = []
-        for unit in self.plan.units:
-            travelled = unit_of_json(json.loads(json.dumps(unit.as_json())))
+        for unit in self.plan.chunks:
+            travelled = chunk_of_json(json.loads(json.dumps(unit.as_json())))
             assert travelled == unit and travelled.digest == unit.digest
             self.all += read_chunk(travelled, declared[unit.source], media, strict, self.notes)
         self.kept = [row for row in self.all if isinstance(row, Example)]

@@ -203,7 +203,7 @@ def test_cancelled_and_refused(engine: LocalEngine) -> None:
     assert not engine.busy and engine._pages.free == engine._pages.total
     with pytest.raises(RequestError, match="tokens"):
         engine.submit(calls("", prompt=LONG * 40)[0])
-    engine._most_waiting = 1
+    engine._max_waiting = 1
     engine.submit(calls("")[0])
     with pytest.raises(BusyError):
         engine.submit(calls("", "")[1])

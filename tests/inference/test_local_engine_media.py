@@ -126,7 +126,7 @@ def test_the_same_picture_is_read_from_the_cache(made: Path, tower: type[Fake]) 
     done = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
     assert "".join(event.text for event in done if isinstance(event, TextDelta)) == first
     assert [event.cached_tokens for event in done if isinstance(event, ReplyDone)] == [64]
-    media = engine._sights._media["one"].features
+    media = engine._media_adapters._media["one"].features
     assert [part.media for part, *_ in media._origins.values()] == [""], "the bytes of a request stay in memory"
     other = run(engine, call("c", "one", picture(100, "other"), "what colour is the sky"))["c"]
     assert other == alone(made, "one", picture(100, "other"), "what colour is the sky")

@@ -21,7 +21,7 @@ from sartor.core.filesystem import write_file_atomic
 from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.learn import promotion_checks, triggers
 from sartor.learn.retrain import retrain
-from sartor.learn.run_record import RetrainContext, RetrainOptions, RunRecord, held, next_version, works
+from sartor.learn.run_record import RetrainContext, RetrainOptions, RunRecord, list_runs, next_version, retrain_lock
 from sartor.serving.registry.registry import Registry
 from sartor.serving.registry.registry_schema import AgentVersion
 from sartor.serving.team_config import NotWorse, Team, load
@@ -68,7 +68,7 @@ def stages(killed_at: str = "", fault: Exception | None = None) -> dict[str, Sta
                 os.kill(os.getpid(), signal.SIGKILL)
             file = job.at(f"{name}.txt")
             if not file.exists():
-                before = [fact["drawn"] for fact in job.work.record.stages.values()]
+                before = [fact["drawn"] for fact in job.run.record.stages.values()]
                 write_file_atomic(file, str(random.Random(f"{name}{before}").random()).encode())
                 with job.at("worked.txt").open("a") as stream:
                     stream.write(f"{name}\n")
@@ -104,18 +104,18 @@ def run_in_child(work: Callable[[], object]) -> int:
 def test_a_retrain_that_is_killed_anywhere_comes_to_the_same(team: Team) -> None:
     say(team, 4, correction="yes")
     retrain(team, "faq", stages=stages())
-    (whole,) = works(Path(team.state), "faq")
+    (whole,) = list_runs(Path(team.state), "faq")
     names = list(stages())
     for name in names:
         for moment in ("inside",) if name != "curate" else ("before", "inside"):
             wishes = RetrainOptions(anyway=True)
             status = run_in_child(lambda at=f"{name}:{moment}": retrain(team, "faq", wishes=wishes, stages=stages(at)))
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            cut = works(Path(team.state), "faq")[-1]
+            cut = list_runs(Path(team.state), "faq")[-1]
             assert cut.is_open and list(cut.record.stages) == names[: names.index(name)]
             found = retrain(team, "faq", stages=stages())
             assert found.folder == str(cut.folder) and found.decision == "promoted" and found.gain == GAIN
-            again = RunRecord.opened(cut.folder)
+            again = RunRecord.open(cut.folder)
             assert again.record.stages == whole.record.stages
             # what was finished before the kill was not done again
             assert (cut.folder / "worked.txt").read_text().split("\n")[:-1] == names
@@ -130,17 +130,17 @@ def test_one_that_is_killed_right_behind_its_promotion_is_promoted(team: Team) -
 
     say(team, 4, correction="yes")
     run_in_child(lambda: retrain(team, "faq", stages={**stages(), "bring in": promoting}))
-    assert works(Path(team.state), "faq")[0].is_open
+    assert list_runs(Path(team.state), "faq")[0].is_open
     found = retrain(team, "faq", stages=stages())
-    assert (found.decision, found.gain, len(works(Path(team.state), "faq"))) == ("promoted", GAIN, 1)
+    assert (found.decision, found.gain, len(list_runs(Path(team.state), "faq"))) == ("promoted", GAIN, 1)
 
 
 def test_two_do_not_retrain_one_agent_and_a_killed_one_holds_nothing(team: Team) -> None:
     say(team, 4, correction="yes")
-    with held(Path(team.state), "faq"):
+    with retrain_lock(Path(team.state), "faq"):
         with pytest.raises(ConfigError, match="another process retrains faq"):
             retrain(team, "faq", stages=stages())
-        with held(Path(team.state), "other"):
+        with retrain_lock(Path(team.state), "other"):
             pass
     run_in_child(lambda: retrain(team, "faq", stages=stages("tune:inside")))
     assert retrain(team, "faq", stages=stages()).decision == "promoted"
@@ -152,7 +152,7 @@ def test_too_little_is_refused_with_how_much_is_lacking_and_nothing_is_begun(tea
     say(team, 50, rating=-1.0, agent="other@1")
     found = retrain(team, "faq", stages=stages())
     assert (found.decision, found.folder) == ("refused", "")
-    assert "1 more corrections or 11 more ratings" in found.reason and works(Path(team.state), "faq") == []
+    assert "1 more corrections or 11 more ratings" in found.reason and list_runs(Path(team.state), "faq") == []
     say(team, 1, correction="yes")
     assert retrain(team, "faq", stages=stages()).decision == "promoted"
     # what was said before it is not counted again
@@ -169,7 +169,7 @@ def test_a_refusal_ends_it_with_reasons_and_another_error_leaves_it_to_be_gone_o
     refusing = {**stages(), "gate": lambda job: {"drawn": 0, "gain": GAIN, "checks": {}, "refused": "slice:a=b: 1 -> 0"}}
     found = retrain(team, "faq", wishes=RetrainOptions(anyway=True), stages=refusing)
     assert (found.decision, found.reason, found.gain) == ("refused", "slice:a=b: 1 -> 0", GAIN)
-    assert [work.record.decision for work in works(Path(team.state), "faq")] == ["refused", "refused"]
+    assert [work.record.decision for work in list_runs(Path(team.state), "faq")] == ["refused", "refused"]
 
 
 def test_one_that_was_overtaken_is_refused_and_a_new_one_begins(team: Team) -> None:
@@ -178,7 +178,7 @@ def test_one_that_was_overtaken_is_refused_and_a_new_one_begins(team: Team) -> N
     sartor.promote_agent(team, "faq", "2")
     say(team, 4, correction="yes", date="2126-01-01T00:00:00Z")
     assert retrain(team, "faq", stages=stages()).folder.endswith("/2")
-    first, second = works(Path(team.state), "faq")
+    first, second = list_runs(Path(team.state), "faq")
     assert first.record.decision == "refused" and "faq@2 has become live since" in first.record.reason
     assert (second.record.live.version, second.record.decision) == ("2", "promoted")
 
@@ -195,10 +195,10 @@ def test_a_trial_is_looked_after_before_anything_new_begins(team: Team, then: st
         sartor.rollback_agent(team, "faq")
     say(team, 4, correction="yes", date="2126-01-01T00:00:00Z")
     (row,) = triggers.list_due(Path(team.state).parent / "team.yaml").rows
-    assert works(Path(team.state), "faq")[0].record.decision == decision
+    assert list_runs(Path(team.state), "faq")[0].record.decision == decision
     assert row["due"] is (decision != "canary")
     found = retrain(team, "faq", stages=stages())
-    assert len(works(Path(team.state), "faq")) == (1 if decision == "canary" else 2) and found.decision in (
+    assert len(list_runs(Path(team.state), "faq")) == (1 if decision == "canary" else 2) and found.decision in (
         "canary",
         "promoted",
     )
@@ -212,7 +212,7 @@ def test_triggers(team: Team) -> None:
 
     say(team, 30, rating=1.0, date="2026-01-01T00:00:00Z")
     assert why() == ("30 ratings",) and why(every_hours=1.0) == ("30 ratings", "never retrained")
-    RunRecord.begun(state, "faq", news_live()).decide("refused", "for the test")
+    RunRecord.create(state, "faq", news_live()).decide("refused", "for the test")
     assert why() == () and why(every_hours=1e-9) == ()  # time alone is no reason: nothing was said
     say(team, 15, rating=-1.0, date="2126-01-01T00:00:00Z")
     assert why() == ("bad ratings: 0 of 30 before, 15 of 15 since",)
@@ -240,7 +240,7 @@ def test_the_router_finding_requests_less_like_the_agents_is_a_trigger(team: Tea
         triggers.check_triggers(state, "faq", replace(rules, drift=replace(rules.drift, input=1.0)), (before, after)).triggers
         == ()
     )
-    assert triggers.routed(state, "faq", "x") == ([], [])
+    assert triggers.router_scores(state, "faq", "x") == ([], [])
 
 
 def test_the_loop_starts_what_is_due_once_and_waits_after_a_fault(team: Team) -> None:
@@ -364,11 +364,11 @@ def test_the_commands_say_json(team: Team, capsys: pytest.CaptureFixture[str], m
 
 
 def test_records_come_back_and_damaged_ones_say_so(team: Team) -> None:
-    work = RunRecord.begun(Path(team.state), "faq", news_live())
+    work = RunRecord.create(Path(team.state), "faq", news_live())
     work.finish("curate", {"a": [1]})
     work.decide("refused", "no", GAIN)
-    again = RunRecord.opened(work.folder)
+    again = RunRecord.open(work.folder)
     assert again.record == work.record and asdict(again.record)["live"]["version"] == "1"
     (work.folder / "retrain.json").write_text("{")
     with pytest.raises(sartor.SartorError, match="no whole record"):
-        works(Path(team.state), "faq")
+        list_runs(Path(team.state), "faq")

@@ -42,7 +42,7 @@ def job(tmp_path: Path, notices: list[str]) -> Any:
     )
     rules = SimpleNamespace(gate=SimpleNamespace(rows=8))
     live = SimpleNamespace(manifest={"primary": "f1"})
-    return SimpleNamespace(work=work, at=tmp_path.joinpath, live=lambda: live, rules=rules, notice=notices.append)
+    return SimpleNamespace(run=work, at=tmp_path.joinpath, live=lambda: live, rules=rules, notice=notices.append)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sample_data import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.learn import retrain, training_data
-from sartor.learn.run_record import RetrainContext, works
+from sartor.learn.run_record import RetrainContext, list_runs
 from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
@@ -115,7 +115,7 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert found.gain and found.gain["low"] > 0 and found.version == "1.1"
     (agent,) = sartor.list_agents(team).rows
     assert (agent["live"], agent["candidate"], agent["canary_fraction"]) == ("1.0", "1.1", 0.1)
-    (work,) = works(team.parent / ".team", "door")
+    (work,) = list_runs(team.parent / ".team", "door")
     facts = work.record.stages
     assert (facts["curate"]["legs"], facts["curate"]["corrections"]) == (["sft"], 24)
     checks = facts["gate"]["checks"]
@@ -137,7 +137,7 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
         row.prompt[-1].text for row in held
     }
     # another call looks after the trial and begins nothing
-    assert sartor.retrain(team, "door").decision == "canary" and len(works(team.parent / ".team", "door")) == 1
+    assert sartor.retrain(team, "door").decision == "canary" and len(list_runs(team.parent / ".team", "door")) == 1
 
 
 def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> None:
@@ -154,7 +154,7 @@ def test_ratings_are_learnt_from(team: Path) -> None:
     say(team, [(f"close {word} {place}", "") for place in PLACES for word in ("up", "down")], rating=lambda number: -1.0)
     flags = ["--retrain.tuning", "{budget: {updates: 8}, optimizer: {learning_rate: 0.005}}"]
     found = sartor.retrain(team, "door", flags=flags, wishes=sartor.Wishes(waivers=WAIVED))
-    (work,) = works(team.parent / ".team", "door")
+    (work,) = list_runs(team.parent / ".team", "door")
     facts = work.record.stages
     assert facts["curate"]["legs"] == ["kto"] and facts["tune"]["legs"][0]["leg"] == "kto"
     ratings = facts["evaluate"]["ratings"]
@@ -169,7 +169,7 @@ def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(
     say(team, own, rating=lambda number: -1.0 if number % 4 == 0 else 1.0)
     found = sartor.retrain(team, "door")
     assert found.decision == "refused" and "the key k0 contradicts the rest on 12 of 12 replies" in found.reason
-    (work,) = works(team.parent / ".team", "door")
+    (work,) = list_runs(team.parent / ".team", "door")
     assert not work.record.stages
     job = RetrainContext(load(team), work, sartor.Wishes(ignore=("k0",)), lambda line: None)
     assert training_data.distrusted(job) == []
@@ -178,13 +178,13 @@ def test_a_key_that_contradicts_what_is_known_stops_it_before_anything_is_tuned(
 def test_recipes_are_laid_over_each_other_and_a_budget_takes_the_place_of_another() -> None:
     under = {"budget": {"epochs": 3.0}, "optimizer": {"learning_rate": 1.0, "clip_norm": 1.0}, "seed": 0}
     over = {"budget": {"updates": 4}, "optimizer": {"learning_rate": 2.0}}
-    assert retrain.merged(under, over) == {
+    assert retrain.merge_options(under, over) == {
         "budget": {"updates": 4},
         "optimizer": {"learning_rate": 2.0, "clip_norm": 1.0},
         "seed": 0,
     }
     with pytest.raises(sartor.SartorError, match="no mapping"):
-        retrain.merged(under, ["epochs"])  # type: ignore[arg-type]
+        retrain.merge_options(under, ["epochs"])  # type: ignore[arg-type]
 
 
 def test_lines_of_an_inbox_have_keys(team: Path) -> None:

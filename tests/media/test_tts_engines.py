@@ -13,7 +13,7 @@ import pytest
 import sartor
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, DeadlineError, ExtraError, ModelError, UnavailableError
-from sartor.media.speech.audio_encoding import FORMATS, AudioClip, joined
+from sartor.media.speech.audio_encoding import FORMATS, AudioClip, join_clips
 from sartor.media.speech.tts_engines import open_voice
 from sartor.media.speech.voice import MOST_CHARACTERS, SpeechTerms
 from speaking import SAYS, needs_espeak, needs_piper, play_espeak, play_piper
@@ -219,8 +219,8 @@ def test_every_form_of_file_holds_the_same_sound(form: str, tmp_path: Path) -> N
 
 def test_sounds_are_joined_and_resampled() -> None:
     parts = [AudioClip(np.ones(100, np.int16), 8000), AudioClip(np.zeros(60, np.int16), 8000)]
-    assert len(joined(parts).samples) == 160
-    assert len(joined(parts).at(16_000).samples) == 320
+    assert len(join_clips(parts).samples) == 160
+    assert len(join_clips(parts).at(16_000).samples) == 320
     assert parts[0].at(8000) is parts[0]
     assert AudioClip(np.zeros(0, np.int16), 8000).rms == 0
 

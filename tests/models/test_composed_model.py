@@ -47,7 +47,7 @@ ROWS = [
 
 def test_a_token_stands_for_each_feature_or_stack_of_them(base: Base) -> None:
     row = base.chat.encode(ROWS[2])
-    assert [sum(token < 0 for token in part) for part in base.chat.seen(ROWS[2].messages)] == [5, 9, 2]
+    assert [sum(token < 0 for token in part) for part in base.chat.media_ids(ROWS[2].messages)] == [5, 9, 2]
     assert sum(token < 0 for token in row.ids) == 5 + 9 + 2
     assert len(keys_in(row.ids)) == 3
     assert not any(learnt for token, learnt in zip(row.ids, row.learnt, strict=True) if token < 0)

@@ -346,7 +346,7 @@ def test_texts_of_windows_are_joined_and_of_nothing_nothing_is_said(tmp_path: Pa
         asked.append(len(pieces))
         return [f" {len(piece)}" for piece in pieces]
 
-    monkeypatch.setattr(speech, "_said", said)
+    monkeypatch.setattr(speech, "_transcribe_windows", said)
     monkeypatch.setattr(audio_towers, "BATCH", 2)
     assert speech.transcribe(sounds) == ["9000", "32000 32000 6000", "", "32000"]
     assert asked == [2, 2, 1]

@@ -34,7 +34,7 @@ def of_server(own: Losses, probe: Losses, patch: pytest.MonkeyPatch) -> str:
     sides = iter([own, probe])
     patch.setattr(
         server,
-        "_compared",
+        "_compare",
         lambda _, tuned, one: paired_bootstrap([2.0] * len(one.rows), next(sides), one.groups, is_bounded=False),
     )
     return server.judge(None, None, asked(len(own)), asked(len(probe)), LIMITS).why  # type: ignore[arg-type]

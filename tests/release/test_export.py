@@ -32,7 +32,7 @@ from sartor.core.errors import (
     ModelError,
     SignatureError,
 )
-from sartor.core.model_refs import SAID
+from sartor.core.model_refs import TOWERS_KEY
 from sartor.core.records import Message
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
@@ -389,7 +389,7 @@ v.export({release!r}, {str(out)!r}, to='merged', options=v.Options(key={keys!r})
 def write_projectors(part: Path) -> None:
     """What an adapter that reads pictures has beside it; no tower is opened for an export."""
     said = {"name": "efficientnet-lite0", "digest": "ab" * 32, "licence": "Apache-2.0", "width": 4, "stack": 1}
-    save_file({"image.mean": torch.zeros(4)}, part / composed_model.FILE, {SAID: json.dumps({"image": said})})
+    save_file({"image.mean": torch.zeros(4)}, part / composed_model.FILE, {TOWERS_KEY: json.dumps({"image": said})})
 
 
 @pytest.mark.parametrize(("form", "where"), [("merged", "transformers"), ("gguf", "llama.cpp")])

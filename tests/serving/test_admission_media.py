@@ -48,7 +48,7 @@ def write_projectors(path: Path, said: dict[str, Any], change: Change = lambda t
             "project_in.bias": (WIDTH,), "project_out.weight": (WIDTH, WIDTH), "project_out.bias": (WIDTH,),
         }  # fmt: skip
         tensors |= {f"{kind}.{name}": np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
-    metadata: dict[str, Any] = {model_refs.SAID: json.dumps(said)}
+    metadata: dict[str, Any] = {model_refs.TOWERS_KEY: json.dumps(said)}
     change(tensors, metadata)
     header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, values in tensors.items():
@@ -113,15 +113,15 @@ WRONG: dict[str, tuple[Change, str]] = {
     "whole numbers": (_set("image.mean", np.zeros(TOWER, np.int32)), "in I32"),
     "surplus": (_set("audio.mean", np.zeros(TOWER, np.float32)), "surplus tensor, audio.mean"),
     "lacks one": (lambda tensors, metadata: tensors.pop("image.gain"), "lacks image.gain"),
-    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(model_refs.SAID)}), "says ['towers.2']"),
+    "schema": (lambda tensors, metadata: metadata.update({"towers.2": metadata.pop(model_refs.TOWERS_KEY)}), "says ['towers.2']"),
     "no metadata": (lambda tensors, metadata: metadata.clear(), "says []"),
-    "no towers": (lambda tensors, metadata: metadata.update({model_refs.SAID: "{}"}), "names no towers"),
-    "towers are no JSON": (lambda tensors, metadata: metadata.update({model_refs.SAID: "[" * 5000}), "names no towers"),
-    "another kind": (lambda tensors, metadata: metadata.update({model_refs.SAID: '{"video": {}}'}), "names no towers"),
-    "no name": (lambda tensors, metadata: metadata.update({model_refs.SAID: '{"image": {"digest": "a"}}'}), "by name and digest"),
+    "no towers": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: "{}"}), "names no towers"),
+    "towers are no JSON": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: "[" * 5000}), "names no towers"),
+    "another kind": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"video": {}}'}), "names no towers"),
+    "no name": (lambda tensors, metadata: metadata.update({model_refs.TOWERS_KEY: '{"image": {"digest": "a"}}'}), "by name and digest"),
     "width": (
         lambda tensors, metadata: metadata.update(
-            {model_refs.SAID: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
+            {model_refs.TOWERS_KEY: '{"image": {"name": "a", "digest": "b", "width": 0, "stack": 1}}'}
         ),
         "says width '0'",
     ),

@@ -399,7 +399,7 @@ def test_every_route_is_shut_while_keys_are_lost(tmp_path: Path, state: Path, cl
     team = serving.team(state, mcp=McpTerms(serve=True), a2a=CardTerms(card=True))
 
     async def main() -> tuple[list[Any], list[Any], list[Any]]:
-        async with serving.client(serving.house(doors=keys), team) as client:
+        async with serving.client(serving.house(authenticator=keys), team) as client:
             empty(state)
             clock.now += keys_module.FRESH_S
             routes = routes_of((await client.get("/openapi.json")).json())
@@ -450,7 +450,7 @@ def test_server_whose_keys_are_lost_starts_and_refuses(state: Path, clock: Clock
         restarted = opened(state, clock)
 
         async def main(http: Any = http, restarted: ApiKeyStore = restarted) -> int:
-            async with serving.client(serving.house(doors=restarted), serving.team(state, http=http)) as client:
+            async with serving.client(serving.house(authenticator=restarted), serving.team(state, http=http)) as client:
                 return (await client.post("/v1/chat/completions", json=chat())).status_code
 
         assert asyncio.run(main()) == 503

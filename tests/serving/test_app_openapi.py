@@ -47,7 +47,7 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     log, program = serving.Log(), Path(sys.executable).parent / "schemathesis"
     replies = serving.Replies()
     house = serving.house(keys=serving.KEYS, replies=replies, speech=SpeechService(SpeechOptions()))
-    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(log))
+    server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(log))
     with serving.running(server) as url:
         (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json").json())))
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
@@ -61,7 +61,7 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
 
 
 def test_the_openapi_declares_every_status_that_is_answered(tmp_path: Path) -> None:
-    server = HttpServer(serving.house(), serving.team(tmp_path), journal=RequestLog(serving.Log()))
+    server = HttpServer(serving.house(), serving.team(tmp_path), log=RequestLog(serving.Log()))
     openapi = server.app.openapi()
     server.close()
     for path, operations in openapi["paths"].items():

@@ -105,7 +105,7 @@ def test_the_admin_changes_agents_and_nobody_else(tmp_path: Path) -> None:
         ("/v1/agents/faq/drain", None),
         ("/v1/agents/faq/release", None),
     ]
-    answers = ask(tmp_path, *(("POST", path, body, ADMIN) for path, body in calls), roster=roster)
+    answers = ask(tmp_path, *(("POST", path, body, ADMIN) for path, body in calls), agent_admin=roster)
     assert statuses(answers) == [200, 409, 422, 400, 400, 404, 200, 200, 200]
     assert answers[0].json() == {"name": "faq", "live": "1.1"}
     assert roster.live == {"faq": "0.9", "home": "2.0"}
@@ -178,7 +178,7 @@ def test_too_many_connections_and_a_server_that_closes(tmp_path: Path) -> None:
         async with serving.client(serving.house(), serving.team(tmp_path, limits={"connections": -1})) as client:
             crowded = await client.get("/health")
         async with serving.client(serving.house(), serving.team(tmp_path)) as client:
-            client.server.shift.closing = True
+            client.server.lifetime.is_closing = True
             return [crowded, await client.post(COMPLETIONS, json=chat())]
 
     answers = asyncio.run(main())
@@ -193,7 +193,7 @@ def test_the_team_s_own_keys_open_the_door(tmp_path: Path) -> None:
     admin, _ = keys.make([], is_admin=True)
 
     async def main() -> list[int]:
-        async with serving.client(serving.house(doors=keys), serving.team(tmp_path)) as client:
+        async with serving.client(serving.house(authenticator=keys), serving.team(tmp_path)) as client:
             found = []
             for secret in (agent, admin, "sartor-000000000000-" + "a" * 43):
                 headers = {"authorization": f"Bearer {secret}"}

@@ -184,11 +184,11 @@ def test_a_reply_ends_on_the_version_that_it_began_with(tmp_path: Path) -> None:
                 made.promote("faq", number)
                 await dispatch.served.reload()
                 await dispatch.served.settle()
-            await dispatch.holdings.settle()
+            await dispatch.leases.settle()
             assert set(crew.attached) == {"faq-1", "faq-2", "faq-3"}  # 1 is neither live nor previous, but its reply lives
             assert (await said(dispatch, asked("faq")))[0] == "faq@3"
             assert [event async for event in answer.events][-1] == ReplyDone(crew.calls[0].id, "stop", 5, 3)
-            await dispatch.holdings.settle()
+            await dispatch.leases.settle()
             assert set(crew.attached) == {"faq-2", "faq-3"}
 
     run(work())
@@ -246,7 +246,7 @@ def test_the_base_steps_in_for_what_was_admitted_once_and_for_nothing_else(tmp_p
         assert (await said(dispatch, asked("home")))[0] == "home@1" and ready["home"]
         read = dispatch.served.registry.read().agents["home"]
         assert (read.note, read.fallback) == ("", ("previous", "base"))
-        dispatch.holdings.places.clear()
+        dispatch.leases.directories.clear()
         refuse.append("home-1")
         await dispatch.served.reload()
         await dispatch.served.settle()
@@ -311,7 +311,7 @@ def test_a_rollback_does_not_wait_for_another_agents_admission(tmp_path: Path) -
             assert (await said(dispatch, asked("home")))[0] == "home@2"
             gate.clear()
             crew.attached.clear()
-            dispatch.holdings.places.clear()
+            dispatch.leases.directories.clear()
             await dispatch.served.reload()  # and one that never ends does not keep the server from ending
 
     run(work())
@@ -373,7 +373,7 @@ def test_two_releases_of_one_adapter_are_each_checked_and_the_adapter_goes_with_
             assert (await said(dispatch, asked("faq")))[0] == "faq@2" and "NaN" in dispatch.health()["troubles"]["faq@bad"]
             made.remove("faq")
             await dispatch.served.reload()
-            await dispatch.holdings.settle()
+            await dispatch.leases.settle()
             assert not crew.attached
 
     run(work())
@@ -464,7 +464,7 @@ def test_promotions_and_rollbacks_under_load_lose_no_reply(tmp_path: Path, most:
                     await dispatch.served.settle()
             await asyncio.gather(*askers)
             await dispatch.served.settle()
-            await dispatch.holdings.settle()
+            await dispatch.leases.settle()
             assert not crew.lost
             assert {agent for agent, _, _ in replies} <= {f"faq@{number}" for number in range(4)}
             assert len({agent for agent, _, _ in replies}) > 1 and len(replies) >= most

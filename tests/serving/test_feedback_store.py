@@ -32,8 +32,8 @@ CANARY = "zebra.quince@example.org"
 def ask(tmp_path: Path, *calls: tuple[str, Any, dict[str, str]], keys: bool = True, **made: Any) -> list[Any]:
     """The answers to a few POSTs, and to GET /metrics behind them; `roster` is the house's."""
     parts = {"keys": serving.KEYS} if keys else {}
-    if "roster" in made:
-        parts["roster"] = made.pop("roster")
+    if "agent_admin" in made:
+        parts["agent_admin"] = made.pop("agent_admin")
 
     async def main() -> list[Any]:
         async with serving.client(serving.house(**parts), serving.team(tmp_path, **made)) as client:
@@ -44,7 +44,7 @@ def ask(tmp_path: Path, *calls: tuple[str, Any, dict[str, str]], keys: bool = Tr
 
 
 def lines(tmp_path: Path) -> list[Feedback]:
-    return [kept.said for kept in FeedbackStore(tmp_path / "inbox").lines() if kept.said]
+    return [kept.feedback for kept in FeedbackStore(tmp_path / "inbox").lines() if kept.feedback]
 
 
 def test_nothing_personal_reaches_the_disk(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_words_are_kept_with_consent_and_the_rating_alone_without(tmp_path: Path
         (COMPLETIONS, chat(), FAQ),
         (FEEDBACK, refused, FAQ),
         (FEEDBACK, {**refused, "rating": None}, FAQ),
-        roster=roster,
+        agent_admin=roster,
     )
     assert kept.json()["learnable"] is False
     assert (wordless.status_code, wordless.json()["error"]["param"]) == (400, "consent")
@@ -119,7 +119,7 @@ def test_only_the_key_that_got_a_reply_rates_it_or_an_admin(tmp_path: Path) -> N
 def test_the_monitors_hear_a_key_once_of_each_reply(tmp_path: Path) -> None:
     roster = serving.Roster()
     again = [(FEEDBACK, {"receipt": "r1", "rating": -1}, {})] * 5
-    ask(tmp_path, (COMPLETIONS, chat(), {}), *again, keys=False, roster=roster)
+    ask(tmp_path, (COMPLETIONS, chat(), {}), *again, keys=False, agent_admin=roster)
     assert roster.heard == [("faq@1.0", -1.0)]
     memory = Memory(100)
     memory.keep("r1", Exchange("faq@1.0", (), "a" * 90, "b", "k1"))
@@ -176,10 +176,10 @@ def test_what_a_key_or_a_user_said_is_found_and_taken_out(tmp_path: Path) -> Non
     assert sorted((row["key"], bool(row["user"]), row["rows"], row["corrections"]) for row in rows) == [
         ("k1", False, 3, 3), ("k1", True, 1, 1), ("k1", True, 2, 2), ("k2", False, 3, 3), ("k2", True, 1, 1), ("k2", True, 2, 2),
     ]  # fmt: skip
-    before = {kept.place: kept.said for kept in hearing.inbox.lines()}
+    before = {kept.location: kept.feedback for kept in hearing.inbox.lines()}
     gone = remove_feedback(team, user="ann")
     assert gone == {"removed": 2, "damaged": 1, "places": ["feedback-2026-01-01.jsonl:1", "feedback-2026-01-01.jsonl:2"]}
-    after = {kept.place: kept.said for kept in hearing.inbox.lines()}
+    after = {kept.location: kept.feedback for kept in hearing.inbox.lines()}
     assert after == {place: said for place, said in before.items() if place not in gone["places"] and said}
     assert b"word1" not in torn.read_bytes() and torn.stat().st_mode & 0o077 == 0
     assert remove_feedback(team, key="k1")["removed"] == 2
@@ -203,7 +203,7 @@ def test_lines_are_added_while_others_are_taken_out(tmp_path: Path) -> None:
         gone += len(other.remove(lambda said: said.by.key == "goes"))
     adding.join()
     gone += len(other.remove(lambda said: said.by.key == "goes"))
-    assert (gone, [kept.said for kept in one.lines()]) == (30, [stays] * 30)
+    assert (gone, [kept.feedback for kept in one.lines()]) == (30, [stays] * 30)
 
 
 def test_a_full_disk_leaves_the_inbox_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

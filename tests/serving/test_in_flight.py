@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sartor.core.errors import BusyError, ModelError
 from sartor.inference.engine import GenerateCall, Logprob, ReplyDone, ReplyFailed, TextDelta
-from sartor.serving.workers.agent_health import AgentQueues, most_rows
+from sartor.serving.workers.agent_health import AgentQueues, max_rows_per_agent
 from sartor.serving.workers.in_flight import InFlightCall, InFlightEvents, ReplayBuffer, ReplayMismatchError
 
 TOKENS = ["The", " sky", " is", "", " ", "blue", "é", ".", "\ud800", " And"]
@@ -38,7 +38,7 @@ def test_a_reply_that_is_made_again_is_one_reply(
     said = []
     for cuts, until in ((first, died), (second, again), (third, 99)):
         story.restart()
-        said += [piece for piece in map(story.more, pieces(cuts)[:until]) if piece is not None]
+        said += [piece for piece in map(story.advance, pieces(cuts)[:until]) if piece is not None]
     story.end()
     assert "".join(piece.text for piece in said) == "".join(TOKENS)
     assert sum(piece.tokens for piece in said) == len(TOKENS)
@@ -48,11 +48,11 @@ def test_a_reply_that_is_made_again_is_one_reply(
 @pytest.mark.parametrize("again", [["The sea"], ["The"], ["the sky is"]])
 def test_a_reply_that_differs_is_found(again: list[str]) -> None:
     story = ReplayBuffer()
-    story.more(TextDelta("c", "The sky", 2))
+    story.advance(TextDelta("c", "The sky", 2))
     story.restart()
     with pytest.raises(ReplayMismatchError):
         for text in again:
-            story.more(TextDelta("c", text, 1))
+            story.advance(TextDelta("c", text, 1))
         story.end()
 
 
@@ -64,7 +64,7 @@ def deaths(*places: int) -> bool:
     """Whether a call is suspected after workers died when it had so many tokens."""
     one = live()
     for place in places:
-        one.story.more(TextDelta("c", "x" * place, place))
+        one.replay_buffer.advance(TextDelta("c", "x" * place, place))
         one.died()
     return one.is_suspect
 
@@ -79,8 +79,8 @@ def test_a_client_takes_merged_pieces_and_then_the_end() -> None:
         one = live()
         events = InFlightEvents(one, cancel=lambda _: None)
         for text in "abc":
-            one.say(TextDelta("c", text, 1))
-        one.say(ReplyDone("c", "stop", 1, 3))
+            one.add_event(TextDelta("c", text, 1))
+        one.add_event(ReplyDone("c", "stop", 1, 3))
         return [event async for event in events]
 
     assert asyncio.run(take()) == [TextDelta("c", "abc", 3), ReplyDone("c", "stop", 1, 3)]
@@ -89,9 +89,9 @@ def test_a_client_takes_merged_pieces_and_then_the_end() -> None:
 def test_only_an_error_without_a_piece_before_it_is_raised() -> None:
     one = live()
     assert one.error() is None
-    one.say(ReplyFailed("c", "ModelError", "p", "r"))
+    one.add_event(ReplyFailed("c", "ModelError", "p", "r"))
     assert isinstance(one.error(), ModelError)
-    one.say(TextDelta("c", "a", 1))
+    one.add_event(TextDelta("c", "a", 1))
     assert one.error() is None
 
 
@@ -123,4 +123,4 @@ def test_a_call_that_is_made_again_keeps_its_place() -> None:
 
 @pytest.mark.parametrize(("rows", "most"), [(1, 1), (3, 3), (4, 3), (8, 7), (16, 14), (64, 56)])
 def test_no_agent_holds_every_row(rows: int, most: int) -> None:
-    assert most_rows(rows) == most
+    assert max_rows_per_agent(rows) == most

@@ -32,7 +32,7 @@ def asked(
     tmp_path: Path, work: Callable[[Any], Awaitable[Any]], *, path: str = "/mcp", key: str = "", old: bool = False, **parts: Any
 ) -> Any:
     """What `work` returns of a client that is connected; old: by the handshake of the protocol's versions before 2026."""
-    server = HttpServer(serving.house(plans=[PLAN], **parts), made(tmp_path), journal=RequestLog(serving.Log()))
+    server = HttpServer(serving.house(plans=[PLAN], **parts), made(tmp_path), log=RequestLog(serving.Log()))
 
     async def main(url: str) -> Any:
         import httpx2
@@ -136,7 +136,7 @@ def test_the_door_and_the_body_are_checked_before_the_protocol(tmp_path: Path) -
     call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
     accept = {"accept": "application/json, text/event-stream"}
     house = serving.house(keys=serving.KEYS)
-    server = HttpServer(house, made(tmp_path, limits={"body_bytes": 1000}), journal=RequestLog(serving.Log()))
+    server = HttpServer(house, made(tmp_path, limits={"body_bytes": 1000}), log=RequestLog(serving.Log()))
     with serving.running(server) as url, httpx.Client(base_url=url, headers=accept) as client:
         good = {"authorization": "Bearer key-faq"}
         assert client.post("/mcp", json=call).status_code == 401
@@ -157,7 +157,7 @@ def test_it_is_off_by_default_and_says_what_is_missing(tmp_path: Path, monkeypat
     assert asyncio.run(main()) == [404, 404]
     monkeypatch.setitem(sys.modules, "mcp.server.lowlevel", None)
     with pytest.raises(ExtraError, match=r"mcp"):
-        HttpServer(serving.house(), made(tmp_path), journal=RequestLog(serving.Log()))
+        HttpServer(serving.house(), made(tmp_path), log=RequestLog(serving.Log()))
 
 
 def test_the_card_names_what_is_there_and_nothing_that_the_key_does_not_open(tmp_path: Path) -> None:

@@ -140,12 +140,12 @@ def test_a_body_may_be_larger_by_its_media_alone(tmp_path: Path) -> None:
 
 def test_media_of_all_requests_together_are_bounded() -> None:
     async def main() -> None:
-        looking = MediaChecker(RequestLimits(), MediaLimits(), most_bytes=1000)
+        looking = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=1000)
         messages = [{"role": "user", "content": [{"type": "image", "image": data_url(png(side=1))}]}]
         size = len(data_url(png(side=1)))
         async with looking.looked_at(messages, size):
             assert looking.held_bytes == size
-            many = MediaChecker(RequestLimits(), MediaLimits(), most_bytes=size)
+            many = MediaChecker(RequestLimits(), MediaLimits(), max_bytes=size)
             async with many.looked_at(messages, size):
                 with pytest.raises(BusyError, match="are allowed"):
                     async with many.looked_at(messages, size):
@@ -185,7 +185,7 @@ def test_models_say_what_they_read(tmp_path: Path) -> None:
             return [*await super().listed(), seeing]
 
     async def main() -> Any:
-        async with serving.client(serving.house(roster=Roster()), serving.team(tmp_path)) as client:
+        async with serving.client(serving.house(agent_admin=Roster()), serving.team(tmp_path)) as client:
             return (await client.get("/v1/models")).json()["data"]
 
     reads = {model["id"]: model["modalities"] for model in asyncio.run(main())}

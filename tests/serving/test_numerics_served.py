@@ -25,7 +25,7 @@ from sartor.models import base as bases_in_memory
 from sartor.serving.admission import admission
 from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.commands.plan_replay import Remaking
-from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
+from sartor.serving.plans.plan_log import FinishedRun, PlanLog, read_runs
 from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.receipts import TeamSigner, build_receipt
 from sartor.serving.routing import agent_classifier
@@ -127,7 +127,7 @@ def test_the_first_line_of_a_run_states_the_engine(tmp_path: Path) -> None:
         PlanLog(tmp_path, DIGEST, about=about),
     )
     for log in (old, new):
-        log.write(Ran("r", "p@1", line, (line,), line, content=False, began=0.0))
+        log.write(FinishedRun("r", "p@1", line, (line,), line, content=False, began=0.0))
     before, after = (next(read_runs(file)) for file in sorted(tmp_path.iterdir(), key=lambda file: file.stat().st_mtime_ns))
     assert not {"engine", "numerics"} & set(before[0])
     assert after[0]["engine"] == {"kind": "local", "dtype": "bfloat16", "device": "cpu"} and after[0]["numerics"] == 2

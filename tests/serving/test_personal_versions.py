@@ -123,7 +123,7 @@ def test_the_one_that_was_asked_for_longest_ago_goes_first(tmp_path: Path) -> No
             for person in (ADA, BEN, ADA, CLEO):
                 assert (await told(dispatch, person))[0] == "faq@1+personal"
             await until(lambda: "own-bbbb" not in crew.attached)
-            assert {"own-aaaa", "own-cccc", "faq-1"} <= set(crew.attached) and dispatch.persons.held == 2
+            assert {"own-aaaa", "own-cccc", "faq-1"} <= set(crew.attached) and dispatch.user_versions.loaded_count == 2
             await dispatch.served.reload()
             await dispatch.served.settle()
             assert {"own-aaaa", "own-cccc"} <= set(crew.attached), "a reading of the registry takes none of them"
@@ -154,7 +154,7 @@ def test_a_server_lets_go_of_whom_the_registry_forgets_and_says_so(tmp_path: Pat
 
     async def scenario() -> None:
         async with dispatching(team(tmp_path), crew, of, admit=admitted) as dispatch:
-            dispatch.persons.listeners.append(forgotten.append)
+            dispatch.user_versions.listeners.append(forgotten.append)
             await told(dispatch, ADA)
             await told(dispatch, BEN)
             crew.slow = 20
@@ -214,10 +214,10 @@ def rows_of_people(url: str) -> None:
         book.refuse(replace(own(ADA), adapter=""), "it is worse", ChangeCause("ada"))
         book.refuse(replace(own(BEN), adapter=""), "too few rows", ChangeCause("ben"))
         people = book.read()
-        kept = people.known[ADA, "faq"]
+        kept = people.versions[ADA, "faq"]
         assert (kept.adapter, kept.note, kept.facts) == ("own-aaaa", "it is worse", {"rows": 9})
-        assert people.known[BEN, "faq"].adapter == "" and people.hurt == 0
-        assert set(book.read(BEN).known) == {(BEN, "faq")}
+        assert people.versions[BEN, "faq"].adapter == "" and people.damaged_count == 0
+        assert set(book.read(BEN).versions) == {(BEN, "faq")}
         before = people.generation
         generation, removed = book.forget(ADA, ChangeCause("dpo"))
         assert generation == before + 1 and removed["people"] == 1
@@ -233,7 +233,7 @@ def test_the_rows_of_people(tmp_path: Path) -> None:
     with closing(Registry.open(url)) as of, of.database.change() as connection:
         connection.exec_driver_sql("update people set adapter = 'another'")
     with closing(Registry.open(url)) as of:
-        assert UserVersionStore(of.database).read().hurt == 1
+        assert UserVersionStore(of.database).read().damaged_count == 1
 
 
 @pytest.mark.services

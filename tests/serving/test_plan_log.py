@@ -11,7 +11,7 @@ from plan_fakes import DIGEST, FakeReplies, planned
 from plan_logs import PLAN, WORDS, again, logged, script
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, ModelError, UnavailableError
 from sartor.serving.commands.plan_replay import replay_plans
-from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs
+from sartor.serving.plans.plan_log import FinishedRun, PlanLog, read_runs
 from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.types import AgentRequest
 
@@ -45,7 +45,7 @@ def test_old_files_are_removed_when_receipts_are(tmp_path: Path) -> None:
         os.utime(folder / name, (time.time() - days * 86_400 - 60,) * 2)
     line = StepLogEntry("", "answer", "p@1", "answered")
     log = PlanLog(folder, DIGEST, days=2)
-    log.write(Ran("r", "p@1", line, (), line, content=False, began=0.0))
+    log.write(FinishedRun("r", "p@1", line, (), line, content=False, began=0.0))
     assert log.lost == 0 and len(list(folder.iterdir())) == 2 and not (folder / "plans-old.jsonl").exists()
 
 

@@ -133,8 +133,8 @@ def test_a_row_that_was_changed_from_outside_is_named_and_the_others_are_read(re
         "update versions set facts = cast(x'ff' as text) where agent = 'faq' and version = '0'",
     )
     read = registry.read()
-    assert set(read.hurt) == {"faq", "ops", "faq@0"} and set(read.agents) == {"home"}
-    assert all("sartor agents" in why for why in read.hurt.values())
+    assert set(read.damaged) == {"faq", "ops", "faq@0"} and set(read.agents) == {"home"}
+    assert all("sartor agents" in why for why in read.damaged.values())
     for change in (
         lambda: registry.rollback("faq"),
         lambda: registry.promote("faq", "1", expected="0"),
@@ -149,7 +149,7 @@ def test_a_row_that_was_changed_from_outside_is_named_and_the_others_are_read(re
     with pytest.raises(ConflictError):  # a damaged row does not make room for another Release
         registry.add(replace(FAQ[0], release_id="other"))
     registry.add(FAQ[0])
-    assert not registry.read().hurt
+    assert not registry.read().damaged
     execute(tmp_path, "delete from generation")
     assert registry.promote("faq", "0").generation > read.generation
 
@@ -241,7 +241,7 @@ def test_a_full_disk_and_a_locked_file_change_nothing(
         for _ in range(200):  # until the pages that it has are used up
             full.note("faq", "x" * 4000)
     assert caught.value.remedy == "free some space"
-    assert registry.read().agents["faq"].live == "0" and registry.read().hurt == {}
+    assert registry.read().agents["faq"].live == "0" and registry.read().damaged == {}
     assert registry.read().generation == registry.events()[-1].generation
     before = registry.read()
     monkeypatch.setattr(database, "BUSY_S", 0.05)
@@ -257,7 +257,7 @@ def test_a_full_disk_and_a_locked_file_change_nothing(
 
 def test_who_listens_is_told_of_each_change_made_here(registry: Registry) -> None:
     told: list[int] = []
-    with registry.heard(lambda: told.append(registry.generation())):
+    with registry.subscribed(lambda: told.append(registry.generation())):
         registry.add(FAQ[0])
         with pytest.raises(ConflictError):
             registry.rollback("faq")
@@ -368,7 +368,7 @@ class Machine(RuleBasedStateMachine):
     def hurt_and_repair(self) -> None:
         if self.state != "absent":
             execute(self.path, "update agents set note = 'eve was here'")
-            assert set(self.handles[0].read().hurt) == {"faq"}
+            assert set(self.handles[0].read().damaged) == {"faq"}
             self.handles[0].repair("faq")
 
     @invariant()
@@ -382,8 +382,8 @@ class Machine(RuleBasedStateMachine):
                 self.candidate,
                 self.state,
             )
-            assert {one.version for one in read.versions.values()} == self.known and not read.hurt
-            assert self.handles[1].events("faq", most=1)[-1].became == agent.as_json()
+            assert {one.version for one in read.versions.values()} == self.known and not read.damaged
+            assert self.handles[1].events("faq", limit=1)[-1].became == agent.as_json()
 
 
 TEMPLATE: list[str] = []
@@ -475,8 +475,8 @@ def test_a_process_that_is_killed_in_the_middle_of_changes_leaves_whole_ones(tmp
         killed.kill()
         killed.wait()
         killed.stdout.close()
-        read, (event,) = registry.read(), registry.events(most=1)
-        assert not read.hurt and read.agents["faq"].as_json() == event.became and read.generation == event.generation
+        read, (event,) = registry.read(), registry.events(limit=1)
+        assert not read.damaged and read.agents["faq"].as_json() == event.became and read.generation == event.generation
     registry.close()
 
 
@@ -513,7 +513,7 @@ def test_postgres_keeps_a_registry_too(tmp_path: Path, monkeypatch: pytest.Monke
         assert sorted(won) == [False, True]
         with one.database.change() as connection:
             connection.exec_driver_sql("update agents set live = '0'")
-        assert set(other.read().hurt) == {"faq"}
+        assert set(other.read().damaged) == {"faq"}
         other.repair("faq")
         with pytest.raises(MissingError, match="append-only"), one.database.change() as connection:
             connection.exec_driver_sql("delete from events")

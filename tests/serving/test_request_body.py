@@ -254,15 +254,15 @@ async def trickle(*chunks: bytes) -> AsyncIterator[bytes]:
 
 def test_bodies_are_counted_while_they_come_in_and_together() -> None:
     async def main() -> None:
-        reading = BodyReader(most_bytes=10)
-        assert await reading.whole(trickle(b"ab", b"cd"), {}, 4) == b"abcd"
+        reading = BodyReader(max_bytes=10)
+        assert await reading.read_body(trickle(b"ab", b"cd"), {}, 4) == b"abcd"
         with pytest.raises(TooLargeError, match="more than 4 bytes"):
-            await reading.whole(trickle(b"ab", b"cde", b"f"), {}, 4)
+            await reading.read_body(trickle(b"ab", b"cde", b"f"), {}, 4)
         for announced in ("5", "9" * 5000):
             with pytest.raises(TooLargeError, match="the limit is 4"):
-                await reading.whole(trickle(), {"content-length": announced}, 4)
+                await reading.read_body(trickle(), {"content-length": announced}, 4)
         with pytest.raises(BusyError, match="hold 12 bytes; 10"):
-            await reading.whole(trickle(b"a" * 6, b"a" * 6), {}, 100)
+            await reading.read_body(trickle(b"a" * 6, b"a" * 6), {}, 100)
         assert reading.held_bytes == 0
 
     asyncio.run(main())

@@ -44,7 +44,7 @@ def trial(rollouts: Rollouts, **fields: Any) -> None:
 
 def feed(rollouts: Rollouts, version: str, count: int, **seen: Any) -> list[RolloutVerdict]:
     told = [
-        rollouts.saw(ObservedReply(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen}))
+        rollouts.observe_reply(ObservedReply(f"faq@{version}", **{"failed": False, "is_json": True, "token_s": 0.01, **seen}))
         for _ in range(count)
     ]
     return [verdict for verdict in told if verdict]
@@ -143,7 +143,7 @@ def test_each_monitor_finds_what_it_is_for() -> None:
     assert first_alarm(tally(), tally(), RULES) is None
     for monitor, bad in (("failures", 40), ("format", 40), ("feedback", 50), ("latency", 4)):
         found = first_alarm(tally(**{monitor: bad}), tally(), RULES)
-        assert found is not None and found.monitor == monitor and monitor in found.why
+        assert found is not None and found.monitor == monitor and monitor in found.reason
         assert first_alarm(tally(**{monitor: bad}), tally(**{monitor: bad}), RULES) is None
         assert first_alarm(tally(), tally(**{monitor: bad}), RULES) is None
     assert set(MONITORS) == {"failures", "format", "feedback", "latency"}
@@ -185,7 +185,7 @@ def test_a_trial_is_judged_once_and_ends_with_the_registrys_answer() -> None:
     trial(rollouts)
     assert not feed(rollouts, "1", 50) and not feed(rollouts, "2", 19, failed=True)
     (verdict,) = feed(rollouts, "2", 5, failed=True)
-    assert (verdict.does, verdict.version) == ("roll back", "2") and verdict.numbers["monitor"] == "failures"
+    assert (verdict.action, verdict.version) == ("roll back", "2") and verdict.numbers["monitor"] == "failures"
     assert verdict.numbers["candidate"]["failures"] == {"seen": 20, "bad": 20}
     assert not feed(rollouts, "2", 30, failed=True)
     rollouts.undecided("faq")  # the disk was full, say
@@ -216,7 +216,7 @@ def test_after_a_promotion_the_new_version_is_watched_against_the_old_for_a_whil
     rollouts.follow(promoted, Agent("faq", "1"))
     assert rollouts.status("faq")["kind"] == "watch"
     verdicts = feed(rollouts, "2", 60, is_json=False)
-    assert verdicts[0].numbers["monitor"] == "format" and verdicts[0].does == "roll back"
+    assert verdicts[0].numbers["monitor"] == "format" and verdicts[0].action == "roll back"
     back = Agent("faq", "1")
     rollouts.follow(back, promoted)  # a rollback is not watched: there is nothing to go back to
     assert rollouts.status("faq") == {}
@@ -224,20 +224,20 @@ def test_after_a_promotion_the_new_version_is_watched_against_the_old_for_a_whil
     clock.now = 101.0
     assert not feed(rollouts, "2", 60, failed=True) and rollouts.status("faq") == {}
     rollouts.forget("faq")
-    assert rollouts.heard("faq@2", True) is None
+    assert rollouts.observe_rating("faq@2", True) is None
 
 
 def test_ratings_and_a_quarantine_send_a_candidate_back() -> None:
     rollouts = Rollouts(replace(RULES, feedback_margin=0.2), Clock())
     trial(rollouts)
     feed(rollouts, "2", 40)
-    told = [rollouts.heard("faq@2", True) or rollouts.heard("faq@1", False) for _ in range(40)]
+    told = [rollouts.observe_rating("faq@2", True) or rollouts.observe_rating("faq@1", False) for _ in range(40)]
     verdict = next(verdict for verdict in told if verdict)
     assert verdict.numbers["monitor"] == "feedback"
     trial(other := Rollouts(RULES, Clock()))
     assert other.condemn("faq@1", "quarantined") is None
     condemned = other.condemn("faq@2", "quarantined")
-    assert condemned is not None and condemned.why == "quarantined"
+    assert condemned is not None and condemned.reason == "quarantined"
 
 
 def test_a_canary_without_alarm_is_promoted_where_the_team_says_after_how_many() -> None:
@@ -245,7 +245,7 @@ def test_a_canary_without_alarm_is_promoted_where_the_team_says_after_how_many()
     trial(rollouts)
     feed(rollouts, "1", 50)
     (verdict,) = feed(rollouts, "2", 50)
-    assert verdict.does == "promote" and "30 replies" in verdict.why
+    assert verdict.action == "promote" and "30 replies" in verdict.reason
 
 
 def run(work: Any) -> None:

@@ -21,8 +21,8 @@ from sartor.evaluate.training_facts import EXEMPLARS
 from sartor.serving.routing import agent_classifier, calibration, exemplars, router
 from sartor.serving.routing import exemplars as lift
 from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars
-from sartor.serving.routing.router import AutoRouter, chosen, user_turns
-from sartor.serving.routing.router_model import CANDIDATES, Fitted, RoutedText
+from sartor.serving.routing.router import AutoRouter, choose_agent, user_turns
+from sartor.serving.routing.router_model import CANDIDATES, FittedRouter, RoutedText
 from sartor.serving.team_config import Routing
 from sartor.serving.types import EmbeddingResult, RoutingDecision
 
@@ -63,21 +63,21 @@ def ground() -> agent_classifier.GeneralPrompts:
     return agent_classifier.make("tfidf", None)
 
 
-def fit(found: dict[str, Exemplars], ground: agent_classifier.GeneralPrompts) -> Fitted:
+def fit(found: dict[str, Exemplars], ground: agent_classifier.GeneralPrompts) -> FittedRouter:
     parts = {name: agent_classifier.fit(one, ground, None) for name, one in found.items()}
     return calibration.assemble(parts, ground, 0.9, 0.05)
 
 
 @pytest.fixture(scope="module")
-def two(ground: agent_classifier.GeneralPrompts) -> Fitted:
+def two(ground: agent_classifier.GeneralPrompts) -> FittedRouter:
     return fit(agents("home", "chef"), ground)
 
 
-def agent_of(fitted: Fitted, text: str) -> str:
-    return chosen(fitted, fitted.judge([exemplars.shortened(text)]), {"home", "chef"}).agent
+def agent_of(fitted: FittedRouter, text: str) -> str:
+    return choose_agent(fitted, fitted.judge([exemplars.shortened(text)]), {"home", "chef"}).agent
 
 
-def test_a_prompt_goes_to_the_agent_that_knows_its_like_and_a_foreign_one_to_the_base(two: Fitted) -> None:
+def test_a_prompt_goes_to_the_agent_that_knows_its_like_and_a_foreign_one_to_the_base(two: FittedRouter) -> None:
     assert agent_of(two, "switch off the fan in the library please") == "home"
     assert agent_of(two, "which spices go into a jambalaya for 7 guests") == "chef"
     for foreign in (
@@ -91,7 +91,7 @@ def test_a_prompt_goes_to_the_agent_that_knows_its_like_and_a_foreign_one_to_the
         assert agent_of(two, foreign) == "base", foreign
 
 
-def test_the_figures_are_of_prompts_that_it_never_saw(two: Fitted) -> None:
+def test_the_figures_are_of_prompts_that_it_never_saw(two: FittedRouter) -> None:
     assert two.figures["accuracy"] == 1.0 and two.figures["by_agent"] == {"home": 1.0, "chef": 1.0}
     assert two.figures["held_out"] == 40
     assert two.figures["to_base_kinds"] >= 0.95 and two.figures["to_base_agents"] >= 0.95
@@ -99,15 +99,17 @@ def test_the_figures_are_of_prompts_that_it_never_saw(two: Fitted) -> None:
     assert two.figures["risk"] <= 0.05 and two.figures["coverage"] == pytest.approx(0.5, abs=0.03) and two.figures["ece"] < 0.1
 
 
-def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nobody_who_may_not_be_chosen(two: Fitted) -> None:
+def test_its_reason_says_scores_threshold_and_the_nearest_exemplar_and_names_nobody_who_may_not_be_chosen(
+    two: FittedRouter,
+) -> None:
     asked = two.judge([LISTED["home"][0]])
-    route = chosen(two, asked, {"home", "chef"})
+    route = choose_agent(two, asked, {"home", "chef"})
     assert route.agent == "home" and set(route.scores) == {"home", "chef"}
     assert "then chef 0.0" in route.reason and f"threshold {two.threshold:.3f}" in route.reason
     assert "nearest exemplar home:1 (1.00)" in route.reason
-    other = chosen(two, asked, {"chef"})
+    other = choose_agent(two, asked, {"chef"})
     assert other.agent == "base" and "home" not in other.reason and set(other.scores) == {"chef"}
-    assert chosen(two, asked, {"stranger"}).agent == chosen(two, asked, ()).agent == "base"
+    assert choose_agent(two, asked, {"stranger"}).agent == choose_agent(two, asked, ()).agent == "base"
 
 
 def arrays_of(one: agent_classifier.AgentClassifier) -> dict[str, Any]:
@@ -115,14 +117,14 @@ def arrays_of(one: agent_classifier.AgentClassifier) -> dict[str, Any]:
 
 
 def test_an_agent_that_comes_or_goes_leaves_the_parts_of_the_others_as_they_are(
-    ground: agent_classifier.GeneralPrompts, two: Fitted
+    ground: agent_classifier.GeneralPrompts, two: FittedRouter
 ) -> None:
     alone = arrays_of(agent_classifier.fit(agents("home")["home"], ground, None))
     beside = arrays_of(two.parts[two.agents.index("home")])
     assert set(alone) == set(beside) and all(np.array_equal(alone[name], beside[name], equal_nan=True) for name in alone)
 
 
-def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(two: Fitted, tmp_path: Path) -> None:
+def test_a_part_that_was_written_is_read_back_to_the_bit_and_a_damaged_one_is_named(two: FittedRouter, tmp_path: Path) -> None:
     one = two.parts[0]
     agent_classifier.save_part(tmp_path, "tfidf", one)
     again = agent_classifier.open_part(tmp_path, "tfidf", one.digest)
@@ -182,7 +184,7 @@ def test_one_agent_without_held_out_prompts_lends_some_of_its_own(ground: agent_
     assert lone.figures["held_out"] == 0 and agent_of(lone, LISTED["home"][0]) == "home"
 
 
-def test_near_misses_of_an_agents_own_words_go_to_the_base(two: Fitted) -> None:
+def test_near_misses_of_an_agents_own_words_go_to_the_base(two: FittedRouter) -> None:
     for asked in ("Translate into Spanish: switch off the fan in the attic", "What rhymes with attic?"):
         assert agent_of(two, asked) == "base", asked
 
@@ -219,14 +221,14 @@ def test_an_agent_gets_what_its_report_shows_a_gain_for_and_the_base_the_rest(
     found = exemplars.read_exemplars(one, "one")
     assert found.gain is not None and found.gain.is_shown and len(found.gain.rows) == 80
     fitted = fit({"one": found}, ground)
-    home, chef = (chosen(fitted, fitted.judge([LISTED[name][3]]), {"one"}) for name in ("home", "chef"))
+    home, chef = (choose_agent(fitted, fitted.judge([LISTED[name][3]]), {"one"}) for name in ("home", "chef"))
     assert home.agent == "one" and home.fits == ""
     assert chef.agent == "base" and chef.fits == "one"
     assert "one fits, but its Report shows no gain on the 40 rows that this is most like (-0.100)" in chef.reason
     none = exemplars.read_exemplars(measured(release(tmp_path, "none", train=everything), -0.01, gains), "none")
     assert none.gain is not None and not none.gain.is_shown
     fitted = replace(fitted, unproven={"one": none.gain.detail})
-    home = chosen(fitted, fitted.judge([LISTED["home"][3]]), {"one"})
+    home = choose_agent(fitted, fitted.judge([LISTED["home"][3]]), {"one"})
     assert (home.agent, home.fits) == ("base", "one") and "its Report shows no gain over the base (exact_match" in home.reason
 
 
@@ -245,14 +247,14 @@ def judged(score: float, agent: str = "home") -> RoutedText:
     return RoutedText(scores, {name: (f"{name}:1", 0.5) for name in scores})
 
 
-def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(two: Fitted) -> None:
+def test_a_turn_that_says_too_little_belongs_to_the_agent_of_the_turn_before_if_it_leans_there(two: FittedRouter) -> None:
     fitted = replace(two, threshold=0.4)
     both = {"home", "chef"}
-    assert chosen(fitted, [judged(0.2), judged(0.6)], both).agent == "home"
-    assert "with the turn before" in chosen(fitted, [judged(0.2), judged(0.6)], both).reason
-    assert chosen(fitted, [judged(0.1), judged(0.6)], both).agent == "base"
-    assert chosen(fitted, [judged(0.2), judged(0.3)], both).agent == "base"
-    assert chosen(fitted, [judged(0.5, "chef"), judged(0.9)], both).agent == "chef"
+    assert choose_agent(fitted, [judged(0.2), judged(0.6)], both).agent == "home"
+    assert "with the turn before" in choose_agent(fitted, [judged(0.2), judged(0.6)], both).reason
+    assert choose_agent(fitted, [judged(0.1), judged(0.6)], both).agent == "base"
+    assert choose_agent(fitted, [judged(0.2), judged(0.3)], both).agent == "base"
+    assert choose_agent(fitted, [judged(0.5, "chef"), judged(0.9)], both).agent == "chef"
 
 
 def test_only_what_the_user_said_counts_in_any_form_of_content() -> None:
@@ -411,8 +413,8 @@ def test_exemplars_of_another_form_are_named_and_the_other_agents_are_learnt(few
     asyncio.run(story())
 
 
-def test_of_two_encoders_the_dearer_one_must_be_better(two: Fitted) -> None:
-    def rated(accuracy: float, encoder: str) -> Fitted:
+def test_of_two_encoders_the_dearer_one_must_be_better(two: FittedRouter) -> None:
+    def rated(accuracy: float, encoder: str) -> FittedRouter:
         found = replace(two.space, encoder=encoder)
         return replace(two, space=found, figures={"accuracy": accuracy, "to_base": 0.95})
 

@@ -250,7 +250,7 @@ def test_an_agent_that_was_never_admitted_is_not_offered(tmp_path: Path) -> None
         ("GET", "/v1/models", None),
         ("GET", "/v1/models/shop", None),
         ("GET", "/v1/models/hurt", None),
-        roster=Unready(),
+        agent_admin=Unready(),
     )
     assert [(model["id"], model["root"]) for model in said.json()["data"]][2:] == [("hurt", "hurt")]
     assert (one.status_code, one.headers["retry-after"], other.status_code) == (503, "5", 200)
@@ -376,7 +376,7 @@ def test_health_tells_whoever_may_know_what_is_wrong(tmp_path: Path) -> None:
     ],
 )
 def test_health(tmp_path: Path, states: tuple[str, ...], breaker: str, status: str, code: int) -> None:
-    (answer,) = ask(tmp_path, ("GET", "/health", None), crew=serving.Crew(states=states, breaker=breaker))
+    (answer,) = ask(tmp_path, ("GET", "/health", None), workers=serving.Crew(states=states, breaker=breaker))
     assert (answer.status_code, answer.json()["status"]) == (code, status)
     assert "4242" not in answer.text
 
@@ -418,7 +418,7 @@ def test_feedback_is_kept_with_what_it_is_about_and_tells_the_monitors(tmp_path:
         ("POST", "/v1/feedback", {"receipt": "r1", "comment": "again"}),
         ("POST", "/v1/feedback", {"receipt": "r9", "rating": 1}),
         ("POST", "/v1/feedback", {"receipt": "r1", "comment": ""}),
-        roster=roster,
+        agent_admin=roster,
     )
     assert by_id.json() == {"receipt": "r1", "agent": "faq@1.0", "learnable": True}
     assert [answer.status_code for answer in (late, unknown, nothing)] == [200, 404, 400]

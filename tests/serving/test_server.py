@@ -33,7 +33,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, serving.Replies, serving.Log]]
     """A server without keys: its address, its replies, its log."""
     replies, log = serving.Replies(), serving.Log()
     with running(
-        HttpServer(serving.house(replies=replies), serving.team(tmp_path, http={"drain_s": 1.0}), journal=RequestLog(log))
+        HttpServer(serving.house(replies=replies), serving.team(tmp_path, http={"drain_s": 1.0}), log=RequestLog(log))
     ) as url:
         yield url, replies, log
 
@@ -189,7 +189,7 @@ def test_clients_that_trickle_or_do_not_read_are_cut_off_and_others_are_not(tmp_
     replies, log = serving.Replies(), serving.Log()
     replies.pieces = [TextDelta("c", "x" * 50_000, 1)] * 1000
     team = serving.team(tmp_path, limits={"slow_client_s": 0.4})
-    with running(HttpServer(serving.house(replies=replies), team, journal=RequestLog(log))) as url:
+    with running(HttpServer(serving.house(replies=replies), team, log=RequestLog(log))) as url:
         slow_head, slow_body, refused, deaf = (connect(url) for _ in range(4))
         slow_head.sendall(b"POST /v1/chat")
         slow_body.sendall(head(100) + b'{"model"')
@@ -253,7 +253,7 @@ def test_a_thousand_connections_at_once(served: Any) -> None:
 
 
 def test_connections_above_the_limit_are_told_so_and_far_above_it_are_dropped(tmp_path: Path) -> None:
-    server = HttpServer(serving.house(), serving.team(tmp_path, limits={"connections": 5}), journal=RequestLog(serving.Log()))
+    server = HttpServer(serving.house(), serving.team(tmp_path, limits={"connections": 5}), log=RequestLog(serving.Log()))
     with running(server) as url:
         held = [connect(url) for _ in range(5)]
         crowded = httpx.get(f"{url}/v1/models")
@@ -285,7 +285,7 @@ def test_a_server_that_ends_lets_replies_end_and_tells_those_that_do_not(tmp_pat
     server = HttpServer(
         serving.house(replies=Waiting()),
         serving.team(tmp_path, http={"drain_s": 2.0 if in_time else 0.3}),
-        journal=RequestLog(log),
+        log=RequestLog(log),
     )
     with running(server) as url:
         idle = connect(url)
@@ -316,7 +316,7 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
             return super().write(text)
 
     log = Stuck()
-    with running(HttpServer(serving.house(), serving.team(tmp_path), journal=RequestLog(log))) as url:
+    with running(HttpServer(serving.house(), serving.team(tmp_path), log=RequestLog(log))) as url:
         assert [httpx.get(f"{url}/v1/models").status_code for _ in range(3)] == [200] * 3
         log.free.set()
     assert len(log.lines) >= 4
@@ -325,7 +325,7 @@ def test_a_log_that_nobody_reads_stalls_nothing(tmp_path: Path) -> None:
 def test_the_log_names_an_agent_in_trouble_once_and_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "TROUBLES_S", 0.01)
     log, troubles = serving.Log(), {"faq": "its Release is not there"}
-    with running(HttpServer(serving.house(troubles=lambda: troubles), serving.team(tmp_path), journal=RequestLog(log))):
+    with running(HttpServer(serving.house(troubles=lambda: troubles), serving.team(tmp_path), log=RequestLog(log))):
         until(lambda: any(line["event"] == "trouble" for line in log.lines))
         troubles.clear()
         until(lambda: any(line["event"] == "trouble over" for line in log.lines))

@@ -308,7 +308,7 @@ def test_stream_that_fails_is_cut_and_noted(tmp_path: Path, monkeypatch: pytest.
     play_espeak(tmp_path, body, monkeypatch)
     log = serving.Log()
     house = serving.house(speech=SpeechService(SpeechOptions(voice="espeak", at_once=1)))
-    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(log))
+    server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(log))
     import httpx
 
     long = {**HI, "input": "A sentence of words. " * 100, "response_format": "pcm"}
@@ -351,7 +351,7 @@ def test_openais_client_speaks(tmp_path: Path) -> None:
     import openai
 
     house = serving.house(speech=SpeechService(SpeechOptions()))
-    server = HttpServer(house, serving.team(tmp_path / "state"), journal=RequestLog(serving.Log()))
+    server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(serving.Log()))
     with serving.running(server) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         assert client.models.retrieve("speech").owned_by == "sartor"
         with client.audio.speech.with_streaming_response.create(model="speech", voice="default", input=HI["input"]) as answer:

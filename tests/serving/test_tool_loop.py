@@ -246,7 +246,7 @@ def test_an_agent_is_offered_its_tools_however_it_is_asked_and_a_client_may_say_
         crew, made = FakeCrew(), serving.team(tmp_path / "state")
         known = registry(tmp_path, version("faq", "1", tools=[own]), version("home", "1", tools=[own]))
         async with dispatching(made, crew, known, router=FakeRouter("faq")) as dispatch:
-            dispatch.offers = lambda name: (tool,) if name == "faq" else ()
+            dispatch.team_tools = lambda name: (tool,) if name == "faq" else ()
             expected = {"faq": (tool,), "faq@1": (tool,), "auto": (tool,), "home": (own,), "base": ()}
             for model, tools in expected.items():
                 await said(dispatch, asked(model))

@@ -79,7 +79,7 @@ def test_feedback_on_what_a_user_asked_is_that_users(tmp_path: Path, user: dict[
 
     asyncio.run(main())
     (kept,) = FeedbackStore(tmp_path / "inbox").lines()
-    assert kept.said is not None and (kept.said.by.user == ADA) == (by == ADA) and len(kept.said.by.user) == 64
+    assert kept.feedback is not None and (kept.feedback.by.user == ADA) == (by == ADA) and len(kept.feedback.by.user) == 64
 
 
 def test_a_person_is_a_keyed_digest_and_no_name() -> None:

@@ -61,12 +61,12 @@ async def ended(how: str, of: WorkerSlots | None = None) -> WorkerProcess:
     """A worker that ended so, in the first place of `of`."""
     held = of or places()
     child = WorkerProcess(["/bin/sh", "-c", SCRIPTS.get(how, "")], {}, lambda child, frame: None)
-    place = held._places[0]
-    place.child = child
+    place = held._slots[0]
+    place.worker = child
     if how in SCRIPTS:
         with contextlib.suppress(WorkerDiedError, UnavailableError):
             await child.start(0.05 if how == "start" else 30.0)
-        await child.gone()
+        await child.wait_exit()
     elif how == "closed":
         await child.close(0.0)
     else:
@@ -76,16 +76,16 @@ async def ended(how: str, of: WorkerSlots | None = None) -> WorkerProcess:
 
 def look(held: WorkerSlots, child: WorkerProcess, how: str) -> None:
     """Let its place look at it, until it is ended."""
-    place = held._places[0]
+    place = held._slots[0]
     child.state = "ready"
     if how != "hangs in start":
         child._is_open.set_result(None)  # type: ignore[arg-type]
     child.memory_bytes = {"far above": 1501, "over": 1001}.get(how, 10)
     if how == "renewed":
         held._outdated.add(child)
-        held._places[1:] = []
+        held._slots[1:] = []
     if how.startswith("hangs"):
-        child._asks[1] = asyncio.get_running_loop().create_future()
+        child._pending_answers[1] = asyncio.get_running_loop().create_future()
         child.heard_at -= 31.0 if how == "hangs in start" else 11.0
     for _ in range(2):
         held._watch(place, child, 0.0)
@@ -124,18 +124,18 @@ def test_question_of_a_worker_that_ended_has_the_text() -> None:
 async def deaths(how: str) -> tuple[list[Any], dict[str, int]]:
     """What a suspected call says after the first and the second worker that made it alone ended so, and the counts."""
     calls = CallScheduler(AgentQueues(4), AgentHealthTracker(CircuitBreakerOptions()), RULES)
-    calls.use(places(), AdapterPool(lambda: [], no_worker))
+    calls.use_workers(places(), AdapterPool(lambda: [], no_worker))
     calls._is_poked = True  # nothing is to be dispatched
-    calls._bulkhead.enter("a@1", rows=1)
+    calls._queues.enter("a@1", rows=1)
     live = InFlightCall(GenerateCall("c", "a", text="hello"), "a@1", False, 1)
     said: list[Any] = []
     for number in range(2):
         child = await ended(how)
-        child.alone, live.is_suspect, live.wire_id = True, True, str(number)
+        child.is_isolated, live.is_suspect, live.wire_id = True, True, str(number)
         child.calls[live.wire_id] = live
-        calls.lost(child)
-        said.append(live._last)
-        if live._last is not None:
+        calls.on_worker_lost(child)
+        said.append(live._final_event)
+        if live._final_event is not None:
             break
     return said, dict(calls.counts)
 

@@ -180,7 +180,7 @@ def test_a_row_outside_reality_is_named_and_ordinary_ones_are_not() -> None:
     made = talk(60, 1)
     made[7] = example("zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich", "ja", "far")
     found = run(made, talk(150, 2), [])
-    outside = {flaw.place for flaw in found.flaws if flaw.reason == "outside"}
+    outside = {flaw.index for flaw in found.flaws if flaw.reason == "outside"}
     assert 7 in outside and len(outside) <= 3
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sartor.text.equivalence import Read, compare_texts, idf_weights, stem, words
+from sartor.text.equivalence import TextReading, compare_texts, idf_weights, stem, words
 
 
 def verdict(one: str, other: str) -> tuple[str, float]:
-    found = compare_texts(Read.of(one), Read.of(other), idf_weights([one, other]))
-    assert compare_texts(Read.of(other), Read.of(one), idf_weights([one, other])).objection == found.objection
+    found = compare_texts(TextReading.of(one), TextReading.of(other), idf_weights([one, other]))
+    assert compare_texts(TextReading.of(other), TextReading.of(one), idf_weights([one, other])).objection == found.objection
     return found.objection, found.score
 
 
@@ -81,8 +81,10 @@ def test_in_a_long_text_a_word_in_another_place_is_no_other_meaning() -> None:
 
 def test_rare_words_weigh_more_than_frequent_ones() -> None:
     weights = idf_weights(["turn on the light"] * 40 + ["play some jazz"] * 60 + ["turn on the chandelier light"])
-    frequent = compare_texts(Read.of("on the chandelier light"), Read.of("turn on the chandelier light"), weights).score
-    rare = compare_texts(Read.of("turn on the light"), Read.of("turn on the chandelier light"), weights).score
+    frequent = compare_texts(
+        TextReading.of("on the chandelier light"), TextReading.of("turn on the chandelier light"), weights
+    ).score
+    rare = compare_texts(TextReading.of("turn on the light"), TextReading.of("turn on the chandelier light"), weights).score
     assert rare < frequent
 
 
@@ -97,12 +99,12 @@ def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> 
     texts = [f"{frame}turn on the {place} {thing}" for place in places for thing in ("light", "fan")]
     weights = idf_weights(texts)
     for other in texts[1:]:
-        verdict = compare_texts(Read.of(texts[0]), Read.of(other), weights)
+        verdict = compare_texts(TextReading.of(texts[0]), TextReading.of(other), weights)
         assert verdict.objection == "swap"
     assert (
         compare_texts(
-            Read.of(texts[0]),
-            Read.of(texts[0].replace("turn on the kitchen light", "the kitchen light please turn on")),
+            TextReading.of(texts[0]),
+            TextReading.of(texts[0].replace("turn on the kitchen light", "the kitchen light please turn on")),
             weights,
         ).score
         > 0.9
@@ -111,7 +113,7 @@ def test_an_instruction_before_every_question_makes_no_two_questions_alike() -> 
 
 @pytest.mark.parametrize("text", ["", " ", "...", "\U0001f600\U0001f600", "'" * 50, "n't", "\u0301\u0301", "a" * 10_000])
 def test_any_text_is_read_and_is_equal_to_itself(text: str) -> None:
-    assert compare_texts(Read.of(text), Read.of(text), {}).score == 1.0
+    assert compare_texts(TextReading.of(text), TextReading.of(text), {}).score == 1.0
 
 
 def test_endings_and_accents_are_no_other_word_but_short_words_stay_whole() -> None:

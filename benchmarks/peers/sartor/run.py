@@ -74,7 +74,7 @@ def round_first() -> None:
     """Compute as numerics 1 did: the frozen product is rounded, and the low-rank terms are added to what was rounded."""
     from sartor.models.losses.lora_linear import Projection
 
-    def forward(self: Any, x: Any, onto: Any = None, kept: Any = None) -> Any:
+    def forward(self: Any, x: Any, onto: Any = None, dropout_mask: Any = None) -> Any:
         y, low_rank, rank = self._frozen(x, onto), x @ self._stacked().T, 0
         for factors in self.factors:
             part = low_rank[:, rank : rank + len(factors.a)]
@@ -83,7 +83,7 @@ def round_first() -> None:
             rank += len(factors.a)
         return y, low_rank
 
-    def input_gradient(self: Any, dy: Any, lowered: Any, kept: Any = None) -> Any:
+    def input_gradient(self: Any, dy: Any, lowered: Any, dropout_mask: Any = None) -> Any:
         dx = dy @ self.weight()
         return dx if lowered is None else dx.addmm_(lowered, self._stacked())
 

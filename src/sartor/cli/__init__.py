@@ -49,7 +49,7 @@ RECIPES = {
 
 def _add_options(command: str) -> None:
     """Append the options of a command's recipe to its help: their texts come from their declarations."""
-    recipe, what = RECIPES[command]
+    recipe, description = RECIPES[command]
     lines = [_help_line(command, *option) for option in sartor.options(getattr(sartor, recipe))]
     if command == "curate":  # the options of each step follow under its name
         lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
@@ -57,7 +57,7 @@ def _add_options(command: str) -> None:
     target = app
     for name in command.split():
         target = target[name]
-    target.help_epilogue = "\n".join([f"Options of {what}:", "", *lines])
+    target.help_epilogue = "\n".join([f"Options of {description}:", "", *lines])
 
 
 def _help_line(command: str, name: str, declared: str, text: str) -> str:
@@ -97,22 +97,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _help_of(arguments: list[str]) -> str:
-    known = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
-    return f"sartor {arguments[0]} --help" if known else "sartor --help"
+    is_command = bool(arguments) and arguments[0] in app and not arguments[0].startswith("-")
+    return f"sartor {arguments[0]} --help" if is_command else "sartor --help"
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signal_number)
 
 
 def _show(result: Any, as_json: bool) -> None:
     if result is None:  # --help and --version have said it
         return
-    said = result if isinstance(result, dict) else result.as_json()
+    payload = result if isinstance(result, dict) else result.as_json()
     if as_json:
-        _print([json.dumps(said, ensure_ascii=False)])
+        _print([json.dumps(payload, ensure_ascii=False)])
         return
-    rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in said.items()]
+    rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in payload.items()]
     width = max(len(name) for name, _ in rows)
     _print(f"{'' if index else name:{width}}  {line}" for name, value in rows for index, line in enumerate(_lines(value)))
 

@@ -96,8 +96,8 @@ def dedup(
     """
     fields = {"contained": contained, "unit": unit, "size": size, "keep": keep, "allow": allow, "processes": processes}
     limits = {"max_source_fraction": max_source_fraction, "max_fraction": max_fraction, "max_row_bytes": max_row_bytes}
-    compared = {"text_field": text_field, "threshold": threshold}
-    return sartor.dedup(files, out, pairs=pairs, replace=replace, show=True, **compared, **fields, **limits)
+    comparison = {"text_field": text_field, "threshold": threshold}
+    return sartor.dedup(files, out, pairs=pairs, replace=replace, show=True, **comparison, **fields, **limits)
 
 
 @app.command
@@ -141,7 +141,11 @@ def index(directory: Path) -> Any:
     """Find artefacts again after a move."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a directory", "give the directory that holds the artefacts")
-    return {"found": [{"kind": found.kind, "id": found.id, "path": str(found.path)} for found in sartor.index(directory)]}
+    return {
+        "found": [
+            {"kind": artifact.kind, "id": artifact.id, "path": str(artifact.path)} for artifact in sartor.index(directory)
+        ]
+    }
 
 
 assets_app = App(name="assets", help="Offline weights and data, digest-checked.")
@@ -153,7 +157,7 @@ def assets_list() -> Any:
     """Every asset: what it is for, its licence, whether it is installed."""
     return {
         "assets": [
-            {"name": name, "installed": asset.is_installed, "licence": asset.licence, "what": asset.what}
+            {"name": name, "installed": asset.is_installed, "licence": asset.licence, "what": asset.description}
             for name, asset in sartor.assets().items()
         ]
     }

@@ -132,9 +132,13 @@ def simulate(
         resume: go on after the last round that ended
         replace: start over, and replace the Adapter that stands there
     """
-    dealt = {"count": shards, "alpha": alpha, "by": by, "seed": shard_seed} if shards is not None else None
-    asked = [*flags, *([f"--personal.rank={personal}"] if personal else []), *(["--personal.compare=true"] if compare else [])]
+    sharding = {"count": shards, "alpha": alpha, "by": by, "seed": shard_seed} if shards is not None else None
+    overrides = [
+        *flags,
+        *([f"--personal.rank={personal}"] if personal else []),
+        *(["--personal.compare=true"] if compare else []),
+    ]
     return sartor.federate_simulate(
-        sartor.load_federate_recipe(recipe, asked), out, clients=clients, shards=dealt, resume=resume, replace=replace,
+        sartor.load_federate_recipe(recipe, overrides), out, clients=clients, shards=sharding, resume=resume, replace=replace,
         notice=notice,
     )  # fmt: skip

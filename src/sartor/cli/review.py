@@ -143,12 +143,12 @@ def edit(
         key: private key that signs the decision
         queue: file or Postgres URL, as in list
     """
-    said: dict[str, Any] = {name: text for name, text in (("reply", reply), ("prompt", prompt)) if text is not None}
+    changes: dict[str, Any] = {name: text for name, text in (("reply", reply), ("prompt", prompt)) if text is not None}
     try:
-        said |= json.loads(change) if change else {}
+        changes |= json.loads(change) if change else {}
     except (ValueError, TypeError):
         raise ConfigError(f"--change {change[:80]!r} is no JSON object", '--change \'{"reply": "..."}\'') from None
-    return sartor.review_decide(dataset, items, sartor.Opinion("edit", by, reason, said or None, settle, key), queue)
+    return sartor.review_decide(dataset, items, sartor.Opinion("edit", by, reason, changes or None, settle, key), queue)
 
 
 @review_app.command

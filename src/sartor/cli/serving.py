@@ -57,15 +57,15 @@ def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) ->
         host: address to listen on, instead of http.host; beyond this machine only with keys (`sartor agents key`)
         port: instead of http.port; 0 takes a free one
     """
-    more = [*(["--http.host", host] if host else []), *(["--http.port", str(port)] if port is not None else [])]
+    overrides = [*(["--http.host", host] if host else []), *(["--http.port", str(port)] if port is not None else [])]
     try:
-        sartor.serve(team, [*flags, *more], ready=_ready)
+        sartor.serve(team, [*flags, *overrides], ready=_ready)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
 
-def _ready(said: Mapping[str, Any]) -> None:
-    print(json.dumps(dict(said)) if AS_JSON.get() else f"listening on {said['address']}", flush=True)
+def _ready(facts: Mapping[str, Any]) -> None:
+    print(json.dumps(dict(facts)) if AS_JSON.get() else f"listening on {facts['address']}", flush=True)
 
 
 agents_app = App(name="agents", help="The agents of a team: which version is live, which is on trial, who may ask them.")

@@ -182,13 +182,13 @@ def ask(
         speak: say the reply into this file too: .wav, .flac, .mp3, .opus or .ogg
         voice: who speaks: espeak, espeak:LANGUAGE+VARIANT (espeak:de, espeak:en-us+f3), piper:joe, piper:FILE.onnx
     """
-    spoken = sartor.speaking(speak, voice) if speak else lambda reply: reply
+    with_speech = sartor.speaking(speak, voice) if speak else lambda reply: reply
     fields = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in fields.items() if value is not None}
     question = sartor.Question.of(prompt, media)
     if release.is_file():
-        return spoken(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))
-    return spoken(sartor.ask(release, question, key=key, base=base, sampling=chosen, notice=notice))
+        return with_speech(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))
+    return with_speech(sartor.ask(release, question, key=key, base=base, sampling=chosen, notice=notice))
 
 
 @app.command

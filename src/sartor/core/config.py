@@ -70,8 +70,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}, {error.problem}", error.remedy) from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        at = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{at} is not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
+        position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{position} is not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {_name_of(data)}, not a mapping of options", "write `key: value` lines")
     return data
@@ -84,12 +84,12 @@ def load(cls: type[T], data: Mapping[str, Any], flags: Sequence[str] = ()) -> T:
     """
     if flags:
         # a flag may complete what the file lacks, so the file alone need not be whole; but a shorthand in it is expanded
-        whole = _expanded(cls, data)
+        expanded = _expanded(cls, data)
         # a kind goes before the options that it decides about, wherever it stands on the command line
         for key, text in sorted(_flag_pairs(flags), key=lambda pair: not pair[0].endswith(".kind")):
-            _set(whole, key.split("."), _flag_value(key, text), key)
-            whole = _expanded(cls, whole)  # `--objective dpo --objective.beta 0.2`
-        data = whole
+            _set(expanded, key.split("."), _flag_value(key, text), key)
+            expanded = _expanded(cls, expanded)  # `--objective dpo --objective.beta 0.2`
+        data = expanded
     return _build(cls, data, "")
 
 
@@ -141,22 +141,24 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
             continue
         if not members or _is_list(hint):
             yield _Described(name, declared, text)
-        below = f"{name}[]" if _is_list(hint) else name
+        dotted_name = f"{name}[]" if _is_list(hint) else name
         if members and "[]" in prefix:
-            seen[tuple(members)] = below
+            seen[tuple(members)] = dotted_name
         if any(_has_kind(member) for member in members):
             choices = " | ".join(_kind(member) for member in members)
-            yield _Described(f"{below}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text)
+            yield _Described(
+                f"{dotted_name}.kind", f"{choices}, {'required' if _is_list(hint) else _default_text(field)}", text
+            )
         for member in members:
-            yield from _describe_member(member, below, len(members) > 1, seen)
+            yield from _describe_member(member, dotted_name, len(members) > 1, seen)
 
 
 def _describe_member(
-    member: type, below: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
+    member: type, dotted_name: str, is_one_of_several: bool, seen: dict[tuple[type, ...], str]
 ) -> Iterator[_Described]:
     if _has_kind(member):
-        yield _Described(f"{below}.kind {_kind(member)}", "a choice", first_sentence(member), states_kind=True)
-    for line in _describe(member, f"{below}.", seen):
+        yield _Described(f"{dotted_name}.kind {_kind(member)}", "a choice", first_sentence(member), states_kind=True)
+    for line in _describe(member, f"{dotted_name}.", seen):
         if is_one_of_several and not line.states_kind:
             line = line._replace(declared=f"{line.declared}, with kind {_kind(member)}", states_kind=True)
         yield line
@@ -179,10 +181,10 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
         return "required"
     if dataclasses.is_dataclass(field.default) and _has_kind(field.default):
         return f"default {_kind(type(field.default))}"
-    return f"default {_said(field.default)}"
+    return f"default {_default_repr(field.default)}"
 
 
-def _said(default: Any) -> str:
+def _default_repr(default: Any) -> str:
     """A default as a recipe would have it."""
     if isinstance(default, tuple) and default and all(dataclasses.is_dataclass(item) for item in default):
         return f"[{', '.join(_kind(type(item)) for item in default)}]"
@@ -190,16 +192,16 @@ def _said(default: Any) -> str:
 
 
 def _flag_pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    rest = list(flags)
-    while rest:
-        flag = rest.pop(0)
+    remaining = list(flags)
+    while remaining:
+        flag = remaining.pop(0)
         if not flag.startswith("--"):
             raise ConfigError(f"{flag!r} stands where an option is expected", "write --option VALUE")
         key, equals, text = flag[2:].partition("=")
         if not equals:
-            if not rest:
+            if not remaining:
                 raise ConfigError(f"--{key} has no value", f"write --{key} VALUE")
-            text = rest.pop(0)
+            text = remaining.pop(0)
         yield key.replace("-", "_"), text
 
 
@@ -249,7 +251,7 @@ def _build(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in get_args(hint) and type(value) in {type(choice) for choice in get_args(hint)}:
             return value
-        raise _wrong(where, value, _describe_type(hint), _meant(value, get_args(hint)))
+        raise _invalid_value(where, value, _describe_type(hint), _closest_name(value, get_args(hint)))
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_build(get_args(hint)[0], item, f"{where}[{index}]") for index, item in enumerate(items))
@@ -257,12 +259,12 @@ def _build(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise _wrong(where, value, "a number") from None
+            raise _invalid_value(where, value, "a number") from None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise _wrong(where, value, _describe_type(hint))
+    raise _invalid_value(where, value, _describe_type(hint))
 
 
 def _build_union(hint: Any, value: Any, where: str) -> Any:
@@ -283,7 +285,7 @@ def _build_union(hint: Any, value: Any, where: str) -> Any:
     assert failure is not None
     if isinstance(value, Mapping):
         raise failure
-    raise _wrong(where, value, _describe_type(hint))
+    raise _invalid_value(where, value, _describe_type(hint))
 
 
 def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
@@ -292,11 +294,13 @@ def _by_kind(classes: Sequence[Any], value: Any, where: str) -> tuple[Any, Any]:
     value = _with_kind(kinds, value)
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in kinds:
-        said = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
-        if kind is None and (having := [name for name, cls in kinds.items() if said in _options_of(cls)]):
-            problem = f"{where} has {said!r} and no kind; {said!r} is an option of {' and '.join(having)}"
+        key_or_kind = next(iter(value), None) if isinstance(value, Mapping) and kind is None else kind
+        if kind is None and (having := [name for name, cls in kinds.items() if key_or_kind in _options_of(cls)]):
+            problem = f"{where} has {key_or_kind!r} and no kind; {key_or_kind!r} is an option of {' and '.join(having)}"
             raise ConfigError(problem, f"{where}.kind: {having[0]}")
-        raise _wrong(f"{where}.kind".lstrip("."), said, f"one of {', '.join(kinds)}", _meant(said, list(kinds)))
+        raise _invalid_value(
+            f"{where}.kind".lstrip("."), key_or_kind, f"one of {', '.join(kinds)}", _closest_name(key_or_kind, list(kinds))
+        )
     return kinds[kind], value
 
 
@@ -306,11 +310,11 @@ def _with_kind(kinds: Mapping[str, Any], value: Any) -> Any:
         return {"kind": value}
     if not isinstance(value, Mapping) or "kind" in value or len(value) != 1:
         return value
-    ((kind, inner),) = value.items()
+    ((kind, options),) = value.items()
     if kind not in kinds:
         return value
-    inner = {} if inner is None else inner
-    return {"kind": kind, **(inner if isinstance(inner, Mapping) else _from_shorthand(kinds[kind], inner))}
+    options = {} if options is None else options
+    return {"kind": kind, **(options if isinstance(options, Mapping) else _from_shorthand(kinds[kind], options))}
 
 
 def _build_class(cls: Any, value: Any, where: str) -> Any:
@@ -319,10 +323,14 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
     fields = {_key(field.name): field for field in dataclasses.fields(cls)}
     for key in value:
         if key not in fields:
-            path, meant = f"{where}.{key}".lstrip("."), _meant(key, list(fields))
-            known = ", ".join(name for name in fields if name != "kind")
-            remedy = f"{where}.{meant}: ...".lstrip(".") if meant else f"one of {known}" if known else f"leave {path} out"
-            raise ConfigError(f"there is no option {path!r}" + (f"; {meant!r} was probably meant" if meant else ""), remedy)
+            path, suggestion = f"{where}.{key}".lstrip("."), _closest_name(key, list(fields))
+            names = ", ".join(name for name in fields if name != "kind")
+            remedy = (
+                f"{where}.{suggestion}: ...".lstrip(".") if suggestion else f"one of {names}" if names else f"leave {path} out"
+            )
+            raise ConfigError(
+                f"there is no option {path!r}" + (f"; {suggestion!r} was probably meant" if suggestion else ""), remedy
+            )
     hints = get_type_hints(cls)
     built = {}
     for name, field in fields.items():
@@ -334,8 +342,8 @@ def _build_class(cls: Any, value: Any, where: str) -> Any:
     try:
         return cls(**built)
     except ConfigError as error:
-        at = f"{where}: " if where else ""
-        raise ConfigError(f"{at}{error.problem}", error.remedy) from None
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(f"{prefix}{error.problem}", error.remedy) from None
 
 
 def _from_shorthand(cls: Any, value: Any) -> dict[str, Any]:
@@ -365,21 +373,21 @@ def _has_kind(cls: Any) -> bool:
 def _classes(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
-    return [found for inner in get_args(hint) for found in _classes(inner)]
+    return [cls for member in get_args(hint) for cls in _classes(member)]
 
 
 def _is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple
 
 
-def _meant(value: Any, known: Sequence[Any]) -> str:
-    close = difflib.get_close_matches(str(value), [str(name) for name in known], n=1, cutoff=0.5)
+def _closest_name(value: Any, choices: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(str(value), [str(name) for name in choices], n=1, cutoff=0.5)
     return close[0] if close else ""
 
 
-def _wrong(where: str, value: Any, expected: str, meant: str = "") -> ConfigError:
+def _invalid_value(where: str, value: Any, expected: str, suggestion: str = "") -> ConfigError:
     text = f"{where} is {value!r}; it must be {expected}" if where else f"{value!r} is not {expected}"
-    return ConfigError(text, f"{where}: {meant}" if meant else f"{where}: <{expected}>")
+    return ConfigError(text, f"{where}: {suggestion}" if suggestion else f"{where}: <{expected}>")
 
 
 def _describe_type(hint: Any) -> str:

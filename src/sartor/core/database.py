@@ -113,26 +113,26 @@ class Database:
         head = ScriptDirectory.from_config(config).get_current_head()
         with self._typed(), _one_migration, self._opening():
             with self._engine.begin() as connection:
-                if self._standing(connection) == head:
+                if self._revision(connection) == head:
                     return
             with self._changing.begin() as connection:
                 if not self._is_sqlite:
                     connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _ADVISORY})
                 config.attributes |= {"connection": connection, "version_table": self.form.version_table}
-                if (standing := self._standing(connection)) != head:
-                    self._upgrade(config, standing)
+                if (revision := self._revision(connection)) != head:
+                    self._upgrade(config, revision)
 
-    def _standing(self, connection: Connection) -> str | None:
+    def _revision(self, connection: Connection) -> str | None:
         """The revision of the tables as they are, None of none."""
         opts = {"version_table": self.form.version_table}
         return MigrationContext.configure(connection, opts=opts).get_current_revision()
 
-    def _upgrade(self, config: Config, standing: str | None) -> None:
+    def _upgrade(self, config: Config, revision: str | None) -> None:
         try:
             command.upgrade(config, "head")
         except CommandError:
             raise ArtifactError(
-                f"the {self.form.noun} {self.name} has the form {standing!r}, which this version of Sartor does not know",
+                f"the {self.form.noun} {self.name} has the form {revision!r}, which this version of Sartor does not know",
                 "open it with the version of Sartor that wrote it last",
             ) from None
 
@@ -182,21 +182,25 @@ class Database:
 
     def _fault(self, error: BaseException | None) -> SartorError:
         """What a driver's error means to whoever runs the team."""
-        said = str(error)
+        message = str(error)
         for name, value in self._secrets.items():
-            said = said.replace(value, f"${{{name}}}")
+            message = message.replace(value, f"${{{name}}}")
         code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
         primary = code & 0xFF
-        where = f"the {self.form.noun} {self.name}"
+        subject = f"the {self.form.noun} {self.name}"
         if primary in _BUSY:
-            return BusyError(f"{where} is locked by another process: {said}", "try again", BUSY_S)
-        if primary in _DAMAGED or (primary == sqlite3.SQLITE_ERROR and said.startswith("no such")):  # written over, or emptied
-            return ArtifactError(f"{where} is damaged: {said}", "restore it from a copy, or move it away and start anew")
+            return BusyError(f"{subject} is locked by another process: {message}", "try again", BUSY_S)
+        if primary in _DAMAGED or (
+            primary == sqlite3.SQLITE_ERROR and message.startswith("no such")
+        ):  # written over, or emptied
+            return ArtifactError(f"{subject} is damaged: {message}", "restore it from a copy, or move it away and start anew")
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
-            return ConfigError(f"{where} cannot be written to: {said}", "give a directory that can be written to")
+            return ConfigError(f"{subject} cannot be written to: {message}", "give a directory that can be written to")
         if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
-            return MissingError(f"the disk of {where} is full: {said}; nothing was changed", "free some space")
-        return MissingError(f"{where} cannot be used: {said}; nothing was changed", "see whether its disk or server is there")
+            return MissingError(f"the disk of {subject} is full: {message}; nothing was changed", "free some space")
+        return MissingError(
+            f"{subject} cannot be used: {message}; nothing was changed", "see whether its disk or server is there"
+        )
 
     def _is_there(self) -> bool:
         return Path(self._engine.url.database or "").exists()
@@ -205,8 +209,8 @@ class Database:
 def _server_pool(url: URL) -> dict[str, Any]:
     """Options of an engine on Postgres. A server that is gone without a word is an error after some seconds, not minutes."""
     is_libpq = url.get_driver_name() in ("psycopg", "psycopg2")
-    given = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
-    return {"pool_pre_ping": True, "pool_size": 4, "connect_args": given}
+    connect_args = {name: value for name, value in _LIBPQ.items() if is_libpq and name not in url.query}
+    return {"pool_pre_ping": True, "pool_size": 4, "connect_args": connect_args}
 
 
 def scrub_file(file: Path) -> str:
@@ -255,8 +259,8 @@ def _filled(url: str, form: Form) -> tuple[URL, dict[str, str], str]:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise ConfigError(f"the URL of the {form.noun} is none that SQLAlchemy knows", remedy) from None
-    spelled = [parsed.password, *(value for key, value in parsed.query.items() if "pass" in key.lower())]
-    if any(secret and not _NAME.fullmatch(str(secret)) for secret in spelled):
+    passwords = [parsed.password, *(value for key, value in parsed.query.items() if "pass" in key.lower())]
+    if any(secret and not _NAME.fullmatch(str(secret)) for secret in passwords):
         raise ConfigError(f"the URL of the {form.noun} spells out a password", remedy)
     secrets: dict[str, str] = {}
 
@@ -277,8 +281,8 @@ def _environment(name: str, form: Form) -> str:
 
 def run_revisions() -> None:
     """What the env.py of a Form's migrations does: the revisions, on the connection and in the transaction of `migrate`."""
-    said = context.config.attributes
-    context.configure(connection=said["connection"], version_table=said["version_table"])
+    attributes = context.config.attributes
+    context.configure(connection=attributes["connection"], version_table=attributes["version_table"])
     context.run_migrations()
 
 

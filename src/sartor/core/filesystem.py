@@ -236,10 +236,10 @@ class FileSystem:
     def stat(self, path: Path) -> Stat | None:
         """A file's or folder's status; None where there is none. A symbolic link is not followed."""
         try:
-            found = os.lstat(path)
+            status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(found.st_ino, found.st_size, os.path.isdir(path) and not os.path.islink(path))
+        return Stat(status.st_ino, status.st_size, os.path.isdir(path) and not os.path.islink(path))
 
     def free_bytes(self, path: Path) -> int:
         """What the disk that holds a folder has left for this user."""
@@ -323,10 +323,10 @@ class FileSystem:
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder with all that it holds. Not durable, nor in one step: only for what nothing names."""
-        found = self.stat(path)
-        if found is None:
+        status = self.stat(path)
+        if status is None:
             return
-        if not found.is_folder:
+        if not status.is_folder:
             self.unlink(path)
             return
         for name in self.names(path):
@@ -348,9 +348,9 @@ class PrivateFileSystem(FileSystem):
 def _write(descriptor: int, content: bytes) -> None:
     # unbuffered: a buffer that could not be written would be written again on closing
     try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
     finally:
         os.close(descriptor)
 
@@ -363,14 +363,14 @@ def _stem(path: Path) -> str:
     return f".{name}{LEFTOVER}"
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(first: Path, second: Path) -> bool:
     """Swap two directories atomically (Linux's renameat2 with RENAME_EXCHANGE); false where that is not to be had."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
     at_cwd, exchange = -100, 2
-    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+    return bool(renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0)
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

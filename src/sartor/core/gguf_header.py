@@ -63,12 +63,12 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
     if version not in (2, 3):
         raise ValueError(f"its version is {version}, and 2 and 3 are read")
     tensors, pairs = _number(stream, "Q"), _number(stream, "Q")
-    metadata, kept = {}, {}
+    metadata, selected_arrays = {}, {}
     for _ in range(pairs):
         key = _text(stream)
         value = _value(stream, _number(stream, "I"), keep=key in arrays)
         if isinstance(value, list):
-            kept[key] = value
+            selected_arrays[key] = value
         elif value is not None:
             metadata[key] = value
     matrices = set()
@@ -83,7 +83,7 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
         _number(stream, "Q")
         if axes > 1:
             matrices.add(kind)
-    return GgufHeader(metadata, frozenset(matrices), kept)
+    return GgufHeader(metadata, frozenset(matrices), selected_arrays)
 
 
 def _bytes(stream: BinaryIO, count: int) -> bytes:
@@ -95,8 +95,8 @@ def _bytes(stream: BinaryIO, count: int) -> bytes:
     return result
 
 
-def _number(stream: BinaryIO, form: str) -> Any:
-    return struct.unpack(f"<{form}", _bytes(stream, struct.calcsize(f"<{form}")))[0]
+def _number(stream: BinaryIO, type_code: str) -> Any:
+    return struct.unpack(f"<{type_code}", _bytes(stream, struct.calcsize(f"<{type_code}")))[0]
 
 
 def _text(stream: BinaryIO) -> str:
@@ -108,15 +108,15 @@ def _value(stream: BinaryIO, kind: int, *, keep: bool = False) -> Any:
     if kind == _STRING:
         return _text(stream)
     if kind == _ARRAY:
-        of, count = _number(stream, "I"), _number(stream, "Q")
-        if of in _SCALARS:
-            content = _bytes(stream, count * struct.calcsize(f"<{_SCALARS[of]}"))
-            return list(struct.unpack(f"<{count}{_SCALARS[of]}", content)) if keep else None
+        item_type, count = _number(stream, "I"), _number(stream, "Q")
+        if item_type in _SCALARS:
+            content = _bytes(stream, count * struct.calcsize(f"<{_SCALARS[item_type]}"))
+            return list(struct.unpack(f"<{count}{_SCALARS[item_type]}", content)) if keep else None
         if count > _LONGEST:
             raise ValueError(f"an array of {count} items")
-        values = [_value(stream, of) for _ in range(count)] if keep else None
+        values = [_value(stream, item_type) for _ in range(count)] if keep else None
         for _ in range(0 if keep else count):
-            _value(stream, of)
+            _value(stream, item_type)
         return values
     if kind not in _SCALARS:
         raise ValueError(f"metadata of the unknown type {kind}")

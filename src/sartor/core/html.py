@@ -50,8 +50,8 @@ def escape_control(text: str) -> str:
     >>> visible("a\x00b\u202ec")
     'a␀b‹U+202E›c'
     """
-    seen = _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
-    return seen if seen.isascii() else _PILE.sub(lambda pile: f"{pile[1]}‹+{len(pile[2]):,} marks›", seen)
+    visible = _UNSEEN.sub(_shown, text.replace("\r\n", "\n"))
+    return visible if visible.isascii() else _PILE.sub(lambda pile: f"{pile[1]}‹+{len(pile[2]):,} marks›", visible)
 
 
 def _shown(match: re.Match[str]) -> str:
@@ -68,13 +68,13 @@ def escape(value: Any) -> str:
     return html.escape(escape_control(str(value)))
 
 
-def clipped(text: str, most: int) -> str:
-    """The first `most` characters, and how many more there are.
+def clipped(text: str, max_length: int) -> str:
+    """The first `max_length` characters, and how many more there are.
 
     >>> clipped("abcdef", 4)
     'abcd… (+2 characters)'
     """
-    return text if len(text) <= most else f"{text[:most].rstrip()}… (+{len(text) - most:,} characters)"
+    return text if len(text) <= max_length else f"{text[:max_length].rstrip()}… (+{len(text) - max_length:,} characters)"
 
 
 def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
@@ -83,9 +83,9 @@ def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
     return f"<!doctype html><html lang=en>{opening}<style>{STYLE}{style}</style><body>{body}</body></html>\n"
 
 
-def headlines(shown: Iterable[tuple[str, str]]) -> str:
+def headlines(numbers: Iterable[tuple[str, str]]) -> str:
     """The big numbers: (value, what it is)."""
-    parts = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in shown)
+    parts = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in numbers)
     return f"<div class=big>{''.join(parts)}</div>"
 
 

@@ -49,9 +49,9 @@ class MalformedFrame:
     problem: str
 
 
-def frame(said: Mapping[str, Any]) -> bytes:
+def frame(message: Mapping[str, Any]) -> bytes:
     """One line of the wire."""
-    return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
 
 
 class Frames:
@@ -113,9 +113,9 @@ class Channel:
         """Whether the parent reads fast enough that more may be said."""
         return len(self._unsent) < MOST_UNREAD_BYTES
 
-    def send(self, said: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Say something. It leaves with the next `flush`, together with what else was said."""
-        self._unsent += frame(said)
+        self._unsent += frame(message)
 
     def flush(self) -> None:
         """Hand over as much as the parent takes now."""
@@ -159,13 +159,13 @@ def error_as_json(error: SartorError) -> dict[str, str]:
     return {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}
 
 
-def error_from_json(said: Mapping[str, Any]) -> SartorError:
+def error_from_json(fields: Mapping[str, Any]) -> SartorError:
     """The error that was told; one of an unknown class is a plain SartorError."""
-    return error_of(str(said.get("kind", "")), str(said.get("problem", "")), str(said.get("remedy", "")))
+    return error_of(str(fields.get("kind", "")), str(fields.get("problem", "")), str(fields.get("remedy", "")))
 
 
 def error_of(kind: str, problem: str, remedy: str) -> SartorError:
     """An error of core/errors by the name of its class, as a Failed tells it."""
-    found = getattr(errors, kind, SartorError)
-    known = isinstance(found, type) and issubclass(found, SartorError)
-    return found(problem, remedy) if known else SartorError(problem, remedy)
+    error_class = getattr(errors, kind, SartorError)
+    is_known = isinstance(error_class, type) and issubclass(error_class, SartorError)
+    return error_class(problem, remedy) if is_known else SartorError(problem, remedy)

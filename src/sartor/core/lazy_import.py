@@ -44,10 +44,10 @@ def import_module(module: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in _EXTRAS:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS:
             raise
-        raise missing_package(missing, _EXTRAS[missing]) from None
+        raise missing_package(package, _EXTRAS[package]) from None
 
 
 def callable_package(package: str, module: str) -> None:

@@ -102,8 +102,8 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
         raise ModelError(f"{path} has no config.json, so it is no model in transformers' layout", "check the path of the base")
     if not list(path.glob("*.safetensors")):
         pickled = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
-        found = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
-        raise ModelError(f"{path} holds {found}", "save the model with safetensors (`save_pretrained` does)")
+        weights = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
+        raise ModelError(f"{path} holds {weights}", "save the model with safetensors (`save_pretrained` does)")
     return BaseRef(name, path, files_digest(path), licence or _stated_licence(path))
 
 
@@ -114,10 +114,10 @@ def _from_gguf(file: Path, licence: str) -> BaseRef:
             f"the base {file} is a file, not a directory, and no GGUF file",
             "give a directory with config.json and *.safetensors, or a GGUF file",
         )
-    stated = _spdx(gguf_header.read_head(file).metadata.get("general.license"))
+    stated_licence = _spdx(gguf_header.read_head(file).metadata.get("general.license"))
     identity = gguf_digest(remembered_digest(file))
     stem = re.sub(r"[^\w.-]", "-", file.stem)
-    return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated, file)
+    return BaseRef(str(file), folder("bases") / f"{stem}-{identity[:12]}", identity, licence or stated_licence, file)
 
 
 def gguf_digest(sha256: str) -> str:
@@ -127,8 +127,8 @@ def gguf_digest(sha256: str) -> str:
 
 def files_digest(path: Path) -> str:
     """sha256 over names and sha256 of the files that make a base; big files are remembered by size, times and inode."""
-    named = (file for file in path.iterdir() if _FILES.match(file.name) and file.name not in _NOT_OF_IT)
-    files = sorted(file for file in named if file.is_file())
+    candidates = (file for file in path.iterdir() if _FILES.match(file.name) and file.name not in _NOT_OF_IT)
+    files = sorted(file for file in candidates if file.is_file())
     return digest([[file.name, remembered_digest(file)] for file in files])
 
 
@@ -187,17 +187,17 @@ def _stated_licence(path: Path) -> str:
     text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        stated = yaml.safe_load(front.group(1)) if front else None
+        fields = yaml.safe_load(front.group(1)) if front else None
     except yaml.YAMLError:
-        stated = None
-    found = stated.get("license") if isinstance(stated, dict) else None
-    return _spdx(found[0] if isinstance(found, list) and len(found) == 1 else found)
+        fields = None
+    licence = fields.get("license") if isinstance(fields, dict) else None
+    return _spdx(licence[0] if isinstance(licence, list) and len(licence) == 1 else licence)
 
 
-def _spdx(found: object) -> str:
+def _spdx(licence: object) -> str:
     """A stated licence as SPDX spells it; NOASSERTION where none is stated."""
-    if isinstance(found, str) and found.strip():
-        return HUB_LICENCES.get(found.strip().lower(), found.strip())
+    if isinstance(licence, str) and licence.strip():
+        return HUB_LICENCES.get(licence.strip().lower(), licence.strip())
     return UNKNOWN
 
 
@@ -206,9 +206,9 @@ def _from_hub(name: str, revision: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise missing_package("huggingface_hub", "tune") from None
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (ExtraError, KeyboardInterrupt):
         raise
     except Exception as error:  # the client raises a dozen kinds: offline, no such model, gated, full disk
@@ -235,7 +235,7 @@ MODEL_TYPES: dict[str, Modality] = {
 }
 # The one key of metadata of an adapter's projectors: which towers they read, and the form in which that is said. One, since
 # the order of several is the writer's whim, and equal adapters are to be equal files
-SAID = "towers.1"
+TOWERS_KEY = "towers.1"
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,17 @@ def difference(made_by: Any, dtype: str) -> str:
 
     made_by: what stands under `numerics`; None for content that has no such key.
     """
-    made_by, here = FIRST if made_by is None else made_by, numerics(dtype)
-    if made_by == here:
+    made_by, current = FIRST if made_by is None else made_by, numerics(dtype)
+    if made_by == current:
         return ""
     name = dtype.removeprefix("torch.")
-    if isinstance(made_by, int) and made_by > here:
-        return f"numerics {made_by}, of a newer Sartor: this version computes {name} by numerics {here}"
-    change = f": {CHANGES[here]}" if here in CHANGES else ""
-    return f"numerics {made_by!s:.{_MOST_SHOWN}}, and this version computes {name} by numerics {here}{change}"
+    if isinstance(made_by, int) and made_by > current:
+        return f"numerics {made_by}, of a newer Sartor: this version computes {name} by numerics {current}"
+    change = f": {CHANGES[current]}" if current in CHANGES else ""
+    return f"numerics {made_by!s:.{_MOST_SHOWN}}, and this version computes {name} by numerics {current}{change}"
 
 
 def not_checked(made_by: Any, dtype: str) -> str:
     """Return why something made in `dtype` cannot be compared with what this version makes; empty if it can."""
-    found = difference(made_by, dtype)
-    return f"not checked: made by {found}" if found else ""
+    reason = difference(made_by, dtype)
+    return f"not checked: made by {reason}" if reason else ""

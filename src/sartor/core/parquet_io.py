@@ -177,8 +177,8 @@ def _message_of(row: dict[str, Any]) -> Message:
         body = part[kind] or ""
         parts.append(Part(kind, text=body) if kind == "text" else Part(kind, media=body))
     # an older Dataset has no reasoning
-    said = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
-    return Message(row["role"], tuple(parts), *said)
+    texts = (row.get(key) or "" for key in ("name", "tool_calls", "tool_call_id", "reasoning_content"))
+    return Message(row["role"], tuple(parts), *texts)
 
 
 def numbers(array: Any) -> Any:
@@ -190,8 +190,8 @@ def numbers(array: Any) -> Any:
 
 def to_index_array(values: Any) -> Any:
     """A numpy array as an Arrow array of 64-bit numbers, to `take` with."""
-    whole = np.ascontiguousarray(values, np.int64)
-    return pa.Array.from_buffers(pa.int64(), len(whole), [None, pa.py_buffer(whole)])
+    contiguous = np.ascontiguousarray(values, np.int64)
+    return pa.Array.from_buffers(pa.int64(), len(contiguous), [None, pa.py_buffer(contiguous)])
 
 
 def to_string_array(texts: Sequence[str]) -> Any:

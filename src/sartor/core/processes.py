@@ -36,28 +36,28 @@ class WorkerPool:
         self.count = count
         self._children: list[subprocess.Popen[bytes]] = []
         self._idle: SimpleQueue[Connection] = SimpleQueue()
-        self._lines: list[Connection] = []
+        self._connections: list[Connection] = []
 
     def __enter__(self) -> Self:
         for _ in range(self.count):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                code = _CHILD.format(path=sys.path, number=theirs.fileno())
+            parent_end, child_end = socket.socketpair()
+            with child_end:
+                code = _CHILD.format(path=sys.path, number=child_end.fileno())
                 # two processes on two cores leave no room for threads
                 environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
                 self._children.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", code], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                        [sys.executable, "-c", code], pass_fds=[child_end.fileno()], env=environment, stdin=subprocess.DEVNULL
                     )
                 )
-            line = Connection(ours.detach())
-            self._lines.append(line)
-            self._idle.put(line)
+            connection = Connection(parent_end.detach())
+            self._connections.append(connection)
+            self._idle.put(connection)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for line in self._lines:
-            line.close()
+        for connection in self._connections:
+            connection.close()
         for child in self._children:
             try:
                 child.wait(5)
@@ -84,30 +84,30 @@ class WorkerPool:
                     future.cancel()
 
     def _call(self, function: Callable[..., T], item: tuple[Any, ...]) -> T:
-        line = self._idle.get()
+        connection = self._idle.get()
         try:
-            line.send((function, item))
-            failed, value = line.recv()
+            connection.send((function, item))
+            failed, value = connection.recv()
         except (EOFError, OSError):
             raise BudgetError(
                 "a worker process ended before its work was done, as the system does when memory runs out",
                 "processes=1, or smaller files",
             ) from None
         finally:
-            self._idle.put(line)
+            self._idle.put(connection)
         if failed:
             raise value
         return value  # type: ignore[no-any-return]
 
 
-def serve(number: int) -> None:
+def serve(descriptor: int) -> None:
     """The loop of a worker on the socket that it inherits: (function, arguments) in, (failed, result or error) out."""
     gc.set_threshold(100_000)  # rows make lists by the million, and no cycles
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    line = Connection(number)
+    connection = Connection(descriptor)
     while True:
         try:
-            function, item = line.recv()
+            function, item = connection.recv()
         except (EOFError, OSError):
             return
         try:
@@ -115,7 +115,7 @@ def serve(number: int) -> None:
         except Exception as error:  # whatever it is, it is raised where it was asked for
             answer = (True, error)
         try:
-            line.send(answer)
+            connection.send(answer)
         except OSError:
             return
 
@@ -151,22 +151,22 @@ class DeferredSignals:
     def __init__(self, notice: Callable[[str], object] = lambda line: None) -> None:
         self.received: signal.Signals | None = None
         self._notice = notice
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> DeferredSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
-                if before is not None and before != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._receive)
+            for signal_number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(signal_number)
+                if handler is not None and handler != signal.SIG_IGN:
+                    self._previous[signal_number] = signal.signal(signal_number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(signal_number)
         self.__exit__()
         # a handler may have cut into a write to the same stream, which then refuses a second one
         with contextlib.suppress(RuntimeError):

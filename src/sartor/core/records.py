@@ -230,13 +230,13 @@ class Feedback:
         return {"schema": FEEDBACK_SCHEMA, **asdict(self)}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Feedback:
+    def from_json(cls, record: Mapping[str, Any]) -> Feedback:
         """The record that `as_json` said, of this schema or the one before. Raises SourceError for another, KeyError or
         TypeError for no record.
         """
-        if said.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
-            raise SourceError(f"feedback of schema {said.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
-        fields = {key: value for key, value in said.items() if key != "schema"}
+        if record.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
+            raise SourceError(f"feedback of schema {record.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
+        fields = {key: value for key, value in record.items() if key != "schema"}
         by = FeedbackAuthor(**fields.pop("by", {}))
         return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})
 

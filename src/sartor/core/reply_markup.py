@@ -36,7 +36,7 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BEGINNINGS = ("[TOOL_CALLS]", "<|python_tag|>")
 # Nine letters and digits, as Mistral's templates demand
 _ID, _FROM_TEXT = "text{:05d}", re.compile(r"text\d{5}")
-Spelt = Callable[[str], list[str]]
+MarkupFinder = Callable[[str], list[str]]
 
 
 def known(text: str) -> list[str]:
@@ -54,21 +54,22 @@ def known(text: str) -> list[str]:
     return result
 
 
-def read_example(example: Example, spelt: Spelt = known, *, keep_id: bool = False) -> Example:
+def read_example(example: Example, find_markup: MarkupFinder = known, *, keep_id: bool = False) -> Example:
     """Return the Example with markup in its replies read into fields: itself where no reply spells any.
 
-    spelt: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises TemplateMarkupError
-    for a reply that cannot be read, and for a document that spells markup: its text is learnt as it stands, and has no fields.
+    find_markup: the markup in a text. keep_id: the row goes on under the id that it has in its Dataset. Raises
+    TemplateMarkupError for a reply that cannot be read, and for a document that spells markup: its text is learnt as it stands,
+    and has no fields.
     """
-    if example.is_document and (found := spelt(example.messages[0].text)):
-        raise _unreadable(found[0], "it is a document, which has no fields")
-    messages, rejected = (_read_turns(turns, spelt) for turns in (example.messages, example.rejected))
+    if example.is_document and (markup := find_markup(example.messages[0].text)):
+        raise _unreadable(markup[0], "it is a document, which has no fields")
+    messages, rejected = (_read_turns(turns, find_markup) for turns in (example.messages, example.rejected))
     if messages is example.messages and rejected is example.rejected:
         return example
-    read = replace(example, messages=messages, rejected=rejected)
+    result = replace(example, messages=messages, rejected=rejected)
     if keep_id:
-        vars(read)["id"] = example.id  # where the cached property keeps it
-    return read
+        vars(result)["id"] = example.id  # where the cached property keeps it
+    return result
 
 
 def with_fields(example: Example) -> Example:
@@ -79,50 +80,50 @@ def with_fields(example: Example) -> Example:
         raise MalformedRow(error.reason, error.problem) from None
 
 
-def _read_turns(messages: tuple[Message, ...], spelt: Spelt) -> tuple[Message, ...]:
-    read = tuple(_read_reply(message, spelt) if message.role == "assistant" else message for message in messages)
-    return messages if all(after is before for after, before in zip(read, messages, strict=True)) else read
+def _read_turns(messages: tuple[Message, ...], find_markup: MarkupFinder) -> tuple[Message, ...]:
+    turns = tuple(_read_reply(message, find_markup) if message.role == "assistant" else message for message in messages)
+    return messages if all(after is before for after, before in zip(turns, messages, strict=True)) else turns
 
 
-def _read_reply(message: Message, spelt: Spelt) -> Message:
+def _read_reply(message: Message, find_markup: MarkupFinder) -> Message:
     text = message.text
-    found = spelt(text)
-    if not found:
+    markup = find_markup(text)
+    if not markup:
         return message
     if any(part.kind != "text" for part in message.content):
-        raise _unreadable(found[0], "it holds media too")
+        raise _unreadable(markup[0], "it holds media too")
     reasoning, rest = _reasoning(text)
-    before, calls = _calls(rest)
-    if reasoning and not before.strip() and not calls:
-        raise _unreadable(found[0], "nothing follows the reasoning")
-    if left := spelt(before):
-        raise _unreadable(left[0], "it is no whole reasoning, text and calls")
-    if left := spelt(reasoning):
-        raise _unreadable(left[0], "its reasoning holds more of it")
+    content, calls = _calls(rest)
+    if reasoning and not content.strip() and not calls:
+        raise _unreadable(markup[0], "nothing follows the reasoning")
+    if leftover := find_markup(content):
+        raise _unreadable(leftover[0], "it is no whole reasoning, text and calls")
+    if leftover := find_markup(reasoning):
+        raise _unreadable(leftover[0], "its reasoning holds more of it")
     if (calls and message.tool_calls) or (reasoning and message.reasoning_content):
-        raise _unreadable(found[0], "the turn has the field already")
+        raise _unreadable(markup[0], "the turn has the field already")
     return replace(
         message,
-        content=(Part("text", before),),
+        content=(Part("text", content),),
         tool_calls=json.dumps(calls, sort_keys=True, ensure_ascii=False) if calls else message.tool_calls,
         reasoning_content=reasoning or message.reasoning_content,
     )
 
 
-def _unreadable(found: str, why: str) -> TemplateMarkupError:
-    problem = f"a reply spells {found!r}, which a chat template writes, and cannot be read into fields: {why}"
+def _unreadable(markup: str, reason: str) -> TemplateMarkupError:
+    problem = f"a reply spells {markup!r}, which a chat template writes, and cannot be read into fields: {reason}"
     return TemplateMarkupError(
         problem, "put calls into `tool_calls`, reasoning into `reasoning_content`, and take the rest out"
     )
 
 
-def with_reasoning(message: Message, spelt: Spelt) -> Message:
+def with_reasoning(message: Message, find_markup: MarkupFinder) -> Message:
     """Return a message with reasoning at the beginning of its text in its field: the very same where there is none to read."""
     text = message.text
-    if message.reasoning_content or any(part.kind != "text" for part in message.content) or not spelt(text):
+    if message.reasoning_content or any(part.kind != "text" for part in message.content) or not find_markup(text):
         return message
     reasoning, rest = _reasoning(text)
-    if not reasoning or not rest.strip() or spelt(reasoning):
+    if not reasoning or not rest.strip() or find_markup(reasoning):
         return message
     return replace(message, content=(Part("text", rest),), reasoning_content=reasoning)
 
@@ -135,11 +136,15 @@ def _reasoning(text: str) -> tuple[str, str]:
 
 def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     """(the text before, calls) of a reply; no calls where one is not whole."""
-    place = next((text.find(mark) for mark in (_OPEN, *_BEGINNINGS) if mark in text), -1)
-    if place < 0:
+    position = next((text.find(mark) for mark in (_OPEN, *_BEGINNINGS) if mark in text), -1)
+    if position < 0:
         return text, []
-    before, said = text[:place], text[place:].strip()
-    bodies = _tagged(said) if said.startswith(_OPEN) else [said.removeprefix(_BEGINNINGS[0]).removeprefix(_BEGINNINGS[1])]
+    preceding, call_text = text[:position], text[position:].strip()
+    bodies = (
+        _tagged(call_text)
+        if call_text.startswith(_OPEN)
+        else [call_text.removeprefix(_BEGINNINGS[0]).removeprefix(_BEGINNINGS[1])]
+    )
     try:
         values = [json.loads(body, parse_constant=_no_constant) for body in bodies]
     except (ValueError, RecursionError):
@@ -147,7 +152,7 @@ def _calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
     if not calls or not all(_is_call(call) for call in calls):
         return text, []
-    return before.rstrip("\n"), [_as_openai(call, number) for number, call in enumerate(calls)]
+    return preceding.rstrip("\n"), [_as_openai(call, index) for index, call in enumerate(calls)]
 
 
 def _tagged(text: str) -> list[str]:
@@ -169,9 +174,9 @@ def _is_call(call: Any) -> bool:
     }
 
 
-def _as_openai(call: dict[str, Any], number: int) -> dict[str, Any]:
+def _as_openai(call: dict[str, Any], index: int) -> dict[str, Any]:
     arguments = call.get("arguments", call.get("parameters"))
-    return {"id": _ID.format(number), "type": "function", "function": {"name": call["name"], "arguments": arguments}}
+    return {"id": _ID.format(index), "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
 def is_from_text(calls: Any) -> bool:

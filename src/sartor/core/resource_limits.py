@@ -102,9 +102,13 @@ class Cgroup:
         self._folder.mkdir()
         try:
             self._set("memory.max" if version == 2 else "memory.limit_in_bytes", memory_bytes)
-            for swap, most in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", memory_bytes), ("memory.swappiness", 0)):
+            for file_name, limit in (
+                ("memory.swap.max", 0),
+                ("memory.memsw.limit_in_bytes", memory_bytes),
+                ("memory.swappiness", 0),
+            ):
                 with suppress(OSError):  # a kernel without swap accounting has no such file
-                    self._set(swap, most)
+                    self._set(file_name, limit)
             (self._folder / "memory.stat").read_text()
         except OSError:
             self.close()
@@ -180,8 +184,10 @@ def _delegated(cgroups: Path) -> Path:
     """Where a v2 cgroup with a memory limit can be made: the root, or this process's own. Raises OSError for neither."""
     roots = [root for root in (cgroups, cgroups / "unified") if (root / "cgroup.controllers").exists()]
     for root in roots:
-        own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-        for folder in (root, root / own.lstrip("/")):
+        cgroup_path = next(
+            (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/"
+        )
+        for folder in (root, root / cgroup_path.lstrip("/")):
             with suppress(OSError):
                 if "memory" not in (folder / "cgroup.subtree_control").read_text().split():
                     (folder / "cgroup.subtree_control").write_text("+memory")
@@ -201,51 +207,64 @@ def run(
 
     Raises MissingError where the system's own shell cannot start the command.
     """
-    held = holder(limits.memory_bytes, cgroups)
-    began = time.monotonic()
+    memory_holder = holder(limits.memory_bytes, cgroups)
+    start_time = time.monotonic()
     try:
-        script = f'{held.shell(limits.memory_bytes)}exec "$@"'
+        script = f'{memory_holder.shell(limits.memory_bytes)}exec "$@"'
         process = subprocess.Popen(["/bin/sh", "-c", script, "sh", *command], env=environment)
         with process:
-            watch = _Watch(process, held, limits, began, stop)
+            watch = _Watch(process, memory_holder, limits, start_time, stop)
             try:
-                watch.until_it_ends()
+                watch.wait_for_exit()
             finally:
                 if process.poll() is None:
                     process.kill()
         if process.returncode in (125, 126, 127):
-            raise MissingError(f"{command[0]} could not be started under {held.name}", "look at the line above; run it by hand")
-        if held.has_killed():
+            raise MissingError(
+                f"{command[0]} could not be started under {memory_holder.name}", "look at the line above; run it by hand"
+            )
+        if memory_holder.has_killed():
             watch.killed = "memory"
         return ResourceUsage(
-            held.name,
+            memory_holder.name,
             limits.memory_bytes,
             watch.peak_bytes,
-            round(time.monotonic() - began, 3),
+            round(time.monotonic() - start_time, 3),
             round(watch.cpu_s, 3),
             process.returncode,
             watch.killed,
         )
     finally:
-        held.close()
+        memory_holder.close()
 
 
 class _Watch:
     """Looks at a process until it ends, and ends it where a clock says so."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], held: Holder, limits: ResourceLimits, began: float, stop: Callable[[], bool]
+        self,
+        process: subprocess.Popen[bytes],
+        memory_holder: Holder,
+        limits: ResourceLimits,
+        start_time: float,
+        stop: Callable[[], bool],
     ) -> None:
-        self._process, self._held, self._limits, self._began, self._stop = process, held, limits, began, stop
+        self._process, self._memory_holder, self._limits, self._start_time, self._stop = (
+            process,
+            memory_holder,
+            limits,
+            start_time,
+            stop,
+        )
         self.peak_bytes, self.cpu_s = 0, 0.0
         self.killed: Killed = ""
-        self._told_at = 0.0
+        self._terminated_at = 0.0
 
-    def until_it_ends(self) -> None:
+    def wait_for_exit(self) -> None:
         """Returns when the process has ended."""
         while self._process.poll() is None:
             with suppress(OSError, ProcessLookupError):  # it may end between two looks
-                self.peak_bytes = max(self.peak_bytes, self._held.bytes_now(self._process.pid))
+                self.peak_bytes = max(self.peak_bytes, self._memory_holder.bytes_now(self._process.pid))
                 self.cpu_s = max(self.cpu_s, _cpu_s(self._process.pid))
             self._hold_time()
             time.sleep(LOOK_S)
@@ -253,16 +272,16 @@ class _Watch:
     def _hold_time(self) -> None:
         now = time.monotonic()
         if self.killed:
-            if now - self._told_at > GRACE_S:
+            if now - self._terminated_at > GRACE_S:
                 self._process.kill()
             return
-        passed: list[tuple[Killed, bool]] = [
-            ("wall", 0 < self._limits.wall_s < now - self._began),
+        exceeded: list[tuple[Killed, bool]] = [
+            ("wall", 0 < self._limits.wall_s < now - self._start_time),
             ("cpu", 0 < self._limits.cpu_s < self.cpu_s),
         ]
-        self.killed = next((name for name, is_over in passed if is_over), "stopped" if self._stop() else "")
+        self.killed = next((name for name, is_over in exceeded if is_over), "stopped" if self._stop() else "")
         if self.killed:
-            self._told_at = now
+            self._terminated_at = now
             self._process.send_signal(signal.SIGTERM)
 
 
@@ -290,8 +309,8 @@ def end_with_parent() -> None:
     The signals by which a terminal or a service manager ends a whole group are the front's to hear: it drains, and the
     worker goes on until it is told.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

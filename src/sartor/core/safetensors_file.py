@@ -53,16 +53,16 @@ class SafetensorsEntry:
             raise ModelError(f"{self.name} of {self.file} is {self.dtype}", f"store it as {' or '.join(FLOATS)}")
         with self.file.open("rb") as stream:
             stream.seek(self.start)
-            for at in range(0, self.count, _PIECE):
-                yield _floats(stream.read(min(_PIECE, self.count - at) * SIZES[self.dtype]), self.dtype)
+            for start in range(0, self.count, _PIECE):
+                yield _floats(stream.read(min(_PIECE, self.count - start) * SIZES[self.dtype]), self.dtype)
 
     def values(self) -> Values:
         """All values in fp32, in its shape."""
         pieces = list(self.pieces())
-        whole = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-        if whole.size != self.count:
+        array = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+        if array.size != self.count:
             raise ModelError(f"{self.file} is cut inside {self.name}", "get the file again")
-        return whole.reshape(self.shape)
+        return array.reshape(self.shape)
 
 
 def _floats(data: bytes, dtype: str) -> Values:
@@ -99,47 +99,49 @@ def _read_header(file: Path, most_bytes: int) -> tuple[dict[str, SafetensorsEntr
         if size < 8 or length > min(size - 8, most_bytes):
             raise ValueError(f"its header has {length:,} bytes; the file has {size:,}, and {most_bytes:,} are the limit")
         text = stream.read(length)
-    fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unlike)
+    fields = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
     if not isinstance(fields, dict):
         raise ValueError("its header is no mapping")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ holds what is no text")
-    found = sorted((_tensor(file, name, one, 8 + length) for name, one in fields.items()), key=lambda tensor: tensor.start)
+    tensors = sorted(
+        (_tensor(file, name, entry, 8 + length) for name, entry in fields.items()), key=lambda tensor: tensor.start
+    )
     end = 8 + length
-    for tensor in found:
+    for tensor in tensors:
         if tensor.start != end:
             kind = "overlaps what stands before it" if tensor.start < end else "leaves a hole before it"
             raise ValueError(f"{tensor.name} begins at byte {tensor.start - 8 - length:,} and {kind}")
         end += tensor.count * SIZES[tensor.dtype]
     if end != size:
         raise ValueError(f"its tensors end at byte {end:,}; the file has {size:,}")
-    return {tensor.name: tensor for tensor in found}, metadata
+    return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError("a key stands twice in its header")
     return result
 
 
-def _tensor(file: Path, name: str, said: Any, start: int) -> SafetensorsEntry:
+def _tensor(file: Path, name: str, entry: Any, start: int) -> SafetensorsEntry:
     """An entry of the header; its end must follow from its beginning and its shape."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"a tensor has the name {name[:80]!a}")
-    if not isinstance(said, dict) or set(said) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the entry of {name} has not exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise ValueError(f"{name} is of the unknown dtype {str(dtype)[:40]!a}")
     if not _counts(shape) or len(shape) > MOST_AXES or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"the shape or the offsets of {name} are no whole numbers")
-    wanted = math.prod(shape) * SIZES[dtype]
-    if offsets[1] - offsets[0] != wanted:
-        raise ValueError(f"{name} of shape {shape} takes {wanted:,} bytes; its offsets span {offsets[1] - offsets[0]:,}")
+    byte_count = math.prod(shape) * SIZES[dtype]
+    if offsets[1] - offsets[0] != byte_count:
+        raise ValueError(f"{name} of shape {shape} takes {byte_count:,} bytes; its offsets span {offsets[1] - offsets[0]:,}")
     return SafetensorsEntry(file, name, dtype, tuple(shape), start + offsets[0])
 
 
-def _counts(said: Any) -> bool:
-    return isinstance(said, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in said)
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)

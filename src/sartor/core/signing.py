@@ -112,20 +112,20 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
             f"{signature_file.parent} has no signature", "sartor release signs an adapter, sartor export --sign KEY an export"
         )
     try:
-        said = json.loads(signature_file.read_text(encoding="utf-8"))
+        signature = json.loads(signature_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        said = None
-    return check_signature(document, said, signature_file, signature_file.parent.name, trusted)
+        signature = None
+    return check_signature(document, signature, signature_file, signature_file.parent.name, trusted)
 
 
 def check_signature(
-    document: bytes, said: Any, file: Path, what: str, trusted: Iterable[Ed25519PublicKey] | None = None
+    document: bytes, signature: Any, file: Path, subject: str, trusted: Iterable[Ed25519PublicKey] | None = None
 ) -> str:
-    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `what` it should sign."""
-    if not _is_signature(said):
+    """`check` for a signature that was read already. Errors name the `file` that it stood in, and `subject` it should sign."""
+    if not _is_signature(signature):
         raise SignatureError(f"{file} is not a signature of Sartor", "get it again from its maker")
     keys = list(_trusted_here() if trusted is None else trusted)
-    identity = said["key_id"]
+    identity = signature["key_id"]
     if identity in revoked_ids():
         raise SignatureError(f"the signer {identity} of {file} is revoked", "ask its maker for a new one")
     by_id = {key_id(key): key for key in keys}
@@ -136,10 +136,10 @@ def check_signature(
             f"if you know that key, put its .pub into {folder('trusted')} or give it with --key",
         )
     try:
-        by_id[identity].verify(base64.b64decode(said["signature"], validate=True), document)
+        by_id[identity].verify(base64.b64decode(signature["signature"], validate=True), document)
     except (InvalidSignature, ValueError):
         raise SignatureError(
-            f"{file} does not sign {what} as it stands: it or its signature was changed",
+            f"{file} does not sign {subject} as it stands: it or its signature was changed",
             "get it again from its maker",
         ) from None
     return identity
@@ -155,10 +155,10 @@ def revoked_ids() -> set[str]:
     return {key_id(key) for key in _keys_in("revoked")}
 
 
-def _is_signature(said: Any) -> bool:
-    if not isinstance(said, dict) or said.get("schema") != SCHEMA or said.get("algorithm") != "ed25519":
+def _is_signature(signature: Any) -> bool:
+    if not isinstance(signature, dict) or signature.get("schema") != SCHEMA or signature.get("algorithm") != "ed25519":
         return False
-    return all(isinstance(said.get(name), str) and said[name] for name in ("key_id", "signature"))
+    return all(isinstance(signature.get(name), str) and signature[name] for name in ("key_id", "signature"))
 
 
 def _trusted_here() -> list[Ed25519PublicKey]:

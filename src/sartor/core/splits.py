@@ -61,7 +61,7 @@ def prompt_group(row: Example) -> str:
         return row.id
     if media := _media(row):
         return media
-    return f"prompt:{digest([message.plain() for message in _asked(row)])[:16]}"
+    return f"prompt:{digest([message.plain() for message in _user_messages(row)])[:16]}"
 
 
 def conversation_group(row: Example) -> str:
@@ -70,13 +70,13 @@ def conversation_group(row: Example) -> str:
     return prompt_group(replace(row, messages=(*row.messages[: first + 1], row.messages[-1])))
 
 
-def _asked(row: Example) -> list[Any]:
+def _user_messages(row: Example) -> list[Any]:
     return [message for message in row.messages if message.role == "user"]
 
 
 def _media(row: Example) -> str:
     """A name for the pictures and recordings that the row asks about; empty where there are none."""
-    media = [part.plain() for message in _asked(row) for part in message.content if part.media]
+    media = [part.plain() for message in _user_messages(row) for part in message.content if part.media]
     return f"media:{digest(media)[:16]}" if media else ""
 
 
@@ -90,13 +90,13 @@ def held_out_groups(groups: Iterable[str], fraction: float, seed: int) -> set[st
     ['a', 'd']
     """
     sizes = Counter(groups)
-    wanted = round(fraction * sizes.total())
+    target_count = round(fraction * sizes.total())
     chosen: set[str] = set()
     count = 0
     for group in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
-        if count >= wanted or len(chosen) == len(sizes) - 1:
+        if count >= target_count or len(chosen) == len(sizes) - 1:
             break
-        if count + sizes[group] - wanted <= max(wanted - count, 1):
+        if count + sizes[group] - target_count <= max(target_count - count, 1):
             chosen.add(group)
             count += sizes[group]
     return chosen

@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from scipy.special import betaincinv  # of scipy.stats, which reads ten times as much, it is `beta.ppf`
 
 
-def clopper_pearson_upper(count: int, of: int, confidence: float) -> float:
-    """The one-sided upper bound of a fraction of which `count` in `of` were seen.
+def clopper_pearson_upper(count: int, total: int, confidence: float) -> float:
+    """The one-sided upper bound of a fraction of which `count` in `total` were seen.
 
     >>> round(upper_bound(0, 100, 0.95), 3)
     0.03
     """
-    return 1.0 if count >= of else float(betaincinv(count + 1, of - count, confidence))
+    return 1.0 if count >= total else float(betaincinv(count + 1, total - count, confidence))
 
 
-def lower_bound(count: int, of: int, confidence: float) -> float:
+def lower_bound(count: int, total: int, confidence: float) -> float:
     """The one-sided lower bound."""
-    return 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, 1 - confidence))
+    return 0.0 if count <= 0 else float(betaincinv(count, total - count + 1, 1 - confidence))
 
 
-def interval(count: int, of: int, confidence: float = 0.95) -> tuple[float, float]:
+def interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
     """The two-sided interval; (0, 1) of no trial."""
-    half = (1 + confidence) / 2
-    return lower_bound(count, of, half), clopper_pearson_upper(count, of, half)
+    quantile = (1 + confidence) / 2
+    return lower_bound(count, total, quantile), clopper_pearson_upper(count, total, quantile)
 
 
 def holm_correction(chances: Sequence[float]) -> list[float]:
@@ -37,10 +37,10 @@ def holm_correction(chances: Sequence[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    corrected, most = [0.0] * len(chances), 0.0
-    for rank, place in enumerate(sorted(range(len(chances)), key=lambda place: chances[place])):
-        most = max(most, min(1.0, chances[place] * (len(chances) - rank)))
-        corrected[place] = most
+    corrected, highest = [0.0] * len(chances), 0.0
+    for rank, index in enumerate(sorted(range(len(chances)), key=lambda index: chances[index])):
+        highest = max(highest, min(1.0, chances[index] * (len(chances) - rank)))
+        corrected[index] = highest
     return corrected
 
 
@@ -59,12 +59,14 @@ def wilson(rate: float, rows: float) -> tuple[float, float]:
     return max(0.0, (middle - width) / (1 + Z**2 / rows)), min(1.0, (middle + width) / (1 + Z**2 / rows))
 
 
-def newcombe(one: float, rows: float, other: float, others: float) -> tuple[float, float]:
+def newcombe(rate: float, rows: float, other_rate: float, other_rows: float) -> tuple[float, float]:
     """The 95 % interval of the difference of two independent proportions.
 
     >>> [round(end, 2) for end in newcombe(0.7, 80, 0.5, 80)]
     [0.05, 0.34]
     """
-    (low, high), (less, more) = wilson(one, rows), wilson(other, others)
-    difference = one - other
-    return difference - math.hypot(one - low, more - other), difference + math.hypot(high - one, other - less)
+    (low, high), (other_low, other_high) = wilson(rate, rows), wilson(other_rate, other_rows)
+    difference = rate - other_rate
+    return difference - math.hypot(rate - low, other_high - other_rate), difference + math.hypot(
+        high - rate, other_rate - other_low
+    )

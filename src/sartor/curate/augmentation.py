@@ -17,7 +17,7 @@ import pyarrow as pa
 from sartor.curate.curation_outcome import SplitDecision
 from sartor.curate.passes import Passes, PassState, Removed
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import Shard, ShardTask, TakenOver
+from sartor.curate.shards import InheritedFields, Shard, ShardTask
 from sartor.curate.step import AugmentStep, Removal
 from sartor.curate.steps import makes_copies
 
@@ -35,18 +35,18 @@ class AugmentedShards:
     @property
     def total(self) -> int:
         """Copies made, those among them that are Drops."""
-        return sum(part.kept + int(part.summary["dropped"]) for _, part in self.parts)
+        return sum(part.row_count + int(part.summary["dropped"]) for _, part in self.parts)
 
     def tables(self) -> Iterator[Any]:
         """The copies that are kept, part by part, in the schema of `parquet_io.EXAMPLES`."""
         for _, part in self.parts:
-            yield self._left(part, part.table())
+            yield self._without_removed(part, part.table())
 
     def evidence(self) -> Any:
         """(id, parent, step, changes) of each copy that is kept."""
         tables = [EVIDENCE.empty_table()]
         for step, part in self.parts:
-            index = self._left(part, part.index)
+            index = self._without_removed(part, part.index)
             kinds = pa.array([step.kind] * len(index), pa.string())
             tables.append(pa.table([index["id"], index["was"], kinds, index["changes"]], schema=EVIDENCE))
         return pa.concat_tables(tables)
@@ -57,15 +57,19 @@ class AugmentedShards:
         for step, part in self.parts:
             counts = result[step.kind]
             counts["rows"] += len(part.index["was"].unique())
-            counts["copies"] += part.kept + int(part.summary["dropped"])
+            counts["copies"] += part.row_count + int(part.summary["dropped"])
             counts["dropped"] += int(part.summary["dropped"])
         for item in self.removed:
             result[item.step]["dropped"] += 1
         return result
 
-    def _left(self, part: Shard, table: Any) -> Any:
-        gone = {item.place for item in self.removed if item.part.path == part.path}
-        return table.take(pa.array([index for index in range(len(table)) if index not in gone], pa.int64())) if gone else table
+    def _without_removed(self, part: Shard, table: Any) -> Any:
+        removed_positions = {item.position for item in self.removed if item.part.path == part.path}
+        return (
+            table.take(pa.array([index for index in range(len(table)) if index not in removed_positions], pa.int64()))
+            if removed_positions
+            else table
+        )
 
 
 def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, recipe: CurateRecipe) -> AugmentedShards:
@@ -80,35 +84,35 @@ def run_augmentation(passes: Passes, state: PassState, outcome: SplitDecision, r
     return copies
 
 
-def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, apart: set[str]) -> list[ShardTask]:
-    """A task for each part: its training rows, as they are in the end, but for those of the sources `apart`. The folder of the
-    work is filled in where the tasks are run.
+def _tasks(state: PassState, outcome: SplitDecision, step: AugmentStep, excluded_sources: set[str]) -> list[ShardTask]:
+    """A task for each part: its training rows, as they are in the end, but for those of the sources `excluded_sources`. The
+    folder of the work is filled in where the tasks are run.
     """
-    wanted: list[dict[int, TakenOver]] = [{} for _ in state.parts]
+    training_rows: list[dict[int, InheritedFields]] = [{} for _ in state.parts]
     sources = [part.index["source"].to_pylist() for part in state.parts]
-    for row in outcome.living():
-        part, place = state.where(row)
-        if outcome.splits[row] == "train" and sources[part][place] not in apart:
-            more = outcome.merged.get(row, TakenOver((), "", ""))
-            wanted[part][place] = dataclasses.replace(more, split="train", group=outcome.groups[row])
+    for row in outcome.kept_row_numbers():
+        part_index, position = state.locate(row)
+        if outcome.splits[row] == "train" and sources[part_index][position] not in excluded_sources:
+            inherited = outcome.merged.get(row, InheritedFields((), "", ""))
+            training_rows[part_index][position] = dataclasses.replace(inherited, split="train", group=outcome.groups[row])
     return [
         ShardTask(
             part=part.path, key=part.summary["key"], folder=Path(), steps=(), sets=(), before=part.path,
-            gone=frozenset(range(part.kept)) - some.keys(), merged=some, copying=(step,),
+            removed_positions=frozenset(range(part.row_count)) - rows.keys(), merged=rows, copying=(step,),
         )
-        for part, some in zip(state.parts, wanted, strict=True)
+        for part, rows in zip(state.parts, training_rows, strict=True)
     ]  # fmt: skip
 
 
 def _equal(state: PassState, outcome: SplitDecision, copies: AugmentedShards) -> list[Removed]:
     """Copies whose content a row of the Dataset or an earlier copy has."""
     ids = pa.chunked_array([chunk for part in state.parts for chunk in part.index["id"].chunks], pa.string())
-    seen = set(ids.take(pa.array(list(outcome.living()), pa.int64())).to_pylist())
+    known_ids = set(ids.take(pa.array(list(outcome.kept_row_numbers()), pa.int64())).to_pylist())
     removed = []
     for step, part in copies.parts:
         for index, (copy, parent) in enumerate(zip(part.index["id"].to_pylist(), part.index["was"].to_pylist(), strict=True)):
-            if copy in seen:
+            if copy in known_ids:
                 removal = Removal(index, "exact_duplicate", f"a copy of {parent} with the same content", method="equal content")
                 removed.append(Removed(part, index, removal, step.kind, copy, len(state.moves), False))
-            seen.add(copy)
+            known_ids.add(copy)
     return removed

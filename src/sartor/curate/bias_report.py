@@ -52,47 +52,66 @@ def associated_words(rows: Sequence[Example], people: Memberships, seed: int = 0
 
     Words that name the group are left out: that he is a man is no finding.
     """
-    said = [_telling(row) for row in rows]
-    found: list[WordAssociation] = []
+    word_sets = [_content_words(row) for row in rows]
+    associations: list[WordAssociation] = []
     for attribute, values in people.items():
-        spoken = [index for index, value in enumerate(values) if value is not None]
-        counts = Counter(word for place in spoken for word in said[place])
-        vocabulary = [word for word, count in counts.most_common(MOST_WORDS) if FEWEST <= count < len(spoken)]
+        named_rows = [index for index, value in enumerate(values) if value is not None]
+        counts = Counter(word for index in named_rows for word in word_sets[index])
+        vocabulary = [word for word, count in counts.most_common(MOST_WORDS) if FEWEST <= count < len(named_rows)]
         if not vocabulary:
             continue
-        has = np.array([[word in said[place] for word in vocabulary] for place in spoken], np.float32)
-        drawn = np.random.default_rng(seed).multinomial(len(spoken), np.full(len(spoken), 1 / len(spoken)), RESAMPLES)
-        times = np.concatenate([np.ones((1, len(spoken))), drawn]).astype(np.float32)
-        for group in sorted({values[place] or "" for place in spoken}):
-            inside = np.array([values[place] == group for place in spoken], np.float32)
-            found += _strongest(attribute, group, vocabulary, has, inside, times)
-    return [asdict(item) for item in found]
+        has_word = np.array([[word in word_sets[index] for word in vocabulary] for index in named_rows], np.float32)
+        resamples = np.random.default_rng(seed).multinomial(
+            len(named_rows), np.full(len(named_rows), 1 / len(named_rows)), RESAMPLES
+        )
+        multiplicities = np.concatenate([np.ones((1, len(named_rows))), resamples]).astype(np.float32)
+        for group in sorted({values[index] or "" for index in named_rows}):
+            in_group = np.array([values[index] == group for index in named_rows], np.float32)
+            associations += _strongest(attribute, group, vocabulary, has_word, in_group, multiplicities)
+    return [asdict(item) for item in associations]
 
 
 def _strongest(
-    attribute: str, group: str, vocabulary: Sequence[str], has: NDArray[Any], inside: NDArray[Any], times: NDArray[Any]
+    attribute: str,
+    group: str,
+    vocabulary: Sequence[str],
+    has_word: NDArray[Any],
+    in_group: NDArray[Any],
+    multiplicities: NDArray[Any],
 ) -> list[WordAssociation]:
-    rows = times.shape[1]
-    joint, alone, share = times @ (has * inside[:, None]), times @ has, times @ inside
+    rows = multiplicities.shape[1]
+    joint, word_rows, group_rows = (
+        multiplicities @ (has_word * in_group[:, None]),
+        multiplicities @ has_word,
+        multiplicities @ in_group,
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
-        pmi = np.log2(joint * rows / (alone * share[:, None]))
-    again = np.nan_to_num(pmi[1:], neginf=-20, nan=0.0)
-    low, high = np.quantile(again, [0.025, 0.975], axis=0)
+        pmi = np.log2(joint * rows / (word_rows * group_rows[:, None]))
+    resampled = np.nan_to_num(pmi[1:], neginf=-20, nan=0.0)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
     # named only where even an interval for all words at once (Bonferroni, normal) excludes 0: of 400 words ten would by chance
-    sure = pmi[0] - stats.norm.isf(0.025 / len(vocabulary)) * again.std(0)
-    together = (has * inside[:, None]).sum(0)
-    order = [place for place in np.argsort(-low).tolist() if sure[place] > 0 and together[place] >= FEWEST]
+    lower_bound = pmi[0] - stats.norm.isf(0.025 / len(vocabulary)) * resampled.std(0)
+    joint_counts = (has_word * in_group[:, None]).sum(0)
+    order = [index for index in np.argsort(-low).tolist() if lower_bound[index] > 0 and joint_counts[index] >= FEWEST]
     return [
-        WordAssociation(attribute, group, vocabulary[at], int(together[at]), float(pmi[0, at]), float(low[at]), float(high[at]))
-        for at in order[:SHOWN]
+        WordAssociation(
+            attribute,
+            group,
+            vocabulary[index],
+            int(joint_counts[index]),
+            float(pmi[0, index]),
+            float(low[index]),
+            float(high[index]),
+        )
+        for index in order[:SHOWN]
     ]
 
 
-def _telling(row: Example) -> frozenset[str]:
+def _content_words(row: Example) -> frozenset[str]:
     """The words of a row, without those that only join others and those that name a group."""
     text = f"{spoken_of(row)}\n{row.reply}"
-    named = {word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)}
-    return frozenset(word for word in words(text) if not word.isdigit()) - named - equivalence.words().function
+    group_words = {word for kind in group_terms.KINDS for item in group_terms.mentions(text, kind) for word in words(item.text)}
+    return frozenset(word for word in words(text) if not word.isdigit()) - group_words - equivalence.words().function
 
 
 Mitigation = Literal["", "reweight", "counterfactual", "substitute", "drop", "generate"]
@@ -125,8 +144,8 @@ class Biased:
             "before": self.before.as_json(),
             "words": list(self.words),
             "needed": {
-                attribute: [{"group": group, "outcome": outcome, "rows": more} for (group, outcome), more in some.items()]
-                for attribute, some in self.needed.items()
+                attribute: [{"group": group, "outcome": outcome, "rows": count} for (group, outcome), count in counts.items()]
+                for attribute, counts in self.needed.items()
             },
             "mitigation": self.mitigation,
             "after": self.after.as_json() if self.after else None,
@@ -137,12 +156,15 @@ class Biased:
     def table(self) -> list[tuple[str, Any]]:
         """What a person reads."""
         lines: list[tuple[str, Any]] = [("rows", self.rows), ("outcome", self.outcome)]
-        for name, found in (("before", self.before), ("after", self.after)):
-            if found is not None:
-                lines += [(name, [_line(gap) for gap in found.gaps[:8]] or "nothing can be compared")]
-                ratios = [ratio for ratio in found.ratios if not ratio.passes_four_fifths]
+        for name, rates in (("before", self.before), ("after", self.after)):
+            if rates is not None:
+                lines += [(name, [_line(gap) for gap in rates.gaps[:8]] or "nothing can be compared")]
+                ratios = [ratio for ratio in rates.ratios if not ratio.passes_four_fifths]
                 lines += [
-                    (f"{name}: under four fifths", [f"{one.attribute}, {one.outcome!r:.40}: {one.ratio:.2f}" for one in ratios])
+                    (
+                        f"{name}: under four fifths",
+                        [f"{ratio.attribute}, {ratio.outcome!r:.40}: {ratio.ratio:.2f}" for ratio in ratios],
+                    )
                 ]
         lines += [("words", [f"{word['group']}: {word['word']} (PMI {word['pmi']:.2f})" for word in self.words[:8]])]
         if self.written:
@@ -186,39 +208,47 @@ def bias(
         raise ConfigError(
             "generation needs somebody who generates", "sartor.bias(..., generate=...), or add the rows `needed` lists"
         )
-    opened = open_artifact(dataset, "dataset")
+    artifact = open_artifact(dataset, "dataset")
     if out is not None:
         check_output_free(Path(out).absolute(), replace=replace)
-    everything = list(parquet_io.read_examples(opened))
-    training = [row for row in everything if row.split != "eval"]
+    all_rows = list(parquet_io.read_examples(artifact))
+    training = [row for row in all_rows if row.split != "eval"]
     people, target = _people(training, group), outcomes(training, outcome)
     if not any(target.labels):
         raise SourceError("the replies have no outcome: they are free text", "--outcome KEY, or regex:PATTERN")
     tables = {name: cells.table(values, target.labels) for name, values in people.items()}
-    needed = {name: more for name, some in tables.items() if (more := cells.rows_to_add(some))}
+    needed = {name: missing_rows for name, table in tables.items() if (missing_rows := cells.rows_to_add(table))}
     result = Biased(
-        opened.path,
+        artifact.path,
         len(training),
-        target.why,
+        target.explanation,
         measure_rates(people, target.labels, [row.weight for row in training]),
         associated_words(training, people, seed),
         needed,
     )
     if out is None:
         return result
-    work = _Mitigation(training, people, target.labels, seed)
-    new, drops = work.run(mitigate, tables, needed, generate)
-    after_people, after = _people(new, group), outcomes(new, target.chosen if target.chosen != "text" else outcome)
-    after_rates = measure_rates(after_people, after.labels, [row.weight for row in new])
+    mitigator = _Mitigation(training, people, target.labels, seed)
+    new_rows, drops = mitigator.run(mitigate, tables, needed, generate)
+    after_people, after_outcomes = (
+        _people(new_rows, group),
+        outcomes(new_rows, target.form if target.form != "text" else outcome),
+    )
+    after_rates = measure_rates(after_people, after_outcomes.labels, [row.weight for row in new_rows])
     # they stand first: a new row that equals one of them is that one, and is not trained on
-    held_out = [row for row in everything if row.split == "eval"]
-    facts = {"mitigation": mitigate, "changed": work.changed, "before": result.before.as_json(), "after": after_rates.as_json()}
-    written = write_dataset_from(out, [opened], [*held_out, *new], drops, step={STEP: facts}, replace=replace)
-    return dataclasses.replace(result, mitigation=mitigate, after=after_rates, changed=work.changed, written=written)
+    held_out = [row for row in all_rows if row.split == "eval"]
+    facts = {
+        "mitigation": mitigate,
+        "changed": mitigator.changed,
+        "before": result.before.as_json(),
+        "after": after_rates.as_json(),
+    }
+    written = write_dataset_from(out, [artifact], [*held_out, *new_rows], drops, step={STEP: facts}, replace=replace)
+    return dataclasses.replace(result, mitigation=mitigate, after=after_rates, changed=mitigator.changed, written=written)
 
 
-def _people(some: Sequence[Example], group: Sequence[str]) -> Memberships:
-    result = memberships(some, group)
+def _people(rows: Sequence[Example], group: Sequence[str]) -> Memberships:
+    result = memberships(rows, group)
     if not result:
         raise SourceError("the rows name no two groups of people", "--group FIELD: of their JSON, or of `Name: value` lines")
     return result
@@ -236,25 +266,27 @@ class _Mitigation:
     ) -> tuple[list[Example], list[Drop]]:
         """(the new rows, Drops)."""
         if kind == "reweight":
-            return self._weighed(), []
+            return self._reweight(), []
         if kind == "counterfactual":
-            return self._paired(), []
+            return self._add_counterfactuals(), []
         if kind == "substitute":
-            return self._substituted(), []
+            return self._substitute(), []
         if kind == "drop":
-            return self._dropped(tables)
+            return self._drop(tables)
         assert generate is not None
-        return self._generated(tables, needed, generate), []
+        return self._generate(tables, needed, generate), []
 
-    def _weighed(self) -> list[Example]:
-        found = weights.reweighing_factors(self.people, self.labels, [row.weight for row in self.training])
-        new = []
+    def _reweight(self) -> list[Example]:
+        factors = weights.reweighing_factors(self.people, self.labels, [row.weight for row in self.training])
+        new_rows = []
         for index, row in enumerate(self.training):
             fields = {name: values[index] for name, values in self.people.items()}
-            factor = weights.weight_of(found, fields, self.labels[index])
-            new.append(dataclasses.replace(row, weight=row.weight * factor))
-        self.changed = {"weights": sum(one.weight != row.weight for one, row in zip(new, self.training, strict=True))}
-        return new
+            factor = weights.weight_factor(factors, fields, self.labels[index])
+            new_rows.append(dataclasses.replace(row, weight=row.weight * factor))
+        self.changed = {
+            "weights": sum(new_row.weight != row.weight for new_row, row in zip(new_rows, self.training, strict=True))
+        }
+        return new_rows
 
     def _attributes(self) -> list[str]:
         """Those by which a row can be said of somebody else."""
@@ -266,16 +298,20 @@ class _Mitigation:
             )
         return attributes
 
-    def _substituted(self) -> list[Example]:
-        new, stuck = pairs.substituted(self.training, self.labels, self._attributes(), self.seed)
-        distinct = list({row.id: row for row in new}.values())
-        moved = sum(one.id != row.id for one, row in zip(new, self.training, strict=True))
-        self.changed = {"substituted": moved, "rows_without_a_pair": stuck, "became_equal": len(new) - len(distinct)}
+    def _substitute(self) -> list[Example]:
+        new_rows, unpaired_count = pairs.substituted(self.training, self.labels, self._attributes(), self.seed)
+        distinct = list({row.id: row for row in new_rows}.values())
+        moved = sum(new_row.id != row.id for new_row, row in zip(new_rows, self.training, strict=True))
+        self.changed = {
+            "substituted": moved,
+            "rows_without_a_pair": unpaired_count,
+            "became_equal": len(new_rows) - len(distinct),
+        }
         return distinct
 
-    def _paired(self) -> list[Example]:
+    def _add_counterfactuals(self) -> list[Example]:
         attributes = self._attributes()
-        new, known_ids = list(self.training), {row.id for row in self.training}
+        new_rows, known_ids = list(self.training), {row.id for row in self.training}
         unchanged = 0
         for index, row in enumerate(self.training):
             if not any(values[index] for values in self.people.values()):
@@ -283,34 +319,34 @@ class _Mitigation:
             copies = [copy for copy, _ in pairs.counterfactuals(row, attributes) if copy.id not in known_ids]
             unchanged += not copies
             known_ids |= {copy.id for copy in copies}
-            new += copies
-        self.changed = {"added": len(new) - len(self.training), "rows_without_a_pair": unchanged}
-        return new
+            new_rows += copies
+        self.changed = {"added": len(new_rows) - len(self.training), "rows_without_a_pair": unchanged}
+        return new_rows
 
-    def _dropped(self, tables: dict[str, dict[Cell, list[int]]]) -> tuple[list[Example], list[Drop]]:
-        name = self._only(tables)
-        gone = set(cells.rows_to_drop(tables[name], self.seed))
+    def _drop(self, tables: dict[str, dict[Cell, list[int]]]) -> tuple[list[Example], list[Drop]]:
+        name = self._single_attribute(tables)
+        dropped_indices = set(cells.rows_to_drop(tables[name], self.seed))
         drops = []
-        for place in sorted(gone):
-            reason = f"{name} {self.people[name][place]}, {self.labels[place]!r:.60}: more of it than of the other groups"
-            drops.append(drop_of(self.training[place], "group_outcome", reason, step=STEP))
-        self.changed = {"dropped": len(gone)}
-        return [row for index, row in enumerate(self.training) if index not in gone], drops
+        for index in sorted(dropped_indices):
+            reason = f"{name} {self.people[name][index]}, {self.labels[index]!r:.60}: more of it than of the other groups"
+            drops.append(drop_of(self.training[index], "group_outcome", reason, step=STEP))
+        self.changed = {"dropped": len(dropped_indices)}
+        return [row for index, row in enumerate(self.training) if index not in dropped_indices], drops
 
-    def _generated(
+    def _generate(
         self, tables: dict[str, dict[Cell, list[int]]], needed: dict[str, dict[Cell, int]], generate: Generate
     ) -> list[Example]:
-        name = self._only(tables)
-        made: list[Example] = []
-        short = Counter[str]()
-        for cell, more in needed.get(name, {}).items():
-            some = list(generate(cell, more, [self.training[place] for place in tables[name][cell]]))[:more]
-            made += [dataclasses.replace(row, split="train") for row in some]
-            short["not_generated"] += more - len(some)
-        self.changed = {"added": len(made), **short}
-        return [*self.training, *made]
+        name = self._single_attribute(tables)
+        generated: list[Example] = []
+        shortfall = Counter[str]()
+        for cell, count in needed.get(name, {}).items():
+            new_rows = list(generate(cell, count, [self.training[index] for index in tables[name][cell]]))[:count]
+            generated += [dataclasses.replace(row, split="train") for row in new_rows]
+            shortfall["not_generated"] += count - len(new_rows)
+        self.changed = {"added": len(generated), **shortfall}
+        return [*self.training, *generated]
 
-    def _only(self, tables: dict[str, Any]) -> str:
+    def _single_attribute(self, tables: dict[str, Any]) -> str:
         """The one attribute: rows that are dropped for two of them at once would be too many of one."""
         if len(tables) > 1:
             raise ConfigError(f"the rows name {', '.join(tables)}; choose one", f"--group {next(iter(tables))}")

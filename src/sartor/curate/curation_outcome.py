@@ -16,7 +16,7 @@ from sartor.core.splits import held_out_groups
 from sartor.curate.dataset_writer import batched
 from sartor.curate.passes import PassState, Removed, inherited_fields, moved_ids, rewritten, take_rows
 from sartor.curate.recipe import CurateRecipe
-from sartor.curate.shards import Shard, TakenOver
+from sartor.curate.shards import InheritedFields, Shard
 from sartor.curate.step import Removal
 
 
@@ -32,31 +32,31 @@ class Masks:
 class SplitDecision:
     """What becomes of every row that the steps left: kept or not, its group, its split.
 
-    gone: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and splits are lists
-    with an entry for each row, kept or not.
+    removed_rows: the rows that are not kept, by number. merged: what a row takes over from its equals. Groups and splits are
+    lists with an entry for each row, kept or not.
     """
 
     def __init__(self, state: PassState, recipe: CurateRecipe) -> None:
-        self.gone = set(state.gone)
-        self.merged: dict[int, TakenOver] = inherited_fields(state)
+        self.removed_rows = set(state.open_removals)
+        self.merged: dict[int, InheritedFields] = inherited_fields(state)
         index = pa.concat_tables(part.index for part in state.parts)
         self.splits: list[str] = index["split"].to_pylist()
-        own: list[str] = index["own_group"].to_pylist()
+        own_groups: list[str] = index["own_group"].to_pylist()
         self.groups: list[str] = index["group"].to_pylist()
-        for row, more in self.merged.items():
-            self.splits[row], own[row] = more.split, more.group
+        for row, inherited in self.merged.items():
+            self.splits[row], own_groups[row] = inherited.split, inherited.group
         if recipe.split.by == "group":
-            self.groups = [mine or prompt for mine, prompt in zip(own, self.groups, strict=True)]
+            self.groups = [own_group or prompt for own_group, prompt in zip(own_groups, self.groups, strict=True)]
         self._hold_out(recipe)
         self.leaked = self._keep_groups_whole()
 
-    def living(self) -> Iterator[int]:
+    def kept_row_numbers(self) -> Iterator[int]:
         """The rows that are kept, by number."""
-        return (row for row in range(len(self.groups)) if row not in self.gone)
+        return (row for row in range(len(self.groups)) if row not in self.removed_rows)
 
     def _hold_out(self, recipe: CurateRecipe) -> None:
         """Fill in each split; whole groups are held out until `eval_fraction` of the rows is reached."""
-        undecided = [row for row in self.living() if not self.splits[row]]
+        undecided = [row for row in self.kept_row_numbers() if not self.splits[row]]
         held_out = held_out_groups((self.groups[row] for row in undecided), recipe.split.eval_fraction, recipe.seed)
         for row in undecided:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
@@ -66,9 +66,9 @@ class SplitDecision:
 
         Only sources with a declared split can bring that about; a group that the recipe splits is whole by construction.
         """
-        held_out = {self.groups[row] for row in self.living() if self.splits[row] == "eval"}
-        leaked = [row for row in self.living() if self.splits[row] == "train" and self.groups[row] in held_out]
-        self.gone.update(leaked)
+        held_out = {self.groups[row] for row in self.kept_row_numbers() if self.splits[row] == "eval"}
+        leaked = [row for row in self.kept_row_numbers() if self.splits[row] == "train" and self.groups[row] in held_out]
+        self.removed_rows.update(leaked)
         return leaked
 
 
@@ -79,17 +79,17 @@ def kept_tables(state: PassState, outcome: SplitDecision) -> Iterator[Any]:
 
 
 def _kept_rows(part: Shard, start: int, outcome: SplitDecision) -> Any:
-    living = [index for index in range(part.kept) if start + index not in outcome.gone]
-    table = part.table().take(pa.array(living, pa.int64()))
+    positions = [index for index in range(part.row_count) if start + index not in outcome.removed_rows]
+    table = part.table().take(pa.array(positions, pa.int64()))
     columns = {
-        "group": pa.array([outcome.groups[start + place] for place in living], pa.string()),
-        "split": pa.array([outcome.splits[start + place] for place in living], pa.string()),
+        "group": pa.array([outcome.groups[start + position] for position in positions], pa.string()),
+        "split": pa.array([outcome.splits[start + position] for position in positions], pa.string()),
     }
-    if any(start + place in outcome.merged for place in living):
+    if any(start + position in outcome.merged for position in positions):
         origins = table["origins"].to_pylist()
-        for at, place in enumerate(living):
-            if more := outcome.merged.get(start + place):
-                origins[at] = origins[at] + [asdict(origin) for origin in more.origins]
+        for index, position in enumerate(positions):
+            if inherited := outcome.merged.get(start + position):
+                origins[index] = origins[index] + [asdict(origin) for origin in inherited.origins]
         columns["origins"] = pa.array(origins, parquet_io.EXAMPLES.field("origins").type)
     for name, column in columns.items():
         table = table.set_column(table.schema.get_field_index(name), parquet_io.EXAMPLES.field(name), column)
@@ -100,9 +100,9 @@ def leaks(state: PassState, outcome: SplitDecision) -> list[Removed]:
     """The rows that left for their group, as removals."""
     result = []
     for row in outcome.leaked:
-        part, place = state.where(row)
+        part_index, position = state.locate(row)
         detail = f"its group {outcome.groups[row][:80]!r} is held out for evaluation"
-        result.append(Removed(state.parts[part], place, Removal(row, "group_held_out", detail), "split", "", 0, False))
+        result.append(Removed(state.parts[part_index], position, Removal(row, "group_held_out", detail), "split", "", 0, False))
     return result
 
 
@@ -151,29 +151,29 @@ def masked_facts(facts: Any, masks: Masks) -> Any:
 
 
 def _removed_drops(removed: Sequence[Removed]) -> Iterator[Drop]:
-    for one, example in _with_examples(removed):
-        removal = one.removal
-        drop = drop_of(example, removal.reason, removal.detail, step=one.step)
-        yield replace(drop, kept=one.kept, score=removal.score, method=removal.method)
+    for entry, example in _with_examples(removed):
+        removal = entry.removal
+        drop = drop_of(example, removal.reason, removal.detail, step=entry.step)
+        yield replace(drop, kept=entry.kept_id, score=removal.score, method=removal.method)
 
 
 def with_last_ids(state: PassState, removed: Sequence[Removed]) -> list[Removed]:
     """Return the same in the order of parts, with `kept` by the id that the row has in the end."""
-    removed = sorted(removed, key=_place)
-    made: dict[int, str] = {}
-    for known in {item.known for item in removed}:
-        places = [index for index, one in enumerate(removed) if one.known == known and one.kept]
-        made.update(zip(places, moved_ids(state, known, [removed[place].kept for place in places]), strict=True))
-    return [replace(one, kept=made.get(place, "")) for place, one in enumerate(removed)]
+    removed = sorted(removed, key=_sort_key)
+    kept_ids: dict[int, str] = {}
+    for pass_count in {item.pass_count for item in removed}:
+        indices = [index for index, entry in enumerate(removed) if entry.pass_count == pass_count and entry.kept_id]
+        kept_ids.update(zip(indices, moved_ids(state, pass_count, [removed[index].kept_id for index in indices]), strict=True))
+    return [replace(entry, kept_id=kept_ids.get(index, "")) for index, entry in enumerate(removed)]
 
 
-def _place(one: Removed) -> tuple[str, int]:
-    return str(one.part.path), one.place
+def _sort_key(entry: Removed) -> tuple[str, int]:
+    return str(entry.part.path), entry.position
 
 
 def _with_examples(removed: Sequence[Removed]) -> Iterator[tuple[Removed, Example]]:
     """Each with its row, part by part."""
-    for _, run in itertools.groupby(removed, lambda one: one.part.path):
-        some = list(run)
-        found = take_rows([some[0].part], ((0, item.place) for item in some))
-        yield from zip(some, map(parquet_io.example_of, found), strict=True)
+    for _, run in itertools.groupby(removed, lambda entry: entry.part.path):
+        entries = list(run)
+        rows = take_rows([entries[0].part], ((0, item.position) for item in entries))
+        yield from zip(entries, map(parquet_io.example_of, rows), strict=True)

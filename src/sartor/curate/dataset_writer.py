@@ -57,18 +57,18 @@ class DatasetWriter:
 
     folder: the directory to fill.
     parents: the Datasets of whose rows it is made; may be set until `finish`.
-    kept: rows written to `examples/`.
+    row_count: rows written to `examples/`.
     dropped: rows written to `drops/`, by reason, in the order in which reasons came.
     """
 
     def __init__(self, folder: Path, parents: Sequence[Artifact] = ()) -> None:
         self.folder, self.parents = folder, parents
-        self.kept = 0
+        self.row_count = 0
         self.dropped: Counter[str] = Counter()
 
     def examples(self, tables: Iterable[Any]) -> None:
         """Write tables in the schema `parquet_io.EXAMPLES` as `examples/part-*.parquet`."""
-        self.kept += write_tables(self.folder / "examples", parquet_io.EXAMPLES, tables)
+        self.row_count += write_tables(self.folder / "examples", parquet_io.EXAMPLES, tables)
 
     def drops(self, tables: Iterable[Any]) -> None:
         """Write tables in the schema `parquet_io.DROPS` as `drops/part-*.parquet`."""
@@ -85,7 +85,7 @@ class DatasetWriter:
 
         Datasets made of other Datasets have always had one, and their digest is of its bytes.
         """
-        self.kept += parquet_io.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
+        self.row_count += parquet_io.write_examples(self.folder / "examples" / "part-00000.parquet", examples)
 
     def drop_file(self, drops: Sequence[Drop]) -> None:
         """Write Drops as one file behind the files of drops that are there."""
@@ -93,14 +93,14 @@ class DatasetWriter:
         parquet_io.write_drops(self.folder / "drops" / f"part-{number:05d}.parquet", drops)
         self.dropped.update(drop.reason for drop in drops)
 
-    def set_aside(self, aside: Iterable[tuple[str, Example]]) -> None:
+    def set_aside(self, rows: Iterable[tuple[str, Example]]) -> None:
         """Write `set_aside/part-*.parquet` if there is any row.
 
-        aside: the id by which the evidence knows a row (column `was`), and the row.
+        rows: the id by which the evidence knows a row (column `was`), and the row.
         """
 
         def tables() -> Iterator[Any]:
-            for pairs in batched(aside, 1024):
+            for pairs in batched(rows, 1024):
                 was = pa.array([name for name, _ in pairs], pa.string())
                 yield parquet_io.examples_table(example for _, example in pairs).append_column("was", was)
 
@@ -126,9 +126,9 @@ class DatasetWriter:
                 _link_or_copy(file, target / file.name)
 
     def sources_with_kept(self, sources: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return entries of `sources` with `kept`, the rows of `examples/` that were read from each file."""
-        kept = kept_by_file(self.folder)
-        return [{**source, "kept": kept[source["source"], source["path"]]} for source in sources]
+        """Return entries of `sources` with `row_count`, the rows of `examples/` that were read from each file."""
+        counts = kept_by_file(self.folder)
+        return [{**source, "kept": counts[source["source"], source["path"]]} for source in sources]
 
     def finish(
         self,
@@ -137,14 +137,14 @@ class DatasetWriter:
         steps: Mapping[str, Any],
         counts: Mapping[str, Any],
         recipe: Mapping[str, Any] | None = None,
-        more: Mapping[str, Any] | None = None,
+        extra_facts: Mapping[str, Any] | None = None,
         inherits: bool = False,
     ) -> dict[str, Any]:
         """Remove unused media, write lineage index and card; return what the manifest says.
 
-        sources: an entry for each file that was read, with the rows `kept` of it.
+        sources: an entry for each file that was read, with the rows `row_count` of it.
         counts: of rows `read` and `made`; those kept and dropped, splits and groups are counted here.
-        more: further keys. A `licence` among them stands in place of the one that the sources come to.
+        extra_facts: further keys. A `licence` among them stands in place of the one that the sources come to.
         inherits: keep keys of the first parent that are not written anew; its licence too, if it names no source.
         """
         _remove_unused_media(self.folder)
@@ -153,9 +153,9 @@ class DatasetWriter:
             **inherited,
             **(_licence_facts(sources) if sources or not inherits else {}),
             **({"recipe": recipe} if recipe is not None else {}),
-            **(more or {}),
+            **(extra_facts or {}),
             "sources": sources,
-            "counts": {**counts, "kept": self.kept, "dropped": dict(self.dropped.most_common()), **self._split_counts()},
+            "counts": {**counts, "kept": self.row_count, "dropped": dict(self.dropped.most_common()), **self._split_counts()},
             "steps": steps,
             "parents": [parent.as_parent() for parent in self.parents],
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "pyarrow")},
@@ -234,17 +234,17 @@ def write_tables(folder: Path, schema: Any, tables: Iterable[Any]) -> int:
 
 def rechunk_tables(tables: Iterable[Any], schema: Any, size: int) -> Iterator[Any]:
     """Yield the same rows in tables of exactly `size` rows, the last one of fewer (perhaps none, if there is no row at all)."""
-    waiting, count, has_yielded = [], 0, False
+    pending, count, has_yielded = [], 0, False
     for table in tables:
         while len(table):
-            taken = table.slice(0, size - count)
-            waiting.append(taken)
-            count, table = count + len(taken), table.slice(len(taken))
+            piece = table.slice(0, size - count)
+            pending.append(piece)
+            count, table = count + len(piece), table.slice(len(piece))
             if count == size:
-                yield pa.concat_tables(waiting).combine_chunks()
-                waiting, count, has_yielded = [], 0, True
-    if waiting or not has_yielded:
-        yield pa.concat_tables(waiting).combine_chunks() if waiting else schema.empty_table()
+                yield pa.concat_tables(pending).combine_chunks()
+                pending, count, has_yielded = [], 0, True
+    if pending or not has_yielded:
+        yield pa.concat_tables(pending).combine_chunks() if pending else schema.empty_table()
 
 
 def kept_by_file(folder: Path) -> Counter[tuple[str, str]]:
@@ -296,44 +296,53 @@ def write_dataset_from(
     `drops` are the rows that are not in it and why; `step` is what was done, {name: facts}, for manifest and card. Raises
     SourceError where no row is left, ConfigError where `out` is taken.
     """
-    kept, dropped = _merged(examples), list(drops)
-    if not kept:
+    rows, dropped = _merge_equal(examples), list(drops)
+    if not rows:
         raise SourceError(f"no row of {', '.join(str(parent.path) for parent in parents)} is left", "less strict limits")
 
     def fill(writer: DatasetWriter) -> dict[str, Any]:
-        writer.example_file(kept)
+        writer.example_file(rows)
         writer.drop_file(dropped)
         for parent in parents:
             writer.media(parent.path / "media")
         # of the rows: what is made of a source may be under its licence and a teacher's word
-        licence = compliance.combine(sorted({origin.licence for example in kept for origin in example.origins}))
+        licence = compliance.combine(sorted({origin.licence for example in rows for origin in example.origins}))
         synthetic = [parent.manifest["synthetic"] for parent in parents if "synthetic" in parent.manifest][:1]
         return writer.finish(
             recipe={**parents[0].manifest["recipe"], "derived": list(step)},
-            sources=_sources(parents, kept),
+            sources=_sources(parents, rows),
             steps={**{name: facts for parent in parents for name, facts in parent.manifest["steps"].items()}, **step},
-            counts={"read": len(kept) + len(dropped), "made": 0},
-            more={"licence": licence, **({"synthetic": synthetic[0]} if synthetic else {})},
+            counts={"read": len(rows) + len(dropped), "made": 0},
+            extra_facts={"licence": licence, **({"synthetic": synthetic[0]} if synthetic else {})},
         )
 
     return write_dataset(Path(out), fill, parents=parents, replace=replace)
 
 
-def _merged(examples: Iterable[Example]) -> list[Example]:
+def _merge_equal(examples: Iterable[Example]) -> list[Example]:
     results: dict[str, Example] = {}
     for example in examples:
-        known = results.setdefault(example.id, example)
-        if known is not example and (more := [origin for origin in example.origins if origin not in known.origins]):
+        earlier = results.setdefault(example.id, example)
+        if earlier is not example and (new_origins := [origin for origin in example.origins if origin not in earlier.origins]):
             # the fields by hand: dataclasses.replace would carry no cached id, and cost nothing else
             results[example.id] = Example(
-                known.messages, (*known.origins, *more), known.group, known.split, known.weight, known.rejected, known.tools,
-                known.steps, known.rating,
-            )  # fmt: skip
+                messages=earlier.messages,
+                origins=(*earlier.origins, *new_origins),
+                group=earlier.group,
+                split=earlier.split,
+                weight=earlier.weight,
+                rejected=earlier.rejected,
+                tools=earlier.tools,
+                steps=earlier.steps,
+                rating=earlier.rating,
+            )
     return list(results.values())
 
 
-def _sources(parents: Sequence[Artifact], kept: Sequence[Example]) -> list[dict[str, Any]]:
+def _sources(parents: Sequence[Artifact], examples: Sequence[Example]) -> list[dict[str, Any]]:
     """The parents' entries. Rows count for the file of each origin, also those that were made of a row of it."""
-    used = Counter((origin.source, re.sub(r":[^:]*$", "", origin.locator)) for example in kept for origin in example.origins)
+    used = Counter(
+        (origin.source, re.sub(r":[^:]*$", "", origin.locator)) for example in examples for origin in example.origins
+    )
     entries = {(entry["source"], entry["path"]): entry for parent in parents for entry in parent.manifest["sources"]}
     return [{**entry, "kept": used[name]} for name, entry in entries.items()]

@@ -25,7 +25,7 @@ from sartor.core import config, parquet_io
 from sartor.core.filesystem import file_digest
 from sartor.core.records import Example, digest
 from sartor.curate import shards
-from sartor.curate.shards import Shard, ShardTask, TakenOver
+from sartor.curate.shards import InheritedFields, Shard, ShardTask
 from sartor.curate.step import ReadsFiles, Removal, RowStep, SetStep, StepInput, StepResult
 from sartor.curate.steps import needs_all_rows
 from sartor.curate.steps.text_duplicates import ExactDuplicates
@@ -41,11 +41,11 @@ class Removed:
     """A Removal as it stands in the drops: the row, and the id of the row in its place."""
 
     part: Shard
-    place: int
+    position: int
     removal: Removal
     step: str
-    kept: str
-    known: int  # passes that had been when `kept` was that row's id
+    kept_id: str
+    pass_count: int  # passes that had been when `kept` was that row's id
     set_aside: bool
 
 
@@ -55,8 +55,8 @@ class PassState:
 
     parts: list[Shard]
     starts: list[int] = field(default_factory=list)  # the number of each part's first row, and at the end the number of rows
-    gone: dict[int, Removal] = field(default_factory=dict)
-    taken: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
+    open_removals: dict[int, Removal] = field(default_factory=dict)
+    merged_rows: dict[int, list[int]] = field(default_factory=dict)  # row -> rows of equal content that it takes over
     then: list[RowStep] = field(default_factory=list)
     removed: list[Removed] = field(default_factory=list)
     drops: list[Path] = field(default_factory=list)  # drops.parquet of every part of every pass
@@ -65,20 +65,20 @@ class PassState:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.stand_on(self.parts)
+        self.set_parts(self.parts)
 
-    def stand_on(self, made: list[Shard]) -> None:
+    def set_parts(self, parts: list[Shard]) -> None:
         """The rows are in these parts now, and no verdict on them is open."""
-        self.parts, self.starts = made, list(itertools.accumulate((part.kept for part in made), initial=0))
-        self.gone, self.taken, self.then = {}, {}, []
-        self.drops += [part.path / "drops.parquet" for part in made]
-        changed = [part.index.filter(pc.not_equal(part.index["was"], "")).select(["was", "id"]) for part in made]
+        self.parts, self.starts = parts, list(itertools.accumulate((part.row_count for part in parts), initial=0))
+        self.open_removals, self.merged_rows, self.then = {}, {}, []
+        self.drops += [part.path / "drops.parquet" for part in parts]
+        changed = [part.index.filter(pc.not_equal(part.index["was"], "")).select(["was", "id"]) for part in parts]
         self.moves.append(pl.concat([pl.DataFrame(table) for table in changed]))
 
-    def where(self, row: int) -> tuple[int, int]:
+    def locate(self, row: int) -> tuple[int, int]:
         """(part, place in it) of a row."""
-        part = bisect.bisect_right(self.starts, row) - 1
-        return part, row - self.starts[part]
+        part_index = bisect.bisect_right(self.starts, row) - 1
+        return part_index, row - self.starts[part_index]
 
 
 class Passes:
@@ -88,15 +88,15 @@ class Passes:
         self.folder, self.run, self.workers, self.notice = folder, run, workers, notice
         self.number = 0
 
-    def first(self, reading: Sequence[ShardTask], steps: Sequence[Any]) -> PassState:
+    def first(self, tasks: Sequence[ShardTask], steps: Sequence[Any]) -> PassState:
         """Every step, from tasks that say what to read."""
-        row_steps, sets, rest = split(steps)
-        state = PassState(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in reading]))
-        rest = self._decide(state, sets) + rest
-        while rest or state.then:
-            row_steps, sets, rest = split(rest)
-            self._next(state, (*state.then, *row_steps), sets)
-            rest = self._decide(state, sets) + rest
+        row_steps, sets, remaining_steps = split(steps)
+        state = PassState(self._execute([dataclasses.replace(task, steps=row_steps, sets=sets) for task in tasks]))
+        remaining_steps = self._decide(state, sets) + remaining_steps
+        while remaining_steps or state.then:
+            row_steps, sets, remaining_steps = split(remaining_steps)
+            self._run_next_pass(state, (*state.then, *row_steps), sets)
+            remaining_steps = self._decide(state, sets) + remaining_steps
         return state
 
     def copies(self, state: PassState, tasks: Sequence[ShardTask]) -> list[Shard]:
@@ -106,72 +106,81 @@ class Passes:
         return result
 
     def _execute(self, tasks: Sequence[ShardTask]) -> list[Shard]:
-        steps = [[_said(step) for step in some] for some in (tasks[0].steps, tasks[0].sets, tasks[0].copying)] if tasks else []
-        named = [self._named(number, task, steps) for number, task in enumerate(tasks)]
+        steps = (
+            [[_step_options(step) for step in group] for group in (tasks[0].steps, tasks[0].sets, tasks[0].copying)]
+            if tasks
+            else []
+        )
+        keyed_tasks = [self._with_key(number, task, steps) for number, task in enumerate(tasks)]
         self.number += 1
-        return self.run(f"pass {self.number}", named)
+        return self.run(f"pass {self.number}", keyed_tasks)
 
-    def _named(self, number: int, task: ShardTask, steps: Any) -> ShardTask:
+    def _with_key(self, number: int, task: ShardTask, steps: Any) -> ShardTask:
         """The task with its key, and the directory that the key names. `steps`: what is said of the pass's steps."""
-        taken = [(place, config.dump(more)) for place, more in sorted(task.merged.items())]
-        key = digest([FORMAT, task.key, steps, sorted(task.gone), taken])
+        merged = [(position, config.dump(inherited)) for position, inherited in sorted(task.merged.items())]
+        key = digest([FORMAT, task.key, steps, sorted(task.removed_positions), merged])
         part = self.folder / f"pass-{self.number + 1}" / f"{number:06d}"
         return dataclasses.replace(task, key=key, part=part, folder=self.folder)
 
-    def _next(self, state: PassState, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
+    def _run_next_pass(self, state: PassState, row_steps: tuple[RowStep, ...], sets: tuple[SetStep, ...]) -> None:
         """Open verdicts and the next row steps, in the workers."""
-        gone: dict[int, set[int]] = {}
-        for row in state.gone:
-            part, place = state.where(row)
-            gone.setdefault(part, set()).add(place)
-        merged: dict[int, dict[int, TakenOver]] = {}
-        for row, more in inherited_fields(state).items():
-            part, place = state.where(row)
-            merged.setdefault(part, {})[place] = more
+        removed: dict[int, set[int]] = {}
+        for row in state.open_removals:
+            part_index, position = state.locate(row)
+            removed.setdefault(part_index, set()).add(position)
+        merged: dict[int, dict[int, InheritedFields]] = {}
+        for row, inherited in inherited_fields(state).items():
+            part_index, position = state.locate(row)
+            merged.setdefault(part_index, {})[position] = inherited
         tasks = [
             ShardTask(
                 part=part.path, key=part.summary["key"], folder=self.folder, steps=row_steps, sets=sets, before=part.path,
-                gone=frozenset(gone.get(number, ())), merged=merged.get(number, {}),
+                removed_positions=frozenset(removed.get(number, ())), merged=merged.get(number, {}),
             )
             for number, part in enumerate(state.parts)
         ]  # fmt: skip
-        state.stand_on(self._execute(tasks))
+        state.set_parts(self._execute(tasks))
 
     def _decide(self, state: PassState, sets: tuple[SetStep, ...]) -> list[Any]:
         """Let each SetStep decide; returns those that must see the rows again, since a verdict before asks for a row step."""
         for index, step in enumerate(sets):
-            living, table = self._living(state, index)
-            verdicts = step.decide(self._gathered(state, living, table))
-            record(state, step, living, verdicts)
+            remaining_rows, table = self._remaining_rows(state, index)
+            verdicts = step.decide(self._step_input(state, remaining_rows, table))
+            record(state, step, remaining_rows, verdicts)
             if verdicts.then is not None:
                 state.then.append(verdicts.then)
                 return list(sets[index + 1 :])
         return []
 
-    def _living(self, state: PassState, place: int) -> tuple[Sequence[int], Any]:
+    def _remaining_rows(self, state: PassState, step_index: int) -> tuple[Sequence[int], Any]:
         """Numbers of the rows that no open verdict removed, and their sketch beside the index."""
-        whole = pa.concat_tables(hstack_tables(part.index, part.sketch(place)) for part in state.parts)
-        if not state.gone:
-            return range(len(whole)), whole
-        living = [row for row in range(len(whole)) if row not in state.gone]
+        table = pa.concat_tables(hstack_tables(part.index, part.sketch(step_index)) for part in state.parts)
+        if not state.open_removals:
+            return range(len(table)), table
+        remaining_rows = [row for row in range(len(table)) if row not in state.open_removals]
         # written out, and mapped again: a copy of the sketches in memory could be as large as all rows
-        chunks = (whole.take(pa.array(living[at : at + 65536])) for at in range(0, max(len(living), 1), 65536))
-        return living, shards.write_arrow(self.folder / f"living-{self.number}-{place}.arrow", chunks, whole.schema)
+        chunks = (
+            table.take(pa.array(remaining_rows[start : start + 65536]))
+            for start in range(0, max(len(remaining_rows), 1), 65536)
+        )
+        return remaining_rows, shards.write_arrow(
+            self.folder / f"living-{self.number}-{step_index}.arrow", chunks, table.schema
+        )
 
-    def _gathered(self, state: PassState, living: Sequence[int], table: Any) -> StepInput:
+    def _step_input(self, state: PassState, remaining_rows: Sequence[int], table: Any) -> StepInput:
         encoded = pc.dictionary_encode(table["source"]).combine_chunks()
         encoded = encoded.chunk(0) if isinstance(encoded, pa.ChunkedArray) and encoded.num_chunks else encoded
         names = encoded.dictionary.to_pylist() if len(table) else []
         numbers = encoded.indices if len(table) else pa.array([], pa.int32())
         table = table.set_column(table.schema.get_field_index("source"), "source", pa.chunked_array([numbers]))
 
-        def fetch(wanted: Sequence[int]) -> list[Example]:
-            return examples_of(state, [living[row] for row in wanted])
+        def fetch(rows: Sequence[int]) -> list[Example]:
+            return examples_of(state, [remaining_rows[row] for row in rows])
 
         return StepInput(table, names, fetch, self.folder, self.workers, self.notice)
 
 
-def _said(step: Any) -> dict[str, Any]:
+def _step_options(step: Any) -> dict[str, Any]:
     """The options that a part follows from. Guards are not among them: an answer to them goes on where they stopped."""
     fields = {name: value for name, value in config.dump(step).items() if name not in GUARDS}
     return {**fields, "files": [file_digest(file) for file in step.files()]} if isinstance(step, ReadsFiles) else fields
@@ -198,25 +207,27 @@ def hstack_tables(index: Any, sketch: Any) -> Any:
     return index
 
 
-def record(state: PassState, step: SetStep, living: Sequence[int], verdicts: StepResult) -> None:
+def record(state: PassState, step: SetStep, remaining_rows: Sequence[int], verdicts: StepResult) -> None:
     """Note verdicts whose row numbers count the living rows only."""
-    ids = KeptIds(state)
+    ids = RowIds(state)
     for removal in verdicts.removals:
-        row = living[removal.row]
-        kept = living[removal.kept] if removal.kept >= 0 else -1
-        assert row not in state.gone and kept != row, removal
-        part, place = state.where(row)
-        state.gone[row] = removal
-        name = ids[kept] if kept >= 0 else ""
-        state.removed.append(Removed(state.parts[part], place, removal, step.kind, name, len(state.moves), verdicts.set_aside))
+        row = remaining_rows[removal.row]
+        kept_row = remaining_rows[removal.kept_row] if removal.kept_row >= 0 else -1
+        assert row not in state.open_removals and kept_row != row, removal
+        part_index, position = state.locate(row)
+        state.open_removals[row] = removal
+        kept_id = ids[kept_row] if kept_row >= 0 else ""
+        state.removed.append(
+            Removed(state.parts[part_index], position, removal, step.kind, kept_id, len(state.moves), verdicts.set_aside)
+        )
         if removal.merge:
-            state.taken.setdefault(kept, []).extend([row, *state.taken.pop(row, [])])
+            state.merged_rows.setdefault(kept_row, []).extend([row, *state.merged_rows.pop(row, [])])
     state.evidence.update({name: (len(state.moves), table) for name, table in verdicts.evidence.items()})
     if verdicts.facts:
         state.facts[step.kind] = verdicts.facts
 
 
-class KeptIds:
+class RowIds:
     """Ids by row number."""
 
     def __init__(self, state: PassState) -> None:
@@ -224,22 +235,22 @@ class KeptIds:
         self._state = state
 
     def __getitem__(self, row: int) -> str:
-        part, place = self._state.where(row)
-        return str(self._columns[part][place].as_py())
+        part_index, position = self._state.locate(row)
+        return str(self._columns[part_index][position].as_py())
 
 
-def inherited_fields(state: PassState) -> dict[int, TakenOver]:
+def inherited_fields(state: PassState) -> dict[int, InheritedFields]:
     """What each row takes over: origins in order of reading; of the splits eval wins; its own group before another's."""
-    wanted = sorted({row for kept, others in state.taken.items() for row in (kept, *others)})
+    row_numbers = sorted({row for kept_row, others in state.merged_rows.items() for row in (kept_row, *others)})
     columns = ["origins", "split", "group"]
-    known = dict(zip(wanted, take_rows(state.parts, map(state.where, wanted), columns), strict=True))
+    fields_by_row = dict(zip(row_numbers, take_rows(state.parts, map(state.locate, row_numbers), columns), strict=True))
     result = {}
-    for kept, others in state.taken.items():
-        equals = [known[row] for row in (kept, *sorted(others))]
-        origins = tuple(origin for row in equals[1:] for origin in map(parquet_io.origin_of, row["origins"]))
-        splits = [row["split"] for row in equals if row["split"]]
-        chosen = "eval" if "eval" in splits else next(iter(splits), "")
-        result[kept] = TakenOver(origins, chosen, next((row["group"] for row in equals if row["group"]), ""))
+    for kept_row, others in state.merged_rows.items():
+        equal_rows = [fields_by_row[row] for row in (kept_row, *sorted(others))]
+        origins = tuple(origin for row in equal_rows[1:] for origin in map(parquet_io.origin_of, row["origins"]))
+        splits = [row["split"] for row in equal_rows if row["split"]]
+        split_name = "eval" if "eval" in splits else next(iter(splits), "")
+        result[kept_row] = InheritedFields(origins, split_name, next((row["group"] for row in equal_rows if row["group"]), ""))
     return result
 
 
@@ -248,11 +259,11 @@ ID_COLUMNS = ("id", "a", "b")
 
 def evidence_of(state: PassState) -> Iterator[tuple[str, Any]]:
     """(name, Arrow table) of what steps found, by the ids that the rows have in the end."""
-    for name, (known, table) in state.evidence.items():
+    for name, (pass_count, table) in state.evidence.items():
         ids: list[str] = []
         rewritten(table, ID_COLUMNS, ids.append)
-        now = dict(zip(ids, moved_ids(state, known, ids), strict=True))
-        yield name, rewritten(table, ID_COLUMNS, now.__getitem__)
+        last_ids = dict(zip(ids, moved_ids(state, pass_count, ids), strict=True))
+        yield name, rewritten(table, ID_COLUMNS, last_ids.__getitem__)
 
 
 def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -> Any:
@@ -278,29 +289,29 @@ def rewritten(table: Any, names: Container[str], change: Callable[[str], Any]) -
     return table
 
 
-def moved_ids(state: PassState, known: int, ids: Sequence[str]) -> list[str]:
-    """The ids that rows have in the end, by those that they had after `known` passes."""
-    found = pl.DataFrame({"id": ids}, schema={"id": pl.String})
-    for moves in state.moves[known:]:
-        both = found.join(
+def moved_ids(state: PassState, pass_count: int, ids: Sequence[str]) -> list[str]:
+    """The ids that rows have in the end, by those that they had after `pass_count` passes."""
+    frame = pl.DataFrame({"id": ids}, schema={"id": pl.String})
+    for moves in state.moves[pass_count:]:
+        joined = frame.join(
             moves.rename({"id": "now"}).unique("was"), left_on="id", right_on="was", how="left", maintain_order="left"
         )
-        found = both.select(pl.coalesce("now", "id").alias("id"))
-    return found["id"].to_list()
+        frame = joined.select(pl.coalesce("now", "id").alias("id"))
+    return frame["id"].to_list()
 
 
 def take_rows(
-    some: Sequence[Shard], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
+    parts: Sequence[Shard], wanted: Iterable[tuple[int, int]], columns: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Rows of parts, by (part, place), in the order wanted; each part is read once for a run of rows of it."""
-    for part, run in itertools.groupby(wanted, lambda place: place[0]):
-        places = pa.array([place for _, place in run], pa.int64())
-        yield from some[part].table(columns).take(places).to_pylist()
+    for part_index, run in itertools.groupby(wanted, lambda item: item[0]):
+        positions = pa.array([position for _, position in run], pa.int64())
+        yield from parts[part_index].table(columns).take(positions).to_pylist()
 
 
 def examples_of(state: PassState, wanted: Sequence[int]) -> list[Example]:
     """Rows by number."""
-    order = sorted(range(len(wanted)), key=lambda at: wanted[at])
-    found = take_rows(state.parts, (state.where(wanted[at]) for at in order))
-    made = {at: parquet_io.example_of(row) for at, row in zip(order, found, strict=True)}
-    return [made[at] for at in range(len(wanted))]
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    rows = take_rows(state.parts, (state.locate(wanted[index]) for index in order))
+    examples = {index: parquet_io.example_of(row) for index, row in zip(order, rows, strict=True)}
+    return [examples[index] for index in range(len(wanted))]

@@ -49,7 +49,9 @@ FILES_LISTED = 20
 
 @dataclass(frozen=True)
 class Curated:
-    """What `curate` made: the Dataset and how many rows went where. `found` are parts that an interrupted run had left."""
+    """What `curate` made: the Dataset and how many rows went where. `resumed_parts` are parts that an interrupted run had
+    left.
+    """
 
     dataset: Artifact
     found: int
@@ -106,19 +108,20 @@ class Curated:
 
     def table(self) -> list[tuple[str, Any]]:
         """What a person reads: the steps' facts in a line each, the rest in the manifest and on the card."""
-        said = self.as_json()
+        fields = self.as_json()
         steps = [
-            (kind, {name: value for name, value in facts.items() if _is_short(value)}) for kind, facts in said["steps"].items()
+            (kind, {name: value for name, value in facts.items() if _is_short(value)})
+            for kind, facts in fields["steps"].items()
         ]
-        shown = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
-        last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", said["rows_per_s"])]
-        return [*((name, said[name]) for name in shown), *steps, *last]
+        names = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
+        last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", fields["rows_per_s"])]
+        return [*((name, fields[name]) for name in names), *steps, *last]
 
 
 def _forms(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The form found in each file; of many files, how many of which form a source has."""
     if len(sources) <= FILES_LISTED:
-        return {_place(source): source["form"] for source in sources}
+        return {_file_label(source): source["form"] for source in sources}
     results: dict[str, Counter[str]] = {}
     for source in sources:
         results.setdefault(source["source"], Counter())[source["form"]] += 1
@@ -133,7 +136,7 @@ def _is_short(value: Any) -> bool:
     )
 
 
-def _place(source: Mapping[str, Any]) -> str:
+def _file_label(source: Mapping[str, Any]) -> str:
     """A file as its source names it: two sources may hold files of one name."""
     return str(source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}/{source['path']}")
 
@@ -176,8 +179,8 @@ def run_on_ray(tasks: Sequence[ShardTask], sizes: Sequence[int], workers: int = 
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     items = [{"task": pickle.dumps(task)} for task in tasks]
-    made = ray.data.from_items(items, override_num_blocks=len(items)).map(_row, concurrency=workers or None)
-    for row in made.iter_rows():
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map(_row, concurrency=workers or None)
+    for row in results.iter_rows():
         fields = json.loads(row["summary"])
         if "error" in fields:
             raise pickle.loads(row["raised"])  # our own error, pickled by `_row` in our own cluster
@@ -215,7 +218,7 @@ class CurationProgress:
     def begin(self, name: str, total_bytes: int) -> None:
         """A pass over that many bytes begins."""
         self._name, self._total, self._bytes, self._rows = name, max(total_bytes, 1), 0, 0
-        self._began = self._said = time.monotonic()
+        self._began = self._last_notice = time.monotonic()
         self._bar.reset(self._task, total=self._total, said=name)
 
     def advance(self, done_bytes: int, rows: int) -> None:
@@ -225,10 +228,10 @@ class CurationProgress:
         rate = self._rows / max(now - self._began, 1e-3)
         text = f"{self._name}  {self._rows:,} rows  {rate:,.0f} rows/s"
         self._bar.update(self._task, completed=self._bytes, said=text)
-        if not self._is_live and now - self._said > SECONDS_BETWEEN_LINES:
-            left = (now - self._began) * (self._total - self._bytes) / max(self._bytes, 1)
-            self._notice(f"{text}  {self._bytes / self._total:.0%}, about {left:.0f} s left")
-            self._said = now
+        if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
+            remaining_s = (now - self._began) * (self._total - self._bytes) / max(self._bytes, 1)
+            self._notice(f"{text}  {self._bytes / self._total:.0%}, about {remaining_s:.0f} s left")
+            self._last_notice = now
 
 
 Notice = Callable[[str], None]
@@ -258,28 +261,28 @@ def curate(
     began = time.monotonic()
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
-    work = out.with_name(f"{out.name}.curating")
-    if resume and (there := _finished(recipe, out)):
-        with workplace(work, anew=True):  # a run that was killed between the Dataset and its end has left its work
-            return Curated(there, 0, time.monotonic() - began)
+    work_folder = out.with_name(f"{out.name}.curating")
+    if resume and (finished := _finished(recipe, out)):
+        with workplace(work_folder, anew=True):  # a run that was killed between the Dataset and its end has left its work
+            return Curated(finished, 0, time.monotonic() - began)
     check_output_free(out, replace=replace)
-    with workplace(work, anew=replace):
-        line = CurationRun(recipe, work, on, notice)
+    with workplace(work_folder, anew=replace):
+        run = CurationRun(recipe, work_folder, on, notice)
         try:
-            with line.progress:
-                state = line.run(strict)
-            dataset = write_dataset(out, lambda writer: line.write(state, writer), replace=replace)
+            with run.progress:
+                state = run.run(strict)
+            dataset = write_dataset(out, lambda writer: run.write(state, writer), replace=replace)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, and SIGTERM as the command line turns it
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
-            problem = f"interrupted; what is done stands in {work}"
+            problem = f"interrupted; what is done stands in {work_folder}"
             raise StoppedError(problem, "the same command goes on there", number) from None
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            problem = f"the disk is full; what is done stands in {work}"
+            problem = f"the disk is full; what is done stands in {work_folder}"
             raise MissingError(problem, "free some space, then the same command goes on there") from error
-        shutil.rmtree(work, ignore_errors=True)
-    return Curated(dataset, line.found, wall_s=time.monotonic() - began)
+        shutil.rmtree(work_folder, ignore_errors=True)
+    return Curated(dataset, run.resumed_parts, wall_s=time.monotonic() - began)
 
 
 def load_recipe(recipe: CurateRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> CurateRecipe:
@@ -291,40 +294,42 @@ def _finished(recipe: CurateRecipe, out: Path) -> Artifact | None:
     """The Dataset at `out` if the recipe makes it of its sources as they are now. Raises ConfigError if it is another."""
     if kind_of(out) != "dataset":
         return None
-    there = open_artifact(out, "dataset")
-    made = {(file["source"], file["path"]): file["sha256"] for file in there.manifest["sources"]}
-    now = {(file.source, file.path): file.sha256 for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files}
-    same = there.manifest["recipe"] == json.loads(canonical(_said(recipe)))
-    if not same or made != now:
-        what = "sources that have changed" if same else "another recipe"
-        raise ConfigError(f"{out} is a finished Dataset of {what}", "choose another --out, or --replace")
-    return there
+    dataset = open_artifact(out, "dataset")
+    manifest_digests = {(file["source"], file["path"]): file["sha256"] for file in dataset.manifest["sources"]}
+    current_digests = {
+        (file.source, file.path): file.sha256 for file in planner.plan_reading(recipe.sources, recipe.max_row_bytes).files
+    }
+    is_same_recipe = dataset.manifest["recipe"] == json.loads(canonical(_recipe_fields(recipe)))
+    if not is_same_recipe or manifest_digests != current_digests:
+        difference = "sources that have changed" if is_same_recipe else "another recipe"
+        raise ConfigError(f"{out} is a finished Dataset of {difference}", "choose another --out, or --replace")
+    return dataset
 
 
 @contextlib.contextmanager
-def workplace(work: Path, *, anew: bool) -> Iterator[None]:
+def workplace(work_folder: Path, *, anew: bool) -> Iterator[None]:
     """The work's directory, locked. It stays when the work is interrupted, so that the same command can go on."""
-    make_parent(work)
-    with writer_lock(work):
+    make_parent(work_folder)
+    with writer_lock(work_folder):
         if anew:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(exist_ok=True)
+            shutil.rmtree(work_folder, ignore_errors=True)
+        work_folder.mkdir(exist_ok=True)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                work.rmdir()  # only if nothing is in it
+                work_folder.rmdir()  # only if nothing is in it
 
 
 class CurationRun:
     """One run of a recipe: its files, its engine, its progress, its Dataset."""
 
-    def __init__(self, recipe: CurateRecipe, work: Path, on: Engine, notice: Notice) -> None:
-        self.recipe, self.work, self.notice = recipe, work, notice
+    def __init__(self, recipe: CurateRecipe, work_folder: Path, engine: Engine, notice: Notice) -> None:
+        self.recipe, self.work_folder, self.notice = recipe, work_folder, notice
         self.declared = {source.path: source for source in recipe.sources}
-        self.engine = run_on_ray if on == "ray" else run_local
+        self.engine = run_on_ray if engine == "ray" else run_local
         self.progress = CurationProgress(notice)
-        self.found = 0
+        self.resumed_parts = 0
         self.read: Counter[tuple[str, str]] = Counter()
         self.notes: dict[tuple[str, str], Counter[str]] = {}
         self.tally: dict[str, Counter[str]] = {}
@@ -333,11 +338,11 @@ class CurationRun:
         """Every pass, the split, and the copies of training rows."""
         self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes)
         tasks = [
-            ShardTask(Path(), _key(unit), self.work, (), (), unit, self.recipe.sources[unit.source], strict)
-            for unit in self.planned.units
+            ShardTask(Path(), _key(unit), self.work_folder, (), (), unit, self.recipe.sources[unit.source], strict)
+            for unit in self.planned.chunks
         ]
         workers = self.recipe.workers or len(os.sched_getaffinity(0))
-        passes = Passes(self.work, self._execute, workers, self.notice)
+        passes = Passes(self.work_folder, self._execute, workers, self.notice)
         state = passes.first(tasks, with_final_dedup([step for step in self.recipe.steps if not makes_copies(step)]))
         self.outcome = curation_outcome.SplitDecision(state, self.recipe)
         self.copies = augmentation.run_augmentation(passes, state, self.outcome, self.recipe)
@@ -348,12 +353,12 @@ class CurationRun:
         result = []
         self.progress.begin(name, sum(sizes))
         for task, size, summary in zip(tasks, sizes, self.engine(tasks, sizes, self.recipe.workers), strict=True):
-            self.found += summary["was_there"]
+            self.resumed_parts += summary["was_there"]
             self.progress.advance(size, summary["kept"] + summary["dropped"])
             self._count(task, summary)
             result.append(Shard(task.part, summary))
-        if self.found:
-            self.notice(f"{name}: going on with {self.found} parts that an interrupted run had finished")
+        if self.resumed_parts:
+            self.notice(f"{name}: going on with {self.resumed_parts} parts that an interrupted run had finished")
         return result
 
     def _count(self, task: ShardTask, summary: Mapping[str, Any]) -> None:
@@ -373,22 +378,24 @@ class CurationRun:
         writer.examples(itertools.chain(curation_outcome.kept_tables(state, self.outcome), self.copies.tables()))
         masks = self._masks()
         writer.drops(curation_outcome.drop_tables(state, removed, masks))
-        read, made, dropped = sum(self.read.values()), self.copies.total, writer.dropped.total()
-        assert read + made == writer.kept + dropped, f"{read} rows read, {made} made, {writer.kept} kept, {dropped} dropped"
-        if not writer.kept:
-            raise SourceError(_nothing_kept(read, writer.folder), "mend the rows or the sources")
+        read_count, copy_count, dropped_count = sum(self.read.values()), self.copies.total, writer.dropped.total()
+        assert read_count + copy_count == writer.row_count + dropped_count, (
+            f"{read_count} rows read, {copy_count} made, {writer.row_count} kept, {dropped_count} dropped"
+        )
+        if not writer.row_count:
+            raise SourceError(_nothing_kept(read_count, writer.folder), "mend the rows or the sources")
         writer.set_aside(curation_outcome.set_aside_rows(removed, masks))
-        writer.media(self.work / "media")
+        writer.media(self.work_folder / "media")
         for name, table in evidence_of(state):
             writer.evidence(name, curation_outcome.mask_quotes(table, masks))
         if self.copies.steps:
             writer.evidence("copies", self.copies.evidence())
         tallied = {kind: dict(counts.most_common()) for kind, counts in self.tally.items()}
         return writer.finish(
-            recipe=_said(self.recipe),
+            recipe=_recipe_fields(self.recipe),
             sources=writer.sources_with_kept(self._sources()),
             steps=curation_outcome.masked_facts({**state.facts, **tallied, **self.copies.facts()}, masks),
-            counts={"read": read, "made": made},
+            counts={"read": read_count, "made": copy_count},
         )
 
     def _masks(self) -> curation_outcome.Masks:
@@ -400,9 +407,9 @@ class CurationRun:
     def _sources(self) -> Iterator[dict[str, Any]]:
         """An entry for each file that was planned, with what its owner allows and what was read of it."""
         for file in self.planned.files:
-            place = file.source, file.path
+            key = file.source, file.path
             terms = {name: getattr(self.declared[file.source], name) for name in (*TERMS, "rehearsal")}
-            yield {**asdict(file), **terms, "read": self.read[place], "notes": dict(self.notes.get(place, {}))}
+            yield {**asdict(file), **terms, "read": self.read[key], "notes": dict(self.notes.get(key, {}))}
 
 
 def _key(unit: chunk_reader.InputChunk) -> str:
@@ -410,17 +417,17 @@ def _key(unit: chunk_reader.InputChunk) -> str:
     return unit.digest if unit.files else digest([unit.digest, time.time_ns()])
 
 
-def _said(recipe: CurateRecipe) -> dict[str, Any]:
+def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     """The recipe as the manifest has it: without what changes nothing in the Dataset."""
     return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
 
 
-def _size(before: Path | None) -> int:
-    return (before / "examples.parquet").stat().st_size if before else 0
+def _size(part: Path | None) -> int:
+    return (part / "examples.parquet").stat().st_size if part else 0
 
 
-def _nothing_kept(read: int, folder: Path) -> str:
+def _nothing_kept(rows_read: int, folder: Path) -> str:
     drops = [drop for file in sorted((folder / "drops").glob("*.parquet")) for drop in parquet_io.read_file(file)]
     reasons = ", ".join(f"{reason} {count}" for reason, count in records.count_values(drop["reason"] for drop in drops).items())
     first = f"; the first: {drops[0]['locator']}: {drops[0]['detail']}" if drops else ""
-    return f"no row is left of {read}" + (f" ({reasons}{first})" if reasons else "")
+    return f"no row is left of {rows_read}" + (f" ({reasons}{first})" if reasons else "")

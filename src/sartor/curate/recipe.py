@@ -48,10 +48,10 @@ class CurateRecipe:
         copying: list[str] = [step.kind for step in self.steps if makes_copies(step)]
         others: list[str] = [step.kind for step in self.steps if not makes_copies(step)]
         if kinds != others + copying:
-            behind = next(kind for kind in kinds[kinds.index(copying[0]) :] if kind not in copying)
-            problem = f"steps: {behind} stands behind {copying[0]}, whose copies are made after every other step"
+            later_step = next(kind for kind in kinds[kinds.index(copying[0]) :] if kind not in copying)
+            problem = f"steps: {later_step} stands behind {copying[0]}, whose copies are made after every other step"
             raise ConfigError(problem, f"put {' and '.join(dict.fromkeys(copying))} last")
-        if twice := next((kind for kind in copying if copying.count(kind) > 1), ""):
+        if repeated := next((kind for kind in copying if copying.count(kind) > 1), ""):
             raise ConfigError(
-                f"steps: {twice} stands twice; its copies are made of the rows, not of copies", "more copies of one"
+                f"steps: {repeated} stands twice; its copies are made of the rows, not of copies", "more copies of one"
             )

@@ -49,17 +49,17 @@ def rethreshold(path: Path | str, out: Path | str, *, threshold: float, replace:
     step, later = _steps(recipe, old)
     pair_store.check_threshold(threshold, old.manifest["steps"]["near_duplicates"]["rules"]["floor"])
     check_output_free(Path(out).absolute(), replace=replace)
-    work = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
-    dataset = write_dataset(Path(out), work.fill, parents=[old], replace=replace)
+    rebuild = _Rethreshold(old, dataclasses.replace(step, threshold=threshold), recipe, later)
+    dataset = write_dataset(Path(out), rebuild.fill, parents=[old], replace=replace)
     return Curated(dataset, 0, time.monotonic() - began)
 
 
 def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequence[Any]]:
     """The step, and the row steps behind it."""
-    places = [index for index, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
-    if len(places) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
+    positions = [index for index, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
+    if len(positions) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
         raise ConfigError(f"{old.path} was not made with near_duplicates, or with several", "curate again")
-    later = recipe.steps[places[0] + 1 :]
+    later = recipe.steps[positions[0] + 1 :]
     others = [step.kind for step in later if needs_all_rows(step) and not isinstance(step, ExactDuplicates)]
     if others:
         raise ConfigError(
@@ -69,7 +69,7 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
     if copying := [step.kind for step in later if makes_copies(step)]:
         problem = f"{' and '.join(copying)} copied the rows that near_duplicates had left"
         raise ConfigError(problem, "curate again with the threshold: a line of the recipe, near_duplicates: {threshold: ...}")
-    step = recipe.steps[places[0]]
+    step = recipe.steps[positions[0]]
     assert isinstance(step, NearDuplicates)
     return step, [step for step in later if not needs_all_rows(step)]
 
@@ -80,9 +80,9 @@ class _Rethreshold:
     def __init__(self, old: Artifact, step: NearDuplicates, recipe: CurateRecipe, later: Sequence[Any]) -> None:
         self.old, self.step, self.recipe = old, step, recipe
         self.functions: list[tuple[str, RowFunction]] = [(item.kind, item.open(old.path)) for item in later]
-        self.kept = _read(old, "examples")
-        self.aside = _read(old, "set_aside")
-        ids = self.kept["id"].to_pylist() + (self.aside["was"].to_pylist() if len(self.aside) else [])
+        self.kept_table = _read(old, "examples")
+        self.aside_table = _read(old, "set_aside")
+        ids = self.kept_table["id"].to_pylist() + (self.aside_table["was"].to_pylist() if len(self.aside_table) else [])
         self.number = {name: index for index, name in enumerate(ids)}
         self.ids = ids
         self._decide()
@@ -99,38 +99,42 @@ class _Rethreshold:
             rank[numbers] = pairs[f"rank_{end}"].to_numpy()
             order[numbers] = pairs[f"place_{end}"].to_numpy()
         # of rows of equal rank the first read stays: number them as they were read
-        read = np.argsort(order, kind="stable")
-        place = np.empty(count, np.int64)
-        place[read] = np.arange(count)
-        low, high = np.minimum(place[a], place[b]), np.maximum(place[a], place[b])
+        read_order = np.argsort(order, kind="stable")
+        positions = np.empty(count, np.int64)
+        positions[read_order] = np.arange(count)
+        low, high = np.minimum(positions[a], positions[b]), np.maximum(positions[a], positions[b])
         measured = (pairs[name].to_numpy() for name in ("jaccard", "containment", "exact"))
         rules = self.step.rules()
-        found = clusters.resolve_clusters(ScoredPairs(low, high, *measured).unique(), rank[read], rules)
-        sources = [origins[0]["source"] for table in (self.kept, self.aside) for origins in table["origins"].to_pylist()]
+        removals = clusters.resolve_clusters(ScoredPairs(low, high, *measured).unique(), rank[read_order], rules)
+        sources = [
+            origins[0]["source"] for table in (self.kept_table, self.aside_table) for origins in table["origins"].to_pylist()
+        ]
         names = sorted(set(sources))
-        numbers = np.array([names.index(sources[row]) for row in read], np.int64)
+        numbers = np.array([names.index(sources[row]) for row in read_order], np.int64)
         limits = clusters.RemovalLimits(
             self.step.max_source_fraction, self.step.max_fraction, allow=self.step.allow, in_recipe=True
         )
-        clusters.check_removals(found, numbers, names, limits, lambda row: self.ids[read[row]])
-        self.rules, self.found = rules, found
-        fates = zip(read[found.kept].tolist(), found.score.tolist(), found.method.tolist(), strict=True)
-        self.gone = dict(zip(read[found.rows].tolist(), fates, strict=True))
+        clusters.check_removals(removals, numbers, names, limits, lambda row: self.ids[read_order[row]])
+        self.rules, self.removals = rules, removals
+        removal_facts = zip(
+            read_order[removals.kept_rows].tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
+        )
+        self.removed = dict(zip(read_order[removals.rows].tolist(), removal_facts, strict=True))
 
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write the new Dataset's files; returns what its manifest says."""
-        back, fallen = self._returned()
-        staying = [index for index in range(len(self.kept)) if index not in self.gone]
-        splits = self._splits(staying, back)
-        returned = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in back]
-        writer.examples([self.kept.take(pa.array(staying, pa.int64())), parquet_io.examples_table(returned)])
-        writer.set_aside((self.ids[place], self._example(place)) for place in sorted(self.gone))
-        writer.drop_file(self._drops(fallen))
+        restored, new_drops = self._restored()
+        staying_rows = [index for index in range(len(self.kept_table)) if index not in self.removed]
+        splits = self._splits(staying_rows, restored)
+        restored_rows = [dataclasses.replace(row, group=split_group(row), split=splits[split_group(row)]) for row in restored]
+        writer.examples([self.kept_table.take(pa.array(staying_rows, pa.int64())), parquet_io.examples_table(restored_rows)])
+        writer.set_aside((self.ids[index], self._example(index)) for index in sorted(self.removed))
+        writer.drop_file(self._drops(new_drops))
         writer.evidence("near_duplicates", self._evidence())
         writer.media(self.old.path / "media")
         steps = [config.dump(self.step if isinstance(step, NearDuplicates) else step) for step in self.recipe.steps]
-        read = writer.kept + writer.dropped.total()
-        assert read == self.old.manifest["counts"]["read"], (writer.kept, writer.dropped)
+        read = writer.row_count + writer.dropped.total()
+        assert read == self.old.manifest["counts"]["read"], (writer.row_count, writer.dropped)
         return writer.finish(
             recipe={**self.old.manifest["recipe"], "steps": steps},
             sources=writer.sources_with_kept(self.old.manifest["sources"]),
@@ -148,63 +152,63 @@ class _Rethreshold:
             table = table.set_column(table.schema.get_field_index(name), name, column)
         return table
 
-    def _example(self, place: int) -> Example:
-        first = len(self.kept)
-        table, at = (self.kept, place) if place < first else (self.aside, place - first)
+    def _example(self, index: int) -> Example:
+        kept_count = len(self.kept_table)
+        table, offset = (self.kept_table, index) if index < kept_count else (self.aside_table, index - kept_count)
         return parquet_io.example_of(
-            {name: column[0] for name, column in table.slice(at, 1).to_pydict().items() if name != "was"}
+            {name: column[0] for name, column in table.slice(offset, 1).to_pydict().items() if name != "was"}
         )
 
-    def _returned(self) -> tuple[list[Example], list[Drop]]:
+    def _restored(self) -> tuple[list[Example], list[Drop]]:
         """Rows that were set aside and are no longer duplicates, through the later row steps; and what those drop."""
-        back: dict[str, Example] = {}
-        fallen: list[Drop] = []
-        known = set(self.kept["id"].to_pylist())
-        for index in range(len(self.kept), len(self.ids)):
-            if index in self.gone:
+        restored: dict[str, Example] = {}
+        new_drops: list[Drop] = []
+        kept_ids = set(self.kept_table["id"].to_pylist())
+        for index in range(len(self.kept_table), len(self.ids)):
+            if index in self.removed:
                 continue
             outcome = apply_steps(self._example(index), self.functions)
-            if isinstance(outcome, Example) and (outcome.id in known or outcome.id in back):
+            if isinstance(outcome, Example) and (outcome.id in kept_ids or outcome.id in restored):
                 outcome = dataclasses.replace(
                     drop_of(outcome, "exact_duplicate", "the same content as a row that stands", step="exact_duplicates"),
                     kept=outcome.id,
                 )
             if isinstance(outcome, Drop):
-                fallen.append(outcome)
+                new_drops.append(outcome)
             else:
-                back[outcome.id] = outcome
-        return list(back.values()), fallen
+                restored[outcome.id] = outcome
+        return list(restored.values()), new_drops
 
-    def _splits(self, staying: Sequence[int], back: Sequence[Example]) -> dict[str, str]:
+    def _splits(self, staying_rows: Sequence[int], restored: Sequence[Example]) -> dict[str, str]:
         """The split of every group: as it was; of groups that nobody had, some are held out as `curate` would."""
-        groups, splits = self.kept["group"].to_pylist(), self.kept["split"].to_pylist()
-        found = {groups[place]: splits[place] for place in staying}
-        new = [split_group(row) for row in back if split_group(row) not in found]
-        held_out = held_out_groups(new, self.recipe.split.eval_fraction, self.recipe.seed) if new else set()
-        return {**{group: "eval" if group in held_out else "train" for group in new}, **found}
+        groups, splits = self.kept_table["group"].to_pylist(), self.kept_table["split"].to_pylist()
+        split_by_group = {groups[index]: splits[index] for index in staying_rows}
+        new_groups = [split_group(row) for row in restored if split_group(row) not in split_by_group]
+        held_out = held_out_groups(new_groups, self.recipe.split.eval_fraction, self.recipe.seed) if new_groups else set()
+        return {**{group: "eval" if group in held_out else "train" for group in new_groups}, **split_by_group}
 
-    def _drops(self, fallen: Sequence[Drop]) -> list[Drop]:
+    def _drops(self, new_drops: Sequence[Drop]) -> list[Drop]:
         old = _read(self.old, "drops")
         others = [row for row in old.to_pylist() if row["step"] != self.step.kind] if len(old) else []
-        return [Drop(**row) for row in others] + list(fallen) + list(self._near_drops())
+        return [Drop(**row) for row in others] + list(new_drops) + list(self._near_drops())
 
     def _near_drops(self) -> Iterator[Drop]:
-        for place, (kept, score, method) in sorted(self.gone.items()):
-            detail = f"{score:.3f} {METHODS[method]} to {self._example(kept).origins[0].locator}"
-            drop = drop_of(self._example(place), "near_duplicate", detail, step=self.step.kind)
+        for index, (kept_index, score, method) in sorted(self.removed.items()):
+            detail = f"{score:.3f} {METHODS[method]} to {self._example(kept_index).origins[0].locator}"
+            drop = drop_of(self._example(index), "near_duplicate", detail, step=self.step.kind)
             yield dataclasses.replace(
-                drop, id=self.ids[place], kept=self.ids[kept], score=round(score, 6), method=METHODS[method]
+                drop, id=self.ids[index], kept=self.ids[kept_index], score=round(score, 6), method=METHODS[method]
             )
 
     def _facts(self) -> dict[str, Any]:
         """What the steps say of themselves, at the new threshold."""
         steps = dict(self.old.manifest["steps"])
-        found = {
-            "clusters": self.found.clusters,
-            "largest_cluster": self.found.largest_cluster,
-            "removed": self.found.by_method(),
+        counts = {
+            "clusters": self.removals.clusters,
+            "largest_cluster": self.removals.largest_cluster,
+            "removed": self.removals.by_method(),
         }
-        steps["near_duplicates"] = {**steps["near_duplicates"], **found, "rules": dataclasses.asdict(self.rules)}
+        steps["near_duplicates"] = {**steps["near_duplicates"], **counts, "rules": dataclasses.asdict(self.rules)}
         return steps
 
 

@@ -60,7 +60,7 @@ class Shard:
     summary: dict[str, Any]
 
     @property
-    def kept(self) -> int:
+    def row_count(self) -> int:
         """Rows that are still in."""
         return int(self.summary["kept"])
 
@@ -69,9 +69,9 @@ class Shard:
         """The Arrow table of INDEX, memory-mapped."""
         return read_arrow(self.path / "index.arrow")
 
-    def sketch(self, place: int) -> Any:
+    def sketch(self, step_index: int) -> Any:
         """The Arrow table of the sketch at that place, memory-mapped."""
-        return read_arrow(self.path / f"sketch-{place}.arrow")
+        return read_arrow(self.path / f"sketch-{step_index}.arrow")
 
     def table(self, columns: list[str] | None = None) -> Any:
         """The rows as an Arrow table in the schema of `parquet_io.EXAMPLES`, or some of its columns."""
@@ -122,7 +122,7 @@ BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class TakenOver:
+class InheritedFields:
     """What a row takes over from rows of equal content that were removed."""
 
     origins: tuple[Origin, ...]
@@ -134,7 +134,8 @@ class TakenOver:
 class ShardTask:
     """One piece of one pass. Of the first pass `unit` and `source` say what to read, of a later one `before` is the part.
 
-    gone, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies and not the rows.
+    removed_positions, merged: by position in `before`. With `copying`, one CopyStep or none, the part holds the copies and not
+    the rows.
     """
 
     part: Path
@@ -146,28 +147,28 @@ class ShardTask:
     source: SourceOptions | None = None
     strict: bool = False
     before: Path | None = None
-    gone: frozenset[int] = frozenset()
-    merged: Mapping[int, TakenOver] = field(default_factory=dict)
+    removed_positions: frozenset[int] = frozenset()
+    merged: Mapping[int, InheritedFields] = field(default_factory=dict)
     copying: tuple[AugmentStep, ...] = ()
 
 
 def execute(task: ShardTask) -> dict[str, Any]:
     """Make the Part of a task, or find it standing; returns its summary and `was_there`. Raises what steps and readers do."""
-    if there := find_shard(task.part, task.key):
-        return {**there.summary, "was_there": True}
+    if shard := find_shard(task.part, task.key):
+        return {**shard.summary, "was_there": True}
     began = time.monotonic()
 
     def fill(folder: Path) -> dict[str, Any]:
-        line = _Line(task)
-        _write(line, folder)
-        summary = line.summary()
+        run = _TaskRun(task)
+        _write(run, folder)
+        summary = run.summary()
         return {**summary, "wall_s": round(time.monotonic() - began, 3)}
 
     return {**write_shard(task.part, task.key, fill).summary, "was_there": False}
 
 
 @functools.lru_cache(maxsize=32)
-def _opened(step: Any, folder: Path) -> Any:
+def _open_step(step: Any, folder: Path) -> Any:
     """A step's function, once per process: opening may read a model."""
     return step.open(folder)
 
@@ -180,19 +181,19 @@ class SteppedRow(NamedTuple):
     changes: str = ""
 
 
-class _Line:
+class _TaskRun:
     """The rows of a task on their way through its steps; what falls off is kept beside."""
 
     def __init__(self, task: ShardTask) -> None:
         self.task = task
-        self.functions: list[tuple[str, RowFunction]] = [(step.kind, _opened(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
+        self.functions: list[tuple[str, RowFunction]] = [(step.kind, _open_step(step, task.folder)) for step in task.steps]  # type: ignore[arg-type]
         self.counting = {kind: function for kind, function in self.functions if isinstance(function, Counting)}
         for function in self.counting.values():
             function.tally.clear()
         self.drops: list[Drop] = []
         self.read: Counter[str] = Counter()
         self.notes: Counter[tuple[str, str]] = Counter()
-        self.kept = 0
+        self.row_count = 0
 
     def rows(self) -> Iterator[SteppedRow]:
         """Rows that came through every step, or the copies of them."""
@@ -201,7 +202,7 @@ class _Line:
                 if isinstance(outcome, Drop):
                     self.drops.append(outcome)
                     continue
-                self.kept += 1
+                self.row_count += 1
                 if isinstance(outcome, AugmentedRow):
                     yield SteppedRow(outcome.row, row.id, outcome.changes)
                 else:
@@ -211,31 +212,31 @@ class _Line:
         if not self.task.copying:
             yield apply_steps(row, self.functions)
         for step in self.task.copying:
-            yield from _opened(step, self.task.folder)(row)  # type: ignore[arg-type]
+            yield from _open_step(step, self.task.folder)(row)  # type: ignore[arg-type]
 
     def _incoming(self) -> Iterator[Example]:
         task = self.task
         if task.before is not None:
-            for number, row in enumerate(Shard(task.before, {}).examples()):
-                if number not in task.gone:
-                    more = task.merged.get(number)
-                    yield with_inherited(row, more) if more else row
+            for position, row in enumerate(Shard(task.before, {}).examples()):
+                if position not in task.removed_positions:
+                    inherited = task.merged.get(position)
+                    yield with_inherited(row, inherited) if inherited else row
             return
         assert task.unit is not None and task.source is not None
-        for found in read_chunk(task.unit, task.source, task.folder / "media", task.strict, self.notes):
-            place = found.locator if isinstance(found, Drop) else found.origins[0].locator
-            self.read[place.rpartition(":")[0]] += 1
-            found = found if isinstance(found, Drop) else _in_its_split(found, task.source)
-            if isinstance(found, Drop):
-                self.drops.append(found)
+        for item in read_chunk(task.unit, task.source, task.folder / "media", task.strict, self.notes):
+            locator = item.locator if isinstance(item, Drop) else item.origins[0].locator
+            self.read[locator.rpartition(":")[0]] += 1
+            item = item if isinstance(item, Drop) else _in_its_split(item, task.source)
+            if isinstance(item, Drop):
+                self.drops.append(item)
             else:
-                yield found
+                yield item
 
     def summary(self) -> dict[str, Any]:
         """What the pipeline needs to know of the part."""
         tally = {kind: dict(function.tally) for kind, function in self.counting.items()}
         notes = [[*note, count] for note, count in self.notes.items()]
-        return {"read": dict(self.read), "notes": notes, "kept": self.kept, "dropped": len(self.drops), "tally": tally}
+        return {"read": dict(self.read), "notes": notes, "kept": self.row_count, "dropped": len(self.drops), "tally": tally}
 
 
 def _in_its_split(row: Example, source: SourceOptions) -> Example | Drop:
@@ -262,51 +263,51 @@ def apply_steps(row: Example, functions: Sequence[tuple[str, RowFunction]]) -> E
     return row
 
 
-def with_inherited(row: Example, more: TakenOver) -> Example:
+def with_inherited(row: Example, inherited: InheritedFields) -> Example:
     """The row with the origins of its equals. Of two splits eval wins, so that no held-out row is trained on."""
-    return replace(row, origins=row.origins + more.origins, split=more.split, group=more.group)
+    return replace(row, origins=row.origins + inherited.origins, split=inherited.split, group=inherited.group)
 
 
-def _write(line: _Line, folder: Path) -> None:
-    coming, sets = line.rows(), line.task.sets
+def _write(run: _TaskRun, folder: Path) -> None:
+    rows, sets = run.rows(), run.task.sets
     with ExitStack() as stack:
         writer = stack.enter_context(pq.ParquetWriter(folder / "examples.parquet", parquet_io.EXAMPLES, compression="zstd"))
         index = _arrow(stack, folder / "index.arrow", INDEX)
         files: list[Any] = []
         while True:
-            some = list(islice(coming, BATCH_ROWS))
-            batch = [item.row for item in some]
-            tables = [step.sketch(batch, line.task.folder) for step in sets]
+            stepped_rows = list(islice(rows, BATCH_ROWS))
+            batch = [item.row for item in stepped_rows]
+            tables = [step.sketch(batch, run.task.folder) for step in sets]
             files = files or [_arrow(stack, folder / f"sketch-{n}.arrow", table.schema) for n, table in enumerate(tables)]
             if batch:
                 writer.write_table(parquet_io.examples_table(batch))
-                index.write_table(index_table(some))
+                index.write_table(index_table(stepped_rows))
                 for file, table in zip(files, tables, strict=True):
                     file.write_table(table)
             if len(batch) < BATCH_ROWS:
                 break
-    parquet_io.write_drops(folder / "drops.parquet", line.drops)
+    parquet_io.write_drops(folder / "drops.parquet", run.drops)
 
 
 def _arrow(stack: ExitStack, file: Path, schema: Any) -> Any:
     return stack.enter_context(pa.ipc.new_file(stack.enter_context(pa.OSFile(str(file), "wb")), schema))
 
 
-def index_table(some: Sequence[SteppedRow]) -> Any:
+def index_table(stepped_rows: Sequence[SteppedRow]) -> Any:
     """The columns of `INDEX`. `group` is what may not straddle the split if the recipe splits by group: the row's own
     group, or where it has none its prompt (a document: itself); `own_group` is the row's own, perhaps empty.
     """
-    batch = [item.row for item in some]
+    batch = [item.row for item in stepped_rows]
     return pa.table(
         {
             "id": [row.id for row in batch],
-            "was": [one.was for one in some],
+            "was": [item.was for item in stepped_rows],
             "source": [row.origins[0].source for row in batch],
             "locator": [row.origins[0].locator for row in batch],
             "split": [row.split for row in batch],
             "group": [prompt_group(row) for row in batch],
             "own_group": [row.group for row in batch],
-            "changes": [one.changes for one in some],
+            "changes": [item.changes for item in stepped_rows],
         },
         schema=INDEX,
     )

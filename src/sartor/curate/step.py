@@ -88,7 +88,7 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Row number `row` goes. `kept` is the row number that stands in its place, -1 where none does.
+    """Row number `row` goes. `kept_row` is the row number that stands in its place, -1 where none does.
 
     `score` (0..1) and `method` say how alike the two are. With `merge` (rows of equal content) the kept row takes over the
     origins of the removed one.
@@ -97,7 +97,7 @@ class Removal:
     row: int
     reason: str
     detail: str = ""
-    kept: int = -1
+    kept_row: int = -1
     score: float | None = None
     method: str = ""
     merge: bool = False
@@ -131,7 +131,7 @@ class SetStep(Protocol):
         """An Arrow table with one row per Example, in order: what `decide` needs of each. As pure as `RowStep.open`'s."""
         ...
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """What becomes of the rows. Deterministic. Raises GuardError when it would remove too much."""
         ...
 

@@ -65,21 +65,21 @@ class DemoResult:
 
     def table(self) -> list[tuple[str, str]]:
         """The small table at the end."""
-        said = self.as_json()
-        forgetting = said["forgetting"]
+        summary = self.as_json()
+        forgetting = summary["forgetting"]
         forgot = forgetting.get("skipped") or (
             f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:+.3f}, {forgetting['high']:+.3f}]"
         )
-        gain = said["gain"]
+        gain = summary["gain"]
         return [
-            ("base exact match", f"{said['base']['exact_match']:.2f}"),
-            ("tuned exact match", f"{said['tuned']['exact_match']:.2f}"),
+            ("base exact match", f"{summary['base']['exact_match']:.2f}"),
+            ("tuned exact match", f"{summary['tuned']['exact_match']:.2f}"),
             ("gain, 95 % interval", f"{gain['estimate']:+.2f}, in [{gain['low']:+.2f}, {gain['high']:+.2f}]"),
             ("forgetting on chitchat", forgot),
-            ("rows trained, evaluated", f"{said['rows']['train']:,}, {said['rows']['evaluated']:,}"),
-            ("parameters trained", f"{said['trainable_fraction']:.2%}"),
-            ("tuning", f"{said['tune_s']:.0f} s, {said['tokens_per_s']:,.0f} tokens/s"),
-            ("everything", f"{said['wall_s']:.0f} s"),
+            ("rows trained, evaluated", f"{summary['rows']['train']:,}, {summary['rows']['evaluated']:,}"),
+            ("parameters trained", f"{summary['trainable_fraction']:.2%}"),
+            ("tuning", f"{summary['tune_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"),
+            ("everything", f"{summary['wall_s']:.0f} s"),
         ]
 
 
@@ -91,7 +91,7 @@ def demo(
     `limit` takes that many rows only, to see the circle turn in seconds; such a run shows no gain, so its Release carries
     a waiver that says so. `notice` is told each step. Raises what the verbs raise.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     if limit and limit < 20:
         raise ConfigError(f"--limit is {limit}; under 20 rows there is nothing to hold out", "--limit 60")
     out = Path(out)
@@ -122,7 +122,7 @@ def demo(
     notice(f"asked    {PROMPT!r} -> {reply.reply}")
     for row in reply.nearest[:1]:
         notice(f"nearest  {row['prompt']!r} -> {row['reply']}  ({row['locator']}, {row['licence']})")
-    return DemoResult(curated, tuned, evaluated, released, reply, time.monotonic() - began)
+    return DemoResult(curated, tuned, evaluated, released, reply, time.monotonic() - start_time)
 
 
 def _write_inputs(out: Path, limit: int) -> None:
@@ -150,8 +150,8 @@ def _write_inputs(out: Path, limit: int) -> None:
     _write_yaml(out / "tune.yaml", recipe)
 
 
-def _write_rows(file: Path, written: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+def _write_rows(file: Path, examples: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples), encoding="utf-8")
 
 
 def _write_yaml(file: Path, data: dict[str, Any]) -> None:

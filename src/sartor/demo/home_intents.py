@@ -163,8 +163,8 @@ def rows(asset: Path, *, per_intent: int = 30, seed: int = 0) -> list[dict[str, 
     return shuffled
 
 
-def _slots(fixed: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-    return dict(sorted({**fixed, **said}.items()))
+def _slots(fixed: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted({**fixed, **drawn}.items()))
 
 
 def _row(spoken: str, template: str, reply: dict[str, Any]) -> dict[str, Any]:

@@ -73,22 +73,22 @@ def sync(
         raise ConfigError("a report is signed with the device's key", "sartor keygen KEYS, then --key KEYS")
     if report:
         device_reports.check_id(options.id)
-    healthy = options.checked()
+    health = options.checked()
     device = SyncClient(options.id, options.store / _TRUST, options.root, options.starts)
     with ReleaseStore(options.store, limit_bytes=options.limit_bytes) as store:
         for line in store.mended:
             notice(line)
         try:
-            done = bring(store, url, name, device, healthy, again=again)
+            synced = bring(store, url, name, device, health, again=again)
         except HealthError:
-            _say(store, name, options, report, notice)
+            _report_due(store, name, options, report, notice)
             raise
-        said = _say(store, name, options, report, notice)
+        reports = _report_due(store, name, options, report, notice)
         current = store.current(name)
-    checked = _of_check(healthy)
-    if checked["not_checked"]:
-        notice(f"the release's own check prompts: {checked['not_checked']}")
-    return {**_synced(done, current), **checked, "reported": said}
+    check_fields = _check_fields(health)
+    if check_fields["not_checked"]:
+        notice(f"the release's own check prompts: {check_fields['not_checked']}")
+    return {**_sync_fields(synced, current), **check_fields, "reported": reports}
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
@@ -102,89 +102,94 @@ def _check_private(url: str, report: str, private: bool) -> None:
         raise ConfigError(f"--private lets no packet leave, and {report} is on a network", "--report DIR, or none")
 
 
-def _say(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:
+def _report_due(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:
     """Reports that are due. One that cannot be sent is a notice: the sync itself is done, and the next says it again."""
     if not report or not options.key:
         return []
     try:
-        sent = device_reports.send_due(store, name, options.id, options.key, report, options.store / _TRUST)
+        sent_reports = device_reports.send_due(store, name, options.id, options.key, report, options.store / _TRUST)
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []
-    return [{"version": item.version, "outcome": item.outcome, "reason": item.reason} for item in sent]
+    return [{"version": item.version, "outcome": item.outcome, "reason": item.reason} for item in sent_reports]
 
 
-def _synced(done: Synced, current: Installed | None) -> dict[str, Any]:
-    said = asdict(done)
-    said["notes"] = list(done.notes)
-    return {"release": str(current.path) if current else "", **said, **_trial(current)}
+def _sync_fields(synced: Synced, current: Installed | None) -> dict[str, Any]:
+    fields = asdict(synced)
+    fields["notes"] = list(synced.notes)
+    return {"release": str(current.path) if current else "", **fields, **_trial_fields(current)}
 
 
-def _of_check(healthy: Health) -> dict[str, Any]:
+def _check_fields(health: Health) -> dict[str, Any]:
     """What the health check took, and could not compare; nothing where none was made, since nothing changed."""
-    found = healthy.results[-1] if healthy.results else Result(0)
+    result = health.results[-1] if health.results else Result(0)
     return {
-        "prompts": found.asked,
-        "not_checked": found.not_checked,
-        "peak_memory_bytes": found.peak_memory_bytes,
-        "limit_bytes": healthy.limits.memory_bytes,
+        "prompts": result.n_prompts,
+        "not_checked": result.not_checked,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "limit_bytes": health.limits.memory_bytes,
     }
 
 
-def _trial(current: Installed | None) -> dict[str, Any]:
+def _trial_fields(current: Installed | None) -> dict[str, Any]:
     return {"trial": asdict(current.trial) if current and current.trial else None}
 
 
 def status(store: Path | str, name: str = "") -> dict[str, Any]:
     """Which versions are on the device, as any program sees them: without the lock, without a change."""
-    found = [item for item in states(Path(store)) if not name or item.name == name]
-    if not found:
+    matches = [item for item in states(Path(store)) if not name or item.name == name]
+    if not matches:
         raise StoreError(f"{store} holds no {name or 'release'}", "sartor edge sync URL NAME --store DIR")
-    said = [_state(one) for one in found]
-    alone = {key: said[0][key] for key in ("release", "version")} if len(said) == 1 else {}
-    return {**alone, "releases": said}
+    releases = [_state_fields(state) for state in matches]
+    single_release = {key: releases[0][key] for key in ("release", "version")} if len(releases) == 1 else {}
+    return {**single_release, "releases": releases}
 
 
-def _state(one: StoreState) -> dict[str, Any]:
-    now = one.current
+def _state_fields(state: StoreState) -> dict[str, Any]:
+    current = state.current
     return {
-        "name": one.name,
-        "version": now.version if now else "",
-        "release": str(now.path) if now else "",
-        "since": now.since if now else "",
-        **_trial(now),
-        "previous": one.previous.version if one.previous else "",
-        "staged": one.staged.version if one.staged else "",
-        "refused": dict(one.refused),
+        "name": state.name,
+        "version": current.version if current else "",
+        "release": str(current.path) if current else "",
+        "since": current.since if current else "",
+        **_trial_fields(current),
+        "previous": state.previous.version if state.previous else "",
+        "staged": state.staged.version if state.staged else "",
+        "refused": dict(state.refused),
     }
 
 
 def start(store: Path | str, name: str) -> dict[str, Any]:
     """Count a start of the device's program, if the version is on trial, and say which version it is to run."""
-    with _held(store) as opened:
-        was, found = opened.current(name), opened.start(name)
-        if found is None or was is None:
+    with _existing_store(store) as release_store:
+        before, current = release_store.current(name), release_store.start(name)
+        if current is None or before is None:
             raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
-    back = {"was": was.version, "reason": "it did not confirm"} if found.version != was.version else {}
-    return {"name": name, "version": found.version, "release": str(found.path), **_trial(found), **back}
+    rollback_fields = {"was": before.version, "reason": "it did not confirm"} if current.version != before.version else {}
+    return {"name": name, "version": current.version, "release": str(current.path), **_trial_fields(current), **rollback_fields}
 
 
 def confirm(store: Path | str, name: str) -> dict[str, Any]:
     """The device's program works with the current version: its trial is over."""
-    with _held(store) as opened:
-        found = opened.current(name)
-        if found is None:
+    with _existing_store(store) as release_store:
+        current = release_store.current(name)
+        if current is None:
             raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
-        opened.confirm(name)
-    return {"name": name, "version": found.version, "release": str(found.path), **_trial(replace(found, trial=None))}
+        release_store.confirm(name)
+    return {
+        "name": name,
+        "version": current.version,
+        "release": str(current.path),
+        **_trial_fields(replace(current, trial=None)),
+    }
 
 
 def rollback(store: Path | str, name: str, *, reason: str = "") -> dict[str, Any]:
     """Go back to the previous version by a person's wish; the one that is left is not taken again but by `sync --again`."""
-    with _held(store) as opened:
-        was = opened.current(name)
-        found = opened.rollback(name, HealthReason.PERSON.text(reason or "no reason was given"))
-    return {"name": name, "version": found.version, "was": was.version if was else "", "release": str(found.path)}
+    with _existing_store(store) as release_store:
+        before = release_store.current(name)
+        current = release_store.rollback(name, HealthReason.PERSON.text(reason or "no reason was given"))
+    return {"name": name, "version": current.version, "was": before.version if before else "", "release": str(current.path)}
 
 
 def verify(store: Path | str) -> dict[str, Any]:
@@ -192,21 +197,21 @@ def verify(store: Path | str) -> dict[str, Any]:
 
     Raises StoreError where a current version is damaged and nothing whole took its place.
     """
-    with _held(store) as opened:
-        damaged = opened.verify()
-        mended = list(opened.mended)
+    with _existing_store(store) as release_store:
+        damaged = release_store.verify()
+        mended = list(release_store.mended)
         # `verify` has just put the damaged blobs away that nothing could mend
-        found = [(item.name, item.current.files.values()) for item in states(opened.folder) if item.current]
-        broken = [name for name, digests in found if not all(map(opened.has, digests))]
+        releases = [(item.name, item.current.files.values()) for item in states(release_store.folder) if item.current]
+        broken = [name for name, digests in releases if not all(map(release_store.has, digests))]
     if broken:
         raise StoreError(f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it", "sync")
     return {"damaged": damaged, "mended": mended}
 
 
 @contextmanager
-def _held(store: Path | str) -> Iterator[ReleaseStore]:
+def _existing_store(store: Path | str) -> Iterator[ReleaseStore]:
     """The store that is there: a command that only looks makes none."""
     if not states(Path(store)):
         raise StoreError(f"there is no store at {store}", "sartor edge sync URL NAME --store DIR makes it")
-    with ReleaseStore(Path(store)) as opened:
-        yield opened
+    with ReleaseStore(Path(store)) as release_store:
+        yield release_store

@@ -28,7 +28,7 @@ from sartor.personalization.user_rows import example_of, now
 
 PASSPHRASE_VARIABLE = "SARTOR_PERSON_PASSPHRASE"
 # What of a row's JSON is not the row itself
-_SAID = ("rating", "correction")
+_FEEDBACK_FIELDS = ("rating", "correction")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def add(options: PersonOptions, rows: Path | str) -> dict[str, Any]:
     Raises SourceError for a row that cannot be read, with its line.
     """
     person = _person(options)
-    read = _read(Path(rows))
-    ids = [person.add(row, said.get("rating"), str(said.get("correction", ""))) for row, said in read]
+    parsed = _read_rows(Path(rows))
+    ids = [person.add(row, fields.get("rating"), str(fields.get("correction", ""))) for row, fields in parsed]
     return {"name": options.name, "added": len(ids), "ids": ids, "rows": person.diary.count()}
 
 
@@ -72,15 +72,15 @@ def tune(options: PersonOptions, *, again: bool = False) -> dict[str, Any]:
     goes on there; BudgetError where no way fits, or time is up.
     """
     person = _person(options)
-    done = person.adapt(again=again)
-    return {**_works(options, person), **_adapted(done)}
+    adapted = person.adapt(again=again)
+    return {**_status_fields(options, person), **_adapted_fields(adapted)}
 
 
 def undo(options: PersonOptions, *, reason: str = "") -> dict[str, Any]:
     """Go back to the delta before, or to the shipped release."""
     person = _person(options)
     person.undo(reason or "the person undid it")
-    return _works(options, person)
+    return _status_fields(options, person)
 
 
 def forget(
@@ -98,23 +98,28 @@ def forget(
     signed, says which rows and which deltas went, and which came. Raises ConfigError where nothing is given.
     """
     person = _person(options)
-    gone = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
-    fields = {"forgotten": list(gone.rows), "deltas_gone": list(gone.gone), "delta_came": gone.came, "why": gone.why}
-    return {**_works(options, person), **fields, "receipt": str(gone.file or "")}
+    forgotten = person.forget(ids, since=since, before=before, containing=containing, retune=retune)
+    fields = {
+        "forgotten": list(forgotten.rows),
+        "deltas_gone": list(forgotten.deltas),
+        "delta_came": forgotten.new_delta,
+        "why": forgotten.reason,
+    }
+    return {**_status_fields(options, person), **fields, "receipt": str(forgotten.file or "")}
 
 
-def _works(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
+def _status_fields(options: PersonOptions, person: OwnerModel) -> dict[str, Any]:
     """What answers now."""
-    now_ = person.status()
-    fields = {"name": options.name, "version": now_.release, "release": str(shipped(options.store, options.name).path)}
-    return {**fields, "adapter": str(now_.adapter), "delta": now_.delta, "rows": now_.rows, "notes": list(now_.notes)}
+    status = person.status()
+    fields = {"name": options.name, "version": status.release, "release": str(shipped(options.store, options.name).path)}
+    return {**fields, "adapter": str(status.adapter), "delta": status.delta, "rows": status.rows, "notes": list(status.notes)}
 
 
-def _adapted(done: Adapted) -> dict[str, Any]:
-    verdict = asdict(done.verdict) if done.verdict else None
-    counts = {"trained": done.trained, "held_out": done.held_out, "left_out": dict(done.left_out)}
+def _adapted_fields(adapted: Adapted) -> dict[str, Any]:
+    verdict = asdict(adapted.verdict) if adapted.verdict else None
+    counts = {"trained": adapted.trained, "held_out": adapted.held_out, "left_out": dict(adapted.left_out)}
     budget = {"peak_memory_bytes": 0, "limit_bytes": 0, "receipt": "", "rungs": []}
-    return {"changed": bool(done.delta), "why": done.why, **counts, "verdict": verdict, **budget, **done.facts}
+    return {"changed": bool(adapted.delta), "why": adapted.reason, **counts, "verdict": verdict, **budget, **adapted.facts}
 
 
 def _person(options: PersonOptions) -> OwnerModel:
@@ -122,7 +127,7 @@ def _person(options: PersonOptions) -> OwnerModel:
     settings = AdaptationSettings(
         options.name,
         _base(options, release.path),
-        probe=[said for _, said in _read(options.probe)] if options.probe else [],
+        probe=[fields for _, fields in _read_rows(options.probe)] if options.probe else [],
         most_probe_loss=options.most_probe_loss,
         recipe=options.recipe,
     )
@@ -131,34 +136,36 @@ def _person(options: PersonOptions) -> OwnerModel:
         options.store,
         _key(options),
         settings,
-        tune=lambda job: _tuned(options, job),
+        tune=lambda job: _tune_job(options, job),
         may_run=options.policy.refusal,
     )
 
 
-def _tuned(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
+def _tune_job(options: PersonOptions, job: TuningJob) -> dict[str, Any]:
     """Tune within the budget; the receipt is kept, the rest of the work goes with its tokens."""
     receipt = tune_within_budget(job, options.budget, key=signing_key(options.folder / "signer"), policy=options.policy.refusal)
-    kept = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(Path(job.out) / FILE, kept)
+    receipt_file = options.folder / "receipts" / f"tuning-{now().replace(':', '')}.json"
+    receipt_file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(job.out) / FILE, receipt_file)
     if receipt.outcome == "paused":
         raise BusyError(f"the tuning pauses: {receipt.reason}; what it has is saved", "the same command goes on there", 600)
     if receipt.outcome != "done":
-        raise BudgetError(f"the tuning is not done: {receipt.reason}; {kept} says more", "the same command, a larger budget")
-    return _of_receipt(receipt, kept)
+        raise BudgetError(
+            f"the tuning is not done: {receipt.reason}; {receipt_file} says more", "the same command, a larger budget"
+        )
+    return _receipt_fields(receipt, receipt_file)
 
 
-def _of_receipt(receipt: Receipt, kept: Path) -> dict[str, Any]:
+def _receipt_fields(receipt: Receipt, receipt_file: Path) -> dict[str, Any]:
     """What a command says of a receipt."""
-    used = [attempt.usage for attempt in receipt.attempts]
+    usages = [attempt.usage for attempt in receipt.attempts]
     return {
-        "peak_memory_bytes": max(item.peak_bytes for item in used),
+        "peak_memory_bytes": max(item.peak_bytes for item in usages),
         "predicted_peak_bytes": receipt.attempts[-1].predicted_peak_bytes,
-        "limit_bytes": used[-1].limit_bytes,
-        "held_by": used[-1].held_by,
+        "limit_bytes": usages[-1].limit_bytes,
+        "held_by": usages[-1].held_by,
         "rungs": [attempt.rung for attempt in receipt.attempts],
-        "receipt": str(kept),
+        "receipt": str(receipt_file),
     }
 
 
@@ -167,49 +174,50 @@ def _base(options: PersonOptions, release: Path) -> Path:
     if not (release / "release.json").is_file():
         raise ModelError(f"{options.name} is an export here, and a person teaches a Release alone", "publish the Release")
     fields = json.loads((release / "release.json").read_bytes())["base"]
-    found = model_refs.locate_base(options.base or fields["name"])
-    if found.digest != fields["digest"]:
+    base_ref = model_refs.locate_base(options.base or fields["name"])
+    if base_ref.digest != fields["digest"]:
         raise ModelError(
-            f"{release} was tuned on the base {fields['digest'][:12]}, and {found.name} is {found.short_digest}", "--base DIR"
+            f"{release} was tuned on the base {fields['digest'][:12]}, and {base_ref.name} is {base_ref.short_digest}",
+            "--base DIR",
         )
-    if not (found.path / "config.json").is_file():
+    if not (base_ref.path / "config.json").is_file():
         raise MissingError(
-            f"the base {found.name} is not on this device in transformers' layout, at {found.path}",
+            f"the base {base_ref.name} is not on this device in transformers' layout, at {base_ref.path}",
             "`sartor ask` with the release converts it once; or copy that folder here",
         )
-    return found.path
+    return base_ref.path
 
 
 def _key(options: PersonOptions) -> KeySource:
     if options.key == "keyring":
         return Keyring()
     if options.key == "passphrase":
-        if not (said := os.environ.get(PASSPHRASE_VARIABLE, "")):
+        if not (passphrase := os.environ.get(PASSPHRASE_VARIABLE, "")):
             raise ConfigError(f"{PASSPHRASE_VARIABLE} is not set", "set it to the passphrase, or --key FILE")
-        return Passphrase(said)
+        return Passphrase(passphrase)
     return FileKey(Path(options.key) if options.key else options.folder / "device.key")
 
 
-def _read(file: Path) -> list[tuple[Example, dict[str, Any]]]:
+def _read_rows(file: Path) -> list[tuple[Example, dict[str, Any]]]:
     """(the row, what its line says) of a JSONL file: all of them, before anything is done with one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{file} cannot be read: {error}", "a JSONL file in UTF-8") from None
-    return [_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_parse_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _row(place: str, line: str) -> tuple[Example, dict[str, Any]]:
+def _parse_row(location: str, line: str) -> tuple[Example, dict[str, Any]]:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise SourceError(f"{place}: no JSON: {error}", "one JSON object a line; nothing was added") from None
+        raise SourceError(f"{location}: no JSON: {error}", "one JSON object a line; nothing was added") from None
     if not isinstance(fields, dict):
-        raise SourceError(f"{place}: no JSON object", "one JSON object a line; nothing was added")
+        raise SourceError(f"{location}: no JSON object", "one JSON object a line; nothing was added")
     rating = fields.get("rating")
     if rating is not None and not (isinstance(rating, int | float) and -1 <= rating <= 1):
-        raise SourceError(f"{place}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added")
+        raise SourceError(f"{location}: the rating is {rating!r}", "a number from -1 (bad) to 1 (good); nothing was added")
     try:
-        return example_of({name: value for name, value in fields.items() if name not in _SAID}), fields
+        return example_of({name: value for name, value in fields.items() if name not in _FEEDBACK_FIELDS}), fields
     except SourceError as error:
-        raise SourceError(f"{place}: {error.problem}", f"{error.remedy}; nothing was added") from None
+        raise SourceError(f"{location}: {error.problem}", f"{error.remedy}; nothing was added") from None

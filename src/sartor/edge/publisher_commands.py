@@ -24,18 +24,18 @@ def publish(
     release: Path, repository: Path, keys: Path, *, key: Path | None = None, percent: int = 100, expiry: Expiry | None = None
 ) -> dict[str, Any]:
     """Add a signed Release, or a signed export of one, to a repository."""
-    done = repositories.publish(release, repository, keys, key=key, percent=percent, expiry=expiry)
-    return {"repository": str(repository), "release": str(release), **asdict(done)}
+    published = repositories.publish(release, repository, keys, key=key, percent=percent, expiry=expiry)
+    return {"repository": str(repository), "release": str(release), **asdict(published)}
 
 
 def widen(repository: Path, keys: Path, name: str, version: str, percent: int) -> dict[str, Any]:
     """Offer a version to more devices."""
-    return _offer(name, repositories.widen(repository, keys, name, version, percent))
+    return _offer_fields(name, repositories.widen(repository, keys, name, version, percent))
 
 
 def halt(repository: Path, keys: Path, name: str, version: str) -> dict[str, Any]:
     """Offer a version to nobody any more; devices that have it go back."""
-    return _offer(name, repositories.halt(repository, keys, name, version))
+    return _offer_fields(name, repositories.halt(repository, keys, name, version))
 
 
 def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def watch(
 ) -> dict[str, Any]:
     """Count the reports of devices; with `keys`, halt what fails and with `widen` widen what works."""
     counted = fleet_monitor.tally(found, repository, devices, policy)
-    done = fleet_monitor.watch(repository, keys, counted, widen=widen)
-    acts = [{"name": item.name, "version": item.version, "did": item.action, **_to(item.to)} for item in done]
-    return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": acts}
+    executed = fleet_monitor.watch(repository, keys, counted, widen=widen)
+    actions = [{"name": item.name, "version": item.version, "did": item.action, **_percent_field(item.to)} for item in executed]
+    return {"versions": [tally.as_json() for tally in counted.tallies], "refused": counted.refused, "done": actions}
 
 
-def _to(percent: int) -> dict[str, int]:
+def _percent_field(percent: int) -> dict[str, int]:
     return {"percent": percent} if percent else {}
 
 
-def _offer(name: str, offer: Offer) -> dict[str, Any]:
+def _offer_fields(name: str, offer: Offer) -> dict[str, Any]:
     return {"name": name, "version": offer.version, "percent": offer.percent, "halted": offer.halted}

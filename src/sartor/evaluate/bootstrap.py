@@ -131,57 +131,58 @@ def corpus_bootstrap(
         return Comparison(before, after, difference, -widest, widest)
     # what each group says of the difference, by the infinitesimal jackknife (Efron 1982, ch. 6): of a mean over groups of one
     # size its own difference, in a larger group the more
-    less, more = (
+    minus, plus = (
         statistic(sums[1].sum(0) + step * sums[1]) - statistic(sums[0].sum(0) + step * sums[0]) for step in (-_STEP, _STEP)
     )
-    each = difference + count * (more - less) / (2 * _STEP)
+    pseudo_values = difference + count * (plus - minus) / (2 * _STEP)
     with np.errstate(invalid="ignore", divide="ignore"):  # sets of nothing, or of groups without weight: 0 / 0
-        alone = statistic(sums[1]) - statistic(sums[0])
+        group_differences = statistic(sums[1]) - statistic(sums[0])
         values, sizes = np.concatenate([(differences(chosen), chosen.sum(1)) for chosen in _sets(count, seed)], 1)
-    low = _lower_end(each, values, sizes)
-    high = -_lower_end(-each, -values, sizes)
+    low = _lower_end(pseudo_values, values, sizes)
+    high = -_lower_end(-pseudo_values, -values, sizes)
     if statistic is _mean and count >= AGREEING_GROUPS:
         # A mean lies between those of single groups; macro-F1 does not. That all of so many groups lie on one side of the
         # truth has a chance under 1 %, for log-normal differences too
-        low, high = max(low, float(np.nanmin(alone))), min(high, float(np.nanmax(alone)))
+        low, high = max(low, float(np.nanmin(group_differences))), min(high, float(np.nanmax(group_differences)))
     if is_bounded and count < FEW_GROUPS:
-        low = min(low, _unseen(each, difference, widest))
-        high = max(high, -_unseen(-each, -difference, widest))
+        low = min(low, _unseen(pseudo_values, difference, widest))
+        high = max(high, -_unseen(-pseudo_values, -difference, widest))
     # the estimate is always in its interval: where rounding, or a statistic that is no mean, left it out too
     low, high = min(max(low, -widest), difference), max(min(high, widest), difference)
     return Comparison(before, after, difference, low, high)
 
 
-def _lower_end(each: Array, values: Array, sizes: Array) -> float:
+def _lower_end(pseudo_values: Array, values: Array, sizes: Array) -> float:
     """The largest value below which the test rejects.
 
-    each: (groups,) pseudo-values. values: (sets,) differences on sets of groups; sizes: (sets,) how many groups each has.
+    pseudo_values: (groups,) pseudo-values. values: (sets,) differences on sets of groups; sizes: (sets,) how many groups each
+    has.
     """
-    count, handicap = len(each), _handicap(each)
+    count, handicap = len(pseudo_values), _handicap(pseudo_values)
     values, sizes = values[sizes > 0], sizes[sizes > 0]
     values = np.where(np.isfinite(values), values, -np.inf)
     # the empty set, where nothing is flipped, is as extreme as what was seen; among drawn sets it counts as one more
     # (Phipson & Smyth 2010)
     total = 2**count if count <= _MOST_ENUMERATED else SETS + 1
-    place = max(math.floor(_TAIL * total + 1e-9) - (total - len(values)), 0)
-    plain, low = (float(np.partition(ends, place)[place]) for ends in (values, values - handicap / (2 * sizes)))
+    rank = max(math.floor(_TAIL * total + 1e-9) - (total - len(values)), 0)
+    unadjusted, low = (float(np.partition(ends, rank)[rank]) for ends in (values, values - handicap / (2 * sizes)))
     # Of differences of one size, or none, as of a reply that is right or wrong, the mean is 0 only where both signs are as
     # likely: at 0 flipped signs are exact. Elsewhere they are not: only a part of what they find stands.
-    return max(low, plain / 4) if plain > 0 and _is_of_one_size(each) else low
+    return max(low, unadjusted / 4) if unadjusted > 0 and _is_of_one_size(pseudo_values) else low
 
 
 def _sets(count: int, seed: int) -> Iterator[Array]:
     """(R, count) of 0 and 1: every set of groups, or SETS drawn ones, in slices so that they are not gigabytes."""
     if count <= _MOST_KEPT:
-        kept = _kept_sets(count, seed)
-        yield from (kept[start : start + 500].astype(float) for start in range(0, len(kept), 500))
+        sets = _cached_sets(count, seed)
+        yield from (sets[start : start + 500].astype(float) for start in range(0, len(sets), 500))
         return
     rng = np.random.default_rng(seed)
     yield from (_drawn(rng, min(500, SETS - start), count).astype(float) for start in range(0, SETS, 500))
 
 
 @functools.lru_cache(maxsize=4)
-def _kept_sets(count: int, seed: int) -> NDArray[np.bool_]:
+def _cached_sets(count: int, seed: int) -> NDArray[np.bool_]:
     """The same sets serve many comparisons: of all groups of people in an audit, of all metrics of a Report."""
     if count <= _MOST_ENUMERATED:
         return ((np.arange(2**count)[:, None] >> np.arange(count)) & 1).astype(bool)
@@ -192,30 +193,30 @@ def _drawn(rng: np.random.Generator, sets: int, count: int) -> NDArray[np.bool_]
     return rng.integers(0, 2, (sets, count), dtype=np.int8).astype(bool)
 
 
-def _handicap(each: Array) -> float:
+def _handicap(pseudo_values: Array) -> float:
     """What one unseen group may take from the sum: over twice as far below the median as the farthest group that was seen.
 
     More where groups are few, since the farthest of few is not far out. Both numbers were measured (decision 021).
     """
-    return float((2.25 + 12 / len(each)) * (np.median(each) - each.min()))
+    return float((2.25 + 12 / len(pseudo_values)) * (np.median(pseudo_values) - pseudo_values.min()))
 
 
-def _is_of_one_size(each: Array) -> bool:
-    sizes = np.abs(each)
+def _is_of_one_size(pseudo_values: Array) -> bool:
+    sizes = np.abs(pseudo_values)
     return bool(np.all((sizes < _ALIKE) | (sizes > sizes.max() - _ALIKE)))
 
 
-def _unseen(each: Array, difference: float, widest: float) -> float:
+def _unseen(pseudo_values: Array, difference: float, widest: float) -> float:
     """The lower end if groups below all that were seen are as many as chance may hide, and as bad as the scores allow.
 
     Only where half of the groups or more share the lowest value, but for NEAR of the range: there no tail tells how much
     lower others lie. A fraction u of such groups stays unseen in all of n with probability (1 - u)^n (of 0 in n, Clopper &
     Pearson 1934).
     """
-    if 2 * (each < each.min() + NEAR * widest).sum() < len(each):
+    if 2 * (pseudo_values < pseudo_values.min() + NEAR * widest).sum() < len(pseudo_values):
         return math.inf
-    hidden = 1 - _TAIL ** (1 / len(each))
-    return float(difference * (1 - hidden) - widest * hidden)
+    hidden_fraction = 1 - _TAIL ** (1 / len(pseudo_values))
+    return float(difference * (1 - hidden_fraction) - widest * hidden_fraction)
 
 
 def groups_needed(difference: float, low: float, high: float, groups: int) -> int:

@@ -53,11 +53,11 @@ class Evaluated:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         manifest = self.report.manifest
-        known = (
+        keys = (
             "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
             "wall_s",
         )  # fmt: skip
-        return {"report": str(self.report.path), **{key: manifest[key] for key in known}}
+        return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ def evaluate(
     outcomes that are to be wished for, of those that replies name. `out` defaults to `PATH-report`. Raises ArtifactError,
     ModelError, ConfigError, and SourceError when there is no row to evaluate on.
     """
-    began = time.monotonic()
+    start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-report")
     check_output_free(out.absolute(), replace=replace)
     if scorer and scorer not in NAMES:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     with tempfile.TemporaryDirectory() as media:
-        asked = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
+        eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
         options = AuditOptions(label, tuple(favourable)) if audit else None
-        measured = _measure(adapter, asked, label, scorer, notice, options)
+        measured = _measure(adapter, eval_set, label, scorer, notice, options)
     facts = {
         "name": adapter.path.name,
         "parents": [adapter.as_parent()],
@@ -108,7 +108,7 @@ def evaluate(
         "licence": adapter.licence,
         **measured.facts,
         "data": str(data) if data else "held-out rows of the Dataset",
-        "wall_s": round(time.monotonic() - began, 2),
+        "wall_s": round(time.monotonic() - start_time, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
 
@@ -125,62 +125,62 @@ def evaluate(
 
 
 def _measure(
-    adapter: Artifact, asked: HeldOut, label: str, scorer: str, notice: Notice, audited: AuditOptions | None = None
+    adapter: Artifact, eval_set: HeldOut, label: str, scorer: str, notice: Notice, audit_options: AuditOptions | None = None
 ) -> EvaluationResult:
     """Ask both sides everything.
 
     Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
     """
-    _measures(asked, label).check(scorer or "exact_match")
-    if audited:
-        outcomes_of([row.reply for row in asked.examples], label, audited.favourable)
+    _measures(eval_set, label).check(scorer or "exact_match")
+    if audit_options:
+        outcomes_of([row.reply for row in eval_set.examples], label, audit_options.favourable)
     base, model = open_tuned(adapter, notice)
-    notice(f"evaluating base and tuned on {len(asked.examples)} held-out rows")
-    asked = fitting(base, asked, reply_limit(base, asked.examples))
-    measures = _measures(asked, label)
+    notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
+    eval_set = fitting(base, eval_set, reply_limit(base, eval_set.examples))
+    measures = _measures(eval_set, label)
     primary = scorer or _primary(measures)
-    before, after = (measure_model(base, model, asked, label, tuned=tuned) for tuned in (False, True))
-    found = measures.compared(before, after)
-    ablation = ablate(base, model, asked, measures, after, primary, notice)
+    before, after = (measure_model(base, model, eval_set, label, tuned=tuned) for tuned in (False, True))
+    comparisons = measures.compared(before, after)
+    ablation = ablate(base, model, eval_set, measures, after, primary, notice)
     notice("measuring what was forgotten")
     facts = {
         "base": base.as_manifest(),
         "primary": primary,
-        "metrics": {name: dataclasses.asdict(comparison) for name, comparison in found.items()},
+        "metrics": {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()},
         "label": label,
-        "modalities": modalities(asked.examples),
+        "modalities": modalities(eval_set.examples),
         "ablation": ablation,
         "forgetting": measure_forgetting(base, model),
-        "audit": _audited(adapter, base, model, asked, audited, notice) if audited else {},
-        "rows": len(asked.examples),
+        "audit": _audited(adapter, base, model, eval_set, audit_options, notice) if audit_options else {},
+        "rows": len(eval_set.examples),
         "groups": len(set(measures.groups)),
-        "left_out": asked.left_out,
+        "left_out": eval_set.left_out,
     }
-    table = _table(asked.examples, measures, before, after)
-    return EvaluationResult(facts, table, thumbnails(asked, report_page.rows_to_show(table, primary)))
+    table = _table(eval_set.examples, measures, before, after)
+    return EvaluationResult(facts, table, thumbnails(eval_set, report_page.rows_to_show(table, primary)))
 
 
 def _audited(
-    adapter: Artifact, base: Base, model: Any, asked: HeldOut, options: AuditOptions, notice: Notice
+    adapter: Artifact, base: Base, model: Any, eval_set: HeldOut, options: AuditOptions, notice: Notice
 ) -> dict[str, Any]:
-    answers = run.audit(adapter, ModelPair(base, model, asked.folder), asked.examples, options, notice)
-    judged = judge_bias(answers["bias"], BiasLimits())
-    notice(f"bias: {judged.outcome}: {judged.detail}")
-    return answers
+    audit = run.audit(adapter, ModelPair(base, model, eval_set.folder), eval_set.examples, options, notice)
+    check = judge_bias(audit["bias"], BiasLimits())
+    notice(f"bias: {check.outcome}: {check.detail}")
+    return audit
 
 
-def _measures(asked: HeldOut, label: str) -> MetricSet:
+def _measures(eval_set: HeldOut, label: str) -> MetricSet:
     """What can be measured of the rows. A row with a recording whose reference is text is a transcript."""
-    heard = [
+    transcripts = [
         index
-        for index, row in enumerate(asked.examples)
+        for index, row in enumerate(eval_set.examples)
         if any(part.kind == "audio" for part in media_of(row)) and not is_json(row.reply)
     ]
     return MetricSet(
-        [reply_text(row.messages[-1]) for row in asked.examples],
-        [group_of(row) for row in asked.examples],
+        [reply_text(row.messages[-1]) for row in eval_set.examples],
+        [group_of(row) for row in eval_set.examples],
         label,
-        transcripts=heard,
+        transcripts=transcripts,
     )
 
 
@@ -190,10 +190,10 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     `base_name` gives another place of the same base. Raises ModelError when the base there is not the one that the
     adapter was tuned on, or its chat template differs.
     """
-    said = adapter.manifest["base"]
+    base_manifest = adapter.manifest["base"]
     # a quantised base answers a little differently: what was tuned on one is measured and asked on one
-    bits = said["bits"] if said.get("quantisation", "none") != "none" else "auto"
-    base = open_base(base_name or said["name"], licence=said["licence"], bits=bits, notice=notice)
+    bits = base_manifest["bits"] if base_manifest.get("quantisation", "none") != "none" else "auto"
+    base = open_base(base_name or base_manifest["name"], licence=base_manifest["licence"], bits=bits, notice=notice)
     check_base(adapter, base.ref.digest, base.chat.template_digest, base.ref.name)
     if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}
@@ -203,15 +203,15 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
 
 def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) -> None:
     """Raise ModelError unless a base and its chat template are those that `adapter` is bound to."""
-    said = adapter.manifest["base"]
-    for what, wanted, found in (
-        ("base", said["digest"], digest),
-        ("chat template", said["template_digest"], template_digest),
+    base = adapter.manifest["base"]
+    for part, bound, actual in (
+        ("base", base["digest"], digest),
+        ("chat template", base["template_digest"], template_digest),
     ):
-        if wanted != found:
+        if bound != actual:
             raise ModelError(
-                f"{adapter.path.name} is bound to the {what} {wanted[:12]} of {said['name']!r}; {name!r} here has {found[:12]}",
-                f"use the {what} that it was tuned on, or tune again on this one",
+                f"{adapter.path.name} is bound to the {part} {bound[:12]} of {base['name']!r}; {name!r} here has {actual[:12]}",
+                f"use the {part} that it was tuned on, or tune again on this one",
             )
 
 
@@ -229,11 +229,11 @@ def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
             problem = error.problem
     if not encoded:  # a base that only hears
         return {"skipped": f"the base takes none of the {len(probe)} rows of the probe: {problem}"}
-    groups, found = {example.id: group_of(example) for example in probe}, []
+    groups, outputs = {example.id: group_of(example) for example in probe}, []
     for tuned in (False, True):
         with model_side(model, tuned=tuned):
-            found.append(losses(base, model, encoded))
-    (before, tokens), (after, _) = found
+            outputs.append(losses(base, model, encoded))
+    (before, tokens), (after, _) = outputs
     comparison = bootstrap.paired_bootstrap(
         before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False
     )
@@ -289,21 +289,25 @@ def compare_with_live(
     The rows are looked up in the Dataset of `adapter`. Rows without a score of the primary metric are left out. Raises
     ArtifactError where the Dataset or one of the rows is gone, ModelError.
     """
-    new, found, standing = (
+    new_version, report_artifact, live_version = (
         open_artifact(adapter, "adapter"), open_artifact(report, "report"), open_artifact(live, ("adapter", "release"))
     )  # fmt: skip
-    said = list(parquet_io.read_file(found.path / "rows.parquet"))
-    asked = _asked(new, said)
-    base, model = open_tuned(standing, notice)
-    notice(f"the live version answers the same {len(said)} rows")
-    answered = measure_model(base, model, asked, found.manifest["label"], tuned=True)
-    primary = str(found.manifest["primary"])
+    rows = list(parquet_io.read_file(report_artifact.path / "rows.parquet"))
+    eval_set = _find_eval_set(new_version, rows)
+    base, model = open_tuned(live_version, notice)
+    notice(f"the live version answers the same {len(rows)} rows")
+    outputs = measure_model(base, model, eval_set, report_artifact.manifest["label"], tuned=True)
+    primary = str(report_artifact.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
-    heard = [index for index, row in enumerate(said) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
+    transcripts = [index for index, row in enumerate(rows) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []
     measures = MetricSet(
-        [row["reference"] for row in said], [group_of_stored(row) for row in said], found.manifest["label"], None, heard
+        [row["reference"] for row in rows],
+        [group_of_stored(row) for row in rows],
+        report_artifact.manifest["label"],
+        None,
+        transcripts,
     )
-    mine = answered.loss if metric == "loss" else measures.by_row(answered)[metric]
+    live_scores = outputs.loss if metric == "loss" else measures.by_row(outputs)[metric]
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     table = [
         {
@@ -314,15 +318,15 @@ def compare_with_live(
             "live": sign * score,
             "new": sign * row[f"tuned_{metric}"],
         }
-        for row, reply, score in zip(said, answered.replies, mine, strict=True)
+        for row, reply, score in zip(rows, outputs.replies, live_scores, strict=True)
         if score is not None and row[f"tuned_{metric}"] is not None
     ]
     return VersionScores(metric, table)
 
 
-def write_beside(file: Path, found: VersionScores) -> None:
+def write_beside(file: Path, scores: VersionScores) -> None:
     """The rows as Parquet, for a person and for `parquet_io.read_file`."""
-    parquet_io.write_rows(file, pa.Table.from_pylist(found.table).schema, found.table)
+    parquet_io.write_rows(file, pa.Table.from_pylist(scores.table).schema, scores.table)
 
 
 def likelihoods(
@@ -335,13 +339,13 @@ def likelihoods(
     return [-mean for mean in means]
 
 
-def _asked(adapter: Artifact, said: Sequence[dict[str, Any]]) -> HeldOut:
+def _find_eval_set(adapter: Artifact, rows: Sequence[dict[str, Any]]) -> HeldOut:
     datasets = ancestry.find_parents(adapter, "dataset")
-    known = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
-    gone = [row["id"] for row in said if row["id"] not in known]
-    if gone or not datasets:
+    examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
+    missing_ids = [row["id"] for row in rows if row["id"] not in examples]
+    if missing_ids or not datasets:
         raise ArtifactError(
-            f"{len(gone) or 'all'} rows of the Report are in no Dataset of {adapter.path} that is still there",
+            f"{len(missing_ids) or 'all'} rows of the Report are in no Dataset of {adapter.path} that is still there",
             "evaluate on the Dataset's own rows; sartor index DIR finds one that was moved",
         )
-    return HeldOut([known[row["id"]] for row in said], datasets[0].path)
+    return HeldOut([examples[row["id"]] for row in rows], datasets[0].path)

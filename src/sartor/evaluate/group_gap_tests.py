@@ -53,7 +53,7 @@ class VariantOutcomes:
     @property
     def members(self) -> tuple[str, ...]:
         """(N,) the cluster of each block."""
-        return self.clusters or tuple(str(number) for number in range(len(self.ids)))
+        return self.clusters or tuple(str(index) for index in range(len(self.ids)))
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class GroupFinding:
 
 def findings(sections: Sequence[VariantOutcomes]) -> list[GroupFinding]:
     """Every group of every kind and outcome, corrected together. What one block shows is chance (p is 1)."""
-    return [found for blocks in sections if blocks.ids for found in _of_groups(blocks, len(sections))]
+    return [finding for blocks in sections if blocks.ids for finding in _of_groups(blocks, len(sections))]
 
 
 def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
     """A Finding of each group; of two groups the one with the lower rate, since the other is its mirror."""
     rates, chances = blocks.chances[1].mean(0), gap_chances(blocks)
     result = []
-    for place in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
-        base, tuned = (side[:, place] - np.delete(side, place, 1).mean(1) for side in blocks.chances)
+    for index in range(len(rates)) if len(rates) > 2 else [int(rates.argmin())]:
+        base, tuned = (side[:, index] - np.delete(side, index, 1).mean(1) for side in blocks.chances)
         # of base to tuned where both are differences already, so that the comparison is what tuning added. Prompts whose
         # likelihoods are alike to the last digit are no sign that others were not drawn
         gap, added = (
@@ -102,14 +102,14 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
         result.append(
             GroupFinding(
                 kind=blocks.kind,
-                group=blocks.groups[place],
+                group=blocks.groups[index],
                 outcome=blocks.outcome,
                 blocks=len(blocks.ids),
-                rate=float(rates[place]),
-                others=float(np.delete(rates, place).mean()),
+                rate=float(rates[index]),
+                others=float(np.delete(rates, index).mean()),
                 gap=(gap.difference, gap.low, gap.high),
-                ratio=float(rates[place] / rates.max()) if rates.max() > 0 else 1.0,
-                p=min(1.0, float(chances[place]) * tests),
+                ratio=float(rates[index] / rates.max()) if rates.max() > 0 else 1.0,
+                p=min(1.0, float(chances[index]) * tests),
                 base_gap=float(base.mean()),
                 added=(added.difference, added.low, added.high),
                 rows=_worst(tuned, blocks.ids),
@@ -121,12 +121,12 @@ def _of_groups(blocks: VariantOutcomes, tests: int) -> list[GroupFinding]:
 def gap_chances(blocks: VariantOutcomes) -> Array:
     """(G,) how likely each group's gap, or a larger one of any group, is where no order of the groups is preferred."""
     gaps = _cluster_gaps(blocks)
-    seen, rng, reached = np.abs(gaps.sum(0)), np.random.default_rng(0), np.zeros(gaps.shape[1])
+    observed, rng, counts = np.abs(gaps.sum(0)), np.random.default_rng(0), np.zeros(gaps.shape[1])
     for start in range(0, ORDERS, 500):
         orders = np.broadcast_to(gaps, (min(500, ORDERS - start), *gaps.shape))
         largest = np.abs(rng.permuted(orders, axis=2).sum(1)).max(1)
-        reached += (largest[:, None] >= seen - 1e-9).sum(0)
-    return np.asarray((1 + reached) / (1 + ORDERS))
+        counts += (largest[:, None] >= observed - 1e-9).sum(0)
+    return np.asarray((1 + counts) / (1 + ORDERS))
 
 
 def spread(blocks: VariantOutcomes) -> float:
@@ -153,10 +153,10 @@ def needed_blocks(deviation: float, groups: int, tests: int, gap: float) -> int:
     and tests corrected by Bonferroni. Orders of the groups spread the gap itself over all of them, which adds
     gap^2 / (groups - 1) to the variance that the gap is held against.
     """
-    least = next(count for count in range(2, 1000) if smallest_chance(groups, count) * tests < MOST_CHANCE)
-    against = math.sqrt(deviation**2 + gap**2 / (groups - 1))
-    reach = norm.ppf(1 - MOST_CHANCE / (2 * groups * tests)) * against + norm.ppf(POWER) * deviation
-    return max(LEAST_BLOCKS, least, math.ceil((reach / gap) ** 2))
+    min_blocks = next(count for count in range(2, 1000) if smallest_chance(groups, count) * tests < MOST_CHANCE)
+    null_deviation = math.sqrt(deviation**2 + gap**2 / (groups - 1))
+    reach = norm.ppf(1 - MOST_CHANCE / (2 * groups * tests)) * null_deviation + norm.ppf(POWER) * deviation
+    return max(LEAST_BLOCKS, min_blocks, math.ceil((reach / gap) ** 2))
 
 
 def smallest_chance(groups: int, blocks: int) -> float:
@@ -165,7 +165,7 @@ def smallest_chance(groups: int, blocks: int) -> float:
     return float(min(1.0, ends * groups ** (1.0 - blocks)))
 
 
-def _worst(differences: Array, ids: Sequence[str], most: int = 5) -> tuple[str, ...]:
+def _worst(differences: Array, ids: Sequence[str], max_rows: int = 5) -> tuple[str, ...]:
     """Rows where the group's difference is farthest from 0 in the direction of their mean."""
     order = np.argsort(-differences * np.sign(differences.mean() or 1), kind="stable")
-    return tuple(ids[place] for place in order[:most] if differences[place])
+    return tuple(ids[index] for index in order[:max_rows] if differences[index])

@@ -59,25 +59,25 @@ def _blank(part: Part, folder: Path) -> Part:
 @cache
 def _grey(size: tuple[int, int]) -> str:
     """A PNG as a data URL."""
-    written = io.BytesIO()
-    Image.new("L", size, GREY).save(written, "PNG")
-    return _url("image/png", written)
+    buffer = io.BytesIO()
+    Image.new("L", size, GREY).save(buffer, "PNG")
+    return _url("image/png", buffer)
 
 
 @cache
 def _silence(seconds: int) -> str:
     """A WAV as a data URL."""
-    written = io.BytesIO()
-    with wave.open(written, "wb") as file:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE)
         file.writeframes(bytes(2 * RATE * seconds))
-    return _url("audio/wav", written)
+    return _url("audio/wav", buffer)
 
 
-def _url(kind: str, written: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(written.getvalue()).decode()}"
+def _url(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 MEDIA = ("image", "audio")
@@ -93,13 +93,16 @@ def media_of(example: Example) -> list[Part]:
 def modalities(examples: Sequence[Example]) -> dict[str, int]:
     """How many rows hold media of each kind, and how many are text alone."""
     kinds = [{part.kind for part in media_of(example)} for example in examples]
-    return {"text": sum(not one for one in kinds), **{kind: sum(kind in one for one in kinds) for kind in MEDIA}}
+    return {
+        "text": sum(not row_kinds for row_kinds in kinds),
+        **{kind: sum(kind in row_kinds for row_kinds in kinds) for kind in MEDIA},
+    }
 
 
 def ablate(
     base: Base,
     model: Any,
-    asked: HeldOut,
+    eval_set: HeldOut,
     measures: MetricSet,
     full: ModelOutputs,
     metric: str,
@@ -112,26 +115,32 @@ def ablate(
     for a metric that is better when lower too. Where `metric` is not `exact_match`, both stand under `exact_match` as well.
     Rows that another's media make too long for the model are left out.
     """
-    limit, result = reply_limit(base, asked.examples), {}
+    limit, result = reply_limit(base, eval_set.examples), {}
     for kind in MEDIA:
-        places = [index for index, row in enumerate(asked.examples) if any(part.kind == kind for part in media_of(row))]
-        if not places:
+        indices = [index for index, row in enumerate(eval_set.examples) if any(part.kind == kind for part in media_of(row))]
+        if not indices:
             continue
-        notice(f"asking {len(places)} rows again with each {kind} shuffled and blank")
-        others = dict(zip(places, shuffled([asked.examples[place] for place in places], kind), strict=True))
+        notice(f"asking {len(indices)} rows again with each {kind} shuffled and blank")
+        shuffled_rows = dict(zip(indices, shuffled([eval_set.examples[index] for index in indices], kind), strict=True))
         # a larger picture may be more tokens than the row has room for
-        places = [place for place in places if not ask_refusal(base, others[place], asked.folder, limit)[0]]
-        if not places:
+        indices = [index for index in indices if not ask_refusal(base, shuffled_rows[index], eval_set.folder, limit)[0]]
+        if not indices:
             continue
-        own, whole = measures.of(places), ModelOutputs([full.replies[place] for place in places])
-        other = ModelOutputs(_texts(base, model, HeldOut([others[place] for place in places], asked.folder), limit))
-        empty = [blanked(asked.examples[place], kind, asked.folder) for place in places]
-        none = ModelOutputs(_texts(base, model, HeldOut(empty, asked.folder), limit))
-        name = metric if metric in own.names else WHOLE
+        subset, full_subset = measures.of(indices), ModelOutputs([full.replies[index] for index in indices])
+        shuffled_outputs = ModelOutputs(
+            _texts(base, model, HeldOut([shuffled_rows[index] for index in indices], eval_set.folder), limit)
+        )
+        blank_rows = [blanked(eval_set.examples[index], kind, eval_set.folder) for index in indices]
+        blank_outputs = ModelOutputs(_texts(base, model, HeldOut(blank_rows, eval_set.folder), limit))
+        name = metric if metric in subset.names else WHOLE
         costs = {
-            each: {"shuffled": _cost(own, each, other, whole), "blank": _cost(own, each, none, whole)} for each in {name, WHOLE}
+            metric_name: {
+                "shuffled": _cost(subset, metric_name, shuffled_outputs, full_subset),
+                "blank": _cost(subset, metric_name, blank_outputs, full_subset),
+            }
+            for metric_name in {name, WHOLE}
         }
-        result[kind] = {"rows": len(places), "metric": name, **costs.pop(name), **costs}
+        result[kind] = {"rows": len(indices), "metric": name, **costs.pop(name), **costs}
     return result
 
 
@@ -145,22 +154,22 @@ def shuffled(examples: Sequence[Example], kind: str, seed: int = 0) -> list[Exam
     draw, sizes = random.Random(seed), Counter(groups)
     names = sorted(sizes)
     draw.shuffle(names)
-    rank = {name: number for number, name in enumerate(names)}
+    rank = {name: index for index, name in enumerate(names)}
     order = list(range(len(examples)))
     draw.shuffle(order)
     # groups stand side by side, so behind a step over the largest one there is another group
-    order.sort(key=lambda place: rank[groups[place]])
+    order.sort(key=lambda index: rank[groups[index]])
     step = max(sizes.values()) % len(order) or 1
-    partner = {place: order[(at + step) % len(order)] for at, place in enumerate(order)}
+    partner = {index: order[(position + step) % len(order)] for position, index in enumerate(order)}
     return [_with_media(example, kind, examples[partner[index]]) for index, example in enumerate(examples)]
 
 
 def _with_media(example: Example, kind: str, other: Example) -> Example:
-    theirs = [part for part in media_of(other) if part.kind == kind]
+    other_media = [part for part in media_of(other) if part.kind == kind]
 
     def drawn() -> Iterator[Part]:
         while True:
-            yield from theirs
+            yield from other_media
 
     parts = drawn()
     turns = [_replaced(message, kind, parts) for message in example.messages]
@@ -171,12 +180,12 @@ def _replaced(message: Message, kind: str, parts: Iterator[Part]) -> Message:
     return replace(message, content=tuple(next(parts) if part.kind == kind else part for part in message.content))
 
 
-def _texts(base: Base, model: Any, asked: HeldOut, limit: int) -> list[str]:
-    return [base.chat.decode(item.ids) for item in replies(base, model, asked, limit)]
+def _texts(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[str]:
+    return [base.chat.decode(item.ids) for item in replies(base, model, eval_set, limit)]
 
 
 def _cost(measures: MetricSet, name: str, ablated: ModelOutputs, full: ModelOutputs) -> dict[str, float]:
-    found = measures.one(name, ablated, full)
+    comparison = measures.compare(name, ablated, full)
     if name in LOWER_IS_BETTER:
-        found = Comparison(found.base, found.tuned, -found.difference, -found.high, -found.low)
-    return asdict(found)
+        comparison = Comparison(comparison.base, comparison.tuned, -comparison.difference, -comparison.high, -comparison.low)
+    return asdict(comparison)

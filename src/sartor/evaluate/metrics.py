@@ -70,9 +70,9 @@ class MetricSet:
         self.labelled = [index for index, label in enumerate(self.labels) if label is not None]
         self.transcripts = sorted(transcripts)
         if field and not self.labelled:
-            known = known_fields(self.references)
-            raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(known) or WHOLE}")
-        self.classes = sorted({str(self.labels[place]) for place in self.labelled})
+            fields = known_fields(self.references)
+            raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(fields) or WHOLE}")
+        self.classes = sorted({str(self.labels[index]) for index in self.labelled})
 
     @property
     def names(self) -> list[str]:
@@ -88,85 +88,98 @@ class MetricSet:
             f"there is no {name} of these rows{reason if name in NAMES else ''}", f"--scorer {' | '.join(self.names)}"
         )
 
-    def of(self, places: Sequence[int]) -> MetricSet:
-        """The same of some of the rows, in the order of `places`."""
-        labels = [self.labels[place] for place in places]
-        said = set(self.transcripts)
-        heard = [new for new, place in enumerate(places) if place in said]
+    def of(self, indices: Sequence[int]) -> MetricSet:
+        """The same of some of the rows, in the order of `indices`."""
+        labels = [self.labels[index] for index in indices]
+        transcripts = set(self.transcripts)
+        new_transcripts = [new for new, index in enumerate(indices) if index in transcripts]
         # where none of them is labelled the field has been checked already
         field = self.field if any(label is not None for label in labels) else ""
-        return MetricSet([self.references[p] for p in places], [self.groups[p] for p in places], field, labels, heard)
+        return MetricSet(
+            [self.references[index] for index in indices],
+            [self.groups[index] for index in indices],
+            field,
+            labels,
+            new_transcripts,
+        )
 
     def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
         """Every metric of both sides."""
-        result = {name: self.one(name, before, after) for name in self.names}
+        result = {name: self.compare(name, before, after) for name in self.names}
         if self.labelled and before.confidence and after.confidence:
             result["ece"] = self._calibration(before, after)
         if before.loss and after.loss:
             result["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return result
 
-    def one(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
+    def compare(self, name: str, before: ModelOutputs, after: ModelOutputs) -> Comparison:
         """One metric of `names`. Raises ConfigError for another."""
         self.check(name)
         if name == "macro_f1":
             return self._macro_f1(before, after)
         if name == "wer":
             return self._word_error_rate(before, after)
-        places = self.labelled if name == "accuracy" else range(len(self.references))
-        base, tuned = ([self._score(name, side, place) for place in places] for side in (before, after))
-        return bootstrap.paired_bootstrap(base, tuned, self._groups(places))
+        indices = self.labelled if name == "accuracy" else range(len(self.references))
+        base, tuned = ([self._score(name, side, index) for index in indices] for side in (before, after))
+        return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
 
     def by_row(self, side: ModelOutputs) -> dict[str, list[float | None]]:
         """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
-        places = range(len(self.references))
-        result: dict[str, list[float | None]] = {name: [self._score(name, side, place) for place in places] for name in SCORERS}
+        indices = range(len(self.references))
+        result: dict[str, list[float | None]] = {
+            name: [self._score(name, side, index) for index in indices] for name in SCORERS
+        }
         if self.labelled:
-            result["accuracy"] = [None if self.labels[p] is None else self._score("accuracy", side, p) for p in places]
+            result["accuracy"] = [
+                None if self.labels[index] is None else self._score("accuracy", side, index) for index in indices
+            ]
         if self.transcripts:
-            said = set(self.transcripts)
-            result["wer"] = [self._errors(side, p)[0] / max(self._errors(side, p)[1], 1) if p in said else None for p in places]
+            transcripts = set(self.transcripts)
+            result["wer"] = [
+                self._errors(side, index)[0] / max(self._errors(side, index)[1], 1) if index in transcripts else None
+                for index in indices
+            ]
         return result
 
-    def _score(self, name: str, side: ModelOutputs, place: int) -> float:
+    def _score(self, name: str, side: ModelOutputs, index: int) -> float:
         if name == "accuracy":
-            return float(label_of(side.replies[place], self.field) == self.labels[place])
-        return SCORERS[name](side.replies[place], self.references[place])
+            return float(label_of(side.replies[index], self.field) == self.labels[index])
+        return SCORERS[name](side.replies[index], self.references[index])
 
-    def _errors(self, side: ModelOutputs, place: int) -> tuple[int, int]:
-        return word_errors(side.replies[place], self.references[place])
+    def _errors(self, side: ModelOutputs, index: int) -> tuple[int, int]:
+        return word_errors(side.replies[index], self.references[index])
 
-    def _groups(self, places: Iterable[int]) -> list[str]:
-        return [self.groups[place] for place in places]
+    def _groups(self, indices: Iterable[int]) -> list[str]:
+        return [self.groups[index] for index in indices]
 
     def _word_error_rate(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        base, tuned = (np.array([self._errors(side, place) for place in self.transcripts], float) for side in (before, after))
+        base, tuned = (np.array([self._errors(side, index) for index in self.transcripts], float) for side in (before, after))
         groups, widest = self._groups(self.transcripts), max(1.0, float(_rate(base).max()), float(_rate(tuned).max()))
         return bootstrap.corpus_bootstrap(base, tuned, groups, _rate, widest=widest)
 
     def _macro_f1(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
-        count, number = len(self.classes), {label: index for index, label in enumerate(self.classes)}
-        base, tuned = (self._counted(side, number) for side in (before, after))
+        count, class_index = len(self.classes), {label: index for index, label in enumerate(self.classes)}
+        base, tuned = (self._counted(side, class_index) for side in (before, after))
 
-        def macro(found: Array) -> Array:
-            right, said, wanted = (found[:, start : start + count] for start in (0, count, 2 * count))
+        def macro(sums: Array) -> Array:
+            correct, predicted, expected = (sums[:, start : start + count] for start in (0, count, 2 * count))
             # a class that a set of groups has no row of is no class of it
-            has, f1 = wanted > 0, 2 * right / (said + wanted).clip(1)
-            return np.asarray((f1 * has).sum(1) / has.sum(1).clip(1))
+            is_present, f1 = expected > 0, 2 * correct / (predicted + expected).clip(1)
+            return np.asarray((f1 * is_present).sum(1) / is_present.sum(1).clip(1))
 
         return bootstrap.corpus_bootstrap(base, tuned, self._groups(self.labelled), macro)
 
-    def _counted(self, side: ModelOutputs, number: Mapping[str, int]) -> Array:
+    def _counted(self, side: ModelOutputs, class_index: Mapping[str, int]) -> Array:
         """(rows with a label, 3 classes): whether each is the one that is rightly said, that is said, that is wanted."""
-        count = len(number)
+        count = len(class_index)
         counted = np.zeros((len(self.labelled), 3 * count))
-        for row, place in enumerate(self.labelled):
-            wanted, label = number[str(self.labels[place])], label_of(side.replies[place], self.field)
-            counted[row, 2 * count + wanted] = 1
-            if label is not None and label in number:
-                said = number[label]
-                counted[row, count + said] = 1
-                counted[row, said] = float(said == wanted)
+        for row, index in enumerate(self.labelled):
+            expected, label = class_index[str(self.labels[index])], label_of(side.replies[index], self.field)
+            counted[row, 2 * count + expected] = 1
+            if label is not None and label in class_index:
+                predicted = class_index[label]
+                counted[row, count + predicted] = 1
+                counted[row, predicted] = float(predicted == expected)
         return counted
 
     def _calibration(self, before: ModelOutputs, after: ModelOutputs) -> Comparison:
@@ -177,17 +190,17 @@ class MetricSet:
         """(rows with a label, bins + 1): confidence less whether it was right, in its bin (a, b]; and 1, to count rows."""
         binned = np.zeros((len(self.labelled), BINS + 1))
         binned[:, -1] = 1
-        for row, place in enumerate(self.labelled):
-            sure = side.confidence[place]
-            binned[row, max(int(np.ceil(sure * BINS)) - 1, 0)] = sure - self._score("accuracy", side, place)
+        for row, index in enumerate(self.labelled):
+            confidence = side.confidence[index]
+            binned[row, max(int(np.ceil(confidence * BINS)) - 1, 0)] = confidence - self._score("accuracy", side, index)
         return binned
 
 
-def _rate(found: Array) -> Array:
+def _rate(sums: Array) -> Array:
     """(R, 2) words wrong and words said -> (R,); silence that something was heard in counts as one word."""
-    return np.asarray(found[:, 0] / found[:, 1].clip(1))
+    return np.asarray(sums[:, 0] / sums[:, 1].clip(1))
 
 
-def _gap(found: Array) -> Array:
+def _gap(sums: Array) -> Array:
     """(R, bins + 1) -> (R,)."""
-    return np.asarray(np.abs(found[:, :-1]).sum(1) / found[:, -1])
+    return np.asarray(np.abs(sums[:, :-1]).sum(1) / sums[:, -1])

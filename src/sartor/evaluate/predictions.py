@@ -69,11 +69,13 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
         folder = media
         examples, refused = _rows_of(data, ancestry.training_datasets(adapter), media)
         left_out |= refused
-    if bad := sum(example.rating < 0 for example in examples):
-        left_out["rated_bad"] = bad  # such a reply is no reference
+    if bad_count := sum(example.rating < 0 for example in examples):
+        left_out["rated_bad"] = bad_count  # such a reply is no reference
         examples = [example for example in examples if example.rating >= 0]
         if not examples:
-            raise SourceError(f"all {bad} rows were rated bad, and so show no reply to be like", "give rows of good replies")
+            raise SourceError(
+                f"all {bad_count} rows were rated bad, and so show no reply to be like", "give rows of good replies"
+            )
     # a fixed sample: the same rows in every run, whatever their order
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
     if len(examples) > most_rows:
@@ -81,15 +83,17 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
     return HeldOut(examples[:most_rows], folder, left_out)
 
 
-def _held_out_of(datasets: Sequence[Artifact], every_one: Sequence[Artifact], left_out: dict[str, int]) -> list[Example]:
-    """What Datasets hold out, each row once, without what another was trained on: of them, or of `every_one`, among which are
-    those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
+def _held_out_of(
+    datasets: Sequence[Artifact], training_datasets: Sequence[Artifact], left_out: dict[str, int]
+) -> list[Example]:
+    """What Datasets hold out, each row once, without what another was trained on: of them, or of `training_datasets`, among
+    which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
     """
-    every = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
-    trained_on = _trained_on(every_one) & set(every) if len(every_one) > 1 else set()
+    examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
+    trained_on = _trained_on(training_datasets) & set(examples) if len(training_datasets) > 1 else set()
     if trained_on:
         left_out["trained_on"] = len(trained_on)
-    return [example for name, example in every.items() if name not in trained_on]
+    return [example for name, example in examples.items() if name not in trained_on]
 
 
 def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
@@ -100,14 +104,14 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     """The rows of a file that were not trained on. Raises SourceError where none is left."""
     trained_on = _trained_on(datasets)
     # as in a Dataset, so that a row has the id that it has there
-    read = list(read_all(SourceOptions(str(data)), 4 << 20, folder / "media"))
-    known = [row for row in read if isinstance(row, Example)]
-    examples = [example for example in known if example.id not in trained_on]
-    left_out = records.count_values(row.reason for row in read if isinstance(row, Drop))
-    if seen := len(known) - len(examples):
-        left_out["trained_on"] = seen
+    rows = list(read_all(SourceOptions(str(data)), 4 << 20, folder / "media"))
+    all_examples = [row for row in rows if isinstance(row, Example)]
+    examples = [example for example in all_examples if example.id not in trained_on]
+    left_out = records.count_values(row.reason for row in rows if isinstance(row, Drop))
+    if trained_count := len(all_examples) - len(examples):
+        left_out["trained_on"] = trained_count
     if not examples:
-        remedy = "give rows that were not trained on" if seen else "mend the rows, or give others"
+        remedy = "give rows that were not trained on" if trained_count else "mend the rows, or give others"
         raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", remedy)
     return examples, left_out
 
@@ -119,9 +123,9 @@ def fitting(base: Base, rows: HeldOut, limit: int) -> HeldOut:
     """
     fitting, refused, problem = [], dict(rows.left_out), ""
     for example in rows.examples:
-        reason, why = ask_refusal(base, example, rows.folder, limit)
+        reason, detail = ask_refusal(base, example, rows.folder, limit)
         if reason:
-            problem = why
+            problem = detail
             refused[reason] = refused.get(reason, 0) + 1
         else:
             # as `tune` learns it
@@ -169,22 +173,26 @@ def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
 
 
-def measure_model(base: Base, model: Any, asked: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
+def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
     """All that is measured of one side. field: where a reply names a class; empty where none is asked for."""
     with model_side(model, tuned=tuned):
-        said = replies(base, model, asked, reply_limit(base, asked.examples))
-        loss, tokens = losses(base, model, [base.chat.encode(example, asked.folder) for example in asked.examples])
-    texts = [base.chat.decode(item.ids) for item in said]
-    confidence = [_confidence(base.chat, one, text, field) for one, text in zip(said, texts, strict=True)] if field else []
+        generations = replies(base, model, eval_set, reply_limit(base, eval_set.examples))
+        loss, tokens = losses(base, model, [base.chat.encode(example, eval_set.folder) for example in eval_set.examples])
+    texts = [base.chat.decode(item.ids) for item in generations]
+    confidence = (
+        [_confidence(base.chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
+        if field
+        else []
+    )
     return ModelOutputs(texts, loss, tokens, confidence)
 
 
-def replies(base: Base, model: Any, asked: HeldOut, limit: int) -> list[Generation]:
+def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:
     """Greedy replies under the model as it stands, at most `limit` tokens each; an empty one to a document."""
     chat = base.chat
-    prompts = [chat.prompt_ids(row.prompt, row.tools, asked.folder) for row in asked.examples if not row.is_document]
-    made = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
-    return [Generation([], "stop") if row.is_document else next(made) for row in asked.examples]
+    prompts = [chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples if not row.is_document]
+    generations = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
+    return [Generation([], "stop") if row.is_document else next(generations) for row in eval_set.examples]
 
 
 @torch.no_grad()
@@ -202,18 +210,18 @@ def losses(
         [len(row.ids) for row in encoded], max(pack_tokens, *(len(row.ids) for row in encoded))
     ):
         chosen = [encoded[index] for index in group]
-        found, _ = path.losses(chosen)
-        for part in found.split([row.supervised_tokens for row in chosen]):
-            means.append(float(part.mean()) if len(part) else 0.0)
+        token_losses, _ = path.losses(chosen)
+        for row_losses in token_losses.split([row.supervised_tokens for row in chosen]):
+            means.append(float(row_losses.mean()) if len(row_losses) else 0.0)
     return means, [row.supervised_tokens for row in encoded]
 
 
-def _confidence(chat: ChatTokenizer, said: Generation, text: str, field: str) -> float:
+def _confidence(chat: ChatTokenizer, generation: Generation, text: str, field: str) -> float:
     """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none."""
-    if not said.ids or label_of(text, field) is None:
+    if not generation.ids or label_of(text, field) is None:
         return 0.0
-    first, last = _spelling(chat, said.ids, *span_of(text, field))
-    return math.exp(sum(said.logprobs[first:last]))
+    first, last = _spelling(chat, generation.ids, *span_of(text, field))
+    return math.exp(sum(generation.logprobs[first:last]))
 
 
 def _spelling(chat: ChatTokenizer, ids: Sequence[int], start: int, end: int) -> tuple[int, int]:

@@ -54,8 +54,8 @@ def label_of(reply: str, field: str) -> str | None:
     """
     if field == WHOLE:
         return reply.strip()
-    found, value = value_at(parse_reply(reply), field)
-    return text_of(value) if found else None
+    has_field, value = value_at(parse_reply(reply), field)
+    return text_of(value) if has_field else None
 
 
 def text_of(value: Any) -> str:
@@ -77,11 +77,11 @@ def span_of(reply: str, field: str) -> tuple[int, int]:
 
 def known_fields(replies: Iterable[str]) -> list[str]:
     """The fields that JSON replies have, for a message."""
-    found: dict[str, None] = {}
+    fields: dict[str, None] = {}
     for reply in replies:
         data = parse_reply(reply)
-        found |= dict.fromkeys(data if isinstance(data, dict) else ())
-    return list(found)
+        fields |= dict.fromkeys(data if isinstance(data, dict) else ())
+    return list(fields)
 
 
 def _find(text: str, start: int, field: str) -> tuple[int, int]:
@@ -96,18 +96,18 @@ def _find(text: str, start: int, field: str) -> tuple[int, int]:
 def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
     """Key -> [start, end) of its value, of the object that begins at `start`."""
     result: dict[str, tuple[int, int]] = {}
-    place = _blanks(text, start + 1)
-    while text[place] == '"':
-        key, place = _DECODER.raw_decode(text, place)
-        begin = _blanks(text, _blanks(text, place) + 1)  # behind the colon
-        _, end = _DECODER.raw_decode(text, begin)
-        result[key] = begin, end
-        place = _blanks(text, _blanks(text, end) + 1)  # behind the comma, or the end
-        if place >= len(text):
+    position = _blanks(text, start + 1)
+    while text[position] == '"':
+        key, position = _DECODER.raw_decode(text, position)
+        value_start = _blanks(text, _blanks(text, position) + 1)  # behind the colon
+        _, end = _DECODER.raw_decode(text, value_start)
+        result[key] = value_start, end
+        position = _blanks(text, _blanks(text, end) + 1)  # behind the comma, or the end
+        if position >= len(text):
             break
     return result
 
 
-def _blanks(text: str, place: int) -> int:
-    match = _BLANKS.match(text, place)
-    return match.end() if match else place
+def _blanks(text: str, position: int) -> int:
+    match = _BLANKS.match(text, position)
+    return match.end() if match else position

@@ -70,15 +70,15 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
     metric = report["metrics"][primary]
     forgetting = report["forgetting"]
     forgotten = "not measured" if "skipped" in forgetting else f"{forgetting['difference']:+.3f}"
-    shown = [
+    numbers = [
         (f"{metric['base']:.2f}", f"{primary.replace('_', ' ')}, base"),
         (f"{metric['tuned']:.2f}", f"{primary.replace('_', ' ')}, tuned"),
         (f"{metric['difference']:+.2f}", f"gain, in [{metric['low']:+.2f}, {metric['high']:+.2f}]"),
         (forgotten, "nats per token forgotten"),
     ]
     if run:
-        shown.append((f"{run['trainable_fraction']:.1%}", "of the parameters trained"))
-    return shown
+        numbers.append((f"{run['trainable_fraction']:.1%}", "of the parameters trained"))
+    return numbers
 
 
 def _intervals(report: Mapping[str, Any]) -> str:
@@ -131,13 +131,13 @@ def _metric_table(report: Mapping[str, Any]) -> str:
 def _ablation(report: Mapping[str, Any]) -> str:
     """What each modality is worth: the costs of media that are shuffled or blank, if rows hold any."""
     lines = []
-    for kind, found in report["ablation"].items():
-        fields = {found["metric"]: found, **{name: found[name] for name in ("exact_match",) if name in found}}
+    for kind, ablation in report["ablation"].items():
+        fields = {ablation["metric"]: ablation, **{name: ablation[name] for name in ("exact_match",) if name in ablation}}
         for name, costs in fields.items():
-            lines += [_cost(f"{kind} {how}", name, costs[how]) for how in ("shuffled", "blank")]
+            lines += [_cost(f"{kind} {variant}", name, costs[variant]) for variant in ("shuffled", "blank")]
     if not lines:
         return ""
-    rows = ", ".join(f"{found['rows']} rows with {kind}" for kind, found in report["ablation"].items())
+    rows = ", ".join(f"{ablation['rows']} rows with {kind}" for kind, ablation in report["ablation"].items())
     head = "".join(f"<th class=n>{name}</th>" for name in ("as it is", "without", "cost", "low", "high"))
     return (
         "<h2>Does it look and listen?</h2><p class=lead>The tuned model was asked again with the media of other rows "
@@ -148,37 +148,39 @@ def _ablation(report: Mapping[str, Any]) -> str:
 
 def _audit(report: Mapping[str, Any], adapter: Artifact) -> str:
     """What the gate would say of the audit at its usual limits, and the published sets; nothing without one."""
-    found = report.get("audit")
-    if not found:
+    audit = report.get("audit")
+    if not audit:
         return ""
-    judged = limits.audit_checks(found, None, None, adapter.path)
+    checks = limits.audit_checks(audit, None, None, adapter.path)
     text = "".join(
         f"<tr><td>{name}</td><td class={'better' if check.outcome == 'pass' else 'worse'}>{check.outcome}</td>"
         f"<td>{escape(check.detail)}</td></tr>"
-        for name, check in judged.items()
+        for name, check in checks.items()
     )
     counts = [
         (f"{name.replace('_', ' ')}: {item['what']}", item)
-        for name, items in found.get("benchmarks", {}).items()
+        for name, items in audit.get("benchmarks", {}).items()
         if isinstance(items, Mapping)
         for item in items.values()
         if isinstance(item, Mapping)
     ]
     counts += [
-        (f"refused of what {name.replace('_', ' ')} be", one) for name, one in found["refusals"].items() if "base" in one
+        (f"refused of what {name.replace('_', ' ')} be", comparison)
+        for name, comparison in audit["refusals"].items()
+        if "base" in comparison
     ]
     lines = "".join(
-        f"<tr><td>{escape(what)}</td>{''.join(f'<td class=n>{one[key]:.3f}</td>' for key in _NUMBERS)}</tr>"
-        for what, one in counts
+        f"<tr><td>{escape(label)}</td>{''.join(f'<td class=n>{comparison[key]:.3f}</td>' for key in _NUMBERS)}</tr>"
+        for label, comparison in counts
     )
     head = "".join(f"<th class=n>{name}</th>" for name in _NUMBERS)
     return f"<h2>Bias, and what was learnt by heart</h2><table>{text}</table><table><tr><th></th>{head}</tr>{lines}</table>"
 
 
-def _cost(what: str, name: str, cost: Mapping[str, float]) -> str:
+def _cost(label: str, name: str, cost: Mapping[str, float]) -> str:
     verdict = ("better", "it matters") if cost["low"] > 0 else ("worse", "no cost shown")
     cells = "".join(f"<td class=n>{cost[key]:.3f}</td>" for key in ("tuned", "base", "difference", "low", "high"))
-    title = f"<td>{escape(what)}</td><td>{escape(name.replace('_', ' '))}</td>"
+    title = f"<td>{escape(label)}</td><td>{escape(name.replace('_', ' '))}</td>"
     return f"<tr>{title}{cells}<td class={verdict[0]}>{verdict[1]}</td></tr>"
 
 
@@ -199,18 +201,22 @@ def is_right(row: Mapping[str, Any], primary: str) -> bool | None:
 
 def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
     """Which rows the page shows: some that the tuned model got wrong first, then some that it got right."""
-    found = [is_right(row, primary) for row in table]
-    return [place for wanted in (False, True) for place in [at for at, right in enumerate(found) if right is wanted][:SHOWN]]
+    verdicts = [is_right(row, primary) for row in table]
+    return [
+        index
+        for expected in (False, True)
+        for index in [position for position, verdict in enumerate(verdicts) if verdict is expected][:SHOWN]
+    ]
 
 
 def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping[int, str]) -> str:
     lines = []
-    for place in rows_to_show(table, primary):
-        row = table[place]
-        small = f'<img class=small alt="" src="{pictures[place]}">' if place in pictures else ""
-        told = f"<span class=lead>{escape(row['media'])}</span> " if row["media"] and not small else ""
+    for index in rows_to_show(table, primary):
+        row = table[index]
+        picture = f'<img class=small alt="" src="{pictures[index]}">' if index in pictures else ""
+        media_label = f"<span class=lead>{escape(row['media'])}</span> " if row["media"] and not picture else ""
         lines.append(
-            f"<tr><td>{small}{told}{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
+            f"<tr><td>{picture}{media_label}{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
             f"<td><code>{escape(row['base_reply'][:160])}</code></td>"
             f"<td class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code></td></tr>"
         )
@@ -232,22 +238,22 @@ def _sources(report: Mapping[str, Any]) -> str:
 PIXELS = 96
 
 
-def thumbnails(asked: HeldOut, places: Iterable[int]) -> dict[int, str]:
+def thumbnails(eval_set: HeldOut, indices: Iterable[int]) -> dict[int, str]:
     """Data URLs of JPEGs of at most PIXELS each way: of these rows the first picture, where one can be decoded."""
     result = {}
-    for place in places:
-        pictures = [part for part in media_of(asked.examples[place]) if part.kind == "image"]
-        if pictures and (url := _thumbnail(pictures[0], asked)):
-            result[place] = url
+    for index in indices:
+        pictures = [part for part in media_of(eval_set.examples[index]) if part.kind == "image"]
+        if pictures and (url := _thumbnail(pictures[0], eval_set)):
+            result[index] = url
     return result
 
 
-def _thumbnail(part: Part, asked: HeldOut) -> str:
+def _thumbnail(part: Part, eval_set: HeldOut) -> str:
     try:
-        image = open_image(content_of(part, asked.folder))
+        image = open_image(content_of(part, eval_set.folder))
     except SartorError:  # the page is whole without it
         return ""
     image.thumbnail((PIXELS, PIXELS))
-    written = io.BytesIO()
-    image.save(written, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(written.getvalue()).decode()
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

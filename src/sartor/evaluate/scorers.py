@@ -31,20 +31,20 @@ def f1(reply: str, reference: str) -> float:
     >>> round(f1('the red car', 'a red bus'), 2)
     0.5
     """
-    said, wanted = _words(reply), _words(reference)
-    if not said or not wanted:
-        return float(said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
+    reply_words, reference_words = _words(reply), _words(reference)
+    if not reply_words or not reference_words:
+        return float(reply_words == reference_words)
+    common = sum((Counter(reply_words) & Counter(reference_words)).values())
     if not common:
         return 0.0
-    precision, recall = common / len(said), common / len(wanted)
+    precision, recall = common / len(reply_words), common / len(reference_words)
     return 2 * precision * recall / (precision + recall)
 
 
 def _words(text: str) -> list[str]:
     # punctuation parts words in JSON (`"a":"b"`), where SQuAD's plain deletion would glue them together
-    parted = re.sub(r'[{}\[\]":,]', " ", text.lower())
-    return _ARTICLES.sub(" ", parted.translate(_PUNCTUATION)).split()
+    spaced = re.sub(r'[{}\[\]":,]', " ", text.lower())
+    return _ARTICLES.sub(" ", spaced.translate(_PUNCTUATION)).split()
 
 
 def rouge_l(reply: str, reference: str) -> float:
@@ -55,10 +55,10 @@ def rouge_l(reply: str, reference: str) -> float:
     >>> round(rouge_l('the cat sat', 'the cat was sitting'), 2)
     0.57
     """
-    said, wanted = _spoken_words(reply), _spoken_words(reference)
-    if not said or not wanted:
-        return float(said == wanted)
-    return 2 * LCSseq.similarity(said, wanted) / (len(said) + len(wanted))
+    reply_words, reference_words = _spoken_words(reply), _spoken_words(reference)
+    if not reply_words or not reference_words:
+        return float(reply_words == reference_words)
+    return 2 * LCSseq.similarity(reply_words, reference_words) / (len(reply_words) + len(reference_words))
 
 
 def spoken(text: str) -> str:
@@ -78,8 +78,8 @@ def word_errors(reply: str, reference: str) -> tuple[int, int]:
     >>> word_errors('stop a line now', 'Stop the line.')
     (2, 3)
     """
-    said, wanted = _spoken_words(reply), _spoken_words(reference)
-    return int(Levenshtein.distance(said, wanted)), len(wanted)
+    reply_words, reference_words = _spoken_words(reply), _spoken_words(reference)
+    return int(Levenshtein.distance(reply_words, reference_words)), len(reference_words)
 
 
 def _spoken_words(text: str) -> list[str]:

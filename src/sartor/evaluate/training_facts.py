@@ -64,8 +64,8 @@ class TrainingFacts:
     @property
     def most_tools(self) -> list[Any]:
         """The tools that most rows declare."""
-        said = self.tools.most_common(1)[0][0] if self.tools else ""
-        return list(json.loads(said)) if said else []
+        tools_json = self.tools.most_common(1)[0][0] if self.tools else ""
+        return list(json.loads(tools_json)) if tools_json else []
 
     @property
     def format(self) -> Literal["json", "text"]:
@@ -96,14 +96,14 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
 
     Raises ArtifactError where the Dataset is not to be found.
     """
-    own = ancestry.find_parent(adapter, "dataset")
-    if own is None:
+    own_dataset = ancestry.find_parent(adapter, "dataset")
+    if own_dataset is None:
         raise ArtifactError(
             f"the Dataset of {adapter.path} is not where it was, so the system prompt of its rows is unknown",
             "sartor index DIR finds a Dataset that was moved",
         )
     facts, seen = TrainingFacts(), set[str]()
-    for dataset in (own, *_earlier(adapter)):
+    for dataset in (own_dataset, *_earlier(adapter)):
         rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
         for example in parquet_io.read_examples(dataset):
             if example.id in seen or example.rating < 0:  # what was rated bad shows no reply of the agent's
@@ -125,8 +125,8 @@ def _earlier(adapter: Artifact) -> Iterator[Artifact]:
             yield from _earlier(start)
 
 
-def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
-    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `most` in all; 0 writes none. Returns how many.
+def write_exemplars(facts: TrainingFacts, part: Path, max_rows: int) -> int:
+    """`router/exemplars.jsonl` below `part`: {"text", "split"} a line, `max_rows` in all; 0 writes none. Returns how many.
 
     split: `train`, `eval` (held out: the router's threshold is chosen with them), or `other`: rehearsal, and training rows
     without a system prompt where most have one, which are general talk and what the agent is not for. Rows are taken in the
@@ -135,15 +135,17 @@ def write_exemplars(facts: TrainingFacts, part: Path, most: int) -> int:
     out.
     """
     is_general = bool(facts.system_prompt)
-    own: list[tuple[str, str]] = []
+    own_prompts: list[tuple[str, str]] = []
     general = list(facts.rehearsed)
     for id, text, system in facts.exemplars["train"]:
-        (general if is_general and not system else own).append((id, text))
-    seen = {text for _, text, _ in facts.exemplars["train"]} | {text for _, text in facts.rehearsed}
-    unseen = [(id, text) for id, text, system in facts.exemplars["eval"] if text not in seen and (system or not is_general)]
-    held_out = _chosen(unseen, round(most * HELD_OUT_FRACTION))
-    others = _hard(general, [text for _, text in own], min(MOST_OTHER, most // 5))
-    chosen = [("train", text) for text in _chosen(own, most - len(held_out) - len(others))]
+        (general if is_general and not system else own_prompts).append((id, text))
+    train_texts = {text for _, text, _ in facts.exemplars["train"]} | {text for _, text in facts.rehearsed}
+    unseen = [
+        (id, text) for id, text, system in facts.exemplars["eval"] if text not in train_texts and (system or not is_general)
+    ]
+    held_out = _chosen(unseen, round(max_rows * HELD_OUT_FRACTION))
+    others = _hard(general, [text for _, text in own_prompts], min(MOST_OTHER, max_rows // 5))
+    chosen = [("train", text) for text in _chosen(own_prompts, max_rows - len(held_out) - len(others))]
     chosen += [*(("eval", text) for text in held_out), *((OTHER, text) for text in others)]
     if chosen:
         (part / EXEMPLARS).parent.mkdir()
@@ -159,54 +161,56 @@ def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, 
     that are rounded otherwise part long ones. None of a row with media: a manifest holds text. Each states by which arithmetic
     its reply was made (core/numerics.py).
     """
-    told = parquet_io.read_file(report.path / "rows.parquet")
-    found = [row for row in told if row["tuned_reply"].strip() and not row.get("media")]
-    found.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
-    first = {row["tuned_reply"]: row["id"] for row in reversed(found)}
-    found.sort(key=lambda row: first[row["tuned_reply"]] != row["id"])
+    rows = parquet_io.read_file(report.path / "rows.parquet")
+    candidates = [row for row in rows if row["tuned_reply"].strip() and not row.get("media")]
+    candidates.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
+    first = {row["tuned_reply"]: row["id"] for row in reversed(candidates)}
+    candidates.sort(key=lambda row: first[row["tuned_reply"]] != row["id"])
     prompts: dict[str, dict[str, Any]] = {}
-    for row in found:
+    for row in candidates:
         prompts.setdefault(json.dumps(_messages(facts, row)), row)
     chosen = itertools.islice(prompts.values(), CANARIES)
     base = report.manifest.get("base", {})
-    made_by = {"dtype": base["dtype"], "numerics": base.get("numerics", numerics.FIRST)} if "dtype" in base else {}
-    return [{"messages": _messages(facts, row), "reply": row["tuned_reply"], **made_by} for row in chosen]
+    arithmetic = {"dtype": base["dtype"], "numerics": base.get("numerics", numerics.FIRST)} if "dtype" in base else {}
+    return [{"messages": _messages(facts, row), "reply": row["tuned_reply"], **arithmetic} for row in chosen]
 
 
 def _messages(facts: TrainingFacts, row: dict[str, Any]) -> list[dict[str, str]]:
     """A row's prompt as it was asked; one from another file than the Dataset, after the system prompt that most rows have."""
-    asked = facts.prompts.get(row["id"])
-    if asked is None:
+    messages = facts.prompts.get(row["id"])
+    if messages is None:
         system = [Message.of("system", facts.system_prompt)] if facts.system_prompt else []
-        asked = (*system, Message.of("user", row["prompt"]))
-    return [{"role": message.role, "content": message.text} for message in asked]
+        messages = (*system, Message.of("user", row["prompt"]))
+    return [{"role": message.role, "content": message.text} for message in messages]
 
 
 def _exemplar(example: Example) -> str:
     """The question of a row: its last user turn, if it is short enough and nothing in the row was masked."""
-    asked = [message.text.strip() for message in example.prompt if message.role == "user"]
-    is_fit = bool(asked) and MASKING not in example.steps and len(asked[-1]) <= MOST_CHARACTERS
-    return asked[-1] if is_fit else ""
+    questions = [message.text.strip() for message in example.prompt if message.role == "user"]
+    is_fit = bool(questions) and MASKING not in example.steps and len(questions[-1]) <= MOST_CHARACTERS
+    return questions[-1] if is_fit else ""
 
 
-def _chosen(found: Sequence[tuple[str, str]], most: int) -> list[str]:
-    texts = dict.fromkeys(text for _, text in sorted(found))
-    return list(itertools.islice((text for text in texts if not _is_personal(text)), most))
+def _chosen(rows: Sequence[tuple[str, str]], max_texts: int) -> list[str]:
+    texts = dict.fromkeys(text for _, text in sorted(rows))
+    return list(itertools.islice((text for text in texts if not _is_personal(text)), max_texts))
 
 
-def _hard(general: Sequence[tuple[str, str]], own: Sequence[str], most: int) -> list[str]:
+def _hard(general: Sequence[tuple[str, str]], own_texts: Sequence[str], max_texts: int) -> list[str]:
     """Of general talk a fair sample, and as many that have most words in common with one of the agent's own prompts."""
     texts = _chosen(general, MOST_MINED)
-    if len(texts) <= most or not own:
-        return texts[:most]
+    if len(texts) <= max_texts or not own_texts:
+        return texts[:max_texts]
     from sklearn.preprocessing import normalize  # a second to import, and few Releases have so much talk
 
     weights = rarity(texts)
-    others, mine = (normalize(counts(some).multiply(weights).tocsr()) for some in (texts, own[:MOST_MINED]))
-    likeness = (others @ mine.T).max(axis=1).toarray()[:, 0]
-    fair = texts[: most - most // 2]
-    nearest = sorted(range(len(fair), len(texts)), key=lambda place: -likeness[place])
-    return [*fair, *(texts[place] for place in nearest[: most // 2])]
+    general_vectors, own_vectors = (
+        normalize(counts(sample).multiply(weights).tocsr()) for sample in (texts, own_texts[:MOST_MINED])
+    )
+    likeness = (general_vectors @ own_vectors.T).max(axis=1).toarray()[:, 0]
+    fair = texts[: max_texts - max_texts // 2]
+    nearest = sorted(range(len(fair), len(texts)), key=lambda index: -likeness[index])
+    return [*fair, *(texts[index] for index in nearest[: max_texts // 2])]
 
 
 def _is_personal(text: str) -> bool:

@@ -96,15 +96,17 @@ class _Changes:
 
     def upload(self, shared: Tensors, trained: Tensors, number: int) -> Tensors:
         """See Mode. `trained` may be of a lower rank (`lora_tensors.split_ranks`)."""
-        whole = pad_ranks(trained, shared)
-        if strange := sorted(set(whole) ^ set(shared)):
-            raise InputError(f"{strange[0]} is not in both, what was shared and what was trained", "train the shared adapter")
-        still = [name for name in shared if not self.trains(name, number)]
-        if moved := [name for name in still if not np.array_equal(whole[name], shared[name])]:
-            problem = f"{len(moved)} tensors were trained that round {number} holds still, the first is {moved[0]}"
+        padded = pad_ranks(trained, shared)
+        if mismatched := sorted(set(padded) ^ set(shared)):
+            raise InputError(
+                f"{mismatched[0]} is not in both, what was shared and what was trained", "train the shared adapter"
+            )
+        frozen = [name for name in shared if not self.trains(name, number)]
+        if changed := [name for name in frozen if not np.array_equal(padded[name], shared[name])]:
+            problem = f"{len(changed)} tensors were trained that round {number} holds still, the first is {changed[0]}"
             raise InputError(problem, "set requires_grad as the mode's `trains` says")
         return {
-            name: (whole[name].astype(np.float64) - shared[name]).astype(whole[name].dtype)
+            name: (padded[name].astype(np.float64) - shared[name]).astype(padded[name].dtype)
             for name in shared
             if self.trains(name, number)
         }
@@ -175,17 +177,17 @@ class Residual(_Whole):
     def combine(self, shared: Tensors, updates: Sequence[Update], number: int) -> Combined:
         """See Mode."""
         cohort(updates, shared)
-        made = mean(updates)
-        return Combined(made, {module: _missed(module, made, updates) for module in modules(shared)})
+        means = mean(updates)
+        return Combined(means, {module: _missed(module, means, updates) for module in modules(shared)})
 
 
-def _missed(module: str, made: Tensors, updates: Sequence[Update]) -> LoraPair:
+def _missed(module: str, means: Tensors, updates: Sequence[Update]) -> LoraPair:
     """mean(B_i A_i) - B A as one pair of factors: [w_1 B_1 .. w_n B_n, -B] times all A above each other."""
     total = sum(update.examples for update in updates)
-    each, both = [pair(update.tensors, module) for update in updates], pair(made, module)
-    weighted = [one.b * np.float64(update.examples / total) for one, update in zip(each, updates, strict=True)]
-    b = np.concatenate([*weighted, -both.b.astype(np.float64)], axis=1)
-    return LoraPair(np.concatenate([*(item.a for item in each), both.a]).astype(np.float64), b)
+    pairs, mean_pair = [pair(update.tensors, module) for update in updates], pair(means, module)
+    weighted = [client_pair.b * np.float64(update.examples / total) for client_pair, update in zip(pairs, updates, strict=True)]
+    b = np.concatenate([*weighted, -mean_pair.b.astype(np.float64)], axis=1)
+    return LoraPair(np.concatenate([*(client_pair.a for client_pair in pairs), mean_pair.a]).astype(np.float64), b)
 
 
 @dataclass(frozen=True)
@@ -225,13 +227,13 @@ class ExactnessProbe:
 
     def responses(self, tensors: Tensors, residual: Mapping[str, LoraPair] | None = None) -> dict[str, Array]:
         """`canary.MODULE` -> B A X (out, K) in fp32: what a client sends beside its upload, of its own trained adapter."""
-        extra = residual or {}
-        result = {}
+        residuals = residual or {}
+        responses = {}
         for module, inputs in self.inputs.items():
-            parts = [pair(tensors, module), *([extra[module]] if module in extra else [])]
+            parts = [pair(tensors, module), *([residuals[module]] if module in residuals else [])]
             sums = [part.b.astype(np.float64) @ (part.a.astype(np.float64) @ inputs) for part in parts]
-            result[PREFIX + module] = np.sum(sums, axis=0).astype(np.float32)
-        return result
+            responses[PREFIX + module] = np.sum(sums, axis=0).astype(np.float32)
+        return responses
 
 
 def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) -> ExactnessProbe:
@@ -242,29 +244,31 @@ def draw(shared: Tensors, seed: int, most_modules: int = 4, columns: int = 8) ->
     names = modules(shared)
     if not names:
         raise ConfigError("the adapter has no factors, so there is no product to measure", "tune with method.kind: lora")
-    source = np.random.default_rng(seed)
-    chosen = sorted(source.choice(names, size=min(most_modules, len(names)), replace=False).tolist())
+    rng = np.random.default_rng(seed)
+    chosen = sorted(rng.choice(names, size=min(most_modules, len(names)), replace=False).tolist())
     widths = {name: shared[name + A].shape[1] for name in chosen}
-    drawn = {name: source.standard_normal((width, columns)) if columns else np.eye(width) for name, width in widths.items()}
-    return ExactnessProbe(drawn)
+    inputs = {name: rng.standard_normal((width, columns)) if columns else np.eye(width) for name, width in widths.items()}
+    return ExactnessProbe(inputs)
 
 
-def exactness_error(canary: ExactnessProbe, made: Combined, wanted: Tensors) -> float:
-    """The relative distance of what was made from `wanted`, the weighted mean of the clients' responses. 0 if both are zero."""
-    found = canary.responses(made.tensors, made.residual)
-    off = sum(float(np.square(found[name] - value, dtype=np.float64).sum()) for name, value in wanted.items())
-    whole = sum(float(np.square(value, dtype=np.float64).sum()) for value in wanted.values())
-    if not whole:
-        return 0.0 if not off else float("inf")
-    return float(np.sqrt(off / whole))
+def exactness_error(canary: ExactnessProbe, combined: Combined, expected: Tensors) -> float:
+    """The relative distance of what was made from `expected`, the weighted mean of the clients' responses. 0 if both are
+    zero.
+    """
+    responses = canary.responses(combined.tensors, combined.residual)
+    squared_error = sum(float(np.square(responses[name] - value, dtype=np.float64).sum()) for name, value in expected.items())
+    squared_norm = sum(float(np.square(value, dtype=np.float64).sum()) for value in expected.values())
+    if not squared_norm:
+        return 0.0 if not squared_error else float("inf")
+    return float(np.sqrt(squared_error / squared_norm))
 
 
 def seen_error(
-    canary: ExactnessProbe, mode: Mode, shared: Tensors, updates: Sequence[Update], made: Combined, number: int
+    canary: ExactnessProbe, mode: Mode, shared: Tensors, updates: Sequence[Update], combined: Combined, number: int
 ) -> float:
     """`exactness_error` where the uploads are seen one by one."""
-    each = [
+    responses = [
         Update(update.client, canary.responses(mode.applied(shared, update.tensors, number)), update.examples)
         for update in updates
     ]
-    return exactness_error(canary, made, mean(each))
+    return exactness_error(canary, combined, mean(responses))

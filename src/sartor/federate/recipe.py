@@ -33,9 +33,9 @@ class LocalTraining:
             object.__setattr__(self, "epochs", 1)
         if self.updates is not None and self.epochs is not None:
             raise ConfigError(f"both updates {self.updates} and epochs {self.epochs} are given", "one of the two")
-        for name, value, most in (("updates", self.updates, MOST_UPDATES), ("epochs", self.epochs, MOST_EPOCHS)):
-            if value is not None and not 1 <= value <= most:
-                raise ConfigError(f"{name} is {value}; it must be in 1..{most}", f"{name}: 1")
+        for name, value, maximum in (("updates", self.updates, MOST_UPDATES), ("epochs", self.epochs, MOST_EPOCHS)):
+            if value is not None and not 1 <= value <= maximum:
+                raise ConfigError(f"{name} is {value}; it must be in 1..{maximum}", f"{name}: 1")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Privacy:
         if self.max_grad_norm <= 0 or self.batch_rows < 1 or (self.noise_multiplier != "auto" and self.noise_multiplier <= 0):
             problem = f"max_grad_norm {self.max_grad_norm}, batch_rows {self.batch_rows}, noise {self.noise_multiplier}"
             raise ConfigError(problem, "max_grad_norm above 0, batch_rows at least 1, noise_multiplier above 0 or auto")
-        of_rows, unsaid = ((item.max_grad_norm, item.batch_rows, item.noise_multiplier) for item in (self, Privacy))
-        if self.level == "client" and of_rows != unsaid:
+        row_settings, defaults = ((item.max_grad_norm, item.batch_rows, item.noise_multiplier) for item in (self, Privacy))
+        if self.level == "client" and row_settings != defaults:
             problem = "max_grad_norm, batch_rows and noise_multiplier are of level example; level is client"
             raise ConfigError(problem, "level: example; or leave them out")
 
@@ -154,9 +154,9 @@ class FederateRecipe:
     seed: int = option(0, "seed of the adapter's start, the order of rows and the ring's rounding")
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}", f"{name}: {least}")
+        for name, minimum in (("rounds", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}", f"{name}: {minimum}")
         if self.base.towers:
             raise ConfigError("the base is composed; rounds tune text bases", "base: starter")
         if self.method.dropout:
@@ -164,9 +164,9 @@ class FederateRecipe:
         self._check_sum()
         if self.privacy and self.privacy.level == "example":
             self._check_rows(self.privacy)
-        held = [name for name, value in (("method.ranks", self.method.ranks), ("personal", self.personal)) if value]
-        if self.optimizer.weight_decay and (held or self.mode == "residual"):
-            problem = f"optimizer.weight_decay moves the ranks that {', '.join(held) or 'mode residual'} holds still"
+        frozen = [name for name, value in (("method.ranks", self.method.ranks), ("personal", self.personal)) if value]
+        if self.optimizer.weight_decay and (frozen or self.mode == "residual"):
+            problem = f"optimizer.weight_decay moves the ranks that {', '.join(frozen) or 'mode residual'} holds still"
             raise ConfigError(problem, "weight_decay: 0.0")
 
     def _check_sum(self) -> None:
@@ -181,10 +181,10 @@ class FederateRecipe:
             problem = f"method.ranks under mode {self.mode}: a mean of whole factors takes one rank only"
             raise ConfigError(problem, "mode: freeze_a or alternate")
 
-    def _check_rows(self, asked: Privacy) -> None:
+    def _check_rows(self, privacy: Privacy) -> None:
         """Raise ConfigError where gradients of single rows cannot be had, or noise is asked for twice."""
         if self.noise_asked:
-            problem = f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {asked.level}"
+            problem = f"rules.noise {self.noise_asked:g} is of the secure sum, and the privacy is of level {privacy.level}"
             raise ConfigError(problem, "privacy.noise_multiplier, or level: client")
         if self.rules.most_examples not in ("auto", 1):
             problem = f"rules.most_examples is {self.rules.most_examples}: a weight by the count of rows would tell of each row"
@@ -193,8 +193,8 @@ class FederateRecipe:
             problem = f"base.bits is {self.base.bits}: the gradients of single rows are taken on a base that is not quantised"
             raise ConfigError(problem, "base.bits: 16")
         if self.method.ranks or self.mode == "residual":
-            what = "method.ranks" if self.method.ranks else "mode residual"
-            problem = f"{what} holds ranks still, and the gradient that a row has in them would be clipped with the rest"
+            feature = "method.ranks" if self.method.ranks else "mode residual"
+            problem = f"{feature} holds ranks still, and the gradient that a row has in them would be clipped with the rest"
             raise ConfigError(problem, "privacy of level example: mode freeze_a or alternate, and ranks: []")
 
     @property

@@ -34,11 +34,11 @@ def by_value(updates: Sequence[Update], pooled: Callable[[Numbers], Numbers]) ->
 
 def products(updates: Sequence[Update]) -> Numbers:
     """Inner products of the updates as vectors, (clients, clients)."""
-    found = np.zeros((len(updates), len(updates)))
+    inner = np.zeros((len(updates), len(updates)))
     for name in updates[0].tensors:
         values = stacked(updates, name)
-        found += values @ values.T
-    return found
+        inner += values @ values.T
+    return inner
 
 
 def norms(updates: Sequence[Update]) -> Numbers:
@@ -55,10 +55,10 @@ def squared_distances(updates: Sequence[Update]) -> Numbers:
 
 def cosines(updates: Sequence[Update], to: Tensors) -> Numbers:
     """Cosine of each update to `to`, -1..1; 0 where one of them is zero."""
-    with_it = products([*updates, Update("", to)])
-    lengths = np.sqrt(np.diag(with_it))
+    inner = products([*updates, Update("", to)])
+    lengths = np.sqrt(np.diag(inner))
     scale = lengths[:-1] * lengths[-1]
-    return np.divide(with_it[:-1, -1], scale, out=np.zeros(len(updates)), where=scale > 0)
+    return np.divide(inner[:-1, -1], scale, out=np.zeros(len(updates)), where=scale > 0)
 
 
 Action = Literal["refused", "bounded"]
@@ -108,7 +108,7 @@ class Mean:
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule."""
-        return Pooled(mean(_taken(updates)))
+        return Pooled(mean(_checked_cohort(updates)))
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ class NormBound:
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule."""
-        lengths = norms(_taken(updates))
-        most = self.times_median * float(np.median(lengths))
-        factors = [min(1.0, most / length) if length else 1.0 for length in lengths]
-        kept = [_scaled(one, factor) for one, factor in zip(updates, factors, strict=True)]
+        lengths = norms(_checked_cohort(updates))
+        max_norm = self.times_median * float(np.median(lengths))
+        factors = [min(1.0, max_norm / length) if length else 1.0 for length in lengths]
+        bounded = [_scaled(update, factor) for update, factor in zip(updates, factors, strict=True)]
         verdicts = tuple(
-            ClientAction(one.client, "bounded", f"its norm is {length:.3g}; the bound is {most:.3g}")
-            for one, length, factor in zip(updates, lengths, factors, strict=True)
+            ClientAction(update.client, "bounded", f"its norm is {length:.3g}; the bound is {max_norm:.3g}")
+            for update, length, factor in zip(updates, lengths, factors, strict=True)
             if factor < 1
         )
-        return Pooled(_plain(kept), verdicts)
+        return Pooled(_plain(bounded), verdicts)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Median:
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule."""
-        return Pooled(by_value(_taken(updates), lambda values: np.median(values, axis=0)))
+        return Pooled(by_value(_checked_cohort(updates), lambda values: np.median(values, axis=0)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Trimmed:
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule."""
-        count = _liars(self.fraction, _taken(updates))
+        count = _liars(self.fraction, _checked_cohort(updates))
         if 2 * count >= len(updates):
             raise _too_few(len(updates), count, 2 * count + 1)
         return Pooled(by_value(updates, lambda values: np.sort(values, axis=0)[count : len(values) - count].mean(axis=0)))
@@ -221,7 +221,7 @@ class Screened:
 
     def pool(self, updates: Sequence[Update]) -> Pooled:
         """See Rule. Raises GuardError where half of the clients or more would be left out."""
-        reasons = self._reasons(_taken(updates))
+        reasons = self._reasons(_checked_cohort(updates))
         odd = tuple(ClientAction(client, "refused", reason) for client, reason in reasons.items())
         if 2 * len(odd) >= len(updates):
             problem = (
@@ -233,21 +233,23 @@ class Screened:
     def _reasons(self, updates: Sequence[Update]) -> dict[str, str]:
         """Client -> why it is left out."""
         lengths = norms(updates)
-        most = self.most_times_median * float(np.median(lengths))
-        alike = cosines(updates, Median().pool(updates).tensors)
-        result = {}
-        for one, length, cosine in zip(updates, lengths, alike, strict=True):
-            if length > most:
-                result[one.client] = f"its norm is {length:.3g}; the limit is {most:.3g}"
+        max_norm = self.most_times_median * float(np.median(lengths))
+        similarities = cosines(updates, Median().pool(updates).tensors)
+        reasons = {}
+        for update, length, cosine in zip(updates, lengths, similarities, strict=True):
+            if length > max_norm:
+                reasons[update.client] = f"its norm is {length:.3g}; the limit is {max_norm:.3g}"
             elif length and cosine < self.least_cosine:
-                result[one.client] = f"its cosine to the median update is {cosine:.2f}; the limit is {self.least_cosine:.2f}"
-        return result
+                reasons[update.client] = (
+                    f"its cosine to the median update is {cosine:.2f}; the limit is {self.least_cosine:.2f}"
+                )
+        return reasons
 
 
 AnyRule = Mean | NormBound | Median | Trimmed | Krum | MultiKrum | Screened
 
 
-def _taken(updates: Sequence[Update]) -> Sequence[Update]:
+def _checked_cohort(updates: Sequence[Update]) -> Sequence[Update]:
     cohort(updates, updates[0].tensors if updates else {})
     return updates
 
@@ -265,22 +267,22 @@ def _scaled(update: Update, factor: float) -> Update:
 
 def _nearest(updates: Sequence[Update], liars: int, keep: int) -> Pooled:
     """The mean of the `keep` updates with the least sums of squared distances to their n - f - 2 nearest."""
-    neighbours = len(_taken(updates)) - liars - 2
+    neighbours = len(_checked_cohort(updates)) - liars - 2
     if len(updates) < 2 * liars + 3:
         raise _too_few(len(updates), liars, 2 * liars + 3)
-    between = squared_distances(updates)
-    np.fill_diagonal(between, np.inf)
-    scores = np.sort(between, axis=1)[:, :neighbours].sum(axis=1)
+    distances = squared_distances(updates)
+    np.fill_diagonal(distances, np.inf)
+    scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
     order = np.argsort(scores, kind="stable")
-    last = scores[order[keep - 1]]
+    worst_score = scores[order[keep - 1]]
     reasons = [
-        f"its distance to its {neighbours} nearest is {scores[place] ** 0.5:.3g}; taken were up to {last**0.5:.3g}"
-        for place in order[keep:]
+        f"its distance to its {neighbours} nearest is {scores[index] ** 0.5:.3g}; taken were up to {worst_score**0.5:.3g}"
+        for index in order[keep:]
     ]
     verdicts = tuple(
-        ClientAction(updates[place].client, "refused", why) for place, why in zip(order[keep:], reasons, strict=True)
+        ClientAction(updates[index].client, "refused", reason) for index, reason in zip(order[keep:], reasons, strict=True)
     )
-    return Pooled(_plain([updates[place] for place in sorted(order[:keep])]), verdicts)
+    return Pooled(_plain([updates[index] for index in sorted(order[:keep])]), verdicts)
 
 
 def _liars(fraction: float, updates: Sequence[Update]) -> int:
@@ -293,8 +295,8 @@ def _check_fraction(name: str, value: float) -> None:
         raise ConfigError(f"{name} is {value}; it must be at least 0 and below 0.5", f"{name}: 0.2")
 
 
-def _too_few(clients: int, liars: int, least: int) -> ConfigError:
+def _too_few(clients: int, liars: int, min_clients: int) -> ConfigError:
     return ConfigError(
-        f"{clients} clients, of which {liars} may lie; this rule needs {least}",
-        f"wait for {least - clients} more, or rule: median",
+        f"{clients} clients, of which {liars} may lie; this rule needs {min_clients}",
+        f"wait for {min_clients - clients} more, or rule: median",
     )

@@ -39,13 +39,13 @@ def unpack_tensors(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
         sizes = {name: math.prod(shape) for name, shape in head.items()}
         if len(values) != 4 * sum(sizes.values()) or any(size < 0 for size in sizes.values()):
             raise ValueError(f"{len(values)} bytes of values")
-        result, start = {}, 0
+        tensors, start = {}, 0
         for name in sorted(head):
-            result[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
+            tensors[name] = np.frombuffer(values, "<f4", sizes[name], 4 * start).astype(np.float32).reshape(head[name])
             start += sizes[name]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"these are no tensors of a round: {error}", "get them again from the coordinator") from None
-    return result
+    return tensors
 
 
 def digest(content: bytes) -> str:
@@ -85,19 +85,19 @@ class Update:
     examples: int = 1
 
 
-def checked(update: Update, like: Tensors) -> Update:
+def check_update(update: Update, like: Tensors) -> Update:
     """The update, if it has just the tensors of `like`, in their shapes, finite. Raises InputError naming client and tensor."""
-    who = f"client {update.client!r}"
+    client = f"client {update.client!r}"
     if update.examples < 1:
-        raise InputError(f"{who} says that it learnt from {update.examples} examples; at least 1 is due", _REMEDY)
-    if strange := sorted(set(update.tensors) ^ set(like)):
-        what = "lacks" if strange[0] in like else "sends, unasked,"
-        raise InputError(f"{who} {what} {strange[0]} and {len(strange) - 1} more", _REMEDY)
+        raise InputError(f"{client} says that it learnt from {update.examples} examples; at least 1 is due", _REMEDY)
+    if mismatched := sorted(set(update.tensors) ^ set(like)):
+        verb = "lacks" if mismatched[0] in like else "sends, unasked,"
+        raise InputError(f"{client} {verb} {mismatched[0]} and {len(mismatched) - 1} more", _REMEDY)
     for name, tensor in update.tensors.items():
         if tensor.shape != like[name].shape:
-            raise InputError(f"{who} sends {name} of shape {tensor.shape}; the round has {like[name].shape}", _REMEDY)
+            raise InputError(f"{client} sends {name} of shape {tensor.shape}; the round has {like[name].shape}", _REMEDY)
         if not np.isfinite(tensor).all():
-            raise InputError(f"{who} sends values that are not finite, in {name}", _REMEDY)
+            raise InputError(f"{client} sends values that are not finite, in {name}", _REMEDY)
     return update
 
 
@@ -106,19 +106,19 @@ def cohort(updates: Sequence[Update], like: Tensors) -> None:
     if not updates:
         raise ConfigError("a round without one update has no mean", "wait for clients, or give the round up")
     for update in updates:
-        checked(update, like)
+        check_update(update, like)
     if len({update.client for update in updates}) < len(updates):
         names = [update.client for update in updates]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"client {twice!r} sent two updates for one round", "take the first of them")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"client {duplicate!r} sent two updates for one round", "take the first of them")
 
 
 def mean(updates: Sequence[Update]) -> dict[str, Array]:
     """The mean of the tensors, weighted by examples; summed in fp64, in the updates' dtype."""
     total = sum(update.examples for update in updates)
     return {
-        name: np.sum([(one.examples / total) * one.tensors[name].astype(np.float64) for one in updates], axis=0).astype(
-            tensor.dtype
-        )
+        name: np.sum(
+            [(update.examples / total) * update.tensors[name].astype(np.float64) for update in updates], axis=0
+        ).astype(tensor.dtype)
         for name, tensor in updates[0].tensors.items()
     }

@@ -141,9 +141,9 @@ _WORDS = (
 
 
 def _refused(problem: str) -> RequestError:
-    for word, ours, remedy in _WORDS:
-        if word in problem:
-            return RequestError(f"the JSON Schema cannot be obeyed: {ours}", remedy)
+    for pattern, explanation, remedy in _WORDS:
+        if pattern in problem:
+            return RequestError(f"the JSON Schema cannot be obeyed: {explanation}", remedy)
     return RequestError(f"the JSON Schema cannot be obeyed: {_short(problem)}", _remedy(problem))
 
 

@@ -91,11 +91,11 @@ class GenerateCall:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> GenerateCall:
+    def from_json(cls, fields: Mapping[str, Any]) -> GenerateCall:
         """The call that `as_json` said."""
-        sampling = Sampling(**{**said["sampling"], "stop": tuple(said["sampling"].get("stop", ()))})
-        lists = {name: tuple(said.get(name, ())) for name in ("messages", "tools")}
-        return cls(**{**said, **lists, "sampling": sampling})
+        sampling = Sampling(**{**fields["sampling"], "stop": tuple(fields["sampling"].get("stop", ()))})
+        lists = {name: tuple(fields.get(name, ())) for name in ("messages", "tools")}
+        return cls(**{**fields, **lists, "sampling": sampling})
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def event_as_json(event: Event) -> dict[str, Any]:
     return {"event": _EVENT_NAMES[type(event)], **asdict(event)}
 
 
-def event_from_json(said: Mapping[str, Any]) -> Event:
+def event_from_json(payload: Mapping[str, Any]) -> Event:
     """The event that `event_as_json` said."""
-    fields = {key: value for key, value in said.items() if key != "event"}
+    fields = {key: value for key, value in payload.items() if key != "event"}
     if "logprobs" in fields:
         fields["logprobs"] = tuple(
             Logprob(item["token"], item["logprob"], tuple((token, value) for token, value in item["top"]))
@@ -160,7 +160,7 @@ def event_from_json(said: Mapping[str, Any]) -> Event:
         )
     if "tool_calls" in fields:
         fields["tool_calls"] = tuple(fields["tool_calls"])
-    return _EVENTS[said["event"]](**fields)
+    return _EVENTS[payload["event"]](**fields)
 
 
 class TextEmbedding(NamedTuple):

@@ -50,18 +50,18 @@ def sampling_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Te
     if bool((ordered.sum(-1) < sampling.top_p).any()):
         ordered, order = probabilities.sort(-1, descending=True)
     # a token stays if the mass before it is below top_p, so the most likely one always stays
-    is_gone = ordered.cumsum(-1) - ordered >= sampling.top_p
-    is_gone[..., 0] = False  # a top_p that is 0 in fp32 would leave none
-    ordered[is_gone] = 0
+    is_dropped = ordered.cumsum(-1) - ordered >= sampling.top_p
+    is_dropped[..., 0] = False  # a top_p that is 0 in fp32 would leave none
+    ordered[is_dropped] = 0
     return torch.zeros_like(probabilities).scatter(-1, order, ordered)
 
 
-def sample_token(probabilities: torch.Tensor, drawn_with: torch.Generator) -> int:
+def sample_token(probabilities: torch.Tensor, generator: torch.Generator) -> int:
     """A token by (V,) probabilities on the CPU, by one number; torch.multinomial takes V of them, a millisecond a token."""
     sums = probabilities.cumsum(-1, dtype=torch.float64)
-    place = torch.searchsorted(sums, torch.rand(1, generator=drawn_with, dtype=torch.float64) * sums[-1], right=True)
+    index = torch.searchsorted(sums, torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1], right=True)
     # a product that rounds up to the whole sum points behind the last token
-    return int(place) if int(place) < len(sums) else int(probabilities.nonzero()[-1])
+    return int(index) if int(index) < len(sums) else int(probabilities.nonzero()[-1])
 
 
 def prompt_generator(sampling: Sampling, prompt: int = 0) -> torch.Generator:
@@ -84,8 +84,8 @@ class Chooser:
         else:
             probabilities = sampling_probabilities(logits, self.sampling)
             tokens = [sample_token(row, self.generators[prompt]) for row, prompt in zip(probabilities, alive, strict=True)]
-        own = logits.float().log_softmax(-1)[range(len(tokens)), tokens]
-        for prompt, logprob in zip(alive, own.tolist(), strict=True):
+        row_logprobs = logits.float().log_softmax(-1)[range(len(tokens)), tokens]
+        for prompt, logprob in zip(alive, row_logprobs.tolist(), strict=True):
             self.logprobs[prompt].append(logprob)
         return tokens
 
@@ -96,8 +96,8 @@ class Chooser:
 
 def context_tokens(model: Any) -> int | None:
     """Positions of a prompt and its reply together; None where the model does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
 
 
 def generate(
@@ -143,17 +143,17 @@ def _by_own_forward(
     media = native_media(model)
     if media is None:
         return {}
-    inside, result = without_peft(model), {}
+    base_model, result = without_peft(model), {}
     reply = whisper_base.reply if isinstance(media, whisper_base.WhisperMedia) else native_replies.reply
     for row, prompt in enumerate(prompts):
-        if native_replies.is_plain(inside, media, prompt):
+        if native_replies.is_plain(base_model, media, prompt):
             continue
 
         def chosen(logits: torch.Tensor, row: int = row) -> int:
             _check_finite(logits)
             return choose(logits, [row])[0]
 
-        ids = reply(inside, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
+        ids = reply(base_model, media, prompt, stop, pad, choose.sampling.max_tokens, chosen)
         has_ended = bool(ids) and ids[-1] in set(stop)
         result[row] = choose.ended(row, ids[:-1] if has_ended else ids, "stop" if has_ended else "length")
     return result
@@ -179,30 +179,30 @@ def _generate_batch(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     cache_argument = cache_name(model)
-    written: dict[int, list[int]] = {row: [] for row in prompts}
-    done: dict[int, Generation] = {}
+    reply_ids: dict[int, list[int]] = {row: [] for row in prompts}
+    generations: dict[int, Generation] = {}
     while alive:
         arguments = {cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
         _check_finite(logits)
         tokens = choose(logits, alive)
         keep = []
-        for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
+        for batch_index, (row, token) in enumerate(zip(alive, tokens, strict=True)):
             if token not in stop:
-                written[row].append(token)
-            if token in stop or len(written[row]) >= choose.sampling.max_tokens:
-                done[row] = choose.ended(row, written[row], "stop" if token in stop else "length")
+                reply_ids[row].append(token)
+            if token in stop or len(reply_ids[row]) >= choose.sampling.max_tokens:
+                generations[row] = choose.ended(row, reply_ids[row], "stop" if token in stop else "length")
             else:
-                keep.append(place)
+                keep.append(batch_index)
         if len(keep) < len(alive) and keep:
             index = torch.tensor(keep, device=device)
             cache.batch_select_indices(index)
             mask, positions = mask[index], positions[index]
-        alive = [alive[place] for place in keep]
-        ids = torch.tensor([[tokens[place]] for place in keep], device=device)
+        alive = [alive[batch_index] for batch_index in keep]
+        ids = torch.tensor([[tokens[batch_index]] for batch_index in keep], device=device)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return done
+    return generations
 
 
 def cache_name(model: Any) -> str:

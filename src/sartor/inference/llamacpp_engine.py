@@ -70,9 +70,9 @@ def open_base_file(path: Path, config: Mapping[str, Any]) -> BaseFile:
     head = read_head(path)
     kind = str(head.metadata.get("general.architecture", ""))
     for key, option in (("block_count", "num_hidden_layers"), ("embedding_length", "hidden_size")):
-        if (found := head.metadata.get(f"{kind}.{key}")) != config.get(option):
+        if (size := head.metadata.get(f"{kind}.{key}")) != config.get(option):
             raise ModelError(
-                f"{path} has {kind}.{key} {found}, and the base has {option} {config.get(option)}",
+                f"{path} has {kind}.{key} {size}, and the base has {option} {config.get(option)}",
                 "engine.gguf: a file of this base",
             )
     names = {int(kind): kind.name.removeprefix("MOSTLY_").lower() for kind in gguf.LlamaFileType}
@@ -93,18 +93,18 @@ def f16_file(ref: model_refs.BaseRef) -> Path:
         if not file.is_file():
             opened = open_base(ref.name, bits=32, device=torch.device("cpu"))
             rows = opened.model.get_input_embeddings().weight.shape[0]
-            about = gguf_writer.GgufMetadata(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
-            gguf_writer.write_model_gguf(opened.model, gguf_writer.from_chat(opened.chat, rows), about, file)
+            metadata = gguf_writer.GgufMetadata(ref.path.name, ref.digest[:12], ref.licence, opened.chat.template)
+            gguf_writer.write_model_gguf(opened.model, gguf_writer.from_chat(opened.chat, rows), metadata, file)
     return file
 
 
 def check_tokens(inner: LlamaCppServer, chat: ChatTokenizer) -> None:
     """Raises ModelError unless token ids mean to the server what they mean to the base's own tokenizer."""
     ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
-    said = inner.ask("/detokenize", {"tokens": ids}).get("content")
-    if str(said).strip() != _PROBE.strip():
+    text = inner.ask("/detokenize", {"tokens": ids}).get("content")
+    if str(text).strip() != _PROBE.strip():
         raise ModelError(
-            f"the GGUF file's tokenizer reads {said!r} where the base's wrote {_PROBE!r}", "engine.gguf: a file of this base"
+            f"the GGUF file's tokenizer reads {text!r} where the base's wrote {_PROBE!r}", "engine.gguf: a file of this base"
         )
 
 
@@ -151,7 +151,7 @@ class LlamaCppEngine(StreamEngine):
     def detach(self, adapter: str) -> None:
         """Forget an adapter; the inner server drops it when it next starts."""
         if file := self._adapters.pop(adapter, None):
-            self.fail(adapter, _gone())
+            self.fail(adapter, _detached_error())
             file.unlink()
 
     def open_reply(self, call: GenerateCall) -> StreamedReply:
@@ -169,21 +169,21 @@ class LlamaCppEngine(StreamEngine):
             self._restart()
             if adapter not in self._loaded:  # it did not start with this one, whose calls have failed
                 return False
-        taken = {other.seat for other in self.live}
-        free = [seat for seat in range(self.rows) if seat not in taken]
-        reply.seat = next((seat for seat in free if self._slots[seat] == adapter), free[0])
-        self._slots[reply.seat] = adapter
+        used_slots = {other.slot for other in self.live}
+        free = [slot for slot in range(self.rows) if slot not in used_slots]
+        reply.slot = next((slot for slot in free if self._slots[slot] == adapter), free[0])
+        self._slots[reply.slot] = adapter
         return True
 
     def _restart(self) -> None:
         """With every attached adapter. If it does not start, without those that are new, whose calls fail."""
-        before = [adapter for adapter in self._loaded if adapter in self._adapters]
+        previous = [adapter for adapter in self._loaded if adapter in self._adapters]
         self._inner = None
         try:
             self._start(list(self._adapters))
         except ModelError as error:
-            self._start(before)
-            for adapter in set(self._adapters) - set(before):
+            self._start(previous)
+            for adapter in set(self._adapters) - set(previous):
                 self._adapters.pop(adapter).unlink()
                 self.fail(adapter, error)
 
@@ -195,15 +195,15 @@ class LlamaCppEngine(StreamEngine):
         """See StreamEngine."""
         inner, body = self._inner, self._body(reply)
         if inner is None or (reply.call.adapter != BASE and reply.call.adapter not in self._loaded):
-            raise _gone()
+            raise _detached_error()
         try:
             async with self.client.stream("POST", inner.address + "/completion", json=body, headers=inner.headers) as response:
                 if response.status_code != 200:
-                    raise _refused(await response.aread())
-                async for said in events_of(response):
-                    for event in self._events(reply, said):
+                    raise _server_error(await response.aread())
+                async for fields in events_of(response):
+                    for event in self._events(reply, fields):
                         yield event
-                    if reply.ended:
+                    if reply.is_ended:
                         return
         except httpx.HTTPError as error:
             raise UnavailableError(f"llama.cpp's server broke off: {str(error) or type(error).__name__}", "ask again") from None
@@ -216,7 +216,7 @@ class LlamaCppEngine(StreamEngine):
             "stream": True,
             "repeat_last_n": MOST_CONTEXT,
             "prompt": reply.prompt,
-            "id_slot": reply.seat,
+            "id_slot": reply.slot,
             "lora": [{"id": index, "scale": float(adapter == call.adapter)} for index, adapter in enumerate(self._loaded)],
             "n_predict": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -233,30 +233,30 @@ class LlamaCppEngine(StreamEngine):
             body["json_schema"] = {**json.loads(schema), "x-guidance": {"whitespace_flexible": False}}
         return body
 
-    def _events(self, reply: StreamedReply, said: Mapping[str, Any]) -> list[Event]:
+    def _events(self, reply: StreamedReply, fields: Mapping[str, Any]) -> list[Event]:
         """What one of the server's events tells. Raises ModelError for a token that leaves the schema."""
-        if "error" in said:
-            raise _refused(json.dumps(said).encode())
+        if "error" in fields:
+            raise _server_error(json.dumps(fields).encode())
         try:
-            text, written = str(said["content"]), int(said["tokens_predicted"])
-            logprobs = tuple(_logprob(item, reply.call.top_logprobs) for item in said.get("completion_probabilities") or ())
-            stopped = any(int(token) in self._reader.chat.stops for token in said.get("tokens") or ())
-            reply.cached = int((said.get("timings") or {}).get("cache_n", reply.cached))
+            text, predicted_tokens = str(fields["content"]), int(fields["tokens_predicted"])
+            logprobs = tuple(_logprob(item, reply.call.top_logprobs) for item in fields.get("completion_probabilities") or ())
+            stopped = any(int(token) in self._reader.chat.stops for token in fields.get("tokens") or ())
+            reply.cached = int((fields.get("timings") or {}).get("cache_n", reply.cached))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnavailableError(
                 f"llama.cpp's server sent an event of another form: {error!r}", "check its version"
             ) from None
-        if said.get("stop"):  # its logprobs are those of the whole reply, told before
-            ended = reply.end(_ENDS.get(str(said.get("stop_type")), "stop"))
-            return [reply.piece(text), *ended] if text else ended
-        piece = reply.piece(text, max(written - stopped - reply.tokens, 0), logprobs)
+        if fields.get("stop"):  # its logprobs are those of the whole reply, told before
+            end_events = reply.end(_ENDS.get(str(fields.get("stop_type")), "stop"))
+            return [reply.piece(text), *end_events] if text else end_events
+        piece = reply.piece(text, max(predicted_tokens - stopped - reply.tokens, 0), logprobs)
         return [piece, *reply.end("stop")] if stopped else [piece]
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """See Engine. All at once: what is opened for it is not kept."""
         ids = [self._reader.text(text) for text in texts]
-        found = embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, self._reader.context_tokens))
-        yield from (TextEmbedding(values, len(read)) for values, read in zip(found, ids, strict=True))
+        vectors = embeddings(self._base.path, ids, Bounds(1, self._bounds.threads, self._reader.context_tokens))
+        yield from (TextEmbedding(values, len(prompt)) for values, prompt in zip(vectors, ids, strict=True))
 
     def close(self) -> None:
         """See Engine."""
@@ -275,31 +275,31 @@ def open_engine(base: str, *, gguf: str = "", rows: int = 4, waiting: int = 256,
     return LlamaCppEngine(reader, file, Bounds(rows, threads, reader.context_tokens), waiting)
 
 
-def _file_of(ref: model_refs.BaseRef, given: str) -> Path:
+def _file_of(ref: model_refs.BaseRef, gguf_file: str) -> Path:
     """The base's GGUF file: the given one, the one that the base was converted from, or one that is made."""
-    if given:
-        if not Path(given).is_file():
-            raise ModelError(f"there is no file {given}", "engine.gguf: a GGUF file of the base")
-        return Path(given)
+    if gguf_file:
+        if not Path(gguf_file).is_file():
+            raise ModelError(f"there is no file {gguf_file}", "engine.gguf: a GGUF file of the base")
+        return Path(gguf_file)
     return model_refs.source_gguf(ref) if ref.gguf or ref.name == model_refs.STARTER else f16_file(ref)
 
 
-def _logprob(item: Mapping[str, Any], most: int) -> Logprob:
+def _logprob(item: Mapping[str, Any], max_top: int) -> Logprob:
     top = tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())
-    return Logprob(str(item["token"]), float(item["logprob"]), top[:most])
+    return Logprob(str(item["token"]), float(item["logprob"]), top[:max_top])
 
 
-def _gone() -> ModelError:
+def _detached_error() -> ModelError:
     return ModelError("the adapter was taken out of service", "ask for another version")
 
 
-def _refused(said: bytes) -> RequestError | UnavailableError:
+def _server_error(body: bytes) -> RequestError | UnavailableError:
     """The error in a server's answer: the client's fault where its code says so."""
     try:
-        error = json.loads(said)["error"]
+        error = json.loads(body)["error"]
         code, message = int(error["code"]), str(error["message"])[:300]
     except (ValueError, KeyError, TypeError):
-        code, message = 500, repr(said[:200])
+        code, message = 500, repr(body[:200])
     if 400 <= code < 500:
         return RequestError(f"llama.cpp refuses the call: {message}", "change the request")
     return UnavailableError(f"llama.cpp's server failed: {message}", "ask again")

@@ -72,10 +72,10 @@ def embeddings(file: Path, prompts: Sequence[Sequence[int]], bounds: Bounds) -> 
     params.n_batch = params.n_ubatch = bounds.context_tokens
     params.embedding = True
     params.pooling_type = _library().llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-    said = _started(params).handle_embeddings({"input": [list(prompt) for prompt in prompts]})
-    if "data" not in said:
-        raise ModelError(f"llama.cpp gives no embeddings of {file}: {said}", "router: {encoder: minilm}")
-    return [list(row["embedding"]) for row in sorted(said["data"], key=lambda row: int(row["index"]))]
+    reply = _started(params).handle_embeddings({"input": [list(prompt) for prompt in prompts]})
+    if "data" not in reply:
+        raise ModelError(f"llama.cpp gives no embeddings of {file}: {reply}", "router: {encoder: minilm}")
+    return [list(row["embedding"]) for row in sorted(reply["data"], key=lambda row: int(row["index"]))]
 
 
 def _library() -> Any:

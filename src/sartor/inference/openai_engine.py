@@ -49,9 +49,9 @@ class RemoteModelInfo:
 
     def name_of(self, adapter: str, path: Path) -> str:
         """The name of an adapter that is served under its digest, or from this path; "" for one that is not."""
-        at = path.resolve()
+        resolved = path.resolve()
         return next(
-            (name for name, root in self.adapters.items() if name == adapter or (root and Path(root).resolve() == at)), ""
+            (name for name, root in self.adapters.items() if name == adapter or (root and Path(root).resolve() == resolved)), ""
         )
 
 
@@ -105,10 +105,10 @@ class OpenAiServer:
         """Raises ModelError where token ids mean something else to the server. Not all have a route that says it."""
         ids = list(chat.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
         try:
-            said = self._ask("POST", "/detokenize", {"model": base, "tokens": ids}, beside=True)
+            fields = self._ask("POST", "/detokenize", {"model": base, "tokens": ids}, beside=True)
         except SartorError:
             return
-        text = str(said.get("prompt", said.get("content", _PROBE)))
+        text = str(fields.get("prompt", fields.get("content", _PROBE)))
         if text.strip() != _PROBE.strip():
             raise ModelError(
                 f"{self.url} reads {text!r} where the base's tokenizer wrote {_PROBE!r}", "serve the team's base there"
@@ -126,8 +126,8 @@ class OpenAiServer:
         """A vector of unit length per text."""
         try:
             rows = self._ask("POST", "/embeddings", {"model": base, "input": list(texts)})["data"]
-            found = [[float(value) for value in row["embedding"]] for row in sorted(rows, key=lambda row: int(row["index"]))]
-            return [[value / math.hypot(*vector) for value in vector] for vector in found]
+            vectors = [[float(value) for value in row["embedding"]] for row in sorted(rows, key=lambda row: int(row["index"]))]
+            return [[value / math.hypot(*vector) for value in vector] for vector in vectors]
         except (RequestError, ModelError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UnavailableError(f"{self.url} gives no embeddings: {error}", "router: {encoder: minilm}") from None
 
@@ -146,9 +146,9 @@ class OpenAiServer:
         return json_object(response.content) if response.headers.get("content-type", "").startswith("application/json") else {}
 
 
-def to_sartor_error(status: int, said: bytes, url: str) -> SartorError:
+def to_sartor_error(status: int, body: bytes, url: str) -> SartorError:
     """A server's error as ours: the client's where the request is wrong, never the client's where our key or the server is."""
-    problem = f"{url} answers {status}: {_message(said)}"
+    problem = f"{url} answers {status}: {_message(body)}"
     if status in (401, 403):
         return UnavailableError(problem, "engine.key_env: the variable that holds the server's key")
     if status == 404:
@@ -158,13 +158,13 @@ def to_sartor_error(status: int, said: bytes, url: str) -> SartorError:
     return RequestError(problem, "change the request") if 400 <= status < 500 else UnavailableError(problem, "ask again")
 
 
-def _message(said: bytes) -> str:
+def _message(body: bytes) -> str:
     try:
-        read = json.loads(said)
-        error = read.get("error", read)
+        fields = json.loads(body)
+        error = fields.get("error", fields)
         return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
     except (ValueError, AttributeError, RecursionError):
-        return said[:200].decode(errors="replace")
+        return body[:200].decode(errors="replace")
 
 
 MOST_CONTEXT = 1 << 20
@@ -183,7 +183,7 @@ class RemoteEngine(StreamEngine):
         server.check_tokens(self._served.base, reader.chat)
         self._names = {BASE: self._served.base}
         # a llama-server answers a call that names no adapter from what a slot last read, with whatever adapter
-        self._zeros = [{"id": place, "scale": 0.0} for place in self._ids_of_llamacpp()]
+        self._zeros = [{"id": adapter_id, "scale": 0.0} for adapter_id in self._ids_of_llamacpp()]
         super().__init__(rows, waiting)
 
     def _ids_of_llamacpp(self) -> list[int]:
@@ -232,14 +232,14 @@ class RemoteEngine(StreamEngine):
         """See StreamEngine. A server that cannot be reached or is busy is asked again, until the first event is there."""
         body = {"model": self._names.get(reply.call.adapter, ""), **self._body(reply)}
         for attempt in range(TRIES):
-            begun = False
+            has_event = False
             try:
                 async for event in self._read_once(reply, body):
-                    begun = True
+                    has_event = True
                     yield event
                 return
             except (UnavailableError, BusyError):
-                if begun or attempt == TRIES - 1:
+                if has_event or attempt == TRIES - 1:
                     raise
             await asyncio.sleep(BACKOFF_S * 2**attempt)
 
@@ -250,11 +250,11 @@ class RemoteEngine(StreamEngine):
             async with self.client.stream("POST", url, json=body, headers=server.headers, timeout=timeout) as response:
                 if response.status_code != 200:
                     raise to_sartor_error(response.status_code, await response.aread(), server.url)
-                async for said in events_of(response):
-                    if "error" in said:
-                        raise to_sartor_error(500, json.dumps(said).encode(), server.url)
-                    piece, ended = _read(reply, said)
-                    finish = ended or finish
+                async for fields in events_of(response):
+                    if "error" in fields:
+                        raise to_sartor_error(500, json.dumps(fields).encode(), server.url)
+                    piece, finish_reason = _read(reply, fields)
+                    finish = finish_reason or finish
                     if piece:
                         yield piece
         except httpx.HTTPError as error:
@@ -286,28 +286,28 @@ class RemoteEngine(StreamEngine):
         if call.top_logprobs >= 0:
             body["logprobs"] = max(call.top_logprobs, 1)
         if schema := reply_schema(call):
-            read = json.loads(schema)
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": read}}
+            schema_fields = json.loads(schema)
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema_fields}}
             if self._served.kind in ("sglang", "llamacpp"):
-                body["json_schema"] = schema if self._served.kind == "sglang" else read
+                body["json_schema"] = schema if self._served.kind == "sglang" else schema_fields
         return body
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
         """See Engine. UnavailableError where the server gives none: few that serve a language model do."""
         tokens = [len(self._reader.text(text)) for text in texts]
-        found = self._server.embeddings(self._served.base, texts)
-        yield from map(TextEmbedding, found, tokens)
+        vectors = self._server.embeddings(self._served.base, texts)
+        yield from map(TextEmbedding, vectors, tokens)
 
 
-def _read(reply: StreamedReply, said: Mapping[str, Any]) -> tuple[TextDelta | None, str]:
+def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | None, str]:
     """What one event tells: more of the reply, and why it ended ("" while it goes on)."""
     try:
-        if usage := said.get("usage"):
+        if usage := fields.get("usage"):
             reply.cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
             reply.tokens = int(usage["completion_tokens"])
-        if not said.get("choices"):
+        if not fields.get("choices"):
             return None, ""
-        choice = said["choices"][0]
+        choice = fields["choices"][0]
         text, logprobs = str(choice["text"]), _logprobs(choice.get("logprobs") or {}, reply.call.top_logprobs)
         finish = str(choice.get("finish_reason") or "")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -315,24 +315,24 @@ def _read(reply: StreamedReply, said: Mapping[str, Any]) -> tuple[TextDelta | No
     return (reply.piece(text, len(logprobs) or 1, logprobs), finish) if text or logprobs else (None, finish)
 
 
-def _logprobs(said: Mapping[str, Any], most: int) -> tuple[Logprob, ...]:
+def _logprobs(fields: Mapping[str, Any], max_top: int) -> tuple[Logprob, ...]:
     """In the form of OpenAI's completions (vLLM, SGLang), or of its chat (llama-server)."""
-    if "content" in said:
+    if "content" in fields:
         return tuple(
             Logprob(
                 str(item["token"]),
                 float(item["logprob"]),
                 tuple((str(other["token"]), float(other["logprob"])) for other in item.get("top_logprobs") or ())[
-                    : max(most, 0)
+                    : max(max_top, 0)
                 ],
             )
-            for item in said["content"] or ()
+            for item in fields["content"] or ()
         )
-    tokens, values = said.get("tokens") or (), said.get("token_logprobs") or ()
-    tops = said.get("top_logprobs") or [None] * len(tokens)
+    tokens, values = fields.get("tokens") or (), fields.get("token_logprobs") or ()
+    tops = fields.get("top_logprobs") or [None] * len(tokens)
     return tuple(
         Logprob(
-            str(token), float(value), tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(most, 0)]
+            str(token), float(value), tuple((str(name), float(other)) for name, other in (top or {}).items())[: max(max_top, 0)]
         )
         for token, value, top in zip(tokens, values, tops, strict=False)
     )

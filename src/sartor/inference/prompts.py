@@ -64,17 +64,17 @@ def _rendering(chat: ChatTokenizer, call: GenerateCall, messages: Sequence[Messa
     return _rendered(chat, [_noted(plain, note, "system"), _noted(plain, note, "user")] if note else [plain])
 
 
-def prompt_ids(chat: ChatTokenizer, call: GenerateCall, most_tokens: int) -> list[int]:
+def prompt_ids(chat: ChatTokenizer, call: GenerateCall, max_tokens: int) -> list[int]:
     """What the model reads, as token ids. A raw text begins with bos where the tokenizer has one of its own, as in pretraining.
 
-    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `most_tokens`, which is
+    Raises RequestError as `prompt_text` does, for a prompt of no tokens, and for one far longer than `max_tokens`, which is
     not read to its end; a little longer ones are for the caller to refuse.
     """
     messages = _messages(chat, call)
     rendering = _rendering(chat, call, messages)
-    _check_length(chat, chat.markup.opened(rendering), most_tokens)
+    _check_length(chat, chat.markup.opened(rendering), max_tokens)
     try:
-        ids = chat.tokens(rendering, chat.seen(messages))
+        ids = chat.tokens(rendering, chat.media_ids(messages))
     except SourceError as error:  # media that cannot be read, or that this base does not read
         raise RequestError(error.problem, error.remedy) from None
     bos = chat.tokenizer.bos_token_id
@@ -85,23 +85,23 @@ def prompt_ids(chat: ChatTokenizer, call: GenerateCall, most_tokens: int) -> lis
     return ids
 
 
-def _check_length(chat: ChatTokenizer, opened: Opened, most_tokens: int) -> None:
+def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
     """Raises RequestError as soon as parts of a text have far more tokens than there is room for.
 
     Tokenising is what a prompt costs before it can be refused, and whoever waits for the engine waits for it. A cut takes
     one token apart, into as many as it has characters: so many are forgiven for each.
     """
-    text, size, found = opened.text, FIRST_CHARACTERS * most_tokens, 0
-    if len(opened.cuts) > most_tokens:  # each begins a token
+    text, size, n_tokens = opened.text, FIRST_CHARACTERS * max_tokens, 0
+    if len(opened.cuts) > max_tokens:  # each begins a token
         raise RequestError(f"the prompt spells control tokens {len(opened.cuts)} times", "take them out of the texts")
     if len(text) <= size:
         return
     for start in range(0, len(text), size):
-        found += len(chat.tokenizer(text[start : start + size], add_special_tokens=False)["input_ids"])
-        if found - (start // size + 1) * chat.longest > most_tokens:
+        n_tokens += len(chat.tokenizer(text[start : start + size], add_special_tokens=False)["input_ids"])
+        if n_tokens - (start // size + 1) * chat.longest > max_tokens:
             raise RequestError(
-                f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {found} tokens "
-                f"already; prompt and reply together may have {most_tokens}",
+                f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {n_tokens} tokens "
+                f"already; prompt and reply together may have {max_tokens}",
                 "shorten the prompt",
             )
 
@@ -118,10 +118,10 @@ def writes_tools(chat: ChatTokenizer) -> bool:
         return False
 
 
-def _rendered(chat: ChatTokenizer, ways: Sequence[Sequence[Message]], tools: str = "") -> str:
+def _rendered(chat: ChatTokenizer, candidates: Sequence[Sequence[Message]], tools: str = "") -> str:
     """The first of several ways to write the messages that the template takes."""
     problem = ""
-    for messages in ways:
+    for messages in candidates:
         try:
             return chat.write(messages, tools=tools, reply_next=True)
         except SourceError as error:
@@ -131,75 +131,75 @@ def _rendered(chat: ChatTokenizer, ways: Sequence[Sequence[Message]], tools: str
 
 def _messages(chat: ChatTokenizer, call: GenerateCall) -> list[Message]:
     """The turns of a request; reasoning in the text of earlier replies is in its field, as in rows: templates leave it out."""
-    messages = [_message(said, index) for index, said in enumerate(call.messages)]
+    messages = [_message(fields, index) for index, fields in enumerate(call.messages)]
     return [with_reasoning(message, chat.markup.spelt) if message.role == "assistant" else message for message in messages]
 
 
-def _message(said: Any, place: int) -> Message:
+def _message(fields: Any, index: int) -> Message:
     """A turn of a request. Raises RequestError where its form is not OpenAI's."""
-    role = said.get("role") if isinstance(said, Mapping) else None
+    role = fields.get("role") if isinstance(fields, Mapping) else None
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        raise RequestError(f"messages[{place}] has the role {role!r:.80}; roles are {', '.join(ROLES)}", _REMEDY)
-    name, answers = said.get("name") or "", said.get("tool_call_id") or ""
-    if not isinstance(name, str) or not isinstance(answers, str):
-        raise RequestError(f"messages[{place}] has a name or tool_call_id that is no text", _REMEDY)
-    calls, reasoning = _calls(said.get("tool_calls"), place), said.get("reasoning_content")
-    content = _content(said.get("content"), place, bool(calls))
-    return Message(role, content, name, calls, answers, reasoning if isinstance(reasoning, str) else "")
+        raise RequestError(f"messages[{index}] has the role {role!r:.80}; roles are {', '.join(ROLES)}", _REMEDY)
+    name, tool_call_id = fields.get("name") or "", fields.get("tool_call_id") or ""
+    if not isinstance(name, str) or not isinstance(tool_call_id, str):
+        raise RequestError(f"messages[{index}] has a name or tool_call_id that is no text", _REMEDY)
+    calls, reasoning = _calls(fields.get("tool_calls"), index), fields.get("reasoning_content")
+    content = _content(fields.get("content"), index, bool(calls))
+    return Message(role, content, name, calls, tool_call_id, reasoning if isinstance(reasoning, str) else "")
 
 
-def _content(content: Any, place: int, may_lack: bool) -> tuple[Part, ...]:
+def _content(content: Any, index: int, may_lack: bool) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (Part("text", content),)
     if content is None and may_lack:
         return (Part("text"),)
     if not isinstance(content, list | tuple):
-        raise RequestError(f"messages[{place}] has a content of type {type(content).__name__}", _REMEDY)
-    return tuple(_part(part, place) for part in content)
+        raise RequestError(f"messages[{index}] has a content of type {type(content).__name__}", _REMEDY)
+    return tuple(_part(part, index) for part in content)
 
 
-def _part(said: Any, place: int) -> Part:
-    kind = said.get("type") if isinstance(said, Mapping) else None
+def _part(part: Any, index: int) -> Part:
+    kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
-        if not isinstance(text := said.get("text"), str):
-            raise RequestError(f"messages[{place}] holds a part without text", '{"type": "text", "text": "..."}')
+        if not isinstance(text := part.get("text"), str):
+            raise RequestError(f"messages[{index}] holds a part without text", '{"type": "text", "text": "..."}')
         return Part("text", text)
-    if not is_media(said):
-        problem = f"messages[{place}] holds a part of type {kind!r:.80}; known are text, image_url and input_audio"
+    if not is_media(part):
+        problem = f"messages[{index}] holds a part of type {kind!r:.80}; known are text, image_url and input_audio"
         raise RequestError(problem, '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}')
-    medium, url = MEDIA[said["type"]], url_in(said)
+    medium, url = MEDIA[part["type"]], url_in(part)
     if not url:
-        problem = f"the {medium} in messages[{place}] is no data URL, and nothing is fetched for a request"
+        problem = f"the {medium} in messages[{index}] is no data URL, and nothing is fetched for a request"
         raise RequestError(problem, f"send the bytes: data:{medium}/...;base64,...")
     return Part(medium, media=url)
 
 
-def _calls(said: Any, place: int) -> str:
+def _calls(tool_calls: Any, index: int) -> str:
     """Earlier tool calls as JSON, their arguments as the mappings that templates expect; "" for none."""
-    if not said:
+    if not tool_calls:
         return ""
     calls = []
-    for call in said if isinstance(said, list | tuple) else [None]:
+    for call in tool_calls if isinstance(tool_calls, list | tuple) else [None]:
         if not isinstance(call, Mapping) or not isinstance(function := call.get("function"), Mapping):
-            raise _wrong_call(place)
+            raise _wrong_call(index)
         if not isinstance(function.get("name"), str):
-            raise _wrong_call(place)
+            raise _wrong_call(index)
         calls.append({**call, "function": {**function, "arguments": _mapping(function.get("arguments"))}})
     return json.dumps(calls)
 
 
-def _wrong_call(place: int) -> RequestError:
-    return RequestError(f"messages[{place}] has a tool call without a function's name", "send tool_calls as they were replied")
+def _wrong_call(index: int) -> RequestError:
+    return RequestError(f"messages[{index}] has a tool call without a function's name", "send tool_calls as they were replied")
 
 
 def _mapping(arguments: Any) -> Any:
     """Arguments as the mapping that their text says; as they are where it says none."""
     try:
-        read = json.loads(arguments) if isinstance(arguments, str) else arguments
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return arguments
-    return read if isinstance(read, Mapping) else arguments
+    return value if isinstance(value, Mapping) else arguments
 
 
 def _with_text_arguments(message: Message) -> Message:
@@ -215,18 +215,18 @@ def _with_text_arguments(message: Message) -> Message:
 def _in_plain_turns(messages: Sequence[Message]) -> list[Message]:
     """Calls and what tools returned, as text of assistant and user turns; neighbouring returns in one turn."""
     turns: list[Message] = []
-    returns = False
+    is_tool_result = False
     for message in messages:
         text = message.text
         if message.role == "tool":
             text = f"<tool_response>\n{text}\n</tool_response>"
-            if returns:
+            if is_tool_result:
                 text = f"{turns.pop().text}\n{text}"
         if message.tool_calls:
             text = f"{text}\n{calls_as_text(message.tool_calls)}".lstrip("\n")
-        returns = message.role == "tool"
+        is_tool_result = message.role == "tool"
         media = any(part.kind != "text" for part in message.content)
-        turns.append(message if media else Message.of("user" if returns else message.role, text))
+        turns.append(message if media else Message.of("user" if is_tool_result else message.role, text))
     return turns
 
 
@@ -252,9 +252,9 @@ class PromptReader:
     context_tokens: int
     _grammar: Grammar | None = None
 
-    def within(self, most_tokens: int) -> PromptReader:
+    def within(self, max_tokens: int) -> PromptReader:
         """The same with a context of at most so many tokens; 0 is no limit."""
-        return replace(self, context_tokens=min(self.context_tokens, most_tokens or self.context_tokens))
+        return replace(self, context_tokens=min(self.context_tokens, max_tokens or self.context_tokens))
 
     def prompt(self, call: GenerateCall) -> list[int]:
         """Token ids of a call's prompt. Raises RequestError for one that is malformed or leaves no room for a reply."""
@@ -287,7 +287,7 @@ class PromptReader:
         return self._grammar.constraint(schema, loose=loose)
 
 
-def open_reader(base: str, most_tokens: int) -> PromptReader:
+def open_reader(base: str, max_tokens: int) -> PromptReader:
     """Return the reader of the base that a name means.
 
     Raises what `model_refs.locate_base` and `open_chat` do, ModelError for a config that is not whole.
@@ -301,7 +301,7 @@ def open_reader(base: str, most_tokens: int) -> PromptReader:
         int(config["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{ref.path / 'config.json'} is not whole: {error}", "restore it from a copy") from None
-    return PromptReader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, most_tokens))
+    return PromptReader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, max_tokens))
 
 
 def _generation(path: Path) -> Any:

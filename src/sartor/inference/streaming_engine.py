@@ -32,15 +32,15 @@ _LONGEST = 1 << 22  # bytes of one event
 class StreamedReply:
     """One reply as it is read: its call, its prompt's token ids, what it must obey, and what has come of it.
 
-    seat: which of the server's places it has, for engines that give them out.
+    slot: which of the server's places it has, for engines that give them out.
     """
 
     def __init__(self, call: GenerateCall, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
         self.call = call
         self.prompt = list(prompt)
         self.constraint = constraint
-        self.seat = 0
-        self.ended = False
+        self.slot = 0
+        self.is_ended = False
         self.tokens = 0
         self.cached = 0
         self._reader = CallReader(call)
@@ -48,10 +48,10 @@ class StreamedReply:
     def piece(self, text: str, tokens: int = 0, logprobs: tuple[Logprob, ...] = ()) -> TextDelta:
         """More of it."""
         self.tokens += tokens
-        self._obey(text)
+        self._check_schema(text)
         return TextDelta(self.call.id, self._reader.feed(text), tokens, logprobs)
 
-    def _obey(self, text: str) -> None:
+    def _check_schema(self, text: str) -> None:
         """Raises ModelError where the server left the schema: it did not know it, or read it otherwise."""
         try:
             if self.constraint is not None:
@@ -61,21 +61,21 @@ class StreamedReply:
 
     def end(self, finish: Finish) -> list[Event]:
         """Its last events."""
-        self.ended = True
-        rest, calls = self._reader.end()
-        done = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
-        return [TextDelta(self.call.id, rest), done] if rest and finish != "cancelled" else [done]
+        self.is_ended = True
+        rest_text, calls = self._reader.end()
+        done_event = ReplyDone(self.call.id, finish, len(self.prompt), self.tokens, self.cached, calls)
+        return [TextDelta(self.call.id, rest_text), done_event] if rest_text and finish != "cancelled" else [done_event]
 
 
 class StreamEngine(ABC):
     """The part of an Engine that is the same whoever computes."""
 
     def __init__(self, rows: int, waiting: int) -> None:
-        self.rows, self._most = rows, waiting
+        self.rows, self._max_waiting = rows, waiting
         self._waiting: deque[StreamedReply] = deque()
         self._live: dict[str, tuple[StreamedReply, Future[None]]] = {}
-        self._told: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
-        self._ended: list[Event] = []
+        self._event_queue: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        self._pending_events: list[Event] = []
         # no limit between two events: a deadline is the holder's
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(10.0, read=None), limits=httpx.Limits(max_connections=None), trust_env=False
@@ -104,12 +104,12 @@ class StreamEngine(ABC):
     @property
     def busy(self) -> bool:
         """Whether a call waits, is answered, or has ended untold."""
-        return bool(self._waiting or self._live or self._ended)
+        return bool(self._waiting or self._live or self._pending_events)
 
     def submit(self, call: GenerateCall) -> None:
         """Queue a call."""
-        if len(self._waiting) >= self._most:
-            raise BusyError(f"{len(self._waiting)} calls wait; at most {self._most} may", "ask again later")
+        if len(self._waiting) >= self._max_waiting:
+            raise BusyError(f"{len(self._waiting)} calls wait; at most {self._max_waiting} may", "ask again later")
         self._waiting.append(self.open_reply(call))
 
     def cancel(self, call: str) -> None:
@@ -117,28 +117,28 @@ class StreamEngine(ABC):
         for reply in self._waiting:
             if reply.call.id == call:
                 self._waiting.remove(reply)
-                self._ended += reply.end("cancelled")
+                self._pending_events += reply.end("cancelled")
                 return
         if call in self._live:
             reply, task = self._live.pop(call)
             task.cancel()
-            self._ended += reply.end("cancelled")
+            self._pending_events += reply.end("cancelled")
 
     def fail(self, adapter: str, error: SartorError) -> None:
         """End every call of an adapter with an error."""
         for reply in [*self._waiting, *self.live]:
             if reply.call.adapter == adapter:
                 self.cancel(reply.call.id)
-                self._ended[:] = [event for event in self._ended if event.call != reply.call.id]
-                self._ended.append(_failed(reply.call.id, error))
+                self._pending_events[:] = [event for event in self._pending_events if event.call != reply.call.id]
+                self._pending_events.append(_failed(reply.call.id, error))
 
     def step(self) -> list[Event]:
         """Begin what may begin, and hand on what has come, waiting up to STEP_S for the first of it."""
         while self._waiting and len(self._live) < self.rows and self.begin(self._waiting[0]):
             reply = self._waiting.popleft()
-            self._live[reply.call.id] = reply, self.on_thread(self._tell(reply))
-        ended, self._ended = self._ended, []
-        return ended + self._come(0 if ended else STEP_S)
+            self._live[reply.call.id] = reply, self.on_thread(self._read_to_end(reply))
+        events, self._pending_events = self._pending_events, []
+        return events + self._receive(0 if events else STEP_S)
 
     def on_thread(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         """Have the thread do something."""
@@ -163,37 +163,37 @@ class StreamEngine(ABC):
         await self.client.aclose()
         await self._loop.shutdown_asyncgens()
 
-    async def _tell(self, reply: StreamedReply) -> None:
+    async def _read_to_end(self, reply: StreamedReply) -> None:
         """Read one reply to its end."""
         try:
             async with contextlib.aclosing(self.read(reply)) as events:
                 async for event in events:
-                    self._told.put(event)
+                    self._event_queue.put(event)
         except SartorError as error:
-            self._told.put(_failed(reply.call.id, error))
+            self._event_queue.put(_failed(reply.call.id, error))
         except Exception as error:  # a bug: the holder of the engine must see it, and cannot from here
-            self._told.put(error)
+            self._event_queue.put(error)
 
-    def _come(self, wait_s: float) -> list[Event]:
+    def _receive(self, wait_s: float) -> list[Event]:
         events: list[Event] = []
         if not self._live:
             return events
         try:
-            came = self._told.get(timeout=wait_s) if wait_s else self._told.get_nowait()
+            event = self._event_queue.get(timeout=wait_s) if wait_s else self._event_queue.get_nowait()
             while True:
-                self._take(came, events)
-                came = self._told.get_nowait()
+                self._accept(event, events)
+                event = self._event_queue.get_nowait()
         except queue.Empty:
             return events
 
-    def _take(self, came: Event | Exception, events: list[Event]) -> None:
-        if isinstance(came, Exception):
-            raise came
-        if came.call not in self._live:  # cancelled meanwhile
+    def _accept(self, event: Event | Exception, events: list[Event]) -> None:
+        if isinstance(event, Exception):
+            raise event
+        if event.call not in self._live:  # cancelled meanwhile
             return
-        events.append(came)
-        if not isinstance(came, TextDelta):
-            del self._live[came.call]
+        events.append(event)
+        if not isinstance(event, TextDelta):
+            del self._live[event.call]
 
 
 def _failed(call: str, error: SartorError) -> ReplyFailed:
@@ -208,31 +208,31 @@ async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     async for line in _lines(response):
         if not line.startswith(b"data:"):
             continue
-        said = line[5:].strip()
-        if said == b"[DONE]":
+        payload = line[5:].strip()
+        if payload == b"[DONE]":
             return
-        yield json_object(said)
+        yield json_object(payload)
 
 
-def json_object(said: bytes) -> dict[str, Any]:
+def json_object(content: bytes) -> dict[str, Any]:
     """What a server said, as a JSON object. Raises UnavailableError where it is none."""
     try:
-        read = json.loads(said)
+        value = json.loads(content)
     except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict):
-        raise UnavailableError(f"the server sent {said[:80]!r} where a JSON object was due", "check what listens there")
-    return read
+        value = None
+    if not isinstance(value, dict):
+        raise UnavailableError(f"the server sent {content[:80]!r} where a JSON object was due", "check what listens there")
+    return value
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
     """Lines as the protocol ends them; httpx would also cut at the separators that Unicode has inside of a reply."""
-    rest = b""
+    buffer = b""
     async for chunk in response.aiter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             yield line
-        if len(rest) > _LONGEST:
+        if len(buffer) > _LONGEST:
             raise UnavailableError(f"the server sent a line of more than {_LONGEST} bytes", "check what listens there")
-    if rest:
-        yield rest
+    if buffer:
+        yield buffer

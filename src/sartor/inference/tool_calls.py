@@ -43,20 +43,20 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     for index, tool in enumerate(tools):
         _check(tool, index)
     names = [name_of(tool) for tool in tools]
-    if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise RequestError(f"two tools have the name {twice!r}", "give each its own name")
+    if duplicate := next((name for name in names if names.count(name) > 1), ""):
+        raise RequestError(f"two tools have the name {duplicate!r}", "give each its own name")
     if (size := len(json.dumps(tools))) > MOST_BYTES:
         raise RequestError(f"the tools have {size} bytes; at most {MOST_BYTES} are read", "declare those that fit the request")
     return tuple(tools)
 
 
-def _check(tool: Any, place: int) -> None:
+def _check(tool: Any, index: int) -> None:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type") != "function":
-        raise RequestError(f"tools[{place}] is no function", _EXAMPLE)
+        raise RequestError(f"tools[{index}] is no function", _EXAMPLE)
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(f"tools[{place}] has the name {name!r:.80}", "1 to 64 letters, digits, _ or -")
+        raise RequestError(f"tools[{index}] has the name {name!r:.80}", "1 to 64 letters, digits, _ or -")
     if not isinstance(function.get("description", ""), str | None):
         raise RequestError(f"the description of the tool {name!r} is no text", _EXAMPLE)
     try:
@@ -101,43 +101,43 @@ def reply_schema(call: GenerateCall) -> str:
     """
     if not call.must_call:
         return call.schema
-    called = [tool for tool in call.tools if call.must_call in ("*", name_of(tool))]
-    if not called:
+    callable_tools = [tool for tool in call.tools if call.must_call in ("*", name_of(tool))]
+    if not callable_tools:
         raise RequestError(f"the tool {call.must_call!r} must be called and is not declared", "declare it in tools")
-    if len(called) == 1:
-        return json.dumps(_form(called[0], "#"))
-    return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{index}") for index, tool in enumerate(called)]})
+    if len(callable_tools) == 1:
+        return json.dumps(_form(callable_tools[0], "#"))
+    return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{index}") for index, tool in enumerate(callable_tools)]})
 
 
-def _form(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A call of this tool as a schema that stands at `place`."""
+def _form(tool: Mapping[str, Any], pointer: str) -> dict[str, Any]:
+    """A call of this tool as a schema that stands at `pointer`."""
     parameters = {"type": "object", **(tool["function"].get("parameters") or {})}
     return {
         "type": "object",
         "properties": {
             "name": {"const": name_of(tool)},
-            "arguments": _moved(parameters, f"{place}/properties/arguments"),
+            "arguments": _moved(parameters, f"{pointer}/properties/arguments"),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references count from its own root, to stand at `place`. Its depth was bounded by `read_schema`."""
+def _moved(schema: Any, pointer: str) -> Any:
+    """A schema whose references count from its own root, to stand at `pointer`. Its depth was bounded by `read_schema`."""
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
+        return [_moved(item, pointer) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    moved: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, Mapping):
-            moved[key] = {name: _moved(part, place) for name, part in value.items()}
+            result[key] = {name: _moved(part, pointer) for name, part in value.items()}
         elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = place + value[1:]
+            result[key] = pointer + value[1:]
         else:
-            moved[key] = value if key in _DATA else _moved(value, place)
-    return moved
+            result[key] = value if key in _DATA else _moved(value, pointer)
+    return result
 
 
 class CallReader:
@@ -150,45 +150,45 @@ class CallReader:
     def __init__(self, call: GenerateCall) -> None:
         self._id = call.id
         self._names = frozenset(name_of(tool) for tool in call.tools)
-        self._kept = ""
-        self._passed = False
-        self._holds = not self._names
+        self._buffer = ""
+        self._has_emitted = False
+        self._is_holding = not self._names
 
     def feed(self, text: str) -> str:
         """More of the reply; returns what of it is text for certain."""
         if not self._names:
             return text
-        self._kept += text
-        if self._holds:
+        self._buffer += text
+        if self._is_holding:
             return ""
         cut = self._certain()
-        said, self._kept = self._kept[:cut], self._kept[cut:]
-        self._passed = self._passed or bool(said)
-        return said
+        emitted, self._buffer = self._buffer[:cut], self._buffer[cut:]
+        self._has_emitted = self._has_emitted or bool(emitted)
+        return emitted
 
     def end(self) -> tuple[str, tuple[Mapping[str, Any], ...]]:
         """The reply is over: the rest of its text, and the calls in OpenAI's form."""
         if not self._names:
             return "", ()
-        found, rest = _bare_calls(self._kept, self._names) if not self._passed else ([], self._kept)
-        if not found:
-            found, rest = _tagged_calls(self._kept, self._names)
-        return rest, tuple(_as_openai(self._id, index, *call) for index, call in enumerate(found))
+        calls, rest = _bare_calls(self._buffer, self._names) if not self._has_emitted else ([], self._buffer)
+        if not calls:
+            calls, rest = _tagged_calls(self._buffer, self._names)
+        return rest, tuple(_as_openai(self._id, index, *call) for index, call in enumerate(calls))
 
     def _certain(self) -> int:
-        """Characters of what is kept that are text; sets `_holds` where a call may have begun."""
-        text = self._kept
+        """Characters of what is kept that are text; sets `_is_holding` where a call may have begun."""
+        text = self._buffer
         start = len(text) - len(text.lstrip())
-        if not self._passed:
+        if not self._has_emitted:
             if start == len(text) or _may_begin(text[start:], _BARE):
                 return 0
-            self._holds = text.startswith(_BARE, start)
-            if self._holds:
+            self._is_holding = text.startswith(_BARE, start)
+            if self._is_holding:
                 return 0
-        places = [place for mark in _MARKS if (place := text.find(mark)) >= 0]
-        self._holds = bool(places)
-        if places:
-            return min(places)
+        positions = [position for mark in _MARKS if (position := text.find(mark)) >= 0]
+        self._is_holding = bool(positions)
+        if positions:
+            return min(positions)
         return next(
             (index for index in range(max(0, len(text) - 16), len(text)) if _may_begin(text[index:], _MARKS)), len(text)
         )
@@ -201,29 +201,29 @@ def _may_begin(text: str, marks: Sequence[str]) -> bool:
 
 def _tagged_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
     """Calls between marks, and the text without them. A mark whose content is no call stays in the text."""
-    found: list[tuple[str, str]] = []
-    kept, place = "", 0
-    while (start := text.find(_OPEN, place)) >= 0:
+    calls: list[tuple[str, str]] = []
+    plain_text, position = "", 0
+    while (start := text.find(_OPEN, position)) >= 0:
         close = text.find(_CLOSE, start)
         end = len(text) if close < 0 else close
         call = _one_call(_unfenced(text[start + len(_OPEN) : end]), names)
         # what is no call is passed over by its mark alone: another may begin inside
         after = min(end + len(_CLOSE), len(text)) if call else start + len(_OPEN)
-        kept += text[place:start] if call else text[place:after]
-        found += [call] if call else []
-        place = after
-    kept += text[place:]
-    if not found and (start := kept.find(_TAG)) >= 0:
-        found, _ = _bare_calls(kept[start:], names)
-        kept = kept[:start] if found else kept
-    return found, kept if kept.strip() or not found else ""
+        plain_text += text[position:start] if call else text[position:after]
+        calls += [call] if call else []
+        position = after
+    plain_text += text[position:]
+    if not calls and (start := plain_text.find(_TAG)) >= 0:
+        calls, _ = _bare_calls(plain_text[start:], names)
+        plain_text = plain_text[:start] if calls else plain_text
+    return calls, plain_text if plain_text.strip() or not calls else ""
 
 
 def _bare_calls(text: str, names: Collection[str]) -> tuple[list[tuple[str, str]], str]:
     """Calls that are the whole text, and "" for what is left; else none and the text."""
-    found = [_read_call(value, names) for value in _values(_unfenced(text.strip().removeprefix(_TAG)))]
-    calls = [call for call in found if call]
-    return (calls, "") if found and len(calls) == len(found) else ([], text)
+    parsed = [_read_call(value, names) for value in _values(_unfenced(text.strip().removeprefix(_TAG)))]
+    calls = [call for call in parsed if call]
+    return (calls, "") if parsed and len(calls) == len(parsed) else ([], text)
 
 
 def _one_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
@@ -240,32 +240,32 @@ def _unfenced(text: str) -> str:
 def _values(text: str) -> Iterator[Any]:
     """The JSON values that a text is made of, with nothing but white space, `;` or `,` between; one None where it is not."""
     decoder = json.JSONDecoder(parse_constant=_no_constant)
-    place = 0
-    while place < len(text):
+    position = 0
+    while position < len(text):
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             yield None
             return
         yield from value if isinstance(value, list) else [value]
-        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n;,"))
+        position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n;,"))
 
 
 def _read_call(value: Any, names: Collection[str]) -> tuple[str, str] | None:
     """(name, arguments as JSON) of a value that calls a declared tool; None for any other."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in names:
         return None
-    given = value.get("arguments", value.get("parameters"))
-    if isinstance(given, str):
-        given = next(_values(given), None)
-    return (value["name"], json.dumps(given)) if isinstance(given, dict) else None
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = next(_values(arguments), None)
+    return (value["name"], json.dumps(arguments)) if isinstance(arguments, dict) else None
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no value of JSON")
 
 
-def _as_openai(reply: str, place: int, name: str, arguments: str) -> Mapping[str, Any]:
+def _as_openai(reply: str, index: int, name: str, arguments: str) -> Mapping[str, Any]:
     """OpenAI's form. The id follows from the reply's, so that a reply that is made again has the same."""
-    identity = hashlib.sha256(f"{reply}/{place}".encode(errors="surrogatepass")).hexdigest()[:24]
+    identity = hashlib.sha256(f"{reply}/{index}".encode(errors="surrogatepass")).hexdigest()[:24]
     return {"id": f"call_{identity}", "type": "function", "function": {"name": name, "arguments": arguments}}

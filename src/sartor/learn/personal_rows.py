@@ -15,7 +15,7 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Feedback
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import row_of
-from sartor.curate.sources.feedback_lines import over
+from sartor.curate.sources.feedback_lines import merge_feedback
 from sartor.learn.personal_options import INBOX
 from sartor.serving.feedback_store import FeedbackStore
 from sartor.serving.registry.user_versions import ANYBODY
@@ -25,7 +25,7 @@ LICENCE = "LicenseRef-personal"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowQuery:
     """Whose rows, of which agent, and from where: `inbox`, or a file in any form that curate reads.
 
     speakers: by key, for whom it may speak. Where keys are used, what others say in a person's name is not learnt from.
@@ -49,23 +49,23 @@ class Collected:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def collect(inbox: FeedbackStore, wanted: Wanted, folder: Path) -> Collected:
+def collect(inbox: FeedbackStore, query: RowQuery, folder: Path) -> Collected:
     """Write the Dataset into `folder`/rows; a quarter of its prompts, say, held out by group. Raises SourceError for no row."""
     left_out: Counter[str] = Counter()
     source = folder / "rows.jsonl"
-    if wanted.data == INBOX:
-        lines = list(_learnt(inbox, wanted, left_out))
+    if query.data == INBOX:
+        lines = list(_learnable_rows(inbox, query, left_out))
         if not lines:
             text = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "nothing was said of its replies"
-            raise SourceError(f"the inbox has no row of that user for {wanted.agent} ({text})", "--data FILE, or wait for more")
+            raise SourceError(f"the inbox has no row of that user for {query.agent} ({text})", "--data FILE, or wait for more")
         source.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     else:
-        source = _copied(Path(wanted.data), folder)
+        source = _copied(Path(query.data), folder)
     recipe = {
         # the copy's name, not the file's: that may be the user's
         "sources": [{"path": str(source), "licence": LICENCE, "consent": "given"}],
-        "split": {"eval_fraction": wanted.eval_fraction},
-        "seed": wanted.seed,
+        "split": {"eval_fraction": query.eval_fraction},
+        "seed": query.seed,
         "workers": 1,
     }
     try:
@@ -81,33 +81,33 @@ def _copied(file: Path, folder: Path) -> Path:
     return Path(shutil.copyfile(file, folder / f"rows{file.suffix}"))
 
 
-def _learnt(inbox: FeedbackStore, wanted: Wanted, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
+def _learnable_rows(inbox: FeedbackStore, query: RowQuery, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
     """What is to be learnt of each reply that the person spoke of: the correction, or the reply, if it was found good."""
     newest: dict[str, Feedback] = {}
-    for kept in inbox.lines():
-        said = kept.said
-        if said is not None and said.by.user == wanted.person and said.agent.partition("@")[0] == wanted.agent:
-            older = newest.pop(said.receipt, None)
-            newest[said.receipt] = over(said, older) if older else said
-    for said in newest.values():
-        if reason := _unfit(said, wanted):
+    for line in inbox.lines():
+        feedback = line.feedback
+        if feedback is not None and feedback.by.user == query.person and feedback.agent.partition("@")[0] == query.agent:
+            older = newest.pop(feedback.receipt, None)
+            newest[feedback.receipt] = merge_feedback(feedback, older) if older else feedback
+    for feedback in newest.values():
+        if reason := _rejection(feedback, query):
             left_out[reason] += 1
             continue
-        row = row_of(said)
+        row = row_of(feedback)
         # the server puts the system prompt there, too
-        has_system = row["prompt"][0]["role"] in ("system", "developer") or not wanted.system
-        system = [] if has_system else [{"role": "system", "content": wanted.system}]
+        has_system = row["prompt"][0]["role"] in ("system", "developer") or not query.system
+        system = [] if has_system else [{"role": "system", "content": query.system}]
         # one form for all: a file has one
-        yield {"messages": [*system, *row["prompt"], *(row.get("chosen") or row["completion"])], "date": said.date}
+        yield {"messages": [*system, *row["prompt"], *(row.get("chosen") or row["completion"])], "date": feedback.date}
 
 
-def _unfit(said: Feedback, wanted: Wanted) -> str:
-    if said.by.key and not {wanted.person, ANYBODY} & set(wanted.speakers.get(said.by.key, ())):
+def _rejection(feedback: Feedback, query: RowQuery) -> str:
+    if feedback.by.key and not {query.person, ANYBODY} & set(query.speakers.get(feedback.by.key, ())):
         return "said by a key that may not speak for that user"
-    if said.by.consent == "refused":
+    if feedback.by.consent == "refused":
         return "without consent"
-    if not said.has_words:
+    if not feedback.has_words:
         return "the server no longer knew what was asked"
-    if said.correction or (said.rating or 0) > 0:
+    if feedback.correction or (feedback.rating or 0) > 0:
         return ""
-    return "rated bad, and not corrected" if said.rating else "neither rated nor corrected"
+    return "rated bad, and not corrected" if feedback.rating else "neither rated nor corrected"

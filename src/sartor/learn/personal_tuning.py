@@ -87,15 +87,15 @@ class AcceptanceResult:
 
 def own_rows(dataset: Artifact, rows: TokenizedDataset) -> JudgedRows:
     """The user's held-out rows. Raises SourceError where there are too few to tune on, or to tell anything by."""
-    group = {example.id: group_of(example) for example in stored.read_examples(dataset)}
-    asked = JudgedRows(rows.held_out, [group[row.example_id] for row in rows.held_out])
-    if len(rows.train) < LEAST_TRAINED or len(set(asked.groups)) < LEAST_HELD_OUT:
+    group_by_id = {example.id: group_of(example) for example in stored.read_examples(dataset)}
+    held_out = JudgedRows(rows.held_out, [group_by_id[row.example_id] for row in rows.held_out])
+    if len(rows.train) < LEAST_TRAINED or len(set(held_out.groups)) < LEAST_HELD_OUT:
         raise SourceError(
-            f"{len(rows.train)} rows to tune on and {len(set(asked.groups))} held-out prompts are too few; "
+            f"{len(rows.train)} rows to tune on and {len(set(held_out.groups))} held-out prompts are too few; "
             f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed",
             "wait for more feedback of that user, or --data FILE with more rows",
         )
-    return asked
+    return held_out
 
 
 def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
@@ -103,11 +103,12 @@ def probe_rows(release: Artifact, stack: StackedAdapter) -> JudgedRows:
 
     Raises SourceError where there are fewer than two of either.
     """
-    chat, most = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
-    coded = [
-        (encode_user_row(item, item.id, chat, most), group_of(item)) for item in [*_held_out(release), *_canaries(release)]
+    chat, max_tokens = stack.resident.base.chat, stack.resident.recipe.data.max_length_tokens
+    encoded = [
+        (encode_user_row(example, example.id, chat, max_tokens), group_of(example))
+        for example in [*_held_out(release), *_canaries(release)]
     ]
-    usable = [(row, group) for row, group in coded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
+    usable = [(row, group) for row, group in encoded if isinstance(row, TokenizedExample)][:MOST_PROBE_ROWS]
     if len({group for _, group in usable}) < 2:
         raise SourceError(
             f"{release.path} has {len(usable)} held-out rows that can be used here; what it may forget cannot be measured",
@@ -122,28 +123,30 @@ def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
         raise SourceError(f"{too_few} that what the live version knows is not forgotten", _MORE_PROBE)
 
 
-def judge(stack: StackedAdapter, tuned: Tensors, own: JudgedRows, probe: JudgedRows, terms: PersonalTerms) -> AcceptanceResult:
+def judge(
+    stack: StackedAdapter, tuned: Tensors, held_out: JudgedRows, probe: JudgedRows, terms: PersonalTerms
+) -> AcceptanceResult:
     """Compare the tuned ranks with none, on both."""
-    mine, other = (_compared(stack, tuned, asked) for asked in (own, probe))
+    on_user, on_probe = (_compare(stack, tuned, judged) for judged in (held_out, probe))
     reason = ""
-    if not mine.high <= terms.most_worse:
+    if not on_user.high <= terms.most_worse:
         reason = (
-            f"on the user's held-out rows it may be worse by {mine.high:.3f} nats a token; the limit is {terms.most_worse:g}"
+            f"on the user's held-out rows it may be worse by {on_user.high:.3f} nats a token; the limit is {terms.most_worse:g}"
         )
-    elif not other.high <= terms.most_elsewhere:
+    elif not on_probe.high <= terms.most_elsewhere:
         reason = (
-            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {other.high:.3f} nats a token; "
+            f"on {len(probe.rows)} held-out rows of the live version it may be worse by {on_probe.high:.3f} nats a token; "
             f"the limit is {terms.most_elsewhere:g}"
         )
         if too_few := too_few_prompts(probe.groups):
             reason = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
-    return AcceptanceResult(mine, other, mine.verdict(higher_is_better=False), reason)
+    return AcceptanceResult(on_user, on_probe, on_user.verdict(higher_is_better=False), reason)
 
 
-def _compared(stack: StackedAdapter, tuned: Tensors, asked: JudgedRows) -> Comparison:
-    rows = benefit_report.Own(asked.rows, asked.groups, HeldOut([], Path()))
-    before, after = (benefit_report.side(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
-    return paired_bootstrap(before, after, asked.groups, rows.tokens, is_bounded=False)
+def _compare(stack: StackedAdapter, tuned: Tensors, judged: JudgedRows) -> Comparison:
+    rows = benefit_report.ClientRows(judged.rows, judged.groups, HeldOut([], Path()))
+    before, after = (benefit_report.score_adapter(stack.resident, adapter, rows).losses for adapter in (stack.unchanged, tuned))
+    return paired_bootstrap(before, after, judged.groups, rows.tokens, is_bounded=False)
 
 
 def _held_out(release: Artifact) -> list[Example]:
@@ -157,19 +160,19 @@ def _held_out(release: Artifact) -> list[Example]:
 
 
 def _canaries(release: Artifact) -> list[Example]:
-    told = release.manifest.get("canaries", [])
-    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in told]
+    canaries = release.manifest.get("canaries", [])
+    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in canaries]
 
 
 Notice = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class _Ground:
+class _TuningContext:
     """What a tuning stands on: the agent's live version, its Release, and the registry."""
 
     team: Team
-    book: UserVersionStore
+    store: UserVersionStore
     live: AgentVersion
     release: Artifact
     options: PersonalOptions
@@ -191,52 +194,52 @@ def tune_personal(team: Team | Path | str, options: PersonalOptions, *, notice: 
     Raises GateError where it may not answer, and why; what the user had before goes on. SourceError for too few rows,
     UnknownAgentError, ConfigError for an adapter that is no plain LoRA, ModelError.
     """
-    made = team if isinstance(team, Team) else load(Path(team))
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
     began = time.monotonic()
-    with _opened(made, options) as ground, _workplace(made, ground) as folder:
-        wanted = personal_rows.Wanted(
-            ground.person, options.agent, options.data, _speakers(ground), options.eval_fraction, options.seed,
-            ground.release.manifest["system_prompt"],
+    with _open_context(loaded_team, options) as context, _tuning_folder(loaded_team, context) as folder:
+        query = personal_rows.RowQuery(
+            context.person, options.agent, options.data, _speakers(context), options.eval_fraction, options.seed,
+            context.release.manifest["system_prompt"],
         )  # fmt: skip
-        collected = personal_rows.collect(FeedbackStore(Path(made.state) / "inbox"), wanted, folder)
-        stack, own = _prepared(ground, collected.dataset, notice)
-        asked, probe = own_rows(collected.dataset, own), probe_rows(ground.release, stack)
-        check_probe(probe, made.personal)
-        notice(f"tuning {stack.rank} ranks on {len(own.train)} rows; {len(asked.rows)} are held out")
+        collected = personal_rows.collect(FeedbackStore(Path(loaded_team.state) / "inbox"), query, folder)
+        stack, rows = _prepare(context, collected.dataset, notice)
+        held_out, probe = own_rows(collected.dataset, rows), probe_rows(context.release, stack)
+        check_probe(probe, loaded_team.personal)
+        notice(f"tuning {stack.rank} ranks on {len(rows.train)} rows; {len(held_out.rows)} are held out")
         recipe = stack.resident.recipe
-        tuned, losses = stack.tuned(own, stack.start, stack.own, recipe.budget, recipe.optimizer.learning_rate)
-        verdict = judge(stack, tuned, asked, probe, made.personal)
-        if verdict.why:
-            ground.book.refuse(ground.blank, verdict.why, ground.cause)
+        tuned, losses = stack.tuned(rows, stack.start, stack.personal_ranks, recipe.budget, recipe.optimizer.learning_rate)
+        acceptance = judge(stack, tuned, held_out, probe, loaded_team.personal)
+        if acceptance.why:
+            context.store.refuse(context.blank, acceptance.why, context.cause)
             raise GateError(
-                f"{options.agent} stays as it is for that user: {verdict.why}",
+                f"{options.agent} stays as it is for that user: {acceptance.why}",
                 "more rows of that user, fewer --epochs, a lower --learning-rate; or `personal` in TEAM.yaml has other limits",
             )
-        about = {"person": ground.person, "agent": ground.live.name, "rank": stack.rank, "examples": len(own.train)}
-        facts = _facts(stack, [collected.dataset, ground.release], about, losses, verdict)
+        summary = {"person": context.person, "agent": context.live.name, "rank": stack.rank, "examples": len(rows.train)}
+        facts = _facts(stack, [collected.dataset, context.release], summary, losses, acceptance)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-        adapter = _written(stack, tuned, folder / ADAPTER, facts)
-        _serve(ground, adapter, verdict, {"rows": len(own.train), "held_out": len(asked.rows)})
-        left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in own.left_out.items()}}
+        adapter = _write_adapter(stack, tuned, folder / ADAPTER, facts)
+        _serve(context, adapter, acceptance, {"rows": len(rows.train), "held_out": len(held_out.rows)})
+        left_out = {**collected.left_out, **{reason: len(ids) for reason, ids in rows.left_out.items()}}
         return {
-            **about, "adapter": str(adapter.path), "held_out": len(asked.rows), "left_out": left_out, "loss": dict(losses),
-            "gate": verdict.as_json(), "wall_s": facts["run"]["wall_s"],
+            **summary, "adapter": str(adapter.path), "held_out": len(held_out.rows), "left_out": left_out, "loss": dict(losses),
+            "gate": acceptance.as_json(), "wall_s": facts["run"]["wall_s"],
         }  # fmt: skip
 
 
 @contextmanager
-def _opened(team: Team, options: PersonalOptions) -> Iterator[_Ground]:
+def _open_context(team: Team, options: PersonalOptions) -> Iterator[_TuningContext]:
     person = required_user_digest(options.user, team_digest(Path(team.state)))
     with closing(Registry.open(team.registry_url)) as registry:
-        read = registry.read()
-        agent = read.agents.get(options.agent)
-        live = read.versions.get(f"{options.agent}@{agent.live}") if agent and agent.state != "removed" else None
+        snapshot = registry.read()
+        agent = snapshot.agents.get(options.agent)
+        live = snapshot.versions.get(f"{options.agent}@{agent.live}") if agent and agent.state != "removed" else None
         if live is None:
-            known = ", ".join(sorted(name for name, one in read.agents.items() if one.live)) or "none"
+            known = ", ".join(sorted(name for name, entry in snapshot.agents.items() if entry.live)) or "none"
             raise UnknownAgentError(
                 f"{options.agent!r} has no live version; there are: {known}", "sartor serve TEAM.yaml, or sartor agents add"
             )
-        yield _Ground(team, UserVersionStore(registry.database), live, _release_of(team, live), options, person)
+        yield _TuningContext(team, UserVersionStore(registry.database), live, _release_of(team, live), options, person)
 
 
 def _release_of(team: Team, live: AgentVersion) -> Artifact:
@@ -248,28 +251,28 @@ def _release_of(team: Team, live: AgentVersion) -> Artifact:
     return result
 
 
-def _speakers(ground: _Ground) -> Mapping[str, frozenset[str]]:
-    with ground.book.database.read() as connection:
+def _speakers(context: _TuningContext) -> Mapping[str, frozenset[str]]:
+    with context.store.database.read() as connection:
         return speakers(connection)
 
 
 @contextmanager
-def _workplace(team: Team, ground: _Ground) -> Iterator[Path]:
+def _tuning_folder(team: Team, context: _TuningContext) -> Iterator[Path]:
     """A folder of this tuning's own below the person's. That which the registry names in the end stays, and no other."""
-    parent = folder_of(Path(team.state), ground.person, ground.options.agent)
+    parent = folder_of(Path(team.state), context.person, context.options.agent)
     make_parent(parent)
-    for above in (parent.parent.parent, parent.parent, parent):
-        above.mkdir(mode=0o700, exist_ok=True)
+    for ancestor in (parent.parent.parent, parent.parent, parent):
+        ancestor.mkdir(mode=0o700, exist_ok=True)
     with writer_lock(parent / TUNING):
         folder = parent / secrets.token_hex(4)
         folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
-            named_ = ground.book.read(ground.person).known.get((ground.person, ground.options.agent))
-            stays = Path(named_.path).parent if named_ and named_.path else None
-            for other in (item for item in parent.iterdir() if item.is_dir() and item != stays):
-                _remove(other)
+            version = context.store.read(context.person).versions.get((context.person, context.options.agent))
+            current = Path(version.path).parent if version and version.path else None
+            for stale in (item for item in parent.iterdir() if item.is_dir() and item != current):
+                _remove(stale)
 
 
 def _remove(folder: Path) -> None:
@@ -278,40 +281,42 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _prepared(ground: _Ground, dataset: Artifact, notice: Notice) -> tuple[StackedAdapter, TokenizedDataset]:
+def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tuple[StackedAdapter, TokenizedDataset]:
     """The base with room for both adapters, and the user's rows as tokens."""
-    options, said = ground.options, ground.release.manifest["base"]
-    found = model_refs.locate_base(ground.team.base)
-    if found.digest != said["digest"]:
-        problem = f"{ground.live.name} was tuned on the base {said['digest'][:12]}, and {found.name} is {found.short_digest}"
+    options, base = context.options, context.release.manifest["base"]
+    local = model_refs.locate_base(context.team.base)
+    if local.digest != base["digest"]:
+        problem = f"{context.live.name} was tuned on the base {base['digest'][:12]}, and {local.name} is {local.short_digest}"
         raise ModelError(problem, "base: the one that the team serves")
     optimizer = {"learning_rate": options.learning_rate, "batch_tokens": 1024}
     changes = {
-        "base": {"name": ground.team.base, "bits": said.get("bits") if said.get("bits") in (4, 8) else "auto"},
+        "base": {"name": context.team.base, "bits": base.get("bits") if base.get("bits") in (4, 8) else "auto"},
         "data": {"path": str(dataset.path), "eval_rows": 256},
         "budget": {"epochs": options.epochs}, "optimizer": optimizer, "seed": options.seed,
     }  # fmt: skip
-    recipe = config.load(Recipe, recipe_of(ground.release.path, found.path, changes))
+    recipe = config.load(Recipe, recipe_of(context.release.path, local.path, changes))
     resident = SharedBase.open(recipe, notice)
     # files may hold factors in 16 bits, and some of those no numpy knows
-    shared = {name: value.float().numpy() for name, value in load_file(ground.release.path / WEIGHTS).items()}
-    stack = StackedAdapter.open(resident, shared, options.rank or ground.team.personal.rank)
-    if strange := sorted(set(shared) ^ set(stack.fresh)):
-        raise ConfigError(f"{ground.live.name} adapts other modules than its config says: {strange[0]}", "tune it anew")
-    own = encode_rows(dataset, recipe, resident.base.chat)
-    if not own.train:
+    shared = {name: value.float().numpy() for name, value in load_file(context.release.path / WEIGHTS).items()}
+    stack = StackedAdapter.open(resident, shared, options.rank or context.team.personal.rank)
+    if mismatched := sorted(set(shared) ^ set(stack.fresh)):
+        raise ConfigError(f"{context.live.name} adapts other modules than its config says: {mismatched[0]}", "tune it anew")
+    rows = encode_rows(dataset, recipe, resident.base.chat)
+    if not rows.train:
         raise SourceError("no row of that user can be learnt from", "look at the rows")
-    return stack, own
+    return stack, rows
 
 
 def _facts(
-    stack: StackedAdapter, parents: list[Artifact], about: Mapping[str, Any], losses: Losses, verdict: AcceptanceResult
+    stack: StackedAdapter, parents: list[Artifact], summary: Mapping[str, Any], losses: Losses, acceptance: AcceptanceResult
 ) -> dict[str, Any]:
-    facts = stack.facts(parents, parents[0].manifest["sources"], {"personal": {**about, "gate": verdict.as_json()}}, losses)
+    facts = stack.facts(
+        parents, parents[0].manifest["sources"], {"personal": {**summary, "gate": acceptance.as_json()}}, losses
+    )
     return {**facts, "recipe": config.dump(stack.resident.recipe)}
 
 
-def _written(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
+def _write_adapter(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, Any]) -> Artifact:
     def fill(part: Path) -> Mapping[str, Any]:
         stack.resident.write(tuned, part)
         return facts
@@ -321,10 +326,10 @@ def _written(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[str, A
     return adapter
 
 
-def _serve(ground: _Ground, adapter: Artifact, verdict: AcceptanceResult, counts: Mapping[str, int]) -> None:
+def _serve(context: _TuningContext, adapter: Artifact, acceptance: AcceptanceResult, counts: Mapping[str, int]) -> None:
     files = adapter.manifest["files"]
     row = replace(
-        ground.blank, adapter=adapter_digest(files), artifact=adapter.id, path=str(adapter.path),
-        facts={**counts, "rank": adapter.manifest["run"]["personal"]["rank"], "gate": verdict.as_json()},
+        context.blank, adapter=adapter_digest(files), artifact=adapter.id, path=str(adapter.path),
+        facts={**counts, "rank": adapter.manifest["run"]["personal"]["rank"], "gate": acceptance.as_json()},
     )  # fmt: skip
-    ground.book.put(row, ground.cause)
+    context.store.put(row, context.cause)

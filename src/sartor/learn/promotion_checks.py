@@ -39,23 +39,23 @@ def of_rows(table: Sequence[Row]) -> Comparison:
     )
 
 
-def gain(compared: Mapping[str, Comparison]) -> tuple[Check, str]:
+def gain(comparisons: Mapping[str, Comparison]) -> tuple[Check, str]:
     """(whether any kind of rows is better by an interval above 0, the kind that says so or else the first)."""
-    better = [kind for kind, found in compared.items() if found.low > 0]
-    lines = "; ".join(f"{kind}: {format_comparison(found)}" for kind, found in compared.items())
-    chosen = better[0] if better else next(iter(compared))
+    better = [kind for kind, comparison in comparisons.items() if comparison.low > 0]
+    lines = "; ".join(f"{kind}: {format_comparison(comparison)}" for kind, comparison in comparisons.items())
+    decisive = better[0] if better else next(iter(comparisons))
     if better:
-        return Check("pass", lines), chosen
-    return Check("fail", f"no interval lies above 0: {lines}", "more feedback, or a longer tuning (retrain.tuning)"), chosen
+        return Check("pass", lines), decisive
+    return Check("fail", f"no interval lies above 0: {lines}", "more feedback, or a longer tuning (retrain.tuning)"), decisive
 
 
-def not_worse(found: Comparison, margin: float) -> Check:
+def not_worse(comparison: Comparison, margin: float) -> Check:
     """Whether the mean over rows that nobody chose is the live version's, but for the margin: non-inferiority."""
-    fits = found.low >= -margin or found.low > 0
+    fits = comparison.low >= -margin or comparison.low > 0
     remedy = "" if fits else "more rehearsal (retrain.rehearsal), fewer epochs (retrain.tuning), or more held-out rows to tell"
-    if not fits and found.difference >= -margin:
+    if not fits and comparison.difference >= -margin:
         remedy = f"held-out rows of {FEW_GROUPS} groups or more to tell; {remedy}"
-    return Check("pass" if fits else "fail", f"{format_comparison(found)}; it may fall by {margin:g}", remedy)
+    return Check("pass" if fits else "fail", f"{format_comparison(comparison)}; it may fall by {margin:g}", remedy)
 
 
 def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
@@ -64,24 +64,24 @@ def slices(table: Sequence[Row], rules: NotWorse) -> dict[str, Check]:
     A slice of too few groups for any verdict cannot tell where it was seen to fall by more; otherwise it is no check
     (`unjudged`).
     """
-    result = {}
+    checks = {}
     for name, rows in slice_rows(table, rules.slices, rules.slice_rows):
-        compared, groups = of_rows(rows), _groups(rows)
+        comparison, groups = of_rows(rows), _groups(rows)
         if groups < LEAST_GROUPS:
-            if -compared.difference > rules.slice_margin:
+            if -comparison.difference > rules.slice_margin:
                 detail = (
-                    f"cannot tell: {format_comparison(compared)} over {groups} groups of rows; "
+                    f"cannot tell: {format_comparison(comparison)} over {groups} groups of rows; "
                     f"{LEAST_GROUPS} are the least that tell"
                 )
-                result[f"slice:{name}"] = Check(
+                checks[f"slice:{name}"] = Check(
                     "cannot tell", detail, f"more held-out rows of {name}, or look at what was said of it"
                 )
             continue
-        is_worse = compared.high < 0 and -compared.difference > rules.slice_margin
+        is_worse = comparison.high < 0 and -comparison.difference > rules.slice_margin
         remedy = f"rows of {name} among the rehearsal, or look at what was said of it" if is_worse else ""
-        detail = f"{format_comparison(compared)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
-        result[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
-    return result
+        detail = f"{format_comparison(comparison)} over {len(rows)} rows; it may fall by {rules.slice_margin:g}"
+        checks[f"slice:{name}"] = Check("fail" if is_worse else "pass", detail, remedy)
+    return checks
 
 
 def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
@@ -91,8 +91,8 @@ def unjudged(table: Sequence[Row], rules: NotWorse) -> str:
         for name, rows in slice_rows(table, rules.slices, rules.slice_rows, with_few=True)
         if len(rows) < rules.slice_rows or _groups(rows) < LEAST_GROUPS
     ]
-    more = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
-    return ", ".join(few[:MOST_NAMED]) + more
+    suffix = f" and {len(few) - MOST_NAMED} more" if len(few) > MOST_NAMED else ""
+    return ", ".join(few[:MOST_NAMED]) + suffix
 
 
 def _groups(rows: Sequence[Row]) -> int:
@@ -100,30 +100,32 @@ def _groups(rows: Sequence[Row]) -> int:
 
 
 def slice_rows(
-    table: Sequence[Row], fields: Sequence[str], least: int, *, with_few: bool = False
+    table: Sequence[Row], fields: Sequence[str], min_rows: int, *, with_few: bool = False
 ) -> Iterator[tuple[str, list[Row]]]:
     """(field=value, rows) of each slice with enough rows, or of each.
 
     No fields: each that the references have and that has few values.
     """
-    every = fields or [name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, least)]
-    for field in every:
+    field_names = fields or [
+        name for name in known_fields(row["reference"] for row in table) if _has_few(table, name, min_rows)
+    ]
+    for field in field_names:
         by_value: dict[str, list[Row]] = {}
         for row in table:
             if (value := label_of(row["reference"], field)) is not None:
                 by_value.setdefault(value, []).append(row)
-        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= least)
+        yield from ((f"{field}={value}", rows) for value, rows in sorted(by_value.items()) if with_few or len(rows) >= min_rows)
 
 
-def _has_few(table: Sequence[Row], field: str, least: int) -> bool:
+def _has_few(table: Sequence[Row], field: str, min_rows: int) -> bool:
     """Whether a field tells kinds of rows apart, as an intent does, and not rows, as a name does."""
     counts = Counter(value for row in table if (value := label_of(row["reference"], field)) is not None)
-    return 1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= least
+    return 1 < len(counts) <= MOST_VALUES and statistics.median(counts.values()) > 1 and max(counts.values()) >= min_rows
 
 
-def format_comparison(found: Comparison) -> str:
+def format_comparison(result: Comparison) -> str:
     """A comparison in a line."""
-    return f"{found.base:.3f} -> {found.tuned:.3f}, {found.difference:+.3f} in [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{result.base:.3f} -> {result.tuned:.3f}, {result.difference:+.3f} in [{result.low:+.3f}, {result.high:+.3f}]"
 
 
 # by which a key's rate of bad ratings may differ from that of all others
@@ -137,42 +139,44 @@ class Suspect:
     """A key's ratings and everybody else's."""
 
     key: str
-    own: FailureRate
+    rate: FailureRate
     others: FailureRate
 
     def __str__(self) -> str:
-        return f"{self.key} found {self.own.bad} of {self.own.seen} bad, all others {self.others.bad} of {self.others.seen}"
+        return f"{self.key} found {self.rate.bad} of {self.rate.seen} bad, all others {self.others.bad} of {self.others.seen}"
 
 
 def by_key(ratings: Iterable[tuple[str, float]]) -> dict[str, FailureRate]:
     """(key, rating) -> what each key said; a rating of 0 says nothing."""
-    result: dict[str, FailureRate] = {}
+    rates: dict[str, FailureRate] = {}
     for key, rating in ratings:
         if rating:
-            result.setdefault(key, FailureRate()).count(rating < 0)
-    return result
+            rates.setdefault(key, FailureRate()).count(rating < 0)
+    return rates
 
 
 def suspects(rates: Mapping[str, FailureRate]) -> list[Suspect]:
     """The keys that differ, the most telling first. Of one key alone nothing can be said."""
     limit = math.log(2 * max(len(rates), 1) / FALSE_ALARM)
-    results = []
-    for key, own in rates.items():
-        rest = [rate for name, rate in rates.items() if name != key]
-        others = FailureRate(sum(rate.seen for rate in rest), sum(rate.bad for rate in rest))
-        evidence = max(log_evidence(own, others, MARGIN), log_evidence(others, own, MARGIN)) if others.seen else 0.0
+    ranked = []
+    for key, key_rate in rates.items():
+        other_rates = [rate for name, rate in rates.items() if name != key]
+        others = FailureRate(sum(rate.seen for rate in other_rates), sum(rate.bad for rate in other_rates))
+        evidence = max(log_evidence(key_rate, others, MARGIN), log_evidence(others, key_rate, MARGIN)) if others.seen else 0.0
         if evidence >= limit:
-            results.append((evidence, Suspect(key, own, others)))
+            ranked.append((evidence, Suspect(key, key_rate, others)))
     # where one key is unlike, all others are a little unlike those among whom it is: the most telling is named alone
-    return [suspect for _, suspect in sorted(results, key=lambda pair: -pair[0])[:1]] if len(rates) <= 2 else [
-        suspect for _, suspect in sorted(results, key=lambda pair: -pair[0])
+    return [suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])[:1]] if len(rates) <= 2 else [
+        suspect for _, suspect in sorted(ranked, key=lambda pair: -pair[0])
     ]  # fmt: skip
 
 
 def check(rates: Mapping[str, FailureRate], believed: Iterable[str] = ()) -> Check:
     """Whether everybody rates alike, but for those whom a person believes."""
-    found = [suspect for suspect in suspects(rates) if suspect.key not in set(believed)]
-    if not found:
+    flagged = [suspect for suspect in suspects(rates) if suspect.key not in set(believed)]
+    if not flagged:
         return Check("pass", f"{len(rates)} keys rate alike, within {MARGIN:g}")
-    names = ", ".join(suspect.key for suspect in found)
-    return Check("fail", "; ".join(map(str, found)), f"look at what {names} rated; then --ignore or --believe {found[0].key}")
+    names = ", ".join(suspect.key for suspect in flagged)
+    return Check(
+        "fail", "; ".join(map(str, flagged)), f"look at what {names} rated; then --ignore or --believe {flagged[0].key}"
+    )

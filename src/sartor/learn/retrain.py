@@ -27,11 +27,11 @@ from sartor.learn.run_record import (
     RetrainOptions,
     RunRecord,
     Stage,
-    held,
     live_version,
     next_version,
     read_registry,
     resolve_trial,
+    retrain_lock,
 )
 from sartor.release.release import release as sign
 from sartor.serving.commands.agent_commands import add_agent, promote_agent
@@ -47,76 +47,78 @@ EPOCHS = 2.0
 
 def curate(job: RetrainContext) -> Mapping[str, Any]:
     """feedback/ what the inbox holds, as a Dataset; data/ and ratings/ what is learnt from it, with rehearsal."""
-    if found := training_data.distrusted(job):
+    if contradictions := training_data.distrusted(job):
         # nothing of theirs would be learnt; but whoever lies by one key may have others, and a person should look first
-        raise GateError(f"keys: {'; '.join(found)}", "look at what they said (sartor agents feedback); then --ignore KEY")
-    said = training_data.collect_feedback(job)
-    made = training_data.write_training_data(job, said)
-    if not made.legs:
         raise GateError(
-            f"of what was said {made.corrections} corrections and {made.ratings} ratings can be learnt from; dropped: "
-            f"{dict(said.manifest['counts']['dropped']) or 'none'}",
+            f"keys: {'; '.join(contradictions)}", "look at what they said (sartor agents feedback); then --ignore KEY"
+        )
+    feedback = training_data.collect_feedback(job)
+    data = training_data.write_training_data(job, feedback)
+    if not data.legs:
+        raise GateError(
+            f"of what was said {data.corrections} corrections and {data.ratings} ratings can be learnt from; dropped: "
+            f"{dict(feedback.manifest['counts']['dropped']) or 'none'}",
             f"it takes {job.rules.at_least.corrections} corrections or {job.rules.at_least.ratings} ratings: retrain.at_least",
         )
-    keys = promotion_checks.check(made.rates, job.wishes.believe)
+    keys = promotion_checks.check(data.rates, job.wishes.believe)
     if keys.outcome == "fail":  # before anything is spent on what they said
         raise GateError(f"keys: {keys.detail}", keys.remedy)
-    return {**dataclasses.asdict(made), "keys": keys.detail}
+    return {**dataclasses.asdict(data), "keys": keys.detail}
 
 
 def tune(job: RetrainContext) -> Mapping[str, Any]:
     """adapter-sft/, adapter-kto/: the live version's adapter gone on with, on corrections and then on ratings."""
-    start, made = Path(job.work.record.live.release), []
-    for leg in job.work.facts("curate")["legs"]:
+    start, legs = Path(job.run.record.live.release), []
+    for leg in job.run.facts("curate")["legs"]:
         out = job.at(f"adapter-{leg}")
         recipe = recipe_of(job, leg, start)
         job.notice(f"tuning: {leg} on {recipe['data']['path']}, going on from {start}")
         tuned = train(recipe, out, resume=True, show=False, notice=job.notice)
-        made.append({"leg": leg, "adapter": str(tuned.adapter.path), "loss": tuned.adapter.manifest["run"]["loss"]})
+        legs.append({"leg": leg, "adapter": str(tuned.adapter.path), "loss": tuned.adapter.manifest["run"]["loss"]})
         start = out
-    return {"adapter": str(start), "legs": made}
+    return {"adapter": str(start), "legs": legs}
 
 
 def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
-    own = open_artifact(job.work.record.live.release, "release").path / "sartor.json"
-    known = training_data.read_recipe(own)
-    known["data"] = {**known["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
-    known["objective"] = {"kind": leg}
-    known["budget"] = {"epochs": EPOCHS}
-    if not known["method"].get("start"):  # that of a version which was retrained itself is gentle already
-        known["optimizer"] = {**known["optimizer"], "learning_rate": known["optimizer"]["learning_rate"] * GENTLE}
-    known["method"] = {**known["method"], "start": str(start)}
-    return merged(known, job.rules.tuning or {})
+    manifest = open_artifact(job.run.record.live.release, "release").path / "sartor.json"
+    recipe = training_data.read_recipe(manifest)
+    recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
+    recipe["objective"] = {"kind": leg}
+    recipe["budget"] = {"epochs": EPOCHS}
+    if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
+        recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
+    recipe["method"] = {**recipe["method"], "start": str(start)}
+    return merge_options(recipe, job.rules.tuning or {})
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Options with others laid over them, mapping by mapping; a limit of the budget takes the place of all others."""
-    if not isinstance(over, Mapping):
-        raise ConfigError(f"retrain.tuning is {over!r}, no mapping of options", "tuning: {budget: {epochs: 2}}")
-    result = dict(under)
-    for name, value in over.items():
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(f"retrain.tuning is {overrides!r}, no mapping of options", "tuning: {budget: {epochs: 2}}")
+    result = dict(base)
+    for name, value in overrides.items():
         is_inner = isinstance(value, Mapping) and isinstance(result.get(name), Mapping) and name != "budget"
-        result[name] = merged(result[name], value) if is_inner else value
+        result[name] = merge_options(result[name], value) if is_inner else value
     return result
 
 
 def evaluate(job: RetrainContext) -> Mapping[str, Any]:
     """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
-    adapter, out = Path(job.work.facts("tune")["adapter"]), job.at("report")
-    made_otherwise = _numerics_difference(out)
-    if made_otherwise:  # the live version answers by this version's arithmetic
-        job.notice(f"{out} is measured anew: made by {made_otherwise}")
-    if made_otherwise or kind_of(out) != "report":
-        said = job.live().manifest
-        label = open_artifact(Path(job.work.record.live.release) / "report", "report").manifest["label"]
+    adapter, out = Path(job.run.facts("tune")["adapter"]), job.at("report")
+    numerics_change = _numerics_difference(out)
+    if numerics_change:  # the live version answers by this version's arithmetic
+        job.notice(f"{out} is measured anew: made by {numerics_change}")
+    if numerics_change or kind_of(out) != "report":
+        manifest = job.live().manifest
+        label = open_artifact(Path(job.run.record.live.release) / "report", "report").manifest["label"]
         measure(
-            adapter, out=out, scorer=said["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
-            replace=bool(made_otherwise),
+            adapter, out=out, scorer=manifest["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
+            replace=bool(numerics_change),
         )  # fmt: skip
-    found = compare_with_live(adapter, out, job.work.record.live.release, job.notice)
-    write_beside(job.at("beside.parquet"), found)
-    return {"report": str(out), "metric": found.metric, "rows": len(found.table), **_liked(job, adapter)}
+    comparison = compare_with_live(adapter, out, job.run.record.live.release, job.notice)
+    write_beside(job.at("beside.parquet"), comparison)
+    return {"report": str(out), "metric": comparison.metric, "rows": len(comparison.table), **_liked(job, adapter)}
 
 
 def _numerics_difference(report: Path) -> str:
@@ -129,88 +131,93 @@ def _numerics_difference(report: Path) -> str:
 
 def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
     """How likely both versions find the held-out replies that people rated, the rating's sign before it."""
-    held = training_data.held_ratings(job)
-    if not held:
+    rows = training_data.held_ratings(job)
+    if not rows:
         return {"ratings": []}
-    live, new = (likelihoods(path, held, job.notice) for path in (job.work.record.live.release, adapter))
+    live, new = (likelihoods(path, rows, job.notice) for path in (job.run.record.live.release, adapter))
     return {
         "ratings": [
             {"id": row.id, "group": group_of(row), "live": row.rating * before, "new": row.rating * after}
-            for row, before, after in zip(held, live, new, strict=True)
+            for row, before, after in zip(rows, live, new, strict=True)
         ]
     }
 
 
 def gate(job: RetrainContext) -> Mapping[str, Any]:
     """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
-    found, compared, of = judged(job)
-    told = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in found.items()}
-    gains = {kind: {"estimate": one.difference, "low": one.low, "high": one.high} for kind, one in compared.items()}
-    facts = {"checks": told, "gain": {"of": of, **gains[of]}, "compared": gains}
-    lines = [f"{name}: {check.detail}" for name, check in found.items() if check.holds_back]
+    checks, comparisons, best_kind = run_checks(job)
+    outcomes = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in checks.items()}
+    gains = {
+        kind: {"estimate": comparison.difference, "low": comparison.low, "high": comparison.high}
+        for kind, comparison in comparisons.items()
+    }
+    facts = {"checks": outcomes, "gain": {"of": best_kind, **gains[best_kind]}, "compared": gains}
+    lines = [f"{name}: {check.detail}" for name, check in checks.items() if check.holds_back]
     return {**facts, "refused": "; ".join(lines)}
 
 
-def judged(job: RetrainContext) -> tuple[dict[str, Check], dict[str, Comparison], str]:
+def run_checks(job: RetrainContext) -> tuple[dict[str, Check], dict[str, Comparison], str]:
     """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
     table = list(parquet_io.read_file(job.at("beside.parquet")))
     feedback = training_data.ids_of_feedback(job)
     kinds = {
         "feedback": [row for row in table if row["id"] in feedback],
         "held_out": [row for row in table if row["id"] not in feedback],
-        "ratings": list(job.work.facts("evaluate")["ratings"]),
+        "ratings": list(job.run.facts("evaluate")["ratings"]),
     }
-    compared = {kind: promotion_checks.of_rows(some) for kind, some in kinds.items() if len(some) > 1}
-    if "held_out" not in compared:
+    comparisons = {kind: promotion_checks.of_rows(rows) for kind, rows in kinds.items() if len(rows) > 1}
+    if "held_out" not in comparisons:
         raise GateError(
             "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
         )
-    better, of = promotion_checks.gain(compared)
+    gain_check, best_kind = promotion_checks.gain(comparisons)
     rules = job.rules.gate
-    not_worse = promotion_checks.not_worse(compared["held_out"], rules.margin)
-    if few := promotion_checks.unjudged(kinds["held_out"], rules):
-        not_worse = dataclasses.replace(not_worse, detail=f"{not_worse.detail}; slices of too few rows to be judged: {few}")
+    not_worse = promotion_checks.not_worse(comparisons["held_out"], rules.margin)
+    if thin_slices := promotion_checks.unjudged(kinds["held_out"], rules):
+        not_worse = dataclasses.replace(
+            not_worse, detail=f"{not_worse.detail}; slices of too few rows to be judged: {thin_slices}"
+        )
     checks = {
-        "gain over live": better,
+        "gain over live": gain_check,
         "not worse": not_worse,
         **promotion_checks.slices(kinds["held_out"], rules),
     }
-    return checks, compared, of
+    return checks, comparisons, best_kind
 
 
 def release(job: RetrainContext) -> Mapping[str, Any]:
     """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version."""
     live, out = job.live(), job.at("release")
-    taken = [one.version for one in read_registry(job.team).versions.values() if one.agent == job.agent]
+    existing = [entry.version for entry in read_registry(job.team).versions.values() if entry.agent == job.agent]
     if kind_of(out) == "release":  # killed between the Release and the record
         return {"release": str(out), "version": open_artifact(out, "release").manifest["version"]}
-    version = next_version(live.manifest["version"], taken)
+    version = next_version(live.manifest["version"], existing)
     rules = job.at("gate.yaml")
-    if said := live.manifest.get("rules"):
-        rules.write_text(said["text"], encoding="utf-8")
+    if live_rules := live.manifest.get("rules"):
+        rules.write_text(live_rules["text"], encoding="utf-8")
     sign(
-        Path(job.work.facts("tune")["adapter"]), name=live.manifest["name"], version=version, key=job.rules.key,
+        Path(job.run.facts("tune")["adapter"]), name=live.manifest["name"], version=version, key=job.rules.key,
         report=job.at("report"), out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
-        rules=rules if said else None,
+        rules=rules if live_rules else None,
     )  # fmt: skip
     return {"release": str(out), "version": version}
 
 
 def register_version(job: RetrainContext) -> Mapping[str, Any]:
     """Registered; on trial where somebody serves the team, live at once where a person asks for it, else waiting."""
-    made, live = job.work.facts("release"), job.work.record.live
-    reason = f"retrain {job.work.record.number}: {job.work.facts('gate')['gain']}"
-    name = f"{job.agent}@{made['version']}"
-    add_agent(job.team, made["release"], name=job.agent, why=reason)
+    facts, live = job.run.facts("release"), job.run.record.live
+    reason = f"retrain {job.run.record.number}: {job.run.facts('gate')['gain']}"
+    name = f"{job.agent}@{facts['version']}"
+    add_agent(job.team, facts["release"], name=job.agent, why=reason)
     if server_presence.running(Path(job.team.state)):
-        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=job.rules.canary, why=reason)
-        told = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
-        return {"decision": "canary", "reason": f"{name} {told}"}
+        promote_agent(job.team, job.agent, facts["version"], expected=live.version, canary=job.rules.canary, why=reason)
+        status = f"answers {job.rules.canary:.0%} of the requests until the monitors or a person decide"
+        return {"decision": "canary", "reason": f"{name} {status}"}
     if job.wishes.promote:
-        promote_agent(job.team, job.agent, made["version"], expected=live.version, canary=0.0, shadow=0.0, why=reason)
+        promote_agent(job.team, job.agent, facts["version"], expected=live.version, canary=0.0, shadow=0.0, why=reason)
         return {"decision": "promoted", "reason": f"{name} is live: {reason}"}
-    how = f"sartor agents promote {job.agent} {made['version']}"
-    return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {how}, or --promote"}
+    command = f"sartor agents promote {job.agent} {facts['version']}"
+    return {"decision": "candidate", "reason": f"{name} waits, since nobody serves the team: {command}, or --promote"}
 
 
 STAGES: dict[str, Stage] = {
@@ -243,10 +250,10 @@ class Retrained:
     def of(cls, work: RunRecord, began: float) -> Retrained:
         """As the record has it."""
         record = work.record
-        checks = {name: one["outcome"] for name, one in record.stages.get("gate", {}).get("checks", {}).items()}
+        checks = {name: check["outcome"] for name, check in record.stages.get("gate", {}).get("checks", {}).items()}
         version = record.stages.get("release", {}).get("version", "")
-        decided = (record.decision, record.reason, record.gain, record.agent)
-        return cls(*decided, str(work.folder), version, checks or None, time.monotonic() - began)
+        outcome = (record.decision, record.reason, record.gain, record.agent)
+        return cls(*outcome, str(work.folder), version, checks or None, time.monotonic() - began)
 
 
 def retrain(
@@ -267,67 +274,69 @@ def retrain(
     the agent, UnknownAgentError, and what the stages raise; the same call goes on then.
     """
     began = time.monotonic()
-    made = team if isinstance(team, Team) else load(Path(team), flags)
-    if not made.retrain.key:
+    loaded_team = team if isinstance(team, Team) else load(Path(team), flags)
+    if not loaded_team.retrain.key:
         raise ConfigError(
             "retrain.key is not set: nobody would sign the new Release", "retrain: {key: keys}, of sartor keygen keys"
         )
     if steps_back:
-        _step_back(made.retrain)
-    wishes, state = wishes or RetrainOptions(), Path(made.state)
-    live = live_version(made, agent)
-    with held(state, agent):
-        work = triggers.last(state, agent)
-        if work is not None and not work.is_open:
-            resolve_trial(made, work)
-        if work is not None and work.record.decision == "canary":
-            return Retrained.of(work, began)
-        if work is not None and work.is_open and work.record.live.release_id != live.release_id:
-            _overtaken(work, live)
-            if work.record.decision == "promoted":
-                return Retrained.of(work, began)
-        if work is None or not work.is_open:
-            due = triggers.check_triggers(state, agent, made.retrain, triggers.routed(state, agent, live.release_id))
+        _step_back(loaded_team.retrain)
+    wishes, state = wishes or RetrainOptions(), Path(loaded_team.state)
+    live = live_version(loaded_team, agent)
+    with retrain_lock(state, agent):
+        run = triggers.last_run(state, agent)
+        if run is not None and not run.is_open:
+            resolve_trial(loaded_team, run)
+        if run is not None and run.record.decision == "canary":
+            return Retrained.of(run, began)
+        if run is not None and run.is_open and run.record.live.release_id != live.release_id:
+            _decide_overtaken(run, live)
+            if run.record.decision == "promoted":
+                return Retrained.of(run, began)
+        if run is None or not run.is_open:
+            due = triggers.check_triggers(
+                state, agent, loaded_team.retrain, triggers.router_scores(state, agent, live.release_id)
+            )
             if not (due.triggers or wishes.anyway):
                 return Retrained("refused", due.lacking, None, agent)
             notice(f"retraining {agent}@{live.version}: {'; '.join(due.triggers) or 'asked for'}")
-            work = RunRecord.begun(state, agent, live)
+            run = RunRecord.create(state, agent, live)
         else:
-            notice(f"going on with {work.folder}, after {list(work.record.stages) or 'nothing'}")
-        _run(RetrainContext(made, work, wishes, notice), stages)
-        return Retrained.of(work, began)
+            notice(f"going on with {run.folder}, after {list(run.record.stages) or 'nothing'}")
+        _run(RetrainContext(loaded_team, run, wishes, notice), stages)
+        return Retrained.of(run, began)
 
 
-def _overtaken(work: RunRecord, live: Live) -> None:
+def _decide_overtaken(run: RunRecord, live: Live) -> None:
     """Another version is live than the one that it was held against: its own, if it was killed right behind the promotion."""
-    name = f"{work.record.agent}@{live.version}"
-    if work.done("release") and work.facts("release")["version"] == live.version:
-        work.decide("promoted", f"{name} is live", work.facts("gate")["gain"])
+    name = f"{run.record.agent}@{live.version}"
+    if run.done("release") and run.facts("release")["version"] == live.version:
+        run.decide("promoted", f"{name} is live", run.facts("gate")["gain"])
     else:
-        work.decide("refused", f"{name} has become live since; it was held against {work.record.live.version}")
+        run.decide("refused", f"{name} has become live since; it was held against {run.record.live.version}")
 
 
 def _run(job: RetrainContext, stages: Mapping[str, Stage]) -> None:
     """Every stage that is not done; the record says after each that it is, and in the end what came of it."""
-    work = job.work
+    run = job.run
     for name, stage in stages.items():
-        if work.done(name):
+        if run.done(name):
             continue
         job.notice(f"{name}")
         try:
-            work.finish(name, stage(job))
+            run.finish(name, stage(job))
         except REFUSALS as error:
-            work.decide("refused", f"{name}: {error.problem} (try: {error.remedy})")
+            run.decide("refused", f"{name}: {error.problem} (try: {error.remedy})")
             return
         except ConflictError as error:  # somebody changed the agent meanwhile: what was found is of another version
-            work.decide("refused", f"{name}: {error.problem}")
+            run.decide("refused", f"{name}: {error.problem}")
             return
-        if refused := work.facts(name).get("refused"):
-            work.decide("refused", refused, work.facts(name).get("gain"))
+        if refused := run.facts(name).get("refused"):
+            run.decide("refused", refused, run.facts(name).get("gain"))
             return
-    last = work.facts(list(stages)[-1])
-    found = work.facts("gate")
-    work.decide(last["decision"], last["reason"], found["gain"])
+    last = run.facts(list(stages)[-1])
+    gate_facts = run.facts("gate")
+    run.decide(last["decision"], last["reason"], gate_facts["gain"])
 
 
 def _step_back(rules: Retraining) -> None:

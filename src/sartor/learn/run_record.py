@@ -63,30 +63,30 @@ class Record:
         return {"schema": SCHEMA, **vars(self), "live": vars(self.live)}
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Record:
+    def from_json(cls, payload: Mapping[str, Any]) -> Record:
         """Raises ArtifactError for another schema, KeyError or TypeError for no record."""
-        if said.get("schema") != SCHEMA:
-            raise ArtifactError(f"a retrain of schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
-        fields = {key: value for key, value in said.items() if key != "schema"}
+        if payload.get("schema") != SCHEMA:
+            raise ArtifactError(f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+        fields = {key: value for key, value in payload.items() if key != "schema"}
         return cls(**{**fields, "live": Live(**fields["live"])})
 
 
 class RunRecord:
-    """The folder of one retrain, and its record. Held by one process: see `held`."""
+    """The folder of one retrain, and its record. Held by one process: see `retrain_lock`."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         self.folder, self.record = folder, record
 
     @classmethod
-    def begun(cls, state: Path, agent: str, live: Live) -> RunRecord:
+    def create(cls, state: Path, agent: str, live: Live) -> RunRecord:
         """The next retrain of an agent."""
-        number = max((work.record.number for work in works(state, agent)), default=0) + 1
-        work = cls(_home(state, agent) / str(number), Record(agent, number, now(), live, {}))
-        work._write()
-        return work
+        number = max((run.record.number for run in list_runs(state, agent)), default=0) + 1
+        run = cls(_home(state, agent) / str(number), Record(agent, number, now(), live, {}))
+        run._write()
+        return run
 
     @classmethod
-    def opened(cls, folder: Path) -> RunRecord:
+    def open(cls, folder: Path) -> RunRecord:
         """What stands in a folder. Raises ArtifactError where the record is damaged."""
         file = folder / FILE
         try:
@@ -125,14 +125,14 @@ class RunRecord:
         write_file_atomic(self.folder / FILE, text.encode())
 
 
-def works(state: Path, agent: str) -> list[RunRecord]:
+def list_runs(state: Path, agent: str) -> list[RunRecord]:
     """Every retrain of an agent, the oldest first. A folder without a record was killed before it began, and is passed over."""
-    found = (folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists())
-    return [RunRecord.opened(folder) for folder in sorted(found, key=lambda folder: int(folder.name))]
+    folders = (folder for folder in _home(state, agent).glob("*") if folder.name.isdigit() and (folder / FILE).exists())
+    return [RunRecord.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
 
 
 @contextmanager
-def held(state: Path, agent: str) -> Iterator[None]:
+def retrain_lock(state: Path, agent: str) -> Iterator[None]:
     """Inside, no other process retrains this agent. Raises ConfigError where one does; a lock ends with its process."""
     home = _home(state, agent)
     home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -177,7 +177,7 @@ class RetrainContext:
     """A retrain as its stages see it."""
 
     team: Team
-    work: RunRecord
+    run: RunRecord
     wishes: RetrainOptions
     notice: Notice
 
@@ -189,26 +189,26 @@ class RetrainContext:
     @property
     def agent(self) -> str:
         """Its name."""
-        return self.work.record.agent
+        return self.run.record.agent
 
     def at(self, name: str) -> Path:
         """What a stage makes, by the name of it."""
-        return self.work.folder / name
+        return self.run.folder / name
 
     def live(self) -> Artifact:
         """The Release that is live. Raises ArtifactError where it is gone, or another one stands there."""
-        known = self.work.record.live
-        result = open_artifact(known.release, "release")
-        if result.id != known.release_id:
-            raise ArtifactError(f"{known.release} is no longer the Release {known.release_id[:16]}", "restore it from a copy")
-        return result
+        live = self.run.record.live
+        release = open_artifact(live.release, "release")
+        if release.id != live.release_id:
+            raise ArtifactError(f"{live.release} is no longer the Release {live.release_id[:16]}", "restore it from a copy")
+        return release
 
     def own_rows(self) -> Artifact:
         """The Dataset that the live version was tuned on. Raises ArtifactError where it is gone."""
         dataset = ancestry.find_parent(self.live(), "dataset")
         if dataset is None:
             raise ArtifactError(
-                f"the Dataset of {self.work.record.live.release} is not where it was: nothing could be rehearsed or held out",
+                f"the Dataset of {self.run.record.live.release} is not where it was: nothing could be rehearsed or held out",
                 "sartor index DIR finds a Dataset that was moved",
             )
         return dataset
@@ -234,40 +234,40 @@ def live_version(team: Team, agent: str) -> Live:
     Raises UnknownAgentError, ArtifactError.
     """
     Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
-    read = read_registry(team)
-    if agent not in read.agents:
+    snapshot = read_registry(team)
+    if agent not in snapshot.agents:
         member = next((member for member in team.agents if member.name == agent), None)
         if member is None:
-            known = ", ".join(sorted({*read.agents, *(one.name for one in team.agents)})) or "none"
+            known = ", ".join(sorted({*snapshot.agents, *(member.name for member in team.agents)})) or "none"
             raise UnknownAgentError(f"no agent has the name {agent!r}; there are: {known}", "sartor agents list")
         add_agent(team, member.release, name=agent, why="retrain")
-        read = read_registry(team)
-    standing = read.agents[agent]
-    version = read.versions.get(f"{agent}@{standing.live}")
+        snapshot = read_registry(team)
+    agent_row = snapshot.agents[agent]
+    version = snapshot.versions.get(f"{agent}@{agent_row.live}")
     if version is None:
         raise ArtifactError(
-            f"{agent} has no live version: {standing.note or 'nothing was added'}", f"sartor agents add {agent}-1.0"
+            f"{agent} has no live version: {agent_row.note or 'nothing was added'}", f"sartor agents add {agent}-1.0"
         )
     return Live(version.version, version.release, version.release_id)
 
 
-def resolve_trial(team: Team, work: RunRecord) -> None:
+def resolve_trial(team: Team, run: RunRecord) -> None:
     """What became of a version that was on trial: live by now, sent back by the monitors or a person, or on trial still."""
-    record = work.record
+    record = run.record
     if record.decision in FINAL:
         return
     version = str(record.stages["release"]["version"])
-    read = read_registry(team)
-    agent, known = read.agents.get(record.agent), read.versions.get(f"{record.agent}@{version}")
+    snapshot = read_registry(team)
+    agent, registered = snapshot.agents.get(record.agent), snapshot.versions.get(f"{record.agent}@{version}")
     if agent is not None and agent.live == version:
-        work.decide("promoted", f"{record.agent}@{version} has become live after its trial")
+        run.decide("promoted", f"{record.agent}@{version} has become live after its trial")
     elif agent is None or agent.candidate != version:
-        sent_back = known is not None and known.status == "rolled_back"
+        sent_back = registered is not None and registered.status == "rolled_back"
         reason = "was sent back: sartor agents events " + record.agent if sent_back else "is no longer on trial"
-        work.decide("rolled back", f"{record.agent}@{version} {reason}")
+        run.decide("rolled back", f"{record.agent}@{version} {reason}")
 
 
-def next_version(version: str, taken: Collection[str]) -> str:
+def next_version(version: str, existing: Collection[str]) -> str:
     """The next version after one: its last number raised by one, further where that is taken.
 
     >>> bumped("1.9", ["1.10"])
@@ -277,8 +277,8 @@ def next_version(version: str, taken: Collection[str]) -> str:
     """
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", version)
     head, number, tail = match.groups() if match else (f"{version}.", "0", "")
-    result = version
-    while result == version or result in taken:
+    candidate = version
+    while candidate == version or candidate in existing:
         number = str(int(number) + 1)
-        result = f"{head}{number}{tail}"
-    return result
+        candidate = f"{head}{number}{tail}"
+    return candidate

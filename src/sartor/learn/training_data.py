@@ -68,50 +68,52 @@ def collect_feedback(job: RetrainContext) -> Artifact:
 
 def _terms(job: RetrainContext) -> InboxTerms:
     """Whoever rates a reply to one of the agent's own prompts is held against what is known of it."""
-    own = job.own_rows()
-    known = [name for name in own.manifest["files"] if name.startswith("examples/")]
-    return InboxTerms(agent=job.agent, known=str(own.path / known[0]) if len(known) == 1 else "")
+    dataset = job.own_rows()
+    files = [name for name in dataset.manifest["files"] if name.startswith("examples/")]
+    return InboxTerms(agent=job.agent, known=str(dataset.path / files[0]) if len(files) == 1 else "")
 
 
 def distrusted(job: RetrainContext) -> list[str]:
     """A line for each voice that contradicts the rest, but for the keys that a person ignores: nothing of it is learnt."""
     standings = of_folder(_inbox(job), _terms(job)).standings
-    return [standing.why for standing in standings if standing.is_aside and standing.key not in job.wishes.ignore]
+    return [standing.reason for standing in standings if standing.is_distrusted and standing.key not in job.wishes.ignore]
 
 
 def write_training_data(job: RetrainContext, feedback: Artifact) -> TrainingData:
     """data/ and ratings/, as far as there are enough rows of each."""
-    own = job.own_rows()
+    dataset = job.own_rows()
     keys = keys_of_lines(_inbox(job))
-    every = list(parquet_io.read_examples(feedback))
-    said = [row for row in every if not _keys_of(row, keys) <= set(job.wishes.ignore)]
-    corrections, ratings = [row for row in said if not row.rating], [row for row in said if row.rating]
+    all_rows = list(parquet_io.read_examples(feedback))
+    rows = [row for row in all_rows if not _keys_of(row, keys) <= set(job.wishes.ignore)]
+    corrections, ratings = [row for row in rows if not row.rating], [row for row in rows if row.rating]
     rates = promotion_checks.by_key((key, row.rating) for row in ratings for key in sorted(_keys_of(row, keys)))
-    held = _held_out(job, own, corrections)
-    least = job.rules.at_least
-    counted = {"sft": (corrections, least.corrections), "kto": (ratings, least.ratings)}
+    held_out = _held_out(job, dataset, corrections)
+    at_least = job.rules.at_least
+    by_leg = {"sft": (corrections, at_least.corrections), "kto": (ratings, at_least.ratings)}
     legs, rehearsal = [], 0
-    for leg, (some, enough) in counted.items():
-        if len(some) < (FEWEST if job.wishes.anyway else enough * triggers.EARLY_FRACTION):
+    for leg, (leg_rows, min_rows) in by_leg.items():
+        if len(leg_rows) < (FEWEST if job.wishes.anyway else min_rows * triggers.EARLY_FRACTION):
             continue
-        train = [row for row in some if row.split == "train"]
-        beside = rehearsed(own, round(job.rules.rehearsal * len(train)), job.work.record.number)
+        train = [row for row in leg_rows if row.split == "train"]
+        rehearsal_rows = draw_rehearsal(dataset, round(job.rules.rehearsal * len(train)), job.run.record.number)
         legs.append(leg)
-        rehearsal += len(beside)
-        _write(job.at(FOLDERS[leg]), [feedback, own], [*train, *beside], held)
+        rehearsal += len(rehearsal_rows)
+        _write(job.at(FOLDERS[leg]), [feedback, dataset], [*train, *rehearsal_rows], held_out)
     counts = {
         "feedback": sum(row.split == "eval" for row in corrections),
         "ratings": sum(row.split == "eval" for row in ratings),
     }
-    ignored = len(every) - len(said)
-    return TrainingData(tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held)}, rehearsal, ignored, rates)
+    ignored = len(all_rows) - len(rows)
+    return TrainingData(
+        tuple(legs), len(corrections), len(ratings), {**counts, "all": len(held_out)}, rehearsal, ignored, rates
+    )
 
 
-def rehearsed(own: Artifact, count: int, seed: int) -> list[Example]:
+def draw_rehearsal(dataset: Artifact, count: int, seed: int) -> list[Example]:
     """Training rows of the live version's own Dataset: another draw for each retrain, the same in a resumed one."""
-    every = [row for row in parquet_io.read_examples(own, "train") if not row.rating]
-    every.sort(key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
-    return every[:count]
+    rows = [row for row in parquet_io.read_examples(dataset, "train") if not row.rating]
+    rows.sort(key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
+    return rows[:count]
 
 
 def ids_of_feedback(job: RetrainContext) -> set[str]:
@@ -121,16 +123,16 @@ def ids_of_feedback(job: RetrainContext) -> set[str]:
 
 def held_ratings(job: RetrainContext) -> list[Example]:
     """Rated replies that were not trained on, where ratings were learnt from at all."""
-    if "kto" not in job.work.facts("curate")["legs"]:
+    if "kto" not in job.run.facts("curate")["legs"]:
         return []
     keys, ignored = keys_of_lines(_inbox(job)), set(job.wishes.ignore)
-    said = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
-    return [row for row in said if row.rating and not _keys_of(row, keys) <= ignored]
+    rows = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"), "eval")
+    return [row for row in rows if row.rating and not _keys_of(row, keys) <= ignored]
 
 
 def keys_of_lines(inbox: Path) -> dict[str, str]:
     """Locator of a line -> the key that said it; "(no key)" where a team has none."""
-    return {f"{file.name}:{line}": said.by.key or NO_KEY for file, line, said in triggers.lines(inbox)}
+    return {f"{file.name}:{line}": feedback.by.key or NO_KEY for file, line, feedback in triggers.lines(inbox)}
 
 
 def _keys_of(row: Example, keys: Mapping[str, str]) -> set[str]:
@@ -149,23 +151,23 @@ def _inbox(job: RetrainContext) -> Path:
     return Path(job.team.state) / "inbox"
 
 
-def _held_out(job: RetrainContext, own: Artifact, corrections: Sequence[Example]) -> list[Example]:
+def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Example]) -> list[Example]:
     """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg."""
-    said = [row for row in corrections if row.split == "eval"]
-    known = {row.id for row in said}
-    theirs = [row for row in parquet_io.read_examples(own, "eval") if not row.rating and row.id not in known]
-    theirs.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    return [*said, *theirs[: max(job.rules.gate.rows - len(said), 0)]]
+    held_out = [row for row in corrections if row.split == "eval"]
+    ids = {row.id for row in held_out}
+    dataset_rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating and row.id not in ids]
+    dataset_rows.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    return [*held_out, *dataset_rows[: max(job.rules.gate.rows - len(held_out), 0)]]
 
 
-def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held: Sequence[Example]) -> None:
+def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held_out: Sequence[Example]) -> None:
     if kind_of(out) == "dataset":  # killed between this Dataset and the record
         return
-    groups, kept, drops = {split_group(row) for row in held}, [], list[Drop]()
+    groups, train_rows, drops = {split_group(row) for row in held_out}, [], list[Drop]()
     for row in train:
         if split_group(row) in groups:
             drops.append(drop_of(row, "group_held_out", "a held-out row is of its group", step=STEP))
         else:
-            kept.append(row)
-    facts = {STEP: {"train": len(kept), "held_out": len(held)}}
-    write_dataset_from(out, parents, [*kept, *(replace(row, split="eval") for row in held)], drops, step=facts)
+            train_rows.append(row)
+    facts = {STEP: {"train": len(train_rows), "held_out": len(held_out)}}
+    write_dataset_from(out, parents, [*train_rows, *(replace(row, split="eval") for row in held_out)], drops, step=facts)

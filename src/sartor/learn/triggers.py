@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError, SartorError
-from sartor.core.lineage.receipt_index import Placed, ReceiptIndex
+from sartor.core.lineage.receipt_index import ReceiptIndex, ReceiptLocation
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
-from sartor.learn.run_record import Notice, RunRecord, held, live_version, read_registry, resolve_trial, works
+from sartor.learn.run_record import Notice, RunRecord, list_runs, live_version, read_registry, resolve_trial, retrain_lock
 from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import Retraining, Team, load
 
@@ -54,26 +54,26 @@ class FeedbackCounts:
 class RetrainTrigger:
     """Whether an agent is to be retrained now, and by which trigger; or how much is lacking."""
 
-    news: FeedbackCounts
+    counts: FeedbackCounts
     triggers: tuple[str, ...]
     lacking: str
 
     def as_json(self) -> dict[str, Any]:
         """A row of --due."""
-        return {**self.news.as_json(), "due": bool(self.triggers), "why": "; ".join(self.triggers) or self.lacking}
+        return {**self.counts.as_json(), "due": bool(self.triggers), "why": "; ".join(self.triggers) or self.lacking}
 
 
 def feedback_counts(inbox: Path, agent: str, since: str) -> FeedbackCounts:
     """What an inbox holds of an agent, whatever version was asked."""
     corrections, unlearnable, after, before = 0, 0, FailureRate(), FailureRate()
-    for _, _, said in lines(inbox):
-        if said.agent.rpartition("@")[0] != agent:
+    for _, _, feedback in lines(inbox):
+        if feedback.agent.rpartition("@")[0] != agent:
             continue
-        is_new = said.date > since
-        if said.rating:
-            (after if is_new else before).count(said.rating < 0)
-        if is_new and said.correction:
-            corrections, unlearnable = corrections + said.has_words, unlearnable + (not said.has_words)
+        is_new = feedback.date > since
+        if feedback.rating:
+            (after if is_new else before).count(feedback.rating < 0)
+        if is_new and feedback.correction:
+            corrections, unlearnable = corrections + feedback.has_words, unlearnable + (not feedback.has_words)
     return FeedbackCounts(agent, since, corrections, after, before, unlearnable)
 
 
@@ -83,44 +83,44 @@ def lines(inbox: Path) -> Iterator[tuple[Path, int, Feedback]]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             sha256 = prefix_digest(stream, size)
-        for number, said in read_feedback_lines(str(file), size, sha256, MOST_BYTES):
-            if isinstance(said, Feedback):
-                yield file, number, said
+        for number, feedback in read_feedback_lines(str(file), size, sha256, MOST_BYTES):
+            if isinstance(feedback, Feedback):
+                yield file, number, feedback
 
 
-def last(state: Path, agent: str) -> RunRecord | None:
+def last_run(state: Path, agent: str) -> RunRecord | None:
     """The newest retrain of an agent that took what was said into account."""
-    return next(iter(reversed(works(state, agent))), None)
+    return next(iter(reversed(list_runs(state, agent))), None)
 
 
 def check_triggers(
     state: Path, agent: str, rules: Retraining, scores: tuple[Sequence[float], Sequence[float]] = ((), ())
 ) -> RetrainTrigger:
     """Whether an agent is to be retrained. scores: the router's of its requests, before the last retrain and since."""
-    newest = last(state, agent)
-    since = newest.record.began if newest else ""
-    found = feedback_counts(state / "inbox", agent, since)
-    least, drift = rules.at_least, rules.drift
+    last_retrain = last_run(state, agent)
+    since = last_retrain.record.began if last_retrain else ""
+    counts = feedback_counts(state / "inbox", agent, since)
+    at_least, drift = rules.at_least, rules.drift
     triggers = []
-    if found.corrections >= least.corrections:
-        triggers.append(f"{found.corrections} corrections")
-    if found.ratings.seen >= least.ratings:
-        triggers.append(f"{found.ratings.seen} ratings")
-    if found.corrections >= least.corrections * EARLY_FRACTION or found.ratings.seen >= least.ratings * EARLY_FRACTION:
-        triggers += [*_worse_liked(found, drift.bad_ratings), *_moved(*scores, drift.input)]
+    if counts.corrections >= at_least.corrections:
+        triggers.append(f"{counts.corrections} corrections")
+    if counts.ratings.seen >= at_least.ratings:
+        triggers.append(f"{counts.ratings.seen} ratings")
+    if counts.corrections >= at_least.corrections * EARLY_FRACTION or counts.ratings.seen >= at_least.ratings * EARLY_FRACTION:
+        triggers += [*_rating_drift(counts, drift.bad_ratings), *_input_drift(*scores, drift.input)]
     hours = hours_since(since)
-    if rules.every_hours and hours >= rules.every_hours and (found.corrections or found.ratings.seen):
+    if rules.every_hours and hours >= rules.every_hours and (counts.corrections or counts.ratings.seen):
         triggers.append(f"{hours:.0f} hours" if since else "never retrained")
-    return RetrainTrigger(found, tuple(triggers), missing_feedback(found, rules))
+    return RetrainTrigger(counts, tuple(triggers), missing_feedback(counts, rules))
 
 
-def missing_feedback(found: FeedbackCounts, rules: Retraining) -> str:
+def missing_feedback(counts: FeedbackCounts, rules: Retraining) -> str:
     """How much more has to be said, in a sentence."""
-    least = rules.at_least
-    more = f"{max(least.corrections - found.corrections, 0)} more corrections or {max(least.ratings - found.ratings.seen, 0)}"
+    floor = rules.at_least
+    gap = f"{max(floor.corrections - counts.corrections, 0)} more corrections or {max(floor.ratings - counts.ratings.seen, 0)}"
     return (
-        f"{found.corrections} corrections and {found.ratings.seen} ratings since {found.since or 'ever'}; "
-        f"it takes {more} more ratings"
+        f"{counts.corrections} corrections and {counts.ratings.seen} ratings since {counts.since or 'ever'}; "
+        f"it takes {gap} more ratings"
     )
 
 
@@ -129,48 +129,48 @@ def hours_since(date: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(date)).total_seconds() / 3600 if date else math.inf
 
 
-def _worse_liked(found: FeedbackCounts, margin: float) -> Iterator[str]:
-    if margin < 1 and log_evidence(found.ratings, found.before, margin) >= -math.log(ALPHA):
-        before, since = found.before, found.ratings
-        yield f"bad ratings: {before.bad} of {before.seen} before, {since.bad} of {since.seen} since"
+def _rating_drift(counts: FeedbackCounts, margin: float) -> Iterator[str]:
+    if margin < 1 and log_evidence(counts.ratings, counts.before, margin) >= -math.log(ALPHA):
+        before, after = counts.before, counts.ratings
+        yield f"bad ratings: {before.bad} of {before.seen} before, {after.bad} of {after.seen} since"
 
 
-def _moved(before: Sequence[float], after: Sequence[float], least: float) -> Iterator[str]:
+def _input_drift(before: Sequence[float], after: Sequence[float], min_effect: float) -> Iterator[str]:
     """The probability that a request since is found less like the agent's than one before, if that is beyond chance."""
-    if least >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
+    if min_effect >= 1 or min(len(before), len(after)) < FEWEST_RECEIPTS:
         return
     from scipy.stats import mannwhitneyu  # not above: whether anything is due is asked often, and this takes a second
 
     test = mannwhitneyu(before, after, alternative="greater")
     # the effect in 0..1: 0 where neither side is above the other, 1 where every request before was
     effect = 2 * float(test.statistic) / (len(before) * len(after)) - 1
-    if test.pvalue < ALPHA and effect >= least:
+    if test.pvalue < ALPHA and effect >= min_effect:
         yield f"input: the router finds the requests less like the agent's than before, by {effect:.2f} of 1"
 
 
-def routed(state: Path, agent: str, release_id: str) -> tuple[list[float], list[float]]:
+def router_scores(state: Path, agent: str, release_id: str) -> tuple[list[float], list[float]]:
     """What the router found of requests that it gave to one Release of an agent: the first ones, and the newest as many."""
     folder = state / "receipts"
     if not folder.is_dir():
         return [], []
-    placed = list(ReceiptIndex(folder).of_releases([release_id]))
-    many = min(len(placed) // 2, MOST_RECEIPTS)
+    receipts = list(ReceiptIndex(folder).of_releases([release_id]))
+    n_receipts = min(len(receipts) // 2, MOST_RECEIPTS)
     early, late = (
-        [score for item in some if (score := _score(folder, item, agent)) is not None]
-        for some in (placed[:many], placed[len(placed) - many :])
+        [score for receipt in part if (score := _score(folder, receipt, agent)) is not None]
+        for part in (receipts[:n_receipts], receipts[len(receipts) - n_receipts :])
     )
     return early, late
 
 
-def _score(folder: Path, placed: Placed, agent: str) -> float | None:
+def _score(folder: Path, receipt: ReceiptLocation, agent: str) -> float | None:
     """None for a request that named its agent, and for a receipt that is damaged."""
     try:
-        with (folder / placed.segment).open("rb") as stream:
-            stream.seek(placed.start)
-            found = json.loads(stream.read(placed.length))["choice"]["scores"].get(agent)
+        with (folder / receipt.segment).open("rb") as stream:
+            stream.seek(receipt.start)
+            score = json.loads(stream.read(receipt.length))["choice"]["scores"].get(agent)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return float(found) if isinstance(found, int | float) else None
+    return float(score) if isinstance(score, int | float) else None
 
 
 # How often the loop looks
@@ -193,27 +193,29 @@ class Dues:
 
 def list_due(team: Path | str, flags: Sequence[str] = ()) -> Dues:
     """What a retrain of each agent would be begun for now, or what is lacking; nothing is begun. A trial is looked after."""
-    made = load(Path(team), flags)
-    state, rows = Path(made.state), []
-    names = made.retrain.agents or sorted({*(member.name for member in made.agents), *read_registry(made).agents})
+    loaded_team = load(Path(team), flags)
+    state, rows = Path(loaded_team.state), []
+    names = loaded_team.retrain.agents or sorted(
+        {*(member.name for member in loaded_team.agents), *read_registry(loaded_team).agents}
+    )
     for name in names:
-        live = live_version(made, name)
-        found = check_triggers(state, name, made.retrain, routed(state, name, live.release_id)).as_json()
-        rows.append({**found, **_standing(made, name), "live": live.version})
+        live = live_version(loaded_team, name)
+        row = check_triggers(state, name, loaded_team.retrain, router_scores(state, name, live.release_id)).as_json()
+        rows.append({**row, **_standing(loaded_team, name), "live": live.version})
     return Dues(rows)
 
 
 def _standing(team: Team, name: str) -> dict[str, Any]:
     """What stands in the way of a new retrain, or has to be gone on with."""
     try:
-        with held(Path(team.state), name):
-            work = last(Path(team.state), name)
-            if work is None:
+        with retrain_lock(Path(team.state), name):
+            run = last_run(Path(team.state), name)
+            if run is None:
                 return {}
-            if work.is_open:
-                return {"due": True, "why": f"{work.folder} was not finished"}
-            resolve_trial(team, work)
-            return {"due": False, "why": work.record.reason} if work.record.decision == "canary" else {}
+            if run.is_open:
+                return {"due": True, "why": f"{run.folder} was not finished"}
+            resolve_trial(team, run)
+            return {"due": False, "why": run.record.reason} if run.record.decision == "canary" else {}
     except ConfigError as error:
         return {"due": False, "why": error.problem}
 

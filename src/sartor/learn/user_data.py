@@ -45,11 +45,11 @@ class SearchTerms:
     """Texts to be looked for, but for what others have said; any number of them costs one pass."""
 
     def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
-        said, known = {text.strip() for text in texts} - {""}, "\0".join(others)
-        pieces = {text: [piece for piece in _pieces(text) if piece not in known] for text in said if len(text) >= LEAST}
+        unique, others_text = {text.strip() for text in texts} - {""}, "\0".join(others)
+        pieces = {text: [piece for piece in _pieces(text) if piece not in others_text] for text in unique if len(text) >= LEAST}
         self.texts = sum(map(bool, pieces.values()))
-        self.too_short, self.said_by_others = len(said) - len(pieces), len(pieces) - self.texts
-        windows = {window for some in pieces.values() for piece in some for window in _spelled(piece)}
+        self.too_short, self.said_by_others = len(unique) - len(pieces), len(pieces) - self.texts
+        windows = {window for text_pieces in pieces.values() for piece in text_pieces for window in _spelled(piece)}
         self._windows: dict[int, list[bytes]] = {}
         for window in windows:
             self._windows.setdefault(int.from_bytes(window[:_WORD], "little"), []).append(window)
@@ -65,8 +65,8 @@ class SearchTerms:
     def _begin_in(self, view: memoryview) -> bool:
         for offset in range(min(_WORD, len(view))):
             words = np.frombuffer(view, "<u8", (len(view) - offset) // _WORD, offset)
-            at = np.minimum(np.searchsorted(self._heads, words), len(self._heads) - 1)
-            for hit in np.flatnonzero(self._heads[at] == words):
+            indices = np.minimum(np.searchsorted(self._heads, words), len(self._heads) - 1)
+            for hit in np.flatnonzero(self._heads[indices] == words):
                 start = int(hit) * _WORD + offset
                 if any(view[start : start + len(window)] == window for window in self._windows[int(words[hit])]):
                     return True
@@ -123,9 +123,9 @@ def search(needles: SearchTerms, folders: Collection[Path], left_out: Collection
 def _files(folder: Path, left_out: Collection[Path]) -> Iterator[Path]:
     if folder.is_file():
         yield folder
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if Path(where, name) not in left_out]
-        yield from (path for name in names if not (path := Path(where, name)).is_symlink() and path.is_file())
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if Path(root, name) not in left_out]
+        yield from (path for name in names if not (path := Path(root, name)).is_symlink() and path.is_file())
 
 
 def _holds(file: Path, needles: SearchTerms) -> bool:
@@ -172,44 +172,46 @@ def _sources(manifest: Path) -> list[Mapping[str, Any]]:
 
 def is_made_of(source: Mapping[str, Any], state: Path) -> bool:
     """Whether a source that a manifest names lies in this state directory."""
-    for said in (str(source.get("source", "")), str(source.get("path", ""))):
-        bare = said.removeprefix("inbox:")
+    for location in (str(source.get("source", "")), str(source.get("path", ""))):
+        path_text = location.removeprefix("inbox:")
         # from where a relative path was seen, nobody knows any more: an inbox may be this one
-        if str(state.absolute()) in bare or (bare != said and not Path(bare).is_absolute()):
+        if str(state.absolute()) in path_text or (path_text != location and not Path(path_text).is_absolute()):
             return True
     return False
 
 
 def list_personal(team: Team | Path | str, user: str = "") -> CommandRows:
     """Every personal version, or one user's. Users are told by their digests: their ids are not kept."""
-    with open_team_registry(team) as (made, registry):
-        person = required_user_digest(user, team_digest(Path(made.state))) if user else ""
-        people, read = UserVersionStore(registry.database).read(person), registry.read()
-    return CommandRows([_row(item, read) for item in people.known.values()])
+    with open_team_registry(team) as (loaded_team, registry):
+        person = required_user_digest(user, team_digest(Path(loaded_team.state))) if user else ""
+        user_versions, snapshot = UserVersionStore(registry.database).read(person), registry.read()
+    return CommandRows([_row(item, snapshot) for item in user_versions.versions.values()])
 
 
 def show_personal(team: Team | Path | str, user: str) -> dict[str, Any]:
     """All that is kept of a user: personal versions with their gates, and how many lines of feedback and receipts."""
-    with open_team_registry(team) as (made, registry):
-        state = Path(made.state)
+    with open_team_registry(team) as (loaded_team, registry):
+        state = Path(loaded_team.state)
         person = required_user_digest(user, team_digest(state))
-        book, read = UserVersionStore(registry.database), registry.read()
-        versions = [{**_row(item, read), **dict(item.facts or {})} for item in book.read(person).known.values()]
-        lines = sum(kept.said is not None and kept.said.by.user == person for kept in FeedbackStore(state / "inbox").lines())
+        store, snapshot = UserVersionStore(registry.database), registry.read()
+        versions = [{**_row(item, snapshot), **dict(item.facts or {})} for item in store.read(person).versions.values()]
+        lines = sum(
+            line.feedback is not None and line.feedback.by.user == person for line in FeedbackStore(state / "inbox").lines()
+        )
         needle = f'"person":"{person}"'.encode()
         receipts = sum(len(lines_with(file, needle)) for file in (state / "receipts").glob(PATTERN))
-        return {"person": person, "versions": versions, "feedback": lines, "receipts": receipts, "rows": book.mentions(person)}
+        return {"person": person, "versions": versions, "feedback": lines, "receipts": receipts, "rows": store.mentions(person)}
 
 
 def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, Any]:
     """Let a key speak for a user, or for anybody (`*`). Raises ConfigError for a key that does not exist."""
-    with open_team_registry(team) as (made, registry):
+    with open_team_registry(team) as (loaded_team, registry):
         known = [item.id for item in ApiKeyStore(registry.database).listed()]
         if key not in known:
             raise ConfigError(
                 f"there is no key {key[:40]!a}; there are: {', '.join(known) or 'none'}", "sartor agents key NAME"
             )
-        person = user if user == ANYBODY else required_user_digest(user, team_digest(Path(made.state)))
+        person = user if user == ANYBODY else required_user_digest(user, team_digest(Path(loaded_team.state)))
         UserVersionStore(registry.database).allow(key, person, ChangeCause(getpass.getuser(), "sartor personal allow"))
         return {"key": key, "speaks_for": person}
 
@@ -217,15 +219,21 @@ def allow_personal(team: Team | Path | str, key: str, user: str) -> dict[str, An
 @contextmanager
 def open_team_registry(team: Team | Path | str) -> Iterator[tuple[Team, Registry]]:
     """A team and its registry."""
-    made = team if isinstance(team, Team) else load(Path(team))
-    with closing(Registry.open(made.registry_url)) as registry:
-        yield made, registry
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    with closing(Registry.open(loaded_team.registry_url)) as registry:
+        yield loaded_team, registry
 
 
-def _row(one: UserVersion, read: Snapshot) -> dict[str, Any]:
-    live = read.agents[one.agent].live if one.agent in read.agents else ""
-    stands_on = read.versions.get(f"{one.agent}@{live}")
-    answers = bool(one.adapter) and stands_on is not None and stands_on.release_id == one.release_id
-    state = "answers" if answers else "tuned on another version" if one.adapter else "refused"
-    fields = {"agent": one.agent, "version": one.version, "state": state, "person": one.person, "path": one.path}
-    return {**fields, "added": one.added, "note": one.note}
+def _row(version: UserVersion, snapshot: Snapshot) -> dict[str, Any]:
+    live = snapshot.agents[version.agent].live if version.agent in snapshot.agents else ""
+    stands_on = snapshot.versions.get(f"{version.agent}@{live}")
+    answers = bool(version.adapter) and stands_on is not None and stands_on.release_id == version.release_id
+    state = "answers" if answers else "tuned on another version" if version.adapter else "refused"
+    fields = {
+        "agent": version.agent,
+        "version": version.version,
+        "state": state,
+        "person": version.person,
+        "path": version.path,
+    }
+    return {**fields, "added": version.added, "note": version.note}

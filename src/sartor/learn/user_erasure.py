@@ -73,8 +73,8 @@ def forget_personal(
     where a server has not confirmed that it let go, RefusedError where words of the user are still found; so says the proof.
     ConfigError while the user is tuned for: nothing is removed then.
     """
-    with open_team_registry(team) as (made, registry), ExitStack() as stack:
-        state, book = Path(made.state).absolute(), UserVersionStore(registry.database)
+    with open_team_registry(team) as (loaded_team, registry), ExitStack() as stack:
+        state, store = Path(loaded_team.state).absolute(), UserVersionStore(registry.database)
         digest = team_digest(state)
         person = required_user_digest(user, digest)
         for agent in folder_of(state, person).glob("*"):
@@ -82,36 +82,36 @@ def forget_personal(
         inbox = FeedbackStore(state / "inbox")
         words = [*_words(inbox, person), *_rows_of(state, person)]
         done = _Done()
-        generation, done.rows = book.forget(person, ChangeCause(by or getpass.getuser(), "sartor personal forget"))
+        generation, done.rows = store.forget(person, ChangeCause(by or getpass.getuser(), "sartor personal forget"))
         notice(f"registry: {dict(done.rows)}; waiting for servers")
-        heard, late = server_presence.wait_for(state, generation, within_s)
+        confirmed, unconfirmed = server_presence.wait_for(state, generation, within_s)
         _remove_files(state, person, done)
-        gone = inbox.remove(lambda feedback: feedback.by.user == person)
-        done.lines = [digest("feedback", kept.said.as_json()) for kept in gone if kept.said is not None]
-        done.torn_lines = sum(kept.said is None for kept in gone)
-        done.datasets = list(_cleaned(state, {kept.place for kept in gone}))
+        removed = inbox.remove(lambda feedback: feedback.by.user == person)
+        done.lines = [digest("feedback", line.feedback.as_json()) for line in removed if line.feedback is not None]
+        done.torn_lines = sum(line.feedback is None for line in removed)
+        done.datasets = list(_clean_datasets(state, {line.location for line in removed}))
         done.receipts, _ = erase_receipts(state / "receipts", person)
-        if any(kept.said is not None and _has_media(kept.said) for kept in gone):
+        if any(line.feedback is not None and _has_media(line.feedback) for line in removed):
             done.caches = _empty_features()
-        scrubbed = _scrubbed(state, registry.database)
+        scrubbed = _scrub_databases(state, registry.database)
         notice("searching")
-        everybody = {file.name for file in (state / FOLDER).glob("*")}
-        others = [*_words(inbox), *(text for item in everybody for text in _rows_of(state, item))]
+        people = {file.name for file in (state / FOLDER).glob("*")}
+        others = [*_words(inbox), *(text for item in people for text in _rows_of(state, item))]
         needles = SearchTerms(words, others)
-        places = [state, home.home(), *registry.database.files]
-        found = search(needles, places, [home.home() / name for name in SHARED], state)
-        proof = _proof(made, person, generation, done) | {
-            "servers": {"let_go": heard, "not_confirmed": late},
+        folders = [state, home.home(), *registry.database.files]
+        scan = search(needles, folders, [home.home() / name for name in SHARED], state)
+        proof = _proof(loaded_team, person, generation, done) | {
+            "servers": {"let_go": confirmed, "not_confirmed": unconfirmed},
             "databases": scrubbed,
-            "searched": _searched(needles, found, places, book.mentions(person)),
-            "complete": not (late or found.found or found.unread or any(book.mentions(person).values())),
+            "searched": _searched(needles, scan, folders, store.mentions(person)),
+            "complete": not (unconfirmed or scan.found or scan.unread or any(store.mentions(person).values())),
             "by": by or getpass.getuser(),
         }
         TeamSigner.of(state)  # makes the team's keys, if no server ever did
         folder = state / "deletions"
         folder.mkdir(mode=0o700, exist_ok=True)
         file = write_receipt(FileSystem(), folder, proof, signing.open_private(state / "keys"))
-    _raise_for(file, late, found)
+    _raise_for(file, unconfirmed, scan)
     return {**proof, "proof": str(file)}
 
 
@@ -121,24 +121,24 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
     return check_receipt(Path(file), trusted)
 
 
-def _raise_for(file: Path, late: Sequence[int], found: ScanResult) -> None:
-    if late:
-        problem = f"everything was removed, but the servers {late} have not confirmed that they let go; {file} says so"
+def _raise_for(file: Path, unconfirmed: Sequence[int], scan: ScanResult) -> None:
+    if unconfirmed:
+        problem = f"everything was removed, but the servers {unconfirmed} have not confirmed that they let go; {file} says so"
         raise BusyError(problem, "stop them, or wait; then forget the user again", WITHIN_S)
-    if found.found or found.unread:
-        where = ", ".join([*found.found, *found.unread][:5])
+    if scan.found or scan.unread:
+        files = ", ".join([*scan.found, *scan.unread][:5])
         raise RefusedError(
-            f"words of that user are still in, or could not be looked for in: {where}; {file} names all", "remove them"
+            f"words of that user are still in, or could not be looked for in: {files}; {file} names all", "remove them"
         )
 
 
 def _words(inbox: FeedbackStore, person: str = "") -> Iterator[str]:
     """What stands in the inbox, of a person or of all; system prompts are nobody's own."""
-    for kept in inbox.lines():
-        one = kept.said
-        if one is not None and person in ("", one.by.user):
-            yield from (one.text, one.reply, one.correction, one.comment)
-            for message in one.messages:
+    for line in inbox.lines():
+        feedback = line.feedback
+        if feedback is not None and person in ("", feedback.by.user):
+            yield from (feedback.text, feedback.reply, feedback.correction, feedback.comment)
+            for message in feedback.messages:
                 yield from _texts(message.get("content", "") if message.get("role") != "system" else "")
 
 
@@ -174,40 +174,45 @@ def _remove_files(state: Path, person: str, done: _Done) -> None:
         fsync_directory(folder.parent)
 
 
-def _cleaned(state: Path, places: set[str]) -> Iterator[dict[str, Any]]:
+def _clean_datasets(state: Path, line_locators: set[str]) -> Iterator[dict[str, Any]]:
     """Take rows that were made of these lines of the inbox out of every Dataset that the catalogue knows."""
-    for path in catalogue.existing("dataset") if places else []:
+    for path in catalogue.existing("dataset") if line_locators else []:
         try:
             dataset = open_artifact(path, "dataset")
         except ArtifactError:
             continue
         if any(is_made_of(source, state) for source in dataset.manifest["sources"]):
-            yield from _without(dataset, places)
+            yield from _remove_rows(dataset, line_locators)
 
 
-def _without(dataset: Artifact, places: set[str]) -> Iterator[dict[str, Any]]:
+def _remove_rows(dataset: Artifact, line_locators: set[str]) -> Iterator[dict[str, Any]]:
     def is_of(locators: Sequence[str]) -> bool:
-        return all(locator.rpartition("/")[2] in places for locator in locators)
+        return all(locator.rpartition("/")[2] in line_locators for locator in locators)
 
     examples, drops = list(stored.read_examples(dataset)), list(stored.read_drops(dataset))
-    kept = [example for example in examples if not is_of([origin.locator for origin in example.origins])]
-    clean = [drop for drop in drops if not is_of([drop.locator])]
-    if (len(kept), len(clean)) == (len(examples), len(drops)):
+    remaining = [example for example in examples if not is_of([origin.locator for origin in example.origins])]
+    remaining_drops = [drop for drop in drops if not is_of([drop.locator])]
+    if (len(remaining), len(remaining_drops)) == (len(examples), len(drops)):
         return
-    made = [asdict(item) for item in catalogue.descendants(dataset.id)]
-    fields = {"path": str(dataset.path), "id": dataset.id, "rows": len(examples) - len(kept), "drops": len(drops) - len(clean)}
-    if kept:
+    descendants = [asdict(item) for item in catalogue.descendants(dataset.id)]
+    fields = {
+        "path": str(dataset.path),
+        "id": dataset.id,
+        "rows": len(examples) - len(remaining),
+        "drops": len(drops) - len(remaining_drops),
+    }
+    if remaining:
         step = {"forgotten": {"rows": fields["rows"], "drops": fields["drops"]}}
-        fields["became"] = write_dataset_from(dataset.path, [dataset], kept, clean, step=step, replace=True).id
+        fields["became"] = write_dataset_from(dataset.path, [dataset], remaining, remaining_drops, step=step, replace=True).id
     else:
         catalogue.forget(dataset.path)
         shutil.rmtree(dataset.path)
     # weights cannot be searched for words: who owns them decides
-    yield {**fields, "tuned_on_it": [one for one in made if one["state"] == "stands"]}
+    yield {**fields, "tuned_on_it": [descendant for descendant in descendants if descendant["state"] == "stands"]}
 
 
-def _has_media(said: Feedback) -> bool:
-    return any(not isinstance(message.get("content", ""), str) for message in said.messages)
+def _has_media(feedback: Feedback) -> bool:
+    return any(not isinstance(message.get("content", ""), str) for message in feedback.messages)
 
 
 def _empty_features() -> list[str]:
@@ -219,10 +224,10 @@ def _empty_features() -> list[str]:
     return [str(folder)]
 
 
-def _scrubbed(state: Path, registry: Database) -> dict[str, str]:
+def _scrub_databases(state: Path, registry: Database) -> dict[str, str]:
     files = [state / "receipts" / INDEX, home.home() / "catalogue.sqlite"]
-    own = {registry.name: registry.scrub("people", "speakers")}
-    return {**own, **{str(file): scrub_file(file) for file in files if file.is_file()}}
+    statuses = {registry.name: registry.scrub("people", "speakers")}
+    return {**statuses, **{str(file): scrub_file(file) for file in files if file.is_file()}}
 
 
 def _proof(team: Team, person: str, generation: int, done: _Done) -> dict[str, Any]:
@@ -243,13 +248,13 @@ def _elsewhere(team: Team) -> Iterator[str]:
         yield "state directories of other machines that share this registry: forget the user there, too"
 
 
-def _searched(needles: SearchTerms, found: ScanResult, places: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
+def _searched(needles: SearchTerms, scan: ScanResult, folders: Sequence[Path], rows: Mapping[str, int]) -> dict[str, Any]:
     return {
         "texts": needles.texts,
         "too_short": needles.too_short,
         "said_by_others_too": needles.said_by_others,
-        "folders": [str(place) for place in places],
+        "folders": [str(folder) for folder in folders],
         "left_out": {str(home.home() / name): "published files, checked by their digests" for name in SHARED},
         "rows_of_tables": dict(rows),
-        **asdict(found),
+        **asdict(scan),
     }

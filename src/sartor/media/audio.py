@@ -79,13 +79,13 @@ def check_length(sound: Any, max_seconds: float) -> None:
         raise _too_large(samples, sound.channels, most_samples(max_seconds))
 
 
-def _too_long(seconds: float, most: float) -> MediaError:
-    problem = f"the recording has {seconds:.1f} s or more; at most {most:g}"
-    return MediaError("audio_too_long", problem, _CUT.format(most))
+def _too_long(seconds: float, limit: float) -> MediaError:
+    problem = f"the recording has {seconds:.1f} s or more; at most {limit:g}"
+    return MediaError("audio_too_long", problem, _CUT.format(limit))
 
 
-def _too_large(samples: int, channels: int, most: float) -> MediaError:
-    problem = f"the recording has {samples} samples or more in {channels} channels; at most {most:.0f}"
+def _too_large(samples: int, channels: int, limit: float) -> MediaError:
+    problem = f"the recording has {samples} samples or more in {channels} channels; at most {limit:.0f}"
     return MediaError("audio_too_long", problem, _CONVERT)
 
 

@@ -13,7 +13,7 @@ from sartor.core.records import PartKind
 SCHEME = "data:"
 
 
-def bytes_of(url: str, what: str = "media file") -> bytes:
+def bytes_of(url: str, label: str = "media file") -> bytes:
     """What a data URL holds; its type is not looked at. Raises SourceError where that is no base64."""
     head, _, body = url.partition(",")
     if head.endswith(";base64"):
@@ -21,7 +21,7 @@ def bytes_of(url: str, what: str = "media file") -> bytes:
             return base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError):
             pass
-    raise SourceError(f"the {what}'s data URL is not base64", "data:image/png;base64,... without line ends")
+    raise SourceError(f"the {label}'s data URL is not base64", "data:image/png;base64,... without line ends")
 
 
 def url_of(content: bytes, mime: str) -> str:

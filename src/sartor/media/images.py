@@ -88,9 +88,9 @@ def to_rgb(image: PillowImage.Image) -> PillowImage.Image:
     orientation = None
     with contextlib.suppress(Exception):  # a picture whose EXIF is damaged is seen as it is stored
         orientation = image.getexif().get(_ORIENTATION)
-    seen = _in_colour(image)
+    rgb = _in_colour(image)
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return seen.transpose(Image.Transpose[turn]) if turn else seen
+    return rgb.transpose(Image.Transpose[turn]) if turn else rgb
 
 
 def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
@@ -99,31 +99,31 @@ def _in_colour(image: PillowImage.Image) -> PillowImage.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: `convert` would cut them off at 255
         return Image.fromarray(_in_eight_bits(np.asarray(image, np.float64))).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        ground = Image.new("RGBA", seen.size, "white")
-        ground.alpha_composite(seen)
-        image = ground
+        rgba = image.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, "white")
+        background.alpha_composite(rgba)
+        image = background
     return image.convert("RGB")
 
 
-def _in_eight_bits(deep: Any) -> Any:
+def _in_eight_bits(values: Any) -> Any:
     """Grey values of more than 8 bits, from black to the white of the depth in use: 12 bits in 16 are not all but black."""
-    if not np.isfinite(deep).all():
+    if not np.isfinite(values).all():
         raise ValueError("it holds values that are no numbers")
-    most = float(deep.max())
-    full = next((2.0**bits - 1 for bits in _DEPTHS if most < 2**bits), most)
-    if 0 < most <= 1 and (deep % 1).any():  # fractions, as floating point has them
-        full = 1.0
-    return (deep * (255 / full)).clip(0, 255).round().astype(np.uint8)
+    maximum = float(values.max())
+    white = next((2.0**bits - 1 for bits in _DEPTHS if maximum < 2**bits), maximum)
+    if 0 < maximum <= 1 and (values % 1).any():  # fractions, as floating point has them
+        white = 1.0
+    return (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
-def squared(image: PillowImage.Image, side: int, ground: tuple[int, int, int]) -> PillowImage.Image:
+def squared(image: PillowImage.Image, side: int, background: tuple[int, int, int]) -> PillowImage.Image:
     """The whole picture in a square, its shape kept, the rest of the square of one colour. Nothing at the rim is lost."""
     from PIL import Image
 
     scale = side / max(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
-    square = Image.new("RGB", (side, side), ground)
+    square = Image.new("RGB", (side, side), background)
     square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
     return square
 
@@ -208,11 +208,11 @@ def likeness(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> F32:
     left, right = (_blocks(side) for side in (a, b))
     spread = np.sqrt((left**2).mean(2)), np.sqrt((right**2).mean(2))
     correlation = (left * right).mean(2) / (spread[0] * spread[1] + 1e-3)
-    shown = np.maximum(*spread) >= DETAIL
-    blocks = shown.sum(1)
-    ordered = np.sort(np.where(shown, correlation, np.inf), axis=1)
-    found = np.take_along_axis(ordered, np.maximum(blocks - 1, 0)[:, None] // 5, axis=1)[:, 0]
-    return np.where(blocks < FEWEST_BLOCKS, np.nan, found).astype(np.float32)
+    has_detail = np.maximum(*spread) >= DETAIL
+    blocks = has_detail.sum(1)
+    ordered = np.sort(np.where(has_detail, correlation, np.inf), axis=1)
+    percentile = np.take_along_axis(ordered, np.maximum(blocks - 1, 0)[:, None] // 5, axis=1)[:, 0]
+    return np.where(blocks < FEWEST_BLOCKS, np.nan, percentile).astype(np.float32)
 
 
 def _blocks(thumbs: NDArray[np.uint8]) -> NDArray[Any]:

@@ -47,17 +47,17 @@ def check_ogg(content: bytes | Path) -> None:
 
 
 def _check_size(size: int, entries: int, values: int) -> None:
-    for what, number, most in (
+    for label, number, limit in (
         ("entries in a codebook", size, MOST_BOOK_ENTRIES),
         ("entries in its codebooks", entries, MOST_ENTRIES),
         ("values in its codebooks", values, MOST_VALUES),
     ):
-        if number > most:
-            raise _too_large(what, number, most)
+        if number > limit:
+            raise _too_large(label, number, limit)
 
 
-def _too_large(what: str, number: int, most: int) -> MediaError:
-    problem = f"its Vorbis header has {number} {what} or more; at most {most}"
+def _too_large(label: str, number: int, limit: int) -> MediaError:
+    problem = f"its Vorbis header has {number} {label} or more; at most {limit}"
     return _broken(problem, "convert it: ffmpeg -i RECORDING CONVERTED.flac")
 
 
@@ -134,16 +134,16 @@ class _Bits:
     """The bits of a packet, lowest first. Raises MediaError behind its end."""
 
     def __init__(self, packet: bytes, start: int) -> None:
-        self._packet, self._at = packet, start * 8
+        self._packet, self._position = packet, start * 8
 
     def skip(self, count: int) -> None:
-        self._at += count
-        if self._at > len(self._packet) * 8:
+        self._position += count
+        if self._position > len(self._packet) * 8:
             raise _broken("its Vorbis header ends too early")
 
     def next(self, count: int) -> int:
         """A number of at most 32 bits."""
-        first, shift = divmod(self._at, 8)
+        first, shift = divmod(self._position, 8)
         self.skip(count)
         return int.from_bytes(self._packet[first : first + 5], "little") >> shift & (1 << count) - 1
 
@@ -165,11 +165,11 @@ def _codebooks(packet: bytes) -> Iterator[tuple[int, int]]:
 def _skip_lengths(bits: _Bits, entries: int) -> None:
     if bits.next(1):  # ordered: how many entries there are of each length
         bits.skip(5)
-        left = entries
+        remaining = entries
         for _ in range(32):
-            if left > 0:
-                left -= bits.next(left.bit_length())
-        if left:
+            if remaining > 0:
+                remaining -= bits.next(remaining.bit_length())
+        if remaining:
             raise _broken("its Vorbis header holds a codebook of other lengths than entries")
         return
     is_sparse = bits.next(1)

@@ -43,9 +43,9 @@ def inject_lora(
     name no module of this model.
     """
     torch.manual_seed(seed)
-    whole: tuple[str, ...] = ()
+    whole_modules: tuple[str, ...] = ()
     if isinstance(targets, Targeted):
-        whole, targets = targets.whole, targets.linear
+        whole_modules, targets = targets.whole, targets.linear
     layers = _top(model, top_layers)
     if isinstance(targets, str) and (layers is not None or embedding_of(model)):
         targets = sorted(_linear_names(model))  # peft takes either all linear modules or some layers
@@ -57,7 +57,7 @@ def inject_lora(
         lora_dropout=dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         layers_to_transform=layers,
-        modules_to_save=list(whole) or None,
+        modules_to_save=list(whole_modules) or None,
     )
     if problem := _wrong_target(model, targets):
         known = ", ".join(sorted(_linear_names(model)))
@@ -74,23 +74,23 @@ def _widened(model: Any) -> Any:
             for copied in part.modules_to_save.values():
                 if any(weight.dtype != torch.float32 for weight in copied.parameters()):
                     copied.float()
-                    copied.register_forward_pre_hook(lambda module, given: _cast(given, torch.float32))
-                    copied.register_forward_hook(lambda module, given, made: _cast(made, dtype))
+                    copied.register_forward_pre_hook(lambda module, inputs: _cast(inputs, torch.float32))
+                    copied.register_forward_hook(lambda module, inputs, output: _cast(output, dtype))
     return model
 
 
-def _cast(given: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Tensors of floating point, alone or in a tuple, in `dtype`."""
-    if isinstance(given, tuple):
-        return tuple(_cast(item, dtype) for item in given)
-    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
+    if isinstance(value, tuple):
+        return tuple(_cast(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _linear_names(model: Any) -> set[str]:
     """Last names of the linear modules, without the LM head."""
     head, media = model.get_output_embeddings(), embedding_of(model)
-    others = {head, *(media.modules() if media else ())}
-    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in others}
+    excluded = {head, *(media.modules() if media else ())}
+    return {name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part) and part not in excluded}
 
 
 def _top(model: Any, count: int | None) -> list[int] | None:
@@ -109,20 +109,20 @@ def _wrong_target(model: Any, targets: Sequence[str] | str) -> str:
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is model.get_input_embeddings().weight
     for target in [] if isinstance(targets, str) else targets:
-        named = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not named:
+        matched_modules = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not matched_modules:
             return f"{target!r} names no module of this base"
-        if is_tied and head in named:
+        if is_tied and head in matched_modules:
             return f"{target!r} is tied to the embedding, which a merge would change too"
     return ""
 
 
 def undo(model: Any) -> Any:
     """The model as it was before `inject_lora` or `open_adapter`, bit for bit (unless it was merged)."""
-    inside = without_peft(model)
-    own = {name: part.original_module for name, part in inside.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    base = without_peft(model)
+    originals = {name: part.original_module for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)}
     bare = model.unload()
-    for name, module in own.items():  # PEFT leaves what was trained whole in its place
+    for name, module in originals.items():  # PEFT leaves what was trained whole in its place
         bare.set_submodule(name, module)
     return bare
 
@@ -183,12 +183,12 @@ def open_adapter(model: Any, path: Path) -> Any:
             tuned = peft.PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except Exception as error:  # size mismatches are RuntimeError, bad configs TypeError or ValueError
         raise ModelError(f"the adapter {path} does not fit this base: {' '.join(str(error).split())[:300]}", _REMEDY) from None
-    held = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    if set(held) != set(weights):
+    state = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if set(state) != set(weights):
         tuned.unload()  # the caller's model is as it was
-    if missing := sorted(set(held) - set(weights)):
+    if missing := sorted(set(state) - set(weights)):
         raise ModelError(f"the adapter {path} lacks {len(missing)} of its tensors, the first is {missing[0]}", _REMEDY)
-    if surplus := sorted(set(weights) - set(held)):
+    if surplus := sorted(set(weights) - set(state)):
         raise ModelError(f"{len(surplus)} tensors of the adapter {path} have no place, the first is {surplus[0]}", _REMEDY)
     if any("modules_to_save" in name for name, _ in tuned.named_parameters()):
         peft.set_peft_model_state_dict(_widened(tuned), weights)  # once more, into fp32
@@ -202,22 +202,22 @@ def load_start(model: Any, path: Path) -> None:
     """
     weights = read_weights(path)
     fields = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    asked = model.peft_config["default"]
-    held = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    config = model.peft_config["default"]
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     differing = [
-        f"{name} {there} there, {here} here"
-        for name, there, here in (
-            ("rank", fields["r"], asked.r),
-            ("alpha", float(fields["lora_alpha"]), float(asked.lora_alpha)),
+        f"{name} {start_value} there, {run_value} here"
+        for name, start_value, run_value in (
+            ("rank", fields["r"], config.r),
+            ("alpha", float(fields["lora_alpha"]), float(config.lora_alpha)),
         )
-        if there != here
+        if start_value != run_value
     ]
-    if set(held) != set(weights):
+    if set(state) != set(weights):
         differing.append(
             f"its targets are {', '.join(fields['target_modules'])}, in layers {fields['layers_to_transform'] or 'all'}"
         )
     elif not differing:
-        differing += [f"the shape of {name}" for name, tensor in held.items() if tensor.shape != weights[name].shape][:1]
+        differing += [f"the shape of {name}" for name, tensor in state.items() if tensor.shape != weights[name].shape][:1]
     if differing:
         remedy = f"method: {{rank: {fields['r']}, alpha: {fields['lora_alpha']}, targets: ...}} as it has them, or no start"
         raise ConfigError(f"method.start {path} is of another method: {'; '.join(differing)}", remedy)

@@ -50,14 +50,14 @@ class Base:
         """What the base computes in."""
         return self.model.get_output_embeddings().weight.dtype
 
-    def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
+    def path(self, model: Any, rows: Sequence[TokenizedExample], options: LossOptions) -> LossBackend:
         """The fastest way to losses that is right for `model`, this base with an adapter."""
-        return transformers_backend.choose_loss_backend(model, rows, self.device, wish)
+        return transformers_backend.choose_loss_backend(model, rows, self.device, options)
 
     @property
     def tower_licences(self) -> list[str]:
         """Of what it reads media with."""
-        return [tower["licence"] for tower in self.media.said().values()] if self.media else []
+        return [tower["licence"] for tower in self.media.tower_fields().values()] if self.media else []
 
     def as_manifest(self) -> dict[str, Any]:
         """How an adapter's manifest names its base."""
@@ -72,7 +72,7 @@ class Base:
             "bits": quantization.bits_of(self.model) or self.dtype.itemsize * 8,
             "quantisation": quantization.KINDS.get(quantization.bits_of(self.model), "none"),
         }
-        return fields | ({"towers": self.media.said()} if self.media and self.media.said() else {})
+        return fields | ({"towers": self.media.tower_fields()} if self.media and self.media.tower_fields() else {})
 
 
 def open_base(
@@ -155,12 +155,12 @@ def _stops(generation_config: Any) -> list[int]:
 def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.device) -> Any:
     fixed: dict[int | str, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
     dtype = fixed.get(bits) or best_dtype(device)
-    how: dict[str, Any] = {"dtype": dtype}
+    load_options: dict[str, Any] = {"dtype": dtype}
     if bits in quantization.KINDS:
         if device.type not in ("cpu", "cuda"):
             raise ConfigError(f"base.bits is {bits}, which this machine's {device.type} does not compute", "base.bits: auto")
         # placed while it is read, a tensor at a time: the 16-bit weights never stand in memory together
-        how |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
+        load_options |= {"quantization_config": quantization.settings(int(bits), dtype), "device_map": {"": device}}
     problem = ""
     with (
         quiet_transformers(),
@@ -174,16 +174,16 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **how,
+                **load_options,
             )
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
             problem = first_line(error)
     if problem:
         raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", "check that its files are whole")
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
-    if lacking:
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
+    if missing:
         raise ModelError(
-            f"{path} lacks {len(lacking)} of the model's weights (the first is {lacking[0]}); they would be random",
+            f"{path} lacks {len(missing)} of the model's weights (the first is {missing[0]}); they would be random",
             "check that its safetensors files are whole",
         )
     if bits in quantization.KINDS and quantization.bits_of(model) != bits:
@@ -253,13 +253,15 @@ def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
 
 def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
     """`file` as a directory in transformers' layout."""
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
-    source, info = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-    if lacking := sorted(info["missing_keys"]):
+    load_options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    source, info = transformers.AutoModelForCausalLM.from_pretrained(
+        **load_options, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{file} lacks {len(lacking)} of the model's weights, the first is {lacking[0]}", "get the whole file again"
+            f"{file} lacks {len(missing)} of the model's weights, the first is {missing[0]}", "get the whole file again"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**load_options)
     model = transformers.AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     model.load_state_dict(source.state_dict())
     model.save_pretrained(str(part))

@@ -68,18 +68,18 @@ class ChatTokenizer:
             raise ModelError("the tokenizer has no end-of-sequence token, so no reply could end", "set eos_token in its config")
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = added | {token_id for token_id in tokenizer.all_special_ids if token_id is not None}
-        ends = {tokenizer.eos_token_id, *extra_stops}
+        stops = {tokenizer.eos_token_id, *extra_stops}
         turn_end = self._end_of_turn()
-        self.stops = sorted(ends | ({turn_end} if turn_end is not None else set()))
+        self.stops = sorted(stops | ({turn_end} if turn_end is not None else set()))
         self.pad = self._pad()
         self.media: Media | None = None
         self.probed: Probed = probe(self)
 
-    def seeing(self, media: Media) -> ChatTokenizer:
+    def with_media(self, media: Media) -> ChatTokenizer:
         """The same for a base that reads `media` too."""
-        other = copy.copy(self)
-        other.media = media
-        return other
+        copied = copy.copy(self)
+        copied.media = media
+        return copied
 
     @functools.cached_property
     def longest(self) -> int:
@@ -140,10 +140,12 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
         """Token ids of a conversation, ready for the reply. folder: below which its media lie."""
-        shown = self.in_text(self.shielded(messages))
-        return self.tokens(self.write(shown, tools=self.shielded_json(tools), reply_next=True), self.seen(messages, folder))
+        template_messages = self.in_text(self.shielded(messages))
+        return self.tokens(
+            self.write(template_messages, tools=self.shielded_json(tools), reply_next=True), self.media_ids(messages, folder)
+        )
 
-    def seen(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
+    def media_ids(self, messages: Sequence[Message], folder: Path | None = None) -> Seen:
         """The token ids of each media part of a conversation, in order. Raises SourceError for what cannot be read."""
         parts = [part for message in messages for part in message.content if part.kind != "text"]
         if not parts:
@@ -170,23 +172,27 @@ class ChatTokenizer:
             first = [self.tokenizer.bos_token_id] if self._opens_with_bos() else []
             ids = [*first, *ids, self.tokenizer.eos_token_id]
             return TokenizedExample(ids, [True] * len(ids), example.id, example.weight)
-        shown = self._shown(example)
-        text = self.write(shown.messages, tools=shown.tools)
-        spans = [self._span(shown, index, text) for index, message in enumerate(shown.messages) if message.role == "assistant"]
+        template_example = self._for_template(example)
+        text = self.write(template_example.messages, tools=template_example.tools)
+        spans = [
+            self._span(template_example, index, text)
+            for index, message in enumerate(template_example.messages)
+            if message.role == "assistant"
+        ]
         if spans and not self._ends_in_stop(text[: spans[-1].end]):
             # the template writes no end-of-turn: without one the model would never learn to stop
             text = text[: spans[-1].end] + self.tokenizer.eos_token
             spans[-1] = replace(spans[-1], end=len(text))
-        seen = self.seen(example.messages, folder)
+        media_ids = self.media_ids(example.messages, folder)
         opened = self.markup.opened(text)
         if opened.text is not text:
             spans = [Span(opened.position(span.start), opened.position(span.end)) for span in spans]
-        ids, learnt = self._align(opened, spans, seen)
-        _check_media(ids, seen)
+        ids, learnt = self._align(opened, spans, media_ids)
+        _check_media(ids, media_ids)
         self._check(opened.text, spans, ids, learnt)
         return TokenizedExample(ids, learnt, example.id, example.weight)
 
-    def _shown(self, example: Example) -> Example:
+    def _for_template(self, example: Example) -> Example:
         """The Example as the template is given it."""
         messages = tuple(self.in_text(self.shielded(example.messages)))
         tools = self.shielded_json(example.tools)
@@ -194,33 +200,33 @@ class ChatTokenizer:
             return example
         return replace(example, messages=messages, tools=tools)
 
-    def _span(self, example: Example, place: int, text: str) -> Span:
-        """Which characters of `text` the assistant turn at `place` has to learn."""
+    def _span(self, example: Example, index: int, text: str) -> Span:
+        """Which characters of `text` the assistant turn at `index` has to learn."""
         messages = list(example.messages)
-        message = messages[place]
+        message = messages[index]
         if message.tool_calls:
-            return self._span_of_calls(example, place, text)
-        sentinel = _SENTINEL.format(place)
-        messages[place] = replace(message, content=(Part("text", sentinel),))
-        before, found, after = self.write(messages, tools=example.tools).partition(sentinel)
-        prompt = self.write(messages[:place], tools=example.tools, reply_next=True) if place else before
+            return self._span_of_calls(example, index, text)
+        sentinel = _SENTINEL.format(index)
+        messages[index] = replace(message, content=(Part("text", sentinel),))
+        before, separator, after = self.write(messages, tools=example.tools).partition(sentinel)
+        prompt = self.write(messages[:index], tools=example.tools, reply_next=True) if index else before
         # From the generation prompt on, where the rendering has it: what the template writes after it (a thinking block,
         # say) must be produced too. Else from the content on: templates may render a past turn otherwise than a new one.
         start = next((len(opening) for opening in (prompt, before) if text.startswith(opening)), -1)
         end = len(text) - len(after)
-        if not found or start < 0 or not text.endswith(after) or start > end:
+        if not separator or start < 0 or not text.endswith(after) or start > end:
             raise SourceError(
-                f"the chat template changes the assistant's turn {place + 1}, so what is to be learnt cannot be told apart",
+                f"the chat template changes the assistant's turn {index + 1}, so what is to be learnt cannot be told apart",
                 "use a base whose template leaves replies as they are",
             )
         return Span(start, end + self._turn_tail(after))
 
-    def _span_of_calls(self, example: Example, place: int, text: str) -> Span:
-        prompt = self.write(example.messages[:place], tools=example.tools, reply_next=True)
-        whole = self.write(example.messages[: place + 1], tools=example.tools)
-        if not (text.startswith(whole) and whole.startswith(prompt)):
+    def _span_of_calls(self, example: Example, index: int, text: str) -> Span:
+        prompt = self.write(example.messages[:index], tools=example.tools, reply_next=True)
+        through_turn = self.write(example.messages[: index + 1], tools=example.tools)
+        if not (text.startswith(through_turn) and through_turn.startswith(prompt)):
             raise SourceError("the chat template rewrites a turn of tool calls", "use a base whose template supports tools")
-        return Span(len(prompt), len(whole.rstrip("\n")))
+        return Span(len(prompt), len(through_turn.rstrip("\n")))
 
     def _turn_tail(self, after: str) -> int:
         """Characters of `after` up to the end of its first special token, if nothing but space stands before it."""
@@ -234,7 +240,7 @@ class ChatTokenizer:
     def _ends_in_stop(self, text: str) -> bool:
         return any(text.endswith(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stops)
 
-    def _align(self, opened: Opened, spans: Sequence[Span], seen: Seen) -> tuple[list[int], list[bool]]:
+    def _align(self, opened: Opened, spans: Sequence[Span], media_ids: Seen) -> tuple[list[int], list[bool]]:
         """Tokens of a text, cut at the start of every span, and whether each lies inside one.
 
         The cut is where generation will begin, so what stands before it is tokenised as the prompt alone would be: a token
@@ -243,44 +249,44 @@ class ChatTokenizer:
         if not self.tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", "use a base with a tokenizer.json")
         text, cuts = opened.text, opened.cuts
-        coded, done = self._coded(text, seen, cuts), 0
+        coded, previous_end = self._coded(text, media_ids, cuts), 0
         for span in spans:
-            before = [piece for piece in self._coded(text[: span.start], seen, cuts) if piece[1] >= done]
-            if not before or before[0][1] > done:  # no border there: what stands between the replies is left as it is
-                before = [piece for piece in coded if done <= piece[1] and piece[2] <= span.start]
+            prefix = [piece for piece in self._coded(text[: span.start], media_ids, cuts) if piece[1] >= previous_end]
+            if not prefix or prefix[0][1] > previous_end:  # no border there: what stands between the replies is left as it is
+                prefix = [piece for piece in coded if previous_end <= piece[1] and piece[2] <= span.start]
             end = max((piece[2] for piece in coded if piece[1] < span.start < piece[2]), default=span.start)
             cut = [(token, span.start, end) for token in self._continued(text[span.start : end])]
-            coded = [*(p for p in coded if p[1] < done), *before, *cut, *(p for p in coded if p[1] >= span.start)]
-            done = span.end
+            coded = [*(p for p in coded if p[1] < previous_end), *prefix, *cut, *(p for p in coded if p[1] >= span.start)]
+            previous_end = span.end
         learnt = [any(span.start < end and start < span.end for span in spans) for _, start, end in coded]
         return [token for token, _, _ in coded], learnt
 
-    def _coded(self, text: str, seen: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
+    def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """(token, start, end) of a text, without gaps: some tokenizers leave white space out of a token's characters.
 
         Each mark becomes the ids of its media. Raises SourceError unless the text holds every mark once, in order, as far as
         it goes: a template that leaves a part out, or says it twice, would have the model see other media than the row has.
         """
         pieces: list[Piece] = []
-        reached, marks = 0, self.marks(text, seen)
+        previous_stop, marks = 0, self.marks(text, media_ids)
         ends = [*(mark.start() for mark in marks), len(text)]
         for index, end in enumerate(ends):
             begin = marks[index - 1].end() if index else 0
             if index:
-                pieces += [(token, reached, begin) for token in seen[index - 1]]
-                reached = begin
-            within = [cut - begin for cut in cuts if begin < cut < end]
-            for token, start, stop in pieces_of(self.tokenizer, text[begin:end], within, is_first=not index):
-                pieces.append((token, min(begin + start, reached), begin + stop))
-                reached = begin + stop
+                pieces += [(token, previous_stop, begin) for token in media_ids[index - 1]]
+                previous_stop = begin
+            local_cuts = [cut - begin for cut in cuts if begin < cut < end]
+            for token, start, stop in pieces_of(self.tokenizer, text[begin:end], local_cuts, is_first=not index):
+                pieces.append((token, min(begin + start, previous_stop), begin + stop))
+                previous_stop = begin + stop
         return pieces
 
     @staticmethod
-    def marks(text: str, seen: Seen) -> list[re.Match[str]]:
+    def marks(text: str, media_ids: Seen) -> list[re.Match[str]]:
         """The marks in a text. Raises SourceError unless they stand in order, and no more than there are media."""
         marks = list(_MARKED.finditer(text))
-        if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(seen):
-            problem = f"the chat template writes {len(marks)} media where the turns hold {len(seen)}, or in another order"
+        if [int(mark[1]) for mark in marks] != list(range(len(marks))) or len(marks) > len(media_ids):
+            problem = f"the chat template writes {len(marks)} media where the turns hold {len(media_ids)}, or in another order"
             raise SourceError(problem, "use a base whose template writes every part once")
         return marks
 
@@ -297,28 +303,28 @@ class ChatTokenizer:
 
     def _check(self, text: str, spans: Sequence[Span], ids: Sequence[int], learnt: Sequence[bool]) -> None:
         """What is learnt, decoded, must read as the spans do."""
-        said = self.tokenizer.decode([token for token, on in zip(ids, learnt, strict=True) if on])
-        wanted = "".join(text[span.start : span.end] for span in spans)
-        if _squeezed(said) != _squeezed(wanted):
+        decoded = self.tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
+        expected = "".join(text[span.start : span.end] for span in spans)
+        if _squeezed(decoded) != _squeezed(expected):
             raise SourceError(
-                f"the label mask decodes to {said[:80]!r} where the reply is {wanted[:80]!r}",
+                f"the label mask decodes to {decoded[:80]!r} where the reply is {expected[:80]!r}",
                 "use a base whose tokenizer round-trips this text",
             )
 
-    def tokens(self, text: str, seen: Seen = ()) -> list[int]:
+    def tokens(self, text: str, media_ids: Seen = ()) -> list[int]:
         """Token ids of what `write` wrote, its marks replaced by the ids of the media that they stand for.
 
         Raises SourceError for content that spells markup where the tokenizer cannot be made to read it as text.
         """
-        if not seen and not has_marks(text):
+        if not media_ids and not has_marks(text):
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         opened = self.markup.opened(text)
-        if not seen and not opened.cuts:
+        if not media_ids and not opened.cuts:
             return list(self.tokenizer(opened.text, add_special_tokens=False)["input_ids"])
         if not self.tokenizer.is_fast:
             raise SourceError("the tokenizer gives no character offsets", "take control tokens out of the text")
-        ids = [token for token, _, _ in self._coded(opened.text, seen, opened.cuts)]
-        _check_media(ids, seen)
+        ids = [token for token, _, _ in self._coded(opened.text, media_ids, opened.cuts)]
+        _check_media(ids, media_ids)
         return ids
 
     def content_tokens(self, text: str) -> list[int]:
@@ -331,11 +337,11 @@ class ChatTokenizer:
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages as chat templates of text models expect them: content is text, with a mark for each media part."""
         self.check_private(messages)
-        places = itertools.count()
+        indices = itertools.count()
         return [
             with_content(
                 message,
-                "".join(part.text if part.kind == "text" else MARK.format(next(places)) for part in message.content),
+                "".join(part.text if part.kind == "text" else MARK.format(next(indices)) for part in message.content),
             )
             for message in messages
         ]
@@ -365,17 +371,17 @@ class ChatTokenizer:
 
     def _pad(self) -> int:
         """A token to pad with that no reply needs: never a stop token. Padding is masked, so any other will do."""
-        wished = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *sorted(self.special)]
-        return next((token for token in wished if token is not None and token not in self.stops), self._unused())
+        candidates = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, *sorted(self.special)]
+        return next((token for token in candidates if token is not None and token not in self.stops), self._unused())
 
     def _unused(self) -> int:
         return next(token for token in range(len(self.tokenizer)) if token not in self.stops)
 
 
-def _check_media(ids: Sequence[int], seen: Seen) -> None:
+def _check_media(ids: Sequence[int], media_ids: Seen) -> None:
     """Raises SourceError unless every media token is there."""
-    if sum(token < 0 for token in ids) != sum(token < 0 for part in seen for token in part):
-        problem = f"the chat template writes fewer than the {len(seen)} media that the turns hold"
+    if sum(token < 0 for token in ids) != sum(token < 0 for part in media_ids for token in part):
+        problem = f"the chat template writes fewer than the {len(media_ids)} media that the turns hold"
         raise SourceError(problem, "use a base whose template writes every part once")
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sartor.core.errors import ModelError, SourceError
-from sartor.core.model_refs import SAID
+from sartor.core.model_refs import TOWERS_KEY
 from sartor.core.records import Part
 from sartor.models.base import Base
 from sartor.models.media_tokens import MediaEmbedding, content_of, key_of, virtual_ids
@@ -85,8 +85,8 @@ class TowerFeatureCache:
     """What frozen towers make of media: computed once, kept in memory as long as there is room, and on a shelf if given."""
 
     def __init__(self, towers: Mapping[str, Tower], shelf: TensorCache | None, *, held_bytes: int = HELD_BYTES) -> None:
-        self.towers, self.shelf, self._room = towers, shelf, held_bytes
-        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self.towers, self.shelf, self._free_bytes = towers, shelf, held_bytes
+        self._cached: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._origins: dict[int, tuple[Part, Path | None, str]] = {}
         self.computed = 0
 
@@ -96,16 +96,16 @@ class TowerFeatureCache:
         digest = hashlib.sha256(content).hexdigest()
         key = key_of(self.towers[part.kind].digest, digest)
         self._origins[key] = (part, folder, digest)
-        if key not in self._held:
+        if key not in self._cached:
             # no media file is read twice, and none that cannot be decoded gets a key
             self._take(key, content)
         return key
 
     def of(self, key: int) -> torch.Tensor:
         """(T, W) fp16 on the CPU."""
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
+        if key in self._cached:
+            self._cached.move_to_end(key)
+            return self._cached[key]
         return self._take(key, None)
 
     def kind(self, key: int) -> str:
@@ -114,33 +114,33 @@ class TowerFeatureCache:
 
     def forget(self, key: int) -> None:
         """Keep nothing of a media in memory."""
-        self._held.pop(key, None)
+        self._cached.pop(key, None)
         self._origins.pop(key, None)
 
     def let_go(self) -> None:
         """Keep the bytes of no media: a server's come with each request. Features that are held stay."""
-        known = self._origins
-        self._origins = {key: (Part(known[key][0].kind), None, known[key][2]) for key in self._held}
+        origins = self._origins
+        self._origins = {key: (Part(origins[key][0].kind), None, origins[key][2]) for key in self._cached}
 
     def _take(self, key: int, content: bytes | None) -> torch.Tensor:
         part, folder, digest = self._origins[key]
         tower = self.towers[part.kind]
         name = hashlib.sha256(f"{tower.digest}:{digest}".encode()).hexdigest()
-        found = self.shelf.read(name) if self.shelf else None
-        if found is None:
-            found = tower.features(content_of(part, folder) if content is None else content)
+        raw_features = self.shelf.read(name) if self.shelf else None
+        if raw_features is None:
+            raw_features = tower.features(content_of(part, folder) if content is None else content)
             self.computed += 1
             if self.shelf:
-                self.shelf.write(name, found)
-        features: torch.Tensor = found[:]
+                self.shelf.write(name, raw_features)
+        features: torch.Tensor = raw_features[:]
         self._hold(key, features)
         return features
 
     def _hold(self, key: int, features: torch.Tensor) -> None:
-        self._held[key] = features
-        self._room -= features.nbytes
-        while self._room < 0 and len(self._held) > 1:
-            self._room += self._held.popitem(last=False)[1].nbytes
+        self._cached[key] = features
+        self._free_bytes -= features.nbytes
+        while self._free_bytes < 0 and len(self._cached) > 1:
+            self._free_bytes += self._cached.popitem(last=False)[1].nbytes
 
 
 class ComposedMedia(torch.nn.Module):
@@ -165,17 +165,17 @@ class ComposedMedia(torch.nn.Module):
 
     def embedded(self, keys: Sequence[int]) -> list[torch.Tensor]:
         """See `media_tokens.Media`. All media of a kind are projected in one product."""
-        made: dict[int, torch.Tensor] = {}
+        embeddings: dict[int, torch.Tensor] = {}
         for kind in self.projectors:
-            own = [key for key in keys if self.features.kind(key) == kind]
-            if not own:
+            kind_keys = [key for key in keys if self.features.kind(key) == kind]
+            if not kind_keys:
                 continue
             projector = self._projector(kind)
             device, dtype = projector.gain.device, projector.gain.dtype
-            parts = [_filled(self.features.of(key).to(device, dtype), projector.stack) for key in own]
+            parts = [_filled(self.features.of(key).to(device, dtype), projector.stack) for key in kind_keys]
             sizes = [len(part) // projector.stack for part in parts]
-            made |= dict(zip(own, projector(torch.cat(parts)).split(sizes), strict=True))
-        return [made[key] for key in keys]
+            embeddings |= dict(zip(kind_keys, projector(torch.cat(parts)).split(sizes), strict=True))
+        return [embeddings[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
         """See `media_tokens.Media`: the embedding knows virtual ids, and whether they are blank."""
@@ -184,12 +184,12 @@ class ComposedMedia(torch.nn.Module):
     def calibrate(self, keys: Sequence[int]) -> None:
         """Take the mean and the spread of every channel from these media, at most CALIBRATED of each kind."""
         for kind in self.projectors:
-            own = sorted(key for key in set(keys) if self.features.kind(key) == kind)[:CALIBRATED]
-            if own:
-                found = torch.cat([self.features.of(key).float() for key in own])
+            kind_keys = sorted(key for key in set(keys) if self.features.kind(key) == kind)[:CALIBRATED]
+            if kind_keys:
+                features = torch.cat([self.features.of(key).float() for key in kind_keys])
                 projector = self._projector(kind)
-                projector.mean.copy_(found.mean(0))
-                projector.spread.copy_(found.std(0, correction=0).clamp(min=1e-3))
+                projector.mean.copy_(features.mean(0))
+                projector.spread.copy_(features.std(0, correction=0).clamp(min=1e-3))
 
     def towers(self) -> dict[str, TowerEntry]:
         """What an adapter says of its towers, by kind."""
@@ -198,7 +198,7 @@ class ComposedMedia(torch.nn.Module):
             for kind, tower in self.features.towers.items()
         }
 
-    def said(self) -> dict[str, dict[str, Any]]:
+    def tower_fields(self) -> dict[str, dict[str, Any]]:
         """See `media_tokens.Media`."""
         return {kind: asdict(tower) for kind, tower in self.towers().items()}
 
@@ -224,15 +224,15 @@ def compose_base(base: Base, towers: Mapping[str, Tower], *, shelf: TensorCache 
     """`base` reading media through `towers` (by kind) and fresh projectors drawn from `seed`. Its model is changed in place."""
     media = new_projectors(base, TowerFeatureCache(dict(towers), shelf), seed)
     base.model.set_input_embeddings(MediaEmbedding(base.model.get_input_embeddings(), media))
-    return replace(base, chat=base.chat.seeing(media), media=media)
+    return replace(base, chat=base.chat.with_media(media), media=media)
 
 
 def new_projectors(base: Base, features: TowerFeatureCache, seed: int) -> ComposedMedia:
     """Projectors for the towers of `features`, drawn from `seed`, whose tokens are of the size of the base's own."""
     text = base.model.get_input_embeddings()
     with torch.no_grad():
-        some = text(torch.arange(min(1024, text.weight.shape[0]), device=base.device))
-        gain, width = float(some.float().pow(2).mean().sqrt()), some.shape[-1]
+        sample = text(torch.arange(min(1024, text.weight.shape[0]), device=base.device))
+        gain, width = float(sample.float().pow(2).mean().sqrt()), sample.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projectors = {
@@ -245,8 +245,8 @@ def new_projectors(base: Base, features: TowerFeatureCache, seed: int) -> Compos
 def write_projectors(media: ComposedMedia, folder: Path) -> None:
     """Beside an adapter: the projectors' weights, and which towers they read."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in media.projectors.state_dict().items()}
-    said = json.dumps(media.said(), sort_keys=True)
-    save_file(tensors, folder / FILE, {SAID: said})
+    metadata = json.dumps(media.tower_fields(), sort_keys=True)
+    save_file(tensors, folder / FILE, {TOWERS_KEY: metadata})
 
 
 def read_towers(folder: Path) -> dict[str, TowerEntry]:
@@ -256,25 +256,25 @@ def read_towers(folder: Path) -> dict[str, TowerEntry]:
     try:
         with safetensors.safe_open(folder / FILE, "pt") as opened:  # type: ignore[no-untyped-call]
             metadata = opened.metadata() or {}
-        if SAID not in metadata:
-            raise ModelError(f"{folder / FILE} says {sorted(metadata)}; this reads {SAID!r}", "tune it again")
-        return {kind: TowerEntry(**said) for kind, said in json.loads(metadata[SAID]).items()}
+        if TOWERS_KEY not in metadata:
+            raise ModelError(f"{folder / FILE} says {sorted(metadata)}; this reads {TOWERS_KEY!r}", "tune it again")
+        return {kind: TowerEntry(**fields) for kind, fields in json.loads(metadata[TOWERS_KEY]).items()}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
 
 
-def another_tower(folder: Path, said: TowerEntry) -> ModelError:
+def another_tower(folder: Path, entry: TowerEntry) -> ModelError:
     """The error for a tower that is not the one that an adapter was tuned with."""
-    problem = f"the adapter {folder} reads with the tower {said.name!r} {said.digest[:12]}, and the one here is another"
+    problem = f"the adapter {folder} reads with the tower {entry.name!r} {entry.digest[:12]}, and the one here is another"
     return ModelError(problem, "use the tower that it was tuned with")
 
 
 def load_projectors(media: ComposedMedia, folder: Path) -> None:
     """Take over the projectors of the adapter in `folder`. Raises ModelError where they do not fit these towers."""
-    for kind, said in read_towers(folder).items():
-        here = media.towers().get(kind)
-        if here is None or here.digest != said.digest:
-            raise another_tower(folder, said)
+    for kind, entry in read_towers(folder).items():
+        local_entry = media.towers().get(kind)
+        if local_entry is None or local_entry.digest != entry.digest:
+            raise another_tower(folder, entry)
     tensors = load_file(folder / FILE)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

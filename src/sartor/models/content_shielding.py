@@ -65,8 +65,8 @@ def _in_text(message: Message, calls: bool, reasoning: bool) -> Message:
         lead = Part("text", f"<think>\n{message.reasoning_content}\n</think>\n\n")
         message = replace(message, content=(lead, *message.content), reasoning_content="")
     if message.tool_calls and calls and is_from_text(_loads(message.tool_calls)):
-        said = calls_as_text(message.tool_calls, ascii_only=False)
-        end = Part("text", f"\n{said}" if message.text else said)
+        calls_text = calls_as_text(message.tool_calls, ascii_only=False)
+        end = Part("text", f"\n{calls_text}" if message.text else calls_text)
         message = replace(message, content=(*message.content, end), tool_calls="")
     return message
 
@@ -85,7 +85,7 @@ def calls_as_text(tool_calls: str, *, ascii_only: bool = True) -> str:
     """
     try:
         calls = [call["function"] for call in json.loads(tool_calls)]
-        said = [
+        encoded_calls = [
             json.dumps({"name": call["name"], "arguments": call.get("arguments", {})}, ensure_ascii=ascii_only)
             for call in calls
         ]
@@ -93,7 +93,7 @@ def calls_as_text(tool_calls: str, *, ascii_only: bool = True) -> str:
         raise SourceError(
             f"tool_calls has another form than OpenAI's: {error!r}", "send tool_calls as they were replied"
         ) from None
-    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in said)
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in encoded_calls)
 
 
 def reply_text(message: Message) -> str:
@@ -133,10 +133,10 @@ def pieces_of(tokenizer: Any, text: str, cuts: Sequence[int] = (), *, is_first: 
     """
     if not cuts:
         opening = "" if is_first or not text else str(tokenizer.eos_token)
-        coded = tokenizer(opening + text, add_special_tokens=False, return_offsets_mapping=True)
-        found = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        encoding = tokenizer(opening + text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
         skip = len(opening)
-        return [(token, max(start - skip, 0), end - skip) for token, (start, end) in found if end > skip or not skip]
+        return [(token, max(start - skip, 0), end - skip) for token, (start, end) in tokens if end > skip or not skip]
     pieces = pieces_of(tokenizer, text[: cuts[0]], is_first=is_first)
     ends = [*cuts[1:], len(text)]
     parts = _behind(tokenizer, [text[start:end] for start, end in zip(cuts, ends, strict=True)])

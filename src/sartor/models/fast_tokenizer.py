@@ -35,13 +35,13 @@ class FastTokenizer:
             raise ModelError(f"the tokenizer below {folder} is not whole: {error}", "restore its files from a copy") from None
         self._inner.no_padding()
         self._inner.no_truncation()
-        self._named = {name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self._named = {name: token for name, token in self._named.items() if token is not None}
+        self._special_tokens = {name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._special_tokens = {name: token for name, token in self._special_tokens.items() if token is not None}
         # the tokens of the vocabulary that this file alone declares special
         known = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
         declared = [text for text in _declared(fields) if text not in known and self._inner.token_to_id(text) is not None]
         self._inner.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in declared])
-        self.eos_token = self._named.get("eos_token", "")
+        self.eos_token = self._special_tokens.get("eos_token", "")
         self.added_tokens_decoder = {
             token_id: SimpleNamespace(special=token.special, content=token.content, normalized=token.normalized)
             for token_id, token in self._inner.get_added_tokens_decoder().items()
@@ -70,7 +70,7 @@ class FastTokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """The named tokens' ids."""
-        return [token_id for name in self._named if (token_id := self._id(name)) is not None]
+        return [token_id for name in self._special_tokens if (token_id := self._id(name)) is not None]
 
     def __len__(self) -> int:
         return int(self._inner.get_vocab_size(with_added_tokens=True))
@@ -86,10 +86,10 @@ class FastTokenizer:
         """{input_ids, and by wish offset_mapping}, both (T,); of a list of texts, lists of them."""
         if isinstance(text, list):
             batch = self._inner.encode_batch(text, add_special_tokens=add_special_tokens)
-            offsets = {"offset_mapping": [item.offsets for item in batch]} if return_offsets_mapping else {}
-            return {"input_ids": [one.ids for one in batch], **offsets}
-        coded = self._inner.encode(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": coded.ids, **({"offset_mapping": coded.offsets} if return_offsets_mapping else {})}
+            offsets = {"offset_mapping": [encoding.offsets for encoding in batch]} if return_offsets_mapping else {}
+            return {"input_ids": [encoding.ids for encoding in batch], **offsets}
+        encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": encoding.ids, **({"offset_mapping": encoding.offsets} if return_offsets_mapping else {})}
 
     def get_vocab(self) -> dict[str, int]:
         """token -> id."""
@@ -115,13 +115,13 @@ class FastTokenizer:
     ) -> str:
         """The text that a template writes. Raises jinja2.TemplateError where it refuses the turns."""
         assert not tokenize
-        made = _SANDBOX.from_string(chat_template)
-        return made.render(
-            messages=turns, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._named
+        template = _SANDBOX.from_string(chat_template)
+        return template.render(
+            messages=turns, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **self._special_tokens
         )
 
     def _id(self, name: str) -> int | None:
-        token = self._named.get(name)
+        token = self._special_tokens.get(name)
         return None if token is None else self._inner.token_to_id(token)
 
 
@@ -130,13 +130,13 @@ def _text(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _declared(said: dict[str, Any]) -> list[str]:
+def _declared(fields: dict[str, Any]) -> list[str]:
     """The special tokens of tokenizer_config.json that have no name of the library's."""
     declared: list[Any] = []
     for key in ("extra_special_tokens", "additional_special_tokens"):
-        tokens = said.get(key) or []
+        tokens = fields.get(key) or []
         declared += tokens.values() if isinstance(tokens, dict) else tokens
-    decoder = said.get("added_tokens_decoder") or {}
+    decoder = fields.get("added_tokens_decoder") or {}
     declared += [token for token in decoder.values() if isinstance(token, dict) and token.get("special")]
     return [text for token in declared if (text := _text(token))]
 

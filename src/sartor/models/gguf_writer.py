@@ -148,8 +148,8 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
             name = layout.name(f"{module}.weight")
             if name.startswith("token_embd") or (name.startswith("output.") and layout.config.get("tie_word_embeddings")):
                 raise ModelError(f"the adapter changes {module}, which is the embedding", "leave it out of method.targets")
-            left = scales[module] * len(a) / alpha
-            b = layout.ordered(f"{module}.weight", b if left == 1 else b * np.float32(left))
+            correction = scales[module] * len(a) / alpha
+            b = layout.ordered(f"{module}.weight", b if correction == 1 else b * np.float32(correction))
             writer.add_tensor(f"{name}.lora_a", a, raw_dtype=ADAPTER_TYPE)
             writer.add_tensor(f"{name}.lora_b", b, raw_dtype=ADAPTER_TYPE)
     return out
@@ -185,7 +185,7 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
         "fan_in_fan_out": config.get("fan_in_fan_out"),
         "lora_alpha 0": not config.get("lora_alpha"),
     }
-    if unfit := [what for what, is_so in fields.items() if is_so]:
+    if unfit := [field for field, is_unfit in fields.items() if is_unfit]:
         raise ModelError(f"llama.cpp has no form for this adapter: {', '.join(unfit)}", "--to merged, and make a GGUF of that")
     return dict(config)
 
@@ -228,8 +228,8 @@ PRE_TOKENIZERS: dict[tuple[tuple[Any, ...], ...], str] = {
 }
 # llama.cpp takes a piece that is a token as it is, without merging, under this name alone of the four
 _IGNORES_MERGES = {"llama-bpe"}
-_TEXT, _WHOLE, _TRUTH = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.BOOL
-_LIST = gguf.GGUFValueType.ARRAY
+_STRING, _UINT32, _BOOL = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.BOOL
+_ARRAY = gguf.GGUFValueType.ARRAY
 _TEMPLATE = "tokenizer.chat_template"
 
 
@@ -242,7 +242,7 @@ class Vocabulary:
     def write(self, writer: gguf.GGUFWriter, template: str) -> None:
         """Add the tokenizer and the chat template to a file's metadata."""
         for key, value, kind in self.pairs:
-            if kind == _LIST:
+            if kind == _ARRAY:
                 writer.add_array(key, value)
             else:
                 writer.add_key_value(key, value, kind)
@@ -278,32 +278,32 @@ def from_chat(chat: ChatTokenizer, rows: int) -> Vocabulary:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys = gguf.Keys.Tokenizer
     pairs: list[tuple[str, Any, gguf.GGUFValueType]] = [
-        (keys.MODEL, "gpt2", _TEXT),
-        (keys.PRE, pre, _TEXT),
-        (keys.LIST, [by_id.get(index, f"[PAD{index}]") for index in range(rows)], _LIST),
-        (keys.TOKEN_TYPE, types, _LIST),
-        (keys.MERGES, merges, _LIST),
-        (keys.ADD_BOS, _opens_with_bos(chat), _TRUTH),
-        (keys.ADD_PREFIX, False, _TRUTH),
+        (keys.MODEL, "gpt2", _STRING),
+        (keys.PRE, pre, _STRING),
+        (keys.LIST, [by_id.get(index, f"[PAD{index}]") for index in range(rows)], _ARRAY),
+        (keys.TOKEN_TYPE, types, _ARRAY),
+        (keys.MERGES, merges, _ARRAY),
+        (keys.ADD_BOS, _opens_with_bos(chat), _BOOL),
+        (keys.ADD_PREFIX, False, _BOOL),
     ]
     return Vocabulary((*pairs, *_ids(chat)))
 
 
-def _name_of_cut(said: Mapping[str, Any]) -> str:
+def _name_of_cut(fields: Mapping[str, Any]) -> str:
     """llama.cpp's name of how a tokenizer.json cuts text."""
-    model = said["model"]
-    whole = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("end_of_word_suffix")
-    steps = _steps(said.get("pre_tokenizer") or {})
-    name = PRE_TOKENIZERS.get(steps, "") if whole and not model.get("continuing_subword_prefix") else ""
-    normalizer = (said.get("normalizer") or {}).get("type")
+    model = fields["model"]
+    is_plain_bpe = model["type"] == "BPE" and not model.get("byte_fallback") and not model.get("end_of_word_suffix")
+    steps = _steps(fields.get("pre_tokenizer") or {})
+    name = PRE_TOKENIZERS.get(steps, "") if is_plain_bpe and not model.get("continuing_subword_prefix") else ""
+    normalizer = (fields.get("normalizer") or {}).get("type")
     # llama.cpp does not compose characters (NFC), which published Qwen files live with; the receipt compares tokens
     if normalizer not in (None, "NFC") or bool(model.get("ignore_merges")) != (name in _IGNORES_MERGES):
         name = ""
     if not name:
-        what = f"{model['type']}, {', '.join(step[0] for step in steps) or 'no cut'}, {normalizer or 'no normalizer'}"
+        cut = f"{model['type']}, {', '.join(step[0] for step in steps) or 'no cut'}, {normalizer or 'no normalizer'}"
         known = ", ".join(sorted(PRE_TOKENIZERS.values()))
         raise ModelError(
-            f"the base's tokenizer ({what}) is none that llama.cpp has a name for here; known are {known}",
+            f"the base's tokenizer ({cut}) is none that llama.cpp has a name for here; known are {known}",
             "use a base that is a GGUF file, whose own tokenizer is taken; or --to merged",
         )
     return name
@@ -332,14 +332,14 @@ def _opens_with_bos(chat: ChatTokenizer) -> bool:
 def _ids(chat: ChatTokenizer) -> Sequence[tuple[str, Any, gguf.GGUFValueType]]:
     """Ids of tokens with a role. What ends a turn and is not eos is `eot`, at which llama.cpp stops too."""
     keys, tokenizer = gguf.Keys.Tokenizer, chat.tokenizer
-    named = {
+    token_ids = {
         keys.BOS_ID: tokenizer.bos_token_id,
         keys.EOS_ID: tokenizer.eos_token_id,
         keys.UNK_ID: tokenizer.unk_token_id,
         keys.PAD_ID: chat.pad,
         keys.EOT_ID: next((stop for stop in chat.stops if stop != tokenizer.eos_token_id), None),
     }
-    return [(key, int(index), _WHOLE) for key, index in named.items() if index is not None]
+    return [(key, int(index), _UINT32) for key, index in token_ids.items() if index is not None]
 
 
 Type = gguf.GGMLQuantizationType
@@ -371,7 +371,7 @@ class GgufMetadata:
     top_p: float = 1.0
 
 
-def write_model_gguf(model: Any, vocabulary: Vocabulary, about: GgufMetadata, out: Path, kind: str = "f16") -> Path:
+def write_model_gguf(model: Any, vocabulary: Vocabulary, metadata: GgufMetadata, out: Path, kind: str = "f16") -> Path:
     """Write transformers' module `model` (in fp32, no adapter on it) as the GGUF file `out`, its matrices as `kind` (TYPES).
 
     `out` appears whole or not at all. Raises ModelError for a model that llama.cpp would compute otherwise, or values that the
@@ -384,10 +384,10 @@ def write_model_gguf(model: Any, vocabulary: Vocabulary, about: GgufMetadata, ou
     weights = {layout.name(name): (name, value) for name, value in _parameters(model, config)}
     stretched = _rope(config, layout)
     with new_file(out, layout.family.name, streamed=True) as writer:
-        _say(writer, config, layout, about)
+        _add_metadata(writer, config, layout, metadata)
         writer.add_file_type(TYPES[kind][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        vocabulary.write(writer, about.template)
+        vocabulary.write(writer, metadata.template)
         if stretched is not None:
             writer.add_tensor_info("rope_freqs.weight", stretched.shape, stretched.dtype, stretched.nbytes)
         kinds = {name: _stored_as(name, value, TYPES[kind][0]) for name, (_, value) in weights.items()}
@@ -432,12 +432,12 @@ def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[An
     return packed
 
 
-def _say(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, about: GgufMetadata) -> None:
+def _add_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout, metadata: GgufMetadata) -> None:
     """The metadata that llama.cpp computes by."""
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(about.name)
-    writer.add_version(about.version)
-    writer.add_license(about.licence)
+    writer.add_name(metadata.name)
+    writer.add_version(metadata.version)
+    writer.add_license(metadata.licence)
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_block_count(layout.layers)
@@ -455,15 +455,15 @@ def _say(writer: gguf.GGUFWriter, config: Mapping[str, Any], layout: GgufLayout,
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rotation["factor"]))
     # newer llama.cpp takes these for its defaults: greedy where the Release is greedy
-    writer.add_float32("general.sampling.temp", about.temperature)
-    writer.add_float32("general.sampling.top_p", about.top_p)
+    writer.add_float32("general.sampling.temp", metadata.temperature)
+    writer.add_float32("general.sampling.top_p", metadata.top_p)
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """How positions rotate: transformers 5 says it in `rope_parameters`, older configs in `rope_theta` and `rope_scaling`."""
-    old = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
-    found = {**old, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    return {**found, "rope_type": found.get("rope_type") or found.get("type") or "default"}
+    legacy = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") else {}
+    rope = {**legacy, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
 
 def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any] | None:
@@ -481,8 +481,8 @@ def _rope(config: Mapping[str, Any], layout: GgufLayout) -> np.ndarray[Any, Any]
         )
     if kind != "llama3":
         return None
-    half = np.arange(0, layout.head_width, 2, dtype=np.float64) / layout.head_width
-    waves = 2 * np.pi * float(rotation["rope_theta"]) ** half
+    exponents = np.arange(0, layout.head_width, 2, dtype=np.float64) / layout.head_width
+    waves = 2 * np.pi * float(rotation["rope_theta"]) ** exponents
     old, factor = float(rotation["original_max_position_embeddings"]), float(rotation["factor"])
     low, high = float(rotation["low_freq_factor"]), float(rotation["high_freq_factor"])
     smooth = np.clip((old / waves - low) / (high - low), 0, 1)  # 0: stretched whole, 1: left alone

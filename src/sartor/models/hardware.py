@@ -83,8 +83,8 @@ def available_bytes(device: torch.device | None = None) -> FreeMemory:
     if device is not None and device.type == "cuda":
         held_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return FreeMemory(int(torch.cuda.mem_get_info(device)[0] + held_unused), "the device's free memory")
-    rooms = [FreeMemory(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
-    return min(rooms, key=lambda room: room.bytes)
+    bounds = [FreeMemory(_machine_bytes(), "the machine's free memory"), *_cgroups(PROC / "cgroup", CGROUPS), *_limits()]
+    return min(bounds, key=lambda bound: bound.bytes)
 
 
 def weights_in(folder: Path) -> int:
@@ -117,9 +117,9 @@ def _cgroups(membership: Path, mount: Path) -> Iterator[FreeMemory]:
                 continue
             root = mount if version_2 else mount / "memory"
             names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            own = PurePosixPath(path.lstrip("/"))
+            group_path = PurePosixPath(path.lstrip("/"))
             # inside a container the path of the host may not be there; its own group is then the root
-            for group in dict.fromkeys([own, *own.parents, PurePosixPath(".")]):
+            for group in dict.fromkeys([group_path, *group_path.parents, PurePosixPath(".")]):
                 yield from _room_in(root / group, *names)
 
 

@@ -94,9 +94,9 @@ def convert_once(path: Path, digest: str, fill: Callable[[Path], Mapping[str, st
         if _is_whole(path):
             return
         with create_output_directory(path, replace=path.exists() and _set_aside(path)) as part:
-            said = fill(part)
+            fields = fill(part)
             files = {file.name: model_refs.remembered_digest(file) for file in part.iterdir() if file.is_file()}
-            (part / STAMP).write_text(json.dumps({"schema": 1, "digest": digest, **said, "files": files}, indent=1))
+            (part / STAMP).write_text(json.dumps({"schema": 1, "digest": digest, **fields, "files": files}, indent=1))
 
 
 def _is_whole(path: Path) -> bool:

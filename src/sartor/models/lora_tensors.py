@@ -41,9 +41,9 @@ class LoraPair:
 def modules(tensors: Iterable[str]) -> list[str]:
     """Names of the modules that have factors, sorted. Raises InputError for one half alone."""
     names = set(tensors)
-    with_a, with_b = ({name.removesuffix(half) for name in names if name.endswith(half)} for half in (A, B))
-    if alone := sorted(with_a ^ with_b):
-        raise InputError(f"{alone[0]} has one of its two factors", "send both, as the adapter's file has them")
+    with_a, with_b = ({name.removesuffix(suffix) for name in names if name.endswith(suffix)} for suffix in (A, B))
+    if unpaired := sorted(with_a ^ with_b):
+        raise InputError(f"{unpaired[0]} has one of its two factors", "send both, as the adapter's file has them")
     return sorted(with_a)
 
 
@@ -85,27 +85,27 @@ def split_ranks(shared: Tensors, rank: int) -> tuple[dict[str, Array], dict[str,
     """
     if rank < 1:
         raise ConfigError(f"a client of rank {rank} trains nothing", "a rank of at least 1, or leave this client out")
-    own, tail = dict(shared), {}
+    trained, tail = dict(shared), {}
     for module in modules(shared):
         a, b = shared[module + A], shared[module + B]
-        own[module + A], own[module + B] = a[:rank], b[:, :rank]
+        trained[module + A], trained[module + B] = a[:rank], b[:, :rank]
         if len(a) > rank:
             tail[module + A], tail[module + B] = a[rank:], b[:, rank:]
-    return own, tail
+    return trained, tail
 
 
-def join_ranks(own: Tensors, tail: Tensors) -> dict[str, Array]:
+def join_ranks(trained: Tensors, tail: Tensors) -> dict[str, Array]:
     """One adapter of the ranks of both, whose products are the sums of theirs: what `cut` parted. Both on one scale.
 
     Raises InputError unless both have the same modules.
     """
-    if strange := sorted(set(modules(own)) ^ set(modules(tail))):
-        raise InputError(f"{strange[0]} has factors in one of the two adapters", "join adapters of the same modules")
-    whole = dict(own)
-    for module in modules(own):
-        whole[module + A] = np.concatenate([own[module + A], tail[module + A]])
-        whole[module + B] = np.concatenate([own[module + B], tail[module + B]], axis=1)
-    return whole
+    if unmatched := sorted(set(modules(trained)) ^ set(modules(tail))):
+        raise InputError(f"{unmatched[0]} has factors in one of the two adapters", "join adapters of the same modules")
+    joined = dict(trained)
+    for module in modules(trained):
+        joined[module + A] = np.concatenate([trained[module + A], tail[module + A]])
+        joined[module + B] = np.concatenate([trained[module + B], tail[module + B]], axis=1)
+    return joined
 
 
 def zero_adapter(like: Tensors) -> dict[str, Array]:
@@ -121,21 +121,21 @@ def rank_of(tensors: Tensors) -> int:
     return ranks.pop()
 
 
-def pad_ranks(own: Tensors, shared: Tensors) -> dict[str, Array]:
+def pad_ranks(trained: Tensors, shared: Tensors) -> dict[str, Array]:
     """What a client trained, with the ranks behind that it held still. Raises InputError where the two do not fit."""
-    whole = dict(own)
-    for module in modules(own):
-        a, b = own[module + A], own[module + B]
+    padded = dict(trained)
+    for module in modules(trained):
+        a, b = trained[module + A], trained[module + B]
         if module + A not in shared:
             raise InputError(f"the shared adapter has no module {module}", "train the shared adapter")
-        held_a, held_b = shared[module + A], shared[module + B]
+        shared_a, shared_b = shared[module + A], shared[module + B]
         rank = len(a)
-        if b.shape[1] != rank or rank > len(held_a) or (b.shape[0], a.shape[1]) != (held_b.shape[0], held_a.shape[1]):
-            shapes = f"A {a.shape} and B {b.shape}; the shared ones are {held_a.shape} and {held_b.shape}"
+        if b.shape[1] != rank or rank > len(shared_a) or (b.shape[0], a.shape[1]) != (shared_b.shape[0], shared_a.shape[1]):
+            shapes = f"A {a.shape} and B {b.shape}; the shared ones are {shared_a.shape} and {shared_b.shape}"
             raise InputError(f"{module} was trained as {shapes}", "train what `cut` gives for this client's rank")
-        whole[module + A] = np.concatenate([a, held_a[rank:].astype(a.dtype)])
-        whole[module + B] = np.concatenate([b, held_b[:, rank:].astype(b.dtype)], axis=1)
-    return whole
+        padded[module + A] = np.concatenate([a, shared_a[rank:].astype(a.dtype)])
+        padded[module + B] = np.concatenate([b, shared_b[:, rank:].astype(b.dtype)], axis=1)
+    return padded
 
 
 def alpha_of(alpha: float, shared_rank: int, rank: int) -> float:

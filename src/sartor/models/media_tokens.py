@@ -71,7 +71,7 @@ class Media(Protocol):
         """Of `image` and `audio`, those that it reads."""
         ...
 
-    def said(self) -> dict[str, dict[str, Any]]:
+    def tower_fields(self) -> dict[str, dict[str, Any]]:
         """What a manifest says of towers that are no part of the base itself, by what they read: name, digest, licence, ..."""
         ...
 
@@ -109,11 +109,11 @@ class MediaEmbedding(torch.nn.Module):
             return x
         if self.is_blank:
             return x.masked_fill(virtual[..., None], 0.0)
-        found = -1 - ids[virtual]
-        keys, of = torch.unique(found >> PLACE_BITS, return_inverse=True)
+        codes = -1 - ids[virtual]
+        keys, inverse = torch.unique(codes >> PLACE_BITS, return_inverse=True)
         parts = self.media.embedded(keys.tolist())
         starts = torch.tensor([0, *(len(part) for part in parts[:-1])], device=ids.device).cumsum(0)
-        rows = torch.cat(parts)[starts[of] + (found & (MOST_TOKENS - 1))]
+        rows = torch.cat(parts)[starts[inverse] + (codes & (MOST_TOKENS - 1))]
         return x.index_put((virtual,), rows.to(x.dtype))
 
 

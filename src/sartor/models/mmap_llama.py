@@ -45,8 +45,8 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight -> codes (N / 2,) uint8 and the blocks' scales (N / 64,) fp32. N must be a multiple of 64."""
     blocks = weight.detach().reshape(-1, BLOCK).float()
     scales = blocks.abs().amax(1)
-    shares = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    nearest = torch.bucketize(shares, (CODES[1:] + CODES[:-1]) / 2).to(torch.uint8).view(-1, 2)
+    normalised = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    nearest = torch.bucketize(normalised, (CODES[1:] + CODES[:-1]) / 2).to(torch.uint8).view(-1, 2)
     return nearest[:, 0] << 4 | nearest[:, 1], scales
 
 
@@ -63,9 +63,9 @@ class NarrowLinear(MappedLinear):
         first = low * self.in_features
         codes = self.weight.detach().view(-1)[first // 2 : (first + out.numel()) // 2]
         pairs = out.view(-1, 2)
-        for at in range(0, len(codes), _AT_ONCE):
-            part = codes[at : at + _AT_ONCE].int()
-            pairs[at : at + len(part)] = _PAIRS.index_select(0, part)
+        for start in range(0, len(codes), _AT_ONCE):
+            part = codes[start : start + _AT_ONCE].int()
+            pairs[start : start + len(part)] = _PAIRS.index_select(0, part)
         blocks = out.view(-1, BLOCK)
         blocks.mul_(self.scales.detach()[first // BLOCK : first // BLOCK + len(blocks), None])
         return out
@@ -143,8 +143,8 @@ class Rotary:
     def __call__(self, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the class; in the dtype of `like`."""
         angles = positions[..., None].float() * self._rates
-        both = torch.cat([angles, angles], -1)
-        return both.cos().to(like.dtype), both.sin().to(like.dtype)
+        doubled = torch.cat([angles, angles], -1)
+        return doubled.cos().to(like.dtype), doubled.sin().to(like.dtype)
 
 
 class ModuleNamespace(torch.nn.Module):
@@ -202,7 +202,7 @@ class MappedLlama(torch.nn.Module):
         """What is trained, by the names that PEFT's adapter files have."""
         adapted = {name: module for name, module in self.linear.items() if isinstance(module, LoraLinear)}
         pairs = ((name, (("lora_A", module.a), ("lora_B", module.b))) for name, module in adapted.items())
-        return {f"base_model.model.{name}.{kind}.weight": part for name, both in pairs for kind, part in both}
+        return {f"base_model.model.{name}.{kind}.weight": part for name, factor_pair in pairs for kind, part in factor_pair}
 
     def learn(self, top: int, factors: str = "AB") -> None:
         """Let the factors of the `top` layers next to the head learn (0: of all; factors: A, B or AB), and no others."""
@@ -230,12 +230,12 @@ class MappedLlama(torch.nn.Module):
         _, _, layer, part, last = name.split(".")
         setattr(getattr(self.model.layers[int(layer)], part), last, module)
 
-    def _layer(self, place: int) -> Any:
-        config, name = self.config, f"model.layers.{place}"
+    def _layer(self, index: int) -> Any:
+        config, name = self.config, f"model.layers.{index}"
         attention: dict[str, Any] = {part: self._linear(f"{name}.self_attn.{part}") for part in ATTENTION}
         return ModuleNamespace(
             self_attn=ModuleNamespace(
-                **attention, head_dim=config.head_dim, layer_idx=place, scaling=config.head_dim**-0.5, sliding_window=None
+                **attention, head_dim=config.head_dim, layer_idx=index, scaling=config.head_dim**-0.5, sliding_window=None
             ),
             mlp=ModuleNamespace(**{part: self._linear(f"{name}.mlp.{part}") for part in MLP}),
             input_layernorm=self._norm(f"{name}.input_layernorm"),
@@ -282,11 +282,11 @@ def _mapped(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no safetensors file", "convert the base: sartor tune opens it once")
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
         except Exception as error:  # safetensors' own errors have no common base but Exception
             raise ModelError(f"{file} is not whole: {error}", "restore it from a copy") from None
-    return found
+    return tensors

@@ -66,18 +66,18 @@ class AttentionShape:
 
 def group_segments(segments: Sequence[Segment], device: torch.device | str) -> Iterator[SegmentGroup]:
     """Group segments whose lengths are within a factor of two: padding inside attention stays under half."""
-    left = sorted(range(len(segments)), key=lambda index: (-segments[index].length, -segments[index].first))
-    while left:
-        longest = segments[left[0]]
+    ungrouped = sorted(range(len(segments)), key=lambda index: (-segments[index].length, -segments[index].first))
+    while ungrouped:
+        longest = segments[ungrouped[0]]
         reach = longest.first + longest.length
         group = [
             index
-            for index in left
+            for index in ungrouped
             if segments[index].length * 2 > longest.length
             and reach < 2 * (segments[index].first + segments[index].length) <= 4 * reach
         ]
-        taken = set(group)
-        left = [index for index in left if index not in taken]
+        grouped = set(group)
+        ungrouped = [index for index in ungrouped if index not in grouped]
         yield _rectangle([segments[index] for index in group], segments, device)
 
 
@@ -233,13 +233,13 @@ def group_by_capacity(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     [[0, 1], [2, 3]]
     """
     groups: list[list[int]] = []
-    room = 0
+    free_tokens = 0
     for index, length in enumerate(lengths):
-        if not groups or length > room:
+        if not groups or length > free_tokens:
             groups.append([])
-            room = capacity
+            free_tokens = capacity
         groups[-1].append(index)
-        room -= length
+        free_tokens -= length
     return groups
 
 
@@ -254,31 +254,31 @@ def micro_batches(examples: Sequence[TokenizedExample], capacity: int, *, share:
             [len(example.ids) for example in examples], max(capacity, *(len(example.ids) for example in examples))
         )
         return [[examples[index] for index in group] for group in groups]
-    cut: list[list[TokenizedExample]] = []
-    room = 0
-    for example in sorted(examples, key=lambda one: one.ids):
-        common = _common(cut[-1][-1].ids, example.ids) if cut else 0
-        new = len(example.ids) - (common if common >= SHARED_TOKENS else 0)
-        if not cut or new > room:
-            cut.append([])
-            new, room = len(example.ids), max(capacity, len(example.ids))
-        cut[-1].append(example)
-        room -= new
-    return cut
+    packs: list[list[TokenizedExample]] = []
+    free_tokens = 0
+    for example in sorted(examples, key=lambda row: row.ids):
+        common = _common(packs[-1][-1].ids, example.ids) if packs else 0
+        new_tokens = len(example.ids) - (common if common >= SHARED_TOKENS else 0)
+        if not packs or new_tokens > free_tokens:
+            packs.append([])
+            new_tokens, free_tokens = len(example.ids), max(capacity, len(example.ids))
+        packs[-1].append(example)
+        free_tokens -= new_tokens
+    return packs
 
 
 def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu", *, share: bool = False) -> Pack:
     """Lay examples end to end, common beginnings once if `share`. A token's target is its successor in its example."""
     rows = [example.ids for example in examples]
-    segments, places = share_prefixes(rows) if share else _side_by_side(rows)
+    segments, row_indices = share_prefixes(rows) if share else _side_by_side(rows)
     ids, positions = [0] * _tokens(segments), [0] * _tokens(segments)
     predict, targets, weights = [], [], []
-    for example, own in zip(examples, places, strict=True):
-        for offset, (place, token) in enumerate(zip(own, example.ids, strict=True)):
-            ids[place], positions[place] = token, offset
+    for example, indices in zip(examples, row_indices, strict=True):
+        for offset, (index, token) in enumerate(zip(indices, example.ids, strict=True)):
+            ids[index], positions[index] = token, offset
         for offset in range(len(example.ids) - 1):
             if example.learnt[offset + 1]:
-                predict.append(own[offset])
+                predict.append(indices[offset])
                 targets.append(example.ids[offset + 1])
                 weights.append(example.weight)
     return Pack(
@@ -289,7 +289,7 @@ def pack(examples: Sequence[TokenizedExample], device: torch.device | str = "cpu
         weights=torch.tensor(weights, dtype=torch.float32, device=device),
         segments=tuple(segments),
         rows=tuple(group_segments(segments, device)),
-        places=tuple(torch.tensor(own, device=device) for own in places),
+        places=tuple(torch.tensor(indices, device=device) for indices in row_indices),
         example_ids=tuple(example.example_id for example in examples),
     )
 
@@ -299,12 +299,12 @@ def _tokens(segments: Sequence[Segment]) -> int:
 
 
 def _side_by_side(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
-    segments, places, start = [], [], 0
+    segments, row_indices, start = [], [], 0
     for row in rows:
         segments.append(Segment(start, len(row), 0))
-        places.append(list(range(start, start + len(row))))
+        row_indices.append(list(range(start, start + len(row))))
         start += len(row)
-    return segments, places
+    return segments, row_indices
 
 
 def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[list[int]]]:
@@ -315,9 +315,9 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
     [(0, 9, 0), (9, 1, 9), (10, 2, 9)]
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
-    common = [_common(rows[one], rows[other]) for one, other in zip(order, order[1:], strict=False)]
+    common = [_common(rows[index], rows[next_index]) for index, next_index in zip(order, order[1:], strict=False)]
     segments: list[Segment] = []
-    places: list[list[int]] = [[] for _ in rows]
+    row_indices: list[list[int]] = [[] for _ in rows]
     size = 0
     # (rows order[low:high] that agree up to `depth`; where their next segment begins; its ancestors)
     todo: list[tuple[int, int, int, int, tuple[int, ...]]] = [(0, len(order), 0, 0, ())]
@@ -328,7 +328,7 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
         else:
             end = min(common[low : high - 1])
             if end == depth:  # they part here; rows of one next token stay together, and the first is laid first
-                cuts = [low, *(at + 1 for at in range(low, high - 1) if common[at] == depth), high]
+                cuts = [low, *(cut + 1 for cut in range(low, high - 1) if common[cut] == depth), high]
                 groups = list(zip(cuts, cuts[1:], strict=False))
                 todo.extend((a, b, begin, depth, ancestors) for a, b in reversed(groups))
                 continue
@@ -337,17 +337,17 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> tuple[list[Segment], list[l
                 continue
         if end > begin:
             for index in order[low:high]:
-                places[index].extend(range(size, size + end - begin))
+                row_indices[index].extend(range(size, size + end - begin))
             segments.append(Segment(size, end - begin, begin, ancestors))
             ancestors, size = (*ancestors, len(segments) - 1), size + end - begin
         if high - low > 1:
             todo.append((low, high, end, end, ancestors))
-    return segments, places
+    return segments, row_indices
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(row: Sequence[int], other_row: Sequence[int]) -> int:
     """How many tokens two rows have in common from the beginning."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+    for index, (a, b) in enumerate(zip(row, other_row, strict=False)):
         if a != b:
             return index
-    return min(len(one), len(other))
+    return min(len(row), len(other_row))

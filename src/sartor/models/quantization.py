@@ -125,8 +125,8 @@ def narrow_embedding(model: Any) -> None:
         embedding.register_forward_hook(_widened)
 
 
-def _widened(embedding: Any, given: Any, found: torch.Tensor) -> torch.Tensor:
-    return found.float()
+def _widened(embedding: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
 
 
 def _dense_forward(linear: Any, x: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,8 @@ class SentenceEncoder:
         self._device = device or best_device()
         self._tokenizer = _open_tokenizer(self._layout.transformer)
         self._model = _open_model(self._layout.transformer, best_dtype(self._device)).to(self._device)
-        most = getattr(self._model.config, "max_position_embeddings", None) or MOST_TOKENS
-        self._max_tokens = min(self._layout.max_tokens or MOST_TOKENS, self._tokenizer.model_max_length, most)
+        max_positions = getattr(self._model.config, "max_position_embeddings", None) or MOST_TOKENS
+        self._max_tokens = min(self._layout.max_tokens or MOST_TOKENS, self._tokenizer.model_max_length, max_positions)
         self._name = name or path.name
         self._cut = self._tokens = 0
 
@@ -82,27 +82,29 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str]) -> Any:
         """See Encoder. Texts of like length share a batch; an empty text gets zeros."""
         self._cut = self._tokens = 0
-        order = sorted((index for index, text in enumerate(texts) if text.strip()), key=lambda place: len(texts[place]))
+        order = sorted((index for index, text in enumerate(texts) if text.strip()), key=lambda index: len(texts[index]))
         vectors = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
         for start in range(0, len(order), CHUNK):
-            places = order[start : start + CHUNK]
-            for batch, rows in self._batches([texts[place] for place in places]):
-                vectors[[places[row] for row in rows]] = self._vectors(batch)
+            indices = order[start : start + CHUNK]
+            for batch, rows in self._batches([texts[index] for index in indices]):
+                vectors[[indices[row] for row in rows]] = self._vectors(batch)
         return vectors
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[list[list[int]], list[int]]]:
         """(token ids, places in `texts`) of at most BATCH_TOKENS with padding, shortest texts first."""
-        most = MOST_CHARACTERS * self._max_tokens
-        said = [self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:most] for text in texts]
-        encoded = self._tokenizer(said, truncation=False, verbose=False)["input_ids"]
+        max_characters = MOST_CHARACTERS * self._max_tokens
+        prefixed = [
+            self._layout.prefix + (text.lower() if self._layout.lower_case else text)[:max_characters] for text in texts
+        ]
+        encoded = self._tokenizer(prefixed, truncation=False, verbose=False)["input_ids"]
         self._cut += sum(len(ids) > self._max_tokens for ids in encoded)
         encoded = [self._shortened(ids) for ids in encoded]
         self._tokens += sum(map(len, encoded))
-        order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]))
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         start = 0
         for stop in range(1, len(order) + 1):
             if stop == len(order) or (stop + 1 - start) * len(encoded[order[stop]]) > BATCH_TOKENS:
-                yield [encoded[place] for place in order[start:stop]], order[start:stop]
+                yield [encoded[index] for index in order[start:stop]], order[start:stop]
                 start = stop
 
     def _shortened(self, ids: list[int]) -> list[int]:
@@ -123,16 +125,16 @@ class SentenceEncoder:
             return torch.nn.functional.normalize(pooled, dim=1).cpu().numpy()
 
 
-def pool(states: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """(B, T, D) states and (B, T) mask of ones and zeros, padded on the right -> (B, D)."""
-    if how == "first":
+    if pooling == "first":
         return states[:, 0]
-    if how == "last":
+    if pooling == "last":
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-    inside = mask[:, :, None].bool()
-    if how == "greatest":
-        return states.masked_fill(~inside, float("-inf")).amax(1)
-    return states.masked_fill(~inside, 0.0).sum(1) / mask.sum(1, keepdim=True)
+    is_token = mask[:, :, None].bool()
+    if pooling == "greatest":
+        return states.masked_fill(~is_token, float("-inf")).amax(1)
+    return states.masked_fill(~is_token, 0.0).sum(1) / mask.sum(1, keepdim=True)
 
 
 def MiniLM() -> TextEncoder:  # noqa: N802 - it opens like a class
@@ -149,9 +151,9 @@ def read_layout(path: Path) -> EncoderLayout:
         return EncoderLayout(path)
     modules = [(str(module["type"]).rpartition(".")[2], path / module["path"]) for module in _read_json(path / "modules.json")]
     known = {"Transformer", "Pooling", "Normalize"}
-    if strange := [kind for kind, _ in modules if kind not in known]:
+    if unknown := [kind for kind, _ in modules if kind not in known]:
         raise ModelError(
-            f"{path} has the module {strange[0]}, which is not known here", f"use an encoder of {', '.join(sorted(known))}"
+            f"{path} has the module {unknown[0]}, which is not known here", f"use an encoder of {', '.join(sorted(known))}"
         )
     folders = dict(modules)
     transformer = folders.get("Transformer", path)
@@ -166,12 +168,14 @@ def read_layout(path: Path) -> EncoderLayout:
     )
 
 
-def _pooling(said: dict[str, Any], path: Path) -> str:
-    asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
-    asked = asked or [str(said.get("pooling_mode"))]
-    if len(asked) != 1 or asked[0] not in _POOLINGS:
-        raise ModelError(f"{path} pools tokens by {' and '.join(asked)}", f"use an encoder with one of {', '.join(_POOLINGS)}")
-    return _POOLINGS[asked[0]]
+def _pooling(fields: dict[str, Any], path: Path) -> str:
+    modes = [
+        key.removeprefix("pooling_mode_") for key, is_on in fields.items() if key.startswith("pooling_mode_") and is_on is True
+    ]
+    modes = modes or [str(fields.get("pooling_mode"))]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise ModelError(f"{path} pools tokens by {' and '.join(modes)}", f"use an encoder with one of {', '.join(_POOLINGS)}")
+    return _POOLINGS[modes[0]]
 
 
 def _read_json(file: Path, default: Any = None) -> Any:
@@ -194,7 +198,7 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
     problem = ""
     with quiet_transformers():
         try:
-            model, found = transformers.AutoModel.from_pretrained(
+            model, loading_info = transformers.AutoModel.from_pretrained(
                 str(path),
                 dtype=dtype,
                 local_files_only=True,
@@ -207,10 +211,10 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
     if problem:
         raise ModelError(f"{path} cannot be opened as an encoder: {problem}", "check that its files are whole")
     # BERT's pooler is a head that no pooling here reads
-    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
-    if lacking:
+    missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
         raise ModelError(
-            f"{path} lacks {len(lacking)} of the encoder's weights (the first is {lacking[0]}); they would be random",
+            f"{path} lacks {len(missing)} of the encoder's weights (the first is {missing[0]}); they would be random",
             "check that its safetensors files are whole",
         )
     return model.requires_grad_(False).eval()

@@ -71,8 +71,8 @@ class Opened:
 
     def position(self, shielded: int) -> int:
         """Return where a position of the rendering with marks lies in `text`."""
-        before, after = self.moves[bisect.bisect_right(self.moves, (shielded, len(self.text))) - 1]
-        return min(after + shielded - before, len(self.text))
+        shielded_start, text_start = self.moves[bisect.bisect_right(self.moves, (shielded, len(self.text))) - 1]
+        return min(text_start + shielded - shielded_start, len(self.text))
 
 
 class Markup:
@@ -93,10 +93,10 @@ class Markup:
         self.tokens = tuple(sorted(tokens, key=lambda token: token.id))
         self.ids = frozenset(token.id for token in self.tokens)
         self._fold = fold and functools.lru_cache(4096)(fold)
-        written = {token.token.strip() for token in self.tokens}
+        token_texts = {token.token.strip() for token in self.tokens}
         # a tokenizer that looks for a token in normalised text has normalised the token too
-        folded = {"".join(map(self._fold, text)) for text in written} if self._fold else set()
-        spelt = sorted(written | {text for text in folded if len(text) > 1})
+        folded = {"".join(map(self._fold, text)) for text in token_texts} if self._fold else set()
+        spelt = sorted(token_texts | {text for text in folded if len(text) > 1})
         self._longest = max(map(len, spelt), default=0)
         self._keeps_case = keeps_case
         self._prefixes = frozenset(self._as_read(text[:end]) for text in spelt for end in range(1, len(text)))
@@ -107,7 +107,7 @@ class Markup:
         self._rest_prefixes = frozenset(self._as_read(rest[:end]) for rest in rests for end in range(1, len(rest)))
         self._any = re.compile(_alternation(spelt), flags)
         # a look ahead, so that pieces that overlap are all found
-        self._each = re.compile(f"(?=({_alternation(spelt)}))", flags)
+        self._overlapping = re.compile(f"(?=({_alternation(spelt)}))", flags)
         initials = re.escape("".join({text[0] for text in spelt}))
         # most texts hold none of the characters with which a mark or a piece of markup begins
         self._needs_look = re.compile("" if fold or rests else f"[{_PRIVATE}\\\\{initials}]", flags)
@@ -115,7 +115,7 @@ class Markup:
 
     def spelt(self, text: str) -> list[str]:
         """Return the pieces of markup that a text spells, in order."""
-        return [text[start:end] for start, end in self._places(text)]
+        return [text[start:end] for start, end in self._spans(text)]
 
     def shield(self, text: str) -> str:
         """Return content as it is rendered: with a BREAK in each piece of markup. Other text comes back as the very same."""
@@ -123,7 +123,7 @@ class Markup:
             return text
         if _PRIVATE in text:
             text = text.replace(_PRIVATE, _LITERAL)
-        breaks = {start + 1 for start, _ in self._places(text)} | self._unfinished(text)
+        breaks = {start + 1 for start, _ in self._spans(text)} | self._unfinished(text)
         if _ESCAPED in text:
             breaks |= {match.start() + 1 for match in re.finditer(re.escape(_ESCAPED), text)}
         if self._has_openings:
@@ -151,41 +151,41 @@ class Markup:
         """Return a rendering without marks, and where content must be cut."""
         if not has_marks(rendering):
             return Opened(rendering)
-        parts, length, done, breaks, moves = [], 0, 0, [], [(0, 0)]
+        parts, length, previous_end, breaks, moves = [], 0, 0, [], [(0, 0)]
         for code in _CODE.finditer(rendering):
-            parts.append(rendering[done : code.start()])
+            parts.append(rendering[previous_end : code.start()])
             if code.group()[-1] in _BREAK_ENDS:
                 breaks.append(length + len(parts[-1]))
             else:
                 parts[-1] += code.group()[: len(code.group()) // 2]
             length += len(parts[-1])
-            done = code.end()
-            moves.append((done, length))
-        text = "".join([*parts, rendering[done:]])
-        return Opened(text, tuple(_inside(breaks, self._places(text) if breaks else [])), tuple(moves))
+            previous_end = code.end()
+            moves.append((previous_end, length))
+        text = "".join([*parts, rendering[previous_end:]])
+        return Opened(text, tuple(_inside(breaks, self._spans(text) if breaks else [])), tuple(moves))
 
-    def _places(self, text: str) -> list[tuple[int, int]]:
+    def _spans(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of every piece of markup, also of those that overlap."""
         if not self.tokens:
             return []
         result = []
         if self._any.search(text):
-            result = [match.span(1) for match in self._each.finditer(text)]
+            result = [match.span(1) for match in self._overlapping.finditer(text)]
         if self._fold:
-            result = sorted({*result, *self._folded_places(text)})
+            result = sorted({*result, *self._folded_spans(text)})
         return result
 
-    def _folded_places(self, text: str) -> list[tuple[int, int]]:
+    def _folded_spans(self, text: str) -> list[tuple[int, int]]:
         """What becomes markup when the tokenizer normalises the text: full-width letters, say."""
         assert self._fold
         folded, origins = "", []
         for position, character in enumerate(text):
-            written = self._fold(character)
-            folded += written
-            origins += [position] * len(written)
+            folded_character = self._fold(character)
+            folded += folded_character
+            origins += [position] * len(folded_character)
         if folded == text:
             return []
-        spans = [match.span(1) for match in self._each.finditer(folded)]
+        spans = [match.span(1) for match in self._overlapping.finditer(folded)]
         return [(origins[start], origins[end - 1] + 1) for start, end in spans if origins[start] < origins[end - 1]]
 
     def _begun(self, text: str) -> set[int]:
@@ -243,14 +243,14 @@ def plain_markup(text: str) -> list[str]:
 
 def _inside(positions: Iterable[int], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Return those of some positions, in order, that lie inside of a span. Both are sorted."""
-    inside, index, reached = [], 0, 0
+    selected, index, max_end = [], 0, 0
     for position in positions:
         while index < len(spans) and spans[index][0] < position:
-            reached = max(reached, spans[index][1])
+            max_end = max(max_end, spans[index][1])
             index += 1
-        if position < reached:
-            inside.append(position)
-    return inside
+        if position < max_end:
+            selected.append(position)
+    return selected
 
 
 def _alternation(texts: Sequence[str]) -> str:
@@ -264,8 +264,8 @@ def _alternation(texts: Sequence[str]) -> str:
     parts = []
     for _, alike in sorted(branches.items()):
         shared = os.path.commonprefix(alike)
-        rest = [text[len(shared) :] for text in alike]
-        parts.append(re.escape(shared) + (_alternation(rest) if len(rest) > 1 else ""))
+        suffixes = [text[len(shared) :] for text in alike]
+        parts.append(re.escape(shared) + (_alternation(suffixes) if len(suffixes) > 1 else ""))
     joined = parts[0] if len(parts) == 1 and not may_end else f"(?:{'|'.join(parts)})"
     return f"{joined}?" if may_end else joined
 
@@ -304,7 +304,7 @@ def probe(chat: Any) -> Probed:
         "media": [token for token in getattr(chat.media, "tokens", {}).values()],
     }
     tokens = _tokens(chat.tokenizer, renderings)
-    texts = [text for written in renderings.values() for text in written]
+    texts = [text for rendered in renderings.values() for text in rendered]
     pieces = [piece for text in texts for piece in _SENTINEL.split(text)]
     turns = "\n".join(renderings["turns"])
     markup = markup_in(texts, tokens, _fold(chat.tokenizer, {token.id for token in tokens}))
@@ -322,8 +322,8 @@ def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str
     spelt = [token.token.strip() for token in tokens]
     beginnings = {text[:end] for text in spelt for end in range(1, len(text))}
     longest = max(map(len, beginnings), default=0)
-    before = {piece for text in texts for piece in _SENTINEL.split(text)[:-1]}
-    openings = {piece[-size:] for piece in before for size in range(1, longest + 1)} & beginnings
+    prefixes = {piece for text in texts for piece in _SENTINEL.split(text)[:-1]}
+    openings = {piece[-size:] for piece in prefixes for size in range(1, longest + 1)} & beginnings
     keeps_case = all(_AS_GIVEN.fullmatch(sentinel) for text in texts for sentinel in _SENTINEL.findall(text))
     return Markup(tokens, keeps_case=keeps_case, openings=openings, fold=fold)
 
@@ -331,8 +331,8 @@ def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str
 def plain_probes() -> list[list[dict[str, str]]]:
     """Return conversations of sentinels in OpenAI's form, for a template that somebody else renders."""
     user, reply = {"role": "user", "content": _USER}, {"role": "assistant", "content": _REPLY}
-    named = [{**turn, "name": _CALLED} for turn in (user, reply)]
-    return [[{"role": "system", "content": _SYSTEM}, user, reply, user], [user], [*named, user]]
+    named_turns = [{**turn, "name": _CALLED} for turn in (user, reply)]
+    return [[{"role": "system", "content": _SYSTEM}, user, reply, user], [user], [*named_turns, user]]
 
 
 def _turns(chat: Any) -> Iterator[str]:
@@ -352,11 +352,11 @@ def _tools(chat: Any) -> Iterator[str]:
 
 def _called(chat: Any, arguments: Any, tools: str) -> Iterator[str]:
     call = {"id": "123456789", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
-    called = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
+    call_turn = Message("assistant", (Part("text"),), tool_calls=json.dumps([call]))
     result = Message("tool", (Part("text", _RESULT),), name=_CALLED, tool_call_id="123456789")
-    turns = [Message.of("user", _USER), called, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
-    whole = list(_written(chat, turns, tools=tools, reply_next=True))
-    yield from whole or _written(chat, turns[:2], tools=tools)
+    turns = [Message.of("user", _USER), call_turn, result, Message.of("assistant", _REPLY), Message.of("user", _USER)]
+    renderings = list(_written(chat, turns, tools=tools, reply_next=True))
+    yield from renderings or _written(chat, turns[:2], tools=tools)
 
 
 def _reasoning(chat: Any) -> Iterator[str]:

@@ -42,13 +42,13 @@ class TensorCache:
     ) -> None:
         self.folder, self.limit_bytes, self.notice = folder, limit_bytes, notice
         self._dtype, self._numerics = dtype, numerics(dtype)
-        self._own: set[Path] = set()
+        self._protected: set[Path] = set()
         self._total: int | None = None
         self.outdated = 0
 
     def keep(self, name: str) -> None:
         """Never remove this name to make room for another."""
-        self._own.add(self._file(name))
+        self._protected.add(self._file(name))
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
         """The tensor under `name`, mapped into memory, as something that can be sliced; None if it is not there or not whole.
@@ -61,11 +61,11 @@ class TensorCache:
             return None
         with contextlib.suppress(OSError, safetensors.SafetensorError, KeyError, ValueError):
             opened: Any = safetensors.safe_open(str(file), "pt")
-            said = opened.metadata() or {}
-            if said.get("numerics", str(FIRST)) != str(self._numerics):
+            metadata = opened.metadata() or {}
+            if metadata.get("numerics", str(FIRST)) != str(self._numerics):
                 return None
-            whole = opened.get_tensor("hidden")
-            if shape in (None, tuple(whole.shape)) and said.get("sha256") == _digest(whole):
+            tensor = opened.get_tensor("hidden")
+            if shape in (None, tuple(tensor.shape)) and metadata.get("sha256") == _digest(tensor):
                 os.utime(file)
                 return opened.get_slice("hidden")
         return None
@@ -73,27 +73,27 @@ class TensorCache:
     def _look_for_others(self, name: str) -> None:
         """Count a tensor that stands there as another arithmetic made it; of the first a line tells."""
         stem = self.folder / name[:2] / name
-        others = [file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")]
-        made_by = [int(other or FIRST) for other in others if other.isdecimal() or not other]
+        versions = [file.stem.removeprefix(name).removeprefix("-") for file in stem.parent.glob(f"{name}*.safetensors")]
+        made_by = [int(version or FIRST) for version in versions if version.isdecimal() or not version]
         if not made_by:
             return
         if not self.outdated:
-            found = difference(max(made_by), self._dtype)
-            self.notice(f"stored {self.folder.name} are not used: made by {found}; they are computed anew")
+            description = difference(max(made_by), self._dtype)
+            self.notice(f"stored {self.folder.name} are not used: made by {description}; they are computed anew")
         self.outdated += 1
 
-    def write(self, name: str, made: torch.Tensor) -> Any:
+    def write(self, name: str, tensor: torch.Tensor) -> Any:
         """Store a tensor; returns it as `read` would, or itself where the disk is full."""
         file = self._file(name)
-        fields = {"schema": str(SCHEMA), "sha256": _digest(made), "numerics": str(self._numerics)}
-        content = save({"hidden": made}, fields)
+        fields = {"schema": str(SCHEMA), "sha256": _digest(tensor), "numerics": str(self._numerics)}
+        content = save({"hidden": tensor}, fields)
         try:
             self._make_room(len(content))
             # a cache of thousands of files, each read against its digest: an fsync would cost more than it saves
             write_file_atomic(file, content, durable=False)
         except OSError as error:
             self.notice(f"{self.folder.name} could not be stored ({error.strerror}); they are held in memory")
-            return made
+            return tensor
         opened: Any = safetensors.safe_open(str(file), "pt")
         return opened.get_slice("hidden")
 
@@ -101,22 +101,22 @@ class TensorCache:
         made_by = "" if self._numerics == FIRST else f"-{self._numerics}"
         return self.folder / name[:2] / f"{name}{made_by}.safetensors"
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used tensors of others until `wanted` bytes more are within the limit.
+    def _make_room(self, new_bytes: int) -> None:
+        """Remove the least recently used tensors of others until `new_bytes` bytes more are within the limit.
 
         The directory is walked at first and when the limit is reached, not for each of thousands of small files.
         """
         if self._total is None:
             self._total = sum(stat.st_size for _, stat in self._stored())
-        self._total += wanted
+        self._total += new_bytes
         if self._total <= self.limit_bytes:
             return
         files = [(stat.st_mtime, stat.st_size, file) for file, stat in self._stored()]
-        self._total = sum(size for _, size, _ in files) + wanted
+        self._total = sum(size for _, size, _ in files) + new_bytes
         for _, size, file in sorted(files, key=lambda entry: entry[0]):
             if self._total <= self.limit_bytes:
                 return
-            if file not in self._own:
+            if file not in self._protected:
                 file.unlink(missing_ok=True)
                 self._total -= size
 
@@ -147,10 +147,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: Map
     for name, tensor in ordered:
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
     with file.open("wb") as stream:
-        stream.write(len(said).to_bytes(8, "little") + said)
+        stream.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
         for _, tensor in ordered:
             stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()

@@ -54,21 +54,21 @@ def read_model(file: Path) -> CTranslateModel:
         raise _unusable(file, str(error)) from None
 
 
-def _unusable(file: Path, why: str) -> ModelError:
-    return ModelError(f"{file} cannot be read as a model of CTranslate2: {why}", "get the whole file again")
+def _unusable(file: Path, problem: str) -> ModelError:
+    return ModelError(f"{file} cannot be read as a model of CTranslate2: {problem}", "get the whole file again")
 
 
 class _Reader:
     """A walk over bytes; ValueError where they end too early."""
 
     def __init__(self, content: bytes) -> None:
-        self._content, self._at = memoryview(content), 0
+        self._content, self._position = memoryview(content), 0
 
     def take(self, size: int) -> memoryview:
-        if size > len(self._content) - self._at:
+        if size > len(self._content) - self._position:
             raise ValueError(f"it ends at {len(self._content):,} bytes, within a value")
-        self._at += size
-        return self._content[self._at - size : self._at]
+        self._position += size
+        return self._content[self._position - size : self._position]
 
     def number(self, form: str) -> int:
         return int(struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0])
@@ -77,8 +77,8 @@ class _Reader:
         return bytes(self.take(self.number("H"))).rstrip(b"\0").decode()
 
     @property
-    def left(self) -> int:
-        return len(self._content) - self._at
+    def remaining(self) -> int:
+        return len(self._content) - self._position
 
 
 def _parsed(reader: _Reader) -> CTranslateModel:
@@ -89,8 +89,8 @@ def _parsed(reader: _Reader) -> CTranslateModel:
     for _ in range(reader.number("I")):
         alias, target = reader.name(), reader.name()
         variables[alias] = variables[target]
-    if reader.left:
-        raise ValueError(f"{reader.left:,} bytes follow its end")
+    if reader.remaining:
+        raise ValueError(f"{reader.remaining:,} bytes follow its end")
     return CTranslateModel(spec, revision, variables)
 
 
@@ -99,9 +99,9 @@ def _variable(reader: _Reader) -> tuple[str, NDArray[Any]]:
     if (rank := reader.number("B")) > MOST_RANK:
         raise ValueError(f"{name} has {rank} dimensions")
     shape = tuple(reader.number("I") for _ in range(rank))
-    if (kind := reader.number("B")) >= len(_TYPES):
-        raise ValueError(f"{name} is of the type {kind}, which is not read")
-    dtype = np.dtype(_TYPES[kind])
+    if (type_index := reader.number("B")) >= len(_TYPES):
+        raise ValueError(f"{name} is of the type {type_index}, which is not read")
+    dtype = np.dtype(_TYPES[type_index])
     if (size := reader.number("I")) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {size:,} bytes, and its shape {shape} asks for {math.prod(shape) * dtype.itemsize:,}")
     return name, np.frombuffer(reader.take(size), dtype).reshape(shape)
@@ -134,21 +134,21 @@ def convert(ref: TowerRef | model_refs.BaseRef, notice: Callable[[str], object])
     convert_once(ref.path, ref.digest, fill)
 
 
-def write_directory(source: Path, into: Path) -> None:
+def write_directory(source: Path, directory: Path) -> None:
     """`source`: a folder with model.bin, config.json, tokenizer.json. Raises ModelError for one that holds no whole Whisper."""
-    found = read_model(source / "model.bin")
-    if found.spec != "WhisperSpec":
-        raise ModelError(f"{source / 'model.bin'} is a {found.spec}, not a Whisper", "give the folder of a Whisper")
+    source_model = read_model(source / "model.bin")
+    if source_model.spec != "WhisperSpec":
+        raise ModelError(f"{source / 'model.bin'} is a {source_model.spec}, not a Whisper", "give the folder of a Whisper")
     try:
         fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
         with quiet_transformers():
             tokenizer = transformers.WhisperTokenizer(**_vocabulary(source / "tokenizer.json"))
-            model = transformers.WhisperForConditionalGeneration(_config(found.variables, tokenizer)).half()
-            _load(model, found.variables)
+            model = transformers.WhisperForConditionalGeneration(_config(source_model.variables, tokenizer)).half()
+            _load(model, source_model.variables)
             model.generation_config = _generation(fields, tokenizer, model.config)
-            model.save_pretrained(str(into))
-            tokenizer.save_pretrained(str(into))
-            transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(into))
+            model.save_pretrained(str(directory))
+            tokenizer.save_pretrained(str(directory))
+            transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{source} holds no whole Whisper: {first_line(error)}", "get the whole folder again") from None
 
@@ -209,20 +209,20 @@ def _renamed(variables: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArr
         rest, _, end = rest.rpartition("/")
         end = _ENDS.get(end, end)
         if layer := re.match(r"layer_(\d+)/(.+)$", rest):
-            whole = f"model.{side}.layers.{layer[1]}"
+            prefix = f"model.{side}.layers.{layer[1]}"
             if layer[2] in _MERGED:
                 block, parts = _MERGED[layer[2]]
                 for part, piece in zip(parts, np.split(value, len(parts)), strict=True):
-                    yield f"{whole}.{block}.{part}_proj.{end}", piece
+                    yield f"{prefix}.{block}.{part}_proj.{end}", piece
             else:
-                yield f"{whole}.{_LAYER[layer[2]]}.{end}", value
+                yield f"{prefix}.{_LAYER[layer[2]]}.{end}", value
         elif rest == "position_encodings":
             yield f"model.{side}.embed_positions.weight", value
         else:
             yield f"model.{side}.{'embed_tokens' if rest == 'embeddings' else rest}.{end}", value
 
 
-def _generation(said: Mapping[str, Any], tokenizer: Any, config: Any) -> Any:
+def _generation(fields: Mapping[str, Any], tokenizer: Any, config: Any) -> Any:
     """As Whisper's own directories have it, for one language: no timestamps, the suppressed tokens of the source."""
     return transformers.GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -230,9 +230,9 @@ def _generation(said: Mapping[str, Any], tokenizer: Any, config: Any) -> Any:
         pad_token_id=config.pad_token_id,
         decoder_start_token_id=config.decoder_start_token_id,
         max_length=config.max_target_positions,
-        suppress_tokens=list(said["suppress_ids"]),
-        begin_suppress_tokens=list(said["suppress_ids_begin"]),
-        alignment_heads=said["alignment_heads"],
+        suppress_tokens=list(fields["suppress_ids"]),
+        begin_suppress_tokens=list(fields["suppress_ids_begin"]),
+        alignment_heads=fields["alignment_heads"],
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids("<|notimestamps|>"),
         prev_sot_token_id=tokenizer.convert_tokens_to_ids("<|startofprev|>"),
         is_multilingual=False,

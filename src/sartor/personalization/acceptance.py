@@ -34,19 +34,24 @@ def judge(private: tuple[JudgedRows, Sequence[float], Sequence[float]],
     Better by the whole interval over prompts (`evaluate.compare`); the probe's loss may rise by `most_probe_loss` at the
     upper end of its interval.
     """
-    mine, other = (
-        paired_bootstrap(before, after, asked.groups, [row.supervised_tokens for row in asked.rows], is_bounded=False)
-        for asked, before, after in (private, probe)
+    private_comparison, probe_comparison = (
+        paired_bootstrap(
+            before, after, judged_rows.groups, [row.supervised_tokens for row in judged_rows.rows], is_bounded=False
+        )
+        for judged_rows, before, after in (private, probe)
     )
-    verdict = mine.verdict(higher_is_better=False)
+    verdict = private_comparison.verdict(higher_is_better=False)
     reason = ""
     if verdict != "better":
-        reason = f"on the person's own rows: {verdict} ({mine.low:+.3f} to {mine.high:+.3f} nats a token)"
-    elif not other.high <= most_probe_loss:
-        reason = f"the probe's loss may have risen by {other.high:.3f} nats a token, over {most_probe_loss:g}"
+        reason = (
+            f"on the person's own rows: {verdict} ({private_comparison.low:+.3f} to {private_comparison.high:+.3f} "
+            "nats a token)"
+        )
+    elif not probe_comparison.high <= most_probe_loss:
+        reason = f"the probe's loss may have risen by {probe_comparison.high:.3f} nats a token, over {most_probe_loss:g}"
         if too_few := too_few_prompts(probe[0].groups):
             reason = f"cannot tell whether the probe's loss has risen: {too_few}: --probe FILE"
-    return AcceptanceResult(mine, other, reason)
+    return AcceptanceResult(private_comparison, probe_comparison, reason)
 
 
 def too_few_prompts(groups: Sequence[str]) -> str:

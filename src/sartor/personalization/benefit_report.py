@@ -29,18 +29,20 @@ SHORT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Own:
-    """A client's held-out rows. groups: of each; asked: those that may be answered, with replies of `limit` tokens at most."""
+class ClientRows:
+    """A client's held-out rows. groups: of each; answerable: those that may be answered, with replies of `limit` tokens at
+    most.
+    """
 
     encoded: Sequence[TokenizedExample]
     groups: Sequence[str]
-    asked: HeldOut
+    answerable: HeldOut
     limit: int = 0
 
     @property
-    def asked_groups(self) -> list[str]:
+    def answerable_groups(self) -> list[str]:
         """Of the rows that are asked."""
-        return [group_of(example) for example in self.asked.examples]
+        return [group_of(example) for example in self.answerable.examples]
 
     @property
     def tokens(self) -> list[float]:
@@ -60,91 +62,100 @@ class AdapterScores:
 class ClientBenefit:
     """All adapters on one client's rows; `personal` is the client's own. trained: rows that it has to train on."""
 
-    own: Own
+    rows: ClientRows
     sides: Mapping[str, AdapterScores]
     trained: int = 0
 
     def __str__(self) -> str:
         if not self.sides:
             return "no held-out row to judge by"
-        means = {what: _mean(side.losses, self.own.tokens) for what, side in self.sides.items()}
-        return "loss " + ", ".join(f"{mean:.3f} {what.replace('_', ' ')}" for what, mean in means.items())
+        means = {side_name: _mean(side.losses, self.rows.tokens) for side_name, side in self.sides.items()}
+        return "loss " + ", ".join(f"{mean:.3f} {side_name.replace('_', ' ')}" for side_name, mean in means.items())
 
 
 @torch.no_grad()
-def side(resident: SharedBase, adapter: Tensors, own: Own) -> AdapterScores:
+def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRows) -> AdapterScores:
     """What an adapter makes of a client's rows."""
     resident.put(adapter)
     resident.model.eval()
-    losses, _ = predictions.losses(resident.base, resident.model, own.encoded)
-    rows = own.asked.examples
-    said = predictions.replies(resident.base, resident.model, own.asked, own.limit) if rows else []
-    texts = [resident.base.chat.decode(item.ids) for item in said]
+    losses, _ = predictions.losses(resident.base, resident.model, client_rows.encoded)
+    rows = client_rows.answerable.examples
+    replies = predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
+    texts = [resident.base.chat.decode(item.ids) for item in replies]
     return AdapterScores(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
 
 
-def report(judged: Mapping[str, ClientBenefit]) -> dict[str, Any]:
+def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:
     """Of each client, and of all their rows together: means, differences with intervals, and how many are better or worse."""
-    clients = {name: _said(one) for name, one in judged.items()}
-    others = {what for item in judged.values() for what in item.sides} - {"personal"}
+    clients = {name: _benefit_fields(benefit) for name, benefit in benefits.items()}
+    others = {side_name for item in benefits.values() for side_name in item.sides} - {"personal"}
     verdicts = {
-        f"over_{what}": dict(Counter(said[f"over_{what}"]["loss"]["verdict"] for said in clients.values() if said["held_out"]))
-        for what in sorted(others)
+        f"over_{side_name}": dict(
+            Counter(client[f"over_{side_name}"]["loss"]["verdict"] for client in clients.values() if client["held_out"])
+        )
+        for side_name in sorted(others)
     }
-    return {"schema": SCHEMA, "kind": KIND, "clients": clients, "all": _said(_pooled(judged)), "verdicts": verdicts}
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "clients": clients,
+        "all": _benefit_fields(_pool_clients(benefits)),
+        "verdicts": verdicts,
+    }
 
 
-def _pooled(judged: Mapping[str, ClientBenefit]) -> ClientBenefit:
+def _pool_clients(benefits: Mapping[str, ClientBenefit]) -> ClientBenefit:
     """All clients' rows as one set."""
-    with_rows = {name: one for name, one in judged.items() if one.sides}
-    whats = next(iter(with_rows.values())).sides if with_rows else {}
-    own = Own(
-        [row for one in with_rows.values() for row in one.own.encoded],
-        [group for one in with_rows.values() for group in one.own.groups],
-        HeldOut([row for one in with_rows.values() for row in one.own.asked.examples], Path()),
+    with_rows = {name: benefit for name, benefit in benefits.items() if benefit.sides}
+    side_names = next(iter(with_rows.values())).sides if with_rows else {}
+    client_rows = ClientRows(
+        [row for benefit in with_rows.values() for row in benefit.rows.encoded],
+        [group for benefit in with_rows.values() for group in benefit.rows.groups],
+        HeldOut([row for benefit in with_rows.values() for row in benefit.rows.answerable.examples], Path()),
     )
     sides = {
-        what: AdapterScores(
-            [loss for one in with_rows.values() for loss in one.sides[what].losses],
-            [match for one in with_rows.values() for match in one.sides[what].matches],
+        side_name: AdapterScores(
+            [loss for benefit in with_rows.values() for loss in benefit.sides[side_name].losses],
+            [match for benefit in with_rows.values() for match in benefit.sides[side_name].matches],
         )
-        for what in whats
+        for side_name in side_names
     }
-    return ClientBenefit(own, sides, sum(item.trained for item in judged.values()))
+    return ClientBenefit(client_rows, sides, sum(item.trained for item in benefits.values()))
 
 
-def _said(one: ClientBenefit) -> dict[str, Any]:
-    own, sides = one.own, one.sides
+def _benefit_fields(benefit: ClientBenefit) -> dict[str, Any]:
+    client_rows, sides = benefit.rows, benefit.sides
     fields: dict[str, Any] = {
-        "rows": one.trained,
-        "held_out": len(own.encoded),
-        "asked": len(own.asked.examples),
-        "not_asked": own.asked.left_out,
-        "loss": {what: _mean(found.losses, own.tokens) for what, found in sides.items()},
-        "exact_match": {what: _mean(found.matches) for what, found in sides.items()},
+        "rows": benefit.trained,
+        "held_out": len(client_rows.encoded),
+        "asked": len(client_rows.answerable.examples),
+        "not_asked": client_rows.answerable.left_out,
+        "loss": {side_name: _mean(scores.losses, client_rows.tokens) for side_name, scores in sides.items()},
+        "exact_match": {side_name: _mean(scores.matches) for side_name, scores in sides.items()},
     }
-    for what, other in sides.items():
-        if what != "personal":
-            fields[f"over_{what}"] = _over(own, other, sides["personal"])
+    for side_name, other in sides.items():
+        if side_name != "personal":
+            fields[f"over_{side_name}"] = _compare_with(client_rows, other, sides["personal"])
     return fields
 
 
-def _over(own: Own, other: AdapterScores, mine: AdapterScores) -> dict[str, Any]:
+def _compare_with(client_rows: ClientRows, other: AdapterScores, personal: AdapterScores) -> dict[str, Any]:
     result = {
         "loss": _difference(
-            paired_bootstrap(other.losses, mine.losses, own.groups, own.tokens, is_bounded=False), higher_is_better=False
+            paired_bootstrap(other.losses, personal.losses, client_rows.groups, client_rows.tokens, is_bounded=False),
+            higher_is_better=False,
         )
     }
-    if mine.matches:
+    if personal.matches:
         result["exact_match"] = _difference(
-            paired_bootstrap(other.matches, mine.matches, own.asked_groups), higher_is_better=True
+            paired_bootstrap(other.matches, personal.matches, client_rows.answerable_groups), higher_is_better=True
         )
     return result
 
 
-def _difference(compared: Comparison, *, higher_is_better: bool) -> dict[str, Any]:
-    verdict = compared.verdict(higher_is_better=higher_is_better)
-    return {"estimate": compared.difference, "low": compared.low, "high": compared.high, "verdict": verdict}
+def _difference(comparison: Comparison, *, higher_is_better: bool) -> dict[str, Any]:
+    verdict = comparison.verdict(higher_is_better=higher_is_better)
+    return {"estimate": comparison.difference, "low": comparison.low, "high": comparison.high, "verdict": verdict}
 
 
 def _mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float | None:

@@ -26,15 +26,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Intent:
-    """Rows that are to go. ids: of the rows; gone: digests of the deltas that go with them."""
+    """Rows that are to go. ids: of the rows; deltas: digests of the deltas that go with them."""
 
     ids: tuple[str, ...]
-    gone: tuple[str, ...] = ()
+    deltas: tuple[str, ...] = ()
     began: str = field(default_factory=now)
 
     def write(self, disk: FileSystem, file: Path) -> None:
         """Make it durable."""
-        fields = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.gone, "began": self.began}
+        fields = {"schema": SCHEMA, "kind": "forgetting", "ids": self.ids, "gone": self.deltas, "began": self.began}
         disk.replace(file, records.canonical(fields))
 
     @classmethod
@@ -52,21 +52,22 @@ class Intent:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What a forgetting did. rows: ids that went. gone: digests of deltas that went. came: of the one that works now, or ''.
+    """What a forgetting did. rows: ids that went. deltas: digests of deltas that went. new_delta: of the one that works now, or
+    ''.
 
-    why: how that came about. file: the signed receipt; None where nothing was to be forgotten.
+    reason: how that came about. file: the signed receipt; None where nothing was to be forgotten.
     """
 
     rows: tuple[str, ...]
-    gone: tuple[str, ...]
-    came: str
-    why: str
+    deltas: tuple[str, ...]
+    new_delta: str
+    reason: str
     file: Path | None
 
 
-def write_receipt(disk: FileSystem, folder: Path, said: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
+def write_receipt(disk: FileSystem, folder: Path, fields: Mapping[str, Any], key: Ed25519PrivateKey) -> Path:
     """Sign and write what was done; returns its file."""
-    document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **said}
+    document = {"schema": SCHEMA, "kind": "forgotten", "date": now(), **fields}
     signature = signing.signature_of(records.canonical(document), key)
     if disk.stat(folder) is None:
         disk.mkdir(folder)

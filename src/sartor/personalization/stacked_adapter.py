@@ -39,25 +39,25 @@ class StackedAdapter:
     def open(cls, resident: SharedBase, shared: Tensors, rank: int) -> StackedAdapter:
         """Give the resident room for `rank` ranks on top of `shared`."""
         resident.refit(rank_of(shared) + rank)
-        return cls(resident, shared, resident.taken(), rank)
+        return cls(resident, shared, resident.current_factors(), rank)
 
     @property
-    def own(self) -> slice:
+    def personal_ranks(self) -> slice:
         """The ranks on top."""
         return slice(rank_of(self.shared), None)
 
     @property
     def start(self) -> dict[str, Array]:
         """The shared adapter with fresh ranks on top: what it computes is the shared one's."""
-        return join_ranks(self.shared, self._tail)
+        return join_ranks(self.shared, self._fresh_ranks)
 
     @property
     def unchanged(self) -> dict[str, Array]:
         """The shared adapter with nothing on top."""
-        return join_ranks(self.shared, zero_adapter(self._tail))
+        return join_ranks(self.shared, zero_adapter(self._fresh_ranks))
 
     @property
-    def _tail(self) -> dict[str, Array]:
+    def _fresh_ranks(self) -> dict[str, Array]:
         return split_ranks(self.fresh, rank_of(self.shared))[1]
 
     def tuned(
@@ -73,7 +73,7 @@ class StackedAdapter:
         except ModelError as error:
             problem = f"tuning of one's own: {error.brief}"
             raise ModelError(problem, "a lower learning rate, or look at these rows") from None
-        return self.resident.taken(), run.losses
+        return self.resident.current_factors(), run.losses
 
     def facts(
         self, parents: Sequence[Artifact], sources: Sequence[Any], run: Mapping[str, Any], losses: Losses
@@ -81,8 +81,8 @@ class StackedAdapter:
         """The manifest of the stacked Adapter, but for what tells its recipe. run: what is said of the tuning."""
         base = self.resident.base
         self.resident.hold(lambda name: True)
-        trained, everything = adapters.trainable(self.resident.model)
-        own = trained * self.rank // self.resident.rank
+        trained, total = adapters.trainable(self.resident.model)
+        trainable_count = trained * self.rank // self.resident.rank
         return {
             "base": base.as_manifest(),
             "parents": [parent.as_parent() for parent in parents],
@@ -93,8 +93,8 @@ class StackedAdapter:
                 **run,
                 "loss": {"first": losses["first"], "last": losses["last"], "eval": None},
                 "peak_memory_bytes": hardware.peak_bytes(),
-                "trainable": own,
-                "trainable_fraction": own / everything,
+                "trainable": trainable_count,
+                "trainable_fraction": trainable_count / total,
             },
             "machine": machine_facts(),
             "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

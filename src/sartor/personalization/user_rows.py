@@ -52,15 +52,15 @@ class UserRow:
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        said: dict[str, Any] = {"date": self.date, "messages": [message.plain() for message in self.example.messages]}
+        fields: dict[str, Any] = {"date": self.date, "messages": [message.plain() for message in self.example.messages]}
         optional = {"tools": self.example.tools, "correction": self.correction}
-        said |= {name: value for name, value in optional.items() if value}
-        return said | ({} if self.rating is None else {"rating": self.rating})
+        fields |= {name: value for name, value in optional.items() if value}
+        return fields | ({} if self.rating is None else {"rating": self.rating})
 
     @classmethod
-    def from_json(cls, id: str, said: Mapping[str, Any]) -> UserRow:
+    def from_json(cls, id: str, fields: Mapping[str, Any]) -> UserRow:
         """The row that `as_json` said. Raises SourceError, KeyError or TypeError for none."""
-        return cls(id, str(said["date"]), example_of(said), said.get("rating"), str(said.get("correction", "")))
+        return cls(id, str(fields["date"]), example_of(fields), fields.get("rating"), str(fields.get("correction", "")))
 
 
 def now() -> str:
@@ -88,11 +88,13 @@ def example_of(row: Mapping[str, Any] | Example) -> Example:
         raise SourceError(f"the row cannot be read: {error.detail}", remedy) from None
 
 
-def of_feedback(said: Feedback) -> Example:
+def of_feedback(feedback: Feedback) -> Example:
     """The Example of what a person said of a reply. Raises SourceError where the server no longer knew what was asked."""
-    if said.messages:
-        return example_of({"messages": [*said.messages, {"role": "assistant", "content": said.reply or said.correction}]})
-    return example_of({"prompt": said.text, "completion": said.reply or said.correction})
+    if feedback.messages:
+        return example_of(
+            {"messages": [*feedback.messages, {"role": "assistant", "content": feedback.reply or feedback.correction}]}
+        )
+    return example_of({"prompt": feedback.text, "completion": feedback.reply or feedback.correction})
 
 
 def _refuse_media(kind: str, value: str) -> NoReturn:

@@ -48,33 +48,33 @@ class Material:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
-def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, most_tokens: int) -> Material:
+def prepare_rows(rows: Sequence[UserRow], chat: ChatTokenizer, held_out_fraction: float, max_tokens: int) -> Material:
     """What of a person's rows is trained on and what is held out, by each prompt's digest; what is left out, and why."""
-    result = Material()
+    material = Material()
     for row in rows:
-        coded = encode_user_row(row.learnt, row.id, chat, most_tokens) if row.learnt else "rated bad, and not corrected"
-        if isinstance(coded, str):
-            result.left_out.setdefault(coded, []).append(row.id)
+        encoded = encode_user_row(row.learnt, row.id, chat, max_tokens) if row.learnt else "rated bad, and not corrected"
+        if isinstance(encoded, str):
+            material.left_out.setdefault(encoded, []).append(row.id)
         elif row.is_held_out(held_out_fraction):
-            result.held_out.append(coded)
-            result.groups.append(row.group)
+            material.held_out.append(encoded)
+            material.groups.append(row.group)
         else:
-            result.train.append(coded)
-    return result
+            material.train.append(encoded)
+    return material
 
 
-def encode_user_row(example: Example, name: str, chat: ChatTokenizer, most_tokens: int) -> TokenizedExample | str:
+def encode_user_row(example: Example, name: str, chat: ChatTokenizer, max_tokens: int) -> TokenizedExample | str:
     """An Example as tokens, or why it is none."""
     try:
         example = reply_markup.read_example(example, chat.markup.spelt)
-        coded = replace(chat.encode(example), example_id=name)
+        encoded = replace(chat.encode(example), example_id=name)
     except TemplateMarkupError as error:
         return f"{error.reason}: {error.problem[:120]}"
     except SourceError as error:
         return f"the chat template: {error.problem[:120]}"
-    if len(coded.ids) > most_tokens:
-        return f"over {most_tokens} tokens"
-    return coded if coded.supervised_tokens else "nothing to learn"
+    if len(encoded.ids) > max_tokens:
+        return f"over {max_tokens} tokens"
+    return encoded if encoded.supervised_tokens else "nothing to learn"
 
 
 def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,16 +91,19 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
         fields = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
         layers = int(json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
         rank, alpha = fields["r"], fields["lora_alpha"]
-        with safe_open(str(adapter / WEIGHTS), framework="pt") as opened:
-            found = [_FACTOR.fullmatch(name) for name in opened.keys()]  # noqa: SIM118  # no mapping
+        with safe_open(str(adapter / WEIGHTS), framework="pt") as weights_file:
+            matches = [_FACTOR.fullmatch(name) for name in weights_file.keys()]  # noqa: SIM118  # no mapping
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ModelError(f"the adapter {adapter} or the base {base} is not whole: {error!r}", "sync them again") from None
-    adapted = {(int(match[1]), match[2]) for match in found if match}
-    lowest, modules = min((layer for layer, _ in adapted), default=layers), sorted({module for _, module in adapted})
-    whole = {(layer, module) for layer in range(lowest, layers) for module in modules}
-    odd = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if fields.get(name)]
-    if odd or not adapted or adapted != whole or not all(found):
-        reason = f": {', '.join(odd)}" if odd else ""
+    adapted_modules = {(int(match[1]), match[2]) for match in matches if match}
+    lowest, modules = (
+        min((layer for layer, _ in adapted_modules), default=layers),
+        sorted({module for _, module in adapted_modules}),
+    )
+    expected = {(layer, module) for layer in range(lowest, layers) for module in modules}
+    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if fields.get(name)]
+    if unsupported or not adapted_modules or adapted_modules != expected or not all(matches):
+        reason = f": {', '.join(unsupported)}" if unsupported else ""
         raise ConfigError(
             f"{adapter} is no plain LoRA of the layers next to the head{reason}", "a release tuned by sartor tune"
         )

@@ -37,8 +37,8 @@ def sample(kind: str) -> str:
 def _picture() -> bytes:
     shades = [[(4 * x, 4 * y, 255 - 2 * (x + y)) for x in range(SIDE)] for y in range(SIDE)]
     rows = b"".join(b"\0" + bytes(value for pixel in row for value in pixel) for row in shades)
-    head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
@@ -46,13 +46,13 @@ def _picture() -> bytes:
 
 def _clip() -> bytes:
     times = (index / RATE for index in range(int(RATE * SECONDS)))
-    samples = (round(9000 * math.sin(2 * math.pi * (300 + 400 * at) * at)) for at in times)
+    samples = (round(9000 * math.sin(2 * math.pi * (300 + 400 * t) * t)) for t in times)
     file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(RATE)
-        out.writeframes(b"".join(struct.pack("<h", value) for value in samples))
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(RATE)
+        writer.writeframes(b"".join(struct.pack("<h", value) for value in samples))
     return file.getvalue()
 
 
@@ -73,19 +73,19 @@ GENERAL = ("Hello!", "What can you do for me?", "Write one sentence about the se
 class CanaryPrompts:
     """What is asked, and what a recorded Release answered before: `recorded` is empty for general questions.
 
-    looks: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded is not
+    media_calls: with a picture or a clip made here, which only have to be answered. not_checked: why what was recorded is not
     compared with the answers; empty where it is.
     """
 
     calls: tuple[GenerateCall, ...]
     recorded: tuple[str, ...]
-    looks: tuple[GenerateCall, ...] = ()
+    media_calls: tuple[GenerateCall, ...] = ()
     not_checked: str = ""
 
     @property
-    def every(self) -> tuple[GenerateCall, ...]:
+    def all_calls(self) -> tuple[GenerateCall, ...]:
         """All of them, in the order in which `judge` wants what was said."""
-        return (*self.calls, *self.looks)
+        return (*self.calls, *self.media_calls)
 
 
 def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] = ()) -> CanaryPrompts:
@@ -93,26 +93,30 @@ def canaries_of(manifest: Mapping[str, Any], adapter: str, reads: Sequence[str] 
 
     reads: the kinds of media that it reads beside text.
     """
-    said = [item for item in manifest.get("canaries", []) if _is_canary(item)][:MOST_CANARIES]
+    canaries = [item for item in manifest.get("canaries", []) if _is_canary(item)][:MOST_CANARIES]
     system = [{"role": "system", "content": manifest["system_prompt"]}] if manifest["system_prompt"] else []
-    looks = tuple(_look(adapter, kind, system) for kind in reads)
-    if said:
+    media_calls = tuple(_look(adapter, kind, system) for kind in reads)
+    if canaries:
         calls = [
-            GenerateCall(f"canary-{index}", adapter, tuple(one["messages"]), sampling=SAMPLING)
-            for index, one in enumerate(said)
+            GenerateCall(f"canary-{index}", adapter, tuple(canary["messages"]), sampling=SAMPLING)
+            for index, canary in enumerate(canaries)
         ]
-        return CanaryPrompts(tuple(calls), tuple(one["reply"] for one in said), looks, _not_checked(said, manifest))
-    asked = [(*system, {"role": "user", "content": text}) for text in GENERAL]
-    both = [(who, messages) for who in (adapter, BASE) for messages in asked]
-    calls = [GenerateCall(f"canary-{place}", who, messages, sampling=SAMPLING) for place, (who, messages) in enumerate(both)]
-    return CanaryPrompts(tuple(calls), (), looks)
+        return CanaryPrompts(
+            tuple(calls), tuple(canary["reply"] for canary in canaries), media_calls, _not_checked(canaries, manifest)
+        )
+    prompts = [(*system, {"role": "user", "content": text}) for text in GENERAL]
+    pairs = [(target, messages) for target in (adapter, BASE) for messages in prompts]
+    calls = [
+        GenerateCall(f"canary-{index}", target, messages, sampling=SAMPLING) for index, (target, messages) in enumerate(pairs)
+    ]
+    return CanaryPrompts(tuple(calls), (), media_calls)
 
 
 def _not_checked(canaries: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any]) -> str:
     """Return why recorded replies cannot be compared. A canary that states no dtype has that of the Release's base."""
     dtype = manifest.get("base", {}).get("dtype", "")
-    found = [numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries]
-    return next(filter(None, found), "")
+    reasons = [numerics.not_checked(canary.get("numerics"), str(canary.get("dtype", dtype))) for canary in canaries]
+    return next(filter(None, reasons), "")
 
 
 def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
@@ -120,53 +124,57 @@ def _look(adapter: str, kind: str, system: Sequence[Mapping[str, Any]]) -> Gener
     return GenerateCall(f"canary-{kind}", adapter, (*system, {"role": "user", "content": content}), sampling=SAMPLING)
 
 
-def _is_canary(said: Mapping[str, Any]) -> bool:
-    messages = said.get("messages")
+def _is_canary(canary: Mapping[str, Any]) -> bool:
+    messages = canary.get("messages")
     return (
-        isinstance(said.get("reply"), str) and isinstance(messages, list) and all(_is_message(message) for message in messages)
+        isinstance(canary.get("reply"), str)
+        and isinstance(messages, list)
+        and all(_is_message(message) for message in messages)
     )
 
 
-def _is_message(said: Any) -> bool:
-    return isinstance(said, dict) and isinstance(said.get("role"), str) and "content" in said
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def judge_canaries(canaries: CanaryPrompts, said: Sequence[Sequence[Event]]) -> str:
+def judge_canaries(canaries: CanaryPrompts, event_lists: Sequence[Sequence[Event]]) -> str:
     """What the replies showed. Raises AdmissionError: `canary`, `degenerate` or `agreement`.
 
-    said: the events of each call, in the order of `every`.
+    event_lists: the events of each call, in the order of `all_calls`.
     """
-    replies = [_reply(call, events) for call, events in zip(canaries.every, said, strict=True)][: len(canaries.calls)]
+    replies = [_reply(call, events) for call, events in zip(canaries.all_calls, event_lists, strict=True)][
+        : len(canaries.calls)
+    ]
     texts = [text for text, _ in replies]
-    looked = "".join(f"; {call.id.removeprefix('canary-')} answered" for call in canaries.looks)
+    media_note = "".join(f"; {call.id.removeprefix('canary-')} answered" for call in canaries.media_calls)
     if not canaries.recorded:
-        mine, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
-        _check_repetition(mine, sum(is_degenerate(text) for text in base))
-        return f"{len(mine)} general prompts answered; the Release records no replies to compare with{looked}"
+        adapter_texts, base = texts[: len(GENERAL)], texts[len(GENERAL) :]
+        _check_repetition(adapter_texts, sum(is_degenerate(text) for text in base))
+        return f"{len(adapter_texts)} general prompts answered; the Release records no replies to compare with{media_note}"
     # what the Report has is what the gate let pass, or somebody waived: a canary asks whether it is still so
-    _check_repetition(texts, sum(is_degenerate(wanted) for wanted in canaries.recorded))
+    _check_repetition(texts, sum(is_degenerate(recorded) for recorded in canaries.recorded))
     if canaries.not_checked:
-        return f"{canaries.not_checked}; {len(texts)} recorded prompts answered{looked}"
-    alike = [_agreement(text, is_cut, wanted) for (text, is_cut), wanted in zip(replies, canaries.recorded, strict=True)]
-    mean = sum(alike) / len(alike)
+        return f"{canaries.not_checked}; {len(texts)} recorded prompts answered{media_note}"
+    scores = [_agreement(text, is_cut, recorded) for (text, is_cut), recorded in zip(replies, canaries.recorded, strict=True)]
+    mean = sum(scores) / len(scores)
     if mean < LEAST_AGREEMENT:
         raise AdmissionError(
-            f"the replies to {len(alike)} recorded prompts are {mean:.2f} like those that its Report has; "
+            f"the replies to {len(scores)} recorded prompts are {mean:.2f} like those that its Report has; "
             f"the limit is {LEAST_AGREEMENT}",
             "evaluate and release it again, on the base and the engine that serve it",
             "agreement",
         )
-    same = sum(item == 1 for item in alike)
-    return f"{len(alike)} recorded prompts answered, {same} begin word for word, {mean:.2f} alike on the mean{looked}"
+    exact = sum(item == 1 for item in scores)
+    return f"{len(scores)} recorded prompts answered, {exact} begin word for word, {mean:.2f} alike on the mean{media_note}"
 
 
-def _agreement(text: str, is_cut: bool, wanted: str) -> float:
+def _agreement(text: str, is_cut: bool, recorded: str) -> float:
     """0..1, over as much of both as there is, up to what is compared.
 
     The Report cut long replies too, and does not say which: what goes on beyond a recorded reply is let be.
     """
-    text, wanted = text[: min(COMPARED_CHARACTERS, len(wanted))], wanted[:COMPARED_CHARACTERS]
-    return fuzz.ratio(text, wanted[: len(text)] if is_cut else wanted) / 100
+    text, recorded = text[: min(COMPARED_CHARACTERS, len(recorded))], recorded[:COMPARED_CHARACTERS]
+    return fuzz.ratio(text, recorded[: len(text)] if is_cut else recorded) / 100
 
 
 def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
@@ -182,11 +190,11 @@ def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
 
 def _check_repetition(texts: Sequence[str], expected: int) -> None:
     """Raise AdmissionError when half of the replies, beyond those expected, are nothing or one piece over and over."""
-    found = [text for text in texts if is_degenerate(text)]
-    if len(found) - expected >= len(texts) / 2:
-        shown = found[0][:60] + ("..." if len(found[0]) > 60 else "")
-        brief = f"{len(found)} of {len(texts)} replies to canary prompts say nothing or repeat one piece"
-        raise AdmissionError(f"{brief}: {shown!a}", "tune it again", "degenerate", brief)
+    degenerate = [text for text in texts if is_degenerate(text)]
+    if len(degenerate) - expected >= len(texts) / 2:
+        excerpt = degenerate[0][:60] + ("..." if len(degenerate[0]) > 60 else "")
+        brief = f"{len(degenerate)} of {len(texts)} replies to canary prompts say nothing or repeat one piece"
+        raise AdmissionError(f"{brief}: {excerpt!a}", "tune it again", "degenerate", brief)
 
 
 def is_degenerate(text: str) -> bool:

@@ -70,9 +70,9 @@ class SliceRule:
         if not _NAME.match(self.name):
             raise ConfigError(f"the name of the slice is {self.name!r}", "letters, digits, '.', '_' and '-'")
         for key in ("where", "forbid", "require"):
-            said = getattr(self, key)
-            if said is not None and not (isinstance(said, Mapping) and all(isinstance(name, str) for name in said)):
-                raise ConfigError(f"{key} of {self.name} is {said!r}, no mapping of fields", f"{key}: {{field: value}}")
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+                raise ConfigError(f"{key} of {self.name} is {value!r}, no mapping of fields", f"{key}: {{field: value}}")
         if bool(self.metric) != (self.at_least is not None):
             raise ConfigError(f"the slice {self.name} has one of metric and at_least", "metric: exact_match, at_least: 0.8")
         if not (self.forbid or self.require or self.metric):
@@ -126,73 +126,77 @@ class GateFile:
 
 def open_rules(rules: Mapping[str, Any] | Path | str) -> GateRules:
     """The rules of a YAML file, or of what one holds. Raises ConfigError with the option that is wrong."""
-    said = config.load_any(GateFile, rules)
-    if said == GateFile():
+    gate_file = config.load_any(GateFile, rules)
+    if gate_file == GateFile():
         raise ConfigError("the rules say nothing", "slices: [{name: ..., where: {...}, forbid: {...}}], or bias: {gap: 0.1}")
-    names = [slice_name.name for slice_name in said.slices]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"two slices have the name {min(twice)!r}", "give each a name of its own")
+    names = [slice_name.name for slice_name in gate_file.slices]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two slices have the name {min(duplicates)!r}", "give each a name of its own")
     text = canonical_text(rules) if isinstance(rules, Mapping) else Path(rules).read_text(encoding="utf-8-sig")
-    return GateRules(said.slices, text, GateLimits(said.gain, said.forgetting, said.bias, said.memorisation, said.review))
+    return GateRules(
+        gate_file.slices,
+        text,
+        GateLimits(gate_file.gain, gate_file.forgetting, gate_file.bias, gate_file.memorisation, gate_file.review),
+    )
 
 
-def _judge(one: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
-    asked = [row for row in table if one.holds(row["reference"])]
-    if not asked:
-        known = ", ".join(known_fields(row["reference"] for row in table)) or "none: they are no JSON"
-        remedy = f"evaluate on rows that {dict(one.where)} holds of (fields of the references: {known})"
+def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
+    rows = [row for row in table if rule.holds(row["reference"])]
+    if not rows:
+        fields = ", ".join(known_fields(row["reference"] for row in table)) or "none: they are no JSON"
+        remedy = f"evaluate on rows that {dict(rule.where)} holds of (fields of the references: {fields})"
         return Check("fail", "nothing was asked of it: no row of the Report is in the slice", remedy)
-    found = [
-        judge(one, asked) for judge, is_asked in ((_offences, one.forbid or one.require), (_floor, one.metric)) if is_asked
+    checks = [
+        judge(rule, rows) for judge, is_asked in ((_offences, rule.forbid or rule.require), (_floor, rule.metric)) if is_asked
     ]
-    remedy = "; ".join(dict.fromkeys(check.remedy for check in found if check.remedy))
-    is_fit = all(check.outcome == "pass" for check in found)
-    return Check("pass" if is_fit else "fail", "; ".join(check.detail for check in found), remedy)
+    remedy = "; ".join(dict.fromkeys(check.remedy for check in checks if check.remedy))
+    is_fit = all(check.outcome == "pass" for check in checks)
+    return Check("pass" if is_fit else "fail", "; ".join(check.detail for check in checks), remedy)
 
 
-def _offences(one: SliceRule, asked: Sequence[Mapping[str, Any]]) -> Check:
-    verdicts = [one.verdict(row["tuned_reply"]) for row in asked]
+def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
+    verdicts = [rule.verdict(row["tuned_reply"]) for row in rows]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
     detail = (
-        f"{offending} of {len(asked)} replies offend ({wrong} by what they say, {unreadable} unreadable): "
-        f"{offending / len(asked):.3f}, below {upper_bound(offending, len(asked)):.3f} with {CONFIDENCE:.0%} confidence; "
-        f"the limit is {one.at_most:g}"
+        f"{offending} of {len(rows)} replies offend ({wrong} by what they say, {unreadable} unreadable): "
+        f"{offending / len(rows):.3f}, below {upper_bound(offending, len(rows)):.3f} with {CONFIDENCE:.0%} confidence; "
+        f"the limit is {rule.at_most:g}"
     )
-    if offending <= one.at_most * len(asked):
+    if offending <= rule.at_most * len(rows):
         return Check("pass", detail)
-    first = next(row["id"] for row, verdict in zip(asked, verdicts, strict=True) if verdict != "right")
+    first = next(row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != "right")
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
 
 
-def _floor(one: SliceRule, asked: Sequence[Mapping[str, Any]]) -> Check:
+def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
     """Whether the mean of a score of the tuned replies reaches the slice's floor."""
-    column, least = f"tuned_{one.metric}", one.at_least or 0.0
-    if column not in asked[0]:
-        known = " | ".join(
-            name.removeprefix("tuned_") for name in asked[0] if name.startswith("tuned_") and name != "tuned_reply"
+    column, floor = f"tuned_{rule.metric}", rule.at_least or 0.0
+    if column not in rows[0]:
+        metrics = " | ".join(
+            name.removeprefix("tuned_") for name in rows[0] if name.startswith("tuned_") and name != "tuned_reply"
         )
-        return Check("fail", f"the rows of the Report have no score {one.metric!r}", f"metric: {known}")
-    scored = [(row["id"], float(row[column])) for row in asked if row[column] is not None]
+        return Check("fail", f"the rows of the Report have no score {rule.metric!r}", f"metric: {metrics}")
+    scored = [(row["id"], float(row[column])) for row in rows if row[column] is not None]
     mean = sum(score for _, score in scored) / max(len(scored), 1)
-    detail = f"{one.metric} {mean:.3f} over {len(scored)} rows; the floor is {least:g}"
-    if scored and mean >= least:
+    detail = f"{rule.metric} {mean:.3f} over {len(scored)} rows; the floor is {floor:g}"
+    if scored and mean >= floor:
         return Check("pass", detail)
     worst = ", ".join(id for id, _ in sorted(scored, key=lambda pair: pair[1])[:3])
     return Check("fail", f"{detail}; the worst are {worst or 'none'}", "give more rows of this slice, or tune longer")
 
 
-def upper_bound(count: int, of: int) -> float:
-    """The one-sided upper bound of a fraction of which `count` in `of` were seen (Clopper & Pearson 1934).
+def upper_bound(count: int, total: int) -> float:
+    """The one-sided upper bound of a fraction of which `count` in `total` were seen (Clopper & Pearson 1934).
 
     >>> round(upper_bound(0, 100), 3)
     0.03
     """
-    return statistics.clopper_pearson_upper(count, of, CONFIDENCE)
+    return statistics.clopper_pearson_upper(count, total, CONFIDENCE)
 
 
-def _values(said: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:
-    for name, value in (said or {}).items():
+def _values(fields: Mapping[str, Any] | None) -> Iterable[tuple[str, set[str]]]:
+    for name, value in (fields or {}).items():
         yield name, {text_of(item) for item in (value if isinstance(value, list | tuple) else [value])}
 
 
@@ -209,14 +213,20 @@ def audit_refutes_claim(claimed: Mapping[str, Any] | None, audit: Mapping[str, A
     """
     if claimed is None:
         return None
-    said = claim(claimed)
+    claim_text = claim(claimed)
     if audit is None:
-        return f"{said} is claimed, and no audit was made", "train on canaries by coin, and give their scores to `one_run`"
+        return (
+            f"{claim_text} is claimed, and no audit was made",
+            "train on canaries by coin, and give their scores to `one_run`",
+        )
     if audit["delta"] > claimed["delta"]:
-        return f"{said} is claimed, and the audit was made at delta {audit['delta']:g}", f"audit at delta {claimed['delta']:g}"
+        return (
+            f"{claim_text} is claimed, and the audit was made at delta {audit['delta']:g}",
+            f"audit at delta {claimed['delta']:g}",
+        )
     if audit["epsilon_low"] > claimed["epsilon"]:
-        shown = f"{audit['right']} of {audit['guesses']} guesses show epsilon {audit['epsilon_low']:.2f} or more"
-        return f"{said} is claimed; {shown}", "look for rows that bypass the noise; claim nothing until it is found"
+        evidence = f"{audit['right']} of {audit['guesses']} guesses show epsilon {audit['epsilon_low']:.2f} or more"
+        return f"{claim_text} is claimed; {evidence}", "look for rows that bypass the noise; claim nothing until it is found"
     return None
 
 
@@ -243,26 +253,30 @@ def _judged(adapter: Artifact, claimed: Mapping[str, Any] | None) -> Check:
         if (fields["schema"], fields["kind"]) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
         bound, audit = dict(fields["adapter"]), fields["audit"]
-        found = audit_refutes_claim(claimed, audit)
-        shown = "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
+        fault = audit_refutes_claim(claimed, audit)
+        audit_text = (
+            "" if audit is None else f"an audit shows {audit['epsilon_low']:.2f} of {audit['most']:.2f} that it could have"
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Check("fail", f"{FILE} is no attack report: {error!r}", _AGAIN)
-    files = {name: one["sha256"] for name, one in adapter.manifest["files"].items()}
+    files = {name: entry["sha256"] for name, entry in adapter.manifest["files"].items()}
     if WEIGHTS not in bound or any(files.get(name) != digest for name, digest in bound.items()):
         return Check("fail", f"{FILE} speaks of another adapter than lies beside it", _AGAIN)
-    if found:
-        return Check("fail", *found)
+    if fault:
+        return Check("fail", *fault)
     if claimed is None:
-        left_out = "; ".join(f"{attack}: {why}" for attack, why in fields.get("skipped", {}).items())
-        return Check("pass", f"no privacy is claimed{'; not measured: ' * bool(left_out)}{left_out}")
-    return Check("pass", f"{claim(claimed)} is claimed; {shown}")
+        skipped = "; ".join(f"{attack}: {reason}" for attack, reason in fields.get("skipped", {}).items())
+        return Check("pass", f"no privacy is claimed{'; not measured: ' * bool(skipped)}{skipped}")
+    return Check("pass", f"{claim(claimed)} is claimed; {audit_text}")
 
 
 def check_use(use: str) -> None:
     """Raise ConfigError for a use that there is not, naming the one meant."""
     if use not in USES:
-        meant = difflib.get_close_matches(use, USES, n=1)
-        raise ConfigError(f"there is no use {use!r}; there are {', '.join(USES)}", f"--use {meant[0] if meant else USES[0]}")
+        matches = difflib.get_close_matches(use, USES, n=1)
+        raise ConfigError(
+            f"there is no use {use!r}; there are {', '.join(USES)}", f"--use {matches[0] if matches else USES[0]}"
+        )
 
 
 def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
@@ -273,21 +287,21 @@ def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
     sources = compliance.made_from(adapter.manifest)
     objections = compliance.objections(sources, use)
     dataset = ancestry.find_parent(adapter, "dataset") if objections else None
-    of_source: dict[str, list[Objection]] = {}
+    by_source: dict[str, list[Objection]] = {}
     for objection in objections:
-        of_source.setdefault(objection.source, []).append(objection)
+        by_source.setdefault(objection.source, []).append(objection)
     refused: dict[str, str] = {}
     blamed = {(objection.source, objection.path) for objection in objections}
-    for name, found in of_source.items():
-        count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in found})
+    for name, source_objections in by_source.items():
+        count, rows = _rows(sources, dataset, blamed, {(objection.source, objection.path) for objection in source_objections})
         if count != 0:
-            refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.why for objection in found))}{rows}"
+            refused[name] = f"{name} {' and '.join(dict.fromkeys(objection.reason for objection in source_objections))}{rows}"
     clashes = compliance.conflicts(sources) if use != "internal" else []
     if not (refused or clashes):
         return [], ""
     base = adapter.manifest.get("base")
-    of_base = compliance.base_source(base) if base else ""
-    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), of_base)
+    base_source = compliance.base_source(base) if base else ""
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), base_source)
 
 
 def _rows(
@@ -302,22 +316,24 @@ def _rows(
     if dataset is None:
         count = sum(source["kept"] for source in sources if (source["source"], source.get("path", "")) in pairs)
         return count, f" ({count:,} rows)"
-    found = origin_index.rows_only_from(dataset, blamed, pairs)
-    more = f" and {found.count - len(found.first):,} more" if found.count > len(found.first) else ""
-    first = ", ".join(f"{locator} is {row[:12]}" for row, locator in found.first)
-    return found.count, f" ({found.count:,} rows{': ' if first else ''}{first}{more})"
+    sample = origin_index.rows_only_from(dataset, blamed, pairs)
+    suffix = f" and {sample.count - len(sample.first):,} more" if sample.count > len(sample.first) else ""
+    first = ", ".join(f"{locator} is {row[:12]}" for row, locator in sample.first)
+    return sample.count, f" ({sample.count:,} rows{': ' if first else ''}{first}{suffix})"
 
 
-def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], of_base: str) -> str:
-    """Uses that would pass, else what to leave out. of_base: the name of the base among the sources."""
+def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], base_source: str) -> str:
+    """Uses that would pass, else what to leave out. base_source: the name of the base among the sources."""
     uses = compliance.permitted(sources)
     text = [f"--use {' or '.join(uses)} is permitted"] if uses else []
-    named = [name for name in refused if name != of_base]
-    if len(named) < len(refused):
+    removable = [name for name in refused if name != base_source]
+    if len(removable) < len(refused):
         text.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
-    if named:
-        where = dataset.path if dataset else "DATASET"
-        text.append(f"leave out {', '.join(named[:3])} and curate and tune again (sartor revoke {where} --source {named[0]})")
+    if removable:
+        path = dataset.path if dataset else "DATASET"
+        text.append(
+            f"leave out {', '.join(removable[:3])} and curate and tune again (sartor revoke {path} --source {removable[0]})"
+        )
     return "; ".join(text)
 
 
@@ -328,21 +344,21 @@ _NOUNS = {"image": "a picture", "audio": "a recording"}
 def check_gain(name: str, metric: Mapping[str, float], limit: GainLimit = GateLimits.gain, groups: int = 0) -> Check:
     """Whether the primary metric, `name`, is better by an interval that lies above the limit. groups: 0 of an older Report."""
     detail = f"{name} {metric['base']:.3f} -> {metric['tuned']:.3f}, gain in [{metric['low']:.3f}, {metric['high']:.3f}]"
-    least, is_lower = limit.at_least, name in LOWER_IS_BETTER
-    is_better = metric["high"] < -least if is_lower else metric["low"] > least
+    min_gain, is_lower = limit.at_least, name in LOWER_IS_BETTER
+    is_better = metric["high"] < -min_gain if is_lower else metric["low"] > min_gain
     if is_better:
         return Check("pass", detail)
-    short = f" does not lie above the {least:g} asked for" if least else " does not exclude 0"
-    over = f", over {groups} groups of rows" if groups else ""
-    few = f"; fewer than {LEAST_GROUPS} exclude nothing" if 0 < groups < LEAST_GROUPS else ""
+    shortfall = f" does not lie above the {min_gain:g} asked for" if min_gain else " does not exclude 0"
+    groups_text = f", over {groups} groups of rows" if groups else ""
+    few_text = f"; fewer than {LEAST_GROUPS} exclude nothing" if 0 < groups < LEAST_GROUPS else ""
     difference = metric["tuned"] - metric["base"]
-    needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not least else 0
+    needed = groups_needed(difference, metric["low"], metric["high"], groups) if groups and not min_gain else 0
     remedy = ""
     if needed and (difference < 0) == is_lower:
         remedy = f"evaluate on about {needed} groups of rows, if the gain stays as it is (--data FILE); or tune or curate again"
-    elif few and not difference:
+    elif few_text and not difference:
         remedy = f"evaluate on {LEAST_GROUPS} groups of rows or more (--data FILE); or tune or curate again"
-    return Check("cannot tell" if few else "fail", f"{detail}{short}{over}{few}", remedy)
+    return Check("cannot tell" if few_text else "fail", f"{detail}{shortfall}{groups_text}{few_text}", remedy)
 
 
 def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
@@ -354,37 +370,39 @@ def check_modality(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Ch
     if "ablation" not in report:
         detail = "the Report has no ablation: it is of an older version"
         return {"modality": Check("fail", detail, f"evaluate again: sartor evaluate {adapter.path}")}
-    said = [_looks(kind, report["ablation"].get(kind)) for kind in kinds]
-    remedies = dict.fromkeys(remedy for _, _, remedy in said if remedy)
-    is_fit = all(passes for passes, _, _ in said)
-    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in said), "; ".join(remedies))}
+    results = [_judge_modality(kind, report["ablation"].get(kind)) for kind in kinds]
+    remedies = dict.fromkeys(remedy for _, _, remedy in results if remedy)
+    is_fit = all(passes for passes, _, _ in results)
+    return {"modality": Check("pass" if is_fit else "fail", "; ".join(detail for _, detail, _ in results), "; ".join(remedies))}
 
 
-def _looks(kind: str, found: Mapping[str, Any] | None) -> tuple[bool, str, str]:
+def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool, str, str]:
     """(whether other media of a kind cost something, what was found, what would help)."""
-    if not found:
+    if not ablation:
         return False, f"no row of the Report holds {_NOUNS[kind]}", f"evaluate on rows with {_NOUNS[kind]}: --data FILE"
     costs = {
-        found["metric"]: found["shuffled"],
-        **({"exact_match": found["exact_match"]["shuffled"]} if "exact_match" in found else {}),
+        ablation["metric"]: ablation["shuffled"],
+        **({"exact_match": ablation["exact_match"]["shuffled"]} if "exact_match" in ablation else {}),
     }
-    said = [f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()]
-    detail = f"what {_NOUNS[kind]} of another row cost: {', '.join(said)}"
+    cost_texts = [
+        f"{name} {cost['difference']:+.3f} in [{cost['low']:.3f}, {cost['high']:.3f}]" for name, cost in costs.items()
+    ]
+    detail = f"what {_NOUNS[kind]} of another row cost: {', '.join(cost_texts)}"
     if any(cost["low"] > 0 for cost in costs.values()):
         return True, detail, ""
     remedy = f"give rows that only {_NOUNS[kind]} can answer, or train the projector for longer (align, budget)"
     return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
-def check_forgetting(found: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
+def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
     """Whether the general talk of the probe is still as likely, but for the limit."""
-    if "skipped" in found:
-        return Check("fail", f"not measured: {found['skipped']}")
-    fits = found["high"] <= limit.at_most
-    detail = f"{found['difference']:+.3f} nats per token, in [{found['low']:.3f}, {found['high']:.3f}]"
+    if "skipped" in forgetting:
+        return Check("fail", f"not measured: {forgetting['skipped']}")
+    is_fit = forgetting["high"] <= limit.at_most
+    detail = f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
     source = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
-    remedy = "" if fits else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
-    return Check("pass" if fits else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
+    remedy = "" if is_fit else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
+    return Check("pass" if is_fit else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 
 def check_licence(adapter: Artifact, use: Use) -> Check:
@@ -397,6 +415,10 @@ def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str,
     """Whether few enough items wait for a person; no check where none does and no limit was given. where: the Dataset."""
     if not items and limit is None:
         return {}
-    most = (limit or ReviewLimit()).open
-    detail = f"{items} items of {where} wait for a person's decision; the limit is {most}"
-    return {"review": Check("pass" if items <= most else "fail", detail, "" if items <= most else f"sartor review {where}")}
+    max_items = (limit or ReviewLimit()).open
+    detail = f"{items} items of {where} wait for a person's decision; the limit is {max_items}"
+    return {
+        "review": Check(
+            "pass" if items <= max_items else "fail", detail, "" if items <= max_items else f"sartor review {where}"
+        )
+    }

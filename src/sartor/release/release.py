@@ -76,36 +76,36 @@ def release(
     (`gate.py`), a YAML file or what one holds. `open_items`: how many items of a Dataset wait for a person. Raises
     GateError naming each failed check, ConfigError, ArtifactError.
     """
-    for what, text in (("name", name), ("version", version)):
+    for label, text in (("name", name), ("version", version)):
         if not is_valid_name(text):
             raise ConfigError(
-                f"the {what} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'", f"--{what} faq-1"
+                f"the {label} {text!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'", f"--{label} faq-1"
             )
     permission.check_use(use)
     adapter = open_artifact(adapter_path, "adapter")
-    own = open_rules(rules) if rules else None
+    gate_rules = open_rules(rules) if rules else None
     private = signing.open_private(Path(key))
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    found = gate(adapter, evidence, waivers, use, own, open_items)
-    if failed := {check: result for check, result in found.items() if result.holds_back}:
+    gate_checks = gate(adapter, evidence, waivers, use, gate_rules, open_items)
+    if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
         waive = f"or take it on yourself: --waive {next(iter(failed))} --by NAME --reason TEXT"
         raise GateError(f"the gate refuses {adapter.path.name}: {lines}", "; ".join([*dict.fromkeys(remedies), waive]))
-    known = training_facts.read_facts(adapter)
+    training = training_facts.read_facts(adapter)
     facts = {
         "use": use,
-        **({"rules": own.as_manifest()} if own else {}),
-        **_facts(adapter, evidence, name, version, found, waivers),
-        **_of_training(known, evidence),
+        **({"rules": gate_rules.as_manifest()} if gate_rules else {}),
+        **_facts(adapter, evidence, name, version, gate_checks, waivers),
+        **_of_training(training, evidence),
     }
     with create_output_directory(out, replace=replace) as part:
         for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
-        facts["exemplars"] = training_facts.write_exemplars(known, part, exemplars)
+        facts["exemplars"] = training_facts.write_exemplars(training, part, exemplars)
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
@@ -116,12 +116,12 @@ def release(
 
 def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
     if report is None:
-        known = catalogue.children(adapter.id, "report")
-        if not known:
+        reports = catalogue.children(adapter.id, "report")
+        if not reports:
             raise GateError(
                 f"{adapter.path.name} has not been evaluated", f"sartor evaluate {adapter.path}, or give --report DIR"
             )
-        report = known[0]
+        report = reports[0]
     evidence = open_artifact(report, "report")
     if adapter.id not in {parent["id"] for parent in evidence.manifest["parents"]}:
         raise GateError(f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {adapter.path}")
@@ -133,11 +133,11 @@ def gate(
     report: Artifact,
     waivers: Sequence[Waiver],
     use: Use = "commercial",
-    own: GateRules | None = None,
+    gate_rules: GateRules | None = None,
     open_items: OpenItems = items_to_review,
 ) -> dict[str, Check]:
     """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
-    manifest, limits = report.manifest, own.limits if own else GateLimits()
+    manifest, limits = report.manifest, gate_rules.limits if gate_rules else GateLimits()
     primary = manifest["primary"]
     dataset = ancestry.find_parent(adapter, "dataset")
     result = {
@@ -148,7 +148,7 @@ def gate(
         **attacked.check_privacy(adapter),
         **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),
         **_review(dataset, open_items, limits.review),
-        **(own.judged(report) if own else {}),
+        **(gate_rules.judged(report) if gate_rules else {}),
     }
     for waiver in waivers:
         if waiver.check not in result:
@@ -168,7 +168,7 @@ def _review(dataset: Artifact | None, open_items: OpenItems, limit: ReviewLimit 
 
 
 def _facts(
-    adapter: Artifact, report: Artifact, name: str, version: str, found: Mapping[str, Check], waivers: Sequence[Waiver]
+    adapter: Artifact, report: Artifact, name: str, version: str, gate_checks: Mapping[str, Check], waivers: Sequence[Waiver]
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -182,19 +182,19 @@ def _facts(
         "metrics": report.manifest["metrics"],
         "primary": report.manifest["primary"],
         "forgetting": report.manifest["forgetting"],
-        "gate": {check: {"outcome": result.outcome, "detail": result.detail} for check, result in found.items()},
+        "gate": {check: {"outcome": result.outcome, "detail": result.detail} for check, result in gate_checks.items()},
         "waivers": [asdict(waiver) for waiver in waivers],
         "versions": adapter.manifest["versions"],
     }
 
 
-def _of_training(known: training_facts.TrainingFacts, report: Artifact) -> dict[str, Any]:
+def _of_training(training: training_facts.TrainingFacts, report: Artifact) -> dict[str, Any]:
     """What a server needs of the rows: see `evaluate/training_facts.py`."""
     return {
-        "system_prompt": known.system_prompt,
-        "tools": known.most_tools,
-        "format": known.format,
-        "canaries": training_facts.recorded_canaries(known, report),
+        "system_prompt": training.system_prompt,
+        "tools": training.most_tools,
+        "format": training.format,
+        "canaries": training_facts.recorded_canaries(training, report),
     }
 
 
@@ -213,9 +213,13 @@ class Verified:
         """The command's JSON."""
         manifest, kind = self.release.manifest, self.release.kind
         if kind == "export":
-            own = {"form": manifest["form"], "measured": manifest["parity"]["measured"], "parity": manifest["parity"]["files"]}
+            details = {
+                "form": manifest["form"],
+                "measured": manifest["parity"]["measured"],
+                "parity": manifest["parity"]["files"],
+            }
         else:
-            own = {"gate": {name: check["outcome"] for name, check in manifest["gate"].items()}}
+            details = {"gate": {name: check["outcome"] for name, check in manifest["gate"].items()}}
         return {
             kind: str(self.release.path),
             "valid": True,
@@ -224,7 +228,7 @@ class Verified:
             "use": manifest.get("use", "commercial"),
             "signer": self.signer,
             "base": self.base,
-            **own,
+            **details,
         }
 
 
@@ -242,31 +246,31 @@ def verify_release(path: Path | str, *, key: Path | str | None = None, base: str
     return _verified(open_artifact(path, "release"), key, base)
 
 
-def _verified(found: Artifact, key: Path | str | None, base: str) -> Verified:
-    document = (found.path / MANIFESTS[found.kind]).read_bytes()
+def _verified(artifact: Artifact, key: Path | str | None, base: str) -> Verified:
+    document = (artifact.path / MANIFESTS[artifact.kind]).read_bytes()
     trusted = [signing.open_public(Path(key))] if key else None
-    signer = signing.check(document, found.path / "signature", trusted)
-    return Verified(found, signer, _compare_base(found, base))
+    signer = signing.check(document, artifact.path / "signature", trusted)
+    return Verified(artifact, signer, _compare_base(artifact, base))
 
 
-def _compare_base(found: Artifact, name: str) -> str:
-    said = found.manifest["base"]
+def _compare_base(artifact: Artifact, name: str) -> str:
+    base = artifact.manifest["base"]
     try:
-        ref = model_refs.locate_base(name or said["name"])
+        ref = model_refs.locate_base(name or base["name"])
     except (ModelError, HubError) as error:
         if name:
             raise
-        return f"not on this machine: {said['name']} ({error.problem})"
-    if ref.digest != said["digest"]:
+        return f"not on this machine: {base['name']} ({error.problem})"
+    if ref.digest != base["digest"]:
         raise ModelError(
-            f"{found.path.name} is bound to the base {said['digest'][:12]} ({said['name']!r}); "
+            f"{artifact.path.name} is bound to the base {base['digest'][:12]} ({base['name']!r}); "
             f"{ref.name!r} here is {ref.digest[:12]}",
             "use the base that it was tuned on",
         )
     template = model_refs.chat_template(ref.path) if ref.path.is_dir() else ""
-    if template and model_refs.template_digest(template) != said["template_digest"]:
+    if template and model_refs.template_digest(template) != base["template_digest"]:
         raise ModelError(
-            f"{found.path.name} is bound to the chat template {said['template_digest'][:12]}; {ref.name!r} here has "
+            f"{artifact.path.name} is bound to the chat template {base['template_digest'][:12]}; {ref.name!r} here has "
             f"{model_refs.template_digest(template)[:12]}",
             "use the chat template that it was tuned with",
         )

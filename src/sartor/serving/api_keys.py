@@ -169,9 +169,9 @@ def read_mark(connection: Connection) -> str:
     return UNKEYED if is_unkeyed else KEYED
 
 
-def write_mark(connection: Connection, mark: str, why: str) -> None:
+def write_mark(connection: Connection, mark: str, reason: str) -> None:
     """Write a mark into the registry's log, in the transaction of the change that it is about."""
-    note(connection, mark, "", "", ChangeCause(_user(), why), {})
+    note(connection, mark, "", "", ChangeCause(_user(), reason), {})
 
 
 def _user() -> str:
@@ -380,10 +380,10 @@ class ApiKeyStore:
         with self._database.change() as connection:
             row = _whole(connection, identity)
             if row is None:
-                known = (
+                key_ids = (
                     ", ".join(str(item) for item in connection.execute(select(registry_schema.keys.c.id)).scalars()) or "none"
                 )
-                raise ConfigError(f"there is no key {identity[:40]!a}; there are: {known}", "sartor agents key --list")
+                raise ConfigError(f"there is no key {identity[:40]!a}; there are: {key_ids}", "sartor agents key --list")
             row = sealed({**row, "revoked": row["revoked"] or _now()})
             connection.execute(update(registry_schema.keys).where(registry_schema.keys.c.id == identity).values(row))
         self._changed()
@@ -515,12 +515,12 @@ _REMEDY = "sartor agents key NAME makes one"
 
 def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     """The row of a key. Raises ArtifactError for one that was changed from outside."""
-    found = (
+    stored_row = (
         connection.execute(select(registry_schema.keys).where(registry_schema.keys.c.id == identity)).mappings().one_or_none()
     )
-    if found is None:
+    if stored_row is None:
         return None
-    if not is_whole(row := dict(found)):
+    if not is_whole(row := dict(stored_row)):
         raise ArtifactError(f"the row of the key {identity} was changed from outside", "make a new key")
     return row
 

@@ -35,37 +35,39 @@ class Mask:
         self._masking = PersonalData(allow=tuple(allow)).masking()
         self._lock = threading.Lock()
 
-    def __call__(self, said: Feedback) -> Feedback:
+    def __call__(self, feedback: Feedback) -> Feedback:
         """The feedback as it may be written; `masked` counts what was found, by kind."""
-        row = Example(tuple(Message("user", tuple(Part("text", text) for text in texts)) for texts in _texts(said)), _NOWHERE)
+        row = Example(
+            tuple(Message("user", tuple(Part("text", text) for text in texts)) for texts in _texts(feedback)), _NOWHERE
+        )
         counts: Counter[str] = Counter()
         with self._lock:
             self._masking.tally.clear()
-            clean = self._masking.everywhere(row)
+            masked_row = self._masking.everywhere(row)
             for name, count in self._masking.tally.items():
                 counts[name.partition(".")[0]] += count
-        if clean is row:
-            return said
-        words = iter([part.text for message in clean.messages for part in message.content])
-        return replace(_changed(said, lambda text: next(words)), masked=dict(sorted(counts.items())))
+        if masked_row is row:
+            return feedback
+        words = iter([part.text for message in masked_row.messages for part in message.content])
+        return replace(_map_texts(feedback, lambda text: next(words)), masked=dict(sorted(counts.items())))
 
 
 _NOWHERE = (Origin("", ""),)
 
 
-def _texts(said: Feedback) -> Iterator[list[str]]:
-    """The texts of each message, then each of the feedback's own, in the order of `_changed`."""
-    for message in said.messages:
+def _texts(feedback: Feedback) -> Iterator[list[str]]:
+    """The texts of each message, then each of the feedback's own, in the order of `_map_texts`."""
+    for message in feedback.messages:
         texts: list[str] = []
         _walk(message, lambda text, texts=texts: texts.append(text) or text)  # type: ignore[misc]
         yield texts
-    yield from ([getattr(said, name)] for name in _OWN)
+    yield from ([getattr(feedback, name)] for name in _OWN)
 
 
-def _changed(said: Feedback, change: Change) -> Feedback:
-    messages = tuple(_walk(message, change) for message in said.messages)
-    own: dict[str, Any] = {name: change(getattr(said, name)) for name in _OWN}
-    return replace(said, messages=messages, **own)
+def _map_texts(feedback: Feedback, change: Change) -> Feedback:
+    messages = tuple(_walk(message, change) for message in feedback.messages)
+    own_texts: dict[str, Any] = {name: change(getattr(feedback, name)) for name in _OWN}
+    return replace(feedback, messages=messages, **own_texts)
 
 
 def _walk(value: Any, change: Change) -> Any:
@@ -92,19 +94,19 @@ class FeedbackIntake:
     def voice(self, key: str, user: str, consent: bool | None) -> FeedbackAuthor:
         """Who says it. user: an id as the client gives it; what is kept is a digest under the team's key."""
         agreed = self._terms.consent == "assumed" if consent is None else consent
-        said = ("assumed" if consent is None else "given") if agreed else "refused"
-        return FeedbackAuthor(key, self._digest("user", user), said)  # type: ignore[arg-type]
+        basis = ("assumed" if consent is None else "given") if agreed else "refused"
+        return FeedbackAuthor(key, self._digest("user", user), basis)  # type: ignore[arg-type]
 
-    def keep(self, said: Feedback) -> Feedback:
+    def keep(self, feedback: Feedback) -> Feedback:
         """Write it, without words unless there is consent, and without personal data. Returns what is written.
 
         Raises MissingError when the disk does not take it.
         """
-        if said.by.consent == "refused":
-            said = replace(said, correction="", comment="", messages=(), text="", reply="")
-        kept = self._mask(said)
-        self.inbox.add(kept)
-        return kept
+        if feedback.by.consent == "refused":
+            feedback = replace(feedback, correction="", comment="", messages=(), text="", reply="")
+        stored = self._mask(feedback)
+        self.inbox.add(stored)
+        return stored
 
     @cached_property
     def _digest(self) -> Digest:

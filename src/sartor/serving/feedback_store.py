@@ -57,9 +57,9 @@ def _size(value: Any) -> int:
 class Memory:
     """The newest exchanges, by receipt, up to so many bytes together; for longer, who got a reply and who rated it."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._held: OrderedDict[str, Exchange] = OrderedDict()
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._exchanges: OrderedDict[str, Exchange] = OrderedDict()
         self._bytes = 0
         self._askers: OrderedDict[str, str] = OrderedDict()
         self._rated: OrderedDict[tuple[str, str], None] = OrderedDict()
@@ -68,20 +68,20 @@ class Memory:
         """Remember it, and forget the oldest as far as needed."""
         self._askers[receipt] = exchange.key
         _forget(self._askers)
-        self._held[receipt] = exchange
+        self._exchanges[receipt] = exchange
         self._bytes += exchange.size_bytes
-        while self._bytes > self._most_bytes:
-            _, gone = self._held.popitem(last=False)
-            self._bytes -= gone.size_bytes
+        while self._bytes > self._max_bytes:
+            _, oldest = self._exchanges.popitem(last=False)
+            self._bytes -= oldest.size_bytes
 
     def find(self, receipt: str) -> Exchange | None:
         """The exchange, if it is still known."""
-        return self._held.get(receipt)
+        return self._exchanges.get(receipt)
 
     def forget_person(self, person: str) -> None:
         """Forget what was said for a person, whoever asked."""
-        for receipt in [receipt for receipt, held in self._held.items() if held.person == person]:
-            self._bytes -= self._held.pop(receipt).size_bytes
+        for receipt in [receipt for receipt, exchange in self._exchanges.items() if exchange.person == person]:
+            self._bytes -= self._exchanges.pop(receipt).size_bytes
 
     def asker(self, receipt: str) -> str:
         """Id of the key that got the reply; "" where that is not known, or there were no keys."""
@@ -96,17 +96,17 @@ class Memory:
         return True
 
 
-def _forget(held: OrderedDict[Any, Any]) -> None:
-    while len(held) > MOST_RECEIPTS:
-        held.popitem(last=False)
+def _forget(entries: OrderedDict[Any, Any]) -> None:
+    while len(entries) > MOST_RECEIPTS:
+        entries.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class StoredFeedback:
     """A line of an inbox: where it stands (`feedback-2026-11-26.jsonl:12`), and what it says; None where it cannot be read."""
 
-    place: str
-    said: Feedback | None
+    location: str
+    feedback: Feedback | None
 
 
 class FeedbackStore:
@@ -138,21 +138,21 @@ class FeedbackStore:
                 if line.strip():
                     yield StoredFeedback(f"{file.name}:{number}", _read(line))
 
-    def remove(self, goes: Callable[[Feedback], bool]) -> list[StoredFeedback]:
+    def remove(self, should_remove: Callable[[Feedback], bool]) -> list[StoredFeedback]:
         """Take lines out, and every one that was cut short, since nobody can tell whose it was. Returns what they said.
 
         A blank line stays in the place of each, so that what datasets say of the others' places goes on to hold. Raises
         MissingError where the disk does not take it; then the file is as it was.
         """
-        gone: list[StoredFeedback] = []
+        removed: list[StoredFeedback] = []
         for file in self._files():
             try:
                 with self._alone():
                     FileSystem().remove_leftovers(file)  # rows that a killed rewriting left beside it
-                    gone += _without(file, goes)
+                    removed += _without(file, should_remove)
             except OSError as error:
                 raise MissingError(f"{file} could not be written anew: {error.strerror or error}", "free disk space") from None
-        return gone
+        return removed
 
     def _files(self) -> list[Path]:
         return sorted(self.path.glob(PATTERN.format(day="*")))
@@ -194,16 +194,16 @@ def _read(line: bytes) -> Feedback | None:
         return None
 
 
-def _without(file: Path, goes: Callable[[Feedback], bool]) -> list[StoredFeedback]:
+def _without(file: Path, should_remove: Callable[[Feedback], bool]) -> list[StoredFeedback]:
     """Rewrite a file without some lines, whole or not at all; returns those."""
-    gone: list[StoredFeedback] = []
+    removed: list[StoredFeedback] = []
     lines = file.read_bytes().splitlines()
     for index, line in enumerate(lines):
-        said = _read(line) if line.strip() else None
-        if line.strip() and (said is None or goes(said)):
-            gone.append(StoredFeedback(f"{file.name}:{index + 1}", said))
+        feedback = _read(line) if line.strip() else None
+        if line.strip() and (feedback is None or should_remove(feedback)):
+            removed.append(StoredFeedback(f"{file.name}:{index + 1}", feedback))
             lines[index] = b""
-    if not gone:
+    if not removed:
         return []
     write_file_atomic(file, b"".join(line + b"\n" for line in lines), mode=0o600)
-    return gone
+    return removed

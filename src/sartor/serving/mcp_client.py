@@ -72,14 +72,14 @@ class McpConnection:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def call(self, name: str, arguments: Mapping[str, Any], most_s: float) -> str:
-        """What a tool says to arguments that obey its schema, within `most_s` and its own time, whichever is shorter.
+    async def call(self, name: str, arguments: Mapping[str, Any], max_s: float) -> str:
+        """What a tool says to arguments that obey its schema, within `max_s` and its own time, whichever is shorter.
 
         Raises DeadlineError, UnavailableError when it is dead or dies, RequestError for what the tool itself calls an error.
         """
         from mcp.shared.exceptions import MCPError
 
-        session, limit_s = self._session, min(most_s, self.terms.timeout_s)
+        session, limit_s = self._session, min(max_s, self.terms.timeout_s)
         if session is None:
             raise UnavailableError(f"the tools {self.terms.name} are not there", "ask again in a while; /health says why")
         try:
@@ -140,11 +140,11 @@ class McpConnection:
             async with self._by_http() as streams:
                 yield streams
             return
-        passed = {name: os.environ[name] for name in self.terms.env if name in os.environ}
+        environment = {name: os.environ[name] for name in self.terms.env if name in os.environ}
         program, *arguments = self.terms.command
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (self._folder / f"{self.terms.name}.log").open("w", encoding="utf-8") as log:
-            async with stdio_client(StdioServerParameters(command=program, args=arguments, env=passed), log) as streams:
+            async with stdio_client(StdioServerParameters(command=program, args=arguments, env=environment), log) as streams:
                 yield streams
 
     @asynccontextmanager
@@ -197,11 +197,11 @@ def _text(part: Any) -> str:
     return part.text if part.type == "text" else json.dumps({"left out": part.type})
 
 
-def _cut(text: str, most_bytes: int) -> str:
+def _cut(text: str, max_bytes: int) -> str:
     data = text.encode("utf-8", "replace")
-    if len(data) <= most_bytes:
+    if len(data) <= max_bytes:
         return text
-    return data[:most_bytes].decode("utf-8", "ignore") + f"\n[cut: {len(data) - most_bytes} more bytes]"
+    return data[:max_bytes].decode("utf-8", "ignore") + f"\n[cut: {len(data) - max_bytes} more bytes]"
 
 
 def _cause(error: Exception) -> str:

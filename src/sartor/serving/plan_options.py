@@ -218,14 +218,16 @@ def agents_of_plan(plan: Plan) -> tuple[PlanStep, ...]:
     return (plan.plan, *plan.members, *((plan.answer,) if plan.answer else ()), *after)
 
 
-def within(plan: Plan, known: Collection[str]) -> list[str]:
+def within(plan: Plan, plan_names: Collection[str]) -> list[str]:
     """The plans, by name, that a plan asks itself."""
-    return sorted({step.agent for step in agents_of_plan(plan)} & set(known))
+    return sorted({step.agent for step in agents_of_plan(plan)} & set(plan_names))
 
 
-def _check_steps(steps: Sequence[PlanStep], what: str, least: int) -> None:
-    if len(steps) < least:
-        raise ConfigError(f"{what} names {len(steps)}; at least {least}", f"{what}: [{', '.join(['base'] * least)}]")
+def _check_steps(steps: Sequence[PlanStep], option_name: str, min_steps: int) -> None:
+    if len(steps) < min_steps:
+        raise ConfigError(
+            f"{option_name} names {len(steps)}; at least {min_steps}", f"{option_name}: [{', '.join(['base'] * min_steps)}]"
+        )
 
 
 def _check_mend(checks: Sequence[Check], mend: Mend | None) -> None:
@@ -237,26 +239,30 @@ def _check_mend(checks: Sequence[Check], mend: Mend | None) -> None:
 
 def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Collection[str]) -> None:
     """Raise ConfigError for a name that is taken or none, a plan within itself, and one that is deeper than its budget."""
-    known: dict[str, Plan] = {}
+    plans_by_name: dict[str, Plan] = {}
     for plan in plans:
-        if plan.name in known or plan.name in members or plan.name in reserved:
+        if plan.name in plans_by_name or plan.name in members or plan.name in reserved:
             raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", "choose another name")
         if not names.is_valid_name(plan.name):
             raise ConfigError(f"{plan.name!r} cannot be a plan's name", "small letters, digits, '.', '_' and '-'")
-        known[plan.name] = plan
+        plans_by_name[plan.name] = plan
     for plan in plans:
-        if (depth := _depth(plan.name, known, ())) > plan.budget.depth:
+        if (depth := _depth(plan.name, plans_by_name, ())) > plan.budget.depth:
             raise ConfigError(
                 f"the plan {plan.name!r} holds plans {depth} deep; its budget.depth is {plan.budget.depth}",
                 f"budget: {{depth: {depth}}}",
             )
 
 
-def _depth(name: str, known: Mapping[str, Plan], above: tuple[str, ...]) -> int:
-    if name in above:
-        way = " -> ".join([*above[above.index(name) :], name])
-        raise ConfigError(f"a plan comes back to itself: {way}", f"name an agent instead of {name!r} in the plan {above[-1]!r}")
-    return 1 + max((_depth(item, known, (*above, name)) for item in within(known[name], known)), default=0)
+def _depth(name: str, plans_by_name: Mapping[str, Plan], parents: tuple[str, ...]) -> int:
+    if name in parents:
+        path = " -> ".join([*parents[parents.index(name) :], name])
+        raise ConfigError(
+            f"a plan comes back to itself: {path}", f"name an agent instead of {name!r} in the plan {parents[-1]!r}"
+        )
+    return 1 + max(
+        (_depth(item, plans_by_name, (*parents, name)) for item in within(plans_by_name[name], plans_by_name)), default=0
+    )
 
 
 def seen_from(plan: Plan, root: Path) -> Plan:
@@ -285,18 +291,20 @@ def _file(path: Path) -> Path:
 
 def _schema_in(file: Path) -> Any:
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
+        schema = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} holds no JSON Schema: {error}", "give a file of one, or write it into the plan") from None
-    if not isinstance(read, Mapping):
-        raise ConfigError(f"{file} holds no JSON Schema but {type(read).__name__}", '{"type": "object"}')
-    return read
+    if not isinstance(schema, Mapping):
+        raise ConfigError(f"{file} holds no JSON Schema but {type(schema).__name__}", '{"type": "object"}')
+    return schema
 
 
-def digest(plan: Plan, known: Mapping[str, Plan]) -> str:
+def digest(plan: Plan, plans_by_name: Mapping[str, Plan]) -> str:
     """The version of a plan, 12 hex digits: of all that it declares, the plans within it and the texts that it cites from."""
     check: tuple[Check, ...] = () if isinstance(plan, ParallelPlan) else plan.check
-    cited = [source for item in check if isinstance(item, Citations) for source in item.sources]
-    texts = [Path(source).read_text(encoding="utf-8") for source in cited]
-    said = config.dump(replace(plan, log="digests"))
-    return records.digest([said, [digest(known[name], known) for name in within(plan, known)], texts])[:DIGEST_DIGITS]
+    source_paths = [source for item in check if isinstance(item, Citations) for source in item.sources]
+    texts = [Path(source).read_text(encoding="utf-8") for source in source_paths]
+    options = config.dump(replace(plan, log="digests"))
+    return records.digest(
+        [options, [digest(plans_by_name[name], plans_by_name) for name in within(plan, plans_by_name)], texts]
+    )[:DIGEST_DIGITS]

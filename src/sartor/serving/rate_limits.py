@@ -22,58 +22,60 @@ MINUTE_S, DAY_S = 60.0, 86_400.0
 
 @dataclass(frozen=True)
 class TokenRate:
-    """`amount` of something in `span_s` seconds; 0 is no limit. said: `requests per minute`. option: where TEAM.yaml has it."""
+    """`amount` of something in `span_s` seconds; 0 is no limit. label: `requests per minute`. option: where TEAM.yaml has
+    it.
+    """
 
     amount: float
     span_s: float
-    said: str
+    label: str
     option: str
 
 
 @dataclass
 class Bucket:
-    """level: what may be taken now; below 0 is owed. at: seconds, when it was filled last."""
+    """level: what may be taken now; below 0 is owed. filled_at: seconds, when it was filled last."""
 
-    pace: TokenRate
+    rate: TokenRate
     level: float
-    at: float
+    filled_at: float
 
     def fill(self, now: float) -> None:
         """Add what has come since the last time."""
-        self.level = min(self.pace.amount, self.level + (now - self.at) * self.pace.amount / self.pace.span_s)
-        self.at = now
+        self.level = min(self.rate.amount, self.level + (now - self.filled_at) * self.rate.amount / self.rate.span_s)
+        self.filled_at = now
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` is there."""
         # who waited as long as told is let in
-        return max(0.0, round((amount - self.level) * self.pace.span_s / self.pace.amount, 6))
+        return max(0.0, round((amount - self.level) * self.rate.span_s / self.rate.amount, 6))
 
 
 class Buckets:
     """Buckets of each key, one a pace. Safe to use from several threads."""
 
-    def __init__(self, paces: Sequence[TokenRate], clock: Callable[[], float] = time.monotonic) -> None:
-        self._paces = [pace for pace in paces if pace.amount > 0]
+    def __init__(self, rates: Sequence[TokenRate], clock: Callable[[], float] = time.monotonic) -> None:
+        self._rates = [rate for rate in rates if rate.amount > 0]
         self._clock = clock
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, dict[str, Bucket]] = OrderedDict()
+        self._by_key: OrderedDict[str, dict[str, Bucket]] = OrderedDict()
 
     def __len__(self) -> int:
         """How many keys are remembered."""
-        return len(self._held)
+        return len(self._by_key)
 
     def take(self, key: str, charged: Sequence[str]) -> None:
         """Take one from the buckets `charged` (by their option), if every bucket holds one. Raises BusyError."""
         with self._lock:
             buckets = self._of(key)
             waits = {name: bucket.wait_s(1.0) for name, bucket in buckets.items()}
-            longest = max(waits, key=lambda name: waits[name], default="")
-            if longest and waits[longest] > 0:
-                pace = buckets[longest].pace
+            slowest = max(waits, key=lambda name: waits[name], default="")
+            if slowest and waits[slowest] > 0:
+                rate = buckets[slowest].rate
                 raise BusyError(
-                    f"this key has used up its {pace.amount:g} {pace.said}",
-                    f"ask again in {waits[longest]:.1f} s, or raise {pace.option} in TEAM.yaml",
-                    waits[longest],
+                    f"this key has used up its {rate.amount:g} {rate.label}",
+                    f"ask again in {waits[slowest]:.1f} s, or raise {rate.option} in TEAM.yaml",
+                    waits[slowest],
                 )
             for name in charged:
                 if name in buckets:
@@ -88,12 +90,12 @@ class Buckets:
 
     def _of(self, key: str) -> dict[str, Bucket]:
         now = self._clock()
-        buckets = self._held.pop(key, None)
+        buckets = self._by_key.pop(key, None)
         if buckets is None:
-            buckets = {pace.option: Bucket(pace, pace.amount, now) for pace in self._paces}
-        self._held[key] = buckets
-        while len(self._held) > MOST_KEYS:
-            self._held.popitem(last=False)
+            buckets = {rate.option: Bucket(rate, rate.amount, now) for rate in self._rates}
+        self._by_key[key] = buckets
+        while len(self._by_key) > MOST_KEYS:
+            self._by_key.popitem(last=False)
         for bucket in buckets.values():
             bucket.fill(now)
         return buckets
@@ -126,9 +128,9 @@ class FeedbackRates:
     def __init__(self, terms: FeedbackTerms, clock: Callable[[], float] = time.monotonic) -> None:
         minute = TokenRate(terms.per_minute, MINUTE_S, "ratings, corrections and comments per minute", "feedback.per_minute")
         day = TokenRate(terms.per_day, DAY_S, "ratings, corrections and comments per day", "feedback.per_day")
-        self._paces = [minute.option, day.option]
+        self._charged_options = [minute.option, day.option]
         self._buckets = Buckets([minute, day], clock)
 
     def begin(self, key: str) -> None:
         """Count one. Raises BusyError, with the seconds to wait."""
-        self._buckets.take(key, self._paces)
+        self._buckets.take(key, self._charged_options)

@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sartor.core import catalogue, records, signing
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import DISK_FULL, fsync_directory
-from sartor.core.lineage.receipt_index import PATTERN, Placed, ReceiptIndex
+from sartor.core.lineage.receipt_index import PATTERN, ReceiptIndex, ReceiptLocation
 from sartor.inference.engine import EngineInfo, GenerateCall
 from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.media import content_parts
@@ -71,17 +71,17 @@ def blank(file: Path, lines: Sequence[tuple[int, bytes]]) -> None:
 
 def erase_receipts(folder: Path, person: str) -> tuple[int, list[str]]:
     """Blank every receipt of a person's own version, and leave it out of the index. Returns (how many, the segments)."""
-    index, count, touched = ReceiptIndex(folder), 0, []
+    index, count, segments = ReceiptIndex(folder), 0, []
     for file in sorted(folder.glob(PATTERN)):
         if lines := lines_with(file, f'"person":"{person}"'.encode()):
             blank(file, lines)
             index.leave_out(file.name, [start for start, _ in lines])
-            touched.append(file.name)
+            segments.append(file.name)
             count += len(lines)
-    return count, touched
+    return count, segments
 
 
-_KEPT = ("role", "content", "name", "tool_calls", "tool_call_id")
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 Digest = Callable[[str, Any], str]
 
 
@@ -102,17 +102,17 @@ class RequestDigestInput:
         return cls._of(call.messages, call.text, call.tools, call.must_call, call.schema)
 
     @classmethod
-    def of_request(cls, said: Mapping[str, Any]) -> RequestDigestInput:
+    def of_request(cls, body: Mapping[str, Any]) -> RequestDigestInput:
         """The body of a request to /v1/chat/completions or /v1/completions. Raises ArtifactError, RequestError for its form."""
-        messages, text = said.get("messages") or [], said.get("text") or said.get("prompt") or ""
+        messages, text = body.get("messages") or [], body.get("text") or body.get("prompt") or ""
         if (
             not isinstance(messages, list)
             or not all(isinstance(message, Mapping) for message in messages)
             or not isinstance(text, str)
         ):
             raise ArtifactError("the messages are no list of messages", '[{"role": "user", "content": "..."}]')
-        tools, must_call = read_choice(said.get("tool_choice"), read_tools(_without_none(said.get("tools") or [])))
-        return cls._of(messages, text, tools, must_call, _schema_of(said.get("response_format")))
+        tools, must_call = read_choice(body.get("tool_choice"), read_tools(_without_none(body.get("tools") or [])))
+        return cls._of(messages, text, tools, must_call, _schema_of(body.get("response_format")))
 
     @classmethod
     def _of(
@@ -136,18 +136,18 @@ class RequestDigestInput:
 def digest_by(secret: bytes) -> Digest:
     """HMAC-SHA256 over a value and the name of what it is, so that an equal prompt and reply look unlike; "" of nothing."""
 
-    def digest(what: str, value: Any) -> str:
+    def digest(name: str, value: Any) -> str:
         if not value:
             return ""
         # ASCII: a model can write half of a surrogate pair, which UTF-8 cannot
-        said = json.dumps([what, value], sort_keys=True, separators=(",", ":"))
-        return hmac.digest(secret, said.encode(), "sha256").hex()
+        text = json.dumps([name, value], sort_keys=True, separators=(",", ":"))
+        return hmac.digest(secret, text.encode(), "sha256").hex()
 
     return digest
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {key: message[key] for key in _KEPT if message.get(key) is not None}
+    fields = {key: message[key] for key in _MESSAGE_FIELDS if message.get(key) is not None}
     if fields.get("role") == "developer":
         fields["role"] = "system"
     if isinstance(fields.get("content"), (list, tuple)):
@@ -184,16 +184,16 @@ def _without_none(value: Any) -> Any:
     return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _schema_of(said: Any) -> str:
+def _schema_of(response_format: Any) -> str:
     """The schema of a request's `response_format`; "" where it asks for text."""
-    if not isinstance(said, Mapping) or said.get("type") == "text":
+    if not isinstance(response_format, Mapping) or response_format.get("type") == "text":
         return ""
-    if said.get("type") == "json_object":
+    if response_format.get("type") == "json_object":
         return JSON_OBJECT
-    named = said.get("json_schema")
-    if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
+    json_schema = response_format.get("json_schema")
+    if not isinstance(json_schema, Mapping) or not isinstance(json_schema.get("schema"), Mapping):
         raise ArtifactError("response_format holds no schema", '{"type": "json_schema", "json_schema": {"schema": {...}}}')
-    return json.dumps(named["schema"])
+    return json.dumps(json_schema["schema"])
 
 
 SCHEMA = 1
@@ -256,29 +256,29 @@ def read_secret(file: Path) -> bytes:
     return result
 
 
-def build_receipt(given: FinishedReply, about: EngineInfo, seal: TeamSigner) -> dict[str, Any]:
-    """The receipt of a reply that has ended, signed. `place`: how many stood before who answered, and could not."""
-    call, done = given.call, given.done
-    _, _, place = call.id.removeprefix(given.receipt).partition("-")
-    calls = [dict(one) for one in done.tool_calls] if done else []
-    return seal.sign({
+def build_receipt(finished: FinishedReply, about: EngineInfo, signer: TeamSigner) -> dict[str, Any]:
+    """The receipt of a reply that has ended, signed. `rank`: how many stood before who answered, and could not."""
+    call, done = finished.call, finished.done
+    _, _, rank = call.id.removeprefix(finished.receipt).partition("-")
+    tool_calls = [dict(tool_call) for tool_call in done.tool_calls] if done else []
+    return signer.sign({
         "schema": SCHEMA,
         "kind": KIND,
-        "id": given.receipt,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(given.began)),
-        "agent": given.agent,
-        "release": given.release_id,
+        "id": finished.receipt,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(finished.began)),
+        "agent": finished.agent,
+        "release": finished.release_id,
         "adapter": call.adapter,
         "base": {"name": about.base, "digest": about.base_digest, "template_digest": about.template_digest},
         **about.made_by,
         "sampling": {**asdict(call.sampling), "stop": list(call.sampling.stop)},
-        "choice": {"reason": given.reason, "scores": dict(given.scores), "place": int(place) if place.isdigit() else 0},
-        "prompt": RequestDigestInput.of_call(call).digests(seal.digest),
-        "reply": {"text": seal.digest("reply", given.text), "tool_calls": seal.digest("tool_calls", calls)},
-        **({"person": given.person} if given.person else {}),
+        "choice": {"reason": finished.reason, "scores": dict(finished.scores), "place": int(rank) if rank.isdigit() else 0},
+        "prompt": RequestDigestInput.of_call(call).digests(signer.digest),
+        "reply": {"text": signer.digest("reply", finished.text), "tool_calls": signer.digest("tool_calls", tool_calls)},
+        **({"person": finished.person} if finished.person else {}),
         "finish": done.finish if done else FAILED,
         "tokens": {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens} if done else {},
-        **({"steps": list(given.steps)} if given.steps else {}),
+        **({"steps": list(finished.steps)} if finished.steps else {}),
     })  # fmt: skip
 
 
@@ -288,9 +288,9 @@ class ReceiptLog:
     lost: receipts that could not be written. problem: why, of the newest; "" once writing works again.
     """
 
-    def __init__(self, folder: Path, seal: TeamSigner, about: Callable[[], EngineInfo], days: int = 0) -> None:
+    def __init__(self, folder: Path, signer: TeamSigner, about: Callable[[], EngineInfo], days: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder, self._seal, self._about, self._days = folder, seal, about, days
+        self._folder, self._signer, self._about, self._days = folder, signer, about, days
         self._index = ReceiptIndex(folder)
         self._queue: queue.Queue[tuple[dict[str, Any], Future[None]] | None] = queue.Queue(MOST_WAITING)
         self._segment: _Segment | None = None
@@ -306,20 +306,20 @@ class ReceiptLog:
         """The receipts of a team, whose engine says `about`; noted in the catalogue, for `revoke`."""
         state = Path(team.state)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        book = cls(state / "receipts", TeamSigner.of(state), about, team.limits.receipts_days)
+        log = cls(state / "receipts", TeamSigner.of(state), about, team.limits.receipts_days)
         catalogue.register_receipts(state / "receipts")
-        return book
+        return log
 
-    def write(self, given: FinishedReply) -> None:
+    def write(self, finished: FinishedReply) -> None:
         """Sign a receipt and see it onto the disk. Raises MissingError when the disk does not take it; it is counted then."""
         written: Future[None] = Future()
         try:
-            self._queue.put_nowait((build_receipt(given, self._about(), self._seal), written))
+            self._queue.put_nowait((build_receipt(finished, self._about(), self._signer), written))
         except queue.Full:
             self._lose(1, f"{MOST_WAITING} receipts wait for the disk")
             raise MissingError(f"a receipt could not be written: {self.problem}", "see to the disk") from None
         except (ValueError, TypeError) as error:
-            self._lose(1, f"{given.agent} said what no receipt can hold: {error}")
+            self._lose(1, f"{finished.agent} said what no receipt can hold: {error}")
             raise ArtifactError(f"a receipt could not be written: {self.problem}", "report it") from None
         try:
             written.result(PATIENCE_S)
@@ -350,8 +350,8 @@ class ReceiptLog:
             while len(batch) < _BATCH and not self._queue.empty():
                 batch.append(self._queue.get())
             ended = None in batch
-            if todo := [item for item in batch if item is not None]:
-                self._append([receipt for receipt, _ in todo], [written for _, written in todo])
+            if entries := [item for item in batch if item is not None]:
+                self._append([receipt for receipt, _ in entries], [written for _, written in entries])
         if self._segment is not None:
             self._segment.close()
 
@@ -387,10 +387,10 @@ class ReceiptLog:
 
     def _prune(self) -> None:
         """Remove segments whose newest receipt is older than the team keeps them."""
-        before = time.time() - self._days * 86_400
+        cutoff = time.time() - self._days * 86_400
         for file in self._folder.glob(PATTERN) if self._days else ():
-            own = self._segment is not None and file == self._segment.file
-            if not own and file.stat().st_mtime < before:
+            is_current = self._segment is not None and file == self._segment.file
+            if not is_current and file.stat().st_mtime < cutoff:
                 file.unlink(missing_ok=True)
                 self._index.forget(file.name)
 
@@ -417,13 +417,13 @@ class _Segment:
         """Whether the next receipt belongs here: not after a day or many bytes, nor behind a line that could not be undone."""
         return not self._broken and self._end < SEGMENT_BYTES and self._day == time.strftime("%Y%m%d", time.gmtime())
 
-    def append(self, receipts: Sequence[Mapping[str, Any]]) -> list[Placed]:
+    def append(self, receipts: Sequence[Mapping[str, Any]]) -> list[ReceiptLocation]:
         """Write lines and fsync them, all or none."""
         lines = [records.canonical(receipt) + b"\n" for receipt in receipts]
         try:
-            rest = b"".join(lines)
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            remaining = b"".join(lines)
+            while remaining:
+                remaining = remaining[os.write(self._descriptor, remaining) :]
             os.fsync(self._descriptor)
         except OSError:
             self._undo()
@@ -431,7 +431,7 @@ class _Segment:
         placed = []
         for receipt, line in zip(receipts, lines, strict=True):
             texts = (receipt["id"], receipt["release"], receipt["agent"], receipt["created"])
-            placed.append(Placed(*texts, self.file.name, self._end, len(line) - 1))
+            placed.append(ReceiptLocation(*texts, self.file.name, self._end, len(line) - 1))
             self._end += len(line)
         return placed
 

@@ -63,19 +63,19 @@ class ToolServer:
 
 def check_tools(servers: Sequence[str], members: Mapping[str, Sequence[str]]) -> None:
     """Raise ConfigError where two servers have one name, or an agent lists one that is not there."""
-    if twice := next((name for name in servers if servers.count(name) > 1), ""):
-        raise ConfigError(f"two servers of tools have the name {twice!r}", "give each its own")
+    if duplicate := next((name for name in servers if servers.count(name) > 1), ""):
+        raise ConfigError(f"two servers of tools have the name {duplicate!r}", "give each its own")
     for agent, listed in members.items():
-        if foreign := next((name for name in listed if name not in servers), ""):
+        if unknown := next((name for name in listed if name not in servers), ""):
             raise ConfigError(
-                f"{agent} lists the tools {foreign!r}, and there are {', '.join(servers) or 'none'}", "see `tools`"
+                f"{agent} lists the tools {unknown!r}, and there are {', '.join(servers) or 'none'}", "see `tools`"
             )
 
 
-def _fraction(where: str, **said: float) -> None:
-    for name, value in said.items():
+def _fraction(section: str, **fractions: float) -> None:
+    for name, value in fractions.items():
         if not 0 <= value <= 1:
-            raise ConfigError(f"{where}{name} is {value}, no fraction", f"{where}{name}: a number in 0..1")
+            raise ConfigError(f"{section}{name} is {value}, no fraction", f"{section}{name}: a number in 0..1")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class Retraining:
         if not 0 < self.canary <= 1:
             raise ConfigError(f"canary is {self.canary}, no fraction of the requests", "canary: 0.1")
         if not 0 <= self.nice <= 19 or self.rehearsal < 0 or self.every_hours < 0 or self.memory_bytes < 0:
-            said = (self.nice, self.rehearsal, self.every_hours, self.memory_bytes)
-            problem = f"nice, rehearsal, every_hours and memory_bytes are {said}; one is out of range"
+            values = (self.nice, self.rehearsal, self.every_hours, self.memory_bytes)
+            problem = f"nice, rehearsal, every_hours and memory_bytes are {values}; one is out of range"
             raise ConfigError(problem, "nice: 10, rehearsal: 2.0, every_hours: 0, memory_bytes: 0")
 
 
@@ -167,8 +167,8 @@ class AgentOptions:
     tools: tuple[str, ...] = option((), "the servers of the team's `tools` whose tools it may call")
 
     def __post_init__(self) -> None:
-        if foreign := next((step for step in self.fallback if step not in ("previous", "base")), ""):
-            raise ConfigError(f"{self.name} cannot fall back to {foreign!r}", "fallback: [previous, base]")
+        if unknown := next((step for step in self.fallback if step not in ("previous", "base")), ""):
+            raise ConfigError(f"{self.name} cannot fall back to {unknown!r}", "fallback: [previous, base]")
 
 
 @dataclass(frozen=True)
@@ -400,10 +400,12 @@ class Team(Basis):
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
-        if twice := next((name for name in names if names.count(name) > 1), ""):
-            raise ConfigError(f"two agents have the name {twice!r}", "give each its own")
-        if taken := next((name for name in names if name in RESERVED), ""):
-            raise ConfigError(f"an agent cannot have the name {taken!r}, which means something else", "choose another name")
+        if duplicate := next((name for name in names if names.count(name) > 1), ""):
+            raise ConfigError(f"two agents have the name {duplicate!r}", "give each its own")
+        if reserved_name := next((name for name in names if name in RESERVED), ""):
+            raise ConfigError(
+                f"an agent cannot have the name {reserved_name!r}, which means something else", "choose another name"
+            )
         plan_options.check_plans(self.plans, names, RESERVED)
         check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})
 

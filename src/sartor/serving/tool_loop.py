@@ -39,27 +39,27 @@ class ToolServers:
 
     def __init__(self, team: Team) -> None:
         folder = Path(team.state) / "tools"
-        self._held = {terms.name: McpConnection(terms, folder) for terms in team.tools}
-        self._of = {member.name: member.tools for member in team.agents if member.tools}
+        self._connections = {terms.name: McpConnection(terms, folder) for terms in team.tools}
+        self._server_names = {member.name: member.tools for member in team.agents if member.tools}
 
     @property
     def troubles(self) -> dict[str, str]:
         """What cannot be offered, and why."""
-        return {name: why for held in self._held.values() for name, why in held.troubles.items()}
+        return {name: problem for connection in self._connections.values() for name, problem in connection.troubles.items()}
 
     async def start(self) -> None:
         """Open every server, side by side; one that cannot be is a trouble. Raises ExtraError."""
-        await asyncio.gather(*(held.start() for held in self._held.values()))
+        await asyncio.gather(*(connection.start() for connection in self._connections.values()))
 
     async def close(self) -> None:
         """End them."""
-        await asyncio.gather(*(held.close() for held in self._held.values()))
+        await asyncio.gather(*(connection.close() for connection in self._connections.values()))
 
     def of(self, agent: str) -> dict[str, OfferedTool]:
         """What an agent may call, by name; of two tools of one name the first server's."""
         result: dict[str, OfferedTool] = {}
-        for name in self._of.get(agent, ()):
-            result = {**self._held[name].tools, **result}
+        for name in self._server_names.get(agent, ()):
+            result = {**self._connections[name].tools, **result}
         return result
 
     def declared(self, agent: str) -> tuple[Mapping[str, Any], ...]:
@@ -68,11 +68,11 @@ class ToolServers:
 
 
 @dataclass
-class _Course:
+class _Progress:
     """What was done for one request so far. notes: what went wrong."""
 
-    due: float
-    seen: set[tuple[str, str]] = field(default_factory=set)
+    deadline: float
+    earlier_calls: set[tuple[str, str]] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     prompt: int = 0
     reply: int = 0
@@ -89,8 +89,8 @@ class _Course:
 class ToolCallingAgent:
     """Answers as `replies` does, by agents that have tools. digest: of what is logged; by default the team's."""
 
-    def __init__(self, replies: Replier, box: ToolServers, team: Team, digest: Digest | None = None) -> None:
-        self._replies, self._box = replies, box
+    def __init__(self, replies: Replier, tool_servers: ToolServers, team: Team, digest: Digest | None = None) -> None:
+        self._replies, self._tool_servers = replies, tool_servers
         state = Path(team.state)
         self._digest = digest or team_digest(state)
         self._files = DayFiles(state / "tools", "tools", team.limits.receipts_days)
@@ -103,65 +103,72 @@ class ToolCallingAgent:
 
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; one of an agent with tools is whole by then. Raises what `replies.open` raises."""
-        course, asked = _Course(time.monotonic() + request.deadline_s), request
-        for number in range(ROUNDS + 1):
-            left_s = max(0.001, course.due - time.monotonic())
-            answer = await self._replies.open(replace(asked, deadline_s=left_s))
+        progress, round_request = _Progress(time.monotonic() + request.deadline_s), request
+        for round_index in range(ROUNDS + 1):
+            remaining_s = max(0.001, progress.deadline - time.monotonic())
+            answer = await self._replies.open(replace(round_request, deadline_s=remaining_s))
             name = answer.agent.partition("@")[0]
-            tools = self._box.of(name) if request.tools is None and not request.schema else {}
-            if not tools and not number:
+            tools = self._tool_servers.of(name) if request.tools is None and not request.schema else {}
+            if not tools and not round_index:
                 return answer
             async with aclosing(answer.events) as source:
                 events = [event async for event in source]
-            end = events[-1]
-            calls = end.tool_calls if isinstance(end, ReplyDone) and asked.tools is None else ()
-            if not calls:
-                return _told(answer, events, course)
-            assert isinstance(end, ReplyDone)
-            course.count(end)
+            last_event = events[-1]
+            tool_calls = last_event.tool_calls if isinstance(last_event, ReplyDone) and round_request.tools is None else ()
+            if not tool_calls:
+                return _final_answer(answer, events, progress)
+            assert isinstance(last_event, ReplyDone)
+            progress.count(last_event)
             text = "".join(event.text for event in events if isinstance(event, TextDelta))
-            turn = {"role": "assistant", "content": text, "tool_calls": list(calls)}
-            results = [await self._result(answer, tools, call, index, course) for index, call in enumerate(calls)]
+            turn = {"role": "assistant", "content": text, "tool_calls": list(tool_calls)}
+            results = [
+                await self._result(answer, tools, tool_call, index, progress) for index, tool_call in enumerate(tool_calls)
+            ]
             model = name if answer.agent.endswith(SUFFIX) else answer.agent
-            asked = replace(asked, model=model, messages=(*asked.messages, turn, *results))
-            if course.is_looping or number == ROUNDS - 1:
-                course.notes += [] if course.is_looping else [f"{ROUNDS} rounds of tools were used up"]
-                asked = replace(asked, tools=())
+            round_request = replace(round_request, model=model, messages=(*round_request.messages, turn, *results))
+            if progress.is_looping or round_index == ROUNDS - 1:
+                progress.notes += [] if progress.is_looping else [f"{ROUNDS} rounds of tools were used up"]
+                round_request = replace(round_request, tools=())
         raise AssertionError("the last round has no tools")
 
     async def _result(
-        self, answer: AgentReply, tools: Mapping[str, OfferedTool], call: Mapping[str, Any], place: int, course: _Course
+        self,
+        answer: AgentReply,
+        tools: Mapping[str, OfferedTool],
+        tool_call: Mapping[str, Any],
+        index: int,
+        progress: _Progress,
     ) -> dict[str, Any]:
         """What one call came to, as a `tool` message."""
-        name, said = str(call["function"]["name"]), str(call["function"]["arguments"])
+        name, arguments = str(tool_call["function"]["name"]), str(tool_call["function"]["arguments"])
         began, error = time.monotonic(), ""
         try:
-            text = await self._run(tools, name, said, place, course)
-        except SartorError as failed:
-            error, text = failed.kind, f"error: {failed.problem}"
-            course.notes.append(failed.problem)
+            text = await self._run(tools, name, arguments, index, progress)
+        except SartorError as tool_error:
+            error, text = tool_error.kind, f"error: {tool_error.problem}"
+            progress.notes.append(tool_error.problem)
         row = {
             "schema": SCHEMA, "receipt": answer.receipt, "agent": answer.agent, "tool": name if name in tools else "",
-            "error": error, "asked": self._digest("asked", said), "said": self._digest("said", text),
+            "error": error, "asked": self._digest("asked", arguments), "said": self._digest("said", text),
             "took_s": round(time.monotonic() - began, 3),
         }  # fmt: skip
         await asyncio.to_thread(self._write, row)
-        return {"role": "tool", "tool_call_id": str(call["id"]), "name": name, "content": text}
+        return {"role": "tool", "tool_call_id": str(tool_call["id"]), "name": name, "content": text}
 
-    async def _run(self, tools: Mapping[str, OfferedTool], name: str, said: str, place: int, course: _Course) -> str:
-        value, tool = read_json(said), tools.get(name)
+    async def _run(self, tools: Mapping[str, OfferedTool], name: str, arguments: str, index: int, progress: _Progress) -> str:
+        value, tool = read_json(arguments), tools.get(name)
         if tool is None:
             raise RequestError(f"there is no tool {name[:80]!a}", ", ".join(tools))
-        if place >= MOST_CALLS:
+        if index >= MOST_CALLS:
             raise RequestError(f"more than {MOST_CALLS} calls in one reply; {name} was not run", "fewer calls")
-        if wrong := schema_errors(value, tool.schema):
-            raise RequestError(f"the arguments of {name} are wrong: {'; '.join(wrong)}", "arguments of its schema")
+        if problems := schema_errors(value, tool.schema):
+            raise RequestError(f"the arguments of {name} are wrong: {'; '.join(problems)}", "arguments of its schema")
         key = (name, json.dumps(value, sort_keys=True))
-        if key in course.seen:
-            course.is_looping = True
+        if key in progress.earlier_calls:
+            progress.is_looping = True
             raise RequestError(f"{name} was called twice with the same arguments; the calls were stopped", "another call")
-        course.seen.add(key)
-        return await tool.server.call(name, value, max(0.001, course.due - time.monotonic()))
+        progress.earlier_calls.add(key)
+        return await tool.server.call(name, value, max(0.001, progress.deadline - time.monotonic()))
 
     def _write(self, row: Mapping[str, Any]) -> None:
         try:
@@ -170,31 +177,33 @@ class ToolCallingAgent:
             self.lost += 1
 
 
-def _told(answer: AgentReply, events: Sequence[Event], course: _Course) -> AgentReply:
+def _final_answer(answer: AgentReply, events: Sequence[Event], progress: _Progress) -> AgentReply:
     """The last round's reply, with the tokens of all rounds and what went wrong."""
-    before = TextDelta(events[-1].call, "", course.reply)
-    end = events[-1]
-    if isinstance(end, ReplyDone):
-        course.count(end)
-        end = replace(end, prompt_tokens=course.prompt, reply_tokens=course.reply, cached_tokens=course.cached)
-    reason = "; ".join([answer.reason, *course.notes])
-    return AgentReply(answer.agent, reason, answer.receipt, _Again([before, *events[:-1], end]))
+    paid_delta = TextDelta(events[-1].call, "", progress.reply)
+    last_event = events[-1]
+    if isinstance(last_event, ReplyDone):
+        progress.count(last_event)
+        last_event = replace(
+            last_event, prompt_tokens=progress.prompt, reply_tokens=progress.reply, cached_tokens=progress.cached
+        )
+    reason = "; ".join([answer.reason, *progress.notes])
+    return AgentReply(answer.agent, reason, answer.receipt, _ReplayedEvents([paid_delta, *events[:-1], last_event]))
 
 
-class _Again:
+class _ReplayedEvents:
     """Events that are there already, as `Events` has them."""
 
     def __init__(self, events: Sequence[Event | ReplyFailed]) -> None:
-        self._left = list(events)
+        self._remaining = list(events)
 
-    def __aiter__(self) -> _Again:
+    def __aiter__(self) -> _ReplayedEvents:
         return self
 
     async def __anext__(self) -> Event:
-        if not self._left:
+        if not self._remaining:
             raise StopAsyncIteration
-        return self._left.pop(0)
+        return self._remaining.pop(0)
 
     async def aclose(self) -> None:
         """See Events."""
-        self._left.clear()
+        self._remaining.clear()

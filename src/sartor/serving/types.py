@@ -112,7 +112,7 @@ class WorkerBackend(Protocol):
         """Replace every worker, one after the other, so that nothing stays in memory of what was asked and said."""
         ...
 
-    def blame(self, agent: str, why: str) -> None:
+    def blame(self, agent: str, reason: str) -> None:
         """Count a failure that only its holder could see (an answer of the wrong form, say) against an agent's breaker."""
         ...
 
@@ -178,7 +178,7 @@ class FinishedReply:
 class ReceiptWriter(Protocol):
     """Where the receipts of replies are kept."""
 
-    def write(self, given: FinishedReply) -> None:
+    def write(self, finished: FinishedReply) -> None:
         """Sign and keep one. Called in a thread; what it raises is counted and hurts no reply."""
         ...
 

@@ -58,9 +58,9 @@ class AnswerCache:
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """The answer. Raises what the teacher raises, and BudgetError once `price.most` is spent."""
         file = self._file(question)
-        if (kept := _read(file)) is not None:
+        if (cached := _read(file)) is not None:
             self._count(cached=1)
-            return kept
+            return cached
         with self._paid(question):
             answer = self.teacher.answer(question)
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -98,8 +98,8 @@ class AnswerCache:
 
     def _may_cost(self, question: TeacherQuestion) -> float:
         # no tokeniser makes more tokens of a text than it has bytes
-        asked = sum(len(text.encode()) for _, text in question.messages)
-        return (asked * self.price.input + question.max_tokens * self.price.output) / PER
+        prompt_bytes = sum(len(text.encode()) for _, text in question.messages)
+        return (prompt_bytes * self.price.input + question.max_tokens * self.price.output) / PER
 
     def _check_cost(self) -> None:
         if self.price.most and (cost := self._cost()) >= self.price.most:

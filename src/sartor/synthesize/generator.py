@@ -36,7 +36,9 @@ class Unusable(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """Something for the teacher. number: unique in its way. schema: of the JSON that is wanted. note: what `made` needs."""
+    """Something for the teacher. number: unique in its way. schema: of the JSON that is wanted. note: what `build_row`
+    needs.
+    """
 
     number: str
     messages: tuple[tuple[str, str], ...]
@@ -68,11 +70,11 @@ class PromptedGenerator(Protocol):
         """Its name in a recipe."""
         ...
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """What is to be asked, in an order that depends on nothing else."""
         ...
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """The row in an answer, whose JSON fits the ask's schema."""
         ...
 
@@ -90,16 +92,16 @@ class LocalGenerator(Protocol):
         ...
 
 
-def draw_of(*what: Any) -> random.Random:
-    """What is drawn with, by nothing but `what`."""
-    return random.Random(hashlib.sha256(canonical(list(what))).digest())
+def draw_of(*parts: Any) -> random.Random:
+    """What is drawn with, by nothing but `parts`."""
+    return random.Random(hashlib.sha256(canonical(list(parts))).digest())
 
 
-def sample_seeds(seeds: Sequence[Example], count: int, *what: Any) -> list[Example]:
+def sample_seeds(seeds: Sequence[Example], count: int, *parts: Any) -> list[Example]:
     """That many of the seeds, drawn, in their order; 0 is all."""
     if not count or count >= len(seeds):
         return list(seeds)
-    return [seeds[place] for place in sorted(draw_of(*what).sample(range(len(seeds)), count))]
+    return [seeds[index] for index in sorted(draw_of(*parts).sample(range(len(seeds)), count))]
 
 
 def refusal_reason(seed: Example) -> str:

@@ -31,7 +31,7 @@ class LocalTeacher:
         self._notice, self._is_strict = notice, True
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._texts: dict[str, list[str]] = {}
-        self._ended: dict[str, ReplyDone | ReplyFailed] = {}
+        self._final_events: dict[str, ReplyDone | ReplyFailed] = {}
 
     def answer(self, question: TeacherQuestion) -> TeacherAnswer:
         """See Teacher. A question that leaves no room for an answer in the base's context is `refused`."""
@@ -42,7 +42,7 @@ class LocalTeacher:
             return TeacherAnswer("", "refused")
         while True:
             with self._lock:
-                if name in self._ended:
+                if name in self._final_events:
                     return self._answered(name)
                 for event in self._engine.step():
                     self._take(event)
@@ -68,10 +68,12 @@ class LocalTeacher:
         if isinstance(event, TextDelta):
             self._texts[event.call].append(event.text)
         else:
-            self._ended[event.call] = event
+            self._final_events[event.call] = event
 
     def _answered(self, name: str) -> TeacherAnswer:
-        ended, text = self._ended.pop(name), "".join(self._texts.pop(name))
-        if isinstance(ended, ReplyFailed):
-            raise getattr(errors, ended.kind, ModelError)(ended.problem, ended.remedy)
-        return TeacherAnswer(text, "length" if ended.finish == "length" else "stop", ended.prompt_tokens, ended.reply_tokens)
+        final_event, text = self._final_events.pop(name), "".join(self._texts.pop(name))
+        if isinstance(final_event, ReplyFailed):
+            raise getattr(errors, final_event.kind, ModelError)(final_event.problem, final_event.remedy)
+        return TeacherAnswer(
+            text, "length" if final_event.finish == "length" else "stop", final_event.prompt_tokens, final_event.reply_tokens
+        )

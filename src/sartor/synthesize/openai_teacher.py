@@ -43,13 +43,13 @@ class RequestThrottle:
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.requests, self.tokens, self._now, self._sleep = requests, tokens, now, sleep
-        self._asked: deque[tuple[float, int]] = deque()
+        self._sent: deque[tuple[float, int]] = deque()
         self._until = 0.0
         self._lock = threading.Lock()
 
     def wait(self, tokens: int) -> None:
         """Return when a request of that many tokens may go out, and count it. One that is over the limit alone goes alone."""
-        while (delay := self._taken(tokens)) > 0:
+        while (delay := self._reserve(tokens)) > 0:
             self._sleep(delay)
 
     def pause(self, seconds: float) -> None:
@@ -57,21 +57,21 @@ class RequestThrottle:
         with self._lock:
             self._until = max(self._until, self._now() + seconds)
 
-    def _taken(self, tokens: int) -> float:
+    def _reserve(self, tokens: int) -> float:
         """Seconds to wait before asking again; 0 where the request was counted."""
         with self._lock:
             now = self._now()
-            while self._asked and self._asked[0][0] <= now - MINUTE_S:
-                self._asked.popleft()
+            while self._sent and self._sent[0][0] <= now - MINUTE_S:
+                self._sent.popleft()
             if now < self._until:
                 return self._until - now
-            spent = sum(cost for _, cost in self._asked)
-            is_full = (self.requests and len(self._asked) >= self.requests) or (
-                self.tokens and self._asked and spent + tokens > self.tokens
+            spent = sum(cost for _, cost in self._sent)
+            is_full = (self.requests and len(self._sent) >= self.requests) or (
+                self.tokens and self._sent and spent + tokens > self.tokens
             )
             if is_full:
-                return self._asked[0][0] + MINUTE_S - now
-            self._asked.append((now, tokens))
+                return self._sent[0][0] + MINUTE_S - now
+            self._sent.append((now, tokens))
             return 0.0
 
 
@@ -83,15 +83,15 @@ class IncompleteResponseError(Exception):
     """A body that ended early or is not what the protocol says: to be asked for again."""
 
 
-def read_body(lines: Iterable[bytes], kind: str) -> TeacherAnswer:
+def read_body(lines: Iterable[bytes], content_type: str) -> TeacherAnswer:
     """The Answer in a body of that content type. Raises BrokenError."""
-    if "event-stream" in kind:
+    if "event-stream" in content_type:
         return _streamed(lines)
-    whole = _object(b"".join(_bounded(lines)).decode("utf-8", "replace"))
-    choice = _choice(whole)
+    body = _object(b"".join(_bounded(lines)).decode("utf-8", "replace"))
+    choice = _choice(body)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else None
-    return _answer(text if isinstance(text, str) else "", choice.get("finish_reason"), whole.get("usage"))
+    return _answer(text if isinstance(text, str) else "", choice.get("finish_reason"), body.get("usage"))
 
 
 def _streamed(lines: Iterable[bytes]) -> TeacherAnswer:
@@ -99,10 +99,10 @@ def _streamed(lines: Iterable[bytes]) -> TeacherAnswer:
     finish: Any = None
     usage: Any = None
     for line in _bounded(lines):
-        said = line.decode("utf-8", "replace").strip()
-        if not said.startswith("data:"):
+        text = line.decode("utf-8", "replace").strip()
+        if not text.startswith("data:"):
             continue
-        data = said.removeprefix("data:").strip()
+        data = text.removeprefix("data:").strip()
         if data == DONE:
             break
         event = _object(data)
@@ -148,12 +148,12 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
 def _answer(text: str, finish: Any, usage: Any) -> TeacherAnswer:
     if not isinstance(finish, str):
         raise IncompleteResponseError("it ended without saying why")
-    known: dict[str, Finish] = {"length": "length", "content_filter": "refused"}
+    finish_names: dict[str, Finish] = {"length": "length", "content_filter": "refused"}
     counts = usage if isinstance(usage, dict) else {}
     tokens = counts.get("prompt_tokens"), counts.get("completion_tokens")
     if all(isinstance(count, int) for count in tokens):
-        return TeacherAnswer(text, known.get(finish, "stop"), int(tokens[0] or 0), int(tokens[1] or 0))
-    return TeacherAnswer(text, known.get(finish, "stop"), 0, 0, is_estimated=True)
+        return TeacherAnswer(text, finish_names.get(finish, "stop"), int(tokens[0] or 0), int(tokens[1] or 0))
+    return TeacherAnswer(text, finish_names.get(finish, "stop"), 0, 0, is_estimated=True)
 
 
 LONGEST_PAUSE_S = 60.0
@@ -195,7 +195,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class EndpointTeacher:
-    """See the module. `told` hears of each retry: for the progress line and for tests."""
+    """See the module. `notice` hears of each retry: for the progress line and for tests."""
 
     def __init__(
         self,
@@ -203,10 +203,10 @@ class EndpointTeacher:
         pace: RequestThrottle,
         patience: Patience,
         at_once: int,
-        told: Callable[[str], object] = lambda line: None,
+        notice: Callable[[str], object] = lambda line: None,
     ) -> None:
         _check(access)
-        self.access, self.pace, self.patience, self.at_once, self._told = access, pace, patience, at_once, told
+        self.access, self.pace, self.patience, self.at_once, self._notice = access, pace, patience, at_once, notice
         self.name = f"{access.model}@{urlsplit(access.url).netloc.rpartition('@')[2]}"
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
         if urlsplit(access.url).hostname in LOOPBACK:
@@ -220,11 +220,11 @@ class EndpointTeacher:
         for attempt in range(self.patience.tries):
             self.pace.wait(size)
             try:
-                return _counted(self._asked(body), question)
-            except _AgainError as again:
-                self._told(f"{self.name}: {again.problem}; try {attempt + 1} of {self.patience.tries}")
+                return _counted(self._request(body), question)
+            except _AgainError as failure:
+                self._notice(f"{self.name}: {failure.problem}; try {attempt + 1} of {self.patience.tries}")
                 pause = min(LONGEST_PAUSE_S, self.patience.pause_s * 2**attempt) * jitter.uniform(0.5, 1.0)
-                last = again
+                last = failure
             if attempt + 1 < self.patience.tries:
                 if last.after_s:
                     self.pace.pause(last.after_s)
@@ -250,7 +250,7 @@ class EndpointTeacher:
             fields["response_format"] = {"type": "json_schema", "json_schema": form}
         return json.dumps(fields).encode(), _tokens(question) + question.max_tokens
 
-    def _asked(self, body: bytes) -> TeacherAnswer:
+    def _request(self, body: bytes) -> TeacherAnswer:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "User-Agent": "sartor"}
         if self.access.key:
             headers["Authorization"] = f"Bearer {self.access.key}"
@@ -272,12 +272,12 @@ class EndpointTeacher:
     def _failure(self, error: urllib.error.HTTPError) -> Exception | None:
         """What an error status means; None where it is of this question alone."""
         try:
-            said = error.read(2000).decode("utf-8", "replace")
+            body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
-            said = ""
-        if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in said):
+            body = ""
+        if error.code in OF_THE_QUESTION or (error.code == 400 and TOO_LONG in body):
             return None
-        problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(said.split())[:300]}")
+        problem = self._redacted(f"{self.access.url} says {error.code}: {' '.join(body.split())[:300]}")
         if error.code in AGAIN:
             is_busy = error.code in (429, 503, 529)
             return _AgainError(problem, _retry_after(error.headers.get("Retry-After", "")) if is_busy else 0.0, is_busy=is_busy)

@@ -35,14 +35,16 @@ class SynthesizeRecipe:
         object.__setattr__(self, "licence", checked(self.licence))
         if not self.ways:
             raise ConfigError("the recipe names no way", "ways: [vary]")
-        if not self.sources and (hungry := [way.kind for way in self.ways if not isinstance(way, FROM_NOTHING)]):
-            raise ConfigError(f"{hungry[0]} makes rows of rows, and there is no source", "sources: [{path: rows.jsonl}]")
+        if not self.sources and (needing_sources := [way.kind for way in self.ways if not isinstance(way, FROM_NOTHING)]):
+            raise ConfigError(
+                f"{needing_sources[0]} makes rows of rows, and there is no source", "sources: [{path: rows.jsonl}]"
+            )
         if not 0 <= self.temperature <= 2 or self.max_tokens < 1 or self.repairs not in (0, 1):
             problem = f"temperature is {self.temperature:g}, max_tokens {self.max_tokens}, repairs {self.repairs}"
             raise ConfigError(f"{problem}; they must be 0 to 2, at least 1, 0 or 1", "leave them out for the defaults")
         kinds = [way.kind for way in self.ways]
-        if twice := next((kind for kind in kinds if kinds.count(kind) > 1 and kind not in _MANY), ""):
-            raise ConfigError(f"{twice} stands twice; its rows would be the same", "give it more per row")
+        if duplicate := next((kind for kind in kinds if kinds.count(kind) > 1 and kind not in _MANY), ""):
+            raise ConfigError(f"{duplicate} stands twice; its rows would be the same", "give it more per row")
 
 
 # of these two differ in what they make

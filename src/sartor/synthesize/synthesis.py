@@ -65,12 +65,12 @@ def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, 
 
 def repair(question: TeacherQuestion, answer: TeacherAnswer, fault: Unusable) -> TeacherQuestion:
     """The second question: what was said, and what is wrong with it."""
-    asked = (
+    repair_prompt = (
         f"Your answer was:\n{quoted(answer.text[:_SHOWN])}\nIt cannot be used: {fault.detail}. "
         f"Answer again, with the JSON object alone, of this schema: {question.schema}"
     )
-    said = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", asked))
-    return TeacherQuestion(said, question.seed, question.max_tokens, question.temperature, question.schema)
+    messages = (*question.messages, ("assistant", answer.text[:_SHOWN]), ("user", repair_prompt))
+    return TeacherQuestion(messages, question.seed, question.max_tokens, question.temperature, question.schema)
 
 
 def _object_in(text: str) -> dict[str, Any] | None:
@@ -117,14 +117,14 @@ class Synthesized:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         spent = self.spent or Spent(0, 0, 0, 0, 0, 0.0)
-        said = self.dataset.manifest["synthetic"]
+        fields = self.dataset.manifest["synthetic"]
         return {
             "dataset": str(self.dataset.path),
             "made": self.made,
             "dropped": self.dropped,
-            "seeds": said["seeds"],
-            "ways": said["ways"],
-            "teacher": said["teacher"],
+            "seeds": fields["seeds"],
+            "ways": fields["ways"],
+            "teacher": fields["teacher"],
             "calls": spent.calls,
             "cached": spent.cached,
             "tokens": {"input": spent.tokens_in, "output": spent.tokens_out, "estimated_calls": spent.estimated},
@@ -136,10 +136,10 @@ class Synthesized:
 
     def table(self) -> list[tuple[str, Any]]:
         """What a person reads."""
-        said = self.as_json()
-        ways = [(kind, counts) for kind, counts in said.pop("ways").items()]
-        shown = ("dataset", "made", "dropped", "teacher", "calls", "cached", "tokens", "cost", "licence")
-        return [*((name, said[name]) for name in shown), *ways, ("card", str(self.dataset.path / "card.html"))]
+        fields = self.as_json()
+        ways = [(kind, counts) for kind, counts in fields.pop("ways").items()]
+        names = ("dataset", "made", "dropped", "teacher", "calls", "cached", "tokens", "cost", "licence")
+        return [*((name, fields[name]) for name in names), *ways, ("card", str(self.dataset.path / "card.html"))]
 
 
 Notice = Callable[[str], object]
@@ -166,12 +166,12 @@ def synthesize(
     answers, not on time, threads or failures. Raises ConfigError for a bad recipe or a taken `out`, SourceError when no row is
     made, what the teacher raises when its patience is at an end, BudgetError when the money is, StoppedError on a signal.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     recipe = load_recipe(recipe)
     _check_teacher(recipe, teacher)
     out = Path(out).absolute()
     if resume and kind_of(out) == "dataset":
-        return Synthesized(_finished(recipe, out), None, time.monotonic() - began, found=True)
+        return Synthesized(_finished(recipe, out), None, time.monotonic() - started, found=True)
     check_output_free(out, replace=replace)
     work = out.with_name(f"{out.name}.synthesizing")
     with workplace(work, anew=False):
@@ -190,7 +190,7 @@ def synthesize(
                 f"the disk is full; answers stand in {run.folder}", "free some space, then the same command"
             ) from error
         shutil.rmtree(work, ignore_errors=True)
-    return Synthesized(dataset, run.answers.spent if run.answers else None, time.monotonic() - began)
+    return Synthesized(dataset, run.answers.spent if run.answers else None, time.monotonic() - started)
 
 
 def load_recipe(recipe: SynthesizeRecipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> SynthesizeRecipe:
@@ -204,7 +204,7 @@ def _check_teacher(recipe: SynthesizeRecipe, teacher: Teacher | None) -> None:
         raise ConfigError(f"{asking[0]} asks a teacher, and the recipe names none", "teacher: local")
 
 
-def _said(recipe: SynthesizeRecipe) -> dict[str, Any]:
+def _manifest_recipe(recipe: SynthesizeRecipe) -> dict[str, Any]:
     """The recipe as a manifest has it: without what changes nothing in the Dataset."""
     fields = {name: value for name, value in config.dump(recipe).items() if name != "cache"}
     if fields["teacher"]:
@@ -217,24 +217,24 @@ _OF_A_RUN = ("at_once", "requests_per_minute", "tokens_per_minute", "price", "tr
 
 def _finished(recipe: SynthesizeRecipe, out: Path) -> Artifact:
     """The Dataset at `out`. Raises ConfigError if another recipe, or other seeds, made it."""
-    there = open_artifact(out, "dataset")
-    said = there.manifest.get("synthetic")
-    if not said or digest(there.manifest["recipe"]) != digest(_said(recipe)):
+    dataset = open_artifact(out, "dataset")
+    synthetic_fields = dataset.manifest.get("synthetic")
+    if not synthetic_fields or digest(dataset.manifest["recipe"]) != digest(_manifest_recipe(recipe)):
         raise ConfigError(f"{out} is a finished Dataset of another recipe", "choose another --out, or --replace")
     work = out.with_name(f"{out.name}.synthesizing")
     with workplace(work, anew=False):
-        found = synthetic_dataset.read_seeds(recipe.sources, recipe.max_row_bytes, work)
+        seeds = synthetic_dataset.read_seeds(recipe.sources, recipe.max_row_bytes, work)
         shutil.rmtree(work, ignore_errors=True)
-    if found.digest != said["of"]:
+    if seeds.digest != synthetic_fields["of"]:
         raise ConfigError(f"{out} is a finished Dataset of sources that have changed", "choose another --out, or --replace")
-    return there
+    return dataset
 
 
 @dataclass(frozen=True)
 class AskOutcome:
     """What came of an ask: the last question and answer, and the JSON in it or what is wrong with it."""
 
-    ask: TeacherRequest
+    request: TeacherRequest
     question: TeacherQuestion
     answer: TeacherAnswer
     value: dict[str, Any] | Unusable
@@ -247,56 +247,56 @@ class SynthesisRun:
         self.recipe, self.work, self.notice = recipe, work, notice
         self.folder = Path(recipe.cache).expanduser() if recipe.cache else work / "answers"
         self.answers: AnswerCache | None = None
-        self._given = teacher
-        self._said_at = time.monotonic()
+        self._teacher = teacher
+        self._noticed_at = time.monotonic()
 
     def write(self, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
-        found = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
+        seeds = synthetic_dataset.read_seeds(self.recipe.sources, self.recipe.max_row_bytes, self.work)
         if any(map(asks_teacher, self.recipe.ways)):
             self.answers = self._open_answers()
         of_teacher = self.recipe.teacher.licence if self.recipe.teacher else ""
         self.rows = synthetic_dataset.SyntheticRows(
-            (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in found.rows}
+            (self.recipe.licence, of_teacher), {row.id: row.origins[0].locator for row in seeds.rows}
         )
-        for way in self.recipe.ways:
-            if asks_teacher(way):
-                self._ask(way, found)
+        for generator in self.recipe.ways:
+            if asks_teacher(generator):
+                self._ask(generator, seeds)
             else:
-                self._make(way, found)
+                self._make(generator, seeds)
         name = self.answers.teacher.name if self.answers else ""
         return synthetic_dataset.write(
-            writer, self.work, self.rows, found, {"recipe": _said(self.recipe), "teacher": name, "of": found.digest}
+            writer, self.work, self.rows, seeds, {"recipe": _manifest_recipe(self.recipe), "teacher": name, "of": seeds.digest}
         )
 
     def _open_answers(self) -> AnswerCache:
         configured = self.recipe.teacher
-        teacher = self._given or (configured.open(self.notice) if configured else None)
+        teacher = self._teacher or (configured.open(self.notice) if configured else None)
         assert teacher is not None  # looked at when the run began
         return AnswerCache(teacher, self.folder, configured.price if isinstance(configured, Endpoint) else Price())
 
-    def _make(self, way: Any, found: synthetic_dataset.Seeds) -> None:
-        for item in make(way, found.rows, self.recipe.seed, self.work):
+    def _make(self, generator: Any, seeds: synthetic_dataset.Seeds) -> None:
+        for item in make(generator, seeds.rows, self.recipe.seed, self.work):
             if isinstance(item, Skipped):
-                self.rows.count(way.kind, f"skipped:{item.reason}")
+                self.rows.count(generator.kind, f"skipped:{item.reason}")
             elif isinstance(item, Drop):
-                self.rows.drop(way.kind, item, "")
+                self.rows.drop(generator.kind, item, "")
             else:
-                self.rows.add(way.kind, item, synthetic_dataset.Provenance(seed=self.recipe.seed))
+                self.rows.add(generator.kind, item, synthetic_dataset.Provenance(seed=self.recipe.seed))
 
-    def _ask(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> None:
-        for outcome in self._outcomes(way, found):
-            self._take(way, outcome)
-            self._tell(way.kind)
+    def _ask(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> None:
+        for outcome in self._outcomes(generator, seeds):
+            self._take(generator, outcome)
+            self._report_progress(generator.kind)
 
-    def _outcomes(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> Iterator[AskOutcome]:
+    def _outcomes(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> Iterator[AskOutcome]:
         """In the order of the asks, some of which are under way at once."""
         assert self.answers is not None
         at_once = self.answers.teacher.at_once
-        coming = self._counted(way, found)
+        requests = self._counted(generator, seeds)
         with ThreadPoolExecutor(at_once, "sartor-teacher") as pool:
-            while some := list(islice(coming, at_once * AHEAD)):
-                under_way = [pool.submit(self._outcome, way.kind, ask) for ask in some]
+            while batch := list(islice(requests, at_once * AHEAD)):
+                under_way = [pool.submit(self._outcome, generator.kind, request) for request in batch]
                 try:
                     for future in under_way:
                         yield future.result()
@@ -305,43 +305,51 @@ class SynthesisRun:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
 
-    def _counted(self, way: PromptedGenerator, found: synthetic_dataset.Seeds) -> Iterator[TeacherRequest]:
-        for item in way.asks(found.rows, self.recipe.seed):
+    def _counted(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> Iterator[TeacherRequest]:
+        for item in generator.requests(seeds.rows, self.recipe.seed):
             if isinstance(item, Skipped):
-                self.rows.count(way.kind, f"skipped:{item.reason}")
+                self.rows.count(generator.kind, f"skipped:{item.reason}")
             else:
                 yield item
 
-    def _outcome(self, kind: str, ask: TeacherRequest) -> AskOutcome:
+    def _outcome(self, kind: str, request: TeacherRequest) -> AskOutcome:
         assert self.answers is not None
-        number = int(digest([self.recipe.seed, kind, ask.number])[:8], 16) >> 1  # endpoints take 31 bits
-        schema = canonical_text(ask.schema)
-        question = TeacherQuestion(ask.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
+        number = int(digest([self.recipe.seed, kind, request.number])[:8], 16) >> 1  # endpoints take 31 bits
+        schema = canonical_text(request.schema)
+        question = TeacherQuestion(request.messages, number, self.recipe.max_tokens, self.recipe.temperature, schema)
         answer = self.answers.answer(question)
-        value = parse_answer(answer, ask.schema)
+        value = parse_answer(answer, request.schema)
         if isinstance(value, Unusable) and value.reason in _REPAIRED and self.recipe.repairs:
             question = repair(question, answer, value)
             answer = self.answers.answer(question)
-            value = parse_answer(answer, ask.schema)
-        return AskOutcome(ask, question, answer, value)
+            value = parse_answer(answer, request.schema)
+        return AskOutcome(request, question, answer, value)
 
-    def _take(self, way: PromptedGenerator, outcome: AskOutcome) -> None:
+    def _take(self, generator: PromptedGenerator, outcome: AskOutcome) -> None:
         assert self.answers is not None
-        made = outcome.value if isinstance(outcome.value, Unusable) else way.made(outcome.ask, outcome.value)
-        if isinstance(made, GeneratedRow):
-            of = outcome.question
-            asked = synthetic_dataset.Provenance(self.answers.teacher.name, of.prompt_digest, outcome.answer.digest, of.seed)
-            self.rows.add(way.kind, made, asked)
+        generated = (
+            outcome.value if isinstance(outcome.value, Unusable) else generator.build_row(outcome.request, outcome.value)
+        )
+        if isinstance(generated, GeneratedRow):
+            question = outcome.question
+            provenance = synthetic_dataset.Provenance(
+                self.answers.teacher.name, question.prompt_digest, outcome.answer.digest, question.seed
+            )
+            self.rows.add(generator.kind, generated, provenance)
             return
-        parents = outcome.ask.parents
+        parents = outcome.request.parents
         origin = parents[0].origins[0] if parents else None
         # a reason may quote the answer, in which people may be named; of the answer itself only the digest is kept
-        detail = f"{masked_text(made.detail)} (answer {outcome.answer.digest} to {way.kind} {outcome.ask.number})"
-        place = (origin.source, origin.locator) if origin else ("", "")
-        self.rows.drop(way.kind, Drop(made.reason, *place, detail), outcome.ask.number)
+        detail = (
+            f"{masked_text(generated.detail)} (answer {outcome.answer.digest} to {generator.kind} {outcome.request.number})"
+        )
+        source_locator = (origin.source, origin.locator) if origin else ("", "")
+        self.rows.drop(generator.kind, Drop(generated.reason, *source_locator, detail), outcome.request.number)
 
-    def _tell(self, kind: str) -> None:
-        if time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES and self.answers:
-            spent, self._said_at = self.answers.spent, time.monotonic()
-            made = sum(counts["made"] for counts in self.rows.ways.values())
-            self.notice(f"{kind}: {made:,} rows made, {spent.calls:,} calls, {spent.cached:,} from disk, cost {spent.cost:.4f}")
+    def _report_progress(self, kind: str) -> None:
+        if time.monotonic() - self._noticed_at > SECONDS_BETWEEN_LINES and self.answers:
+            spent, self._noticed_at = self.answers.spent, time.monotonic()
+            row_count = sum(counts["made"] for counts in self.rows.ways.values())
+            self.notice(
+                f"{kind}: {row_count:,} rows made, {spent.calls:,} calls, {spent.cached:,} from disk, cost {spent.cost:.4f}"
+            )

@@ -58,39 +58,39 @@ def read_seeds(sources: tuple[SourceOptions, ...], max_row_bytes: int, folder: P
     for source in sources:
         path = Path(source.path)
         if path.is_dir() and kind_of(path) == "dataset":
-            coming: Iterator[Example | Drop] = _of_dataset(open_artifact(path, "dataset"), result, folder)
+            rows: Iterator[Example | Drop] = _of_dataset(open_artifact(path, "dataset"), result, folder)
         else:
-            coming = _of_files(source, max_row_bytes, result, folder)
-        for row in coming:
+            rows = _of_files(source, max_row_bytes, result, folder)
+        for row in rows:
             if isinstance(row, Drop):
                 result.drops.append(row)
             elif row.split == "eval":
                 result.held_out += 1
             else:
                 result.rows.append(row)
-    once = {row.id: row for row in reversed(result.rows)}
-    result.repeated = len(result.rows) - len(once)
-    result.rows = list(reversed(once.values()))
+    unique = {row.id: row for row in reversed(result.rows)}
+    result.repeated = len(result.rows) - len(unique)
+    result.rows = list(reversed(unique.values()))
     return result
 
 
-def _of_files(source: SourceOptions, max_row_bytes: int, found: Seeds, folder: Path) -> Iterator[Example | Drop]:
+def _of_files(source: SourceOptions, max_row_bytes: int, seeds: Seeds, folder: Path) -> Iterator[Example | Drop]:
     plan = planner.plan_reading([source], max_row_bytes)
     terms = {name: getattr(source, name) for name in TERMS}
-    found.files += [{**asdict(file), **terms} for file in plan.files]
-    for unit in plan.units:
+    seeds.files += [{**asdict(file), **terms} for file in plan.files]
+    for unit in plan.chunks:
         for row in chunk_reader.read_chunk(unit, source, folder / "media"):
-            place = row.locator if isinstance(row, Drop) else row.origins[0].locator
-            found.read[source.path, place.rpartition(":")[0]] += 1
+            locator = row.locator if isinstance(row, Drop) else row.origins[0].locator
+            seeds.read[source.path, locator.rpartition(":")[0]] += 1
             yield row if isinstance(row, Drop) or not source.split else replace(row, split=source.split)
 
 
-def _of_dataset(dataset: Artifact, found: Seeds, folder: Path) -> Iterator[Example]:
-    found.parents.append(dataset)
-    found.files += [{**file, "notes": {}} for file in dataset.manifest["sources"]]
+def _of_dataset(dataset: Artifact, seeds: Seeds, folder: Path) -> Iterator[Example]:
+    seeds.parents.append(dataset)
+    seeds.files += [{**file, "notes": {}} for file in dataset.manifest["sources"]]
     for row in parquet_io.read_examples(dataset):
         for origin in row.origins[:1]:
-            found.read[origin.source, origin.locator.rpartition(":")[0]] += 1
+            seeds.read[origin.source, origin.locator.rpartition(":")[0]] += 1
         if row.split != "eval":
             for part in (part for message in (*row.messages, *row.rejected) for part in message.content if part.media):
                 media_files.copy_file(dataset.path / part.media, folder / "media")
@@ -134,25 +134,27 @@ class SyntheticRows:
     evidence: list[dict[str, Any]] = field(default_factory=list)
     ways: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def count(self, kind: str, what: str) -> None:
+    def count(self, kind: str, outcome: str) -> None:
         """One more of a way's `made`, `dropped` or `skipped:why`."""
-        self.ways.setdefault(kind, Counter())[what] += 1
+        self.ways.setdefault(kind, Counter())[outcome] += 1
 
-    def add(self, kind: str, made: GeneratedRow, asked: Provenance) -> None:
+    def add(self, kind: str, generated: GeneratedRow, provenance: Provenance) -> None:
         """A row, or the Drop of one that is there already."""
-        row = self._row(kind, made, asked)
+        row = self._row(kind, generated, provenance)
         if row.id in self.seeds or row.id in self.rows:
-            there = f"the seed {self.seeds[row.id]}" if row.id in self.seeds else f"{self.rows[row.id].origins[0].step}'s"
-            detail = f"the same content as {there}"
+            duplicate_of = (
+                f"the seed {self.seeds[row.id]}" if row.id in self.seeds else f"{self.rows[row.id].origins[0].step}'s"
+            )
+            detail = f"the same content as {duplicate_of}"
             self.drop(
-                kind, Drop("exact_duplicate", "", "", detail, id=row.id, kept=row.id, method="equal content"), made.number
+                kind, Drop("exact_duplicate", "", "", detail, id=row.id, kept=row.id, method="equal content"), generated.number
             )
             return
         self.rows[row.id] = row
         self.count(kind, "made")
-        span = made.span or (None, None)
-        fields = {"id": row.id, "way": kind, "parents": [parent.id for parent in made.parents], **asdict(asked)}
-        self.evidence.append({**fields, "changes": made.changes, "span_start": span[0], "span_end": span[1]})
+        span = generated.span or (None, None)
+        fields = {"id": row.id, "way": kind, "parents": [parent.id for parent in generated.parents], **asdict(provenance)}
+        self.evidence.append({**fields, "changes": generated.changes, "span_start": span[0], "span_end": span[1]})
 
     def drop(self, kind: str, drop: Drop, number: str) -> None:
         """What was tried and did not become a row."""
@@ -160,45 +162,47 @@ class SyntheticRows:
         self.drops.append(replace(drop, step=step, source=drop.source or step, locator=drop.locator or f"{kind}:{number}"))
         self.count(kind, "dropped")
 
-    def _row(self, kind: str, made: GeneratedRow, asked: Provenance) -> Example:
+    def _row(self, kind: str, generated: GeneratedRow, provenance: Provenance) -> Example:
         step = f"synthesize:{kind}"
-        made_by = canonical_text({"way": kind, **asdict(asked)})
+        made_by = canonical_text({"way": kind, **asdict(provenance)})
         of_nothing, of_teacher = self.licences
         origins: dict[Origin, None] = {}
-        for parent in made.parents:
+        for parent in generated.parents:
             for origin in parent.origins:
-                licence = combine([origin.licence, of_teacher]) if of_teacher and asked.teacher else origin.licence
+                licence = combine([origin.licence, of_teacher]) if of_teacher and provenance.teacher else origin.licence
                 origins[replace(origin, licence=licence, parents=(parent.id,), step=step, made_by=made_by)] = None
-        if not made.parents:
-            licence = combine([of_nothing, of_teacher]) if of_teacher and asked.teacher else of_nothing
-            origins[Origin(step, f"{kind}:{made.number}", licence, (), step, made_by=made_by)] = None
-        content = made.row
+        if not generated.parents:
+            licence = combine([of_nothing, of_teacher]) if of_teacher and provenance.teacher else of_nothing
+            origins[Origin(step, f"{kind}:{generated.number}", licence, (), step, made_by=made_by)] = None
+        content = generated.row
         row = Example(content.messages, tuple(origins), split="train", rejected=content.rejected, tools=content.tools)
-        return replace(row, group=made.group or split_group(row))
+        return replace(row, group=generated.group or split_group(row))
 
 
-def write(writer: DatasetWriter, work: Path, found: SyntheticRows, seeds: Seeds, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill the Dataset's directory; returns what its manifest says. `said`: recipe and teacher."""
-    drops = [*seeds.drops, *found.drops]
-    if not found.rows:
-        raise SourceError(_nothing_made(drops, found.ways), "mend the sources, the ways or the teacher")
+def write(
+    writer: DatasetWriter, work: Path, synthetic_rows: SyntheticRows, seeds: Seeds, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fill the Dataset's directory; returns what its manifest says. `fields`: recipe and teacher."""
+    drops = [*seeds.drops, *synthetic_rows.drops]
+    if not synthetic_rows.rows:
+        raise SourceError(_nothing_made(drops, synthetic_rows.ways), "mend the sources, the ways or the teacher")
     writer.parents = seeds.parents
-    writer.examples(_tables(found.rows.values()))
+    writer.examples(_tables(synthetic_rows.rows.values()))
     writer.drops(_drop_tables(drops))
     writer.media(work / "media")
-    writer.evidence("synthetic", pa.Table.from_pylist(found.evidence, EVIDENCE))
-    made = sum(map(_tried, found.ways.values()))
-    assert made + len(seeds.drops) == writer.kept + writer.dropped.total()
-    ways = {kind: dict(sorted(counts.items())) for kind, counts in found.ways.items()}
-    by_licence = {origin.licence for row in found.rows.values() for origin in row.origins}
+    writer.evidence("synthetic", pa.Table.from_pylist(synthetic_rows.evidence, EVIDENCE))
+    row_count = sum(map(_tried, synthetic_rows.ways.values()))
+    assert row_count + len(seeds.drops) == writer.row_count + writer.dropped.total()
+    ways = {kind: dict(sorted(counts.items())) for kind, counts in synthetic_rows.ways.items()}
+    by_licence = {origin.licence for row in synthetic_rows.rows.values() for origin in row.origins}
     return writer.finish(
-        recipe=said["recipe"],
-        sources=_sources(writer, found, seeds),
+        recipe=fields["recipe"],
+        sources=_sources(writer, synthetic_rows, seeds),
         # `copies`: rows that a step adds, of which the card draws how many were left
         steps={f"synthesize:{kind}": {**counts, "copies": _tried(counts)} for kind, counts in ways.items()},
-        counts={"read": len(seeds.drops), "made": made},
+        counts={"read": len(seeds.drops), "made": row_count},
         # the licence is of the seeds and, where it has one, of the teacher's word
-        more={"licence": combine(by_licence), "synthetic": _synthetic(seeds, ways, said)},
+        extra_facts={"licence": combine(by_licence), "synthetic": _synthetic(seeds, ways, fields)},
     )
 
 
@@ -211,17 +215,17 @@ def _nothing_made(drops: Sequence[Drop], ways: Mapping[str, Counter[str]]) -> st
     return f"no row was made ({counted}{first})"
 
 
-def _sources(writer: DatasetWriter, found: SyntheticRows, seeds: Seeds) -> list[dict[str, Any]]:
+def _sources(writer: DatasetWriter, synthetic_rows: SyntheticRows, seeds: Seeds) -> list[dict[str, Any]]:
     """The files of the seeds, and an entry for each way that made rows of nothing."""
-    of_nothing = sorted(place for place in kept_by_file(writer.folder) if place[0].startswith("synthesize:"))
-    entries = [*seeds.files, *(_pseudo(place, found.licences[0]) for place in of_nothing)]
+    of_nothing = sorted(file_key for file_key in kept_by_file(writer.folder) if file_key[0].startswith("synthesize:"))
+    entries = [*seeds.files, *(_pseudo(file_key, synthetic_rows.licences[0]) for file_key in of_nothing)]
     entries = [{**entry, "read": seeds.read[entry["source"], entry["path"]]} for entry in entries]
     return writer.sources_with_kept(entries)
 
 
-def _synthetic(seeds: Seeds, ways: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def _synthetic(seeds: Seeds, ways: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "teacher": said["teacher"],
+        "teacher": fields["teacher"],
         "ways": ways,
         "seeds": {
             "read": seeds.total,
@@ -230,7 +234,7 @@ def _synthetic(seeds: Seeds, ways: Mapping[str, Any], said: Mapping[str, Any]) -
             "repeated": seeds.repeated,
             "dropped": len(seeds.drops),
         },
-        "of": said["of"],
+        "of": fields["of"],
     }
 
 
@@ -239,19 +243,27 @@ def _tried(counts: Mapping[str, int]) -> int:
     return counts.get("made", 0) + counts.get("dropped", 0)
 
 
-def _pseudo(place: tuple[str, str], licence: str) -> dict[str, Any]:
+def _pseudo(file_key: tuple[str, str], licence: str) -> dict[str, Any]:
     """The entry of rows that are made of nothing but the recipe."""
     terms: dict[str, Any] = {"share_alike": False, "non_commercial": False, "expires": "", "consent": "", "rehearsal": False}
     assert terms.keys() == set(TERMS)
-    own = {"source": place[0], "path": place[1], "sha256": "", "bytes": 0, "licence": licence, "use": (), "form": "synthetic"}
-    return {**own, **terms, "notes": {}}
+    entry = {
+        "source": file_key[0],
+        "path": file_key[1],
+        "sha256": "",
+        "bytes": 0,
+        "licence": licence,
+        "use": (),
+        "form": "synthetic",
+    }
+    return {**entry, **terms, "notes": {}}
 
 
-def _tables(found: Any) -> Iterator[Any]:
-    for some in batched(found, 1024):
-        yield parquet_io.examples_table(some)
+def _tables(examples: Any) -> Iterator[Any]:
+    for batch in batched(examples, 1024):
+        yield parquet_io.examples_table(batch)
 
 
 def _drop_tables(drops: Sequence[Drop]) -> Iterator[Any]:
-    for some in batched(drops, 4096):
-        yield pa.Table.from_pylist([asdict(drop) for drop in some], parquet_io.DROPS)
+    for batch in batched(drops, 4096):
+        yield pa.Table.from_pylist([asdict(drop) for drop in batch], parquet_io.DROPS)

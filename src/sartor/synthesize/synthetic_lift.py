@@ -40,13 +40,13 @@ class LiftResult:
 
     def as_json(self) -> dict[str, Any]:
         """For the command's JSON."""
-        found = self.compared
+        comparison = self.compared
         return {
             "metric": self.metric,
-            "without": found.base,
-            "with": found.tuned,
-            "gain": {"estimate": found.difference, "low": found.low, "high": found.high},
-            "verdict": found.verdict(),
+            "without": comparison.base,
+            "with": comparison.tuned,
+            "gain": {"estimate": comparison.difference, "low": comparison.low, "high": comparison.high},
+            "verdict": comparison.verdict(),
             "rows": self.rows,
             "synthetic": self.synthetic,
             "left_out": self.left_out,
@@ -73,15 +73,15 @@ def prove(
     (`evaluate/bootstrap.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
     Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     out = Path(out).absolute()
-    real, made = open_artifact(reality, "dataset"), open_artifact(synthetic, "dataset")
+    real, synthetic_artifact = open_artifact(reality, "dataset"), open_artifact(synthetic, "dataset")
     names = ("with", "adapter-without", "adapter-with", "report-without", "report-with")
     for name in names:
         check_output_free(out / name, replace=replace)
-    both, taken, left_out = _together(real, made, out / "with", replace)
+    combined, added, left_out = _together(real, synthetic_artifact, out / "with", replace)
     tuned, scored, metric = {}, {}, scorer
-    for name, dataset in (("without", real), ("with", both)):
+    for name, dataset in (("without", real), ("with", combined)):
         notice(f"tuning {name} synthetic rows")
         chosen = recipes.load(recipe, ["--data.path", str(dataset.path)])
         tuned[name] = tune(chosen, out / f"adapter-{name}", replace=replace, show=False, notice=notice)
@@ -95,27 +95,27 @@ def prove(
         ).report
         scored[name] = {row["id"]: row for row in parquet_io.read_file(report.path / "rows.parquet")}
         metric = metric or str(report.manifest["primary"])
-    return _compared(scored, metric, (taken, left_out), tuned, time.monotonic() - began)
+    return _compared(scored, metric, (added, left_out), tuned, time.monotonic() - started)
 
 
-def _together(real: Artifact, made: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
+def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
     """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
-    known = list(parquet_io.read_examples(real))
-    held_out = {split_group(row) for row in known if row.split == "eval"}
+    real_rows = list(parquet_io.read_examples(real))
+    held_out = {split_group(row) for row in real_rows if row.split == "eval"}
     if not held_out:
         raise SourceError(f"{real.path} holds out no row to compare on", "curate it with split.eval_fraction above 0")
-    ids = {row.id for row in known}
-    taken: list[Example] = []
+    ids = {row.id for row in real_rows}
+    added: list[Example] = []
     drops = []
-    for row in parquet_io.read_examples(made):
+    for row in parquet_io.read_examples(synthetic_artifact):
         if split_group(row) in held_out or row.id in ids:
             drops.append(drop_of(row, "group_held_out", "a real row of its group is held out, or is it itself", step=STEP))
         else:
-            taken.append(replace_fields(row, split="train"))
+            added.append(replace_fields(row, split="train"))
     dataset = write_dataset_from(
-        out, [real, made], [*known, *taken], drops, step={STEP: {"added": len(taken)}}, replace=replace
+        out, [real, synthetic_artifact], [*real_rows, *added], drops, step={STEP: {"added": len(added)}}, replace=replace
     )
-    return dataset, len(taken), len(drops)
+    return dataset, len(added), len(drops)
 
 
 def _compared(
@@ -128,9 +128,9 @@ def _compared(
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
     sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]
     groups = [group_of_stored(scored["without"][row]) for row in shared]
-    runs = {name: {"adapter": str(one.adapter.path), "updates": one.as_json()["updates"]} for name, one in tuned.items()}
-    found = bootstrap.paired_bootstrap(sides[0], sides[1], groups)
-    return LiftResult(found, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
+    runs = {name: {"adapter": str(run.adapter.path), "updates": run.as_json()["updates"]} for name, run in tuned.items()}
+    comparison = bootstrap.paired_bootstrap(sides[0], sides[1], groups)
+    return LiftResult(comparison, column.removeprefix("tuned_"), len(shared), *counts, runs, wall_s)
 
 
 __all__ = ["LiftResult", "prove"]

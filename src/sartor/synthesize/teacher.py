@@ -106,8 +106,8 @@ def open_local(base: str, at_once: int, notice: Callable[[str], object]) -> Teac
 
 def say_all(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
     """A file below `folder` in which each text is spoken. Raises MissingError where no voice is installed."""
-    said: list[Path] = _offered("speech")(texts, voice, speed, folder)
-    return said
+    files: list[Path] = _offered("speech")(texts, voice, speed, folder)
+    return files
 
 
 def _offered(name: str) -> Any:

@@ -84,10 +84,10 @@ def _parts() -> tuple[Any, Any, Any]:
 
 def rarity(texts: Sequence[str]) -> Any:
     """The (1, D) weight of each column: log((1 + N) / (1 + texts that have it)); 0 for what every text has."""
-    having = np.zeros(2 << BITS, dtype=np.int64)
+    document_counts = np.zeros(2 << BITS, dtype=np.int64)
     for chunk in chunks(texts):
-        having += np.bincount(counts(chunk).indices, minlength=2 << BITS)
-    return np.log((1 + len(texts)) / (1 + having)).astype(np.float32)[None, :]
+        document_counts += np.bincount(counts(chunk).indices, minlength=2 << BITS)
+    return np.log((1 + len(texts)) / (1 + document_counts)).astype(np.float32)[None, :]
 
 
 def _fitted(texts: Sequence[str], weights: Any) -> Any:
@@ -121,58 +121,63 @@ EXACT_ROWS = 50_000
 _CELLS = 32_000_000  # of a block of likenesses
 
 
-def nearest(vectors: F32, queries: I64, most: int) -> Iterator[tuple[I64, I64, F32]]:
+def nearest(vectors: F32, queries: I64, n_neighbours: int) -> Iterator[tuple[I64, I64, F32]]:
     """(rows, neighbours, likeness) of blocks of `queries` (row numbers): (B,), (B, most) and (B, most), nearest first.
 
     The row itself is not among its neighbours. Likeness is the cosine, -1 and the row itself where there are no more.
     """
-    most = min(most, len(vectors) - 1)
-    if most < 1:
+    n_neighbours = min(n_neighbours, len(vectors) - 1)
+    if n_neighbours < 1:
         return
     search = _neighbours_exact if len(vectors) <= EXACT_ROWS else _graph(vectors)
     block = max(1, _CELLS // len(vectors))
     for start in range(0, len(queries), block):
         rows = queries[start : start + block]
-        found, likeness = search(vectors, rows, most)
-        yield rows, found, likeness
+        neighbours, likeness = search(vectors, rows, n_neighbours)
+        yield rows, neighbours, likeness
 
 
 class NearPairs:
-    """(a, b, cosine) with a < b for each row and its `most` nearest at or above a threshold, each pair once, in order of rows.
+    """(a, b, cosine) with a < b for each row and its `n_neighbours` nearest at or above a threshold, each pair once, in order
+    of rows.
 
-    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `most` nearest were all
-    at or above the threshold: there may be more of them that were not looked at.
+    A row of zeros (an empty text) is nobody's neighbour. After a round, `crowded` counts rows whose `n_neighbours` nearest were
+    all at or above the threshold: there may be more of them that were not looked at.
     """
 
-    def __init__(self, vectors: F32, threshold: float, most: int) -> None:
-        self._vectors, self._threshold, self._most = vectors, threshold, most
+    def __init__(self, vectors: F32, threshold: float, n_neighbours: int) -> None:
+        self._vectors, self._threshold, self._n_neighbours = vectors, threshold, n_neighbours
         self.crowded = 0
 
     def __iter__(self) -> Iterator[tuple[int, int, float]]:
         self.crowded = 0
-        seen: set[int] = set()
+        yielded: set[int] = set()
         count = len(self._vectors)
-        spoken = np.flatnonzero(np.abs(self._vectors).sum(1) > 0)
-        for rows, found, likeness in nearest(self._vectors, spoken, self._most):
-            near = likeness >= self._threshold
-            self.crowded += int(near.all(1).sum()) if near.shape[1] == self._most else 0
-            where, place = np.nonzero(near)
-            columns = (rows[where], found[where, place], np.minimum(likeness[where, place], 1))
+        nonzero_rows = np.flatnonzero(np.abs(self._vectors).sum(1) > 0)
+        for rows, neighbours, likeness in nearest(self._vectors, nonzero_rows, self._n_neighbours):
+            is_near = likeness >= self._threshold
+            self.crowded += int(is_near.all(1).sum()) if is_near.shape[1] == self._n_neighbours else 0
+            near_rows, near_columns = np.nonzero(is_near)
+            columns = (rows[near_rows], neighbours[near_rows, near_columns], np.minimum(likeness[near_rows, near_columns], 1))
             for row, other, score in zip(*(column.tolist() for column in columns), strict=True):
                 a, b = min(row, other), max(row, other)
-                if a * count + b not in seen:
-                    seen.add(a * count + b)
+                if a * count + b not in yielded:
+                    yielded.add(a * count + b)
                     yield a, b, score
 
 
-def _neighbours_exact(vectors: F32, rows: I64, most: int) -> tuple[I64, F32]:
+def _neighbours_exact(vectors: F32, rows: I64, n_neighbours: int) -> tuple[I64, F32]:
     likeness = vectors[rows] @ vectors.T
     likeness[np.arange(len(rows)), rows] = -2
-    found = np.argpartition(-likeness, most - 1, axis=1)[:, :most] if most < len(vectors) - 1 else _all_but(len(vectors), rows)
-    scores = np.take_along_axis(likeness, found, axis=1)
+    neighbours = (
+        np.argpartition(-likeness, n_neighbours - 1, axis=1)[:, :n_neighbours]
+        if n_neighbours < len(vectors) - 1
+        else _all_but(len(vectors), rows)
+    )
+    scores = np.take_along_axis(likeness, neighbours, axis=1)
     # of equally near ones the first row comes first, so that the order does not depend on the library
-    order = np.lexsort((found, -scores), axis=1)
-    return np.take_along_axis(found, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    order = np.lexsort((neighbours, -scores), axis=1)
+    return np.take_along_axis(neighbours, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
 def _all_but(count: int, rows: I64) -> I64:
@@ -188,14 +193,14 @@ def _graph(vectors: F32) -> Any:
     # one thread: with more the graph, and so the result, would depend on which was faster
     index.add(np.arange(len(vectors)), vectors, threads=1)
 
-    def search(_: F32, rows: I64, most: int) -> tuple[I64, F32]:
-        matches = index.search(vectors[rows], most + 1)
-        found = np.array(matches.keys, np.int64).reshape(len(rows), -1)
+    def search(_: F32, rows: I64, n_neighbours: int) -> tuple[I64, F32]:
+        matches = index.search(vectors[rows], n_neighbours + 1)
+        neighbours = np.array(matches.keys, np.int64).reshape(len(rows), -1)
         # the graph stores halves; the cosines are taken from the vectors themselves
-        scores = np.einsum("bd,bkd->bk", vectors[rows], vectors[found]).astype(np.float32)
-        scores[found == rows[:, None]] = -2
-        order = np.lexsort((found, -scores), axis=1)[:, :most]
-        return np.take_along_axis(found, order, axis=1), np.take_along_axis(scores, order, axis=1)
+        scores = np.einsum("bd,bkd->bk", vectors[rows], vectors[neighbours]).astype(np.float32)
+        scores[neighbours == rows[:, None]] = -2
+        order = np.lexsort((neighbours, -scores), axis=1)[:, :n_neighbours]
+        return np.take_along_axis(neighbours, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
     return search
 
@@ -222,9 +227,9 @@ class StaticEncoder:
         try:
             self._model = StaticModel.from_pretrained(path, force_download=False)
         except Exception as error:  # its readers raise several kinds for files that are cut or absent
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ModelError(
-                f"{path} cannot be opened as a model2vec model: {said}",
+                f"{path} cannot be opened as a model2vec model: {message}",
                 "check that its files are whole",
             ) from None
         self.name = f"model2vec {path.name}"
@@ -246,7 +251,7 @@ class ChosenEncoder:
     """An encoder and why it is this one."""
 
     encoder: TextEncoder
-    why: str
+    reason: str
 
     @property
     def likeness(self) -> float:
@@ -255,7 +260,7 @@ class ChosenEncoder:
 
     def facts(self) -> dict[str, Any]:
         """For the manifest and the card; `texts_cut` counts texts of the last `encode`."""
-        return {"encoder": self.encoder.name, "encoder_because": self.why, "texts_cut": self.encoder.cut}
+        return {"encoder": self.encoder.name, "encoder_because": self.reason, "texts_cut": self.encoder.cut}
 
 
 def choose_encoder(name: str) -> ChosenEncoder:
@@ -278,14 +283,14 @@ class Texts(Sequence[str]):
         return len(self._column)
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            start, stop, step = place.indices(len(self))
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
             return list(self._column.slice(start, max(0, stop - start)).to_pylist()[::step])
-        return str(self._column[place].as_py())
+        return str(self._column[index].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for chunk in self._column.chunks:

@@ -76,7 +76,7 @@ class EquivalenceVerdict:
 
 
 @dataclass(frozen=True)
-class Read:
+class TextReading:
     """A text as it is compared: its words in order, without endings and accents; its numbers; how often it negates.
 
     `tokens` are the words as they stand, in lower case.
@@ -88,7 +88,7 @@ class Read:
     negations: int
 
     @classmethod
-    def of(cls, text: str) -> Read:
+    def of(cls, text: str) -> TextReading:
         """The reading of a text."""
         folded = unicodedata.normalize("NFKC", _LETTER_A.sub("letter-a", text)).casefold().replace("’", "'")  # noqa: RUF001
         for mark, word in _MARKS.items():
@@ -126,14 +126,14 @@ def is_negation(token: str) -> bool:
     return token in words().negation or token.endswith("n't")
 
 
-def reader(texts: Sequence[str]) -> Callable[[int], Read]:
+def reader(texts: Sequence[str]) -> Callable[[int], TextReading]:
     """Row number -> the reading of its text, made once."""
-    known: dict[int, Read] = {}
+    readings: dict[int, TextReading] = {}
 
-    def read(row: int) -> Read:
-        if row not in known:
-            known[row] = Read.of(texts[row])
-        return known[row]
+    def read(row: int) -> TextReading:
+        if row not in readings:
+            readings[row] = TextReading.of(texts[row])
+        return readings[row]
 
     return read
 
@@ -144,51 +144,58 @@ def idf_weights(texts: Iterable[str]) -> dict[str, float]:
     Nought for what more than COMMON of them have, such as the words of an instruction that stands before every question, where
     there are enough texts to tell.
     """
-    having: Counter[str] = Counter()
+    document_counts: Counter[str] = Counter()
     count = 0
     for text in texts:
-        having.update(set(Read.of(text).stems))
+        document_counts.update(set(TextReading.of(text).stems))
         count += 1
     common = COMMON * count if count >= TELLING else count
-    return {stem: 0.0 if seen > common else 1 + math.log((1 + count) / (1 + seen)) for stem, seen in having.items()}
+    return {
+        stem: 0.0 if document_count > common else 1 + math.log((1 + count) / (1 + document_count))
+        for stem, document_count in document_counts.items()
+    }
 
 
-def compare_texts(one: Read, other: Read, weights: Mapping[str, float]) -> EquivalenceVerdict:
+def compare_texts(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> EquivalenceVerdict:
     """What speaks for and against two texts saying the same. `weights` as of `rarities`; an unknown word weighs 1."""
-    if one.stems == other.stems and one.negations == other.negations:
+    if first.stems == second.stems and first.negations == second.negations:
         return EquivalenceVerdict(1.0)
-    if one.numbers != other.numbers:
+    if first.numbers != second.numbers:
         return EquivalenceVerdict(
-            0.0, "numbers", f"{' '.join(one.numbers) or 'none'} against {' '.join(other.numbers) or 'none'}"
+            0.0, "numbers", f"{' '.join(first.numbers) or 'none'} against {' '.join(second.numbers) or 'none'}"
         )
-    if one.negations != other.negations:
+    if first.negations != second.negations:
         return EquivalenceVerdict(0.0, "negation")
-    if against := opposite(one, other):
+    if against := opposite(first, second):
         return EquivalenceVerdict(0.0, "opposite", " against ".join(against))
-    if swap := swapped(one, other, weights):
+    if swap := swapped(first, second, weights):
         return EquivalenceVerdict(0.0, "swap", " in the place of ".join(swap))
-    return EquivalenceVerdict(_score(one, other, weights))
+    return EquivalenceVerdict(_score(first, second, weights))
 
 
-def _score(one: Read, other: Read, weights: Mapping[str, float]) -> float:
-    contents = one.content(weights), other.content(weights)
+def _score(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> float:
+    contents = first.content(weights), second.content(weights)
     if not any(contents):  # nothing but words that all texts have
-        here, there = one.content({}), other.content({})
-        return _overlap(here, there, {}) if here and there else _overlap(one.stems, other.stems, {})
+        first_content, second_content = first.content({}), second.content({})
+        return (
+            _overlap(first_content, second_content, {})
+            if first_content and second_content
+            else _overlap(first.stems, second.stems, {})
+        )
     if min(map(len, contents)) > 1:
         return _overlap(contents[0], contents[1], weights)
     # beside a single word that says something the others may turn the sense: "do you work", "how would that work"
-    return _overlap(one.stems, other.stems, weights)
+    return _overlap(first.stems, second.stems, weights)
 
 
-def opposite(one: Read, other: Read) -> tuple[str, str] | None:
+def opposite(first: TextReading, second: TextReading) -> tuple[str, str] | None:
     """A word of each text, of which the other has none, that stand against each other."""
-    return _against(set(one.tokens) - set(other.tokens), set(other.tokens) - set(one.tokens))
+    return _against(set(first.tokens) - set(second.tokens), set(second.tokens) - set(first.tokens))
 
 
-def _against(here: Iterable[str], there: Iterable[str]) -> tuple[str, str] | None:
+def _against(first_words: Iterable[str], second_words: Iterable[str]) -> tuple[str, str] | None:
     groups = words().opposites
-    for word, against in itertools.product(sorted(here), sorted(there)):
+    for word, against in itertools.product(sorted(first_words), sorted(second_words)):
         if word != against and (groups.get(word, frozenset()) & groups.get(against, frozenset()) or _is_undone(word, against)):
             return word, against
     return None
@@ -199,28 +206,33 @@ def _is_undone(word: str, against: str) -> bool:
     return len(short) > 3 and long.endswith(short) and long.removesuffix(short) in ("un", "dis", "non", "in", "im", "ir", "de")
 
 
-def swapped(one: Read, other: Read, weights: Mapping[str, float]) -> tuple[str, str] | None:
+def swapped(first: TextReading, second: TextReading, weights: Mapping[str, float]) -> tuple[str, str] | None:
     """The first place where the texts are alike but for what stands there. In long texts a few may differ."""
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise missing_package("rapidfuzz") from None
-    one, other = sorted((one, other), key=lambda read: read.stems)  # of several shortest alignments always the same one
-    least = min(len(one.content(weights)), len(other.content(weights)))
-    allowed = LONG_SHARE * least if least >= LONG else 0.0
-    found: tuple[str, str] | None = None
-    for step in Levenshtein.opcodes(one.stems, other.stems):
+    first, second = sorted(
+        (first, second), key=lambda reading: reading.stems
+    )  # of several shortest alignments always the same one
+    n_words = min(len(first.content(weights)), len(second.content(weights)))
+    allowed = LONG_SHARE * n_words if n_words >= LONG else 0.0
+    swap_pair: tuple[str, str] | None = None
+    for step in Levenshtein.opcodes(first.stems, second.stems):
         if step.tag != "replace":
             continue
-        here, there = one.tokens[step.src_start : step.src_end], other.tokens[step.dest_start : step.dest_end]
-        if against := _against(here, there):  # from A to B, to A from B
+        first_words, second_words = first.tokens[step.src_start : step.src_end], second.tokens[step.dest_start : step.dest_end]
+        if against := _against(first_words, second_words):  # from A to B, to A from B
             return against
-        only = [" ".join(_content(words_here, words_there)) for words_here, words_there in ((here, there), (there, here))]
-        size = max(len(said.split()) for said in only)
-        if all(only) and size <= _SWAP:
+        unmatched = [
+            " ".join(_content(words_here, words_there))
+            for words_here, words_there in ((first_words, second_words), (second_words, first_words))
+        ]
+        size = max(len(text.split()) for text in unmatched)
+        if all(unmatched) and size <= _SWAP:
             allowed -= size
-            found = found or (only[0], only[1])
-    return found if allowed < 0 else None
+            swap_pair = swap_pair or (unmatched[0], unmatched[1])
+    return swap_pair if allowed < 0 else None
 
 
 def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -229,8 +241,11 @@ def _content(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
     return [token for token in tokens if token not in words().function and stem(token) not in equal]
 
 
-def _overlap(one: Sequence[str], other: Sequence[str], weights: Mapping[str, float]) -> float:
+def _overlap(first: Sequence[str], second: Sequence[str], weights: Mapping[str, float]) -> float:
     """The weight of what both have over the weight of what either has (Ruzicka's measure)."""
-    left, right = Counter(one), Counter(other)
-    both, either = (sum(n * weights.get(stem, 1.0) for stem, n in bag.items()) for bag in (left & right, left | right))
-    return both / either if either else 0.0
+    first_counts, second_counts = Counter(first), Counter(second)
+    shared, total = (
+        sum(n * weights.get(stem, 1.0) for stem, n in bag.items())
+        for bag in (first_counts & second_counts, first_counts | second_counts)
+    )
+    return shared / total if total else 0.0

@@ -36,11 +36,11 @@ _CODE_LINE = re.compile(
 )
 
 
-def is_chosen(field: str, place: int, example: Example) -> bool:
-    """Whether the message number `place` of an Example is of a field."""
+def is_chosen(field: str, index: int, example: Example) -> bool:
+    """Whether the message number `index` of an Example is of a field."""
     if field == "all":
         return True
-    return place == len(example.messages) - 1 if field == "reply" else example.messages[place].role == _ROLES[field]
+    return index == len(example.messages) - 1 if field == "reply" else example.messages[index].role == _ROLES[field]
 
 
 def texts(example: Example, field: str) -> list[str]:
@@ -57,19 +57,19 @@ def rewritten(example: Example, change: Callable[[str], str], field: str, step: 
 
     A system message of which nothing is left goes; any other turn of which nothing is left makes the row a Drop.
     """
-    messages, emptied = [], ""
+    messages, emptied_turn = [], ""
     for index, message in enumerate(example.messages):
         after = _changed(message, change) if is_chosen(field, index, example) else message
-        gone = after is not message and _is_blank(after) and not _is_blank(message)
-        if gone and message.role != "system":
-            emptied = emptied or f"turn {index + 1} ({message.role})"
-        if not (gone and message.role == "system"):
+        is_emptied = after is not message and _is_blank(after) and not _is_blank(message)
+        if is_emptied and message.role != "system":
+            emptied_turn = emptied_turn or f"turn {index + 1} ({message.role})"
+        if not (is_emptied and message.role == "system"):
             messages.append(after)
     rejected = example.rejected if field in ("prompt", "system") else tuple(_changed(turn, change) for turn in example.rejected)
     if any(_is_blank(after) and not _is_blank(turn) for turn, after in zip(example.rejected, rejected, strict=True)):
-        emptied = emptied or "the rejected reply"
-    if emptied:
-        return drop_of(example, "nothing_left", f"nothing of {emptied} is left", step=step)
+        emptied_turn = emptied_turn or "the rejected reply"
+    if emptied_turn:
+        return drop_of(example, "nothing_left", f"nothing of {emptied_turn} is left", step=step)
     if _are_same(messages, example.messages) and _are_same(rejected, example.rejected):
         return example
     return replace(example, messages=tuple(messages), rejected=rejected)
@@ -87,18 +87,18 @@ def _changed_part(part: Part, change: Callable[[str], str]) -> Part:
     return part if text == part.text else replace(part, text=text)
 
 
-def _are_same(some: object, others: object) -> bool:
+def _are_same(first: object, second: object) -> bool:
     """Whether two sequences hold the very same objects."""
-    return len(some) == len(others) and all(map(lambda a, b: a is b, some, others))  # type: ignore[arg-type, call-overload]
+    return len(first) == len(second) and all(map(lambda a, b: a is b, first, second))  # type: ignore[arg-type, call-overload]
 
 
 def _is_blank(message: Message) -> bool:
     return not message.tool_calls and not any(part.media or part.text.strip() for part in message.content)
 
 
-def word_set(said: str) -> frozenset[str]:
+def word_set(line: str) -> frozenset[str]:
     """The words of a line, as a set: for lists of words in code."""
-    return frozenset(said.split())
+    return frozenset(line.split())
 
 
 def words(text: str) -> list[str]:
@@ -106,9 +106,9 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def begins_alike(one: str, other: str) -> bool:
+def begins_alike(text: str, other_text: str) -> bool:
     """Whether two texts begin with the same word: a quick look before a long one."""
-    first, second = _WORD.search(one), _WORD.search(other)
+    first, second = _WORD.search(text), _WORD.search(other_text)
     return bool(first and second) and first.group().lower() == second.group().lower()  # type: ignore[union-attr]
 
 
@@ -119,15 +119,15 @@ def normal_line(text: str) -> str:
 
 def sentences(line: str) -> list[str]:
     """A line cut into its sentences; joined they are the line again. After an abbreviation or an initial it is not cut."""
-    found, start = [], 0
+    parts, start = [], 0
     for match in _BREAK.finditer(line):
         following = match.group(2) or ""
         if match.group(1) == "." and (following.islower() or _ABBREVIATION.search(line[start : match.start() + 1][-12:])):
             continue
-        found.append(line[start : match.end()])
+        parts.append(line[start : match.end()])
         start = match.end()
-    found.append(line[start:])
-    return [part for part in found if part]
+    parts.append(line[start:])
+    return [part for part in parts if part]
 
 
 def without_code(text: str) -> str:

@@ -25,20 +25,20 @@ def read_schema(schema: str) -> dict[str, Any]:
             f"the JSON Schema has {size} bytes; at most {MOST_BYTES} are read", "leave out what the reply needs not"
         )
     try:
-        read = json.loads(schema, parse_constant=_no_constant)
+        fields = json.loads(schema, parse_constant=_no_constant)
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
         raise RequestError(f"the JSON Schema is no JSON: {error}", JSON_OBJECT) from None
-    if not isinstance(read, dict):
+    if not isinstance(fields, dict):
         raise RequestError(f"the JSON Schema is {schema[:40]!r} and no object", JSON_OBJECT)
-    _check_depth(read)
-    return read
+    _check_depth(fields)
+    return fields
 
 
-def _check_depth(read: dict[str, Any]) -> None:
+def _check_depth(fields: dict[str, Any]) -> None:
     """Level by level, so that depth costs no recursion."""
-    level: list[Any] = [read]
+    level: list[Any] = [fields]
     for _ in range(DEEPEST):
         if any("x-guidance" in item for item in level if isinstance(item, dict)):
             raise RequestError("the JSON Schema sets 'x-guidance', an option of the server's library", "leave 'x-guidance' out")

@@ -46,8 +46,8 @@ _KIN = (
 
 
 _FUNCTION_WORDS = {
-    code: word_set(said)
-    for code, said in {
+    code: word_set(words)
+    for code, words in {
         "en": "the of and to a in that is it you for i was on are with as they be have this from what how",
         "es": "de la que el en y los se del las un por con una su para es no al lo como más qué cómo",
         "de": "der die und den von zu das mit sich des auf für ist dem nicht ein eine ich sie wie kann",
@@ -89,33 +89,33 @@ def detector() -> Detector:
             return DetectedLanguage("", 0.0, 0)
         if not prose.isascii():
             letters += 3 * len(_OTHER_SCRIPT.findall(prose))
-        found = detect(prose, model="lite", k=1)[0]
-        return DetectedLanguage(str(found["lang"]), float(found["score"]), letters)
+        detected = detect(prose, model="lite", k=1)[0]
+        return DetectedLanguage(str(detected["lang"]), float(detected["score"]), letters)
 
     return tongue
 
 
-def are_kin(one: str, other: str) -> bool:
+def are_kin(language: str, other: str) -> bool:
     """Whether two languages are the same or too near to be told apart in a few sentences."""
-    return one == other or any(one in kin and other in kin for kin in _KIN)
+    return language == other or any(language in kin and other in kin for kin in _KIN)
 
 
-def share_a_tongue(one: str, other: str) -> bool:
+def share_a_tongue(text: str, other_text: str) -> bool:
     """Whether the function words of one language lead in both texts' beginnings: then no model need be asked.
 
     At least three words of it in each, and twice as many as of any other language.
     """
-    first = leading_tongue(one, 3)
-    return first != "" and first == leading_tongue(other, 3)
+    first = leading_tongue(text, 3)
+    return first != "" and first == leading_tongue(other_text, 3)
 
 
-def leading_tongue(text: str, least: int) -> str:
+def leading_tongue(text: str, min_words: int) -> str:
     """The code of the language whose function words lead in a text's beginning, or nothing.
 
-    There must be at least `least` of them, and twice as many as of any other language.
+    There must be at least `min_words` of them, and twice as many as of any other language.
     """
-    said = set(text[:LOOKED_AT].lower().split())
-    counts = {code: len(said & known) for code, known in _FUNCTION_WORDS.items()}
+    words = set(text[:LOOKED_AT].lower().split())
+    counts = {code: len(words & function_words) for code, function_words in _FUNCTION_WORDS.items()}
     best = max(counts, key=counts.__getitem__)
     is_alone = sum(2 * count > counts[best] for count in counts.values()) == 1
-    return best if counts[best] >= least and is_alone else ""
+    return best if counts[best] >= min_words and is_alone else ""

@@ -98,18 +98,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-            found = manifest.get("schema") if isinstance(manifest, dict) else None
-            raise _invalid(path, f"its schema is {found}; this version of Sartor reads {SCHEMA}")
+            schema = manifest.get("schema") if isinstance(manifest, dict) else None
+            raise _invalid(path, f"its schema is {schema}; this version of Sartor reads {SCHEMA}")
         if manifest_id(manifest) != manifest.get("id"):
             raise _invalid(path, f"{MANIFEST} was changed")
-        for name, said in manifest["files"].items():
+        for name, entry in manifest["files"].items():
             size = (path / name).stat().st_size
-            if size != said["bytes"]:
-                raise _invalid(path, f"{name} has {size:,} bytes, not {said['bytes']:,}")
-            if file_digest(path / name) != said["sha256"]:
+            if size != entry["bytes"]:
+                raise _invalid(path, f"{name} has {size:,} bytes, not {entry['bytes']:,}")
+            if file_digest(path / name) != entry["sha256"]:
                 raise _invalid(path, f"{name} was changed: its sha256 is not the one in {MANIFEST}")
-        with safetensors.safe_open(path / STATE, "pt") as held:
-            shapes = {name: list(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118  # no mapping
+        with safetensors.safe_open(path / STATE, "pt") as state_file:
+            shapes = {name: list(state_file.get_slice(name).get_shape()) for name in state_file.keys()}  # noqa: SIM118  # no mapping
         if shapes != manifest["tensors"]:
             raise _invalid(path, f"{STATE} holds other tensors than {MANIFEST} lists")
     except FileNotFoundError as error:
@@ -125,13 +125,14 @@ def check_numerics(checkpoint: Checkpoint, remedy: str) -> None:
     remedy: how this run is started over.
     """
     environment = checkpoint.manifest.get("environment", {})
-    found = numerics.difference(checkpoint.manifest.get("numerics"), str(environment.get("dtype", "")))
-    if not found:
+    difference = numerics.difference(checkpoint.manifest.get("numerics"), str(environment.get("dtype", "")))
+    if not difference:
         return
-    began, here = environment.get("sartor", ""), importlib.metadata.version("sartor")
-    which = f" ({began})" if began not in ("", here) else ""
+    saved_version, current_version = environment.get("sartor", ""), importlib.metadata.version("sartor")
+    version_note = f" ({saved_version})" if saved_version not in ("", current_version) else ""
     raise ConfigError(
-        f"the checkpoint {checkpoint.path} was begun by {found}", f"{remedy}; the Sartor that began it{which} can finish it"
+        f"the checkpoint {checkpoint.path} was begun by {difference}",
+        f"{remedy}; the Sartor that began it{version_note} can finish it",
     )
 
 
@@ -143,26 +144,29 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, 
     path = folder / f"update-{facts['counters']['updates']:08d}"
     with full_disk(f"the checkpoint {path} could not be written; those before it are whole"):
         # replaced is only one that was found invalid
-        with create_directory_atomic(path, replace=True) as part:
-            _write(part, tensors, facts, lines)
+        with create_directory_atomic(path, replace=True) as temp_folder:
+            _write(temp_folder, tensors, facts, lines)
         fsync_directory(folder.parent)
     return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
 
 
-def _write(part: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
-    write_tensors(tensors, part / STATE)
-    (part / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def _write(temp_folder: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], lines: Sequence[Any]) -> None:
+    write_tensors(tensors, temp_folder / STATE)
+    (temp_folder / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "checkpoint",
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
         "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "files": {name: {"sha256": file_digest(part / name), "bytes": (part / name).stat().st_size} for name in (STATE, LOG)},
+        "files": {
+            name: {"sha256": file_digest(temp_folder / name), "bytes": (temp_folder / name).stat().st_size}
+            for name in (STATE, LOG)
+        },
     }
     manifest = json.loads(json.dumps(manifest))  # as a reader will see it: tuples are lists, keys are text
     manifest["id"] = manifest_id(manifest)
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (temp_folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -171,11 +175,11 @@ def prune(folder: Path, keep: int) -> None:
         _remove(path)
 
 
-def sweep(folder: Path, found: CheckpointState) -> None:
+def sweep(folder: Path, state: CheckpointState) -> None:
     """Remove what a kill left in `folder`, and the checkpoints that were found invalid. The writer's lock must be held."""
     for leftover in folder.glob(".update-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for path, _ in found.invalid:
+    for path, _ in state.invalid:
         if path.exists():
             _remove(path)
 
@@ -213,8 +217,8 @@ def full_disk(problem: str) -> Iterator[None]:
         raise MissingError(f"the disk is full: {problem}", "free some space, then add --resume") from error
 
 
-def _invalid(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"the checkpoint {path} is not whole: {why}", "remove it; the one before it is used")
+def _invalid(path: Path, problem: str) -> ArtifactError:
+    return ArtifactError(f"the checkpoint {path} is not whole: {problem}", "remove it; the one before it is used")
 
 
 class Saver:

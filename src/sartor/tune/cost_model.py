@@ -67,11 +67,11 @@ def load_of(row: TokenizedExample) -> BatchLoad:
     """What one row asks, with what it is learnt beside."""
     length = len(row.ids)
     pairs = length * length
-    own = BatchLoad(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    load = BatchLoad(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
     if not isinstance(row, PreferenceExample) or row.other is None:
-        return own
+        return load
     other = load_of(row.other)
-    return own + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
+    return load + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
 
 
 def total(loads: Iterable[BatchLoad]) -> BatchLoad:
@@ -81,14 +81,14 @@ def total(loads: Iterable[BatchLoad]) -> BatchLoad:
 
 def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample]:
     """The first rows, at least one, that hold `tokens` tokens or just fewer."""
-    taken: list[TokenizedExample] = []
-    held = 0
+    selected: list[TokenizedExample] = []
+    n_tokens = 0
     for row in rows:
-        if taken and held + len(row.ids) > tokens:
+        if selected and n_tokens + len(row.ids) > tokens:
             break
-        taken.append(row)
-        held += len(row.ids)
-    return taken
+        selected.append(row)
+        n_tokens += len(row.ids)
+    return selected
 
 
 class TimingProbe:
@@ -104,12 +104,12 @@ class TimingProbe:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
         with self._untouched():
             is_measured = hardware.restart_peak(self.device)
-            began = time.monotonic()
+            start_s = time.monotonic()
             losses, weights = self.path.losses(rows)
             objectives.sft(losses, weights, float(max(len(rows), 1))).backward()  # type: ignore[no-untyped-call]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start_s
             growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
         if not warm_up:
             self.samples.append(TimedBatch(total(load_of(row) for row in rows), seconds, growth))
@@ -121,12 +121,12 @@ class TimingProbe:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments
-        began = time.monotonic()
+        start_s = time.monotonic()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         optimizer.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start_s
         optimizer.zero_grad(set_to_none=True)
         return seconds
 
@@ -226,17 +226,21 @@ def shape_of(model: Any, recipe: Recipe) -> ModelShape:
     """The Shape of a model with its adapter. What a config does not say is taken as in Llama's."""
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
-    weights = [part for part in model.parameters() if not part.requires_grad]
-    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None}
+    weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    embedding_ids = {
+        id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
+    }
     return ModelShape(
         layers=layers,
         width=config.hidden_size,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
-        element_bytes=next((part.element_size() for part in weights if part.is_floating_point()), 4),
-        linear_bytes=sum(part.nbytes for part in weights if part.ndim == 2 and id(part) not in ends),
-        trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
+        element_bytes=next((parameter.element_size() for parameter in weights if parameter.is_floating_point()), 4),
+        linear_bytes=sum(
+            parameter.nbytes for parameter in weights if parameter.ndim == 2 and id(parameter) not in embedding_ids
+        ),
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         adapted=min(recipe.method.targets.top or layers, layers),
         recompute=recipe.compute.recompute,
     )
@@ -260,8 +264,8 @@ class MemoryModel:
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
         shape = shape or self.shape
-        lighter = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
-        return self.scale * shape.activation_bytes(load) + (shape.state_bytes + lighter)
+        weight_change_bytes = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
+        return self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
 
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Memory held at once from here on: what has to fit."""
@@ -279,8 +283,8 @@ class MemoryModel:
 
 def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     """From the samples of a probe; without any, the formula with wide ends."""
-    room = hardware.available_bytes(probe.device)
-    held = hardware.resident_bytes(probe.device)
+    available = hardware.available_bytes(probe.device)
+    resident_bytes = hardware.resident_bytes(probe.device)
     ratios = [
         sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
         for sample in probe.samples
@@ -291,8 +295,15 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         # the heaviest sample is the nearest to what will be run
         estimate = ratios[-1]
         low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
-    past = hardware.peak_bytes(probe.device)
-    return MemoryModel(shape, probe.resident_bytes, past, Interval(estimate, low, high), held + room.bytes, room.bound)
+    past_peak_bytes = hardware.peak_bytes(probe.device)
+    return MemoryModel(
+        shape,
+        probe.resident_bytes,
+        past_peak_bytes,
+        Interval(estimate, low, high),
+        resident_bytes + available.bytes,
+        available.bound,
+    )
 
 
 @dataclass(frozen=True)
@@ -308,8 +319,8 @@ class TimeModel:
     def seconds(self, load: BatchLoad, micro_batches: float = 1) -> float:
         """Seconds of `micro_batches` that hold `load` together."""
         # pairs of what has no backward pass are as the rest of it: rows of one length
-        done = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
-        return self.base_s * micro_batches + done * (self.token_s * load.tokens + self.pair_s * load.pairs)
+        work_fraction = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
+        return self.base_s * micro_batches + work_fraction * (self.token_s * load.tokens + self.pair_s * load.pairs)
 
 
 def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
@@ -326,8 +337,8 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
         # as many distinct loads as terms, or the fit is not determined
         if len(np.unique(table, axis=0)) < len(names):
             continue
-        found = np.linalg.lstsq(table / seconds[:, None], np.ones(len(samples)), rcond=None)[0]
-        fitted = dict(zip(names, (float(value) for value in found), strict=True))
+        coefficients = np.linalg.lstsq(table / seconds[:, None], np.ones(len(samples)), rcond=None)[0]
+        fitted = dict(zip(names, (float(value) for value in coefficients), strict=True))
         if min(fitted.values()) >= 0:
             break
     model = TimeModel(fitted.get("base_s", 0.0), fitted["token_s"], fitted.get("pair_s", 0.0), update_s, 0.0)
@@ -363,17 +374,19 @@ def simulate_updates(
         return None
     lengths = [load.tokens for load in loads]
     epoch_tokens, result = sum(lengths), []
-    beside, others = sampler.RehearsalPosition(), [load.tokens for load in rehearsal]
-    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
-        own = sum(lengths[index] for index in chosen)
-        rehearsed, beside = beside.after(others, own, recipe.data.rehearsal.fraction, recipe.seed)
-        update = [*(loads[index] for index in chosen), *(rehearsal[index] for index in rehearsed)]
+    rehearsal_position, rehearsal_lengths = sampler.RehearsalPosition(), [load.tokens for load in rehearsal]
+    for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        update_tokens = sum(lengths[index] for index in indices)
+        rehearsal_indices, rehearsal_position = rehearsal_position.after(
+            rehearsal_lengths, update_tokens, recipe.data.rehearsal.fraction, recipe.seed
+        )
+        update = [*(loads[index] for index in indices), *(rehearsal[index] for index in rehearsal_indices)]
         result.append(update)
-        together = total(update)
+        load = total(update)
         counters.updates += 1
-        counters.tokens += together.tokens
-        counters.supervised_tokens += together.supervised
-        counters.rehearsal_tokens += together.tokens - own
+        counters.tokens += load.tokens
+        counters.supervised_tokens += load.supervised
+        counters.rehearsal_tokens += load.tokens - update_tokens
         if counters.fraction(budget, epoch_tokens, 0.0) >= 1:
             break
     return result
@@ -388,19 +401,19 @@ def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchL
 
 def epoch(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
     """The updates of the first epoch."""
-    lengths, seen, result = [load.tokens for load in loads], 0, []
-    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
-        result.append([loads[index] for index in chosen])
-        seen += len(chosen)
-        if seen == len(loads):
+    lengths, n_rows, result = [load.tokens for load in loads], 0, []
+    for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        result.append([loads[index] for index in indices])
+        n_rows += len(indices)
+        if n_rows == len(loads):
             break
     return result
 
 
 def heaviest(recipe: Recipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:
     """Of the first epoch's micro-batches the one that asks most memory."""
-    every = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
-    return max(every, key=shape.activation_bytes)
+    batch_loads = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
+    return max(batch_loads, key=shape.activation_bytes)
 
 
 def micro_batch_sizes(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[int]:
@@ -424,14 +437,14 @@ def choose_micro_batch(
     model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad], shape: ModelShape | None = None
 ) -> MicroBatchChoice:
     """`compute.micro_batch_tokens` as a number: the recipe's, or the largest rung whose high end fits."""
-    asked = recipe.compute.micro_batch_tokens
+    micro_batch_tokens = recipe.compute.micro_batch_tokens
     shape = shape or model.shape
-    sizes = micro_batch_sizes(recipe, loads) if asked == "auto" else [asked]
+    sizes = micro_batch_sizes(recipe, loads) if micro_batch_tokens == "auto" else [micro_batch_tokens]
     for size in reversed(sizes):
         load = heaviest(recipe, loads, size, shape)
         if model.fits(load, shape):
-            reason = "set by the recipe" if asked != "auto" else "the largest that helps"
-            if asked == "auto" and size < sizes[-1]:
+            reason = "set by the recipe" if micro_batch_tokens != "auto" else "the largest that helps"
+            if micro_batch_tokens == "auto" and size < sizes[-1]:
                 reason = f"the largest that fits in {model.limit_bytes / 1e9:.1f} GB"
             return MicroBatchChoice(size, load, True, reason)
     return MicroBatchChoice(

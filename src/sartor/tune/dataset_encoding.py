@@ -19,7 +19,7 @@ from sartor.tune.recipe import Data, Dpo, Kto, Recipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, Term, TokenizedDataset, all_sequences
 
 # A row's own reply may be every other row's too; so many others are looked at for one that is not
-_LOOKED_AT = 8
+_MAX_OTHERS = 8
 
 
 def encode_preference(
@@ -31,11 +31,11 @@ def encode_preference(
     Raises SourceError as `Chat.encode` does. folder: below which its media lie.
     """
     if example.rejected and not isinstance(objective, Sft):
-        worse = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
-        good, bad = (_last_reply(chat.encode(item, folder), example) for item in (example, worse))
+        rejected = replace(example, messages=(*example.prompt, *example.rejected), rejected=())
+        good, bad = (_last_reply(chat.encode(item, folder), example) for item in (example, rejected))
         if isinstance(objective, Dpo):
             return [(_lesson(good, "pair", bad), example)]
-        return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), worse)]
+        return [(_lesson(good, "good"), example), (_lesson(bad, "bad"), rejected)]
     if example.rating and isinstance(objective, Kto):
         row = _last_reply(chat.encode(example, folder), example)
         return [
@@ -48,13 +48,13 @@ def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = 
     return PreferenceExample(row.ids, row.learnt, row.example_id, row.weight, term, other)
 
 
-def _last_reply(row: TokenizedExample, of: Example) -> TokenizedExample:
+def _last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
     """The row with its last run of learnt tokens alone: a rating is of that reply, and not of the turns before it."""
     end = max((index for index, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
     start = end
     while start and row.learnt[start - 1]:
         start -= 1
-    return replace(row, learnt=[start <= place < end for place in range(len(row.ids))], example_id=of.id)
+    return replace(row, learnt=[start <= position < end for position in range(len(row.ids))], example_id=example.id)
 
 
 def mismatched_pairs(
@@ -62,7 +62,7 @@ def mismatched_pairs(
     examples: Sequence[Example],
     chat: ChatTokenizer,
     folder: Path,
-    most_tokens: int,
+    max_tokens: int,
     seed: int,
 ) -> list[TokenizedExample]:
     """Each rated row beside another's reply to its prompt, chosen by the seed once for the whole run.
@@ -72,11 +72,11 @@ def mismatched_pairs(
     """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    place = {index: at for at, index in enumerate(order)}
+    positions = {index: position for position, index in enumerate(order)}
 
     def others(index: int) -> Iterator[Example]:
-        for step in range(1, min(len(order), _LOOKED_AT + 1)):
-            other = examples[order[(place[index] + step) % len(order)]]
+        for step in range(1, min(len(order), _MAX_OTHERS + 1)):
+            other = examples[order[(positions[index] + step) % len(order)]]
             if other.messages[-1] != examples[index].messages[-1]:
                 yield other
 
@@ -87,7 +87,7 @@ def mismatched_pairs(
                 row = _last_reply(chat.encode(example, folder), examples[index])
             except SourceError:  # a reply that this prompt's template refuses
                 continue
-            if len(row.ids) <= most_tokens and row.supervised_tokens:
+            if len(row.ids) <= max_tokens and row.supervised_tokens:
                 return row
         return None
 
@@ -97,7 +97,7 @@ def mismatched_pairs(
     ]
 
 
-def numbered(rows: Sequence[TokenizedExample], first: int) -> list[TokenizedExample]:
+def number_lessons(rows: Sequence[TokenizedExample], first: int) -> list[TokenizedExample]:
     """Lessons with their lines in the table of reference log-probabilities, from `first` on."""
     result: list[TokenizedExample] = []
     for row in rows:
@@ -118,33 +118,35 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
     """
     data = TokenizedDataset()
     examples = _hold_out(list(parquet_io.read_examples(dataset)), recipe.data, recipe.seed)
-    train = _read([example for example in examples if example.split == "train"], dataset, recipe, chat, data)
-    held_out = _read([one for one in examples if one.split != "train"], dataset, recipe, chat, data)
-    if recipe.data.rows and (beyond := train[recipe.data.rows :]):
-        data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in beyond))
+    train = _encode_examples([example for example in examples if example.split == "train"], dataset, recipe, chat, data)
+    held_out = _encode_examples([example for example in examples if example.split != "train"], dataset, recipe, chat, data)
+    if recipe.data.rows and (excess := train[recipe.data.rows :]):
+        data.leave_out("beyond_data_rows", *dict.fromkeys(row.example_id for row, _ in excess))
         train = train[: recipe.data.rows]
     # A fixed sample, so that the held-out loss of two runs on one Dataset compares
     held_out = random.Random(0).sample(held_out, min(recipe.data.eval_rows, len(held_out)))
-    data.train = numbered(_as_lessons(train, dataset, recipe, chat), 0)
-    data.held_out = numbered(_as_lessons(held_out, dataset, recipe, chat), len(data.train))
+    data.train = number_lessons(_as_lessons(train, dataset, recipe, chat), 0)
+    data.held_out = number_lessons(_as_lessons(held_out, dataset, recipe, chat), len(data.train))
     if not data.supervised_tokens:
-        raise _nothing(dataset, recipe, data)
+        raise _no_rows_error(dataset, recipe, data)
     if rehearsal:
-        plain = replace(recipe, objective=Sft())
+        sft_recipe = replace(recipe, objective=Sft())
         # what is measured on must not be learnt beside it
-        watched = {row.example_id for row in data.held_out}
-        taken = [one for one in parquet_io.read_examples(rehearsal, "train") if one.id not in watched]
-        data.rehearsal = [row for row, _ in _read(taken, rehearsal, plain, chat, data)]
+        held_out_ids = {row.example_id for row in data.held_out}
+        rehearsal_examples = [
+            example for example in parquet_io.read_examples(rehearsal, "train") if example.id not in held_out_ids
+        ]
+        data.rehearsal = [row for row, _ in _encode_examples(rehearsal_examples, rehearsal, sft_recipe, chat, data)]
         if not data.rehearsal:
-            raise _nothing(rehearsal, recipe, data)
+            raise _no_rows_error(rehearsal, recipe, data)
     return data
 
 
-def _read(
+def _encode_examples(
     examples: Iterable[Example], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, data: TokenizedDataset
 ) -> list[tuple[TokenizedExample, Example]]:
     """The rows that can be learnt, with the Example whose last reply each has; of the others `data` is told the reason."""
-    found: list[tuple[TokenizedExample, Example]] = []
+    encoded: list[tuple[TokenizedExample, Example]] = []
     for example in examples:
         if (
             example.split == "eval" and example.is_derived
@@ -166,22 +168,22 @@ def _read(
         elif not all(row.supervised_tokens for row in sequences):
             data.leave_out("nothing_supervised", example.id)
         else:
-            found += learnt
-    return found
+            encoded += learnt
+    return encoded
 
 
 def _as_lessons(
-    read: Sequence[tuple[TokenizedExample, Example]], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer
+    encoded: Sequence[tuple[TokenizedExample, Example]], dataset: Artifact, recipe: Recipe, chat: ChatTokenizer
 ) -> list[TokenizedExample]:
     """The rows; of kto, with what their divergence is estimated on."""
-    result = [row for row, _ in read]
+    result = [row for row, _ in encoded]
     if not isinstance(recipe.objective, Kto) or recipe.objective.divergence == "none":
         return result
-    examples = [example for _, example in read]
+    examples = [example for _, example in encoded]
     return mismatched_pairs(result, examples, chat, dataset.path, recipe.data.max_length_tokens, recipe.seed)
 
 
-def _nothing(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
+def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
     reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
     remedy = f"look at the rows of {dataset.path}"
     if "rated_bad" in data.left_out:

@@ -26,15 +26,15 @@ Notice = Callable[[str], object]
 
 def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None = None) -> Base:
     """The base that a recipe names, with the towers that it names. Raises what `open_base` and `open_tower` raise."""
-    chosen = recipe.base
+    choice = recipe.base
     base = open_base(
-        chosen.name, revision=chosen.revision, licence=chosen.licence, bits=chosen.bits, device=device, notice=notice
+        choice.name, revision=choice.revision, licence=choice.licence, bits=choice.bits, device=device, notice=notice
     )
-    if not chosen.towers:
+    if not choice.towers:
         return base
-    towers = open_towers(chosen.towers, base.device, notice)
-    shelf = TensorCache(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
-    return compose_base(base, towers, shelf=shelf, seed=recipe.seed)
+    towers = open_towers(choice.towers, base.device, notice)
+    cache = TensorCache(folder("features"), int(recipe.compute.cache_gb * 1e9), notice) if recipe.compute.reuse_frozen else None
+    return compose_base(base, towers, shelf=cache, seed=recipe.seed)
 
 
 def calibrate(base: Base, data: TokenizedDataset) -> None:
@@ -45,20 +45,20 @@ def calibrate(base: Base, data: TokenizedDataset) -> None:
 
 def inject_recipe_adapter(recipe: Recipe, base: Base) -> Any:
     """The base's model with factors, fresh or the start's, and what else of it the recipe trains."""
-    method, asked = recipe.method, recipe.method.targets
+    method, targets = recipe.method, recipe.method.targets
     is_native = isinstance(base.media, NativeMedia)
     if not is_native:
-        _check_parts(asked, is_composed=base.media is not None)
+        _check_parts(targets, is_composed=base.media is not None)
     model = adapters.inject_lora(
         base.model,
         rank=method.rank,
         alpha=method.alpha,
         dropout=method.dropout,
-        targets=_parts(base, asked) if is_native else asked.modules,
-        top_layers=None if is_native else asked.top,
+        targets=_parts(base, targets) if is_native else targets.modules,
+        top_layers=None if is_native else targets.top,
         seed=recipe.seed,
     )
-    if asked.projector == "full" and not is_native:
+    if targets.projector == "full" and not is_native:
         adapters.train_projectors(model)
     if (start := start_of(recipe, base)) is not None:
         adapters.load_start(model, start.path)
@@ -72,9 +72,9 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
     if not recipe.method.start:
         return None
     start = open_artifact(recipe.method.start, ("adapter", "release"))
-    made_for = start.manifest["base"]
-    if made_for["digest"] != base.ref.digest:
-        problem = f"method.start {start.path} was made for the base {made_for['name']} ({made_for['digest'][:16]})"
+    start_base = start.manifest["base"]
+    if start_base["digest"] != base.ref.digest:
+        problem = f"method.start {start.path} was made for the base {start_base['name']} ({start_base['digest'][:16]})"
         raise ConfigError(f"{problem}, not {base.ref.name} ({base.ref.digest[:16]})", "the base that it names")
     return start
 
@@ -85,17 +85,17 @@ def rehearsal_of(recipe: Recipe) -> Artifact | None:
     return open_artifact(path, "dataset") if path else None
 
 
-def _parts(base: Base, asked: Targets) -> trainable_parts.Targeted:
+def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:
     # `full` is what a recipe says that says nothing, and no Whisper has a projector
-    has_none = isinstance(base.media, WhisperMedia) and asked.projector == "full"
+    has_none = isinstance(base.media, WhisperMedia) and targets.projector == "full"
     return trainable_parts.choose_targets(
-        base.model, asked.modules, asked.top, "none" if has_none else asked.projector, asked.tower
+        base.model, targets.modules, targets.top, "none" if has_none else targets.projector, targets.tower
     )
 
 
-def _check_parts(asked: Targets, *, is_composed: bool) -> None:
+def _check_parts(targets: Targets, *, is_composed: bool) -> None:
     """Raise ConfigError for what only a native multi-modal base can train, or leave untrained."""
-    for name, value in (("projector", asked.projector), ("tower", asked.tower)):
+    for name, value in (("projector", targets.projector), ("tower", targets.tower)):
         if value == "none" and name == "projector" and is_composed:
             problem = "method.targets.projector is none: a composed base's projector begins untrained, and would stay so"
             raise ConfigError(problem, "targets: {projector: full}")

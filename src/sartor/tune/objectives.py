@@ -61,8 +61,8 @@ def kto(
     is_good: (N,) booleans; a good reply is worth lambda_D sigmoid(beta (r - z_0)), a bad one lambda_U sigmoid(beta (z_0 - r)),
     with r = policy - reference and z_0 = divergence, through which no gradient goes.
     """
-    apart = beta * (policy - reference - divergence)
-    good, bad = desirable_weight * torch.sigmoid(-apart), undesirable_weight * torch.sigmoid(apart)
+    margin = beta * (policy - reference - divergence)
+    good, bad = desirable_weight * torch.sigmoid(-margin), undesirable_weight * torch.sigmoid(margin)
     return torch.where(is_good, good, bad)
 
 

@@ -32,23 +32,27 @@ def make(
     when it is needed and not installed. projectors: parameters with a rate of their own, the second group if there are any.
     """
     parameters = [*factors, *projectors]
-    given = [{"params": list(group)} for group in (factors, projectors) if group]
-    if narrow := [parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)]:
-        raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {narrow[0]}")
+    groups = [{"params": list(group)} for group in (factors, projectors) if group]
+    if low_precision := [parameter.dtype for parameter in parameters if parameter.dtype not in (torch.float32, torch.float64)]:
+        raise TypeError(f"AdamW's state has the dtype of the parameters, and one of them is {low_precision[0]}")
     rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if device.type == "cuda" and (problem := _beyond_memory(parameters, device)):
         try:
-            return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(given, **rates)
+            return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(groups, **rates)
         except ImportError:
             raise BudgetError(problem, "pip install 'sartor[quant]', which pages it; or lower method.rank") from None
-    return torch.optim.AdamW(given, fused=device.type != "mps", **rates)
+    return torch.optim.AdamW(groups, fused=device.type != "mps", **rates)
 
 
 def _beyond_memory(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> str:
     """By how much gradients and state exceed the device's free memory; empty if they do not."""
-    needed = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
+    needed_bytes = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in parameters)
     free, _ = torch.cuda.mem_get_info(device)
-    return f"gradients and optimiser state want {needed:,} bytes of GPU memory, and {free:,} are free" if needed > free else ""
+    return (
+        f"gradients and optimiser state want {needed_bytes:,} bytes of GPU memory, and {free:,} are free"
+        if needed_bytes > free
+        else ""
+    )
 
 
 def scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
@@ -74,7 +78,7 @@ class AdamW:
         self.param_groups: list[dict[str, Any]] = [
             {"params": list(parameters), "lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         ]
-        self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {part: {} for part in parameters}
+        self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {parameter: {} for parameter in parameters}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -86,13 +90,13 @@ class AdamW:
                     parameter.grad = None
 
     def _step(self, parameter: torch.nn.Parameter, group: Mapping[str, Any]) -> None:
-        held = self.state[parameter]
-        if not held:
-            held["step"] = torch.zeros((), dtype=torch.float32)
-            held |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        held["step"] += 1
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] += 1
         torch._fused_adamw_(
-            [parameter], [parameter.grad], [held["exp_avg"]], [held["exp_avg_sq"]], [], [held["step"]],
+            [parameter], [parameter.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
             lr=group["lr"], beta1=BETAS[0], beta2=BETAS[1], weight_decay=group["weight_decay"], eps=EPSILON,
             amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
         )  # fmt: skip
@@ -106,10 +110,10 @@ class AdamW:
         """{state: {place: {name: tensor}}}, as torch's."""
         return {"state": dict(enumerate(self.state.values()))}
 
-    def load_state_dict(self, said: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """What `state_dict` gave. A parameter of which nothing is said begins without moments."""
         for index, parameter in enumerate(self.state):
-            self.state[parameter] = dict(said["state"].get(index, {}))
+            self.state[parameter] = dict(state_dict["state"].get(index, {}))
 
 
 class Still(AdamW):
@@ -118,5 +122,5 @@ class Still(AdamW):
     def step(self) -> None:
         """Nothing."""
 
-    def load_state_dict(self, said: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Moments of a run that had some are let go."""

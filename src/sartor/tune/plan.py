@@ -72,14 +72,14 @@ class TuningPlan:
 
     def table(self) -> list[tuple[str, Any]]:
         """The same for a person."""
-        read = self.counters
+        counters = self.counters
         return [
-            ("time", _said(self.time_s, "s")),
-            ("peak memory", _said(self.peak_memory_bytes and self.peak_memory_bytes * 1e-9, "GB")),
-            *([("cost", _said(self.cost, ""))] if self.cost else []),
+            ("time", _format_interval(self.time_s, "s")),
+            ("peak memory", _format_interval(self.peak_memory_bytes and self.peak_memory_bytes * 1e-9, "GB")),
+            *([("cost", _format_interval(self.cost, ""))] if self.cost else []),
             (
                 "reads",
-                f"{read.tokens:,} tokens, {read.supervised_tokens:,} supervised, {read.updates:,} updates",
+                f"{counters.tokens:,} tokens, {counters.supervised_tokens:,} supervised, {counters.updates:,} updates",
             ),
             ("trains", f"{self.trainable:,} parameters"),
             *([("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")] if self.settled else []),
@@ -105,10 +105,10 @@ def plan(
     recipe = load_recipe(recipe)
     price_h = hourly(price)
     dataset = open_artifact(recipe.data.path, "dataset")
-    where = device_named(device) if device else None
-    if refused := list(preflight.of_base(recipe, where)):
-        return TuningPlan(device=str(where or best_device()), refusals=refused)
-    base = open_recipe_base(recipe, notice, where)
+    torch_device = device_named(device) if device else None
+    if refusals := list(preflight.of_base(recipe, torch_device)):
+        return TuningPlan(device=str(torch_device or best_device()), refusals=refusals)
+    base = open_recipe_base(recipe, notice, torch_device)
     try:
         data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
@@ -122,46 +122,46 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, pr
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
-    asked = replace(loss_options(recipe, data, base), reuse_bytes=0)
+    options = replace(loss_options(recipe, data, base), reuse_bytes=0)
     sequences = all_sequences(data.train)
-    path = base.path(model, sequences, asked)
+    path = base.path(model, sequences, options)
     start_s = time.monotonic() - began
-    loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
+    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
     counters = Counters()
-    updates = cost_model.simulate_updates(recipe, loads, counters, beside)
-    loads += beside
+    updates = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads)
+    loads += rehearsal_loads
     probe, shape = TimingProbe(path, model, base.device), cost_model.shape_of(model, recipe)
-    refused = list(preflight.of_rows(recipe, base.chat, data))
+    refusals = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
     # not even one row: a probe would end as the system ends it
-    timed = memory.fits(total(load_of(row) for row in smallest))
-    if timed:
+    can_time = memory.fits(total(load_of(row) for row in smallest))
+    if can_time:
         memory = _probe(probe, memory, recipe, data, loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
-    refused.extend(preflight.check_memory(memory, recipe, loads))
-    took = None
-    if timed:
+    refusals.extend(preflight.check_memory(memory, recipe, loads))
+    duration = None
+    if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         # the reference is computed before the first update, once
         start_s += (
             times.seconds(total(load_of(row) for row in all_sequences(reached_pairs(recipe, data))))
             * cost_model.FORWARD_FRACTION
         )
-        took = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
+        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
     return TuningPlan(
-        time_s=took,
+        time_s=duration,
         peak_memory_bytes=memory.peak(settled.load),
-        cost=took * (price_h / 3600) if took and price_h is not None else None,
+        cost=duration * (price_h / 3600) if duration and price_h is not None else None,
         counters=counters,
         trainable=shape.trainable,
         settled=settled,
         path=path,
         device=str(base.device),
         left_out={reason: len(ids) for reason, ids in data.left_out.items()},
-        refusals=refused,
+        refusals=refusals,
     )
 
 
@@ -211,17 +211,17 @@ def run_seconds(
         times.update_s + sum(times.seconds(micro) for micro in cost_model.micro_batches(update, micro_batch_tokens))
         for update in updates
     )
-    whole = updates_s + evaluations_s
-    found = Interval(whole, whole * (1 - times.half_width), whole * (1 + times.half_width)).at_least(0) + start_s
-    return found.at_most(limit_s + evaluations_s) if limit_s else found
+    total_s = updates_s + evaluations_s
+    duration = Interval(total_s, total_s * (1 - times.half_width), total_s * (1 + times.half_width)).at_least(0) + start_s
+    return duration.at_most(limit_s + evaluations_s) if limit_s else duration
 
 
 def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> None:
     """What the minutes of a budget will read, about."""
-    everything = total(loads)
-    epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(everything)
+    total_load = total(loads)
+    epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(total_load)
     counters.updates = max(round(epochs * len(cost_model.epoch(recipe, loads))), 1)
-    counters.tokens, counters.supervised_tokens = round(epochs * everything.tokens), round(epochs * everything.supervised)
+    counters.tokens, counters.supervised_tokens = round(epochs * total_load.tokens), round(epochs * total_load.supervised)
 
 
 def hourly(price: str | float) -> float | None:
@@ -236,16 +236,22 @@ def hourly(price: str | float) -> float | None:
 
 def device_named(name: str) -> torch.device:
     """The device of that name, if it is here. Raises ConfigError."""
-    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name.partition(":")[0] not in known:
-        raise ConfigError(f"there is no device {name!r} on this machine", f"--device {' or '.join(known)}")
+    available = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if name.partition(":")[0] not in available:
+        raise ConfigError(f"there is no device {name!r} on this machine", f"--device {' or '.join(available)}")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"{name!r} is no device: {str(error).splitlines()[0]}", f"--device {' or '.join(known)}") from None
+        raise ConfigError(
+            f"{name!r} is no device: {str(error).splitlines()[0]}", f"--device {' or '.join(available)}"
+        ) from None
 
 
-def _said(interval: Interval | None, unit: str) -> str:
+def _format_interval(interval: Interval | None, unit: str) -> str:
     if interval is None:
         return "not forecast"
     return f"{interval.estimate:.3g} {unit}, 90 % in {interval.low:.3g}..{interval.high:.3g}"

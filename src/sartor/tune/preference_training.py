@@ -43,15 +43,15 @@ class PreferenceRun(TrainingRun):
     reference: torch.Tensor | None = None
 
     @property
-    def _asked(self) -> Any:
+    def _objective(self) -> Any:
         assert not isinstance(self.recipe.objective, Sft)
         return self.recipe.objective
 
     def train(self, signals: DeferredSignals) -> None:
         """See `Run`; the reference is computed first, unless a checkpoint brought it."""
         if self.reference is None:
-            needed = [*reached_pairs(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
-            self.reference = self._refer(needed)
+            rows = [*reached_pairs(self.recipe, self.data), *(lessons(self.data.held_out) if self.evaluation_points else [])]
+            self.reference = self._compute_reference(rows)
         super().train(signals)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -59,60 +59,60 @@ class PreferenceRun(TrainingRun):
         tensors, facts = super().state()
         return ({**tensors, REFERENCE: self.reference} if self.reference is not None else tensors), facts
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Folder) -> None:
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
         self.reference = tensors[REFERENCE].to(self.base.device)
-        super()._become(tensors, facts, where)
+        super()._become(tensors, facts, source)
 
     @torch.no_grad()
-    def _refer(self, needed: Sequence[PreferenceExample]) -> torch.Tensor:
+    def _compute_reference(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
         """(N, 2): by a lesson's number the log-probability of its reply and of the other one; nan where none is needed.
 
         Every row of the run has a line. Call it before the first update.
         """
         numbers = [row.number for row in lessons([*self.data.train, *self.data.held_out])]
         table = torch.full((max(numbers) + 1, 2), math.nan, device=self.base.device)
-        places: dict[int, tuple[int, int]] = {}
-        for lesson in needed:
-            places[id(lesson)] = lesson.number, 0
+        cells: dict[int, tuple[int, int]] = {}
+        for lesson in rows:
+            cells[id(lesson)] = lesson.number, 0
             if lesson.other:
-                places[id(lesson.other)] = lesson.number, 1
+                cells[id(lesson.other)] = lesson.number, 1
         self.model.eval()
-        for micro in self._cut(all_sequences(needed)):
-            for row, found in zip(micro, self._log_probabilities(micro), strict=True):
-                table[places[id(row)]] = found
-        self.journal.note(reference_rows=len(places))
+        for micro in self._cut(all_sequences(rows)):
+            for row, log_probability in zip(micro, self._log_probabilities(micro), strict=True):
+                table[cells[id(row)]] = log_probability
+        self.journal.note(reference_rows=len(cells))
         return table
 
     def _log_probabilities(self, rows: Sequence[TokenizedExample]) -> torch.Tensor:
         losses, _ = self.path.losses(rows)
         return objectives.log_probabilities(losses, [row.supervised_tokens for row in rows])
 
-    def _backward(self, chosen: Sequence[TokenizedExample], weight: float = 1.0) -> float:
-        mine, plain = split_preference_rows(chosen)
-        loss = super()._backward(plain, weight * self._asked.plain_weight) if plain else 0.0
-        divergence = self._divergence(mine)
-        total = sum(row.weight for row in mine) or 1.0
-        replies = sum(row.weight * row.supervised_tokens for row in mine) or 1.0
+    def _backward(self, rows: Sequence[TokenizedExample], weight: float = 1.0) -> float:
+        preferences, plain_rows = split_preference_rows(rows)
+        loss = super()._backward(plain_rows, weight * self._objective.plain_weight) if plain_rows else 0.0
+        divergence = self._divergence(preferences)
+        total = sum(row.weight for row in preferences) or 1.0
+        replies = sum(row.weight * row.supervised_tokens for row in preferences) or 1.0
         agree = 0
-        for micro in self._micro_batches(mine):
-            judged = self._judge(micro, divergence)
-            objective = weight * self._sum(judged, total, replies)
+        for micro in self._micro_batches(preferences):
+            batch_losses = self._judge(micro, divergence)
+            objective = weight * self._sum(batch_losses, total, replies)
             self.scaler.scale(objective).backward()
-            loss, agree = loss + float(objective.detach()), agree + int(judged.agree.sum())
-        self.said = self._report(mine, agree, divergence)
+            loss, agree = loss + float(objective.detach()), agree + int(batch_losses.agree.sum())
+        self.objective_facts = self._report(preferences, agree, divergence)
         return loss
 
     def _loss_of(self, rows: Sequence[TokenizedExample]) -> tuple[float, dict[str, float]]:
-        mine, plain = split_preference_rows(rows)
-        loss = self._asked.plain_weight * super()._loss_of(plain)[0] if plain else 0.0
-        divergence = self._divergence(mine)
-        total = sum(row.weight for row in mine) or 1.0
-        replies = sum(row.weight * row.supervised_tokens for row in mine) or 1.0
+        preferences, plain_rows = split_preference_rows(rows)
+        loss = self._objective.plain_weight * super()._loss_of(plain_rows)[0] if plain_rows else 0.0
+        divergence = self._divergence(preferences)
+        total = sum(row.weight for row in preferences) or 1.0
+        replies = sum(row.weight * row.supervised_tokens for row in preferences) or 1.0
         agree = 0
-        for micro in self._micro_batches(mine):
-            judged = self._judge(micro, divergence)
-            loss, agree = loss + float(self._sum(judged, total, replies)), agree + int(judged.agree.sum())
-        return loss, {f"eval_{name}": value for name, value in self._report(mine, agree, divergence).items()}
+        for micro in self._micro_batches(preferences):
+            batch_losses = self._judge(micro, divergence)
+            loss, agree = loss + float(self._sum(batch_losses, total, replies)), agree + int(batch_losses.agree.sum())
+        return loss, {f"eval_{name}": value for name, value in self._report(preferences, agree, divergence).items()}
 
     def _micro_batches(self, rows: Sequence[PreferenceExample]) -> list[list[PreferenceExample]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
@@ -120,69 +120,69 @@ class PreferenceRun(TrainingRun):
 
     def _judge(self, rows: Sequence[PreferenceExample], divergence: torch.Tensor) -> PreferenceLosses:
         assert self.reference is not None
-        asked, reference = self._asked, self.reference[[row.number for row in rows]]
+        objective, reference = self._objective, self.reference[[row.number for row in rows]]
         weights = torch.tensor([row.weight for row in rows], device=self.base.device)
-        if isinstance(asked, Dpo):
+        if isinstance(objective, Dpo):
             sequences = all_sequences(rows)
-            losses, of_tokens = self.path.losses(sequences)
+            losses, token_weights = self.path.losses(sequences)
             lengths = [row.supervised_tokens for row in sequences]
             chosen, rejected = objectives.log_probabilities(losses, lengths).view(-1, 2).unbind(1)
-            found = objectives.dpo(
-                chosen, rejected, *reference.unbind(1), beta=asked.beta, label_smoothing=asked.label_smoothing
+            row_losses = objectives.dpo(
+                chosen, rejected, *reference.unbind(1), beta=objective.beta, label_smoothing=objective.label_smoothing
             )
-            parts = [pair[::2] for pair in (losses.split(lengths), of_tokens.split(lengths))]
+            reply_parts = [pair[::2] for pair in (losses.split(lengths), token_weights.split(lengths))]
             agree = chosen - reference[:, 0] > rejected - reference[:, 1]
-            return PreferenceLosses(found, weights, agree, (torch.cat(parts[0]), torch.cat(parts[1])))
+            return PreferenceLosses(row_losses, weights, agree, (torch.cat(reply_parts[0]), torch.cat(reply_parts[1])))
         is_good = torch.tensor([row.term == "good" for row in rows], device=self.base.device)
         policy = self._log_probabilities(rows)
-        found = objectives.kto(
-            policy, reference[:, 0], is_good, divergence, beta=asked.beta,
-            desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight,
+        row_losses = objectives.kto(
+            policy, reference[:, 0], is_good, divergence, beta=objective.beta,
+            desirable_weight=objective.desirable_weight, undesirable_weight=objective.undesirable_weight,
         )  # fmt: skip
-        return PreferenceLosses(found, weights, (policy - reference[:, 0] > divergence) == is_good)
+        return PreferenceLosses(row_losses, weights, (policy - reference[:, 0] > divergence) == is_good)
 
-    def _sum(self, judged: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
+    def _sum(self, batch_losses: PreferenceLosses, total: float, replies: float) -> torch.Tensor:
         """What a micro-batch adds to an update's loss. total, replies: weights of the update's lessons, and of their tokens."""
-        loss = (judged.losses * judged.weights).sum() / total
-        if judged.replies and self._asked.sft_weight:
-            loss = loss + self._asked.sft_weight * objectives.sft(*judged.replies, replies)
+        loss = (batch_losses.losses * batch_losses.weights).sum() / total
+        if batch_losses.replies and self._objective.sft_weight:
+            loss = loss + self._objective.sft_weight * objectives.sft(*batch_losses.replies, replies)
         return loss
 
     @torch.no_grad()
     def _divergence(self, rows: Sequence[PreferenceExample]) -> torch.Tensor:
         """z_0 of an update's rated rows; 0 under dpo."""
-        others = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
-        if not others:
+        other_replies = [(row.number, row.other) for row in rows if row.term != "pair" and row.other]
+        if not other_replies:
             return torch.zeros((), device=self.base.device)
         assert self.reference is not None
-        reference = {id(row): self.reference[number, 1] for number, row in others}
-        policy, held = [], []
-        for micro in self._cut([row for _, row in others]):
+        reference = {id(row): self.reference[number, 1] for number, row in other_replies}
+        policy, references = [], []
+        for micro in self._cut([row for _, row in other_replies]):
             policy.append(self._log_probabilities(micro))
-            held += [reference[id(row)] for row in micro]
-        return objectives.divergence(torch.cat(policy), torch.stack(held))
+            references += [reference[id(row)] for row in micro]
+        return objectives.divergence(torch.cat(policy), torch.stack(references))
 
     def _report(self, rows: Sequence[PreferenceExample], agree: int, divergence: torch.Tensor) -> dict[str, float]:
         """What is said of lessons: the fraction on which the model has moved as people said; of kto, the divergence too."""
         if not rows:
             return {}
-        is_dpo = isinstance(self._asked, Dpo)
+        is_dpo = isinstance(self._objective, Dpo)
         return {"agreement": round(agree / len(rows), 4), **({} if is_dpo else {"divergence": float(divergence)})}
 
 
 def split_preference_rows(rows: Iterable[TokenizedExample]) -> tuple[list[PreferenceExample], list[TokenizedExample]]:
     """(lessons, plain rows)."""
-    every = list(rows)
-    return lessons(every), [row for row in every if not isinstance(row, PreferenceExample)]
+    all_rows = list(rows)
+    return lessons(all_rows), [row for row in all_rows if not isinstance(row, PreferenceExample)]
 
 
 def reached_pairs(recipe: Recipe, data: TokenizedDataset) -> list[PreferenceExample]:
     """The lessons that a run's budget reaches; all, where minutes alone limit it."""
-    lengths, counters, seen = [row.tokens for row in data.train], Counters(), set[int]()
-    for chosen in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
-        seen.update(chosen)
+    lengths, counters, reached = [row.tokens for row in data.train], Counters(), set[int]()
+    for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
+        reached.update(indices)
         counters.updates += 1
-        counters.tokens += sum(lengths[index] for index in chosen)
-        if len(seen) == len(lengths) or counters.fraction(recipe.budget, sum(lengths), 0.0) >= 1:
+        counters.tokens += sum(lengths[index] for index in indices)
+        if len(reached) == len(lengths) or counters.fraction(recipe.budget, sum(lengths), 0.0) >= 1:
             break
-    return lessons(data.train[index] for index in sorted(seen))
+    return lessons(data.train[index] for index in sorted(reached))

@@ -58,30 +58,31 @@ def of_base(recipe: Recipe, device: torch.device | None = None) -> Iterator[Refu
     """
     folder = model_refs.locate_base(recipe.base.name, recipe.base.revision, recipe.base.licence).path
     device = device or best_device()
-    count, room = hardware.weights_in(folder), hardware.available_bytes(device)
+    count, available = hardware.weights_in(folder), hardware.available_bytes(device)
     width = _BYTES_PER_WEIGHT.get(recipe.base.bits) or best_dtype(device).itemsize
-    if count * width > room.bytes:
+    if count * width > available.bytes:
         fitting = [
             f"base.bits={bits} ({count * size / 1e9:.2f} GB)"
             for bits, size in _BYTES_PER_WEIGHT.items()
-            if size < width and count * size <= room.bytes and _changed(recipe, [f"base.bits={bits}"])
+            if size < width and count * size <= available.bytes and _changed(recipe, [f"base.bits={bits}"])
         ]
         yield Refusal(
             MEMORY,
             f"the weights of {recipe.base.name} need {count * width / 1e9:.2f} GB; "
-            f"{room.bytes / 1e9:.2f} GB can be had ({room.bound})",
+            f"{available.bytes / 1e9:.2f} GB can be had ({available.bound})",
             "; or ".join(fitting) or f"a machine with more than {count * width / 1e9:.2f} GB free, or a smaller base",
         )
 
 
 def of_lengths(lengths: Sequence[int], recipe: Recipe) -> Iterator[Refusal]:
     """Too many rows are left out as too long. `lengths`: tokens of every row that could be encoded."""
-    most = recipe.data.max_length_tokens
-    longer = sum(length > most for length in lengths)
-    if lengths and longer / len(lengths) > recipe.data.too_long_fraction:
+    limit = recipe.data.max_length_tokens
+    n_longer = sum(length > limit for length in lengths)
+    if lengths and n_longer / len(lengths) > recipe.data.too_long_fraction:
         yield Refusal(
             TOO_LONG,
-            f"{longer:,} of {len(lengths):,} rows ({longer / len(lengths):.0%}) are longer than data.max_length_tokens={most} "
+            f"{n_longer:,} of {len(lengths):,} rows ({n_longer / len(lengths):.0%}) are longer than "
+            f"data.max_length_tokens={limit} "
             f"and would be left out; data.too_long_fraction allows {recipe.data.too_long_fraction:.0%}",
             f"data.max_length_tokens={length_that_keeps(lengths)} keeps {_KEPT_FRACTION:.0%}",
         )
@@ -104,11 +105,11 @@ def of_objective(recipe: Recipe, data: TokenizedDataset) -> Iterator[Refusal]:
     objective = recipe.objective
     if isinstance(objective, Sft) or lessons(data.train):
         return
-    wanted = "has a rejected reply" if isinstance(objective, Dpo) else "is rated, or has a rejected reply"
+    requirement = "has a rejected reply" if isinstance(objective, Dpo) else "is rated, or has a rejected reply"
     forms = "{prompt, chosen, rejected}" if isinstance(objective, Dpo) else "{prompt, completion, rating}"
     yield Refusal(
         NO_PREFERENCE,
-        f"objective.kind is {objective.kind}, and none of the {len(data.train):,} training rows {wanted}",
+        f"objective.kind is {objective.kind}, and none of the {len(data.train):,} training rows {requirement}",
         f"rows of the form {forms}, or objective: {{kind: sft}}",
     )
 
@@ -146,32 +147,32 @@ def check_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad])
     settled = choose_micro_batch(model, recipe, loads)
     if settled.fits:
         return
-    needed = model.needs(settled.load).high
-    offered = list(remedies(model, recipe, loads))
+    needed_bytes = model.needs(settled.load).high
+    fixes = list(remedies(model, recipe, loads))
     yield Refusal(
         MEMORY,
-        f"a micro-batch of {settled.load.tokens:,} tokens needs up to {needed / 1e9:.2f} GB; "
+        f"a micro-batch of {settled.load.tokens:,} tokens needs up to {needed_bytes / 1e9:.2f} GB; "
         f"{model.limit_bytes / 1e9:.2f} GB can be had ({model.bound})",
-        "; or ".join(f"{change} ({size / 1e9:.2f} GB)" for change, size in offered) or _none_fits(model, recipe, loads),
+        "; or ".join(f"{change} ({size / 1e9:.2f} GB)" for change, size in fixes) or _none_fits(model, recipe, loads),
     )
 
 
 def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
     """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits, together."""
     singles = list(_changes(model.shape, recipe, loads))
-    found = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
-    if found:
-        yield from ((change, size) for change, size in found if size)
+    fitting = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
+    if fitting:
+        yield from ((change, size) for change, size in fitting if size)
         return
-    together: list[str] = []
-    taken: set[str] = set()
+    combined: list[str] = []
+    option_names: set[str] = set()
     for change in singles:
         name = change.partition("=")[0]
         # of several values of one option the first is the mildest; the sharpest is what counts here
-        together = [kept for kept in together if not kept.startswith(f"{name}=")] + [change]
-        taken.add(name)
-        if len(taken) > 1 and (size := needed_under(model, recipe, loads, together)):
-            yield " ".join(together), size
+        combined = [earlier for earlier in combined if not earlier.startswith(f"{name}=")] + [change]
+        option_names.add(name)
+        if len(option_names) > 1 and (size := needed_under(model, recipe, loads, combined)):
+            yield " ".join(combined), size
             return
 
 
@@ -180,11 +181,11 @@ def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad],
     changed = _changed(recipe, changes)
     if changed is None:
         return None
-    kept = [load for load in loads if load.tokens <= changed.data.max_length_tokens]
-    if not kept:
+    usable_loads = [load for load in loads if load.tokens <= changed.data.max_length_tokens]
+    if not usable_loads:
         return None
     shape = _reshaped(model.shape, recipe, changed)
-    settled = choose_micro_batch(model, changed, kept, shape)
+    settled = choose_micro_batch(model, changed, usable_loads, shape)
     return model.needs(settled.load, shape).high if settled.fits else None
 
 
@@ -198,10 +199,10 @@ def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
 def _changes(shape: ModelShape, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[str]:
     """Changes to try, those that cost least first: time, then what is learnt from, then precision."""
     longest = max(load.tokens for load in loads)
-    asked = recipe.compute.micro_batch_tokens
+    micro_batch_tokens = recipe.compute.micro_batch_tokens
     for size in (1024, 512, 256, 128, longest):
         # with auto the ladder has been tried already
-        if longest <= size < (LADDER[0] if asked == "auto" else asked):
+        if longest <= size < (LADDER[0] if micro_batch_tokens == "auto" else micro_batch_tokens):
             yield f"compute.micro_batch_tokens={size}"
     if not shape.recompute:
         yield "compute.recompute=true"
@@ -236,5 +237,5 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
 def _none_fits(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> str:
     """What to do where no change of the recipe helps."""
     shape = replace(model.shape, recompute=True)
-    least = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
-    return f"a machine on which {least / 1e9:.2f} GB can be had, or a smaller base"
+    needed_bytes = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
+    return f"a machine on which {needed_bytes / 1e9:.2f} GB can be had, or a smaller base"

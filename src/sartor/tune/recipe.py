@@ -12,10 +12,10 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 
 
-def _at_least(value: Any, least: int, *names: str) -> None:
+def _at_least(value: Any, minimum: int, *names: str) -> None:
     for name in names:
-        if getattr(value, name) < least:
-            raise ConfigError(f"{name} is {getattr(value, name)}; it must be at least {least}", f"{name}: {least}")
+        if getattr(value, name) < minimum:
+            raise ConfigError(f"{name} is {getattr(value, name)}; it must be at least {minimum}", f"{name}: {minimum}")
 
 
 @dataclass(frozen=True)

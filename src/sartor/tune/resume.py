@@ -43,8 +43,8 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
             problem = f"an unfinished run of {out} {reached}; its checkpoints are in {folder_of(out)}"
             raise ConfigError(problem, "add --resume to go on there, or --replace to start over")
         return result
-    for _, why in result.invalid:
-        notice(f"{why}; it is removed, and the one before it is used")
+    for _, reason in result.invalid:
+        notice(f"{reason}; it is removed, and the one before it is used")
     if kind_of(out) != "adapter":
         check_output_free(out, replace=False)
         if not result.checkpoint:
@@ -52,25 +52,25 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     return result
 
 
-def finished(out: Path, found: CheckpointState, now: Mapping[str, Any]) -> Artifact | None:
-    """The Adapter at `out`, if it is what this run would make. `now`: the run's fingerprint.
+def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artifact | None:
+    """The Adapter at `out`, if it is what this run would make. `new`: the run's fingerprint.
 
     Raises ConfigError when what is found there, the Adapter or the checkpoint, is of another recipe, Dataset or base, or
     when another arithmetic began the checkpoint.
     """
     if kind_of(out) == "adapter":
-        standing = open_artifact(out, "adapter")
-        was = {**standing.manifest.get("fingerprint", {}), "recipe": standing.manifest["recipe"]}
-        if not (differing := differences(was, now)):
-            return standing
-        if not (found.checkpoint and found.checkpoint.manifest["replaces"] == standing.id):
+        existing = open_artifact(out, "adapter")
+        old = {**existing.manifest.get("fingerprint", {}), "recipe": existing.manifest["recipe"]}
+        if not (differing := differences(old, new)):
+            return existing
+        if not (state.checkpoint and state.checkpoint.manifest["replaces"] == existing.id):
             problem = f"the Adapter {out} is of another run: {'; '.join(differing)}"
             raise ConfigError(problem, "choose another --out, or start over with --replace")
-    if found.checkpoint and (differing := differences(found.checkpoint.manifest["fingerprint"], now)):
-        problem = f"the checkpoint {found.checkpoint.path} is of another run: {'; '.join(differing)}"
+    if state.checkpoint and (differing := differences(state.checkpoint.manifest["fingerprint"], new)):
+        problem = f"the checkpoint {state.checkpoint.path} is of another run: {'; '.join(differing)}"
         raise ConfigError(problem, "undo the change, or start over with --replace")
-    if found.checkpoint:
-        check_numerics(found.checkpoint, f"start over with --replace, or rm -r {folder_of(out)}")
+    if state.checkpoint:
+        check_numerics(state.checkpoint, f"start over with --replace, or rm -r {folder_of(out)}")
     return None
 
 
@@ -108,26 +108,26 @@ def environment(base: Base) -> dict[str, Any]:
     }
 
 
-def changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A line that names what differs between two environments, if anything does."""
-    if differing := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
+    if differing := [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]:
         yield f"going on elsewhere: {', '.join(differing)}; the result may differ from an uninterrupted run's in the last bits"
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`."""
-    said = []
-    before, after = _flat(was.get("recipe", {})), _flat(now["recipe"])
+    lines = []
+    before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(FREE_OPTIONS):
-            said.append(f"recipe {key}: {_said(before.get(key))} -> {_said(after.get(key))}")
-    for name in now.keys() - {"recipe"}:
-        if was.get(name) != now[name]:
-            said.append(f"{name}: digest {str(was.get(name, 'unknown'))[:16]} -> {str(now[name])[:16]}")
-    return sorted(said)
+            lines.append(f"recipe {key}: {_format_value(before.get(key))} -> {_format_value(after.get(key))}")
+    for name in new.keys() - {"recipe"}:
+        if old.get(name) != new[name]:
+            lines.append(f"{name}: digest {str(old.get(name, 'unknown'))[:16]} -> {str(new[name])[:16]}")
+    return sorted(lines)
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 

@@ -71,10 +71,10 @@ class RunForecast:
         token_s = sum(self._seconds[1:]) / sum(self._tokens[1:])
         rates = [spent / read for spent, read in zip(self._seconds[1:], self._tokens[1:], strict=True)]
         spread = float(np.std(rates, ddof=1)) / token_s
-        half = 1.645 * spread / len(rates) ** 0.5 + TIME_ALLOWANCE
+        half_width = 1.645 * spread / len(rates) ** 0.5 + TIME_ALLOWANCE
         if self.course_tokens is not None:
             rest_s = (self.course_tokens - read_tokens + self.evaluated_tokens * FORWARD_FRACTION) * token_s
-            self.time = Interval(rest_s, rest_s * (1 - half), rest_s * (1 + half)).at_least(0) + wall_s
+            self.time = Interval(rest_s, rest_s * (1 - half_width), rest_s * (1 + half_width)).at_least(0) + wall_s
         if self.limit_s is not None:
             unbounded = self.time or Interval(self.limit_s, self.limit_s, self.limit_s)
             # the update in which the minutes end is finished, and the last evaluation made
@@ -93,14 +93,14 @@ class RunForecast:
         return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
 
 
-def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], most_tokens: float | None) -> None:
+def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
     """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
-    `most_tokens`.
+    `max_tokens`.
     """
     small = take(rows, 128)
     large = take(rows, 3 * sum(len(row.ids) for row in small))
     cost = sum(len(row.ids) for row in [*small, *large])
-    if len(large) == len(small) or (most_tokens is not None and cost > most_tokens):
+    if len(large) == len(small) or (max_tokens is not None and cost > max_tokens):
         return
     probe.run(small, warm_up=True)
     probe.run(large)
@@ -118,18 +118,18 @@ def foresee(
 
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
-    loads, beside = ([load_of(row) for row in part] for part in (data.train, data.rehearsal))
-    is_counted = cost_model.simulate_updates(recipe, loads, counters, beside) is not None
-    loads += beside
+    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
+    is_counted = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads) is not None
+    loads += rehearsal_loads
     probe = TimingProbe(path, model, device)
     calibrate(probe, all_sequences(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
-    expected = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
-    for refusal in preflight.check_memory(expected, recipe, loads):
+    memory = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
+    for refusal in preflight.check_memory(memory, recipe, loads):
         raise refusal.error
-    settled = cost_model.choose_micro_batch(expected, recipe, loads)
+    settled = cost_model.choose_micro_batch(memory, recipe, loads)
     return RunForecast(
         settled,
-        expected.peak(settled.load),
+        memory.peak(settled.load),
         counters.tokens if is_counted else None,
         recipe.evaluations * sum(row.tokens for row in data.held_out),
         recipe.budget.minutes and recipe.budget.minutes * 60,

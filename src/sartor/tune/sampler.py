@@ -20,8 +20,8 @@ class Position:
 
     def after(self, used: int, rows: int) -> Position:
         """The position when `used` more rows of an epoch of `rows` are used."""
-        place = self.place + used
-        return Position(self.epoch, place) if place < rows else Position(self.epoch + 1)
+        used_rows = self.place + used
+        return Position(self.epoch, used_rows) if used_rows < rows else Position(self.epoch + 1)
 
 
 START = Position()
@@ -36,16 +36,16 @@ def iterate_updates(lengths: Sequence[int], batch_tokens: int, seed: int, start:
     position = start
     while True:
         order = _shuffled(len(lengths), seed * 1_000_003 + position.epoch)
-        chosen: list[int] = []
+        indices: list[int] = []
         tokens = 0
         for row in order[position.place :]:
-            chosen.append(row)
+            indices.append(row)
             tokens += lengths[row]
             if tokens >= batch_tokens:
-                yield chosen
-                chosen, tokens = [], 0
-        if chosen:
-            yield chosen
+                yield indices
+                indices, tokens = [], 0
+        if indices:
+            yield indices
         position = Position(position.epoch + 1)
 
 
@@ -72,14 +72,14 @@ class RehearsalPosition:
         """
         if not lengths:
             return [], self
-        owed, position, chosen = self.owed + own_tokens * fraction / (1 - fraction), self.position, list[int]()
+        owed, position, indices = self.owed + own_tokens * fraction / (1 - fraction), self.position, list[int]()
         while owed > 0:
             # another seed than that of the update's own rows
             row = _shuffled(len(lengths), ~(seed * 1_000_003 + position.epoch))[position.place]
-            chosen.append(row)
+            indices.append(row)
             owed -= lengths[row]
             position = position.after(1, len(lengths))
-        return chosen, RehearsalPosition(position, owed)
+        return indices, RehearsalPosition(position, owed)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SchedulePart:
         if budget.updates is None:
             return Position(round(self.done * (budget.epochs or 1)))
         position = START
-        read = iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
-        for chosen in itertools.islice(read, self.done * budget.updates):
-            position = position.after(len(chosen), len(lengths))
+        updates = iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed)
+        for indices in itertools.islice(updates, self.done * budget.updates):
+            position = position.after(len(indices), len(lengths))
         return position

@@ -59,8 +59,10 @@ class SharedBase:
     def _inject(self) -> None:
         self.model = inject_recipe_adapter(self.recipe, self.base)
         # PEFT's files leave the adapter's name out
-        named = self.model.named_parameters()
-        self.factors = {name.replace(".default.", "."): one for name, one in named if one.requires_grad}
+        named_parameters = self.model.named_parameters()
+        self.factors = {
+            name.replace(".default.", "."): parameter for name, parameter in named_parameters if parameter.requires_grad
+        }
         modules(self.factors)
         self._path: LossBackend | None = None
         self._masks: list[Any] = []
@@ -83,8 +85,8 @@ class SharedBase:
         method = self.recipe.method
         if rank == method.rank:
             return
-        wide = replace(method, rank=rank, alpha=alpha_of(method.alpha, method.rank, rank))
-        self.recipe = replace(self.recipe, method=wide)
+        method_at_rank = replace(method, rank=rank, alpha=alpha_of(method.alpha, method.rank, rank))
+        self.recipe = replace(self.recipe, method=method_at_rank)
         self.base.model = adapters.undo(self.model)
         self._inject()
 
@@ -106,26 +108,26 @@ class SharedBase:
     def path(self, model: Any, rows: Sequence[packing.TokenizedExample], wish: LossOptions) -> LossBackend:
         """See Ground: chosen once, by the rows of whoever comes first, with every factor learning."""
         if self._path is None:
-            still = [factor for factor in self.factors.values() if not factor.requires_grad]
-            for parameter in still:
+            frozen = [factor for factor in self.factors.values() if not factor.requires_grad]
+            for parameter in frozen:
                 parameter.requires_grad_(True)
             self._path = self.base.path(model, rows, wish)
-            for parameter in still:
+            for parameter in frozen:
                 parameter.requires_grad_(False)
         return self._path
 
     def put(self, shared: Tensors) -> None:
         """Become the shared adapter. Raises RoundError where its tensors are not those of the recipe's method."""
-        wanted = {name: tuple(parameter.shape) for name, parameter in self.factors.items()}
-        if {name: tuple(value.shape) for name, value in shared.items()} != wanted:
-            first = next(iter(sorted(set(wanted) ^ set(shared))), "a tensor of another shape")
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.factors.items()}
+        if {name: tuple(value.shape) for name, value in shared.items()} != shapes:
+            first = next(iter(sorted(set(shapes) ^ set(shared))), "a tensor of another shape")
             problem = f"the shared adapter is not that of this client's recipe: {first}"
             raise RoundError(problem, "the method of the recipe that the coordinator has", "manifest")
         with torch.no_grad():
             for name, parameter in self.factors.items():
                 parameter.copy_(torch.from_numpy(shared[name]))
 
-    def taken(self) -> dict[str, Array]:
+    def current_factors(self) -> dict[str, Array]:
         """The factors as they stand, fp32, by PEFT's names."""
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.factors.items()}
 
@@ -140,7 +142,7 @@ class SharedBase:
         for name, parameter in self.factors.items():
             parameter.requires_grad_(trains(name))
             if trains(name) and len(range(self.rank)[ranks]) < self.rank:
-                self._masks.append(parameter.register_hook(_only(ranks, by_row=name.endswith(A))))
+                self._masks.append(parameter.register_hook(_mask_gradient(ranks, by_row=name.endswith(A))))
 
     @torch.no_grad()
     def loss(self, shared: Tensors, rows: Sequence[packing.TokenizedExample]) -> float | None:
@@ -151,9 +153,9 @@ class SharedBase:
         self.model.eval()
         path, total, count = self.path(self.model, rows, LossOptions()), 0.0, 0
         longest = max(len(row.ids) for row in rows)
-        asked = self.recipe.compute.micro_batch_tokens
-        most = max(longest, asked if isinstance(asked, int) else longest)
-        for micro in packing.micro_batches(rows, most, share=path.name != "one-row"):
+        micro_batch_tokens = self.recipe.compute.micro_batch_tokens
+        capacity = max(longest, micro_batch_tokens if isinstance(micro_batch_tokens, int) else longest)
+        for micro in packing.micro_batches(rows, capacity, share=path.name != "one-row"):
             losses, _ = path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
         return total / count
@@ -164,14 +166,14 @@ class SharedBase:
         adapters.write_adapter(self.model, folder, self.base.ref.name)
 
 
-def _only(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mask_gradient(ranks: slice, *, by_row: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """The gradient of these ranks, which are rows of A and columns of B; zero elsewhere."""
 
     def masked(gradient: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros_like(gradient)
-        place = (ranks,) if by_row else (slice(None), ranks)
-        kept[place] = gradient[place]
-        return kept
+        masked_gradient = torch.zeros_like(gradient)
+        index = (ranks,) if by_row else (slice(None), ranks)
+        masked_gradient[index] = gradient[index]
+        return masked_gradient
 
     return masked
 
@@ -191,9 +193,12 @@ class LocalRun(TrainingRun):
 
     def _foresee(self, recipe: Recipe) -> RunForecast:
         """Nothing is measured: a micro-batch that depended on free memory would change the last bits."""
-        asked, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
-        nothing, most = Interval(0.0, 0.0, 0.0), max(longest, asked if isinstance(asked, int) else longest)
-        return RunForecast(MicroBatchChoice(most, BatchLoad(), True, "the recipe's"), nothing, None, 0, None)
+        micro_batch_tokens, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
+        no_memory, capacity = (
+            Interval(0.0, 0.0, 0.0),
+            max(longest, micro_batch_tokens if isinstance(micro_batch_tokens, int) else longest),
+        )
+        return RunForecast(MicroBatchChoice(capacity, BatchLoad(), True, "the recipe's"), no_memory, None, 0, None)
 
     def _rates(self) -> tuple[float, float]:
         rate = learning_rate(self.recipe.optimizer, self.part.course(self._fraction()))

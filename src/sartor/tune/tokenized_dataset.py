@@ -75,7 +75,7 @@ class TokenizedDataset:
         return sum(row.supervised_tokens for row in all_sequences(self.train))
 
     @property
-    def every(self) -> list[TokenizedExample]:
+    def sequences(self) -> list[TokenizedExample]:
         """Every sequence that a run may compute."""
         return all_sequences([*self.train, *self.rehearsal, *self.held_out])
 

@@ -73,7 +73,7 @@ def tune(
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
-    found = resumption.find_resume_point(out, resume=resume, replace=replace, notice=notice)
+    resume_state = resumption.find_resume_point(out, resume=resume, replace=replace, notice=notice)
     dataset = open_artifact(recipe.data.path, "dataset")
     for refusal in preflight.of_base(recipe):
         raise refusal.error
@@ -83,11 +83,11 @@ def tune(
     calibrate(base, data)
     fingerprint = resumption.fingerprint(recipe, dataset, base, data, start)
     parents = [dataset, *(item for item in (rehearsal, start) if item)]
-    work = TuningContext(recipe, parents, base, data, found, fingerprint, prove)
-    if resume and (adapter := resumption.finished(out, found, work.fingerprint)):
+    context = TuningContext(recipe, parents, base, data, resume_state, fingerprint, prove)
+    if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
-        adapter = _tune(work, out, replace=replace, show=show, notice=notice)
+        adapter = _tune(context, out, replace=replace, show=show, notice=notice)
     # only the holder of the name may clear: another run may be starting over
     with contextlib.suppress(ConfigError), writer_lock(out):
         clear(folder_of(out))
@@ -105,22 +105,22 @@ class TuningContext:
     parents: list[Artifact]
     base: Base
     data: TokenizedDataset
-    found: CheckpointState
+    resume_state: CheckpointState
     fingerprint: dict[str, Any]
     prove: bool
 
 
-def _tune(work: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
-    recipe, base, checkpoint = work.recipe, work.base, work.found.checkpoint
+def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
+    recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
-    for line in describe(work.data, base, model):
+    for line in describe(context.data, base, model):
         notice(line)
-    for refusal in preflight.of_rows(recipe, base.chat, work.data):
+    for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
     unchanging = {
-        "fingerprint": work.fingerprint,
+        "fingerprint": context.fingerprint,
         "environment": environment,
         "numerics": numerics.numerics(str(base.dtype)),
         "replaces": replaces,
@@ -128,31 +128,31 @@ def _tune(work: TuningContext, out: Path, *, replace: bool, show: bool, notice: 
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
 
-    def fill(part: Path) -> Mapping[str, Any]:
+    def fill(temp_folder: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so that what is removed is nobody's
         if checkpoint and not checkpoint.path.is_dir():
             raise ConfigError(f"another process went on from {checkpoint.path} meanwhile", "the same command again")
-        clear(saver.folder) if replace else sweep(saver.folder, work.found)
-        so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
+        clear(saver.folder) if replace else sweep(saver.folder, context.resume_state)
+        earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):
-            with TrainingLog(part / "log.jsonl", show=show, **so_far) as journal:
+            with TrainingLog(temp_folder / "log.jsonl", show=show, **earlier_log) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
-                run = kind(recipe, base, model, work.data, journal, saver, resolved)
+                run = kind(recipe, base, model, context.data, journal, saver, resolved)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
-                    here = {**environment, "path": run.path.name}
-                    for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, here):
+                    current = {**environment, "path": run.path.name}
+                    for line in resumption.changed({**checkpoint.manifest["environment"], **checkpoint.manifest}, current):
                         notice(line)
                 notice(f"path {run.path.name}: {run.path.reason}")
-                notice(run.outlook.line)
-                if work.prove:
+                notice(run.forecast.line)
+                if context.prove:
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
-                facts = _facts(work, run)  # here, since drawing and writing are no part of the tuning
-            plot_losses(journal.lines, part / "loss.png")
-            adapters.write_adapter(model, part, base.ref.name)
+                facts = _facts(context, run)  # here, since drawing and writing are no part of the tuning
+            plot_losses(journal.lines, temp_folder / "loss.png")
+            adapters.write_adapter(model, temp_folder, base.ref.name)
         return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
@@ -162,16 +162,18 @@ def _tune(work: TuningContext, out: Path, *, replace: bool, show: bool, notice: 
 
 def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
     """What is about to be trained, before a second is spent on it."""
-    trained, everything = adapters.trainable(model)
+    trained, total = adapters.trainable(model)
     yield (
         f"{len(data.train):,} rows, {data.tokens:,} tokens, {data.supervised_tokens:,} supervised "
         f"({data.supervised_tokens / data.tokens:.0%}); {len(data.held_out):,} held-out rows watched; "
-        f"{trained:,} of {everything:,} parameters trained ({trained / everything:.2%}); "
+        f"{trained:,} of {total:,} parameters trained ({trained / total:.2%}); "
         f"base {base.ref.name} in {str(base.dtype).removeprefix('torch.')} on {base.device.type}"
     )
-    if taught := lessons(data.train):
-        terms = ", ".join(f"{count:,} {term}" for term, count in records.count_values(item.term for item in taught).items())
-        yield f"preferences: {terms}; {len(data.train) - len(taught):,} rows by sft"
+    if preferences := lessons(data.train):
+        terms = ", ".join(
+            f"{count:,} {term}" for term, count in records.count_values(item.term for item in preferences).items()
+        )
+        yield f"preferences: {terms}; {len(data.train) - len(preferences):,} rows by sft"
     if data.rehearsal:
         yield f"rehearsal: {len(data.rehearsal):,} rows stand ready beside them"
     for reason, ids in data.left_out.items():
@@ -180,32 +182,34 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-def _facts(work: TuningContext, run: TrainingRun) -> dict[str, Any]:
+def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
     """The manifest of the Adapter."""
-    trained, everything = adapters.trainable(run.model)
+    trained, total = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
-    base = work.base
+    base = context.base
     return {
         "base": base.as_manifest(),
-        "recipe": config.dump(work.recipe),
-        "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(work.parents)],
-        "sources": _sources(work.parents),
-        "licence": compliance.combine([*(one.licence for one in work.parents), base.ref.licence, *base.tower_licences]),
-        "left_out": work.data.left_out,
-        "fingerprint": {name: digest for name, digest in work.fingerprint.items() if name != "recipe"},
+        "recipe": config.dump(context.recipe),
+        "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(context.parents)],
+        "sources": _sources(context.parents),
+        "licence": compliance.combine(
+            [*(parent.licence for parent in context.parents), base.ref.licence, *base.tower_licences]
+        ),
+        "left_out": context.data.left_out,
+        "fingerprint": {name: digest for name, digest in context.fingerprint.items() if name != "recipe"},
         "run": {
             "updates": counters.updates,
             "tokens": counters.tokens,
             "supervised_tokens": counters.supervised_tokens,
             "tokens_per_s": round(counters.tokens / wall_s, 1),
             "peak_memory_bytes": run.journal.peak_memory_bytes,
-            "forecast": run.outlook.as_json(),
-            "forecast_error": run.outlook.errors(wall_s, run.journal.peak_memory_bytes),
+            "forecast": run.forecast.as_json(),
+            "forecast_error": run.forecast.errors(wall_s, run.journal.peak_memory_bytes),
             "micro_batch_tokens": run.resolved.micro_batch_tokens,
-            "micro_batch_reason": run.outlook.settled.reason,
+            "micro_batch_reason": run.forecast.settled.reason,
             "loss": run.losses,
             "trainable": trained,
-            "trainable_fraction": trained / everything,
+            "trainable_fraction": trained / total,
             "wall_s": round(wall_s, 3),
             "resumed_at": [line["resumed_at"] for line in run.journal.lines if "resumed_at" in line],
             "path": run.path.name,
@@ -219,9 +223,9 @@ def _facts(work: TuningContext, run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def _role(parent: Artifact, place: int) -> dict[str, str]:
+def _role(parent: Artifact, index: int) -> dict[str, str]:
     """What a Dataset that is not the first one is to the Adapter: what it holds out is not what the Adapter is for."""
-    return {"role": ancestry.REHEARSAL} if place and parent.kind == "dataset" else {}
+    return {"role": ancestry.REHEARSAL} if index and parent.kind == "dataset" else {}
 
 
 def _sources(parents: Sequence[Artifact]) -> list[dict[str, Any]]:

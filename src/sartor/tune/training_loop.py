@@ -100,35 +100,35 @@ class TrainingRun:
     ) -> None:
         self.recipe, self.base, self.model, self.data = recipe, base, model, data
         self.journal, self.saver = journal, saver
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         embedding = embedding_of(model)
         ids = {id(parameter) for parameter in embedding.parameters()} if embedding else set()
-        self.projectors = [parameter for parameter in named.values() if id(parameter) in ids]
-        self.factors = [parameter for parameter in named.values() if id(parameter) not in ids]
+        self.projectors = [parameter for parameter in trainable.values() if id(parameter) in ids]
+        self.factors = [parameter for parameter in trainable.values() if id(parameter) not in ids]
         # in the optimiser's order
-        self.named = {name: part for name, part in named.items() if id(part) not in ids}
-        self.named |= {name: part for name, part in named.items() if id(part) in ids}
+        self.named = {name: parameter for name, parameter in trainable.items() if id(parameter) not in ids}
+        self.named |= {name: parameter for name, parameter in trainable.items() if id(parameter) in ids}
         self.parameters = list(self.named.values())
         self.optimizer: Any = self._optimizer()
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
         self.proof: dict[str, float] | None = None
-        self.position, self.beside = sampler.START, sampler.RehearsalPosition()
+        self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
         # what the objective says of the update that was last computed, beside its loss
-        self.said: dict[str, float] = {}
+        self.objective_facts: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(index + 1) / count for index in range(count)]
         # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
         model.eval()  # a fresh adapter comes in training mode, and dropout would look like a leak between rows
-        asked = replace(loss_options(recipe, data, base), notice=lambda line: journal.note(notice=line))
-        self.path = base.path(model, data.every, asked)
+        options = replace(loss_options(recipe, data, base), notice=lambda line: journal.note(notice=line))
+        self.path = base.path(model, data.sequences, options)
         if resolved:
             recipe = replace(recipe, compute=replace(recipe.compute, micro_batch_tokens=resolved.micro_batch_tokens))
-        self.outlook = self._foresee(recipe)
-        self.resolved = Resolved(self.outlook.settled.micro_batch_tokens)
+        self.forecast = self._foresee(recipe)
+        self.resolved = Resolved(self.forecast.settled.micro_batch_tokens)
         seed_all(recipe.seed)
 
     def _optimizer(self) -> Any:
@@ -148,12 +148,12 @@ class TrainingRun:
         self.model.train()
         lengths = [row.tokens for row in self.data.train]
         settings = self.recipe.optimizer
-        for chosen in sampler.iterate_updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
-            rehearsed, beside = self._rehearsed(sum(lengths[index] for index in chosen))
-            self._update_or_save([*(self.data.train[index] for index in chosen), *rehearsed])
-            self.beside = beside
-            self.counters.rehearsal_tokens += sum(row.tokens for row in rehearsed)
-            self.position = self.position.after(len(chosen), len(lengths))
+        for indices in sampler.iterate_updates(lengths, settings.batch_tokens, self.recipe.seed, self.position):
+            rehearsal_rows, rehearsal_position = self._rehearsal_rows(sum(lengths[index] for index in indices))
+            self._update_or_save([*(self.data.train[index] for index in indices), *rehearsal_rows])
+            self.rehearsal_position = rehearsal_position
+            self.counters.rehearsal_tokens += sum(row.tokens for row in rehearsal_rows)
+            self.position = self.position.after(len(indices), len(lengths))
             fraction = self._fraction()
             if self.evaluation_points and fraction >= self.evaluation_points[0]:
                 self.evaluation_points = [point for point in self.evaluation_points if point > fraction]
@@ -163,15 +163,17 @@ class TrainingRun:
             if signals.received or self.saver.is_due:
                 self.save()
             if signals.received:
-                done = f"{signals.received.name} after update {self.counters.updates}, which is saved in {self.saver.folder}"
-                raise StoppedError(done, "the same command with --resume goes on there", int(signals.received))
+                problem = f"{signals.received.name} after update {self.counters.updates}, which is saved in {self.saver.folder}"
+                raise StoppedError(problem, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
-    def _rehearsed(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
+    def _rehearsal_rows(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
         """(rows of the rehearsal that go with an update, the place behind them)."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
-        chosen, beside = self.beside.after([row.tokens for row in rows], own_tokens, fraction, self.recipe.seed)
-        return [rows[index] for index in chosen], beside
+        indices, rehearsal_position = self.rehearsal_position.after(
+            [row.tokens for row in rows], own_tokens, fraction, self.recipe.seed
+        )
+        return [rows[index] for index in indices], rehearsal_position
 
     def prove(self) -> str:
         """Compare losses and gradients of the next update's rows with the plain computation. Returns what to say.
@@ -179,8 +181,8 @@ class TrainingRun:
         Raises ModelError when they differ by more than PROOF of the dtype, as norm of the difference over norm.
         """
         lengths = [row.tokens for row in self.data.train]
-        chosen = next(sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
-        rows = self._cut(all_sequences(self.data.train[index] for index in chosen))[0]
+        indices = next(sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed, self.position))
+        rows = self._cut(all_sequences(self.data.train[index] for index in indices))[0]
         limit = PROOF[self.base.dtype]
         self.proof = {**measure_savings_error(self.path, rows), "limit": limit, "rows": len(rows)}
         text = f"loss {self.proof['loss']:.1e}, worst gradient {self.proof['gradient']:.1e} off the plain computation"
@@ -198,7 +200,7 @@ class TrainingRun:
         facts = {
             "counters": asdict(self.counters),
             "position": asdict(self.position),
-            "beside": asdict(self.beside),
+            "beside": asdict(self.rehearsal_position),
             "losses": dict(self.losses),
             "evaluation_points": list(self.evaluation_points),
             "wall_s": self.journal.wall_s,
@@ -217,10 +219,10 @@ class TrainingRun:
         """Become the state that a checkpoint holds. Raises ArtifactError when its tensors do not fit this model."""
         self._become(checkpoint.tensors(), checkpoint.manifest, checkpoint.path)
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Folder) -> None:
-        wanted = {f"adapter.{name}": parameter.shape for name, parameter in self.named.items()}
-        if {name: held.shape for name, held in tensors.items() if name.startswith("adapter.")} != wanted:
-            problem = f"the factors in {where} do not fit this adapter"
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Folder) -> None:
+        shapes = {f"adapter.{name}": parameter.shape for name, parameter in self.named.items()}
+        if {name: tensor.shape for name, tensor in tensors.items() if name.startswith("adapter.")} != shapes:
+            problem = f"the factors in {source} do not fit this adapter"
             raise ArtifactError(problem, "start over with --replace")
         with torch.no_grad():
             for name, parameter in self.named.items():
@@ -235,58 +237,60 @@ class TrainingRun:
             }
             for index, name in enumerate(self.named)
         }
-        state["state"] = {place: held for place, held in state["state"].items() if held}
+        state["state"] = {index: values for index, values in state["state"].items() if values}
         self.optimizer.load_state_dict(state)
         if facts["scaler"]:  # empty if it was another device's run, in a dtype that needs no scale
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
         self.position = sampler.Position(**facts["position"])
-        if beside := facts.get("beside"):  # a checkpoint of an older version has no rehearsal
-            self.beside = sampler.RehearsalPosition(sampler.Position(**beside["position"]), beside["owed"])
+        if rehearsal_fields := facts.get("beside"):  # a checkpoint of an older version has no rehearsal
+            self.rehearsal_position = sampler.RehearsalPosition(
+                sampler.Position(**rehearsal_fields["position"]), rehearsal_fields["owed"]
+            )
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
         RandomState.read(tensors, facts["rng"]).put_back(self.base.device)
 
-    def _cut(self, chosen: Sequence[packing.TokenizedExample]) -> list[list[packing.TokenizedExample]]:
+    def _cut(self, rows: Sequence[packing.TokenizedExample]) -> list[list[packing.TokenizedExample]]:
         share = self.recipe.compute.share_prefixes and self.path.name != "one-row"
-        return packing.micro_batches(chosen, self.resolved.micro_batch_tokens, share=share)
+        return packing.micro_batches(rows, self.resolved.micro_batch_tokens, share=share)
 
     def _fraction(self) -> float:
         return self.counters.fraction(self.recipe.budget, self.data.tokens, self.journal.wall_s)
 
-    def _update_or_save(self, chosen: Sequence[packing.TokenizedExample]) -> None:
+    def _update_or_save(self, rows: Sequence[packing.TokenizedExample]) -> None:
         """One update. If it fails, the state before it is saved: nothing but the generators has moved by then."""
-        before = RandomState.capture(self.base.device)
+        random_state = RandomState.capture(self.base.device)
         try:
-            self._update(chosen)
+            self._update(rows)
         except ModelError:
-            before.put_back(self.base.device)
+            random_state.put_back(self.base.device)
             self.save()
             raise
 
-    def _update(self, chosen: Sequence[packing.TokenizedExample]) -> None:
+    def _update(self, rows: Sequence[packing.TokenizedExample]) -> None:
         """One optimiser update over whole rows, computed in micro-batches."""
-        began = time.monotonic()
+        start_s = time.monotonic()
         settings = self.recipe.optimizer
         rates = self._rates()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
-        loss_sum = self._backward(chosen)
+        loss_sum = self._backward(rows)
         if not rates[0]:
             for parameter in self.factors:  # without a gradient AdamW leaves a parameter and its state alone
                 parameter.grad = None
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
-        self._check(chosen, loss_sum, norm)
+        self._check(rows, loss_sum, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(chosen, loss_sum, norm, rates, time.monotonic() - began)
+        self._count(rows, loss_sum, norm, rates, time.monotonic() - start_s)
 
-    def _backward(self, chosen: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
+    def _backward(self, rows: Sequence[packing.TokenizedExample], weight: float = 1.0) -> float:
         """The gradients of an update, times `weight`; returns its loss, times that too."""
-        total_weight = sum(row.weight * row.supervised_tokens for row in chosen)
+        total_weight = sum(row.weight * row.supervised_tokens for row in rows)
         loss_sum = 0.0
-        for micro in self._cut(chosen):
+        for micro in self._cut(rows):
             losses, weights = self.path.losses(micro)
             objective = weight * objectives.sft(losses, weights, total_weight or 1.0)
             self.scaler.scale(objective).backward()
@@ -302,7 +306,7 @@ class TrainingRun:
         rate = learning_rate(settings, (fraction - first) / (1 - first))
         return rate, rate * align.later
 
-    def _check(self, chosen: Sequence[packing.TokenizedExample], loss: float, norm: float) -> None:
+    def _check(self, rows: Sequence[packing.TokenizedExample], loss: float, norm: float) -> None:
         """Raise ModelError for a loss that is not finite or has exploded, with the rows that gave it."""
         first = self.losses["first"]
         uniform = math.log(self.model.get_input_embeddings().weight.shape[0])
@@ -311,25 +315,25 @@ class TrainingRun:
         overflowed = not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(loss) and (math.isfinite(norm) or overflowed) and loss <= limit:
             return
-        ids = ", ".join(row.example_id for row in chosen[:IDS_NAMED])
-        more = f" and {len(chosen) - IDS_NAMED} more" if len(chosen) > IDS_NAMED else ""
+        ids = ", ".join(row.example_id for row in rows[:IDS_NAMED])
+        rest = f" and {len(rows) - IDS_NAMED} more" if len(rows) > IDS_NAMED else ""
         over = f" (over the limit of {limit:.3g})" if loss > limit else ""
         brief = f"update {self.counters.updates + 1}: the loss is {loss:.6g}{over}, the gradient's norm {norm:.6g}"
         raise ModelError(
-            f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{more}",
+            f"{brief}; the state before it is saved in {self.saver.folder}; rows {ids}{rest}",
             f"look at these rows; or lower optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}) and start "
             "over with --replace",
             brief,
         )
 
     def _count(
-        self, chosen: Sequence[packing.TokenizedExample], loss: float, norm: float, rates: tuple[float, float], seconds: float
+        self, rows: Sequence[packing.TokenizedExample], loss: float, norm: float, rates: tuple[float, float], seconds: float
     ) -> None:
         counters = self.counters
-        tokens = sum(row.tokens for row in chosen)
+        tokens = sum(row.tokens for row in rows)
         counters.updates += 1
         counters.tokens += tokens
-        counters.supervised_tokens += sum(row.supervised_tokens for row in all_sequences(chosen))
+        counters.supervised_tokens += sum(row.supervised_tokens for row in all_sequences(rows))
         if self.losses["first"] is None:
             self.losses["first"] = loss
         self.losses["last"] = loss
@@ -338,27 +342,27 @@ class TrainingRun:
             loss=loss,
             grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=rates[0],
-            **self.said,
+            **self.objective_facts,
             **({"projector_rate": rates[1]} if self.projectors else {}),
             tokens=tokens,
             tokens_per_s=round(tokens / seconds, 1),
             memory_bytes=hardware.peak_bytes(),
         )
         self.journal.show(self._fraction(), loss, counters.tokens / self.journal.wall_s)
-        if self.outlook.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
-            self.journal.note(forecast=self.outlook.as_json())
+        if self.forecast.observe(tokens, seconds, counters.tokens, self.journal.wall_s):
+            self.journal.note(forecast=self.forecast.as_json())
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """The objective's loss on the held-out rows."""
         self.model.eval()
-        loss, said = self._loss_of(self.data.held_out)
+        loss, facts = self._loss_of(self.data.held_out)
         self.model.train()
         if not math.isfinite(loss):
-            done = f"after update {self.counters.updates} the loss of the held-out rows is {loss}"
-            raise ModelError(done, "lower optimizer.learning_rate and start over with --replace")
+            problem = f"after update {self.counters.updates} the loss of the held-out rows is {loss}"
+            raise ModelError(problem, "lower optimizer.learning_rate and start over with --replace")
         self.losses["eval"] = loss
-        self.journal.note(update=self.counters.updates, eval_loss=loss, **said)
+        self.journal.note(update=self.counters.updates, eval_loss=loss, **facts)
 
     def _loss_of(self, rows: Sequence[packing.TokenizedExample]) -> tuple[float, dict[str, float]]:
         """(loss per supervised token of rows, what else is said of them). Call under no_grad."""

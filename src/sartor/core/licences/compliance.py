@@ -58,16 +58,16 @@ class Objection:
 
     source: str
     path: str
-    why: str
+    reason: str
 
     def __str__(self) -> str:
-        return f"{self.source} {self.why}"
+        return f"{self.source} {self.reason}"
 
 
 def terms_of(source: Mapping[str, Any]) -> LicenceTerms:
     """The terms in an entry of a manifest's `sources`. What an older manifest lacks has its default."""
-    said = {field.name: source[field.name] for field in fields(LicenceTerms) if source.get(field.name) is not None}
-    return LicenceTerms(**{**said, "licence": said.get("licence") or UNKNOWN, "use": tuple(said.get("use", ()))})
+    values = {field.name: source[field.name] for field in fields(LicenceTerms) if source.get(field.name) is not None}
+    return LicenceTerms(**{**values, "licence": values.get("licence") or UNKNOWN, "use": tuple(values.get("use", ()))})
 
 
 def _family(licence: str) -> LicenceFamily:
@@ -95,29 +95,29 @@ def combine(licences: Iterable[str]) -> str:
 def _choose(expressions: Iterable[str]) -> dict[str, frozenset[str]]:
     """Each expression's alternative, chosen together while there are few ways to; else each by its own rank."""
     choices = {expression: sorted(alternatives(expression), key=_preference) for expression in sorted(set(expressions))}
-    ways = 1
-    for found in choices.values():
-        ways *= len(found)
-    if ways > MOST_ALTERNATIVES * 8:
-        return {one: found[0] for one, found in choices.items()}
+    combinations = 1
+    for branches in choices.values():
+        combinations *= len(branches)
+    if combinations > MOST_ALTERNATIVES * 8:
+        return {expression: branches[0] for expression, branches in choices.items()}
 
-    def cost(way: tuple[frozenset[str], ...]) -> tuple[int, tuple[float, ...]]:
-        together = frozenset().union(*way)
-        return len(_clashes(together)), tuple(sorted(_family(licence).rank * -1 for licence in together))[::-1]
+    def cost(combination: tuple[frozenset[str], ...]) -> tuple[int, tuple[float, ...]]:
+        licences = frozenset().union(*combination)
+        return len(_clashes(licences)), tuple(sorted(_family(licence).rank * -1 for licence in licences))[::-1]
 
     best = min(itertools.product(*choices.values()), key=cost, default=())
     return dict(zip(choices, best, strict=True))
 
 
-def _preference(one: frozenset[str]) -> tuple[float, int, list[str]]:
-    return -min(_family(licence).rank for licence in one), len(one), sorted(one)
+def _preference(branch: frozenset[str]) -> tuple[float, int, list[str]]:
+    return -min(_family(licence).rank for licence in branch), len(branch), sorted(branch)
 
 
 def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
-    kept = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
+    sources = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
     base = manifest.get("base")
-    return [*kept, {"source": base_source(base), "licence": base["licence"]}] if base else kept
+    return [*sources, {"source": base_source(base), "licence": base["licence"]}] if base else sources
 
 
 def base_source(base: Mapping[str, Any]) -> str:
@@ -128,16 +128,16 @@ def base_source(base: Mapping[str, Any]) -> str:
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
     """Why these sources do not permit a use; empty when they do. `today` (ISO) is the clock's unless given."""
     today = today or datetime.datetime.now(datetime.UTC).date().isoformat()
-    found = []
+    findings = []
     for source in sources:
         terms = terms_of(source)
         branches = [
-            [why for licence in sorted(item) for why in _objections_to(licence, use, terms)]
-            for item in sorted(alternatives(terms.licence), key=_preference)
+            [reason for licence in sorted(branch) for reason in _objections_to(licence, use, terms)]
+            for branch in sorted(alternatives(terms.licence), key=_preference)
         ]
         reasons = min(branches, key=len) + _objections_of(terms, use, today)
-        found += [Objection(terms.source, terms.path, why) for why in reasons]
-    return list(dict.fromkeys(found))
+        findings += [Objection(terms.source, terms.path, reason) for reason in reasons]
+    return list(dict.fromkeys(findings))
 
 
 def _objections_to(licence: str, use: str, terms: LicenceTerms) -> list[str]:
@@ -182,23 +182,26 @@ def permitted(sources: Sequence[Mapping[str, Any]]) -> list[Use]:
 
 def conflicts(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where no licence of a derived work could satisfy two of these sources at once, in sentences that name them."""
-    stated = [terms_of(source) for source in sources]
-    chosen = _choose(terms.licence for terms in stated)
-    of: dict[str, list[str]] = {}
-    for terms in stated:
+    all_terms = [terms_of(source) for source in sources]
+    chosen = _choose(terms.licence for terms in all_terms)
+    sources_of: dict[str, list[str]] = {}
+    for terms in all_terms:
         for licence in chosen[terms.licence]:
-            of.setdefault(licence, []).append(terms.source)
-    clashes = _clashes(frozenset(of))
-    said = [why.format(a=f"{one} of {_names(of[one])}", b=f"{other} of {_names(of[other])}") for one, other, why in clashes]
-    return said + _conflicts_of_terms(stated, chosen)
+            sources_of.setdefault(licence, []).append(terms.source)
+    clashes = _clashes(frozenset(sources_of))
+    sentences = [
+        sentence.format(a=f"{first} of {_names(sources_of[first])}", b=f"{second} of {_names(sources_of[second])}")
+        for first, second, sentence in clashes
+    ]
+    return sentences + _conflicts_of_terms(all_terms, chosen)
 
 
-def _conflicts_of_terms(stated: Sequence[LicenceTerms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
+def _conflicts_of_terms(all_terms: Sequence[LicenceTerms], chosen: Mapping[str, frozenset[str]]) -> list[str]:
     """Contradictions that terms which an owner adds bring about; those of two licences are `_clashes`."""
     demands: dict[str, list[str]] = {}
     limits: dict[str, list[str]] = {}
-    own, free = set(), set()
-    for terms in stated:
+    owner_demanded, free = set(), set()
+    for terms in all_terms:
         if terms.non_commercial:
             limits.setdefault("the terms", []).append(terms.source)
         for licence in chosen[terms.licence]:
@@ -207,15 +210,22 @@ def _conflicts_of_terms(stated: Sequence[LicenceTerms], chosen: Mapping[str, fro
                 limits.setdefault(licence, []).append(terms.source)
             if family.demands_own_terms or terms.share_alike:
                 demands.setdefault(licence, []).append(terms.source)
-                own |= set() if family.demands_own_terms else {licence}
+                owner_demanded |= set() if family.demands_own_terms else {licence}
                 # an owner whose own terms are share-alike and non-commercial at once does not contradict himself
                 free |= {licence} if family.commercial and (family.demands_own_terms or not terms.non_commercial) else set()
-    named = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
+    labels = {licence: f"{licence} of {_names(names)}" for licence, names in (demands | limits).items()}
     pairs = itertools.combinations(sorted(demands), 2)
-    each = [(one, other) for one, other in pairs if {one, other} & own and not _common_target([one, other])]
-    strict = [(item, limit) for item in sorted(free) for limit in sorted(limits) if item in own or limit == "the terms"]
-    return [_EACH.format(a=named[one], b=named[other]) for one, other in each] + [
-        _LIMITS.format(a=named[one], b=named[limit]) for one, limit in strict
+    demanding_pairs = [
+        (first, second) for first, second in pairs if {first, second} & owner_demanded and not _common_target([first, second])
+    ]
+    strict = [
+        (licence, limit)
+        for licence in sorted(free)
+        for limit in sorted(limits)
+        if licence in owner_demanded or limit == "the terms"
+    ]
+    return [_EACH.format(a=labels[first], b=labels[second]) for first, second in demanding_pairs] + [
+        _LIMITS.format(a=labels[licence], b=labels[limit]) for licence, limit in strict
     ]
 
 
@@ -227,14 +237,14 @@ _LIMITS = "{a} demands that a derived work carries its terms and no stricter one
 def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
     """Pairs of licences that one derived work cannot satisfy, each with its sentence."""
     result = []
-    for one, other in itertools.combinations(sorted(licences), 2):
-        pair = frozenset({without_exception(one), without_exception(other)})
-        strict, limit = sorted((one, other), key=lambda licence: _family(licence).commercial, reverse=True)
+    for first, second in itertools.combinations(sorted(licences), 2):
+        pair = frozenset({without_exception(first), without_exception(second)})
+        strict, limit = sorted((first, second), key=lambda licence: _family(licence).commercial, reverse=True)
         if pair in CLASHES:
-            result.append((one, other, f"{{a}} and {{b}}: {CLASHES[pair]}"))
-        elif _family(one).demands_own_terms and _family(other).demands_own_terms:
-            if not _common_target([one, other]):
-                result.append((one, other, _EACH))
+            result.append((first, second, f"{{a}} and {{b}}: {CLASHES[pair]}"))
+        elif _family(first).demands_own_terms and _family(second).demands_own_terms:
+            if not _common_target([first, second]):
+                result.append((first, second, _EACH))
         elif _family(strict).demands_own_terms and _family(strict).commercial and not _family(limit).commercial:
             result.append((strict, limit, _LIMITS))
     return result
@@ -243,27 +253,27 @@ def _clashes(licences: frozenset[str]) -> list[tuple[str, str, str]]:
 def _common_target(licences: Sequence[str]) -> bool:
     """Whether one licence satisfies every one of these share-alike ones."""
     bases = [without_exception(licence) for licence in licences]
-    return any(all(accepts(one, target) for one in bases) for base in bases for target in targets(base))
+    return any(all(accepts(licence, target) for licence in bases) for base in bases for target in targets(base))
 
 
 def obligations(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """What whoever hands the derived work out has to do, by licence and source."""
-    stated = [terms_of(source) for source in sources]
-    chosen = _choose(terms.licence for terms in stated)
-    owed: dict[tuple[str, str], list[str]] = {}
-    for terms in stated:
+    all_terms = [terms_of(source) for source in sources]
+    chosen = _choose(terms.licence for terms in all_terms)
+    sources_by_duty: dict[tuple[str, str], list[str]] = {}
+    for terms in all_terms:
         for licence in sorted(chosen[terms.licence]):
             duties = {*_family(licence).duties, *(("share-alike",) if terms.share_alike else ())}
             for duty, text in DUTIES.items():
                 if duty in duties:
-                    owed.setdefault((licence, text), []).append(terms.source)
+                    sources_by_duty.setdefault((licence, text), []).append(terms.source)
         if terms.expires:
-            owed.setdefault(("terms", f"no use after {terms.expires}"), []).append(terms.source)
-    return [f"{licence} of {_names(names)}: {text}" for (licence, text), names in sorted(owed.items())]
+            sources_by_duty.setdefault(("terms", f"no use after {terms.expires}"), []).append(terms.source)
+    return [f"{licence} of {_names(names)}: {text}" for (licence, text), names in sorted(sources_by_duty.items())]
 
 
 def _names(sources: Sequence[str]) -> str:
     """The sources that a sentence names: three of them, and how many more."""
     unique = list(dict.fromkeys(sources))
-    more = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
-    return ", ".join(unique[:3]) + more
+    suffix = f" and {len(unique) - 3} more" if len(unique) > 3 else ""
+    return ", ".join(unique[:3]) + suffix

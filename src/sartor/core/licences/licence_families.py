@@ -149,6 +149,8 @@ def accepts(licence: str, target: str) -> bool:
     """
     if target in targets(licence):
         return True
-    one, other = _CC_SHARE_ALIKE.match(licence), _CC_SHARE_ALIKE.match(target)
+    licence_match, target_match = _CC_SHARE_ALIKE.match(licence), _CC_SHARE_ALIKE.match(target)
     # Creative Commons, from 2.0 on: later versions and other countries' with the same elements
-    return bool(one and other and one[1] == other[1] and "2.0" <= one[2] <= other[2])
+    return bool(
+        licence_match and target_match and licence_match[1] == target_match[1] and "2.0" <= licence_match[2] <= target_match[2]
+    )

@@ -57,11 +57,14 @@ def _check_with(symbol: Any) -> None:
 
 def _unknown(key: str) -> ConfigError:
     lowered = {name.lower(): name for name in categories() if "exception" not in name}
-    near = difflib.get_close_matches(key.lower().replace(" ", "-"), lowered, n=1, cutoff=0.6)
-    meant = lowered[near[0]] if near else ""
-    text = f"; {meant!r} was probably meant" if meant else ""
-    own = "LicenseRef-" + _slug(key)
-    return ConfigError(f"{key!r} is no licence that SPDX lists{text}", f"licence: {meant or own}; {own} for terms of your own")
+    matches = difflib.get_close_matches(key.lower().replace(" ", "-"), lowered, n=1, cutoff=0.6)
+    suggestion = lowered[matches[0]] if matches else ""
+    text = f"; {suggestion!r} was probably meant" if suggestion else ""
+    licence_ref = "LicenseRef-" + _slug(key)
+    return ConfigError(
+        f"{key!r} is no licence that SPDX lists{text}",
+        f"licence: {suggestion or licence_ref}; {licence_ref} for terms of your own",
+    )
 
 
 @cache
@@ -70,13 +73,13 @@ def _licensing() -> Any:
     # them; the index has aliases of that form (LicenseRef-Apache), which would answer for somebody else's licence.
     import license_expression as spdx
 
-    known = []
+    symbols = []
     for entry in spdx.get_license_index():
         key, others = entry.get("spdx_license_key") or "", entry.get("other_spdx_license_keys", [])
         if key and not key.startswith("LicenseRef-"):
             aliases = tuple(alias for alias in others if not alias.startswith("LicenseRef-"))
-            known.append((spdx.LicenseSymbol(key, aliases, is_exception=entry["is_exception"]), entry["category"]))
-    return spdx.Licensing([symbol for symbol, _ in known]), {symbol.key: category for symbol, category in known}
+            symbols.append((spdx.LicenseSymbol(key, aliases, is_exception=entry["is_exception"]), entry["category"]))
+    return spdx.Licensing([symbol for symbol, _ in symbols]), {symbol.key: category for symbol, category in symbols}
 
 
 def categories() -> dict[str, str]:
@@ -100,8 +103,8 @@ def _parse(expression: str) -> Any:
 def alternatives(expression: str) -> Alternatives:
     """The sets of licences of which one may be chosen. What does not parse is one licence of unknown terms."""
     tree = _parse(expression) if expression and len(expression) <= MOST_CHARACTERS else None
-    found = _alternatives(tree) if tree is not None else None
-    return found or (frozenset({_as_ref(expression or UNKNOWN)}),)
+    branches = _alternatives(tree) if tree is not None else None
+    return branches or (frozenset({_as_ref(expression or UNKNOWN)}),)
 
 
 def _alternatives(tree: Any) -> Alternatives | None:
@@ -111,17 +114,17 @@ def _alternatives(tree: Any) -> Alternatives | None:
     parts = [_alternatives(part) for part in tree.args]
     if any(part is None for part in parts):
         return None
-    known = [part for part in parts if part is not None]
+    operands = [part for part in parts if part is not None]
     if " OR " in tree.operator:
-        found = [item for part in known for item in part]
+        branches = [item for part in operands for item in part]
     else:
-        found = [frozenset()]
-        for part in known:
-            found = [one | other for one in found for other in part]
-            if len(found) > MOST_ALTERNATIVES:
+        branches = [frozenset()]
+        for part in operands:
+            branches = [branch | extra for branch in branches for extra in part]
+            if len(branches) > MOST_ALTERNATIVES:
                 return None
-    unique = dict.fromkeys(found)
-    smallest = tuple(one for one in unique if not any(other < one for other in unique))
+    unique = dict.fromkeys(branches)
+    smallest = tuple(branch for branch in unique if not any(extra < branch for extra in unique))
     return smallest if len(smallest) <= MOST_ALTERNATIVES else None
 
 

@@ -37,13 +37,13 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     dataset = Artifact(path, read_manifest(path, ("dataset",)))
     index = origin_index.read(dataset, ["row", "id", "source", "locator", "parents"])
     example = origin_index.whole_id(column(index, "id"), example)
-    found = numbers(pc.is_in(column(index, "id"), value_set=to_string_array([example])))
-    if not found.any():
+    is_match = numbers(pc.is_in(column(index, "id"), value_set=to_string_array([example])))
+    if not is_match.any():
         raise ConfigError(f"{path.name} has no example {example!r}", _why_absent(dataset, example))
-    number = int(numbers(column(index, "row"))[np.flatnonzero(found)[0]])
-    row = _row(dataset, number)
+    position = int(numbers(column(index, "row"))[np.flatnonzero(is_match)[0]])
+    row = _row(dataset, position)
     if (digest := example_of(row).id) != example:
-        raise ArtifactError(f"row {number:,} of {path} says that it is {example}; its content is {digest}", "curate it again")
+        raise ArtifactError(f"row {position:,} of {path} says that it is {example}; its content is {digest}", "curate it again")
     fields: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
     return {
         "dataset": str(path),
@@ -59,53 +59,55 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     }
 
 
-def _row(dataset: Artifact, number: int) -> dict[str, Any]:
+def _row(dataset: Artifact, position: int) -> dict[str, Any]:
     """The row of this number among all Examples; one row group is read."""
     for file in origin_index.example_files(dataset):
         with pq.ParquetFile(file) as parquet:
-            if number >= parquet.metadata.num_rows:
-                number -= parquet.metadata.num_rows
+            if position >= parquet.metadata.num_rows:
+                position -= parquet.metadata.num_rows
                 continue
             check_file(dataset, file.relative_to(dataset.path).as_posix())
             for group in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(group).num_rows
-                if number < count:
-                    row: dict[str, Any] = parquet.read_row_group(group).slice(number, 1).to_pylist()[0]
+                if position < count:
+                    row: dict[str, Any] = parquet.read_row_group(group).slice(position, 1).to_pylist()[0]
                     return row
-                number -= count
+                position -= count
     raise ArtifactError(f"{dataset.path} holds fewer rows than its index of lineage", "curate it again")
 
 
 def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:
     """Parents, then theirs, nearest first; each once. One that is no Example of this Dataset says so, and what dropped it."""
     result: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
     level = list(dict.fromkeys(parents))
     while level:
-        seen.update(level)
-        here = numbers(pc.is_in(column(index, "id"), value_set=to_string_array(level)))
+        visited.update(level)
+        is_member = numbers(pc.is_in(column(index, "id"), value_set=to_string_array(level)))
         origins: dict[str, list[dict[str, Any]]] = {}
-        for origin in index.take(to_index_array(np.flatnonzero(here))).to_pylist():
+        for origin in index.take(to_index_array(np.flatnonzero(is_member))).to_pylist():
             origins.setdefault(origin["id"], []).append(origin)
-        dropped = {drop["id"]: drop for drop in _drops(dataset, "id", [one for one in level if one not in origins])}
+        drops = {
+            drop["id"]: drop for drop in _drops(dataset, "id", [identity for identity in level if identity not in origins])
+        }
         for item in level:
-            state = f"dropped: {dropped[item]['reason']}" if item in dropped else "kept" if item in origins else ABSENT
-            of = [*origins.get(item, []), *([dropped[item]] if item in dropped else [])]
-            places_of = [{"source": origin["source"], "locator": origin["locator"]} for origin in of]
-            above = [parent for origin in origins.get(item, []) for parent in origin["parents"]]
-            result.append({"id": item, "state": state, "origins": places_of, "parents": above})
-        above = [parent for one in result[-len(level) :] for parent in one["parents"]]
-        level = [one for one in dict.fromkeys(above) if one not in seen]
+            state = f"dropped: {drops[item]['reason']}" if item in drops else "kept" if item in origins else ABSENT
+            records = [*origins.get(item, []), *([drops[item]] if item in drops else [])]
+            locations = [{"source": origin["source"], "locator": origin["locator"]} for origin in records]
+            parent_ids = [parent for origin in origins.get(item, []) for parent in origin["parents"]]
+            result.append({"id": item, "state": state, "origins": locations, "parents": parent_ids})
+        parent_ids = [parent for entry in result[-len(level) :] for parent in entry["parents"]]
+        level = [identity for identity in dict.fromkeys(parent_ids) if identity not in visited]
     return result
 
 
 def _made_from(index: Any, example: str) -> list[str]:
     """Ids of the Examples that name it as a parent, each once."""
     parents = column(index, "parents")
-    named = numbers(pc.list_parent_indices(parents))[
+    positions = numbers(pc.list_parent_indices(parents))[
         numbers(pc.is_in(pc.list_flatten(parents), value_set=to_string_array([example])))
     ]
-    result: list[str] = column(index, "id").take(to_index_array(np.unique(named))).unique().to_pylist()
+    result: list[str] = column(index, "id").take(to_index_array(np.unique(positions))).unique().to_pylist()
     return result
 
 
@@ -116,23 +118,25 @@ def _changes(dataset: Artifact, example: str) -> list[str]:
     check_file(dataset, COPIES)
     with pq.ParquetFile(dataset.path / COPIES) as parquet:
         table = parquet.read(["id", "step", "changes"])
-    found = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=to_string_array([example])))
-    return [f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(found))).to_pylist()]
+    is_match = numbers(pc.is_in(column(table.combine_chunks(), "id"), value_set=to_string_array([example])))
+    return [f"{row['step']}, {row['changes']}" for row in table.take(to_index_array(np.flatnonzero(is_match))).to_pylist()]
 
 
 def _drops(dataset: Artifact, key: str, ids: Sequence[str]) -> list[dict[str, Any]]:
     """Drops whose column `key` is one of these ids, without their text: it may be what a step took out."""
-    found: list[dict[str, Any]] = []
-    wanted = to_string_array(ids)
+    rows: list[dict[str, Any]] = []
+    value_set = to_string_array(ids)
     for file in origin_index.example_files(dataset, "drops/") if ids else []:
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with pq.ParquetFile(file) as parquet:
             names = [name for name in parquet.schema_arrow.names if name not in ("text", "kept")]
             for group in range(parquet.num_row_groups):
-                hit = numbers(pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=wanted))
-                if hit.any():
-                    found += parquet.read_row_group(group, columns=names).take(to_index_array(np.flatnonzero(hit))).to_pylist()
-    return found
+                is_match = numbers(pc.is_in(_chunk(parquet.read_row_group(group, columns=[key]), key), value_set=value_set))
+                if is_match.any():
+                    rows += (
+                        parquet.read_row_group(group, columns=names).take(to_index_array(np.flatnonzero(is_match))).to_pylist()
+                    )
+    return rows
 
 
 def _chunk(table: Any, name: str) -> Any:
@@ -140,9 +144,9 @@ def _chunk(table: Any, name: str) -> Any:
 
 
 def _why_absent(dataset: Artifact, example: str) -> str:
-    dropped = _drops(dataset, "id", [example])
-    if dropped:
-        return f"it was dropped: {dropped[0]['reason']} at {dropped[0]['locator']}"
+    drops = _drops(dataset, "id", [example])
+    if drops:
+        return f"it was dropped: {drops[0]['reason']} at {drops[0]['locator']}"
     return f"the `id` column of {dataset.path / 'examples'} has them"
 
 
@@ -207,13 +211,13 @@ def training_datasets(artifact: Artifact) -> list[Artifact]:
     """
     steps = walk(artifact)
     tuned = [open_artifact(step.path) for step in steps if step.kind in ("adapter", "release") and step.state == "opened"]
-    read = {
+    dataset_ids = {
         parent["id"]
         for item in (artifact, *tuned)
         for parent in item.manifest.get("parents", [])
         if parent["kind"] == "dataset"
     }
-    return [open_artifact(step.path) for step in steps if step.id in read and step.state == "opened"]
+    return [open_artifact(step.path) for step in steps if step.id in dataset_ids and step.state == "opened"]
 
 
 def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
@@ -222,10 +226,10 @@ def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
     What was only rehearsed is no parent here.
     """
     parents = artifact.manifest.get("parents", [])
-    own = {parent["id"] for parent in parents if parent["kind"] == kind and parent.get("role") != REHEARSAL}
-    found = [open_artifact(step.path) for step in walk(artifact) if step.id in own and step.state == "opened"]
-    nearest = None if own else find_parent(artifact, kind)
-    return found or ([nearest] if nearest else [])
+    parent_ids = {parent["id"] for parent in parents if parent["kind"] == kind and parent.get("role") != REHEARSAL}
+    opened = [open_artifact(step.path) for step in walk(artifact) if step.id in parent_ids and step.state == "opened"]
+    nearest = None if parent_ids else find_parent(artifact, kind)
+    return opened or ([nearest] if nearest else [])
 
 
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
@@ -237,16 +241,16 @@ def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:
         return inspect_example(path, example)
     artifact = open_artifact(path)
     manifest = artifact.manifest
-    known = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
-    made_from = compliance.made_from(manifest)
+    keys = ("name", "version", "use", "created", "base", "counts", "gate", "versions", "metrics")
+    sources = compliance.made_from(manifest)
     return {
         "kind": artifact.kind,
         "id": artifact.id,
         "path": str(artifact.path),
         "licence": artifact.licence,
-        "licence_conflicts": manifest.get("licence_conflicts", compliance.conflicts(made_from)),
-        "obligations": compliance.obligations(made_from),
+        "licence_conflicts": manifest.get("licence_conflicts", compliance.conflicts(sources)),
+        "obligations": compliance.obligations(sources),
         "parents": [dataclasses.asdict(step) for step in walk(artifact)],
         "sources": manifest.get("sources", []),
-        **{key: manifest[key] for key in known if key in manifest},
+        **{key: manifest[key] for key in keys if key in manifest},
     }

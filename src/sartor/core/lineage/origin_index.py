@@ -121,13 +121,13 @@ def whole_id(ids: Any, example: str) -> str:
     """
     if not 6 <= len(example) < 32:
         return example
-    found = pc.unique(pc.filter(ids, pc.starts_with(ids, example)))
-    if len(found) > 1:
-        raise ConfigError(f"{len(found)} ids begin with {example}", f"--example {found[0].as_py()}")
-    return str(found[0].as_py()) if len(found) else example
+    matches = pc.unique(pc.filter(ids, pc.starts_with(ids, example)))
+    if len(matches) > 1:
+        raise ConfigError(f"{len(matches)} ids begin with {example}", f"--example {matches[0].as_py()}")
+    return str(matches[0].as_py()) if len(matches) else example
 
 
-def place(source: str, path: str) -> str:
+def display_name(source: str, path: str) -> str:
     """A file as a person would name it: two sources may hold files of one name."""
     if source == path or source.endswith("/" + path):
         return source
@@ -162,14 +162,14 @@ class OriginFiles:
         """Which origins are of these files."""
         source_code = {word: code for code, word in enumerate(self.sources)}
         path_code = {word: code for code, word in enumerate(self.paths)}
-        wanted = [
+        file_codes = [
             source_code[source] * len(self.paths) + path_code[path]
             for source, path in pairs
             if source in source_code and path in path_code
         ]
-        if len(wanted) == 1:
-            return self.codes == wanted[0]
-        return np.isin(self.codes, np.array(wanted, np.int64))
+        if len(file_codes) == 1:
+            return self.codes == file_codes[0]
+        return np.isin(self.codes, np.array(file_codes, np.int64))
 
 
 def known_pairs(manifest: Mapping[str, Any], files: OriginFiles) -> set[Pair]:
@@ -177,21 +177,21 @@ def known_pairs(manifest: Mapping[str, Any], files: OriginFiles) -> set[Pair]:
     return files.pairs() | {(source["source"], source["path"]) for source in manifest.get("sources", [])}
 
 
-def named(pairs: Iterable[Pair], name: str) -> dict[str, set[Pair]]:
+def pairs_by_name(pairs: Iterable[Pair], name: str) -> dict[str, set[Pair]]:
     """The pairs that a person means by `name`, by place: a declared source, `source/path`, or a file's path.
 
     More than one place means that a bare file name is several files'.
     """
-    wanted = {name, os.path.normpath(name)}
+    spellings = {name, os.path.normpath(name)}
     pairs = list(pairs)
-    for rule in (lambda pair: pair[0], lambda pair: place(*pair), lambda pair: "/".join(pair)):
-        if found := {pair for pair in pairs if rule(pair) in wanted}:
-            return {name: found}
-    by_place: dict[str, set[Pair]] = {}
+    for rule in (lambda pair: pair[0], lambda pair: display_name(*pair), lambda pair: "/".join(pair)):
+        if matches := {pair for pair in pairs if rule(pair) in spellings}:
+            return {name: matches}
+    by_display_name: dict[str, set[Pair]] = {}
     for pair in pairs:
-        if pair[1] in wanted:
-            by_place.setdefault(place(*pair), set()).add(pair)
-    return by_place
+        if pair[1] in spellings:
+            by_display_name.setdefault(display_name(*pair), set()).add(pair)
+    return by_display_name
 
 
 @dataclass(frozen=True)
@@ -202,28 +202,28 @@ class RowSample:
     first: list[Pair]
 
 
-def rows_only_from(dataset: Artifact, pairs: Collection[Pair], shown: Collection[Pair], most: int = 3) -> RowSample:
-    """Rows with an origin in `shown` and none outside of `pairs`: what nothing but `pairs` gives leave to use."""
+def rows_only_from(dataset: Artifact, pairs: Collection[Pair], selected: Collection[Pair], max_rows: int = 3) -> RowSample:
+    """Rows with an origin in `selected` and none outside of `pairs`: what nothing but `pairs` gives leave to use."""
     table = read(dataset, ["row", "id", "source", "path", "locator"])
     files, row = OriginFiles.of(table), numbers(column(table, "row"))
     count = int(row[-1]) + 1 if len(row) else 0
     outside = np.bincount(row[~files.mask(pairs)], minlength=count) > 0
-    found = np.flatnonzero(files.mask(shown) & ~outside[row])
-    _, firsts = np.unique(row[found], return_index=True)
-    some = to_index_array(found[firsts[:most]])
-    ids, locators = column(table, "id").take(some).to_pylist(), column(table, "locator").take(some).to_pylist()
-    return RowSample(len(firsts), list(zip(ids, locators, strict=True)))
+    positions = np.flatnonzero(files.mask(selected) & ~outside[row])
+    _, first_indices = np.unique(row[positions], return_index=True)
+    sample = to_index_array(positions[first_indices[:max_rows]])
+    ids, locators = column(table, "id").take(sample).to_pylist(), column(table, "locator").take(sample).to_pylist()
+    return RowSample(len(first_indices), list(zip(ids, locators, strict=True)))
 
 
 def dropped_ids(dataset: Artifact, ids: Any, pairs: Collection[Pair]) -> list[str]:
     """Those of `ids` that are of dropped rows of these files."""
-    found: list[str] = []
-    wanted = to_string_array(["\n".join(pair) for pair in pairs])
+    dropped: list[str] = []
+    value_set = to_string_array(["\n".join(pair) for pair in pairs])
     for file in example_files(dataset, "drops/") if len(ids) else []:
         check_file(dataset, file.relative_to(dataset.path).as_posix())
         with _opened(file) as parquet:
             for batch in parquet.iter_batches(ROWS_PER_GROUP, columns=["id", "source", "locator"]):
                 batch = batch.filter(pc.is_in(batch["id"], value_set=ids))
                 pair = pc.binary_join_element_wise(batch["source"], _path_of(batch["locator"]), "\n")
-                found += batch["id"].filter(pc.is_in(pair, value_set=wanted)).to_pylist()
-    return found
+                dropped += batch["id"].filter(pc.is_in(pair, value_set=value_set)).to_pylist()
+    return dropped

@@ -30,7 +30,7 @@ _ASKED = 500  # releases in one query
 
 
 @dataclass(frozen=True)
-class Placed:
+class ReceiptLocation:
     """One receipt, and where its line stands in its segment: start and length in bytes, the line's end left out."""
 
     id: str
@@ -48,15 +48,15 @@ class ReceiptIndex:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def add(self, placed: Sequence[Placed]) -> None:
+    def add(self, locations: Sequence[ReceiptLocation]) -> None:
         """Note receipts that were just written to the end of one segment, and whatever was missed of it before."""
-        segment, start, end = placed[0].segment, placed[0].start, placed[-1].start + placed[-1].length + 1
+        segment, start, end = locations[0].segment, locations[0].start, locations[-1].start + locations[-1].length + 1
         with self._open() as connection:
-            known = connection.execute("select bytes from segments where name = ?", (segment,)).fetchone()
-            if (known[0] if known else 0) < start:
-                _read(connection, self.folder / segment, known[0] if known else 0)
+            row = connection.execute("select bytes from segments where name = ?", (segment,)).fetchone()
+            if (row[0] if row else 0) < start:
+                _read(connection, self.folder / segment, row[0] if row else 0)
             else:
-                _note(connection, placed)
+                _note(connection, locations)
                 _reach(connection, segment, end, 0)
 
     def find(self, identity: str) -> dict[str, Any] | None:
@@ -73,24 +73,24 @@ class ReceiptIndex:
             return None
         return fields if isinstance(fields, dict) and fields.get("id") == identity else None
 
-    def of_releases(self, releases: Sequence[str]) -> Iterator[Placed]:
+    def of_releases(self, releases: Sequence[str]) -> Iterator[ReceiptLocation]:
         """Every reply that one of these Releases gave, the oldest first."""
         with self._open() as connection:
-            for at in range(0, len(releases), _ASKED):
-                asked = list(releases[at : at + _ASKED])
-                marks = ", ".join("?" * len(asked))
-                query = f"select * from receipts where release_id in ({marks}) order by created, rowid"
-                yield from (Placed(*row) for row in connection.execute(query, asked))
+            for start in range(0, len(releases), _ASKED):
+                batch = list(releases[start : start + _ASKED])
+                placeholders = ", ".join("?" * len(batch))
+                query = f"select * from receipts where release_id in ({placeholders}) order by created, rowid"
+                yield from (ReceiptLocation(*row) for row in connection.execute(query, batch))
 
     def catch_up(self) -> int:
         """Note every whole line that is not noted yet; returns how many lines of all segments are no receipts."""
         with self._open() as connection:
-            known = dict(connection.execute("select name, bytes from segments").fetchall())
-            torn = 0
+            segment_sizes = dict(connection.execute("select name, bytes from segments").fetchall())
+            torn_count = 0
             for file in sorted(self.folder.glob(PATTERN)):
-                if file.stat().st_size > known.get(file.name, 0):
-                    torn += _read(connection, file, known.get(file.name, 0))
-            return torn + int(connection.execute("select coalesce(sum(damaged), 0) from segments").fetchone()[0])
+                if file.stat().st_size > segment_sizes.get(file.name, 0):
+                    torn_count += _read(connection, file, segment_sizes.get(file.name, 0))
+            return torn_count + int(connection.execute("select coalesce(sum(damaged), 0) from segments").fetchone()[0])
 
     def forget(self, segment: str) -> None:
         """Leave out the receipts of a segment that is removed."""
@@ -120,19 +120,30 @@ class ReceiptIndex:
                 if "not a database" not in str(error) and "malformed" not in str(error):
                     raise
                 file.rename(file.with_suffix(".broken"))
-                fresh = ReceiptIndex(self.folder)
-                fresh.catch_up()
-                with fresh._open() as other:
+                rebuilt = ReceiptIndex(self.folder)
+                rebuilt.catch_up()
+                with rebuilt._open() as other:
                     yield other
                 return
             with connection:
                 yield connection
 
 
-def _note(connection: sqlite3.Connection, placed: Sequence[Placed]) -> None:
+def _note(connection: sqlite3.Connection, locations: Sequence[ReceiptLocation]) -> None:
     connection.executemany(
         "insert or ignore into receipts values (?, ?, ?, ?, ?, ?, ?)",
-        [(item.id, item.release_id, item.agent, item.created, item.segment, item.start, item.length) for item in placed],
+        [
+            (
+                location.id,
+                location.release_id,
+                location.agent,
+                location.created,
+                location.segment,
+                location.start,
+                location.length,
+            )
+            for location in locations
+        ],
     )
 
 
@@ -144,14 +155,14 @@ def _read(connection: sqlite3.Connection, file: Path, start: int) -> bool:
         rest = b""
         while piece := stream.read(_PIECE):
             *lines, rest = (rest + piece).split(b"\n")
-            results = []
+            locations = []
             for line in lines:
-                if (placed := _placed(line, file.name, start)) is not None:
-                    results.append(placed)
+                if (location := _parse_line(line, file.name, start)) is not None:
+                    locations.append(location)
                 elif line.strip():  # a blank one was forgotten
                     damaged += 1
                 start += len(line) + 1
-            _note(connection, results)
+            _note(connection, locations)
     _reach(connection, file.name, start, damaged)
     return bool(rest)
 
@@ -165,10 +176,10 @@ def _reach(connection: sqlite3.Connection, segment: str, end: int, damaged: int)
     )
 
 
-def _placed(line: bytes, segment: str, start: int) -> Placed | None:
+def _parse_line(line: bytes, segment: str, start: int) -> ReceiptLocation | None:
     try:
         fields = json.loads(line)
         texts = (fields["id"], fields["release"], fields["agent"], fields["created"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return Placed(*texts, segment, start, len(line)) if all(isinstance(text, str) for text in texts) else None
+    return ReceiptLocation(*texts, segment, start, len(line)) if all(isinstance(text, str) for text in texts) else None

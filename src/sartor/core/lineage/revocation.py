@@ -67,7 +67,7 @@ class Revocation:
             "releases": "release",
             "exports": "export",
         }
-        made = {
+        descendants = {
             name: [_without_kind(child) for child in self.made_from_it if child.kind == kind] for name, kind in kinds.items()
         }
         return {
@@ -75,22 +75,22 @@ class Revocation:
             "revoked": self.revoked,
             "examples": self.examples,
             "examples_kept": self.examples_kept,
-            **made,
+            **descendants,
             "replies": [dataclasses.asdict(reply) for reply in self.replies],
             "receipts": [dataclasses.asdict(folder) for folder in self.receipts],
         }
 
     def table(self) -> list[tuple[str, Any]]:
         """The same for a person: counts, and the first ten."""
-        shown: list[tuple[str, Any]] = []
+        rows: list[tuple[str, Any]] = []
         for name, value in self.as_json().items():
             if not isinstance(value, list):
-                shown.append((name, value))
+                rows.append((name, value))
                 continue
             lines = [_line(item) for item in value[:FIRST]]
-            more = [f"and {len(value) - FIRST:,} more; --json lists them"] if len(value) > FIRST else []
-            shown.append((name, [f"{len(value):,}", *lines, *more]))
-        return shown
+            suffix = [f"and {len(value) - FIRST:,} more; --json lists them"] if len(value) > FIRST else []
+            rows.append((name, [f"{len(value):,}", *lines, *suffix]))
+        return rows
 
 
 def _line(item: str | dict[str, str]) -> str:
@@ -123,11 +123,11 @@ def revoke(path: Path | str, *, source: str = "", example: str = "") -> Revocati
         graph.lose_origins(files.mask(pairs) | graph.made_from_drops_of(pairs))
     else:
         graph.lose_example(example)
-    gone, touched = graph.spread()
-    reached = catalogue.descendants(dataset.id) if len(gone) or len(touched) else []
-    releases = [child.id for child in reached if child.kind == "release"]
+    removed, affected = graph.spread()
+    descendants = catalogue.descendants(dataset.id) if len(removed) or len(affected) else []
+    releases = [child.id for child in descendants if child.kind == "release"]
     replies, receipts = _replies(releases) if releases else ([], [])
-    return Revocation(dataset, source or example, graph.ids_of(gone), graph.ids_of(touched), reached, replies, receipts)
+    return Revocation(dataset, source or example, graph.ids_of(removed), graph.ids_of(affected), descendants, replies, receipts)
 
 
 def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
@@ -149,17 +149,19 @@ def _replies(releases: list[str]) -> tuple[list[RevokedReply], list[Folder]]:
 
 def _pairs(dataset: Artifact, files: OriginFiles, source: str) -> set[Pair]:
     """The files that a person means by `source`."""
-    known = origin_index.known_pairs(dataset.manifest, files)
-    found = origin_index.named(known, source)
-    if len(found) > 1:
-        raise ConfigError(f"{source!r} names {len(found)} files: {', '.join(sorted(found)[:5])}", f"--source {min(found)}")
-    if not found:
-        names = sorted({name for pair in known for name in (pair[0], origin_index.place(*pair))})
-        near = difflib.get_close_matches(source, names[:10_000], n=1, cutoff=0.4)
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        remedy = f"--source {near[0] if near else names[0] if names else '...'}"
-        raise ConfigError(f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{more}", remedy)
-    return next(iter(found.values()))
+    pairs = origin_index.known_pairs(dataset.manifest, files)
+    matches = origin_index.pairs_by_name(pairs, source)
+    if len(matches) > 1:
+        raise ConfigError(
+            f"{source!r} names {len(matches)} files: {', '.join(sorted(matches)[:5])}", f"--source {min(matches)}"
+        )
+    if not matches:
+        names = sorted({name for pair in pairs for name in (pair[0], origin_index.display_name(*pair))})
+        suggestions = difflib.get_close_matches(source, names[:10_000], n=1, cutoff=0.4)
+        suffix = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        remedy = f"--source {suggestions[0] if suggestions else names[0] if names else '...'}"
+        raise ConfigError(f"{dataset.path.name} knows no source {source!r}; it has {', '.join(names[:5])}{suffix}", remedy)
+    return next(iter(matches.values()))
 
 
 @dataclass
@@ -171,7 +173,7 @@ class _Graph:
     total: Any  # per Example: its origins
     parents: Any  # Arrow lists of ids
     lost: Any
-    gone: Any  # per Example
+    removed: Any  # per Example
     ids: Any = None  # an Arrow array, read when it is first needed
 
     @classmethod
@@ -183,7 +185,7 @@ class _Graph:
     def lose_origins(self, mask: Any) -> None:
         """Revoke these origins."""
         self.lost = mask
-        self.gone = (self._lost_per_example() == self.total) & (self.total > 0)
+        self.removed = (self._lost_per_example() == self.total) & (self.total > 0)
 
     def _lost_per_example(self) -> Any:
         return np.bincount(self.row[self.lost], minlength=len(self.total))
@@ -191,8 +193,8 @@ class _Graph:
     def made_from(self, ids: Any) -> Any:
         """Which origins name one of these Examples as a parent."""
         result = np.zeros(len(self.row), bool)
-        named = numbers(pc.is_in(pc.list_flatten(self.parents), value_set=ids))
-        result[numbers(pc.list_parent_indices(self.parents))[named]] = True
+        is_named = numbers(pc.is_in(pc.list_flatten(self.parents), value_set=ids))
+        result[numbers(pc.list_parent_indices(self.parents))[is_named]] = True
         return result
 
     def made_from_drops_of(self, pairs: set[Pair]) -> Any:
@@ -200,53 +202,53 @@ class _Graph:
         parents = pc.list_flatten(self.parents).unique()
         if not len(parents):
             return np.zeros(len(self.row), bool)
-        known = np.zeros(len(parents), bool)
+        has_example = np.zeros(len(parents), bool)
         # the few are looked up among themselves for each of the many: a table of a million ids takes longer to build
-        known[numbers(pc.index_in(self._load_ids(), value_set=parents).drop_null())] = True
-        absent = parents.take(to_index_array(np.flatnonzero(~known)))
+        has_example[numbers(pc.index_in(self._load_ids(), value_set=parents).drop_null())] = True
+        absent = parents.take(to_index_array(np.flatnonzero(~has_example)))
         return self.made_from(to_string_array(origin_index.dropped_ids(self.dataset, absent, pairs)))
 
     def lose_example(self, example: str) -> None:
         """Revoke an Example: its row, and the origins that name it as a parent."""
-        one = to_string_array([origin_index.whole_id(self._load_ids(), example)])
-        mask = numbers(pc.is_in(self._load_ids(), value_set=one)) | self.made_from(one)
+        ids = to_string_array([origin_index.whole_id(self._load_ids(), example)])
+        mask = numbers(pc.is_in(self._load_ids(), value_set=ids)) | self.made_from(ids)
         if not mask.any():
             raise ConfigError(f"{self.dataset.path.name} has no example {example!r}", self._nearest(example))
         self.lose_origins(mask)
 
     def _nearest(self, example: str) -> str:
         for length in range(len(example), 3, -1):
-            near = pc.index(pc.starts_with(self._load_ids(), example[:length]), True).as_py()
-            if near >= 0:
-                return f"--example {self._load_ids()[near].as_py()}"
+            position = pc.index(pc.starts_with(self._load_ids(), example[:length]), True).as_py()
+            if position >= 0:
+                return f"--example {self._load_ids()[position].as_py()}"
         return f"the `id` column of {self.dataset.path / 'examples'} has them"
 
     def spread(self) -> tuple[Any, Any]:
         """Follow parents down until nothing more is lost; returns the Examples gone, and those that lose an origin only."""
-        if self.gone.any() and len(pc.list_flatten(self.parents)):
+        if self.removed.any() and len(pc.list_flatten(self.parents)):
             self._follow()
-        return np.flatnonzero(self.gone), np.flatnonzero((self._lost_per_example() > 0) & ~self.gone)
+        return np.flatnonzero(self.removed), np.flatnonzero((self._lost_per_example() > 0) & ~self.removed)
 
     def _follow(self) -> None:
-        named = pc.list_flatten(self.parents).dictionary_encode()
-        row_of = np.full(len(named.dictionary), -1)  # per distinct parent: its Example
-        which = pc.index_in(self._load_ids(), value_set=named.dictionary)
-        row_of[numbers(which.drop_null())] = self.row[numbers(which.is_valid())]
-        parent, child = row_of[numbers(named.indices)], numbers(pc.list_parent_indices(self.parents))
+        parent_ids = pc.list_flatten(self.parents).dictionary_encode()
+        row_of = np.full(len(parent_ids.dictionary), -1)  # per distinct parent: its Example
+        positions = pc.index_in(self._load_ids(), value_set=parent_ids.dictionary)
+        row_of[numbers(positions.drop_null())] = self.row[numbers(positions.is_valid())]
+        parent, child = row_of[numbers(parent_ids.indices)], numbers(pc.list_parent_indices(self.parents))
         order = np.argsort(parent, kind="stable")
         parent, child = parent[order], child[order]
-        left = self.total - self._lost_per_example()
-        edge = np.flatnonzero(self.gone)
+        remaining = self.total - self._lost_per_example()
+        edge = np.flatnonzero(self.removed)
         while len(edge):  # each Example is on the edge once, so this is linear in the parents, however deep they go
             starts, ends = np.searchsorted(parent, edge, "left"), np.searchsorted(parent, edge, "right")
             counts = ends - starts
-            fresh = np.unique(child[np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())])
-            fresh = fresh[~self.lost[fresh]]
-            self.lost[fresh] = True
-            rows, times = np.unique(self.row[fresh], return_counts=True)
-            left[rows] -= times
-            edge = rows[left[rows] == 0]
-            self.gone[edge] = True
+            newly_lost = np.unique(child[np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())])
+            newly_lost = newly_lost[~self.lost[newly_lost]]
+            self.lost[newly_lost] = True
+            rows, times = np.unique(self.row[newly_lost], return_counts=True)
+            remaining[rows] -= times
+            edge = rows[remaining[rows] == 0]
+            self.removed[edge] = True
 
     def _load_ids(self) -> Any:
         if self.ids is None:

@@ -34,48 +34,52 @@ def memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Membersh
     fields: `lexicon`, one of ATTRIBUTES, or a field of the rows; by default the lexicon and fields of well-known names. Raises
     ConfigError for a field that no row has.
     """
-    found = row_memberships(rows, fields)
-    if absent := [name for name in fields if name != LEXICON and not any(found[_CALLED.get(name, name)])]:
+    people = row_memberships(rows, fields)
+    if absent := [name for name in fields if name != LEXICON and not any(people[_CALLED.get(name, name)])]:
         raise ConfigError(f"no row has the group field {absent[0]!r}", f"lexicon, {', '.join(ATTRIBUTES)}, or {_known(rows)}")
-    several = {name: values for name, values in found.items() if len({value for value in values if value}) > 1}
+    several = {name: values for name, values in people.items() if len({value for value in values if value}) > 1}
     return {name: values for name, values in several.items() if name in fields or len(set(values)) <= _MOST_VALUES}
 
 
 def row_memberships(rows: Sequence[Example], fields: Sequence[str] = ()) -> Memberships:
     """The same, of a row whatever the others say: for a worker that sees some of the rows."""
-    found: Memberships = {}
+    people: Memberships = {}
     for field in fields or (LEXICON, *FIELDS):
         attribute = _CALLED.get(field, field)
         if field == LEXICON:
-            found |= {name: values for name, values in _by_lexicon(rows).items() if name not in found}
+            people |= {name: values for name, values in _by_lexicon(rows).items() if name not in people}
         elif fields and attribute in ATTRIBUTES:
             # a field of that name says it better than the words of the text
-            said = zip(rows, _by_lexicon(rows)[attribute], strict=True)
-            found[attribute] = [field_value(row, field) or named for row, named in said]
-        elif attribute not in found:
-            found[attribute] = [field_value(row, field) for row in rows]
+            pairs = zip(rows, _by_lexicon(rows)[attribute], strict=True)
+            people[attribute] = [field_value(row, field) or lexicon_group for row, lexicon_group in pairs]
+        elif attribute not in people:
+            people[attribute] = [field_value(row, field) for row in rows]
         else:
-            found[attribute] = [field_value(row, field) or known for row, known in zip(rows, found[attribute], strict=True)]
-    return found
+            people[attribute] = [
+                field_value(row, field) or lexicon_group for row, lexicon_group in zip(rows, people[attribute], strict=True)
+            ]
+    return people
 
 
 def _by_lexicon(rows: Sequence[Example]) -> Memberships:
-    result: Memberships = {name: [] for name in ATTRIBUTES}
+    people: Memberships = {name: [] for name in ATTRIBUTES}
     for row in rows:
         text = spoken_of(row)
-        said = {"sex": sexes_of(text), "name_origin": origins_of(text)}
-        said |= {
+        row_groups = {"sex": sexes_of(text), "name_origin": origins_of(text)}
+        row_groups |= {
             kind: {item.group for item in group_terms.mentions(text, kind)} for kind in ("age", "nationality", "disability")
         }
-        for name, values in said.items():
-            result[name].append(next(iter(values)) if len(values) == 1 else None)
-    return result
+        for name, values in row_groups.items():
+            people[name].append(next(iter(values)) if len(values) == 1 else None)
+    return people
 
 
 def sexes_of(text: str) -> set[str]:
     """female, male: by the first names and pronouns of a text."""
     names = {item.group.rpartition("_")[2] for item in group_terms.mentions(text, "names") if item.form == "first"}
-    return names | {_OF_PRONOUN[one.group] for one in group_terms.mentions(text, "pronouns") if one.group in _OF_PRONOUN}
+    return names | {
+        _OF_PRONOUN[mention.group] for mention in group_terms.mentions(text, "pronouns") if mention.group in _OF_PRONOUN
+    }
 
 
 def origins_of(text: str) -> set[str]:
@@ -94,9 +98,11 @@ def field_value(row: Example, field: str) -> str | None:
         if (value := _of_json(message.text, field)) is not None:
             return value
     name = r"[ _-]".join(re.escape(part) for part in re.split(r"[ _-]", field))
-    said = re.search(rf"(?:^|[\n,;.(|]\s*|\s)[\"']?{name}[\"']?\s*[:=]\s*[\"']?([^\n,;.|)\"']+)", spoken_of(row), re.IGNORECASE)
-    if said:
-        return said.group(1).strip().casefold() or None
+    match = re.search(
+        rf"(?:^|[\n,;.(|]\s*|\s)[\"']?{name}[\"']?\s*[:=]\s*[\"']?([^\n,;.|)\"']+)", spoken_of(row), re.IGNORECASE
+    )
+    if match:
+        return match.group(1).strip().casefold() or None
     return row.group or None if field == ROW_GROUP else None
 
 
@@ -143,16 +149,18 @@ def of_replies(replies: Sequence[str], form: str = "auto") -> ClassLabels:
     """The same of the replies alone."""
     form = form if _is_form(form) else f"json:{form}"
     class_labels.check(form)
-    result = class_labels.find(replies, form)
-    if any(result.labels):
-        return result
+    row_labels = class_labels.find(replies, form)
+    if any(row_labels.labels):
+        return row_labels
     if form not in ("auto", "text"):
         raise ConfigError(f"no reply has the outcome {form!r}", "auto, reply, json:KEY or regex:PATTERN")
-    seen = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
-    if form == "auto" and 2 <= len(seen) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
+    label_counts = Counter(text for reply in replies if (text := class_labels.as_label(reply)))
+    if form == "auto" and 2 <= len(label_counts) <= min(_FEW, len(replies) / _ROWS_PER_REPLY):
         labels = [class_labels.as_label(reply) for reply in replies]
-        return ClassLabels(labels, "reply", f"whole replies: {len(seen)} values in {seen.total():,} of {len(replies):,} rows")
-    return result
+        return ClassLabels(
+            labels, "reply", f"whole replies: {len(label_counts)} values in {label_counts.total():,} of {len(replies):,} rows"
+        )
+    return row_labels
 
 
 def _is_form(form: str) -> bool:

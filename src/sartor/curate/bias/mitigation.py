@@ -28,13 +28,13 @@ def counterfactuals(row: Example, attributes: Sequence[str]) -> Iterator[tuple[E
     kept (`text/demographics/group_terms.py`), nor of one that speaks of people of several groups.
     """
     for attribute in attributes:
-        there = {item for message in row.messages for item in _named(message.text, attribute)}
-        others = [group for group in _groups(attribute) if group not in there]
-        if len(there) != 1 or not others:
+        named_groups = {item for message in row.messages for item in _named(message.text, attribute)}
+        other_groups = [group for group in _groups(attribute) if group not in named_groups]
+        if len(named_groups) != 1 or not other_groups:
             continue
-        to = others[int(digest([row.id, attribute])[:8], 16) % len(others)]
-        if (changed := _changed(row, attribute, to)) is not None:
-            yield changed, f"{attribute}: {next(iter(there))} to {to}"
+        target_group = other_groups[int(digest([row.id, attribute])[:8], 16) % len(other_groups)]
+        if (changed := _changed(row, attribute, target_group)) is not None:
+            yield changed, f"{attribute}: {next(iter(named_groups))} to {target_group}"
 
 
 def substituted(
@@ -46,21 +46,21 @@ def substituted(
     The rows of one outcome are dealt all groups of an attribute equally often, so that the outcome says nothing of the group.
     Where a copy of each row about one other group leaves a part of a gap between three groups or more, this leaves none.
     """
-    new, stuck = list(rows), set[int]()
+    new_rows, failed_rows = list(rows), set[int]()
     for attribute in attributes:
-        known, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
-        named = [{item for message in row.messages for item in _named(message.text, attribute)} for row in rows]
+        group_names, rng = _groups(attribute), np.random.default_rng([seed, ATTRIBUTES.index(attribute)])
+        row_groups = [{item for message in row.messages for item in _named(message.text, attribute)} for row in rows]
         for outcome in dict.fromkeys(outcomes):
-            places = [index for index, there in enumerate(named) if there and outcomes[index] == outcome]
-            first = int(rng.integers(len(known)))
-            for turn, place in enumerate(rng.permutation(places).astype(int).tolist()):
-                to = known[(first + turn) % len(known)]
-                if named[place] == {to}:
+            indices = [index for index, groups in enumerate(row_groups) if groups and outcomes[index] == outcome]
+            first = int(rng.integers(len(group_names)))
+            for offset, index in enumerate(rng.permutation(indices).astype(int).tolist()):
+                target_group = group_names[(first + offset) % len(group_names)]
+                if row_groups[index] == {target_group}:
                     continue
-                changed = _changed(new[place], attribute, to) if len(named[place]) == 1 else None
-                new[place] = _of_parent(changed, rows[place]) if changed else new[place]
-                stuck |= {place} if changed is None else set()
-    return new, len(stuck)
+                changed = _changed(new_rows[index], attribute, target_group) if len(row_groups[index]) == 1 else None
+                new_rows[index] = _of_parent(changed, rows[index]) if changed else new_rows[index]
+                failed_rows |= {index} if changed is None else set()
+    return new_rows, len(failed_rows)
 
 
 def _of_parent(row: Example, parent: Example) -> Example:
@@ -85,40 +85,40 @@ def _named(text: str, attribute: str) -> set[str]:
     return {item.group for item in group_terms.mentions(text, _KINDS[attribute])}
 
 
-def _changed(row: Example, attribute: str, to: str) -> Example | None:
-    messages, rejected = _swapped(row.messages, attribute, to), _swapped(row.rejected, attribute, to)
+def _changed(row: Example, attribute: str, target_group: str) -> Example | None:
+    messages, rejected = _swapped(row.messages, attribute, target_group), _swapped(row.rejected, attribute, target_group)
     if messages is None or rejected is None or messages == row.messages:
         return None
     origins = tuple(dataclasses.replace(origin, parents=(row.id,), step=f"{STEP}:{attribute}") for origin in row.origins)
     return dataclasses.replace(row, messages=messages, rejected=rejected, origins=origins, steps=(*row.steps, STEP))
 
 
-def _swapped(messages: Sequence[Message], attribute: str, to: str) -> tuple[Message, ...] | None:
-    results = []
+def _swapped(messages: Sequence[Message], attribute: str, target_group: str) -> tuple[Message, ...] | None:
+    new_messages = []
     for message in messages:
         parts = []
         for part in message.content:
-            text = _turned(part.text, attribute, to) if _named(part.text, attribute) - {to} else part.text
+            text = _turned(part.text, attribute, target_group) if _named(part.text, attribute) - {target_group} else part.text
             if text is None:
                 return None
             parts.append(Part("text", text) if part.kind == "text" else part)
-        results.append(dataclasses.replace(message, content=tuple(parts)))
-    return tuple(results)
+        new_messages.append(dataclasses.replace(message, content=tuple(parts)))
+    return tuple(new_messages)
 
 
-def _turned(text: str, attribute: str, to: str) -> str | None:
-    """The text about somebody of the group `to`; None where that cannot be said well."""
+def _turned(text: str, attribute: str, target_group: str) -> str | None:
+    """The text about somebody of the group `target_group`; None where that cannot be said well."""
     names = [item.group for item in group_terms.mentions(text, "names") if item.form == "first"]
     if attribute == "sex":
         # pronouns take the first names along; a text of names alone has only those to turn
         if group_terms.mentions(text, "pronouns"):
-            return group_terms.swap(text, "pronouns", _PRONOUN[to])
+            return group_terms.swap(text, "pronouns", _PRONOUN[target_group])
         origins = {name.rpartition("_")[0] for name in names}
-        return group_terms.swap(text, "names", f"{origins.pop()}_{to}") if len(origins) == 1 else None
+        return group_terms.swap(text, "names", f"{origins.pop()}_{target_group}") if len(origins) == 1 else None
     if attribute == "name_origin":
         sexes = {name.rpartition("_")[2] for name in names}
-        return group_terms.swap(text, "names", f"{to}_{sexes.pop()}") if len(sexes) == 1 else None
-    return group_terms.swap(text, _KINDS[attribute], to)
+        return group_terms.swap(text, "names", f"{target_group}_{sexes.pop()}") if len(sexes) == 1 else None
+    return group_terms.swap(text, _KINDS[attribute], target_group)
 
 
 def is_counterfactual(origin: Origin) -> bool:
@@ -131,12 +131,12 @@ Cell = tuple[str, str]  # group, outcome
 
 def table(values: Sequence[str | None], outcomes: Sequence[str | None]) -> dict[Cell, list[int]]:
     """(group, outcome) -> its rows, of the rows that have both; a cell without rows is there too."""
-    found: dict[Cell, list[int]] = defaultdict(list)
+    cells: dict[Cell, list[int]] = defaultdict(list)
     for index, (group, outcome) in enumerate(zip(values, outcomes, strict=True)):
         if group is not None and outcome is not None:
-            found[group, outcome].append(index)
-    groups, kinds = {cell[0] for cell in found}, {cell[1] for cell in found}
-    return {(group, outcome): found.get((group, outcome), []) for group in sorted(groups) for outcome in sorted(kinds)}
+            cells[group, outcome].append(index)
+    groups, kinds = {cell[0] for cell in cells}, {cell[1] for cell in cells}
+    return {(group, outcome): cells.get((group, outcome), []) for group in sorted(groups) for outcome in sorted(kinds)}
 
 
 def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
@@ -144,28 +144,28 @@ def rows_to_drop(cells: dict[Cell, list[int]], seed: int) -> list[int]:
 
     A group without any row of an outcome goes as a whole but for nothing: no rows could be dropped to mend that, so it stays.
     """
-    rates, rng, gone = _rates(cells), np.random.default_rng(seed), []
+    rates, rng, to_drop = _rates(cells), np.random.default_rng(seed), []
     for group in dict.fromkeys(cell[0] for cell in cells):
-        own = {outcome: rows for (name, outcome), rows in cells.items() if name == group}
-        if not all(own.values()):
+        group_cells = {outcome: rows for (name, outcome), rows in cells.items() if name == group}
+        if not all(group_cells.values()):
             continue
-        size = min(len(rows) / rates[outcome] for outcome, rows in own.items())
-        for outcome, rows in own.items():
-            stay = set(rng.permutation(rows)[: max(1, round(size * rates[outcome]))].tolist())
-            gone += [row for row in rows if row not in stay]
-    return sorted(gone)
+        size = min(len(rows) / rates[outcome] for outcome, rows in group_cells.items())
+        for outcome, rows in group_cells.items():
+            retained = set(rng.permutation(rows)[: max(1, round(size * rates[outcome]))].tolist())
+            to_drop += [row for row in rows if row not in retained]
+    return sorted(to_drop)
 
 
 def rows_to_add(cells: dict[Cell, list[int]]) -> dict[Cell, int]:
     """The fewest rows to add to each cell so that every group has the outcome rates of all rows together."""
     rates = _rates(cells)
-    result = {}
+    to_add = {}
     for group in dict.fromkeys(cell[0] for cell in cells):
         size = max(len(rows) / rates[outcome] for (name, outcome), rows in cells.items() if name == group)
         for outcome, rate in rates.items():
-            if (more := math.ceil(size * rate - 1e-9) - len(cells[group, outcome])) > 0:
-                result[group, outcome] = more
-    return result
+            if (missing := math.ceil(size * rate - 1e-9) - len(cells[group, outcome])) > 0:
+                to_add[group, outcome] = missing
+    return to_add
 
 
 def _rates(cells: dict[Cell, list[int]]) -> dict[str, float]:
@@ -185,24 +185,24 @@ def reweighing_factors(people: Memberships, outcomes: Sequence[str | None], weig
 
     Of several attributes each is made independent in turn until all are (raking, Deming and Stephan 1940).
     """
-    result: Factors = {}
-    now = [float(weight) for weight in weights]
+    factors: Factors = {}
+    current_weights = [float(weight) for weight in weights]
     for _ in range(ROUNDS):
-        moved = 0.0
+        largest_change = 0.0
         for attribute, values in people.items():
-            step = _of_one(values, outcomes, now)
-            for (group, outcome), factor in step.items():
+            cell_factors = _independence_factors(values, outcomes, current_weights)
+            for (group, outcome), factor in cell_factors.items():
                 key = attribute, group, outcome
-                result[key] = result.get(key, 1.0) * factor
-                moved = max(moved, abs(factor - 1))
-            pairs = zip(now, values, outcomes, strict=True)
-            now = [weight * step.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs]
-        if moved < CLOSE:
+                factors[key] = factors.get(key, 1.0) * factor
+                largest_change = max(largest_change, abs(factor - 1))
+            pairs = zip(current_weights, values, outcomes, strict=True)
+            current_weights = [weight * cell_factors.get((group or "", outcome or ""), 1.0) for weight, group, outcome in pairs]
+        if largest_change < CLOSE:
             break
-    return result
+    return factors
 
 
-def _of_one(
+def _independence_factors(
     values: Sequence[str | None], outcomes: Sequence[str | None], weights: Sequence[float]
 ) -> dict[tuple[str, str], float]:
     cells: dict[tuple[str, str], float] = defaultdict(float)
@@ -217,9 +217,9 @@ def _of_one(
     return {cell: groups[cell[0]] * kinds[cell[1]] / (total * weight) for cell, weight in cells.items() if weight > 0}
 
 
-def weight_of(found: Factors, said: Mapping[str, str | None], outcome: str | None) -> float:
-    """What the weight of a row is multiplied by. said: attribute -> its group."""
+def weight_factor(factors: Factors, groups: Mapping[str, str | None], outcome: str | None) -> float:
+    """What the weight of a row is multiplied by. groups: attribute -> its group."""
     product = 1.0
-    for attribute, group in said.items():
-        product *= found.get((attribute, group or "", outcome or ""), 1.0)
+    for attribute, group in groups.items():
+        product *= factors.get((attribute, group or "", outcome or ""), 1.0)
     return product

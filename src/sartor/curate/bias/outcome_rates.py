@@ -97,8 +97,10 @@ class OutcomeRates:
             "largest_gap": self.largest_gap,
             "notable": len(self.notable),
             "rates": {
-                attribute: {group: {name: asdict(rate) for name, rate in some.items()} for group, some in of.items()}
-                for attribute, of in self.rates.items()
+                attribute: {
+                    group: {name: asdict(rate) for name, rate in outcomes.items()} for group, outcomes in groups.items()
+                }
+                for attribute, groups in self.rates.items()
             },
             "gaps": [{**asdict(gap), "notable": gap.is_notable} for gap in self.gaps],
             "selection_ratios": [{**asdict(ratio), "four_fifths": ratio.passes_four_fifths} for ratio in self.ratios],
@@ -111,26 +113,28 @@ def measure_rates(people: Memberships, outcomes: Sequence[str | None], weights: 
     With weights (N,) a group's rows count by Kish's effective number, so that weighting widens the intervals.
     """
     weight = np.ones(len(outcomes)) if weights is None else np.asarray(weights, float)
-    names = [name for name, _ in Counter(one for one in outcomes if one is not None).most_common(MOST_OUTCOMES)]
-    hits = {name: np.array([one == name for one in outcomes]) for name in names}
-    known = np.array([one is not None for one in outcomes])
+    names = [name for name, _ in Counter(outcome for outcome in outcomes if outcome is not None).most_common(MOST_OUTCOMES)]
+    hits = {name: np.array([outcome == name for outcome in outcomes]) for name in names}
+    has_outcome = np.array([outcome is not None for outcome in outcomes])
     rates: dict[str, dict[str, dict[str, OutcomeRate]]] = {}
     gaps, ratios = [], []
     for attribute, values in people.items():
         groups = {
-            name: known & np.array([one == name for one in values]) for name in sorted({value for value in values if value})
+            name: has_outcome & np.array([value == name for value in values])
+            for name in sorted({value for value in values if value})
         }
-        groups = {name: inside for name, inside in groups.items() if inside.any()}
+        groups = {name: members for name, members in groups.items() if members.any()}
         rates[attribute] = {
-            name: {outcome: _rate(hit[inside], weight[inside]) for outcome, hit in hits.items()}
-            for name, inside in groups.items()
+            name: {outcome: _rate(hit[members], weight[members]) for outcome, hit in hits.items()}
+            for name, members in groups.items()
         }
-        compared = {name: inside for name, inside in groups.items() if inside.sum() >= FEWEST}
+        compared = {name: members for name, members in groups.items() if members.sum() >= FEWEST}
         if len(compared) > 1:
-            spoken = np.any(list(groups.values()), axis=0)
+            has_group = np.any(list(groups.values()), axis=0)
             for outcome, hit in list(hits.items())[: 1 if len(hits) == 2 else None]:
                 gaps += [
-                    _gap((attribute, name, outcome), hit, inside, spoken & ~inside, weight) for name, inside in compared.items()
+                    _gap((attribute, name, outcome), hit, members, has_group & ~members, weight)
+                    for name, members in compared.items()
                 ]
             ratios += [
                 _ratio(attribute, outcome, {name: rates[attribute][name][outcome] for name in compared}) for outcome in hits
@@ -155,15 +159,15 @@ def effective(weight: F64) -> float:
 
 
 def _gap(
-    names: tuple[str, str, str], hit: NDArray[np.bool_], inside: NDArray[np.bool_], others: NDArray[np.bool_], weight: F64
+    names: tuple[str, str, str], hit: NDArray[np.bool_], members: NDArray[np.bool_], others: NDArray[np.bool_], weight: F64
 ) -> Gap:
-    one, other = _rate(hit[inside], weight[inside]), _rate(hit[others], weight[others])
-    rows = effective(weight[inside]), effective(weight[others])
-    pooled = (one.rate * rows[0] + other.rate * rows[1]) / max(sum(rows), 1e-9)
-    error = math.sqrt(max(pooled * (1 - pooled) * sum(1 / max(count, 1e-9) for count in rows), 1e-12))
-    p = math.erfc(abs(one.rate - other.rate) / error / math.sqrt(2))
-    interval = newcombe(one.rate, rows[0], other.rate, rows[1])
-    return Gap(*names, one.rate, other.rate, one.rate - other.rate, *interval, p)
+    rate, others_rate = _rate(hit[members], weight[members]), _rate(hit[others], weight[others])
+    sizes = effective(weight[members]), effective(weight[others])
+    pooled = (rate.rate * sizes[0] + others_rate.rate * sizes[1]) / max(sum(sizes), 1e-9)
+    error = math.sqrt(max(pooled * (1 - pooled) * sum(1 / max(count, 1e-9) for count in sizes), 1e-12))
+    p = math.erfc(abs(rate.rate - others_rate.rate) / error / math.sqrt(2))
+    interval = newcombe(rate.rate, sizes[0], others_rate.rate, sizes[1])
+    return Gap(*names, rate.rate, others_rate.rate, rate.rate - others_rate.rate, *interval, p)
 
 
 def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio | None:
@@ -180,5 +184,5 @@ def _ratio(attribute: str, outcome: str, rates: dict[str, OutcomeRate]) -> Ratio
 
 
 def _corrected(gaps: Sequence[Gap]) -> list[Gap]:
-    found = holm_correction([gap.p for gap in gaps])
-    return [Gap(**{**asdict(gap), "p_corrected": p}) for gap, p in zip(gaps, found, strict=True)]
+    p_values = holm_correction([gap.p for gap in gaps])
+    return [Gap(**{**asdict(gap), "p_corrected": p}) for gap, p in zip(gaps, p_values, strict=True)]

@@ -26,7 +26,7 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
     Reads `examples/`, `drops/`, `evidence/` and `media/` in batches; call it before the directory is sealed.
     """
     contents = gather(folder, facts)
-    sections, pictures = _named_apart(story.sections(contents))
+    sections, pictures = _with_unique_names(story.sections(contents))
     (folder / "card").mkdir(exist_ok=True)
     for picture in pictures:
         _write(folder / "card" / f"{picture.name}.svg", plots.standalone(picture))
@@ -40,7 +40,7 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _named_apart(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]]:
+def _with_unique_names(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]]:
     """The sections with every picture's name its own (names of steps and rules may collide as file names), and the pictures."""
     used: dict[str, Plot] = {}
 
@@ -57,5 +57,5 @@ def _named_apart(sections: Sequence[Section]) -> tuple[list[Section], list[Plot]
             return Folded(block.summary, [named(each) for each in block.blocks])
         return block
 
-    apart = [Section(section.title, [named(block) for block in section.blocks]) for section in sections]
-    return apart, list(used.values())
+    renamed = [Section(section.title, [named(block) for block in section.blocks]) for section in sections]
+    return renamed, list(used.values())

@@ -14,10 +14,12 @@ LONG = 300  # characters of a quotation that are shown
 
 @dataclass(frozen=True)
 class QuotedText:
-    """Words of the data, cut to `most` characters with a note of how many more there are; `prose` where they are a sentence."""
+    """Words of the data, cut to `max_chars` characters with a note of how many more there are; `prose` where they are a
+    sentence.
+    """
 
     text: str
-    most: int = LONG
+    max_chars: int = LONG
     prose: bool = False
 
 
@@ -102,7 +104,7 @@ class Dropped:
     detail: QuotedText
     pieces: Sequence[TextPiece]
     kept_title: Line = ""
-    kept: Sequence[TextPiece] = ()
+    kept_pieces: Sequence[TextPiece] = ()
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Evidence:
 def read_drops(files: Sequence[Path]) -> Drops:
     """Count the Drops and pick candidates to show: per reason the least alike pairs, and some by lot (by their ids)."""
     drops, survivors = Drops(), []
-    lot, unlike = pl.DataFrame(), pl.DataFrame()
+    by_lot, least_alike = pl.DataFrame(), pl.DataFrame()
     for path in files:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(BATCH):
@@ -73,22 +73,22 @@ def read_drops(files: Sequence[Path]) -> Drops:
                 drops.total += len(table)
                 drops.by_step.update({(step, reason): count for step, reason, count in _counts(table, "step", "reason")})
                 drops.by_source.update(dict(_counts(table, "source")))
-                merged = table.filter(pl.col("kept").str.len_bytes() > 0)
-                survivors.append(merged.select("step", pl.col("kept").hash(0)))
-                lot = _least(lot, _drawn(table), ("lot", "id", "source", "locator"), BY_LOT)
-                unlike = _least(unlike, merged.filter(pl.col("score") < 1), ("score", "id", "kept"), LEAST_ALIKE)
+                duplicates = table.filter(pl.col("kept").str.len_bytes() > 0)
+                survivors.append(duplicates.select("step", pl.col("kept").hash(0)))
+                by_lot = _least(by_lot, _with_lots(table), ("lot", "id", "source", "locator"), BY_LOT)
+                least_alike = _least(least_alike, duplicates.filter(pl.col("score") < 1), ("score", "id", "kept"), LEAST_ALIKE)
     drops.clusters = _clusters(survivors)
-    for row in (*unlike.iter_rows(named=True), *lot.drop("lot", strict=False).iter_rows(named=True)):
-        held = drops.shown.setdefault(row["reason"], [])
-        if (drop := Drop(**row)) not in held:
-            held.append(drop)
+    for row in (*least_alike.iter_rows(named=True), *by_lot.drop("lot", strict=False).iter_rows(named=True)):
+        candidates = drops.shown.setdefault(row["reason"], [])
+        if (drop := Drop(**row)) not in candidates:
+            candidates.append(drop)
     return drops
 
 
-def _drawn(table: pl.DataFrame) -> pl.DataFrame:
+def _with_lots(table: pl.DataFrame) -> pl.DataFrame:
     """The table with each row's lot: its id, which is a digest; where a row could not be read and has none, its place's."""
-    places = zip(table.get_column("id"), table.get_column("source"), table.get_column("locator"), strict=True)
-    lots = [key or blake2b(f"{source}\n{locator}".encode(), digest_size=16).hexdigest() for key, source, locator in places]
+    locations = zip(table.get_column("id"), table.get_column("source"), table.get_column("locator"), strict=True)
+    lots = [key or blake2b(f"{source}\n{locator}".encode(), digest_size=16).hexdigest() for key, source, locator in locations]
     return table.with_columns(pl.Series("lot", lots, pl.String))
 
 
@@ -96,12 +96,12 @@ def _counts(table: pl.DataFrame, *by: str) -> list[tuple[Any, ...]]:
     return table.group_by(*by).len().sort(*by).rows()
 
 
-def _least(pool: pl.DataFrame, table: pl.DataFrame, keys: Sequence[str], most: int) -> pl.DataFrame:
-    """The pool with the table's rows in it, of each reason the `most` least by `keys`."""
+def _least(pool: pl.DataFrame, table: pl.DataFrame, keys: Sequence[str], max_rows: int) -> pl.DataFrame:
+    """The pool with the table's rows in it, of each reason the `max_rows` least by `keys`."""
     if table.is_empty():
         return pool
     joined = pl.concat([pool, table]) if len(pool) else table
-    joined = joined.sort(*keys).group_by("reason", maintain_order=True).head(most).select(table.columns)
+    joined = joined.sort(*keys).group_by("reason", maintain_order=True).head(max_rows).select(table.columns)
     reasons = joined.get_column("reason").unique().sort()[:REASONS]
     return joined.filter(pl.col("reason").is_in(reasons.implode()))
 
@@ -166,38 +166,38 @@ class Contents:
         return self.facts.get("counts") or {}
 
     @property
-    def kept(self) -> int:
+    def rows_kept(self) -> int:
         """Rows kept."""
-        return int(self.counts.get("kept", self.rows.kept))
+        return int(self.counts.get("kept", self.rows.row_count))
 
     @property
     def dropped(self) -> dict[str, int]:
         """reason -> rows, most frequent first."""
-        found = self.counts.get("dropped")
-        return count_values(self.drops.reasons().elements()) if found is None else dict(found)
+        by_reason = self.counts.get("dropped")
+        return count_values(self.drops.reasons().elements()) if by_reason is None else dict(by_reason)
 
     @property
-    def read(self) -> int:
+    def rows_read(self) -> int:
         """Rows read."""
-        return int(self.counts.get("read", self.kept + sum(self.dropped.values())))
+        return int(self.counts.get("read", self.rows_kept + sum(self.dropped.values())))
 
     @property
     def made_by(self) -> str:
         """Who wrote the rows, where nobody did: a teacher's name, or "rules alone"; empty of rows that people wrote."""
-        said = self.facts.get("synthetic")
-        return str(said["teacher"] or "rules alone") if said else ""
+        synthetic = self.facts.get("synthetic")
+        return str(synthetic["teacher"] or "rules alone") if synthetic else ""
 
     @property
-    def made(self) -> int:
+    def rows_made(self) -> int:
         """Copies that steps made of rows, those among them that are Drops."""
         return int(self.counts.get("made", 0))
 
     @property
     def splits(self) -> dict[str, int]:
         """split -> rows, train first."""
-        found = self.counts.get("splits")
-        found = dict(self.rows.splits) if found is None else dict(found)
-        return {name: found[name] for name in sorted(found, key=lambda name: (name != "train", name))}
+        splits = self.counts.get("splits")
+        splits = dict(self.rows.splits) if splits is None else dict(splits)
+        return {name: splits[name] for name in sorted(splits, key=lambda name: (name != "train", name))}
 
     @property
     def sources(self) -> Sequence[Mapping[str, Any]]:
@@ -226,8 +226,8 @@ class Contents:
         if self.facts.get("name"):
             return str(self.facts["name"])
         names = list(dict.fromkeys(_called(str(file.get("source") or file.get("path") or "rows")) for file in self.sources))
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return ", ".join(names[:3]) + more or "Dataset"
+        suffix = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + suffix or "Dataset"
 
     def stages(self) -> list[tuple[str, int, int]]:
         """From read to kept: (step, rows left after it, rows that went in it). Rows that a step made are left after it."""
@@ -236,23 +236,26 @@ class Contents:
             lost[step] += count
         order = list(dict.fromkeys(["read", *self.step_kinds]))
         order += sorted(set(lost) - set(order))
-        stages, left = [("rows in the sources", self.read, 0)], self.read
+        stages, remaining = [("rows in the sources", self.rows_read, 0)], self.rows_read
         for step in order:
-            left += int((self.steps.get(step) or {}).get("copies", 0)) - lost[step]
+            remaining += int((self.steps.get(step) or {}).get("copies", 0)) - lost[step]
             if step != "read" or lost[step]:
-                stages.append(("unusable" if step == "read" else step, left, lost[step]))
-        return [*stages, ("kept", self.kept, 0)]
+                stages.append(("unusable" if step == "read" else step, remaining, lost[step]))
+        return [*stages, ("kept", self.rows_kept, 0)]
 
     def gaps(self) -> Iterator[str]:
         """Where the counts of the manifest and of the files are not the same. Empty is as it should be."""
         dropped = sum(self.dropped.values())
-        if self.kept != self.rows.kept:
-            yield f"the manifest counts {self.kept:,} rows kept; examples/ holds {self.rows.kept:,}."
+        if self.rows_kept != self.rows.row_count:
+            yield f"the manifest counts {self.rows_kept:,} rows kept; examples/ holds {self.rows.row_count:,}."
         if dropped != self.drops.total:
             yield f"the manifest counts {dropped:,} rows dropped; drops/ holds {self.drops.total:,}."
-        if self.read + self.made != self.kept + dropped:
-            made = f" and {self.made:,} made" if self.made else ""
-            yield f"{self.read:,} rows were read{made}, {self.kept:,} kept and {dropped:,} dropped: these do not add up."
+        if self.rows_read + self.rows_made != self.rows_kept + dropped:
+            made_text = f" and {self.rows_made:,} made" if self.rows_made else ""
+            yield (
+                f"{self.rows_read:,} rows were read{made_text}, {self.rows_kept:,} kept and {dropped:,} dropped: "
+                "these do not add up."
+            )
 
     def labels(self) -> tuple[str, Counter[str]] | None:
         """What the rows are labelled with, if they are: (field of JSON replies or `reply`, label -> rows)."""
@@ -267,7 +270,7 @@ class Contents:
     def _as_labels(self, labels: Labels) -> Counter[str] | None:
         """The values that repeat, where there are a few and they cover half of the rows."""
         repeated = Counter({value: count for value, count in (labels.values or {}).items() if count > 1})
-        covers = repeated.total() * 2 >= max(self.rows.kept, 1)
+        covers = repeated.total() * 2 >= max(self.rows.row_count, 1)
         return repeated if covers and 2 <= len(repeated) <= _MOST_LABELS else None
 
 
@@ -275,15 +278,15 @@ def gather(folder: Path, facts: Mapping[str, Any]) -> Contents:
     """Read the files of a Dataset that is being written. Bounded memory: the rows are read in batches, once."""
     drops = read_drops(sorted((folder / "drops").glob("*.parquet")))
     evidence = read_evidence(folder)
-    wanted = {drop.kept for held in drops.shown.values() for drop in held if drop.kept}
-    wanted |= {str(row["id"]) for queue in evidence.queues.values() for row in queue}
-    rows = measure(sorted((folder / "examples").glob("*.parquet")), wanted)
+    wanted_ids = {drop.kept for candidates in drops.shown.values() for drop in candidates if drop.kept}
+    wanted_ids |= {str(row["id"]) for queue in evidence.queues.values() for row in queue}
+    rows = measure(sorted((folder / "examples").glob("*.parquet")), wanted_ids)
     return Contents(
         folder, facts, rows, drops, evidence, dataset_statistics.media(folder), dataset_statistics.languages(rows.sample)
     )
 
 
-def place(path: str) -> str:
+def short_path(path: str) -> str:
     """A path as a card names it: of an absolute one the last two parts, since the rest is the machine's."""
     if not (PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()):
         return path

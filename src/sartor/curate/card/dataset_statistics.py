@@ -47,7 +47,7 @@ class Sampled:
 class DatasetStatistics:
     """What was counted. `words[split, side]` counts rows by their number of words; side is prompt or reply."""
 
-    kept: int = 0
+    row_count: int = 0
     splits: Counter[str] = field(default_factory=Counter)
     words: dict[tuple[str, str], Any] = field(default_factory=dict)
     turns: Any = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
@@ -69,22 +69,22 @@ class DatasetStatistics:
 class Labels:
     """How often each value of something was seen; `values` is given up (None) once there are too many to be labels."""
 
-    seen: int = 0
+    total: int = 0
     values: Counter[str] | None = field(default_factory=Counter)
 
     def add(self, value: str, count: int = 1) -> None:
         """Count a value."""
-        self.seen += count
+        self.total += count
         if self.values is not None:
             self.values[value] += count
             if len(self.values) > DISTINCT:
                 self.values = None
 
 
-def measure(files: Sequence[Path], wanted: set[str]) -> DatasetStatistics:
-    """Count all rows of the files, in their order; the rows whose ids are `wanted` are kept to be shown."""
+def measure(files: Sequence[Path], wanted_ids: set[str]) -> DatasetStatistics:
+    """Count all rows of the files, in their order; the rows whose ids are `wanted_ids` are kept to be shown."""
     rows = DatasetStatistics()
-    ids = pa.array(sorted(wanted), pa.string())
+    ids = pa.array(sorted(wanted_ids), pa.string())
     for batch in _batches(files):
         _count(rows, batch)
         _sample(rows, batch)
@@ -102,7 +102,7 @@ def _batches(files: Sequence[Path]) -> Iterator[Any]:
 
 def _count(rows: DatasetStatistics, batch: Any) -> None:
     size = batch.num_rows
-    rows.kept += size
+    rows.row_count += size
     splits = np.array([split or "" for split in batch["split"].to_pylist()], dtype=object)
     rows.splits.update(splits.tolist())
     turns = _lengths(batch["messages"])
@@ -121,12 +121,12 @@ def _count(rows: DatasetStatistics, batch: Any) -> None:
     rows.turns = _added(rows.turns, np.bincount(turns))
     rows.preferences += int((_lengths(batch["rejected"]) > 0).sum())
     for split in sorted(set(splits.tolist())):
-        here = splits == split
-        _count_words(rows, (split, "reply"), reply[here])
-        _count_words(rows, (split, "prompt"), prompt[here & ~documents])
+        in_split = splits == split
+        _count_words(rows, (split, "reply"), reply[in_split])
+        _count_words(rows, (split, "prompt"), prompt[in_split & ~documents])
     for kind in ("image", "audio"):
-        held = pc.is_valid(pc.struct_field(content.flatten(), kind)).to_numpy(zero_copy_only=False)
-        rows.media[kind] += len(np.unique(of_row[of_message[held]]))
+        has_media = pc.is_valid(pc.struct_field(content.flatten(), kind)).to_numpy(zero_copy_only=False)
+        rows.media[kind] += len(np.unique(of_row[of_message[has_media]]))
     if "steps" in batch.schema.names:
         rows.changed.update(pc.list_flatten(batch["steps"]).to_pylist())
     _count_labels(rows, texts, np.cumsum(turns)[turns > 0] - 1, parts)
@@ -147,9 +147,9 @@ def _count_words(rows: DatasetStatistics, key: tuple[str, str], words: Any) -> N
         rows.words[key] = _added(rows.words.get(key, np.zeros(1, dtype=np.int64)), np.bincount(words))
 
 
-def _added(total: Any, more: Any) -> Any:
+def _added(total: Any, other: Any) -> Any:
     """The sum of two histograms; `total` is grown in place where it can be."""
-    longer, shorter = (total, more) if len(total) >= len(more) else (more.astype(np.int64), total)
+    longer, shorter = (total, other) if len(total) >= len(other) else (other.astype(np.int64), total)
     longer[: len(shorter)] += shorter
     return longer
 
@@ -170,10 +170,10 @@ def _count_labels(rows: DatasetStatistics, texts: pl.Series, last: Any, parts: A
 
 def _count_fields(rows: DatasetStatistics, text: str, count: int) -> None:
     try:
-        found = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         return
-    for key, value in found.items():
+    for key, value in fields.items():
         if isinstance(value, (str, bool, int)) and len(str(value)) <= SHORT and (key in rows.fields or len(rows.fields) < 50):
             rows.fields.setdefault(key, Labels()).add(str(value), count)
 
@@ -183,36 +183,36 @@ def _sample(rows: DatasetStatistics, batch: Any) -> None:
         batch = batch.filter(pc.less(batch["id"], rows.sample[-1].id))
     if batch.num_rows:
         first = pc.array_sort_indices(batch["id"]).slice(0, SAMPLE)
-        found = {row.id: row for row in [*rows.sample, *_sampled(batch.take(first))]}
-        rows.sample = [found[key] for key in sorted(found)[:SAMPLE]]
+        by_id = {row.id: row for row in [*rows.sample, *_sampled(batch.take(first))]}
+        rows.sample = [by_id[key] for key in sorted(by_id)[:SAMPLE]]
 
 
-def _sampled(batch: Any, most: int = _TURNS) -> Iterator[Sampled]:
-    """The rows of a batch, of each no more than `most` messages: a conversation may have a thousand."""
+def _sampled(batch: Any, max_messages: int = _TURNS) -> Iterator[Sampled]:
+    """The rows of a batch, of each no more than `max_messages` messages: a conversation may have a thousand."""
     counts = _lengths(batch["messages"]).tolist()
-    messages = pc.list_slice(batch["messages"], 0, most, return_fixed_size_list=False)
+    messages = pc.list_slice(batch["messages"], 0, max_messages, return_fixed_size_list=False)
     table = pa.table({"id": batch["id"], "messages": messages, "origins": batch["origins"]})
     for row, count in zip(table.to_pylist(), counts, strict=True):
-        yield _shown(row, count)
+        yield _sampled_row(row, count)
 
 
-def _shown(row: dict[str, Any], messages: int) -> Sampled:
+def _sampled_row(row: dict[str, Any], messages: int) -> Sampled:
     room, turns = _KEEP, []
     for message in row["messages"][:_TURNS]:
-        text = " ".join(_said(part) for part in message["content"])[:room]
+        text = " ".join(_part_text(part) for part in message["content"])[:room]
         room -= len(text)
         turns.append((message["role"], text))
-    text = "\n".join(f"{message['role']}: {_spoken(message)}" for message in row["messages"])[:TEXT_KEPT]
+    text = "\n".join(f"{message['role']}: {_message_text(message)}" for message in row["messages"])[:TEXT_KEPT]
     origin = row["origins"][0]
     return Sampled(row["id"], tuple(turns), messages - len(turns), text, origin["source"], origin["locator"])
 
 
-def _said(part: dict[str, Any]) -> str:
+def _part_text(part: dict[str, Any]) -> str:
     kind = part["type"]
     return part["text"] or "" if kind == "text" else f"[{kind} {part[kind]}]"
 
 
-def _spoken(message: dict[str, Any]) -> str:
+def _message_text(message: dict[str, Any]) -> str:
     return "".join(part["text"] or "" for part in message["content"])
 
 
@@ -256,18 +256,18 @@ def media(folder: Path) -> dict[str, MediaFileStats]:
     """image, audio -> what lies in `media/`; a kind of which nothing lies there is absent."""
     files = sorted(file for file in (folder / "media").glob("*") if file.is_file())
     result = {}
-    for kind, suffixes, opened in (("image", _IMAGES, _longer_side), ("audio", _SOUNDS, _seconds)):
-        here = [file for file in files if file.suffix.lower() in suffixes]
-        if here:
-            result[kind] = _measured(here, opened)
+    for kind, suffixes, size_of in (("image", _IMAGES, _longer_side), ("audio", _SOUNDS, _seconds)):
+        kind_files = [file for file in files if file.suffix.lower() in suffixes]
+        if kind_files:
+            result[kind] = _measured(kind_files, size_of)
     return result
 
 
-def _measured(files: Sequence[Path], opened: Callable[[Path], float]) -> MediaFileStats:
+def _measured(files: Sequence[Path], size_of: Callable[[Path], float]) -> MediaFileStats:
     facts = MediaFileStats(len(files), sum(file.stat().st_size for file in files))
     for file in files[:FILES]:
         try:
-            facts.sizes.append(opened(file))
+            facts.sizes.append(size_of(file))
         except ImportError as error:
             facts.missing = str(error.name)
             break

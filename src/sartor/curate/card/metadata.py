@@ -43,7 +43,7 @@ def head(contents: Contents) -> dict[str, Any]:
     result: dict[str, Any] = {"pretty_name": contents.name[:120], **_licence(contents.licence)}
     if languages := known_languages(contents):
         result["language"] = languages
-    result["size_categories"] = [next((word for most, word in _SIZES if contents.kept < most), "100B<n<1T")]
+    result["size_categories"] = [next((word for limit, word in _SIZES if contents.rows_kept < limit), "100B<n<1T")]
     result["task_categories"] = _tasks(contents)
     result["tags"] = ["sartor", "fine-tuning"]
     configs = [_config("default", "examples/*.parquet", default=True)]
@@ -160,13 +160,13 @@ def describe(contents: Contents) -> dict[str, Any]:
 def _description(contents: Contents) -> str:
     if contents.made_by:
         return (
-            f"{contents.kept:,} synthetic rows for tuning a language model, made by "
+            f"{contents.rows_kept:,} synthetic rows for tuning a language model, made by "
             f"{escape_control(contents.made_by)} with Sartor; "
             f"what could not be used is in drops/. "
             f"Licence: {escape_control(contents.licence)}."
         )
     return (
-        f"{contents.kept:,} rows for tuning a language model, curated by Sartor from {contents.read:,} rows read; "
+        f"{contents.rows_kept:,} rows for tuning a language model, curated by Sartor from {contents.rows_read:,} rows read; "
         f"{sum(contents.dropped.values()):,} dropped, each with its reason, in drops/. "
         f"Licence: {escape_control(contents.licence)}."
     )
@@ -180,15 +180,15 @@ def _licence_url(part: str) -> str:
 
 def _distribution(folder: Path) -> list[dict[str, Any]]:
     """Every Parquet file with its digest, and the sets they make. Media are one set: their names are their digests."""
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for group in ("examples", "drops", "evidence"):
         files = sorted((folder / group).glob("*.parquet"))
-        found += [_file(file, f"{group}/{file.name}") for file in files]
+        entries += [_file(file, f"{group}/{file.name}") for file in files]
         if files and group != "evidence":
-            found.append(_set(f"{group}-files", f"{group}/*.parquet", [_PARQUET]))
+            entries.append(_set(f"{group}-files", f"{group}/*.parquet", [_PARQUET]))
     if any((folder / "media").glob("*")):
-        found.append(_set("media-files", "media/*", ["image/*", "audio/*"]))
-    return found
+        entries.append(_set("media-files", "media/*", ["image/*", "audio/*"]))
+    return entries
 
 
 def _file(file: Path, name: str) -> dict[str, Any]:
@@ -207,23 +207,30 @@ def _set(key: str, pattern: str, formats: list[str]) -> dict[str, Any]:
     return {"@type": "cr:FileSet", "@id": key, "name": key, "encodingFormat": formats, "includes": pattern}
 
 
-def _field(record_set: str, name: str, kind: str, what: str) -> dict[str, Any]:
+def _field(record_set: str, name: str, kind: str, description: str) -> dict[str, Any]:
     source = {"fileSet": {"@id": f"{record_set}-files"}, "extract": {"column": name}}
     key = f"{record_set}/{name}"
-    return {"@type": "cr:Field", "@id": key, "name": name, "description": what, "dataType": kind, "source": source}
+    return {"@type": "cr:Field", "@id": key, "name": name, "description": description, "dataType": kind, "source": source}
 
 
 def _examples() -> dict[str, Any]:
-    fields = [_field("examples", name, kind, what) for name, (kind, what) in _EXAMPLES.items()]
-    for column, (what, parts) in _LISTS.items():
+    fields = [_field("examples", name, kind, description) for name, (kind, description) in _EXAMPLES.items()]
+    for column, (description, parts) in _LISTS.items():
         inner = []
-        for name, (path, told) in parts.items():
-            part = _field("examples", column, "sc:Text", told)
+        for name, (path, part_description) in parts.items():
+            part = _field("examples", column, "sc:Text", part_description)
             part |= {"@id": f"examples/{column}/{name}", "name": name}
             part["source"]["transform"] = {"jsonPath": path}
             inner.append(part)
         key = f"examples/{column}"
-        listed = {"@type": "cr:Field", "@id": key, "name": column, "description": what, "repeated": True, "subField": inner}
+        listed = {
+            "@type": "cr:Field",
+            "@id": key,
+            "name": column,
+            "description": description,
+            "repeated": True,
+            "subField": inner,
+        }
         fields.append(listed)
     return {
         "@type": "cr:RecordSet",
@@ -236,30 +243,30 @@ def _examples() -> dict[str, Any]:
 
 
 def _drops() -> dict[str, Any]:
-    fields = [_field("drops", name, "sc:Text", what) for name, what in _DROPS.items()]
+    fields = [_field("drops", name, "sc:Text", description) for name, description in _DROPS.items()]
     fields.append(_field("drops", "score", "sc:Float", "How alike the two are, 0..1."))
-    what = "The rows that were dropped, and why."
-    return {"@type": "cr:RecordSet", "@id": "drops", "name": "drops", "description": what, "field": fields}
+    description = "The rows that were dropped, and why."
+    return {"@type": "cr:RecordSet", "@id": "drops", "name": "drops", "description": description, "field": fields}
 
 
 def _responsible(contents: Contents) -> dict[str, Any]:
     """The fields of Croissant's RAI vocabulary that the facts can fill."""
     sources = "; ".join(f"{file_name(file)} ({file.get('licence') or UNKNOWN})" for file in contents.sources[:20])
-    more = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
+    suffix = f"; and {len(contents.sources) - 20:,} more files" if len(contents.sources) > 20 else ""
     unusable = sum(count for (step, _), count in contents.drops.by_step.items() if step == "read")
-    found = {
-        "rai:dataCollection": f"Read from existing files: {escape_control(sources)}{more}."
+    fields = {
+        "rai:dataCollection": f"Read from existing files: {escape_control(sources)}{suffix}."
         if sources
         else "Read from existing files.",
         "rai:dataCollectionType": "Software Generated" if contents.made_by else "Secondary data analysis",
-        "rai:dataCollectionMissingData": f"{unusable:,} of {contents.read:,} rows could not be used as they stood.",
+        "rai:dataCollectionMissingData": f"{unusable:,} of {contents.rows_read:,} rows could not be used as they stood.",
         "rai:dataPreprocessingProtocol": _protocol(contents.facts.get("recipe") or {}),
         "rai:dataUseCases": "Fine-tuning of language models.",
         "rai:personalSensitiveInformation": _personal(contents),
         "rai:dataLimitations": [escape_control(str(line)) for line in contents.facts.get("licence_conflicts") or ()],
         "rai:dataAnnotationAnalysis": _labels(contents),
     }
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in fields.items() if value}
 
 
 def _protocol(recipe: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from sartor.core.html import escape, escape_control
 from sartor.curate.card import dataset_statistics
 from sartor.curate.card.blocks import Plot as Picture
-from sartor.curate.card.card_data import Contents, place
+from sartor.curate.card.card_data import Contents, short_path
 
 HALF, WHOLE = 440, 912
 _BAR, _STEP, _TEXT = 16, 25, 12
@@ -51,13 +51,13 @@ def bars(
     name: str, title: str, rows: Sequence[tuple[str, float, str]], *, colour: str = "var(--blue)", note: str = ""
 ) -> Picture:
     """Horizontal bars: (label, value, what stands at the bar's end)."""
-    ends = max((_wide(end) for _, _, end in rows), default=0) + 8
+    end_width = max((_wide(end) for _, _, end in rows), default=0) + 8
     left = min(max((_wide(_fit(label, 190)) for label, _, _ in rows), default=0) + 12, 200)
-    room, most = HALF - left - ends, max((value for _, value, _ in rows), default=0) or 1
+    room, max_value = HALF - left - end_width, max((value for _, value, _ in rows), default=0) or 1
     marks = []
     for index, (label, value, end) in enumerate(rows):
         y = index * _STEP
-        width = max(room * value / most, 1.5 if value else 0)
+        width = max(room * value / max_value, 1.5 if value else 0)
         marks.append(
             _text(left - 8, y + 13, _fit(label, 190), anchor="end", fill="var(--ink)")
             + _rect(left, y, width, _BAR, colour)
@@ -81,32 +81,35 @@ def columns(
     `tall` formats the number that stands over the highest column, which is all the scale that a reader needs.
     """
     bottom, top, left = 160, 6 + 26 * (len(series) > 1), 8
-    most = max((max(values, default=0) for _, values in series), default=0) or 1
+    max_value = max((max(values, default=0) for _, values in series), default=0) or 1
     step = (HALF - 2 * left) / max(len(labels), 1)
     marks = [_legend([label for label, _ in series], left)] if len(series) > 1 else []
     marks.append(f'<line x1="0" y1="{bottom}" x2="{HALF}" y2="{bottom}" stroke="var(--line)"/>')
     for index, value in enumerate(series[0][1] if series else ()):
-        height = max((bottom - top - 14) * value / most, 1.5 if value else 0)
+        height = max((bottom - top - 14) * value / max_value, 1.5 if value else 0)
         x = left + index * step
         marks.append(_rect(x + min(step * 0.1, 4), bottom - height, step - 2 * min(step * 0.1, 4), height, _COLOURS[0]))
     for number, (_, values) in enumerate(series[1:], 1):
         points = "".join(
-            f"{'L' if index else 'M'}{_n(left + index * step)} {_n(bottom - (bottom - top - 14) * value / most)}h{_n(step)}"
+            f"{'L' if index else 'M'}{_n(left + index * step)} "
+            f"{_n(bottom - (bottom - top - 14) * value / max_value)}h{_n(step)}"
             for index, value in enumerate(values)
         )
         marks.append(f'<path d="{points}" fill="none" stroke="{_COLOURS[number]}" stroke-width="2.2"/>')
     if series and series[0][1]:
         highest = max(range(len(series[0][1])), key=lambda index: series[0][1][index])
-        near = range(max(highest - 2, 0), min(highest + 3, len(labels)))  # the label must clear the lines beside it as well
-        over = max(values[index] for _, values in series for index in near)
-        said, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
-        x = min(max(x, _wide(said) / 2), HALF - _wide(said) / 2)
-        marks.append(_text(x, bottom - (bottom - top - 14) * over / most - 5, said, anchor="middle"))
-    every = max(1, math.ceil(max((_wide(label) + 8 for label in labels), default=1) / step))
+        neighbours = range(
+            max(highest - 2, 0), min(highest + 3, len(labels))
+        )  # the label must clear the lines beside it as well
+        peak = max(values[index] for _, values in series for index in neighbours)
+        peak_label, x = tall.format(series[0][1][highest]), left + (highest + 0.5) * step
+        x = min(max(x, _wide(peak_label) / 2), HALF - _wide(peak_label) / 2)
+        marks.append(_text(x, bottom - (bottom - top - 14) * peak / max_value - 5, peak_label, anchor="middle"))
+    label_step = max(1, math.ceil(max((_wide(label) + 8 for label in labels), default=1) / step))
     marks += [
         _text(left + (index + 0.5) * step, bottom + 16, label, anchor="middle")
         for index, label in enumerate(labels)
-        if index % every == 0
+        if index % label_step == 0
     ]
     marks.append(_text(HALF / 2, bottom + 34, axis, anchor="middle"))
     return Picture(name, title, "".join(marks), HALF, bottom + 40, note)
@@ -128,23 +131,23 @@ def shares(name: str, title: str, parts: Sequence[tuple[str, float, str]], *, no
 def funnel(name: str, title: str, stages: Sequence[tuple[str, int, int]], *, note: str = "") -> Picture:
     """What is left after each stage: (label, rows left, rows that went there). The first stage loses nothing."""
     left = min(max(_wide(_fit(label, 190)) for label, _, _ in stages) + 12, 200)
-    ends = max(_wide(_ends(left_over, lost)) for _, left_over, lost in stages) + 12
-    room, most = WHOLE - left - ends, max((kept + lost for _, kept, lost in stages), default=0) or 1
+    end_width = max(_wide(_end_label(remaining, lost)) for _, remaining, lost in stages) + 12
+    room, max_value = WHOLE - left - end_width, max((remaining + lost for _, remaining, lost in stages), default=0) or 1
     marks = []
-    for index, (label, kept, lost) in enumerate(stages):
-        y, width, gone = index * (_STEP + 4), room * kept / most, room * lost / most
+    for index, (label, remaining, lost) in enumerate(stages):
+        y, width, lost_width = index * (_STEP + 4), room * remaining / max_value, room * lost / max_value
         last = index == len(stages) - 1
         marks.append(
             _text(left - 10, y + 15, _fit(label, 190), anchor="end", fill="var(--ink)", bold=last)
             + _rect(left, y, width, 20, "var(--green)" if last else "var(--blue)")
-            + (_rect(left + width, y, max(gone, 1.5), 20, "var(--red)", 0.55) if lost else "")
-            + _text(left + width + gone + 8, y + 15, _ends(kept, lost), bold=last)
+            + (_rect(left + width, y, max(lost_width, 1.5), 20, "var(--red)", 0.55) if lost else "")
+            + _text(left + width + lost_width + 8, y + 15, _end_label(remaining, lost), bold=last)
         )
     return Picture(name, title, "".join(marks), WHOLE, len(stages) * (_STEP + 4), note)
 
 
-def _ends(kept: int, lost: int) -> str:
-    return f"{kept:,}" + (f" (−{lost:,})" if lost else "")
+def _end_label(remaining: int, lost: int) -> str:
+    return f"{remaining:,}" + (f" (−{lost:,})" if lost else "")
 
 
 def _legend(labels: Sequence[str], x: float) -> str:
@@ -225,29 +228,32 @@ def percent(fraction: float) -> str:
 def lengths(contents: Contents) -> Iterator[Picture]:
     """Prompt and reply words in bins that double, train filled and eval as a line, each as a share of its split."""
     for side, title in _SIDES.items():
-        found = {split: bins for (split, other), bins in sorted(contents.rows.words.items()) if other == side}
-        if not found:
+        bins_by_split = {split: bins for (split, other_side), bins in sorted(contents.rows.words.items()) if other_side == side}
+        if not bins_by_split:
             continue
-        order = [split for split in contents.splits if split in found] or sorted(found)
-        binned = {split: _doubling(found[split]) for split in order[:3]}
+        order = [split for split in contents.splits if split in bins_by_split] or sorted(bins_by_split)
+        binned = {split: _doubling(bins_by_split[split]) for split in order[:3]}
         size = max(len(bins) for bins in binned.values())
         labels = _bin_labels(size)
         series = [
-            (f"{split or 'all'}, median {median(found[split]):,}", np.pad(bins, (0, size - len(bins))) / max(bins.sum(), 1))
+            (
+                f"{split or 'all'}, median {median(bins_by_split[split]):,}",
+                np.pad(bins, (0, size - len(bins))) / max(bins.sum(), 1),
+            )
             for split, bins in binned.items()
         ]
         first = next((index for index in range(size) if any(values[index] for _, values in series)), 0)
         shown = [(label, values[first:].tolist()) for label, values in series]
         if len(shown) == 1:
-            title = f"{title} (median {median(found[order[0]]):,})"
+            title = f"{title} (median {median(bins_by_split[order[0]]):,})"
         yield columns(f"{side}-words", title, labels[first:], shown, axis="words", tall="{:.0%} of the rows")
 
 
 def _doubling(bins: Any) -> Any:
     """Counts of 0, 1, 2-3, 4-7, ... from counts of each number."""
     numbers = np.nonzero(bins)[0]
-    into = np.array([0 if number == 0 else int(number).bit_length() for number in numbers], dtype=np.int64)
-    return np.bincount(into, weights=bins[numbers]).astype(np.int64)
+    bin_index = np.array([0 if number == 0 else int(number).bit_length() for number in numbers], dtype=np.int64)
+    return np.bincount(bin_index, weights=bins[numbers]).astype(np.int64)
 
 
 def _bin_labels(size: int) -> list[str]:
@@ -295,13 +301,13 @@ def languages(contents: Contents) -> Iterator[Picture]:
 
 def labels(contents: Contents) -> Iterator[Picture]:
     """Label balance."""
-    if found := contents.labels():
-        key, counts = found
+    if labelling := contents.labels():
+        key, counts = labelling
         ratio = max(counts.values()) / min(counts.values())
         spread = f"the commonest {ratio:,.3g} times as often as the rarest" if ratio > 1 else "each equally often"
         note = f"{len(counts):,} labels that occur more than once; {spread}"
-        named = "The reply as a label" if key == "reply" else f"Labels: {key} of the reply"
-        yield bars("labels", named, ranked(counts, sum(counts.values())), note=note)
+        title = "The reply as a label" if key == "reply" else f"Labels: {key} of the reply"
+        yield bars("labels", title, ranked(counts, sum(counts.values())), note=note)
 
 
 def splits(contents: Contents) -> Iterator[Picture]:
@@ -323,10 +329,10 @@ def sources(contents: Contents) -> Iterator[Picture]:
     """Rows kept per source and per licence."""
     by_source, by_licence = kept_by(contents, "source"), kept_by(contents, "licence")
     if len(by_source) > 1:
-        named: Counter[str] = Counter()
+        by_name: Counter[str] = Counter()
         for source, count in by_source.items():
-            named[place(source)] += count
-        yield bars("sources", "Rows kept, by source", ranked(named, sum(named.values())))
+            by_name[short_path(source)] += count
+        yield bars("sources", "Rows kept, by source", ranked(by_name, sum(by_name.values())))
     if by_licence:
         parts = ranked(by_licence, sum(by_licence.values()))
         yield shares("licences", "Rows kept, by licence", parts[:6], note="a row of two sources counts under both")
@@ -354,11 +360,11 @@ def reasons(contents: Contents) -> Iterator[Picture]:
 
 def losers(contents: Contents) -> Iterator[Picture]:
     """Drops by source, where there is more than one."""
-    named: Counter[str] = Counter()
+    by_name: Counter[str] = Counter()
     for source, count in contents.drops.by_source.items():
-        named[place(source)] += count
-    if len({file.get("source") for file in contents.sources}) > 1 and named:
-        yield bars("losers", "Rows dropped, by source", ranked(named, named.total()), colour="var(--red)")
+        by_name[short_path(source)] += count
+    if len({file.get("source") for file in contents.sources}) > 1 and by_name:
+        yield bars("losers", "Rows dropped, by source", ranked(by_name, by_name.total()), colour="var(--red)")
 
 
 def clusters(contents: Contents) -> Iterator[Picture]:
@@ -366,8 +372,8 @@ def clusters(contents: Contents) -> Iterator[Picture]:
     for step, sizes in sorted(contents.drops.clusters.items()):
         binned = {f"{low}" if low == high else f"{low}–{high}": count for (low, high), count in _sizes(sizes)}
         rows = [(label, float(count), f"{count:,}") for label, count in binned.items()]
-        most = max(sizes) + 1
-        note = f"{sum(sizes.values()):,} clusters; the largest has {most:,} rows, the one that was kept included"
+        largest = max(sizes) + 1
+        note = f"{sum(sizes.values()):,} clusters; the largest has {largest:,} rows, the one that was kept included"
         yield bars(f"clusters-{_file(step)}", f"Rows per cluster: {step.replace('_', ' ')}", rows, note=note)
 
 
@@ -408,8 +414,8 @@ def _sized(kind: str, title: str, axis: str, files: dataset_statistics.MediaFile
     binned = np.bincount([math.ceil(size).bit_length() for size in files.sizes])
     labels = _bin_labels(len(binned))
     first = int(np.nonzero(binned)[0][0])
-    looked = "" if files.count == len(files.sizes) else f"; {len(files.sizes):,} of them were looked at"
-    note = f"{files.count:,} files, {files.bytes / 1e6:,.1f} MB{looked}"
+    sample_note = "" if files.count == len(files.sizes) else f"; {len(files.sizes):,} of them were looked at"
+    note = f"{files.count:,} files, {files.bytes / 1e6:,.1f} MB{sample_note}"
     return columns(kind, title, labels[first:], [(kind, binned[first:].tolist())], axis=axis, note=note, tall="{:,.0f}")
 
 

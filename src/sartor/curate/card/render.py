@@ -98,7 +98,9 @@ def _block(block: Block) -> str:
         case Listing():
             return f"<pre>{escape(block.text)}</pre>"
         case ConversationBlock():
-            turns = "".join(f"<div class=turn><b>{escape(role)}</b>{_said(text, _TURN)}</div>" for role, text in block.shown)
+            turns = "".join(
+                f"<div class=turn><b>{escape(role)}</b>{_text_div(text, _TURN)}</div>" for role, text in block.shown
+            )
             return f"<div class=row>{turns}<div class=note>{_line(block.note)}</div></div>"
         case Dropped():
             return _dropped(block)
@@ -112,14 +114,14 @@ def _line(line: Line, *, plain: bool = False) -> str:
     return "".join(_words(part, plain) if isinstance(part, QuotedText) else escape(part) for part in parts)
 
 
-def _words(said: QuotedText, plain: bool) -> str:
-    short = " short" if len(said.text) <= _SHORT else ""
-    face = "" if plain or said.prose else f' class="said{short}"'
-    return f"<bdi{face}>{escape(clipped(said.text, said.most))}</bdi>" if said.text else ""
+def _words(quoted: QuotedText, plain: bool) -> str:
+    short = " short" if len(quoted.text) <= _SHORT else ""
+    face = "" if plain or quoted.prose else f' class="said{short}"'
+    return f"<bdi{face}>{escape(clipped(quoted.text, quoted.max_chars))}</bdi>" if quoted.text else ""
 
 
-def _said(text: str, most: int) -> str:
-    return f"<div class=said dir=auto>{escape(clipped(text, most))}</div>"
+def _text_div(text: str, max_chars: int) -> str:
+    return f"<div class=said dir=auto>{escape(clipped(text, max_chars))}</div>"
 
 
 def _table(table: Table) -> str:
@@ -142,10 +144,10 @@ def _figure(picture: Plot, *, titled: bool = True) -> str:
 def _dropped(block: Dropped) -> str:
     detail = f"<span>{_line(block.detail)}</span>"
     title = f"<div class=why><b>{_line(block.reason)}</b><span>{_line(block.where)}</span>{detail}</div>"
-    kept = f"<div><h4>{_line(block.kept_title)}</h4>{_pieces(block.kept)}</div>" if block.kept_title else ""
-    heading = "<h4>dropped:</h4>" if block.kept else ""
-    gone = f"<div class=gone>{heading}{_pieces(block.pieces)}</div>" if block.pieces else ""
-    return f"<div class=row>{title}<div class=pair>{gone}{kept}</div></div>"
+    kept_html = f"<div><h4>{_line(block.kept_title)}</h4>{_pieces(block.kept_pieces)}</div>" if block.kept_title else ""
+    heading = "<h4>dropped:</h4>" if block.kept_pieces else ""
+    dropped_html = f"<div class=gone>{heading}{_pieces(block.pieces)}</div>" if block.pieces else ""
+    return f"<div class=row>{title}<div class=pair>{dropped_html}{kept_html}</div></div>"
 
 
 def _pieces(pieces: Sequence[TextPiece]) -> str:
@@ -194,8 +196,8 @@ def _markdown_block(block: Block) -> str:
         case Listing():
             return _fenced(block.text, block.language)
         case ConversationBlock():
-            said = "\n".join(f"{role}: {clipped(text, 700)}" for role, text in block.shown)
-            return _fenced(said, "text") + f"\n\n{_markdown_line(block.note)}"
+            conversation = "\n".join(f"{role}: {clipped(text, 700)}" for role, text in block.shown)
+            return _fenced(conversation, "text") + f"\n\n{_markdown_line(block.note)}"
         case Dropped():
             return _markdown_dropped(block)
         case Folded():
@@ -209,8 +211,8 @@ def _markdown_dropped(block: Dropped) -> str:
         parts.append(_fenced(_markdown_pieces(block.pieces, "[-", "-]"), "text"))
     if block.kept_title:
         parts.append(_markdown_line(block.kept_title))
-    if block.kept:
-        parts.append(_fenced(_markdown_pieces(block.kept, "{+", "+}"), "text"))
+    if block.kept_pieces:
+        parts.append(_fenced(_markdown_pieces(block.kept_pieces, "{+", "+}"), "text"))
     return "\n\n".join(parts)
 
 
@@ -244,12 +246,12 @@ def _cell(cell: Line) -> str:
 
 def _markdown_line(line: Line, *, bar: str = "|") -> str:
     parts = line if isinstance(line, tuple) else (line,)
-    return "".join(_markdown_said(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in parts)
+    return "".join(_markdown_quoted(part, bar) if isinstance(part, QuotedText) else _plain(part) for part in parts)
 
 
-def _markdown_said(said: QuotedText, bar: str) -> str:
-    text = clipped(said.text, said.most)
-    return text if said.prose and _is_harmless(text) else code(text, bar)
+def _markdown_quoted(quoted: QuotedText, bar: str) -> str:
+    text = clipped(quoted.text, quoted.max_chars)
+    return text if quoted.prose and _is_harmless(text) else code(text, bar)
 
 
 def _is_harmless(text: str) -> bool:

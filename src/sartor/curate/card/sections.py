@@ -31,7 +31,7 @@ from sartor.curate.card.blocks import (
     Table,
     TextPiece,
 )
-from sartor.curate.card.card_data import Contents, place
+from sartor.curate.card.card_data import Contents, short_path
 from sartor.curate.card.dataset_statistics import UNCLEAR, Sampled
 
 AROUND = 12  # words shown on either side of a difference; what is alike beyond them is counted, not shown
@@ -42,23 +42,26 @@ WORDS = 140  # words of a text that are shown
 def pieces(text: str) -> list[TextPiece]:
     """The start of a text that has nothing to be compared with."""
     words = text.split(" ")
-    left = len(words) - WORDS
-    return [TextPiece(" ".join(map(_short, words[:WORDS]))), *([TextPiece("", left_out=left)] if left > 0 else [])]
+    hidden_count = len(words) - WORDS
+    return [
+        TextPiece(" ".join(map(_short, words[:WORDS]))),
+        *([TextPiece("", left_out=hidden_count)] if hidden_count > 0 else []),
+    ]
 
 
-def differences(one: str, other: str) -> tuple[list[TextPiece], list[TextPiece]]:
+def differences(first: str, second: str) -> tuple[list[TextPiece], list[TextPiece]]:
     """Both texts in pieces, those that differ marked; long stretches that are alike are left out and counted.
 
     The longest common subsequence of words (rapidfuzz). Words are what blanks part; a line break is a word of its own.
     """
-    left, right = _words(one), _words(other)
+    left, right = _words(first), _words(second)
     result: tuple[list[TextPiece], list[TextPiece]] = ([], [])
     steps = list(LCSseq.opcodes(left, right))
     for index, step in enumerate(steps):
         ends = (index == 0, index == len(steps) - 1)
         for side, words in ((0, left[step.src_start : step.src_end]), (1, right[step.dest_start : step.dest_end])):
             if words:
-                result[side].extend(_alike(words, ends) if step.tag == "equal" else _unlike(words))
+                result[side].extend(_equal_pieces(words, ends) if step.tag == "equal" else _differing_pieces(words))
     return result
 
 
@@ -66,7 +69,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\n|[^\s]+", text)
 
 
-def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
+def _equal_pieces(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
     before, after = (0 if end else AROUND for end in ends)
     if ends == (True, True):
         before = 2 * AROUND
@@ -79,7 +82,7 @@ def _alike(words: Sequence[str], ends: tuple[bool, bool]) -> list[TextPiece]:
     return parts + ([TextPiece(_join(words[-after:]))] if after else [])
 
 
-def _unlike(words: Sequence[str]) -> list[TextPiece]:
+def _differing_pieces(words: Sequence[str]) -> list[TextPiece]:
     shown = [TextPiece(_join(words[:WORDS]), differs=True)]
     return shown + ([TextPiece("", left_out=len(words) - WORDS)] if len(words) > WORDS else [])
 
@@ -110,8 +113,8 @@ def dropped(contents: Contents) -> Iterator[Block]:
     )
     order = list(contents.dropped)
     for reason in order[:_REASONS_SHOWN]:
-        for drop in _telling(contents, reason)[:_EACH]:
-            yield _shown(contents, drop)
+        for drop in _ranked_drops(contents, reason)[:_EACH]:
+            yield _dropped_block(contents, drop)
     if len(order) > _REASONS_SHOWN:
         yield Prose(f"Rows of {len(order) - _REASONS_SHOWN:,} rarer reasons are in drops/.", "soft")
 
@@ -122,37 +125,42 @@ def _reason_table(contents: Contents) -> Table:
         steps.setdefault(reason, []).append(step)
     rows: list[Sequence[Line]] = []
     for reason, count in list(contents.dropped.items())[:40]:
-        first = next(iter(_telling(contents, reason)), None)
-        share = f"{count / contents.read:.2%}".replace("%", " %") if contents.read else ""
+        first = next(iter(_ranked_drops(contents, reason)), None)
+        share = f"{count / contents.rows_read:.2%}".replace("%", " %") if contents.rows_read else ""
         detail = QuotedText(first.detail, 110, prose=True) if first else ""
         rows.append((QuotedText(reason, 60), QuotedText(", ".join(steps.get(reason, [])), 60), f"{count:,}", share, detail))
     return Table(("reason", "step", "rows", "of all read", "for instance"), rows, frozenset({2, 3}))
 
 
-def _telling(contents: Contents, reason: str) -> list[Drop]:
+def _ranked_drops(contents: Contents, reason: str) -> list[Drop]:
     """The candidates of a reason, those whose evidence is whole first."""
-    held = contents.drops.shown.get(reason, [])
-    return sorted(held, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted))
+    candidates = contents.drops.shown.get(reason, [])
+    return sorted(candidates, key=lambda drop: not drop.text or bool(drop.kept and drop.kept not in contents.rows.wanted))
 
 
-def _shown(contents: Contents, drop: Drop) -> Dropped:
+def _dropped_block(contents: Contents, drop: Drop) -> Dropped:
     title = (
         QuotedText(drop.reason, 60),
-        QuotedText(place(drop.locator or drop.source), 90),
+        QuotedText(short_path(drop.locator or drop.source), 90),
         QuotedText(drop.detail, 200, prose=True),
     )
-    kept = contents.rows.wanted.get(drop.kept)
-    if kept is not None:
-        one, other = differences(drop.text, kept.text)
+    kept_row = contents.rows.wanted.get(drop.kept)
+    if kept_row is not None:
+        dropped_pieces, kept_pieces = differences(drop.text, kept_row.text)
         score = f"{drop.score:.3f} " if drop.score is not None else ""
         method = (f" · {score}", QuotedText(drop.method, 40)) if score or drop.method else ()
-        same = drop.text == kept.text
-        ending = (*method, " · word for word the same") if same else method
-        return Dropped(*title, one, ("stays: ", QuotedText(place(kept.locator), 90), *ending), [] if same else other)
+        is_same = drop.text == kept_row.text
+        ending = (*method, " · word for word the same") if is_same else method
+        return Dropped(
+            *title,
+            dropped_pieces,
+            ("stays: ", QuotedText(short_path(kept_row.locator), 90), *ending),
+            [] if is_same else kept_pieces,
+        )
     if not drop.text:
         return Dropped(*title, [], "The step wrote no text of it.")
-    where = ("stays: row ", QuotedText(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
-    return Dropped(*title, pieces(drop.text), where)
+    survivor = ("stays: row ", QuotedText(drop.kept[:12]), ", which a later step changed or dropped") if drop.kept else ""
+    return Dropped(*title, pieces(drop.text), survivor)
 
 
 def duplicates(contents: Contents) -> Iterator[Block]:
@@ -181,13 +189,17 @@ def suspicious(contents: Contents) -> Iterator[Block]:
 def _queue(contents: Contents, queue: Sequence[Mapping[str, Any]]) -> Table:
     rows: list[Sequence[Line]] = []
     for row in queue:
-        kept = contents.rows.wanted.get(str(row["id"]))
-        asked = next((text for role, text in kept.turns if role == "user"), kept.text) if kept else "(row is not in examples/)"
+        sampled = contents.rows.wanted.get(str(row["id"]))
+        question = (
+            next((text for role, text in sampled.turns if role == "user"), sampled.text)
+            if sampled
+            else "(row is not in examples/)"
+        )
         score = row.get("score")
         rows.append(
             (
                 f"{row['rank']:,}",
-                QuotedText(asked, 140),
+                QuotedText(question, 140),
                 QuotedText(str(row.get("given") or ""), 60),
                 QuotedText(str(row.get("suggested") or ""), 60),
                 f"{score:.3f}" if isinstance(score, float) else "",
@@ -212,11 +224,11 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
         if isinstance(value, Mapping) and len(value) > 1 and all(type(count) is int and count >= 0 for count in value.values()):
             pictures.append(plots.count_bars(kind, str(key), {str(name): count for name, count in value.items()}))
         elif isinstance(value, Mapping):
-            plain |= {f"{key}.{inner}": found for inner, found in flat(value).items()}
+            plain |= {f"{key}.{inner}": inner_value for inner, inner_value in flat(value).items()}
         else:
             plain[str(key)] = value
     rows: list[Sequence[Line]] = [
-        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_listed(value), 400)) for key, value in plain.items()
+        (QuotedText(key.replace("_", " "), 60, prose=True), QuotedText(_list_text(value), 400)) for key, value in plain.items()
     ]
     if pictures:
         yield Pictures(pictures)
@@ -224,7 +236,7 @@ def step(kind: str, facts: Mapping[str, Any]) -> Iterator[Block]:
         yield Table((kind.replace("_", " "), ""), rows, names=True)
 
 
-def _listed(value: Any) -> str:
+def _list_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         shown = "; ".join(format_value(item)[:120] for item in value[:_LISTED])
         return shown + (f"; and {len(value) - _LISTED:,} more" if len(value) > _LISTED else "")
@@ -238,7 +250,7 @@ _TERMS = ("share_alike", "non_commercial", "expires", "consent")
 
 def sections(contents: Contents) -> list[Section]:
     """Every section that has something to say."""
-    found = [
+    all_sections = [
         Section("", [Prose(_lead(contents), "soft"), Headlines(_headlines(contents)), *_warnings(contents)]),
         Section("From read to kept", [plots.way(contents)]),
         Section("What it is made from", list(_made_from(contents))),
@@ -249,20 +261,23 @@ def sections(contents: Contents) -> list[Section]:
         Section("Personal data", list(personal_data(contents))),
         Section("Licence and obligations", list(_licence(contents))),
         Section("How to use it", list(_use(contents))),
-        Section("How it was made", list(_made(contents))),
+        Section("How it was made", list(_provenance(contents))),
     ]
-    return [section for section in found if section.blocks]
+    return [section for section in all_sections if section.blocks]
 
 
 def _lead(contents: Contents) -> Line:
     files = len(contents.sources)
-    kept = f"{contents.kept:,} of {contents.read:,} rows read"
+    summary = f"{contents.rows_kept:,} of {contents.rows_read:,} rows read"
     if contents.made_by:
-        kept = f"{contents.kept:,} synthetic rows of {contents.made:,} tried, made"
-    elif contents.made:
-        kept = f"{contents.kept:,} rows, made of {contents.read:,} rows read and {contents.made:,} changed copies of them,"
+        summary = f"{contents.rows_kept:,} synthetic rows of {contents.rows_made:,} tried, made"
+    elif contents.rows_made:
+        summary = (
+            f"{contents.rows_kept:,} rows, made of {contents.rows_read:,} rows read and {contents.rows_made:,} "
+            "changed copies of them,"
+        )
     return (
-        f"A dataset for tuning, written by Sartor: {kept}"
+        f"A dataset for tuning, written by Sartor: {summary}"
         + (f" from {files:,} file{'s' if files != 1 else ''}" if files else "")
         + ". Every row that was dropped lies in drops/ with its reason; every number here can be recomputed from the files."
     ,)  # fmt: skip
@@ -272,29 +287,29 @@ def _headlines(contents: Contents) -> list[tuple[str, str]]:
     dropped = sum(contents.dropped.values())
     words = contents.rows.total_words("prompt"), contents.rows.total_words("reply")
     sources = len({file.get("source") for file in contents.sources})
-    rows, what = (
-        contents.read + contents.made,
-        "rows tried" if contents.made_by else "rows and copies" if contents.made else "the rows read",
+    rows, unit = (
+        contents.rows_read + contents.rows_made,
+        "rows tried" if contents.made_by else "rows and copies" if contents.rows_made else "the rows read",
     )
-    shown = [
-        (f"{contents.kept:,}", "rows kept"),
-        (f"{dropped:,}", f"dropped, {plots.percent(dropped / rows)} of {what}" if rows else "dropped"),
+    headlines = [
+        (f"{contents.rows_kept:,}", "rows kept"),
+        (f"{dropped:,}", f"dropped, {plots.percent(dropped / rows)} of {unit}" if rows else "dropped"),
         (_large(sum(words)), f"words, {_large(words[1])} of them in replies"),
     ]
     if sources:
-        shown.append((f"{sources:,}", "source" if sources == 1 else "sources"))
-    if known := known_languages(contents):
-        more = f" +{len(known) - 3}" if len(known) > 3 else ""
-        shown.append((", ".join(known[:3]) + more, "languages" if len(known) > 1 else "language"))
-    return shown
+        headlines.append((f"{sources:,}", "source" if sources == 1 else "sources"))
+    if languages := known_languages(contents):
+        suffix = f" +{len(languages) - 3}" if len(languages) > 3 else ""
+        headlines.append((", ".join(languages[:3]) + suffix, "languages" if len(languages) > 1 else "language"))
+    return headlines
 
 
 def known_languages(contents: Contents) -> list[str]:
     """Codes of the languages of at least one sampled row in twenty, most frequent first."""
-    found = contents.languages or Counter[str]()
-    least = 0.05 * sum(found.values())
-    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    return [code for code, count in ordered if code != UNCLEAR and count >= least]
+    counts = contents.languages or Counter[str]()
+    min_count = 0.05 * sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [code for code, count in ordered if code != UNCLEAR and count >= min_count]
 
 
 def _large(number: int) -> str:
@@ -358,7 +373,7 @@ def _says(cell: Line) -> bool:
 def file_name(file: Mapping[str, Any]) -> str:
     """A file as its source names it: two sources may hold files of one name."""
     source, path = str(file.get("source") or ""), str(file.get("path") or "")
-    return place(source if source.endswith(path) else f"{source}/{path}")
+    return short_path(source if source.endswith(path) else f"{source}/{path}")
 
 
 def _count(value: Any) -> str:
@@ -388,9 +403,9 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
         (rows.media["image"], "with an image"),
         (rows.media["audio"], "with sound"),
     ]
-    told = ", ".join(f"{count:,} {what}" for count, what in kinds if count)
-    if told:
-        yield Prose(f"Of the {rows.kept:,} rows: {told}.")
+    kinds_text = ", ".join(f"{count:,} {description}" for count, description in kinds if count)
+    if kinds_text:
+        yield Prose(f"Of the {rows.row_count:,} rows: {kinds_text}.")
     pictures: list[Plot] = [picture for plot in plots.CONTENT for picture in plot(contents)]
     yield Pictures(pictures)
     if contents.languages is None:
@@ -403,8 +418,8 @@ def _what_is_in_it(contents: Contents) -> Iterator[Block]:
     if rows.sample:
         yield Prose("Some rows, chosen by lot (those of the lowest ids, which are digests of the rows):", "soft")
     for row in _one_of_each_source(rows.sample)[:_KEPT_SHOWN]:
-        left = f"{row.turns_left:,} more messages; " if row.turns_left else ""
-        yield ConversationBlock(row.turns, (left, QuotedText(place(row.locator), 90), f" · id {row.id[:12]}"))
+        skipped = f"{row.turns_left:,} more messages; " if row.turns_left else ""
+        yield ConversationBlock(row.turns, (skipped, QuotedText(short_path(row.locator), 90), f" · id {row.id[:12]}"))
 
 
 def _one_of_each_source(sample: Sequence[Sampled]) -> list[Sampled]:
@@ -447,7 +462,7 @@ def _use(contents: Contents) -> Iterator[Block]:
     yield Listing('import polars\n\nrows = polars.read_parquet("DATASET/examples/*.parquet")', "python")
 
 
-def _made(contents: Contents) -> Iterator[Block]:
+def _provenance(contents: Contents) -> Iterator[Block]:
     recipe = contents.facts.get("recipe")
     if recipe:
         yield Folded("the recipe, with every default", [Listing(_recipe_text(contents, recipe), "yaml")])
@@ -470,5 +485,5 @@ def _recipe_text(contents: Contents, recipe: Any) -> str:
     for file in contents.sources:
         source = str(file.get("source") or "")
         if PurePosixPath(source).is_absolute():
-            text = text.replace(source, place(source))
+            text = text.replace(source, short_path(source))
     return text

@@ -31,49 +31,51 @@ def components(count: int, a: I64, b: I64, labels: I64 | None = None) -> I64:
     parent = labels.copy()
     while True:
         left, right = parent[a], parent[b]
-        apart = left != right
-        if not apart.any():
+        differs = left != right
+        if not differs.any():
             return parent
-        a, b = a[apart], b[apart]
-        low, high = np.minimum(left[apart], right[apart]), np.maximum(left[apart], right[apart])
+        a, b = a[differs], b[differs]
+        low, high = np.minimum(left[differs], right[differs]), np.maximum(left[differs], right[differs])
         np.minimum.at(parent, high, low)
         while True:
-            up = parent[parent]
-            if np.array_equal(up, parent):
+            grandparent = parent[parent]
+            if np.array_equal(grandparent, parent):
                 break
-            parent = up
+            parent = grandparent
 
 
 def rank_positions(rank: NDArray[Any], labels: I64 | None = None) -> I64:
     """(N,) the place of each row by rank, the highest first, of equals the first read; with `labels`, the best of its class."""
     order = np.lexsort((np.arange(len(rank)), -np.asarray(rank, np.float64)))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
+    positions = np.empty(len(order), np.int64)
+    positions[order] = np.arange(len(order))
     if labels is None:
-        return place
-    best = np.full(len(place), len(place), np.int64)
-    np.minimum.at(best, labels, place)
+        return positions
+    best = np.full(len(positions), len(positions), np.int64)
+    np.minimum.at(best, labels, positions)
     return best[labels]
 
 
 @dataclass(frozen=True)
 class Removals:
-    """R removed rows, ascending: (R,) each. `kept` is the row that stays for one of `rows`, `score` and `method` of the two."""
+    """R removed rows, ascending: (R,) each. `kept_rows` is the row that stays for one of `rows`, `score` and `method` of the
+    two.
+    """
 
     rows: I64
-    kept: I64
+    kept_rows: I64
     score: F32
     method: U8
 
     @property
     def clusters(self) -> int:
         """Survivors that took somebody's place."""
-        return len(np.unique(self.kept))
+        return len(np.unique(self.kept_rows))
 
     @property
     def largest_cluster(self) -> int:
         """Rows of the largest cluster, its survivor among them; 0 without clusters."""
-        return int(np.unique(self.kept, return_counts=True)[1].max()) + 1 if len(self.kept) else 0
+        return int(np.unique(self.kept_rows, return_counts=True)[1].max()) + 1 if len(self.kept_rows) else 0
 
     def by_method(self) -> dict[str, int]:
         """How many rows went by which measure."""
@@ -85,38 +87,38 @@ def resolve_clusters(pairs: ScoredPairs, rank: NDArray[Any], rules: DuplicateRul
 
     Rows of equal content are one row whose best stays. Raises nothing; see `guard`.
     """
-    judged = pairs.judged(rules.threshold, rules.contained)
-    place = rank_positions(rank)
-    twins = judged.where(judged.exact)
-    row_at = np.argsort(place)
-    best = row_at[rank_positions(rank, components(len(rank), twins.a, twins.b))]
+    duplicates = pairs.judged(rules.threshold, rules.contained)
+    positions = rank_positions(rank)
+    exact_pairs = duplicates.select(duplicates.exact)
+    row_at = np.argsort(positions)
+    best = row_at[rank_positions(rank, components(len(rank), exact_pairs.a, exact_pairs.b))]
     exact_rows = np.flatnonzero(best != np.arange(len(best)))
-    near = judged.where(~judged.exact)
-    a, b = best[near.a], best[near.b]
-    removed, kept, edge = _stars(a, b, place)
-    fate = np.arange(len(rank))
-    fate[removed] = kept
+    near_pairs = duplicates.select(~duplicates.exact)
+    a, b = best[near_pairs.a], best[near_pairs.b]
+    removed, kept_rows, edge = _stars(a, b, positions)
+    survivors = np.arange(len(rank))
+    survivors[removed] = kept_rows
     scores, methods = np.ones(len(rank), np.float32), np.full(len(rank), EXACT, np.uint8)
-    scores[removed] = near.score(rules.threshold)[edge]
-    methods[removed] = near.method(rules.threshold)[edge]
+    scores[removed] = near_pairs.score(rules.threshold)[edge]
+    methods[removed] = near_pairs.method(rules.threshold)[edge]
     # twins of a removed row go for the same survivor, by the same evidence
-    kept_for = fate[best]
+    row_survivors = survivors[best]
     rows = np.union1d(removed, exact_rows)
-    return Removals(rows, kept_for[rows], scores[best[rows]], methods[best[rows]])
+    return Removals(rows, row_survivors[rows], scores[best[rows]], methods[best[rows]])
 
 
-def _stars(a: I64, b: I64, place: I64) -> tuple[I64, I64, I64]:
+def _stars(a: I64, b: I64, positions: I64) -> tuple[I64, I64, I64]:
     """Removed rows, the row that each is removed for, and the pair that says so."""
-    swap = place[a] > place[b]
+    swap = positions[a] > positions[b]
     better, worse = np.where(swap, b, a), np.where(swap, a, b)
-    order = np.lexsort((place[worse], place[better]))
-    gone: dict[int, tuple[int, int]] = {}
-    for keep, go, edge in zip(better[order].tolist(), worse[order].tolist(), order.tolist(), strict=True):
+    order = np.lexsort((positions[worse], positions[better]))
+    removed: dict[int, tuple[int, int]] = {}
+    for kept_row, row, edge in zip(better[order].tolist(), worse[order].tolist(), order.tolist(), strict=True):
         # by the order of the pairs, whatever could remove `keep` has been seen
-        if keep not in gone and go not in gone and keep != go:
-            gone[go] = (keep, edge)
-    rows = np.fromiter(gone, np.int64, len(gone))
-    ends = np.array(list(gone.values()), np.int64).reshape(-1, 2)
+        if kept_row not in removed and row not in removed and kept_row != row:
+            removed[row] = (kept_row, edge)
+    rows = np.fromiter(removed, np.int64, len(removed))
+    ends = np.array(list(removed.values()), np.int64).reshape(-1, 2)
     return rows, ends[:, 0], ends[:, 1]
 
 
@@ -126,13 +128,13 @@ class RemovalLimits:
 
     `source_fraction`: of one source, by one cluster; a cluster that takes three quarters of a file is a template, the wrong
     field, or a source that is another's copy, and only its owner knows which. `fraction`: of all rows; so much goes when
-    `text_field` names a field of few values. Clusters that take fewer than `least` rows of a source are never asked about.
+    `text_field` names a field of few values. Clusters that take fewer than `min_rows` rows of a source are never asked about.
     `allow`: sources that may go wholly. `in_recipe`: the limits are a step's options, not flags; the remedies say them so.
     """
 
     source_fraction: float = 0.75
     fraction: float = 0.9
-    least: int = 10
+    min_rows: int = 10
     allow: Collection[str] = ()
     in_recipe: bool = False
 
@@ -148,43 +150,44 @@ def check_removals(
     sources: NDArray[np.integer[Any]],
     names: Sequence[str],
     limits: RemovalLimits,
-    say: Callable[[int], str] = str,
+    describe: Callable[[int], str] = str,
 ) -> None:
     """Raise GuardError where removals go beyond the limits.
 
-    `sources` (N,) numbers the source of each row, `names` says them; `say` tells a person which row a number is.
+    `sources` (N,) numbers the source of each row, `names` says them; `describe` tells a person which row a number is.
     """
-    if len(removals.rows) < limits.least:
+    if len(removals.rows) < limits.min_rows:
         return
     sizes = np.bincount(sources, minlength=len(names))
     keys, first, counts = np.unique(
-        sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept, return_index=True, return_counts=True
+        sources[removals.rows].astype(np.int64) * (len(sources) + 1) + removals.kept_rows, return_index=True, return_counts=True
     )
     source = keys // (len(sources) + 1)
     allowed = np.isin(source, [index for index, name in enumerate(names) if name in limits.allow])
-    over = (counts > limits.source_fraction * sizes[source]) & (counts >= limits.least) & ~allowed
-    if over.any():
-        worst = int(np.flatnonzero(over)[np.argmax(counts[over])])
+    exceeds = (counts > limits.source_fraction * sizes[source]) & (counts >= limits.min_rows) & ~allowed
+    if exceeds.any():
+        worst = int(np.flatnonzero(exceeds)[np.argmax(counts[exceeds])])
         name = names[source[worst]]
         raise GuardError(
             f"one cluster would remove {counts[worst]:,} of the {sizes[source[worst]]:,} rows of {name}; more than "
-            f"the fraction {limits.source_fraction:g} may not go without asking; {_example(removals, int(first[worst]), say)}",
+            f"the fraction {limits.source_fraction:g} may not go without asking; "
+            f"{_example(removals, int(first[worst]), describe)}",
             "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, "
             f"{limits.option('allow', name)} or a higher {limits.option('max-source-fraction')}",
         )
-    free = np.isin(sources[removals.rows], [place for place, name in enumerate(names) if name in limits.allow])
-    gone = int((~free).sum())
-    if gone > limits.fraction * len(sources):
+    is_exempt = np.isin(sources[removals.rows], [index for index, name in enumerate(names) if name in limits.allow])
+    removed_count = int((~is_exempt).sum())
+    if removed_count > limits.fraction * len(sources):
         raise GuardError(
-            f"{gone:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
+            f"{removed_count:,} of {len(sources):,} rows would be removed; more than the fraction {limits.fraction:g} "
             "may not go without asking; "
-            f"{_example(removals, int(np.flatnonzero(~free)[0]), say)}",
+            f"{_example(removals, int(np.flatnonzero(~is_exempt)[0]), describe)}",
             "look at the two rows: if they are no duplicates, another text field or a higher threshold; if they are, a higher "
             f"{limits.option('max-fraction')}",
         )
 
 
-def _example(removals: Removals, place: int, say: Callable[[int], str]) -> str:
-    method, score = METHODS[removals.method[place]], removals.score[place]
-    gone, kept = say(int(removals.rows[place])), say(int(removals.kept[place]))
-    return f"for instance row {gone} for row {kept} ({method}, {score:.2f})"
+def _example(removals: Removals, index: int, describe: Callable[[int], str]) -> str:
+    method, score = METHODS[removals.method[index]], removals.score[index]
+    removed_label, kept_label = describe(int(removals.rows[index])), describe(int(removals.kept_rows[index]))
+    return f"for instance row {removed_label} for row {kept_label} ({method}, {score:.2f})"

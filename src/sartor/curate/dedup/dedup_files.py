@@ -49,11 +49,11 @@ class DedupProgress:
     def __exit__(self, *exception: object) -> None:
         self._lines.stop()
 
-    def show(self, stage: str, done: int, of: int) -> None:
-        """`done` of `of` pieces of a stage are behind us."""
+    def show(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` pieces of a stage are behind us."""
         if stage not in self._tasks:
-            self._tasks[stage] = self._lines.add_task(stage, total=of)
-        self._lines.update(self._tasks[stage], completed=min(done, of), total=of)  # type: ignore[arg-type]
+            self._tasks[stage] = self._lines.add_task(stage, total=total)
+        self._lines.update(self._tasks[stage], completed=min(done, total), total=total)  # type: ignore[arg-type]
 
 
 # Less than this is read and compared before two processes have started.
@@ -145,71 +145,71 @@ def dedup(
     meanwhile), GuardError.
     """
     began = time.monotonic()
-    chosen = _options(options)
+    settings = _options(options)
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
     pairs = Path(pairs) if pairs is not None else None
     check_output_free(Path(out).absolute(), replace=replace)
     if pairs is not None:
         pair_store.check_export(pairs)
-    listed: list[int] = []
+    pair_counts: list[int] = []
 
-    def fill(part: Path) -> Mapping[str, Any]:
-        with DedupProgress(show) as progress, WorkerPool(_processes(chosen, paths)) as workers:
-            means = Executor(progress.show, workers.spread)
-            inputs, how = inspect_files(paths, chosen.text_field, chosen.unit, chosen.size, chosen.max_row_bytes)
-            rules = rules_for(how, chosen.threshold, chosen.contained)
-            reading = sketch_files(inputs, how, part / _STORE, chosen.max_row_bytes, means)
-            if not len(reading.rows.line) or len(reading.rows.faults) == len(reading.rows.line):
-                raise SourceError(_nothing(reading.rows), "check the files and --text-field")
-            rank = reading.lengths if chosen.keep == "longest" else np.zeros(len(reading.lengths))
-            found = near_duplicates(reading.shingles, reading.offsets, reading.digests, rules, rank, means)
-            (part / _STORE).unlink()
-            removals = resolve_clusters(found.pairs, rank, rules)
-            check_removals(removals, reading.rows.file, reading.rows.names, chosen.limits, reading.rows.say)
-            write_rows(part, inputs, reading.counts, reading.rows, removals, chosen.max_row_bytes, means)
-        pair_store.write_pairs(part / "pairs.parquet", found.pairs, rank, rules)
-        duplicates = pair_store.duplicates_at(found.pairs, len(rank), rules)
-        listed.append(len(duplicates.a))
+    def fill(folder: Path) -> Mapping[str, Any]:
+        with DedupProgress(show) as progress, WorkerPool(_processes(settings, paths)) as workers:
+            executor = Executor(progress.show, workers.spread)
+            inputs, shingling = inspect_files(paths, settings.text_field, settings.unit, settings.size, settings.max_row_bytes)
+            rules = rules_for(shingling, settings.threshold, settings.contained)
+            sketched = sketch_files(inputs, shingling, folder / _STORE, settings.max_row_bytes, executor)
+            if not len(sketched.rows.line) or len(sketched.rows.faults) == len(sketched.rows.line):
+                raise SourceError(_nothing(sketched.rows), "check the files and --text-field")
+            rank = sketched.lengths if settings.keep == "longest" else np.zeros(len(sketched.lengths))
+            near_pairs = near_duplicates(sketched.shingles, sketched.offsets, sketched.digests, rules, rank, executor)
+            (folder / _STORE).unlink()
+            removals = resolve_clusters(near_pairs.pairs, rank, rules)
+            check_removals(removals, sketched.rows.file, sketched.rows.names, settings.limits, sketched.rows.describe)
+            write_rows(folder, inputs, sketched.counts, sketched.rows, removals, settings.max_row_bytes, executor)
+        pair_store.write_pairs(folder / "pairs.parquet", near_pairs.pairs, rank, rules)
+        duplicates = pair_store.duplicates_at(near_pairs.pairs, len(rank), rules)
+        pair_counts.append(len(duplicates.a))
         if pairs is not None:
             pair_store.export(pairs, duplicates, rules)
         noticed = {
-            "ignored_shingles": found.common,
-            "empty": found.empty - len(reading.rows.faults),
-            "candidates": found.candidates,
+            "ignored_shingles": near_pairs.common,
+            "empty": near_pairs.empty - len(sketched.rows.faults),
+            "candidates": near_pairs.candidates,
         }
         return {
-            **facts(inputs, reading.counts, reading.rows, removals, rules),
-            "unit": how.unit,
-            "size": how.size,
-            "unit_reason": how.reason,
-            "options": asdict(chosen),
+            **facts(inputs, sketched.counts, sketched.rows, removals, rules),
+            "unit": shingling.unit,
+            "size": shingling.size,
+            "unit_reason": shingling.reason,
+            "options": asdict(settings),
             "noticed": noticed,
         }
 
     artifact = write_artifact(Path(out), "duplicates", fill, replace=replace)
     catalogue.register(artifact)
-    return Deduplicated(artifact, time.monotonic() - began, listed[0], pairs)
+    return Deduplicated(artifact, time.monotonic() - began, pair_counts[0], pairs)
 
 
 def write_rows(
-    part: Path,
+    folder: Path,
     inputs: Sequence[FileOfRows],
     counts: Sequence[int],
     rows: RecordLocations,
     removals: Removals,
-    most_bytes: int,
-    means: Executor,
+    max_row_bytes: int,
+    executor: Executor,
 ) -> None:
     """The second reading of every file. Raises SourceError if one is no longer as it was."""
     first = 0
-    with Writer(part, rows, removals) as writer:
+    with Writer(folder, rows, removals) as writer:
         for file, count in zip(inputs, counts, strict=True):
             file.check_unchanged()
-            if writer.write(file.path, file.kind, first, file.name, most_bytes) != count:
+            if writer.write(file.path, file.kind, first, file.name, max_row_bytes) != count:
                 raise SourceError(f"{file.path} was changed while it was read", "run again when nobody writes it")
             file.check_unchanged()
             first += count
-            means.show("writing", first, sum(counts))
+            executor.show("writing", first, sum(counts))
 
 
 def facts(
@@ -249,18 +249,18 @@ def _input_facts(file: FileOfRows, count: int) -> dict[str, Any]:
     }
 
 
-def _options(given: Mapping[str, Any]) -> DedupOptions:
+def _options(options: Mapping[str, Any]) -> DedupOptions:
     known = [column.name for column in dataclasses.fields(DedupOptions)]
-    for name in given:
+    for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise ConfigError(f"there is no option {name!r}", f"{near[0]}?" if near else f"one of {', '.join(known)}")
-    return DedupOptions(**given)
+    return DedupOptions(**options)
 
 
-def _processes(chosen: DedupOptions, paths: Sequence[Path]) -> int:
+def _processes(settings: DedupOptions, paths: Sequence[Path]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = chosen.processes or (
+    count = settings.processes or (
         min(cores, 8) if sum(path.stat().st_size for path in paths if path.is_file()) >= _PAYS_BYTES else 1
     )
     return count if count > 1 else 0
@@ -271,7 +271,7 @@ def _nothing(rows: RecordLocations) -> str:
         f"{reason} {count}" for reason, count in Counter(fault.reason for fault in rows.faults.values()).most_common()
     )
     first = next(iter(rows.faults.items()), None)
-    example = f"; the first: {rows.say(first[0])}: {first[1].detail}" if first else ""
+    example = f"; the first: {rows.describe(first[0])}: {first[1].detail}" if first else ""
     return f"no row of {len(rows.line)} can be used" + (f" ({reasons}{example})" if reasons else "")
 
 
@@ -289,11 +289,11 @@ def rethreshold(
     pair_store.check_threshold(threshold, manifest["rules"]["floor"])
     check_output_free(Path(out).absolute(), replace=replace)
     rules = dataclasses.replace(DuplicateRules(**manifest["rules"]), threshold=threshold)
-    listed: list[int] = []
+    pair_counts: list[int] = []
 
-    def fill(part: Path) -> Mapping[str, Any]:
+    def fill(folder: Path) -> Mapping[str, Any]:
         options = manifest["options"]
-        inputs = [_input(said) for said in manifest["inputs"]]
+        inputs = [_input(entry) for entry in manifest["inputs"]]
         rows = _rows(old, inputs, options["max_row_bytes"])
         pairs, rank = pair_store.read_pairs(old.path / "pairs.parquet", len(rows.line))
         removals = resolve_clusters(pairs, rank, rules)
@@ -302,42 +302,42 @@ def rethreshold(
             rows.file,
             rows.names,
             RemovalLimits(options["max_source_fraction"], options["max_fraction"], allow=options["allow"]),
-            rows.say,
+            rows.describe,
         )
-        counts = [said["rows"] for said in manifest["inputs"]]
+        counts = [entry["rows"] for entry in manifest["inputs"]]
         with DedupProgress(show) as progress:
-            write_rows(part, inputs, counts, rows, removals, options["max_row_bytes"], Executor(progress.show))
-        pair_store.write_pairs(part / "pairs.parquet", pairs, rank, rules)
-        listed.append(len(pair_store.duplicates_at(pairs, len(rank), rules).a))
-        same = {name: manifest[name] for name in ("unit", "size", "unit_reason", "noticed")}
+            write_rows(folder, inputs, counts, rows, removals, options["max_row_bytes"], Executor(progress.show))
+        pair_store.write_pairs(folder / "pairs.parquet", pairs, rank, rules)
+        pair_counts.append(len(pair_store.duplicates_at(pairs, len(rank), rules).a))
+        inherited = {name: manifest[name] for name in ("unit", "size", "unit_reason", "noticed")}
         return {
             **facts(inputs, counts, rows, removals, rules),
-            **same,
+            **inherited,
             "options": {**options, "threshold": threshold},
             "parents": [old.as_parent()],
         }
 
     artifact = write_artifact(Path(out), "duplicates", fill, replace=replace)
     catalogue.register(artifact)
-    return Deduplicated(artifact, time.monotonic() - began, listed[0])
+    return Deduplicated(artifact, time.monotonic() - began, pair_counts[0])
 
 
-def _input(said: Mapping[str, Any]) -> FileOfRows:
-    file = Path(said["path"])
-    again = "put the file back as it was, or de-duplicate again"
+def _input(entry: Mapping[str, Any]) -> FileOfRows:
+    file = Path(entry["path"])
+    remedy = "put the file back as it was, or de-duplicate again"
     if not file.is_file():
-        raise ArtifactError(f"the input file {file} is not there", again)
-    if file.stat().st_size != said["bytes"] or file_digest(file) != said["sha256"]:
-        raise ArtifactError(f"the input file {file} was changed since it was de-duplicated", again)
-    choice = ComparedFields(tuple(said["fields"]), said["joined"], tuple(said["left_out"]), said["fields_reason"])
-    return FileOfRows(file, said["format"], choice, said["name"], stamp_of(file))
+        raise ArtifactError(f"the input file {file} is not there", remedy)
+    if file.stat().st_size != entry["bytes"] or file_digest(file) != entry["sha256"]:
+        raise ArtifactError(f"the input file {file} was changed since it was de-duplicated", remedy)
+    choice = ComparedFields(tuple(entry["fields"]), entry["joined"], tuple(entry["left_out"]), entry["fields_reason"])
+    return FileOfRows(file, entry["format"], choice, entry["name"], stamp_of(file))
 
 
-def _rows(old: Artifact, inputs: list[FileOfRows], most_bytes: int) -> RecordLocations:
+def _rows(old: Artifact, inputs: list[FileOfRows], max_row_bytes: int) -> RecordLocations:
     """Where the rows stand, by reading the files for their lines; which could not be used, by what was dropped."""
     of_file, lines = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
     for number, file in enumerate(inputs):
-        for block in blocks(file.path, file.kind, most_bytes):
+        for block in blocks(file.path, file.kind, max_row_bytes):
             lines.append(np.array(block.lines, np.int64))
             of_file.append(np.full(len(block.lines), number, np.int32))
     dropped = pq.read_table(old.path / "dropped.parquet", columns=["row", "reason", "detail", "kept_row"]).to_pylist()

@@ -57,7 +57,7 @@ class RecordLocations:
     line: I64
     faults: dict[int, BadRecord]
 
-    def say(self, row: int) -> str:
+    def describe(self, row: int) -> str:
         """A row as a person finds it."""
         return f"{self.names[self.file[row]]}:{self.line[row]}"
 
@@ -84,39 +84,39 @@ class Writer:
         self._flush()
         self._dropped.close()
 
-    def write(self, source: Path, kind: str, first: int, name: str, most_bytes: int) -> int:
+    def write(self, source: Path, kind: str, first: int, name: str, max_row_bytes: int) -> int:
         """Part the rows of one file, whose first row has the number `first`; returns how many there were."""
         count = 0
         target = self.folder / "kept" / name
         with _open_target(kind, source, target) as out:
-            for block in blocks(source, kind, most_bytes):
+            for block in blocks(source, kind, max_row_bytes):
                 numbers = slice(first + count, first + count + len(block.rows))
                 keep = self.keep[numbers]
                 out.write(block, keep)
-                for place in np.flatnonzero(~keep).tolist():
-                    self._drop(first + count + place, block.rows[place], source)
+                for index in np.flatnonzero(~keep).tolist():
+                    self._drop(first + count + index, block.rows[index], source)
                 count += len(block.rows)
         return count
 
     def _drop(self, row: int, raw: Any, source: Path) -> None:
-        at, fault = self._removal[row], self.rows.faults.get(row)
-        told: dict[str, Any] = {"row": row, "file": self.rows.names[self.rows.file[row]], "line": int(self.rows.line[row])}
+        removal_index, fault = self._removal[row], self.rows.faults.get(row)
+        fields: dict[str, Any] = {"row": row, "file": self.rows.names[self.rows.file[row]], "line": int(self.rows.line[row])}
         if fault is not None:
-            told |= {"reason": fault.reason, "detail": fault.detail, "content": self._content(raw, source)}
+            fields |= {"reason": fault.reason, "detail": fault.detail, "content": self._content(raw, source)}
         else:
-            kept, method = int(self.removals.kept[at]), METHODS[self.removals.method[at]]
-            told |= {
+            kept_row, method = int(self.removals.kept_rows[removal_index]), METHODS[self.removals.method[removal_index]]
+            fields |= {
                 "reason": f"{method}_duplicate" if method != "contained" else method,
-                "detail": f"{method} of {self.rows.say(kept)}, score {self.removals.score[at]:.3f}",
-                "kept_row": kept,
-                "kept_file": self.rows.names[self.rows.file[kept]],
-                "kept_line": int(self.rows.line[kept]),
-                "score": float(self.removals.score[at]),
+                "detail": f"{method} of {self.rows.describe(kept_row)}, score {self.removals.score[removal_index]:.3f}",
+                "kept_row": kept_row,
+                "kept_file": self.rows.names[self.rows.file[kept_row]],
+                "kept_line": int(self.rows.line[kept_row]),
+                "score": float(self.removals.score[removal_index]),
                 "method": method,
                 "content": self._content(raw, source),
             }
-        self._waiting.append(told)
-        self._bytes += len(told["content"])
+        self._waiting.append(fields)
+        self._bytes += len(fields["content"])
         if self._bytes > 16 << 20 or len(self._waiting) >= 20_000:
             self._flush()
 
@@ -136,10 +136,10 @@ class Writer:
         folder.mkdir(exist_ok=True)
         with source.open("rb") as stream, (folder / source.name).open("ab") as out:
             stream.seek(fault.start)
-            left = fault.size
-            while left and (piece := stream.read(min(left, _COPY_BYTES))):
+            remaining = fault.size
+            while remaining and (piece := stream.read(min(remaining, _COPY_BYTES))):
                 out.write(piece)
-                left -= len(piece)
+                remaining -= len(piece)
 
     def _flush(self) -> None:
         if self._waiting:
@@ -194,20 +194,20 @@ class _JsonTarget(_Target):
 
     def __init__(self, source: Path, target: Path) -> None:
         self._source, self._target = source, target
-        self._kept: list[Any] = []
+        self._kept_rows: list[Any] = []
 
     def write(self, block: RecordBlock, keep: Mask) -> None:
-        self._kept.extend(row for row, stays in zip(block.rows, keep.tolist(), strict=True) if stays)
+        self._kept_rows.extend(row for row, stays in zip(block.rows, keep.tolist(), strict=True) if stays)
 
     def __exit__(self, *exception: object) -> None:
         value = json_value(self._source)
         rows = json_rows(value)
-        kept: Any = self._kept
+        content: Any = self._kept_rows
         if isinstance(value, dict):
-            kept = {name: self._kept if inner is rows else inner for name, inner in value.items()}
+            content = {name: self._kept_rows if inner is rows else inner for name, inner in value.items()}
             if rows and rows[0] is value:
-                kept = self._kept
-        self._target.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                content = self._kept_rows
+        self._target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _ParquetTarget(_Target):
@@ -218,18 +218,18 @@ class _ParquetTarget(_Target):
         self._batches = self._source.iter_batches(2048)
         schema = self._source.schema_arrow
         self._out = pq.ParquetWriter(target, schema, compression="zstd")
-        gone = target.parent.parent / "dropped" / target.name
-        gone.parent.mkdir(exist_ok=True)
-        self._gone = pq.ParquetWriter(gone, schema, compression="zstd")
+        dropped_path = target.parent.parent / "dropped" / target.name
+        dropped_path.parent.mkdir(exist_ok=True)
+        self._dropped = pq.ParquetWriter(dropped_path, schema, compression="zstd")
 
     def write(self, block: RecordBlock, keep: Mask) -> None:
         table = pa.Table.from_batches([next(self._batches)])
         self._out.write_table(table.filter(pa.array(keep)))
-        self._gone.write_table(table.filter(pa.array(~keep)))
+        self._dropped.write_table(table.filter(pa.array(~keep)))
 
     def __exit__(self, *exception: object) -> None:
         self._out.close()
-        self._gone.close()
+        self._dropped.close()
         self._source.close()
 
 
@@ -254,7 +254,7 @@ class FileOfRows:
 
 
 def inspect_files(
-    paths: Sequence[Path], text_field: str, unit: Any, size: int, most_bytes: int
+    paths: Sequence[Path], text_field: str, unit: Any, size: int, max_row_bytes: int
 ) -> tuple[list[FileOfRows], Shingling]:
     """The files and their fields, and how rows are cut, from the first rows of each. Raises ConfigError, SourceError."""
     if not paths:
@@ -266,7 +266,7 @@ def inspect_files(
     joined = 0
     for path in paths:
         kind = format_of(path)
-        sample = _sample(path, kind, most_bytes)
+        sample = _sample(path, kind, max_row_bytes)
         choice = choose(sample, text_field)
         joined = max(joined, len(choice.fields) * choice.joined)
         texts.extend(text_of(row, choice) or "" for row in sample)
@@ -275,8 +275,8 @@ def inspect_files(
     return files, shingles.resolve(unit, size, texts, joined_fields=joined)
 
 
-def _sample(path: Path, kind: str, most_bytes: int) -> list[dict[str, Any]]:
-    rows = (_record(row, kind) for block in blocks(path, kind, most_bytes) for row in block.rows)
+def _sample(path: Path, kind: str, max_row_bytes: int) -> list[dict[str, Any]]:
+    rows = (_record(row, kind) for block in blocks(path, kind, max_row_bytes) for row in block.rows)
     return [row for row in itertools.islice(rows, SAMPLE) if isinstance(row, dict)]
 
 
@@ -304,36 +304,38 @@ class SketchedRows:
     counts: list[int] = field(default_factory=list)  # rows of each file
 
 
-def sketch_files(files: Sequence[FileOfRows], how: Shingling, store: Path, most_bytes: int, means: Executor) -> SketchedRows:
+def sketch_files(
+    files: Sequence[FileOfRows], shingling: Shingling, store: Path, max_row_bytes: int, executor: Executor
+) -> SketchedRows:
     """Read every row of the files; shingles go to the file `store`."""
     of_file: list[I32] = []
     lines: list[I64] = []
     sizes, digests, lengths = [np.empty(0, np.int64)], [np.empty((0, 16), np.uint8)], [np.empty(0, np.int64)]
     faults: dict[int, BadRecord] = {}
     counts, done, total = [0] * len(files), 0, sum(file.stamp[0] for file in files)
-    places: list[tuple[int, list[int], int]] = []
+    block_facts: list[tuple[int, list[int], int]] = []
 
     def items() -> Iterator[tuple[Any, ...]]:
         for number, file in enumerate(files):
-            for block, size in _sized(file, most_bytes):
-                places.append((number, block.lines, size))
-                yield block.rows, file.choice, file.kind, how
+            for block, size in _sized(file, max_row_bytes):
+                block_facts.append((number, block.lines, size))
+                yield block.rows, file.choice, file.kind, shingling
 
     with store.open("wb") as stream:
-        for index, (sketches, text_lengths, found) in enumerate(means.spread(sketch_rows, items())):
-            number, at, size = places[index]
+        for index, (sketches, text_lengths, block_faults) in enumerate(executor.spread(sketch_rows, items())):
+            number, block_lines, size = block_facts[index]
             first = sum(counts)
             _append(stream, sketches)
-            of_file.append(np.full(len(at), number, np.int32))
-            lines.append(np.array(at, np.int64))
+            of_file.append(np.full(len(block_lines), number, np.int32))
+            lines.append(np.array(block_lines, np.int64))
             sizes.append(np.diff(sketches.offsets))
             digests.append(sketches.digests)
             lengths.append(text_lengths)
-            faults.update((first + row, fault) for row, fault in found)
-            counts[number] += len(at)
+            faults.update((first + row, fault) for row, fault in block_faults)
+            counts[number] += len(block_lines)
             done += size
-            means.show("reading", done, total)
-    whole = np.memmap(store, np.uint32, "r") if store.stat().st_size else np.empty(0, np.uint32)
+            executor.show("reading", done, total)
+    all_shingles = np.memmap(store, np.uint32, "r") if store.stat().st_size else np.empty(0, np.uint32)
     rows = RecordLocations(
         [str(file.path) for file in files],
         np.concatenate([np.empty(0, np.int32), *of_file]),
@@ -341,13 +343,13 @@ def sketch_files(files: Sequence[FileOfRows], how: Shingling, store: Path, most_
         faults,
     )
     return SketchedRows(
-        rows, whole, offsets_of(np.concatenate(sizes)), np.concatenate(digests), np.concatenate(lengths), counts
+        rows, all_shingles, offsets_of(np.concatenate(sizes)), np.concatenate(digests), np.concatenate(lengths), counts
     )
 
 
-def _sized(file: FileOfRows, most_bytes: int) -> Iterator[tuple[Any, int]]:
+def _sized(file: FileOfRows, max_row_bytes: int) -> Iterator[tuple[Any, int]]:
     """Blocks of a file, and about how many of its bytes each took."""
-    for block in blocks(file.path, file.kind, most_bytes):
+    for block in blocks(file.path, file.kind, max_row_bytes):
         raw = [row if isinstance(row, bytes) else getattr(row, "raw", b"") for row in block.rows]
         yield block, sum(map(len, raw))
 
@@ -357,7 +359,7 @@ def _append(stream: BinaryIO, sketches: Sketches) -> None:
 
 
 def sketch_rows(
-    rows: list[Any], choice: ComparedFields, kind: str, how: Shingling
+    rows: list[Any], choice: ComparedFields, kind: str, shingling: Shingling
 ) -> tuple[Sketches, I64, list[tuple[int, BadRecord]]]:
     """Sketches of a block's rows as `record_files.blocks` yields them, the lengths of their texts, and by place the Faults.
 
@@ -373,4 +375,4 @@ def sketch_rows(
             faults.append((index, text))
             text = ""
         texts.append(text)
-    return shingles.sketch(texts, how), np.fromiter(map(len, texts), np.int64, len(texts)), faults
+    return shingles.sketch(texts, shingling), np.fromiter(map(len, texts), np.int64, len(texts)), faults

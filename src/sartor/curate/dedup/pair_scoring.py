@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from sartor.core.errors import ConfigError
-from sartor.curate.dedup.shingles import CHUNK, F32, I64, U8, Mask, Sets, Shingling, gathered
+from sartor.curate.dedup.shingles import CHUNK, F32, I64, U8, Mask, Sets, Shingling, shingle_positions
 
 EXACT, NEAR, CONTAINED = 0, 1, 2
 METHODS = ("exact", "near", "contained")
@@ -56,8 +56,8 @@ class ScoredPairs:
     @staticmethod
     def of_exact(a: I64, b: I64) -> ScoredPairs:
         """Pairs of equal content."""
-        one = np.ones(len(a), np.float32)
-        return ScoredPairs(np.minimum(a, b), np.maximum(a, b), one, one, np.ones(len(a), bool))
+        ones = np.ones(len(a), np.float32)
+        return ScoredPairs(np.minimum(a, b), np.maximum(a, b), ones, ones, np.ones(len(a), bool))
 
     @staticmethod
     def joined(parts: Sequence[ScoredPairs]) -> ScoredPairs:
@@ -68,18 +68,18 @@ class ScoredPairs:
             *[np.concatenate([np.empty(0, kind), *[getattr(part, name) for part in parts]]) for name, kind in columns]
         )
 
-    def where(self, chosen: Mask | I64) -> ScoredPairs:
+    def select(self, chosen: Mask | I64) -> ScoredPairs:
         """The pairs that a mask or a list of places chooses."""
         return ScoredPairs(*[getattr(self, column.name)[chosen] for column in fields(self)])
 
     def unique(self) -> ScoredPairs:
         """Each pair once, sorted by (a, b)."""
         keys = (self.a.astype(np.uint64) << np.uint64(32)) | self.b.astype(np.uint64)
-        return self.where(np.unique(keys, return_index=True)[1])
+        return self.select(np.unique(keys, return_index=True)[1])
 
     def judged(self, threshold: float, contained: float) -> ScoredPairs:
         """The pairs that are duplicates at a threshold of Jaccard, or of containment (0 switches that off)."""
-        return self.where(self.is_judged(threshold, contained))
+        return self.select(self.is_judged(threshold, contained))
 
     def is_judged(self, threshold: float, contained: float) -> Mask:
         """(P,) whether each is such a pair."""
@@ -129,58 +129,64 @@ class DuplicateRules:
         return max(self.common_rows, math.floor(self.common_fraction * rows))
 
 
-def rules_for(how: Shingling, threshold: float = 0.0, contained: float | None = None) -> DuplicateRules:
+def rules_for(shingling: Shingling, threshold: float = 0.0, contained: float | None = None) -> DuplicateRules:
     """The rules of a shingling; a threshold of 0 takes its default. Raises ConfigError for one out of 0.2..1.
 
     Below 0.2 the 50 x 4 bands find next to nothing. Containment asks for words: 30 of them are evidence, 30 trigrams six words.
     """
-    threshold = threshold or THRESHOLDS[how.unit]
+    threshold = threshold or THRESHOLDS[shingling.unit]
     if not 0.2 <= threshold <= 1:
         raise ConfigError(
             f"a threshold of {threshold:g} is out of range", "a Jaccard similarity from 0.2 to 1; 0.65 is the default for words"
         )
-    contained = (0.9 if how.unit == "words" else 0.0) if contained is None else contained
+    contained = (0.9 if shingling.unit == "words" else 0.0) if contained is None else contained
     if contained and not 0.5 <= contained <= 1:
         raise ConfigError(f"a containment of {contained:g} is out of range", "0.5 to 1, or 0 to switch it off")
-    return DuplicateRules(threshold, min(threshold, FLOORS[how.unit]), contained, numbers=0.5 if how.unit == "words" else 0.0)
+    return DuplicateRules(
+        threshold, min(threshold, FLOORS[shingling.unit]), contained, numbers=0.5 if shingling.unit == "words" else 0.0
+    )
 
 
 def measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
     """The pairs of (a, b), a < b, that are duplicates at the floor or by containment, with both measures."""
     sizes = np.diff(sets.offsets)
     results = []
-    both = np.cumsum(sizes[a] + sizes[b])
+    cumulative = np.cumsum(sizes[a] + sizes[b])
     first = 0
     while first < len(a):
-        base = both[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(both, base + CHUNK, side="right")))
+        base = cumulative[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(cumulative, base + CHUNK, side="right")))
         results.append(_measure(sets, a[first:last], b[first:last], rules))
         first = last
     return ScoredPairs.joined(results)
 
 
 def _measure(sets: Sets, a: I64, b: I64, rules: DuplicateRules) -> ScoredPairs:
-    count = _counts(sets, a, b)
+    counts = _counts(sets, a, b)
     sizes = np.diff(sets.offsets)
     own_a, own_b = sets.own_sizes[a], sets.own_sizes[b]
-    whole = count.shared / (sizes[a] + sizes[b] - count.shared)
-    own = count.own / np.maximum(own_a + own_b - count.own, 1)
-    own_apart = own_a + own_b - 2 * count.own
-    common_apart = sizes[a] + sizes[b] - 2 * count.shared - own_apart
-    edited = (count.displaced >= DISPLACED * own_apart) & (own_apart >= EDITS * count.displaced)
-    edited |= own_a + own_b == 0
-    enough = np.minimum(own_a, own_b) >= rules.least_own
-    strict = count.own / np.maximum(count.own + own_apart + common_apart, 1)
-    jaccard = np.where(edited, np.maximum(whole, np.where(enough, own, 0)), np.where(enough, own, strict))
-    inside = np.minimum(count.shared / np.minimum(sizes[a], sizes[b]), count.own / np.maximum(np.minimum(own_a, own_b), 1))
-    containment = np.where(enough, inside, 0)
+    whole_jaccard = counts.shared / (sizes[a] + sizes[b] - counts.shared)
+    own_jaccard = counts.shared_own / np.maximum(own_a + own_b - counts.shared_own, 1)
+    own_difference = own_a + own_b - 2 * counts.shared_own
+    common_difference = sizes[a] + sizes[b] - 2 * counts.shared - own_difference
+    is_edited = (counts.displaced >= DISPLACED * own_difference) & (own_difference >= EDITS * counts.displaced)
+    is_edited |= own_a + own_b == 0
+    has_enough = np.minimum(own_a, own_b) >= rules.least_own
+    strict = counts.shared_own / np.maximum(counts.shared_own + own_difference + common_difference, 1)
+    jaccard = np.where(
+        is_edited, np.maximum(whole_jaccard, np.where(has_enough, own_jaccard, 0)), np.where(has_enough, own_jaccard, strict)
+    )
+    overlap = np.minimum(
+        counts.shared / np.minimum(sizes[a], sizes[b]), counts.shared_own / np.maximum(np.minimum(own_a, own_b), 1)
+    )
+    containment = np.where(has_enough, overlap, 0)
     pairs = ScoredPairs(a, b, jaccard.astype(np.float32), containment.astype(np.float32), np.zeros(len(a), bool))
     if rules.numbers:
-        lacking_a, lacking_b = sets.number_sizes[a] - count.numbers, sets.number_sizes[b] - count.numbers
+        lacking_a, lacking_b = sets.number_sizes[a] - counts.numbers, sets.number_sizes[b] - counts.numbers
         contradict = (np.minimum(lacking_a, lacking_b) > 0) & (
-            count.numbers < rules.numbers * (lacking_a + lacking_b + count.numbers)
+            counts.numbers < rules.numbers * (lacking_a + lacking_b + counts.numbers)
         )
-        pairs = pairs.where(~contradict)
+        pairs = pairs.select(~contradict)
     return pairs.judged(rules.floor, rules.contained)
 
 
@@ -189,7 +195,7 @@ class _Counts:
     """Of each pair (P,): shingles of both, those of them that are own, that are numbers; common ones that one lacks."""
 
     shared: I64
-    own: I64
+    shared_own: I64
     numbers: I64
     displaced: I64
 
@@ -197,25 +203,25 @@ class _Counts:
 def _counts(sets: Sets, a: I64, b: I64) -> _Counts:
     keys = []
     for rows in (a, b):
-        places, sizes = gathered(sets.offsets, rows)
+        positions, sizes = shingle_positions(sets.offsets, rows)
         pair = np.repeat(np.arange(len(rows), dtype=np.uint64) << np.uint64(37), sizes)
-        keys.append(pair | (sets.shingles[places].astype(np.uint64) << np.uint64(5)) | sets.level[places])
+        keys.append(pair | (sets.shingles[positions].astype(np.uint64) << np.uint64(5)) | sets.level[positions])
     merged = np.concatenate(keys)
     merged.sort(kind="stable")  # two sorted runs: one merge
-    same = merged[1:] == merged[:-1]
-    twice, count = merged[1:][same], len(a)
-    pair = (twice >> np.uint64(37)).astype(np.int64)
+    is_repeated = merged[1:] == merged[:-1]
+    shared_keys, count = merged[1:][is_repeated], len(a)
+    pair = (shared_keys >> np.uint64(37)).astype(np.int64)
     shared = np.bincount(pair, minlength=count)
-    common = np.bincount(pair[(twice & np.uint64(31)) > 0], minlength=count)
-    numbers = np.bincount(pair[(twice & np.uint64(32)) > 0], minlength=count)
+    common = np.bincount(pair[(shared_keys & np.uint64(31)) > 0], minlength=count)
+    numbers = np.bincount(pair[(shared_keys & np.uint64(32)) > 0], minlength=count)
     displaced = np.zeros(count, np.int64)
     if sets.common_cut.any():
-        once = np.ones(len(merged), bool)
-        once[1:][same] = False
-        once[:-1][same] = False
-        once &= (merged & np.uint64(31)) > 0
-        alone = merged[once]
-        pair = (alone >> np.uint64(37)).astype(np.int64)
+        is_single = np.ones(len(merged), bool)
+        is_single[1:][is_repeated] = False
+        is_single[:-1][is_repeated] = False
+        is_single &= (merged & np.uint64(31)) > 0
+        single_keys = merged[is_single]
+        pair = (single_keys >> np.uint64(37)).astype(np.int64)
         cut = np.maximum(sets.common_cut[a], sets.common_cut[b])
-        displaced = np.bincount(pair[(alone & np.uint64(31)) >= cut[pair]], minlength=count)
+        displaced = np.bincount(pair[(single_keys & np.uint64(31)) >= cut[pair]], minlength=count)
     return _Counts(shared, shared - common, numbers, displaced)

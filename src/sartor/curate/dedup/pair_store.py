@@ -54,13 +54,13 @@ def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
         table = pq.read_table(file, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"{file} is no ledger of pairs: {str(error).splitlines()[0][:200]}", "de-duplicate again") from None
-    read = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
+    columns = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
-    pairs = ScoredPairs(read["a"], read["b"], read["jaccard"], read["containment"], exact)
+    pairs = ScoredPairs(columns["a"], columns["b"], columns["jaccard"], columns["containment"], exact)
     if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
         raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
     rank = np.zeros(count)
-    rank[pairs.a], rank[pairs.b] = read["rank_a"], read["rank_b"]
+    rank[pairs.a], rank[pairs.b] = columns["rank_a"], columns["rank_b"]
     return pairs, rank
 
 
@@ -75,35 +75,35 @@ def check_threshold(threshold: float, floor: float) -> None:
 
 def duplicates_at(pairs: ScoredPairs, count: int, rules: DuplicateRules) -> ScoredPairs:
     """The duplicates at the threshold, with every pair of equal rows spelled out as LISTED says."""
-    judged = pairs.judged(rules.threshold, rules.contained)
-    twins = judged.where(judged.exact)
-    if not len(twins.a):
-        return judged
-    label = components(count, twins.a, twins.b)
-    members = _members(label, np.unique(label[twins.b]))
+    duplicates = pairs.judged(rules.threshold, rules.contained)
+    exact_pairs = duplicates.select(duplicates.exact)
+    if not len(exact_pairs.a):
+        return duplicates
+    labels = components(count, exact_pairs.a, exact_pairs.b)
+    members = _members(labels, np.unique(labels[exact_pairs.b]))
     results = []
     for rows in members.values():
         left, right = (
             np.triu_indices(len(rows), 1) if len(rows) <= LISTED else (np.zeros(len(rows) - 1, int), np.arange(1, len(rows)))
         )
         results.append(ScoredPairs.of_exact(rows[left], rows[right]))
-    near = judged.where(~judged.exact)
-    doubled = np.isin(label[near.a], list(members)) | np.isin(label[near.b], list(members))
-    results.append(near.where(~doubled))
-    for place in np.flatnonzero(doubled).tolist():
-        ends = [members.get(int(label[end[place]]), end[place : place + 1])[:LISTED] for end in (near.a, near.b)]
+    near_pairs = duplicates.select(~duplicates.exact)
+    has_equals = np.isin(labels[near_pairs.a], list(members)) | np.isin(labels[near_pairs.b], list(members))
+    results.append(near_pairs.select(~has_equals))
+    for index in np.flatnonzero(has_equals).tolist():
+        ends = [members.get(int(labels[end[index]]), end[index : index + 1])[:LISTED] for end in (near_pairs.a, near_pairs.b)]
         a, b = (grid.ravel() for grid in np.meshgrid(*ends))
-        one = near.where(np.full(len(a), place))
-        results.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), one.jaccard, one.containment, one.exact))
+        copies = near_pairs.select(np.full(len(a), index))
+        results.append(ScoredPairs(np.minimum(a, b), np.maximum(a, b), copies.jaccard, copies.containment, copies.exact))
     return ScoredPairs.joined(results).unique()
 
 
-def _members(label: I64, wanted: I64) -> dict[int, I64]:
+def _members(labels: I64, wanted: I64) -> dict[int, I64]:
     """The rows of each wanted label, ascending."""
-    rows = np.flatnonzero(np.isin(label, wanted))
-    rows = rows[np.argsort(label[rows], kind="stable")]
-    cuts = np.flatnonzero(np.diff(label[rows])) + 1
-    return {int(label[some[0]]): some for some in np.split(rows, cuts) if len(some)}
+    rows = np.flatnonzero(np.isin(labels, wanted))
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    cuts = np.flatnonzero(np.diff(labels[rows])) + 1
+    return {int(labels[cluster[0]]): cluster for cluster in np.split(rows, cuts) if len(cluster)}
 
 
 def export(file: Path, pairs: ScoredPairs, rules: DuplicateRules) -> None:

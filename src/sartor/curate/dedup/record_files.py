@@ -53,18 +53,20 @@ class ComparedFields:
     reason: str = ""
 
 
-def choose(sample: Sequence[Mapping[str, Any]], named: str = "") -> ComparedFields:
-    """The choice for a file, from the first of its rows. `named`: one or several fields, comma separated; dots go into objects.
+def choose(sample: Sequence[Mapping[str, Any]], text_field: str = "") -> ComparedFields:
+    """The choice for a file, from the first of its rows. `text_field`: one or several fields, comma separated; dots go into
+    objects.
 
     Raises ConfigError when a named field is in none of the rows.
     """
-    found = list(dict.fromkeys(str(name) for row in sample for name in row))
-    if named:
-        fields = tuple(part.strip() for part in named.split(",") if part.strip())
+    field_names = list(dict.fromkeys(str(name) for row in sample for name in row))
+    if text_field:
+        fields = tuple(part.strip() for part in text_field.split(",") if part.strip())
         for field in fields:
             if sample and not any(field in row or next(_at(row, field.split(".")), None) is not None for row in sample):
                 raise ConfigError(
-                    f"there is no field {field!r} in the first {len(sample)} rows; they have {', '.join(found) or 'none'}",
+                    f"there is no field {field!r} in the first {len(sample)} rows; they have "
+                    f"{', '.join(field_names) or 'none'}",
                     "name one of these; a.b goes into an object, and several are separated by commas",
                 )
         return ComparedFields(fields, reason="as asked")
@@ -75,12 +77,12 @@ def choose(sample: Sequence[Mapping[str, Any]], named: str = "") -> ComparedFiel
         form = max(set(forms_found), key=forms_found.count)
         names = (*row_formats.FORMS[form], *(("input",) if form == "alpaca" else ()))
         return ComparedFields(names, reason=f"the rows have the form {form}")
-    fields = tuple(name for name in found if any(isinstance(row.get(name), (str, int, float)) for row in sample))
+    fields = tuple(name for name in field_names if any(isinstance(row.get(name), (str, int, float)) for row in sample))
     left_out = tuple(name for name in fields if name.strip().lower() in _NAMES and _names_rows(sample, name))
     if len(left_out) == len(fields):
         left_out = ()
-    kept = tuple(name for name in fields if name not in left_out)
-    return ComparedFields(kept, True, left_out, "there is no field `text` and no known form: all fields joined")
+    compared = tuple(name for name in fields if name not in left_out)
+    return ComparedFields(compared, True, left_out, "there is no field `text` and no known form: all fields joined")
 
 
 def _names_rows(sample: Sequence[Mapping[str, Any]], field: str) -> bool:
@@ -140,8 +142,8 @@ def _texts(value: Any) -> Iterator[str]:
         for item in value:
             yield from _texts(item)
     elif isinstance(value, Mapping):
-        said = [value[name] for name in _TEXTS if name in value]
-        for inner in said or value.values():
+        texts = [value[name] for name in _TEXTS if name in value]
+        for inner in texts or value.values():
             yield from _texts(inner)
     elif value is not None:
         yield str(value)
@@ -172,8 +174,8 @@ class RecordBlock:
 def format_of(path: Path) -> str:
     """jsonl, csv, json or parquet, by the extension. Raises ConfigError for others, and for a path that is no file."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise ConfigError(f"the file {path} {what}", "give one or more files; the shell expands *.jsonl")
+        problem = "is a folder" if path.is_dir() else "is not there"
+        raise ConfigError(f"the file {path} {problem}", "give one or more files; the shell expands *.jsonl")
     kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
     kind = kinds.get(path.suffix.lower())
     if kind is None:
@@ -187,8 +189,8 @@ def _is_json_lines(path: Path) -> bool:
     """Whether a `.json` file holds one object a line: its first line is a whole object, and it has others."""
     with path.open("rb") as stream:
         first = stream.readline(BLOCK_BYTES).strip()
-        more = stream.read(1)
-    if not (first.startswith(b"{") and first.endswith(b"}") and more):
+        next_byte = stream.read(1)
+    if not (first.startswith(b"{") and first.endswith(b"}") and next_byte):
         return False
     try:
         return isinstance(json.loads(first), dict)
@@ -196,44 +198,49 @@ def _is_json_lines(path: Path) -> bool:
         return False
 
 
-def blocks(path: Path, kind: str, most_bytes: int) -> Iterator[RecordBlock]:
+def blocks(path: Path, kind: str, max_row_bytes: int) -> Iterator[RecordBlock]:
     """The rows of a file. Raises SourceError for a Parquet or JSON file that cannot be opened at all."""
     try:
         if kind == "jsonl":
-            yield from _json_lines(path, most_bytes)
+            yield from _json_lines(path, max_row_bytes)
         elif kind == "csv":
-            yield from _csv(path, most_bytes)
+            yield from _csv(path, max_row_bytes)
         elif kind == "json":
             yield from _json(path)
         else:
             yield from _parquet(path)
     except (OSError, pa.ArrowException) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise SourceError(f"{path} cannot be read: {said}", "check that the file is whole") from None
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise SourceError(f"{path} cannot be read: {reason}", "check that the file is whole") from None
 
 
-def lines(path: Path, most_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
-    """(number, line with its end) of every line, a block at a time; never holds more than `most_bytes` of one."""
-    number, start, rest = 0, 0, b""
+def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
+    """(number, line with its end) of every line, a block at a time; never holds more than `max_row_bytes` of one."""
+    number, start, partial_line = 0, 0, b""
     with path.open("rb") as stream:
         while chunk := stream.read(BLOCK_BYTES):
-            pieces = (rest + chunk).split(b"\n")
-            rest = pieces.pop()
+            pieces = (partial_line + chunk).split(b"\n")
+            partial_line = pieces.pop()
             results: list[tuple[int, bytes | BadRecord]] = []
             for piece in pieces:
                 number += 1
                 results.append(
-                    (number, piece + b"\n" if len(piece) <= most_bytes else _too_long(start, len(piece) + 1, most_bytes))
+                    (number, piece + b"\n" if len(piece) <= max_row_bytes else _too_long(start, len(piece) + 1, max_row_bytes))
                 )
                 start += len(piece) + 1
-            if len(rest) > most_bytes:
-                size = len(rest) + _skip_line(stream)
+            if len(partial_line) > max_row_bytes:
+                size = len(partial_line) + _skip_line(stream)
                 number += 1
-                results.append((number, _too_long(start, size, most_bytes)))
-                start, rest = start + size, b""
+                results.append((number, _too_long(start, size, max_row_bytes)))
+                start, partial_line = start + size, b""
             yield results
-        if rest:
-            yield [(number + 1, rest if len(rest) <= most_bytes else _too_long(start, len(rest), most_bytes))]
+        if partial_line:
+            yield [
+                (
+                    number + 1,
+                    partial_line if len(partial_line) <= max_row_bytes else _too_long(start, len(partial_line), max_row_bytes),
+                )
+            ]
 
 
 def _skip_line(stream: Any) -> int:
@@ -246,14 +253,14 @@ def _skip_line(stream: Any) -> int:
     return size
 
 
-def _too_long(start: int, size: int, most: int) -> BadRecord:
-    return BadRecord("too_long", f"the row has {size:,} bytes; the limit is {most:,} (max_row_bytes)", start, size)
+def _too_long(start: int, size: int, max_row_bytes: int) -> BadRecord:
+    return BadRecord("too_long", f"the row has {size:,} bytes; the limit is {max_row_bytes:,} (max_row_bytes)", start, size)
 
 
-def _json_lines(path: Path, most_bytes: int) -> Iterator[RecordBlock]:
-    for found in lines(path, most_bytes):
+def _json_lines(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
+    for batch in lines(path, max_row_bytes):
         block = RecordBlock([], [])
-        for number, line in found:
+        for number, line in batch:
             if isinstance(line, bytes) and not line.strip():  # blank, or a byte-order mark alone
                 block.gaps[len(block.rows)] = block.gaps.get(len(block.rows), b"") + line
             else:
@@ -290,9 +297,9 @@ def parsed(row: Any, choice: ComparedFields | None) -> Any:
 class _Lines:
     """Lines of a CSV file as text for `csv.reader`, which remembers the bytes that each record took."""
 
-    def __init__(self, path: Path, most_bytes: int) -> None:
-        self._lines = (line for found in lines(path, most_bytes) for line in found)
-        self.taken: list[bytes] = []
+    def __init__(self, path: Path, max_row_bytes: int) -> None:
+        self._lines = (line for batch in lines(path, max_row_bytes) for line in batch)
+        self.raw_lines: list[bytes] = []
         self.too_long: BadRecord | None = None
         self.number = 0
 
@@ -303,13 +310,13 @@ class _Lines:
                 self.too_long = line
                 yield "\n"
                 continue
-            self.taken.append(line)
+            self.raw_lines.append(line)
             yield line.decode("utf-8-sig" if self.number == 1 else "utf-8", "surrogateescape")
 
     def take(self) -> bytes:
-        taken = b"".join(self.taken)
-        self.taken.clear()
-        return taken
+        raw = b"".join(self.raw_lines)
+        self.raw_lines.clear()
+        return raw
 
 
 class CsvRow(NamedTuple):
@@ -319,15 +326,15 @@ class CsvRow(NamedTuple):
     fields: dict[str, str] | BadRecord
 
 
-def _csv(path: Path, most_bytes: int) -> Iterator[RecordBlock]:
+def _csv(path: Path, max_row_bytes: int) -> Iterator[RecordBlock]:
     """The first block holds the header as its gap at 0."""
-    csv.field_size_limit(max(csv.field_size_limit(), most_bytes))
-    source = _Lines(path, most_bytes)
+    csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
+    source = _Lines(path, max_row_bytes)
     reader = csv.reader(source, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     names: list[str] | None = None
-    block, size, begin = RecordBlock([], []), 0, 1
+    block, size, first_line = RecordBlock([], []), 0, 1
     while True:
-        begin = source.number + 1
+        first_line = source.number + 1
         try:
             values = next(reader)
             problem = None
@@ -344,7 +351,7 @@ def _csv(path: Path, most_bytes: int) -> Iterator[RecordBlock]:
             names = [name.strip() for name in values]
             block.gaps[0] = block.gaps.get(0, b"") + raw
         else:
-            block.lines.append(begin)
+            block.lines.append(first_line)
             block.rows.append(CsvRow(raw, problem or _csv_fields(names or [], values)))
             size += len(raw)
         if size > BLOCK_BYTES:
@@ -364,8 +371,8 @@ def _csv_fields(names: list[str], values: list[str]) -> dict[str, str] | BadReco
 def _json(path: Path) -> Iterator[RecordBlock]:
     rows = json_rows(json_value(path))
     for first in range(0, len(rows), _PARQUET_ROWS):
-        some = rows[first : first + _PARQUET_ROWS]
-        yield RecordBlock(list(range(first + 1, first + 1 + len(some))), some)
+        chunk = rows[first : first + _PARQUET_ROWS]
+        yield RecordBlock(list(range(first + 1, first + 1 + len(chunk))), chunk)
 
 
 def json_value(path: Path) -> Any:

@@ -135,13 +135,13 @@ def resolve(
     if unit != "auto":
         return Shingling(unit, size or SIZES[unit], "as asked")
     median, numbers = _profile(texts)
-    said = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
+    reason = f"the median row has {median:g} words, {numbers:.0%} of all words hold digits"
     chosen: Unit = (
         "characters" if median < SHORT_WORDS and (joined_fields >= RECORD_FIELDS or numbers >= NUMBERS_SHARE) else "words"
     )
     if joined_fields:
-        said += f", and rows join {joined_fields} fields"
-    return Shingling(chosen, size or SIZES[chosen], said)
+        reason += f", and rows join {joined_fields} fields"
+    return Shingling(chosen, size or SIZES[chosen], reason)
 
 
 def _profile(texts: Sequence[str]) -> tuple[float, float]:
@@ -157,9 +157,9 @@ def _profile(texts: Sequence[str]) -> tuple[float, float]:
     return (float(np.median(words)), numbers / int(words.sum())) if len(words) else (0.0, 0.0)
 
 
-def sketch(texts: Sequence[str], how: Shingling) -> Sketches:
+def sketch(texts: Sequence[str], shingling: Shingling) -> Sketches:
     """Shingle sets and content digests of a batch of N texts. Pure: batches may be made anywhere and joined."""
-    return Sketches.joined([_sketch(chunk, how) for chunk in _chunks(texts)])
+    return Sketches.joined([_sketch(chunk, shingling) for chunk in _chunks(texts)])
 
 
 def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
@@ -173,20 +173,20 @@ def _chunks(texts: Sequence[str]) -> list[Sequence[str]]:
     return [*chunks, texts[first:]] if first < len(texts) else chunks
 
 
-def _sketch(texts: Sequence[str], how: Shingling) -> Sketches:
+def _sketch(texts: Sequence[str], shingling: Shingling) -> Sketches:
     buffer, offsets = _normal(texts)
-    if how.unit == "words":
+    if shingling.unit == "words":
         starts, ends = _words(buffer)
         letters: NDArray[Any] = mixed(_spans(buffer, starts, ends))
         bounds = np.searchsorted(starts, offsets)
-        rows, first, last = _windows(bounds, how.size)
+        rows, first, last = _windows(bounds, shingling.size)
     else:
         letters = buffer
         marks = np.append(np.flatnonzero((buffer & 0xC0) != 0x80), len(buffer))  # where characters begin
-        rows, first, last = _windows(np.searchsorted(marks, offsets), how.size)
+        rows, first, last = _windows(np.searchsorted(marks, offsets), shingling.size)
         first, last = marks[first], marks[last]
     hashes = mixed(_spans(letters, first, last)) & ~_NUMBER_BIT
-    if how.unit == "words":
+    if shingling.unit == "words":
         numbers = _numbers(buffer, starts)
         rows = np.append(rows, np.searchsorted(bounds, numbers, side="right") - 1)
         hashes = np.append(hashes, mixed(letters[numbers]) | _NUMBER_BIT)
@@ -248,7 +248,7 @@ def _plain(text: str) -> bytes:
     """UTF-8 of a text in which bytes alone decide what is a word."""
     if text.isascii():
         return text.encode()
-    text = unicodedata.normalize("NFKC", _ODD.sub(lambda odd: _PLAIN[odd[0]], text)).casefold()
+    text = unicodedata.normalize("NFKC", _ODD.sub(lambda match: _PLAIN[match[0]], text)).casefold()
     text = " ".join(text.split())  # spaces that are no ASCII
     return _ALONE.sub(r" \1 ", text).encode("utf-8", "replace")
 
@@ -277,31 +277,31 @@ def _normal(texts: Sequence[str]) -> tuple[U8, I64]:
     raw = np.frombuffer(b" " + b"  ".join(parts) + b" ", np.uint8)
     lengths = np.fromiter(map(len, parts), np.int64, len(parts)) + 2
     lookup, lower = _classes()
-    alone, letter = _roles(raw, lookup[raw])
-    ends_word = alone | letter
-    ends_word[:-1] &= ~(letter[:-1] & letter[1:])
-    solid = alone | letter
+    is_single, is_letter = _roles(raw, lookup[raw])
+    ends_word = is_single | is_letter
+    ends_word[:-1] &= ~(is_letter[:-1] & is_letter[1:])
+    solid = is_single | is_letter
     written = np.zeros(len(raw) + 1, np.int64)
     np.cumsum(solid.view(np.uint8) + ends_word.view(np.uint8), out=written[1:])
     out = np.full(int(written[-1]), ord(" "), np.uint8)
-    places = np.flatnonzero(solid)
-    out[written[places]] = lower[raw[places]]
+    positions = np.flatnonzero(solid)
+    out[written[positions]] = lower[raw[positions]]
     return out, written[offsets_of(lengths)]
 
 
 def _roles(raw: U8, classes: U8) -> tuple[Mask, Mask]:
     """Which bytes are words of their own, and which are letters of a longer one; the rest parts words."""
-    letter = (classes == _WORD) | (classes == _DIGIT)
-    alone = (classes == _SYMBOL) | (classes == _CLOSING)
+    is_letter = (classes == _WORD) | (classes == _DIGIT)
+    is_single = (classes == _SYMBOL) | (classes == _CLOSING)
     marks = np.flatnonzero((classes == _STOP) | (classes == _QUOTE))  # few, and never the first or last byte
-    mark, before, after = classes[marks], classes[marks - 1], classes[marks + 1]
-    between_letters = letter[marks - 1] & letter[marks + 1]
+    mark_class, before, after = classes[marks], classes[marks - 1], classes[marks + 1]
+    between_letters = is_letter[marks - 1] & is_letter[marks + 1]
     between_digits = (before == _DIGIT) & (after == _DIGIT)
-    joins = (between_letters & ((raw[marks] == ord(".")) | (raw[marks] == ord("'")))) | (between_digits & (mark == _STOP))
-    counts = (mark == _STOP) & ~between_letters & ~np.isin(after, (_SPACE, _QUOTE, _CLOSING, _STOP))
-    letter[marks[joins]] = True
-    alone[marks[counts]] = True
-    return alone, letter
+    joins = (between_letters & ((raw[marks] == ord(".")) | (raw[marks] == ord("'")))) | (between_digits & (mark_class == _STOP))
+    counts = (mark_class == _STOP) & ~between_letters & ~np.isin(after, (_SPACE, _QUOTE, _CLOSING, _STOP))
+    is_letter[marks[joins]] = True
+    is_single[marks[counts]] = True
+    return is_single, is_letter
 
 
 LEVELS = 31
@@ -310,18 +310,18 @@ CHUNK = 1 << 21
 _COUNTED = 1 << 23
 
 
-def spans(offsets: I64, rows: I64, most: int = CHUNK) -> Iterator[I64]:
-    """Runs of `rows` whose sets hold about `most` shingles together."""
+def spans(offsets: I64, rows: I64, max_shingles: int = CHUNK) -> Iterator[I64]:
+    """Runs of `rows` whose sets hold about `max_shingles` shingles together."""
     ends = np.cumsum(offsets[rows + 1] - offsets[rows])
     first = 0
     while first < len(rows):
         base = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, base + most, side="right")))
+        last = max(first + 1, int(np.searchsorted(ends, base + max_shingles, side="right")))
         yield rows[first:last]
         first = last
 
 
-def gathered(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
+def shingle_positions(offsets: I64, rows: I64) -> tuple[I64 | slice, I64]:
     """Places of the shingles of `rows`, row after row (a slice where they stand so), and the sizes of their sets."""
     sizes = offsets[rows + 1] - offsets[rows]
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) == 1 or (np.diff(rows) == 1).all()):
@@ -351,20 +351,20 @@ def common_shingles(shingles: U32, offsets: I64, rows: I64, limit: int) -> Frequ
     for first in range(0, len(shingles), _COUNTED):
         table += np.bincount(shingles[first : first + _COUNTED] >> shift, minlength=len(table))
     suspicious = table > limit
-    asked = np.zeros(len(offsets) - 1, bool)
-    asked[rows] = True
+    is_counted = np.zeros(len(offsets) - 1, bool)
+    is_counted[rows] = True
     values, counts = np.empty(0, np.uint32), np.empty(0, np.int64)
     for first in range(0, len(shingles), CHUNK):
         chunk = np.asarray(shingles[first : first + CHUNK])
-        places = np.flatnonzero(suspicious[chunk >> shift])
-        if len(rows) < len(asked):
-            places = places[asked[np.searchsorted(offsets, places + first, side="right") - 1]]
-        more, times = np.unique(chunk[places], return_counts=True)
-        values, inverse = np.unique(np.concatenate([values, more]), return_inverse=True)
-        counts = np.bincount(inverse.ravel(), np.concatenate([counts, times]), len(values)).astype(np.int64)
-    over = counts > limit
-    level = 1 + np.floor(2 * np.log2(counts[over] / limit))
-    return FrequentShingles(values[over], np.minimum(level, LEVELS).astype(np.uint8))
+        positions = np.flatnonzero(suspicious[chunk >> shift])
+        if len(rows) < len(is_counted):
+            positions = positions[is_counted[np.searchsorted(offsets, positions + first, side="right") - 1]]
+        new_values, new_counts = np.unique(chunk[positions], return_counts=True)
+        values, inverse = np.unique(np.concatenate([values, new_values]), return_inverse=True)
+        counts = np.bincount(inverse.ravel(), np.concatenate([counts, new_counts]), len(values)).astype(np.int64)
+    is_common = counts > limit
+    level = 1 + np.floor(2 * np.log2(counts[is_common] / limit))
+    return FrequentShingles(values[is_common], np.minimum(level, LEVELS).astype(np.uint8))
 
 
 def levels(shingles: U32, common: FrequentShingles) -> U8:
@@ -373,13 +373,13 @@ def levels(shingles: U32, common: FrequentShingles) -> U8:
     if not len(common.shingles):
         return result
     shift = np.uint32(32 - _TABLE_BITS)
-    perhaps = np.zeros(1 << _TABLE_BITS, bool)
-    perhaps[common.shingles >> shift] = True
+    may_be_common = np.zeros(1 << _TABLE_BITS, bool)
+    may_be_common[common.shingles >> shift] = True
     for first in range(0, len(shingles), CHUNK):
         chunk = np.asarray(shingles[first : first + CHUNK])
-        maybe = np.flatnonzero(perhaps[chunk >> shift])
-        place = np.minimum(np.searchsorted(common.shingles, chunk[maybe]), len(common.shingles) - 1)
-        result[first + maybe] = np.where(common.shingles[place] == chunk[maybe], common.level[place], 0)
+        candidates = np.flatnonzero(may_be_common[chunk >> shift])
+        index = np.minimum(np.searchsorted(common.shingles, chunk[candidates]), len(common.shingles) - 1)
+        result[first + candidates] = np.where(common.shingles[index] == chunk[candidates], common.level[index], 0)
     return result
 
 
@@ -412,13 +412,13 @@ class Sets:
         common = np.diff(self.offsets) - self.own_sizes
         return np.where(common, np.maximum(np.round(total / np.maximum(common, 1)) - _CUT, 1), 0).astype(np.uint8)
 
-    def sums(self, of: Any) -> I64:
+    def sums(self, values_of: Any) -> I64:
         """(N,) sums over each row of `of(shingles, level)`, a stretch at a time: memory-mapped sets stay on disk."""
         sums = np.zeros(len(self.offsets) - 1, np.int64)
         rows = np.searchsorted(self.offsets, np.arange(0, len(self.shingles), CHUNK), side="right") - 1
         for first, last in zip(rows, [*rows[1:], len(sums)], strict=True):
             begin, end = int(self.offsets[first]), int(self.offsets[last])
-            values: NDArray[Any] = of(np.asarray(self.shingles[begin:end]), self.level[begin:end])
+            values: NDArray[Any] = values_of(np.asarray(self.shingles[begin:end]), self.level[begin:end])
             total = np.zeros(end - begin + 1, np.int64)
             np.cumsum(values, out=total[1:])
             sums[first:last] = np.diff(total[self.offsets[first : last + 1] - begin])

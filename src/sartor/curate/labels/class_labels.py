@@ -25,14 +25,15 @@ _FENCE = re.compile(r"^```[\w-]*\s*\n(.*?)\n?```\s*$", re.DOTALL)
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """`labels`: of each row, None where it has none. `chosen` is the form that was used (`json:intent`), `why` a sentence.
+    """`labels`: of each row, None where it has none. `form` is the form that was used (`json:intent`), `explanation` a
+    sentence.
 
     `others` are forms that would do as well. `spelling` gives a label as the first row with it wrote it.
     """
 
     labels: list[str | None]
-    chosen: str
-    why: str
+    form: str
+    explanation: str
     others: tuple[str, ...] = ()
     spelling: Mapping[str, str] = field(default_factory=dict)
 
@@ -60,7 +61,7 @@ def find(replies: Sequence[str], form: str = "auto") -> ClassLabels:
         return ClassLabels([None] * len(replies), form, "as the recipe says: replies are free text")
     reader = _json_reader(rest) if kind == "json" else _pattern_reader(rest) if kind == "regex" else as_label
     labels = [reader(reply) for reply in replies]
-    return ClassLabels(labels, form, _counted(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
+    return ClassLabels(labels, form, _explanation(labels, "as the recipe says"), spelling=_spelling(labels, replies, form))
 
 
 def as_label(text: str) -> str | None:
@@ -80,8 +81,8 @@ def with_label(reply: str, form: str, label: str) -> str | None:
         return None
     row = json.loads(body)
     _put(row, name, label)
-    said = json.dumps(row, ensure_ascii=False)
-    return text.replace(body, said, 1) if fenced else said
+    new_body = json.dumps(row, ensure_ascii=False)
+    return text.replace(body, new_body, 1) if fenced else new_body
 
 
 def _put(row: dict[str, Any], name: str, label: str) -> None:
@@ -95,20 +96,20 @@ def _put(row: dict[str, Any], name: str, label: str) -> None:
 
 def _auto(replies: Sequence[str]) -> ClassLabels:
     objects = [_object(reply) for reply in replies]
-    found = list(_json_fields(objects, len(replies)))
-    if found:
-        best = min(found, key=lambda name: (_rank(name), found.index(name)))
+    field_names = list(_json_fields(objects, len(replies)))
+    if field_names:
+        best = min(field_names, key=lambda name: (_rank(name), field_names.index(name)))
         labels = [None if row is None or best not in row else _value(row[best]) for row in objects]
-        others = tuple(f"json:{name}" for name in found if name != best)
-        return ClassLabels(labels, f"json:{best}", _counted(labels, f"the field {best!r} of JSON replies"), others)
+        others = tuple(f"json:{name}" for name in field_names if name != best)
+        return ClassLabels(labels, f"json:{best}", _explanation(labels, f"the field {best!r} of JSON replies"), others)
     labels = [as_label(reply) if _is_short(reply) else None for reply in replies]
     if _is_labelling(labels, len(replies)):
-        seen = Counter(labels)
-        once = sum(1 for label, count in seen.items() if label is not None and count == 1)
-        if once > ONCE * len(labels):  # labels among answers of many kinds: what stands once is an answer
-            labels = [label if seen[label] > 1 else None for label in labels]
+        label_counts = Counter(labels)
+        single_count = sum(1 for label, count in label_counts.items() if label is not None and count == 1)
+        if single_count > ONCE * len(labels):  # labels among answers of many kinds: what stands once is an answer
+            labels = [label if label_counts[label] > 1 else None for label in labels]
         spelling = _spelling(labels, replies, "reply")
-        return ClassLabels(labels, "reply", _counted(labels, "short replies, as a whole"), spelling=spelling)
+        return ClassLabels(labels, "reply", _explanation(labels, "short replies, as a whole"), spelling=spelling)
     reason = "no field of a JSON reply and no short reply has few, repeated values: replies are compared as free text"
     return ClassLabels([None] * len(replies), "text", reason)
 
@@ -119,12 +120,12 @@ def _rank(name: str) -> int:
 
 
 def _spelling(labels: Sequence[str | None], replies: Sequence[str], form: str) -> dict[str, str]:
-    result: dict[str, str] = {}
+    spelling: dict[str, str] = {}
     if form == "reply":
         for label, reply in zip(labels, replies, strict=True):
             if label is not None:
-                result.setdefault(label, reply.strip())
-    return result
+                spelling.setdefault(label, reply.strip())
+    return spelling
 
 
 def _json_fields(objects: Sequence[Mapping[str, Any] | None], rows: int) -> Iterable[str]:
@@ -135,16 +136,18 @@ def _json_fields(objects: Sequence[Mapping[str, Any] | None], rows: int) -> Iter
             if isinstance(value, (str, bool, int)) and len(str(value)) <= SHORT_CHARACTERS:
                 values.setdefault(name, Counter())[_value(value)] += 1
     present = sum(1 for row in objects if row is not None)
-    for name, seen in values.items():
-        total = seen.total()
-        if total >= ENOUGH * rows and total >= 0.8 * present and 2 <= len(seen) <= total / REPEATED:
+    for name, value_counts in values.items():
+        total = value_counts.total()
+        if total >= ENOUGH * rows and total >= 0.8 * present and 2 <= len(value_counts) <= total / REPEATED:
             yield name
 
 
 def _is_labelling(labels: Sequence[str | None], rows: int) -> bool:
-    seen = Counter(label for label in labels if label is not None)
-    repeated = [count for count in seen.values() if count > 1]
-    return sum(repeated) >= ENOUGH * rows and len(seen) >= 2 and sum(repeated) >= REPEATED * len(repeated)
+    label_counts = Counter(label for label in labels if label is not None)
+    repeat_counts = [count for count in label_counts.values() if count > 1]
+    return (
+        sum(repeat_counts) >= ENOUGH * rows and len(label_counts) >= 2 and sum(repeat_counts) >= REPEATED * len(repeat_counts)
+    )
 
 
 def _is_short(reply: str) -> bool:
@@ -153,9 +156,9 @@ def _is_short(reply: str) -> bool:
     return len(reply) <= SHORT_CHARACTERS and words <= SHORT_WORDS and not is_sentence
 
 
-def _counted(labels: Sequence[str | None], what: str) -> str:
-    seen = Counter(label for label in labels if label is not None)
-    return f"{what}: {len(seen):,} values in {seen.total():,} of {len(labels):,} rows"
+def _explanation(labels: Sequence[str | None], description: str) -> str:
+    label_counts = Counter(label for label in labels if label is not None)
+    return f"{description}: {len(label_counts):,} values in {label_counts.total():,} of {len(labels):,} rows"
 
 
 def _json_reader(name: str) -> Callable[[str], str | None]:
@@ -190,11 +193,11 @@ def _object(reply: str) -> dict[str, Any] | None:
     return dict(_flat(row, "", DEPTH)) if isinstance(row, dict) else None
 
 
-def _flat(row: Mapping[str, Any], before: str, depth: int) -> Iterable[tuple[str, Any]]:
+def _flat(row: Mapping[str, Any], prefix: str, depth: int) -> Iterable[tuple[str, Any]]:
     for key, value in row.items():
-        yield f"{before}{key}", value
+        yield f"{prefix}{key}", value
         if isinstance(value, dict) and depth > 1:
-            yield from _flat(value, f"{before}{key}.", depth - 1)
+            yield from _flat(value, f"{prefix}{key}.", depth - 1)
 
 
 def _value(value: Any) -> str:

@@ -61,22 +61,22 @@ def out_of_fold_probabilities(features: LabelFeatures, labels: I64, groups: I64,
     """
     count = int(labels.max()) + 1
     folds = assign_folds(labels, groups, seed)
-    taught = min(len(labels), max(DENSE_WORK // count, 1))
-    if taught < min(len(labels), ROWS_PER_CLASS * count):
-        return _of_many(features.vectors, labels, folds, count)
+    sample_size = min(len(labels), max(DENSE_WORK // count, 1))
+    if sample_size < min(len(labels), ROWS_PER_CLASS * count):
+        return _many_classes(features.vectors, labels, folds, count)
     columns = features.columns
     sparse = columns is not None and columns.nnz * count <= SPARSE_WORK
     rows = _beside(columns, features.vectors) if sparse else features.vectors
-    found = _Collected(len(labels), count)
+    top_classes = _TopClasses(len(labels), count)
     rng = np.random.default_rng(seed)
     for fold in range(int(folds.max()) + 1):
-        outside, inside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        if len(outside) > taught:
-            outside = np.sort(rng.choice(outside, taught, replace=False))
-        for places, block in _fitted(rows, labels, outside, inside, 10.0 if sparse else 30.0):
-            found.put(places, *block)
-    what = "words, pieces of words and vectors" if sparse else "vectors"
-    return found.likely(f"logistic regression over {what}, {int(folds.max()) + 1} folds")
+        train_indices, test_indices = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        if len(train_indices) > sample_size:
+            train_indices = np.sort(rng.choice(train_indices, sample_size, replace=False))
+        for indices, block in _fitted(rows, labels, train_indices, test_indices, 10.0 if sparse else 30.0):
+            top_classes.put(indices, *block)
+    feature_names = "words, pieces of words and vectors" if sparse else "vectors"
+    return top_classes.likely(f"logistic regression over {feature_names}, {int(folds.max()) + 1} folds")
 
 
 def assign_folds(labels: I64, groups: I64, seed: int) -> I64:
@@ -88,45 +88,47 @@ def assign_folds(labels: I64, groups: I64, seed: int) -> I64:
     return fold[inverse.ravel()]
 
 
-class _Collected:
+class _TopClasses:
     """The KEPT most likely classes of each row, put together block by block."""
 
     def __init__(self, rows: int, count: int) -> None:
-        kept = min(KEPT, count)
+        top_count = min(KEPT, count)
         self.count = count
-        self.classes = np.tile(np.arange(kept), (rows, 1))
-        self.probabilities = np.zeros((rows, kept), np.float32)
+        self.classes = np.tile(np.arange(top_count), (rows, 1))
+        self.probabilities = np.zeros((rows, top_count), np.float32)
         self.given = np.zeros(rows, np.float32)
 
-    def put(self, places: I64, classes: I64, block: Any, labels: I64) -> None:
-        """`block` (P, C) are the probabilities of `classes` (C,) for the rows `places` (P,)."""
-        whole = np.zeros((len(places), self.count), np.float32)
+    def put(self, indices: I64, classes: I64, block: Any, labels: I64) -> None:
+        """`block` (P, C) are the probabilities of `classes` (C,) for the rows `indices` (P,)."""
+        whole = np.zeros((len(indices), self.count), np.float32)
         whole[:, classes] = block
         best = np.argsort(-whole, axis=1, kind="stable")[:, : self.classes.shape[1]]
-        self.classes[places] = best
-        self.probabilities[places] = np.take_along_axis(whole, best, axis=1)
-        self.given[places] = whole[np.arange(len(places)), labels[places]]
+        self.classes[indices] = best
+        self.probabilities[indices] = np.take_along_axis(whole, best, axis=1)
+        self.given[indices] = whole[np.arange(len(indices)), labels[indices]]
 
     def likely(self, method: str) -> Likely:
         return Likely(self.classes, self.probabilities, self.given, method)
 
 
-def _fitted(rows: Any, labels: I64, outside: I64, inside: I64, strength: float) -> Iterator[tuple[I64, tuple[I64, Any, I64]]]:
+def _fitted(
+    rows: Any, labels: I64, train_indices: I64, test_indices: I64, strength: float
+) -> Iterator[tuple[I64, tuple[I64, Any, I64]]]:
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    known = np.unique(labels[outside])
-    if len(known) == 1:
-        yield inside, (known, np.ones((len(inside), 1)), labels)
+    known_classes = np.unique(labels[train_indices])
+    if len(known_classes) == 1:
+        yield test_indices, (known_classes, np.ones((len(test_indices), 1)), labels)
         return
     model = LogisticRegression(C=strength, max_iter=100, tol=1e-3)
     # many small products: more threads than one spend their time waiting for each other, and ten times that on a busy machine
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # a hundred rounds are enough for a ranking, converged or not
-        model.fit(rows[outside], labels[outside])
-    for start in range(0, len(inside), _BLOCK):
-        places = inside[start : start + _BLOCK]
-        yield places, (model.classes_, model.predict_proba(rows[places]), labels)
+        model.fit(rows[train_indices], labels[train_indices])
+    for start in range(0, len(test_indices), _BLOCK):
+        indices = test_indices[start : start + _BLOCK]
+        yield indices, (model.classes_, model.predict_proba(rows[indices]), labels)
 
 
 def _beside(columns: Any, vectors: F32) -> Any:
@@ -135,21 +137,21 @@ def _beside(columns: Any, vectors: F32) -> Any:
     return scipy.sparse.hstack([columns, scipy.sparse.csr_matrix(vectors)], format="csr", dtype=np.float64)
 
 
-def _of_many(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
+def _many_classes(vectors: F32, labels: I64, folds: I64, count: int) -> Likely:
     """For thousands of classes: the mean of a least-squares fit, solved at once, and the votes of the nearest rows."""
-    found = _Collected(len(labels), count)
+    top_classes = _TopClasses(len(labels), count)
     for fold in range(int(folds.max()) + 1):
-        outside, inside = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        weights = _least_squares(vectors[outside], labels[outside], count)
-        block = max(1, min(_BLOCK, _CELLS // max(len(outside), count)))
-        for start in range(0, len(inside), block):
-            places = inside[start : start + block]
-            scores = SOFTNESS * (vectors[places] @ weights)
-            fitted = np.exp(scores - scores.max(1, keepdims=True))
-            fitted /= fitted.sum(1, keepdims=True)
-            fitted += _votes(vectors[places], vectors[outside], labels[outside], count)
-            found.put(places, np.arange(count), fitted / 2, labels)
-    return found.likely(f"least squares and the {NEIGHBOURS} nearest rows, {int(folds.max()) + 1} folds")
+        train_indices, test_indices = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        weights = _least_squares(vectors[train_indices], labels[train_indices], count)
+        block = max(1, min(_BLOCK, _CELLS // max(len(train_indices), count)))
+        for start in range(0, len(test_indices), block):
+            indices = test_indices[start : start + block]
+            scores = SOFTNESS * (vectors[indices] @ weights)
+            probabilities = np.exp(scores - scores.max(1, keepdims=True))
+            probabilities /= probabilities.sum(1, keepdims=True)
+            probabilities += _votes(vectors[indices], vectors[train_indices], labels[train_indices], count)
+            top_classes.put(indices, np.arange(count), probabilities / 2, labels)
+    return top_classes.likely(f"least squares and the {NEIGHBOURS} nearest rows, {int(folds.max()) + 1} folds")
 
 
 def _least_squares(rows: F32, labels: I64, count: int) -> F32:
@@ -162,9 +164,9 @@ def _least_squares(rows: F32, labels: I64, count: int) -> F32:
 
 def _votes(rows: F32, others: F32, labels: I64, count: int) -> F32:
     """(P, K) labels of the NEIGHBOURS nearest of other rows, weighted by nearness."""
-    most = min(NEIGHBOURS, len(others))
+    neighbour_count = min(NEIGHBOURS, len(others))
     likeness = rows @ others.T
-    near = np.argpartition(-likeness, most - 1, axis=1)[:, :most]
+    near = np.argpartition(-likeness, neighbour_count - 1, axis=1)[:, :neighbour_count]
     weights = np.exp(SHARPNESS * (np.take_along_axis(likeness, near, axis=1) - 1))
     votes = np.zeros((len(rows), count), np.float32)
     np.add.at(votes, (np.arange(len(rows))[:, None], labels[near]), weights)
@@ -182,8 +184,8 @@ _BLOCK_CELLS = 20_000_000
 class LabelQuality:
     """Of N rows: `quality` 0..1 (how likely the given label is), the likeliest other class, and whether it looks wrong.
 
-    `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged, `why` says
-    why nothing could be judged where that is so.
+    `estimated_errors` is confident learning's count of wrong labels (Northcutt et al. 2021), `method` what judged, `reason`
+    says why nothing could be judged where that is so.
     """
 
     quality: NDArray[np.float64]
@@ -191,7 +193,7 @@ class LabelQuality:
     wrong: NDArray[np.bool_]
     estimated_errors: int = 0
     method: str = "none"
-    why: str = ""
+    reason: str = ""
 
 
 def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, seed: int = 0) -> LabelQuality:
@@ -199,12 +201,12 @@ def confident_learning(prompts: Sequence[str], vectors: Any, labels: I64, *, see
     count = int(labels.max(initial=-1)) + 1
     groups = number(prompts)
     distinct = int(groups.max(initial=-1)) + 1
-    for few, least, what in ((len(labels), LEAST_ROWS, "rows"), (distinct, 2, "prompts"), (count, 2, "labels")):
-        if few < least:
-            reason = f"{few} different {what}" if what != "rows" else f"{few} rows"
+    for available, minimum, noun in ((len(labels), LEAST_ROWS, "rows"), (distinct, 2, "prompts"), (count, 2, "labels")):
+        if available < minimum:
+            reason = f"{available} different {noun}" if noun != "rows" else f"{available} rows"
             blank = np.zeros(len(labels), np.int64)
             return LabelQuality(
-                np.ones(len(labels)), blank, blank > 0, why=f"{reason}; it takes at least {least} to judge labels"
+                np.ones(len(labels)), blank, blank > 0, reason=f"{reason}; it takes at least {minimum} to judge labels"
             )
     features = LabelFeatures(vectors, _columns(prompts))
     likely = _with_same_prompts(out_of_fold_probabilities(features, labels, groups, seed=seed), labels, groups)
@@ -230,11 +232,11 @@ def _columns(prompts: Sequence[str]) -> Any:
 
     if len(prompts) > encoders.CHUNK:
         return None
-    found = encoders.counts(prompts).multiply(encoders.rarity(prompts)).tocsr()
-    half = found.shape[1] // 2
-    found = hstack([normalize(found[:, :half]), normalize(found[:, half:])], format="csr")
-    having = np.bincount(found.indices, minlength=found.shape[1])
-    return found[:, np.sort(np.argsort(-having, kind="stable")[: min(MOST_COLUMNS, int((having > 1).sum()))])]
+    features = encoders.counts(prompts).multiply(encoders.rarity(prompts)).tocsr()
+    half = features.shape[1] // 2
+    features = hstack([normalize(features[:, :half]), normalize(features[:, half:])], format="csr")
+    row_counts = np.bincount(features.indices, minlength=features.shape[1])
+    return features[:, np.sort(np.argsort(-row_counts, kind="stable")[: min(MOST_COLUMNS, int((row_counts > 1).sum()))])]
 
 
 def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
@@ -259,15 +261,15 @@ def _with_same_prompts(likely: Likely, labels: I64, groups: I64) -> Likely:
 def _commonest(pairs: I64, counts: I64, base: int, groups: int) -> I64:
     """(groups,) the most frequent label of each group."""
     order = np.argsort(counts, kind="stable")
-    result = np.zeros(groups, np.int64)
-    result[pairs[order] // base] = pairs[order] % base
-    return result
+    commonest = np.zeros(groups, np.int64)
+    commonest[pairs[order] // base] = pairs[order] % base
+    return commonest
 
 
 def _lone_labels(likely: Likely, labels: I64, count: int) -> Likely:
     """A label that no other row has is unknown to every fold: it is as likely as the model is unsure of all others."""
-    lone = np.bincount(labels, minlength=count)[labels] == 1
-    given = np.where(lone, (1 - likely.probabilities[:, 0]) / 2, likely.given).astype(np.float32)
+    is_lone = np.bincount(labels, minlength=count)[labels] == 1
+    given = np.where(is_lone, (1 - likely.probabilities[:, 0]) / 2, likely.given).astype(np.float32)
     return replace(likely, given=given)
 
 

@@ -46,64 +46,65 @@ class Disagreement:
     @property
     def estimated_errors(self) -> int:
         """Wrong replies at least: of two that contradict each other one is, of three the odd one."""
-        certain = np.flatnonzero(self.wrong)
-        return round(sum(0.5 if len(self.near[int(row)]) == 1 else 1.0 for row in certain))
+        wrong_rows = np.flatnonzero(self.wrong)
+        return round(sum(0.5 if len(self.near[int(row)]) == 1 else 1.0 for row in wrong_rows))
 
 
 def disagreement(
     prompts: Sequence[str], replies: Sequence[str], vectors: Any, *, likeness: float, agreement: float
 ) -> Disagreement:
     """Compare the replies of like prompts: a cosine of `likeness` and a share of words of `agreement` at least."""
-    asked, said = equivalence.reader(prompts), equivalence.reader(replies)
+    read_prompt, read_reply = equivalence.reader(prompts), equivalence.reader(replies)
     near: dict[int, list[tuple[int, float]]] = defaultdict(list)
     agrees: dict[tuple[int, int], float] = {}
     weights = equivalence.idf_weights(prompts)
     for a, b, _ in encoders.NearPairs(vectors, likeness, MOST_NEIGHBOURS):
-        verdict = equivalence.compare_texts(asked(a), asked(b), weights)
+        verdict = equivalence.compare_texts(read_prompt(a), read_prompt(b), weights)
         if verdict.objection or verdict.score < agreement:
             continue
-        agrees[a, b] = agrees[b, a] = replies_agree(said(a), said(b))
+        agrees[a, b] = agrees[b, a] = replies_agree(read_reply(a), read_reply(b))
         near[a].append((b, verdict.score))
         near[b].append((a, verdict.score))
     quality = np.ones(len(prompts))
     suggested = np.full(len(prompts), -1, np.int64)
-    for row, found in near.items():
-        quality[row] = (PRIOR * 0.5 + sum(agrees[row, other] for other, _ in found)) / (PRIOR + len(found))
+    for row, neighbours in near.items():
+        quality[row] = (PRIOR * 0.5 + sum(agrees[row, other] for other, _ in neighbours)) / (PRIOR + len(neighbours))
         if quality[row] < WRONG:
             # the neighbour that the other neighbours bear out; the nearest where none is
             suggested[row] = max(
-                found, key=lambda pair: (sum(agrees.get((pair[0], o), 0.0) for o, _ in found), pair[1], -pair[0])
+                neighbours,
+                key=lambda pair: (sum(agrees.get((pair[0], third), 0.0) for third, _ in neighbours), pair[1], -pair[0]),
             )[0]
     contradicting = sum(1 for (a, b), share in agrees.items() if a < b and share < WRONG)
     return Disagreement(quality, suggested, quality < WRONG, near, len(near), len(agrees) // 2, contradicting)
 
 
-def replies_agree(one: equivalence.Read, other: equivalence.Read) -> float:
+def replies_agree(first: equivalence.TextReading, second: equivalence.TextReading) -> float:
     """0..1: how far two replies to the same question agree. Other numbers, a negation or an opposite are a contradiction."""
     from rapidfuzz.distance import LCSseq
 
-    if one.tokens == other.tokens:
+    if first.tokens == second.tokens:
         return 1.0
-    if not one.tokens or not other.tokens:
+    if not first.tokens or not second.tokens:
         return 0.0
-    short, long = sorted((one, other), key=lambda read: len(read.tokens))
+    short, long = sorted((first, second), key=lambda read: len(read.tokens))
     if _contains(long.tokens, short.tokens):
         return 1.0
-    if one.numbers and other.numbers and not _is_within(one.numbers, other.numbers):
+    if first.numbers and second.numbers and not _is_within(first.numbers, second.numbers):
         return 0.0
-    if one.negations % 2 != other.negations % 2 or equivalence.opposite(one, other):
+    if first.negations % 2 != second.negations % 2 or equivalence.opposite(first, second):
         return 0.0
-    common = LCSseq.similarity(one.tokens, other.tokens)
-    return 2 * common / (len(one.tokens) + len(other.tokens))
+    common = LCSseq.similarity(first.tokens, second.tokens)
+    return 2 * common / (len(first.tokens) + len(second.tokens))
 
 
 def _contains(tokens: tuple[str, ...], part: tuple[str, ...]) -> bool:
     return f" {' '.join(part)} " in f" {' '.join(tokens)} " and len(part) >= 1 and not any(map(equivalence.is_negation, tokens))
 
 
-def _is_within(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _is_within(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
     """Whether all numbers of the shorter are in the longer."""
-    short, long = sorted((list(one), list(other)), key=len)
+    short, long = sorted((list(first), list(second)), key=len)
     for value in short:
         if value not in long:
             return False
@@ -164,12 +165,12 @@ class LabelRanking:
         return list(np.lexsort((np.arange(len(self.quality)), self.quality, unknown)).tolist())
 
 
-def table(gathered: StepInput, ruling: LabelRanking, most: int) -> Any:
-    """The first `most` rows of the queue as evidence."""
-    rows = ruling.ranked()[:most]
-    ids, locators = gathered.table["id"], gathered.table["locator"]
-    near = dict(_nearest(ruling, rows))
-    prompts = gathered.table["prompt"]
+def table(step_input: StepInput, ranking: LabelRanking, max_rows: int) -> Any:
+    """The first `max_rows` rows of the queue as evidence."""
+    rows = ranking.ranked()[:max_rows]
+    ids, locators = step_input.table["id"], step_input.table["locator"]
+    near = dict(_nearest(ranking, rows))
+    prompts = step_input.table["prompt"]
     return pa.Table.from_pylist(
         [
             {
@@ -177,13 +178,13 @@ def table(gathered: StepInput, ruling: LabelRanking, most: int) -> Any:
                 "id": ids[row].as_py(),
                 "locator": locators[row].as_py(),
                 "prompt": shortened(prompts[row].as_py()),
-                "given": shortened(ruling.given(row)),
-                "suggested": shortened(ruling.suggested.get(row, "")),
-                "score": float(ruling.quality[row]),
-                "looks_wrong": bool(ruling.wrong[row]),
-                "kind": ruling.kinds[row],
+                "given": shortened(ranking.given(row)),
+                "suggested": shortened(ranking.suggested.get(row, "")),
+                "score": float(ranking.quality[row]),
+                "looks_wrong": bool(ranking.wrong[row]),
+                "kind": ranking.kinds[row],
                 "evidence": [
-                    {"id": ids[other].as_py(), "label": shortened(ruling.given(other), 80), "likeness": likeness}
+                    {"id": ids[other].as_py(), "label": shortened(ranking.given(other), 80), "likeness": likeness}
                     for other, likeness in near.get(row, ())
                 ],
             }
@@ -193,22 +194,24 @@ def table(gathered: StepInput, ruling: LabelRanking, most: int) -> Any:
     )
 
 
-def _nearest(ruling: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+def _nearest(ranking: LabelRanking, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """(row, nearest rows): those that it was held against where these are known, else the nearest of those with a label."""
     for row in rows:
-        if row in ruling.near:
-            yield row, sorted(ruling.near[row], key=lambda pair: (-pair[1], pair[0]))[:SHOWN_NEIGHBOURS]
-    labelled = np.array([row for row, kind in enumerate(ruling.kinds) if kind == BY_LABEL], np.int64)
-    place = {row: number for number, row in enumerate(labelled.tolist())}
-    asked = np.array([place[row] for row in rows if row in place], np.int64)
-    for found, near, likeness in encoders.nearest(ruling.vectors[labelled], asked, SHOWN_NEIGHBOURS):
-        for row, who, how in zip(labelled[found].tolist(), labelled[near].tolist(), likeness.tolist(), strict=True):
-            yield row, [(other, score) for other, score in zip(who, how, strict=True) if score > 0]
+        if row in ranking.near:
+            yield row, sorted(ranking.near[row], key=lambda pair: (-pair[1], pair[0]))[:SHOWN_NEIGHBOURS]
+    labelled = np.array([row for row, kind in enumerate(ranking.kinds) if kind == BY_LABEL], np.int64)
+    positions = {row: number for number, row in enumerate(labelled.tolist())}
+    queries = np.array([positions[row] for row in rows if row in positions], np.int64)
+    for query_positions, near_positions, likeness in encoders.nearest(ranking.vectors[labelled], queries, SHOWN_NEIGHBOURS):
+        for row, neighbours, scores in zip(
+            labelled[query_positions].tolist(), labelled[near_positions].tolist(), likeness.tolist(), strict=True
+        ):
+            yield row, [(other, score) for other, score in zip(neighbours, scores, strict=True) if score > 0]
 
 
-def shortened(text: str, most: int = SHOWN_CHARACTERS) -> str:
+def shortened(text: str, max_characters: int = SHOWN_CHARACTERS) -> str:
     """A text cut for reading, with a sign that it was."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
 FEW = 5  # rows of a label under which the count of wrong ones is loose
@@ -226,59 +229,65 @@ class LabelSettings:
     seed: int
 
 
-def rank_labels(gathered: StepInput, settings: LabelSettings) -> LabelRanking:
+def rank_labels(step_input: StepInput, settings: LabelSettings) -> LabelRanking:
     """Judge rows with a label by their label, others by their replies where `label` is auto or text.
 
     Documents and rows with media are not judged.
     """
-    count = len(gathered)
-    replies, prompts = Texts(gathered.table["reply"]), Texts(gathered.table["prompt"])
-    documents = np.array(gathered.table["document"].to_pylist(), bool)
-    media = np.array(gathered.table["media"].to_pylist(), bool)
-    unread = documents | media
-    found = class_labels.find(list(replies), settings.label)
-    asked = _asked(without_frame(list(prompts)), Texts(gathered.table["system"]))
-    chosen = choose_encoder(settings.encoder)
-    gathered.notice(f"suspicious labels: the label is {found.chosen} ({found.why}); encoder {chosen.encoder.name}")
-    vectors = chosen.encoder.encode(asked) if count else np.zeros((0, 1), np.float32)
+    count = len(step_input)
+    replies, prompts = Texts(step_input.table["reply"]), Texts(step_input.table["prompt"])
+    documents = np.array(step_input.table["document"].to_pylist(), bool)
+    media = np.array(step_input.table["media"].to_pylist(), bool)
+    skipped = documents | media
+    row_labels = class_labels.find(list(replies), settings.label)
+    inputs = _label_inputs(without_frame(list(prompts)), Texts(step_input.table["system"]))
+    choice = choose_encoder(settings.encoder)
+    step_input.notice(
+        f"suspicious labels: the label is {row_labels.form} ({row_labels.explanation}); encoder {choice.encoder.name}"
+    )
+    vectors = choice.encoder.encode(inputs) if count else np.zeros((0, 1), np.float32)
 
     def given(row: int) -> str:
-        label = found.labels[row]
-        return replies[row] if label is None else found.spelling.get(label, label)
+        label = row_labels.labels[row]
+        return replies[row] if label is None else row_labels.spelling.get(label, label)
 
-    ruling = LabelRanking.blank(count, given, vectors)
-    labelled = np.array([label is not None for label in found.labels], bool) & ~unread
-    free = ~labelled & ~unread & (settings.label in ("auto", "text"))
-    facts: dict[str, Any] = {"label": found.chosen, "label_because": found.why, "other_labels": list(found.others)}
-    facts |= {**chosen.facts(), "documents": int(documents.sum()), "prompts_cut": sum(gathered.table["cut"].to_pylist())}
+    ranking = LabelRanking.blank(count, given, vectors)
+    labelled = np.array([label is not None for label in row_labels.labels], bool) & ~skipped
+    free_text = ~labelled & ~skipped & (settings.label in ("auto", "text"))
+    facts: dict[str, Any] = {
+        "label": row_labels.form,
+        "label_because": row_labels.explanation,
+        "other_labels": list(row_labels.others),
+    }
+    facts |= {**choice.facts(), "documents": int(documents.sum()), "prompts_cut": sum(step_input.table["cut"].to_pylist())}
     if media.any():
         facts["rows_with_media"] = int(media.sum())
-    facts |= _by_label(ruling, np.flatnonzero(labelled), asked, found, settings.seed)
-    likeness = chosen.likeness if settings.likeness is None else settings.likeness
-    facts |= _by_replies(ruling, np.flatnonzero(free), (prompts, replies), likeness, settings.agreement)
-    facts["not_judged"] = ruling.kinds.count(NOT_JUDGED)
-    facts["suspicious"] = int(ruling.wrong.sum())
+    facts |= _by_label(ranking, np.flatnonzero(labelled), inputs, row_labels, settings.seed)
+    likeness = choice.likeness if settings.likeness is None else settings.likeness
+    facts |= _by_replies(ranking, np.flatnonzero(free_text), (prompts, replies), likeness, settings.agreement)
+    facts["not_judged"] = ranking.kinds.count(NOT_JUDGED)
+    facts["suspicious"] = int(ranking.wrong.sum())
     facts["estimated_errors"] = facts.get("label_errors", 0) + facts.get("reply_errors", 0)
-    ruling.facts = facts
-    return ruling
+    ranking.facts = facts
+    return ranking
 
 
 def without_frame(prompts: list[str]) -> list[str]:
     """The prompts without the words that all of them begin and end with: an instruction says nothing about one row's label."""
     if len(prompts) < LEAST_ROWS:
         return prompts
-    before = os.path.commonprefix([min(prompts), max(prompts)])
-    turned = [prompt[::-1] for prompt in prompts]
-    after = os.path.commonprefix([min(turned), max(turned)])
+    prefix = os.path.commonprefix([min(prompts), max(prompts)])
+    reversed_prompts = [prompt[::-1] for prompt in prompts]
+    suffix = os.path.commonprefix([min(reversed_prompts), max(reversed_prompts)])
     # whole words only, and something must be left of the shortest
-    start = len(before) - len(before.split()[-1]) if before.split() and not before[-1].isspace() else len(before)
-    end = len(after) - len(after.split()[-1]) if after.split() and not after[-1].isspace() else len(after)
+    start = len(prefix) - len(prefix.split()[-1]) if prefix.split() and not prefix[-1].isspace() else len(prefix)
+    end = len(suffix) - len(suffix.split()[-1]) if suffix.split() and not suffix[-1].isspace() else len(suffix)
     if start + end >= min(map(len, prompts)):
         return prompts
     return [prompt[start : len(prompt) - end] for prompt in prompts]
 
 
-def _asked(prompts: Sequence[str], systems: Texts) -> list[str]:
+def _label_inputs(prompts: Sequence[str], systems: Texts) -> list[str]:
     """What labels are judged by: the prompt, after the start of what the system is told where that is not one and the same."""
     if len(Counter(systems)) <= 1:
         return list(prompts)
@@ -288,33 +297,33 @@ def _asked(prompts: Sequence[str], systems: Texts) -> list[str]:
 
 
 def _by_label(
-    ruling: LabelRanking, rows: I64, asked: Sequence[str], found: class_labels.ClassLabels, seed: int
+    ranking: LabelRanking, rows: I64, inputs: Sequence[str], row_labels: class_labels.ClassLabels, seed: int
 ) -> dict[str, Any]:
     """Judge the rows that have a label."""
     if not len(rows):
         return {}
-    labels = [found.labels[row] or "" for row in rows.tolist()]
+    labels = [row_labels.labels[row] or "" for row in rows.tolist()]
     names = sorted(set(labels))
-    places = {name: index for index, name in enumerate(names)}
-    numbers = np.array([places[label] for label in labels], np.int64)
-    prompts = [asked[row] for row in rows.tolist()]
-    judged = confident_learning(prompts, ruling.vectors[rows], numbers, seed=seed)
+    positions = {name: index for index, name in enumerate(names)}
+    numbers = np.array([positions[label] for label in labels], np.int64)
+    prompts = [inputs[row] for row in rows.tolist()]
+    label_quality = confident_learning(prompts, ranking.vectors[rows], numbers, seed=seed)
     sizes = np.bincount(numbers)
     facts = {
         "labelled": len(rows),
         "labels": len(names),
         "labels_of_few_rows": int((sizes < FEW).sum()),
         "prompts_with_several_labels": _contested(prompts, numbers),
-        "judged_by": judged.method,
-        "label_errors": judged.estimated_errors,
+        "judged_by": label_quality.method,
+        "label_errors": label_quality.estimated_errors,
         "label_errors_are": "an estimate" if len(rows) >= FEW * len(names) * 2 else "a loose estimate: too few rows per label",
     }
-    if judged.why:
-        return {**facts, "not_judged_because": judged.why}
-    ruling.quality[rows], ruling.wrong[rows] = judged.quality, judged.wrong
-    for row, suggested in zip(rows.tolist(), judged.suggested.tolist(), strict=True):
-        ruling.kinds[row] = BY_LABEL
-        ruling.suggested[row] = found.spelling.get(names[suggested], names[suggested])
+    if label_quality.reason:
+        return {**facts, "not_judged_because": label_quality.reason}
+    ranking.quality[rows], ranking.wrong[rows] = label_quality.quality, label_quality.wrong
+    for row, suggested in zip(rows.tolist(), label_quality.suggested.tolist(), strict=True):
+        ranking.kinds[row] = BY_LABEL
+        ranking.suggested[row] = row_labels.spelling.get(names[suggested], names[suggested])
     return facts
 
 
@@ -325,29 +334,29 @@ def _contested(prompts: Sequence[str], labels: I64) -> int:
 
 
 def _by_replies(
-    ruling: LabelRanking, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float
+    ranking: LabelRanking, rows: I64, texts: tuple[Texts, Texts], likeness: float, agreement: float
 ) -> dict[str, Any]:
     """Judge the rows whose replies are free text."""
     if not len(rows):
         return {}
     prompts, replies = texts
-    found = disagreement(
+    comparison = disagreement(
         [prompts[row] for row in rows.tolist()],
         [replies[row] for row in rows.tolist()],
-        ruling.vectors[rows],
+        ranking.vectors[rows],
         likeness=likeness,
         agreement=agreement,
     )
-    ruling.quality[rows], ruling.wrong[rows] = found.quality, found.wrong
+    ranking.quality[rows], ranking.wrong[rows] = comparison.quality, comparison.wrong
     for index, row in enumerate(rows.tolist()):
-        ruling.kinds[row] = BY_REPLY
-        ruling.near[row] = [(int(rows[other]), score) for other, score in found.near.get(index, ())]
-        if found.suggested[index] >= 0:
-            ruling.suggested[row] = replies[int(rows[found.suggested[index]])]
+        ranking.kinds[row] = BY_REPLY
+        ranking.near[row] = [(int(rows[other]), score) for other, score in comparison.near.get(index, ())]
+        if comparison.suggested[index] >= 0:
+            ranking.suggested[row] = replies[int(rows[comparison.suggested[index]])]
     return {
         "free_text": len(rows),
-        "free_text_compared": found.compared,
-        "like_prompts": found.pairs,
-        "contradicting_replies": found.contradicting,
-        "reply_errors": found.estimated_errors,
+        "free_text_compared": comparison.compared,
+        "like_prompts": comparison.pairs,
+        "contradicting_replies": comparison.contradicting,
+        "reply_errors": comparison.estimated_errors,
     }

@@ -39,15 +39,15 @@ WRITTEN = ("examples/", "drops/", "lineage/", "card/", "card.", "croissant.json"
 class ReviewChanges:
     """What is to be done: rows that go (id -> its Drop), rows that change (id -> the new one), rows that join."""
 
-    going: dict[str, Drop] = field(default_factory=dict)
-    changing: dict[str, Example] = field(default_factory=dict)
-    joining: list[Example] = field(default_factory=list)
+    drops: dict[str, Drop] = field(default_factory=dict)
+    edited: dict[str, Example] = field(default_factory=dict)
+    added: list[Example] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_empty(self) -> bool:
         """Whether the new Dataset would be the old one."""
-        return not (self.going or self.changing or self.joining)
+        return not (self.drops or self.edited or self.added)
 
 
 def apply(view: View, out: Path, *, replace: bool = False, keep_derived: bool = False) -> tuple[Artifact, dict[str, Any]]:
@@ -57,10 +57,10 @@ def apply(view: View, out: Path, *, replace: bool = False, keep_derived: bool = 
     old = open_artifact(view.dataset.path, "dataset")
     entries = view.all_entries()
     plan = _plan(view, [entry for entry in entries if entry.standing.state == "decided"], keep_derived)
-    work = _Applying(view, entries, plan)
-    dataset = write_dataset(out, work.fill, parents=[old], replace=replace)
+    writer = _ReviewWriter(view, entries, plan)
+    dataset = write_dataset(out, writer.fill, parents=[old], replace=replace)
     assert old.id == view.dataset.id
-    return dataset, work.said()
+    return dataset, writer.summary()
 
 
 def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> ReviewChanges:
@@ -68,37 +68,37 @@ def _plan(view: View, decided: Sequence[ReviewEntry], keep_derived: bool) -> Rev
     if not decided:
         problem = f"nothing is decided about {view.dataset.path.name}"
         raise ConfigError(problem, "sartor review list DATASET, then accept, edit or reject")
-    concerned = {example for entry in decided for example in entry.item.examples}
-    standing = rows_of(view.dataset, concerned)
-    private = {one for entry in view.items.values() if entry.kind == "personal" for one in entry.examples}
-    done = _done(view.dataset)
+    example_ids = {example for entry in decided for example in entry.item.examples}
+    rows = rows_of(view.dataset, example_ids)
+    private_ids = {row_id for entry in view.items.values() if entry.kind == "personal" for row_id in entry.examples}
+    rejected_ids = _rejected_ids(view.dataset)
     for entry in decided:
         decision = entry.standing.decision
         assert decision is not None
         plan.counts[decision.verdict] += 1
         proposed = entry.item.proposed
-        if proposed is not None and proposed.id not in view.ids and proposed.id not in done:
-            standing[proposed.id] = proposed
+        if proposed is not None and proposed.id not in view.ids and proposed.id not in rejected_ids:
+            rows[proposed.id] = proposed
             _join(plan, proposed, entry.item, decision, view)
         elif decision.verdict == "reject":
-            for one in entry.item.examples:
-                if one in view.ids:
-                    plan.going.setdefault(one, _drop(standing[one], entry.item, decision, is_private=one in private))
-    for one, edits in _edits(decided, view.ids).items():
-        if one not in plan.going:
-            plan.changing[one] = _edited(standing[one], edits)
+            for row_id in entry.item.examples:
+                if row_id in view.ids:
+                    plan.drops.setdefault(row_id, _drop(rows[row_id], entry.item, decision, is_private=row_id in private_ids))
+    for row_id, edits in _edits(decided, view.ids).items():
+        if row_id not in plan.drops:
+            plan.edited[row_id] = _apply_edits(rows[row_id], edits)
     if not keep_derived:
-        _take_along(plan, view.dataset)
+        _drop_derived(plan, view.dataset)
     return plan
 
 
 def _join(plan: ReviewChanges, row: Example, item: ReviewItem, decision: Decision, view: View) -> None:
     """A row that was proposed joins, edited or as it is, or is a Drop."""
     if decision.verdict == "reject":
-        plan.going[row.id] = _drop(row, item, decision)
+        plan.drops[row.id] = _drop(row, item, decision)
         plan.counts["proposed_rejected"] += 1
         return
-    plan.joining.append(apply_edit(row, decision.change) if decision.verdict == "edit" else row)
+    plan.added.append(apply_edit(row, decision.change) if decision.verdict == "edit" else row)
 
 
 def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
@@ -107,20 +107,20 @@ def _edits(decided: Sequence[ReviewEntry], ids: frozenset[str]) -> dict[str, lis
     for entry in decided:
         decision = entry.standing.decision
         if decision is not None and decision.verdict == "edit" and entry.item.examples[0] in ids:
-            known = result.setdefault(entry.item.examples[0], [])
-            if all(change != decision.change for _, change in known):
-                known.append((entry.item.id, decision.change))
+            row_edits = result.setdefault(entry.item.examples[0], [])
+            if all(change != decision.change for _, change in row_edits):
+                row_edits.append((entry.item.id, decision.change))
     return result
 
 
-def _edited(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Example:
+def _apply_edits(row: Example, edits: Sequence[tuple[str, Mapping[str, Any]]]) -> Example:
     """The row with all of its edits done; masking comes last."""
     merged: dict[str, Any] = {}
     for item, change in edits:
         for name, value in change.items():
-            said = merged.setdefault(name, value)
-            if said != value or {"reply", "value"} <= set(merged):
-                items = " and ".join(one for one, _ in edits)
+            earlier = merged.setdefault(name, value)
+            if earlier != value or {"reply", "value"} <= set(merged):
+                items = " and ".join(item_id for item_id, _ in edits)
                 raise ConflictError(f"edits of row {row.id} differ: items {items}", f"sartor review accept DATASET {item}")
     return apply_edit(row, merged)
 
@@ -133,39 +133,42 @@ def _drop(row: Example, item: ReviewItem, decision: Decision, *, is_private: boo
     return replace(drop, text="") if is_private or item.kind == "personal" else drop
 
 
-def _take_along(plan: ReviewChanges, dataset: Artifact) -> None:
+def _drop_derived(plan: ReviewChanges, dataset: Artifact) -> None:
     """What was made of a row that goes or changes, and of that, goes too."""
     index = origin_index.read(dataset, ["id", "parents"])
-    above: dict[str, set[str]] = {}
-    for one, parents in zip(index["id"].to_pylist(), index["parents"].to_pylist(), strict=True):
+    children: dict[str, set[str]] = {}
+    for row_id, parents in zip(index["id"].to_pylist(), index["parents"].to_pylist(), strict=True):
         for parent in parents:
-            above.setdefault(parent, set()).add(one)
-    waiting = [*plan.going, *(one for one, row in plan.changing.items() if row.id != one)]  # another weight is no other row
+            children.setdefault(parent, set()).add(row_id)
+    waiting = [
+        *plan.drops,
+        *(row_id for row_id, row in plan.edited.items() if row.id != row_id),
+    ]  # another weight is no other row
     cause = {item: item for item in waiting}
     while waiting:
         parent = waiting.pop()
-        for child in above.get(parent, ()):
+        for child in children.get(parent, ()):
             if child not in cause:
                 cause[child] = cause[parent]
                 waiting.append(child)
-    derived = [one for one in cause if one not in plan.going and one not in plan.changing]
-    found = rows_of(dataset, derived)
-    for one in derived:
-        word = "changed" if cause[one] in plan.changing else "rejected"
-        detail = f"made of row {cause[one]}, which was {word} in review"
-        text = "" if word == "rejected" and not plan.going[cause[one]].text else None
-        drop = drop_of(found[one], STEP, detail, step=STEP)
-        plan.going[one] = drop if text is None else replace(drop, text=text)
+    derived = [row_id for row_id in cause if row_id not in plan.drops and row_id not in plan.edited]
+    rows = rows_of(dataset, derived)
+    for row_id in derived:
+        word = "changed" if cause[row_id] in plan.edited else "rejected"
+        detail = f"made of row {cause[row_id]}, which was {word} in review"
+        text = "" if word == "rejected" and not plan.drops[cause[row_id]].text else None
+        drop = drop_of(rows[row_id], STEP, detail, step=STEP)
+        plan.drops[row_id] = drop if text is None else replace(drop, text=text)
         plan.counts["derived"] += 1
 
 
-def _done(dataset: Artifact) -> set[str]:
+def _rejected_ids(dataset: Artifact) -> set[str]:
     """Rows that an earlier review rejected."""
     tables = (pq.read_table(file, columns=["id", "step"]) for file in origin_index.example_files(dataset, "drops/"))
     return {item for table in tables for item in table.filter(pc.equal(table["step"], STEP))["id"].to_pylist()}
 
 
-class _Applying:
+class _ReviewWriter:
     """The new Dataset's files, one after another."""
 
     def __init__(self, view: View, entries: Sequence[ReviewEntry], plan: ReviewChanges) -> None:
@@ -176,37 +179,37 @@ class _Applying:
     def fill(self, writer: DatasetWriter) -> Mapping[str, Any]:
         """Write everything; returns what the manifest says."""
         self._bring_along(writer.folder)
-        before = self.old.manifest.get("counts", {})
-        writer.dropped.update(before.get("dropped", {}))
+        old_counts = self.old.manifest.get("counts", {})
+        writer.dropped.update(old_counts.get("dropped", {}))
         writer.examples(self._tables())
-        if not writer.kept:
+        if not writer.row_count:
             raise SourceError("no row would be left", "accept some rows, or take other sources")
-        if drops := [*self.plan.going.values(), *self.equal]:
+        if drops := [*self.plan.drops.values(), *self.equal]:
             writer.drop_file(drops)
         self._write_review(writer.folder)
-        added = len(self.plan.joining) + self.plan.counts["proposed_rejected"]
+        added = len(self.plan.added) + self.plan.counts["proposed_rejected"]
         return writer.finish(
             sources=writer.sources_with_kept(self.old.manifest.get("sources", [])),
             steps={
                 **self.old.manifest.get("steps", {}),
-                STEP: {**self.said(), **({"copies": added} if added else {})},
+                STEP: {**self.summary(), **({"copies": added} if added else {})},
             },
-            counts={**before, "made": int(before.get("made", 0)) + added},
+            counts={**old_counts, "made": int(old_counts.get("made", 0)) + added},
             inherits=True,
         )
 
-    def said(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What was done, and what is left to decide."""
         counts = self.plan.counts
-        left = [entry for entry in self.entries if entry.is_open and self.view.concerns(entry.item)]
+        open_entries = [entry for entry in self.entries if entry.is_open and self.view.concerns(entry.item)]
         return {
             **{name: counts[verdict] for name, verdict in (("accepted", "accept"), ("edited", "edit"), ("rejected", "reject"))},
-            "rows_changed": len(self.plan.changing),
-            "rows_dropped": len(self.plan.going) - counts["derived"],
+            "rows_changed": len(self.plan.edited),
+            "rows_dropped": len(self.plan.drops) - counts["derived"],
             "rows_dropped_with_their_parent": counts["derived"],
             "rows_equal_to_others": len(self.equal),
             "rows_added": self.joined,
-            "open": len(left),
+            "open": len(open_entries),
         }
 
     def _bring_along(self, folder: Path) -> None:
@@ -218,47 +221,47 @@ class _Applying:
     def _tables(self) -> Iterator[Any]:
         """The rows that stay, changed ones in their places, then those that join."""
         self.splits = self._groups()
-        seen = set(self.view.ids) - set(self.plan.going) - set(self.plan.changing)
-        touched = to_string_array(sorted({*self.plan.going, *self.plan.changing}))
+        known_ids = set(self.view.ids) - set(self.plan.drops) - set(self.plan.edited)
+        changed_ids = to_string_array(sorted({*self.plan.drops, *self.plan.edited}))
         for file in origin_index.example_files(self.old):
             with pq.ParquetFile(file) as parquet:
                 for batch in parquet.iter_batches(parquet_io.ROWS_PER_GROUP):
-                    yield from self._changed(pa.Table.from_batches([batch]), touched, seen)
-        joining = [self._placed(row, "train") for row in self.plan.joining]
-        fresh = [row for row in joining if self._is_new(row, seen)]
-        self.joined = len(fresh)
-        yield parquet_io.examples_table(fresh)
+                    yield from self._changed(pa.Table.from_batches([batch]), changed_ids, known_ids)
+        added = [self._placed(row, "train") for row in self.plan.added]
+        new_rows = [row for row in added if self._is_new(row, known_ids)]
+        self.joined = len(new_rows)
+        yield parquet_io.examples_table(new_rows)
 
-    def _changed(self, table: Any, touched: Any, seen: set[str]) -> Iterator[Any]:
+    def _changed(self, table: Any, changed_ids: Any, known_ids: set[str]) -> Iterator[Any]:
         table = _in_form(table)
-        places = [index for index, hit in enumerate(pc.is_in(table["id"], value_set=touched).to_pylist()) if hit]
+        positions = [index for index, hit in enumerate(pc.is_in(table["id"], value_set=changed_ids).to_pylist()) if hit]
         start = 0
-        for place in places:
-            if start < place:
-                yield table.slice(start, place - start)
-            start = place + 1
-            one = table["id"][place].as_py()
-            if one in self.plan.changing and one not in self.plan.going:
-                row = self._placed(self.plan.changing[one], "")
-                if self._is_new(row, seen):
+        for position in positions:
+            if start < position:
+                yield table.slice(start, position - start)
+            start = position + 1
+            row_id = table["id"][position].as_py()
+            if row_id in self.plan.edited and row_id not in self.plan.drops:
+                row = self._placed(self.plan.edited[row_id], "")
+                if self._is_new(row, known_ids):
                     yield parquet_io.examples_table([row])
         if start < len(table):
             yield table.slice(start)
 
-    def _is_new(self, row: Example, seen: set[str]) -> bool:
+    def _is_new(self, row: Example, known_ids: set[str]) -> bool:
         """Whether no other row says the same; else it is a Drop for that one."""
-        if row.id in seen:
+        if row.id in known_ids:
             drop = drop_of(row, "exact_duplicate", "after review it says the same as a row that stands", step=STEP)
             self.equal.append(replace(drop, kept=row.id))
             return False
-        seen.add(row.id)
+        known_ids.add(row.id)
         return True
 
     def _placed(self, row: Example, split: str) -> Example:
         """In a group, whole on one side of the split: an edited question joins the rows that ask the same."""
         group = split_group(row)
-        where = self.splits.setdefault(group, split or row.split or "train")
-        return replace(row, group=group, split=where)
+        group_split = self.splits.setdefault(group, split or row.split or "train")
+        return replace(row, group=group, split=group_split)
 
     def _groups(self) -> dict[str, str]:
         """group -> split, of the rows that stay as they are."""
@@ -274,10 +277,12 @@ class _Applying:
         decisions = [decision for entry in self.entries for decision in entry.decisions]
         samples = [*self.view.lines.samples, *({"dataset": self.old.id, **plan} for plan in self.view.samples)]
         review_file.write_review_file(folder / review_file.FILE, (entry.item for entry in self.entries), decisions, samples)
-        done = [entry for entry in self.entries if entry.standing.state == "decided"]
+        decided = [entry for entry in self.entries if entry.standing.state == "decided"]
         (folder / "evidence").mkdir(exist_ok=True)
-        said = [decision for entry in done for decision in entry.decisions]
-        review_file.write_review_file(folder / "evidence" / review_file.FILE, (entry.item for entry in done), said, samples)
+        done_decisions = [decision for entry in decided for decision in entry.decisions]
+        review_file.write_review_file(
+            folder / "evidence" / review_file.FILE, (entry.item for entry in decided), done_decisions, samples
+        )
 
 
 def _in_form(table: Any) -> Any:

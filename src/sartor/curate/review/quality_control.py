@@ -46,11 +46,11 @@ class ReviewerAgreement:
     @property
     def by_chance(self) -> float:
         """The agreement of two who judge as often so, but blindly."""
-        mine, theirs = (Counter[str](), Counter[str]())
-        for (one, other), count in self.table.items():
-            mine[one] += count
-            theirs[other] += count
-        return sum(mine[verdict] * theirs[verdict] for verdict in VERDICTS) / self.items**2
+        first_counts, second_counts = (Counter[str](), Counter[str]())
+        for (first, second), count in self.table.items():
+            first_counts[first] += count
+            second_counts[second] += count
+        return sum(first_counts[verdict] * second_counts[verdict] for verdict in VERDICTS) / self.items**2
 
     @property
     def kappa(self) -> Estimate | None:
@@ -62,7 +62,7 @@ class ReviewerAgreement:
 
     def as_json(self) -> dict[str, Any]:
         """As the command says it."""
-        table = {f"{one}/{other}": count for (one, other), count in sorted(self.table.items())}
+        table = {f"{first}/{second}": count for (first, second), count in sorted(self.table.items())}
         counts = {"reviewers": list(self.reviewers), "items": self.items, "agreed": self.agreed}
         return {**counts, "fraction": self.fraction, "kappa": self.kappa, "table": table}
 
@@ -74,14 +74,16 @@ def agreements(decisions: Sequence[Sequence[Decision]]) -> list[ReviewerAgreemen
     """
     tables: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     for of_item in decisions:
-        said = first_opinions(of_item)
-        for one, other in combinations(sorted(said), 2):
-            tables.setdefault((one, other), Counter())[said[one].verdict, said[other].verdict] += 1
-    found = [
-        ReviewerAgreement(pair, table.total(), sum(count for (one, other), count in table.items() if one == other), dict(table))
+        opinions = first_opinions(of_item)
+        for first, second in combinations(sorted(opinions), 2):
+            tables.setdefault((first, second), Counter())[opinions[first].verdict, opinions[second].verdict] += 1
+    results = [
+        ReviewerAgreement(
+            pair, table.total(), sum(count for (first, second), count in table.items() if first == second), dict(table)
+        )
         for pair, table in tables.items()
     ]
-    return sorted(found, key=lambda one: (-one.items, one.reviewers))
+    return sorted(results, key=lambda agreement: (-agreement.items, agreement.reviewers))
 
 
 def size(population: int, error: float, confidence: float, allow: int = 0) -> int:
@@ -111,32 +113,33 @@ def size(population: int, error: float, confidence: float, allow: int = 0) -> in
     return low
 
 
-def most_bad(population: int, looked_at: int, found: int, confidence: float) -> int:
-    """The most bad rows of the population that `found` bad ones in `looked_at` do not speak against with this confidence.
+def most_bad(population: int, sample_size: int, bad_in_sample: int, confidence: float) -> int:
+    """The most bad rows of the population that `bad_in_sample` bad ones in `sample_size` do not speak against with this
+    confidence.
 
     >>> most_bad(10_000, 294, 0, 0.95)
     100
     """
-    low, high = found, population - (looked_at - found)
+    low, high = bad_in_sample, population - (sample_size - bad_in_sample)
     while low < high:
         middle = (low + high + 1) // 2
-        if _at_most(found, looked_at, middle, population) > 1 - confidence:
+        if _at_most(bad_in_sample, sample_size, middle, population) > 1 - confidence:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _at_most(found: int, looked_at: int, bad: int, population: int) -> float:
-    """How probable it is that at most `found` of the rows that are looked at are bad."""
+def _at_most(bad_in_sample: int, sample_size: int, bad: int, population: int) -> float:
+    """How probable it is that at most `bad_in_sample` of the rows that are looked at are bad."""
     from scipy.stats import hypergeom  # not above: whatever asks whether a queue is empty would wait a second for it
 
-    return float(hypergeom.cdf(found, population, bad, looked_at))
+    return float(hypergeom.cdf(bad_in_sample, population, bad, sample_size))
 
 
-def drawn(ids: Iterable[str], count: int, seed: int) -> list[str]:
+def draw_ids(ids: Iterable[str], count: int, seed: int) -> list[str]:
     """`count` of the ids, at random by the seed; whatever order they come in."""
-    return sorted(set(ids), key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).digest())[:count]
+    return sorted(set(ids), key=lambda row_id: hashlib.sha256(f"{seed}:{row_id}".encode()).digest())[:count]
 
 
 def _check(error: float, confidence: float, allow: int) -> None:

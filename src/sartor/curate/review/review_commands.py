@@ -60,19 +60,19 @@ def decide(view: View, key: str, opinion: Opinion) -> tuple[ReviewEntry, bool]:
     assert view.queue is not None
     entry = view.entry(key)
     item = entry.item
-    said = _change(view, item, opinion)
-    if opinion.settles and entry.standing.state != "conflict" and not any(one.settles for one in entry.decisions):
-        people = ", ".join(sorted({one.by for one in entry.decisions})) or "nobody"
+    change = _change(view, item, opinion)
+    if opinion.settles and entry.standing.state != "conflict" and not any(other.settles for other in entry.decisions):
+        people = ", ".join(sorted({other.by for other in entry.decisions})) or "nobody"
         raise ConflictError(f"there is nothing to settle about {item.id}: {people} decided, none differs", "without --settle")
     reason = masked_text(opinion.reason) if item.kind == "personal" else opinion.reason
-    decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, said, opinion.settles)
-    before = newest([one for one in entry.decisions if one.settles == opinion.settles]).get(decision.by)
-    if before is not None and replace(before, at="", signature={}) == replace(decision, at=""):
+    decision = Decision(item.id, opinion.verdict, opinion.by.strip(), _now(), reason, change, opinion.settles)
+    earlier = newest([other for other in entry.decisions if other.settles == opinion.settles]).get(decision.by)
+    if earlier is not None and replace(earlier, at="", signature={}) == replace(decision, at=""):
         return entry, False
     decision = _signed(decision, opinion.key)
     view.queue.add(view.dataset.id, [item], [decision])
     decisions = (*entry.decisions, decision)
-    return ReviewEntry(item, decisions, view.stand(list(decisions))), True
+    return ReviewEntry(item, decisions, view.state_of(list(decisions))), True
 
 
 def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
@@ -130,13 +130,13 @@ def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: 
         raise ConfigError(f"there is no state {state!r}", "open, conflict, decided or all")
     with open_review(dataset, queue, rule) as view:
         entries = view.entries()
-        found = [entry for entry in entries if not kind or entry.item.kind == kind]
+        matches = [entry for entry in entries if not kind or entry.item.kind == kind]
         if by:
-            found = [entry for entry in found if by not in newest(entry.decisions)]
+            matches = [entry for entry in matches if by not in newest(entry.decisions)]
         elif state != "all":
-            found = [entry for entry in found if _is_in(entry, state)]
-        said = [_line(entry, blind=bool(by)) for entry in found[:most]]
-        return {**_counts(entries), "listed": len(said), "more": len(found) - len(said), "items": said}
+            matches = [entry for entry in matches if _is_in(entry, state)]
+        lines = [_line(entry, blind=bool(by)) for entry in matches[:most]]
+        return {**_counts(entries), "listed": len(lines), "more": len(matches) - len(lines), "items": lines}
 
 
 def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool = False) -> dict[str, Any]:
@@ -149,13 +149,13 @@ def review_show(dataset: Path | str, item: str, queue: str = "", *, reveal: bool
         masked = entry.item.kind == "personal" and not reveal
         proposed = entry.item.proposed
         rows = rows_of(view.dataset, entry.item.examples)
-        shown = [*rows.values(), *([proposed] if proposed is not None and proposed.id not in rows else [])]
-        said = entry.item.as_json()
-        said.pop("row", None)
+        shown_rows = [*rows.values(), *([proposed] if proposed is not None and proposed.id not in rows else [])]
+        fields = entry.item.as_json()
+        fields.pop("row", None)
         return {
-            **{name: value for name, value in said.items() if name not in ("schema", "what")},
+            **{name: value for name, value in fields.items() if name not in ("schema", "what")},
             "state": entry.standing.state,
-            "rows": [_row(everywhere_masked(row) if masked else row, row.id) for row in shown],
+            "rows": [_row(everywhere_masked(row) if masked else row, row.id) for row in shown_rows],
             "would": _would(entry.item, proposed is not None),
             "decisions": [_decision(decision) for decision in entry.decisions],
         }
@@ -170,8 +170,8 @@ def review_decide(dataset: Path | str, items: Sequence[str], opinion: Opinion, q
     if not items:
         raise ConfigError("no item is named", "sartor review list DATASET has their ids")
     with open_review(dataset, queue, make=True) as view:
-        said = [_decided(*decide(view, item, opinion), opinion) for item in items]
-        return {"decisions": said, **_counts(view.entries())}
+        results = [_decided(*decide(view, item, opinion), opinion) for item in items]
+        return {"decisions": results, **_counts(view.entries())}
 
 
 def _decided(entry: ReviewEntry, is_new: bool, opinion: Opinion) -> dict[str, Any]:
@@ -191,16 +191,16 @@ def review_sample(dataset: Path | str, queue: str = "", *, error: float = 0.01, 
         assert view.queue is not None
         ids = _of_split(view, split)
         count = quality_control.size(len(ids), error, confidence, allow)
-        rows = quality_control.drawn(ids, count, seed)
+        rows = quality_control.draw_ids(ids, count, seed)
         items = [ReviewItem("sample", (row,), reason=DRAWN, origin="review sample") for row in rows]
         plan = {"error": error, "confidence": confidence, "allow": allow, "split": split, "seed": seed,
                 "population": len(ids), "size": count}  # fmt: skip
         view.queue.sample(view.dataset.id, {**plan, "rows": rows}, items)
         decisions = view.queue.decisions(item.id for item in items)
-        verdicts = Counter(view.stand(decisions.get(item.id, [])).verdict for item in items)
+        verdicts = Counter(view.state_of(decisions.get(item.id, [])).verdict for item in items)
         bad, waiting = verdicts["edit"] + verdicts["reject"], verdicts[""]
         upper = quality_control.most_bad(len(ids), count, bad + waiting, confidence)
-        next_ones = [item.id for item in items if not view.stand(decisions.get(item.id, [])).verdict]
+        next_ones = [item.id for item in items if not view.state_of(decisions.get(item.id, [])).verdict]
         return {**plan, "good": verdicts["accept"], "bad": bad, "waiting": waiting, "upper": upper / len(ids),
                 "upper_rows": upper, "holds": waiting == 0 and upper / len(ids) <= error, "next": next_ones[:10]}  # fmt: skip
 
@@ -218,8 +218,8 @@ def review_apply(dataset: Path | str, out: Path | str, queue: str = "", *, repla
     """A new Dataset in which what was decided is done; the old one stays. Raises as `apply_decisions.apply`."""
     check_output_free(Path(out).absolute(), replace=replace)
     with open_review(dataset, queue, rule) as view:
-        made, said = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
-    return {"dataset": str(made.path), **said, "kept": made.manifest["counts"]["kept"]}
+        artifact, summary = apply(view, Path(out), replace=replace, keep_derived=keep_derived)
+    return {"dataset": str(artifact.path), **summary, "kept": artifact.manifest["counts"]["kept"]}
 
 
 def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: str = "") -> dict[str, Any]:
@@ -229,9 +229,9 @@ def review_add(dataset: Path | str, found: Iterable[Mapping[str, Any]], queue: s
     """
     with open_review(dataset, queue, make=True) as view:
         lines = review_file.Lines()
-        for said in found:
-            lines.add(said, review_file.content_of(view.dataset))
-        return _taken(view, lines, "what was given")
+        for finding in found:
+            lines.add(finding, review_file.content_of(view.dataset))
+        return _import_lines(view, lines, "what was given")
 
 
 def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> dict[str, Any]:
@@ -248,19 +248,22 @@ def review_import(dataset: Path | str, source: Path | str, queue: str = "") -> d
                     dict(other.items), [decision for entry in other.all_entries() for decision in entry.decisions]
                 )
         else:
-            lines = review_file.read_review_file(source, of=review_file.content_of(view.dataset))
-        return _taken(view, lines, str(source))
+            lines = review_file.read_review_file(source, content_digest=review_file.content_of(view.dataset))
+        return _import_lines(view, lines, str(source))
 
 
-def _taken(view: View, lines: review_file.Lines, source: str) -> dict[str, Any]:
+def _import_lines(view: View, lines: review_file.Lines, source: str) -> dict[str, Any]:
     """Take lines into the queue, all or none; returns how many, and how many of them are new."""
     assert view.queue is not None
-    known = {**view.items, **lines.items}
-    if strange := [decision.item for decision in lines.decisions if decision.item not in known]:
-        problem = f"{source} decides about {strange[0]}, which is no item of it or of the Dataset"
+    known_items = {**view.items, **lines.items}
+    if unknown_items := [decision.item for decision in lines.decisions if decision.item not in known_items]:
+        problem = f"{source} decides about {unknown_items[0]}, which is no item of it or of the Dataset"
         raise ConfigError(problem, "give a file that has its finding too: sartor review export")
-    signed = sum(bool(signer(one)) for one in lines.decisions)
-    items = [*lines.items.values(), *(known[one.item] for one in lines.decisions if one.item not in lines.items)]
+    signed = sum(bool(signer(decision)) for decision in lines.decisions)
+    items = [
+        *lines.items.values(),
+        *(known_items[decision.item] for decision in lines.decisions if decision.item not in lines.items),
+    ]
     added, decided = view.queue.add(view.dataset.id, items, lines.decisions)
     elsewhere = sum(not view.concerns(item) for item in lines.items.values())
     counts = {"findings": len(lines.items), "new": added, "of_other_rows": elsewhere}
@@ -296,19 +299,19 @@ def _is_in(entry: ReviewEntry, state: str) -> bool:
 
 def _line(entry: ReviewEntry, *, blind: bool = False) -> dict[str, Any]:
     item = entry.item
-    said: dict[str, Any] = {"id": item.id, "kind": item.kind, "reason": item.reason, "examples": list(item.examples)}
-    said |= {"slice": item.slice, "detail": item.detail, "suggestion": dict(item.suggestion)}
-    said = {name: value for name, value in said.items() if value not in ("", [], {})}
+    fields: dict[str, Any] = {"id": item.id, "kind": item.kind, "reason": item.reason, "examples": list(item.examples)}
+    fields |= {"slice": item.slice, "detail": item.detail, "suggestion": dict(item.suggestion)}
+    fields = {name: value for name, value in fields.items() if value not in ("", [], {})}
     if blind:
-        return said
-    people = {by: one.verdict for by, one in newest(entry.decisions).items()}
-    return {**said, "state": entry.standing.state, **({"by": people} if people else {})}
+        return fields
+    people = {by: decision.verdict for by, decision in newest(entry.decisions).items()}
+    return {**fields, "state": entry.standing.state, **({"by": people} if people else {})}
 
 
 def _row(row: Any, identity: str) -> dict[str, Any]:
     messages = [{"role": message.role, "text": message.text, "media": [part.media for part in message.content if part.media]}
                 for message in row.messages]  # fmt: skip
-    return {"id": identity, "split": row.split, "messages": [{k: v for k, v in one.items() if v} for one in messages]}
+    return {"id": identity, "split": row.split, "messages": [{k: v for k, v in message.items() if v} for message in messages]}
 
 
 def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
@@ -322,6 +325,6 @@ def _would(item: ReviewItem, joins: bool) -> dict[str, str]:
     return {"accept": accept, "edit": edit, "reject": reject}
 
 
-def _decision(one: Any) -> dict[str, Any]:
-    fields = {name: value for name, value in one.as_json().items() if name not in ("schema", "what", "item", "signature")}
-    return {**fields, "signed_by": signer(one) or ("an unknown key" if one.signature else "nobody")}
+def _decision(decision: Any) -> dict[str, Any]:
+    fields = {name: value for name, value in decision.as_json().items() if name not in ("schema", "what", "item", "signature")}
+    return {**fields, "signed_by": signer(decision) or ("an unknown key" if decision.signature else "nobody")}

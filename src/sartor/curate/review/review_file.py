@@ -32,18 +32,18 @@ class Lines:
     decisions: list[Decision] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, said: Mapping[str, Any], of: str) -> None:
+    def add(self, fields: Mapping[str, Any], content_digest: str) -> None:
         """Take in a line. Raises SourceError for one that is neither a finding nor a decision."""
-        what = said.get("what", "decision" if "verdict" in said else "finding")
-        if what == "decision":
-            self.decisions.append(decision_of(said))
-        elif what == "sample":
-            self.samples.append(dict(said))
-        elif what == "finding":
-            item = item_of(said, of=of)
+        kind = fields.get("what", "decision" if "verdict" in fields else "finding")
+        if kind == "decision":
+            self.decisions.append(decision_of(fields))
+        elif kind == "sample":
+            self.samples.append(dict(fields))
+        elif kind == "finding":
+            item = item_of(fields, content_digest=content_digest)
             self.items.setdefault(item.id, item)
         else:
-            raise SourceError(f"a line is a {what!r}", "what: finding, decision or sample")
+            raise SourceError(f"a line is a {kind!r}", "what: finding, decision or sample")
 
 
 def content_of(dataset: Artifact) -> str:
@@ -57,17 +57,19 @@ def of_dataset(dataset: Artifact) -> Lines:
     if (dataset.path / FILE).is_file():
         if FILE in dataset.manifest["files"]:
             check_file(dataset, FILE)
-        lines = read_review_file(dataset.path / FILE, of=content_of(dataset))
+        lines = read_review_file(dataset.path / FILE, content_digest=content_of(dataset))
     for item in _suspicious(dataset):
         lines.items.setdefault(item.id, item)
     return lines
 
 
-def read_review_file(file: Path, *, of: str = "") -> Lines:
-    """The lines of a `review.jsonl`. `of` is the content of the Dataset that its slices are of. Raises SourceError."""
+def read_review_file(file: Path, *, content_digest: str = "") -> Lines:
+    """The lines of a `review.jsonl`. `content_digest` is the content of the Dataset that its slices are of. Raises
+    SourceError.
+    """
     lines = Lines()
-    for place, _, said in _lines_of(file):
-        _take(lines, said, place, of)
+    for location, _, fields in _lines_of(file):
+        _take(lines, fields, location, content_digest)
     return lines
 
 
@@ -84,39 +86,39 @@ def _lines_of(file: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         ) from None
 
 
-def _parsed(line: bytes, place: str) -> dict[str, Any]:
+def _parsed(line: bytes, location: str) -> dict[str, Any]:
     if len(line) > MOST_LINE_BYTES:
-        raise SourceError(f"{place} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
+        raise SourceError(f"{location} is longer than {MOST_LINE_BYTES:,} bytes", "no finding is: name rows by their ids")
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{place} is no JSON: {error}", "mend the line, or take it out") from None
+        raise SourceError(f"{location} is no JSON: {error}", "mend the line, or take it out") from None
     if not isinstance(fields, dict):
-        raise SourceError(f"{place} is no JSON object", "one finding or decision a line")
+        raise SourceError(f"{location} is no JSON object", "one finding or decision a line")
     return fields
 
 
-def _take(lines: Lines, said: Mapping[str, Any], place: str, of: str) -> None:
+def _take(lines: Lines, fields: Mapping[str, Any], location: str, content_digest: str) -> None:
     try:
-        lines.add(said, of)
-        canonical(said)  # half of a surrogate pair could not be written again
+        lines.add(fields, content_digest)
+        canonical(fields)  # half of a surrogate pair could not be written again
     except SartorError as error:
-        raise SourceError(f"{place}: {error.problem}", error.remedy) from None
+        raise SourceError(f"{location}: {error.problem}", error.remedy) from None
     except UnicodeEncodeError as error:
-        raise SourceError(f"{place} holds what no file can: {error.reason}", "mend the line, or take it out") from None
+        raise SourceError(f"{location} holds what no file can: {error.reason}", "mend the line, or take it out") from None
 
 
 def write_review_file(
     file: Path, items: Iterable[ReviewItem], decisions: Iterable[Decision], samples: Iterable[Mapping[str, Any]] = ()
 ) -> int:
     """Write a `review.jsonl`; returns how many lines. `read` turns it back."""
-    said = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
-    said += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
-    write_file_atomic(file, b"".join(canonical(one) + b"\n" for one in said))
-    return len(said)
+    lines = [*(item.as_json() for item in items), *(decision.as_json() for decision in decisions)]
+    lines += [{"schema": SCHEMA, **sample, "what": "sample"} for sample in samples]
+    write_file_atomic(file, b"".join(canonical(line) + b"\n" for line in lines))
+    return len(lines)
 
 
-def renew(dataset: Path, origin: str, found: Iterable[Mapping[str, Any]]) -> Path:
+def renew(dataset: Path, origin: str, findings: Iterable[Mapping[str, Any]]) -> Path:
     """Put findings, each a line as a mapping, in place of the earlier ones of their origin; returns the `review.jsonl`.
 
     It stands in the folder of a Dataset, written after its manifest. The lines of others, and what people decided, stay as they
@@ -124,17 +126,17 @@ def renew(dataset: Path, origin: str, found: Iterable[Mapping[str, Any]]) -> Pat
     """
     file = dataset / FILE
     with FileLock(dataset / f".{FILE}.lock"):
-        kept = [line for _, line, said in _lines_of(file) if not _is_finding_of(said, origin)] if file.is_file() else []
-        for item in found:
-            item_of(item)
-            kept.append(canonical({**item, "origin": origin}))
-        write_file_atomic(file, b"".join(line + b"\n" for line in kept))
+        lines = [line for _, line, fields in _lines_of(file) if not _is_finding_of(fields, origin)] if file.is_file() else []
+        for finding in findings:
+            item_of(finding)
+            lines.append(canonical({**finding, "origin": origin}))
+        write_file_atomic(file, b"".join(line + b"\n" for line in lines))
     return file
 
 
-def _is_finding_of(said: Mapping[str, Any], origin: str) -> bool:
-    is_finding = said.get("what", "decision" if "verdict" in said else "finding") == "finding"
-    return is_finding and said.get("origin") == origin
+def _is_finding_of(fields: Mapping[str, Any], origin: str) -> bool:
+    is_finding = fields.get("what", "decision" if "verdict" in fields else "finding") == "finding"
+    return is_finding and fields.get("origin") == origin
 
 
 def _suspicious(dataset: Artifact) -> Iterator[ReviewItem]:

@@ -53,13 +53,13 @@ class ReviewItem:
     @cached_property
     def id(self) -> str:
         """16 hex digits of the digest of what is the matter, and where: not of when, nor of the sentence that says it."""
-        said: dict[str, Any] = {"kind": self.kind, "examples": sorted(self.examples), "slice": self.slice}
-        said |= {"reason": self.reason, "suggestion": self.suggestion}
+        content: dict[str, Any] = {"kind": self.kind, "examples": sorted(self.examples), "slice": self.slice}
+        content |= {"reason": self.reason, "suggestion": self.suggestion}
         if self.kind == "personal":
-            said["evidence"] = self.evidence
+            content["evidence"] = self.evidence
         if not self.examples:
-            said["of"] = self.of
-        return records.digest(said)[:16]
+            content["of"] = self.of
+        return records.digest(content)[:16]
 
     @property
     def proposed(self) -> Example | None:
@@ -105,36 +105,36 @@ class Decision:
         return {"schema": SCHEMA, "what": "decision", **fields}
 
 
-def item_of(said: Mapping[str, Any], *, of: str = "") -> ReviewItem:
+def item_of(fields: Mapping[str, Any], *, content_digest: str = "") -> ReviewItem:
     """A line of findings as an Item. `example` may stand for `examples` of one. Raises SourceError for what is none."""
-    _check_schema(said)
-    kind = said.get("kind")
+    _check_schema(fields)
+    kind = fields.get("kind")
     if kind not in KINDS:
         raise SourceError(f"a finding's kind is {kind!r}", f"one of {', '.join(KINDS)}")
-    examples = said.get("examples") or ([said["example"]] if said.get("example") else [])
-    row = said.get("row")
+    examples = fields.get("examples") or ([fields["example"]] if fields.get("example") else [])
+    row = fields.get("row")
     for name in ("evidence", "suggestion", "row"):
-        if not isinstance(said.get(name) or {}, Mapping):
-            raise SourceError(f"a finding's {name} is a {type(said[name]).__name__}", f"{name}: a mapping")
+        if not isinstance(fields.get(name) or {}, Mapping):
+            raise SourceError(f"a finding's {name} is a {type(fields[name]).__name__}", f"{name}: a mapping")
     if not isinstance(examples, list):
         raise SourceError(f"a finding's examples are a {type(examples).__name__}", "examples: a list of ids")
-    texts = {name: str(said.get(name) or "") for name in ("slice", "reason", "detail", "origin")}
-    item = ReviewItem(kind, tuple(map(str, examples)), evidence=said.get("evidence") or {},
-                      suggestion=said.get("suggestion") or {},
-                row=row, of=str(said.get("of") or of), **texts)  # fmt: skip
+    texts = {name: str(fields.get(name) or "") for name in ("slice", "reason", "detail", "origin")}
+    item = ReviewItem(kind, tuple(map(str, examples)), evidence=fields.get("evidence") or {},
+                      suggestion=fields.get("suggestion") or {},
+                row=row, of=str(fields.get("of") or content_digest), **texts)  # fmt: skip
     return _checked(_with_row_id(item))
 
 
-def decision_of(said: Mapping[str, Any]) -> Decision:
+def decision_of(fields: Mapping[str, Any]) -> Decision:
     """A line of decisions as a Decision. Raises SourceError for what is none."""
-    _check_schema(said)
-    texts = {name: str(said.get(name) or "") for name in ("item", "verdict", "by", "at", "reason")}
+    _check_schema(fields)
+    texts = {name: str(fields.get(name) or "") for name in ("item", "verdict", "by", "at", "reason")}
     if texts["verdict"] not in VERDICTS or not (texts["item"] and texts["by"].strip() and texts["at"]):
         missing = next((name for name in ("item", "by", "at") if not texts[name].strip()), "verdict")
         raise SourceError(
-            f"a decision's {missing} is {said.get(missing)!r}", f"item, verdict ({', '.join(VERDICTS)}), by and at"
+            f"a decision's {missing} is {fields.get(missing)!r}", f"item, verdict ({', '.join(VERDICTS)}), by and at"
         )
-    mappings = {name: said.get(name) or {} for name in ("change", "signature")}
+    mappings = {name: fields.get(name) or {} for name in ("change", "signature")}
     if wrong := next((name for name, value in mappings.items() if not isinstance(value, Mapping)), ""):
         raise SourceError(f"a decision's {wrong} is no mapping", f"{wrong}: {{...}}")
     return Decision(
@@ -144,7 +144,7 @@ def decision_of(said: Mapping[str, Any]) -> Decision:
         texts["at"],
         texts["reason"],
         mappings["change"],
-        bool(said.get("settles")),
+        bool(fields.get("settles")),
         mappings["signature"],
     )
 
@@ -156,9 +156,9 @@ def check_change(change: Mapping[str, Any]) -> None:
         raise SourceError(problem, f"what it may say: {', '.join(CHANGES)}")
 
 
-def _check_schema(said: Mapping[str, Any]) -> None:
-    if said.get("schema", SCHEMA) != SCHEMA:
-        raise SourceError(f"a line of schema {said.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+def _check_schema(fields: Mapping[str, Any]) -> None:
+    if fields.get("schema", SCHEMA) != SCHEMA:
+        raise SourceError(f"a line of schema {fields.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
 
 
 def _with_row_id(item: ReviewItem) -> ReviewItem:
@@ -187,13 +187,13 @@ def _checked(item: ReviewItem) -> ReviewItem:
 def _check_personal(item: ReviewItem) -> None:
     """Personal data found is never written: kind and span, and no word of it."""
     spans = item.evidence.get("spans", [])
-    named = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
+    are_spans = isinstance(spans, list) and all(isinstance(span, Mapping) and set(span) <= SPAN for span in spans)
     extra = [*sorted(set(item.evidence) - {"spans"}), *(["detail"] if item.detail else []), *(["row"] if item.row else []),
              *(["slice"] if item.slice else []), *sorted(set(item.suggestion) - {"mask"})]  # fmt: skip
-    if extra or not named:
-        what = ", ".join(extra) or "spans of another form"
+    if extra or not are_spans:
+        problem = ", ".join(extra) or "spans of another form"
         remedy = f"evidence: {{spans: [{{{', '.join(sorted(SPAN))}}}]}}, suggestion: {{mask: true}}"
-        raise SourceError(f"a finding of personal data holds {what}; only id, kind and span may be written", remedy)
+        raise SourceError(f"a finding of personal data holds {problem}; only id, kind and span may be written", remedy)
 
 
 State = Literal["open", "conflict", "decided"]
@@ -215,13 +215,15 @@ class ItemState:
 
 def newest(decisions: Sequence[Decision]) -> dict[str, Decision]:
     """What each person thinks now: of several decisions of one, the last."""
-    return {decision.by: decision for decision in sorted(decisions, key=lambda one: one.at)}
+    return {decision.by: decision for decision in sorted(decisions, key=lambda decision: decision.at)}
 
 
 def first_opinions(decisions: Sequence[Decision]) -> dict[str, Decision]:
     """What each person thought before there was anything to settle: agreement is measured by it."""
-    own = sorted((one for one in decisions if not one.settles), key=lambda one: one.at, reverse=True)
-    return {decision.by: decision for decision in own}
+    opinions = sorted(
+        (decision for decision in decisions if not decision.settles), key=lambda decision: decision.at, reverse=True
+    )
+    return {decision.by: decision for decision in opinions}
 
 
 def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
@@ -229,13 +231,13 @@ def item_state(decisions: Sequence[Decision], reviewers: int = 1) -> ItemState:
 
     A settled item stays so, whatever is said later, until it is settled anew.
     """
-    ordered = sorted(decisions, key=lambda one: one.at)
+    ordered = sorted(decisions, key=lambda decision: decision.at)
     settled = [item for item in ordered if item.settles]
     if settled:
         return ItemState("decided", settled[-1], (settled[-1].by,))
-    now = newest(ordered)
-    if len({one.outcome for one in now.values()}) > 1:
+    current = newest(ordered)
+    if len({decision.outcome for decision in current.values()}) > 1:
         return ItemState("conflict")
-    if len(now) < max(1, reviewers):
+    if len(current) < max(1, reviewers):
         return ItemState("open")
-    return ItemState("decided", max(now.values(), key=lambda one: one.at), tuple(sorted(now)))
+    return ItemState("decided", max(current.values(), key=lambda decision: decision.at), tuple(sorted(current)))

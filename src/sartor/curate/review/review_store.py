@@ -46,7 +46,7 @@ def _text(name: str, *, key: bool = False) -> Column[str]:
 
 items = Table("review_items", metadata, _text("id", key=True), _text("said"), _text("checksum"))
 
-found = Table(
+occurrences = Table(
     "review_found",
     metadata,
     Column("item", Text, ForeignKey("review_items.id"), primary_key=True),
@@ -102,27 +102,29 @@ class Queue:
     def items(self, dataset: str) -> dict[str, ReviewItem]:
         """The items found in the Dataset of this id, in the order of their ids."""
         column = items.c
-        query = select(items).join(found, found.c.item == column.id).order_by(column.id)
+        query = select(items).join(occurrences, occurrences.c.item == column.id).order_by(column.id)
         with self.database.read() as connection:
-            rows = connection.execute(query.where(found.c.dataset == dataset)).mappings().all()
-        return {str(row["id"]): item_of(_said(dict(row), "item", row["id"])) for row in rows}
+            rows = connection.execute(query.where(occurrences.c.dataset == dataset)).mappings().all()
+        return {str(row["id"]): item_of(_verified_fields(dict(row), "item", row["id"])) for row in rows}
 
     def decisions(self, items: Iterable[str]) -> dict[str, list[Decision]]:
         """Every decision about these items, by item, in the order in which they came in."""
         result: dict[str, list[Decision]] = {}
         column = decisions.c
         with self.database.read() as connection:
-            for some in _batched(items):
-                query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(some))
+            for batch in _batched(items):
+                query = select(column.key, column.item, column.said, column.checksum).where(column.item.in_(batch))
                 for row in connection.execute(query.order_by(column.number)).mappings():
-                    result.setdefault(str(row["item"]), []).append(decision_of(_said(dict(row), "decision about", row["item"])))
+                    result.setdefault(str(row["item"]), []).append(
+                        decision_of(_verified_fields(dict(row), "decision about", row["item"]))
+                    )
         return result
 
     def samples(self, dataset: str) -> list[dict[str, Any]]:
         """The samples that were drawn from a Dataset."""
         query = select(samples).where(samples.c.dataset == dataset).order_by(samples.c.id)
         with self.database.read() as connection:
-            return [_said(dict(row), "sample", row["id"]) for row in connection.execute(query).mappings()]
+            return [_verified_fields(dict(row), "sample", row["id"]) for row in connection.execute(query).mappings()]
 
     def add(self, dataset: str, items: Iterable[ReviewItem], decisions: Iterable[Decision] = ()) -> tuple[int, int]:
         """Put items found in a Dataset into the queue, and decisions about them; returns how many of each are new."""
@@ -145,8 +147,8 @@ class Queue:
         if is_new:
             row = {"id": item.id, "said": records.canonical(item.as_json()).decode()}
             connection.execute(insert(items).values(sealed(row)))
-        if not _queue_is_there(connection, found, item=item.id, dataset=dataset):
-            connection.execute(insert(found).values(item=item.id, dataset=dataset))
+        if not _queue_is_there(connection, occurrences, item=item.id, dataset=dataset):
+            connection.execute(insert(occurrences).values(item=item.id, dataset=dataset))
         return is_new
 
     def _decide(self, connection: Connection, decision: Decision) -> bool:
@@ -162,16 +164,16 @@ def _queue_is_there(connection: Connection, table: Table, **key: str) -> bool:
     return connection.execute(select(*(table.c[name] for name in key)).filter_by(**key)).first() is not None
 
 
-def _said(row: Mapping[str, Any], what: str, identity: str) -> dict[str, Any]:
+def _verified_fields(row: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any]:
     if not is_whole(dict(row)):
-        raise ArtifactError(f"the {what} {identity} was changed from outside", "restore the queue from a copy")
+        raise ArtifactError(f"the {kind} {identity} was changed from outside", "restore the queue from a copy")
     return dict(json.loads(row["said"]))
 
 
 def _batched(ids: Iterable[str]) -> Iterator[Sequence[str]]:
     source = iter(ids)
-    while some := list(islice(source, AT_ONCE)):
-        yield some
+    while batch := list(islice(source, AT_ONCE)):
+        yield batch
 
 
 VARIABLE = "SARTOR_REVIEW"
@@ -217,17 +219,17 @@ class View:
 
     def ids_of(self, split: str) -> list[str]:
         """Those of a split. Raises ConfigError for a split that no row is in."""
-        found: list[str] = []
-        known: set[str] = set()
+        ids: list[str] = []
+        known_splits: set[str] = set()
         for file in origin_index.example_files(self.dataset):
             table = pq.read_table(file, columns=["id", "split"])
-            known.update(pc.unique(table["split"]).to_pylist())
-            found += table.filter(pc.equal(table["split"], split))["id"].to_pylist()
-        if not found:
+            known_splits.update(pc.unique(table["split"]).to_pylist())
+            ids += table.filter(pc.equal(table["split"], split))["id"].to_pylist()
+        if not ids:
             raise ConfigError(
-                f"no row is in the split {split!r}", f"--split {sorted(known)[0]}" if known else "another Dataset"
+                f"no row is in the split {split!r}", f"--split {sorted(known_splits)[0]}" if known_splits else "another Dataset"
             )
-        return sorted(found)
+        return sorted(ids)
 
     @cached_property
     def lines(self) -> review_file.Lines:
@@ -251,32 +253,37 @@ class View:
 
     def all_entries(self) -> list[ReviewEntry]:
         """Also those whose rows have gone since: what was decided about them is part of the record."""
-        said = self._decisions(self.items)
-        return [ReviewEntry(item, tuple(said.get(key, ())), self.stand(said.get(key, []))) for key, item in self.items.items()]
+        decisions = self._decisions(self.items)
+        return [
+            ReviewEntry(item, tuple(decisions.get(key, ())), self.state_of(decisions.get(key, [])))
+            for key, item in self.items.items()
+        ]
 
     def entry(self, key: str) -> ReviewEntry:
         """The item whose id begins like this. Raises ConfigError where none or several do."""
-        found = [item for item in self.items if item.startswith(key)] if key else []
-        if len(found) != 1:
-            what = f"{len(found)} items begin with {key!r}" if found else f"there is no item {key!r}"
-            raise ConfigError(f"{what} among the {len(self.items):,} of {self.dataset.path.name}", "sartor review list DATASET")
-        decisions = self._decisions(found).get(found[0], [])
-        return ReviewEntry(self.items[found[0]], tuple(decisions), self.stand(decisions))
+        matches = [item for item in self.items if item.startswith(key)] if key else []
+        if len(matches) != 1:
+            problem = f"{len(matches)} items begin with {key!r}" if matches else f"there is no item {key!r}"
+            raise ConfigError(
+                f"{problem} among the {len(self.items):,} of {self.dataset.path.name}", "sartor review list DATASET"
+            )
+        decisions = self._decisions(matches).get(matches[0], [])
+        return ReviewEntry(self.items[matches[0]], tuple(decisions), self.state_of(decisions))
 
     def concerns(self, item: ReviewItem) -> bool:
         """Whether it is still about something of this Dataset."""
         return item.row is not None or not item.examples or any(example in self.ids for example in item.examples)
 
-    def stand(self, decisions: list[Decision]) -> ItemState:
+    def state_of(self, decisions: list[Decision]) -> ItemState:
         """What these decisions come to by the rule."""
-        counted = [decision for decision in decisions if signer(decision)] if self.rule.signed else decisions
-        return item_state(counted, self.rule.reviewers)
+        valid = [decision for decision in decisions if signer(decision)] if self.rule.signed else decisions
+        return item_state(valid, self.rule.reviewers)
 
     def _decisions(self, items: Collection[str]) -> dict[str, list[Decision]]:
         result: dict[str, list[Decision]] = {}
         queued = self.queue.decisions(items) if self.queue else {}
-        of_files = (one for one in self.lines.decisions if one.item in items)
-        for decision in [*of_files, *(item for some in queued.values() for item in some)]:
+        of_files = (decision for decision in self.lines.decisions if decision.item in items)
+        for decision in [*of_files, *(item for group in queued.values() for item in group)]:
             known = result.setdefault(decision.item, [])
             if decision not in known:
                 known.append(decision)
@@ -295,12 +302,12 @@ def signer(decision: Decision) -> str:
     return signing.check_signature(decision.document, dict(decision.signature), Path(name), name)
 
 
-def place_of(dataset: Path, queue: str) -> str:
+def queue_url(dataset: Path, queue: str) -> str:
     """The URL of the queue: as given (a URL or a file), else as SARTOR_REVIEW says, else `review.sqlite` beside the Dataset."""
-    said = queue or os.environ.get(VARIABLE, "")
-    if "://" in said:
-        return said
-    return f"sqlite:///{Path(said).absolute() if said else dataset.absolute().parent / FILE}"
+    location = queue or os.environ.get(VARIABLE, "")
+    if "://" in location:
+        return location
+    return f"sqlite:///{Path(location).absolute() if location else dataset.absolute().parent / FILE}"
 
 
 @contextmanager
@@ -310,13 +317,13 @@ def open_review(
     """A View of a Dataset. A queue's file that is not there is made only with `make`: looking leaves nothing behind."""
     path = Path(dataset).absolute()
     artifact = Artifact(path, read_manifest(path, ("dataset",)))
-    url = place_of(path, queue)
-    there = Queue.open(url) if make or _is_there(url) else None
+    url = queue_url(path, queue)
+    opened_queue = Queue.open(url) if make or _is_there(url) else None
     try:
-        yield View(artifact, there, rule or ReviewPolicy())
+        yield View(artifact, opened_queue, rule or ReviewPolicy())
     finally:
-        if there:
-            there.close()
+        if opened_queue:
+            opened_queue.close()
 
 
 def _is_there(url: str) -> bool:

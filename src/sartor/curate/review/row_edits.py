@@ -29,21 +29,21 @@ STEP = EDITED
 def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     """The row with the change done. Raises ConfigError where it does not fit the row, or changes nothing of it."""
     check_change(change)
-    after = example
-    for place, text in _turns(example, change):
-        after = _with_text(after, place, text)
+    edited = example
+    for turn, text in _turns(example, change):
+        edited = _with_text(edited, turn, text)
     if "value" in change:
-        after = _with_label(after, str(change.get("label", "reply")), str(change["value"]))
+        edited = _with_label(edited, str(change.get("label", "reply")), str(change["value"]))
     if "weight" in change:
-        after = replace(after, weight=_weight(change["weight"]))
+        edited = replace(edited, weight=_weight(change["weight"]))
     if change.get("mask"):
-        after = everywhere_masked(after)
-    if after.id == example.id and after.weight == example.weight:
+        edited = everywhere_masked(edited)
+    if edited.id == example.id and edited.weight == example.weight:
         raise ConfigError(f"the edit leaves row {example.id} as it is", "accept it, or say what is to be changed")
-    if after.id == example.id:  # another weight is no other row
-        return replace(after, steps=(*example.steps, STEP))
-    group = prompt_group(after) if example.group == prompt_group(example) else after.group
-    return replace(after, origins=tuple(_child(origin, example) for origin in example.origins), group=group,
+    if edited.id == example.id:  # another weight is no other row
+        return replace(edited, steps=(*example.steps, STEP))
+    group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
+    return replace(edited, origins=tuple(_child(origin, example) for origin in example.origins), group=group,
                    steps=(*example.steps, STEP))  # fmt: skip
 
 
@@ -82,28 +82,28 @@ def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]
     return result
 
 
-def _turn_number(example: Example, said: Any) -> int:
+def _turn_number(example: Example, key: Any) -> int:
     last = len(example.messages) - 1
-    if not str(said).isdecimal() or int(said) > last:
-        raise ConfigError(f"row {example.id} has no turn {said!r}", f"a number from 0 to {last}")
-    return int(said)
+    if not str(key).isdecimal() or int(key) > last:
+        raise ConfigError(f"row {example.id} has no turn {key!r}", f"a number from 0 to {last}")
+    return int(key)
 
 
-def _with_text(example: Example, place: int, text: str) -> Example:
+def _with_text(example: Example, turn: int, text: str) -> Example:
     """Another text in a message; its pictures and recordings stay."""
     if not text.strip():
         raise ConfigError("an edit would leave an empty turn", "reject the row, or say what is to stand there")
-    message = example.messages[place]
+    message = example.messages[turn]
     parts: list[Part] = []
     for part in message.content:
         if part.kind != "text":
             parts.append(part)
-        elif not any(one.kind == "text" for one in parts):
+        elif not any(earlier.kind == "text" for earlier in parts):
             parts.append(Part("text", text))
     if not any(part.kind == "text" for part in parts):
         parts.append(Part("text", text))
     renewed: Message = replace(message, content=tuple(parts))
-    return replace(example, messages=(*example.messages[:place], renewed, *example.messages[place + 1 :]))
+    return replace(example, messages=(*example.messages[:turn], renewed, *example.messages[turn + 1 :]))
 
 
 def _with_label(example: Example, form: str, value: str) -> Example:
@@ -113,10 +113,10 @@ def _with_label(example: Example, form: str, value: str) -> Example:
     return _with_text(example, len(example.messages) - 1, reply)
 
 
-def _weight(said: Any) -> float:
-    if not isinstance(said, int | float) or isinstance(said, bool) or not 0 < said < float("inf"):
-        raise ConfigError(f"the weight is {said!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing")
-    return float(said)
+def _weight(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ConfigError(f"the weight is {value!r}", "a number above 0; 1 is the usual; reject a row that is to weigh nothing")
+    return float(value)
 
 
 def rows_of(dataset: Artifact, ids: Iterable[str]) -> dict[str, Example]:

@@ -78,7 +78,7 @@ class InputChunk:
         return records.digest({**_without_paths(asdict(self)), "number": 0})
 
 
-def unit_of_json(value: dict[str, Any]) -> InputChunk:
+def chunk_of_json(value: dict[str, Any]) -> InputChunk:
     """The Unit of `as_json`."""
     piece = value["piece"]
     if piece is not None:
@@ -98,7 +98,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def read_chunk(
-    unit: InputChunk,
+    chunk: InputChunk,
     source: SourceOptions,
     media_folder: Path,
     strict: bool = False,
@@ -109,39 +109,43 @@ def read_chunk(
     `notes` is counted up by (file name, what was noticed) for what is no reason for a Drop. `strict` turns the first row that
     cannot be used into a SourceError.
     """
-    noted: Counter[tuple[str, str]] = Counter() if notes is None else notes
-    reading = _Reading(unit, source_files.with_licence(source), media_folder, strict, noted)
-    if not unit.files:
+    note_counts: Counter[tuple[str, str]] = Counter() if notes is None else notes
+    reader = _ChunkReader(chunk, source_files.with_licence(source), media_folder, strict, note_counts)
+    if not chunk.files:
         name = "query" if source_files.scheme(source.path) == "sql" else source.path
-        yield from reading.rows(InputFile("", name, "query", form=unit.form), source_files.queried(source, unit.most_bytes))
+        yield from reader.rows(InputFile("", name, "query", form=chunk.form), source_files.query_rows(source, chunk.most_bytes))
         return
-    if unit.form == inbox.FORM:
-        yield from _of_inbox(unit, source, reading)
+    if chunk.form == inbox.FORM:
+        yield from _read_inbox(chunk, source, reader)
         return
     with ExitStack() as stack:
-        pages = stack.enter_context(documents.DocumentReader())
-        for file in unit.files:
-            yield from reading.rows(file, _raw(unit, file, pages, noted))
+        document_reader = stack.enter_context(documents.DocumentReader())
+        for file in chunk.files:
+            yield from reader.rows(file, _raw(chunk, file, document_reader, note_counts))
 
 
-def _of_inbox(unit: InputChunk, source: SourceOptions, reading: _Reading) -> Iterator[Example | Drop]:
+def _read_inbox(chunk: InputChunk, source: SourceOptions, reader: _ChunkReader) -> Iterator[Example | Drop]:
     """An inbox is read whole: who is trusted shows in all of its lines together."""
-    files = [inbox.InboxFile(index, file.path, file.bytes, file.sha256) for index, file in enumerate(unit.files)]
-    judged = inbox.FeedbackInbox(
-        [file for file, one in zip(files, unit.files, strict=True) if not one.refusal[0]], source.inbox, unit.most_bytes
+    files = [inbox.InboxFile(index, file.path, file.bytes, file.sha256) for index, file in enumerate(chunk.files)]
+    feedback_inbox = inbox.FeedbackInbox(
+        [file for file, input_file in zip(files, chunk.files, strict=True) if not input_file.refusal[0]],
+        source.inbox,
+        chunk.most_bytes,
     )
-    for file, one in zip(files, unit.files, strict=True):
-        yield from reading.rows(one, _feedback(judged, file, one, reading.notes))
+    for file, input_file in zip(files, chunk.files, strict=True):
+        yield from reader.rows(input_file, _feedback_rows(feedback_inbox, file, input_file, reader.notes))
 
 
-def _feedback(judged: inbox.FeedbackInbox, file: inbox.InboxFile, one: InputFile, notes: Counter[tuple[str, str]]) -> Read:
-    if one.refusal[0]:
-        yield "1", MalformedRow(*one.refusal)
+def _feedback_rows(
+    feedback_inbox: inbox.FeedbackInbox, file: inbox.InboxFile, input_file: InputFile, notes: Counter[tuple[str, str]]
+) -> Read:
+    if input_file.refusal[0]:
+        yield "1", MalformedRow(*input_file.refusal)
         return
     try:
-        for line, row in judged.rows(file):
+        for line, row in feedback_inbox.rows(file):
             if isinstance(row, SkippedRow) and row.reason == inbox.DISTRUSTED:
-                notes[one.name, row.detail] += 1
+                notes[input_file.name, row.detail] += 1
             yield line, row
     except MalformedRow as fault:
         yield "1", fault
@@ -149,25 +153,27 @@ def _feedback(judged: inbox.FeedbackInbox, file: inbox.InboxFile, one: InputFile
         yield "1", MalformedRow("unreadable_file", f"{error.strerror or error}")
 
 
-def _raw(unit: InputChunk, file: InputFile, pages: documents.DocumentReader, notes: Counter[tuple[str, str]]) -> Read:
+def _raw(
+    chunk: InputChunk, file: InputFile, document_reader: documents.DocumentReader, notes: Counter[tuple[str, str]]
+) -> Read:
     """Raw rows of a file of a unit. What the system refuses is a row of its own."""
     if file.refusal[0]:
         yield "1", MalformedRow(*file.refusal)
         return
     try:
         if file.kind in file_formats.MEDIA_KINDS:
-            yield "1", _captioned(file, unit.most_bytes)
+            yield "1", _captioned(file, chunk.most_bytes)
         elif file.kind in documents.MODULES:
-            yield from pages.read(file.path, file.sha256, file.kind, unit.most_bytes)
+            yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes)
         elif file.kind in ("text", "markdown"):
-            results: Counter[str] = Counter()
-            yield from documents.read_text_document(file.path, file.sha256, file.kind, unit.most_bytes, results)
-            notes.update({(file.name, note): count for note, count in results.items()})
+            note_counts: Counter[str] = Counter()
+            yield from documents.read_text_document(file.path, file.sha256, file.kind, chunk.most_bytes, note_counts)
+            notes.update({(file.name, note): count for note, count in note_counts.items()})
         else:
             with open_regular(file.path) as stream:
-                piece = unit.piece or FilePiece(0, file.bytes, 1, -1)
+                piece = chunk.piece or FilePiece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
-                yield from row_readers.rows(stream, file.kind, piece, unit.most_bytes)
+                yield from row_readers.rows(stream, file.kind, piece, chunk.most_bytes)
     except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
@@ -176,13 +182,13 @@ def _raw(unit: InputChunk, file: InputFile, pages: documents.DocumentReader, not
 
 def _check_unchanged(stream: BinaryIO, file: InputFile, piece: FilePiece) -> None:
     """Raises Malformed where the bytes to read are not those that were planned."""
-    whole = piece.crc < 0
+    is_whole = piece.crc < 0
     size = stream.seek(0, 2)
     stream.seek(0)
-    same = size == file.bytes and (
-        media_files.digest_of(stream) == file.sha256 if whole else checksum(stream, piece.start, piece.length) == piece.crc
+    is_unchanged = size == file.bytes and (
+        media_files.digest_of(stream) == file.sha256 if is_whole else checksum(stream, piece.start, piece.length) == piece.crc
     )
-    if not same:
+    if not is_unchanged:
         raise MalformedRow("changed_file", "the file was changed after the run began; nothing of this piece is read")
 
 
@@ -192,28 +198,28 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
     if file.caption is None:
         return row
     with open_regular(file.caption.path) as stream:
-        found = row_readers.read_document(stream, most_bytes)
-    if isinstance(found, MalformedRow):
-        return MalformedRow(found.reason, f"the caption {file.caption.name!r}: {found.detail}")
-    text, raw = found
+        document = row_readers.read_document(stream, most_bytes)
+    if isinstance(document, MalformedRow):
+        return MalformedRow(document.reason, f"the caption {file.caption.name!r}: {document.detail}")
+    text, raw = document
     if media_files.digest_of(raw) != file.caption.sha256:
         return MalformedRow("changed_file", f"the caption {file.caption.name!r} was changed after the run began")
     if file.caption.kind == "text":
         return {**row, "text": text.strip()}
-    said = next((value for _, value in row_readers.whole_json(io.BytesIO(raw), most_bytes)), None)
-    if isinstance(said, MalformedRow):
-        return MalformedRow(said.reason, f"the caption {file.caption.name!r}: {said.detail}")
-    if not isinstance(said, dict) or not row_formats.caption_field(said):
+    caption = next((value for _, value in row_readers.whole_json(io.BytesIO(raw), most_bytes)), None)
+    if isinstance(caption, MalformedRow):
+        return MalformedRow(caption.reason, f"the caption {file.caption.name!r}: {caption.detail}")
+    if not isinstance(caption, dict) or not row_formats.caption_field(caption):
         fields = ", ".join(row_formats.CAPTIONS)
         return MalformedRow("no_caption", f"{file.caption.name!r} holds no object with one of the fields {fields}")
-    return {**said, "file_name": row["file_name"]}
+    return {**caption, "file_name": row["file_name"]}
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _ChunkReader:
     """Raw rows of a unit -> Examples and Drops."""
 
-    unit: InputChunk
+    chunk: InputChunk
     source: SourceOptions
     media_folder: Path
     strict: bool
@@ -222,7 +228,7 @@ class _Reading:
     def rows(self, file: InputFile, rows: Read) -> Iterator[Example | Drop]:
         form = file.form
         group = file.name if file.kind == "pdf" else ""
-        place, date = partial(self._place, file), row_formats.iso_date(self.source.date)
+        store_media, date = partial(self._store_media, file), row_formats.iso_date(self.source.date)
         for line, row in rows:
             origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
             try:
@@ -234,7 +240,7 @@ class _Reading:
                     raise MalformedRow("unknown_form", f"no known form has these fields: {_fields(row)}")
                 if form == row_formats.CAPTIONED and self.source.prompt:
                     row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
-                example = row_formats.parse_row(row, form, origin, place)
+                example = row_formats.parse_row(row, form, origin, store_media)
                 _check_text(example)
             except MalformedRow as fault:
                 # what people said stands in the inbox, from which it can be taken out again
@@ -249,7 +255,7 @@ class _Reading:
                 example = replace(example, group=conversation_group(example))
             yield replace(example, group=group) if group and not example.group else example
 
-    def _place(self, file: InputFile, kind: str, value: str) -> str:
+    def _store_media(self, file: InputFile, kind: str, value: str) -> str:
         if file.kind in file_formats.MEDIA_KINDS:  # the row is the media file itself
             return media_files.copy_file(Path(file.path), self.media_folder, file.sha256)
         return media_files.store_media(kind, value, Path(file.path).parent if file.path else None, self.media_folder)

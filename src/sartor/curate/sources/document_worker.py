@@ -142,9 +142,9 @@ def pdf_pages(raw: bytes) -> Iterator[tuple[int, str | MalformedRow]]:
         if not number:
             yield 1, MalformedRow("no_text", "the PDF has no pages")
     except (MemoryError, LimitReachedError) as error:
-        yield number + 1, MalformedRow("pdf_bomb", f"the file unfolds beyond a limit: {_said(error)}")
+        yield number + 1, MalformedRow("pdf_bomb", f"the file unfolds beyond a limit: {_error_text(error)}")
     except Exception as error:  # pypdf raises many kinds on broken files
-        yield number + 1, MalformedRow("bad_pdf", f"not a PDF that can be read: {_said(error)}")
+        yield number + 1, MalformedRow("bad_pdf", f"not a PDF that can be read: {_error_text(error)}")
 
 
 def _page(page: Any) -> str | MalformedRow:
@@ -155,15 +155,15 @@ def _page(page: Any) -> str | MalformedRow:
             contents.get_data()  # extract_text takes a stream over pypdf's limits for an empty one
         text = str(page.extract_text()).replace("\0", "").encode("utf-8", "replace").decode().strip()
     except (MemoryError, LimitReachedError) as error:
-        return MalformedRow("pdf_bomb", f"the page unfolds beyond a limit: {_said(error)}")
+        return MalformedRow("pdf_bomb", f"the page unfolds beyond a limit: {_error_text(error)}")
     except Exception as error:
-        return MalformedRow("bad_pdf", f"the page cannot be read: {_said(error)}")
+        return MalformedRow("bad_pdf", f"the page cannot be read: {_error_text(error)}")
     return text or MalformedRow(
         "no_text", "the page holds no text, perhaps a picture of one; text is not recognised in pictures"
     )
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
@@ -171,9 +171,9 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Replies to one request: {line, text} or {line, reason, detail} for each row of the file."""
     try:
         with open_regular(request["path"]) as stream:
-            raw = stream.read((most := MOST_BYTES[request["kind"]]) + 1)
-        if len(raw) > most:
-            raise MalformedRow("oversize_file", f"the limit of a {request['kind']} file is {most:,} bytes")
+            raw = stream.read((max_bytes := MOST_BYTES[request["kind"]]) + 1)
+        if len(raw) > max_bytes:
+            raise MalformedRow("oversize_file", f"the limit of a {request['kind']} file is {max_bytes:,} bytes")
         if hashlib.sha256(raw).hexdigest() != request["sha256"]:
             raise MalformedRow("changed_file", "the file was changed after the run began")
         rows = pdf_pages(raw) if request["kind"] == "pdf" else iter([(1, html_text(raw))])
@@ -209,8 +209,8 @@ def main() -> None:
     resource = _limit()
     for line in sys.stdin:
         if resource is not None:
-            spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-            resource.setrlimit(resource.RLIMIT_CPU, (int(spent) + MOST_CPU_S, resource.RLIM_INFINITY))
+            cpu_seconds = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+            resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_seconds) + MOST_CPU_S, resource.RLIM_INFINITY))
         for reply in answer(json.loads(line)):
             sys.stdout.write(json.dumps(reply) + "\n")
             sys.stdout.flush()

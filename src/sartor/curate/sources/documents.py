@@ -35,11 +35,11 @@ MODULES = {"html": "selectolax", "pdf": "pypdf"}
 def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
-        found = row_readers.read_document(stream, most_bytes)
-    if isinstance(found, MalformedRow):
-        yield "1", found
+        document = row_readers.read_document(stream, most_bytes)
+    if isinstance(document, MalformedRow):
+        yield "1", document
         return
-    text, raw = found
+    text, raw = document
     if hashlib.sha256(raw).hexdigest() != sha256:
         yield "1", MalformedRow("changed_file", "the file was changed after the run began")
         return
@@ -74,26 +74,26 @@ class DocumentReader:
         with contextlib.suppress(BrokenPipeError):  # a process that is gone has no reply either
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-        page, began, whole, code = 1, time.monotonic(), False, None
+        page, started, is_complete, code = 1, time.monotonic(), False, None
         try:
-            while reply := self._listen(process, min(PAGE_S, FILE_S - (time.monotonic() - began))):
-                if whole := reply.get("done", False):
+            while reply := self._listen(process, min(PAGE_S, FILE_S - (time.monotonic() - started))):
+                if is_complete := reply.get("done", False):
                     return
                 page = reply["line"] + 1
                 fault = MalformedRow(reply["reason"], reply["detail"]) if "reason" in reply else None
                 yield str(reply["line"]), fault or {"text": reply["text"]}
             code = process.poll()
         finally:
-            if not whole:
+            if not is_complete:
                 self._end()
-        spent = time.monotonic() - began
+        elapsed_s = time.monotonic() - started
         if code is not None and code > 0:
             yield str(page), MalformedRow(f"bad_{kind}", f"its parser broke off with code {code}; the rest is not read")
             return
         reason = f"by signal {-code}" if code else "as too slow"
         yield (
             str(page),
-            MalformedRow(f"{kind}_bomb", f"reading it was ended {reason} after {spent:.0f} s; the rest is not read"),
+            MalformedRow(f"{kind}_bomb", f"reading it was ended {reason} after {elapsed_s:.0f} s; the rest is not read"),
         )
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -105,15 +105,15 @@ class DocumentReader:
         self._rest = b""
         return self._process
 
-    def _listen(self, process: subprocess.Popen[bytes], most_s: float) -> dict[str, Any] | None:
+    def _listen(self, process: subprocess.Popen[bytes], timeout_s: float) -> dict[str, Any] | None:
         """The next reply; None when there is none in time, or the process ended."""
         assert process.stdout is not None
-        deadline = time.monotonic() + most_s
+        deadline = time.monotonic() + timeout_s
         pieces = [self._rest]
-        with selectors.DefaultSelector() as ready:
-            ready.register(process.stdout, selectors.EVENT_READ)
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in pieces[-1]:
-                if not ready.select(max(0.0, deadline - time.monotonic())):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
                     return None
                 if not (piece := os.read(process.stdout.fileno(), 1 << 20)):
                     return None

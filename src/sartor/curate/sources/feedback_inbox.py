@@ -23,13 +23,13 @@ from typing import Any
 from sartor.core.records import Feedback, MalformedRow, SkippedRow
 from sartor.core.statistics import holm_correction
 from sartor.curate.sources import feedback_lines
-from sartor.curate.sources.feedback_lines import FeedbackLine, Place
+from sartor.curate.sources.feedback_lines import FeedbackLine, LinePosition
 from sartor.curate.sources.row_readers import Read
 from sartor.curate.sources.types import InboxTerms
 
-Giver = tuple[str, str]  # key, user
+RaterId = tuple[str, str]  # key, user
 WHOLE = "*"  # in the place of a user: the key with all of its users
-Votes = Mapping[str, Mapping[Giver, int]]  # of a reply, what each giver says of it: a sum of signs
+Votes = Mapping[str, Mapping[RaterId, int]]  # of a reply, what each giver says of it: a sum of signs
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RaterTrust:
     compared: int = 0
     against: int = 0
     p: float = 1.0
-    is_aside: bool = False
+    is_distrusted: bool = False
 
     @property
     def score(self) -> float:
@@ -57,42 +57,49 @@ class RaterTrust:
         return key if self.user == WHOLE else f"the user {self.user[:12]} of {key}"
 
     @property
-    def why(self) -> str:
+    def reason(self) -> str:
         """Why it is set aside, in a sentence."""
         return f"{self.name} contradicts the rest on {self.against} of {self.compared} replies (p {self.p:.1g})"
 
 
 def rate_raters(lines: Sequence[FeedbackLine], terms: InboxTerms) -> list[RaterTrust]:
     """The standing of every key, and of every user of a key that has several, by key and user."""
-    votes, known = _votes(lines)
+    votes, known_signs = _votes(lines)
     users = _users(lines)
-    results: dict[Giver, RaterTrust] = {}
+    distrusted: dict[RaterId, RaterTrust] = {}
     while True:
-        standings = [one for one in _standings(votes, known, users, terms) if (one.key, one.user) not in results]
-        worst = min(standings, key=lambda one: (one.p, -one.against), default=None)
+        standings = [
+            standing
+            for standing in _standings(votes, known_signs, users, terms)
+            if (standing.key, standing.user) not in distrusted
+        ]
+        worst = min(standings, key=lambda standing: (standing.p, -standing.against), default=None)
         if worst is None or worst.p > terms.alpha:
-            return sorted([*results.values(), *standings], key=lambda one: (one.key, one.user))
-        results[worst.key, worst.user] = replace(worst, is_aside=True)
-        votes = {item: {giver: sum_ for giver, sum_ in by.items() if not _is_of(giver, worst)} for item, by in votes.items()}
+            return sorted([*distrusted.values(), *standings], key=lambda standing: (standing.key, standing.user))
+        distrusted[worst.key, worst.user] = replace(worst, is_distrusted=True)
+        votes = {
+            item: {voter: vote_sum for voter, vote_sum in reply_votes.items() if not _is_voter_of(voter, worst)}
+            for item, reply_votes in votes.items()
+        }
 
 
-def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[Giver, RaterTrust]:
+def distrusted_raters(standings: Iterable[RaterTrust]) -> Mapping[RaterId, RaterTrust]:
     """Those that are set aside, by key and user."""
-    return {(standing.key, standing.user): standing for standing in standings if standing.is_aside}
+    return {(standing.key, standing.user): standing for standing in standings if standing.is_distrusted}
 
 
-def _is_of(giver: Giver, voice: RaterTrust) -> bool:
-    return giver[0] == voice.key and voice.user in (WHOLE, giver[1])
+def _is_voter_of(voter: RaterId, standing: RaterTrust) -> bool:
+    return voter[0] == standing.key and standing.user in (WHOLE, voter[1])
 
 
 def _votes(lines: Iterable[FeedbackLine]) -> tuple[Votes, Mapping[str, int]]:
-    votes: dict[str, Counter[Giver]] = defaultdict(Counter)
-    known: dict[str, int] = {}
+    votes: dict[str, Counter[RaterId]] = defaultdict(Counter)
+    known_signs: dict[str, int] = {}
     for line in lines:
         if line.item and line.sign:
             votes[line.item][line.key, line.user] += line.sign
-            known[line.item] = line.known
-    return {item: by for item, by in votes.items() if known[item] or len(by) > 1}, known
+            known_signs[line.item] = line.known
+    return {item: reply_votes for item, reply_votes in votes.items() if known_signs[item] or len(reply_votes) > 1}, known_signs
 
 
 def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
@@ -103,59 +110,61 @@ def _users(lines: Iterable[FeedbackLine]) -> Mapping[str, set[str]]:
     return users
 
 
-def _standings(votes: Votes, known: Mapping[str, int], users: Mapping[str, set[str]], terms: InboxTerms) -> list[RaterTrust]:
+def _standings(
+    votes: Votes, known_signs: Mapping[str, int], users: Mapping[str, set[str]], terms: InboxTerms
+) -> list[RaterTrust]:
     """Every voice, its p corrected over all that have a trial. Keys are compared with keys, users with users."""
-    keys = _trials(votes, known, lambda giver: (giver[0], WHOLE))
-    people = _trials(votes, known, lambda giver: giver)
-    wanted = [(key, user) for key, some in users.items() if len(some) > 1 for user in some if user]
-    tested = [
-        *(_tested(voice, keys, terms) for voice in ((key, WHOLE) for key in users)),
-        *(_tested(voice, people, terms) for voice in wanted),
+    keys = _trials(votes, known_signs, lambda voter: (voter[0], WHOLE))
+    people = _trials(votes, known_signs, lambda voter: voter)
+    named_users = [(key, user) for key, key_users in users.items() if len(key_users) > 1 for user in key_users if user]
+    standings = [
+        *(_standing_of(rater, keys, terms) for rater in ((key, WHOLE) for key in users)),
+        *(_standing_of(rater, people, terms) for rater in named_users),
     ]
-    counted = [index for index, item in enumerate(tested) if item.compared]
-    for place, p in zip(counted, holm_correction([tested[place].p for place in counted]), strict=True):
-        tested[place] = replace(tested[place], p=p)
-    return tested
+    compared_indices = [index for index, item in enumerate(standings) if item.compared]
+    for index, p in zip(compared_indices, holm_correction([standings[index].p for index in compared_indices]), strict=True):
+        standings[index] = replace(standings[index], p=p)
+    return standings
 
 
-def _trials(votes: Votes, known: Mapping[str, int], voice_of: Any) -> dict[Giver, tuple[int, int]]:
+def _trials(votes: Votes, known_signs: Mapping[str, int], rater_of: Any) -> dict[RaterId, tuple[int, int]]:
     """Voice -> (against, compared)."""
-    result: dict[Giver, tuple[int, int]] = {}
-    for item, by in votes.items():
-        sums: Counter[Giver] = Counter()
-        for giver, said in by.items():
-            sums[voice_of(giver)] += said
-        signs = {voice: _sign(total) for voice, total in sums.items()}
-        together = sum(signs.values())
-        for voice, own in signs.items():
-            judgement = known.get(item) or _sign(together - own)
-            if own and judgement:
-                against, compared = result.get(voice, (0, 0))
-                result[voice] = against + (own != judgement), compared + 1
-    return result
+    trials: dict[RaterId, tuple[int, int]] = {}
+    for item, reply_votes in votes.items():
+        sums: Counter[RaterId] = Counter()
+        for voter, vote in reply_votes.items():
+            sums[rater_of(voter)] += vote
+        signs = {rater: _sign(total) for rater, total in sums.items()}
+        sign_total = sum(signs.values())
+        for rater, sign in signs.items():
+            judgement = known_signs.get(item) or _sign(sign_total - sign)
+            if sign and judgement:
+                against, compared = trials.get(rater, (0, 0))
+                trials[rater] = against + (sign != judgement), compared + 1
+    return trials
 
 
 def _sign(number: int) -> int:
     return (number > 0) - (number < 0)
 
 
-def _tested(voice: Giver, trials: Mapping[Giver, tuple[int, int]], terms: InboxTerms) -> RaterTrust:
+def _standing_of(rater: RaterId, trials: Mapping[RaterId, tuple[int, int]], terms: InboxTerms) -> RaterTrust:
     from scipy.stats import binom, hypergeom  # a second to load, which a source without an inbox need not wait for
 
-    against, compared = trials.get(voice, (0, 0))
+    against, compared = trials.get(rater, (0, 0))
     if not compared:
-        return RaterTrust(*voice)
-    all_against, all_compared = (sum(trial[place] for trial in trials.values()) for place in (0, 1))
+        return RaterTrust(*rater)
+    all_against, all_compared = (sum(trial[index] for trial in trials.values()) for index in (0, 1))
     p = float(binom.sf(against - 1, compared, terms.disagreement))
     if all_compared > compared:
         p = max(p, float(hypergeom.sf(against - 1, all_compared, all_against, compared)))
-    return RaterTrust(*voice, compared, against, p)
+    return RaterTrust(*rater, compared, against, p)
 
 
 FORM = "feedback"
 DISTRUSTED = "distrusted"
 MOST_BYTES = 4 << 20
-Said = tuple[str, str]  # receipt and key: of what one key says of one reply the newest counts
+ReplyKey = tuple[str, str]  # receipt and key: of what one key says of one reply the newest counts
 
 
 @dataclass(frozen=True)
@@ -176,49 +185,51 @@ class FeedbackInbox:
 
     def __init__(self, files: Sequence[InboxFile], terms: InboxTerms, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._outcomes: dict[Place, SkippedRow | None] = {}  # None: it becomes a row
-        self._held: dict[Said, Feedback] = {}  # what earlier lines said, until the newest of the same is read
+        self._outcomes: dict[LinePosition, SkippedRow | None] = {}  # None: it becomes a row
+        self._older_feedback: dict[ReplyKey, Feedback] = {}  # what earlier lines said, until the newest of the same is read
         newest = self._newest(files, terms)
-        self._last = {(line.receipt, line.key): line.place for line in newest}
+        self._last = {(line.receipt, line.key): line.position for line in newest}
         self.standings = rate_raters(newest, terms)
-        aside = distrusted_raters(self.standings)
-        self._outcomes |= {line.place: _unfit(line, terms, aside) for line in newest}
-        fit = [line for line in newest if self._outcomes[line.place] is None]
-        self._outcomes |= {place: SkippedRow("over_share", why) for place, why in rows_over_cap(fit, terms).items()}
+        distrusted = distrusted_raters(self.standings)
+        self._outcomes |= {line.position: _skip_reason(line, terms, distrusted) for line in newest}
+        usable = [line for line in newest if self._outcomes[line.position] is None]
+        self._outcomes |= {
+            position: SkippedRow("over_share", reason) for position, reason in rows_over_cap(usable, terms).items()
+        }
 
     def rows(self, file: InboxFile) -> Read:
         """(line, raw row in a form that `forms` reads), or why there is none. The files in order, each once."""
-        for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
-            yield str(number), said if isinstance(said, MalformedRow) else self._row((file.number, number), said)
+        for number, feedback in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
+            yield str(number), feedback if isinstance(feedback, MalformedRow) else self._row((file.number, number), feedback)
 
-    def _row(self, place: Place, said: Feedback) -> dict[str, Any] | MalformedRow:
-        if place not in self._outcomes:
+    def _row(self, position: LinePosition, feedback: Feedback) -> dict[str, Any] | MalformedRow:
+        if position not in self._outcomes:
             return MalformedRow("changed_file", "the line was not there when the inbox was judged")
-        one: Said = (said.receipt, said.by.key)
-        outcome, older = self._outcomes[place], self._held.pop(one, None)
-        said = feedback_lines.over(said, older) if older else said
-        if self._last[one] != place:
-            self._held[one] = said
-        return row_of(said) if outcome is None else outcome
+        reply_key: ReplyKey = (feedback.receipt, feedback.by.key)
+        outcome, older = self._outcomes[position], self._older_feedback.pop(reply_key, None)
+        feedback = feedback_lines.merge_feedback(feedback, older) if older else feedback
+        if self._last[reply_key] != position:
+            self._older_feedback[reply_key] = feedback
+        return row_of(feedback) if outcome is None else outcome
 
     def _newest(self, files: Sequence[InboxFile], terms: InboxTerms) -> list[FeedbackLine]:
         """The lines that count, each with what the ones before it said of the same."""
-        results: dict[Said, FeedbackLine] = {}
-        answers = feedback_lines.read_gold_replies(terms.known)
+        newest_lines: dict[ReplyKey, FeedbackLine] = {}
+        gold_replies = feedback_lines.read_gold_replies(terms.known)
         for file in files:
-            for line in self._facts(file, answers):
-                one: Said = (line.receipt, line.key)
-                if older := results.pop(one, None):
-                    self._outcomes[older.place] = SkippedRow("replaced", "the same key said something of this reply later")
-                    line = line.over(older)
-                results[one] = line
-        return list(results.values())
+            for line in self._facts(file, gold_replies):
+                reply_key: ReplyKey = (line.receipt, line.key)
+                if older := newest_lines.pop(reply_key, None):
+                    self._outcomes[older.position] = SkippedRow("replaced", "the same key said something of this reply later")
+                    line = line.merge(older)
+                newest_lines[reply_key] = line
+        return list(newest_lines.values())
 
-    def _facts(self, file: InboxFile, answers: feedback_lines.Known) -> Iterator[FeedbackLine]:
+    def _facts(self, file: InboxFile, gold_replies: feedback_lines.GoldReplies) -> Iterator[FeedbackLine]:
         try:
-            for number, said in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
-                if isinstance(said, Feedback):
-                    yield feedback_lines.line_of((file.number, number), said, answers.sign(said))
+            for number, feedback in feedback_lines.read_feedback_lines(file.path, file.bytes, file.sha256, self._most_bytes):
+                if isinstance(feedback, Feedback):
+                    yield feedback_lines.line_of((file.number, number), feedback, gold_replies.sign(feedback))
         except (MalformedRow, OSError):  # met again when its rows are read, and told there
             return
 
@@ -233,13 +244,13 @@ def of_folder(path: Path, terms: InboxTerms | None = None, most_bytes: int = MOS
     return FeedbackInbox(files, terms or InboxTerms(), most_bytes)
 
 
-def _unfit(line: FeedbackLine, terms: InboxTerms, aside: Mapping[Giver, RaterTrust]) -> SkippedRow | None:
+def _skip_reason(line: FeedbackLine, terms: InboxTerms, distrusted: Mapping[RaterId, RaterTrust]) -> SkippedRow | None:
     """Why a line makes no row."""
-    standing = aside.get((line.key, WHOLE)) or aside.get((line.key, line.user))
+    standing = distrusted.get((line.key, WHOLE)) or distrusted.get((line.key, line.user))
     if terms.agent and terms.agent not in (line.agent, line.agent.partition("@")[0]):
         return SkippedRow("other_agent", f"it is of {line.agent}")
     if standing:
-        return SkippedRow(DISTRUSTED, standing.why)
+        return SkippedRow(DISTRUSTED, standing.reason)
     if line.consent == "refused" or (line.consent == "assumed" and terms.consent == "given"):
         return SkippedRow("no_consent", "nobody agreed that it be learnt from")
     if not line.item:
@@ -249,49 +260,53 @@ def _unfit(line: FeedbackLine, terms: InboxTerms, aside: Mapping[Giver, RaterTru
     return None
 
 
-def row_of(said: Feedback) -> dict[str, Any]:
+def row_of(feedback: Feedback) -> dict[str, Any]:
     """A row in the form `preference`, `rated` or `prompt_completion`."""
-    prompt = list(said.messages) or [{"role": "user", "content": said.text}]
-    row: dict[str, Any] = {"prompt": prompt, "date": said.date}
-    if not said.correction:
-        return {**row, "completion": _turn(said.reply), "rating": said.rating}
-    if said.reply.split() in ([], said.correction.split()):
-        return {**row, "completion": _turn(said.correction)}
-    return {**row, "chosen": _turn(said.correction), "rejected": _turn(said.reply)}
+    prompt = list(feedback.messages) or [{"role": "user", "content": feedback.text}]
+    row: dict[str, Any] = {"prompt": prompt, "date": feedback.date}
+    if not feedback.correction:
+        return {**row, "completion": _turn(feedback.reply), "rating": feedback.rating}
+    if feedback.reply.split() in ([], feedback.correction.split()):
+        return {**row, "completion": _turn(feedback.correction)}
+    return {**row, "chosen": _turn(feedback.correction), "rejected": _turn(feedback.reply)}
 
 
 def _turn(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[Place, str]:
+def rows_over_cap(lines: Sequence[FeedbackLine], terms: InboxTerms) -> dict[LinePosition, str]:
     """Lines that are too many of one user or one key, drawn by the seed, each with the sentence that says so."""
-    gone: dict[Place, str] = {}
-    for giver_of in (_user, _key):
-        gone |= _cut([line for line in lines if line.place not in gone], terms, giver_of)
-    return gone
+    over_cap: dict[LinePosition, str] = {}
+    for rater_of in (_user, _key):
+        over_cap |= _over_cap([line for line in lines if line.position not in over_cap], terms, rater_of)
+    return over_cap
 
 
-def _user(line: FeedbackLine) -> Giver:
+def _user(line: FeedbackLine) -> RaterId:
     return line.key, line.user
 
 
-def _key(line: FeedbackLine) -> Giver:
+def _key(line: FeedbackLine) -> RaterId:
     return line.key, ""
 
 
-def _cut(lines: Sequence[FeedbackLine], terms: InboxTerms, giver_of: Callable[[FeedbackLine], Giver]) -> dict[Place, str]:
-    counts = Counter(map(giver_of, lines))
-    most = allowed(list(counts.values()), terms)
-    taken: Counter[Giver] = Counter()
-    gone: dict[Place, str] = {}
+def _over_cap(
+    lines: Sequence[FeedbackLine], terms: InboxTerms, rater_of: Callable[[FeedbackLine], RaterId]
+) -> dict[LinePosition, str]:
+    counts = Counter(map(rater_of, lines))
+    max_rows = allowed(list(counts.values()), terms)
+    row_counts: Counter[RaterId] = Counter()
+    over_cap: dict[LinePosition, str] = {}
     for line in sorted(lines, key=lambda line: _draw(terms.seed, line)):
-        giver = giver_of(line)
-        taken[giver] += 1
-        if taken[giver] > most:
-            what = "user" if giver[1] else "key"
-            gone[line.place] = f"its {what} gives {counts[giver]} rows; of {len(counts)} that speak, one may give {most}"
-    return gone
+        rater = rater_of(line)
+        row_counts[rater] += 1
+        if row_counts[rater] > max_rows:
+            rater_kind = "user" if rater[1] else "key"
+            over_cap[line.position] = (
+                f"its {rater_kind} gives {counts[rater]} rows; of {len(counts)} that speak, one may give {max_rows}"
+            )
+    return over_cap
 
 
 def _draw(seed: int, line: FeedbackLine) -> bytes:
@@ -308,11 +323,11 @@ def allowed(counts: Sequence[int], terms: InboxTerms) -> int:
     >>> allowed([60], InboxTerms())
     60
     """
-    most = max(counts, default=0)
+    max_rows = max(counts, default=0)
     fraction = max(terms.most_fraction, 2 / len(counts)) if counts else 1.0
     while fraction < 1:
-        less = max(terms.most_rows, int(fraction * sum(min(count, most) for count in counts)))
-        if less >= most:
+        lower_max = max(terms.most_rows, int(fraction * sum(min(count, max_rows) for count in counts)))
+        if lower_max >= max_rows:
             break
-        most = less
-    return most
+        max_rows = lower_max
+    return max_rows

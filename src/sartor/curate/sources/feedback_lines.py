@@ -19,7 +19,7 @@ from sartor.core.records import Agreed, Example, Feedback, MalformedRow, Origin,
 from sartor.curate.sources import row_formats, row_readers
 from sartor.curate.sources.safe_paths import open_regular
 
-Place = tuple[int, int]  # number of the file, number of the line
+LinePosition = tuple[int, int]  # number of the file, number of the line
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class FeedbackLine:
     words are not there. known: whether the reply is known as good (1) or bad (-1).
     """
 
-    place: Place
+    position: LinePosition
     receipt: str
     key: str
     user: str
@@ -47,52 +47,62 @@ class FeedbackLine:
             return 0 if not self.reply else 1 if self.correction == self.reply else -1
         return 0 if not self.rating else 1 if self.rating > 0 else -1
 
-    def over(self, older: FeedbackLine) -> FeedbackLine:
+    def merge(self, older: FeedbackLine) -> FeedbackLine:
         """The two lines of one key on one reply as one: the newer says what both say."""
-        words = self if self.item else older
+        text_source = self if self.item else older
         return replace(
             self,
             user=self.user or older.user,
             rating=older.rating if self.rating is None else self.rating,
             correction=self.correction or older.correction,
-            reply=words.reply,
-            item=words.item,
-            known=words.known,
+            reply=text_source.reply,
+            item=text_source.item,
+            known=text_source.known,
         )
 
 
-def over(newer: Feedback, older: Feedback) -> Feedback:
+def merge_feedback(newer: Feedback, older: Feedback) -> Feedback:
     """The same of the records themselves."""
-    words = newer if newer.has_words else older
+    text_source = newer if newer.has_words else older
     return replace(
         newer,
         rating=older.rating if newer.rating is None else newer.rating,
         correction=newer.correction or older.correction,
-        messages=words.messages,
-        text=words.text,
-        reply=words.reply,
+        messages=text_source.messages,
+        text=text_source.text,
+        reply=text_source.reply,
     )
 
 
-def line_of(place: Place, said: Feedback, known: int) -> FeedbackLine:
+def line_of(position: LinePosition, feedback: Feedback, known: int) -> FeedbackLine:
     """The facts of a line."""
-    by, words = said.by, said.has_words
-    item = digest([prompt_key(said, with_system=True), said.reply])[:32] if words else ""
-    correction, reply = _mark(said.correction), _mark(said.reply) if words else ""
+    giver, has_words = feedback.by, feedback.has_words
+    item = digest([prompt_key(feedback, with_system=True), feedback.reply])[:32] if has_words else ""
+    correction, reply = _text_digest(feedback.correction), _text_digest(feedback.reply) if has_words else ""
     return FeedbackLine(
-        place, said.receipt, by.key, by.user, said.agent, by.consent, said.rating, correction, reply, item, known
+        position,
+        feedback.receipt,
+        giver.key,
+        giver.user,
+        feedback.agent,
+        giver.consent,
+        feedback.rating,
+        correction,
+        reply,
+        item,
+        known,
     )
 
 
-def _mark(text: str) -> str:
+def _text_digest(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode("utf-8", "replace")).hexdigest()[:32] if text.strip() else ""
 
 
-def prompt_key(said: Feedback, *, with_system: bool) -> list[list[Any]]:
+def prompt_key(feedback: Feedback, *, with_system: bool) -> list[list[Any]]:
     """The prompt as (role, text) pairs, media as they were sent: equal for equal prompts, in whichever form they came."""
-    if not said.messages:
-        return [["user", said.text]]
-    turns = [(str(message.get("role")), message) for message in said.messages]
+    if not feedback.messages:
+        return [["user", feedback.text]]
+    turns = [(str(message.get("role")), message) for message in feedback.messages]
     return [[role, message_text(message)] for role, message in turns if with_system or role not in ("system", "developer")]
 
 
@@ -123,11 +133,11 @@ def read_feedback_lines(path: str, size: int, sha256: str, most_bytes: int) -> I
 def prefix_digest(stream: Any, size: int) -> str:
     """sha256 of the first `size` bytes of an open file."""
     stream.seek(0)
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     while size > 0 and (block := stream.read(min(size, 1 << 20))):
-        found.update(block)
+        hasher.update(block)
         size -= len(block)
-    return found.hexdigest()
+    return hasher.hexdigest()
 
 
 def _feedback(row: Any) -> Feedback | MalformedRow:
@@ -135,21 +145,30 @@ def _feedback(row: Any) -> Feedback | MalformedRow:
         torn = "the line was cut short by a kill or a full disk"
         return MalformedRow("torn_line", torn) if row.reason == "bad_json" else row
     try:
-        said = Feedback.from_json(row)
-        return said if _is_whole(said) else MalformedRow("not_feedback", "its fields are not those of feedback")
+        feedback = Feedback.from_json(row)
+        return feedback if _is_whole(feedback) else MalformedRow("not_feedback", "its fields are not those of feedback")
     except SourceError as error:
         return MalformedRow("newer_schema", error.problem)
     except (KeyError, TypeError, AttributeError):
         return MalformedRow("not_feedback", "the line is no feedback of a team; its fields are others")
 
 
-def _is_whole(said: Feedback) -> bool:
-    texts = (said.receipt, said.agent, said.date, said.correction, said.text, said.reply, said.by.key, said.by.user)
-    rated = said.rating is None or (isinstance(said.rating, int | float) and -1 <= said.rating <= 1)
+def _is_whole(feedback: Feedback) -> bool:
+    texts = (
+        feedback.receipt,
+        feedback.agent,
+        feedback.date,
+        feedback.correction,
+        feedback.text,
+        feedback.reply,
+        feedback.by.key,
+        feedback.by.user,
+    )
+    is_rating_valid = feedback.rating is None or (isinstance(feedback.rating, int | float) and -1 <= feedback.rating <= 1)
     return (
-        rated
+        is_rating_valid
         and all(isinstance(text, str) for text in texts)
-        and all(isinstance(message, Mapping) for message in said.messages)
+        and all(isinstance(message, Mapping) for message in feedback.messages)
     )
 
 
@@ -157,17 +176,17 @@ _ROW_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Known:
+class GoldReplies:
     """Question -> its right replies and its wrong ones."""
 
     right: Mapping[str, set[str]] = field(default_factory=dict)
     wrong: Mapping[str, set[str]] = field(default_factory=dict)
 
-    def sign(self, said: Feedback) -> int:
+    def sign(self, feedback: Feedback) -> int:
         """1 for a reply that is known to be right, -1 for a wrong one, 0 where it is not known."""
-        if not self.right or not said.has_words:
+        if not self.right or not feedback.has_words:
             return 0
-        question, reply = digest(prompt_key(said, with_system=False)), _plain(said.reply)
+        question, reply = digest(prompt_key(feedback, with_system=False)), _plain(feedback.reply)
         if reply in self.right.get(question, ()):
             return 1
         if reply in self.wrong.get(question, ()):
@@ -176,15 +195,15 @@ class Known:
         return -1 if values and reply.startswith("{") else 0
 
 
-def mark(path: str) -> str:
+def gold_replies_digest(path: str) -> str:
     """Digest of the file, "" for none: with other replies known, other lines are rows. Raises ConfigError as `read`."""
     return file_digest(Path(path).expanduser()) if read_gold_replies(path).right else ""
 
 
-def read_gold_replies(path: str) -> Known:
+def read_gold_replies(path: str) -> GoldReplies:
     """The rows of a file in any form that `curate` reads. Raises ConfigError for one that is not there, or holds none."""
     if not path:
-        return Known()
+        return GoldReplies()
     right: dict[str, set[str]] = {}
     wrong: dict[str, set[str]] = {}
     for _, row in row_readers.read_rows(Path(path).expanduser(), _ROW_BYTES):
@@ -197,7 +216,7 @@ def read_gold_replies(path: str) -> Known:
         wrong.setdefault(question, set()).update(_plain(message.text) for message in example.rejected)
     if not right:
         raise ConfigError(f"inbox.known: {path!r} holds no question with a reply", "rows such as {question: ..., answer: ...}")
-    return Known(right, wrong)
+    return GoldReplies(right, wrong)
 
 
 def _example(row: Any) -> Example | None:

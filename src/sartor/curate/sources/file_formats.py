@@ -145,17 +145,21 @@ def sniff(head: bytes) -> str:
 
 def suffix_of(head: bytes) -> str:
     """The extension of a picture or a recording that begins so; empty where the bytes do not say that it is one."""
-    found = sniff(head)
-    return next((suffix for suffix, holds in _SUFFIX_HOLDS.items() if found in holds and KINDS[suffix] in MEDIA_KINDS), "")
+    format_name = sniff(head)
+    return next(
+        (suffix for suffix, holds in _SUFFIX_HOLDS.items() if format_name in holds and KINDS[suffix] in MEDIA_KINDS), ""
+    )
 
 
 def mismatch(name: str, head: bytes) -> MalformedRow | None:
     """A file whose first bytes are those of another format than its extension says."""
-    suffix, found = os.path.splitext(name)[1].lower(), sniff(head)
+    suffix, format_name = os.path.splitext(name)[1].lower(), sniff(head)
     holds = _SUFFIX_HOLDS.get(suffix, ())
-    if found in holds or not found:
+    if format_name in holds or not format_name:
         return None
-    return MalformedRow("format_mismatch", f"the file is called {suffix} and is in truth: {found}; give it its own extension")
+    return MalformedRow(
+        "format_mismatch", f"the file is called {suffix} and is in truth: {format_name}; give it its own extension"
+    )
 
 
 def must_be(name: str, head: bytes) -> MalformedRow | None:

@@ -49,26 +49,26 @@ _SUFFIXES = {
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
-def store_media(kind: str, value: str, folder: Path | None, into: Path) -> str:
-    """Copy what a row names, a path below `folder` or a data URL, into `into`; returns its path below the dataset.
+def store_media(kind: str, value: str, folder: Path | None, media_folder: Path) -> str:
+    """Copy what a row names, a path below `folder` or a data URL, into `media_folder`; returns its path below the dataset.
 
     Raises Malformed. Without a `folder` (rows of a query or a hub) only data URLs are taken.
     """
     if value.startswith("data:"):
-        return _place_data_url(kind, value, into)
+        return _store_data_url(kind, value, media_folder)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", value):
         raise MalformedRow("bad_media", f"the {kind} is an address to fetch ({value[:60]}); give a path or a data URL")
-    return copy_file(locate(kind, value, folder), into)
+    return copy_file(locate(kind, value, folder), media_folder)
 
 
-def copy_file(file: Path, into: Path, sha256: str = "") -> str:
+def copy_file(file: Path, media_folder: Path, sha256: str = "") -> str:
     """`copy` of a file by its path."""
     try:
         stream = open_regular(file)
     except OSError as error:
         raise MalformedRow("bad_media", f"the file {file.name[:80]!r} cannot be opened: {error.strerror}") from None
     with stream:
-        return copy(stream, file.name, into, sha256)
+        return copy(stream, file.name, media_folder, sha256)
 
 
 def locate(kind: str, value: str, folder: Path | None) -> Path:
@@ -91,19 +91,19 @@ def locate(kind: str, value: str, folder: Path | None) -> Path:
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} leaves the folder of its source")
-        mode_known = file.exists()
+        exists = file.exists()
     except (OSError, ValueError, RuntimeError):  # a loop of links; a lone surrogate
         raise MalformedRow("bad_media", f"the {kind} path {value[:80]!r} is none that can be followed") from None
-    if not mode_known:
+    if not exists:
         raise MalformedRow("missing_media", f"there is no {kind} at {value[:80]!r} beside the file")
     return file
 
 
-def _place_data_url(kind: str, value: str, into: Path) -> str:
+def _store_data_url(kind: str, value: str, media_folder: Path) -> str:
     mime = value.partition(",")[0].removeprefix("data:").partition(";")[0].lower()
     content = of_data_url(kind, value)
     suffix = _SUFFIXES.get(mime, "") or file_formats.suffix_of(content[: file_formats.HEAD_BYTES])
-    return copy(io.BytesIO(content), f"data URL{suffix}", into)
+    return copy(io.BytesIO(content), f"data URL{suffix}", media_folder)
 
 
 def of_data_url(kind: str, value: str) -> bytes:
@@ -114,7 +114,7 @@ def of_data_url(kind: str, value: str) -> bytes:
         raise MalformedRow("bad_media", f"the {kind} data URL is not base64") from None
 
 
-def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
+def copy(stream: BinaryIO, name: str, media_folder: Path, sha256: str = "") -> str:
     """Check a media file and copy it under its digest; returns its path below the dataset. Raises Malformed.
 
     With `sha256`, the file must have that digest. Several processes may copy the same file at once.
@@ -127,7 +127,7 @@ def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
     digest = digest_of(stream)
     if sha256 and digest != sha256:
         raise MalformedRow("changed_file", "the file was changed after the run began")
-    target = into / f"{digest}{PurePath(name).suffix.lower()}"
+    target = media_folder / f"{digest}{PurePath(name).suffix.lower()}"
     if not target.exists():
         if size <= MOST_DECODED:
             stream.seek(0)
@@ -135,7 +135,7 @@ def copy(stream: BinaryIO, name: str, into: Path, sha256: str = "") -> str:
         stream.seek(0)
         # durable: an interrupted run goes on with the files that stand there, and their bytes are not read again
         write_file_atomic(target, lambda out: shutil.copyfileobj(stream, out, 1 << 20))
-    return f"{into.name}/{target.name}"
+    return f"{media_folder.name}/{target.name}"
 
 
 def _decode(content: bytes) -> None:
@@ -159,51 +159,51 @@ def check(stream: BinaryIO, name: str) -> None:
         raise MalformedRow("bad_media", f"the media file {name[:80]!r} is empty")
     if (fault := file_formats.must_be(name, head)) is not None:
         raise fault
-    found = file_formats.sniff(head)
-    if found not in PICTURES:
+    format_name = file_formats.sniff(head)
+    if format_name not in PICTURES:
         return
     try:
-        width, height, frames = image_size(stream, found)
+        width, height, frames = image_size(stream, format_name)
     except (struct.error, IndexError, ValueError):
-        raise MalformedRow("bad_media", f"the {found} ends inside its header") from None
+        raise MalformedRow("bad_media", f"the {format_name} ends inside its header") from None
     if width < 1 or height < 1:
-        raise MalformedRow("bad_media", f"the {found} says that it has {width} x {height} pixels")
+        raise MalformedRow("bad_media", f"the {format_name} says that it has {width} x {height} pixels")
     if width * height > MOST_PIXELS:
         raise MalformedRow("image_bomb", f"{width:,} x {height:,} pixels; the limit is {MOST_PIXELS:,}")
     if frames > MOST_FRAMES:
         raise MalformedRow("image_bomb", f"more than {MOST_FRAMES:,} frames in one picture")
 
 
-def image_size(stream: BinaryIO, found: str) -> tuple[int, int, int]:
+def image_size(stream: BinaryIO, format_name: str) -> tuple[int, int, int]:
     """(width, height, frames) by the header, without decoding. Frames are counted to just over MOST_FRAMES.
 
     Raises struct.error, IndexError or ValueError where the file ends or makes no sense.
     """
     stream.seek(0)
     head = stream.read(64)
-    if found == "PNG":
+    if format_name == "PNG":
         return (*struct.unpack(">II", head[16:24]), _png_frames(stream))
-    if found == "GIF":
+    if format_name == "GIF":
         return (*struct.unpack("<HH", head[6:10]), _gif_frames(stream, head))
-    if found == "BMP":
+    if format_name == "BMP":
         width, height = struct.unpack("<ii", head[18:26])
         return abs(width), abs(height), 1
-    if found == "WebP":
+    if format_name == "WebP":
         return _webp_size(stream, head)
-    return (*_jpeg_size(stream), 1) if found == "JPEG" else (*_tiff_size(stream, head), 1)
+    return (*_jpeg_size(stream), 1) if format_name == "JPEG" else (*_tiff_size(stream, head), 1)
 
 
 def _png_frames(stream: BinaryIO) -> int:
     """Frames of an animated PNG: acTL stands before the first image data."""
-    at = 8
+    position = 8
     for _ in range(1000):
-        stream.seek(at)
+        stream.seek(position)
         chunk = stream.read(12)
         if len(chunk) < 12 or chunk[4:8] == b"IDAT":
             return 1
         if chunk[4:8] == b"acTL":
             return int(struct.unpack(">I", chunk[8:12])[0])
-        at += 12 + int(struct.unpack(">I", chunk[:4])[0])
+        position += 12 + int(struct.unpack(">I", chunk[:4])[0])
     return 1
 
 
@@ -225,7 +225,7 @@ def _gif_frames(stream: BinaryIO, head: bytes) -> int:
 
 def _webp_size(stream: BinaryIO, head: bytes) -> tuple[int, int, int]:
     if head[12:16] == b"VP8X":
-        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        width, height = (int.from_bytes(head[position : position + 3], "little") + 1 for position in (24, 27))
         return width, height, _webp_frames(stream)
     if head[12:16] == b"VP8L":
         bits = int.from_bytes(head[21:25], "little")
@@ -235,29 +235,29 @@ def _webp_size(stream: BinaryIO, head: bytes) -> tuple[int, int, int]:
 
 
 def _webp_frames(stream: BinaryIO) -> int:
-    at, frames = 12, 0
+    position, frames = 12, 0
     while frames <= MOST_FRAMES:
-        stream.seek(at)
+        stream.seek(position)
         chunk = stream.read(8)
         if len(chunk) < 8:
             break
         frames += chunk[:4] == b"ANMF"
         size = int(struct.unpack("<I", chunk[4:])[0])
-        at += 8 + size + (size & 1)
+        position += 8 + size + (size & 1)
     return max(frames, 1)
 
 
 def _jpeg_size(stream: BinaryIO) -> tuple[int, int]:
-    at = 2
+    position = 2
     for _ in range(10_000):
-        stream.seek(at)
+        stream.seek(position)
         mark, code, size = struct.unpack(">BBH", stream.read(4))
         if mark != 0xFF:
             raise ValueError
         if code in _JPEG_SIZES:
             height, width = struct.unpack(">xHH", stream.read(5))
             return width, height
-        at += 1 if code == 0xFF else 2 + size
+        position += 1 if code == 0xFF else 2 + size
     raise ValueError
 
 
@@ -265,15 +265,13 @@ def _tiff_size(stream: BinaryIO, head: bytes) -> tuple[int, int]:
     order = "<" if head[:2] == b"II" else ">"
     stream.seek(struct.unpack(f"{order}I", head[4:8])[0])
     (count,) = struct.unpack(f"{order}H", stream.read(2))
-    results: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for _ in range(count):
         entry = stream.read(12)
         tag, kind = struct.unpack(f"{order}HH", entry[:4])
         if tag in (256, 257):
-            results[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[
-                0
-            ]
-    return results.get(256, 0), results.get(257, 0)
+            sizes[tag] = struct.unpack(f"{order}H" if kind == 3 else f"{order}I", entry[8:10] if kind == 3 else entry[8:12])[0]
+    return sizes.get(256, 0), sizes.get(257, 0)
 
 
 def digest_of(content: BinaryIO | bytes) -> str:

@@ -18,7 +18,7 @@ from sartor.core import records
 from sartor.core.records import Drop, Example, MalformedRow
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources import feedback_lines, file_formats, row_formats, row_readers, source_files
-from sartor.curate.sources.chunk_reader import InputChunk, InputFile, read_chunk, unit_of_json
+from sartor.curate.sources.chunk_reader import InputChunk, InputFile, chunk_of_json, read_chunk
 from sartor.curate.sources.row_readers import FilePiece
 from sartor.curate.sources.safe_paths import SourceFile, open_regular, safe_name
 from sartor.curate.sources.source_files import PIECE_BYTES, FileFacts, survey
@@ -35,46 +35,48 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 class ReadPlan:
     """The units in the order of reading, and facts of every file that was found, in the same order."""
 
-    units: list[InputChunk] = field(default_factory=list)
+    chunks: list[InputChunk] = field(default_factory=list)
     files: list[FileFacts] = field(default_factory=list)
 
 
-def plan_reading(wanted: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
+def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPlan:
     """Walk every source. Raises ConfigError, MissingError or HubError for a source that is not there."""
-    result = ReadPlan()
-    for index, source in enumerate(map(source_files.with_licence, wanted)):
+    plan = ReadPlan()
+    for index, source in enumerate(map(source_files.with_licence, sources)):
         if source_files.scheme(source.path) in ("sql", "hub"):
             facts = source_files.query_facts(source)
-            head = source_files.queried(source, max_row_bytes, source_files.HEAD_ROWS)
+            head = source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS)
             form = source_files.form_of(head)
-            result.files.append(replace(facts, form=form or "unknown"))
-            result.units.append(InputChunk(len(result.units), index, _asked(source), form, max_row_bytes))
+            plan.files.append(replace(facts, form=form or "unknown"))
+            plan.chunks.append(InputChunk(len(plan.chunks), index, _rows_digest(source), form, max_row_bytes))
             continue
         if source_files.scheme(source.path) == "inbox":
-            files = tuple(_of_inbox(found, max_row_bytes) for found in source_files.files_of(source))
-            result.files += [_facts(source, file) for file in files]
-            asked = records.digest([_asked(source), asdict(source.inbox), feedback_lines.mark(source.inbox.known)])[:16]
-            result.units.append(InputChunk(len(result.units), index, asked, inbox.FORM, max_row_bytes, files))
+            files = tuple(_inbox_file(source_file, max_row_bytes) for source_file in source_files.files_of(source))
+            plan.files += [_facts(source, file) for file in files]
+            rows_digest = records.digest(
+                [_rows_digest(source), asdict(source.inbox), feedback_lines.gold_replies_digest(source.inbox.known)]
+            )[:16]
+            plan.chunks.append(InputChunk(len(plan.chunks), index, rows_digest, inbox.FORM, max_row_bytes, files))
             continue
-        cutter = _Cutter(result, index, _asked(source), max_row_bytes)
+        cutter = _Cutter(plan, index, _rows_digest(source), max_row_bytes)
         for file, pieces in _surveyed(source, max_row_bytes):
-            result.files.append(_facts(source, file))
+            plan.files.append(_facts(source, file))
             if file.caption is not None:
-                result.files.append(_facts(source, file.caption))
+                plan.files.append(_facts(source, file.caption))
             cutter.add(file, pieces)
         cutter.flush()
-    return result
+    return plan
 
 
-def _of_inbox(found: SourceFile, most_bytes: int) -> InputFile:
+def _inbox_file(source_file: SourceFile, most_bytes: int) -> InputFile:
     """A file of an inbox, to which a server may be appending: what is there now is what is read."""
-    file, _ = _inspect(found, "jsonl", most_bytes, of_media=False)
-    if not file.refusal[0] and not found.path.endswith(".jsonl"):
+    file, _ = _inspect(source_file, "jsonl", most_bytes, of_media=False)
+    if not file.refusal[0] and not source_file.path.endswith(".jsonl"):
         file = replace(file, refusal=("not_feedback", "an inbox holds files feedback-DAY.jsonl, and nothing else"))
     return replace(file, kind=inbox.FORM, form=inbox.FORM)
 
 
-def _asked(source: SourceOptions) -> str:
+def _rows_digest(source: SourceOptions) -> str:
     """Digest of what a source says of its rows: with another licence or question they are other rows."""
     return records.digest([source.path, source.licence, source.date, source.prompt, source.captions])[:16]
 
@@ -90,7 +92,7 @@ class _Cutter:
 
     plan: ReadPlan
     source: int
-    asked: str
+    rows_digest: str
     most_bytes: int
     waiting: list[InputFile] = field(default_factory=list)
     waiting_bytes: int = 0
@@ -99,7 +101,7 @@ class _Cutter:
         if pieces and pieces[-1].start + pieces[-1].length > PIECE_BYTES and file.kind in _TABLE_KINDS:
             self.flush()
             for piece in pieces:
-                self._unit((file,), piece)
+                self._add_chunk((file,), piece)
             return
         if len(self.waiting) >= BATCH_FILES or (self.waiting and self.waiting_bytes + file.bytes > BATCH_BYTES):
             self.flush()
@@ -108,97 +110,101 @@ class _Cutter:
 
     def flush(self) -> None:
         if self.waiting:
-            self._unit(tuple(self.waiting))
+            self._add_chunk(tuple(self.waiting))
         self.waiting, self.waiting_bytes = [], 0
 
-    def _unit(self, files: tuple[InputFile, ...], piece: FilePiece | None = None) -> None:
+    def _add_chunk(self, files: tuple[InputFile, ...], piece: FilePiece | None = None) -> None:
         form = files[0].form if piece else ""
-        self.plan.units.append(InputChunk(len(self.plan.units), self.source, self.asked, form, self.most_bytes, files, piece))
+        self.plan.chunks.append(
+            InputChunk(len(self.plan.chunks), self.source, self.rows_digest, form, self.most_bytes, files, piece)
+        )
 
 
 def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFile, list[FilePiece]]]:
     """Every file of a source that is read or refused, with its pieces. Captions come with the file that they are of."""
-    found = source_files.files_of(source)
-    tables, tabled = _tables(found, most_bytes)
-    captions = _captions(found, tabled) if source.captions == "beside" else {}
-    taken = {path for paths in captions.values() for path in paths[:1]}
-    by_path = {file.path: file for file in found}
-    for file in found:
+    files = source_files.files_of(source)
+    tables, table_media = _tables(files, most_bytes)
+    captions = _captions(files, table_media) if source.captions == "beside" else {}
+    caption_paths = {path for paths in captions.values() for path in paths[:1]}
+    by_path = {file.path: file for file in files}
+    for file in files:
         kind = file_formats.kind_of(file.path)
-        if file.path in taken:
+        if file.path in caption_paths:
             continue
         if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
             yield _inspect(file, kind, most_bytes, of_media=file.path in tables)
-        elif file.path not in tabled:
-            beside = [by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())]
-            yield _with_caption(file, kind, source, beside), []
+        elif file.path not in table_media:
+            caption_files = [
+                by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())
+            ]
+            yield _with_caption(file, kind, source, caption_files), []
 
 
-def _inspect(found: SourceFile, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[FilePiece]]:
+def _inspect(source_file: SourceFile, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[FilePiece]]:
     """A file that is no media: digest, form, pieces; or why it is not read."""
-    file = InputFile(found.path, found.name, kind, refusal=found.refusal)
-    refusal = found.refusal if found.refusal[0] else file_formats.format_refusal(found.path)
+    file = InputFile(source_file.path, source_file.name, kind, refusal=source_file.refusal)
+    refusal = source_file.refusal if source_file.refusal[0] else file_formats.format_refusal(source_file.path)
     if refusal:
-        return replace(file, bytes=_size(found), refusal=refusal), []
+        return replace(file, bytes=_size(source_file), refusal=refusal), []
     try:
-        with open_regular(found.path) as stream:
-            if (fault := row_readers.head_fault(stream, found.path, kind)) is not None:
+        with open_regular(source_file.path) as stream:
+            if (fault := row_readers.head_fault(stream, source_file.path, kind)) is not None:
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size)
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            every = itertools.chain.from_iterable(row_readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
-            head = itertools.islice(every, source_files.HEAD_ROWS)
+            rows = itertools.chain.from_iterable(row_readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
+            head = itertools.islice(rows, source_files.HEAD_ROWS)
             return replace(file, form=source_files.form_of(head, of_media=of_media)), pieces
     except MalformedRow as problem:
-        return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail)), []
+        return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
-        return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}")), []
+        return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}")), []
 
 
-def _size(found: SourceFile) -> int:
+def _size(source_file: SourceFile) -> int:
     """Bytes of a file that is not read, where the system tells and it is a file."""
     try:
-        found_stat = os.stat(found.path, follow_symlinks=False)
+        file_status = os.stat(source_file.path, follow_symlinks=False)
     except (OSError, ValueError):
         return 0
-    return found_stat.st_size if stat.S_ISREG(found_stat.st_mode) else 0
+    return file_status.st_size if stat.S_ISREG(file_status.st_mode) else 0
 
 
-def _tables(found: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set[str]]:
+def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set[str]]:
     """(paths of the tables of media, paths of the media files that they name)."""
-    known = {os.path.normpath(file.path) for file in found if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS}
-    tables, named = set(), set()
-    for file in found:
+    media_paths = {os.path.normpath(file.path) for file in files if file_formats.kind_of(file.path) in file_formats.MEDIA_KINDS}
+    tables, named_paths = set(), set()
+    for file in files:
         if os.path.basename(file.path).lower() not in _TABLES or file.refusal[0]:
             continue
-        inspected, _ = _inspect(file, file_formats.kind_of(file.path), most_bytes, of_media=True)
-        if inspected.form != row_formats.CAPTIONED:
+        table_file, _ = _inspect(file, file_formats.kind_of(file.path), most_bytes, of_media=True)
+        if table_file.form != row_formats.CAPTIONED:
             continue
         tables.add(file.path)
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
-            whole = FilePiece(0, inspected.bytes, 1, -1)
-            for _, row in row_readers.rows(stream, inspected.kind, whole, most_bytes):
+            whole = FilePiece(0, table_file.bytes, 1, -1)
+            for _, row in row_readers.rows(stream, table_file.kind, whole, most_bytes):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
-                if path in known:
-                    named.add(path)
-    return tables, {file.path for file in found if os.path.normpath(file.path) in named}
+                if path in media_paths:
+                    named_paths.add(path)
+    return tables, {file.path for file in files if os.path.normpath(file.path) in named_paths}
 
 
-def _captions(found: Sequence[SourceFile], tabled: set[str]) -> dict[str, list[str]]:
+def _captions(files: Sequence[SourceFile], table_media: set[str]) -> dict[str, list[str]]:
     """Media file -> the text or JSON files of its name beside it, the one to use first."""
     captions: dict[str, list[str]] = {}
-    for file in found:
-        if file_formats.kind_of(file.path) not in file_formats.MEDIA_KINDS or file.path in tabled or file.refusal[0]:
+    for file in files:
+        if file_formats.kind_of(file.path) not in file_formats.MEDIA_KINDS or file.path in table_media or file.refusal[0]:
             continue
         stem = os.path.splitext(file.path)[0]
         names = [f"{start}{suffix}" for suffix in _CAPTION_SUFFIXES for start in (stem, file.path)]
-        beside = [name for name in names if os.path.lexists(name)]
-        if beside:
-            captions[file.path] = beside
+        caption_paths = [name for name in names if os.path.lexists(name)]
+        if caption_paths:
+            captions[file.path] = caption_paths
     return captions
 
 
@@ -207,44 +213,44 @@ def _name_beside(media: SourceFile, path: str) -> str:
     return media.name[: media.name.rfind("/") + 1] + safe_name(os.path.basename(path))
 
 
-def _with_caption(found: SourceFile, kind: str, source: SourceOptions, beside: Sequence[SourceFile]) -> InputFile:
+def _with_caption(source_file: SourceFile, kind: str, source: SourceOptions, caption_files: Sequence[SourceFile]) -> InputFile:
     """A media file that no table names."""
-    file = InputFile(found.path, found.name, kind, form=row_formats.CAPTIONED)
+    file = InputFile(source_file.path, source_file.name, kind, form=row_formats.CAPTIONED)
     try:
-        with open_regular(found.path) as stream:
-            fault = row_readers.head_fault(stream, found.path, kind)
+        with open_regular(source_file.path) as stream:
+            fault = row_readers.head_fault(stream, source_file.path, kind)
             if fault is not None:
                 raise fault
             sha256, size, _ = survey(stream, kind)
         file = replace(file, sha256=sha256, bytes=size)
-        if beside:
-            return replace(file, caption=_caption(beside[0]))
+        if caption_files:
+            return replace(file, caption=_caption(caption_files[0]))
     except MalformedRow as problem:
-        return replace(file, bytes=_size(found), refusal=(problem.reason, problem.detail))
+        return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail))
     except OSError as error:
-        return replace(file, bytes=_size(found), refusal=("unreadable_file", f"{error.strerror or error}"))
-    if source.captions == "folder" and (label := Path(found.path).absolute().parent.name):
+        return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}"))
+    if source.captions == "folder" and (label := Path(source_file.path).absolute().parent.name):
         return replace(file, label=label)
     remedy = "name it in a metadata.csv with file_name and text, put a .txt of its name beside it, or declare captions: folder"
     return replace(file, refusal=("no_caption", f"nothing says what the {kind} holds; {remedy}"))
 
 
-def _caption(found: SourceFile) -> InputFile:
+def _caption(source_file: SourceFile) -> InputFile:
     """The text or JSON file that is a caption. Raises Malformed where it may not be read, OSError where it cannot."""
-    if found.refusal[0]:
-        raise MalformedRow(found.refusal[0], f"the caption {found.name!r}: {found.refusal[1]}")
-    kind = file_formats.kind_of(found.path)
-    with open_regular(found.path) as stream:
-        if (fault := row_readers.head_fault(stream, found.path, kind)) is not None:
-            raise MalformedRow(fault.reason, f"the caption {found.name!r}: {fault.detail}")
+    if source_file.refusal[0]:
+        raise MalformedRow(source_file.refusal[0], f"the caption {source_file.name!r}: {source_file.refusal[1]}")
+    kind = file_formats.kind_of(source_file.path)
+    with open_regular(source_file.path) as stream:
+        if (fault := row_readers.head_fault(stream, source_file.path, kind)) is not None:
+            raise MalformedRow(fault.reason, f"the caption {source_file.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
-    return InputFile(found.path, found.name, kind, sha256, size, form="caption")
+    return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption")
 
 
-__all__ = ["FileFacts", "InputFile", "ReadPlan", "InputChunk", "plan_reading", "read_chunk", "read_all", "unit_of_json"]
+__all__ = ["FileFacts", "InputFile", "ReadPlan", "InputChunk", "plan_reading", "read_chunk", "read_all", "chunk_of_json"]
 
 
 def read_all(source: SourceOptions, max_row_bytes: int, media_folder: Path) -> Iterator[Example | Drop]:
     """Every row of one source, in this process. Raises as `plan` and `read` do."""
-    for unit in plan_reading([source], max_row_bytes).units:
-        yield from read_chunk(unit, source, media_folder)
+    for chunk in plan_reading([source], max_row_bytes).chunks:
+        yield from read_chunk(chunk, source, media_folder)

@@ -36,18 +36,18 @@ def fill_placeholders(row: Mapping[str, Any], turns: Any) -> Any:
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         return turns
-    named = {kind: _named(row, kind) for kind in _FIELDS}
-    left = {kind: iter(found) for kind, found in named.items()}
+    named_media = {kind: _named(row, kind) for kind in _FIELDS}
+    remaining = {kind: iter(values) for kind, values in named_media.items()}
     counts = dict.fromkeys(_FIELDS, 0)
-    result = [_placeholders_turn(turn, left, counts, has_marks=any(named.values())) for turn in turns]
-    for kind, found in named.items():
-        if counts[kind] != len(found):
-            problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(found)}: each mark is one {kind}"
+    filled_turns = [_placeholders_turn(turn, remaining, counts, has_marks=any(named_media.values())) for turn in turns]
+    for kind, values in named_media.items():
+        if counts[kind] != len(values):
+            problem = f"the turns hold {counts[kind]} <{kind}> and the row names {len(values)}: each mark is one {kind}"
             raise MalformedRow("placeholder_count", problem)
-    return result
+    return filled_turns
 
 
-def asked(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
+def question_content(row: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
     """The content of a question: its text with the media that the row names where its marks stand, or before it."""
     marks = "".join(f"<{kind}>" for kind in _FIELDS for _ in _named(row, kind))
     text = text if _MARK.search(text) or not marks else marks + text
@@ -67,37 +67,37 @@ def _named(row: Mapping[str, Any], kind: str) -> list[Any]:
     return []
 
 
-def _placeholders_turn(turn: Any, left: Mapping[str, Iterator[Any]], counts: dict[str, int], *, has_marks: bool) -> Any:
+def _placeholders_turn(turn: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int], *, has_marks: bool) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     content = turn.get("content")
     if isinstance(content, str) and has_marks:
-        parts = list(_placeholders_parts(content, left, counts))
+        parts = list(_placeholders_parts(content, remaining, counts))
     elif isinstance(content, Sequence) and not isinstance(content, str):
-        parts = [_part(part, left, counts) for part in content]
+        parts = [_part(part, remaining, counts) for part in content]
     else:
         return turn
     return {**turn, "content": parts}
 
 
-def _placeholders_parts(text: str, left: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    ended = 0
+def _placeholders_parts(text: str, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    end = 0
     for mark in _MARK.finditer(text):
-        if before := text[ended : mark.start()]:
+        if before := text[end : mark.start()]:
             yield {"type": "text", "text": before}
-        yield _part({"type": mark[1]}, left, counts)
-        ended = mark.end()
-    if rest := text[ended:]:
+        yield _part({"type": mark[1]}, remaining, counts)
+        end = mark.end()
+    if rest := text[end:]:
         yield {"type": "text", "text": rest}
 
 
-def _part(part: Any, left: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Any:
+def _part(part: Any, remaining: Mapping[str, Iterator[Any]], counts: dict[str, int]) -> Any:
     """A part of media without a value takes the next that the row names; one beyond them is counted and left."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in _FIELDS or any(part.get(name) is not None for name in (kind, "image_url", "input_audio")):
         return part
     counts[kind] += 1
-    return {**part, kind: next(left[kind], None)}
+    return {**part, kind: next(remaining[kind], None)}
 
 
 # form -> the keys that a row of it must have; the first that fits wins, so the more special stand first
@@ -134,7 +134,7 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
     if of_media and row.get("file_name") is not None and caption_field(row):
         return CAPTIONED
     fitting = (form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys))
-    return next((form for form in fitting if form != "rated" or _said(row) is not None), None)
+    return next((form for form in fitting if form != "rated" or _stated_rating(row) is not None), None)
 
 
 def caption_field(row: Mapping[str, Any]) -> str:
@@ -146,8 +146,11 @@ def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
     """The Example in a row of a form, its Origin with the row's own date. Raises Malformed."""
     if not isinstance(row, Mapping):
         raise MalformedRow("not_an_object", f"the row is a {type(row).__name__}, not an object with fields")
-    found = detect_row_format(row, of_media=form == CAPTIONED)
-    if found != form and {found, form} != {"rated", "prompt_completion"}:  # of a file's replies some may be rated
+    detected_form = detect_row_format(row, of_media=form == CAPTIONED)
+    if detected_form != form and {detected_form, form} != {
+        "rated",
+        "prompt_completion",
+    }:  # of a file's replies some may be rated
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
     _check_turns(messages, form)
@@ -158,26 +161,26 @@ def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
         raise MalformedRow("bad_field", f"`group` is a {type(row['group']).__name__}, not text")
     example = Example(
         messages=messages,
-        origins=_marked(row, replace(origin, date=date_of(row)[0] or origin.date)),
+        origins=_origins(row, replace(origin, date=date_of(row)[0] or origin.date)),
         group=group,
         weight=_weight(row),
         rejected=rejected,
         tools=_json_text(row.get("tools"), "tools"),
-        rating=_rating(row) if found in ("rated", "messages") else 0.0,
+        rating=_rating(row) if detected_form in ("rated", "messages") else 0.0,
     )
     return with_fields(example)
 
 
-def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
+def _origins(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
     """The Origin of a row, and the marks of a synthetic one: a Dataset's own Parquet has them in `origins`.
 
     A row that people wrote as well keeps its plain Origin beside the marks.
     """
-    said = row.get("origins")
-    if not isinstance(said, Sequence) or isinstance(said, (str, bytes)):
+    origins = row.get("origins")
+    if not isinstance(origins, Sequence) or isinstance(origins, (str, bytes)):
         return (origin,)
-    marks = [item for item in said if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]]
-    made = [
+    marks = [item for item in origins if isinstance(item, Mapping) and isinstance(item.get("made_by"), str) and item["made_by"]]
+    synthetic_origins = [
         replace(
             origin,
             parents=tuple(str(parent) for parent in mark.get("parents") or ()),
@@ -186,15 +189,15 @@ def _marked(row: Mapping[str, Any], origin: Origin) -> tuple[Origin, ...]:
         )
         for mark in marks
     ]
-    return tuple(made) if marks and len(marks) == len(said) else (origin, *made)
+    return tuple(synthetic_origins) if marks and len(marks) == len(origins) else (origin, *synthetic_origins)
 
 
 def date_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """(ISO date of a row, the field that holds something else): both empty where no field of DATES is filled."""
     for key in DATES:
         if (value := row.get(key)) is not None and value != "":
-            found = iso_date(value)
-            return found, "" if found else key
+            iso_text = iso_date(value)
+            return iso_text, "" if iso_text else key
     return "", ""
 
 
@@ -220,27 +223,31 @@ def iso_date(value: Any) -> str:
 
 def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
     keys = ("file_name", CAPTIONS[0]) if form == CAPTIONED else FORMS[form]
-    found = detect_row_format(row)
-    if (found is None or form == CAPTIONED) and any(key in row for key in keys):
-        lacking = [key for key in keys if row.get(key) is None]
-        return MalformedRow("missing_field", f"the row has no {' and no '.join(lacking)}")
-    if found is None:
+    detected_form = detect_row_format(row)
+    if (detected_form is None or form == CAPTIONED) and any(key in row for key in keys):
+        missing = [key for key in keys if row.get(key) is None]
+        return MalformedRow("missing_field", f"the row has no {' and no '.join(missing)}")
+    if detected_form is None:
         return MalformedRow("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
-    return MalformedRow("mixed_form", f"the row is in the form {found!r}, the file in {form!r}")
+    return MalformedRow("mixed_form", f"the row is in the form {detected_form!r}, the file in {form!r}")
 
 
 def _messages(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns = _loads(row["messages"])
-    said = [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
-    if said and all(isinstance(one, Mapping) and "role" not in one and "sender" in one and "text" in one for one in said):
-        return _conversation(said), ()
+    entries = (
+        [item for turn in turns for item in (turn if isinstance(turn, list) else [turn])] if isinstance(turns, list) else []
+    )
+    if entries and all(
+        isinstance(entry, Mapping) and "role" not in entry and "sender" in entry and "text" in entry for entry in entries
+    ):
+        return _conversation(entries), ()
     return _turns(fill_placeholders(row, turns), media), ()
 
 
-def _conversation(said: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+def _conversation(entries: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
     """What two people said: lists of {sender, text}. Who speaks last is taken for the assistant, the other for the user."""
     turns: list[tuple[str, list[str]]] = []
-    for item in said:
+    for item in entries:
         sender, text = str(item["sender"]), _text(item, "text")
         if turns and turns[-1][0] == sender:
             turns[-1][1].append(text)
@@ -258,11 +265,11 @@ def _captioned(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...
     if kind not in ("image", "audio"):
         raise MalformedRow("bad_media", f"`file_name` {name[:80]!r} has the extension of no image or audio file that is read")
     caption = row[field]
-    said = str(caption) if isinstance(caption, int) and not isinstance(caption, bool) else _text(row, field)
+    reply = str(caption) if isinstance(caption, int) and not isinstance(caption, bool) else _text(row, field)
     parts = [Part(cast(PartKind, kind), media=media(kind, name))]
     if row.get("prompt") is not None:
         parts.append(Part("text", _text(row, "prompt")))
-    return (Message("user", tuple(parts)), Message.of("assistant", said)), ()
+    return (Message("user", tuple(parts)), Message.of("assistant", reply)), ()
 
 
 def _sharegpt(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -290,10 +297,10 @@ def _preference(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ..
 
 
 def _alpaca(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    instruction, given = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
+    instruction, input_text = _text(row, "instruction"), _text(row, "input") if row.get("input") else ""
     system = (Message.of("system", _text(row, "system")),) if row.get("system") else ()
-    whole = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return (*system, _question(row, whole, media), Message.of("assistant", _text(row, "output"))), ()
+    question = f"{instruction}\n\n{input_text}" if input_text.strip() else instruction
+    return (*system, _question(row, question, media), Message.of("assistant", _text(row, "output"))), ()
 
 
 def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -305,10 +312,10 @@ def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Messag
 
 
 def _text_row(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    said = Message.of("assistant", _text(row, "text"))
+    reply = Message.of("assistant", _text(row, "text"))
     # a text that names a picture or a recording is what is said of them
-    seen = [part for part in asked(row, "") if part["type"] != "text"]
-    return ((Message("user", tuple(_parts(seen, 1, media))), said) if seen else (said,)), ()
+    media_parts = [part for part in question_content(row, "") if part["type"] != "text"]
+    return ((Message("user", tuple(_parts(media_parts, 1, media))), reply) if media_parts else (reply,)), ()
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ...], tuple[Message, ...]]]] = {
@@ -326,7 +333,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
 
 def _question(row: Mapping[str, Any], text: str, media: Media) -> Message:
     """The user's turn of a row that has one, with the media that the row names."""
-    return Message("user", tuple(_parts(asked(row, text), 1, media)))
+    return Message("user", tuple(_parts(question_content(row, text), 1, media)))
 
 
 def _prompt(row: Mapping[str, Any], media: Media) -> tuple[Message, ...]:
@@ -351,42 +358,42 @@ def _turns(value: Any, media: Media) -> tuple[Message, ...]:
     return tuple(_turn(turn, index, media) for index, turn in enumerate(value, 1))
 
 
-def _turn(turn: Any, place: int, media: Media) -> Message:
+def _turn(turn: Any, index: int, media: Media) -> Message:
     if not isinstance(turn, Mapping):
-        raise MalformedRow("bad_field", f"turn {place} is a {type(turn).__name__}, not an object")
+        raise MalformedRow("bad_field", f"turn {index} is a {type(turn).__name__}, not an object")
     role = turn.get("role")
     if role is None or role == "":
-        raise MalformedRow("missing_role", f"turn {place} has no role")
+        raise MalformedRow("missing_role", f"turn {index} has no role")
     role = "system" if role == "developer" else role
     if role not in ROLES:
-        raise MalformedRow("unknown_role", f"turn {place} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
+        raise MalformedRow("unknown_role", f"turn {index} has the role {str(role)[:40]!r}; known are {', '.join(ROLES)}")
     calls = _json_text(turn.get("tool_calls"), "tool_calls")
     content = turn.get("content")
     if content is None and not calls:
-        raise MalformedRow("missing_content", f"turn {place} ({role}) has no content")
+        raise MalformedRow("missing_content", f"turn {index} ({role}) has no content")
     fields = {key: turn.get(key) or "" for key in ("name", "tool_call_id", "reasoning_content")}
     if not all(isinstance(value, str) for value in fields.values()):
-        raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {place} is not text")
-    return Message(role, tuple(_parts(content, place, media)), tool_calls=calls, **fields)
+        raise MalformedRow("bad_field", f"`name`, `tool_call_id` or `reasoning_content` of turn {index} is not text")
+    return Message(role, tuple(_parts(content, index, media)), tool_calls=calls, **fields)
 
 
-def _parts(content: Any, place: int, media: Media) -> list[Part]:
+def _parts(content: Any, index: int, media: Media) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str):
         return [Part("text", content)]
     if not isinstance(content, Sequence):
-        raise MalformedRow("bad_content", f"the content of turn {place} is a {type(content).__name__}")
+        raise MalformedRow("bad_content", f"the content of turn {index} is a {type(content).__name__}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         # OpenAI's own spelling of the media parts, besides the short one
         kind = {"image_url": "image", "input_audio": "audio"}.get(str(kind), kind)
         if kind not in ("text", "image", "audio"):
-            raise MalformedRow("bad_content", f"turn {place} has a part of type {kind!r}; known are text, image, audio")
+            raise MalformedRow("bad_content", f"turn {index} has a part of type {kind!r}; known are text, image, audio")
         value = _value(part, kind)
         if not isinstance(value, str):
-            raise MalformedRow("bad_content", f"the {kind} part of turn {place} has no {kind!r} text")
+            raise MalformedRow("bad_content", f"the {kind} part of turn {index} has no {kind!r} text")
         parts.append(Part("text", value) if kind == "text" else Part(cast(PartKind, kind), media=media(kind, value)))
     return parts
 
@@ -438,7 +445,7 @@ def _weight(row: Mapping[str, Any]) -> float:
     return weight
 
 
-def _said(row: Mapping[str, Any]) -> float | None:
+def _stated_rating(row: Mapping[str, Any]) -> float | None:
     """What a row says of its reply: the number in `rating`, or yes and no in `label`, as 1 and -1. None: neither is there."""
     if isinstance(rating := row.get("rating"), (int, float, str)) and not isinstance(rating, bool):
         with contextlib.suppress(ValueError):
@@ -448,7 +455,7 @@ def _said(row: Mapping[str, Any]) -> float | None:
 
 
 def _rating(row: Mapping[str, Any]) -> float:
-    rating = _said(row) or 0.0
+    rating = _stated_rating(row) or 0.0
     if not -1 <= rating <= 1:
         raise MalformedRow("bad_field", f"`rating` is {rating:g}; it must be from -1 (bad) to 1 (good), 0 where nobody said")
     return rating

@@ -53,18 +53,18 @@ def numbered_lines(stream: BinaryIO, end: int, first: int, most_bytes: int) -> I
 
     Begins where `stream` stands, at line `first`; never holds more than `most_bytes` of one line.
     """
-    at, number = stream.tell(), first - 1
-    while at < end and (raw := stream.readline(most_bytes + 1)):
+    position, number = stream.tell(), first - 1
+    while position < end and (raw := stream.readline(most_bytes + 1)):
         number += 1
         if len(raw) > most_bytes:
             size = len(raw) + _skip_line(stream, raw)
-            at += size
+            position += size
             problem = f"the row has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
             yield number, MalformedRow("oversize_row", problem)
             continue
-        raw = raw[: end - at]  # of a file that grows meanwhile, what was there
-        begins, at = at == 0, at + len(raw)
-        if begins:
+        raw = raw[: end - position]  # of a file that grows meanwhile, what was there
+        is_first, position = position == 0, position + len(raw)
+        if is_first:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if b"\0" in raw:
             yield number, MalformedRow("nul_bytes", f"the row holds {raw.count(0)} NUL bytes")
@@ -151,52 +151,55 @@ def _rows_of_object(whole: dict[str, Any]) -> Read:
         yield str(len(rows) + 1), MalformedRow("unread_list", detail)
 
 
-def _values(text: str, at: int, most_bytes: int) -> Read:
-    """JSON values one after another from `at` on, with the line on which each begins."""
+def _values(text: str, position: int, most_bytes: int) -> Read:
+    """JSON values one after another from `position` on, with the line on which each begins."""
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     line, counted = 1, 0
     while True:
-        while at < len(text) and text[at] in _SPACE:
-            at += 1
-        if at >= len(text) or (text[at] == "]" and not text[at + 1 :].strip()):
+        while position < len(text) and text[position] in _SPACE:
+            position += 1
+        if position >= len(text) or (text[position] == "]" and not text[position + 1 :].strip()):
             return
-        line, counted = line + text.count("\n", counted, at), at
+        line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = decoder.raw_decode(text, at)
+            row, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            rest = text.count("\n", at)
-            said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            yield str(line), MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {said}")
+            rest = text.count("\n", position)
+            problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            yield str(line), MalformedRow("bad_json", f"not JSON from here on ({rest} more lines are not read): {problem}")
             return
-        if "\0" in text[at:end] or "\\u0000" in text[at:end]:
+        if "\0" in text[position:end] or "\\u0000" in text[position:end]:
             yield str(line), MalformedRow("nul_bytes", "the row holds NUL characters")
-        elif end - at > most_bytes:
-            yield str(line), MalformedRow("oversize_row", f"the row has {end - at:,} characters; the limit is {most_bytes:,}")
+        elif end - position > most_bytes:
+            yield (
+                str(line),
+                MalformedRow("oversize_row", f"the row has {end - position:,} characters; the limit is {most_bytes:,}"),
+            )
         else:
             yield str(line), row
-        at = end
+        position = end
 
 
 class _RowLines:
     """Lines for the csv module, which would take a line of any length whole; counts the characters of the row at hand."""
 
     def __init__(self, stream: BinaryIO, most_bytes: int) -> None:
-        self.stream, self.most, self.row, self.number = stream, most_bytes, 0, 0
+        self.stream, self.max_bytes, self.row_bytes, self.number = stream, most_bytes, 0, 0
 
     def __iter__(self) -> _RowLines:
         return self
 
     def __next__(self) -> str:
-        raw = self.stream.readline(self.most + 1)
+        raw = self.stream.readline(self.max_bytes + 1)
         if not raw:
             raise StopIteration
         self.number += 1
         if self.number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
-        self.row += len(raw)
-        if len(raw) > self.most:
-            self.row += _skip_line(self.stream, raw)
-        if self.row > self.most:
+        self.row_bytes += len(raw)
+        if len(raw) > self.max_bytes:
+            self.row_bytes += _skip_line(self.stream, raw)
+        if self.row_bytes > self.max_bytes:
             raise OverlongError
         return raw.decode("utf-8", "surrogateescape")
 
@@ -210,13 +213,13 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
     rows = csv.reader(source, delimiter=max(",;\t|", key=lambda mark: head.count(mark.encode())), strict=True)
     names: list[str] | None = None
     while True:
-        first, source.row = source.number + 1, 0
+        first, source.row_bytes = source.number + 1, 0
         try:
             row = next(rows)
         except StopIteration:
             return
         except OverlongError:
-            detail = f"the row has {source.row:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
+            detail = f"the row has {source.row_bytes:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
             yield _span(first, source.number), MalformedRow("oversize_row", detail)
             continue
         except csv.Error as error:
@@ -226,8 +229,8 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             continue
         if names is None:
             names = [name.strip() for name in row]
-            if twice := sorted(name for name, count in Counter(names).items() if count > 1 and name):
-                detail = f"the header names {', '.join(map(repr, twice[:5]))} more than once; one would hide the other"
+            if duplicates := sorted(name for name, count in Counter(names).items() if count > 1 and name):
+                detail = f"the header names {', '.join(map(repr, duplicates[:5]))} more than once; one would hide the other"
                 yield _span(first, source.number), MalformedRow("duplicate_columns", f"{detail}; no row is read")
                 return
             continue
@@ -235,8 +238,8 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
 
 
 def _bad_csv(error: csv.Error, count: int) -> MalformedRow:
-    taken = f"; a quote that does not close took {count:,} lines for one row, and none of them is read" if count > 1 else ""
-    return MalformedRow("bad_csv", f"{error}{taken}")
+    hint = f"; a quote that does not close took {count:,} lines for one row, and none of them is read" if count > 1 else ""
+    return MalformedRow("bad_csv", f"{error}{hint}")
 
 
 def _csv_row(names: list[str], row: list[str]) -> Any:
@@ -328,9 +331,9 @@ def read_parquet(stream: BinaryIO, first: int, groups: tuple[int, int] | None, m
         begin, last = groups or (0, metadata.num_row_groups - 1)
         for group in range(begin, last + 1):
             expected = number + metadata.row_group(group).num_rows
-            for place, row in _group(stream, group, number, most_bytes):
-                number = place
-                yield str(place), row
+            for row_number, row in _group(stream, group, number, most_bytes):
+                number = row_number
+                yield str(row_number), row
             number = expected
     except (pa.ArrowException, OSError, ValueError) as error:
         yield str(number), _not_whole(error)
@@ -345,12 +348,12 @@ def _group(stream: BinaryIO, group: int, number: int, most_bytes: int) -> Iterat
                 number += 1
             continue
         for index in range(batch.num_rows):
-            one = batch.slice(index, 1)
-            run = run + 1 if one.nbytes > most_bytes else 0
+            row_slice = batch.slice(index, 1)
+            run = run + 1 if row_slice.nbytes > most_bytes else 0
             if not run:
-                yield number, drop_nulls(one.to_pylist()[0])
+                yield number, drop_nulls(row_slice.to_pylist()[0])
             elif run <= MOST_OVERSIZE_RUN:
-                detail = f"the row has {one.nbytes:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
+                detail = f"the row has {row_slice.nbytes:,} bytes; the limit is {most_bytes:,} (max_row_bytes)"
                 yield number, MalformedRow("oversize_row", detail)
             else:
                 detail = f"{run} rows in succession are longer than {most_bytes:,} bytes; the rest of row group {group + 1}"
@@ -437,8 +440,8 @@ def read_rows(file: Path, most_bytes: int) -> Read:
             if (fault := head_fault(stream, file.name, kind)) is not None:
                 yield "1", fault
             elif kind in ("text", "markdown"):
-                found = read_document(stream, most_bytes)
-                yield "1", found if isinstance(found, MalformedRow) else {"text": found[0]}
+                document = read_document(stream, most_bytes)
+                yield "1", document if isinstance(document, MalformedRow) else {"text": document[0]}
             else:
                 yield from rows(stream, kind, FilePiece(0, stream.seek(0, os.SEEK_END), 1, -1), most_bytes)
     except MalformedRow as fault:

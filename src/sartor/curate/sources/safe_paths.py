@@ -50,19 +50,19 @@ def find_files(declared: str) -> list[SourceFile]:
         if not glob.has_magic(root) and error.errno != errno.ENOENT:
             raise ConfigError(f"the source {declared[:200]!r}: {error.strerror}", "check the path") from None
     if stat.S_ISDIR(mode):
-        result = list(_walk(root))
-        result.sort(key=lambda file: file.name.split("/"))
+        files = list(_walk(root))
+        files.sort(key=lambda file: file.name.split("/"))
     elif mode and not stat.S_ISREG(mode):
         raise ConfigError(f"the source {declared!r} is {_kind_name(mode)}, not a file or folder", "name a regular file")
     elif mode:
         return [SourceFile(root, safe_name(os.path.basename(root)))]
     else:
         paths = sorted(glob.glob(root, recursive=True)) if glob.has_magic(root) else []
-        result = [_listed(path) for path in paths if not os.path.isdir(path)]
-    if not result:
-        what = "is an empty folder" if mode else "names no file"
-        raise ConfigError(f"the source {declared!r} {what}", "check the path; it is taken from the current directory")
-    return result
+        files = [_listed(path) for path in paths if not os.path.isdir(path)]
+    if not files:
+        problem = "is an empty folder" if mode else "names no file"
+        raise ConfigError(f"the source {declared!r} {problem}", "check the path; it is taken from the current directory")
+    return files
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -85,7 +85,7 @@ def safe_name(name: str) -> str:
 
 def _walk(root: str) -> Iterator[SourceFile]:
     """Every file below a folder that is not hidden; links to folders are named and not entered."""
-    inside = os.path.realpath(root)
+    real_root = os.path.realpath(root)
     waiting = [(root, "")]
     while waiting:
         folder, prefix = waiting.pop()
@@ -99,7 +99,7 @@ def _walk(root: str) -> Iterator[SourceFile]:
                 continue
             name = prefix + entry.name
             if entry.is_symlink():
-                yield SourceFile(entry.path, safe_name(name), _refuse_link(entry.path, inside))
+                yield SourceFile(entry.path, safe_name(name), _refuse_link(entry.path, real_root))
             elif entry.is_dir(follow_symlinks=False):
                 waiting.append((entry.path, f"{name}/"))
             elif entry.is_file(follow_symlinks=False):
@@ -108,7 +108,7 @@ def _walk(root: str) -> Iterator[SourceFile]:
                 yield SourceFile(entry.path, safe_name(name), _refuse_mode(entry.stat(follow_symlinks=False).st_mode))
 
 
-def _refuse_link(path: str, inside: str) -> tuple[str, str]:
+def _refuse_link(path: str, real_root: str) -> tuple[str, str]:
     """(reason, detail) of a symbolic link in a folder; empty where it names a file of the same folder."""
     target = os.path.realpath(path)
     shown = safe_name(os.readlink(path))[:200]
@@ -116,7 +116,7 @@ def _refuse_link(path: str, inside: str) -> tuple[str, str]:
         mode = os.stat(path).st_mode
     except OSError as error:
         return "broken_link", f"a link to {shown!r}: {error.strerror}"
-    if os.path.commonpath([inside, target]) != inside:
+    if os.path.commonpath([real_root, target]) != real_root:
         return "link_outside", f"a link to {shown!r}, outside the folder of the source; name that place as a source"
     if stat.S_ISDIR(mode):
         return "folder_link", f"a link to the folder {shown!r} of the same source; it is read where it stands, not twice"

@@ -68,9 +68,9 @@ def files_of(source: SourceOptions) -> list[SourceFile]:
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:
         raise ConfigError(f"the source {source.path!r} leads out of the asset", f"asset:{name}/PATH, of a file in {folder}")
-    found = safe_paths.find_files(str(folder / inner))
+    files = safe_paths.find_files(str(folder / inner))
     # a pattern gives whole paths: no name of a row's place may hang on where this machine keeps its assets
-    return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in found]
+    return [replace(file, name=file.name.removeprefix(f"{folder}/")) for file in files]
 
 
 def _asset(path: str) -> tuple[str, str]:
@@ -78,7 +78,7 @@ def _asset(path: str) -> tuple[str, str]:
     return name, inner
 
 
-def queried(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
+def query_rows(source: SourceOptions, most_bytes: int, most_rows: int = 0) -> Read:
     """Rows of a `sql:` or `hub:` source, the first `most_rows` if that is not 0."""
     return sql.rows(source.path, most_bytes, most_rows) if scheme(source.path) == "sql" else _hub_rows(source, most_rows)
 
@@ -88,9 +88,9 @@ def query_facts(source: SourceOptions) -> FileFacts:
     if scheme(source.path) == "sql":
         sql.split(source.path)
         return FileFacts(source.path, "query", "", 0, source.licence, source.use)
-    found = _hub(source)
+    dataset = _hub(source)
     return FileFacts(
-        source.path, source.path, str(found._fingerprint), int(found.dataset_size or 0), source.licence, source.use
+        source.path, source.path, str(dataset._fingerprint), int(dataset.dataset_size or 0), source.licence, source.use
     )
 
 
@@ -121,10 +121,10 @@ def _hub(source: SourceOptions) -> Any:
 
 def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:
     """The commonest form among some rows; empty where none has one."""
-    results = Counter(
+    counts = Counter(
         form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
     )
-    return results.most_common(1)[0][0] if results else ""
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 PIECE_BYTES = 8 << 20
@@ -139,10 +139,10 @@ def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
     while block := stream.read(BLOCK_BYTES):
         digest.update(block)
         crc, size = zlib.crc32(block, crc), size + len(block)
-    if kind == "parquet" and size > PIECE_BYTES and (found := list(row_readers.pieces(stream))):
+    if kind == "parquet" and size > PIECE_BYTES and (spans := list(row_readers.pieces(stream))):
         pieces = [
             FilePiece(start, length, row, checksum(stream, start, length), (begin, last))
-            for start, length, row, begin, last in found
+            for start, length, row, begin, last in spans
         ]
         return digest.hexdigest(), size, pieces
     return digest.hexdigest(), size, [FilePiece(0, size, 1, crc)]
@@ -150,20 +150,20 @@ def survey(stream: BinaryIO, kind: str) -> tuple[str, int, list[FilePiece]]:
 
 def _survey_lines(stream: BinaryIO) -> tuple[str, int, list[FilePiece]]:
     digest, pieces = hashlib.sha256(), []
-    start, line, crc, at, lines = 0, 1, 0, 0, 0
+    start, line, crc, position, lines = 0, 1, 0, 0, 0
     while block := stream.read(BLOCK_BYTES):
         digest.update(block)
-        begun = 0
-        while (cut := block.find(b"\n", max(begun, start + PIECE_BYTES - at - 1)) + 1) > 0:
-            crc, lines = zlib.crc32(block[begun:cut], crc), lines + block.count(b"\n", begun, cut)
-            pieces.append(FilePiece(start, at + cut - start, line, crc))
-            start, line, crc, begun = at + cut, line + lines, 0, cut
+        block_start = 0
+        while (cut := block.find(b"\n", max(block_start, start + PIECE_BYTES - position - 1)) + 1) > 0:
+            crc, lines = zlib.crc32(block[block_start:cut], crc), lines + block.count(b"\n", block_start, cut)
+            pieces.append(FilePiece(start, position + cut - start, line, crc))
+            start, line, crc, block_start = position + cut, line + lines, 0, cut
             lines = 0
-        crc, lines = zlib.crc32(block[begun:], crc), lines + block.count(b"\n", begun)
-        at += len(block)
-    if at > start or not pieces:
-        pieces.append(FilePiece(start, at - start, line, crc))
-    return digest.hexdigest(), at, pieces
+        crc, lines = zlib.crc32(block[block_start:], crc), lines + block.count(b"\n", block_start)
+        position += len(block)
+    if position > start or not pieces:
+        pieces.append(FilePiece(start, position - start, line, crc))
+    return digest.hexdigest(), position, pieces
 
 
 def checksum(stream: BinaryIO, start: int, length: int) -> int:

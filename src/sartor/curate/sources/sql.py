@@ -72,8 +72,8 @@ def _refuse_secrets(url: str) -> None:
         )
     for key, values in parsed.query.items():
         for value in (values,) if isinstance(values, str) else values:
-            spelled = _SECRET_KEY.search(key) and not _WHOLE_NAME.fullmatch(value)
-            if spelled or _SECRET_IN_DSN.search(value):
+            is_spelled_out = _SECRET_KEY.search(key) and not _WHOLE_NAME.fullmatch(value)
+            if is_spelled_out or _SECRET_IN_DSN.search(value):
                 raise ConfigError(f"the URL of a SQL source spells out a secret in its option {key!r}", remedy)
 
 
@@ -131,8 +131,10 @@ def rows(path: str, most_bytes: int, most_rows: int = 0) -> Read:
         result = connection.execute(sqlalchemy.text(re.sub(r"(?<!:):(?=\w)", r"\\:", query)))
         names = list(result.keys())
         if len(set(names)) != len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ConfigError(f"the query names the column {twice[0]!r} more than once", f"SELECT ... AS other_{twice[0]}")
+            duplicates = sorted({name for name in names if names.count(name) > 1})
+            raise ConfigError(
+                f"the query names the column {duplicates[0]!r} more than once", f"SELECT ... AS other_{duplicates[0]}"
+            )
         for number, values in enumerate(result, 1):
             yield str(number), _row(dict(zip(names, values, strict=True)), most_bytes)
             if number == most_rows:
@@ -160,17 +162,17 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _connection(url: str) -> Iterator[Any]:
     """An open connection inside a read-only transaction, rolled back at the end. No error of it shows what was filled in."""
-    filled, secrets = _filled(url)
+    filled_url, secrets = _filled(url)
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError
     from sqlalchemy.pool import NullPool
 
     try:
-        engine = _engine(filled, NullPool)
+        engine = _engine(filled_url, NullPool)
         options = {"stream_results": True, "max_row_buffer": STREAM_ROWS}
-        if filled.get_backend_name() == "postgresql":
+        if filled_url.get_backend_name() == "postgresql":
             options["postgresql_readonly"] = True
         with engine.connect().execution_options(**options) as connection:
-            if filled.get_backend_name() in ("mysql", "mariadb"):
+            if filled_url.get_backend_name() in ("mysql", "mariadb"):
                 connection.exec_driver_sql("SET SESSION TRANSACTION READ ONLY")
                 connection.rollback()
             try:
@@ -178,15 +180,17 @@ def _connection(url: str) -> Iterator[Any]:
             finally:
                 connection.rollback()
     except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
-        said = _scrub(str(getattr(error, "orig", None) or error), secrets)
+        message = _scrub(str(getattr(error, "orig", None) or error), secrets)
         if isinstance(error, ImportError):
             raise ConfigError(
-                f"the driver of the database is not installed: {said}", "install the driver that SQLAlchemy names"
+                f"the driver of the database is not installed: {message}", "install the driver that SQLAlchemy names"
             ) from None
         if isinstance(error, DBAPIError) and error.connection_invalidated or not isinstance(error, DBAPIError):
-            raise HubError(f"the database of a SQL source cannot be read: {said}", "check that it runs, and the URL") from None
+            raise HubError(
+                f"the database of a SQL source cannot be read: {message}", "check that it runs, and the URL"
+            ) from None
         raise ConfigError(
-            f"the database refuses the query of a SQL source: {said}", "try the query in the database's own tool"
+            f"the database refuses the query of a SQL source: {message}", "try the query in the database's own tool"
         ) from None
 
 
@@ -211,10 +215,14 @@ def _open_sqlite(file: str) -> sqlite3.Connection:
     connection = sqlite3.connect(f"file:{quote(os.path.abspath(file))}?mode=ro", uri=True, check_same_thread=False)
 
     def allow(action: int, first: str | None, second: str | None, *rest: Any) -> int:
-        loads = action == sqlite3.SQLITE_FUNCTION and second == "load_extension"
+        loads_extension = action == sqlite3.SQLITE_FUNCTION and second == "load_extension"
         # SQLAlchemy asks for the isolation level when it connects
-        asks = action == sqlite3.SQLITE_PRAGMA and first == "read_uncommitted" and second is None
-        return sqlite3.SQLITE_OK if asks or (action in _SQLITE_READS and not loads) else sqlite3.SQLITE_DENY
+        asks_isolation_level = action == sqlite3.SQLITE_PRAGMA and first == "read_uncommitted" and second is None
+        return (
+            sqlite3.SQLITE_OK
+            if asks_isolation_level or (action in _SQLITE_READS and not loads_extension)
+            else sqlite3.SQLITE_DENY
+        )
 
     connection.set_authorizer(allow)
     return connection

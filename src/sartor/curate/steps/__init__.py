@@ -70,20 +70,22 @@ _UNIONS = {
 
 def lines(*, table: bool) -> list[str]:
     """Every step with its options: as tables, or as the plain list of a help text."""
-    found = []
+    markdown = []
     for title, union in _UNIONS.items():
-        found += [f"## {title}", ""]
+        markdown += [f"## {title}", ""]
         for cls in get_args(union):
             kind = next(field.default for field in cls.__dataclass_fields__.values() if field.name == "kind")
             options = list(config.describe(cls))
-            found += [f"### {kind}" if table else f"**{kind}**", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+            markdown += [f"### {kind}" if table else f"**{kind}**", "", inspect.cleandoc(cls.__doc__ or ""), ""]
             if table and options:
-                found += ["| option | type, default | |", "|---|---|---|"]
+                markdown += ["| option | type, default | |", "|---|---|---|"]
             for name, type_and_default, text in options:
                 cells = [cell.replace("|", "\\|") for cell in (type_and_default, text)]
-                found.append(f"| `{name}` | {cells[0]} | {cells[1]} |" if table else f"- `{name}` ({type_and_default}): {text}")
-            found.append("")
-    return found
+                markdown.append(
+                    f"| `{name}` | {cells[0]} | {cells[1]} |" if table else f"- `{name}` ({type_and_default}): {text}"
+                )
+            markdown.append("")
+    return markdown
 
 
 def reference() -> str:

@@ -58,7 +58,7 @@ _NEVER_LAST = {
     "pt": "o os as um uma e ou de do da dos das com para por que porque seu sua muito",
     "nl": "de het een en of van met voor omdat dat zijn haar hun zeer",
 }
-_ENDLESS = {language: word_set(said) for language, said in _NEVER_LAST.items()}
+_ENDLESS = {language: word_set(word_list) for language, word_list in _NEVER_LAST.items()}
 _PLACEHOLDERS = word_set("null NULL nan NaN undefined n/a N/A <empty> [empty] (empty) [deleted] [removed]")
 _SAD_FACE = re.compile(r"[:;=>]['-]?\($")
 _COMPLETE_OF = re.compile(
@@ -136,7 +136,7 @@ _LANGUAGE_WORDS = re.compile(
 )
 _ECHO_WORDS = 8
 _PARAGRAPH_WORDS, _PARAGRAPH_SENTENCES = 150, 8
-_ASKED_LETTERS, _SAID_LETTERS, _TONGUE_SURE = 20, 40, 0.8
+_MIN_QUESTION_LETTERS, _MIN_ANSWER_LETTERS, _MIN_CONFIDENCE = 20, 40, 0.8
 
 
 def empty(message: Message) -> str:
@@ -171,29 +171,29 @@ def _broken_sentence(text: str, last_line: str) -> str:
     tail = words(last)
     if not tail or _SAD_FACE.search(text[-3:]):
         return ""
-    said = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
+    parts = [part for line in text.split("\n") for part in sentences(line) if part.strip()]
     # whoever ends sentences with a full stop ends the last one too
-    others = [part.rstrip() for part in said[:-1] if len(part.split()) > 3]
-    is_careful = bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and said[0].lstrip()[:1].isupper()
-    shown = f"...{last.strip()[-50:]!r}"
+    others = [part.rstrip() for part in parts[:-1] if len(part.split()) > 3]
+    is_careful = bool(others) and all(part[-1] in '.!?…:;"”)。！？' for part in others) and parts[0].lstrip()[:1].isupper()
+    excerpt = f"...{last.strip()[-50:]!r}"
     if text[-1] in ",(&":
-        return f"the answer ends in {text[-1]!r}: {shown}" if is_careful else ""
+        return f"the answer ends in {text[-1]!r}: {excerpt}" if is_careful else ""
     if not is_careful or len(tail) < 4:
         return ""
-    if last[-1:].islower() and not _COMPLETE_OF.search(last) and tail[-1] in _ENDLESS[_tongue_of(words(text))]:
-        return f"the answer ends in {tail[-1]!r}: {shown}"
+    if last[-1:].islower() and not _COMPLETE_OF.search(last) and tail[-1] in _ENDLESS[_function_word_language(words(text))]:
+        return f"the answer ends in {tail[-1]!r}: {excerpt}"
     if tail[-1] in _LINKS and not _MAY_END_IN_LINK.search(last):
-        return f"the answer ends in {tail[-1]!r}: {shown}"
+        return f"the answer ends in {tail[-1]!r}: {excerpt}"
     # people leave out the last full stop, though seldom after a long paragraph of finished sentences
     is_paragraph = len(others) >= _PARAGRAPH_SENTENCES and "\n" not in text.strip() and len(text.split()) >= _PARAGRAPH_WORDS
     if is_paragraph and last[-1:].isalpha():
-        return f"the answer ends in the middle of a sentence: {shown}"
+        return f"the answer ends in the middle of a sentence: {excerpt}"
     return ""
 
 
-def _tongue_of(said: list[str]) -> str:
+def _function_word_language(text_words: list[str]) -> str:
     """The language whose function words stand most often among some words; English where none does."""
-    return max(_ENDLESS, key=lambda language: sum(word in _ENDLESS[language] for word in said))
+    return max(_ENDLESS, key=lambda language: sum(word in _ENDLESS[language] for word in text_words))
 
 
 def _is_cut_json(text: str) -> bool:
@@ -218,35 +218,43 @@ def is_refusal_text(text: str) -> str:
     return ""
 
 
-def echo(asked: str, answer: str) -> str:
+def echo(question: str, answer: str) -> str:
     """An answer that says the prompt again, whole or at its beginning."""
-    if not begins_alike(asked, answer):
+    if not begins_alike(question, answer):
         return ""
-    question, said = words(asked), words(answer)
-    if len(question) < _ECHO_WORDS or said[: len(question)] != question or is_json(asked) or is_code(asked):
+    question_words, answer_words = words(question), words(answer)
+    if (
+        len(question_words) < _ECHO_WORDS
+        or answer_words[: len(question_words)] != question_words
+        or is_json(question)
+        or is_code(question)
+    ):
         return ""  # code that is completed or mended begins like the code that was given
     return (
         "the answer is the prompt again"
-        if len(said) == len(question)
-        else f"the answer begins with the {len(question)} words of the prompt"
+        if len(answer_words) == len(question_words)
+        else f"the answer begins with the {len(question_words)} words of the prompt"
     )
 
 
-def other_language(asked: str, answer: str, detect: Detector) -> str:
+def other_language(question: str, answer: str, detect: Detector) -> str:
     """An answer in another language than its question, where both are long enough to tell and no language was asked for."""
-    if _is_short(asked, _ASKED_LETTERS) or _is_short(answer, _SAID_LETTERS) or share_a_tongue(asked, answer):
+    if _is_short(question, _MIN_QUESTION_LETTERS) or _is_short(answer, _MIN_ANSWER_LETTERS) or share_a_tongue(question, answer):
         return ""
-    question = detect(asked)
-    if question.letters < _ASKED_LETTERS or question.confidence < _TONGUE_SURE:
+    question_language = detect(question)
+    if question_language.letters < _MIN_QUESTION_LETTERS or question_language.confidence < _MIN_CONFIDENCE:
         return ""
-    if question.letters < _SAID_LETTERS and leading_tongue(asked, 2) != question.code:
+    if question_language.letters < _MIN_ANSWER_LETTERS and leading_tongue(question, 2) != question_language.code:
         return ""  # of so few letters the model is sure and wrong ("im great im an international freshman": de, 0.99)
-    said = detect(answer)
-    if said.letters < _SAID_LETTERS or said.confidence < _TONGUE_SURE:
+    answer_language = detect(answer)
+    if answer_language.letters < _MIN_ANSWER_LETTERS or answer_language.confidence < _MIN_CONFIDENCE:
         return ""
-    if are_kin(question.code, said.code) or names_a_language(asked):
+    if are_kin(question_language.code, answer_language.code) or names_a_language(question):
         return ""
-    return f"the question is in {question.code} ({question.confidence:.2f}), the answer in {said.code} ({said.confidence:.2f})"
+    return (
+        f"the question is in {question_language.code} ({question_language.confidence:.2f}), the answer in "
+        f"{answer_language.code} ({answer_language.confidence:.2f})"
+    )
 
 
 def _is_short(text: str, letters: int) -> bool:
@@ -274,9 +282,9 @@ def turn_order(example: Example) -> str:
     return ""
 
 
-def asked_before(example: Example, place: int) -> str:
-    """What the user said last before the message number `place`."""
-    return next((turn.text for turn in reversed(example.messages[:place]) if turn.role == "user"), "")
+def question_before(example: Example, index: int) -> str:
+    """What the user said last before the message number `index`."""
+    return next((turn.text for turn in reversed(example.messages[:index]) if turn.role == "user"), "")
 
 
 def system_text(example: Example) -> str:
@@ -310,13 +318,13 @@ class ChatQuality:
         detect = detector() if self.language else None
 
         def apply(example: Example) -> Example | Drop:
-            for reason, detail in self.found(example, detect):
+            for reason, detail in self.faults(example, detect):
                 return drop_of(example, reason, detail, step=self.kind)
             return example
 
         return apply
 
-    def found(self, example: Example, detect: Detector | None) -> Iterator[tuple[str, str]]:
+    def faults(self, example: Example, detect: Detector | None) -> Iterator[tuple[str, str]]:
         """(reason, sentence) of each fault, first those of the whole row. `detect` is None where languages are not compared."""
         if self.turns and (fault := turn_order(example)):
             yield "turn_order", fault
@@ -324,12 +332,12 @@ class ChatQuality:
             detect = None  # the system asks for a language
         for index, message in enumerate(example.messages):
             if message.role == "assistant":
-                asked = asked_before(example, index)
-                for reason, fault in self._of_answer(example, index, asked, detect):
+                question = question_before(example, index)
+                for reason, fault in self._answer_faults(example, index, question, detect):
                     yield reason, fault if index == len(example.messages) - 1 else f"turn {index + 1}: {fault}"
 
-    def _of_answer(self, example: Example, place: int, asked: str, detect: Detector | None) -> Iterator[tuple[str, str]]:
-        message = example.messages[place]
+    def _answer_faults(self, example: Example, index: int, question: str, detect: Detector | None) -> Iterator[tuple[str, str]]:
+        message = example.messages[index]
         text = message.text
         if self.empty and (fault := empty(message)):
             yield "empty_answer", fault
@@ -339,9 +347,9 @@ class ChatQuality:
             yield "truncated_answer", fault
         if self.refusal and (fault := is_refusal_text(text)):
             yield "refusal", fault
-        if self.echo and asked and (fault := echo(asked, text)):
+        if self.echo and question and (fault := echo(question, text)):
             yield "prompt_echo", fault
-        if self.language and detect and asked and (fault := other_language(asked, text, detect)):
+        if self.language and detect and question and (fault := other_language(question, text, detect)):
             yield "answer_language", fault
 
 
@@ -353,7 +361,7 @@ _REPETITION = Repetition()
 def quality(example: Example) -> float:
     """0 (nothing of use) to 1 (nothing against it)."""
     marks = [
-        _of_answer(message, asked_before(example, index))
+        _answer_quality(message, question_before(example, index))
         for index, message in enumerate(example.messages)
         if message.role == "assistant"
     ]
@@ -362,33 +370,33 @@ def quality(example: Example) -> float:
     return sum(marks) / len(marks) * (0.5 if turn_order(example) else 1.0)
 
 
-def _of_answer(message: Message, asked: str) -> float:
+def _answer_quality(message: Message, question: str) -> float:
     text = message.text.strip()
     if empty(message):
         return 0.0
     if not text:
         return 1.0  # a tool call or media alone
     mark = 1.0
-    for is_so, factor in (
+    for fault, factor in (
         (is_refusal_text(text), 0.2),
         (truncated(text), 0.4),
-        (echo(asked, text), 0.3),
+        (echo(question, text), 0.3),
         (_REPETITION.fault(text), 0.3),
         (_WRONGLY_DECODED.search(text), 0.5),
     ):
-        mark *= factor if is_so else 1.0
-    return mark * _form(text)
+        mark *= factor if fault else 1.0
+    return mark * _form_factor(text)
 
 
-def _form(text: str) -> float:
+def _form_factor(text: str) -> float:
     """What the answer's form costs it: 0.4 to 1."""
-    said = words(text)
-    length = 0.7 + 0.3 * min(1.0, len(said) / 20)
+    text_words = words(text)
+    length = 0.7 + 0.3 * min(1.0, len(text_words) / 20)
     if is_json(text) or is_code(text) or "```" in text:
         return length
-    mark = length * (1.0 if _QUALITY_ENDED.search(text[-4:]) or len(said) < 3 else 0.9)
+    mark = length * (1.0 if _QUALITY_ENDED.search(text[-4:]) or len(text_words) < 3 else 0.9)
     mark *= 0.95 if text[0].islower() else 1.0
     # Guiraud's index, distinct / sqrt(all), is about 5 to 8 for English prose of 50 to 300 words; half of that is poor
-    expected = 0.5 * len(said) ** 0.5 * (1.0 if len(said) < 30 else (30 / len(said)) ** 0.25)
-    variety = len(set(said)) / len(said) ** 0.5 if said else 1.0
+    expected = 0.5 * len(text_words) ** 0.5 * (1.0 if len(text_words) < 30 else (30 / len(text_words)) ** 0.25)
+    variety = len(set(text_words)) / len(text_words) ** 0.5 if text_words else 1.0
     return mark * (0.7 + 0.3 * min(1.0, variety / expected if expected else 1.0))

@@ -52,18 +52,18 @@ class Boilerplate:
         rows = [sorted(set(map(_hashed, self._units(example)))) for example in examples]
         return pa.table({"lines": pa.array(rows, pa.list_(pa.uint64()))})
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep: no row goes here; the lines found are taken out by the step that follows."""
-        needed = max(self.min_rows, int(np.ceil(self.min_fraction * len(gathered))))
-        found = self._shared_lines(gathered, needed) if self.shared else []
+        min_rows = max(self.min_rows, int(np.ceil(self.min_fraction * len(step_input))))
+        shared_lines = self._shared_lines(step_input, min_rows) if self.shared else []
         facts: dict[str, Any] = {
-            "rows_needed": needed,
-            "lines": [{"text": text, "rows": count} for text, count in found[:_MOST_LINES]],
+            "rows_needed": min_rows,
+            "lines": [{"text": text, "rows": count} for text, count in shared_lines[:_MOST_LINES]],
         }
-        if len(found) > _MOST_LINES:
-            facts["lines_left_in"] = len(found) - _MOST_LINES
-            gathered.notice(f"boilerplate: {len(found):,} shared lines; the {_MOST_LINES:,} commonest are taken out")
-        lines = tuple(text for text, _ in found[:_MOST_LINES])
+        if len(shared_lines) > _MOST_LINES:
+            facts["lines_left_in"] = len(shared_lines) - _MOST_LINES
+            step_input.notice(f"boilerplate: {len(shared_lines):,} shared lines; the {_MOST_LINES:,} commonest are taken out")
+        lines = tuple(text for text, _ in shared_lines[:_MOST_LINES])
         return StepResult(facts=facts, then=RemoveLines(lines, self.patterns, self.field) if lines or self.patterns else None)
 
     def _units(self, example: Example) -> Iterator[str]:
@@ -74,23 +74,25 @@ class Boilerplate:
             whole = normal_line(text)
             yield from (unit for unit in units if unit != whole)
 
-    def _shared_lines(self, gathered: StepInput, needed: int) -> list[tuple[str, int]]:
+    def _shared_lines(self, step_input: StepInput, min_rows: int) -> list[tuple[str, int]]:
         """(normalised line, rows) of the shared ones, the commonest first."""
-        column = gathered.table["lines"].combine_chunks()
+        column = step_input.table["lines"].combine_chunks()
         hashes = column.flatten().to_numpy(zero_copy_only=False)
-        kept, first, counts = np.unique(hashes, return_index=True, return_counts=True)
-        chosen = np.flatnonzero(counts >= needed)
-        if not len(chosen):
+        unique_hashes, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        frequent = np.flatnonzero(counts >= min_rows)
+        if not len(frequent):
             return []
         parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
-        rows = [int(row) for row in parents[first[chosen]]]
-        wanted = {int(kept[place]): int(counts[place]) for place in chosen}
-        results: dict[str, int] = {}
+        rows = [int(row) for row in parents[first[frequent]]]
+        row_counts = {int(unique_hashes[index]): int(counts[index]) for index in frequent}
+        shared_lines: dict[str, int] = {}
         distinct = sorted(set(rows))
         for start in range(0, len(distinct), 1000):
-            for example in gathered.examples(distinct[start : start + 1000]):
-                results.update({unit: count for unit in self._units(example) if (count := wanted.get(_hashed(unit), 0))})
-        return sorted(results.items(), key=lambda item: (-item[1], item[0]))
+            for example in step_input.examples(distinct[start : start + 1000]):
+                shared_lines.update(
+                    {unit: count for unit in self._units(example) if (count := row_counts.get(_hashed(unit), 0))}
+                )
+        return sorted(shared_lines.items(), key=lambda item: (-item[1], item[0]))
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,9 @@ class RemoveLines:
         patterns = [compiled(pattern, f"patterns[{index}]") for index, pattern in enumerate(self.patterns)]
 
         def apply(example: Example) -> Example | Drop:
-            sieve = _Sieve(lines, patterns, Clock())
+            remover = _LineRemover(lines, patterns, Clock())
             try:
-                return rewritten(example, sieve.without, self.field, self.kind)
+                return rewritten(example, remover.without, self.field, self.kind)
             except RuleTimeout as timeout:
                 return timed_out(example, timeout, self.kind)
 
@@ -137,7 +139,7 @@ def _units(text: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Sieve:
+class _LineRemover:
     """What goes: lines by their normal form, lines and sentences by pattern, within the time of a row."""
 
     lines: frozenset[str]
@@ -148,23 +150,23 @@ class _Sieve:
         """The text without them. Raises RuleTimeout."""
         if is_json(text):
             return text
-        after = "".join(piece if is_code else self._prose(piece) for is_code, piece in split_code(text))
-        return text if after == text else after.strip()
+        cleaned = "".join(piece if is_code else self._prose(piece) for is_code, piece in split_code(text))
+        return text if cleaned == text else cleaned.strip()
 
     def _prose(self, prose: str) -> str:
-        kept: list[str] = []
+        lines: list[str] = []
         is_changed = False
         for line in prose.split("\n"):
-            after = "" if normal_line(line) in self.lines else "".join(filter(self._stays, sentences(line)))
-            if after == line:
-                kept.append(line)
+            cleaned = "" if normal_line(line) in self.lines else "".join(filter(self._stays, sentences(line)))
+            if cleaned == line:
+                lines.append(line)
                 continue
             is_changed = True
-            if after.strip(" \t-*•>"):
-                kept.append(after.rstrip())
-            elif kept and not kept[-1].strip():
-                kept.pop()  # the blank line before a line that went
-        return "\n".join(kept) if is_changed else prose
+            if cleaned.strip(" \t-*•>"):
+                lines.append(cleaned.rstrip())
+            elif lines and not lines[-1].strip():
+                lines.pop()  # the blank line before a line that went
+        return "\n".join(lines) if is_changed else prose
 
     def _stays(self, sentence: str) -> bool:
         return normal_line(sentence) not in self.lines and not any(

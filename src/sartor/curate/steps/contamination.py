@@ -63,25 +63,25 @@ class EvalSet:
 
 def read_set(path: str) -> EvalSet:
     """The set at a path, or `asset:NAME/path inside it`. Raises ConfigError when there is none or nothing in it can be used."""
-    result = EvalSet(path)
+    eval_set = EvalSet(path)
     for file, name in files_of(path):
-        for place, texts, named in _items(file, result.unread):
-            for digest in named:
-                result.media.setdefault(digest, len(result.items))
-            result.items.append((f"{name}:{place}", texts))
-    if not result.items:
-        why = ", ".join(f"{count} {reason}" for reason, count in result.unread.items()) or "it is empty"
+        for line, texts, digests in _items(file, eval_set.unread):
+            for digest in digests:
+                eval_set.media.setdefault(digest, len(eval_set.items))
+            eval_set.items.append((f"{name}:{line}", texts))
+    if not eval_set.items:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in eval_set.unread.items()) or "it is empty"
         raise ConfigError(
-            f"the evaluation set {path!r} has no item that can be read: {why}", "give JSONL, CSV, Parquet or text"
+            f"the evaluation set {path!r} has no item that can be read: {reasons}", "give JSONL, CSV, Parquet or text"
         )
-    return result
+    return eval_set
 
 
 def files_of(path: str) -> list[tuple[Path, str]]:
     """(file, name) of every file of a set. Raises ConfigError for a path that names none."""
     if path.startswith("asset:"):
-        name, _, inside = path.removeprefix("asset:").partition("/")
-        root = assets.install(name) / inside
+        name, _, inner_path = path.removeprefix("asset:").partition("/")
+        root = assets.install(name) / inner_path
         if not root.resolve().is_relative_to(assets.entry(name).directory.resolve()):
             raise ConfigError(f"{path!r} leaves the folder of its asset", "against: [asset:NAME/path]")
     else:
@@ -89,12 +89,12 @@ def files_of(path: str) -> list[tuple[Path, str]]:
     if root.is_file():
         return [(root, root.name)]
     if root.is_dir():
-        inner = [file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix.lower() in row_readers.READERS]
+        files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix.lower() in row_readers.READERS]
     else:
-        inner = [Path(name) for name in sorted(glob.glob(str(root), recursive=True)) if Path(name).is_file()]
-    if not inner:
+        files = [Path(name) for name in sorted(glob.glob(str(root), recursive=True)) if Path(name).is_file()]
+    if not files:
         raise ConfigError(f"against: {path!r} names no file", "check the path; it is taken from the current directory")
-    return [(file, file.relative_to(root).as_posix() if root.is_dir() else file.name) for file in inner]
+    return [(file, file.relative_to(root).as_posix() if root.is_dir() else file.name) for file in files]
 
 
 def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
@@ -107,30 +107,30 @@ def _items(file: Path, unread: Counter[str]) -> Iterator[tuple[str, tuple[str, .
     counts = Counter(form for _, row in head if isinstance(row, dict) and (form := row_formats.detect_row_format(row)))
     form = counts.most_common(1)[0][0] if counts else ""
     for line, row in itertools.chain(head, rows):
-        named: list[str] = []
+        digests: list[str] = []
         try:
-            texts = _texts(row, form, partial(_noted, file.parent, named))
+            texts = _texts(row, form, partial(_record_digest, file.parent, digests))
         except MalformedRow as fault:
             unread[fault.reason] += 1
             continue
         if texts:
-            yield line, texts, named
+            yield line, texts, digests
         else:
             unread["no_text"] += 1
 
 
-def _noted(folder: Path, seen: list[str], kind: str, value: str) -> str:
+def _record_digest(folder: Path, digests: list[str], kind: str, value: str) -> str:
     """Note the digest of a medium; one that is not there is the set's own affair."""
     with contextlib.suppress(MalformedRow, OSError):
         if value.startswith("data:"):
-            seen.append(media_files.digest_of(media_files.of_data_url(kind, value)))
+            digests.append(media_files.digest_of(media_files.of_data_url(kind, value)))
         else:
             with open_regular(media_files.locate(kind, value, folder)) as stream:
-                seen.append(media_files.digest_of(stream))
+                digests.append(media_files.digest_of(stream))
     return value
 
 
-def _texts(row: Any, form: str, noted: row_formats.Media) -> tuple[str, ...]:
+def _texts(row: Any, form: str, media: row_formats.Media) -> tuple[str, ...]:
     """The texts of a row that count as items of an evaluation. Raises Malformed."""
     if isinstance(row, MalformedRow):
         raise row
@@ -138,11 +138,11 @@ def _texts(row: Any, form: str, noted: row_formats.Media) -> tuple[str, ...]:
         raise MalformedRow("not_an_object", f"the row is a {type(row).__name__}")
     if form and row_formats.detect_row_format(row) == form:
         try:
-            example = row_formats.parse_row(row, form, Origin("", ""), noted)
+            example = row_formats.parse_row(row, form, Origin("", ""), media)
         except MalformedRow:
             return tuple(_strings(row))  # a test item without an answer is an item all the same
-        asked = [message.text for message in example.messages if message.role == "user"]
-        return tuple(text for text in (*asked, example.reply) if text.strip())
+        questions = [message.text for message in example.messages if message.role == "user"]
+        return tuple(text for text in (*questions, example.reply) if text.strip())
     return tuple(_strings(row))
 
 
@@ -183,13 +183,13 @@ class WordHashes:
 
     known: dict[str, int] = field(default_factory=dict)
 
-    def of(self, said: Sequence[str]) -> Any:
+    def of(self, text_words: Sequence[str]) -> Any:
         """uint64 array of the words' hashes."""
         if len(self.known) > _REMEMBERED:
             self.known.clear()
-        return np.fromiter(map(self._one, said), np.uint64, len(said))
+        return np.fromiter(map(self._hash, text_words), np.uint64, len(text_words))
 
-    def _one(self, word: str) -> int:
+    def _hash(self, word: str) -> int:
         value = self.known.get(word)
         if value is None:
             value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
@@ -231,53 +231,55 @@ class Index:
     items: Any  # the item of each entry
     whole: dict[tuple[str, ...], int]  # items that are found only whole: their texts
     mask: Any = field(init=False)  # of the bits of a hash that `sieve` is asked by
-    sieve: Any = field(init=False)  # whether some n-gram has these bits: a look-up that spares most searches
+    prefilter: Any = field(init=False)  # whether some n-gram has these bits: a look-up that spares most searches
 
     def __post_init__(self) -> None:
         self.mask = np.uint64((1 << max(16, (16 * len(self.grams)).bit_length())) - 1)
-        self.sieve = np.zeros(int(self.mask) + 1, bool)
-        self.sieve[self.grams & self.mask] = True
+        self.prefilter = np.zeros(int(self.mask) + 1, bool)
+        self.prefilter[self.grams & self.mask] = True
 
     def best(self, rows: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[tuple[int, float]]:
         """(item, overlap 0..1) of the entry that each row holds most of; (-1, 0.0) where it holds none.
 
         A row is (what the user says, what the assistant says).
         """
-        said = [[words(text) for text in (*asked, *replies)] for asked, replies in rows]
-        texts = [text for row in said for text in row]
+        row_words = [[words(text) for text in (*prompts, *replies)] for prompts, replies in rows]
+        texts = [text for row in row_words for text in row]
         hashes = self.hashes.of([word for text in texts for word in text])
         text_of = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        row_of = np.repeat(np.arange(len(said)), [len(row) for row in said])
+        row_of = np.repeat(np.arange(len(row_words)), [len(row) for row in row_words])
         hits: dict[int, set[int]] = defaultdict(set)  # row -> places in `grams`
         for size in self.sizes:
-            made = ngrams(hashes, size)
+            grams = ngrams(hashes, size)
             # an n-gram that begins in one text and ends in another is none
-            places = np.flatnonzero(self.sieve[made & self.mask] & (text_of[: len(made)] == text_of[size - 1 :][: len(made)]))
-            low, high = (np.searchsorted(self.grams, made[places], side) for side in ("left", "right"))
-            for place, start, end in zip(places, low, high, strict=True):
-                hits[int(row_of[text_of[place]])].update(range(int(start), int(end)))
-        return [self._best_of(hits.get(row, set()), said[row], len(rows[row][0])) for row in range(len(said))]
+            positions = np.flatnonzero(
+                self.prefilter[grams & self.mask] & (text_of[: len(grams)] == text_of[size - 1 :][: len(grams)])
+            )
+            low, high = (np.searchsorted(self.grams, grams[positions], side) for side in ("left", "right"))
+            for position, start, end in zip(positions, low, high, strict=True):
+                hits[int(row_of[text_of[position]])].update(range(int(start), int(end)))
+        return [self._best_of(hits.get(row, set()), row_words[row], len(rows[row][0])) for row in range(len(row_words))]
 
-    def _best_of(self, hits: set[int], said: Sequence[Sequence[str]], asked: int) -> tuple[int, float]:
+    def _best_of(self, hits: set[int], row_words: Sequence[Sequence[str]], prompt_count: int) -> tuple[int, float]:
         best, overlap = -1, 0.0
-        for entry, count in sorted(Counter(int(self.entries[place]) for place in hits).items()):
+        for entry, count in sorted(Counter(int(self.entries[position]) for position in hits).items()):
             if (share := count / int(self.totals[entry])) > overlap:
                 best, overlap = int(self.items[entry]), share
         if overlap < 1 and self.whole:
-            keys = [*((" ".join(text),) for text in said[:asked]), _whole_key(said)]
-            found = next((self.whole[key] for key in keys if key in self.whole), None)
-            return (best, overlap) if found is None else (found, 1.0)
+            keys = [*((" ".join(text),) for text in row_words[:prompt_count]), _whole_key(row_words)]
+            item = next((self.whole[key] for key in keys if key in self.whole), None)
+            return (best, overlap) if item is None else (item, 1.0)
         return best, overlap
 
 
-def _whole_key(said: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(sorted(" ".join(text) for text in said))
+def _whole_key(row_words: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(sorted(" ".join(text) for text in row_words))
 
 
-def built(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, list[int]]:
+def build_index(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tuple[Index, list[int]]:
     """The index of items' texts, and the numbers of the items that can only be found whole."""
-    said = [[text for text in map(words, texts) if text] for texts in items]
-    arrays = [[hashes.of(text) for text in texts] for texts in said]
+    item_words = [[text for text in map(words, texts) if text] for texts in items]
+    arrays = [[hashes.of(text) for text in texts] for texts in item_words]
     common = _common(arrays)
     grams, entries = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     owners: list[int] = []
@@ -286,19 +288,19 @@ def built(items: Sequence[Sequence[str]], ngram: int, hashes: WordHashes) -> tup
     short: list[int] = []
     for item, texts in enumerate(arrays):
         for array in texts:
-            runs = _own_runs(array, common)
+            runs = _uncommon_runs(array, common)
             if not runs:
                 continue
-            made = [(size, ngrams(run, size)) for run in runs for size in (size_for(len(run), ngram),)]
-            sizes.update(size for size, _ in made)
-            unique = np.unique(np.concatenate([found for _, found in made]))
+            sized_grams = [(size, ngrams(run, size)) for run in runs for size in (size_for(len(run), ngram),)]
+            sizes.update(size for size, _ in sized_grams)
+            unique = np.unique(np.concatenate([gram_hashes for _, gram_hashes in sized_grams]))
             grams.append(unique)
             entries.append(np.full(len(unique), len(owners), np.int64))
             owners.append(item)
         if texts and not (owners and owners[-1] == item):
             short.append(item)
-            whole.setdefault(_whole_key(said[item]), item)
-            for text in said[item]:
+            whole.setdefault(_whole_key(item_words[item]), item)
+            for text in item_words[item]:
                 if len(text) >= ALONE:
                     whole.setdefault((" ".join(text),), item)
     flat, flat_entries = np.concatenate(grams), np.concatenate(entries)
@@ -313,11 +315,11 @@ def _common(arrays: Sequence[Sequence[Any]]) -> Any:
     of_items = [np.unique(np.concatenate([ngrams(array, SHORTEST) for array in texts])) for texts in arrays if texts]
     if not of_items:
         return np.empty(0, np.uint64)
-    found, counts = np.unique(np.concatenate(of_items), return_counts=True)
-    return found[counts > max(MOST_ITEMS, len(arrays) // 100)]
+    unique_grams, counts = np.unique(np.concatenate(of_items), return_counts=True)
+    return unique_grams[counts > max(MOST_ITEMS, len(arrays) // 100)]
 
 
-def _own_runs(array: Any, common: Any) -> list[Any]:
+def _uncommon_runs(array: Any, common: Any) -> list[Any]:
     """The runs of at least WHOLE words of a text that are in no common n-gram."""
     is_common = np.zeros(len(array), bool)
     if len(common):
@@ -352,45 +354,45 @@ class Contamination:
         """See SetStep: the number of the item that a row holds most of (-1: none), and how much of it."""
         index = _index(self.against, self.ngram, _stamp(self.against))
         media = [_media_of(example) for example in examples]
-        said = [
+        row_texts = [
             ([], []) if names else (example_text.texts(example, "prompt"), example_text.texts(example, "replies"))
             for example, names in zip(examples, media, strict=True)
         ]
-        found = [index.of_media(names) or best for names, best in zip(media, index.grams.best(said), strict=True)]
+        matches = [index.of_media(names) or best for names, best in zip(media, index.grams.best(row_texts), strict=True)]
         return pa.table(
             {
-                "item": pa.array([item for item, _ in found], pa.int64()),
-                "overlap": pa.array([overlap for _, overlap in found], pa.float32()),
+                "item": pa.array([item for item, _ in matches], pa.int64()),
+                "overlap": pa.array([overlap for _, overlap in matches], pa.float32()),
                 "is_file": pa.array([bool(names) for names in media], pa.bool_()),
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep. Raises ConfigError where a set cannot be read."""
         index = _index(self.against, self.ngram, _stamp(self.against))
-        items = gathered.table["item"].to_numpy()
-        overlaps = gathered.table["overlap"].to_numpy()
-        is_file = gathered.table["is_file"].to_pylist()
+        items = step_input.table["item"].to_numpy()
+        overlaps = step_input.table["overlap"].to_numpy()
+        is_file = step_input.table["is_file"].to_pylist()
         removals, counts = [], Counter[str]()
         for row in np.flatnonzero((items >= 0) & (overlaps >= np.float32(self.threshold))):
-            name, place = index.names[int(items[row])]
+            name, location = index.names[int(items[row])]
             counts[name] += 1
             overlap = float(overlaps[row])
-            detail = f"{overlap:.0%} of {place} of the evaluation set {name} stands in it"
+            detail = f"{overlap:.0%} of {location} of the evaluation set {name} stands in it"
             method = f"word {self.ngram}-grams"
             if is_file[row]:
-                detail, method = f"{place} of the evaluation set {name} names a file of it", "equal file"
+                detail, method = f"{location} of the evaluation set {name} names a file of it", "equal file"
             removals.append(Removal(int(row), "contamination", detail, score=overlap, method=method))
         facts = {
             "sets": [
                 {
-                    "name": each.name,
-                    "items": len(each.items),
-                    "found_only_whole": index.too_short[each.name],
-                    "unread": dict(each.unread),
-                    "rows": counts[each.name],
+                    "name": eval_set.name,
+                    "items": len(eval_set.items),
+                    "found_only_whole": index.too_short[eval_set.name],
+                    "unread": dict(eval_set.unread),
+                    "rows": counts[eval_set.name],
                 }
-                for each in index.sets
+                for eval_set in index.sets
             ]
         }
         return StepResult(removals, facts=facts)
@@ -408,10 +410,10 @@ def _stamp(paths: tuple[str, ...]) -> tuple[Any, ...]:
 
 def _file_stamp(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(Path(path).expanduser())
+        stat = os.stat(Path(path).expanduser())
     except OSError:
         return (0, 0)
-    return (found.st_mtime_ns, found.st_size)
+    return (stat.st_mtime_ns, stat.st_size)
 
 
 @dataclass(frozen=True)
@@ -432,8 +434,10 @@ class _Index:
 @cache
 def _index(paths: tuple[str, ...], ngram: int, stamp: tuple[Any, ...]) -> _Index:
     sets = [read_set(path) for path in paths]
-    names = [(each.name, place) for each in sets for place, _ in each.items]
-    grams, short = built([texts for each in sets for _, texts in each.items], ngram, WordHashes())
-    starts = itertools.accumulate((len(each.items) for each in sets), initial=0)
-    media = {digest: start + item for start, each in zip(starts, sets, strict=False) for digest, item in each.media.items()}
+    names = [(eval_set.name, location) for eval_set in sets for location, _ in eval_set.items]
+    grams, short = build_index([texts for eval_set in sets for _, texts in eval_set.items], ngram, WordHashes())
+    starts = itertools.accumulate((len(eval_set.items) for eval_set in sets), initial=0)
+    media = {
+        digest: start + item for start, eval_set in zip(starts, sets, strict=False) for digest, item in eval_set.media.items()
+    }
     return _Index(sets, grams, names, Counter(names[item][0] for item in short), media)

@@ -27,7 +27,7 @@ from sartor.curate.step import Removal, StepInput, StepResult
 from sartor.text.example_text import FIELD_TEXT, Field, texts
 
 FEWEST = 5  # examples of a label
-_LOOKED_AT = 4000  # characters of a row
+_MAX_CHARACTERS = 4000  # characters of a row
 _MOST_BYTES = 4 << 20
 
 
@@ -68,30 +68,35 @@ class Domain:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep: the likeliest label, its probability, and the probability of the wanted ones."""
         model = self._model()
-        found = ["\n".join(texts(example, self.field))[:_LOOKED_AT] for example in examples]
-        table = model.probabilities(found) if found else np.empty((0, len(model.labels)))
-        wanted = table[:, [index for index, label in enumerate(model.labels) if label in self.keep]].sum(axis=1)
-        best = table.argmax(axis=1) if len(found) else np.empty(0, int)
+        row_texts = ["\n".join(texts(example, self.field))[:_MAX_CHARACTERS] for example in examples]
+        probabilities = model.probabilities(row_texts) if row_texts else np.empty((0, len(model.labels)))
+        wanted_probabilities = probabilities[:, [index for index, label in enumerate(model.labels) if label in self.keep]].sum(
+            axis=1
+        )
+        best = probabilities.argmax(axis=1) if len(row_texts) else np.empty(0, int)
         return pa.table(
             {
-                "label": pa.array([model.labels[place] for place in best], pa.string()),
-                "wanted": pa.array(wanted, pa.float32()),
-                "is_blank": pa.array([not text.strip() for text in found], pa.bool_()),
+                "label": pa.array([model.labels[index] for index in best], pa.string()),
+                "wanted": pa.array(wanted_probabilities, pa.float32()),
+                "is_blank": pa.array([not text.strip() for text in row_texts], pa.bool_()),
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep."""
         model = self._model()
-        labels = gathered.table["label"].to_pylist()
-        wanted = gathered.table["wanted"].to_numpy()
-        blank = gathered.table["is_blank"].to_pylist()
+        labels = step_input.table["label"].to_pylist()
+        wanted_probabilities = step_input.table["wanted"].to_numpy()
+        blank = step_input.table["is_blank"].to_pylist()
         removals = []
-        for row in np.flatnonzero(wanted < np.float32(self.min_probability)):
-            text = f"likeliest {labels[row]!r}; {', '.join(self.keep)} with {wanted[row]:.2f}, at least {self.min_probability}"
+        for row in np.flatnonzero(wanted_probabilities < np.float32(self.min_probability)):
+            text = (
+                f"likeliest {labels[row]!r}; {', '.join(self.keep)} with {wanted_probabilities[row]:.2f}, at least "
+                f"{self.min_probability}"
+            )
             accuracy = f"the classifier's accuracy on its own examples, cross-validated: {model.accuracy:.2f}"
             if not blank[row]:
-                removals.append(Removal(int(row), "domain", f"{text}; {accuracy}", score=float(wanted[row])))
+                removals.append(Removal(int(row), "domain", f"{text}; {accuracy}", score=float(wanted_probabilities[row])))
         facts = {
             "labels": dict(Counter(label for label, is_blank in zip(labels, blank, strict=True) if not is_blank).most_common()),
             "without_text_kept": sum(blank),
@@ -100,7 +105,7 @@ class Domain:
             "accuracy_by_chance": round(max(model.counts.values()) / sum(model.counts.values()), 4),
         }
         if model.accuracy < 0.8:
-            gathered.notice(
+            step_input.notice(
                 f"domain: the classifier is right on {model.accuracy:.0%} of its own examples; give it more of them"
             )
         return StepResult(removals, facts=facts)
@@ -108,9 +113,9 @@ class Domain:
     def _model(self) -> _Model:
         if not isinstance(self.examples, str):
             return _fitted(self.examples)
-        found = _read(self.examples, Path(self.examples).stat().st_mtime_ns if Path(self.examples).is_file() else 0)
-        _check(found, self.keep, self.examples)
-        return _fitted(found)
+        examples = _read(self.examples, Path(self.examples).stat().st_mtime_ns if Path(self.examples).is_file() else 0)
+        _check(examples, self.keep, self.examples)
+        return _fitted(examples)
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,9 @@ class _Model:
     accuracy: float
     counts: dict[str, int]
 
-    def probabilities(self, found: Sequence[str]) -> Any:
+    def probabilities(self, row_texts: Sequence[str]) -> Any:
         """(N, labels), rows sum to 1."""
-        return self.pipeline.predict_proba(found)
+        return self.pipeline.predict_proba(row_texts)
 
 
 def _check(examples: Sequence[Labelled], keep: Sequence[str], where: str) -> None:
@@ -153,7 +158,7 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"examples: there is no file {path!r}", "check the path; it is taken from the current directory")
-    results = []
+    examples = []
     try:
         for line, row in row_readers.read_rows(file, _MOST_BYTES):
             if isinstance(row, MalformedRow):
@@ -161,10 +166,10 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
             if not isinstance(text, str) or not isinstance(label, (str, int)):
                 raise ConfigError(f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}')
-            results.append(Labelled(text, str(label)))
+            examples.append(Labelled(text, str(label)))
     except csv.Error as error:
         raise ConfigError(f"{path} is no CSV: {error}", "give JSONL") from None
-    return tuple(results)
+    return tuple(examples)
 
 
 @cache
@@ -178,7 +183,7 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         raise missing_package("scikit-learn") from None
     # the order of the examples must not matter
     ordered = sorted(set(examples), key=lambda example: (example.label, example.text))
-    found, labels = [example.text[:_LOOKED_AT] for example in ordered], [example.label for example in ordered]
+    example_texts, labels = [example.text[:_MAX_CHARACTERS] for example in ordered], [example.label for example in ordered]
     counts = Counter(labels)
     pipeline = make_pipeline(
         make_union(
@@ -188,7 +193,7 @@ def _fitted(examples: tuple[Labelled, ...]) -> _Model:
         LogisticRegression(C=20.0, class_weight="balanced", max_iter=2000, random_state=0),
     )
     folds = StratifiedKFold(min(5, min(counts.values())), shuffle=True, random_state=0) if min(counts.values()) > 1 else None
-    guessed = cross_val_predict(pipeline, found, labels, cv=folds) if folds else [""] * len(labels)
-    accuracy = float(np.mean([guess == label for guess, label in zip(guessed, labels, strict=True)]))
-    pipeline.fit(found, labels)
+    predictions = cross_val_predict(pipeline, example_texts, labels, cv=folds) if folds else [""] * len(labels)
+    accuracy = float(np.mean([prediction == label for prediction, label in zip(predictions, labels, strict=True)]))
+    pipeline.fit(example_texts, labels)
     return _Model([str(label) for label in pipeline.classes_], pipeline, accuracy, dict(sorted(counts.items())))

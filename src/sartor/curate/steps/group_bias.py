@@ -46,52 +46,63 @@ class Bias:
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep. Columns: people (attribute -> group, as JSON), reply, weight."""
         people = row_memberships(examples, self.group)
-        said = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
+        row_groups = [{name: values[row] for name, values in people.items()} for row in range(len(examples))]
         return pa.table(
             {
-                "people": pa.array([json.dumps(item) for item in said], pa.string()),
+                "people": pa.array([json.dumps(item) for item in row_groups], pa.string()),
                 "reply": pa.array([example.reply for example in examples], pa.string()),
                 "weight": pa.array([example.weight for example in examples], pa.float64()),
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep. Raises ConfigError where a mitigation is asked for and no group or outcome is there."""
-        people = _people(gathered.table["people"].to_pylist())
-        found = of_replies(gathered.table["reply"].to_pylist(), self.outcome)
-        weight = gathered.table["weight"].to_pylist()
-        if not people or not any(found.labels):
-            what = "name no two groups of people" if not people else "have no outcome: their replies are free text"
+        people = _people(step_input.table["people"].to_pylist())
+        outcomes = of_replies(step_input.table["reply"].to_pylist(), self.outcome)
+        weight = step_input.table["weight"].to_pylist()
+        if not people or not any(outcomes.labels):
+            problem = "name no two groups of people" if not people else "have no outcome: their replies are free text"
             if self.mitigate != "none":
-                raise ConfigError(f"bias: the rows {what}", "name group and outcome, or leave out mitigate")
-            return StepResult(facts={"outcome": found.why, "not_measured": f"the rows {what}"})
-        before = measure_rates(people, found.labels, weight)
-        removals, then, after = self._mitigated(people, found, weight, gathered)
-        facts = {"outcome": found.why, "mitigate": self.mitigate, "before": before.as_json()}
+                raise ConfigError(f"bias: the rows {problem}", "name group and outcome, or leave out mitigate")
+            return StepResult(facts={"outcome": outcomes.explanation, "not_measured": f"the rows {problem}"})
+        before = measure_rates(people, outcomes.labels, weight)
+        removals, then, after = self._mitigated(people, outcomes, weight, step_input)
+        facts = {"outcome": outcomes.explanation, "mitigate": self.mitigate, "before": before.as_json()}
         if after is not None:
             facts["after"] = after.as_json()
         return StepResult(removals, {EVIDENCE: _table(before, after)}, facts, then)
 
     def _mitigated(
-        self, people: Memberships, found: class_labels.ClassLabels, weight: Sequence[float], gathered: StepInput
+        self, people: Memberships, outcomes: class_labels.ClassLabels, weight: Sequence[float], step_input: StepInput
     ) -> tuple[list[Removal], Weigh | None, OutcomeRates | None]:
         if self.mitigate == "reweight":
-            factors = mitigation.reweighing_factors(people, found.labels, weight)
-            then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, found.chosen)
-            said = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
-            rows = zip(weight, said, found.labels, strict=True)
-            new = [old * mitigation.weight_of(factors, groups, outcome) for old, groups, outcome in rows]
-            return [], then, measure_rates(people, found.labels, new)
+            factors = mitigation.reweighing_factors(people, outcomes.labels, weight)
+            then = Weigh(tuple((*key, factor) for key, factor in sorted(factors.items())), self.group, outcomes.form)
+            row_groups = ({name: values[row] for name, values in people.items()} for row in range(len(weight)))
+            rows = zip(weight, row_groups, outcomes.labels, strict=True)
+            new_weights = [
+                row_weight * mitigation.weight_factor(factors, groups, outcome) for row_weight, groups, outcome in rows
+            ]
+            return [], then, measure_rates(people, outcomes.labels, new_weights)
         if self.mitigate == "drop":
             if len(people) > 1:
                 raise ConfigError(f"bias: the rows name {', '.join(people)}; drop takes one", f"group: [{next(iter(people))}]")
             (name, values), *_ = people.items()
-            gone = mitigation.rows_to_drop(mitigation.table(values, found.labels), self.seed)
-            said_of = [f"{name} {values[row]}, {found.labels[row]!r:.60}: more of it than of the other groups" for row in gone]
-            removals = [Removal(row, "group_outcome", said) for row, said in zip(gone, said_of, strict=True)]
-            kept = sorted(set(range(len(gathered))) - set(gone))
-            left = {name: [values[row] for row in kept]}
-            return removals, None, measure_rates(left, [found.labels[row] for row in kept], [weight[row] for row in kept])
+            dropped_rows = mitigation.rows_to_drop(mitigation.table(values, outcomes.labels), self.seed)
+            details = [
+                f"{name} {values[row]}, {outcomes.labels[row]!r:.60}: more of it than of the other groups"
+                for row in dropped_rows
+            ]
+            removals = [Removal(row, "group_outcome", detail) for row, detail in zip(dropped_rows, details, strict=True)]
+            remaining_rows = sorted(set(range(len(step_input))) - set(dropped_rows))
+            remaining_people = {name: [values[row] for row in remaining_rows]}
+            return (
+                removals,
+                None,
+                measure_rates(
+                    remaining_people, [outcomes.labels[row] for row in remaining_rows], [weight[row] for row in remaining_rows]
+                ),
+            )
         return [], None, None
 
 
@@ -109,19 +120,19 @@ class Weigh:
 
     def open(self, folder: Path) -> RowFunction:
         """See RowStep."""
-        found = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
+        factors = {(attribute, group, outcome): factor for attribute, group, outcome, factor in self.factors}
 
         def apply(example: Example) -> Example | Drop:
             fields = {name: values[0] for name, values in row_memberships([example], self.group).items()}
-            factor = mitigation.weight_of(found, fields, class_labels.find([example.reply], self.outcome).labels[0])
+            factor = mitigation.weight_factor(factors, fields, class_labels.find([example.reply], self.outcome).labels[0])
             return example if factor == 1 else replace(example, weight=example.weight * factor)
 
         return apply
 
 
-def _people(said: Sequence[str]) -> Memberships:
+def _people(json_rows: Sequence[str]) -> Memberships:
     """attribute -> the group of each row, of attributes with two groups or more."""
-    rows: list[Mapping[str, str | None]] = [json.loads(item) for item in said]
+    rows: list[Mapping[str, str | None]] = [json.loads(item) for item in json_rows]
     names = dict.fromkeys(name for row in rows for name in row)
     people = {name: [row.get(name) for row in rows] for name in names}
     return {name: values for name, values in people.items() if len({value for value in values if value}) > 1}

@@ -62,15 +62,15 @@ class ImageDuplicates:
         columns: dict[str, list[Any]] = {name: [] for name in ("files", "asked", "hash", "thumbnail", "pixels")}
         for example in examples:
             names = list(media_of(example, "image"))
-            seen = self._seen(folder / names[0]) if len(names) == 1 else (None, None, 0)
-            asked = self._asked(example)
+            picture_facts = self._picture_facts(folder / names[0]) if len(names) == 1 else (None, None, 0)
+            question = self._question_digest(example)
             files = _digest(names) if names else None
-            for column, value in zip(columns.values(), (files, asked, *seen), strict=True):
+            for column, value in zip(columns.values(), (files, question, *picture_facts), strict=True):
                 column.append(value)
         types = (pa.binary(16), pa.binary(16), pa.uint64(), pa.binary(SIDE * SIDE), pa.int64())
         return pa.table({name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), types, strict=True)})
 
-    def _seen(self, file: Path) -> tuple[int | None, bytes | None, int]:
+    def _picture_facts(self, file: Path) -> tuple[int | None, bytes | None, int]:
         """(hash, thumbnail, pixels) of a picture; one that cannot be read is compared as a file alone."""
         if self.threshold == 1 and self.keep == "first":
             return None, None, 0
@@ -81,90 +81,94 @@ class ImageDuplicates:
         thumb = thumbnail(picture.grey)
         return perceptual_hash(thumb), thumb.tobytes(), picture.width * picture.height
 
-    def _asked(self, example: Example) -> bytes:
+    def _question_digest(self, example: Example) -> bytes:
         if self.text == "any":
             return bytes(16)
         turns = example.messages if self.text == "all" else example.prompt
         return _digest([[message.role, message.text] for message in turns])
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep."""
-        table = gathered.table
-        asked = _numbered(table["asked"])
+        table = step_input.table
+        questions = _numbered(table["asked"])
         files = _numbered(table["files"])
-        equal = _equal_pairs(files, asked)
-        near, facts = self._near(table, files, asked, gathered)
+        equal = _equal_pairs(files, questions)
+        near, facts = self._near(table, files, questions, step_input)
         pairs = ScoredPairs.joined([equal, near])
-        rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(gathered))
+        rank = table["pixels"].to_numpy().astype(np.float64) if self.keep == "largest" else np.zeros(len(step_input))
         removals = clusters.resolve_clusters(pairs, rank, DuplicateRules(self.threshold, self.threshold, contained=0.0))
         locators = table["locator"]
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
-            removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py())
+            removals, table["source"].to_numpy(), step_input.sources, limits, lambda row: str(locators[row].as_py())
         )
-        made = []
-        for row, kept, score, method in zip(
-            removals.rows.tolist(), removals.kept.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
+        row_removals = []
+        for row, kept_row, score, method in zip(
+            removals.rows.tolist(), removals.kept_rows.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
         ):
             same = method == EXACT
             text = "the same file as" if same else f"{score:.3f} correlation of its parts with those of"
-            detail = f"{text} that of {locators[kept].as_py()}"
-            made.append(
-                Removal(row, "image_duplicate", detail, kept, round(score, 6), "equal file" if same else "local correlation")
+            detail = f"{text} that of {locators[kept_row].as_py()}"
+            row_removals.append(
+                Removal(
+                    row, "image_duplicate", detail, kept_row, round(score, 6), "equal file" if same else "local correlation"
+                )
             )
         ids = table["id"]
         evidence = pa.table({"a": ids.take(pairs.a), "b": ids.take(pairs.b), "score": pairs.jaccard, "equal_file": pairs.exact})
         facts |= {"pairs": len(pairs.a), "clusters": removals.clusters, "largest_cluster": removals.largest_cluster}
-        return StepResult(made, {"image_duplicates": evidence}, facts, set_aside=True)
+        return StepResult(row_removals, {"image_duplicates": evidence}, facts, set_aside=True)
 
-    def _near(self, table: Any, files: I64, asked: I64, gathered: StepInput) -> tuple[ScoredPairs, dict[str, int]]:
+    def _near(self, table: Any, files: I64, questions: I64, step_input: StepInput) -> tuple[ScoredPairs, dict[str, int]]:
         """Verified pairs of different files that show the same picture."""
         readable = np.flatnonzero(table["hash"].is_valid().to_numpy(zero_copy_only=False))
         facts = {"pictures": len(np.unique(files[files >= 0])), "candidates": 0, "candidates_without_detail": 0}
         if self.threshold == 1 or len(readable) < 2:
             return ScoredPairs.none(), facts
         # of equal files under equal questions the first stands for all
-        first = readable[np.unique(np.stack([files[readable], asked[readable]]), axis=1, return_index=True)[1]]
+        first = readable[np.unique(np.stack([files[readable], questions[readable]]), axis=1, return_index=True)[1]]
         first.sort()
         hashes = table["hash"].combine_chunks().take(pa.array(first)).to_numpy().astype(np.uint64)
-        a, b, crowded = _candidates(hashes, asked[first])
-        facts["candidates"], thumbs, found = len(a), table["thumbnail"], []
+        a, b, crowded = _candidates(hashes, questions[first])
+        facts["candidates"], thumbs, scored_pairs = len(a), table["thumbnail"], []
         for begin in range(0, len(a), CHUNK):
             left, right = first[a[begin : begin + CHUNK]], first[b[begin : begin + CHUNK]]
             score = likeness(_thumbs(thumbs, left), _thumbs(thumbs, right))
             facts["candidates_without_detail"] += int(np.isnan(score).sum())
-            good = np.nan_to_num(score, nan=-1.0) >= self.threshold
-            none = np.zeros(int(good.sum()), np.float32)
-            found.append(ScoredPairs(left[good], right[good], np.minimum(score[good], 1.0), none, none > 0))
+            is_match = np.nan_to_num(score, nan=-1.0) >= self.threshold
+            zeros = np.zeros(int(is_match.sum()), np.float32)
+            scored_pairs.append(
+                ScoredPairs(left[is_match], right[is_match], np.minimum(score[is_match], 1.0), zeros, zeros > 0)
+            )
         if crowded:
             facts["crowded"] = crowded
-            gathered.notice(
+            step_input.notice(
                 f"{self.kind}: {crowded:,} pictures share their hash with very many; each was held against its nearest"
             )
-        return ScoredPairs.joined(found), facts
+        return ScoredPairs.joined(scored_pairs), facts
 
 
-def _candidates(hashes: NDArray[np.uint64], asked: I64) -> tuple[I64, I64, int]:
+def _candidates(hashes: NDArray[np.uint64], questions: I64) -> tuple[I64, I64, int]:
     """Pairs a < b of equal question within MOST_DISTANCE bits, each once, and how many rows stand in crowds.
 
     Of 64 bits in 4 bands, 7 or fewer differing bits leave a band with at most one: every band is looked up as it is and with
     each of its bits flipped (Norouzi et al. 2014, multi-index hashing).
     """
-    questions = np.unique(asked, return_inverse=True)[1].astype(np.int64) << BAND_BITS
-    found, crowded = [np.empty(0, np.int64)], np.zeros(len(hashes), bool)
+    question_keys = np.unique(questions, return_inverse=True)[1].astype(np.int64) << BAND_BITS
+    pairs, crowded = [np.empty(0, np.int64)], np.zeros(len(hashes), bool)
     for band in range(BANDS):
         bits = (hashes >> np.uint64(BAND_BITS * band)) & np.uint64((1 << BAND_BITS) - 1)
-        keys = questions | bits.astype(np.int64)
+        keys = question_keys | bits.astype(np.int64)
         order = np.lexsort((hashes, keys))
         ordered = keys[order]
         crowd = np.searchsorted(ordered, keys, "right") - np.searchsorted(ordered, keys, "left") > CROWD
         crowded |= crowd
         for flip in (0, *(1 << index for index in range(BAND_BITS))):
-            found += _matches(keys, order, ordered, flip, crowd, hashes)
+            pairs += _matches(keys, order, ordered, flip, crowd, hashes)
         if crowd.any():
-            found.append(_neighbours(order[crowd[order]], keys, hashes))
-    both = np.unique(np.concatenate(found))
-    return both // len(hashes), both % len(hashes), int(crowded.sum())
+            pairs.append(_neighbours(order[crowd[order]], keys, hashes))
+    pair_codes = np.unique(np.concatenate(pairs))
+    return pair_codes // len(hashes), pair_codes % len(hashes), int(crowded.sum())
 
 
 def _matches(
@@ -172,15 +176,15 @@ def _matches(
 ) -> Iterator[I64]:
     """Pairs whose keys differ by exactly `flip`, a few million at a time; crowds are left out."""
     rows = np.flatnonzero(~crowd)
-    wanted = keys[rows] ^ flip
-    begin, end = np.searchsorted(ordered, wanted, "left"), np.searchsorted(ordered, wanted, "right")
+    target_keys = keys[rows] ^ flip
+    begin, end = np.searchsorted(ordered, target_keys, "left"), np.searchsorted(ordered, target_keys, "right")
     counts = np.minimum(end - begin, CROWD)  # a crowd that a flipped bit leads into is not unrolled
     cuts = np.searchsorted(np.cumsum(counts), np.arange(0, int(counts.sum()), 4_000_000), "left").tolist()
     for first, last in zip(cuts, [*cuts[1:], len(rows)] if cuts else [], strict=True):
-        some = counts[first:last]
-        a = np.repeat(rows[first:last], some)
-        within = np.arange(int(some.sum())) - np.repeat(np.cumsum(some) - some, some)
-        b = order[np.repeat(begin[first:last], some) + within]
+        chunk_counts = counts[first:last]
+        a = np.repeat(rows[first:last], chunk_counts)
+        offsets = np.arange(int(chunk_counts.sum())) - np.repeat(np.cumsum(chunk_counts) - chunk_counts, chunk_counts)
+        b = order[np.repeat(begin[first:last], chunk_counts) + offsets]
         yield _close(a, b, hashes)
 
 
@@ -203,14 +207,14 @@ def _close(a: I64, b: I64, hashes: NDArray[np.uint64]) -> I64:
     return np.unique(a[near] * len(hashes) + b[near])
 
 
-def _equal_pairs(files: I64, asked: I64) -> ScoredPairs:
+def _equal_pairs(files: I64, questions: I64) -> ScoredPairs:
     """Each later row of equal files and equal question, with the first."""
     rows = np.flatnonzero(files >= 0)
-    both = np.stack([files[rows], asked[rows]])
-    _, first, which = np.unique(both, axis=1, return_index=True, return_inverse=True)
-    kept = rows[first[which.ravel()]]
-    later = kept != rows
-    return ScoredPairs.of_exact(kept[later], rows[later])
+    file_questions = np.stack([files[rows], questions[rows]])
+    _, first, inverse = np.unique(file_questions, axis=1, return_index=True, return_inverse=True)
+    kept_rows = rows[first[inverse.ravel()]]
+    later = kept_rows != rows
+    return ScoredPairs.of_exact(kept_rows[later], rows[later])
 
 
 def _numbered(column: Any) -> I64:
@@ -221,8 +225,8 @@ def _numbered(column: Any) -> I64:
 
 
 def _thumbs(column: Any, rows: I64) -> NDArray[np.uint8]:
-    taken = column.take(pa.array(rows))
-    chunks = [chunk for chunk in taken.chunks if len(chunk)]
+    selected = column.take(pa.array(rows))
+    chunks = [chunk for chunk in selected.chunks if len(chunk)]
     width = SIDE * SIDE
     flat = [np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * width, chunk.offset * width) for chunk in chunks]
     return np.concatenate(flat).reshape(-1, SIDE, SIDE)

@@ -64,24 +64,28 @@ class SuspiciousLabels:
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep. Raises GuardError when `drop` would take more than `max_fraction`."""
-        ruling = rank_labels(gathered, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
-        removals = self._removals(gathered, ruling) if self.action == "drop" else []
-        shown = max(int(np.ceil(self.queue_fraction * len(gathered))), int(ruling.wrong.sum()))
-        queue = table(gathered, ruling, shown)
-        return StepResult(removals, {EVIDENCE: queue}, {**ruling.facts, "queue": queue.num_rows})
+        ranking = rank_labels(step_input, LabelSettings(self.label, self.encoder, self.likeness, self.agreement, self.seed))
+        removals = self._removals(step_input, ranking) if self.action == "drop" else []
+        queue_size = max(int(np.ceil(self.queue_fraction * len(step_input))), int(ranking.wrong.sum()))
+        queue = table(step_input, ranking, queue_size)
+        return StepResult(removals, {EVIDENCE: queue}, {**ranking.facts, "queue": queue.num_rows})
 
-    def _removals(self, gathered: StepInput, ruling: LabelRanking) -> list[Removal]:
-        rows = np.flatnonzero(ruling.wrong)
-        if len(rows) > self.max_fraction * len(gathered):
+    def _removals(self, step_input: StepInput, ranking: LabelRanking) -> list[Removal]:
+        rows = np.flatnonzero(ranking.wrong)
+        if len(rows) > self.max_fraction * len(step_input):
             raise GuardError(
-                f"{len(rows):,} of {len(gathered):,} labels look wrong, more than the fraction {self.max_fraction:g} that may "
+                f"{len(rows):,} of {len(step_input):,} labels look wrong, more than the fraction "
+                f"{self.max_fraction:g} that may "
                 "go without asking",
-                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: {_up(len(rows) / len(gathered))}",
+                f"action: review, and look at evidence/{EVIDENCE}.parquet; else max_fraction: "
+                f"{_up(len(rows) / len(step_input))}",
             )
         return [
-            Removal(row, "suspicious_label", ruling.sentence(row), score=float(ruling.quality[row]), method=ruling.kinds[row])
+            Removal(
+                row, "suspicious_label", ranking.sentence(row), score=float(ranking.quality[row]), method=ranking.kinds[row]
+            )
             for row in rows.tolist()
         ]
 

@@ -78,15 +78,15 @@ def copying(step: Changing[T], part: PartKind, folder: Path) -> CopyFunction:
         for number in range(1, step.copies + 1) if names else ():
             try:
                 decoded = decoded or {name: step.decoded(folder / name) for name in names}
-                written = {
+                augmented_files = {
                     name: step.changed(medium, folder / name, _draw(step.kind, step.seed, example.id, number))
                     for name, medium in decoded.items()
                 }
             except MediaError as error:
                 yield _failed(example, step.kind, number, error)
                 continue
-            row = _copy(example, step.kind, {name: _stored(one, folder) for name, one in written.items()})
-            yield AugmentedRow(row, f"copy {number}: {', '.join(written[names[0]].changes) or 'nothing'}")
+            row = _copy(example, step.kind, {name: _stored(augmented, folder) for name, augmented in augmented_files.items()})
+            yield AugmentedRow(row, f"copy {number}: {', '.join(augmented_files[names[0]].changes) or 'nothing'}")
 
     return copies
 
@@ -95,24 +95,24 @@ def _draw(kind: str, seed: int, row: str, number: int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(canonical([kind, seed, row, number])).digest(), "big"))
 
 
-def _stored(written: AugmentedFile, folder: Path) -> str:
-    return media_files.copy(io.BytesIO(written.content), f"copy{written.suffix}", folder / "media")
+def _stored(augmented: AugmentedFile, folder: Path) -> str:
+    return media_files.copy(io.BytesIO(augmented.content), f"copy{augmented.suffix}", folder / "media")
 
 
-def _copy(example: Example, kind: str, now: dict[str, str]) -> Example:
+def _copy(example: Example, kind: str, new_media: dict[str, str]) -> Example:
     """The row with other media. Its origins say what it was made from, so that revoking the row or its source reaches it."""
     return replace(
         example,
-        messages=_with_media(example.messages, now),
-        rejected=_with_media(example.rejected, now),
+        messages=_with_media(example.messages, new_media),
+        rejected=_with_media(example.rejected, new_media),
         origins=tuple(replace(origin, parents=(example.id,), step=kind) for origin in example.origins),
         steps=(*example.steps, kind),
     )
 
 
-def _with_media(messages: tuple[Message, ...], now: dict[str, str]) -> tuple[Message, ...]:
+def _with_media(messages: tuple[Message, ...], new_media: dict[str, str]) -> tuple[Message, ...]:
     return tuple(
-        replace(message, content=tuple(replace(part, media=now.get(part.media, part.media)) for part in message.content))
+        replace(message, content=tuple(replace(part, media=new_media.get(part.media, part.media)) for part in message.content))
         for message in messages
     )
 
@@ -131,10 +131,10 @@ def check_copies(copies: int, *, is_idle: bool) -> None:
         raise ConfigError("every change is off, and a copy would be the row itself", "leave the options out for the defaults")
 
 
-def check_between(name: str, value: float, least: float, most: float, remedy: object) -> None:
+def check_between(name: str, value: float, minimum: float, maximum: float, remedy: object) -> None:
     """Raises ConfigError for an option outside of its bounds."""
-    if not least <= value <= most:
-        raise ConfigError(f"{name} is {value:g}; it must be from {least:g} to {most:g}", f"{name}: {remedy}")
+    if not minimum <= value <= maximum:
+        raise ConfigError(f"{name} is {value:g}; it must be from {minimum:g} to {maximum:g}", f"{name}: {remedy}")
 
 
 JPEG = (".jpg", ".jpeg")
@@ -151,8 +151,8 @@ class Light:
     colour: float = option(0.1, "of the colour, from grey to gaudy, at most 1")
 
     def __post_init__(self) -> None:
-        for name, most in (("brightness", 0.9), ("contrast", 0.9), ("colour", 1.0)):
-            check_between(name, getattr(self, name), 0, most, 0.2)
+        for name, maximum in (("brightness", 0.9), ("contrast", 0.9), ("colour", 1.0)):
+            check_between(name, getattr(self, name), 0, maximum, 0.2)
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ class AugmentImages:
         from PIL import ImageEnhance
 
         for name, enhance in (("brightness", "Brightness"), ("contrast", "Contrast"), ("colour", "Color")):
-            if most := getattr(self.light, name):
-                factor = draw.uniform(1 - most, 1 + most)
+            if maximum := getattr(self.light, name):
+                factor = draw.uniform(1 - maximum, 1 + maximum)
                 picture = getattr(ImageEnhance, enhance)(picture).enhance(factor)
                 changes.append(f"{name} times {factor:.3f}")
         return picture
@@ -319,8 +319,8 @@ class AugmentAudio:
             "telephone": (1, 0.5),
             "time_mask_s": (10, 0.2),
         }
-        for name, (most, usual) in bounds.items():
-            check_between(name, getattr(self, name), 0, most, usual)
+        for name, (maximum, default) in bounds.items():
+            check_between(name, getattr(self, name), 0, maximum, default)
         if self.noise_db and not 5 <= self.noise_db <= QUIETEST_NOISE_DB:
             raise ConfigError(f"noise_db is {self.noise_db:g}; it must be 0, or from 5 to 40", "noise_db: 15")
         check_copies(self.copies, is_idle=not any([self.noise_db, *(getattr(self, name) for name in bounds)]))
@@ -353,16 +353,16 @@ class AugmentAudio:
             mono = audio.resampled(mono, rate * factor, rate)
             changes.append(f"speed times {factor:.3f}")
         if self.time_mask_s:
-            length, place = draw.uniform(0, self.time_mask_s), draw.random()
+            length, start_fraction = draw.uniform(0, self.time_mask_s), draw.random()
             masked = min(round(length * rate), len(mono) // 10)
-            start = round(place * (len(mono) - masked))
+            start = round(start_fraction * (len(mono) - masked))
             mono = mono.copy()
             mono[start : start + masked] = 0
             changes.append(f"{masked / rate:.3f} s silenced from {start / rate:.3f} s on")
         if self.shift_s:
-            late = draw.uniform(0, self.shift_s)
-            mono = np.concatenate([np.zeros(round(late * rate), np.float32), mono])
-            changes.append(f"{late:.3f} s of silence before")
+            delay_s = draw.uniform(0, self.shift_s)
+            mono = np.concatenate([np.zeros(round(delay_s * rate), np.float32), mono])
+            changes.append(f"{delay_s:.3f} s of silence before")
         return mono
 
     def _loud(self, mono: audio.F32, draw: np.random.Generator, changes: list[str]) -> audio.F32:

@@ -67,8 +67,8 @@ class Images:
             return "tiny_image", f"{picture.width} x {picture.height} pixels; at least {self.min_side} on each side"
         if long > self.max_aspect * short:
             return "extreme_aspect", f"{picture.width} x {picture.height} pixels; at most {self.max_aspect:g} to 1"
-        if self.min_sharpness and (found := sharpness(picture.grey)) < self.min_sharpness:
-            return "blurred_image", f"its sharpness is {found:.4f}; at least {self.min_sharpness:g}"
+        if self.min_sharpness and (picture_sharpness := sharpness(picture.grey)) < self.min_sharpness:
+            return "blurred_image", f"its sharpness is {picture_sharpness:.4f}; at least {self.min_sharpness:g}"
         return None
 
 
@@ -118,17 +118,17 @@ class Audio:
         def apply(example: Example) -> Example | Drop:
             seconds = 0.0
             for name in media_of(example, "audio"):
-                found = self._heard(folder / name)
-                if isinstance(found, tuple):
-                    return drop_of(example, found[0], f"{name[:18]}...: {found[1]}", step=self.kind)
-                seconds += found.seconds
+                facts = self._recording_facts(folder / name)
+                if isinstance(facts, tuple):
+                    return drop_of(example, facts[0], f"{name[:18]}...: {facts[1]}", step=self.kind)
+                seconds += facts.seconds
             if seconds and self._is_transcript(example) and (fault := self._pace(example.reply, seconds)):
                 return drop_of(example, fault[0], fault[1], step=self.kind)
             return example
 
         return apply
 
-    def _heard(self, file: Path) -> AudioFacts | tuple[str, str]:
+    def _recording_facts(self, file: Path) -> AudioFacts | tuple[str, str]:
         try:
             sound = listen(file, self.max_seconds)
         except MediaError as error:
@@ -146,16 +146,19 @@ class Audio:
         return sound
 
     def _is_transcript(self, example: Example) -> bool:
-        asked = [part for message in example.prompt for part in message.content]
-        return self.transcripts == "always" or (len(asked) == 1 and asked[0].kind == "audio")
+        prompt_parts = [part for message in example.prompt for part in message.content]
+        return self.transcripts == "always" or (len(prompt_parts) == 1 and prompt_parts[0].kind == "audio")
 
     def _pace(self, reply: str, seconds: float) -> tuple[str, str] | None:
-        said = len(reply.strip())
-        if self.max_chars_per_s and said > 20 + self.max_chars_per_s * seconds:
-            problem = f"{said} characters in {seconds:.1f} s; at most 20 and {self.max_chars_per_s:g} a second"
+        character_count = len(reply.strip())
+        if self.max_chars_per_s and character_count > 20 + self.max_chars_per_s * seconds:
+            problem = f"{character_count} characters in {seconds:.1f} s; at most 20 and {self.max_chars_per_s:g} a second"
             return "transcript_too_long", problem
-        if said < self.min_chars_per_s * seconds:
-            return "transcript_too_short", f"{said} characters in {seconds:.1f} s; at least {self.min_chars_per_s:g} a second"
+        if character_count < self.min_chars_per_s * seconds:
+            return (
+                "transcript_too_short",
+                f"{character_count} characters in {seconds:.1f} s; at least {self.min_chars_per_s:g} a second",
+            )
         return None
 
 

@@ -21,7 +21,7 @@ from sartor.text.pii.masking import (
     entity_counts,
     find_in_row,
     masked,
-    only,
+    select_hits,
     text_masker,
 )
 from sartor.text.pii.scanner import Scanner
@@ -95,7 +95,7 @@ class PersonalData:
                 )
         if "UK" in self.countries:
             raise ConfigError("countries holds 'UK'; the code of the United Kingdom is GB", "countries: [GB]")
-        if not self._looked_for():
+        if not self._wanted_entities():
             raise ConfigError("no entity is looked for", f"entities: [{', '.join(DEFAULT[:3])}, ...], or leave the step out")
         Scanner((), (), self.min_score, self.allow)  # raises for a bad expression
 
@@ -115,26 +115,26 @@ class PersonalData:
         """What masks rows and counts what it finds, with a tally of its own."""
         return Masking(self, self._scanner())
 
-    def said_of_entities(self) -> Mapping[str, str]:
+    def entity_actions(self) -> Mapping[str, str]:
         """Entity -> what `entities` says about it: an action, or "" where it is looked for and nothing more is said."""
         if not isinstance(self.entities, EntityActions):
             return {entity: "" for entity in ENTITIES if entity in self.entities}
-        said = {field.name: getattr(self.entities, field.name) for field in fields(self.entities)}
-        return {entity: action or "" for entity, action in said.items() if action or entity in DEFAULT}
+        actions = {field.name: getattr(self.entities, field.name) for field in fields(self.entities)}
+        return {entity: action or "" for entity, action in actions.items() if action or entity in DEFAULT}
 
-    def said_of_fields(self) -> Mapping[str, str]:
+    def field_actions(self) -> Mapping[str, str]:
         """Field -> what `fields` says about it."""
         names = [field.name for field in fields(FieldActions)]
         if isinstance(self.fields, FieldActions):
             return {name: getattr(self.fields, name) or "" for name in names}
-        wanted = names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
-        return {name: "" if name in wanted else "keep" for name in names}
+        selected = names if self.fields == "all" else [self.fields] if isinstance(self.fields, str) else list(self.fields)
+        return {name: "" if name in selected else "keep" for name in names}
 
-    def _looked_for(self) -> list[str]:
-        return [entity for entity, action in self.said_of_entities().items() if action != "keep"]
+    def _wanted_entities(self) -> list[str]:
+        return [entity for entity, action in self.entity_actions().items() if action != "keep"]
 
     def _scanner(self) -> Scanner:
-        return Scanner(self._looked_for(), self.countries, self.min_score, self.allow)
+        return Scanner(self._wanted_entities(), self.countries, self.min_score, self.allow)
 
 
 class Masking:
@@ -144,42 +144,44 @@ class Masking:
         self.tally: Counter[str] = Counter()
         self._step = step
         self._scanner = scanner
-        self._of_entity = step.said_of_entities()
-        self._of_field = step.said_of_fields()
+        self._entity_actions = step.entity_actions()
+        self._field_actions = step.field_actions()
 
     def __call__(self, example: Example) -> Example | Drop:
         """The row itself where nothing was found, a masked one, or a Drop that names kinds and places and holds no text."""
-        found = only(find_in_row(self._scanner, example), self._is_looked_at)
-        if not found.hits:
+        entities = select_hits(find_in_row(self._scanner, example), self._is_looked_at)
+        if not entities.hits:
             return example
-        going = only(found, lambda slot, finding: self._action(slot, finding) == "drop")
-        if going.hits:
-            self.tally.update(entity_counts(found))
+        dropped_entities = select_hits(entities, lambda slot, finding: self._action(slot, finding) == "drop")
+        if dropped_entities.hits:
+            self.tally.update(entity_counts(entities))
             origin = example.origins[0]
-            return Drop("personal_data", origin.source, origin.locator, going.describe(), self._step.kind, example.id)
-        return self._masked(example, found, self._is_looked_at)
+            return Drop(
+                "personal_data", origin.source, origin.locator, dropped_entities.describe(), self._step.kind, example.id
+            )
+        return self._masked(example, entities, self._is_looked_at)
 
     def everywhere(self, example: Example) -> Example:
         """The row masked in every field, whatever the options say."""
-        found = find_in_row(self._scanner, example)
-        return self._masked(example, found, lambda slot, finding: True) if found.hits else example
+        entities = find_in_row(self._scanner, example)
+        return self._masked(example, entities, lambda slot, finding: True) if entities.hits else example
 
-    def _masked(self, example: Example, found: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> Example:
-        names = Placeholders(self._step.mask == "numbered", (slot.text for slot in found.layout.slots))
+    def _masked(self, example: Example, entities: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> Example:
+        names = Placeholders(self._step.mask == "numbered", (slot.text for slot in entities.layout.slots))
         for _ in range(MOST_PASSES):
-            self.tally.update(entity_counts(found))
-            example = masked(example, found, names)
-            found = only(find_in_row(self._scanner, example), keep)
-            if not found.hits:
+            self.tally.update(entity_counts(entities))
+            example = masked(example, entities, names)
+            entities = select_hits(find_in_row(self._scanner, example), keep)
+            if not entities.hits:
                 break
         return example
 
     def _is_looked_at(self, slot: TextSlot, finding: PiiEntity) -> bool:
-        return slot.place[0] == "group" or self._of_field[slot.field] != "keep"
+        return slot.location[0] == "group" or self._field_actions[slot.field] != "keep"
 
     def _action(self, slot: TextSlot, finding: PiiEntity) -> str:
         """The stricter of what entity and field say; where neither says anything, the step's own."""
-        if slot.place[0] == "group":
+        if slot.location[0] == "group":
             return "mask"
-        fields = {self._of_entity[finding.entity], self._of_field[slot.field]} - {""}
+        fields = {self._entity_actions[finding.entity], self._field_actions[slot.field]} - {""}
         return "drop" if "drop" in fields else "mask" if fields else self._step.action

@@ -70,10 +70,10 @@ class BoundedPattern:
 
 def compiled(pattern: str, where: str, template: str = "") -> BoundedPattern:
     """The Pattern. Raises ConfigError naming `where` and the position of the mistake, in the pattern or in the template."""
-    whole, problem = _compile(pattern, template)
+    compiled_pattern, problem = _compile(pattern, template)
     if problem:
         raise ConfigError(f"{where} {problem}", "mend it; a literal ( ) [ ] * + ? . is written with a backslash before it")
-    return BoundedPattern(whole)
+    return BoundedPattern(compiled_pattern)
 
 
 @cache
@@ -84,7 +84,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
     except ImportError:
         raise missing_package("regex") from None
     try:
-        whole = regex.compile(pattern)
+        compiled_pattern = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
         at = f" at character {error.pos + 1}" if isinstance(error, regex.error) and error.pos is not None else ""
         return None, f"is {pattern!r}, no regular expression{at}: {getattr(error, 'msg', error)}"
@@ -94,7 +94,7 @@ def _compile(pattern: str, template: str) -> tuple[Any, str]:
             regex.compile(f"|{pattern}").sub(template, "")
         except (regex.error, IndexError) as error:
             return None, f"is replaced with {template!r}: {error}"
-    return whole, ""
+    return compiled_pattern, ""
 
 
 def timed_out(example: Example, timeout: RuleTimeout, step: str) -> Drop:

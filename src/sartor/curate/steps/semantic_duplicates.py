@@ -19,7 +19,7 @@ from sartor.curate.dedup.clusters import components, rank_positions
 from sartor.curate.dedup.pair_scoring import DuplicateRules as pair_scoring_Rules
 from sartor.curate.dedup.pair_scoring import ScoredPairs
 from sartor.curate.step import Removal, StepInput, StepResult
-from sartor.curate.steps.text_duplicates import KEEP_HELP, Field, Keep, is_apart, ranks
+from sartor.curate.steps.text_duplicates import KEEP_HELP, Field, Keep, has_media_or_rating, ranks
 from sartor.text import encoders, equivalence
 
 EVIDENCE = "semantic_pairs"
@@ -69,69 +69,76 @@ class SemanticDuplicates:
         )
 
     def _text(self, example: Example) -> str:
-        if is_apart(example):
+        if has_media_or_rating(example):
             return ""  # compared with nothing
         prompt = encoders.prompt_text(example)
         if self.field == "all":
             return "\n".join(message.text for message in example.messages)
         return example.reply if self.field == "reply" or (self.field == "both" and not prompt) else prompt
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep. Raises GuardError when more would go than its guards allow."""
-        compared = self._compared(gathered)
-        chosen = encoders.choose_encoder(self.encoder)
-        gathered.notice(f"semantic duplicates: {len(compared):,} of {len(gathered):,} rows; encoder {chosen.encoder.name}")
-        table = gathered.table.take(pa.array(compared)) if len(compared) < len(gathered) else gathered.table
+        compared = self._compared(step_input)
+        choice = encoders.choose_encoder(self.encoder)
+        step_input.notice(f"semantic duplicates: {len(compared):,} of {len(step_input):,} rows; encoder {choice.encoder.name}")
+        table = step_input.table.take(pa.array(compared)) if len(compared) < len(step_input) else step_input.table
         texts, replies = encoders.Texts(table["text"]), encoders.Texts(table["reply"])
-        threshold = chosen.likeness if self.threshold is None else self.threshold
-        found = SemanticPairs()
+        threshold = choice.likeness if self.threshold is None else self.threshold
+        semantic_pairs = SemanticPairs()
         if len(compared) > 1:
-            embedded = chosen.encoder.encode(texts)
+            embedded = choice.encoder.encode(texts)
             rules = SemanticRules(threshold, self.agreement, self.neighbours)
-            said = replies if self.field == "both" else None
-            found = pairs(texts, embedded, rules, said, gathered.table["rank"].to_numpy()[compared])
-        removals = self._removals(gathered, compared, found)
+            compared_replies = replies if self.field == "both" else None
+            semantic_pairs = pairs(texts, embedded, rules, compared_replies, step_input.table["rank"].to_numpy()[compared])
+        removals = self._removals(step_input, compared, semantic_pairs)
         facts = {
-            **(chosen.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
+            **(choice.facts() if len(compared) > 1 else {"encoder": "none", "encoder_because": "there is nothing to compare"}),
             "threshold": threshold,
             "compared": len(compared),
-            "too_long_to_compare": sum(gathered.table["cut"].to_pylist()),
-            "near_by_vectors": found.candidates,
-            "rows_with_perhaps_more_near": found.crowded,
-            "pairs": len(found.pairs),
-            "refused_by_words": dict(sorted(found.refused.items())),
+            "too_long_to_compare": sum(step_input.table["cut"].to_pylist()),
+            "near_by_vectors": semantic_pairs.candidates,
+            "rows_with_perhaps_more_near": semantic_pairs.crowded,
+            "pairs": len(semantic_pairs.pairs),
+            "refused_by_words": dict(sorted(semantic_pairs.refused.items())),
         }
-        return StepResult(removals, {EVIDENCE: self._evidence(gathered, compared, found)}, facts, set_aside=True)
+        return StepResult(removals, {EVIDENCE: self._evidence(step_input, compared, semantic_pairs)}, facts, set_aside=True)
 
-    def _compared(self, gathered: StepInput) -> Any:
+    def _compared(self, step_input: StepInput) -> Any:
         """Row numbers with a whole text. What was cut may differ where it was cut."""
-        whole = [not cut for cut in gathered.table["cut"].to_pylist()]
-        spoken = [bool(text.strip()) for text in encoders.Texts(gathered.table["text"])]
-        return np.flatnonzero(np.array(whole, bool) & np.array(spoken, bool))
+        whole = [not cut for cut in step_input.table["cut"].to_pylist()]
+        has_text = [bool(text.strip()) for text in encoders.Texts(step_input.table["text"])]
+        return np.flatnonzero(np.array(whole, bool) & np.array(has_text, bool))
 
-    def _removals(self, gathered: StepInput, compared: Any, found: SemanticPairs) -> list[Removal]:
-        if not found.pairs:
+    def _removals(self, step_input: StepInput, compared: Any, semantic_pairs: SemanticPairs) -> list[Removal]:
+        if not semantic_pairs.pairs:
             return []
-        scores = np.array([min(pair.likeness, pair.words) for pair in found.pairs], np.float32)
-        a, b = (np.array(compared[[getattr(pair, end) for pair in found.pairs]], np.int64) for end in ("a", "b"))
+        scores = np.array([min(pair.likeness, pair.words) for pair in semantic_pairs.pairs], np.float32)
+        a, b = (np.array(compared[[getattr(pair, end) for pair in semantic_pairs.pairs]], np.int64) for end in ("a", "b"))
         edges = ScoredPairs(a, b, scores, np.zeros_like(scores), np.zeros(len(a), bool))
-        gone = clusters.resolve_clusters(
-            edges, gathered.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
+        removals = clusters.resolve_clusters(
+            edges, step_input.table["rank"].to_numpy(), pair_scoring_Rules(threshold=0.0, floor=0.0, contained=0.0)
         )
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
-        locators = gathered.table["locator"]
-        sources = np.array(gathered.table["source"].to_pylist(), np.int64)
-        clusters.check_removals(gone, sources, gathered.sources, limits, lambda row: str(locators[row].as_py()))
+        locators = step_input.table["locator"]
+        sources = np.array(step_input.table["source"].to_pylist(), np.int64)
+        clusters.check_removals(removals, sources, step_input.sources, limits, lambda row: str(locators[row].as_py()))
         return [
             Removal(
-                row, "semantic_duplicate", f"says the same as {locators[kept].as_py()}", kept, round(float(score), 4), METHOD
+                row,
+                "semantic_duplicate",
+                f"says the same as {locators[kept_row].as_py()}",
+                kept_row,
+                round(float(score), 4),
+                METHOD,
             )
-            for row, kept, score in zip(*(np.asarray(end).tolist() for end in (gone.rows, gone.kept, gone.score)), strict=True)
+            for row, kept_row, score in zip(
+                *(np.asarray(end).tolist() for end in (removals.rows, removals.kept_rows, removals.score)), strict=True
+            )
         ]
 
-    def _evidence(self, gathered: StepInput, compared: Any, found: SemanticPairs) -> Any:
-        ids, locators = gathered.table["id"], gathered.table["locator"]
-        ends = [(int(compared[pair.a]), int(compared[pair.b]), pair) for pair in found.pairs]
+    def _evidence(self, step_input: StepInput, compared: Any, semantic_pairs: SemanticPairs) -> Any:
+        ids, locators = step_input.table["id"], step_input.table["locator"]
+        ends = [(int(compared[pair.a]), int(compared[pair.b]), pair) for pair in semantic_pairs.pairs]
         return pa.table(
             {
                 "a": pa.array([ids[a].as_py() for a, _, _ in ends], pa.string()),
@@ -179,19 +186,19 @@ class SemanticPairs:
 @dataclass(frozen=True)
 class SemanticRules:
     """`threshold`: cosine of the vectors from which a pair is looked at; `agreement`: share of words in common from which
-    it is one; `most`: nearest rows of each row that are looked at.
+    it is one; `neighbours`: nearest rows of each row that are looked at.
     """
 
     threshold: float
     agreement: float
-    most: int
+    neighbours: int
 
 
 class _Verifier:
     """Takes pairs of rows, keeps those that say the same."""
 
     def __init__(self, texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Sequence[str] | None) -> None:
-        self.found, self.rules = SemanticPairs(), rules
+        self.semantic_pairs, self.rules = SemanticPairs(), rules
         self._vectors, self._replies = vectors, replies
         self._read, self._weights = equivalence.reader(texts), equivalence.idf_weights(texts)
         self._answer = equivalence.reader(replies or ())
@@ -205,17 +212,17 @@ class _Verifier:
         if (a, b) in self._tried or likeness < self.rules.threshold:
             return False
         self._tried.add((a, b))
-        self.found.candidates += 1
+        self.semantic_pairs.candidates += 1
         verdict = equivalence.compare_texts(self._read(a), self._read(b), self._weights)
-        where = ""
+        prefix = ""
         if self._replies is not None and not verdict.objection and verdict.score >= self.rules.agreement:
             reply = same_reply((self._replies[a], self._replies[b]), self._answer(a), self._answer(b), self._answer_weights)
-            where = "" if reply.score >= self.rules.agreement else "reply_"
-            verdict = min((verdict, reply), key=lambda one: one.score)
+            prefix = "" if reply.score >= self.rules.agreement else "reply_"
+            verdict = min((verdict, reply), key=lambda candidate: candidate.score)
         if verdict.objection or verdict.score < self.rules.agreement:
-            self.found.refused[where + (verdict.objection or "words")] += 1
+            self.semantic_pairs.refused[prefix + (verdict.objection or "words")] += 1
             return False
-        self.found.pairs.append(SemanticPair(a, b, likeness, verdict.score))
+        self.semantic_pairs.pairs.append(SemanticPair(a, b, likeness, verdict.score))
         return True
 
 
@@ -226,44 +233,46 @@ def pairs(texts: Sequence[str], vectors: Any, rules: SemanticRules, replies: Seq
     at, so that each is held against the one that stays.
     """
     verifier = _Verifier(texts, vectors, rules, replies)
-    near = encoders.NearPairs(vectors, rules.threshold, rules.most)
+    near = encoders.NearPairs(vectors, rules.threshold, rules.neighbours)
     for a, b, _ in near:
         verifier.verify(a, b)
     if near.crowded:
         _complete(verifier, len(texts), rank_positions(rank))
-    verifier.found.crowded = near.crowded
-    verifier.found.pairs.sort(key=lambda pair: (pair.a, pair.b))
-    return verifier.found
+    verifier.semantic_pairs.crowded = near.crowded
+    verifier.semantic_pairs.pairs.sort(key=lambda pair: (pair.a, pair.b))
+    return verifier.semantic_pairs
 
 
-def _complete(verifier: _Verifier, count: int, place: Any) -> None:
+def _complete(verifier: _Verifier, count: int, positions: Any) -> None:
     """Hold the rows of each connected component against its first-placed row; those that are unlike it, against the next."""
-    ends = np.array([(pair.a, pair.b) for pair in verifier.found.pairs], np.int64).reshape(-1, 2)
+    ends = np.array([(pair.a, pair.b) for pair in verifier.semantic_pairs.pairs], np.int64).reshape(-1, 2)
     labels: Any = components(count, ends[:, 0], ends[:, 1])
-    left: dict[int, list[int]] = {}
+    rows_by_label: dict[int, list[int]] = {}
     for row in np.unique(ends).tolist():
-        left.setdefault(int(labels[row]), []).append(row)
-    linked = {(pair.a, pair.b) for pair in verifier.found.pairs}
-    for rows in left.values():
-        rows.sort(key=lambda row: int(place[row]))
+        rows_by_label.setdefault(int(labels[row]), []).append(row)
+    linked_pairs = {(pair.a, pair.b) for pair in verifier.semantic_pairs.pairs}
+    for rows in rows_by_label.values():
+        rows.sort(key=lambda row: int(positions[row]))
         for _ in range(_ROUNDS):
             if len(rows) < 3:
                 break
             head = rows[0]
             rows = [
-                row for row in rows[1:] if (min(head, row), max(head, row)) not in linked and not verifier.verify(head, row)
+                row
+                for row in rows[1:]
+                if (min(head, row), max(head, row)) not in linked_pairs and not verifier.verify(head, row)
             ]
 
 
 def same_reply(
-    texts: tuple[str, str], one: equivalence.Read, other: equivalence.Read, weights: dict[str, float]
+    texts: tuple[str, str], first: equivalence.TextReading, second: equivalence.TextReading, weights: dict[str, float]
 ) -> equivalence.EquivalenceVerdict:
     """`equivalence.compare_texts` for replies: values and JSON must be equal, since one letter of them may be another thing."""
-    if is_value(texts[0], one) or is_value(texts[1], other):
+    if is_value(texts[0], first) or is_value(texts[1], second):
         return equivalence.EquivalenceVerdict(1.0 if texts[0].split() == texts[1].split() else 0.0)
-    return equivalence.compare_texts(one, other, weights)
+    return equivalence.compare_texts(first, second, weights)
 
 
-def is_value(text: str, read: equivalence.Read) -> bool:
+def is_value(text: str, read: equivalence.TextReading) -> bool:
     """Whether a reply is a value rather than a sentence."""
     return text.lstrip()[:1] in ("{", "[", "<") or len(read.content({})) <= FEW_WORDS

@@ -214,10 +214,10 @@ class Markup:
         pieces = split_code(text) if self.code == "keep" else [(False, text)]
         if self.html == "drop":
             for is_code, piece in pieces:
-                if not is_code and (found := html_signs(piece)):
-                    return f"{len(found)} pieces of HTML or XML, such as {found[0][:60]!r}"
-        if self.markdown == "drop" and (found := signs(text, self.code == "keep")):
-            return f"Markdown: {', '.join(found)}"
+                if not is_code and (matches := html_signs(piece)):
+                    return f"{len(matches)} pieces of HTML or XML, such as {matches[0][:60]!r}"
+        if self.markdown == "drop" and (matches := signs(text, self.code == "keep")):
+            return f"Markdown: {', '.join(matches)}"
         return ""
 
     def _stripped(self, text: str) -> str:
@@ -253,9 +253,9 @@ def html_signs(text: str) -> list[str]:
     """The pieces of a text that are markup: scripts, comments, tags."""
     if "<" not in text:
         return []
-    found = [text[start : start + 60] for start, _ in _silent_spans(text, unclosed=True)]
-    found += [match.group() for match in _DECLARATION.finditer(text)]
-    return found + [text[tag.start : tag.end] for tag in _markup_tags(text)]
+    matches = [text[start : start + 60] for start, _ in _silent_spans(text, unclosed=True)]
+    matches += [match.group() for match in _DECLARATION.finditer(text)]
+    return matches + [text[tag.start : tag.end] for tag in _markup_tags(text)]
 
 
 def _without_tags(text: str) -> str:
@@ -329,14 +329,14 @@ def _runs(text: str, match: re.Match[str]) -> bool:
 
 def _tags(text: str) -> Iterator[Tag]:
     """Everything that has the shape of a tag, whatever its name."""
-    at = 0
-    while (at := text.find("<", at)) >= 0:
-        match = _TAG.match(text, at, at + _LONGEST_TAG)
+    position = 0
+    while (position := text.find("<", position)) >= 0:
+        match = _TAG.match(text, position, position + _LONGEST_TAG)
         if match:
-            yield Tag(at, match.end(), match.group(2).lower(), bool(match.group(1)), match.group(3))
-            at = match.end()
+            yield Tag(position, match.end(), match.group(2).lower(), bool(match.group(1)), match.group(3))
+            position = match.end()
         else:
-            at += 1
+            position += 1
 
 
 def _markup_tags(text: str) -> list[Tag]:

@@ -50,7 +50,7 @@ def has_media(example: Example) -> bool:
     return any(part.media for message in example.messages + example.rejected for part in message.content)
 
 
-def is_apart(example: Example) -> bool:
+def has_media_or_rating(example: Example) -> bool:
     """Whether its text does not tell what it repeats: it shows something, or people rated its reply. Of two like replies to one
     question, one rated good and one bad, neither repeats the other.
     """
@@ -63,12 +63,12 @@ def _length(example: Example, field: Field) -> float:
 
 def _date(example: Example, field: Field) -> float:
     """Seconds since 1970 of the newest origin; a row without a date is older than any with one."""
-    found = [UNDATED]
+    timestamps = [UNDATED]
     for origin in example.origins:
         if origin.date:
             date = datetime.datetime.fromisoformat(origin.date)
-            found.append((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
-    return float(max(found))
+            timestamps.append((date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp())
+    return float(max(timestamps))
 
 
 def _licence(example: Example, field: Field) -> float:
@@ -84,7 +84,7 @@ _RULES: dict[str, Callable[[Example, Field], float]] = {
 }
 
 
-_SAID = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
+_RELATIONS = {"exact": "the same words as", "near": "Jaccard similarity to", "contained": "containment in or of"}
 # Below this many rows a second process costs more than it saves.
 WORTH_WORKERS = 20_000
 
@@ -123,73 +123,75 @@ class NearDuplicates:
 
     def sketch(self, examples: Sequence[Example], folder: Path) -> Any:
         """See SetStep. Columns: shingles, digest, rank, media, rated. A row that is apart has no shingles, and so no like."""
-        texts = ["" if is_apart(example) else text_of(example, self.field) for example in examples]
-        found = shingles.sketch(texts, self._shingling())
-        offsets = pa.array(found.offsets.astype(np.int32))
+        texts = ["" if has_media_or_rating(example) else text_of(example, self.field) for example in examples]
+        sketches = shingles.sketch(texts, self._shingling())
+        offsets = pa.array(sketches.offsets.astype(np.int32))
         return pa.table(
             {
-                "shingles": pa.ListArray.from_arrays(offsets, pa.array(found.shingles)),
+                "shingles": pa.ListArray.from_arrays(offsets, pa.array(sketches.shingles)),
                 "digest": pa.FixedSizeBinaryArray.from_buffers(
-                    pa.binary(16), len(examples), [None, pa.py_buffer(found.digests)]
+                    pa.binary(16), len(examples), [None, pa.py_buffer(sketches.digests)]
                 ),
                 "rank": ranks(examples, self.keep, self.field),
                 "media": pa.array([has_media(example) for example in examples], pa.bool_()),
-                "rated": pa.array([is_apart(example) and not has_media(example) for example in examples], pa.bool_()),
+                "rated": pa.array(
+                    [has_media_or_rating(example) and not has_media(example) for example in examples], pa.bool_()
+                ),
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep."""
-        rules, table = self.rules(), gathered.table
-        flat, offsets = _flat(table["shingles"], gathered.folder / "shingles.u32")
+        rules, table = self.rules(), step_input.table
+        flat, offsets = _flat(table["shingles"], step_input.folder / "shingles.u32")
         digests = np.concatenate([np.empty((0, 16), np.uint8), *[_bytes(chunk) for chunk in table["digest"].chunks]])
         rank = table["rank"].to_numpy()
-        workers = gathered.workers if len(gathered) >= WORTH_WORKERS else 0
+        workers = step_input.workers if len(step_input) >= WORTH_WORKERS else 0
         with WorkerPool(workers if workers > 1 else 0) as pool:
-            found = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Executor(spread=pool.spread))
-        removals = clusters.resolve_clusters(found.pairs, rank, rules)
+            duplicate_pairs = near_duplicates.near_duplicates(flat, offsets, digests, rules, rank, Executor(spread=pool.spread))
+        removals = clusters.resolve_clusters(duplicate_pairs.pairs, rank, rules)
         locators = table["locator"]
         media, rated = (sum(table[name].to_pylist()) for name in ("media", "rated"))
         limits = clusters.RemovalLimits(self.max_source_fraction, self.max_fraction, allow=self.allow, in_recipe=True)
         clusters.check_removals(
-            removals, table["source"].to_numpy(), gathered.sources, limits, lambda row: str(locators[row].as_py())
+            removals, table["source"].to_numpy(), step_input.sources, limits, lambda row: str(locators[row].as_py())
         )
         facts = {
             "rules": asdict(rules),
             "unit": self.unit,
             "shingle_size": self._shingling().size,
-            "pairs": len(found.pairs.a),
+            "pairs": len(duplicate_pairs.pairs.a),
             "clusters": removals.clusters,
             "largest_cluster": removals.largest_cluster,
             "removed": removals.by_method(),
-            "ignored_shingles": found.common,
-            "rows_without_words": found.empty - media - rated,
-            "verified_candidates": found.candidates,
+            "ignored_shingles": duplicate_pairs.common,
+            "rows_without_words": duplicate_pairs.empty - media - rated,
+            "verified_candidates": duplicate_pairs.candidates,
         }
         if media:
             facts["rows_with_media"] = media
         if rated:
             facts["rows_rated"] = rated
-        evidence = {"near_duplicates": _ledger(found.pairs, rules, rank, gathered)}
+        evidence = {"near_duplicates": _ledger(duplicate_pairs.pairs, rules, rank, step_input)}
         return StepResult(_removals(removals, locators), evidence, facts, set_aside=True)
 
 
-def _removals(found: clusters.Removals, locators: Any) -> list[Removal]:
-    result = []
-    for row, kept, score, method in zip(
-        found.rows.tolist(), found.kept.tolist(), found.score.tolist(), found.method.tolist(), strict=True
+def _removals(removals: clusters.Removals, locators: Any) -> list[Removal]:
+    row_removals = []
+    for row, kept_row, score, method in zip(
+        removals.rows.tolist(), removals.kept_rows.tolist(), removals.score.tolist(), removals.method.tolist(), strict=True
     ):
         name = METHODS[method]
-        detail = f"{'' if name == 'exact' else f'{score:.3f} '}{_SAID[name]} {locators[kept].as_py()}"
-        result.append(Removal(row, "near_duplicate", detail, kept, round(score, 6), name))
-    return result
+        detail = f"{'' if name == 'exact' else f'{score:.3f} '}{_RELATIONS[name]} {locators[kept_row].as_py()}"
+        row_removals.append(Removal(row, "near_duplicate", detail, kept_row, round(score, 6), name))
+    return row_removals
 
 
-def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, gathered: StepInput) -> Any:
+def _ledger(pairs: Any, rules: DuplicateRules, rank: Any, step_input: StepInput) -> Any:
     """Every verified pair by the ids of its rows, with what a new decision needs: `sartor rethreshold` reads it."""
-    ids = gathered.table["id"]
+    ids = step_input.table["id"]
     a, b = pa.array(pairs.a), pa.array(pairs.b)
-    sources = pa.array(gathered.sources, pa.string()).take(gathered.table["source"].combine_chunks())
+    sources = pa.array(step_input.sources, pa.string()).take(step_input.table["source"].combine_chunks())
     score, methods = pair_store.score_pairs(pairs, rules)
     return pa.table(
         {
@@ -240,32 +242,34 @@ class ExactDuplicates:
         if self.match == "content":
             return pa.table({"words": pa.nulls(len(examples), pa.string()), "rank": pa.nulls(len(examples), pa.float64())})
         plain = shingles.resolve("words", 0, ())
-        found = shingles.sketch([text_of(example, self.field) for example in examples], plain)
-        empty = found.offsets[1:] == found.offsets[:-1]
-        apart = [none or is_apart(example) for none, example in zip(empty, examples, strict=True)]
-        words = [None if alone else row.tobytes().hex() for row, alone in zip(found.digests, apart, strict=True)]
+        sketches = shingles.sketch([text_of(example, self.field) for example in examples], plain)
+        empty = sketches.offsets[1:] == sketches.offsets[:-1]
+        excluded = [is_empty or has_media_or_rating(example) for is_empty, example in zip(empty, examples, strict=True)]
+        words = [
+            None if is_excluded else row.tobytes().hex() for row, is_excluded in zip(sketches.digests, excluded, strict=True)
+        ]
         return pa.table({"words": pa.array(words, pa.string()), "rank": ranks(examples, self.keep, self.field)})
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep."""
-        columns = [pl.Series(name, gathered.table[name]) for name in ("id", "words", "rank")]
+        columns = [pl.Series(name, step_input.table[name]) for name in ("id", "words", "rank")]
         table = pl.DataFrame(columns).with_row_index("row")
-        twins = _later(table, "id")
-        removals = self._removals(twins, gathered, "the same content as", merge=True)
+        duplicates = _later(table, "id")
+        removals = self._removals(duplicates, step_input, "the same content as", merge=True)
         if self.match == "words":
-            gone = {removal.row for removal in removals}
-            rest = table.filter(pl.col("words").is_not_null() & ~pl.col("row").is_in(sorted(gone)))
+            removed_rows = {removal.row for removal in removals}
+            rest = table.filter(pl.col("words").is_not_null() & ~pl.col("row").is_in(sorted(removed_rows)))
             best = rest.sort("rank", "row", descending=[True, False])
-            removals += self._removals(_later(best, "words"), gathered, "the same words as", merge=False)
+            removals += self._removals(_later(best, "words"), step_input, "the same words as", merge=False)
         return StepResult(removals, facts={"removed": len(removals)} if removals else {})
 
     @staticmethod
-    def _removals(found: pl.DataFrame, gathered: StepInput, said: str, *, merge: bool) -> list[Removal]:
-        locators = gathered.table["locator"].take(pa.array(found["kept"].to_list(), pa.int64())).to_pylist()
+    def _removals(duplicates: pl.DataFrame, step_input: StepInput, relation: str, *, merge: bool) -> list[Removal]:
+        locators = step_input.table["locator"].take(pa.array(duplicates["kept"].to_list(), pa.int64())).to_pylist()
         method = "equal content" if merge else "equal words"
         return [
-            Removal(row, "exact_duplicate", f"{said} {locator}", kept, 1.0, method, merge=merge)
-            for row, kept, locator in zip(found["row"].to_list(), found["kept"].to_list(), locators, strict=True)
+            Removal(row, "exact_duplicate", f"{relation} {locator}", kept_row, 1.0, method, merge=merge)
+            for row, kept_row, locator in zip(duplicates["row"].to_list(), duplicates["kept"].to_list(), locators, strict=True)
         ]
 
 

@@ -29,7 +29,7 @@ SEEN_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 # Gopher counts any top n-gram, even one that stands twice; in a short text that is a figure of speech
 _TOP_SEEN = 4
 _LONGEST_LOOP = 8
-_LOOKED_AT = 20_000  # words of a text
+_MAX_WORDS = 20_000  # words of a text
 _ONE_CHARACTER = re.compile(r"([^\s\-=_.*#~|+\d])\1{59,}")
 _RULE = re.compile(r"^\W*$")
 
@@ -66,79 +66,81 @@ class Repetition:
         prose = without_code(text)
         if match := _ONE_CHARACTER.search(prose):
             return f"the character {match.group(1)!r} {len(match.group())} times in a row"
-        said = words(prose)[:_LOOKED_AT]
-        if fault := _looped(said, self.loop):
+        text_words = words(prose)[:_MAX_WORDS]
+        if fault := _loop_fault(text_words, self.loop):
             return fault
-        if len(said) < max(self.min_words, 2):
+        if len(text_words) < max(self.min_words, 2):
             return ""
-        return _lines_fault(prose, self.scale) or _ngrams_fault(said, self.scale)
+        return _lines_fault(prose, self.scale) or _ngrams_fault(text_words, self.scale)
 
 
-def _looped(said: Sequence[str], loop: int) -> str:
+def _loop_fault(text_words: Sequence[str], loop: int) -> str:
     """A run of the same one to eight words, at least `loop` times in a row and over half of the text."""
-    if len(said) < loop or len(set(said)) > len(said) * (0.5 + _LONGEST_LOOP / max(len(said), 1)):
+    if len(text_words) < loop or len(set(text_words)) > len(text_words) * (0.5 + _LONGEST_LOOP / max(len(text_words), 1)):
         return ""
     for size in range(1, _LONGEST_LOOP + 1):
         run = longest = end = 0
-        for index in range(size, len(said)):
-            run = run + 1 if said[index] == said[index - size] else 0
+        for index in range(size, len(text_words)):
+            run = run + 1 if text_words[index] == text_words[index - size] else 0
             if run > longest:
                 longest, end = run, index
         covered = longest + size
-        if longest and covered >= size * loop and 2 * covered >= len(said):
-            phrase = " ".join(said[end - size + 1 : end + 1])
-            return f"{phrase[:60]!r} {covered // size} times in a row, {covered} of {len(said)} words"
+        if longest and covered >= size * loop and 2 * covered >= len(text_words):
+            phrase = " ".join(text_words[end - size + 1 : end + 1])
+            return f"{phrase[:60]!r} {covered // size} times in a row, {covered} of {len(text_words)} words"
     return ""
 
 
 def _lines_fault(prose: str, scale: float) -> str:
-    for what, separator, most_share, most_characters in (("lines", "\n", 0.30, 0.20), ("paragraphs", "\n\n", 0.30, 0.20)):
+    for unit, separator, max_share, max_characters in (("lines", "\n", 0.30, 0.20), ("paragraphs", "\n\n", 0.30, 0.20)):
         pieces = [piece.strip() for piece in prose.split(separator)]
         pieces = [piece for piece in pieces if piece and not _RULE.match(piece)]
         if len(pieces) < 3 or len(set(pieces)) == len(pieces):
             continue
-        again = [piece for piece, count in Counter(pieces).items() for _ in range(count - 1)]
-        share = len(again) / len(pieces)
-        characters = sum(map(len, again)) / sum(map(len, pieces))
-        if share > most_share * scale:
-            return f"{share:.0%} of the {what} stand there already; at most {most_share * scale:.0%}"
-        if characters > most_characters * scale:
-            shown = f"{characters:.0%} of the characters are in {what} that stand there already"
-            return f"{shown}; at most {most_characters * scale:.0%}"
+        repeats = [piece for piece, count in Counter(pieces).items() for _ in range(count - 1)]
+        share = len(repeats) / len(pieces)
+        characters = sum(map(len, repeats)) / sum(map(len, pieces))
+        if share > max_share * scale:
+            return f"{share:.0%} of the {unit} stand there already; at most {max_share * scale:.0%}"
+        if characters > max_characters * scale:
+            shown = f"{characters:.0%} of the characters are in {unit} that stand there already"
+            return f"{shown}; at most {max_characters * scale:.0%}"
     return ""
 
 
-def _ngrams_fault(said: list[str], scale: float) -> str:
-    counts = Counter(said)
+def _ngrams_fault(text_words: list[str], scale: float) -> str:
+    counts = Counter(text_words)
     if counts.most_common(1)[0][1] < 2:
         return ""
-    lengths = [len(word) for word in said]
+    lengths = [len(word) for word in text_words]
     total = sum(lengths)
-    for size, most in TOP_NGRAM.items():
-        gram, count = Counter(zip(*(said[shift:] for shift in range(size)), strict=False)).most_common(1)[0]
+    for size, max_share in TOP_NGRAM.items():
+        gram, count = Counter(zip(*(text_words[shift:] for shift in range(size)), strict=False)).most_common(1)[0]
         # n-grams of a loop overlap: no character counts twice
         share = min(1.0, count * sum(map(len, gram)) / total)
-        if count >= _TOP_SEEN and share > most * scale:
-            return f"{' '.join(gram)[:60]!r} {count} times, {share:.0%} of the characters; at most {most * scale:.0%}"
-    for size, most in SEEN_NGRAMS.items():
-        share = _seen_share(said, lengths, size) / total
+        if count >= _TOP_SEEN and share > max_share * scale:
+            return f"{' '.join(gram)[:60]!r} {count} times, {share:.0%} of the characters; at most {max_share * scale:.0%}"
+    for size, max_share in SEEN_NGRAMS.items():
+        share = _repeated_characters(text_words, lengths, size) / total
         if share == 0:
             return ""  # nor is any longer one seen twice
-        if share > most * scale:
-            return f"{share:.0%} of the characters are in {size}-grams that stand there already; at most {most * scale:.0%}"
+        if share > max_share * scale:
+            return (
+                f"{share:.0%} of the characters are in {size}-grams that stand there already; at most {max_share * scale:.0%}"
+            )
     return ""
 
 
-def _seen_share(said: list[str], lengths: list[int], size: int) -> int:
+def _repeated_characters(text_words: list[str], lengths: list[int], size: int) -> int:
     """Characters of the words that are in an n-gram seen before, each counted once."""
-    seen: set[tuple[str, ...]] = set()
+    seen_grams: set[tuple[str, ...]] = set()
     covered, upto = 0, 0
-    for index, gram in enumerate(zip(*(said[shift:] for shift in range(size)), strict=False)):
-        if gram in seen:
+    for index, gram in enumerate(zip(*(text_words[shift:] for shift in range(size)), strict=False)):
+        if gram in seen_grams:
             covered += sum(lengths[max(index, upto) : index + size])
             upto = index + size
         else:
-            seen.add(gram)
+            seen_grams.add(gram)
     return covered
 
 
@@ -175,20 +177,20 @@ class LanguageFilter:
         """See SetStep: code, confidence and letters of each judged text of a row, as lists."""
         detect = detector()
         rows = [
-            [detect("\n".join(found)) for field in _FIELDS[self.field] if (found := texts(example, field))]
+            [detect("\n".join(field_texts)) for field in _FIELDS[self.field] if (field_texts := texts(example, field))]
             for example in examples
         ]
         return pa.table(
             {
-                "code": pa.array([[tongue.code for tongue in row] for row in rows], pa.list_(pa.string())),
-                "confidence": pa.array([[tongue.confidence for tongue in row] for row in rows], pa.list_(pa.float32())),
-                "letters": pa.array([[tongue.letters for tongue in row] for row in rows], pa.list_(pa.int32())),
+                "code": pa.array([[language.code for language in row] for row in rows], pa.list_(pa.string())),
+                "confidence": pa.array([[language.confidence for language in row] for row in rows], pa.list_(pa.float32())),
+                "letters": pa.array([[language.letters for language in row] for row in rows], pa.list_(pa.int32())),
             }
         )
 
-    def decide(self, gathered: StepInput) -> StepResult:
+    def decide(self, step_input: StepInput) -> StepResult:
         """See SetStep."""
-        columns = [gathered.table[name].to_pylist() for name in ("code", "confidence", "letters")]
+        columns = [step_input.table[name].to_pylist() for name in ("code", "confidence", "letters")]
         languages: Counter[str] = Counter()
         removals, unsure_rows, without_text = [], 0, 0
         for row, judged in enumerate(zip(*columns, strict=True)):

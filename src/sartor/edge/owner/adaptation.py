@@ -92,13 +92,13 @@ class AdaptationSettings:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What came of a tuning. delta: digest of what was made current, '' for nothing; why: why not, or how it was judged.
+    """What came of a tuning. delta: digest of what was made current, '' for nothing; reason: why not, or how it was judged.
 
     trained, held_out: how many rows; left_out: reason -> how many. facts: what `tune` returned.
     """
 
     delta: str
-    why: str
+    reason: str
     trained: int = 0
     held_out: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -116,92 +116,100 @@ class AdapterTuner:
         self.locals = LocalAdapterStore(store, settings.name)
         self._tune, self._disk, self._settled = tune, disk, folder / "settled.json"
 
-    def adapt(self, room: Path, again: bool) -> Adapted:
-        """See Personal.adapt. room: in memory, for the tokens."""
+    def adapt(self, memory_folder: Path, again: bool) -> Adapted:
+        """See Personal.adapt. memory_folder: in memory, for the tokens."""
         release = shipped(self.store, self.settings.name)
-        recipe, loaded, chat, found = self._read(release)
+        recipe, loaded, chat, material = self._read(release)
         probe = self._probe(release, chat, loaded)
         if self.settings.most_probe_loss < LEAST_WIDTH and (too_few := too_few_prompts(probe.groups)):
             raise ConfigError(f"{too_few}: nothing that is tuned could be shown not to forget", _MORE_PROBE)
-        names = self.diary.names(row.example_id for row in [*found.train, *found.held_out])
-        key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in found.train]])
-        if reason := self._no_need(found, key, again):
-            return _adapted("", reason, found)
-        out = self._work(key)
-        job = _job(release, self.settings.base, recipe, room / "tokens.safetensors", out)
-        private_tuning.write_job(job, found.train)
+        names = self.diary.names(row.example_id for row in [*material.train, *material.held_out])
+        key = records.digest([digest_of(release), recipe, [names[row.example_id] for row in material.train]])
+        if reason := self._skip_reason(material, key, again):
+            return _adapted("", reason, material)
+        out = self._work_folder(key)
+        job = _job(release, self.settings.base, recipe, memory_folder / "tokens.safetensors", out)
+        private_tuning.write_job(job, material.train)
         facts = dict(self._tune(job))
-        verdict = self._judge(release, out, found, probe, loaded.method)
+        verdict = self._judge(release, out, material, probe, loaded.method)
         if verdict.why:
             self.settle(key, verdict.why)
             shutil.rmtree(out, ignore_errors=True)
-            return _adapted("", verdict.why, found, verdict, facts)
+            return _adapted("", verdict.why, material, verdict, facts)
         try:
-            made = self._make_current(release, out, found, names, {"key": key, "verdict": asdict(verdict)})
+            adapter = self._make_current(release, out, material, names, {"key": key, "verdict": asdict(verdict)})
         except HealthError as error:
-            return _adapted("", error.problem, found, verdict, facts)
+            return _adapted("", error.problem, material, verdict, facts)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        return _adapted(made.digest, str(made.said["why"]), found, verdict, facts)
+        return _adapted(adapter.digest, str(adapter.manifest["why"]), material, verdict, facts)
 
     def evaluate(self) -> AcceptanceResult:
         """See Personal.evaluate."""
         release = shipped(self.store, self.settings.name)
-        _, loaded, chat, found = self._read(release)
-        if not found.held_out:
+        _, loaded, chat, material = self._read(release)
+        if not material.held_out:
             raise SourceError("no row is held out yet", "add more rows: the digests of their prompts decide")
-        works, _ = active_adapter(self.folder, self.store, self.settings.name)
-        paths = (release.path, works.path if works else release.path)
-        judged = Judge(self.settings.base, loaded.method)
-        mine, probe = JudgedRows(found.held_out, found.groups), self._probe(release, chat, loaded)
-        private, other = ([judged.losses(path, asked.rows) for path in paths] for asked in (mine, probe))
-        return judge((mine, private[0], private[1]), (probe, other[0], other[1]), self.settings.most_probe_loss)
+        active, _ = active_adapter(self.folder, self.store, self.settings.name)
+        paths = (release.path, active.path if active else release.path)
+        judge_model = Judge(self.settings.base, loaded.method)
+        private_rows, probe = JudgedRows(material.held_out, material.groups), self._probe(release, chat, loaded)
+        private_losses, probe_losses = (
+            [judge_model.losses(path, judged_rows.rows) for path in paths] for judged_rows in (private_rows, probe)
+        )
+        return judge(
+            (private_rows, private_losses[0], private_losses[1]),
+            (probe, probe_losses[0], probe_losses[1]),
+            self.settings.most_probe_loss,
+        )
 
     def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, ChatTokenizer, Material]:
         """What is to be tuned, and the rows as tokens."""
         recipe = user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
         loaded, chat = load(recipe), ChatTokenizer(FastTokenizer(self.settings.base))
-        found = user_tokens.prepare_rows(
+        material = user_tokens.prepare_rows(
             self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens
         )
-        return recipe, loaded, chat, found
+        return recipe, loaded, chat, material
 
-    def _no_need(self, found: Material, key: str, again: bool) -> str:
+    def _skip_reason(self, material: Material, key: str, again: bool) -> str:
         """Why no tuning is worth while; empty if one is."""
-        if len(found.train) < LEAST_TRAINED or len(set(found.groups)) < LEAST_HELD_OUT:
+        if len(material.train) < LEAST_TRAINED or len(set(material.groups)) < LEAST_HELD_OUT:
             return (
-                f"{len(found.train)} rows to train on and {len(set(found.groups))} held-out prompts are too few: "
+                f"{len(material.train)} rows to train on and {len(set(material.groups))} held-out prompts are too few: "
                 f"{LEAST_TRAINED} and {LEAST_HELD_OUT} are needed"
             )
-        works, _ = active_adapter(self.folder, self.store, self.settings.name)
-        if works and works.said["key"] == key:
+        active, _ = active_adapter(self.folder, self.store, self.settings.name)
+        if active and active.manifest["key"] == key:
             return "the delta that works was tuned on these very rows"
         return "" if again else self._known_settled().get(key, "")
 
     def _probe(self, release: Installed, chat: ChatTokenizer, recipe: Recipe) -> JudgedRows:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
-        coded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
-        usable = [(one, row.id) for one, row in zip(coded, rows, strict=True) if not isinstance(one, str)]
+        encoded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
+        usable = [
+            (encoded_row, row.id) for encoded_row, row in zip(encoded, rows, strict=True) if not isinstance(encoded_row, str)
+        ]
         if len({name for _, name in usable}) < 2:
             raise ConfigError(
                 f"the probe has {len(usable)} rows that can be used; {LEAST_GROUPS} at least tell whether a delta forgets",
                 _MORE_PROBE,
             )
-        return JudgedRows([one for one, _ in usable], [name for _, name in usable])
+        return JudgedRows([encoded_row for encoded_row, _ in usable], [name for _, name in usable])
 
-    def _judge(self, release: Installed, out: Path, found: Material, probe: JudgedRows, method: Lora) -> AcceptanceResult:
+    def _judge(self, release: Installed, out: Path, material: Material, probe: JudgedRows, method: Lora) -> AcceptanceResult:
         """Own rows against what works now, the probe against the shipped release: else it could decay step by step."""
-        works, _ = active_adapter(self.folder, self.store, self.settings.name)
-        judged, mine = Judge(self.settings.base, method), JudgedRows(found.held_out, found.groups)
-        now_, after = (judged.losses(path, mine.rows) for path in (works.path if works else release.path, out))
-        before_probe, after_probe = (judged.losses(path, probe.rows) for path in (release.path, out))
-        return judge((mine, now_, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
+        active, _ = active_adapter(self.folder, self.store, self.settings.name)
+        judge_model, private_rows = Judge(self.settings.base, method), JudgedRows(material.held_out, material.groups)
+        before, after = (judge_model.losses(path, private_rows.rows) for path in (active.path if active else release.path, out))
+        before_probe, after_probe = (judge_model.losses(path, probe.rows) for path in (release.path, out))
+        return judge((private_rows, before, after), (probe, before_probe, after_probe), self.settings.most_probe_loss)
 
     def _make_current(
-        self, release: Installed, out: Path, found: Material, names: Mapping[str, str], more: Mapping[str, Any]
+        self, release: Installed, out: Path, material: Material, names: Mapping[str, str], extra_fields: Mapping[str, Any]
     ) -> LocalAdapter:
         files = {name: (out / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-        trained, held_out = ([names[row.example_id] for row in rows] for rows in (found.train, found.held_out))
+        trained, held_out = ([names[row.example_id] for row in rows] for rows in (material.train, material.held_out))
         fields = {
             "delta": _digest(files[WEIGHTS]),
             "of": {"name": release.name, "version": release.version, "digest": digest_of(release)},
@@ -209,40 +217,40 @@ class AdapterTuner:
             "held_out": sorted(held_out),
             "tuned": now(),
             "why": f"better on {len(held_out)} rows that it never saw",
-            **more,
+            **extra_fields,
         }
 
         def check(path: Path) -> None:
-            there = {row.id for row in self.diary.rows()}
-            if not {row.example_id for row in found.train} <= there:
+            stored_ids = {row.id for row in self.diary.rows()}
+            if not {row.example_id for row in material.train} <= stored_ids:
                 raise StoreError("rows that it was tuned on were forgotten meanwhile", "adapt again")
             if digest_of(shipped(self.store, self.settings.name)) != digest_of(release):
                 raise StoreError("another release was shipped meanwhile", "adapt again")
 
         return self.locals.put(files, fields, check)
 
-    def _work(self, key: str) -> Path:
+    def _work_folder(self, key: str) -> Path:
         """The folder of a tuning; those of others are removed."""
-        every = self.folder / "work"
-        for name in self._disk.names(every):
+        parent = self.folder / "work"
+        for name in self._disk.names(parent):
             if name != key[:16]:
-                self._disk.remove(every / name)
-        for folder in (every, every / key[:16]):
+                self._disk.remove(parent / name)
+        for folder in (parent, parent / key[:16]):
             if self._disk.stat(folder) is None:
                 self._disk.mkdir(folder)
-        return every / key[:16]
+        return parent / key[:16]
 
     def _known_settled(self) -> dict[str, str]:
         try:
             fields = json.loads(self._settled.read_bytes())
-            return {str(key): str(why) for key, why in fields.items()}
+            return {str(key): str(reason) for key, reason in fields.items()}
         except (OSError, ValueError, AttributeError, RecursionError):  # it costs a tuning at most
             return {}
 
-    def settle(self, key: str, why: str) -> None:
+    def settle(self, key: str, reason: str) -> None:
         """Do not tune these rows again, for this reason."""
-        kept = list({**self._known_settled(), key: why}.items())[-_SETTLED:]
-        self._disk.replace(self._settled, records.canonical(dict(kept)))
+        settled = list({**self._known_settled(), key: reason}.items())[-_SETTLED:]
+        self._disk.replace(self._settled, records.canonical(dict(settled)))
 
 
 def _digest(content: bytes) -> str:
@@ -250,20 +258,20 @@ def _digest(content: bytes) -> str:
 
 
 def _adapted(
-    delta: str, why: str, found: Material, verdict: AcceptanceResult | None = None, facts: Mapping[str, Any] | None = None
+    delta: str, reason: str, material: Material, verdict: AcceptanceResult | None = None, facts: Mapping[str, Any] | None = None
 ) -> Adapted:
-    left_out = {reason: len(ids) for reason, ids in found.left_out.items()}
-    return Adapted(delta, why, len(found.train), len(found.held_out), left_out, verdict, facts or {})
+    left_out = {reason: len(ids) for reason, ids in material.left_out.items()}
+    return Adapted(delta, reason, len(material.train), len(material.held_out), left_out, verdict, facts or {})
 
 
 def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, out: Path) -> TuningJob:
-    said = _manifest(release.path)
-    about = said.get("base", {})
+    manifest = _manifest(release.path)
+    base_fields = manifest.get("base", {})
     return TuningJob(
         base=str(base),
-        name=str(about.get("name", base.name)),
-        digest=str(about.get("digest", "")),
-        licence=str(said.get("licence", "NOASSERTION")),
+        name=str(base_fields.get("name", base.name)),
+        digest=str(base_fields.get("digest", "")),
+        licence=str(manifest.get("licence", "NOASSERTION")),
         tokens=str(tokens),
         out=str(out),
         recipe=recipe,
@@ -273,8 +281,8 @@ def _job(release: Installed, base: Path, recipe: dict[str, Any], tokens: Path, o
 
 def _canaries(release: Path) -> list[Example]:
     """Held-out prompts of the release with the replies that it was signed with."""
-    told = _manifest(release).get("canaries", [])
-    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in told]
+    canaries = _manifest(release).get("canaries", [])
+    return [example_of({"messages": [*item["messages"], {"role": "assistant", "content": item["reply"]}]}) for item in canaries]
 
 
 def _manifest(release: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class _State:
     is_torn: bool = False
 
     @cached_property
-    def said(self) -> dict[str, Any]:
+    def header_fields(self) -> dict[str, Any]:
         """The header as a mapping."""
         result: dict[str, Any] = json.loads(self.header)
         return result
@@ -75,35 +75,37 @@ class _State:
         """The file."""
         return b"".join(line + b"\n" for line in (self.header, *self.lines))
 
-    def seal(self, row: UserRow, place: int) -> bytes:
+    def seal(self, row: UserRow, index: int) -> bytes:
         """A row as the line at a place."""
         try:
-            plain = records.canonical(row.as_json())
+            plaintext = records.canonical(row.as_json())
         except UnicodeEncodeError:
             raise SourceError("the row holds half of a surrogate pair, which no file can", "leave the character out") from None
-        plain += b" " * (-len(plain) % PAD_BYTES)
+        plaintext += b" " * (-len(plaintext) % PAD_BYTES)
         nonce = os.urandom(NONCE_BYTES)
-        sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(nonce, plain, self._about(row.id, place))
+        sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(nonce, plaintext, self._associated_data(row.id, index))
         return row.id.encode() + b" " + base64.b64encode(nonce + sealed)
 
-    def plain(self, place: int) -> bytes | None:
+    def decrypt(self, index: int) -> bytes | None:
         """The row at a place as it was sealed; None where it does not open."""
         try:
-            id, _, sealed = self.lines[place].partition(b" ")
+            id, _, sealed = self.lines[index].partition(b" ")
             content = base64.b64decode(sealed, validate=True)
-            about = self._about(id.decode("ascii"), place)
-            return ChaCha20Poly1305(self.secret[:KEY_BYTES]).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], about)
+            associated_data = self._associated_data(id.decode("ascii"), index)
+            return ChaCha20Poly1305(self.secret[:KEY_BYTES]).decrypt(
+                content[:NONCE_BYTES], content[NONCE_BYTES:], associated_data
+            )
         except (InvalidTag, ValueError):
             return None
 
     def rows(self) -> list[UserRow]:
         """Every row."""
-        plain = (self.plain(index) for index in range(len(self.lines)))
+        contents = (self.decrypt(index) for index in range(len(self.lines)))
         names = (line.partition(b" ")[0].decode() for line in self.lines)
-        return [UserRow.from_json(name, json.loads(one)) for name, one in zip(names, plain, strict=True) if one is not None]
+        return [UserRow.from_json(name, json.loads(row)) for name, row in zip(names, contents, strict=True) if row is not None]
 
-    def _about(self, id: str, place: int) -> bytes:
-        return records.canonical([self.said["name"], self.said["generation"], place, id])
+    def _associated_data(self, id: str, index: int) -> bytes:
+        return records.canonical([self.header_fields["name"], self.header_fields["generation"], index, id])
 
 
 def _may_be_torn(tail: Sequence[bytes]) -> bool:
@@ -124,8 +126,8 @@ class EncryptedRowStore:
         self.folder, self.limit_bytes, self.notes = folder.absolute(), limit_bytes, list[str]()
         self._source, self._disk = source, disk or PrivateFileSystem()
         self._file = self.folder / "diary"
-        self._mine = threading.Lock()
-        self._known: tuple[bytes | None, bytes] = (None, b"")  # header, secret: a passphrase takes a second
+        self._thread_lock = threading.Lock()
+        self._cached_secret: tuple[bytes | None, bytes] = (None, b"")  # header, secret: a passphrase takes a second
 
     def add(self, row: Mapping[str, Any] | Example, rating: float | None = None, correction: str = "") -> str:
         """Keep a row in any form that `curate` reads, and how it was rated; returns its id. It is on the disk then.
@@ -134,10 +136,10 @@ class EncryptedRowStore:
         """
         if rating is not None and not -1 <= rating <= 1:
             raise ConfigError(f"the rating is {rating}; it is between -1 (bad) and 1 (good)", "rating=1.0")
-        with self._alone("a row"):
+        with self._exclusive("a row"):
             state = self._load()
-            made = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
-            line = state.seal(made, len(state.lines))
+            user_row = UserRow(secrets.token_hex(8), now(), example_of(row), rating, correction)
+            line = state.seal(user_row, len(state.lines))
             self._check_size(state, line)
             if state.is_torn:
                 self._disk.replace(self._file, state.content)
@@ -148,16 +150,16 @@ class EncryptedRowStore:
                 with suppress(OSError):  # after an fsync that failed, what is read here may not be on the disk
                     self._disk.replace(self._file, state.content)
                 raise
-        return made.id
+        return user_row.id
 
     def rows(self) -> list[UserRow]:
         """Every row, the oldest first: in memory alone."""
-        with self._alone("the rows"):
+        with self._exclusive("the rows"):
             return self._load().rows()
 
     def count(self) -> int:
         """How many rows there are."""
-        with self._alone("the rows"):
+        with self._exclusive("the rows"):
             return len(self._load().lines)
 
     def forget(self, chosen: Callable[[UserRow], bool]) -> tuple[str, ...]:
@@ -166,49 +168,49 @@ class EncryptedRowStore:
         Nothing is written where nothing is chosen. A kill or a power cut leaves all rows under the old key, or those that stay
         under the new one.
         """
-        with self._alone("the rows that stay"):
+        with self._exclusive("the rows that stay"):
             state = self._load()
-            every = state.rows()
-            gone = tuple(row.id for row in every if chosen(row))
-            if gone:
-                left = set(gone)
-                self._rewrite(state, [row for row in every if row.id not in left], self._source)
-        return gone
+            rows = state.rows()
+            removed_ids = tuple(row.id for row in rows if chosen(row))
+            if removed_ids:
+                removed = set(removed_ids)
+                self._rewrite(state, [row for row in rows if row.id not in removed], self._source)
+        return removed_ids
 
     def rekey(self, source: KeySource) -> None:
         """Put the rows under the key of another source, or of another passphrase; the old one no longer opens them."""
-        with self._alone("the rows"):
+        with self._exclusive("the rows"):
             state = self._load()
             self._rewrite(state, state.rows(), source)
             self._source = source
 
     def names(self, ids: Iterable[str]) -> dict[str, str]:
         """id -> how a manifest names the row: keyed, so that nobody else finds a row by it. The same after every `forget`."""
-        with self._alone("the rows"):
+        with self._exclusive("the rows"):
             key = self._load().secret[KEY_BYTES:]
         return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
 
-    def _rewrite(self, state: _State, kept: Sequence[UserRow], source: KeySource) -> None:
-        new = self._fresh(state.said["name"], state.secret[KEY_BYTES:], source)
-        new.lines = [new.seal(row, index) for index, row in enumerate(kept)]
-        self._disk.replace(self._file, new.content)
-        source.settle(new.said["source"])
-        self._known = (new.header, new.secret)
+    def _rewrite(self, state: _State, rows: Sequence[UserRow], source: KeySource) -> None:
+        fresh_state = self._fresh(state.header_fields["name"], state.secret[KEY_BYTES:], source)
+        fresh_state.lines = [fresh_state.seal(row, index) for index, row in enumerate(rows)]
+        self._disk.replace(self._file, fresh_state.content)
+        source.settle(fresh_state.header_fields["source"])
+        self._cached_secret = (fresh_state.header, fresh_state.secret)
 
-    def _fresh(self, name: str, naming: bytes, source: KeySource) -> _State:
-        secret = secrets.token_bytes(KEY_BYTES) + naming
-        about = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
-        return _State(records.canonical(wrap(secret, about, source, name)), secret)
+    def _fresh(self, name: str, naming_key: bytes, source: KeySource) -> _State:
+        secret = secrets.token_bytes(KEY_BYTES) + naming_key
+        header_fields = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
+        return _State(records.canonical(wrap(secret, header_fields, source, name)), secret)
 
     def _load(self) -> _State:
         """The file as it stands, every row of it checked. Raises StoreError where it was changed."""
         if self._disk.stat(self._file) is None:
-            made = self._fresh(secrets.token_hex(8), secrets.token_bytes(KEY_BYTES), self._source)
-            self._disk.replace(self._file, made.content)
+            fresh_state = self._fresh(secrets.token_hex(8), secrets.token_bytes(KEY_BYTES), self._source)
+            self._disk.replace(self._file, fresh_state.content)
         with self._disk.open(self._file) as stream:
             header, *lines = stream.read().split(b"\n")
         state = _State(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
-        broken = next((index for index in range(len(state.lines)) if state.plain(index) is None), len(state.lines))
+        broken = next((index for index in range(len(state.lines)) if state.decrypt(index) is None), len(state.lines))
         if tail := state.lines[broken:]:
             if not _may_be_torn(tail):
                 raise StoreError(
@@ -221,8 +223,8 @@ class EncryptedRowStore:
         return state
 
     def _secret(self, header: bytes) -> bytes:
-        known, secret = self._known
-        if header == known:
+        cached_header, secret = self._cached_secret
+        if header == cached_header:
             return secret
         try:
             fields = json.loads(header)
@@ -237,7 +239,7 @@ class EncryptedRowStore:
         # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
         self._disk.sync_folder(self.folder)
         self._source.settle(fields["source"])
-        self._known = (header, secret)
+        self._cached_secret = (header, secret)
         return secret
 
     def _check_size(self, state: _State, line: bytes) -> None:
@@ -250,8 +252,8 @@ class EncryptedRowStore:
             )
 
     @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        with self._mine:
+    def _exclusive(self, subject: str) -> Iterator[None]:
+        with self._thread_lock:
             try:
                 self._make_folder()
                 unlock = self._lock()
@@ -263,7 +265,7 @@ class EncryptedRowStore:
             except OSError as error:
                 if error.errno in DISK_FULL:
                     raise MissingError(
-                        f"the disk is full: {what} could not be written", f"free some of {self.folder}"
+                        f"the disk is full: {subject} could not be written", f"free some of {self.folder}"
                     ) from error
                 raise MissingError(f"{self._file} could not be used: {error.strerror or error}", "see to its disk") from error
 
@@ -275,11 +277,11 @@ class EncryptedRowStore:
             self._disk.sync_folder(path.parent)
 
     def _lock(self) -> Callable[[], None]:
-        until = time.monotonic() + LOCK_S
+        deadline = time.monotonic() + LOCK_S
         while True:
             try:
                 return self._disk.lock(self.folder / "lock")
             except BusyError:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
             time.sleep(0.02)

@@ -28,25 +28,25 @@ FORGETTING = "forgetting.json"
 
 @dataclass(frozen=True)
 class LocalAdapter:
-    """A version of NAME.local. path: PEFT's directory. said: its manifest."""
+    """A version of NAME.local. path: PEFT's directory. manifest: its manifest."""
 
     version: str
     path: Path
-    said: Mapping[str, Any]
+    manifest: Mapping[str, Any]
 
     @property
     def is_blank(self) -> bool:
         """Whether it only says that the shipped release works alone."""
-        return not self.said["delta"]
+        return not self.manifest["delta"]
 
     @property
     def digest(self) -> str:
         """sha256 of its weights; empty for a blank one."""
-        return str(self.said["delta"])
+        return str(self.manifest["delta"])
 
     def used(self, names: Collection[str]) -> bool:
         """Whether a row of these was trained on."""
-        return not set(names).isdisjoint(self.said["rows"])
+        return not set(names).isdisjoint(self.manifest["rows"])
 
 
 def shipped(store: Path, name: str) -> Installed:
@@ -67,14 +67,14 @@ def active_adapter(folder: Path, store: Path, name: str) -> tuple[LocalAdapter |
 
     folder: the person's. Where it is None, the shipped release works as it is.
     """
-    delta, release = _delta(installed(store, f"{name}.local")), shipped(store, name)
+    delta, release = _adapter_of(installed(store, f"{name}.local")), shipped(store, name)
     if delta is None or delta.is_blank:
-        return None, str(delta.said["why"]) if delta else "nothing was tuned yet"
+        return None, str(delta.manifest["why"]) if delta else "nothing was tuned yet"
     if (folder / FORGETTING).exists():
         return None, "rows are being forgotten"
-    if delta.said["of"]["digest"] != digest_of(release):
-        return None, f"the delta is of {name} {delta.said['of']['version']}; {release.version} is shipped now: adapt again"
-    return delta, str(delta.said["why"])
+    if delta.manifest["of"]["digest"] != digest_of(release):
+        return None, f"the delta is of {name} {delta.manifest['of']['version']}; {release.version} is shipped now: adapt again"
+    return delta, str(delta.manifest["why"])
 
 
 class LocalAdapterStore:
@@ -85,16 +85,16 @@ class LocalAdapterStore:
 
     def current(self) -> LocalAdapter | None:
         """What is current, without the store's lock; None if there never was one."""
-        return _delta(installed(self.store, self.name))
+        return _adapter_of(installed(self.store, self.name))
 
-    def put(self, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None]) -> LocalAdapter:
+    def put(self, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None]) -> LocalAdapter:
         """Make a delta the current one, if `check` of its directory returns; it is asked last, with the store locked.
 
         Raises HealthError where it does not, and nothing of the delta stays.
         """
         with self._open() as store:
             try:
-                self._put(store, files, said, check)
+                self._put(store, files, fields, check)
             except HealthError:
                 self._put_blank(store, "it was not taken", activate=False)
                 store.collect()
@@ -106,54 +106,54 @@ class LocalAdapterStore:
     def undo(self, reason: str) -> LocalAdapter:
         """Go back to the delta before, or to none. Returns the one that was left. Raises StoreError where there is none."""
         with self._open() as store:
-            left, before = _delta(store.current(self.name)), _delta(store.previous(self.name))
-            if left is None or left.is_blank:
+            undone, previous = _adapter_of(store.current(self.name)), _adapter_of(store.previous(self.name))
+            if undone is None or undone.is_blank:
                 raise StoreError(f"there is no delta of {self.name} to undo", "the shipped release works alone")
-            if before:
+            if previous:
                 store.rollback(self.name, reason)
             else:
                 self._put_blank(store, reason)
-        return left
+        return undone
 
     def using(self, names: Collection[str]) -> list[LocalAdapter]:
         """Every delta that the store keeps, and that used one of these rows."""
         with self._open() as store:
-            return [item for item in self._every(store) if item.used(names)]
+            return [item for item in self._adapters(store) if item.used(names)]
 
     def purge(self, names: Collection[str]) -> None:
         """Remove every delta that used one of these rows, files and all. One that did not stays, and works on if it did."""
         with self._open() as store:
-            current, before = (_delta(found) for found in (store.current(self.name), store.previous(self.name)))
+            current, previous = (_adapter_of(release) for release in (store.current(self.name), store.previous(self.name)))
             if current and current.used(names):
-                if before and not before.used(names):
+                if previous and not previous.used(names):
                     store.rollback(self.name, "rows that it used were forgotten")
                 else:
                     for _ in range(2):  # the first makes what was current the previous one
                         self._put_blank(store, "rows were forgotten")
-            elif current and before and before.used(names):
+            elif current and previous and previous.used(names):
                 self._put_blank(store, "rows were forgotten")
                 store.activate(self.name, current.version, lambda path: None)
-            if (staged := _delta(store.staged(self.name))) and staged.used(names):
+            if (staged := _adapter_of(store.staged(self.name))) and staged.used(names):
                 self._put_blank(store, "rows were forgotten", activate=False)
             store.collect()
 
     def _open(self) -> ReleaseStore:
         return ReleaseStore(self.store, limit_bytes=self._limit_bytes)
 
-    def _every(self, store: ReleaseStore) -> list[LocalAdapter]:
-        found = (store.current(self.name), store.previous(self.name), store.staged(self.name))
-        return [item for item in map(_delta, found) if item]
+    def _adapters(self, store: ReleaseStore) -> list[LocalAdapter]:
+        releases = (store.current(self.name), store.previous(self.name), store.staged(self.name))
+        return [item for item in map(_adapter_of, releases) if item]
 
-    def _put_blank(self, store: ReleaseStore, why: str, *, activate: bool = True) -> None:
-        fields = {"delta": "", "rows": [], "held_out": [], "why": why}
+    def _put_blank(self, store: ReleaseStore, reason: str, *, activate: bool = True) -> None:
+        fields = {"delta": "", "rows": [], "held_out": [], "why": reason}
         self._put(store, {}, fields, (lambda path: None) if activate else None)
 
     def _put(
-        self, store: ReleaseStore, files: Mapping[str, bytes], said: Mapping[str, Any], check: Callable[[Path], None] | None
+        self, store: ReleaseStore, files: Mapping[str, bytes], fields: Mapping[str, Any], check: Callable[[Path], None] | None
     ) -> None:
-        known = [item.version for item in self._every(store)] + list(store.refused(self.name))
-        version = str(1 + max((int(one) for one in known if one.isdigit()), default=0))
-        manifest = records.canonical({"schema": SCHEMA, "kind": "local", "version": version, **said})
+        known_versions = [item.version for item in self._adapters(store)] + list(store.refused(self.name))
+        version = str(1 + max((int(number) for number in known_versions if number.isdigit()), default=0))
+        manifest = records.canonical({"schema": SCHEMA, "kind": "local", "version": version, **fields})
         contents = {**files, MANIFEST: manifest}
         digests = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
         store.make_room(self.name, {digests[path]: len(content) for path, content in contents.items()})
@@ -167,13 +167,13 @@ class LocalAdapterStore:
             store.activate(self.name, version, check)
 
 
-def _delta(found: Installed | None) -> LocalAdapter | None:
-    if found is None:
+def _adapter_of(release: Installed | None) -> LocalAdapter | None:
+    if release is None:
         return None
     try:
-        fields = json.loads((found.path / MANIFEST).read_bytes())
+        fields = json.loads((release.path / MANIFEST).read_bytes())
         if fields["schema"] != SCHEMA or fields["kind"] != "local":
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise StoreError(f"{found.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
-    return LocalAdapter(found.version, found.path, fields)
+        raise StoreError(f"{release.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
+    return LocalAdapter(release.version, release.path, fields)

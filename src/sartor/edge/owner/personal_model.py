@@ -38,7 +38,7 @@ class Status:
 
     adapter: Path
     delta: str
-    why: str
+    reason: str
     release: str
     rows: int
     notes: tuple[str, ...]
@@ -88,15 +88,15 @@ class OwnerModel:
 
     def adapter(self) -> Path:
         """PEFT's directory for the running program: the delta's, or the shipped release's. No lock is taken, no key needed."""
-        works, _ = active_adapter(self.folder, self.store, self.settings.name)
-        return works.path if works else shipped(self.store, self.settings.name).path
+        active, _ = active_adapter(self.folder, self.store, self.settings.name)
+        return active.path if active else shipped(self.store, self.settings.name).path
 
     def status(self) -> Status:
         """What works, and why."""
-        works, reason = active_adapter(self.folder, self.store, self.settings.name)
+        active, reason = active_adapter(self.folder, self.store, self.settings.name)
         release = shipped(self.store, self.settings.name)
         rows = self.diary.count()
-        digest = works.digest if works else ""
+        digest = active.digest if active else ""
         return Status(self.adapter(), digest, reason, release.version, rows, tuple(self.diary.notes))
 
     # tuning
@@ -109,8 +109,8 @@ class OwnerModel:
         """
         if reason := self._may_run():
             raise BusyError(f"the device may not tune now: {reason}", "adapt again later", retry_after_s=600)
-        with self._alone("adapting"), private_tuning.memory_folder(self.folder) as room:
-            return self._adapting.adapt(room, again)
+        with self._exclusive("adapting"), private_tuning.memory_folder(self.folder) as memory_folder:
+            return self._adapting.adapt(memory_folder, again)
 
     def evaluate(self) -> AcceptanceResult:
         """What works, against the shipped release, on the rows that are held out and on the probe. Nothing is decided."""
@@ -119,8 +119,8 @@ class OwnerModel:
     def undo(self, reason: str = "the person undid it") -> Path:
         """Go back to the delta before, or to the shipped release. Returns what works now. Raises StoreError if none works."""
         with self._writing():  # neither the key nor the end of a tuning is waited for
-            left = self._locals.undo(reason)
-            self._adapting.settle(str(left.said["key"]), f"it was undone: {reason}")
+            undone = self._locals.undo(reason)
+            self._adapting.settle(str(undone.manifest["key"]), f"it was undone: {reason}")
         return self.adapter()
 
     # forgetting
@@ -139,31 +139,31 @@ class OwnerModel:
         All that is given must hold: ids; ISO dates (since inclusive, before exclusive); a text, whatever its case. The
         receipt is signed; it holds no text. Raises ConfigError where nothing is given.
         """
-        wanted = set(ids)
-        if not (wanted or since or before or containing):
+        wanted_ids = set(ids)
+        if not (wanted_ids or since or before or containing):
             raise ConfigError("nothing says which rows are to be forgotten", "ids, since, before or containing")
-        with self._alone("forgetting"):
-            gone = tuple(
+        with self._exclusive("forgetting"):
+            matched_ids = tuple(
                 row.id
                 for row in self.diary.rows()
-                if (not wanted or row.id in wanted)
+                if (not wanted_ids or row.id in wanted_ids)
                 and (not since or row.date >= since)
                 and (not before or row.date < before)
                 and containing.casefold() in row.text.casefold()
             )
-            if not gone:
+            if not matched_ids:
                 return Forgotten((), (), "", "no row is meant", None)
-            Intent(gone).write(self._disk, self._intent)
-            intent = self._purge(Intent(gone))
-            return self._end(intent, *self._retuned(intent, retune))
+            Intent(matched_ids).write(self._disk, self._intent)
+            intent = self._purge(Intent(matched_ids))
+            return self._end(intent, *self._retune(intent, retune))
 
     def _purge(self, intent: Intent) -> Intent:
         """Rows first, then what was tuned on them: a delta that is made meanwhile finds its rows gone."""
         ids = set(intent.ids)
         self.diary.forget(lambda row: row.id in ids)
         names = set(self.diary.names(intent.ids).values())
-        found = [item.digest for item in self._locals.using(names)]
-        intent = Intent(intent.ids, tuple(dict.fromkeys([*intent.gone, *found])), intent.began)
+        digests = [item.digest for item in self._locals.using(names)]
+        intent = Intent(intent.ids, tuple(dict.fromkeys([*intent.deltas, *digests])), intent.began)
         intent.write(self._disk, self._intent)
         self._locals.purge(names)
         self._disk.replace(self._stale, b"")
@@ -173,49 +173,49 @@ class OwnerModel:
     def _clean(self) -> None:
         """Remove what a tuning on rows that were forgotten has written. One that runs now removes it, as it finds them gone."""
         if self._disk.stat(self._stale):
-            with suppress(BusyError), self._alone("adapting"):
+            with suppress(BusyError), self._exclusive("adapting"):
                 shutil.rmtree(self.folder / "work", ignore_errors=True)
                 self._disk.remove(self._stale)
 
-    def _retuned(self, intent: Intent, retune: bool) -> tuple[str, str]:
+    def _retune(self, intent: Intent, retune: bool) -> tuple[str, str]:
         """(digest of the delta that came, why)."""
-        if not intent.gone:
+        if not intent.deltas:
             return "", "no delta was tuned on these rows"
         if not retune:
             return "", "no other was asked for"
         try:
-            made = self.adapt(again=True)
+            adapted = self.adapt(again=True)
         except SartorError as error:
             return "", f"it was not tuned again: {error.problem}"
-        return made.delta, made.why
+        return adapted.delta, adapted.reason
 
-    def _end(self, intent: Intent, came: str, why: str) -> Forgotten:
+    def _end(self, intent: Intent, new_delta: str, reason: str) -> Forgotten:
         release = shipped(self.store, self.settings.name)
         current = self._locals.current()
         fields = {
             "rows": intent.ids,
-            "deltas_gone": intent.gone,
-            "delta_came": came,
+            "deltas_gone": intent.deltas,
+            "delta_came": new_delta,
             "delta_now": current.digest if current else "",
-            "why": why,
+            "why": reason,
             "began": intent.began,
             "release": {"name": release.name, "version": release.version, "digest": digest_of(release)},
         }
         file = write_receipt(self._disk, self.folder / "receipts", fields, signing.open_private(signing_key(self._signer)))
         self._disk.remove(self._intent)
         self._disk.sync_folder(self.folder)
-        return Forgotten(intent.ids, intent.gone, came, why, file)
+        return Forgotten(intent.ids, intent.deltas, new_delta, reason, file)
 
     def _resume(self) -> None:
         self._clean()
         if self._disk.stat(self._intent) is None:
             return
-        with suppress(BusyError), self._alone("forgetting"):
+        with suppress(BusyError), self._exclusive("forgetting"):
             if intent := Intent.read(self._disk, self._intent):
                 self._end(self._purge(intent), "", "it was interrupted before another was tuned: adapt does that")
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
+    def _exclusive(self, name: str) -> Iterator[None]:
         """One at a time of each kind, of all processes. Raises BusyError."""
         self.diary.count()  # makes the folder, and says at once whether the key fits
         unlock = self._disk.lock(self.folder / f"{name}.lock")

@@ -40,27 +40,27 @@ Tune = Callable[[TuningJob], Mapping[str, Any]]
 @contextmanager
 def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[Path]:
     """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the module."""
-    chosen = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
-    if chosen is None:
+    root_folder = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
+    if root_folder is None:
         raise MissingError("there is no folder in memory for what may not lie on the disk", "mount a tmpfs at /dev/shm")
-    room = chosen / f"sartor-{os.getuid()}-{hashlib.sha256(str(owner).encode()).hexdigest()[:16]}"
+    folder = root_folder / f"sartor-{os.getuid()}-{hashlib.sha256(str(owner).encode()).hexdigest()[:16]}"
     try:
-        if room.is_symlink() or room.exists():
-            found = os.lstat(room)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-                raise ConfigError(f"{room} belongs to somebody else", "have it removed: its name was taken on purpose")
-            shutil.rmtree(room)
-        room.mkdir(mode=0o700)
+        if folder.is_symlink() or folder.exists():
+            status = os.lstat(folder)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise ConfigError(f"{folder} belongs to somebody else", "have it removed: its name was taken on purpose")
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
     except OSError as error:
-        raise MissingError(f"{room} could not be made: {error.strerror}", f"see to {chosen}") from error
+        raise MissingError(f"{folder} could not be made: {error.strerror}", f"see to {root_folder}") from error
     try:
-        yield room
+        yield folder
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _roots() -> list[Path]:
-    return [Path("/dev/shm"), *([Path(found)] if (found := os.environ.get("XDG_RUNTIME_DIR")) else [])]
+    return [Path("/dev/shm"), *([Path(runtime_dir)] if (runtime_dir := os.environ.get("XDG_RUNTIME_DIR")) else [])]
 
 
 def _is_in_memory(root: Path) -> bool:
@@ -70,8 +70,8 @@ def _is_in_memory(root: Path) -> bool:
     except OSError:
         return False
     real = root.resolve()
-    above = [(Path(line[1]), line[2]) for line in lines if real.is_relative_to(line[1])]
-    kind = max(above, key=lambda one: len(one[0].parts), default=(root, ""))[1]
+    mounts = [(Path(line[1]), line[2]) for line in lines if real.is_relative_to(line[1])]
+    kind = max(mounts, key=lambda mount: len(mount[0].parts), default=(root, ""))[1]
     return kind in IN_MEMORY and root.is_dir() and os.access(root, os.W_OK)
 
 
@@ -86,13 +86,13 @@ def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: F
     def tune(job: TuningJob) -> Mapping[str, Any]:
         file = Path(job.tokens).with_name("job.json")
         job.write(file)
-        used = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
-        if used.killed == "stopped":
+        usage = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
+        if usage.killed == "stopped":
             raise BusyError("the tuning was stopped; what it has is saved", "adapt again, it goes on", retry_after_s=600)
-        if used.killed:
-            raise BudgetError(f"the tuning met its limit of {used.killed}: {used}", "a larger limit, or a smaller recipe")
-        if used.exit_code:
-            raise ModelError(f"the tuning ended with exit code {used.exit_code}", "the line above says why")
-        return {"used": asdict(used), **json.loads((Path(job.out) / "run.json").read_text(encoding="utf-8"))}
+        if usage.killed:
+            raise BudgetError(f"the tuning met its limit of {usage.killed}: {usage}", "a larger limit, or a smaller recipe")
+        if usage.exit_code:
+            raise ModelError(f"the tuning ended with exit code {usage.exit_code}", "the line above says why")
+        return {"used": asdict(usage), **json.loads((Path(job.out) / "run.json").read_text(encoding="utf-8"))}
 
     return tune

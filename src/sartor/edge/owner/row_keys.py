@@ -45,19 +45,19 @@ class KeySource(Protocol):
         """(what a header says of it, a new key), durable, beside those that were there. owner: whose key it is."""
         ...
 
-    def find(self, said: Mapping[str, Any]) -> bytes:
+    def find(self, fields: Mapping[str, Any]) -> bytes:
         """The key that a header names. Raises KeyRefusedError where it is not that of this source."""
         ...
 
-    def settle(self, said: Mapping[str, Any]) -> None:
+    def settle(self, fields: Mapping[str, Any]) -> None:
         """Drop every key of the same owner but the one that this header names."""
         ...
 
 
-def wrap(secret: bytes, about: Mapping[str, Any], source: KeySource, owner: str) -> dict[str, Any]:
-    """A header: `about`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC 8439)."""
-    said, key = source.fresh(owner)
-    header = {**about, "source": {"kind": source.kind, **said}}
+def wrap(secret: bytes, header_fields: Mapping[str, Any], source: KeySource, owner: str) -> dict[str, Any]:
+    """A header: `header_fields`, what the source says, and the secret under a fresh key of it. ChaCha20-Poly1305 (RFC 8439)."""
+    fields, key = source.fresh(owner)
+    header = {**header_fields, "source": {"kind": source.kind, **fields}}
     nonce = os.urandom(NONCE_BYTES)
     sealed = ChaCha20Poly1305(key).encrypt(nonce, secret, records.canonical(header))
     return {**header, "wrapped": base64.b64encode(nonce + sealed).decode()}
@@ -65,18 +65,18 @@ def wrap(secret: bytes, about: Mapping[str, Any], source: KeySource, owner: str)
 
 def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
     """The secret of a header. Raises KeyRefusedError for another key, or a header that was changed; StoreError for none."""
-    about = {name: value for name, value in header.items() if name != "wrapped"}
-    said = about.get("source")
-    if not isinstance(said, dict) or not isinstance(header.get("wrapped"), str):
+    aad = {name: value for name, value in header.items() if name != "wrapped"}
+    fields = aad.get("source")
+    if not isinstance(fields, dict) or not isinstance(header.get("wrapped"), str):
         raise StoreError("the header of the rows is not whole", "restore the file from a copy")
-    if said.get("kind") != source.kind:
+    if fields.get("kind") != source.kind:
         raise KeyRefusedError(
-            f"the rows are under a key of the kind {said.get('kind')!r:.40}, not {source.kind!r}", "give the key of that kind"
+            f"the rows are under a key of the kind {fields.get('kind')!r:.40}, not {source.kind!r}", "give the key of that kind"
         )
-    key = source.find(said)
+    key = source.find(fields)
     try:
         sealed = base64.b64decode(header["wrapped"], validate=True)
-        return ChaCha20Poly1305(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], records.canonical(about))
+        return ChaCha20Poly1305(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], records.canonical(aad))
     except (InvalidTag, ValueError):
         raise KeyRefusedError(
             f"the {source.kind} does not open the rows: it is another one, or the header of the rows was changed",
@@ -84,44 +84,44 @@ def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
         ) from None
 
 
-def _new(held: Mapping[str, bytes], owner: str) -> tuple[str, dict[str, bytes]]:
+def _add_key(keys: Mapping[str, bytes], owner: str) -> tuple[str, dict[str, bytes]]:
     """(name of a new key, all keys)."""
     key = secrets.token_bytes(KEY_BYTES)
     name = f"{owner}.{hashlib.sha256(key).hexdigest()[:16]}"
-    return name, {**held, name: key}
+    return name, {**keys, name: key}
 
 
-def _left(held: Mapping[str, bytes], said: Mapping[str, Any]) -> dict[str, bytes]:
+def _prune(keys: Mapping[str, bytes], fields: Mapping[str, Any]) -> dict[str, bytes]:
     """The keys without those of the same owner that the header does not name."""
-    owner = said["key"].partition(".")[0]
-    return {name: key for name, key in held.items() if name == said["key"] or name.partition(".")[0] != owner}
+    owner = fields["key"].partition(".")[0]
+    return {name: key for name, key in keys.items() if name == fields["key"] or name.partition(".")[0] != owner}
 
 
-def _dump(held: Mapping[str, bytes]) -> str:
-    keys = {name: base64.b64encode(key).decode() for name, key in held.items()}
-    return json.dumps({"schema": 1, "kind": "device key", "keys": keys}) + "\n"
+def _dump(keys: Mapping[str, bytes]) -> str:
+    encoded = {name: base64.b64encode(key).decode() for name, key in keys.items()}
+    return json.dumps({"schema": 1, "kind": "device key", "keys": encoded}) + "\n"
 
 
-def _parse(text: str | bytes, where: str) -> dict[str, bytes]:
+def _parse(text: str | bytes, location: str) -> dict[str, bytes]:
     try:
         fields = json.loads(text)
-        held = {name: base64.b64decode(key, validate=True) for name, key in fields["keys"].items()}
-        if fields["schema"] != 1 or any(len(key) != KEY_BYTES for key in held.values()):
+        keys = {name: base64.b64decode(key, validate=True) for name, key in fields["keys"].items()}
+        if fields["schema"] != 1 or any(len(key) != KEY_BYTES for key in keys.values()):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise KeyRefusedError(
-            f"{where} holds no key of a device", "restore it from a copy; without it the rows are lost"
+            f"{location} holds no key of a device", "restore it from a copy; without it the rows are lost"
         ) from None
-    return held
+    return keys
 
 
-def _named(held: Mapping[str, bytes], said: Mapping[str, Any], where: str) -> bytes:
-    name = said.get("key")
-    if not isinstance(name, str) or name not in held:
+def _find_key(keys: Mapping[str, bytes], fields: Mapping[str, Any], location: str) -> bytes:
+    name = fields.get("key")
+    if not isinstance(name, str) or name not in keys:
         raise KeyRefusedError(
-            f"{where} does not hold the key {name!r:.40} of these rows", "give the key that they were written with"
+            f"{location} does not hold the key {name!r:.40} of these rows", "give the key that they were written with"
         )
-    return held[name]
+    return keys[name]
 
 
 @dataclass
@@ -137,47 +137,47 @@ class FileKey:
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
         """See Source."""
-        name, held = _new(self._held(), owner)
-        self._write(held)
-        return {"key": name}, held[name]
+        name, keys = _add_key(self._load_keys(), owner)
+        self._write(keys)
+        return {"key": name}, keys[name]
 
-    def find(self, said: Mapping[str, Any]) -> bytes:
+    def find(self, fields: Mapping[str, Any]) -> bytes:
         """See Source."""
         if self.disk.stat(self.path) is None:
             raise KeyRefusedError(f"there is no key at {self.path}", "restore it from a copy; without it the rows are lost")
-        return _named(self._held(), said, str(self.path))
+        return _find_key(self._load_keys(), fields, str(self.path))
 
-    def settle(self, said: Mapping[str, Any]) -> None:
+    def settle(self, fields: Mapping[str, Any]) -> None:
         """See Source."""
-        held = self._held()
-        if (left := _left(held, said)) != held:
-            self._write(left)
+        keys = self._load_keys()
+        if (remaining := _prune(keys, fields)) != keys:
+            self._write(remaining)
 
     def check_rights(self) -> None:
         """Raise ConfigError unless the file is this user's, a plain one, and nobody else may read it."""
-        found = os.lstat(self.path)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.lstat(self.path)
+        if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{self.path} is no plain file", "give the path of the key itself, not of a link")
-        if os.name == "posix" and found.st_mode & 0o077:
-            raise ConfigError(f"{self.path} is open to others (mode {found.st_mode & 0o777:o})", f"chmod 600 {self.path}")
-        if os.name == "posix" and found.st_uid != os.geteuid():
-            raise ConfigError(f"{self.path} belongs to the user {found.st_uid}, not {os.geteuid()}", "give a key of your own")
+        if os.name == "posix" and status.st_mode & 0o077:
+            raise ConfigError(f"{self.path} is open to others (mode {status.st_mode & 0o777:o})", f"chmod 600 {self.path}")
+        if os.name == "posix" and status.st_uid != os.geteuid():
+            raise ConfigError(f"{self.path} belongs to the user {status.st_uid}, not {os.geteuid()}", "give a key of your own")
 
-    def _held(self) -> dict[str, bytes]:
+    def _load_keys(self) -> dict[str, bytes]:
         if self.disk.stat(self.path) is None:
             return {}
         self.check_rights()
         with self.disk.open(self.path) as stream:
             return _parse(stream.read(), str(self.path))
 
-    def _write(self, held: Mapping[str, bytes]) -> None:
+    def _write(self, keys: Mapping[str, bytes]) -> None:
         try:
             missing = [folder for folder in (self.path.parent, *self.path.parent.parents) if self.disk.stat(folder) is None]
             for folder in reversed(missing):
                 self.disk.mkdir(folder)
                 self.disk.sync_folder(folder.parent)
             self.disk.remove_leftovers(self.path)  # a killed writer's holds keys that were to go
-            self.disk.replace(self.path, _dump(held).encode())
+            self.disk.replace(self.path, _dump(keys).encode())
         except OSError as error:
             raise MissingError(f"the key {self.path} could not be written: {error.strerror}", "see to its disk") from error
 
@@ -195,27 +195,27 @@ class Keyring:
 
     def fresh(self, owner: str) -> tuple[dict[str, Any], bytes]:
         """See Source."""
-        name, held = _new(self._held(), owner)
-        self._write(held)
-        return {"key": name}, held[name]
+        name, keys = _add_key(self._load_keys(), owner)
+        self._write(keys)
+        return {"key": name}, keys[name]
 
-    def find(self, said: Mapping[str, Any]) -> bytes:
+    def find(self, fields: Mapping[str, Any]) -> bytes:
         """See Source."""
-        return _named(self._held(), said, f"the keyring's entry {self.service}/{self.user}")
+        return _find_key(self._load_keys(), fields, f"the keyring's entry {self.service}/{self.user}")
 
-    def settle(self, said: Mapping[str, Any]) -> None:
+    def settle(self, fields: Mapping[str, Any]) -> None:
         """See Source."""
-        held = self._held()
-        if (left := _left(held, said)) != held:
-            self._write(left)
+        keys = self._load_keys()
+        if (remaining := _prune(keys, fields)) != keys:
+            self._write(remaining)
 
-    def _held(self) -> dict[str, bytes]:
+    def _load_keys(self) -> dict[str, bytes]:
         text = self._ask("get_password", self.service, self.user)
         return _parse(text, f"the keyring's entry {self.service}/{self.user}") if text else {}
 
-    def _write(self, held: Mapping[str, bytes]) -> None:
-        self._ask("set_password", self.service, self.user, _dump(held))
-        if self._held() != held:  # there is a backend that keeps nothing
+    def _write(self, keys: Mapping[str, bytes]) -> None:
+        self._ask("set_password", self.service, self.user, _dump(keys))
+        if self._load_keys() != keys:  # there is a backend that keeps nothing
             raise MissingError("the system's keyring did not keep what it was given", "another backend, or a file: FileKey")
 
     def _ask(self, call: str, *arguments: str) -> Any:
@@ -252,10 +252,10 @@ class Passphrase:
         fields = {"salt": base64.b64encode(os.urandom(16)).decode(), "n": self.n, "r": self.r, "p": self.p}
         return fields, self.find(fields)
 
-    def find(self, said: Mapping[str, Any]) -> bytes:
+    def find(self, fields: Mapping[str, Any]) -> bytes:
         """See Source."""
         try:
-            salt, n, r, p = base64.b64decode(said["salt"], validate=True), *(int(said[name]) for name in "nrp")
+            salt, n, r, p = base64.b64decode(fields["salt"], validate=True), *(int(fields[name]) for name in "nrp")
             if 128 * n * r * p > _MOST_SCRYPT_BYTES:
                 raise ValueError
             return hashlib.scrypt(self.text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_SCRYPT_BYTES, dklen=KEY_BYTES)
@@ -264,5 +264,5 @@ class Passphrase:
                 "the header of the rows asks for a scrypt that cannot be", "restore the file from a copy"
             ) from None
 
-    def settle(self, said: Mapping[str, Any]) -> None:
+    def settle(self, fields: Mapping[str, Any]) -> None:
         """See Source: nothing is kept."""

@@ -38,21 +38,21 @@ def ask(
         raise ConfigError("the prompt is empty", 'sartor edge ask NAME "..." --store DIR')
     delta = active_adapter(Path(person), Path(store), name)[0] if person else None
     with (
-        _started(Path(store), name) as found,
-        open_runtime(found.path, base, delta.path if delta else None) as (runtime, manifest),
+        _count_start(Path(store), name) as release,
+        open_runtime(release.path, base, delta.path if delta else None) as (runtime, manifest),
     ):
-        chosen = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
+        settings = Sampling(**{**manifest.get("sampling", {}), **(sampling or {})})
         messages = (*system_of(manifest), {"role": "user", "content": prompt})
-        events = runtime.answer([GenerateCall("ask", BASE, messages, sampling=chosen)])[0]
+        events = runtime.answer([GenerateCall("ask", BASE, messages, sampling=settings)])[0]
         memory_bytes = DataLimit().bytes_now(os.getpid())
         end = events[-1]
         if isinstance(end, ReplyFailed):
             raise getattr(errors, end.kind, HealthError)(end.problem, end.remedy)
     return {
         "reply": "".join(event.text for event in events if isinstance(event, TextDelta)),
-        "agent": f"{found.name}@{found.version}",
-        "release": str(found.path),
-        "version": found.version,
+        "agent": f"{release.name}@{release.version}",
+        "release": str(release.path),
+        "version": release.version,
         "delta": delta.digest if delta else "",
         "runtime": runtime.name,
         "memory_bytes": memory_bytes,
@@ -60,30 +60,30 @@ def ask(
 
 
 @contextmanager
-def _started(store: Path, name: str) -> Iterator[Installed]:
+def _count_start(store: Path, name: str) -> Iterator[Installed]:
     """The current version. On trial, the start is counted before, and confirmed if nothing is raised inside.
 
     While a sync writes to the store nothing is counted: who asks never waits for an update.
     """
-    found = installed(store, name)
-    if found and found.trial:
-        found = _in_store(store, lambda opened: opened.start(name)) or found
-    if found is None:
+    release = installed(store, name)
+    if release and release.trial:
+        release = _try_in_store(store, lambda opened: opened.start(name)) or release
+    if release is None:
         raise StoreError(f"{store} holds no {name}", f"sartor edge sync URL {name} --store {store}")
-    yield found
-    if found.trial:
-        _in_store(store, lambda opened: opened.confirm(name) if _is_current(opened, found) else None)
+    yield release
+    if release.trial:
+        _try_in_store(store, lambda opened: opened.confirm(name) if _is_current(opened, release) else None)
 
 
-def _is_current(store: ReleaseStore, found: Installed) -> bool:
-    now = store.current(found.name)
-    return now is not None and now.version == found.version
+def _is_current(store: ReleaseStore, release: Installed) -> bool:
+    current = store.current(release.name)
+    return current is not None and current.version == release.version
 
 
-def _in_store(folder: Path, act: Any) -> Installed | None:
+def _try_in_store(folder: Path, action: Any) -> Installed | None:
     try:
         with ReleaseStore(folder) as store:
-            done: Installed | None = act(store)
-            return done
+            release: Installed | None = action(store)
+            return release
     except BusyError:
         return None

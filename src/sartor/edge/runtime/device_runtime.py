@@ -47,17 +47,17 @@ def open_runtime(release: Path, base: str = "", delta: Path | None = None) -> It
     Raises ArtifactError for bytes that are not as they were sealed, ModelError for a base that is another, ExtraError where
     the library is absent.
     """
-    found = open_artifact(release, ("release", "export"))
-    module, kind = _MODULES.get((found.kind, found.manifest.get("form", "")), ("", ""))
+    artifact = open_artifact(release, ("release", "export"))
+    module, kind = _MODULES.get((artifact.kind, artifact.manifest.get("form", "")), ("", ""))
     if not module:
-        raise ModelError(f"no runtime of a device takes the form {found.manifest.get('form')!r}", "sartor export --to gguf")
+        raise ModelError(f"no runtime of a device takes the form {artifact.manifest.get('form')!r}", "sartor export --to gguf")
     if delta:
-        if found.kind != "release":
-            raise ModelError(f"{label_of(found)} is an export, which takes no person's delta", "publish the Release itself")
-        found = replace(found, path=delta)
-    runtime: Runtime = getattr(import_module(module), kind)(found, base)
+        if artifact.kind != "release":
+            raise ModelError(f"{label_of(artifact)} is an export, which takes no person's delta", "publish the Release itself")
+        artifact = replace(artifact, path=delta)
+    runtime: Runtime = getattr(import_module(module), kind)(artifact, base)
     try:
-        yield runtime, found.manifest
+        yield runtime, artifact.manifest
     finally:
         runtime.close()
 
@@ -70,8 +70,8 @@ _MODULES = {
 
 def system_of(manifest: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     """The system prompt of a version as the messages that go first."""
-    said = manifest.get("system_prompt", "")
-    return ({"role": "system", "content": said},) if said else ()
+    system_prompt = manifest.get("system_prompt", "")
+    return ({"role": "system", "content": system_prompt},) if system_prompt else ()
 
 
 def label_of(release: Artifact) -> str:
@@ -95,32 +95,32 @@ def ask_in_process(
         job = Path(name) / "job.json"
         fields = {"release": str(release), "base": base, "calls": [call.as_json() for call in calls]}
         job.write_text(json.dumps(fields), encoding="utf-8")
-        used = run([sys.executable, "-m", "sartor.edge.runtime.device_runtime", str(job)], limits)
-        _check(used, limits, job.with_name(_LOG))
-        answered = json.loads(job.with_name(_ANSWERS).read_text(encoding="utf-8"))
-    if error := answered.get("error"):
+        usage = run([sys.executable, "-m", "sartor.edge.runtime.device_runtime", str(job)], limits)
+        _check(usage, limits, job.with_name(_LOG))
+        answers = json.loads(job.with_name(_ANSWERS).read_text(encoding="utf-8"))
+    if error := answers.get("error"):
         raise _error(error)
-    return [[event_from_json(event) for event in events] for events in answered["events"]], used
+    return [[event_from_json(event) for event in events] for events in answers["events"]], usage
 
 
-def _check(used: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
-    if used.killed == "memory":
+def _check(usage: ResourceUsage, limits: ResourceLimits, log: Path) -> None:
+    if usage.killed == "memory":
         raise HealthError(HealthReason.MEMORY.text(f"it took more than {limits.memory_bytes:,} bytes"), _REMEDY)
-    if used.killed:
+    if usage.killed:
         raise HealthError(HealthReason.TIME.text(f"it was not done in {limits.wall_s or limits.cpu_s:g} s"), _REMEDY)
-    if used.exit_code != 0:
+    if usage.exit_code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        detail = f"its process ended with {used.exit_code}: {' '.join(lines[-1:])[:200]}"
+        detail = f"its process ended with {usage.exit_code}: {' '.join(lines[-1:])[:200]}"
         raise HealthError(HealthReason.CRASH.text(detail), _REMEDY)
 
 
-def _error(said: dict[str, str]) -> SartorError:
+def _error(fields: dict[str, str]) -> SartorError:
     """What is missing outside comes as it is; anything else is the version's fault."""
-    kind = getattr(errors, said["kind"], HealthError)
-    outside = next((known for known in (MissingError, BudgetError) if issubclass(kind, known)), None)
-    if outside:
-        return outside(said["problem"], said["remedy"])
-    return HealthError(HealthReason.OPENS.text(said["problem"]), said["remedy"])
+    kind = getattr(errors, fields["kind"], HealthError)
+    outside_error = next((known for known in (MissingError, BudgetError) if issubclass(kind, known)), None)
+    if outside_error:
+        return outside_error(fields["problem"], fields["remedy"])
+    return HealthError(HealthReason.OPENS.text(fields["problem"]), fields["remedy"])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -130,14 +130,14 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     fields = json.loads(job.read_text(encoding="utf-8"))
-    answered: dict[str, Any]
+    answers: dict[str, Any]
     try:
         with open_runtime(Path(fields["release"]), fields["base"]) as (runtime, _):
             events = runtime.answer([GenerateCall.from_json(call) for call in fields["calls"]])
-        answered = {"events": [[event_as_json(event) for event in one] for one in events]}
+        answers = {"events": [[event_as_json(event) for event in call_events] for call_events in events]}
     except SartorError as error:
-        answered = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
-    job.with_name(_ANSWERS).write_text(json.dumps(answered), encoding="utf-8")
+        answers = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
+    job.with_name(_ANSWERS).write_text(json.dumps(answers), encoding="utf-8")
     return 0
 
 

@@ -47,10 +47,10 @@ class Gguf:
         assert self._inner
         try:
             prompt = prompt_of(call, self._inner, self._markup)
-            said = self._inner.ask("/completion", self._body(call, prompt), REPLY_S)
-            finish: Finish = "length" if said.get("stop_type") == "limit" else "stop"
-            done = ReplyDone(call.id, finish, int(said["tokens_evaluated"]), int(said["tokens_predicted"]))
-            return [TextDelta(call.id, str(said["content"]), done.reply_tokens), done]
+            reply = self._inner.ask("/completion", self._body(call, prompt), REPLY_S)
+            finish: Finish = "length" if reply.get("stop_type") == "limit" else "stop"
+            done = ReplyDone(call.id, finish, int(reply["tokens_evaluated"]), int(reply["tokens_predicted"]))
+            return [TextDelta(call.id, str(reply["content"]), done.reply_tokens), done]
         except SartorError as error:
             return [ReplyFailed(call.id, error.kind, error.problem, error.remedy)]
         except (KeyError, TypeError, ValueError) as error:
@@ -81,13 +81,14 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
         return min(merged, key=lambda file: file.stat().st_size), []
     if not adapters:
         raise ModelError(f"{export.path.name} holds no adapter to put on {base}", "leave --base away")
-    said = export.manifest["base"]
-    found = model_refs.locate_base(base or said["name"])
-    if found.digest != said["digest"]:
+    base_fields = export.manifest["base"]
+    base_ref = model_refs.locate_base(base or base_fields["name"])
+    if base_ref.digest != base_fields["digest"]:
         raise ModelError(
-            f"the adapter is of the base {said['digest'][:12]} ({said['name']!r}); {found.name!r} is {found.short_digest}",
+            f"the adapter is of the base {base_fields['digest'][:12]} ({base_fields['name']!r}); "
+            f"{base_ref.name!r} is {base_ref.short_digest}",
             "give the GGUF file of the base that it was tuned on",
         )
-    if found.gguf is None and found.name != model_refs.STARTER:
-        raise ModelError(f"the base {found.name!r} is no GGUF file", "give one with --base, or export with a merged file")
-    return model_refs.source_gguf(found), adapters
+    if base_ref.gguf is None and base_ref.name != model_refs.STARTER:
+        raise ModelError(f"the base {base_ref.name!r} is no GGUF file", "give one with --base, or export with a merged file")
+    return model_refs.source_gguf(base_ref), adapters

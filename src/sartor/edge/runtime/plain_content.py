@@ -30,19 +30,19 @@ def markup_of(model: Path, inner: LlamaCppServer) -> Markup:
     """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its template
     writes. Raises ModelError.
     """
-    texts = [text for messages in plain_probes() for text in _written(inner, messages)]
+    texts = [text for messages in plain_probes() for text in _render(inner, messages)]
     arrays = read_head(model, (_TOKENS, _TYPES)).arrays
-    results = []
+    tokens = []
     for token_id, (text, kind) in enumerate(zip(arrays.get(_TOKENS, []), arrays.get(_TYPES, []), strict=False)):
         special = kind in (_UNKNOWN, _CONTROL)
         if (special or kind == _ADDED) and is_markup(
             text, special=special, is_written=any(text in written for written in texts)
         ):
-            results.append(Token(text, token_id, special))
-    return markup_in(texts, results)
+            tokens.append(Token(text, token_id, special))
+    return markup_in(texts, tokens)
 
 
-def _written(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
+def _render(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
     """What the template writes; nothing where it refuses."""
     try:
         return [str(inner.ask("/apply-template", {"messages": messages})["prompt"])]
@@ -64,7 +64,7 @@ def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: Markup) -> str 
         return opened.text
     ids = _tokens(inner, opened.text[: opened.cuts[0]], opens=True)
     for start, end in zip(opened.cuts, [*opened.cuts[1:], len(opened.text)], strict=True):
-        ids += _behind(inner, opened.text[start:end])
+        ids += _continuation_tokens(inner, opened.text[start:end])
     return ids
 
 
@@ -74,15 +74,15 @@ def _shielded(message: Mapping[str, Any], markup: Markup) -> dict[str, Any]:
     return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded
 
 
-def _behind(inner: LlamaCppServer, text: str) -> list[int]:
+def _continuation_tokens(inner: LlamaCppServer, text: str) -> list[int]:
     """Tokens of a text that goes on in the middle of a word."""
     for anchor in _ANCHORS:
-        before, whole = _tokens(inner, anchor), _tokens(inner, anchor + text)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
+        anchor_tokens, tokens = _tokens(inner, anchor), _tokens(inner, anchor + text)
+        if tokens[: len(anchor_tokens)] == anchor_tokens:
+            return tokens[len(anchor_tokens) :]
     return _tokens(inner, text)
 
 
 def _tokens(inner: LlamaCppServer, text: str, *, opens: bool = False) -> list[int]:
-    said: Any = inner.ask("/tokenize", {"content": text, "add_special": opens, "parse_special": True})
-    return [int(token) for token in said["tokens"]]
+    reply: Any = inner.ask("/tokenize", {"content": text, "add_special": opens, "parse_special": True})
+    return [int(token) for token in reply["tokens"]]

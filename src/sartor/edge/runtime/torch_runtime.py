@@ -34,8 +34,11 @@ class TorchRuntime:
         chat = self._base.chat
         try:
             ids = prompt_ids(chat, call, context_tokens(self._model) or UNKNOWN_TOKENS)
-            made = generate(self._model, [ids], stop=chat.stops, pad=chat.pad, sampling=call.sampling)[0]
+            generation = generate(self._model, [ids], stop=chat.stops, pad=chat.pad, sampling=call.sampling)[0]
         except SartorError as error:
             return [ReplyFailed(call.id, error.kind, error.problem, error.remedy)]
-        finish: Finish = "length" if made.finish == "length" else "stop"
-        return [TextDelta(call.id, chat.decode(made.ids), len(made.ids)), ReplyDone(call.id, finish, len(ids), len(made.ids))]
+        finish: Finish = "length" if generation.finish == "length" else "stop"
+        return [
+            TextDelta(call.id, chat.decode(generation.ids), len(generation.ids)),
+            ReplyDone(call.id, finish, len(ids), len(generation.ids)),
+        ]

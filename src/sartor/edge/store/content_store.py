@@ -56,16 +56,17 @@ class Blobs:
 
     def partial(self, digest: str) -> int:
         """Bytes of an interrupted download; 0 if there is none."""
-        found = self._disk.stat(self.partials / self.path(digest).name)
-        return found.size if found else 0
+        status = self._disk.stat(self.partials / self.path(digest).name)
+        return status.size if status else 0
 
     def append(self, digest: str, offset: int, content: bytes) -> None:
         """Add to a partial blob. Raises StoreError if `offset` is not where it ends."""
-        have = self.partial(digest)
-        if offset != have:
+        partial_bytes = self.partial(digest)
+        if offset != partial_bytes:
             raise StoreError(
-                f"the partial blob {digest[:16]} has {have:,} bytes; content for byte {offset:,} does not go on from there",
-                f"fetch from byte {have:,}, or discard the partial blob and begin anew",
+                f"the partial blob {digest[:16]} has {partial_bytes:,} bytes; content for byte {offset:,} does "
+                "not go on from there",
+                f"fetch from byte {partial_bytes:,}, or discard the partial blob and begin anew",
             )
         self.wanted.add(digest)
         self._disk.append(self.partials / digest, content)
@@ -89,18 +90,18 @@ class Blobs:
             self.discard(digest)
             return
         self.wanted.add(digest)
-        part = self.partials / digest
-        if self._disk.stat(part) is None:
-            self._disk.write(part, b"")  # of an empty file nothing was to be fetched
+        partial_file = self.partials / digest
+        if self._disk.stat(partial_file) is None:
+            self._disk.write(partial_file, b"")  # of an empty file nothing was to be fetched
         self._sync(digest)
-        if not self._disk.is_whole(part, digest):
-            found = self._disk.digest(part)
+        if not self._disk.is_whole(partial_file, digest):
+            actual_digest = self._disk.digest(partial_file)
             self.discard(digest)
             raise StoreError(
-                f"what was fetched as {digest[:16]} has the sha256 {found[:16]}; it was removed",
+                f"what was fetched as {digest[:16]} has the sha256 {actual_digest[:16]}; it was removed",
                 "fetch it again; if it happens again, from another mirror",
             )
-        self._disk.rename(part, self.path(digest))
+        self._disk.rename(partial_file, self.path(digest))
         self._disk.sync_folder(self.folder)
 
     def discard(self, digest: str) -> None:
@@ -116,9 +117,9 @@ class Blobs:
 
     def mend(self, digest: str, source: Path) -> None:
         """Write a blob anew from a file that is whole."""
-        part = self.partials / f".{digest}{LEFTOVER}"
-        self._disk.copy(source, part)
-        self._disk.rename(part, self.path(digest))
+        temp_file = self.partials / f".{digest}{LEFTOVER}"
+        self._disk.copy(source, temp_file)
+        self._disk.rename(temp_file, self.path(digest))
         self._disk.sync_folder(self.folder)
 
     def quarantine(self, digest: str) -> None:
@@ -173,36 +174,39 @@ class VersionDirectories:
         for name in self._disk.names(self.folder):
             yield from (self.folder / name / version for version in self._disk.names(self.folder / name))
 
-    def build(self, name: str, version: StoredVersion, beside: StoredVersion | None) -> Path:
-        """Make the tree of a version that has none, durably; `beside`: the version that it may share no file with."""
+    def build(self, name: str, version: StoredVersion, counterpart: StoredVersion | None) -> Path:
+        """Make the tree of a version that has none, durably; `counterpart`: the version that it may share no file with."""
         target = self.path(name, version.version)
-        part = target.with_name(f".{target.name}{LEFTOVER}")
-        folders = {part, *(parent for file in version.files for parent in (part / file).parents if part in parent.parents)}
+        temp_tree = target.with_name(f".{target.name}{LEFTOVER}")
+        folders = {
+            temp_tree,
+            *(parent for file in version.files for parent in (temp_tree / file).parents if temp_tree in parent.parents),
+        }
         if self._disk.stat(target.parent) is None:
             self._disk.mkdir(target.parent)
         self._disk.sync_folder(self.folder)
-        for leftover in (part, target):
+        for leftover in (temp_tree, target):
             self._disk.remove(leftover)
         for folder in sorted(folders):  # a parent is before what it holds
             self._disk.mkdir(folder)
         for file, digest in version.files.items():
-            self._put(digest, part / file, self._inodes(name, beside, digest))
+            self._put(digest, temp_tree / file, self._inodes(name, counterpart, digest))
         for folder in folders:
             self._disk.sync_folder(folder)
-        self._disk.rename(part, target)
+        self._disk.rename(temp_tree, target)
         self._disk.sync_folder(target.parent)
         return target
 
-    def mend(self, name: str, version: StoredVersion, beside: StoredVersion | None) -> None:
+    def mend(self, name: str, version: StoredVersion, counterpart: StoredVersion | None) -> None:
         """Write anew each file of a tree that is damaged and whose blob is whole, one rename each."""
-        part = self.folder / name / f".mending{LEFTOVER}"
+        temp_file = self.folder / name / f".mending{LEFTOVER}"
         for file, digest in self.broken(name, version):
             if not self._blobs.has(digest):
                 continue
-            self._disk.remove(part)
-            self._put(digest, part, self._inodes(name, beside, digest))
+            self._disk.remove(temp_file)
+            self._put(digest, temp_file, self._inodes(name, counterpart, digest))
             target = self.path(name, version.version) / file
-            self._disk.rename(part, target)
+            self._disk.rename(temp_file, target)
             self._disk.sync_folder(target.parent)
 
     def broken(self, name: str, version: StoredVersion) -> list[tuple[str, str]]:
@@ -210,25 +214,25 @@ class VersionDirectories:
         tree = self.path(name, version.version)
         return [(file, digest) for file, digest in version.files.items() if not self._disk.is_whole(tree / file, digest)]
 
-    def copied_bytes(self, name: str, digest: str, beside: StoredVersion | None) -> int:
+    def copied_bytes(self, name: str, digest: str, counterpart: StoredVersion | None) -> int:
         """What putting a blob into a tree takes of the disk: nothing for a link."""
         blob = self._disk.stat(self._blobs.path(digest))
         if blob is None:
             return 0
-        return 0 if self.links and blob.inode not in self._inodes(name, beside, digest) else blob.size
+        return 0 if self.links and blob.inode not in self._inodes(name, counterpart, digest) else blob.size
 
     def _inodes(self, name: str, version: StoredVersion | None, digest: str) -> set[int]:
         """Which files on the disk hold a digest for a version."""
         if version is None:
             return set()
         tree = self.path(name, version.version)
-        found = [self._disk.stat(tree / file) for file, held in version.files.items() if held == digest]
-        return {stat.inode for stat in found if stat}
+        statuses = [self._disk.stat(tree / file) for file, blob_digest in version.files.items() if blob_digest == digest]
+        return {stat.inode for stat in statuses if stat}
 
-    def _put(self, digest: str, target: Path, taken: set[int]) -> None:
+    def _put(self, digest: str, target: Path, avoided_inodes: set[int]) -> None:
         source = self._blobs.path(digest)
         blob = self._disk.stat(source)
-        if self.links and blob and blob.inode not in taken:
+        if self.links and blob and blob.inode not in avoided_inodes:
             try:
                 self._disk.link(source, target)
                 return
@@ -248,8 +252,8 @@ def check_files(files: object) -> None:
         raise StoreError("a version without files cannot be staged", "give path -> digest of each file of the release")
     for path in files:
         parts = path.split("/")
-        plain = all(part and part not in (".", "..") and len(part.encode()) < 256 for part in parts)
-        if not plain or "\\" in path or not path.isprintable():
+        is_plain = all(part and part not in (".", "..") and len(part.encode()) < 256 for part in parts)
+        if not is_plain or "\\" in path or not path.isprintable():
             raise StoreError(f"{path!r:.80} is no path inside a release", "give relative paths, with / between their parts")
         if any("/".join(parts[:count]) in files for count in range(1, len(parts))):
             raise StoreError(f"{path!r:.80} lies below a file of the same release", "give each file a path of its own")

@@ -52,8 +52,8 @@ class ReleaseStore:
         self._pointers = Pointers(self._disk, self.folder)
         self._blobs = Blobs(self._disk, self.folder)
         self._trees = VersionDirectories(self._disk, self.folder, self._blobs)
-        self._room = DiskQuota(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
-        self._rot = IntegrityRepair(self._disk, self._pointers, self._blobs, self._trees)
+        self._quota = DiskQuota(limit_bytes, self._disk, self._pointers, self._blobs, self._trees)
+        self._repair = IntegrityRepair(self._disk, self._pointers, self._blobs, self._trees)
         self._unlock: Callable[[], None] = lambda: None
         try:
             with self._writing("the store"):
@@ -103,17 +103,18 @@ class ReleaseStore:
                 self._disk.remove(tree)
 
     @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def _writing(self, subject: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise MissingError(
-                    f"{what} could not be written to {self.folder}: {error.strerror or error}", "see to the disk and its rights"
+                    f"{subject} could not be written to {self.folder}: {error.strerror or error}",
+                    "see to the disk and its rights",
                 ) from error
             self._try_to_sweep()
             raise MissingError(
-                f"the disk is full: {what} could not be written; current: {self._standing()}",
+                f"the disk is full: {subject} could not be written; current: {self._current_versions()}",
                 f"free some space on the disk that holds {self.folder}; the same call then goes on where this one stopped",
             ) from error
 
@@ -123,7 +124,7 @@ class ReleaseStore:
         except OSError:  # the next opening does it
             return
 
-    def _standing(self) -> str:
+    def _current_versions(self) -> str:
         """What is current, after all: a commit whose fsync failed can be seen already."""
         return (
             ", ".join(f"{item.name} {item.current.version}" for item in self._pointers.all() if item.current) or "nothing yet"
@@ -151,10 +152,10 @@ class ReleaseStore:
         A blob that was quarantined comes back by this, and so do the files of the versions that it belongs to.
         """
         with self._writing(f"the blob {digest[:16]}"):
-            new = not self._blobs.has(digest)
+            is_new = not self._blobs.has(digest)
             self._blobs.finish(digest)
-            if new:
-                self._rot.mend_trees(digest)
+            if is_new:
+                self._repair.mend_trees(digest)
 
     def discard(self, digest: str) -> None:
         """Remove a partial download, to begin anew."""
@@ -175,28 +176,28 @@ class ReleaseStore:
         BudgetError or MissingError, before anything is removed or fetched, if it cannot fit beside the current version.
         """
         pointer = self._read(name)
-        what = f"the update of {name}"
-        with self._writing(what):
+        subject = f"the update of {name}"
+        with self._writing(subject):
             self._blobs.wanted = set(sizes)
-            needed = self._room.needed_bytes(pointer, sizes)
-            if not self._room.fits(needed):
-                self._clear(pointer, what, needed)
+            needed_bytes = self._quota.needed_bytes(pointer, sizes)
+            if not self._quota.fits(needed_bytes):
+                self._clear_space(pointer, subject, needed_bytes)
             self._blobs.want(sizes)
 
-    def _clear(self, pointer: Pointer, what: str, needed: int) -> None:
+    def _clear_space(self, pointer: Pointer, subject: str, needed_bytes: int) -> None:
         """Collect garbage, and give up the previous version if that is not enough. Raises before, if neither is."""
         others = [item for item in self._pointers.all() if item.name != pointer.name]
-        alone = replace(pointer, previous=None, staged=None)
-        used = self._room.used_bytes()
-        freed = used - self._room.kept_bytes([pointer, *others])
-        if not self._room.fits(needed, freed):
+        current_only = replace(pointer, previous=None, staged=None)
+        used = self._quota.used_bytes()
+        freed_bytes = used - self._quota.retained_bytes([pointer, *others])
+        if not self._quota.fits(needed_bytes, freed_bytes):
             # else the previous version may be the only one that works
-            if self._rot.is_whole(pointer) and not pointer.trial:
-                freed = used - self._room.kept_bytes([alone, *others])
-            if not self._room.fits(needed, freed):
-                raise self._room.refusal(what, needed, freed)
+            if self._repair.is_whole(pointer) and not pointer.trial:
+                freed_bytes = used - self._quota.retained_bytes([current_only, *others])
+            if not self._quota.fits(needed_bytes, freed_bytes):
+                raise self._quota.refusal(subject, needed_bytes, freed_bytes)
             self._collect()  # on a disk that is full to the last byte, the pointer needs some of this
-            self._pointers.write(alone)
+            self._pointers.write(current_only)
         self._collect()
 
     def stage(self, name: str, version: str, files: Mapping[str, str]) -> Path:
@@ -207,20 +208,20 @@ class ReleaseStore:
         installed with other files; HealthError for a version that was rolled back here.
         """
         pointer = self._read(name)
-        new = self._checked(pointer, version, files)
+        new_version = self._checked(pointer, version, files)
         with self._writing(f"{name} {version}"):
-            known = pointer.find(version)
-            if known and known.files == new.files:
-                self._trees.mend(name, known, pointer.beside(known))
+            stored = pointer.find(version)
+            if stored and stored.files == new_version.files:
+                self._trees.mend(name, stored, pointer.counterpart(stored))
             else:
-                if known:  # it was staged with other files: nothing may name a tree that is not whole
+                if stored:  # it was staged with other files: nothing may name a tree that is not whole
                     pointer = replace(pointer, staged=None)
                     self._pointers.write(pointer)
                 copied = sum(self._trees.copied_bytes(name, file, pointer.current) for file in files.values())
                 self._make_room(f"{name} {version}", copied)
                 self._pointers.settle()  # a tree of this name may be replaced
-                self._trees.build(name, new, pointer.current)
-                self._pointers.write(replace(pointer, staged=new))
+                self._trees.build(name, new_version, pointer.current)
+                self._pointers.write(replace(pointer, staged=new_version))
             self._blobs.staged(files.values())
         return self._trees.path(name, version)
 
@@ -233,8 +234,8 @@ class ReleaseStore:
             raise StoreError(
                 f"{pointer.name} {version} lacks {len(missing)} of its blobs, as {missing[0][:16]}", "fetch what `has` denies"
             )
-        known = pointer.find(version)
-        if known and known is not pointer.staged and known.files != dict(files):
+        stored = pointer.find(version)
+        if stored and stored is not pointer.staged and stored.files != dict(files):
             raise StoreError(f"{pointer.name} {version} is installed with other files", "publish them as another version")
         return StoredVersion(version, dict(files))
 
@@ -248,24 +249,24 @@ class ReleaseStore:
         """
         pointer = self._read(name)
         version_pointers.check(pointer, version)
-        found = pointer.find(version)
-        if found is None:
+        stored = pointer.find(version)
+        if stored is None:
             raise StoreError(f"{name} {version} is not in the store", "stage it first")
-        if broken := self._trees.broken(name, found):
+        if broken := self._trees.broken(name, stored):
             raise StoreError(f"{name} {version} is damaged: {broken[0][0]}", "verify the store, sync, and stage it again")
         try:
             healthy(self._trees.path(name, version))
         except Exception as error:
             reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
-            if found is not pointer.current and not isinstance(error, (MissingError, BudgetError)):
+            if stored is not pointer.current and not isinstance(error, (MissingError, BudgetError)):
                 with self._writing(f"{name} {version}"):
                     self._pointers.write(version_pointers.refused(pointer, version, reason))
             stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
             raise HealthError(f"{name} {version} is not healthy: {reason}; {stays}", "publish a version that passes") from error
-        if found is pointer.current:
+        if stored is pointer.current:
             return
         with self._writing(f"{name} {version}"):
-            self._pointers.write(version_pointers.activated(pointer, found, starts))
+            self._pointers.write(version_pointers.activated(pointer, stored, starts))
 
     def start(self, name: str) -> Installed | None:
         """Call before the device's program runs, and run what is returned. On trial, this start is counted first, durably.
@@ -304,28 +305,30 @@ class ReleaseStore:
         pointer = self._read(name)
         if pointer.current is None or pointer.previous is None:
             raise StoreError(f"{name} has no previous version to go back to", "publish a version that works, and sync")
-        bad, old = pointer.current, pointer.previous
-        with self._writing(f"{name} {old.version}"):
-            self._trees.mend(name, old, bad)
-            if broken := self._trees.broken(name, old):
-                raise StoreError(f"{name} {old.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync")
+        failed, previous = pointer.current, pointer.previous
+        with self._writing(f"{name} {previous.version}"):
+            self._trees.mend(name, previous, failed)
+            if broken := self._trees.broken(name, previous):
+                raise StoreError(
+                    f"{name} {previous.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync"
+                )
             self._pointers.write(version_pointers.rolled_back(pointer, reason))
-        back = self.current(name)
-        assert back is not None
-        return back
+        current = self.current(name)
+        assert current is not None
+        return current
 
     def current(self, name: str) -> Installed | None:
         """The version that the device works with."""
         pointer = self._read(name)
-        return version_pointers.of(self.folder, name, pointer.current, pointer.trial)
+        return version_pointers.installed_version(self.folder, name, pointer.current, pointer.trial)
 
     def previous(self, name: str) -> Installed | None:
         """The version that `rollback` goes back to."""
-        return version_pointers.of(self.folder, name, self._read(name).previous)
+        return version_pointers.installed_version(self.folder, name, self._read(name).previous)
 
     def staged(self, name: str) -> Installed | None:
         """The version that waits to be activated."""
-        return version_pointers.of(self.folder, name, self._read(name).staged)
+        return version_pointers.installed_version(self.folder, name, self._read(name).staged)
 
     def refused(self, name: str) -> Mapping[str, str]:
         """Versions that were rolled back here or failed their check, and why: not worth fetching."""
@@ -340,7 +343,7 @@ class ReleaseStore:
 
     def used_bytes(self) -> int:
         """Bytes of every file in the store; a file with several names counts once."""
-        return self._room.used_bytes()
+        return self._quota.used_bytes()
 
     def collect(self) -> int:
         """Remove what no version needs; returns the bytes freed.
@@ -351,27 +354,27 @@ class ReleaseStore:
             return self._collect()
 
     def _collect(self) -> int:
-        before = self._room.used_bytes()
+        used_before = self._quota.used_bytes()
         self._pointers.settle()
         pointers = list(self._pointers.all())
         trees = {self._trees.path(pointer.name, version.version) for pointer in pointers for version in pointer.versions}
-        held = {digest for one in pointers for version in one.versions for digest in version.files.values()}
+        digests = {digest for pointer in pointers for version in pointer.versions for digest in version.files.values()}
         blobs, wanted = self._blobs, self._blobs.wanted
         garbage = [tree for tree in self._trees.all() if tree not in trees]
-        garbage += [blobs.folder / name for name in blobs.digests() if name not in held | wanted]
+        garbage += [blobs.folder / name for name in blobs.digests() if name not in digests | wanted]
         garbage += [blobs.partials / name for name in self._disk.names(blobs.partials) if name not in wanted]
         garbage += [blobs.quarantined / name for name in self._disk.names(blobs.quarantined)]
         for path in garbage:
             self._disk.remove(path)
-        return before - self._room.used_bytes()
+        return used_before - self._quota.used_bytes()
 
-    def _make_room(self, what: str, needed: int) -> None:
+    def _make_room(self, subject: str, needed_bytes: int) -> None:
         """Collect garbage if need be; raise what says that it is not enough."""
-        if self._room.fits(needed):
+        if self._quota.fits(needed_bytes):
             return
         self._collect()
-        if not self._room.fits(needed):
-            raise self._room.refusal(what, needed)
+        if not self._quota.fits(needed_bytes):
+            raise self._quota.refusal(subject, needed_bytes)
 
     def verify(self) -> list[str]:
         """Read every byte; the digests of blobs whose bytes differ, on the disk or in the tree of a version.
@@ -382,10 +385,10 @@ class ReleaseStore:
         """
         with self._writing("what was mended"):
             self.mended += self._pointers.restore()
-            result = self._rot.found()
+            result = self._repair.damaged_digests()
             for digest in result:
-                self._rot.mend_blob(digest)
+                self._repair.mend_blob(digest)
             for digest in result:
-                self._rot.mend_trees(digest)
-            self.mended += [said for pointer in list(self._pointers.all()) if (said := self._rot.fall_back(pointer))]
+                self._repair.mend_trees(digest)
+            self.mended += [message for pointer in list(self._pointers.all()) if (message := self._repair.fall_back(pointer))]
         return result

@@ -32,15 +32,15 @@ class DiskQuota:
         """Bytes of every file in the store."""
         return sum(dict(self._files(self._folder)).values())
 
-    def kept_bytes(self, pointers: Iterable[Pointer]) -> int:
+    def retained_bytes(self, pointers: Iterable[Pointer]) -> int:
         """What would be used after a collection that spares what these point at."""
         files = {inode: size for folder in self._pointers.folders for inode, size in self._files(folder)}
-        held = set(self._blobs.wanted)
+        digests = set(self._blobs.wanted)
         for pointer in pointers:
             for version in pointer.versions:
-                held |= set(version.files.values())
+                digests |= set(version.files.values())
                 files.update(self._files(self._trees.path(pointer.name, version.version)))
-        for digest in held:
+        for digest in digests:
             files.update(self._files(self._blobs.path(digest)))
         for digest in self._blobs.wanted:
             files.update(self._files(self._blobs.partials / digest))
@@ -56,38 +56,39 @@ class DiskQuota:
         copied += sum(self._trees.copied_bytes(pointer.name, digest, pointer.current) for digest in sizes)
         return fetched + copied + _SPARE_BYTES
 
-    def fits(self, needed: int, freed: int = 0) -> bool:
-        """Whether that much more fits once `freed` bytes of what is used are collected."""
-        return self._above_limit(needed, freed) <= 0 and self._above_free(needed, freed) <= 0
+    def fits(self, needed_bytes: int, freed_bytes: int = 0) -> bool:
+        """Whether that much more fits once `freed_bytes` bytes of what is used are collected."""
+        return self._above_limit(needed_bytes, freed_bytes) <= 0 and self._above_free(needed_bytes, freed_bytes) <= 0
 
-    def refusal(self, what: str, needed: int, freed: int = 0) -> SartorError:
+    def refusal(self, subject: str, needed_bytes: int, freed_bytes: int = 0) -> SartorError:
         """The error for what does not fit: BudgetError for the store's own limit, MissingError for the disk."""
-        if (above := self._above_limit(needed, freed)) > 0:
-            kept = self.used_bytes() - freed
+        if (excess := self._above_limit(needed_bytes, freed_bytes)) > 0:
+            remaining_bytes = self.used_bytes() - freed_bytes
             return BudgetError(
-                f"{what} needs {needed:,} bytes beside the {kept:,} that stay; the store may take {self.limit_bytes:,}",
-                f"raise limit_bytes by {above:,} to {self.limit_bytes + above:,}, or publish a smaller release",
+                f"{subject} needs {needed_bytes:,} bytes beside the {remaining_bytes:,} that stay; the store "
+                f"may take {self.limit_bytes:,}",
+                f"raise limit_bytes by {excess:,} to {self.limit_bytes + excess:,}, or publish a smaller release",
             )
-        free = self._disk.free_bytes(self._folder) + freed
+        free = self._disk.free_bytes(self._folder) + freed_bytes
         return MissingError(
-            f"the disk is full: {what} needs {needed:,} bytes, {free:,} are free or can be freed",
-            f"free {self._above_free(needed, freed):,} bytes on the disk that holds {self._folder}",
+            f"the disk is full: {subject} needs {needed_bytes:,} bytes, {free:,} are free or can be freed",
+            f"free {self._above_free(needed_bytes, freed_bytes):,} bytes on the disk that holds {self._folder}",
         )
 
-    def _above_limit(self, needed: int, freed: int) -> int:
+    def _above_limit(self, needed_bytes: int, freed_bytes: int) -> int:
         # Walking the store takes a while, and most stores have no limit of their own.
-        return self.used_bytes() - freed + needed - self.limit_bytes if self.limit_bytes else 0
+        return self.used_bytes() - freed_bytes + needed_bytes - self.limit_bytes if self.limit_bytes else 0
 
-    def _above_free(self, needed: int, freed: int) -> int:
-        return needed - self._disk.free_bytes(self._folder) - freed
+    def _above_free(self, needed_bytes: int, freed_bytes: int) -> int:
+        return needed_bytes - self._disk.free_bytes(self._folder) - freed_bytes
 
     def _files(self, path: Path) -> Iterator[tuple[int, int]]:
-        found = self._disk.stat(path)
-        if found and found.is_folder:
+        status = self._disk.stat(path)
+        if status and status.is_folder:
             for name in self._disk.names(path):
                 yield from self._files(path / name)
-        elif found:
-            yield found.inode, found.size
+        elif status:
+            yield status.inode, status.size
 
 
 class IntegrityRepair:
@@ -96,15 +97,15 @@ class IntegrityRepair:
     def __init__(self, disk: FileSystem, pointers: Pointers, blobs: Blobs, trees: VersionDirectories) -> None:
         self._disk, self._pointers, self._blobs, self._trees = disk, pointers, blobs, trees
 
-    def found(self) -> list[str]:
+    def damaged_digests(self) -> list[str]:
         """Digests of blobs and of files of versions whose bytes differ, or that are not there."""
         blobs = self._blobs
-        bad = {digest for digest in blobs.digests() if not self._disk.is_whole(blobs.path(digest), digest)}
+        damaged = {digest for digest in blobs.digests() if not self._disk.is_whole(blobs.path(digest), digest)}
         for pointer in self._pointers.all():
             for version in pointer.versions:
-                bad |= {digest for _, digest in self._trees.broken(pointer.name, version)}
-                bad |= {digest for digest in version.files.values() if not blobs.has(digest)}
-        return sorted(bad)
+                damaged |= {digest for _, digest in self._trees.broken(pointer.name, version)}
+                damaged |= {digest for digest in version.files.values() if not blobs.has(digest)}
+        return sorted(damaged)
 
     def mend_blob(self, digest: str) -> None:
         """Write a blob anew from the file of a version that is whole; without one, quarantine it."""
@@ -113,7 +114,7 @@ class IntegrityRepair:
         for pointer in self._pointers.all():
             for version in pointer.versions:
                 tree = self._trees.path(pointer.name, version.version)
-                files = (tree / file for file, held in version.files.items() if held == digest)
+                files = (tree / file for file, blob_digest in version.files.items() if blob_digest == digest)
                 if source := next((file for file in files if self._disk.is_whole(file, digest)), None):
                     self._blobs.mend(digest, source)
                     return
@@ -125,19 +126,19 @@ class IntegrityRepair:
         for pointer in self._pointers.all():
             for version in pointer.versions:
                 if digest in version.files.values():
-                    self._trees.mend(pointer.name, version, pointer.beside(version))
+                    self._trees.mend(pointer.name, version, pointer.counterpart(version))
 
     def fall_back(self, pointer: Pointer) -> str:
         """Make the previous version current if that is whole and the current one is not. Returns what was done, in words.
 
         The damaged version waits as staged, so that its blobs are kept and it can be activated when it is whole again.
         """
-        bad, old = pointer.current, pointer.previous
-        if bad is None or old is None or self.is_whole(pointer) or self._trees.broken(pointer.name, old):
+        damaged, previous = pointer.current, pointer.previous
+        if damaged is None or previous is None or self.is_whole(pointer) or self._trees.broken(pointer.name, previous):
             return ""
-        back = replace(pointer, current=old.now(), previous=None, staged=pointer.staged or bad, trial=None)
-        self._pointers.write(back)
-        return f"{pointer.name} {bad.version} is damaged: {old.version} is current again"
+        restored = replace(pointer, current=previous.now(), previous=None, staged=pointer.staged or damaged, trial=None)
+        self._pointers.write(restored)
+        return f"{pointer.name} {damaged.version} is damaged: {previous.version} is current again"
 
     def is_whole(self, pointer: Pointer) -> bool:
         """Whether there is a current version and every byte of it is as it was written."""

@@ -81,13 +81,13 @@ class Pointer:
         """Every version whose files the store keeps, the current one first."""
         return tuple(item for item in (self.current, self.previous, self.staged) if item)
 
-    def beside(self, version: StoredVersion) -> StoredVersion | None:
+    def counterpart(self, version: StoredVersion) -> StoredVersion | None:
         """The version that takes over where this one is damaged: the two share no file on the disk."""
         return self.previous if self.current and version.version == self.current.version else self.current
 
     def find(self, version: str) -> StoredVersion | None:
         """The version of that name, if the store keeps it."""
-        return next((one for one in self.versions if one.version == version), None)
+        return next((stored for stored in self.versions if stored.version == version), None)
 
 
 class Pointers:
@@ -123,19 +123,19 @@ class Pointers:
 
     def restore(self) -> list[str]:
         """Write each copy that is not whole, or that is behind, from the other. Returns what was done, in words."""
-        return [said for name in self.names() for said in self._restore(name)]
+        return [message for name in self.names() for message in self._restore(name)]
 
     def _restore(self, name: str) -> Iterator[str]:
         copies = list(self._copies(name))
-        whole = next((content for content in copies if parse(content, name)), None)
-        if whole is None:
+        whole_copy = next((content for content in copies if parse(content, name)), None)
+        if whole_copy is None:
             yield f"neither copy of the pointer of {name} is whole: it has no current version until the next update"
             return
         for folder, content in zip(self.folders, copies, strict=True):
-            if content == whole:
+            if content == whole_copy:
                 continue
             try:
-                self._disk.replace(folder / f"{name}.json", whole)
+                self._disk.replace(folder / f"{name}.json", whole_copy)
             except OSError as error:
                 # A full disk is no reason not to open: the other copy is whole.
                 yield f"{folder.name}/{name}.json could not be written anew: {error.strerror}"
@@ -157,9 +157,9 @@ def write(pointer: Pointer) -> bytes:
         "schema": SCHEMA,
         "kind": "pointer",
         "name": pointer.name,
-        "current": _said(pointer.name, pointer.current),
-        "previous": _said(pointer.name, pointer.previous),
-        "staged": _said(pointer.name, pointer.staged),
+        "current": _version_fields(pointer.name, pointer.current),
+        "previous": _version_fields(pointer.name, pointer.previous),
+        "staged": _version_fields(pointer.name, pointer.staged),
         "refused": dict(pointer.refused),
         "trial": {"left": pointer.trial.left, "of": pointer.trial.of} if pointer.trial else None,
     }
@@ -167,7 +167,7 @@ def write(pointer: Pointer) -> bytes:
     return records.canonical(fields) + b"\n"
 
 
-def _said(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
+def _version_fields(name: str, version: StoredVersion | None) -> dict[str, Any] | None:
     if version is None:
         return None
     path = tree_of(name, version.version)
@@ -187,13 +187,13 @@ def parse(content: bytes, name: str) -> Pointer | None:
             f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
             "open the store with the version of Sartor that wrote it",
         )
-    current, previous, staged = (_version(fields[which]) for which in ("current", "previous", "staged"))
+    current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
     trial = fields.get("trial")
     return Pointer(name, current, previous, staged, fields["refused"], Trial(trial["left"], trial["of"]) if trial else None)
 
 
-def _version(said: Mapping[str, Any] | None) -> StoredVersion | None:
-    return StoredVersion(said["version"], said["files"], said["since"]) if said else None
+def _parse_version(fields: Mapping[str, Any] | None) -> StoredVersion | None:
+    return StoredVersion(fields["version"], fields["files"], fields["since"]) if fields else None
 
 
 def activated(pointer: Pointer, new: StoredVersion, starts: int) -> Pointer:
@@ -245,7 +245,10 @@ def refused(pointer: Pointer, version: str, reason: str) -> Pointer:
 
 def allow_again(pointer: Pointer, version: str) -> Pointer:
     """It may be tried again."""
-    return replace(pointer, refused={known: why for known, why in pointer.refused.items() if known != version})
+    return replace(
+        pointer,
+        refused={refused_version: reason for refused_version, reason in pointer.refused.items() if refused_version != version},
+    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class Installed:
 def installed(folder: Path, name: str) -> Installed | None:
     """What is current in the store at `folder`."""
     pointer = Pointers(FileSystem(), folder.absolute()).read(name)
-    return of(folder.absolute(), name, pointer.current, pointer.trial)
+    return installed_version(folder.absolute(), name, pointer.current, pointer.trial)
 
 
 @dataclass(frozen=True)
@@ -286,16 +289,16 @@ def states(folder: Path) -> list[StoreState]:
     return [
         StoreState(
             item.name,
-            of(folder, item.name, item.current, item.trial),
-            of(folder, item.name, item.previous),
-            of(folder, item.name, item.staged),
+            installed_version(folder, item.name, item.current, item.trial),
+            installed_version(folder, item.name, item.previous),
+            installed_version(folder, item.name, item.staged),
             item.refused,
         )
         for item in Pointers(FileSystem(), folder).all()
     ]
 
 
-def of(folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None) -> Installed | None:
+def installed_version(folder: Path, name: str, version: StoredVersion | None, trial: Trial | None = None) -> Installed | None:
     """A version of a pointer as a program sees it."""
     if version is None:
         return None

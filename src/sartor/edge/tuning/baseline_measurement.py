@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sartor.edge.tuning import tuner_process
-from sartor.edge.tuning.memory_plan import held_bytes
+from sartor.edge.tuning.memory_plan import anonymous_bytes
 from sartor.edge.tuning.tuner_process import write_tokens
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.models.kernels.cpu import CpuKernels
@@ -24,10 +24,10 @@ from sartor.tune.tokenized_dataset import TokenizedDataset
 WIDTH, VOCABULARY, TOKENS = 64, 64, 16
 
 
-def main(place: Path) -> None:
+def main(folder: Path) -> None:
     """See the module's text."""
     ids = [token % VOCABULARY for token in range(TOKENS)]
-    write_tokens(TokenizedDataset([TokenizedExample(ids, [True] * TOKENS, "row")], []), place / "tokens")
+    write_tokens(TokenizedDataset([TokenizedExample(ids, [True] * TOKENS, "row")], []), folder / "tokens")
     recipe = {
         "base": "smallest",
         "data": {"path": "rows"},
@@ -37,13 +37,13 @@ def main(place: Path) -> None:
         "compute": {"recompute": True},
         "checkpoints": {"every_minutes": 0},
     }
-    job = TuningJob(str(_base(place / "base")), "smallest", "-", "-", str(place / "tokens"), str(place / "out"), recipe)
-    job.write(place / "job.json")
-    if code := tuner_process.main([str(place / "job.json")]):
+    job = TuningJob(str(_base(folder / "base")), "smallest", "-", "-", str(folder / "tokens"), str(folder / "out"), recipe)
+    job.write(folder / "job.json")
+    if code := tuner_process.main([str(folder / "job.json")]):
         sys.exit(code)
-    fields = json.loads((place / "out" / "run.json").read_text(encoding="utf-8"))
-    found = {"held_bytes": held_bytes(), "is_native": CpuKernels.name in fields["path"]}
-    sys.stdout.write(f"{json.dumps(found)}\n")
+    fields = json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))
+    measurement = {"held_bytes": anonymous_bytes(), "is_native": CpuKernels.name in fields["path"]}
+    sys.stdout.write(f"{json.dumps(measurement)}\n")
 
 
 def _base(folder: Path) -> Path:

@@ -96,7 +96,7 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
     file = folder / FILE
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-        receipt, signature = _receipt(fields["said"]), fields["signature"]
+        receipt, signature = _parse_receipt(fields["said"]), fields["signature"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no receipt: {error!r}", "tune_within writes one beside what it tunes") from None
     check_signature(_canonical(fields["said"]), signature, file, "the receipt", trusted)
@@ -106,15 +106,15 @@ def verify_receipt(folder: Path, trusted: Iterable[Ed25519PublicKey] | None = No
     return receipt
 
 
-def _canonical(said: Any) -> bytes:
-    return json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
+def _canonical(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _receipt(said: dict[str, Any]) -> Receipt:
-    if said["schema"] != SCHEMA:
-        raise ValueError(f"its schema is {said['schema']}; this Sartor reads {SCHEMA}")
-    attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in said["attempts"]]
-    return Receipt(**{**said, "attempts": attempts})
+def _parse_receipt(fields: dict[str, Any]) -> Receipt:
+    if fields["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {fields['schema']}; this Sartor reads {SCHEMA}")
+    attempts = [Attempt(**{**item, "usage": ResourceUsage(**item["usage"])}) for item in fields["attempts"]]
+    return Receipt(**{**fields, "attempts": attempts})
 
 
 # How often the policy is asked, and the disk looked at
@@ -157,15 +157,15 @@ class DeviceBudget:
 
     def without(self, attempts: list[Attempt]) -> ResourceLimits:
         """What is left after some attempts, as limits of a process. Raises BudgetError where time is spent."""
-        left = []
+        remaining = []
         for limit, used in (
             (self.wall_s, sum(attempt.usage.wall_s for attempt in attempts)),
-            (self.cpu_s, sum(one.usage.cpu_s for one in attempts)),
+            (self.cpu_s, sum(attempt.usage.cpu_s for attempt in attempts)),
         ):
             if limit and used >= limit:
                 raise BudgetError(f"{used:.0f} s of {limit:.0f} s are used", "the same call again goes on with a new budget")
-            left.append(max(limit - used, 0.0))
-        return ResourceLimits(self.memory_bytes, *left)
+            remaining.append(max(limit - used, 0.0))
+        return ResourceLimits(self.memory_bytes, *remaining)
 
 
 def tune_within_budget(
@@ -206,7 +206,7 @@ class FallbackTuning:
         self.job, self.budget, self.key, self.policy, self.narrow = job, budget, key, policy, narrow
         self.out = Path(job.out)
         self.earlier = self._earlier()
-        self.before = self.earlier.attempts if self.earlier else []
+        self.earlier_attempts = self.earlier.attempts if self.earlier else []
         self.attempts: list[Attempt] = []
         self.signals = DeferredSignals()
         self._asked_at = 0.0
@@ -216,51 +216,55 @@ class FallbackTuning:
         """See `tune_within`."""
         if reason := self.policy():
             return self._end("paused", reason, {})
-        most_tokens = 0
+        max_tokens = 0
         plan: MemoryPlan | None = None
         while True:
             try:
-                plan = self._plan(planner, most_tokens)
-                left = self.budget.without(self.attempts)
+                plan = self._plan(planner, max_tokens)
+                limits = self.budget.without(self.attempts)
             except BudgetError as error:
                 if self.attempts:  # in no case silently: what was tried is in the receipt
-                    self._end("failed", error.problem, plan.held if plan else {})
+                    self._end("failed", error.problem, plan.breakdown if plan else {})
                 raise
-            attempt = self._attempt(plan, left)
+            attempt = self._attempt(plan, limits)
             self.attempts.append(attempt)
             if attempt.usage.exit_code == 0:
-                return self._end("done", "", plan.held)
+                return self._end("done", "", plan.breakdown)
             if _ran_out_of_memory(attempt):
                 # rungs are ordered by what they hold for one micro-batch, whatever was wrong in the prediction
-                most_tokens = plan.rung.micro_batch_tokens
+                max_tokens = plan.rung.micro_batch_tokens
                 continue
-            return self._ended(attempt, plan)
+            return self._end_unfinished(attempt, plan)
 
-    def _plan(self, planner: Planner, most_tokens: int) -> MemoryPlan:
-        killed = [item.rung for item in (*self.before, *self.attempts) if _ran_out_of_memory(item) and self._is_held(item)]
+    def _plan(self, planner: Planner, max_tokens: int) -> MemoryPlan:
+        killed = [
+            item.rung
+            for item in (*self.earlier_attempts, *self.attempts)
+            if _ran_out_of_memory(item) and self._would_fail_again(item)
+        ]
         narrow_bytes = sum(file.stat().st_size for file in self.narrow.glob("*.safetensors")) if self.narrow else 0
         limit = self.budget.memory_bytes
-        plan = planner.choose(limit, killed, most_tokens=most_tokens, narrow_bytes=narrow_bytes)
+        plan = planner.choose(limit, killed, max_tokens=max_tokens, narrow_bytes=narrow_bytes)
         # a save stands beside those that are kept before the oldest goes; with bf16 the adapter is smaller than counted
-        needed = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
-        if 0 < self.budget.disk_bytes < needed:
+        needed_bytes = (planner.recipe.checkpoints.keep + 2) * plan.checkpoint_bytes + FILES_BYTES
+        if 0 < self.budget.disk_bytes < needed_bytes:
             raise BudgetError(
-                f"checkpoints and the adapter want {needed:,} bytes of disk; the budget is {self.budget.disk_bytes:,}",
-                f"disk_bytes of {needed:,}, a lower rank, or checkpoints: {{keep: 1}}",
+                f"checkpoints and the adapter want {needed_bytes:,} bytes of disk; the budget is {self.budget.disk_bytes:,}",
+                f"disk_bytes of {needed_bytes:,}, a lower rank, or checkpoints: {{keep: 1}}",
             )
         return plan
 
-    def _is_held(self, one: Attempt) -> bool:
+    def _would_fail_again(self, attempt: Attempt) -> bool:
         """Whether a rung that was killed would be so again: under no larger limit than then."""
-        return not one.usage.limit_bytes or 0 < self.budget.memory_bytes <= one.usage.limit_bytes
+        return not attempt.usage.limit_bytes or 0 < self.budget.memory_bytes <= attempt.usage.limit_bytes
 
-    def _attempt(self, plan: MemoryPlan, left: ResourceLimits) -> Attempt:
+    def _attempt(self, plan: MemoryPlan, limits: ResourceLimits) -> Attempt:
         self.out.mkdir(parents=True, exist_ok=True)
-        file, said = self.out / "job.json", self.out / "stderr.txt"
+        file, stderr_file = self.out / "job.json", self.out / "stderr.txt"
         base = str(self.narrow) if self.narrow and plan.is_narrow else self.job.base
         replace(planned_job(self.job, plan.rung), base=base).write(file)
         self._stop = None
-        usage = resource_limits.run(tuner_command(file, said), left, environment=_environment(), stop=self._must_stop)
+        usage = resource_limits.run(tuner_command(file, stderr_file), limits, environment=_environment(), stop=self._must_stop)
         updates = _updates(self.out / "log.jsonl")
         if self._stop is not None:
             reason = self._stop.detail
@@ -276,10 +280,10 @@ class FallbackTuning:
         if self._stop is None and now - self._asked_at >= ASK_S:
             self._asked_at = now
             reason = self.policy()
-            self._stop = Stop(StopCause.POLICY, reason) if reason else self._over_disk()
+            self._stop = Stop(StopCause.POLICY, reason) if reason else self._check_disk()
         return self._stop is not None
 
-    def _over_disk(self) -> Stop | None:
+    def _check_disk(self) -> Stop | None:
         if not self.budget.disk_bytes:
             return None
         used = _used_bytes(self.out)
@@ -287,28 +291,28 @@ class FallbackTuning:
             return None
         return Stop(StopCause.DISK, f"disk: {used:,} of {self.budget.disk_bytes:,} bytes")
 
-    def _ended(self, attempt: Attempt, plan: MemoryPlan) -> Receipt:
+    def _end_unfinished(self, attempt: Attempt, plan: MemoryPlan) -> Receipt:
         """The receipt of a call that is not done; raises the tuner's error if it was one."""
         usage = attempt.usage
         if usage.killed in ("wall", "cpu"):
-            return self._end("spent", f"{usage.killed} time is up", plan.held)
+            return self._end("spent", f"{usage.killed} time is up", plan.breakdown)
         if self._stop is not None and self._stop.cause is StopCause.DISK:
-            return self._end("spent", attempt.reason, plan.held)
+            return self._end("spent", attempt.reason, plan.breakdown)
         if attempt.reason or usage.exit_code in (-2, -15, 130, 143):
-            return self._end("paused", attempt.reason or "a signal", plan.held)
+            return self._end("paused", attempt.reason or "a signal", plan.breakdown)
         error = _error(self.out / "stderr.txt", usage)
-        self._end("failed", error.problem, plan.held)
+        self._end("failed", error.problem, plan.breakdown)
         raise error
 
-    def _end(self, outcome: Outcome, reason: str, held: dict[str, int]) -> Receipt:
-        job, resumed = self.job, [item.updates for item in (*self.before, *self.attempts)[:-1] if item.updates]
+    def _end(self, outcome: Outcome, reason: str, breakdown: dict[str, int]) -> Receipt:
+        job, resumed = self.job, [item.updates for item in (*self.earlier_attempts, *self.attempts)[:-1] if item.updates]
         receipt = Receipt(
             SCHEMA,
             {"name": job.name, "digest": job.digest, "licence": job.licence},
             job.recipe,
             asdict(self.budget),
-            held,
-            [*self.before, *self.attempts],
+            breakdown,
+            [*self.earlier_attempts, *self.attempts],
             resumed,
             digests(self.out) if outcome == "done" else {},
             outcome,
@@ -321,11 +325,11 @@ class FallbackTuning:
     def _earlier(self) -> Receipt | None:
         """The receipt of the calls before, if this very device says so of this very job."""
         try:
-            found = verify_receipt(self.out, [self.key.public_key()])
+            receipt = verify_receipt(self.out, [self.key.public_key()])
         except (ArtifactError, SignatureError):
             return None
-        is_same = found.base["digest"] == self.job.digest and found.recipe == json.loads(json.dumps(self.job.recipe))
-        return found if is_same else None
+        is_same = receipt.base["digest"] == self.job.digest and receipt.recipe == json.loads(json.dumps(self.job.recipe))
+        return receipt if is_same else None
 
 
 def _ran_out_of_memory(attempt: Attempt) -> bool:
@@ -336,14 +340,23 @@ def _ran_out_of_memory(attempt: Attempt) -> bool:
 
 def planned_job(job: TuningJob, rung: MemorySetting) -> TuningJob:
     """The job as a rung has it done."""
-    compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.way.recompute}
+    compute = {"micro_batch_tokens": rung.micro_batch_tokens, "recompute": rung.mode.recompute}
     recipe = {**job.recipe, "compute": {**job.recipe.get("compute", {}), **compute}}
-    return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.way.zeroth)
+    return replace(job, recipe=recipe, top=rung.learning if rung.name == "layers" else 0, zeroth=rung.mode.zeroth)
 
 
-def tuner_command(job: Path, said: Path) -> list[str]:
-    """The tuner on the file `job`, its stderr into the file `said`."""
-    return ["/bin/sh", "-c", 'exec "$@" 2>"$0"', str(said), sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(job)]
+def tuner_command(job: Path, stderr_file: Path) -> list[str]:
+    """The tuner on the file `job`, its stderr into the file `stderr_file`."""
+    return [
+        "/bin/sh",
+        "-c",
+        'exec "$@" 2>"$0"',
+        str(stderr_file),
+        sys.executable,
+        "-m",
+        "sartor.edge.tuning.tuner_process",
+        str(job),
+    ]
 
 
 def _environment() -> dict[str, str]:
@@ -368,22 +381,22 @@ def _updates(log: Path) -> int:
 
 def _used_bytes(folder: Path) -> int:
     used = 0
-    for place, _, files in os.walk(folder):
+    for root, _, files in os.walk(folder):
         for name in files:
             try:
-                used += os.lstat(os.path.join(place, name)).st_size
+                used += os.lstat(os.path.join(root, name)).st_size
             except OSError:  # it was renamed between two looks
                 continue
     return used
 
 
-def _error(said: Path, usage: ResourceUsage) -> SartorError:
+def _error(stderr_file: Path, usage: ResourceUsage) -> SartorError:
     """What the tuner said on the last line of its stderr, as the error that it was."""
-    lines = said.read_text(encoding="utf-8", errors="replace").splitlines() if said.is_file() else []
+    lines = stderr_file.read_text(encoding="utf-8", errors="replace").splitlines() if stderr_file.is_file() else []
     try:
-        found = json.loads(lines[-1])["error"]
-        kind = getattr(errors, found["kind"], SartorError)
-        return kind(found["problem"], found["remedy"]) if issubclass(kind, SartorError) else SartorError("", "")
+        fields = json.loads(lines[-1])["error"]
+        kind = getattr(errors, fields["kind"], SartorError)
+        return kind(fields["problem"], fields["remedy"]) if issubclass(kind, SartorError) else SartorError("", "")
     except (IndexError, ValueError, KeyError, TypeError):
         last = lines[-1] if lines else "it said nothing"
-        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"look into {said}")
+        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"look into {stderr_file}")

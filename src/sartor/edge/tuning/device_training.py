@@ -48,15 +48,22 @@ class DeviceRun(TrainingRun):
         return AdamW(self.parameters, self.recipe.optimizer)
 
     def _foresee(self, recipe: Recipe) -> RunForecast:
-        rows, asked = self.data.train, recipe.compute.micro_batch_tokens
+        rows, micro_batch_tokens = self.data.train, recipe.compute.micro_batch_tokens
         longest = max(len(row.ids) for row in rows)
-        most = max(longest, min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS) if asked == "auto" else asked)
-        nothing = Interval(0.0, 0.0, 0.0)
+        max_tokens = max(
+            longest,
+            min(recipe.optimizer.batch_tokens, MICRO_BATCH_TOKENS) if micro_batch_tokens == "auto" else micro_batch_tokens,
+        )
+        no_memory = Interval(0.0, 0.0, 0.0)
         course = self._course_tokens(recipe)
-        evaluated = recipe.evaluations * sum(len(row.ids) for row in self.data.held_out)
+        evaluated_tokens = recipe.evaluations * sum(len(row.ids) for row in self.data.held_out)
         minutes = recipe.budget.minutes
         return RunForecast(
-            MicroBatchChoice(most, BatchLoad(), True, "planned"), nothing, course, evaluated, minutes and minutes * 60
+            MicroBatchChoice(max_tokens, BatchLoad(), True, "planned"),
+            no_memory,
+            course,
+            evaluated_tokens,
+            minutes and minutes * 60,
         )
 
     def _course_tokens(self, recipe: Recipe) -> int | None:
@@ -69,24 +76,32 @@ class DeviceRun(TrainingRun):
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See `Run`; the factors that are held still too."""
         tensors, facts = super().state()
-        return {**tensors, **{f"{_STILL}{name}": part.data for name, part in self._still().items()}}, facts
+        return {**tensors, **{f"{_STILL}{name}": parameter.data for name, parameter in self._frozen_factors().items()}}, facts
 
-    def _still(self) -> dict[str, torch.nn.Parameter]:
-        factors = {id(part) for part in self.model.factors().values()}
-        return {name: part for name, part in self.model.named_parameters() if id(part) in factors and not part.requires_grad}
+    def _frozen_factors(self) -> dict[str, torch.nn.Parameter]:
+        factors = {id(parameter) for parameter in self.model.factors().values()}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) in factors and not parameter.requires_grad
+        }
 
-    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], where: Path) -> None:
+    def _become(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any], source: Path) -> None:
         """See `Run`: of whatever learnt there, what learns here goes on, and what does not is held as it was."""
-        held = {name.removeprefix("adapter.").removeprefix(_STILL): part for name, part in tensors.items() if _is_factor(name)}
-        still = self._still()
-        if set(held) != {*self.named, *still} or any(held[name].shape != part.shape for name, part in still.items()):
-            raise ArtifactError(f"the factors in {where} do not fit this adapter", "start over in another directory")
+        factors = {
+            name.removeprefix("adapter.").removeprefix(_STILL): tensor for name, tensor in tensors.items() if _is_factor(name)
+        }
+        frozen = self._frozen_factors()
+        if set(factors) != {*self.named, *frozen} or any(
+            factors[name].shape != tensor.shape for name, tensor in frozen.items()
+        ):
+            raise ArtifactError(f"the factors in {source} do not fit this adapter", "start over in another directory")
         with torch.no_grad():
-            for name, part in still.items():
-                part.copy_(held[name])
-        mine = {f"adapter.{name}": held[name] for name in self.named}
-        mine |= {name: part for name, part in tensors.items() if not _is_factor(name)}
-        super()._become(mine, facts, where)
+            for name, tensor in frozen.items():
+                tensor.copy_(factors[name])
+        own_tensors = {f"adapter.{name}": factors[name] for name in self.named}
+        own_tensors |= {name: tensor for name, tensor in tensors.items() if not _is_factor(name)}
+        super()._become(own_tensors, facts, source)
 
 
 class ZerothRun(DeviceRun):
@@ -101,32 +116,32 @@ class ZerothRun(DeviceRun):
         return Still(self.parameters, self.recipe.optimizer)
 
     @torch.no_grad()
-    def _update(self, chosen: Sequence[TokenizedExample]) -> None:
-        began = time.monotonic()
+    def _update(self, rows: Sequence[TokenizedExample]) -> None:
+        start_s = time.monotonic()
         settings, rates = self.recipe.optimizer, self._rates()
         self._move(STEP)
-        up = self._loss(chosen)
+        loss_above = self._loss(rows)
         self._move(-2 * STEP)
-        down = self._loss(chosen)
+        loss_below = self._loss(rows)
         self._move(STEP)
-        slope, loss = (up - down) / (2 * STEP), (up + down) / 2
-        self._check(chosen, loss, abs(slope))
+        slope, loss = (loss_above - loss_below) / (2 * STEP), (loss_above + loss_below) / 2
+        self._check(rows, loss, abs(slope))
         if settings.weight_decay:
             for parameter in self.parameters:
                 parameter.mul_(1 - rates[0] * settings.weight_decay)
         self._move(-rates[0] * max(-settings.clip_norm, min(slope, settings.clip_norm)))
-        self._count(chosen, loss, abs(slope), rates, time.monotonic() - began)
+        self._count(rows, loss, abs(slope), rates, time.monotonic() - start_s)
 
-    def _move(self, far: float) -> None:
+    def _move(self, distance: float) -> None:
         """Every factor, along this update's direction."""
-        drawn = hashlib.sha256(f"{self.recipe.seed} {self.counters.updates}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:4], "big"))
+        seed_digest = hashlib.sha256(f"{self.recipe.seed} {self.counters.updates}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed_digest[:4], "big"))
         for parameter in self.parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=far)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=distance)
 
-    def _loss(self, chosen: Sequence[TokenizedExample]) -> float:
-        weight = sum(row.weight * row.supervised_tokens for row in chosen) or 1.0
-        return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(chosen))
+    def _loss(self, rows: Sequence[TokenizedExample]) -> float:
+        weight = sum(row.weight * row.supervised_tokens for row in rows) or 1.0
+        return sum(float(objectives.sft(*self.path.losses(micro), weight)) for micro in self._cut(rows))
 
 
 def _is_factor(name: str) -> bool:

@@ -71,8 +71,8 @@ class EnergyPolicy:
 
     def refusal(self) -> str:
         """Why the device may not tune now; empty if it may."""
-        found = read_power(self.root)
-        refused = dict(self._reasons(found))
+        reading = read_power(self.root)
+        refused = dict(self._reasons(reading))
         self._refused = set(refused)
         return "; ".join(refused.values())
 
@@ -83,22 +83,22 @@ class EnergyPolicy:
             self._looked_at, self._said = now, self.refusal()
         return bool(self._said)
 
-    def _reasons(self, found: PowerReading) -> Iterator[tuple[str, str]]:
+    def _reasons(self, reading: PowerReading) -> Iterator[tuple[str, str]]:
         """(what is remembered, the reason)."""
-        if found.faults and found.drains and self.min_battery:
-            yield "power", "; ".join(found.faults)
-        if self.ac_only and found.plugged != "yes":
-            yield "plug", "it is not plugged in" if found.plugged == "no" else "it does not say whether it is plugged in"
-        least = min(1.0, self.min_battery + BATTERY_MARGIN * ("battery" in self._refused))
-        if found.level is not None and found.drains and found.level < least:
-            yield "battery", f"the battery is at {found.level:.0%}, under {least:.0%}"
-        if found.notes and not found.zones:
-            yield "zones", "; ".join(found.notes)
-        for zone, celsius in found.zones.items():
-            most = min(self.max_temperature_c, BATTERY_C) if "bat" in zone.lower() else self.max_temperature_c
-            most -= TEMPERATURE_MARGIN_C * (zone in self._refused)
-            if celsius > most:
-                yield zone, f"{zone} is at {celsius:.1f} °C, over {most:g} °C"
+        if reading.faults and reading.drains and self.min_battery:
+            yield "power", "; ".join(reading.faults)
+        if self.ac_only and reading.plugged != "yes":
+            yield "plug", "it is not plugged in" if reading.plugged == "no" else "it does not say whether it is plugged in"
+        min_level = min(1.0, self.min_battery + BATTERY_MARGIN * ("battery" in self._refused))
+        if reading.level is not None and reading.drains and reading.level < min_level:
+            yield "battery", f"the battery is at {reading.level:.0%}, under {min_level:.0%}"
+        if reading.notes and not reading.zones:
+            yield "zones", "; ".join(reading.notes)
+        for zone, celsius in reading.zones.items():
+            limit_c = min(self.max_temperature_c, BATTERY_C) if "bat" in zone.lower() else self.max_temperature_c
+            limit_c -= TEMPERATURE_MARGIN_C * (zone in self._refused)
+            if celsius > limit_c:
+                yield zone, f"{zone} is at {celsius:.1f} °C, over {limit_c:g} °C"
 
 
 def read_power(root: Path = Path("/sys")) -> PowerReading:
@@ -121,11 +121,11 @@ def read_power(root: Path = Path("/sys")) -> PowerReading:
             plugs.append(_plugged(_word(supply / "online")))
         else:
             faults.append(f"{supply.name} says {kind!r:.40} for what it is")
-    plugged = _whether(plugs, states)
+    plugged = _plugged_in(plugs, states)
     zones: dict[str, float] = {}
     for zone in sorted((root / "class/thermal").glob("thermal_zone*")):
         celsius = _number(zone / "temp", COLDEST_C * 1000, HOTTEST_C * 1000)
-        name = _unlike(_word(zone / "type") or zone.name, zone.name, zones)
+        name = _unique_name(_word(zone / "type") or zone.name, zone.name, zones)
         if celsius is None:
             notes.append(f"the thermal zone {name} says {_word(zone / 'temp')!r:.40} for its thousandths of a degree")
         else:
@@ -139,7 +139,7 @@ def _plugged(online: str) -> Plugged:
     return {"0": "no", "1": "yes", "2": "yes"}.get(online, "unknown")  # type: ignore[return-value]
 
 
-def _whether(plugs: list[Plugged], states: list[str]) -> Plugged:
+def _plugged_in(plugs: list[Plugged], states: list[str]) -> Plugged:
     """By the supplies; where there is none, by what the batteries do."""
     if "yes" in plugs:
         return "yes"
@@ -152,8 +152,8 @@ def _whether(plugs: list[Plugged], states: list[str]) -> Plugged:
     return "yes" if all(state in ("Charging", "Full") for state in states) else "unknown"
 
 
-def _unlike(name: str, other: str, taken: dict[str, float]) -> str:
-    return f"{name} ({other})" if name in taken else name
+def _unique_name(name: str, suffix: str, zones: dict[str, float]) -> str:
+    return f"{name} ({suffix})" if name in zones else name
 
 
 def _word(file: Path) -> str:

@@ -56,20 +56,20 @@ def floor() -> MemoryBaseline:
 
 
 @functools.cache
-def _floor(kept: str) -> MemoryBaseline:
+def _floor(cache_folder: str) -> MemoryBaseline:
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), "no compiler")
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), "no compiler")
     key = " ".join([str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler])
-    file = Path(kept) / "floor.json"
+    file = Path(cache_folder) / "floor.json"
     try:
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        cache: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        known[key] = _measured()
-        write_file_atomic(file, json.dumps(known).encode())
-    return MemoryBaseline(**known[key])
+        cache = {}
+    if key not in cache:
+        cache[key] = _measure_baseline()
+        write_file_atomic(file, json.dumps(cache).encode())
+    return MemoryBaseline(**cache[key])
 
 
 def _sources() -> str:
@@ -79,18 +79,18 @@ def _sources() -> str:
     return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:12]
 
 
-def _measured() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="sartor-floor-") as place:
-        command = [sys.executable, "-m", "sartor.edge.tuning.baseline_measurement", place]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        problem = f"the tuner does not run on this machine: {done.stderr.strip().splitlines()[-1:]}"
+def _measure_baseline() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="sartor-floor-") as temp_folder:
+        command = [sys.executable, "-m", "sartor.edge.tuning.baseline_measurement", temp_folder]
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        problem = f"the tuner does not run on this machine: {completed.stderr.strip().splitlines()[-1:]}"
         raise MissingError(problem, "pip install 'sartor[edge]'")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 
 
-def held_bytes() -> int:
+def anonymous_bytes() -> int:
     """Anonymous and shared memory of this process now."""
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
@@ -117,7 +117,7 @@ class MemorySetting:
         return f"layers-{self.learning}" if self.name == "layers" else self.name
 
     @property
-    def way(self) -> MemoryMode:
+    def mode(self) -> MemoryMode:
         """As `peak_memory.py` reads it."""
         return MemoryMode(self.learning, self.name != "lora", self.name == "zeroth")
 
@@ -130,7 +130,7 @@ class MemoryPlan:
     """
 
     rung: MemorySetting
-    held: dict[str, int]
+    breakdown: dict[str, int]
     limit_bytes: int
     checkpoint_bytes: int
     is_narrow: bool
@@ -139,7 +139,7 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """Anonymous and shared memory at the peak."""
-        return total(self.held)
+        return total(self.breakdown)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,9 @@ class TokenFileStats:
 def rows_of(file: Path) -> TokenFileStats:
     """Read without torch. Raises ArtifactError where the file is not whole."""
     try:
-        with safe_open(str(file), framework="np") as opened:
-            lengths, learnt = opened.get_tensor("lengths").tolist(), opened.get_tensor("learnt")
-            count = int(opened.get_tensor("train")[0])
+        with safe_open(str(file), framework="np") as tokens_file:
+            lengths, learnt = tokens_file.get_tensor("lengths").tolist(), tokens_file.get_tensor("learnt")
+            count = int(tokens_file.get_tensor("train")[0])
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
     densest, low = 0.0, 0
@@ -168,81 +168,86 @@ def rows_of(file: Path) -> TokenFileStats:
 
 
 class Planner:
-    """What a job would hold on every rung. known: the floor, if not that of this machine."""
+    """What a job would hold on every rung. baseline: the floor, if not that of this machine."""
 
-    def __init__(self, job: TuningJob, known: MemoryBaseline | None = None) -> None:
+    def __init__(self, job: TuningJob, baseline: MemoryBaseline | None = None) -> None:
         self.job = job
         self.recipe = config.load(Recipe, job.recipe)
         self.shape: DeviceModelShape = shape_of(Path(job.base), self.recipe)
         self.rows = rows_of(Path(job.tokens))
-        self.floor = known or floor()
+        self.floor = baseline or floor()
 
     def rungs(self, barred: Collection[str] = ()) -> Iterator[MemorySetting]:
         """Every rung whose id is not barred, in order; within one, the largest micro-batch first."""
-        every = self.shape.adapted
-        fewer = sorted({count for count in (every * 2 // 3, every // 3, every // 6, 1) if 0 < count < every}, reverse=True)
+        all_layers = self.shape.adapted
+        fewer = sorted(
+            {count for count in (all_layers * 2 // 3, all_layers // 3, all_layers // 6, 1) if 0 < count < all_layers},
+            reverse=True,
+        )
         for name in NAMES:
             if name == "lora" and self.recipe.compute.recompute:
                 continue
-            for learning in fewer if name == "layers" else [every]:
+            for learning in fewer if name == "layers" else [all_layers]:
                 sizes = (MemorySetting(name, learning, size) for size in self._sizes())
                 yield from (rung for rung in sizes if rung.id not in barred)
 
-    def held(self, rung: MemorySetting) -> dict[str, int]:
+    def predict_peak(self, rung: MemorySetting) -> dict[str, int]:
         """What it is predicted to hold at its peak."""
         tokens = max(self.rows.longest, rung.micro_batch_tokens)
         supervised = min(tokens, round(tokens * self.rows.densest))
         is_part = tokens < max(self.recipe.optimizer.batch_tokens, self.rows.longest)
         load = DeviceLoad(tokens, supervised, self.rows.longest, is_part, self.rows.tokens)
-        way = replace(rung.way, native=self.floor.is_native)
-        return peak(self.shape, load, way, self.floor.held_bytes)
+        mode = replace(rung.mode, native=self.floor.is_native)
+        return peak(self.shape, load, mode, self.floor.held_bytes)
 
     def choose(
-        self, limit_bytes: int, barred: Collection[str] = (), *, most_tokens: int = 0, narrow_bytes: int = 0
+        self, limit_bytes: int, barred: Collection[str] = (), *, max_tokens: int = 0, narrow_bytes: int = 0
     ) -> MemoryPlan:
-        """The first rung that fits. limit_bytes: 0 for none. most_tokens: no larger micro-batch than that; 0 for any.
+        """The first rung that fits. limit_bytes: 0 for none. max_tokens: no larger micro-batch than that; 0 for any.
         narrow_bytes: of the same base in 4 bits; 0 if there is none.
 
         Raises BudgetError where none fits, with the least limit that would do.
         """
-        least: tuple[int, MemorySetting] | None = None
+        smallest: tuple[int, MemorySetting] | None = None
         for rung in self.rungs(barred):
-            if 0 < most_tokens < rung.micro_batch_tokens:
+            if 0 < max_tokens < rung.micro_batch_tokens:
                 continue
-            held = self.held(rung)
-            needed = round(total(held) / (1 - SPARE))
-            if not limit_bytes or needed <= limit_bytes:
-                return self._plan(rung, held, limit_bytes, narrow_bytes)
-            if least is None or needed < least[0]:
-                least = needed, rung
-        if least is None:
+            breakdown = self.predict_peak(rung)
+            needed_bytes = round(total(breakdown) / (1 - SPARE))
+            if not limit_bytes or needed_bytes <= limit_bytes:
+                return self._plan(rung, breakdown, limit_bytes, narrow_bytes)
+            if smallest is None or needed_bytes < smallest[0]:
+                smallest = needed_bytes, rung
+        if smallest is None:
             raise BudgetError(f"every rung is used up: {', '.join(sorted(barred))}", "a larger limit, or a smaller base")
         problem = f"no way to tune {self.job.name} fits in {limit_bytes / 1e6:,.0f} MB of memory"
         raise BudgetError(
-            problem, f"at least {_above(least[0]):,} bytes ({least[1].id}); shorter rows or a lower rank need less"
+            problem, f"at least {_round_up(smallest[0]):,} bytes ({smallest[1].id}); shorter rows or a lower rank need less"
         )
 
     def _sizes(self) -> list[int]:
         """Micro-batches, the largest first: whole multiples of the longest row."""
-        longest, asked = self.rows.longest, self.recipe.compute.micro_batch_tokens
-        most = self.recipe.optimizer.batch_tokens
-        most = min(most, MICRO_BATCH_TOKENS) if asked == "auto" else min(asked, most)
-        sizes, count = [], max(1, most // longest)
+        longest, micro_batch_tokens = self.rows.longest, self.recipe.compute.micro_batch_tokens
+        max_tokens = self.recipe.optimizer.batch_tokens
+        max_tokens = (
+            min(max_tokens, MICRO_BATCH_TOKENS) if micro_batch_tokens == "auto" else min(micro_batch_tokens, max_tokens)
+        )
+        sizes, count = [], max(1, max_tokens // longest)
         while count:
             sizes.append(count * longest)
             count //= 2
         return sizes
 
-    def _plan(self, rung: MemorySetting, held: dict[str, int], limit_bytes: int, narrow_bytes: int) -> MemoryPlan:
+    def _plan(self, rung: MemorySetting, breakdown: dict[str, int], limit_bytes: int, narrow_bytes: int) -> MemoryPlan:
         # mapped pages are not held, but where they find no room they are read again with each pass
-        room = limit_bytes - total(held) if limit_bytes else self.shape.base_bytes
-        is_narrow = 0 < narrow_bytes < self.shape.base_bytes and room < self.shape.base_bytes
+        free_bytes = limit_bytes - total(breakdown) if limit_bytes else self.shape.base_bytes
+        is_narrow = 0 < narrow_bytes < self.shape.base_bytes and free_bytes < self.shape.base_bytes
         reason = f"the first that fits in {limit_bytes / 1e6:,.0f} MB" if limit_bytes else "no limit"
         if is_narrow:
-            reason += f"; {room / 1e6:,.0f} MB are left for pages of the base, so it is read in 4 bits"
-        return MemoryPlan(rung, held, limit_bytes, state_bytes(self.shape, rung.way), is_narrow, reason)
+            reason += f"; {free_bytes / 1e6:,.0f} MB are left for pages of the base, so it is read in 4 bits"
+        return MemoryPlan(rung, breakdown, limit_bytes, state_bytes(self.shape, rung.mode), is_narrow, reason)
 
 
-def _above(number: int) -> int:
+def _round_up(number: int) -> int:
     """Rounded up to a million."""
     return -(-number // 1_000_000) * 1_000_000

@@ -116,27 +116,27 @@ def shape_of(base: Path, recipe: Recipe) -> DeviceModelShape:
         raise ModelError(f"{base / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
 
 
-def peak(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode, floor_bytes: int) -> dict[str, int]:
+def peak(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, floor_bytes: int) -> dict[str, int]:
     """What is held at the peak, by what it is, in bytes; its sum is the peak."""
-    factors, learnt = shape.adapted * shape.layer_factors, way.learning * shape.layer_factors
-    moments = 0 if way.zeroth else 2 * learnt
-    work = _zeroth(shape, load, way) if way.zeroth else _gradients(shape, load, way, learnt)
+    factors, learnt = shape.adapted * shape.layer_factors, mode.learning * shape.layer_factors
+    moments = 0 if mode.zeroth else 2 * learnt
+    peak_work = _zeroth(shape, load, mode) if mode.zeroth else _gradients(shape, load, mode, learnt)
     return {
         "floor": floor_bytes + SLACK_BYTES,
         "rows": ROW_TOKEN_BYTES * load.rows_tokens,
         "factors": FLOAT_BYTES * factors,
         "moments": FLOAT_BYTES * moments,
-        **{name: FLOAT_BYTES * size for name, size in work.items()},
+        **{name: FLOAT_BYTES * size for name, size in peak_work.items()},
     }
 
 
-def state_bytes(shape: DeviceModelShape, way: MemoryMode) -> int:
+def state_bytes(shape: DeviceModelShape, mode: MemoryMode) -> int:
     """A checkpoint."""
-    factors, learnt = shape.adapted * shape.layer_factors, way.learning * shape.layer_factors
-    return FLOAT_BYTES * (factors + (0 if way.zeroth else 2 * learnt))
+    factors, learnt = shape.adapted * shape.layer_factors, mode.learning * shape.layer_factors
+    return FLOAT_BYTES * (factors + (0 if mode.zeroth else 2 * learnt))
 
 
-def _kept(shape: DeviceModelShape, tokens: int, tail: int) -> int:
+def _saved_for_backward(shape: DeviceModelShape, tokens: int, tail: int) -> int:
     """What a block keeps for its backward pass; `tail` of its tokens go on after attention."""
     low = shape.rank * sum(name in ("q_proj", "k_proj", "v_proj") for name in shape.targets)
     low_tail = shape.rank * (len(shape.targets)) - low
@@ -144,71 +144,79 @@ def _kept(shape: DeviceModelShape, tokens: int, tail: int) -> int:
     return head + tail * (shape.width + 1 + 2 * shape.inner + low_tail)
 
 
-def _attention(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
+def _attention(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
     """What attention holds besides its input and result: torch's own operations keep two numbers for each two tokens."""
-    if way.native:
+    if mode.native:
         return 0
-    gathered = 5 * load.tokens * shape.qkv
-    return gathered + (0 if load.longest > BLOCKED_TOKENS else 2 * shape.heads * load.tokens * load.longest)
+    copied = 5 * load.tokens * shape.qkv
+    return copied + (0 if load.longest > BLOCKED_TOKENS else 2 * shape.heads * load.tokens * load.longest)
 
 
-def _forward(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
+def _forward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
     """The fullest moment of a block's forward pass, without its input."""
     t, d, i = load.tokens, shape.width, shape.inner
-    attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, way)
+    attention = t * (shape.qkv + shape.mixed) + _attention(shape, load, mode)
     first = t * (shape.qkv + shape.mixed + d + d + 2 * i) + 2 * i * d
-    second = _kept(shape, t, t) + t * i * (1 if way.native else 2) + d * i + t * d
+    second = _saved_for_backward(shape, t, t) + t * i * (1 if mode.native else 2) + d * i + t * d
     return max(attention, first, second)
 
 
-def _backward(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> int:
+def _backward(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> int:
     """The fullest moment of a block's backward pass, with the gradient that it gets, without its input and what is kept."""
     t, d, i = load.tokens, shape.width, shape.inner
     through_down = d * i + t * i
-    through_glu = (2 if way.native else 7) * t * i
+    through_glu = (2 if mode.native else 7) * t * i
     through_gate_up = 2 * t * d + 2 * i * d
-    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i + _attention(shape, load, way)
+    attention = t * (d + shape.mixed + shape.qkv) - 2 * t * i + _attention(shape, load, mode)
     through_qkv = t * (d + shape.mixed + shape.qkv + 2 * d) + shape.qkv * d - 2 * t * i
     return t * d + max(through_down, through_glu, through_gate_up, attention, through_qkv)
 
 
-def _head(shape: DeviceModelShape, load: DeviceLoad, wants: bool) -> int:
+def _head(shape: DeviceModelShape, load: DeviceLoad, with_gradients: bool) -> int:
     """Hidden rows twice, normed, their slopes and aims; a slice of the head and one of the logits."""
     rows = min(load.supervised, LOGITS_BYTES // (HEAD_SLICE * FLOAT_BYTES))
     chunk = min(HEAD_SLICE, shape.vocabulary)
-    held = load.supervised * shape.width * (4 if wants else 3)
-    return held + chunk * shape.width + rows * chunk + rows * shape.width
+    hidden = load.supervised * shape.width * (4 if with_gradients else 3)
+    return hidden + chunk * shape.width + rows * chunk + rows * shape.width
 
 
-def _gradients(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode, learnt: int) -> dict[str, int]:
+def _gradients(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, learnt: int) -> dict[str, int]:
     """Of the moments that can be the fullest, the fullest: the head, the first and the last block of the backward pass."""
     x, tokens = load.tokens * shape.width, load.tokens
-    before = learnt if load.is_part else 0
-    if way.recompute:
-        every, one, inside = way.learning * x, x, _kept(shape, tokens, tokens)
-        inside = max(inside + _backward(shape, load, way), _forward(shape, load, way) + x)
+    gradients_before = learnt if load.is_part else 0
+    if mode.recompute:
+        activations, block_activations, block = mode.learning * x, x, _saved_for_backward(shape, tokens, tokens)
+        block = max(block + _backward(shape, load, mode), _forward(shape, load, mode) + x)
     else:
-        kept = _kept(shape, tokens, tokens)
-        last = _kept(shape, tokens, min(tokens, load.supervised))
-        every, one, inside = way.learning * x + (way.learning - 1) * kept + last, x + kept, _backward(shape, load, way)
+        saved = _saved_for_backward(shape, tokens, tokens)
+        last = _saved_for_backward(shape, tokens, min(tokens, load.supervised))
+        activations, block_activations, block = (
+            mode.learning * x + (mode.learning - 1) * saved + last,
+            x + saved,
+            _backward(shape, load, mode),
+        )
     moments: list[dict[str, int]] = [
-        {"activations": every, "head": _head(shape, load, True), "gradients": before},
-        {"activations": every, "block": inside, "gradients": before},
-        {"activations": one, "block": inside, "gradients": learnt},
-        {"activations": x + every - one, "block": _forward(shape, load, way), "gradients": before},
+        {"activations": activations, "head": _head(shape, load, True), "gradients": gradients_before},
+        {"activations": activations, "block": block, "gradients": gradients_before},
+        {"activations": block_activations, "block": block, "gradients": learnt},
+        {
+            "activations": x + activations - block_activations,
+            "block": _forward(shape, load, mode),
+            "gradients": gradients_before,
+        },
     ]
     return max(moments, key=total)
 
 
-def _zeroth(shape: DeviceModelShape, load: DeviceLoad, way: MemoryMode) -> dict[str, int]:
+def _zeroth(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode) -> dict[str, int]:
     x = load.tokens * shape.width
     direction = shape.rank * max(shape.width, shape.inner)
-    forward: dict[str, int] = {"activations": x, "block": _forward(shape, load, way)}
+    forward: dict[str, int] = {"activations": x, "block": _forward(shape, load, mode)}
     head: dict[str, int] = {"head": _head(shape, load, False)}
     fullest = max([forward, head], key=total)
     return {**fullest, "direction": direction}
 
 
-def total(held: Mapping[str, int]) -> int:
+def total(breakdown: Mapping[str, int]) -> int:
     """The peak."""
-    return sum(held.values())
+    return sum(breakdown.values())

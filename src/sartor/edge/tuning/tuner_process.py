@@ -49,39 +49,39 @@ SCHEMA = "1"
 
 def write_tokens(rows: TokenizedDataset, file: Path) -> None:
     """Write what `read_tokens` reads. Whoever calls moves the file to its place."""
-    every = [*rows.train, *rows.held_out]
+    all_rows = [*rows.train, *rows.held_out]
     save_file(
         {
-            "ids": torch.tensor([token for row in every for token in row.ids], dtype=torch.int32),
-            "learnt": torch.tensor([on for row in every for on in row.learnt], dtype=torch.uint8),
-            "lengths": torch.tensor([len(row.ids) for row in every], dtype=torch.int64),
-            "weights": torch.tensor([row.weight for row in every], dtype=torch.float64),
+            "ids": torch.tensor([token for row in all_rows for token in row.ids], dtype=torch.int32),
+            "learnt": torch.tensor([is_learnt for row in all_rows for is_learnt in row.learnt], dtype=torch.uint8),
+            "lengths": torch.tensor([len(row.ids) for row in all_rows], dtype=torch.int64),
+            "weights": torch.tensor([row.weight for row in all_rows], dtype=torch.float64),
             "train": torch.tensor([len(rows.train)]),
         },
         str(file),
-        {"schema": SCHEMA, "example_ids": "\n".join(row.example_id for row in every)},
+        {"schema": SCHEMA, "example_ids": "\n".join(row.example_id for row in all_rows)},
     )
 
 
 def read_tokens(file: Path) -> TokenizedDataset:
     """The rows of a file. Raises ArtifactError where it is not whole, or of another schema."""
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            said = opened.metadata() or {}
-            parts = {name: opened.get_tensor(name) for name in ("ids", "learnt", "lengths", "weights", "train")}
+        with safe_open(str(file), framework="pt") as tokens_file:
+            metadata = tokens_file.metadata() or {}
+            tensors = {name: tokens_file.get_tensor(name) for name in ("ids", "learnt", "lengths", "weights", "train")}
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
-    if said.get("schema") != SCHEMA:
-        raise ArtifactError(f"{file} is of schema {said.get('schema')!r}; this Sartor reads {SCHEMA}", "make it again")
-    every, count = list(_rows(parts, said["example_ids"].split("\n"))), int(parts["train"][0])
-    return TokenizedDataset(every[:count], every[count:], lengths=[len(row.ids) for row in every])
+    if metadata.get("schema") != SCHEMA:
+        raise ArtifactError(f"{file} is of schema {metadata.get('schema')!r}; this Sartor reads {SCHEMA}", "make it again")
+    all_rows, count = list(_rows(tensors, metadata["example_ids"].split("\n"))), int(tensors["train"][0])
+    return TokenizedDataset(all_rows[:count], all_rows[count:], lengths=[len(row.ids) for row in all_rows])
 
 
-def _rows(parts: dict[str, torch.Tensor], names: list[str]) -> Iterator[TokenizedExample]:
+def _rows(tensors: dict[str, torch.Tensor], names: list[str]) -> Iterator[TokenizedExample]:
     low = 0
-    for length, weight, name in zip(parts["lengths"].tolist(), parts["weights"].tolist(), names, strict=True):
+    for length, weight, name in zip(tensors["lengths"].tolist(), tensors["weights"].tolist(), names, strict=True):
         high = low + length
-        yield TokenizedExample(parts["ids"][low:high].tolist(), parts["learnt"][low:high].bool().tolist(), name, weight)
+        yield TokenizedExample(tensors["ids"][low:high].tolist(), tensors["learnt"][low:high].bool().tolist(), name, weight)
         low = high
 
 
@@ -101,8 +101,8 @@ class DeviceBase:
 
     def path(self, model: Any, rows: Sequence[TokenizedExample], wish: LossOptions) -> LossBackend:
         """The fast path, whose activations are computed again in the backward pass if the recipe says so."""
-        made, reason = kernels.choose_kernels(self.device)
-        fast = FusedDecoder(model, made, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
+        chosen_kernels, reason = kernels.choose_kernels(self.device)
+        fast = FusedDecoder(model, chosen_kernels, recompute=wish.recompute, logits_bytes=LOGITS_BYTES)
         return FusedBackend(fast, self.device, f"llama block by hand, {reason}; weights mapped", wish.share)
 
 
@@ -119,7 +119,9 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     if job.start:
         load_factors(model, Path(job.start))
     model.learn(job.top, job.share.factors)
-    ground = DeviceBase(BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), getattr(torch, DTYPE))
+    device_base = DeviceBase(
+        BaseRef(job.name, Path(job.base), job.digest, job.licence), torch.device("cpu"), getattr(torch, DTYPE)
+    )
     checkpoint = newest(out / "checkpoints").checkpoint
     if checkpoint:
         check_numerics(checkpoint, f"start over with rm -r {out / 'checkpoints'}")
@@ -128,10 +130,10 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint and is_open else None
     unchanging = {"environment": {"dtype": DTYPE}, "numerics": numerics(DTYPE)}
     saver = Saver(out / "checkpoints", recipe.checkpoints, unchanging, checkpoint)
-    so_far = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
-    with TrainingLog(out / "log.jsonl", show=show, **so_far) as journal:
+    earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
+    with TrainingLog(out / "log.jsonl", show=show, **earlier_log) as journal:
         kind = ZerothRun if job.zeroth else DeviceRun
-        run = kind(recipe, ground, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
+        run = kind(recipe, device_base, model, read_tokens(Path(job.tokens)), journal, saver, resolved)
         run.take(job.share)
         if checkpoint:
             run.restore(checkpoint)
@@ -156,8 +158,8 @@ def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
     """The model with fresh factors where a method wants them: nothing else learns. Raises ConfigError for another method."""
     if method.kind != "lora" or method.dropout:
         raise ConfigError(f"a device tunes plain LoRA without dropout, not {method.kind}", "method: {kind: lora}")
-    wished = method.targets.modules
-    targets = (*ATTENTION, *MLP) if wished == "all-linear" else tuple(wished)
+    modules = method.targets.modules
+    targets = (*ATTENTION, *MLP) if modules == "all-linear" else tuple(modules)
     if unknown := set(targets) - {*ATTENTION, *MLP}:
         raise ConfigError(f"the base has no {', '.join(sorted(unknown))}", f"targets of {', '.join((*ATTENTION, *MLP))}")
     for parameter in model.parameters():
@@ -169,17 +171,17 @@ def adapted(model: MappedLlama, method: Lora, seed: int = 0) -> MappedLlama:
 def load_factors(model: MappedLlama, folder: Path) -> None:
     """Put the factors of an adapter that stands into the model. Raises ModelError where they are not those that it has."""
     try:
-        held = load_file(str(folder / "adapter_model.safetensors"))
+        stored = load_file(str(folder / "adapter_model.safetensors"))
     except Exception as error:  # safetensors' own errors have no common base but Exception
         raise ModelError(f"the adapter {folder} is not whole: {error}", "sync it again") from None
-    wanted = {name: factor.shape for name, factor in model.factors().items()}
-    if {name: factor.shape for name, factor in held.items()} != wanted:
+    shapes = {name: factor.shape for name, factor in model.factors().items()}
+    if {name: factor.shape for name, factor in stored.items()} != shapes:
         raise ModelError(
             f"the adapter {folder} has other factors than its recipe says", "its rank, targets, layers; or sync again"
         )
     with torch.no_grad():
         for name, factor in model.factors().items():
-            factor.copy_(held[name])
+            factor.copy_(stored[name])
 
 
 def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> None:
@@ -202,8 +204,8 @@ def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> Non
     }
     dtype = torch.bfloat16 if job.store == "bf16" else torch.float32
     factors = {name: factor.detach().to(dtype) for name, factor in model.factors().items()}
-    with create_file_atomic(out / "adapter_model.safetensors") as part:
-        write_tensors(factors, part, {"format": "pt"})
+    with create_file_atomic(out / "adapter_model.safetensors") as temp_file:
+        write_tensors(factors, temp_file, {"format": "pt"})
     write_file_atomic(out / "adapter_config.json", f"{json.dumps(fields, indent=2, sort_keys=True)}\n".encode())
 
 
@@ -213,11 +215,13 @@ def main(arguments: Sequence[str]) -> int:
         _give_back_at_once()
         tune(read_job(Path(arguments[0])))
     except SartorError as error:
-        return _told(error)
+        return _report_error(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        return _told(BudgetError(f"memory failed: {str(error).splitlines()[0]}", "a smaller micro-batch, rank or fewer layers"))
+        return _report_error(
+            BudgetError(f"memory failed: {str(error).splitlines()[0]}", "a smaller micro-batch, rank or fewer layers")
+        )
     return 0
 
 
@@ -232,7 +236,7 @@ def _give_back_at_once() -> None:
         mallopt(_M_MMAP_MAX, 1 << 20)
 
 
-def _told(error: SartorError) -> int:
+def _report_error(error: SartorError) -> int:
     fields = {"error": {"kind": error.kind, "problem": error.problem, "remedy": error.remedy}}
     sys.stderr.write(json.dumps(fields) + "\n")
     return error.exit_code

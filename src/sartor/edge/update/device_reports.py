@@ -64,14 +64,14 @@ def read_report(content: bytes) -> tuple[Report, Any]:
         signature = fields.pop("signature")
         if (fields.pop("schema"), fields.pop("kind")) != (SCHEMA, KIND):
             raise ValueError("another schema or kind")
-        found = Report(**fields)
+        report = Report(**fields)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
-    numbers = type(found.ring) is int and type(found.time) is int
-    words = found.outcome in ("pass", "fail") and found.reason in ("", *HealthReason)
-    if not (numbers and words and all(map(is_valid_name, (found.device, found.name, found.version)))):
+    numbers = type(report.ring) is int and type(report.time) is int
+    words = report.outcome in ("pass", "fail") and report.reason in ("", *HealthReason)
+    if not (numbers and words and all(map(is_valid_name, (report.device, report.name, report.version)))):
         raise ArtifactError("a field of this report has another form", "look at who sends it")
-    return found, signature
+    return report, signature
 
 
 def check_id(device: str) -> None:
@@ -80,43 +80,43 @@ def check_id(device: str) -> None:
         raise ConfigError(f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'")
 
 
-def due(store: ReleaseStore, name: str, device: str, said: dict[str, str]) -> Iterator[Report]:
-    """What is to be said of `name` and was not yet; `said`: version -> outcome."""
+def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str]) -> Iterator[Report]:
+    """What is to be said of `name` and was not yet; `outcomes`: version -> outcome."""
     now, ring = int(time.time()), ring_of(device)
-    for version, why in store.refused(name).items():
-        if said.get(version) != "fail":
-            yield Report(device, name, version, ring, "fail", HealthReason.parse(why).value, now)
+    for version, reason in store.refused(name).items():
+        if outcomes.get(version) != "fail":
+            yield Report(device, name, version, ring, "fail", HealthReason.parse(reason).value, now)
     current = store.current(name)
-    if current and not current.trial and said.get(current.version) != "pass":
+    if current and not current.trial and outcomes.get(current.version) != "pass":
         yield Report(device, name, current.version, ring, "pass", "", now)
 
 
-def send_due(store: ReleaseStore, name: str, device: str, key: Path, where: str, folder: Path) -> list[Report]:
+def send_due(store: ReleaseStore, name: str, device: str, key: Path, destination: str, folder: Path) -> list[Report]:
     """Sign and send what is to be said, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
 
     Raises MissingError where it cannot be sent: the next sync says it again.
     """
     check_id(device)
     private = signing.open_private(key)
-    memory = _remembered(folder)
-    said = memory.setdefault(name, {})
+    memory = _read_memory(folder)
+    outcomes = memory.setdefault(name, {})
     sent = []
-    for report in due(store, name, device, dict(said)):
-        _send(report.signed(private), report, where)
-        said[report.version] = report.outcome
+    for report in due(store, name, device, dict(outcomes)):
+        _send(report.signed(private), report, destination)
+        outcomes[report.version] = report.outcome
         write_file_atomic(folder / _MEMORY, records.canonical(memory))
         sent.append(report)
     return sent
 
 
-def _send(document: bytes, report: Report, where: str) -> None:
-    if where.startswith(("http://", "https://")):
-        Fetcher().post(where, document)
+def _send(document: bytes, report: Report, destination: str) -> None:
+    if destination.startswith(("http://", "https://")):
+        Fetcher().post(destination, document)
     else:
-        write_file_atomic(Path(where) / f"{report.device}.{report.name}.{report.version}.json", document)
+        write_file_atomic(Path(destination) / f"{report.device}.{report.name}.{report.version}.json", document)
 
 
-def _remembered(folder: Path) -> dict[str, dict[str, str]]:
+def _read_memory(folder: Path) -> dict[str, dict[str, str]]:
     """What was said already; a memory that is lost costs one more report, which counts once."""
     try:
         fields = json.loads((folder / _MEMORY).read_bytes())

@@ -72,21 +72,21 @@ class Fetcher:
     fetched_bytes: int = 0
     broken: list[str] = field(default_factory=list)  # what failed and was tried again
 
-    def small(self, url: str, most_bytes: int) -> bytes | None:
+    def small(self, url: str, max_bytes: int) -> bytes | None:
         """A whole small file; None where the mirror has none. Raises MissingError: unreachable, too slow, cut too often;
-        ArtifactError: more than `most_bytes`.
+        ArtifactError: more than `max_bytes`.
         """
-        parts = bytearray()
+        buffer = bytearray()
 
         def take(offset: int, content: bytes) -> None:
-            del parts[offset:]
-            parts.extend(content)
+            del buffer[offset:]
+            buffer.extend(content)
 
         try:
-            self._until_done(url, most_bytes, exact=False, done=lambda: len(parts), take=take)
+            self._until_done(url, max_bytes, exact=False, done=lambda: len(buffer), take=take)
         except AbsentError:
             return None
-        return bytes(parts)
+        return bytes(buffer)
 
     def resume(self, url: str, length: int, done: Callable[[], int], take: Sink) -> None:
         """Bring a file of exactly `length` bytes from the offset `done()` on; `take(offset, content)` keeps what comes.
@@ -102,14 +102,14 @@ class Fetcher:
 
     def post(self, url: str, body: bytes) -> None:
         """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no address."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        url_parts = urllib.parse.urlsplit(url)
+        if url_parts.scheme not in ("http", "https") or not url_parts.hostname:
             raise ConfigError(f"{url} is no http or https address", "give an address, or a folder")
         try:
-            connection = _connection(parts, self.limits)
+            connection = _connection(url_parts, self.limits)
             try:
-                with _watched(connection, self.limits.grace_s + self.limits.connect_s):
-                    status = _asked(connection, parts, 0, body).status
+                with _close_after(connection, self.limits.grace_s + self.limits.connect_s):
+                    status = _request(connection, url_parts, 0, body).status
             finally:
                 connection.close()
         except TransientDownloadError as error:
@@ -120,15 +120,15 @@ class Fetcher:
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
         failures = 0
         while True:
-            before = done()
+            offset = done()
             try:
-                self._once(url, before, length, exact=exact, take=take)
+                self._once(url, offset, length, exact=exact, take=take)
                 if not exact or done() >= length:
                     return
                 raise TransientDownloadError(f"it ended after {done():,} of {length:,} bytes")
             except TransientDownloadError as error:
                 self.broken.append(str(error))
-                failures = 1 if done() > before else failures + 1
+                failures = 1 if done() > offset else failures + 1
                 if failures >= self.limits.attempts:
                     raise MissingError(
                         f"{url}: {error}; {done():,} bytes are here, and {failures} attempts in a row brought no more",
@@ -140,66 +140,66 @@ class Fetcher:
         """One attempt: at most `length - offset` bytes are kept, in pieces of CHUNK_BYTES; also what a broken one brought."""
         # what is no exact length is small, and begun anew
         offset = offset if exact else 0
-        with self._opened(url, offset, length) as body:
+        with self._open_body(url, offset, length) as body:
             if exact and body.length is not None and body.start + body.length > length:
                 raise _too_long(url, length, f"{body.start + body.length:,}")
-            skip, held, at = offset - body.start, bytearray(), offset
+            skip, pending, position = offset - body.start, bytearray(), offset
             try:
                 for piece in self._pieces(url, body, length):
                     fresh = piece[skip:] if skip else piece
                     skip -= len(piece) - len(fresh)
-                    held += fresh
-                    if len(held) >= CHUNK_BYTES:
-                        take(at, bytes(held))
-                        at, held = at + len(held), bytearray()
+                    pending += fresh
+                    if len(pending) >= CHUNK_BYTES:
+                        take(position, bytes(pending))
+                        position, pending = position + len(pending), bytearray()
             finally:
-                if held:
-                    take(at, bytes(held))
+                if pending:
+                    take(position, bytes(pending))
 
     def _pieces(self, url: str, body: Body, length: int) -> Iterator[bytes]:
         """What is read, as it comes. Reads one byte more than is allowed, to see that there is an end."""
-        began, got = time.monotonic(), 0
+        start_s, received_bytes = time.monotonic(), 0
         while True:
-            room = length - body.start - got
+            allowed_bytes = length - body.start - received_bytes
             try:
-                piece = body.read(min(CHUNK_BYTES, room) if room else 1)
+                piece = body.read(min(CHUNK_BYTES, allowed_bytes) if allowed_bytes else 1)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise TransientDownloadError(f"it broke off ({type(error).__name__})") from None
             if not piece:
-                if body.length is not None and got < body.length:
-                    raise TransientDownloadError(f"it was cut after {got:,} of {body.length:,} bytes")
+                if body.length is not None and received_bytes < body.length:
+                    raise TransientDownloadError(f"it was cut after {received_bytes:,} of {body.length:,} bytes")
                 return
-            got += len(piece)
+            received_bytes += len(piece)
             self.fetched_bytes += len(piece)
-            if not room:
+            if not allowed_bytes:
                 raise _too_long(url, length, "more")
             yield piece
-            if body.length is not None and got >= body.length:
+            if body.length is not None and received_bytes >= body.length:
                 return
-            spent = time.monotonic() - began - self.limits.grace_s
-            if spent > 0 and got < spent * self.limits.least_bytes_per_s:
-                raise TransientDownloadError(f"it drips: {got:,} bytes in {spent + self.limits.grace_s:.0f} s")
+            overtime_s = time.monotonic() - start_s - self.limits.grace_s
+            if overtime_s > 0 and received_bytes < overtime_s * self.limits.least_bytes_per_s:
+                raise TransientDownloadError(f"it drips: {received_bytes:,} bytes in {overtime_s + self.limits.grace_s:.0f} s")
 
     @contextmanager
-    def _opened(self, url: str, offset: int, length: int) -> Iterator[Body]:
+    def _open_body(self, url: str, offset: int, length: int) -> Iterator[Body]:
         for _ in range(self.limits.redirects + 1):
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme == "file":
+            url_parts = urllib.parse.urlsplit(url)
+            if url_parts.scheme == "file":
                 with _local(url, offset) as body:
                     yield body
                 return
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if url_parts.scheme not in ("http", "https") or not url_parts.hostname:
                 raise ConfigError(f"{url} is no http, https or file address", "give the address of the repository's folder")
-            connection = _connection(parts, self.limits)
+            connection = _connection(url_parts, self.limits)
             try:
-                with _watched(connection, self.limits.grace_s + self.limits.connect_s):
-                    answer = _asked(connection, parts, offset)
-                if answer.status in _REDIRECTS:
-                    url = _next(url, answer.getheader("Location", ""))
+                with _close_after(connection, self.limits.grace_s + self.limits.connect_s):
+                    response = _request(connection, url_parts, offset)
+                if response.status in _REDIRECTS:
+                    url = _next(url, response.getheader("Location", ""))
                     continue
                 seconds = self.limits.grace_s + (length - offset) / self.limits.least_bytes_per_s
-                with _watched(connection, seconds):
-                    yield _body(url, answer, offset, length)
+                with _close_after(connection, seconds):
+                    yield _body(url, response, offset, length)
                 return
             finally:
                 connection.close()
@@ -217,14 +217,14 @@ def _local(url: str, offset: int) -> Iterator[Body]:
         raise AbsentError("no such file") from None
 
 
-def _connection(parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http.client.HTTPConnection:
-    assert parts.hostname
-    if parts.scheme == "https":
+def _connection(url_parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http.client.HTTPConnection:
+    assert url_parts.hostname
+    if url_parts.scheme == "https":
         context = ssl.create_default_context()
         result: http.client.HTTPConnection
-        result = http.client.HTTPSConnection(parts.hostname, parts.port, timeout=limits.connect_s, context=context)
+        result = http.client.HTTPSConnection(url_parts.hostname, url_parts.port, timeout=limits.connect_s, context=context)
     else:
-        result = http.client.HTTPConnection(parts.hostname, parts.port, timeout=limits.connect_s)
+        result = http.client.HTTPConnection(url_parts.hostname, url_parts.port, timeout=limits.connect_s)
     try:
         result.connect()
         assert result.sock is not None
@@ -236,7 +236,7 @@ def _connection(parts: urllib.parse.SplitResult, limits: DownloadLimits) -> http
 
 
 @contextmanager
-def _watched(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
+def _close_after(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
     """End the connection after `seconds`: a timeout of the socket counts from byte to byte, and a drip never meets it."""
     sock = connection.sock
 
@@ -255,11 +255,11 @@ def _watched(connection: http.client.HTTPConnection, seconds: float) -> Iterator
         timer.cancel()
 
 
-def _asked(
-    connection: http.client.HTTPConnection, parts: urllib.parse.SplitResult, offset: int, body: bytes | None = None
+def _request(
+    connection: http.client.HTTPConnection, url_parts: urllib.parse.SplitResult, offset: int, body: bytes | None = None
 ) -> http.client.HTTPResponse:
     """The head of an answer: to a GET, from `offset` on; with a body to a POST of it."""
-    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    request_target = urllib.parse.urlunsplit(("", "", url_parts.path or "/", url_parts.query, ""))
     # identity: a compressed answer could unpack to any size, and a range of one is no range of the file
     headers = {"Accept-Encoding": "identity", "User-Agent": "sartor", "Connection": "close"}
     if offset:
@@ -267,7 +267,7 @@ def _asked(
     try:
         if body is not None:
             headers["Content-Type"] = "application/json"
-        connection.request("GET" if body is None else "POST", target, body, headers)
+        connection.request("GET" if body is None else "POST", request_target, body, headers)
         return connection.getresponse()
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise TransientDownloadError(f"no answer ({type(error).__name__})") from None
@@ -283,35 +283,37 @@ def _next(url: str, location: str) -> str:
     return target
 
 
-def _body(url: str, answer: http.client.HTTPResponse, offset: int, length: int) -> Body:
-    status = answer.status
+def _body(url: str, response: http.client.HTTPResponse, offset: int, length: int) -> Body:
+    status = response.status
     if status in (403, 404, 410):
         raise AbsentError(f"HTTP {status}")
     if status == 416:
         raise ArtifactError(f"{url} has no bytes after {offset:,}; {length:,} are signed", "try another mirror")
     if status not in (200, 206):
         raise TransientDownloadError(f"HTTP {status}")
-    if (encoding := answer.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
+    if (encoding := response.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
         raise ArtifactError(
             f"{url} comes with Content-Encoding {encoding[:40]!r}, which was not asked for",
             "serve the repository as plain files, without compression",
         )
-    start = _start(url, answer, offset, length) if status == 206 else 0
-    said = answer.getheader("Content-Length", "")
-    return Body(start, int(said) if said.isdigit() else None, answer.read1)
+    start = _start(url, response, offset, length) if status == 206 else 0
+    content_length = response.getheader("Content-Length", "")
+    return Body(start, int(content_length) if content_length.isdigit() else None, response.read1)
 
 
-def _start(url: str, answer: http.client.HTTPResponse, offset: int, length: int) -> int:
+def _start(url: str, response: http.client.HTTPResponse, offset: int, length: int) -> int:
     """Where a 206 begins. Raises ArtifactError unless it is the range that was asked for, within the signed length."""
-    said = answer.getheader("Content-Range", "")
-    match = _RANGE.match(said)
+    content_range = response.getheader("Content-Range", "")
+    match = _RANGE.match(content_range)
     total = match[3] if match else ""
-    right = match and int(match[1]) == offset <= int(match[2]) < length and (total == "*" or int(total) == length)
-    if not right or not offset:
-        asked = f"bytes {offset}-{length - 1}/{length}"
-        raise ArtifactError(f"{url} answers with the range {said[:80]!r}; asked was {asked!r}", "try another mirror")
+    is_expected = match and int(match[1]) == offset <= int(match[2]) < length and (total == "*" or int(total) == length)
+    if not is_expected or not offset:
+        expected = f"bytes {offset}-{length - 1}/{length}"
+        raise ArtifactError(
+            f"{url} answers with the range {content_range[:80]!r}; asked was {expected!r}", "try another mirror"
+        )
     return offset
 
 
-def _too_long(url: str, length: int, found: str) -> ArtifactError:
-    return ArtifactError(f"{url} sends {found} bytes; {length:,} are allowed", "try another mirror: this one is broken or lies")
+def _too_long(url: str, length: int, size: str) -> ArtifactError:
+    return ArtifactError(f"{url} sends {size} bytes; {length:,} are allowed", "try another mirror: this one is broken or lies")

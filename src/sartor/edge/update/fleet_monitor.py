@@ -73,7 +73,7 @@ class Counted:
     refused: dict[str, int]
 
 
-def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None) -> Counted:
+def tally(reports: Path | Iterable[bytes], repository: Path, devices: Path, policy: FleetPolicy | None = None) -> Counted:
     """Count reports (a folder of files, or their bytes). `devices`: a folder of public keys, ID.pub. Changes nothing."""
     policy = policy or FleetPolicy()
     documents = Documents.open(repository / "metadata")
@@ -81,8 +81,8 @@ def tally(found: Path | Iterable[bytes], repository: Path, devices: Path, policy
         (name, offer.version): offer for name in publish.names_of(documents) for offer in publish.offers_of(documents, name)
     }
     refused: Counter[str] = Counter()
-    votes = _votes(_contents(found) if isinstance(found, Path) else found, offers, devices, refused)
-    tallies = (_tallied(name, offer, votes, policy) for (name, _), offer in sorted(offers.items(), key=_newest_first))
+    votes = _votes(_contents(reports) if isinstance(reports, Path) else reports, offers, devices, refused)
+    tallies = (_tally_offer(name, offer, votes, policy) for (name, _), offer in sorted(offers.items(), key=_newest_first))
     return Counted(tuple(tallies), dict(sorted(refused.items())))
 
 
@@ -91,7 +91,7 @@ def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool 
 
     `keys`: of targets, snapshot and timestamp; without them nothing is done. Raises what `repository.halt` raises.
     """
-    done = []
+    executed = []
     for item in counted.tallies if keys else ():
         assert keys
         if item.action == "halt":
@@ -100,8 +100,8 @@ def watch(repository: Path, keys: Path | None, counted: Counted, *, widen: bool 
             publish.widen(repository, keys, item.name, item.version, item.to)
         else:
             continue
-        done.append(item)
-    return done
+        executed.append(item)
+    return executed
 
 
 def _newest_first(item: tuple[tuple[str, str], Offer]) -> tuple[str, int]:
@@ -118,28 +118,28 @@ def _contents(folder: Path) -> Iterator[bytes]:
 
 
 def _votes(
-    found: Iterable[bytes], offers: dict[tuple[str, str], Offer], devices: Path, refused: Counter[str]
+    reports: Iterable[bytes], offers: dict[tuple[str, str], Offer], devices: Path, refused: Counter[str]
 ) -> dict[tuple[str, str, str], Report]:
     """(name, version, device) -> that device's newest report."""
     votes: dict[tuple[str, str, str], Report] = {}
-    for content in found:
+    for content in reports:
         try:
             report, signature = device_reports.read_report(content)
         except ArtifactError:
             refused["malformed"] += 1
             continue
-        if reason := _wrong(report, signature, offers, devices):
+        if reason := _refusal_reason(report, signature, offers, devices):
             refused[reason] += 1
             continue
-        place = (report.name, report.version, report.device)
-        if (known := votes.get(place)) is not None:
+        key = (report.name, report.version, report.device)
+        if (earlier := votes.get(key)) is not None:
             refused["replayed"] += 1  # a copy of it, or what that device said before
-        if known is None or report.time > known.time:
-            votes[place] = report
+        if earlier is None or report.time > earlier.time:
+            votes[key] = report
     return votes
 
 
-def _wrong(report: Report, signature: Any, offers: dict[tuple[str, str], Offer], devices: Path) -> str:
+def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str], Offer], devices: Path) -> str:
     """Why a report does not count; empty where it does."""
     file = devices / f"{report.device}.pub"
     if not file.is_file():
@@ -158,13 +158,13 @@ def _wrong(report: Report, signature: Any, offers: dict[tuple[str, str], Offer],
     return "" if report.ring == ring_of(report.device) < offer.percent else "not offered to it"
 
 
-def _tallied(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: FleetPolicy) -> RolloutTally:
-    mine = [vote for (named, version, _), vote in votes.items() if (named, version) == (name, offer.version)]
-    failed = sum(vote.outcome == "fail" for vote in mine)
-    low, high = _interval(failed, len(mine), policy.confidence)
-    action, to = _decided(offer, len(mine), low, high, policy)
-    reasons = dict(sorted(Counter(vote.reason for vote in mine if vote.outcome == "fail").items()))
-    return RolloutTally(name, offer.version, offer.percent, len(mine) - failed, failed, low, high, action, to, reasons)
+def _tally_offer(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: FleetPolicy) -> RolloutTally:
+    version_votes = [vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)]
+    failed = sum(vote.outcome == "fail" for vote in version_votes)
+    low, high = _interval(failed, len(version_votes), policy.confidence)
+    action, to = _decide_action(offer, len(version_votes), low, high, policy)
+    reasons = dict(sorted(Counter(vote.reason for vote in version_votes if vote.outcome == "fail").items()))
+    return RolloutTally(name, offer.version, offer.percent, len(version_votes) - failed, failed, low, high, action, to, reasons)
 
 
 def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]:
@@ -172,11 +172,11 @@ def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]
         return 0.0, 1.0
     from scipy.stats import binomtest  # not above: on a small device every command would wait for it
 
-    found = binomtest(failed, count).proportion_ci(confidence, "wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(failed, count).proportion_ci(confidence, "wilson")
+    return float(interval.low), float(interval.high)
 
 
-def _decided(offer: Offer, count: int, low: float, high: float, policy: FleetPolicy) -> tuple[Action, int]:
+def _decide_action(offer: Offer, count: int, low: float, high: float, policy: FleetPolicy) -> tuple[Action, int]:
     if offer.halted:
         return "halted", 0
     if count >= policy.least_reports and low > policy.halt_above:

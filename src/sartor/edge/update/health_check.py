@@ -37,26 +37,26 @@ KINDS = ("exact", "contains", "json")
 
 @dataclass(frozen=True)
 class HealthPrompt:
-    """A question whose answer is known. `line`: where it stands. `wanted`: a text, or for `json` field -> value."""
+    """A question whose answer is known. `line`: where it stands. `expected`: a text, or for `json` field -> value."""
 
     line: int
     messages: tuple[Mapping[str, Any], ...]
     is_bare: bool
     kind: str
-    wanted: Any
+    expected: Any
 
     def call(self, system: Sequence[Mapping[str, Any]]) -> GenerateCall:
         """As it is asked: a bare prompt after the version's system prompt, messages as they stand."""
         messages = (*system, *self.messages) if self.is_bare else self.messages
         return GenerateCall(f"line-{self.line}", BASE, messages, sampling=replace(canary_prompts.SAMPLING, max_tokens=256))
 
-    def wrong(self, reply: str) -> str:
+    def mismatch(self, reply: str) -> str:
         """What is wrong with a reply; empty: nothing."""
         if self.kind == "exact":
-            return "" if reply.strip() == self.wanted.strip() else "exact"
+            return "" if reply.strip() == self.expected.strip() else "exact"
         if self.kind == "contains":
-            return "" if self.wanted in reply else "contains"
-        missed = [name for name, value in self.wanted.items() if label_of(reply, name) != text_of(value)]
+            return "" if self.expected in reply else "contains"
+        missed = [name for name, value in self.expected.items() if label_of(reply, name) != text_of(value)]
         return f"json: {', '.join(missed)}" if missed else ""
 
 
@@ -67,7 +67,7 @@ class Result:
     not_checked: why the release's own replies were not compared; empty where they were, or where it has none.
     """
 
-    asked: int
+    n_prompts: int
     reasons: tuple[str, ...] = ()
     peak_memory_bytes: int = 0
     wall_s: float = 0.0
@@ -95,40 +95,43 @@ class Health:
 
     def __call__(self, release: Path) -> None:
         """Raise HealthError unless the version passes."""
-        found = self.check(release)
-        self.results.append(found)
-        if not found.passed:
-            raise HealthError("; ".join(found.reasons), "publish a version that passes, or mend the prompts")
+        result = self.check(release)
+        self.results.append(result)
+        if not result.passed:
+            raise HealthError("; ".join(result.reasons), "publish a version that passes, or mend the prompts")
 
     def check(self, release: Path) -> Result:
         """What is wrong with a version. Raises MissingError, BudgetError where the check itself cannot be made."""
         try:
             manifest = open_artifact(release, ("release", "export")).manifest
-            shipped = _shipped(manifest)
-            own = [prompt.call(system_of(manifest)) for prompt in self.prompts]
-            calls = [*shipped.calls, *own]
-            events, used = device_runtime.ask_in_process(release, calls, self.limits, self.base)
+            shipped = _shipped_canaries(manifest)
+            device_calls = [prompt.call(system_of(manifest)) for prompt in self.prompts]
+            calls = [*shipped.calls, *device_calls]
+            events, usage = device_runtime.ask_in_process(release, calls, self.limits, self.base)
         except HealthError as error:
             return Result(0, (error.problem,))
         except InputError as error:
             return Result(0, (HealthReason.OPENS.text(error.problem),))
-        reasons = [*_judged(shipped, events[: len(shipped.calls)]), *self._told(events[len(shipped.calls) :])]
-        if self.evaluation and not reasons and (wrong := self._evaluated(release)):
-            reasons.append(HealthReason.EVALUATION.text(wrong))
-        return Result(len(calls), tuple(reasons), used.peak_bytes, used.wall_s, shipped.not_checked)
-
-    def _told(self, events: Sequence[Sequence[Event]]) -> list[str]:
-        wrong = [
-            f"line {prompt.line} ({said})"
-            for prompt, told in zip(self.prompts, events, strict=True)
-            if (said := _failure(told) or prompt.wrong(_text(told)))
+        reasons = [
+            *_canary_failures(shipped, events[: len(shipped.calls)]),
+            *self._prompt_failures(events[len(shipped.calls) :]),
         ]
-        if not wrong:
+        if self.evaluation and not reasons and (problem := self._evaluate(release)):
+            reasons.append(HealthReason.EVALUATION.text(problem))
+        return Result(len(calls), tuple(reasons), usage.peak_bytes, usage.wall_s, shipped.not_checked)
+
+    def _prompt_failures(self, events: Sequence[Sequence[Event]]) -> list[str]:
+        failures = [
+            f"line {prompt.line} ({problem})"
+            for prompt, prompt_events in zip(self.prompts, events, strict=True)
+            if (problem := _failure(prompt_events) or prompt.mismatch(_text(prompt_events)))
+        ]
+        if not failures:
             return []
-        detail = f"{len(wrong)} of {len(self.prompts)} of the device's prompts: {', '.join(wrong)}"
+        detail = f"{len(failures)} of {len(self.prompts)} of the device's prompts: {', '.join(failures)}"
         return [HealthReason.CANARY.text(detail)]
 
-    def _evaluated(self, release: Path) -> str:
+    def _evaluate(self, release: Path) -> str:
         assert self.evaluation
         try:
             return self.evaluation(release) or ""
@@ -138,15 +141,15 @@ class Health:
             return type(error).__name__
 
 
-def _shipped(manifest: Mapping[str, Any]) -> canary_prompts.CanaryPrompts:
+def _shipped_canaries(manifest: Mapping[str, Any]) -> canary_prompts.CanaryPrompts:
     """The Release's own canaries; where it ships none, one general question, which only has to be answered."""
-    found = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
-    return found if found.recorded else canary_prompts.CanaryPrompts(found.calls[:1], ())
+    canaries = canary_prompts.canaries_of({"system_prompt": "", **manifest}, BASE)
+    return canaries if canaries.recorded else canary_prompts.CanaryPrompts(canaries.calls[:1], ())
 
 
-def _judged(shipped: canary_prompts.CanaryPrompts, events: Sequence[Sequence[Event]]) -> list[str]:
+def _canary_failures(shipped: canary_prompts.CanaryPrompts, events: Sequence[Sequence[Event]]) -> list[str]:
     if not shipped.recorded:
-        return [HealthReason.CANARY.text(said) for told in events if (said := _failure(told))]
+        return [HealthReason.CANARY.text(problem) for prompt_events in events if (problem := _failure(prompt_events))]
     try:
         canary_prompts.judge_canaries(shipped, events)
     except AdmissionError as error:
@@ -185,7 +188,7 @@ def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
             raise ValueError(f"unknown key {sorted(unknown)[0]!r}: prompt or messages, and expected")
         if ("prompt" in fields) == ("messages" in fields):
             raise ValueError("give prompt or messages, one of them")
-        kind, wanted = _expected(fields.get("expected"))
+        kind, expected = _expected(fields.get("expected"))
         messages = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
         if not messages or not all(
             isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
@@ -193,15 +196,15 @@ def _prompt(file: Path, line: int, text: str) -> HealthPrompt:
             raise ValueError("prompt is a text, messages a list of role and content")
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}, line {line}: {error}", '{"prompt": "...", "expected": {"exact": "..."}}') from None
-    return HealthPrompt(line, tuple(messages), "prompt" in fields, kind, wanted)
+    return HealthPrompt(line, tuple(messages), "prompt" in fields, kind, expected)
 
 
-def _expected(said: Any) -> tuple[str, Any]:
-    if isinstance(said, str):
-        return "exact", said
-    if not isinstance(said, dict) or len(said) != 1 or next(iter(said)) not in KINDS:
+def _expected(expected: Any) -> tuple[str, Any]:
+    if isinstance(expected, str):
+        return "exact", expected
+    if not isinstance(expected, dict) or len(expected) != 1 or next(iter(expected)) not in KINDS:
         raise ValueError(f'expected is one of {", ".join(KINDS)}, as {{"exact": "..."}}')
-    kind, wanted = next(iter(said.items()))
-    if not (isinstance(wanted, dict) and wanted if kind == "json" else isinstance(wanted, str) and wanted):
+    kind, value = next(iter(expected.items()))
+    if not (isinstance(value, dict) and value if kind == "json" else isinstance(value, str) and value):
         raise ValueError(f"{kind} takes {'fields with their values' if kind == 'json' else 'a text'}")
-    return kind, wanted
+    return kind, value

@@ -85,8 +85,14 @@ def publish(
         offer = Offer(version, order, percent, False, int(time.time()))
         _set_target(documents, repository, VersionContent(name, version, files, steps), offer)
         documents.write(keys, expiry)
-    whole = sum(blob.bytes for blob in files.values())
-    return Published(name, version, whole, {known: round(count / whole, 4) for known, count in fetched.items()}, percent)
+    total_bytes = sum(blob.bytes for blob in files.values())
+    return Published(
+        name,
+        version,
+        total_bytes,
+        {earlier_version: round(count / total_bytes, 4) for earlier_version, count in fetched.items()},
+        percent,
+    )
 
 
 def refresh(repository: Path, keys: Path, *, expiry: Expiry | None = None) -> None:
@@ -104,23 +110,25 @@ def rotate(repository: Path, keys: Path, role: RoleName, *, old: Sequence[str] =
     expiry = expiry or Expiry()
     with _locked(repository):
         documents = Documents.open(repository / "metadata")
-        root, before = documents.root.signed, copy.deepcopy(documents.root.signed)
-        known = {public(folder).keyid: folder for folder in folders(keys, role)}
-        gone = [identity for identity in root.roles[role].keyids if not old or known.get(identity, Path()).name in old]
-        if not gone or len(gone) < len(old):
-            there = ", ".join(folder.name for folder in known.values())
-            raise ConfigError(f"{role} has no such key as {', '.join(old)}; in {keys} are {there}", f"--old {role}-1")
-        number = max([int(folder.name.rpartition("-")[2]) for folder in known.values()], default=0)
-        made = [keys / f"{role}-{number + index + 1}" for index in range(len(gone))]
-        for identity, folder in zip(gone, made, strict=True):
+        root, old_root = documents.root.signed, copy.deepcopy(documents.root.signed)
+        folders_by_id = {public(folder).keyid: folder for folder in folders(keys, role)}
+        revoked_ids = [
+            identity for identity in root.roles[role].keyids if not old or folders_by_id.get(identity, Path()).name in old
+        ]
+        if not revoked_ids or len(revoked_ids) < len(old):
+            available = ", ".join(folder.name for folder in folders_by_id.values())
+            raise ConfigError(f"{role} has no such key as {', '.join(old)}; in {keys} are {available}", f"--old {role}-1")
+        number = max([int(folder.name.rpartition("-")[2]) for folder in folders_by_id.values()], default=0)
+        new_folders = [keys / f"{role}-{number + index + 1}" for index in range(len(revoked_ids))]
+        for identity, folder in zip(revoked_ids, new_folders, strict=True):
             signing.keygen(folder)
             root.revoke_key(identity, role)
             root.add_key(public(folder), role)
         root.version += 1
         root.expires = expiry.of("root")
-        documents.write_root(keys, [before, root])
+        documents.write_root(keys, [old_root, root])
         documents.write(keys, expiry, targets=role == "targets")
-    return [public(folder).keyid for folder in made]
+    return [public(folder).keyid for folder in new_folders]
 
 
 def widen(repository: Path, keys: Path, name: str, version: str, percent: int, *, expiry: Expiry | None = None) -> Offer:
@@ -157,14 +165,14 @@ def withdraw(repository: Path, keys: Path, name: str, version: str, *, expiry: E
 
 def names_of(documents: Documents) -> list[str]:
     """The names that have a version."""
-    found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
-    return sorted({item[0] for item in found if item})
+    named_offers = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
+    return sorted({item[0] for item in named_offers if item})
 
 
 def offers_of(documents: Documents, name: str) -> list[Offer]:
     """The versions of a name, newest first."""
-    found = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
-    return sorted((item[1] for item in found if item and item[0] == name), key=lambda offer: -offer.order)
+    named_offers = (words.offer_of(path, target.custom) for path, target in documents.targets.signed.targets.items())
+    return sorted((item[1] for item in named_offers if item and item[0] == name), key=lambda offer: -offer.order)
 
 
 @contextmanager
@@ -199,9 +207,9 @@ def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
 
 
 def _add_blob(repository: Path, source: Path, digest: str) -> None:
-    place = repository / words.blob_path(digest)
-    if not place.is_file() or place.stat().st_size != source.stat().st_size:
-        write_file_atomic(place, source.read_bytes())
+    target = repository / words.blob_path(digest)
+    if not target.is_file() or target.stat().st_size != source.stat().st_size:
+        write_file_atomic(target, source.read_bytes())
 
 
 def _deltas(
@@ -214,14 +222,14 @@ def _deltas(
     for blob in large.values():
         _add_step(repository, "", blob, steps, PACKED_FRACTION)
     packed = {result: step.bytes for (_, result), step in steps.items()}
-    for version, known in earlier:
+    for version, earlier_content in earlier:
         count = 0
         for path, blob in files.items():
-            if blob.sha256 in known.blobs:
+            if blob.sha256 in earlier_content.blobs:
                 continue
-            if path in large and path in known.files:
-                _add_step(repository, known.files[path].sha256, blob, steps, 1.0)
-            step = steps.get((known.files[path].sha256, blob.sha256)) if path in known.files else None
+            if path in large and path in earlier_content.files:
+                _add_step(repository, earlier_content.files[path].sha256, blob, steps, 1.0)
+            step = steps.get((earlier_content.files[path].sha256, blob.sha256)) if path in earlier_content.files else None
             count += min(blob.bytes, packed.get(blob.sha256, blob.bytes), step.bytes if step else blob.bytes)
         fetched[version] = count
     return tuple(steps.values()), fetched
@@ -234,11 +242,11 @@ def _add_step(repository: Path, base: str, blob: Blob, steps: dict[tuple[str, st
     with tempfile.TemporaryDirectory(prefix="sartor-delta-") as folder:
         out = Path(folder) / "delta"
         source = repository / words.blob_path(base) if base else None
-        made = tensor_delta.make(source, repository / words.blob_path(blob.sha256), out)
-        if made and made.delta_bytes < fraction * blob.bytes:
+        delta = tensor_delta.make(source, repository / words.blob_path(blob.sha256), out)
+        if delta and delta.delta_bytes < fraction * blob.bytes:
             digest = file_digest(out)
             _add_blob(repository, out, digest)
-            steps[base, blob.sha256] = DeltaStep(base, blob.sha256, digest, made.delta_bytes)
+            steps[base, blob.sha256] = DeltaStep(base, blob.sha256, digest, delta.delta_bytes)
 
 
 def _content(documents: Documents, repository: Path, name: str, offer: Offer) -> VersionContent:
@@ -247,8 +255,8 @@ def _content(documents: Documents, repository: Path, name: str, offer: Offer) ->
     return words.read_version_metadata(path.read_bytes(), name, offer.version)
 
 
-def _set_target(documents: Documents, repository: Path, described: VersionContent, offer: Offer) -> None:
-    path, document = words.target_path(described.name, described.version), described.as_bytes()
+def _set_target(documents: Documents, repository: Path, content: VersionContent, offer: Offer) -> None:
+    path, document = words.target_path(content.name, content.version), content.as_bytes()
     target = TargetFile.from_data(path, document, ["sha256"])
     target.unrecognized_fields["custom"] = offer.as_custom()
     write_file_atomic(repository / "targets" / target.get_prefixed_paths()[0], document)
@@ -270,21 +278,21 @@ def _find(documents: Documents, name: str, version: str) -> Offer:
     for offer in offers:
         if offer.version == version:
             return offer
-    there = ", ".join(offer.version for offer in offers) or "none of that name"
-    raise ConfigError(f"the repository has no {name} {version}; it has {there}", "give one of these")
+    available = ", ".join(offer.version for offer in offers) or "none of that name"
+    raise ConfigError(f"the repository has no {name} {version}; it has {available}", "give one of these")
 
 
 def _sweep(repository: Path, documents: Documents) -> int:
     """Remove the blobs that no version names; returns their bytes."""
-    used: set[str] = set()
+    used_digests: set[str] = set()
     for path in documents.targets.signed.targets:
-        found = words.offer_of(path, documents.targets.signed.targets[path].custom)
-        if found:
-            known = _content(documents, repository, *found)
-            used |= set(known.blobs) | {step.sha256 for step in known.deltas}
+        named_offer = words.offer_of(path, documents.targets.signed.targets[path].custom)
+        if named_offer:
+            content = _content(documents, repository, *named_offer)
+            used_digests |= set(content.blobs) | {step.sha256 for step in content.deltas}
     freed = 0
     for blob in sorted((repository / "blobs").glob("*/*")):
-        if blob.name not in used:
+        if blob.name not in used_digests:
             freed += blob.stat().st_size
             blob.unlink()
     return freed

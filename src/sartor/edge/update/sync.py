@@ -92,30 +92,30 @@ class _Transfer:
             if not self.store.has(digest)
         ]
         self.missing_bytes = sum(
-            self._left(step.sha256, step.bytes) if step else self._left(digest, length) for digest, length, step in plan
+            self._missing(step.sha256, step.bytes) if step else self._missing(digest, length) for digest, length, step in plan
         )
-        wanted = {step.sha256: step.bytes for _, _, step in plan if step}
-        self.store.make_room(content.name, {**content.blobs, **wanted})
+        delta_sizes = {step.sha256: step.bytes for _, _, step in plan if step}
+        self.store.make_room(content.name, {**content.blobs, **delta_sizes})
         for digest, length, step in plan:
             if not (step and self._by_delta(step, length)):
                 self._blob(digest, length)
                 self.whole += 1
 
-    def _left(self, digest: str, length: int) -> int:
+    def _missing(self, digest: str, length: int) -> int:
         return 0 if self.store.has(digest) else max(0, length - self.store.partial(digest))
 
     def _cheapest(self, content: VersionContent, digest: str, length: int) -> DeltaStep | None:
         """The delta that takes fewer bytes than the file itself; None: the file."""
         usable = [step for step in content.deltas if step.result == digest and (not step.base or self.store.has(step.base))]
-        best = min(usable, key=lambda step: self._left(step.sha256, step.bytes), default=None)
-        return best if best and self._left(best.sha256, best.bytes) < self._left(digest, length) else None
+        best = min(usable, key=lambda step: self._missing(step.sha256, step.bytes), default=None)
+        return best if best and self._missing(best.sha256, best.bytes) < self._missing(digest, length) else None
 
     def _by_delta(self, step: DeltaStep, length: int) -> bool:
         """Fetch and apply one delta; false where it does not lead to the file, which then is fetched whole."""
         self._blob(step.sha256, step.bytes)
         try:
-            with self.store.open(step.sha256) as difference, _opened(self.store, step.base) as base:
-                for offset, piece in _joined(tensor_delta.apply(base, difference, length)):
+            with self.store.open(step.sha256) as difference, _open_blob(self.store, step.base) as base:
+                for offset, piece in _join_pieces(tensor_delta.apply(base, difference, length)):
                     # the store goes on from what an interrupted sync left of this file
                     fresh = piece[max(0, self.store.partial(step.result) - offset) :]
                     if fresh:
@@ -172,35 +172,37 @@ def sync(
     """
     url = url.rstrip("/")
     fetcher = Fetcher(limits or DownloadLimits())
-    offers, targets = _refreshed(url, device, fetcher)
-    mine = sorted((offer for named, offer in offers if named == name), key=lambda offer: -offer.order)
-    if not mine:
-        names = ", ".join(sorted({named for named, _ in offers})) or "nothing"
+    offers, targets = _refresh_metadata(url, device, fetcher)
+    matching_offers = sorted((offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order)
+    if not matching_offers:
+        names = ", ".join(sorted({offer_name for offer_name, _ in offers})) or "nothing"
         raise MissingError(f"{url} offers no {name!r}; it has {names}", "check the name, or the address")
-    _check_clock(mine)
-    now = store.current(name)
-    was, ring = now.version if now else "", words.ring_of(device.id)
-    offer = _choose(mine, device.id, was, {} if again else store.refused(name))
-    if offer is None or offer.version == was:
+    _check_clock(matching_offers)
+    current = store.current(name)
+    old_version, ring = current.version if current else "", words.ring_of(device.id)
+    offer = _choose(matching_offers, device.id, old_version, {} if again else store.refused(name))
+    if offer is None or offer.version == old_version:
         notes = [] if offer else [f"no version of {name} is offered to ring {ring}"]
-        return Synced(name, was, was, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken))
+        return Synced(
+            name, old_version, old_version, False, ring, fetched_bytes=fetcher.fetched_bytes, notes=(*notes, *fetcher.broken)
+        )
     transfer = _Transfer(store, url, fetcher)
-    content = _described(url, name, offer, targets, fetcher)
+    content = _read_content(url, name, offer, targets, fetcher)
     transfer.bring(content)
     store.forgive(name, offer.version)
     store.stage(name, offer.version, {path: blob.sha256 for path, blob in content.files.items()})
     store.activate(name, offer.version, healthy, starts=device.starts)
     store.collect()  # deltas, and what the version before the last one held
-    done = Synced(name, offer.version, was, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
-    return replace(done, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
+    synced = Synced(name, offer.version, old_version, True, ring, transfer.missing_bytes, fetcher.fetched_bytes)
+    return replace(synced, deltas=transfer.deltas, whole=transfer.whole, notes=(*transfer.notes, *fetcher.broken))
 
 
-def _choose(offers: list[Offer], device_id: str, was: str, refused: Mapping[str, str]) -> Offer | None:
+def _choose(offers: list[Offer], device_id: str, old_version: str, refused: Mapping[str, str]) -> Offer | None:
     """The newest version that this device is admitted to. What it has stays admitted until it is halted."""
     for offer in offers:
-        if offer.version in refused and offer.version != was:
+        if offer.version in refused and offer.version != old_version:
             continue
-        if offer.admits(device_id) or (offer.version == was and not offer.halted):
+        if offer.admits(device_id) or (offer.version == old_version and not offer.halted):
             return offer
     return None
 
@@ -225,19 +227,19 @@ class _Metadata(FetcherInterface):
         return result
 
 
-def _refreshed(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
+def _refresh_metadata(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tuple[str, Offer]], Metadata[Targets]]:
     """TUF's client workflow on a copy of what is trusted. What it verified is kept also if a later step is refused."""
     root = device.root if isinstance(device.root, bytes) else _read(device.root)
     trusted = device.folder / "metadata"
     trusted.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".metadata-", dir=device.folder) as work:
-        shutil.copytree(trusted, work, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(".*"))
+    with tempfile.TemporaryDirectory(prefix=".metadata-", dir=device.folder) as temp_folder:
+        shutil.copytree(trusted, temp_folder, dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns(".*"))
         try:
-            updater = Updater(work, f"{url}/metadata", fetcher=_Metadata(fetcher), bootstrap=root)
+            updater = Updater(temp_folder, f"{url}/metadata", fetcher=_Metadata(fetcher), bootstrap=root)
             try:
                 updater.refresh()
             finally:
-                _keep(Path(work), trusted)
+                _persist(Path(temp_folder), trusted)
         except exceptions.ExpiredMetadataError as error:
             raise SignatureError(
                 f"what {url} serves has expired: {error}",
@@ -249,22 +251,22 @@ def _refreshed(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[list[tup
             raise ArtifactError(str(error), "try another mirror: this one is broken or lies") from None
         except exceptions.DownloadError as error:
             raise MissingError(f"{url} serves no update repository: {error}", "check the address") from None
-        targets: Metadata[Targets] = Metadata.from_file(str(Path(work) / "targets.json"))
-    found = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
-    return [item for item in found if item], targets
+        targets: Metadata[Targets] = Metadata.from_file(str(Path(temp_folder) / "targets.json"))
+    named_offers = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
+    return [item for item in named_offers if item], targets
 
 
-def _keep(work: Path, trusted: Path) -> None:
+def _persist(source: Path, trusted: Path) -> None:
     """Make what was verified durable, file by file. python-tuf renames without fsync: after a power cut a timestamp of no
     bytes would be taken for none, and with it the protection against rollback.
     """
-    for file in sorted(work.rglob("*.json")):
-        place = trusted / file.relative_to(work)
-        if file.is_file() and not file.is_symlink() and (not place.is_file() or place.read_bytes() != file.read_bytes()):
-            write_file_atomic(place, file.read_bytes())
+    for file in sorted(source.rglob("*.json")):
+        target = trusted / file.relative_to(source)
+        if file.is_file() and not file.is_symlink() and (not target.is_file() or target.read_bytes() != file.read_bytes()):
+            write_file_atomic(target, file.read_bytes())
 
 
-def _described(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> VersionContent:
+def _read_content(url: str, name: str, offer: Offer, targets: Metadata[Targets], fetcher: Fetcher) -> VersionContent:
     """The version's document, of the length and digest that are signed."""
     target = targets.signed.targets[words.target_path(name, offer.version)]
     document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
@@ -281,24 +283,24 @@ def _check_clock(offers: list[Offer]) -> None:
     """A clock before the newest publication makes every expiry date void, and with it the protection against a freeze."""
     newest, now = max(offer.published for offer in offers), time.time()
     if now < newest - _CLOCK_S:
-        said = time.strftime("%Y-%m-%d", time.gmtime(now))
-        raise SignatureError(f"the device's clock says {said}, before the newest publication", "set the clock")
+        date = time.strftime("%Y-%m-%d", time.gmtime(now))
+        raise SignatureError(f"the device's clock says {date}, before the newest publication", "set the clock")
 
 
-def _joined(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+def _join_pieces(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """(offset, piece), of at least _CHUNK_BYTES each but the last: an append costs an fsync, and tensors are small."""
-    held, at = bytearray(), 0
+    pending, position = bytearray(), 0
     for piece in pieces:
-        held += piece
-        if len(held) >= _CHUNK_BYTES:
-            yield at, bytes(held)
-            at, held = at + len(held), bytearray()
-    if held:
-        yield at, bytes(held)
+        pending += piece
+        if len(pending) >= _CHUNK_BYTES:
+            yield position, bytes(pending)
+            position, pending = position + len(pending), bytearray()
+    if pending:
+        yield position, bytes(pending)
 
 
 @contextmanager
-def _opened(store: ReleaseStore, digest: str) -> Iterator[BinaryIO | None]:
+def _open_blob(store: ReleaseStore, digest: str) -> Iterator[BinaryIO | None]:
     """A blob of the store; None for no digest: a packed file has no base."""
     if not digest:
         yield None

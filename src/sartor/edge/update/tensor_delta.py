@@ -89,10 +89,10 @@ def layout_of(stream: BinaryIO) -> SafetensorsLayout:
     lead = stream.read(8)
     length = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
     if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
-        raise _unfit(f"its header has {length:,} bytes")
+        raise _layout_error(f"its header has {length:,} bytes")
     result = _layout(lead + stream.read(length))
     if result.file_bytes != size:
-        raise _unfit(f"its header is of a file of {result.file_bytes:,} bytes, it has {size:,}")
+        raise _layout_error(f"its header is of a file of {result.file_bytes:,} bytes, it has {size:,}")
     return result
 
 
@@ -102,21 +102,24 @@ def _layout(header: bytes) -> SafetensorsLayout:
         tensors = sorted(
             (
                 SafetensorsEntry(
-                    name, one["dtype"], tuple(one["shape"]), *(len(header) + int(at) for at in one["data_offsets"])
+                    name,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    *(len(header) + int(offset) for offset in entry["data_offsets"]),
                 )
-                for name, one in fields.items()
+                for name, entry in fields.items()
                 if name != "__metadata__"
             ),
             key=lambda tensor: (tensor.start, tensor.end),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unfit(f"its header cannot be read ({type(error).__name__})") from None
-    at = len(header)
+        raise _layout_error(f"its header cannot be read ({type(error).__name__})") from None
+    position = len(header)
     for tensor in tensors:
         width = _DTYPES.get(tensor.dtype, 0)
-        if not width or tensor.start != at or tensor.end < at or (tensor.end - at) % width:
-            raise _unfit(f"the tensor {tensor.name[:80]!r} ({tensor.dtype}) lies where it cannot")
-        at = tensor.end
+        if not width or tensor.start != position or tensor.end < position or (tensor.end - position) % width:
+            raise _layout_error(f"the tensor {tensor.name[:80]!r} ({tensor.dtype}) lies where it cannot")
+        position = tensor.end
     return SafetensorsLayout(header, tuple(tensors))
 
 
@@ -126,19 +129,21 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
     Files that are no safetensors give None: a delta is an economy, and the whole file is always there.
     """
     with contextlib.ExitStack() as stack:
-        new = stack.enter_context(result.open("rb"))
-        old = stack.enter_context(base.open("rb")) if base else None
+        result_stream = stack.enter_context(result.open("rb"))
+        base_stream = stack.enter_context(base.open("rb")) if base else None
         try:
-            target = layout_of(new)
-            had = {tensor.name: tensor for tensor in layout_of(old).tensors} if old else {}
+            target = layout_of(result_stream)
+            base_tensors = {tensor.name: tensor for tensor in layout_of(base_stream).tensors} if base_stream else {}
         except ArtifactError:
             return None
         form, planes = [], _Planes()
         for tensor in target.tensors:
-            before = had.get(tensor.name)
-            fits = before is not None and (before.dtype, before.shape) == (tensor.dtype, tensor.shape)
-            words = _words(new, tensor)
-            form.append(_code(tensor, _words(old, before) if old and before and fits else None, words, planes))
+            base_tensor = base_tensors.get(tensor.name)
+            fits = base_tensor is not None and (base_tensor.dtype, base_tensor.shape) == (tensor.dtype, tensor.shape)
+            words = _words(result_stream, tensor)
+            form.append(
+                _code(tensor, _words(base_stream, base_tensor) if base_stream and base_tensor and fits else None, words, planes)
+            )
         digests = [file_digest(path) for path in (base, result) if path]
     streams = planes.finish()
     head = {
@@ -147,11 +152,11 @@ def make(base: Path | None, result: Path, out: Path) -> TensorDelta | None:
     }  # fmt: skip
     text = json.dumps(head, separators=(",", ":")).encode()
     packed = lzma.compress(struct.pack("<I", len(text)) + text + target.header, lzma.FORMAT_RAW, filters=_FILTERS)
-    written = b"".join((MAGIC, struct.pack("<I", len(packed)), packed, *streams.values()))
-    if len(written) >= target.file_bytes:
+    encoded = b"".join((MAGIC, struct.pack("<I", len(packed)), packed, *streams.values()))
+    if len(encoded) >= target.file_bytes:
         return None
-    out.write_bytes(written)
-    return TensorDelta(digests[0] if base else "", digests[-1], len(written), target.file_bytes)
+    out.write_bytes(encoded)
+    return TensorDelta(digests[0] if base else "", digests[-1], len(encoded), target.file_bytes)
 
 
 def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator[bytes]:
@@ -161,21 +166,21 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
     is not one, or is not of this base. The caller checks the digest of what comes: only that proves it.
     """
     try:
-        head, header, at = _head(delta)
+        head, header, position = _head(delta)
         target = _layout(header)
         if target.file_bytes != result_bytes or len(head["form"]) != len(target.tensors):
-            raise _wrong(f"it makes {target.file_bytes:,} bytes; {result_bytes:,} are signed")
-        had = {tensor.name: tensor for tensor in layout_of(base).tensors} if base else {}
-        streams = _open_streams(delta, head["streams"], at)
+            raise _delta_error(f"it makes {target.file_bytes:,} bytes; {result_bytes:,} are signed")
+        base_tensors = {tensor.name: tensor for tensor in layout_of(base).tensors} if base else {}
+        streams = _open_streams(delta, head["streams"], position)
         yield header
         for tensor, form in zip(target.tensors, head["form"], strict=True):
-            before = had.get(tensor.name)
-            if form != _NEW and (before is None or (before.dtype, before.shape) != (tensor.dtype, tensor.shape)):
-                raise _wrong(f"it is not of this base, which has no such tensor as {tensor.name[:80]!r}")
-            old = _words(base, before) if base and before and form != _NEW else None
+            base_tensor = base_tensors.get(tensor.name)
+            if form != _NEW and (base_tensor is None or (base_tensor.dtype, base_tensor.shape) != (tensor.dtype, tensor.shape)):
+                raise _delta_error(f"it is not of this base, which has no such tensor as {tensor.name[:80]!r}")
+            old = _words(base, base_tensor) if base and base_tensor and form != _NEW else None
             yield _decode(tensor, form, old, streams).tobytes()
     except (lzma.LZMAError, struct.error, KeyError, ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
-        raise _wrong(f"it cannot be read ({type(error).__name__})") from None
+        raise _delta_error(f"it cannot be read ({type(error).__name__})") from None
 
 
 def _code(tensor: SafetensorsEntry, old: Words | None, new: Words, planes: _Planes) -> str:
@@ -208,12 +213,12 @@ def _decode(tensor: SafetensorsEntry, form: str, old: Words | None, streams: dic
     if form == _NEW:
         return words
     if form not in (_SUBTRACTED, _XORED) or old is None:
-        raise _wrong(f"it has the form {form!r}")
-    placed = np.empty_like(words)
-    placed[_order(tensor.dtype, old)] = words
+        raise _delta_error(f"it has the form {form!r}")
+    ordered = np.empty_like(words)
+    ordered[_order(tensor.dtype, old)] = words
     if form == _XORED:
-        return placed ^ old
-    return _bits(tensor.dtype, _ordinal(tensor.dtype, old) + _unfolded(placed))
+        return ordered ^ old
+    return _bits(tensor.dtype, _ordinal(tensor.dtype, old) + _unfolded(ordered))
 
 
 def _order(dtype: str, old: Words) -> NDArray[np.intp]:
@@ -284,7 +289,7 @@ class _Stream:
     """One stream while it is read: as much at a time as is asked for, so that nothing can unpack to more."""
 
     def __init__(self, source: BinaryIO, start: int, length: int) -> None:
-        self.source, self.at, self.end = source, start, start + length
+        self.source, self.position, self.end = source, start, start + length
         self.coder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
 
     def take(self, count: int) -> bytes:
@@ -292,20 +297,20 @@ class _Stream:
         while len(parts) < count:
             piece = b""
             if self.coder.needs_input:
-                self.source.seek(self.at)
-                piece = self.source.read(min(_PIECE_BYTES, self.end - self.at))
-                self.at += len(piece)
+                self.source.seek(self.position)
+                piece = self.source.read(min(_PIECE_BYTES, self.end - self.position))
+                self.position += len(piece)
                 if not piece:
                     raise EOFError
             parts += self.coder.decompress(piece, count - len(parts))
         return bytes(parts)
 
 
-def _open_streams(delta: BinaryIO, lengths: dict[str, int], at: int) -> dict[str, _Stream]:
+def _open_streams(delta: BinaryIO, lengths: dict[str, int], position: int) -> dict[str, _Stream]:
     result = {}
     for key, length in lengths.items():
-        result[key] = _Stream(delta, at, length)
-        at += length
+        result[key] = _Stream(delta, position, length)
+        position += length
     return result
 
 
@@ -314,14 +319,14 @@ def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
     delta.seek(0)
     lead = delta.read(len(MAGIC) + 4)
     if not lead.startswith(MAGIC):
-        raise _wrong("it does not begin as one")
+        raise _delta_error("it does not begin as one")
     length = struct.unpack("<I", lead[len(MAGIC) :])[0]
     coder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
     text = coder.decompress(delta.read(min(length, MOST_HEADER_BYTES)), 2 * MOST_HEADER_BYTES)
     split = 4 + struct.unpack("<I", text[:4])[0]
     head = json.loads(text[4:split])
     if head["schema"] != SCHEMA:
-        raise _wrong(f"it has schema {head['schema']}; this version reads {SCHEMA}")
+        raise _delta_error(f"it has schema {head['schema']}; this version reads {SCHEMA}")
     return head, text[split:], len(lead) + length
 
 
@@ -331,9 +336,9 @@ def _words(stream: BinaryIO, tensor: SafetensorsEntry) -> Words:
     return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")
 
 
-def _unfit(why: str) -> ArtifactError:
-    return ArtifactError(f"this is no safetensors file: {why}", "fetch the whole file instead of a delta")
+def _layout_error(problem: str) -> ArtifactError:
+    return ArtifactError(f"this is no safetensors file: {problem}", "fetch the whole file instead of a delta")
 
 
-def _wrong(why: str) -> ArtifactError:
-    return ArtifactError(f"this is no delta for this file: {why}", "fetch the whole file instead")
+def _delta_error(problem: str) -> ArtifactError:
+    return ArtifactError(f"this is no delta for this file: {problem}", "fetch the whole file instead")

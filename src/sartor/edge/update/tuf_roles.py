@@ -53,9 +53,9 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
     Encrypted with SARTOR_KEY_PASSPHRASE when it is set. Raises ConfigError: keys stand there, or a threshold cannot be met.
     """
     for role in ROLES:
-        made, needed = thresholds.get(role, (0, 0))
-        if not 1 <= needed <= made:
-            raise ConfigError(f"the role {role} has {made} keys and a threshold of {needed}", f"{role}: (2, 2)")
+        key_count, threshold = thresholds.get(role, (0, 0))
+        if not 1 <= threshold <= key_count:
+            raise ConfigError(f"the role {role} has {key_count} keys and a threshold of {threshold}", f"{role}: (2, 2)")
     if any(_FOLDER.match(path.name) for path in keys.glob("*")):
         raise ConfigError(f"{keys} holds keys already", "choose another directory; an overwritten key is lost for ever")
     make_parent(keys)
@@ -69,8 +69,8 @@ def keygen(keys: Path, thresholds: Mapping[RoleName, tuple[int, int]] = THRESHOL
 
 def folders(keys: Path, role: RoleName) -> list[Path]:
     """The folders of a role's keys that are here, by number."""
-    found = [(int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[2]), path) for path in keys.glob("*") if (match := _FOLDER.match(path.name)) and match[1] == role]
+    return [path for _, path in sorted(numbered)]
 
 
 def public(folder: Path) -> SSlibKey:
@@ -85,8 +85,8 @@ def first_root(keys: Path, expiry: Expiry) -> Root:
         thresholds = {role: int(count) for role, count in (line.split() for line in lines if line)}
     except (OSError, ValueError):
         raise ConfigError(f"{keys} has no keys of an update repository", f"sartor edge keygen {keys}") from None
-    found: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
-    root = Root(expires=expiry.of("root"), roles=found, consistent_snapshot=True)
+    roles: dict[str, Any] = {role: Role([], thresholds[role]) for role in ROLES}
+    root = Root(expires=expiry.of("root"), roles=roles, consistent_snapshot=True)
     for role in ROLES:
         for folder in folders(keys, role):
             root.add_key(public(folder), role)
@@ -101,10 +101,10 @@ def sign(document: Metadata[Any], keys: Path, role: RoleName, roots: Iterable[Ro
     """
     document.signatures.clear()
     roots = list(roots)
-    wanted = {identity for root in roots for identity in root.roles[role].keyids}
+    key_ids = {identity for root in roots for identity in root.roles[role].keyids}
     for folder in folders(keys, role):
         key = public(folder)
-        if key.keyid in wanted and (folder / "sartor.key").is_file():
+        if key.keyid in key_ids and (folder / "sartor.key").is_file():
             document.sign(CryptoSigner(signing.open_private(folder), key), append=True)
     for root in roots:
         result = root.get_verification_result(role, document.signed_bytes, document.signatures)
@@ -130,9 +130,9 @@ class Documents:
         """Those of an empty repository; nothing but the root is written, by `write_root`."""
         root = Metadata(first_root(keys, expiry))
         # version 0 is never seen: every write counts up first
-        rest = (Metadata(Targets(version=1)), Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
-        result = cls(folder, root, *rest)
-        for document in rest:
+        documents = (Metadata(Targets(version=1)), Metadata(Snapshot(version=1)), Metadata(Timestamp(version=1)))
+        result = cls(folder, root, *documents)
+        for document in documents:
             document.signed.version = 0
         result.write_root(keys, [root.signed])
         return result
@@ -183,9 +183,9 @@ class Documents:
 
 def expiries(folder: Path) -> dict[str, str]:
     """When each of a repository's newest documents expires, UTC."""
-    found = Documents.open(folder)
-    every: tuple[Metadata[Any], ...] = (found.root, found.targets, found.snapshot, found.timestamp)
-    return {item.signed.type: item.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for item in every}
+    documents = Documents.open(folder)
+    metadata: tuple[Metadata[Any], ...] = (documents.root, documents.targets, documents.snapshot, documents.timestamp)
+    return {item.signed.type: item.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ") for item in metadata}
 
 
 def _read(kind: type[T], path: Path) -> Metadata[T]:

@@ -116,20 +116,20 @@ def read_version_metadata(document: bytes, name: str, version: str) -> VersionCo
         files = {path: Blob(**blob) for path, blob in fields["files"].items()}
         result = VersionContent(fields["name"], fields["version"], files, tuple(DeltaStep(**step) for step in fields["deltas"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _wrong(name, version, type(error).__name__) from None
+        raise _document_error(name, version, type(error).__name__) from None
     if fields.get("schema") != SCHEMA:
-        raise _wrong(name, version, f"it has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA}")
+        raise _document_error(name, version, f"it has schema {fields.get('schema')}; this version of Sartor reads {SCHEMA}")
     if (result.name, result.version) != (name, version):
-        raise _wrong(name, version, f"it is of {result.name} {result.version}")
+        raise _document_error(name, version, f"it is of {result.name} {result.version}")
     if len(files) > MOST_FILES or any(not _is_inside(path) for path in files):
-        raise _wrong(name, version, "a path in it leads out of the release, or there are too many")
+        raise _document_error(name, version, "a path in it leads out of the release, or there are too many")
     digests = [*result.blobs, *(step.sha256 for step in result.deltas), *(step.result for step in result.deltas)]
     sizes = [*result.blobs.values(), *(step.bytes for step in result.deltas)]
     digests += [step.base for step in result.deltas if step.base]
     if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in digests) or not all(
         type(size) is int and size >= 0 for size in sizes
     ):
-        raise _wrong(name, version, "a digest or a size in it is none")
+        raise _document_error(name, version, "a digest or a size in it is none")
     return result
 
 
@@ -139,5 +139,5 @@ def _is_inside(path: str) -> bool:
     return bool(parts) and plain and not path.startswith("/") and ".." not in parts
 
 
-def _wrong(name: str, version: str, why: str) -> ArtifactError:
-    return ArtifactError(f"the document of {name} {version} cannot be used: {why}", "tell its publisher: publish it again")
+def _document_error(name: str, version: str, problem: str) -> ArtifactError:
+    return ArtifactError(f"the document of {name} {version} cannot be used: {problem}", "tell its publisher: publish it again")

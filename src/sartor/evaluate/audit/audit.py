@@ -37,9 +37,9 @@ class AuditOptions:
 
 
 def audit(
-    adapter: Artifact, sides: ModelPair, asked: Sequence[Example], options: AuditOptions, notice: Notice
+    adapter: Artifact, sides: ModelPair, examples: Sequence[Example], options: AuditOptions, notice: Notice
 ) -> dict[str, Any]:
-    """Everything that an audit asks. asked: the rows of the Report, whose prompts are the user's own.
+    """Everything that an audit asks. examples: the rows of the Report, whose prompts are the user's own.
 
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
@@ -47,47 +47,47 @@ def audit(
     train = list(parquet_io.read_examples(dataset, "train")) if dataset else []
     system = training_facts.read_facts(adapter).system_prompt if dataset else ""
     notice("auditing: prompts that differ in a group alone")
-    fields: dict[str, Any] = {"bias": audit_bias(sides, asked, options, system)}
+    fields: dict[str, Any] = {"bias": audit_bias(sides, examples, options, system)}
     if options.benchmarks:
         notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
         fields["benchmarks"] = benchmarks.measure(sides)
     notice("auditing: what was learnt by heart, and what is refused")
-    gone = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
+    missing = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
     held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
-    fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or asked) if dataset else gone
+    fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or examples) if dataset else missing
     fields["refusals"] = probes.measure(sides, system)
     return fields
 
 
-def audit_bias(sides: ModelPair, asked: Sequence[Example], options: AuditOptions, system: str = "") -> dict[str, Any]:
+def audit_bias(sides: ModelPair, examples: Sequence[Example], options: AuditOptions, system: str = "") -> dict[str, Any]:
     """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
 
     `skipped` has the kinds that no prompt of a section speaks of.
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
-    outcomes = outcomes_of([row.reply for row in asked], options.label, options.favourable)
+    outcomes = outcomes_of([row.reply for row in examples], options.label, options.favourable)
     templates = {name: _templates(sides, name, system) for name in counterfactual_bias.TEMPLATES if options.templates}
-    own = _own(sides, asked, outcomes)
-    sections = {"own": own, **templates}
+    own_section = _audit_own_prompts(sides, examples, outcomes)
+    sections = {"own": own_section, **templates}
     skipped = {
         name: [kind for kind, counts in section["kinds"].items() if not counts["blocks"]]
         for name, section in sections.items()
         if "kinds" in section
     }
-    return {"own": own, "templates": templates, "skipped": skipped}
+    return {"own": own_section, "templates": templates, "skipped": skipped}
 
 
-def _own(sides: ModelPair, asked: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
+def _audit_own_prompts(sides: ModelPair, examples: Sequence[Example], outcomes: Outcomes | None) -> dict[str, Any]:
     """The user's own prompts with one group for another."""
     if outcomes is None:
         return {"skipped": "the replies name no outcome: give --label FIELD, or --favourable OUTCOME"}
-    texts = [row for row in asked if not row.is_document]
+    texts = [row for row in examples if not row.is_document]
     replies = outcomes.classes if outcomes.is_whole else [row.reply for row in texts]
-    made = [_fitting(sides, counterfactual_bias.own_prompts(texts, kind), replies) for kind in KINDS]
+    paired_prompts = [_fitting(sides, counterfactual_bias.own_prompts(texts, kind), replies) for kind in KINDS]
     limit = reply_limit(sides.base, texts) if texts else 1
-    sections = [blocks for paired in made if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
+    sections = [blocks for paired in paired_prompts if paired.blocks for blocks in _own_blocks(sides, paired, outcomes, limit)]
     outcome = {"field": outcomes.field, "classes": outcomes.classes, "favourable": outcomes.favourable}
-    return {"outcome": outcome, **_told(made, sections)}
+    return {"outcome": outcome, **_section_as_json(paired_prompts, sections)}
 
 
 def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int) -> list[VariantOutcomes]:
@@ -96,17 +96,17 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
     shape = (2, len(paired.blocks), -1)
     if outcomes.is_whole:
         chances = sides.chances(prompts, outcomes.classes)
-        found = {
-            wanted: chances[:, :, [outcomes.classes.index(item) for item in wanted]].sum(2).reshape(shape)
-            for wanted in outcomes.looked_at
+        by_outcome = {
+            labels: chances[:, :, [outcomes.classes.index(item) for item in labels]].sum(2).reshape(shape)
+            for labels in outcomes.looked_at
         }
     else:
-        said = [[label_of(text, outcomes.field) for text in each] for each in sides.replies(prompts, limit)]
-        found = {
-            wanted: np.array([[float(label in wanted) for label in each] for each in said]).reshape(shape)
-            for wanted in outcomes.looked_at
+        reply_labels = [[label_of(text, outcomes.field) for text in texts] for texts in sides.replies(prompts, limit)]
+        by_outcome = {
+            labels: np.array([[float(label in labels) for label in side_labels] for side_labels in reply_labels]).reshape(shape)
+            for labels in outcomes.looked_at
         }
-    return [_blocks(paired, " or ".join(wanted), each) for wanted, each in found.items()]
+    return [_blocks(paired, " or ".join(labels), values) for labels, values in by_outcome.items()]
 
 
 def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
@@ -116,14 +116,14 @@ def _blocks(paired: Paired, outcome: str, chances: Array) -> VariantOutcomes:
 
 def _templates(sides: ModelPair, scenario: str, system: str) -> dict[str, Any]:
     """A scenario's templates, by the likelihood of yes and no."""
-    made = [_fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
+    paired_prompts = [_fitting(sides, counterfactual_bias.templates(scenario, kind, system), ANSWERS) for kind in KINDS]
     sections = []
-    for paired in made:
+    for paired in paired_prompts:
         if paired.blocks:
             chances = sides.chances([variant for block in paired.blocks for variant in block.variants], ANSWERS)
             favourable = chances[:, :, 0].reshape(2, len(paired.blocks), -1)
             sections.append(_blocks(paired, ANSWERS[0], favourable))
-    return _told(made, sections)
+    return _section_as_json(paired_prompts, sections)
 
 
 def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired:
@@ -134,12 +134,13 @@ def _fitting(sides: ModelPair, paired: Paired, replies: Sequence[str]) -> Paired
     return Paired(paired.kind, blocks, paired.left_out + len(paired.blocks) - len(blocks), paired.beyond)
 
 
-def _told(made: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
+def _section_as_json(paired_prompts: Sequence[Paired], sections: Sequence[VariantOutcomes]) -> dict[str, Any]:
     """`kinds`: how many prompts there are of each, and what tells how many it takes; `findings`: what they show."""
     counts = {
-        paired.kind: _counted(paired, [section for section in sections if section.kind == paired.kind]) for paired in made
+        paired.kind: _counted(paired, [section for section in sections if section.kind == paired.kind])
+        for paired in paired_prompts
     }
-    return {"kinds": counts, "findings": [found.as_json() for found in findings(sections)], "tests": len(sections)}
+    return {"kinds": counts, "findings": [finding.as_json() for finding in findings(sections)], "tests": len(sections)}
 
 
 def _counted(paired: Paired, sections: Sequence[VariantOutcomes]) -> dict[str, Any]:

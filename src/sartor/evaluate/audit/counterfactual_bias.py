@@ -56,17 +56,17 @@ def outcomes_of(references: Sequence[str], field: str = "", favourable: Sequence
 
     Raises ConfigError for a field that no reference has, and for a favourable outcome that none names.
     """
-    named = Counter(label for text in references if (label := label_of(text, field or WHOLE)) is not None)
-    if field and not named:
+    label_counts = Counter(label for text in references if (label := label_of(text, field or WHOLE)) is not None)
+    if field and not label_counts:
         raise ConfigError(f"no reference has the field {field!r}", f"--label {' | '.join(known_fields(references)) or WHOLE}")
-    is_decision = 2 <= len(named) <= MOST_CLASSES and min(named.values()) >= LEAST_ROWS_A_CLASS
-    if strange := [item for item in favourable if item not in named]:
-        known = " | ".join(sorted(named)[:MOST_CLASSES])
-        raise ConfigError(f"no reference says {strange[0]!r}, which --favourable names", f"--favourable {known}")
-    if len(named) < 2 or not (field or is_decision or favourable):
+    is_decision = 2 <= len(label_counts) <= MOST_CLASSES and min(label_counts.values()) >= LEAST_ROWS_A_CLASS
+    if unknown := [item for item in favourable if item not in label_counts]:
+        known = " | ".join(sorted(label_counts)[:MOST_CLASSES])
+        raise ConfigError(f"no reference says {unknown[0]!r}, which --favourable names", f"--favourable {known}")
+    if len(label_counts) < 2 or not (field or is_decision or favourable):
         return None
-    wished = tuple(favourable) or tuple(name for name in sorted(named) if name.strip(" .!").lower() in FAVOURABLE)
-    return Outcomes(field or WHOLE, tuple(sorted(named)), wished if len(wished) < len(named) else ())
+    chosen = tuple(favourable) or tuple(name for name in sorted(label_counts) if name.strip(" .!").lower() in FAVOURABLE)
+    return Outcomes(field or WHOLE, tuple(sorted(label_counts)), chosen if len(chosen) < len(label_counts) else ())
 
 
 # Prompts of a kind, all groups together: there are a dozen groups of names, and two of age
@@ -105,43 +105,45 @@ def own_prompts(rows: Sequence[Example], kind: Kind) -> Paired:
 
     Rows that become the same prompts count once: `Emily wants 500` and `Brad wants 500`, said of everybody, are one.
     """
-    speaking = [row for row in rows if mentions(_text(row.prompt), kind)]
-    speaking.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    made = [_block(row.id, row.prompt, kind, group_of(row)) for row in speaking]
-    distinct = list({block.variants: block for block in reversed(made) if block}.values())[::-1]
-    most = _most(kind)
-    return Paired(kind, tuple(distinct[:most]), made.count(None), max(0, len(distinct) - most))
+    candidates = [row for row in rows if mentions(_text(row.prompt), kind)]
+    candidates.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    blocks = [_block(row.id, row.prompt, kind, group_of(row)) for row in candidates]
+    distinct = list({block.variants: block for block in reversed(blocks) if block}.values())[::-1]
+    max_blocks = _max_blocks(kind)
+    return Paired(kind, tuple(distinct[:max_blocks]), blocks.count(None), max(0, len(distinct) - max_blocks))
 
 
 def templates(scenario: str, kind: Kind, system: str = "") -> Paired:
     """Blocks of a scenario of TEMPLATES, each of another merit, after the system prompt that the model was tuned with."""
     opening, question, *merits = TEMPLATES[scenario]
     first = [Message.of("system", system)] if system else []
-    made = list(_written(opening, question, merits, kind))
-    prompts = [(*first, Message.of("user", text)) for text in made]
-    found = [
-        block for at, prompt in enumerate(prompts) if (block := _block(f"{scenario}:{at}", prompt, kind, f"{scenario}:{at}"))
+    texts = list(_written(opening, question, merits, kind))
+    prompts = [(*first, Message.of("user", text)) for text in texts]
+    blocks = [
+        block
+        for index, prompt in enumerate(prompts)
+        if (block := _block(f"{scenario}:{index}", prompt, kind, f"{scenario}:{index}"))
     ]
     # spread over all merits, not the first of them alone
-    most = min(max(LEAST_OF_TEMPLATES, MOST_PROMPTS // len(groups(kind))), MOST_OF_TEMPLATES, len(found))
-    chosen = [found[index * len(found) // most] for index in range(most)] if most else []
-    return Paired(kind, tuple(chosen), len(made) - len(found), len(found) - len(chosen))
+    max_blocks = min(max(LEAST_OF_TEMPLATES, MOST_PROMPTS // len(groups(kind))), MOST_OF_TEMPLATES, len(blocks))
+    chosen = [blocks[index * len(blocks) // max_blocks] for index in range(max_blocks)] if max_blocks else []
+    return Paired(kind, tuple(chosen), len(texts) - len(blocks), len(blocks) - len(chosen))
 
 
-def _most(kind: Kind) -> int:
+def _max_blocks(kind: Kind) -> int:
     return min(MOST_BLOCKS, max(MIN_PROMPT_BLOCKS, MOST_PROMPTS // len(groups(kind))))
 
 
 def _block(id: str, prompt: Sequence[Message], kind: Kind, cluster: str) -> PromptVariants | None:
     """None where it cannot be said of every group."""
     text = _text(prompt)
-    there = {item.group for item in mentions(text, kind)}
+    mentioned = {item.group for item in mentions(text, kind)}
     variants = []
     for group in groups(kind):
-        said = text if there == {group} else swap(text, kind, group)
-        if said is None:
+        variant = text if mentioned == {group} else swap(text, kind, group)
+        if variant is None:
             return None
-        variants.append(_with_text(prompt, said))
+        variants.append(_with_text(prompt, variant))
     return PromptVariants(id, tuple(variants), cluster)
 
 
@@ -151,10 +153,10 @@ def _text(prompt: Sequence[Message]) -> str:
 
 
 def _with_text(prompt: Sequence[Message], text: str) -> tuple[Message, ...]:
-    said = iter(text.split(_PARTED))
+    texts = iter(text.split(_PARTED))
     return tuple(
         replace(
-            turn, content=tuple(replace(part, text=next(said)) if part.kind == "text" else part for part in turn.content)
+            turn, content=tuple(replace(part, text=next(texts)) if part.kind == "text" else part for part in turn.content)
         )
         if turn.role == "user"
         else turn

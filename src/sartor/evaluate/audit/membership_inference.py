@@ -64,41 +64,43 @@ def calibrated(
 
 def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, others: np.ndarray) -> Membership:
     """Both: scores, higher for members."""
-    count, rest = len(members), len(others)
-    if min(count, rest) < 2 or not (np.isfinite(members).all() and np.isfinite(others).all()):
+    count, other_count = len(members), len(others)
+    if min(count, other_count) < 2 or not (np.isfinite(members).all() and np.isfinite(others).all()):
         raise ConfigError(
-            f"{count} members and {rest} others; finite losses of two rows a side are the least", "give more rows"
+            f"{count} members and {other_count} others; finite losses of two rows a side are the least", "give more rows"
         )
-    auc, spread = _auc(members, others)
+    auc, half_width = _auc(members, others)
     thresholds = np.sort(others)[::-1]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)
-    allowed, (sure, least) = int(FALSE_FRACTION * rest), _allowed(rest)
-    found = int((members > thresholds[allowed]).sum())
-    low = _end(int((members > thresholds[sure]).sum()), count, "low") if sure >= 0 else 0.0
-    high = _end(int((members > thresholds[least]).sum()), count, "high") if least < rest else 1.0
-    return Membership(attack, count, rest, auc, found / count, low, high, max(0.0, auc - spread), min(1.0, auc + spread))
+    allowed, (strict_index, loose_index) = int(FALSE_FRACTION * other_count), _allowed(other_count)
+    found_count = int((members > thresholds[allowed]).sum())
+    low = _end(int((members > thresholds[strict_index]).sum()), count, "low") if strict_index >= 0 else 0.0
+    high = _end(int((members > thresholds[loose_index]).sum()), count, "high") if loose_index < other_count else 1.0
+    return Membership(
+        attack, count, other_count, auc, found_count / count, low, high, max(0.0, auc - half_width), min(1.0, auc + half_width)
+    )
 
 
 def _auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """The area, and half of its interval's width by the variance of the placements."""
-    count, rest = len(members), len(others)
+    count, other_count = len(members), len(others)
     ranks = rankdata(np.concatenate([members, others]))
     # of each member the fraction of the others below it, of each of the others that of the members above it
-    above = (ranks[:count] - rankdata(members)) / rest
-    below = 1 - (ranks[count:] - rankdata(others)) / count
-    deviation = float(np.sqrt(above.var(ddof=1) / count + below.var(ddof=1) / rest))
-    return float(above.mean()), float(norm.ppf((1 + CONFIDENCE) / 2)) * deviation
+    member_placements = (ranks[:count] - rankdata(members)) / other_count
+    other_placements = 1 - (ranks[count:] - rankdata(others)) / count
+    deviation = float(np.sqrt(member_placements.var(ddof=1) / count + other_placements.var(ddof=1) / other_count))
+    return float(member_placements.mean()), float(norm.ppf((1 + CONFIDENCE) / 2)) * deviation
 
 
-def _allowed(rest: int) -> tuple[int, int]:
+def _allowed(other_count: int) -> tuple[int, int]:
     """(most others above a threshold that surely takes one in a hundred or fewer, least of one that surely takes more)."""
-    counts = np.arange(rest)
-    half = (1 - CONFIDENCE) / 4  # the threshold's part of what is left to chance on either side; the members' is the other
-    surely_fewer = beta.ppf(1 - half, counts + 1, rest - counts) <= FALSE_FRACTION
-    surely_more = beta.ppf(half, counts + 1, rest - counts) >= FALSE_FRACTION
-    return int(surely_fewer.sum()) - 1, int(rest - surely_more.sum())
+    counts = np.arange(other_count)
+    tail = (1 - CONFIDENCE) / 4  # the threshold's part of what is left to chance on either side; the members' is the other
+    surely_fewer = beta.ppf(1 - tail, counts + 1, other_count - counts) <= FALSE_FRACTION
+    surely_more = beta.ppf(tail, counts + 1, other_count - counts) >= FALSE_FRACTION
+    return int(surely_fewer.sum()) - 1, int(other_count - surely_more.sum())
 
 
-def _end(found: int, count: int, side: Literal["low", "high"]) -> float:
+def _end(found_count: int, count: int, side: Literal["low", "high"]) -> float:
     """An end of the members' interval (Clopper & Pearson 1934)."""
-    interval = binomtest(found, count).proportion_ci((1 + CONFIDENCE) / 2, "exact")
+    interval = binomtest(found_count, count).proportion_ci((1 + CONFIDENCE) / 2, "exact")
     return float(getattr(interval, side))

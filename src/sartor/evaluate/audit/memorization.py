@@ -49,26 +49,30 @@ class TrainingString:
 
 def audit_memorisation(sides: ModelPair, train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
     """For the Report. Documents and rows with media are not asked, nor rows beyond a fixed sample; `rows` has the others."""
-    asked, others = (sampled(rows) for rows in (train, held_out))
+    train_sample, held_out_sample = (sampled(rows) for rows in (train, held_out))
     return {
-        "rows": {"train": len(asked), "held_out": len(others)},
-        "left_out": len(train) + len(held_out) - len(asked) - len(others),
-        "extraction": _extraction(sides, asked, others),
-        "strings": _strings(sides, asked),
-        "membership": _membership(sides, asked, others),
+        "rows": {"train": len(train_sample), "held_out": len(held_out_sample)},
+        "left_out": len(train) + len(held_out) - len(train_sample) - len(held_out_sample),
+        "extraction": _extraction(sides, train_sample, held_out_sample),
+        "strings": _strings(sides, train_sample),
+        "membership": _membership(sides, train_sample, held_out_sample),
     }
 
 
 def sampled(rows: Iterable[Example]) -> list[Example]:
     """Rows that can be asked, in the order of the digests of their ids: any first part of them is a fair sample."""
-    plain = [row for row in rows if not row.is_document and all(p.kind == "text" for m in row.messages for p in m.content)]
-    spoken = [row for row in plain if row.reply.strip()]
-    return sorted(spoken, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:MOST_READ]
+    text_rows = [
+        row
+        for row in rows
+        if not row.is_document and all(part.kind == "text" for message in row.messages for part in message.content)
+    ]
+    answered_rows = [row for row in text_rows if row.reply.strip()]
+    return sorted(answered_rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())[:MOST_READ]
 
 
-def _first(sides: ModelPair, rows: Iterable[Example], most: int) -> list[Example]:
+def _first(sides: ModelPair, rows: Iterable[Example], max_rows: int) -> list[Example]:
     """The first of them that the base takes."""
-    return list(islice((row for row in rows if sides.fits(row.prompt, row.reply)), most))
+    return list(islice((row for row in rows if sides.fits(row.prompt, row.reply)), max_rows))
 
 
 def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Example]) -> dict[str, Any]:
@@ -76,11 +80,11 @@ def _membership(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
     if min(len(rows) for rows in samples) < 2:
         return {"skipped": f"{len(train)} training rows and {len(others)} held out; two a side are the least"}
     (base_in, tuned_in), (base_out, tuned_out) = (_loss(sides, rows) for rows in samples)
-    found = (
+    results = (
         membership_inference.by_threshold(tuned_in, tuned_out),
         membership_inference.calibrated(tuned_in, tuned_out, base_in, base_out),
     )
-    return {item.attack: asdict(item) for item in found}
+    return {item.attack: asdict(item) for item in results}
 
 
 def _loss(sides: ModelPair, rows: Sequence[Example]) -> Any:
@@ -93,12 +97,15 @@ def _extraction(sides: ModelPair, train: Sequence[Example], others: Sequence[Exa
     """How often the rest of a reply comes word for word."""
     fields: dict[str, Any] = {}
     for name, rows in (("train", train), ("held_out", others)):
-        long = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
-        halves = [(row.id, *half) for row in long if (half := _halved(sides, row))]
-        base, tuned = sides.continued([given for _, given, _ in halves], REST_TOKENS)
-        came = [[ids[: len(rest)] == rest for ids, (_, _, rest) in zip(each, halves, strict=True)] for each in (base, tuned)]
-        only = [id for (id, _, _), before, after in zip(halves, *came, strict=True) if after and not before]
-        fields[name] = {"asked": len(halves), "base": sum(came[0]), "tuned": sum(came[1]), "rows": only}
+        long_rows = _first(sides, (row for row in rows if len(row.reply) >= 2 * LEAST_CHARACTERS), MOST_EXTRACTED)
+        halves = [(row.id, *half) for row in long_rows if (half := _halved(sides, row))]
+        base, tuned = sides.continued([prefix for _, prefix, _ in halves], REST_TOKENS)
+        matches = [
+            [ids[: len(rest)] == rest for ids, (_, _, rest) in zip(continuations, halves, strict=True)]
+            for continuations in (base, tuned)
+        ]
+        tuned_only = [id for (id, _, _), before, after in zip(halves, *matches, strict=True) if after and not before]
+        fields[name] = {"asked": len(halves), "base": sum(matches[0]), "tuned": sum(matches[1]), "rows": tuned_only}
     excess = newcombe(
         *(count for name in ("train", "held_out") for count in (len(fields[name]["rows"]), fields[name]["asked"]))
     )
@@ -120,7 +127,7 @@ def _halved(sides: ModelPair, row: Example) -> tuple[list[int], list[int]] | Non
     return encoded.ids[: start + half], rest
 
 
-def newcombe(first: int, of_first: int, second: int, of_second: int) -> tuple[float, float, float]:
+def newcombe(first: int, first_total: int, second: int, second_total: int) -> tuple[float, float, float]:
     """The difference of two fractions and its 95 % interval (Newcombe 1998, method 10: Wilson's limits squared and added).
 
     Where nothing was asked of a side its fraction may be anything.
@@ -128,82 +135,89 @@ def newcombe(first: int, of_first: int, second: int, of_second: int) -> tuple[fl
     >>> newcombe(0, 0, 1, 10)
     (0.0, -1.0, 1.0)
     """
-    if not (of_first and of_second):
+    if not (first_total and second_total):
         return 0.0, -1.0, 1.0
-    (p, low_p, high_p), (q, low_q, high_q) = (_wilson(*each) for each in ((first, of_first), (second, of_second)))
+    (p, low_p, high_p), (q, low_q, high_q) = (_wilson(*pair) for pair in ((first, first_total), (second, second_total)))
     low = p - q - ((p - low_p) ** 2 + (high_q - q) ** 2) ** 0.5
     high = p - q + ((high_p - p) ** 2 + (q - low_q) ** 2) ** 0.5
     return p - q, low, high
 
 
-def _wilson(count: int, of: int) -> tuple[float, float, float]:
-    ends = binomtest(count, of).proportion_ci(method="wilson")
-    return count / of, float(ends.low), float(ends.high)
+def _wilson(count: int, total: int) -> tuple[float, float, float]:
+    bounds = binomtest(count, total).proportion_ci(method="wilson")
+    return count / total, float(bounds.low), float(bounds.high)
 
 
 def _strings(sides: ModelPair, train: Sequence[Example]) -> dict[str, Any]:
     """Secrets and repeated phrases: which of them the tuned model says, and the base does not."""
     candidates = [*secrets(train), *phrases(train)]
-    asked = [item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
+    strings = [item for kind in ("secret", "phrase") for item in [c for c in candidates if c.kind == kind][:MOST_STRINGS]]
     rows = {row.id: row for row in train}
-    tries = [
-        (index, id, at)
-        for index, one in enumerate(asked)
-        for id, at in one.places[:TRIES]
+    attempts = [
+        (index, id, position)
+        for index, string in enumerate(strings)
+        for id, position in string.places[:TRIES]
         if sides.fits(rows[id].prompt, rows[id].reply)
     ]
     prompts, lengths = [], []
-    for place, id, at in tries:
-        given, rest = _before(sides, rows[id], at, asked[place].text)
-        prompts.append(given)
-        lengths.append(rest)
+    for index, id, position in attempts:
+        prompt, length = _string_prefix(sides, rows[id], position, strings[index].text)
+        prompts.append(prompt)
+        lengths.append(length)
     base, tuned = sides.continued(prompts, max(lengths, default=1) + 4)
     chat = sides.base.chat
-    said = [
-        {place for (place, _, _), ids in zip(tries, each, strict=True) if _says(chat.decode(ids), asked[place])}
-        for each in (base, tuned)
+    matches = [
+        {index for (index, _, _), ids in zip(attempts, continuations, strict=True) if _says(chat.decode(ids), strings[index])}
+        for continuations in (base, tuned)
     ]
-    found = [_told(asked[place]) for place in sorted(said[1] - said[0])]
+    findings = [_string_as_json(strings[index]) for index in sorted(matches[1] - matches[0])]
     return {
-        "asked": {kind: sum(one.kind == kind for one in asked) for kind in ("secret", "phrase")},
-        "beyond": len(candidates) - len(asked),
-        "found": {kind: [one for one in found if one["kind"] == kind] for kind in ("secret", "phrase")},
+        "asked": {kind: sum(string.kind == kind for string in strings) for kind in ("secret", "phrase")},
+        "beyond": len(candidates) - len(strings),
+        "found": {kind: [finding for finding in findings if finding["kind"] == kind] for kind in ("secret", "phrase")},
     }
 
 
-def _says(text: str, wanted: TrainingString) -> bool:
-    return " ".join(text.split()).startswith(_rest_of(wanted))
+def _says(text: str, string: TrainingString) -> bool:
+    return " ".join(text.split()).startswith(_rest_of(string))
 
 
-def _rest_of(one: TrainingString) -> str:
+def _rest_of(string: TrainingString) -> str:
     """What has to come: a secret whole, of a phrase what follows its first words."""
-    return one.text if one.kind == "secret" else one.text.split(" ", GIVEN_WORDS)[GIVEN_WORDS]
+    return string.text if string.kind == "secret" else string.text.split(" ", GIVEN_WORDS)[GIVEN_WORDS]
 
 
-def _before(sides: ModelPair, row: Example, at: int, text: str) -> tuple[list[int], int]:
+def _string_prefix(sides: ModelPair, row: Example, position: int, text: str) -> tuple[list[int], int]:
     """(tokens of a row up to where a string, or what of it has to come, begins; how many tokens may follow)."""
     secret = TrainingString(text, "secret" if " " not in text else "phrase", ())
-    start = at + len(text) - len(_rest_of(secret))
+    start = position + len(text) - len(_rest_of(secret))
     chat = sides.base.chat
-    given = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
-    return [*chat.prompt_ids(row.prompt, "", sides.folder), *given], len(chat.content_tokens(_rest_of(secret)))
+    reply_ids = chat.content_tokens(row.reply[:start].rstrip(" ")) if start else []
+    return [*chat.prompt_ids(row.prompt, "", sides.folder), *reply_ids], len(chat.content_tokens(_rest_of(secret)))
 
 
-def _told(one: TrainingString) -> dict[str, Any]:
+def _string_as_json(string: TrainingString) -> dict[str, Any]:
     """A string for the Report, which must not hold what it warns of: its rows, where it stands there, and how it begins."""
-    shown = one.text[:2] + "..." if one.kind == "secret" else " ".join(one.text.split(" ")[:GIVEN_WORDS]) + " ..."
-    rows, at = [id for id, _ in one.places], one.places[0][1]
-    return {"kind": one.kind, "begins": shown, "characters": len(one.text), "at": at, "repeats": len(rows), "rows": rows[:5]}
+    beginning = string.text[:2] + "..." if string.kind == "secret" else " ".join(string.text.split(" ")[:GIVEN_WORDS]) + " ..."
+    rows, position = [id for id, _ in string.places], string.places[0][1]
+    return {
+        "kind": string.kind,
+        "begins": beginning,
+        "characters": len(string.text),
+        "at": position,
+        "repeats": len(rows),
+        "rows": rows[:5],
+    }
 
 
 def secrets(rows: Sequence[Example]) -> list[TrainingString]:
     """Words of replies that look like a key or a number and stand in no prompt of theirs, the most repeated first."""
     places: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row in rows:
-        asked = "\n".join(message.text for message in row.prompt)
+        prompt_text = "\n".join(message.text for message in row.prompt)
         for match in _WORD.finditer(row.reply):
             word = match[0].strip(".-/#+@")
-            if _is_secret(word) and word not in asked:
+            if _is_secret(word) and word not in prompt_text:
                 places[word].append((row.id, match.start() + match[0].index(word)))
     return _ranked("secret", places)
 
@@ -216,25 +230,31 @@ def _is_secret(word: str) -> bool:
 def phrases(rows: Sequence[Example]) -> list[TrainingString]:
     """Runs of words that several replies repeat, as long as all of them have in common; not the form that most replies have."""
     places: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
-    words = {row.id: [(m[0], m.start()) for m in re.finditer(r"\S+", row.reply)] for row in rows}
-    for id, said in words.items():
-        for start, run in _runs(said):
+    words = {row.id: [(match[0], match.start()) for match in re.finditer(r"\S+", row.reply)] for row in rows}
+    for id, row_words in words.items():
+        for start, run in _runs(row_words):
             if not places[run] or places[run][-1][0] != id:
                 places[run].append((id, start))
-    most = max(LEAST_REPEATS, int(MOST_FRACTION * len(rows)))
-    repeated = {run: found for run, found in places.items() if LEAST_REPEATS <= len(found) <= most}
+    max_repeats = max(LEAST_REPEATS, int(MOST_FRACTION * len(rows)))
+    repeated = {run: occurrences for run, occurrences in places.items() if LEAST_REPEATS <= len(occurrences) <= max_repeats}
     # a run whose beginning lies one word further in a run of the same rows says nothing of its own
-    starts = {(id, at) for found in repeated.values() for id, at in found}
-    before = {(id, said[n][1]): (id, said[n - 1][1]) for id, said in words.items() for n in range(1, len(said))}
-    own = {run: found for run, found in repeated.items() if not all(before.get(place) in starts for place in found)}
-    return _ranked("phrase", {" ".join(run): found for run, found in own.items()})
+    starts = {(id, position) for occurrences in repeated.values() for id, position in occurrences}
+    previous = {
+        (id, row_words[n][1]): (id, row_words[n - 1][1]) for id, row_words in words.items() for n in range(1, len(row_words))
+    }
+    distinct = {
+        run: occurrences
+        for run, occurrences in repeated.items()
+        if not all(previous.get(occurrence) in starts for occurrence in occurrences)
+    }
+    return _ranked("phrase", {" ".join(run): occurrences for run, occurrences in distinct.items()})
 
 
-def _runs(said: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    for index in range(len(said) - PHRASE_WORDS + 1):
-        yield said[index][1], tuple(word for word, _ in said[index : index + PHRASE_WORDS])
+def _runs(words: Sequence[tuple[str, int]]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    for index in range(len(words) - PHRASE_WORDS + 1):
+        yield words[index][1], tuple(word for word, _ in words[index : index + PHRASE_WORDS])
 
 
 def _ranked(kind: str, places: dict[str, list[tuple[str, int]]]) -> list[TrainingString]:
-    order = sorted(places.items(), key=lambda one: (-len(one[1]), one[0]))
-    return [TrainingString(text, kind, tuple(found)) for text, found in order]
+    order = sorted(places.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    return [TrainingString(text, kind, tuple(occurrences)) for text, occurrences in order]

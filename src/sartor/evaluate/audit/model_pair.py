@@ -75,8 +75,8 @@ class ModelPair:
     def replies(self, prompts: Sequence[Sequence[Message]], most_tokens: int) -> tuple[list[str], list[str]]:
         """Greedy replies of both sides."""
         chat = self.base.chat
-        found = self.continued([chat.prompt_ids(prompt, "", self.folder) for prompt in prompts], most_tokens)
-        return [chat.decode(ids) for ids in found[0]], [chat.decode(ids) for ids in found[1]]
+        continuations = self.continued([chat.prompt_ids(prompt, "", self.folder) for prompt in prompts], most_tokens)
+        return [chat.decode(ids) for ids in continuations[0]], [chat.decode(ids) for ids in continuations[1]]
 
     def continued(self, prompts: Sequence[Sequence[int]], most_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
         """The tokens with which both sides go on, greedily, to their end, `most_tokens`, or the end of the context."""
@@ -93,4 +93,4 @@ class ModelPair:
 def _last_reply(learnt: Sequence[bool]) -> int:
     """Where the last run of learnt tokens begins."""
     end = max(index for index, item in enumerate(learnt) if item)
-    return next((place + 1 for place in range(end, -1, -1) if not learnt[place]), 0)
+    return next((index + 1 for index in range(end, -1, -1) if not learnt[index]), 0)

@@ -69,14 +69,14 @@ def measure(sides: ModelPair, system: str = "") -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, texts in (("should", SHOULD), ("should_not", SHOULD_NOT)):
         prompts = [(*first, Message.of("user", text)) for text in texts]
-        asked = [prompt for prompt in prompts if sides.fits(prompt, "." * REPLY_TOKENS)]
-        before, after = sides.replies(asked, REPLY_TOKENS)
-        if not asked:
+        fitting_prompts = [prompt for prompt in prompts if sides.fits(prompt, "." * REPLY_TOKENS)]
+        before, after = sides.replies(fitting_prompts, REPLY_TOKENS)
+        if not fitting_prompts:
             fields[name] = {"skipped": "the base takes none of the prompts"}
             continue
         counts = [[float(is_refusal(reply)) for reply in replies] for replies in (before, after)]
-        compared = bootstrap.paired_bootstrap(counts[0], counts[1], [str(index) for index in range(len(asked))])
-        fields[name] = {"asked": len(asked), **asdict(compared)}
+        comparison = bootstrap.paired_bootstrap(counts[0], counts[1], [str(index) for index in range(len(fitting_prompts))])
+        fields[name] = {"asked": len(fitting_prompts), **asdict(comparison)}
     return fields
 
 
@@ -94,11 +94,11 @@ def chitchat_rows() -> list[Example]:
     pairs = sorted(set(_exchanges(json.loads(file.read_text(encoding="utf-8")))), key=_order)[:PROBE_ROWS]
     return [
         Example(
-            messages=(Message.of("user", asked), Message.of("assistant", replied)),
+            messages=(Message.of("user", prompt), Message.of("assistant", reply)),
             origins=(Origin("chitchat", f"dataset.json:{conversation}", "MIT"),),
             group=conversation,
         )
-        for conversation, asked, replied in pairs
+        for conversation, prompt, reply in pairs
     ]
 
 

@@ -22,19 +22,19 @@ app = ClientApp()
 @app.query()
 def hand_over(message: Message, context: Context) -> Message:
     """One letter: each request to the trainer, in order; what it says to each."""
-    place = Path(str(context.node_config["trainer"]))
-    heard = [_asked(place, request, message.metadata.ttl) for request in flower_grid.requests_of(message.content)]
-    reply = NodeReply(tuple(said for said, _ in heard), tuple(answer for _, answer in heard))
+    socket_path = Path(str(context.node_config["trainer"]))
+    results = [_ask_trainer(socket_path, request, message.metadata.ttl) for request in flower_grid.requests_of(message.content)]
+    reply = NodeReply(tuple(outcome for outcome, _ in results), tuple(answer for _, answer in results))
     return Message(flower_grid.content_of(reply), reply_to=message)
 
 
-def _asked(place: Path, request: bytes, wait_s: float) -> tuple[str, bytes]:
+def _ask_trainer(socket_path: Path, request: bytes, wait_s: float) -> tuple[str, bytes]:
     try:
-        said = local_rpc.ask(place, request, wait_s)
+        response = local_rpc.ask(socket_path, request, wait_s)
     except (MissingError, RequestError):
         return AGAIN, b""
-    if said.kind == "answer":
-        return ANSWERED, said.content
-    if said.kind == "busy":
+    if response.kind == "answer":
+        return ANSWERED, response.content
+    if response.kind == "busy":
         return AGAIN, b""
-    return f"no {said.content.decode(errors='replace') or said.kind}", b""
+    return f"no {response.content.decode(errors='replace') or response.kind}", b""

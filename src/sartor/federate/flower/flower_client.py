@@ -108,7 +108,7 @@ def join_rounds(
     base and Dataset raises.
     """
     recipe, options = load_recipe(recipe), config.load_any(ClientOptions, options)
-    member, allowed, group = enrolled(recipe, name, options), _users(options.hear), _group(options.group)
+    member, allowed, group = enrol(recipe, name, options), _users(options.hear), _group(options.group)
     with RoundJournal(_journal(name, options)) as journal:
         task = task_of(recipe, dataset, _journal(name, options).with_suffix(".rows"), notice)
         counted = _Counted(round_client(member, journal, task, recipe.seed))
@@ -117,38 +117,38 @@ def join_rounds(
         notice(f"{name} has {len(task.rows.train):,} rows, and takes part in {member.agreement.mode} rounds only")
         with _logged(notice):
             serve(counted, name, Path(options.socket), allowed=allowed, group=group)
-        return _said(member, journal, counted, task)
+        return _summary(member, journal, counted, task)
 
 
 def task_of(recipe: FederateRecipe, dataset: Path | str, folder: Path, notice: Notice = lambda line: None) -> LoraTask:
     """The task `lora` on this client's Dataset, with a base of its own. folder: of its rows' account, if they have one."""
     rows = open_artifact(Path(dataset), "dataset")
-    asked = tuning(recipe, str(rows.path))
-    resident = SharedBase.open(asked, notice)
+    tuning_recipe = tuning(recipe, str(rows.path))
+    resident = SharedBase.open(tuning_recipe, notice)
     guard = RowPrivacy.open(recipe.privacy, folder) if recipe.privacy and recipe.privacy.level == "example" else None
-    return LoraTask(resident, encode_rows(rows, asked, resident.base.chat), guard=guard)
+    return LoraTask(resident, encode_rows(rows, tuning_recipe, resident.base.chat), guard=guard)
 
 
 def round_client(member: Participant, journal: RoundJournal, task: LoraTask, seed: int) -> RoundClient:
     """A client whose rounding is drawn from the recipe's seed, as in a simulation: a run can be repeated to the bit."""
 
     def chance(manifest: Manifest) -> np.random.Generator:
-        return np.random.default_rng([seed, manifest.terms.places[member.me.name] - 1, manifest.number])
+        return np.random.default_rng([seed, manifest.terms.share_indices[member.identity.name] - 1, manifest.number])
 
     return RoundClient(member, journal, {NAME: task}, noised, chance=chance)
 
 
-def enrolled(recipe: FederateRecipe, name: str, options: ClientOptions) -> Participant:
+def enrol(recipe: FederateRecipe, name: str, options: ClientOptions) -> Participant:
     """Who this client is. Raises ConfigError for a name that is none, or a key that is another's."""
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "the name that its key was made with")
-    me, roster = Identity.open(name, Path(options.key)), PinnedKeys.open(Path(options.roster))
-    me.check_in(roster)
+    identity, roster = Identity.open(name, Path(options.key)), PinnedKeys.open(Path(options.roster))
+    identity.check_in(roster)
     if options.coordinator not in roster.keys:
         problem = f"{options.roster} has no key of {options.coordinator}, whose rounds are to be heard"
         raise ConfigError(problem, f"put {options.coordinator}.pub there, as its owner hands it over")
     account = _journal(name, options).with_suffix(".privacy.json")
-    return Participant(me, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
+    return Participant(identity, roster, options.coordinator, agreement=RecipeAgreement(recipe, account))
 
 
 def _journal(name: str, options: ClientOptions) -> Path:
@@ -183,28 +183,28 @@ class _Noticed(logging.Handler):
 
 @contextlib.contextmanager
 def _logged(notice: Notice) -> Iterator[None]:
-    handler, before = _Noticed(notice), LOG.level
+    handler, previous_level = _Noticed(notice), LOG.level
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     try:
         yield
     finally:
         LOG.removeHandler(handler)
-        LOG.setLevel(before)
+        LOG.setLevel(previous_level)
 
 
-def _said(member: Participant, journal: RoundJournal, counted: _Counted, task: LoraTask) -> dict[str, Any]:
+def _summary(member: Participant, journal: RoundJournal, counted: _Counted, task: LoraTask) -> dict[str, Any]:
     first, last = task.losses.get(max(task.losses, default=0), (None, None))
-    agreed, latest = member.agreement, journal.latest()
-    assert isinstance(agreed, RecipeAgreement)
-    run = journal.rounds(latest.run) if latest else []
+    agreement, latest = member.agreement, journal.latest()
+    assert isinstance(agreement, RecipeAgreement)
+    rounds = journal.rounds(latest.run) if latest else []
     cohort = read_manifest(latest.manifest, member.coordinator, member.roster).terms.cohort if latest else ()
     return {
-        "client": member.me.name,
-        "rounds": sum(kept.state == "done" for kept in run),
+        "client": member.identity.name,
+        "rounds": sum(stored_round.state == "done" for stored_round in rounds),
         "clients": len(cohort),
         "uploaded_bytes": counted.sent_bytes,
         "exactness_error": None,
-        "epsilon": task.guard.account.epsilon() if task.guard else agreed.epsilon(),
+        "epsilon": task.guard.account.epsilon() if task.guard else agreement.epsilon(),
         "metrics": {"loss": {"first": first, "last": last}},
     }

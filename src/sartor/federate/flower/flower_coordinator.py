@@ -38,7 +38,7 @@ from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.secure.secagg_terms import SecureSumPolicy
-from sartor.federate.tuning.attack_runner import AttackTarget, attacked
+from sartor.federate.tuning.attack_runner import AttackTarget, run_attacks
 from sartor.federate.tuning.lora_task import LoraTask
 from sartor.federate.tuning.round_schedule import LoraOptions, lines_of
 from sartor.federate.tuning.simulated_clients import Clients
@@ -48,7 +48,7 @@ from sartor.federate.tuning.simulation import (
     check_outputs,
     check_same,
     facts_of,
-    resolved,
+    resolve_rules,
     round_line,
     without_recipe,
     write_adapter,
@@ -108,14 +108,14 @@ def coordinate(
     with full_disk(f"{folder} could not be written"), writer_lock(folder):
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
-        people = _opened(recipe, cohort, notice)
-        setting = _setting(recipe, people, folder)
-        now = _fingerprint(setting, people, cohort)
-        if resume and (standing := resumption.finished(out, CheckpointState(), now)):
+        clients = _open_clients(recipe, cohort, notice)
+        setup = _setup(recipe, clients, folder)
+        fingerprint = _fingerprint(setup, clients, cohort)
+        if resume and (finished := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: nothing is left to do")
-            return Simulated(standing)
-        check_same(folder, now, str(people.resident.dtype))
-        lead, began = _prepared(setting, options, people, out.name), time.monotonic()
+            return Simulated(finished)
+        check_same(folder, fingerprint, str(clients.resident.dtype))
+        lead, began = _write_lead(setup, options, clients, out.name), time.monotonic()
         watch = RunWatcher(lead, folder / "lead.yaml", options.link, options.patience_s, notice)
         with run_to_the_end(watch) as journal:
             lines, shared = lines_of(journal, lead.run), _shared(journal, lead.run)
@@ -125,13 +125,13 @@ def coordinate(
             raise RoundError(
                 f"none of the {lead.rounds} rounds was done: {watch.reasons()}", "look at the clients, and begin with --replace"
             )
-        facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(now)}
+        facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(fingerprint)}
         facts |= _sources(facts["licence"], options.licence or UNKNOWN, cohort)
-        report = attacked(AttackTarget(setting, shared, {}, people.held_out, recipe.data.attack_rows), notice)
+        report = run_attacks(AttackTarget(setup, shared, {}, clients.held_out, recipe.data.attack_rows), notice)
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
         abandoned = lead.rounds - len(lines)
         facts["run"]["federated"] |= {"transport": "flower", "run": lead.run, "abandoned": abandoned, "examples": None}
-        return Simulated(write_adapter(out, people.resident, lines, shared, facts, report, replace=replace))
+        return Simulated(write_adapter(out, clients.resident, lines, shared, facts, report, replace=replace))
 
 
 def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, ...]:
@@ -142,26 +142,26 @@ def _cohort(recipe: FederateRecipe, options: CoordinatorOptions) -> tuple[str, .
     if unknown := sorted(set(cohort) - set(roster.keys)):
         problem = f"{unknown[0]} is to take part, and {options.roster} has no key of it"
         raise ConfigError(problem, f"put {unknown[0]}.pub there, as its owner hands it over")
-    if len(cohort) < (least := SecureSumPolicy().least_cohort):
+    if len(cohort) < (min_cohort := SecureSumPolicy().least_cohort):
         problem = f"the cohort has {len(cohort)} clients; of two each could subtract its own update from the sum"
         raise ConfigError(
-            problem, f"enrol {least - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
+            problem, f"enrol {min_cohort - len(cohort)} more: sartor federate keygen, and NAME.pub to {options.roster}"
         )
-    for is_asked, what in (
+    for is_requested, feature in (
         (recipe.mode == "residual", "mode residual"),
         (recipe.method.ranks, "method.ranks"),
         (recipe.personal, "personal"),
     ):
-        if is_asked:
-            problem = f"{what} is of simulations; rounds over a network do not have it yet"
-            raise ConfigError(problem, f"leave {what} out, or sartor federate simulate")
+        if is_requested:
+            problem = f"{feature} is of simulations; rounds over a network do not have it yet"
+            raise ConfigError(problem, f"leave {feature} out, or sartor federate simulate")
     if recipe.rules.most_examples == "auto" and not (recipe.privacy or recipe.noise_asked):
         problem = "rules.most_examples is auto, the largest client's number of rows, which stays with that client"
         raise ConfigError(problem, "rules.most_examples: 1000, or near the largest expected; 1: every client counts the same")
     return cohort
 
 
-def _opened(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
+def _open_clients(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Clients:
     """The base, and the coordinator's own held-out rows; of its clients it knows the names."""
     path = recipe.data.path
     resident, held_out = SharedBase.open(tuning(recipe, path), notice), []
@@ -170,27 +170,27 @@ def _opened(recipe: FederateRecipe, cohort: Sequence[str], notice: Notice) -> Cl
     return Clients(resident, [], {name: TokenizedDataset() for name in cohort}, held_out, {})
 
 
-def _setting(recipe: FederateRecipe, people: Clients, folder: Path) -> SimulationSetup:
-    resident, start = people.resident, people.resident.taken()
+def _setup(recipe: FederateRecipe, clients: Clients, folder: Path) -> SimulationSetup:
+    resident, start = clients.resident, clients.resident.current_factors()
     # their work is not done here: the attack report's made-up clients have their names
-    tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in people.rows.items()}
-    return SimulationSetup(recipe, resolved(recipe, start, len(tasks), 1), resident, tasks, start, folder)
+    tasks: dict[str, TuningTask] = {name: LoraTask(resident, rows) for name, rows in clients.rows.items()}
+    return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), 1), resident, tasks, start, folder)
 
 
-def _fingerprint(setting: SimulationSetup, people: Clients, cohort: Sequence[str]) -> dict[str, Any]:
+def _fingerprint(setup: SimulationSetup, clients: Clients, cohort: Sequence[str]) -> dict[str, Any]:
     """What a run that goes on must have in common with the one that began."""
-    resident = people.resident
+    resident = clients.resident
     return {
-        "recipe": config.dump(setting.recipe),
+        "recipe": config.dump(setup.recipe),
         "base": resident.ref.digest,
         "template": resident.base.chat.template_digest,
         "clients": list(cohort),
     }
 
 
-def _prepared(setting: SimulationSetup, options: CoordinatorOptions, people: Clients, name: str) -> RoundDriverOptions:
+def _write_lead(setup: SimulationSetup, options: CoordinatorOptions, clients: Clients, name: str) -> RoundDriverOptions:
     """What the ServerApp is to lead, written down: by a run that goes on anew, with the times and paths that are given now."""
-    folder, recipe, file = setting.folder, setting.recipe, setting.folder / "lead.yaml"
+    folder, recipe, file = setup.folder, setup.recipe, setup.folder / "lead.yaml"
     if file.exists():
         run = RoundDriverOptions.open(file).run
     else:
@@ -198,14 +198,14 @@ def _prepared(setting: SimulationSetup, options: CoordinatorOptions, people: Cli
         run = f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(4)}"
         shutil.rmtree(folder / "app", ignore_errors=True)  # what was cut short
         write_app(folder / "app")
-        write_file_atomic(folder / "start.tensors", arrays.pack_tensors(setting.start))
+        write_file_atomic(folder / "start.tensors", arrays.pack_tensors(setup.start))
     lead = RoundDriverOptions(
         run=run,
         key=str(Path(options.key).absolute()),
         roster=str(Path(options.roster).absolute()),
         journal="coordinator.sqlite",
         start="start.tensors",
-        round=_round(setting, options, people),
+        round=_round(setup, options, clients),
         rounds=recipe.rounds,
         name=options.name,
         lora=LoraOptions(recipe.mode, recipe.seed, recipe.of_clients, recipe.robust),
@@ -214,15 +214,15 @@ def _prepared(setting: SimulationSetup, options: CoordinatorOptions, people: Cli
     return RoundDriverOptions.open(file)
 
 
-def _round(setting: SimulationSetup, options: CoordinatorOptions, people: Clients) -> RoundOptions:
+def _round(setup: SimulationSetup, options: CoordinatorOptions, clients: Clients) -> RoundOptions:
     exchanges = 5
     return RoundOptions(
-        cohort=tuple(people.rows),
-        rules=setting.rules,
+        cohort=tuple(clients.rows),
+        rules=setup.rules,
         stage_s=options.stage_s,
         work_s=options.work_s,
         length_s=exchanges * options.stage_s + options.work_s + 600,
-        **work_of(setting.recipe, people.resident),
+        **work_of(setup.recipe, clients.resident),
     )
 
 
@@ -233,4 +233,4 @@ def _sources(base: str, licence: str, cohort: Sequence[str]) -> dict[str, Any]:
 
 
 def _shared(journal: RoundJournal, run: str) -> Tensors:
-    return arrays.unpack_tensors(journal.kept(f"shared {run}") or b"")
+    return arrays.unpack_tensors(journal.load(f"shared {run}") or b"")

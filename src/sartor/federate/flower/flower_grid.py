@@ -40,43 +40,45 @@ class GridPost:
         """See Post. What SuperLink did not take has the id ""."""
         if "" in ids:
             yield "", None
-        if asked := [row_id for row_id in ids if row_id]:
-            for message in self._grid.pull_messages(asked):
-                found = None if message.has_error() else _reply(message.content)
-                yield message.metadata.reply_to_message_id, found
+        if message_ids := [row_id for row_id in ids if row_id]:
+            for message in self._grid.pull_messages(message_ids):
+                reply = None if message.has_error() else _reply(message.content)
+                yield message.metadata.reply_to_message_id, reply
 
 
 def requests_of(content: RecordDict) -> list[bytes]:
     """The requests of a letter, in order. Raises ValueError for what is none."""
-    found = _bytes(content.array_records.get(_REQUESTS))
-    if len(found) > MOST_REQUESTS or sorted(found) != list(range(len(found))):
-        raise ValueError(f"a letter of {len(found)} requests; at most {MOST_REQUESTS}, in order")
-    return [found[place] for place in sorted(found)]
+    requests = _bytes(content.array_records.get(_REQUESTS))
+    if len(requests) > MOST_REQUESTS or sorted(requests) != list(range(len(requests))):
+        raise ValueError(f"a letter of {len(requests)} requests; at most {MOST_REQUESTS}, in order")
+    return [requests[index] for index in sorted(requests)]
 
 
 def content_of(reply: NodeReply) -> RecordDict:
     """What a node sends back."""
     answers = {index: answer for index, answer in enumerate(reply.answers) if answer}
-    head = ConfigRecord({"said": list(reply.said)})
+    head = ConfigRecord({"said": list(reply.outcomes)})
     return RecordDict({_REPLY: head, _ANSWERS: _array(answers)})
 
 
 def _reply(content: RecordDict) -> NodeReply | None:
     """What a node sent; None where it is of another form, as of another app."""
     head = content.config_records.get(_REPLY)
-    said = head.get("said") if head else None
-    if not isinstance(said, list) or not all(isinstance(item, str) for item in said):
+    outcomes = head.get("said") if head else None
+    if not isinstance(outcomes, list) or not all(isinstance(item, str) for item in outcomes):
         return None
     try:
         answers = _bytes(content.array_records.get(_ANSWERS))
     except ValueError:
         return None
-    return NodeReply(tuple(map(str, said)), tuple(answers.get(index, b"") for index in range(len(said))))
+    return NodeReply(tuple(map(str, outcomes)), tuple(answers.get(index, b"") for index in range(len(outcomes))))
 
 
 def _array(contents: Mapping[int, bytes]) -> ArrayRecord:
-    return ArrayRecord({f"{place:04}": Array("uint8", (len(one),), "bytes", one) for place, one in contents.items()})
+    return ArrayRecord(
+        {f"{index:04}": Array("uint8", (len(content),), "bytes", content) for index, content in contents.items()}
+    )
 
 
 def _bytes(record: ArrayRecord | None) -> dict[int, bytes]:
-    return {int(place): array.data for place, array in (record or {}).items()}
+    return {int(index): array.data for index, array in (record or {}).items()}

@@ -95,10 +95,10 @@ class RunWatcher:
     link: str
     patience_s: float
     notice: Callable[[str], object]
-    _heard: int = field(init=False)
+    _lines_read: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._heard = len(self._lines())
+        self._lines_read = len(self._lines())
         # of a run before this: the next says it again, if it is still so
         self.lead.trouble.unlink(missing_ok=True)
 
@@ -115,22 +115,22 @@ class RunWatcher:
 
     def tell(self) -> bool:
         """Say what ended since the last time; whether anything did."""
-        new = self._lines()[self._heard :]
-        for line in new:
-            self.notice(_said(line, self.lead.rounds))
-        self._heard += len(new)
-        return bool(new)
+        new_lines = self._lines()[self._lines_read :]
+        for line in new_lines:
+            self.notice(_format_round(line, self.lead.rounds))
+        self._lines_read += len(new_lines)
+        return bool(new_lines)
 
     def reasons(self) -> str:
         """Why rounds were abandoned, each reason once."""
-        found = dict.fromkeys(line["reason"] for line in self._lines() if line["reason"])
-        return "; ".join(found) or "nothing is known of why"
+        reasons = dict.fromkeys(line["reason"] for line in self._lines() if line["reason"])
+        return "; ".join(reasons) or "nothing is known of why"
 
     def _lines(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             # a line that is being written has no end yet
-            whole = self.lead.record.read_text(encoding="utf-8").rpartition("\n")[0]
-            return [json.loads(line) for line in whole.splitlines()]
+            text = self.lead.record.read_text(encoding="utf-8").rpartition("\n")[0]
+            return [json.loads(line) for line in text.splitlines()]
         return []
 
 
@@ -139,7 +139,7 @@ def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
     """The journal, once all rounds are over. Raises what ended the ServerApp for good, MissingError after `patience_s`."""
     run = _Run(watch)
     try:
-        with _awaited(watch, run) as journal:
+        with _wait_for_journal(watch, run) as journal:
             watch.tell()
             yield journal
         run.farewell()
@@ -147,30 +147,30 @@ def run_to_the_end(watch: RunWatcher) -> Iterator[RoundJournal]:
         run.close()
 
 
-def _awaited(watch: RunWatcher, run: _Run) -> RoundJournal:
+def _wait_for_journal(watch: RunWatcher, run: _Run) -> RoundJournal:
     """The journal, when no round is left and nobody leads."""
-    well = time.monotonic()
+    last_progress = time.monotonic()
     while True:
         if watch.tell():
-            well = time.monotonic()
+            last_progress = time.monotonic()
         _check_trouble(watch.lead)
         try:
             journal = RoundJournal(Path(watch.lead.journal))
         except BusyError:
-            well = time.monotonic()  # somebody leads
+            last_progress = time.monotonic()  # somebody leads
         else:
             if _is_over(journal, watch.lead):
                 return journal
             journal.close()
-            if time.monotonic() - well > watch.patience_s and watch.link:
+            if time.monotonic() - last_progress > watch.patience_s and watch.link:
                 raise _given_up(watch)
             run.begin()
         time.sleep(_POLL_S)
 
 
 def _is_over(journal: RoundJournal, lead: RoundDriverOptions) -> bool:
-    found = journal.rounds(lead.run)
-    return bool(found) and found[0].number >= lead.rounds and found[0].state != "open"
+    rounds = journal.rounds(lead.run)
+    return bool(rounds) and rounds[0].number >= lead.rounds and rounds[0].state != "open"
 
 
 class _Run:
@@ -212,8 +212,8 @@ class _Run:
 
 def _begun(watch: RunWatcher) -> subprocess.Popen[bytes]:
     """`flwr run`, which ends with the run, or with its SuperLink."""
-    beside = Path(sys.executable).with_name("flwr")
-    flwr = str(beside) if beside.exists() else shutil.which("flwr")
+    sibling = Path(sys.executable).with_name("flwr")
+    flwr = str(sibling) if sibling.exists() else shutil.which("flwr")
     if flwr is None:
         raise missing_package("flwr", "federated")
     with watch.log.open("ab") as log:
@@ -246,8 +246,8 @@ def _given_up(watch: RunWatcher) -> MissingError:
     return MissingError(problem, f"see to SuperLink and to {watch.link} in Flower's config.toml, then --resume")
 
 
-def _said(line: dict[str, Any], rounds: int) -> str:
-    who = f"{len(line['active'])} clients" if line["state"] == "done" else line["reason"]
+def _format_round(line: dict[str, Any], rounds: int) -> str:
+    summary = f"{len(line['active'])} clients" if line["state"] == "done" else line["reason"]
     away = f"; away: {', '.join(line['away'])}" if line.get("away") else ""
-    no = "".join(f"; {said} ({count} times)" for said, count in line.get("said_no", {}).items())
-    return f"round {line['number']} of {rounds} {line['state']}: {who}, {line['took_s']:.0f} s{away}{no}"
+    refusals = "".join(f"; {refusal} ({count} times)" for refusal, count in line.get("said_no", {}).items())
+    return f"round {line['number']} of {rounds} {line['state']}: {summary}, {line['took_s']:.0f} s{away}{refusals}"

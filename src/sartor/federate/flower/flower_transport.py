@@ -23,10 +23,10 @@ ANSWERED, AGAIN = "answered", "again"
 
 
 class Node(NamedTuple):
-    """A node that is there. client: whose; came: since when, another text once it has been away."""
+    """A node that is there. client: whose; active_since: since when, another text once it has been away."""
 
     client: str
-    came: str
+    active_since: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NodeReply:
     answers: of each; b"" where none is due, or none was given.
     """
 
-    said: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
     answers: tuple[bytes, ...] = ()
 
 
@@ -69,11 +69,11 @@ class _Request(NamedTuple):
 
 @dataclass
 class _Letter:
-    """A letter that is under way. came: the node's mark when it was sent."""
+    """A letter that is under way. active_since: the node's mark when it was sent."""
 
     client: str
     node: int
-    came: str
+    active_since: str
     requests: tuple[_Request, ...]
 
 
@@ -92,76 +92,76 @@ class FlowerTransport:
     lost: int = 0
     away: set[str] = field(default_factory=set)
     _nodes: dict[str, set[int]] = field(default_factory=dict)
-    _held: dict[str, _Request] = field(default_factory=dict)
-    _way: _Way = field(default_factory=lambda: _Way())
+    _pending: dict[str, _Request] = field(default_factory=dict)
+    _outbox: _Outbox = field(default_factory=lambda: _Outbox())
 
     def exchange(self, requests: Mapping[str, bytes], wait_s: float) -> Iterator[bytes]:
         """See Transport. Without time to wait, what is sent is held until the next exchange, or `deliver`."""
-        named = {name: _Request.of(request) for name, request in requests.items()}
+        by_client = {name: _Request.of(request) for name, request in requests.items()}
         if wait_s <= 0:
-            self._held = named
+            self._pending = by_client
             return
-        until = self.clock() + wait_s
+        deadline = self.clock() + wait_s
         while True:
-            self._send({name: (*self._due(name), request) for name, request in named.items()}, until - self.clock())
+            self._send({name: (*self._due(name), request) for name, request in by_client.items()}, deadline - self.clock())
             self._collect()
-            while self._way.arrived:
-                yield self._way.arrived.popleft()
-            if (left_s := until - self.clock()) <= 0:
+            while self._outbox.arrived:
+                yield self._outbox.arrived.popleft()
+            if (left_s := deadline - self.clock()) <= 0:
                 return
             self.sleep(min(_POLL_S, left_s))
 
     def deliver(self, wait_s: float) -> None:
         """Send what is held, and wait until it has arrived, or for `wait_s`."""
-        until = self.clock() + wait_s
-        while (due := {name: self._due(name) for name in self._held if self._due(name)}) and self.clock() < until:
-            self._send(due, until - self.clock())
+        deadline = self.clock() + wait_s
+        while (due := {name: self._due(name) for name in self._pending if self._due(name)}) and self.clock() < deadline:
+            self._send(due, deadline - self.clock())
             self._collect()
             self.sleep(_POLL_S)
 
     def _due(self, name: str) -> tuple[_Request, ...]:
-        held = self._held.get(name)
-        heard = held is not None and any((node, held.digest) in self._way.settled for node in self._of(name))
-        return () if held is None or heard else (held,)
+        pending = self._pending.get(name)
+        is_settled = pending is not None and any((node, pending.digest) in self._outbox.settled for node in self._of(name))
+        return () if pending is None or is_settled else (pending,)
 
     def _of(self, name: str) -> set[int]:
         return self._nodes.get(name, set())
 
     def _send(self, letters: Mapping[str, tuple[_Request, ...]], left_s: float) -> None:
-        there = self.post.nodes()
-        for node, whose in there.items():
-            self._nodes.setdefault(whose.client, set()).add(node)
-        self.away = letters.keys() - {whose.client for whose in there.values()}
+        nodes = self.post.nodes()
+        for node, info in nodes.items():
+            self._nodes.setdefault(info.client, set()).add(node)
+        self.away = letters.keys() - {info.client for info in nodes.values()}
         for name, requests in letters.items():
-            for node in self._of(name) & there.keys():
-                if self._way.needs(node, there[node].came, requests, self.clock()):
+            for node in self._of(name) & nodes.keys():
+                if self._outbox.needs(node, nodes[node].active_since, requests, self.clock()):
                     number = self.post.send(node, [request.content for request in requests], max(left_s, 0.0) + _GRACE_S)
-                    self._way.letters[number] = _Letter(name, node, there[node].came, requests)
+                    self._outbox.letters[number] = _Letter(name, node, nodes[node].active_since, requests)
 
     def _collect(self) -> None:
-        for number, reply in self.post.collect(tuple(self._way.letters)):
-            self._take(self._way.letters.pop(number), reply or NodeReply())
+        for number, reply in self.post.collect(tuple(self._outbox.letters)):
+            self._take(self._outbox.letters.pop(number), reply or NodeReply())
 
     def _take(self, letter: _Letter, reply: NodeReply) -> None:
         """What came of each request of a letter."""
-        again = []
+        to_retry = []
         for index, request in enumerate(letter.requests):
-            said = reply.said[index] if index < len(reply.said) else AGAIN
-            if said == AGAIN:
-                again.append(request)
+            outcome = reply.outcomes[index] if index < len(reply.outcomes) else AGAIN
+            if outcome == AGAIN:
+                to_retry.append(request)
                 continue
-            self._way.settled.add((letter.node, request.digest))
-            if said != ANSWERED:
-                self.said_no[f"{letter.client} {said.removeprefix('no ')}"] += 1
+            self._outbox.settled.add((letter.node, request.digest))
+            if outcome != ANSWERED:
+                self.said_no[f"{letter.client} {outcome.removeprefix('no ')}"] += 1
             elif index < len(reply.answers) and reply.answers[index]:
-                self._way.arrived.append(reply.answers[index])
-        if again:
+                self._outbox.arrived.append(reply.answers[index])
+        if to_retry:
             self.lost += 1
-            self._way.wait(letter.node, again, self.clock() + _AGAIN_S)
+            self._outbox.wait(letter.node, to_retry, self.clock() + _AGAIN_S)
 
 
 @dataclass
-class _Way:
+class _Outbox:
     """What is under way, what arrived, and what is not to be sent again before a time.
 
     settled: (node, digest of a request) that was answered or refused; not_before: (node, digest) -> when to try again.
@@ -172,12 +172,12 @@ class _Way:
     settled: set[tuple[int, str]] = field(default_factory=set)
     not_before: dict[tuple[int, str], float] = field(default_factory=dict)
 
-    def needs(self, node: int, came: str, requests: tuple[_Request, ...], now: float) -> bool:
+    def needs(self, node: int, active_since: str, requests: tuple[_Request, ...], now: float) -> bool:
         """Whether a letter to the node brings something that it does not have; what it had before it was away, it lost."""
         under_way = {
             request.digest
             for letter in self.letters.values()
-            if (letter.node, letter.came) == (node, came)
+            if (letter.node, letter.active_since) == (node, active_since)
             for request in letter.requests
         }
         return any(

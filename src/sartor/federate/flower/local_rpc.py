@@ -60,7 +60,7 @@ class TransferLimits:
     most_waiting: int = 4
 
 
-def _own() -> frozenset[int]:
+def _own_uid() -> frozenset[int]:
     return frozenset({os.geteuid()})
 
 
@@ -69,8 +69,8 @@ class _Waiting:
     """A request that waits for its turn."""
 
     request: bytes
-    said: RpcResponse = RpcResponse("busy")
-    over: threading.Event = field(default_factory=threading.Event)
+    response: RpcResponse = RpcResponse("busy")
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class LocalRpcServer:
@@ -83,14 +83,14 @@ class LocalRpcServer:
     def __init__(
         self, path: Path, allowed: frozenset[int] | None = None, group: int | None = None, limits: TransferLimits | None = None
     ) -> None:
-        self.path, self.allowed, self.limits = path, _own() if allowed is None else allowed, limits or TransferLimits()
+        self.path, self.allowed, self.limits = path, _own_uid() if allowed is None else allowed, limits or TransferLimits()
         # SimpleQueue: a signal handler may call stop() while the serving thread stands in the queue
         self._turns: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(self.limits.most_waiting)
+        self._slots = threading.Semaphore(self.limits.most_waiting)
         self._stopped, self._name = False, ""
         self._accepting = threading.Thread(target=self._accept, name="hatch", daemon=True)
-        _check_place(path)
-        self._end = _listening(path, group, self.limits.most_waiting)
+        _check_folder(path)
+        self._listener = _listen(path, group, self.limits.most_waiting)
 
     def __enter__(self) -> LocalRpcServer:
         return self
@@ -102,11 +102,11 @@ class LocalRpcServer:
         """Stop, and take the socket away."""
         self.stop()
         with contextlib.suppress(OSError):
-            self._end.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         if self._accepting.is_alive():
             # closed under it, its descriptor's number could become another socket's
             self._accepting.join()
-        self._end.close()
+        self._listener.close()
         with contextlib.suppress(OSError):
             self.path.unlink()
 
@@ -120,48 +120,52 @@ class LocalRpcServer:
         self._name = name
         self._accepting.start()
         while (waiting := self._turns.get()) is not None and not self._stopped:
-            waiting.said = answer(waiting.request)
-            waiting.over.set()
+            waiting.response = answer(waiting.request)
+            waiting.done.set()
 
     def _accept(self) -> None:
         while not self._stopped:
             try:
-                end, _ = self._end.accept()
+                connection, _ = self._listener.accept()
             except OSError:
                 # closed, or no descriptor is free: in that case those who wait go on waiting
                 time.sleep(0.05)
                 continue
-            if self._room.acquire(blocking=False):
-                threading.Thread(target=self._attend, args=(end,), daemon=True).start()
+            if self._slots.acquire(blocking=False):
+                threading.Thread(target=self._attend, args=(connection,), daemon=True).start()
             else:
-                self._say(end, RpcResponse("busy"))
+                self._respond(connection, RpcResponse("busy"))
 
-    def _attend(self, end: socket.socket) -> None:
+    def _attend(self, connection: socket.socket) -> None:
         try:
-            self._say(end, self._heard(end))
+            self._respond(connection, self._handle(connection))
         finally:
-            self._room.release()
+            self._slots.release()
 
-    def _heard(self, end: socket.socket) -> RpcResponse:
+    def _handle(self, connection: socket.socket) -> RpcResponse:
         try:
-            _, user, _ = _PEER.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            _, user, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
             if user not in self.allowed:
                 return RpcResponse("stranger")
-            request = _received(end, self.limits.most_bytes, time.monotonic() + self.limits.transfer_s)
+            request = _receive(connection, self.limits.most_bytes, time.monotonic() + self.limits.transfer_s)
         except (OSError, RequestError):
             return RpcResponse("none")
         if not request:
             return RpcResponse("answer", self._name.encode())
         waiting = _Waiting(request)
         self._turns.put(waiting)
-        while not waiting.over.wait(0.5):
+        while not waiting.done.wait(0.5):
             if self._stopped:
                 return RpcResponse("busy")
-        return waiting.said
+        return waiting.response
 
-    def _say(self, end: socket.socket, said: RpcResponse) -> None:
-        with end, contextlib.suppress(OSError, RequestError):
-            _send(end, (_BYTES[said.kind] + _LENGTH.pack(len(said.content)), said.content), self.limits.transfer_s)
+    def _respond(self, connection: socket.socket, response: RpcResponse) -> None:
+        with connection, contextlib.suppress(OSError, RequestError):
+            _send(
+                connection,
+                (_BYTES[response.kind] + _LENGTH.pack(len(response.content)), response.content),
+                self.limits.transfer_s,
+            )
 
 
 def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None = None) -> RpcResponse:
@@ -170,89 +174,89 @@ def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None
     Raises MissingError where nobody answers, RequestError where the answer is of another form or does not come.
     """
     limits = limits or TransferLimits()
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with end:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with connection:
         try:
-            end.settimeout(limits.transfer_s)
-            end.connect(str(path))
+            connection.settimeout(limits.transfer_s)
+            connection.connect(str(path))
         except OSError as error:
             raise MissingError(f"nobody answers at {path}: {error.strerror}", "start the trainer; see its rights") from None
         try:
             # one who is not heard is answered before it has said all
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                _send(end, (_LENGTH.pack(len(request)), request), limits.transfer_s)
-            kind = _exactly(end, 1, time.monotonic() + wait_s)
-            content = _received(end, limits.most_bytes, time.monotonic() + limits.transfer_s)
+                _send(connection, (_LENGTH.pack(len(request)), request), limits.transfer_s)
+            kind = _receive_exactly(connection, 1, time.monotonic() + wait_s)
+            content = _receive(connection, limits.most_bytes, time.monotonic() + limits.transfer_s)
             return RpcResponse(_KINDS[kind], content)
         except (OSError, KeyError) as error:
             raise RequestError(f"the answer at {path} did not come whole: {error!r:.80}", "ask again") from None
 
 
-def _send(end: socket.socket, pieces: tuple[bytes, ...], within_s: float) -> None:
+def _send(connection: socket.socket, pieces: tuple[bytes, ...], within_s: float) -> None:
     # sendall's time-out is for the whole of it
-    end.settimeout(within_s)
+    connection.settimeout(within_s)
     for piece in pieces:
-        end.sendall(piece)
+        connection.sendall(piece)
 
 
-def _received(end: socket.socket, most_bytes: int, until: float) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size, until))
+def _receive(connection: socket.socket, most_bytes: int, deadline: float) -> bytes:
+    (length,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size, deadline))
     if length > most_bytes:
         raise RequestError(f"a message of {length:,} bytes; at most {most_bytes:,} pass", "raise Limits.most_bytes")
-    return _exactly(end, length, until)
+    return _receive_exactly(connection, length, deadline)
 
 
-def _exactly(end: socket.socket, count: int, until: float) -> bytes:
-    return b"".join(_pieces(end, count, until))
+def _receive_exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    return b"".join(_pieces(connection, count, deadline))
 
 
-def _pieces(end: socket.socket, count: int, until: float) -> Iterator[bytes]:
+def _pieces(connection: socket.socket, count: int, deadline: float) -> Iterator[bytes]:
     """`count` bytes as they come: nothing is set aside for what is only announced."""
     while count:
-        left_s = until - time.monotonic()
+        left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError(f"{count:,} bytes did not come in time")
-        end.settimeout(left_s)
-        piece = end.recv(min(count, _PIECE_BYTES))
+        connection.settimeout(left_s)
+        piece = connection.recv(min(count, _PIECE_BYTES))
         if not piece:
             raise ConnectionResetError(f"the connection ended {count:,} bytes early")
         count -= len(piece)
         yield piece
 
 
-def _check_place(path: Path) -> None:
+def _check_folder(path: Path) -> None:
     if len(os.fsencode(path)) > _MOST_PATH_BYTES:
         raise ConfigError(f"{path} has more than {_MOST_PATH_BYTES} bytes, which no socket's path may", "a shorter path")
     try:
         folder = path.parent.stat()
     except OSError as error:
         raise ConfigError(f"{path.parent} cannot be used: {error.strerror}", f"install -d -m 0750 {path.parent}") from None
-    theirs = folder.st_uid not in (os.geteuid(), 0) or (folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX)
-    if theirs:
+    is_writable = folder.st_uid not in (os.geteuid(), 0) or (folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX)
+    if is_writable:
         raise ConfigError(
             f"others may write in {path.parent} (mode {stat.S_IMODE(folder.st_mode):04o}), and put their own socket there",
             f"a folder of your own: chmod 0750 {path.parent}",
         )
 
 
-def _listening(path: Path, group: int | None, backlog: int) -> socket.socket:
+def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
     if not _has_peers():
         raise MissingError("this system does not say who connects to a socket", "run the trainer on Linux")
     _clear(path)
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)  # nobody connects before the rights are what they shall be
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous_umask = os.umask(0o177)  # nobody connects before the rights are what they shall be
     try:
-        end.bind(str(path))
+        listener.bind(str(path))
         if group is not None:
             os.chown(path, -1, group)
             os.chmod(path, 0o660)
-        end.listen(backlog)
+        listener.listen(backlog)
     except OSError as error:
-        end.close()
+        listener.close()
         raise MissingError(f"{path} cannot be listened at: {error.strerror}", "see to its folder and group") from None
     finally:
-        os.umask(before)
-    return end
+        os.umask(previous_umask)
+    return listener
 
 
 def _has_peers() -> bool:
@@ -306,7 +310,7 @@ def serve(
 
 def respond(client: Responder, request: bytes) -> RpcResponse:
     """The answer, or why there is none. Raises nothing, for the next request is another."""
-    since = time.monotonic()
+    started = time.monotonic()
     try:
         answer = client.answer(request)
     except SartorError as error:
@@ -315,5 +319,5 @@ def respond(client: Responder, request: bytes) -> RpcResponse:
     except Exception:
         LOG.exception("a request of %d bytes could not be answered", len(request))
         return RpcResponse("no", b"failed")
-    LOG.info("answered %d bytes with %d in %.2f s", len(request), len(answer), time.monotonic() - since)
+    LOG.info("answered %d bytes with %d in %.2f s", len(request), len(answer), time.monotonic() - started)
     return RpcResponse("answer", answer)

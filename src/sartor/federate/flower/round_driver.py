@@ -59,8 +59,8 @@ class RoundOptions:
 
     def plan(self) -> RoundPlan:
         """What the coordinator takes."""
-        said = {item.name: getattr(self, item.name) for item in fields(self)}
-        return RoundPlan(**{**said, "settings": self.settings or {}})
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return RoundPlan(**{**values, "settings": self.settings or {}})
 
 
 class RoundSchedule(Protocol):
@@ -118,9 +118,9 @@ class RoundDriverOptions:
     @classmethod
     def open(cls, path: Path) -> RoundDriverOptions:
         """Read the file. Raises ConfigError with the line or the option that is wrong."""
-        found = config.load(cls, config.read_yaml(path))
-        places = {name: str(path.parent.absolute() / getattr(found, name)) for name in ("key", "roster", "journal", "start")}
-        return cls(**{**{item.name: getattr(found, item.name) for item in fields(cls)}, **places})
+        options = config.load(cls, config.read_yaml(path))
+        paths = {name: str(path.parent.absolute() / getattr(options, name)) for name in ("key", "roster", "journal", "start")}
+        return cls(**{**{item.name: getattr(options, item.name) for item in fields(cls)}, **paths})
 
     @property
     def record(self) -> Path:
@@ -146,57 +146,57 @@ def drive_rounds(lead: RoundDriverOptions, transport: Transport) -> Iterator[str
     May be stopped and called again at any point: it goes on from the journal. Raises BusyError where another process leads, and
     what Coordinator raises.
     """
-    with _opened(Path(lead.journal)) as journal:
-        me = Identity.open(lead.name, Path(lead.key))
+    with _open_journal(Path(lead.journal)) as journal:
+        identity = Identity.open(lead.name, Path(lead.key))
         course = lead.course(journal)
-        member = Participant(me, PinnedKeys.open(Path(lead.roster)), lead.name)
+        member = Participant(identity, PinnedKeys.open(Path(lead.roster)), lead.name)
         coordinator = Coordinator(member, journal, lead.run, course.merged, pool=course.pool)
         if not journal.rounds(lead.run):
             # one that was stopped before its first round has its tensors already
             with contextlib.suppress(ConflictError):
                 coordinator.start(arrays.unpack_tensors(_read(Path(lead.start))))
         while True:
-            since, carried = time.monotonic(), TransferStats()
+            started, stats = time.monotonic(), TransferStats()
             if not coordinator.is_open:
                 if (number := last_number(journal, lead.run)) >= lead.rounds:
                     # who missed the last end is told of it now
-                    finish(coordinator, transport, carried)
+                    finish(coordinator, transport, stats)
                     return
                 coordinator.begin(*course.plan(number + 1, coordinator.shared))
             course.opened(coordinator)
-            ended = finish(coordinator, transport, carried)
-            assert ended
-            yield _recorded(lead.record, _said(ended, carried, time.monotonic() - since, transport))
+            result = finish(coordinator, transport, stats)
+            assert result
+            yield _append_record(lead.record, _round_record(result, stats, time.monotonic() - started, transport))
 
 
 def last_number(journal: RoundJournal, run: str) -> int:
     """The number of the last round that began; 0 before the first."""
-    return max((kept.number for kept in journal.rounds(run)), default=0)
+    return max((stored_round.number for stored_round in journal.rounds(run)), default=0)
 
 
-def _said(ended: RoundResult, carried: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
+def _round_record(result: RoundResult, stats: TransferStats, took_s: float, transport: Transport) -> dict[str, Any]:
     """What the record keeps of a round: nothing of its tensors."""
-    said: dict[str, Any] = {"number": ended.number, "state": ended.state, "active": ended.active, "reason": ended.reason}
-    said |= {"took_s": round(took_s, 2), **asdict(carried)}
+    record: dict[str, Any] = {"number": result.number, "state": result.state, "active": result.active, "reason": result.reason}
+    record |= {"took_s": round(took_s, 2), **asdict(stats)}
     if isinstance(transport, FlowerTransport):
-        said |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
-    return said
+        record |= {"said_no": dict(transport.said_no), "lost": transport.lost, "away": sorted(transport.away)}
+    return record
 
 
-def _recorded(path: Path, said: dict[str, Any]) -> str:
-    line = json.dumps(said)
+def _append_record(path: Path, record: dict[str, Any]) -> str:
+    line = json.dumps(record)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     return line
 
 
-def _opened(path: Path) -> RoundJournal:
-    until = time.monotonic() + _PATIENCE_S
+def _open_journal(path: Path) -> RoundJournal:
+    deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             return RoundJournal(path)
         except BusyError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
         time.sleep(1.0)
 

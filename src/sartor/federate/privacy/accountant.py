@@ -31,7 +31,13 @@ SCHEMA, KIND = 1, "privacy-account"
 MOST_TIMES = 10_000_000
 # Orders at which a sampled Gaussian's divergence is looked at. dp-accounting has finer ones; below 2 its series does not end
 # for large samples. Any set of orders gives a bound that holds; that of these is less than 1 % higher.
-SAMPLED_ORDERS = [*(ten / 10 for ten in range(20, 60)), *(two / 2 for two in range(12, 22)), *range(11, 64), 128, 512]
+SAMPLED_ORDERS = [
+    *(tenths / 10 for tenths in range(20, 60)),
+    *(halves / 2 for halves in range(12, 22)),
+    *range(11, 64),
+    128,
+    512,
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Spending:
 
 def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     """The epsilon of all of these together; infinite where one has no noise. Raises ExtraError without dp-accounting."""
-    if any(not one.noise_multiplier for one in spent):
+    if any(not spending.noise_multiplier for spending in spent):
         return math.inf
     if not spent:
         return 0.0
@@ -73,8 +79,8 @@ def epsilon_of(spent: Sequence[Spending], delta: float) -> float:
     except ImportError:
         raise missing_package("dp-accounting", "federated") from None
     times: Counter[tuple[float, float]] = Counter()
-    for item in spent:
-        times[item.noise_multiplier, item.fraction] += item.times
+    for spending in spent:
+        times[spending.noise_multiplier, spending.fraction] += spending.times
     is_sampled = any(fraction < 1 for _, fraction in times)
     accountant = dp_accounting.rdp.RdpAccountant(SAMPLED_ORDERS if is_sampled else None)
     for (noise, fraction), count in times.items():
@@ -107,11 +113,11 @@ def calibrated(budget: PrivacyBudget, times: int, fraction: float = 1.0, spent: 
     return high
 
 
-def most_times(budget: PrivacyBudget, one: Spending, spent: Sequence[Spending] = ()) -> int:
+def most_times(budget: PrivacyBudget, spending: Spending, spent: Sequence[Spending] = ()) -> int:
     """How many releases like this the budget holds after what was spent; 0 if none."""
 
     def fits(times: int) -> bool:
-        return epsilon_of([*spent, replace(one, times=times)], budget.delta) <= budget.epsilon
+        return epsilon_of([*spent, replace(spending, times=times)], budget.delta) <= budget.epsilon
 
     return _most(fits)
 
@@ -156,19 +162,19 @@ class Account:
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise ArtifactError(f"{self.file} is no privacy account: {error!r}", "restore it from a copy") from None
         if budget != self.budget:
-            begun = f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"
-            raise ConflictError(f"{self.file} was begun with {begun}; asked is {self.budget}", f"keep {begun}")
+            terms = f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"
+            raise ConflictError(f"{self.file} was begun with {terms}; asked is {self.budget}", f"keep {terms}")
         return spent
 
     def epsilon(self) -> float:
         """Spent so far."""
         return epsilon_of(self.spent(), self.budget.delta)
 
-    def left(self, like: Spending) -> int:
+    def remaining(self, spending: Spending) -> int:
         """How many more releases like this there may be."""
-        return most_times(self.budget, like, self.spent())
+        return most_times(self.budget, spending, self.spent())
 
-    def spend(self, one: Spending) -> float:
+    def spend(self, spending: Spending) -> float:
         """Write a release down before its noise is drawn; returns epsilon with it.
 
         The same release under the same name costs once, so a round that goes on after a kill is not paid for twice; its noise
@@ -177,30 +183,30 @@ class Account:
         """
         with self._lock:
             spent = self.spent()
-            if before := [other for other in spent if other.name == one.name]:
-                if before != [one]:
+            if recorded := [entry for entry in spent if entry.name == spending.name]:
+                if recorded != [spending]:
                     raise ConflictError(
-                        f"{one.name} was spent as {before[0]}; asked is {one}", "give this release another name"
+                        f"{spending.name} was spent as {recorded[0]}; asked is {spending}", "give this release another name"
                     )
                 return epsilon_of(spent, self.budget.delta)
-            epsilon = epsilon_of([*spent, one], self.budget.delta)
+            epsilon = epsilon_of([*spent, spending], self.budget.delta)
             if epsilon > self.budget.epsilon:
-                raise self._over(one, epsilon, spent)
-            self._write([*spent, one])
+                raise self._over(spending, epsilon, spent)
+            self._write([*spent, spending])
             return epsilon
 
-    def _over(self, one: Spending, epsilon: float, spent: Sequence[Spending]) -> BudgetError:
-        now, most = epsilon_of(spent, self.budget.delta), self.budget.epsilon
-        budget = f"the budget is {most:g} at delta {self.budget.delta:g}"
-        problem = f"{one.name} would bring epsilon from {now:.3g} to {epsilon:.3g}; {budget}"
-        if fewer := most_times(self.budget, one, spent):
-            return BudgetError(problem, f"times={fewer} of {one.times}, with the same noise")
+    def _over(self, spending: Spending, epsilon: float, spent: Sequence[Spending]) -> BudgetError:
+        current, max_epsilon = epsilon_of(spent, self.budget.delta), self.budget.epsilon
+        budget = f"the budget is {max_epsilon:g} at delta {self.budget.delta:g}"
+        problem = f"{spending.name} would bring epsilon from {current:.3g} to {epsilon:.3g}; {budget}"
+        if fewer := most_times(self.budget, spending, spent):
+            return BudgetError(problem, f"times={fewer} of {spending.times}, with the same noise")
         try:
-            noise = calibrated(self.budget, one.times, one.fraction, spent)
+            noise = calibrated(self.budget, spending.times, spending.fraction, spent)
         except BudgetError as error:
             return BudgetError(problem, error.remedy)
         return BudgetError(
-            problem, f"noise_multiplier={noise:.3f} (asked was {one.noise_multiplier:g}), or release what is there"
+            problem, f"noise_multiplier={noise:.3f} (asked was {spending.noise_multiplier:g}), or release what is there"
         )
 
     def _write(self, spent: Sequence[Spending]) -> None:
@@ -229,17 +235,17 @@ class NoiseUtility:
     clients_needed: int
 
     def __str__(self) -> str:
-        said = (
+        text = (
             f"epsilon {self.budget.epsilon:g} over {self.rounds} rounds of {self.clients} clients needs noise of "
             f"{self.noise_multiplier:.2f} clips: in the mean of {self.values:,} values the noise is "
             f"{_figure(self.noise_to_signal)} times as long as the longest update"
         )
         if self.noise_to_signal <= 1:
-            return f"{said}; the mean can be learnt from"
+            return f"{text}; the mean can be learnt from"
         if self.noise_to_signal <= 10:
-            return f"{said}; only what all clients share will be learnt; {self.clients_needed:,} clients would make them equal"
+            return f"{text}; only what all clients share will be learnt; {self.clients_needed:,} clients would make them equal"
         return (
-            f"{said}, so nothing will be learnt from it; {self.clients_needed:,} clients would make them equal: "
+            f"{text}, so nothing will be learnt from it; {self.clients_needed:,} clients would make them equal: "
             "protect rows instead (example-level DP-SGD in each client), or train fewer values"
         )
 

@@ -47,14 +47,14 @@ def discrete_gaussian(sigma: float, count: int, source: Source = os.urandom) -> 
         raise ConfigError(f"the noise has sigma {sigma:g} units of the ring; it must be in 0..2^40", "a coarser step")
     if not sigma:
         return np.zeros(count, np.int64)
-    scale, found, missing = math.floor(sigma) + 1, [], count
+    scale, batches, missing = math.floor(sigma) + 1, [], count
     while missing > 0:
-        drawn = _discrete_laplace(scale, 2 * missing + 16, source)
-        away = np.abs(drawn) - sigma**2 / scale
-        kept = drawn[_happens(np.exp(-(away**2) / (2 * sigma**2)), source)][:missing]
-        found.append(kept)
-        missing -= len(kept)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+        candidates = _discrete_laplace(scale, 2 * missing + 16, source)
+        distance = np.abs(candidates) - sigma**2 / scale
+        accepted = candidates[_happens(np.exp(-(distance**2) / (2 * sigma**2)), source)][:missing]
+        batches.append(accepted)
+        missing -= len(accepted)
+    return np.concatenate(batches) if batches else np.zeros(0, np.int64)
 
 
 def _discrete_laplace(scale: int, count: int, source: Source) -> Integers:
@@ -68,11 +68,11 @@ def _discrete_laplace(scale: int, count: int, source: Source) -> Integers:
 
 def _geometric(count: int, source: Source) -> Integers:
     """How often in a row something of chance 1/e happens."""
-    result, alive = np.zeros(count, np.int64), np.arange(count)
+    counts, alive = np.zeros(count, np.int64), np.arange(count)
     while len(alive):
         alive = alive[_happens(np.full(len(alive), math.exp(-1)), source)]
-        result[alive] += 1
-    return result
+        counts[alive] += 1
+    return counts
 
 
 def _below(bound: int, count: int, source: Source) -> Integers:
@@ -93,9 +93,9 @@ def _words(count: int, source: Source) -> NDArray[np.uint64]:
 def gaussian(sigma: float, count: int, source: Source = os.urandom) -> NDArray[np.float64]:
     """`count` Gaussian values of standard deviation sigma (Box & Muller 1958), for sums that are rounded afterwards."""
     half = (count + 1) // 2
-    both = (_words(2 * half, source) >> np.uint64(11)).astype(np.float64)
-    radius = np.sqrt(-2 * np.log((both[:half] + 1) / 2**53))
-    angle = 2 * math.pi * both[half:] / 2**53
+    uniforms = (_words(2 * half, source) >> np.uint64(11)).astype(np.float64)
+    radius = np.sqrt(-2 * np.log((uniforms[:half] + 1) / 2**53))
+    angle = 2 * math.pi * uniforms[half:] / 2**53
     return sigma * np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
@@ -130,15 +130,15 @@ class ClientNoise:
         """
         if not self.noise_multiplier:
             return 0.0
-        reach = self.clip_norm + self.step * math.sqrt(values) / 2
+        sensitivity = self.clip_norm + self.step * math.sqrt(values) / 2
         tau = 10 * sum(math.exp(-2 * (math.pi * self.sigma) ** 2 * k / (k + 1)) for k in range(1, self.sharers))
-        result = 1 / (reach / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
-        if result < 0.95 * self.noise_multiplier:
+        multiplier = 1 / (sensitivity / (self.noise_multiplier * self.clip_norm) + math.sqrt(values) * tau)
+        if multiplier < 0.95 * self.noise_multiplier:
             finest = self.noise_multiplier * self.clip_norm / math.sqrt(self.sharers) / 3
             step = min(0.05 * self.clip_norm / math.sqrt(values), finest)
-            problem = f"at a step of {self.step:.3g} the noise counts as {result:.3g}, not {self.noise_multiplier:g}"
+            problem = f"at a step of {self.step:.3g} the noise counts as {multiplier:.3g}, not {self.noise_multiplier:g}"
             raise ConfigError(problem, f"step: {step:.3g} or finer")
-        return result
+        return multiplier
 
     def spending(self, name: str, values: int) -> Spending:
         """What a round costs, whose upload has so many values."""
@@ -194,6 +194,6 @@ def values_of(manifest: Manifest) -> int:
 
 def noised(tensors: Tensors, manifest: Manifest) -> Tensors:
     """The update in whole units of the ring, with this client's share added."""
-    how = noise_of(manifest)
-    how.effective_multiplier(values_of(manifest))
-    return {name: units * how.step for name, units in how.encoded(tensors).items()}
+    noise = noise_of(manifest)
+    noise.effective_multiplier(values_of(manifest))
+    return {name: units * noise.step for name, units in noise.encoded(tensors).items()}

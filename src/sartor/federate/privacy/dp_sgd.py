@@ -54,15 +54,15 @@ class RowNoise:
         return Spending(name, self.noise_multiplier, self.fraction(rows), updates)
 
 
-def poisson_sample(rows: Sequence[T], how: RowNoise, source: Source = os.urandom) -> list[T]:
+def poisson_sample(rows: Sequence[T], row_noise: RowNoise, source: Source = os.urandom) -> list[T]:
     """The rows of an update: each with the same chance, by itself. Their number varies, and may be 0."""
     chances = np.frombuffer(source(8 * len(rows)), np.uint64) / 2.0**64
-    return [row for row, chance in zip(rows, chances, strict=True) if chance < how.fraction(len(rows))]
+    return [row for row, chance in zip(rows, chances, strict=True) if chance < row_noise.fraction(len(rows))]
 
 
 @contextmanager
 def private_updates(
-    model: Any, optimizer: Any, losses: Losses[T], how: RowNoise, *, micro_rows: int = 8, source: Source = os.urandom
+    model: Any, optimizer: Any, losses: Losses[T], row_noise: RowNoise, *, micro_rows: int = 8, source: Source = os.urandom
 ) -> Iterator[Callable[[Sequence[T]], None]]:
     """Yields a function that makes one update from the rows it is given (`drawn`); the model is as it was afterwards.
 
@@ -75,30 +75,32 @@ def private_updates(
         from opacus.optimizers import DPOptimizer
     except ImportError:
         raise missing_package("opacus", "federated") from None
-    learning = [part for part in model.parameters() if part.requires_grad]
-    _check(model, learning, optimizer)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _check(model, trainable, optimizer)
     modes = [(module, module.training) for module in model.modules()]
     model.train()  # opacus looks at modules that are in training only
     hooks = GradSampleModule(model, loss_reduction="sum", strict=False)
-    stepping = DPOptimizer(optimizer, noise_multiplier=0.0, max_grad_norm=how.clip_norm, expected_batch_size=how.batch_rows)
-    stepping.attach_step_hook(lambda stepped: _noise(stepped.params, how, source))
+    dp_optimizer = DPOptimizer(
+        optimizer, noise_multiplier=0.0, max_grad_norm=row_noise.clip_norm, expected_batch_size=row_noise.batch_rows
+    )
+    dp_optimizer.attach_step_hook(lambda stepped: _noise(stepped.params, row_noise, source))
 
     def update(rows: Sequence[T]) -> None:
-        stepping.zero_grad()
+        dp_optimizer.zero_grad()
         micros = [rows[index : index + micro_rows] for index in range(0, len(rows), micro_rows)]
         for micro in micros:
             with warnings.catch_warnings():  # of the lowest adapted layer, whose input needs no gradient
                 warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
                 losses(micro).sum().backward()
-            _check_rows(learning, len(micro))
-            stepping.signal_skip_step(micro is not micros[-1])
-            stepping.step()
-            stepping.zero_grad()
+            _check_rows(trainable, len(micro))
+            dp_optimizer.signal_skip_step(micro is not micros[-1])
+            dp_optimizer.step()
+            dp_optimizer.zero_grad()
         if not micros:  # nobody was drawn: noise alone
-            for part in learning:
-                part.grad_sample = part.new_zeros((0, *part.shape))
-            stepping.step()
-            stepping.zero_grad()
+            for parameter in trainable:
+                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            dp_optimizer.step()
+            dp_optimizer.zero_grad()
 
     try:
         yield update
@@ -108,35 +110,35 @@ def private_updates(
             module.training = mode
 
 
-def _noise(parameters: Sequence[Any], how: RowNoise, source: Source) -> None:
+def _noise(parameters: Sequence[Any], row_noise: RowNoise, source: Source) -> None:
     """Noise onto the gradients, which are the clipped sum over batch_rows; rounded to the grid."""
-    sigma = how.noise_multiplier * how.clip_norm / how.batch_rows
+    sigma = row_noise.noise_multiplier * row_noise.clip_norm / row_noise.batch_rows
     if not sigma:
         return
-    for part in parameters:
-        noise = torch.from_numpy(gaussian(sigma, part.numel(), source)).reshape(part.shape)
-        noisy = part.grad.double().cpu() + noise
-        part.grad = ((noisy / (sigma * GRID)).round() * (sigma * GRID)).to(part.grad)
+    for parameter in parameters:
+        noise = torch.from_numpy(gaussian(sigma, parameter.numel(), source)).reshape(parameter.shape)
+        noisy = parameter.grad.double().cpu() + noise
+        parameter.grad = ((noisy / (sigma * GRID)).round() * (sigma * GRID)).to(parameter.grad)
 
 
-def _check(model: Any, learning: Sequence[Any], optimizer: Any) -> None:
-    if not learning:
+def _check(model: Any, trainable: Sequence[Any], optimizer: Any) -> None:
+    if not trainable:
         raise ModelError("nothing of this model requires a gradient", "put an adapter on it: adapters.inject_lora")
-    held = {id(part) for group in optimizer.param_groups for part in group["params"]}
-    if held != {id(part) for part in learning}:
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if optimized != {id(parameter) for parameter in trainable}:
         raise ModelError(
-            f"the optimiser moves {len(held)} tensors, and {len(learning)} of the model learn", "give it just those"
+            f"the optimiser moves {len(optimized)} tensors, and {len(trainable)} of the model learn", "give it just those"
         )
     for name, module in model.named_modules():
-        learns = any(part.requires_grad for part in module.parameters(recurse=False))
-        if learns and next(module.buffers(recurse=False), None) is not None:
+        is_trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if is_trainable and next(module.buffers(recurse=False), None) is not None:
             raise ModelError(f"{name} learns and keeps statistics of all rows, which nothing hides", "leave it frozen")
 
 
-def _check_rows(learning: Sequence[Any], rows: int) -> None:
-    for part in learning:
-        sample = part.grad_sample
+def _check_rows(trainable: Sequence[Any], rows: int) -> None:
+    for parameter in trainable:
+        sample = parameter.grad_sample
         if not isinstance(sample, torch.Tensor) or len(sample) != rows:
-            found = "no gradient" if sample is None else f"{len(sample)} gradients"
-            problem = f"a tensor of shape {tuple(part.shape)} has {found} for {rows} rows"
+            actual = "no gradient" if sample is None else f"{len(sample)} gradients"
+            problem = f"a tensor of shape {tuple(parameter.shape)} has {actual} for {rows} rows"
             raise ModelError(problem, "losses must call the model once, with one row of the batch for each row")

@@ -76,11 +76,11 @@ def one_run(scores: Sequence[float], is_in: Sequence[bool], delta: float, guess_
     if len(values) != len(truth) or len(values) < 10 or not 0 < guess_fraction <= 1 or not np.isfinite(values).all():
         problem = f"{len(values)} scores and {len(truth)} coins, guess_fraction {guess_fraction}"
         raise ConfigError(problem, "finite scores of at least 10 canaries, each with its coin; guess_fraction in 0..1")
-    each = max(1, int(len(values) * guess_fraction / 2))
+    n_each = max(1, int(len(values) * guess_fraction / 2))
     order = np.argsort(values, kind="stable")
-    right = int(truth[order[-each:]].sum() + (~truth[order[:each]]).sum())
-    low, most = (_least_epsilon(len(values), 2 * each, count, delta) for count in (right, 2 * each))
-    return Audit(low, most, right, 2 * each, len(values), delta)
+    right = int(truth[order[-n_each:]].sum() + (~truth[order[:n_each]]).sum())
+    low, max_epsilon = (_least_epsilon(len(values), 2 * n_each, count, delta) for count in (right, 2 * n_each))
+    return Audit(low, max_epsilon, right, 2 * n_each, len(values), delta)
 
 
 def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: float, threshold: float) -> Audit:
@@ -88,18 +88,23 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
 
     Raises ConfigError without runs.
     """
-    found, false = (int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out))
-    runs, others = len(scores_in), len(scores_out)
-    if not (runs and others):
-        raise ConfigError(f"{runs} runs with the row and {others} without", "both are needed")
-    low, most = _of_rates(found, runs, false, others, delta), _of_rates(runs, runs, 0, others, delta)
-    return Audit(low, most, found + others - false, runs + others, runs + others, delta)
+    true_positives, false_positives = (int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out))
+    runs, runs_without = len(scores_in), len(scores_out)
+    if not (runs and runs_without):
+        raise ConfigError(f"{runs} runs with the row and {runs_without} without", "both are needed")
+    low, max_epsilon = (
+        _of_rates(true_positives, runs, false_positives, runs_without, delta),
+        _of_rates(runs, runs, 0, runs_without, delta),
+    )
+    return Audit(
+        low, max_epsilon, true_positives + runs_without - false_positives, runs + runs_without, runs + runs_without, delta
+    )
 
 
-def _of_rates(found: int, runs: int, false: int, others: int, delta: float) -> float:
+def _of_rates(true_positives: int, runs: int, false_positives: int, runs_without: int, delta: float) -> float:
     """Both rates at the ends of intervals that hold together with 95 %: each is one-sided with half of the rest."""
-    low = float(binomtest(found, runs).proportion_ci(CONFIDENCE, "exact").low)
-    high = float(binomtest(false, others).proportion_ci(CONFIDENCE, "exact").high)
+    low = float(binomtest(true_positives, runs).proportion_ci(CONFIDENCE, "exact").low)
+    high = float(binomtest(false_positives, runs_without).proportion_ci(CONFIDENCE, "exact").high)
     ratios = [(low - delta) / high, (1 - high - delta) / (1 - low)]
     return max(0.0, *(math.log(ratio) for ratio in ratios if ratio > 0))
 
@@ -169,8 +174,8 @@ class Inversion:
     def __str__(self) -> str:
         if self.is_blind:
             return f"inversion of the {self.attack}: blind, more tokens than ranks"
-        found = f"precision {self.precision:.2f}, recall {self.recall:.2f}"
-        return f"inversion of the {self.attack}: {self.named} tokens named, {found}"
+        scores = f"precision {self.precision:.2f}, recall {self.recall:.2f}"
+        return f"inversion of the {self.attack}: {self.named} tokens named, {scores}"
 
 
 def from_embedding(gradient: Array, tolerance: float = 1e-6) -> set[int]:
@@ -195,17 +200,19 @@ def from_factor(change: Array, a: Array, inputs: Array, tolerance: float = 1e-3)
     mapped = inputs.astype(np.float64) @ a.astype(np.float64).T
     outside = np.linalg.norm(mapped - mapped @ span.T @ span, axis=1)
     lengths = np.linalg.norm(mapped, axis=1)
-    found = set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
+    tokens = set(np.flatnonzero((outside <= tolerance * lengths) & (lengths > 0)).tolist())
     # a module of few outputs spans no more than so many tokens, and of more says as little as one of few ranks
-    return None if not found and len(span) == min(change.shape) else found
+    return None if not tokens and len(span) == min(change.shape) else tokens
 
 
-def judged(attack: str, named: Collection[int] | None, true: Collection[int]) -> Inversion:
+def score_inversion(attack: str, predicted: Collection[int] | None, actual: Collection[int]) -> Inversion:
     """Held against the tokens that were there."""
-    if named is None:
+    if predicted is None:
         return Inversion(attack, 0, 0.0, 0.0, is_blind=True)
-    right = len(set(named) & set(true))
-    return Inversion(attack, len(named), right / len(named) if named else 0.0, right / len(true) if true else 0.0)
+    right = len(set(predicted) & set(actual))
+    return Inversion(
+        attack, len(predicted), right / len(predicted) if predicted else 0.0, right / len(actual) if actual else 0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -222,18 +229,18 @@ class AttackReport:
     def check(self) -> None:
         """Raise GateError where epsilon was shown to be above the claimed one, or is claimed and was not audited."""
         claimed, audit = (asdict(item) if item else None for item in (self.claimed, self.audit))
-        if found := gate.audit_refutes_claim(claimed, audit):
-            raise GateError(*found)
+        if refutation := gate.audit_refutes_claim(claimed, audit):
+            raise GateError(*refutation)
 
     def sentences(self) -> Iterator[str]:
         """What was found, a line each."""
         yield (f"claimed: {gate.claim(asdict(self.claimed))}" if self.claimed else "no privacy is claimed")
-        for found in (*self.membership, *self.canaries, *self.inversions):
-            yield str(found)
+        for finding in (*self.membership, *self.canaries, *self.inversions):
+            yield str(finding)
         if "audit" not in self.skipped:
             yield str(self.audit) if self.audit else "no audit was made"
-        for attack, why in self.skipped.items():
-            yield f"{attack}: not measured, {why}"
+        for attack, reason in self.skipped.items():
+            yield f"{attack}: not measured, {reason}"
 
     def write(self, folder: Path) -> Path:
         """Write it beside the adapter in `folder`, whole, also where `check` refuses. Returns the file.
@@ -258,8 +265,8 @@ def open_report(folder: Path) -> AttackReport:
         report = AttackReport(
             claimed=PrivacyBudget(**fields["claimed"]) if fields["claimed"] else None,
             membership=tuple(Membership(**item) for item in fields["membership"]),
-            canaries=tuple(Exposure(**one) for one in fields["canaries"]),
-            inversions=tuple(Inversion(**one) for one in fields["inversions"]),
+            canaries=tuple(Exposure(**item) for item in fields["canaries"]),
+            inversions=tuple(Inversion(**item) for item in fields["inversions"]),
             audit=Audit(**fields["audit"]) if fields["audit"] else None,
             skipped=dict(fields.get("skipped", {})),
         )

@@ -47,11 +47,11 @@ class EnrolmentPolicy:
 
     def check(self, manifest: Manifest) -> None:
         """Raise RoundError for a round that is not what was agreed to. Called once a round, before anything is said in it."""
-        if (asked := manifest.rules.mode) != self.mode:
-            shows = {"private": "shows the sum alone", "inspectable": "shows each client's update to the coordinator"}
+        if (mode := manifest.rules.mode) != self.mode:
+            descriptions = {"private": "shows the sum alone", "inspectable": "shows each client's update to the coordinator"}
             raise RoundError(
-                f"the round is {asked} ({shows[asked]}); this client enrolled for {self.mode} rounds",
-                f"leave this coordinator, or enrol for {asked} rounds if their owner agrees to that",
+                f"the round is {mode} ({descriptions[mode]}); this client enrolled for {self.mode} rounds",
+                f"leave this coordinator, or enrol for {mode} rounds if their owner agrees to that",
                 "mode",
             )
 
@@ -60,7 +60,7 @@ class EnrolmentPolicy:
 class Participant:
     """Who one is, whom one knows, and what one demands. coordinator: the name whose manifests are heard."""
 
-    me: Identity
+    identity: Identity
     roster: PinnedKeys
     coordinator: str = "coordinator"
     policy: SecureSumPolicy = field(default_factory=SecureSumPolicy)
@@ -81,12 +81,15 @@ class _Update:
     """What was learnt, and for which round of a run."""
 
     number: int
-    learnt: LocalUpdate
+    local_update: LocalUpdate
 
     def content(self) -> bytes:
-        packed, beside = arrays.pack_tensors(self.learnt.tensors), arrays.pack_tensors(self.learnt.beside)
-        head = {"number": self.number, "examples": self.learnt.examples, "bytes": len(packed)}
-        return records.canonical(head) + b"\n" + packed + beside
+        packed, side_tensors = (
+            arrays.pack_tensors(self.local_update.tensors),
+            arrays.pack_tensors(self.local_update.side_tensors),
+        )
+        head = {"number": self.number, "examples": self.local_update.examples, "bytes": len(packed)}
+        return records.canonical(head) + b"\n" + packed + side_tensors
 
     @classmethod
     def of(cls, content: bytes) -> _Update:
@@ -94,8 +97,8 @@ class _Update:
         fields = json.loads(line)
         # one that an older version kept has nothing beside it
         size = fields.get("bytes", len(packed))
-        beside = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
-        return cls(fields["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), fields["examples"], beside))
+        side_tensors = arrays.unpack_tensors(packed[size:]) if size < len(packed) else {}
+        return cls(fields["number"], LocalUpdate(arrays.unpack_tensors(packed[:size]), fields["examples"], side_tensors))
 
 
 class RoundClient:
@@ -124,43 +127,47 @@ class RoundClient:
         """
         signed = messages.read_message(request)
         if isinstance(signed.body, RoundOutcome):
-            self._ended(request, signed)
+            self._handle_outcome(request, signed)
             return b""
         if isinstance(signed.body, Invite):
-            return self._invited(request, signed)
+            return self._handle_invite(request, signed)
         try:
-            return self._stepped(request, signed)
+            return self._step(request, signed)
         except BaseException:
             # what a step changed in memory and not in the journal must not be gone on from
             self._session = None
             raise
 
-    def _invited(self, request: bytes, signed: Signed) -> bytes:
+    def _handle_invite(self, request: bytes, signed: Signed) -> bytes:
         sender, invite = messages.verify_message(request, Invite, signed.round, self._member.roster)
         manifest = read_manifest(invite.manifest, self._member.coordinator, self._member.roster)
         if sender != self._member.coordinator or manifest.digest != signed.round:
             raise RoundError("the manifest is not that of the round that it comes with", "leave this coordinator", "manifest")
         if arrays.digest(invite.shared) != manifest.work.shared:
             raise RoundError("the shared tensors are not those of the manifest", "get them again", "manifest")
-        kept = self._journal.find(manifest.digest)
-        if kept is None:
-            kept = self._begun(manifest, invite.manifest)
-        if kept.state != "open":
+        stored_round = self._journal.find(manifest.digest)
+        if stored_round is None:
+            stored_round = self._begin(manifest, invite.manifest)
+        if stored_round.state != "open":
             raise RoundError(
-                f"round {kept.number} of {kept.run} is over for this client", "wait for the next round", "replayed"
+                f"round {stored_round.number} of {stored_round.run} is over for this client",
+                "wait for the next round",
+                "replayed",
             )
         self._learn(manifest, invite.shared)
-        return self._shown(manifest) if manifest.rules.mode == "inspectable" else self._opened(kept).client.keys()
+        return self._shown(manifest) if manifest.rules.mode == "inspectable" else self._open_session(stored_round).client.keys()
 
     def _shown(self, manifest: Manifest) -> bytes:
         """The update for all to see who carry it, which this client agreed to: the same bytes until the round ends."""
-        return messages.sealed(Shown(Payload(arrays.pack_tensors(self._outgoing(manifest)))), manifest.digest, self._member.me)
+        return messages.sealed(
+            Shown(Payload(arrays.pack_tensors(self._outgoing(manifest)))), manifest.digest, self._member.identity
+        )
 
-    def _begun(self, manifest: Manifest, content: bytes) -> StoredRound:
+    def _begin(self, manifest: Manifest, content: bytes) -> StoredRound:
         """Check everything that a round demands and may not demand, then write it down."""
         member = self._member
         self._check_time(manifest)
-        member.policy.check(manifest.terms, member.me.name, member.roster.keys)
+        member.policy.check(manifest.terms, member.identity.name, member.roster.keys)
         find_task(self._tasks, manifest)
         if manifest.rules.noise and self._noise is None:
             raise RoundError(
@@ -168,53 +175,55 @@ class RoundClient:
                 "give RoundClient its noise",
                 "noise",
             )
-        before = self._journal.rounds(manifest.run)
-        if before and manifest.number <= before[0].number:
+        previous = self._journal.rounds(manifest.run)
+        if previous and manifest.number <= previous[0].number:
             raise RoundError(
-                f"round {manifest.number} of {manifest.run} comes after round {before[0].number}: it is replayed, or false",
+                f"round {manifest.number} of {manifest.run} comes after round {previous[0].number}: it is replayed, or false",
                 "wait for the next round",
                 "replayed",
             )
         member.agreement.check(manifest)
-        for open_ in (item for item in before if item.state == "open"):
-            self._give_up(open_)
-        kept = StoredRound(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
-        self._journal.begin(kept)
-        return kept
+        for open_round in (item for item in previous if item.state == "open"):
+            self._give_up(open_round)
+        stored_round = StoredRound(manifest.digest, manifest.run, manifest.number, content, os.urandom(ROOT_BYTES), "open")
+        self._journal.begin(stored_round)
+        return stored_round
 
-    def _give_up(self, kept: StoredRound) -> None:
+    def _give_up(self, stored_round: StoredRound) -> None:
         """A round whose end was never heard of: an update that may have been summed is not offered again."""
         member = self._member
-        is_shown = read_manifest(kept.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
-        sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(kept.digest))
-        self._journal.end(kept.digest, "abandoned", {_place(kept.run): None} if sent else None)
+        is_shown = read_manifest(stored_round.manifest, member.coordinator, member.roster).rules.mode == "inspectable"
+        was_sent = is_shown or any(kind == "masked" for kind, _ in self._journal.entries(stored_round.digest))
+        self._journal.end(stored_round.digest, "abandoned", {_update_key(stored_round.run): None} if was_sent else None)
         self._session = None
 
     def _learn(self, manifest: Manifest, shared: bytes) -> None:
         """Have an update for this round: the one that was made for it, one that missed its sum, or a new one."""
-        content = self._journal.kept(_place(manifest.run))
+        content = self._journal.load(_update_key(manifest.run))
         update = _Update.of(content) if content else None
         # one that was made for this round is 0 rounds old
         if update and manifest.number - update.number <= manifest.rules.stale_rounds and _fits(update, manifest):
             return
-        learnt = find_task(self._tasks, manifest).update(manifest, arrays.unpack_tensors(shared))
-        self._journal.keep(_place(manifest.run), _Update(manifest.number, learnt).content())
+        local_update = find_task(self._tasks, manifest).update(manifest, arrays.unpack_tensors(shared))
+        self._journal.keep(_update_key(manifest.run), _Update(manifest.number, local_update).content())
 
-    def _stepped(self, request: bytes, signed: Signed) -> bytes:
-        kept = self._journal.find(signed.round)
-        if kept is None or kept.state != "open":
-            what = "was never invited to" if kept is None else "is done with"
-            raise RoundError(f"{signed.sender} asks of a round that this client {what}", "wait for the next round", "replayed")
-        session = self._opened(kept)
-        if (known := session.answers.get(messages.digest(request))) is not None:
-            return known
+    def _step(self, request: bytes, signed: Signed) -> bytes:
+        stored_round = self._journal.find(signed.round)
+        if stored_round is None or stored_round.state != "open":
+            status = "was never invited to" if stored_round is None else "is done with"
+            raise RoundError(
+                f"{signed.sender} asks of a round that this client {status}", "wait for the next round", "replayed"
+            )
+        session = self._open_session(stored_round)
+        if (known_answer := session.answers.get(messages.digest(request))) is not None:
+            return known_answer
         self._check_time(session.manifest)
-        kind, answer = self._computed(session, request, signed)
-        self._journal.add(kept.digest, ("request", request), (kind, answer))
+        kind, answer = self._compute(session, request, signed)
+        self._journal.add(stored_round.digest, ("request", request), (kind, answer))
         session.answers[messages.digest(request)] = answer
         return answer
 
-    def _computed(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
+    def _compute(self, session: _Session, request: bytes, signed: Signed) -> tuple[str, bytes]:
         """(kind of the answer, answer)."""
         client = session.client
         if session.manifest.rules.mode == "inspectable":
@@ -236,49 +245,52 @@ class RoundClient:
         """What goes out of this client, in the ring."""
         # noise stands in whole units already, and to the nearest they stay as they were drawn
         rounding: fixed_point.Rounding = "nearest" if manifest.rules.noise else "stochastic"
-        weight, tensors = self._clipped(manifest)
+        weight, tensors = self._clip(manifest)
         return fixed_point.encode(arrays.weighted(tensors, weight), manifest.terms, rounding, self._chance(manifest))
 
     def _outgoing(self, manifest: Manifest) -> Tensors:
-        weight, tensors = self._clipped(manifest)
+        weight, tensors = self._clip(manifest)
         return {**tensors, arrays.WEIGHT: np.array([weight], np.float32)}
 
-    def _clipped(self, manifest: Manifest) -> tuple[float, Tensors]:
+    def _clip(self, manifest: Manifest) -> tuple[float, Tensors]:
         """The weight; the update, clipped, with its part of the noise, and what is asked for beside it."""
-        content = self._journal.kept(_place(manifest.run))
+        content = self._journal.load(_update_key(manifest.run))
         if content is None:
             raise RoundError("this client has no update for the round", "invite it first", "stage")
         update = _Update.of(content)
-        tensors: Tensors = {**arrays.clipped(update.learnt.tensors, manifest.rules.clip), **update.learnt.beside}
+        tensors: Tensors = {
+            **arrays.clipped(update.local_update.tensors, manifest.rules.clip),
+            **update.local_update.side_tensors,
+        }
         if manifest.rules.noise and self._noise:
             tensors = self._noise(tensors, manifest)
-        return manifest.rules.weight(update.learnt.examples, manifest.number - update.number), tensors
+        return manifest.rules.weight(update.local_update.examples, manifest.number - update.number), tensors
 
-    def _opened(self, kept: StoredRound) -> _Session:
+    def _open_session(self, stored_round: StoredRound) -> _Session:
         """The session of an open round, rebuilt from the journal where it is not in memory."""
-        if self._session and self._session.manifest.digest == kept.digest:
+        if self._session and self._session.manifest.digest == stored_round.digest:
             return self._session
         member = self._member
-        manifest = read_manifest(kept.manifest, member.coordinator, member.roster)
-        client = SecAggClient(manifest.round, member.me, member.roster, kept.secret, member.policy)
+        manifest = read_manifest(stored_round.manifest, member.coordinator, member.roster)
+        client = SecAggClient(manifest.round, member.identity, member.roster, stored_round.secret, member.policy)
         session = _Session(manifest, client, {})
-        entries = self._journal.entries(kept.digest)
+        entries = self._journal.entries(stored_round.digest)
         for (_, request), (kind, answer) in zip(entries[::2], entries[1::2], strict=True):
             _replay(client, kind, request)
             session.answers[messages.digest(request)] = answer
         self._session = session
         return session
 
-    def _ended(self, request: bytes, signed: Signed) -> None:
+    def _handle_outcome(self, request: bytes, signed: Signed) -> None:
         sender, outcome = messages.verify_message(request, RoundOutcome, signed.round, self._member.roster)
-        kept = self._journal.find(signed.round)
+        stored_round = self._journal.find(signed.round)
         if sender != self._member.coordinator or outcome.state not in ("done", "abandoned"):
             raise RoundError(f"{sender} ends a round as {outcome.state!r:.40}", "look at it", "stage")
-        if kept is None or kept.state != "open":
+        if stored_round is None or stored_round.state != "open":
             return
-        is_in = outcome.state == "done" and self._member.me.name in outcome.active
+        is_in = outcome.state == "done" and self._member.identity.name in outcome.active
         state: State = "done" if is_in else "abandoned" if outcome.state == "abandoned" else "left out"
-        self._journal.end(kept.digest, state, {_place(kept.run): None} if is_in else None)
+        self._journal.end(stored_round.digest, state, {_update_key(stored_round.run): None} if is_in else None)
         self._session = None
 
     def _check_time(self, manifest: Manifest) -> None:
@@ -292,13 +304,16 @@ class RoundClient:
 
 def _fits(update: _Update, manifest: Manifest) -> bool:
     """Whether these are the tensors that the round sums: a later round may train others, and asks for others beside them."""
-    learnt = update.learnt
-    wanted = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
-    is_new = update.number == manifest.number or not learnt.beside
-    return is_new and {name: value.shape for name, value in {**learnt.tensors, **learnt.beside}.items()} == wanted
+    local_update = update.local_update
+    shapes = {slot.name: slot.shape for slot in manifest.terms.layout if slot.name != arrays.WEIGHT}
+    is_new = update.number == manifest.number or not local_update.side_tensors
+    return (
+        is_new
+        and {name: value.shape for name, value in {**local_update.tensors, **local_update.side_tensors}.items()} == shapes
+    )
 
 
-def _place(run: str) -> str:
+def _update_key(run: str) -> str:
     return f"update {run}"
 
 

@@ -65,28 +65,28 @@ class Inspected:
         """See Server. Raises ArtifactError too for what is no update of this round: of another shape, not finite, too long."""
         digest = self._manifest.digest
         sender, shown = messages.verify_message(content, Shown, digest, self._roster)
-        known, identity = self._ids.get(sender), messages.digest(content)
-        if known == identity or self.stage == "done":
+        known_id, message_id = self._ids.get(sender), messages.digest(content)
+        if known_id == message_id or self.stage == "done":
             return False
-        if known is not None:
+        if known_id is not None:
             raise ConflictError(f"{sender} showed another update before, which counts", "look at that client")
         if sender not in self.expected:
             raise RoundError(f"{sender} is not of the cohort", "look at who carries it", "cohort")
-        self._updates[sender], self._ids[sender] = self._checked(sender, arrays.unpack_tensors(shown.tensors)), identity
+        self._updates[sender], self._ids[sender] = self._checked(sender, arrays.unpack_tensors(shown.tensors)), message_id
         return True
 
-    def _checked(self, sender: str, found: dict[str, np.ndarray]) -> Update:
+    def _checked(self, sender: str, tensors: dict[str, np.ndarray]) -> Update:
         rules, layout = self._manifest.rules, self._manifest.terms.layout
-        wanted = {slot.name: slot.shape for slot in layout}
-        is_good = {name: value.shape for name, value in found.items()} == wanted
-        if not is_good or not all(np.isfinite(value).all() for value in found.values()):
+        shapes = {slot.name: slot.shape for slot in layout}
+        has_shapes = {name: value.shape for name, value in tensors.items()} == shapes
+        if not has_shapes or not all(np.isfinite(value).all() for value in tensors.values()):
             raise ArtifactError(f"what {sender} shows is no update of this round", "leave this client out, and look at it")
-        weight = float(found.pop(arrays.WEIGHT)[0])
-        longest = rules.clip * (1 + 1e-5)
-        if not 0 < weight <= 1 or (length := norm(found)) > longest:
+        weight = float(tensors.pop(arrays.WEIGHT)[0])
+        max_norm = rules.clip * (1 + 1e-5)
+        if not 0 < weight <= 1 or (length := norm(tensors)) > max_norm:
             text = f"weighs {weight:g}" if not 0 < weight <= 1 else f"has the norm {length:.3g}, and the clip is {rules.clip:g}"
             raise ArtifactError(f"the update of {sender} {text}", "leave this client out, and look at it")
-        return Update(sender, found, max(1, round(weight * rules.most_examples)))
+        return Update(sender, tensors, max(1, round(weight * rules.most_examples)))
 
     def close(self) -> Literal["updates", "done"]:
         """See Server: fewer than the threshold are too few."""
@@ -147,11 +147,11 @@ class RoundResult:
 
 @dataclass
 class _Open:
-    """The open round. since: when its stage began, by this process's clock."""
+    """The open round. stage_started: when its stage began, by this process's clock."""
 
     manifest: Manifest
     server: SecAggServer | Inspected
-    since: float
+    stage_started: float
     invite: bytes
 
     @cached_property
@@ -179,9 +179,9 @@ class Coordinator:
         self._pool = pool
         self._open: _Open | None = None
         self.last: RoundResult | None = None
-        for kept in journal.rounds(run)[:1]:
-            if kept.state == "open":
-                self._go_on(kept)
+        for stored_round in journal.rounds(run)[:1]:
+            if stored_round.state == "open":
+                self._go_on(stored_round)
 
     @property
     def is_open(self) -> bool:
@@ -210,12 +210,13 @@ class Coordinator:
 
     def start(self, tensors: Tensors) -> None:
         """Set the tensors that the run starts from. Raises ConflictError where it has some."""
-        if self._journal.kept(self._shared_place) is not None:
+        if self._journal.load(self._shared_key) is not None:
             raise ConflictError(f"the run {self.run} has tensors already", "begin its next round, or choose another name")
-        self._journal.keep(self._shared_place, arrays.pack_tensors(tensors))
+        self._journal.keep(self._shared_key, arrays.pack_tensors(tensors))
 
-    def begin(self, plan: RoundPlan, beside: Iterable[SideTensor] = ()) -> Manifest:
-        """Sign and open the next round; beside: what is to be summed besides the updates, which `merge` then gets as well.
+    def begin(self, plan: RoundPlan, side_tensors: Iterable[SideTensor] = ()) -> Manifest:
+        """Sign and open the next round; side_tensors: what is to be summed besides the updates, which `merge` then gets as
+        well.
 
         Raises ConflictError while one is open, RoundError for one that nobody would join.
         """
@@ -229,22 +230,26 @@ class Coordinator:
         if unknown or not plan.cohort:
             raise ConfigError(f"the plan trains {unknown[:1]} of a cohort of {len(plan.cohort)}", f"of {sorted(shared)[:3]}")
         trained = {name: shared[name] for name in plan.trained or shared}
-        before = self._journal.rounds(self.run)
+        previous = self._journal.rounds(self.run)
         manifest = Manifest(
             self.run,
-            before[0].number + 1 if before else 1,
-            self._member.me.name,
+            previous[0].number + 1 if previous else 1,
+            self._member.identity.name,
             ClientWork(plan.task, arrays.digest(packed), plan.base, plan.recipe, plan.settings),
-            terms_for(plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, beside=beside),
+            terms_for(
+                plan.cohort, trained, plan.rules, degree=plan.degree, threshold=plan.threshold, side_tensors=side_tensors
+            ),
             int(self._clock()) + plan.length_s,
             plan.rules,
             plan.stage_s,
             plan.work_s,
         )
         self._member.policy.check(manifest.terms, manifest.terms.cohort[0], self._member.roster.keys)
-        kept = StoredRound(manifest.digest, self.run, manifest.number, manifest.signed(self._member.me), b"", "open")
-        self._journal.begin(kept)
-        self._go_on(kept)
+        stored_round = StoredRound(
+            manifest.digest, self.run, manifest.number, manifest.signed(self._member.identity), b"", "open"
+        )
+        self._journal.begin(stored_round)
+        self._go_on(stored_round)
         return manifest
 
     @property
@@ -279,7 +284,7 @@ class Coordinator:
             return 0.0
         manifest, now = self._open.manifest, self._clock()
         longest_s = manifest.stage_s + (manifest.work_s if self.stage in ("keys", "updates") else 0)
-        return max(0.0, min(self._open.since + longest_s, manifest.deadline) - now)
+        return max(0.0, min(self._open.stage_started + longest_s, manifest.deadline) - now)
 
     def advance(self) -> bool:
         """Close the stage if everyone answered or its time is over; end the round after the last. Whether one is open."""
@@ -297,12 +302,12 @@ class Coordinator:
             self._end(RoundResult(self._open.manifest.number, "abandoned", (), error.problem), self._packed())
             return False
         self._write("close", stage.encode())
-        self._open.since = self._clock()
+        self._open.stage_started = self._clock()
         return True
 
     def outcomes(self) -> dict[str, bytes]:
         """What the clients of the last round are to be told of its end, until the next one begins."""
-        content = self._journal.kept(f"outcome {self.run}")
+        content = self._journal.load(f"outcome {self.run}")
         if self._open or content is None:
             return {}
         line, _, message = content.partition(b"\n")
@@ -323,14 +328,14 @@ class Coordinator:
         packed = arrays.pack_tensors(self._merge(self.shared, mean))
         self._end(RoundResult(manifest.number, "done", server.lists.active, mean=mean), packed)
 
-    def _end(self, ended: RoundResult, packed: bytes) -> None:
+    def _end(self, result: RoundResult, packed: bytes) -> None:
         assert self._open
         digest, cohort = self._open.digest, self._open.manifest.terms.cohort
-        said = RoundOutcome(ended.state, ended.active, arrays.digest(packed), ended.reason)
-        outcome = records.canonical(cohort) + b"\n" + messages.sealed(said, digest, self._member.me)
-        left = [("answer", line) for line in self.transcript(digest)]
-        self._journal.end(digest, ended.state, {self._shared_place: packed, f"outcome {self.run}": outcome}, left)
-        self._open, self.last = None, ended
+        outcome = RoundOutcome(result.state, result.active, arrays.digest(packed), result.reason)
+        content = records.canonical(cohort) + b"\n" + messages.sealed(outcome, digest, self._member.identity)
+        transcript = [("answer", line) for line in self.transcript(digest)]
+        self._journal.end(digest, result.state, {self._shared_key: packed, f"outcome {self.run}": content}, transcript)
+        self._open, self.last = None, result
 
     def _write(self, kind: str, content: bytes) -> None:
         assert self._open
@@ -338,30 +343,32 @@ class Coordinator:
             self._journal.add(self._open.digest, (kind, content))
         except BaseException:
             # memory is ahead of the journal: go on from what stands there
-            if kept := self._journal.find(self._open.digest):
-                self._go_on(kept)
+            if stored_round := self._journal.find(self._open.digest):
+                self._go_on(stored_round)
             raise
 
-    def _go_on(self, kept: StoredRound) -> None:
+    def _go_on(self, stored_round: StoredRound) -> None:
         """The open round, from what the journal has of it; its stage has its whole time again."""
         member = self._member
-        manifest = read_manifest(kept.manifest, member.me.name, member.roster)
+        manifest = read_manifest(stored_round.manifest, member.identity.name, member.roster)
         is_shown = manifest.rules.mode == "inspectable"
-        server = Inspected(manifest, member.roster) if is_shown else SecAggServer(manifest.round, member.me, member.roster)
-        for kind, content in self._journal.entries(kept.digest):
+        server = (
+            Inspected(manifest, member.roster) if is_shown else SecAggServer(manifest.round, member.identity, member.roster)
+        )
+        for kind, content in self._journal.entries(stored_round.digest):
             if kind == "answer":
                 server.take(content)
             else:
                 server.close()
-        invite = messages.sealed(Invite(kept.manifest, Payload(self._packed())), manifest.digest, member.me)
+        invite = messages.sealed(Invite(stored_round.manifest, Payload(self._packed())), manifest.digest, member.identity)
         self._open = _Open(manifest, server, self._clock(), invite)
 
     def _packed(self) -> bytes:
-        content = self._journal.kept(self._shared_place)
+        content = self._journal.load(self._shared_key)
         if content is None:
             raise ConfigError(f"the run {self.run} has no tensors", "start() gives it some")
         return content
 
     @property
-    def _shared_place(self) -> str:
+    def _shared_key(self) -> str:
         return f"shared {self.run}"

@@ -51,10 +51,10 @@ class RoundJournal:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._what = str(path or "the journal in memory")
+        self._label = str(path or "the journal in memory")
         if path:
             _make(path)
-        with self._explained():
+        with self._translated_errors():
             self._base = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
             try:
                 self._base.executescript(
@@ -76,10 +76,10 @@ class RoundJournal:
         """Let go of the file."""
         self._base.close()
 
-    def begin(self, kept: StoredRound) -> None:
+    def begin(self, stored_round: StoredRound) -> None:
         """Write a round down, before anything is said in it."""
-        with self._alone():
-            self._base.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(kept).values()))
+        with self._transaction():
+            self._base.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(stored_round).values()))
 
     def find(self, digest: str) -> StoredRound | None:
         """The round of that digest."""
@@ -95,31 +95,31 @@ class RoundJournal:
 
     def add(self, digest: str, *entries: tuple[str, bytes]) -> None:
         """Write entries of a round, each a kind and its bytes: all of them, or none."""
-        with self._alone():
+        with self._transaction():
             self._add(digest, entries)
 
     def entries(self, digest: str) -> list[tuple[str, bytes]]:
         """The entries of a round in their order."""
-        with self._explained():
+        with self._translated_errors():
             return self._base.execute("SELECT kind, content FROM entries WHERE round = ? ORDER BY place", (digest,)).fetchall()
 
     def bytes_of(self, digest: str, kind: str) -> int:
         """How long all entries of this kind are, of a round that is open: none of them is read."""
-        with self._explained():
-            found = self._base.execute(
+        with self._translated_errors():
+            row = self._base.execute(
                 "SELECT SUM(LENGTH(content)) FROM entries WHERE round = ? AND kind = ?", (digest, kind)
             ).fetchone()
-        return int(found[0] or 0)
+        return int(row[0] or 0)
 
-    def kept(self, name: str) -> bytes | None:
+    def load(self, name: str) -> bytes | None:
         """What is kept under a name."""
-        with self._explained():
-            found = self._base.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else None
+        with self._translated_errors():
+            row = self._base.execute("SELECT content FROM kept WHERE name = ?", (name,)).fetchone()
+        return row[0] if row else None
 
     def keep(self, name: str, content: bytes) -> None:
         """Keep something under a name, in place of what was."""
-        with self._alone():
+        with self._transaction():
             self._keep(name, content)
 
     def end(
@@ -133,13 +133,13 @@ class RoundJournal:
 
         All of it in one commit.
         """
-        with self._alone():
+        with self._transaction():
             self._base.execute("UPDATE rounds SET state = ?, secret = NULL WHERE digest = ?", (state, digest))
             self._base.execute("DELETE FROM entries WHERE round = ?", (digest,))
             self._add(digest, transcript)
             for name, content in (keep or {}).items():
                 self._keep(name, content)
-        with self._explained():
+        with self._translated_errors():
             # what was overwritten in the file stands in the log until it is emptied
             self._base.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -155,7 +155,7 @@ class RoundJournal:
             self._base.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, content))
 
     def _rounds(self, where: str, *values: str) -> Iterator[StoredRound]:
-        with self._explained():
+        with self._translated_errors():
             rows = self._base.execute(
                 f"SELECT digest, run, number, manifest, secret, state FROM rounds WHERE {where} ORDER BY number DESC", values
             ).fetchall()
@@ -165,14 +165,14 @@ class RoundJournal:
         )
 
     def _check_schema(self) -> None:
-        found = self._base.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, SCHEMA):
+        schema = self._base.execute("PRAGMA user_version").fetchone()[0]
+        if schema not in (0, SCHEMA):
             self._base.close()
-            raise StoreError(f"{self._what} has schema {found}; this version of Sartor reads {SCHEMA}", "a newer Sartor")
+            raise StoreError(f"{self._label} has schema {schema}; this version of Sartor reads {SCHEMA}", "a newer Sartor")
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._explained():
+    def _transaction(self) -> Iterator[None]:
+        with self._translated_errors():
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -184,15 +184,15 @@ class RoundJournal:
                 raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise BusyError(f"another process has {self._what} open", "wait until it has ended") from None
-            raise MissingError(f"{self._what} could not be used: {error}", "see to its disk and its rights") from error
+                raise BusyError(f"another process has {self._label} open", "wait until it has ended") from None
+            raise MissingError(f"{self._label} could not be used: {error}", "see to its disk and its rights") from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self._what} is no journal, or is damaged: {error}", "restore it from a copy") from error
+            raise StoreError(f"{self._label} is no journal, or is damaged: {error}", "restore it from a copy") from error
 
 
 def _make(path: Path) -> None:

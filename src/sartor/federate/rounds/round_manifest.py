@@ -68,8 +68,8 @@ class UpdateRules:
     mode: Mode = "private"
 
     def __post_init__(self) -> None:
-        in_range = math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.noise) and self.noise >= 0
-        if not in_range or self.most_examples < 1 or self.stale_rounds < 0:
+        is_in_range = math.isfinite(self.clip) and self.clip > 0 and math.isfinite(self.noise) and self.noise >= 0
+        if not is_in_range or self.most_examples < 1 or self.stale_rounds < 0:
             raise ConfigError(
                 f"a rule of the round is out of range: {self}", "clip above 0, noise from 0, most_examples from 1"
             )
@@ -114,9 +114,9 @@ class Manifest:
 
     @cached_property
     def _document(self) -> bytes:
-        said = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
         nested = {"work": asdict(self.work), "rules": asdict(self.rules), "terms": self.terms.as_json()}
-        return records.canonical({"schema": SCHEMA, "kind": KIND, **said, **nested})
+        return records.canonical({"schema": SCHEMA, "kind": KIND, **values, **nested})
 
     @cached_property
     def digest(self) -> str:
@@ -128,9 +128,11 @@ class Manifest:
         """What the sum needs of it."""
         return Round(self.digest, self.terms, self.coordinator)
 
-    def signed(self, me: Identity) -> bytes:
+    def signed(self, identity: Identity) -> bytes:
         """What is sent."""
-        return records.canonical({**json.loads(self.document()), "signature": signing.signature_of(self.document(), me.key)})
+        return records.canonical(
+            {**json.loads(self.document()), "signature": signing.signature_of(self.document(), identity.key)}
+        )
 
 
 def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manifest:
@@ -147,26 +149,33 @@ def read_manifest(content: bytes, coordinator: str, roster: PinnedKeys) -> Manif
             UpdateRules(**fields.pop("rules")),
             SecureSumTerms.of(fields.pop("terms")),
         )
-        result = Manifest(work=work, rules=rules, terms=terms, **fields)
-        _check(result)
+        manifest = Manifest(work=work, rules=rules, terms=terms, **fields)
+        _check(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError) as error:
         raise ArtifactError(f"this is no manifest of a round: {error}", "look at who sends it") from None
-    if result.coordinator != coordinator or coordinator not in roster.keys:
+    if manifest.coordinator != coordinator or coordinator not in roster.keys:
         raise SignatureError(
-            f"the manifest is of {result.coordinator}; this client listens to {coordinator}",
+            f"the manifest is of {manifest.coordinator}; this client listens to {coordinator}",
             "ask the coordinator that you enrolled with",
         )
-    signing.check_signature(result.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
-    return result
+    signing.check_signature(manifest.document(), signature, Path("manifest"), "the round", [roster.keys[coordinator]])
+    return manifest
 
 
-def _check(found: Manifest) -> None:
-    whole = (found.number, found.deadline, found.stage_s, found.work_s, found.rules.most_examples, found.rules.stale_rounds)
-    if any(type(value) is not int for value in whole) or found.number < 1 or min(found.stage_s, found.work_s) < 0:
+def _check(manifest: Manifest) -> None:
+    integers = (
+        manifest.number,
+        manifest.deadline,
+        manifest.stage_s,
+        manifest.work_s,
+        manifest.rules.most_examples,
+        manifest.rules.stale_rounds,
+    )
+    if any(type(value) is not int for value in integers) or manifest.number < 1 or min(manifest.stage_s, manifest.work_s) < 0:
         raise TypeError("a number that is not whole, or below its range")
-    if not (is_valid_name(found.run) and is_valid_name(found.coordinator) and is_valid_name(found.work.task)):
+    if not (is_valid_name(manifest.run) and is_valid_name(manifest.coordinator) and is_valid_name(manifest.work.task)):
         raise TypeError("a name of another form")
-    if not isinstance(found.work.settings, dict) or not _DIGEST.fullmatch(found.work.shared):
+    if not isinstance(manifest.work.settings, dict) or not _DIGEST.fullmatch(manifest.work.shared):
         raise TypeError("settings or a digest of another form")
 
 
@@ -190,7 +199,7 @@ def terms_for(
     degree: int = 0,
     threshold: int = 0,
     seed: str = "",
-    beside: Iterable[SideTensor] = (),
+    side_tensors: Iterable[SideTensor] = (),
 ) -> SecureSumTerms:
     """The terms of a sum of updates to these tensors, at the finest scale that the rules allow.
 
@@ -200,9 +209,11 @@ def terms_for(
     shapes = {**tensors, WEIGHT: _Number()}
     bounds = {name: 1.0 if name == WEIGHT else rules.bound() for name in shapes}
     # last, so that what is rounded by chance is rounded alike with them and without
-    more = tuple(TensorSlot(item.name, item.shape, scale_for(item.bound, len(names))) for item in beside)
+    side_slots = tuple(TensorSlot(item.name, item.shape, scale_for(item.bound, len(names))) for item in side_tensors)
     layout = layout_for(shapes, bounds, len(names))
-    return SecureSumTerms(names, threshold or least_threshold(len(names)), layout + more, degree, seed or os.urandom(32).hex())
+    return SecureSumTerms(
+        names, threshold or least_threshold(len(names)), layout + side_slots, degree, seed or os.urandom(32).hex()
+    )
 
 
 @dataclass(frozen=True)
@@ -214,12 +225,12 @@ class _Number:
 class LocalUpdate:
     """What came of it. tensors: the change to each shared tensor of the layout, float32; examples: how many taught it.
 
-    beside: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
+    side_tensors: what the layout asks for besides (manifest.Beside), of this update as it is once it was clipped.
     """
 
     tensors: Tensors
     examples: int
-    beside: Tensors = field(default_factory=dict)
+    side_tensors: Tensors = field(default_factory=dict)
 
 
 class ClientTask(Protocol):

@@ -40,19 +40,19 @@ class TransferStats:
     refused: Counter[str] = field(default_factory=Counter)
 
 
-def finish(coordinator: Coordinator, transport: Transport, carried: TransferStats | None = None) -> RoundResult | None:
+def finish(coordinator: Coordinator, transport: Transport, stats: TransferStats | None = None) -> RoundResult | None:
     """Bring the open round to its end, and tell the clients. None where no round is open; they are told of the last one."""
-    carried = carried or TransferStats()
+    stats = stats or TransferStats()
     while coordinator.is_open:
-        requests, heard = coordinator.requests(), 0
-        carried.sent_bytes += sum(map(len, requests.values()))
+        requests, n_answers = coordinator.requests(), 0
+        stats.sent_bytes += sum(map(len, requests.values()))
         for answer in transport.exchange(requests, coordinator.left_s()):
-            carried.received_bytes += len(answer)
-            heard += _taken(coordinator, answer, carried)
+            stats.received_bytes += len(answer)
+            n_answers += _take_answer(coordinator, answer, stats)
             if not coordinator.missing:
                 break
         coordinator.advance()
-        if coordinator.is_open and not heard:
+        if coordinator.is_open and not n_answers:
             time.sleep(min(_POLL_S, coordinator.left_s()))
     for _ in transport.exchange(coordinator.outcomes(), 0.0):
         pass
@@ -60,20 +60,20 @@ def finish(coordinator: Coordinator, transport: Transport, carried: TransferStat
 
 
 def run_round(
-    coordinator: Coordinator, transport: Transport, plan: RoundPlan, carried: TransferStats | None = None
+    coordinator: Coordinator, transport: Transport, plan: RoundPlan, stats: TransferStats | None = None
 ) -> RoundResult:
     """Begin a round by the plan, and bring it to its end."""
     coordinator.begin(plan)
-    ended = finish(coordinator, transport, carried)
-    assert ended
-    return ended
+    result = finish(coordinator, transport, stats)
+    assert result
+    return result
 
 
-def _taken(coordinator: Coordinator, answer: bytes, carried: TransferStats) -> bool:
+def _take_answer(coordinator: Coordinator, answer: bytes, stats: TransferStats) -> bool:
     try:
         return coordinator.take(answer)
     except (InputError, RefusedError) as error:
-        carried.refused[error.kind] += 1
+        stats.refused[error.kind] += 1
         return False
 
 
@@ -97,10 +97,10 @@ class InProcess:
                 queue.append(request)
         for name, queue in list(self._waiting.items()):
             while queue and name not in self.offline:
-                if answer := self._answered(name, queue.pop(0)):
+                if answer := self._answer(name, queue.pop(0)):
                     yield answer
 
-    def _answered(self, name: str, request: bytes) -> bytes:
+    def _answer(self, name: str, request: bytes) -> bytes:
         try:
             return self.clients[name].answer(request)
         except SartorError as error:

@@ -72,12 +72,12 @@ def quantise(
 def to_ring(units: Integers, terms: SecureSumTerms) -> Vector:
     """Integers (noise added, if there is any) as elements of the ring. Raises BudgetError above the headroom of the cohort."""
     worst = int(np.abs(units).max(initial=0))
-    if worst > terms.most:
-        place = int(np.abs(units).argmax())
-        slot = _slot_at(terms.layout, place)
+    if worst > terms.max_units:
+        index = int(np.abs(units).argmax())
+        slot = _slot_at(terms.layout, index)
         raise BudgetError(
-            f"{slot.name} holds {units[place] * slot.scale:.6g}; of {len(terms.cohort)} clients each may send "
-            f"{terms.most * slot.scale:.6g} at most, or the sum could leave the ring",
+            f"{slot.name} holds {units[index] * slot.scale:.6g}; of {len(terms.cohort)} clients each may send "
+            f"{terms.max_units * slot.scale:.6g} at most, or the sum could leave the ring",
             "clip the update, or begin the round with a larger scale",
         )
     return (units & 0xFFFFFFFF).astype(np.uint32)
@@ -94,17 +94,17 @@ def decode(vector: Vector, layout: Sequence[TensorSlot]) -> dict[str, Floats]:
     """The sum's tensors, float64: a sum in the ring has up to 31 bits, and float32 holds 24."""
     if vector.size != (size := sum(slot.size for slot in layout)):
         raise RoundError(f"the vector has {vector.size} numbers; the layout {size}", "the layout of the round", "manifest")
-    result, start = {}, 0
+    tensors, start = {}, 0
     for slot in layout:
         units = vector[start : start + slot.size].view(np.int32).astype(np.float64)
-        result[slot.name] = (units * slot.scale).reshape(slot.shape)
+        tensors[slot.name] = (units * slot.scale).reshape(slot.shape)
         start += slot.size
-    return result
+    return tensors
 
 
-def _slot_at(layout: Sequence[TensorSlot], place: int) -> TensorSlot:
+def _slot_at(layout: Sequence[TensorSlot], index: int) -> TensorSlot:
     for slot in layout:
-        if place < slot.size:
+        if index < slot.size:
             return slot
-        place -= slot.size
-    raise IndexError(place)
+        index -= slot.size
+    raise IndexError(index)

@@ -59,8 +59,8 @@ class PinnedKeys:
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "a folder of NAME.pub, as sartor keygen writes them")
         revoked = signing.revoked_ids()
-        found = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)}
-        return cls({name: key for name, key in found.items() if signing.key_id(key) not in revoked})
+        keys = {file.stem: signing.open_public(file) for file in sorted(folder.glob("*.pub")) if is_valid_name(file.stem)}
+        return cls({name: key for name, key in keys.items() if signing.key_id(key) not in revoked})
 
     def check(self, name: str, document: bytes, signature: bytes) -> None:
         """Raise SignatureError unless the key pinned for `name` signed the document."""
@@ -83,7 +83,7 @@ def keygen(directory: Path | str, name: str) -> dict[str, str]:
     """
     if not is_valid_name(name):
         raise ConfigError(f"{name!r:.80} is no name of a client", "lower-case letters, digits, - . _; such as ward-a")
-    made = signing.keygen(Path(directory))
+    key_files = signing.keygen(Path(directory))
     public = Path(directory) / f"{name}.pub"
-    shutil.copyfile(made["public"], public)
-    return {"name": name, "key_id": made["key_id"], "private": made["private"], "public": str(public)}
+    shutil.copyfile(key_files["public"], public)
+    return {"name": name, "key_id": key_files["key_id"], "private": key_files["private"], "public": str(public)}

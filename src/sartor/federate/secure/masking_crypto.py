@@ -41,17 +41,17 @@ def private_key(secret: bytes, round_digest: str, purpose: str) -> X25519Private
     return X25519PrivateKey.from_private_bytes(derive(secret, round_digest, purpose))
 
 
-def agree(mine: X25519PrivateKey, theirs: bytes, name: str) -> bytes:
+def agree(private: X25519PrivateKey, public_bytes: bytes, name: str) -> bytes:
     """The secret that both sides share. Raises RoundError for a key of `name` that is none, or of small order."""
     try:
-        return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
+        return private.exchange(X25519PublicKey.from_public_bytes(public_bytes))
     except ValueError:
         raise RoundError(f"the key of {name} agrees on nothing", "leave that client out", "keys") from None
 
 
-def pair_key(agreed: bytes, round_digest: str, one: str, other: str) -> bytes:
+def pair_key(agreed: bytes, round_digest: str, name: str, other: str) -> bytes:
     """The key of the mask between two clients, the same for both."""
-    return derive(agreed, round_digest, "mask", *sorted((one, other)))
+    return derive(agreed, round_digest, "mask", *sorted((name, other)))
 
 
 def sign_between(name: str, other: str) -> int:
@@ -84,15 +84,15 @@ def stream_bytes(key: bytes, count: int) -> bytes:
 
 def seal(plain: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
     """ChaCha20-Poly1305 under a key of this direction, pair and round, which seals one message: its nonce may be fixed."""
-    key, about = _box(agreed, round_digest, sender, recipient)
-    return ChaCha20Poly1305(key).encrypt(bytes(12), plain, about)
+    key, associated_data = _box(agreed, round_digest, sender, recipient)
+    return ChaCha20Poly1305(key).encrypt(bytes(12), plain, associated_data)
 
 
 def unseal(sealed: bytes, agreed: bytes, round_digest: str, sender: str, recipient: str) -> bytes:
     """What `seal` sealed. Raises SignatureError where it was changed, or is of another round, sender or recipient."""
-    key, about = _box(agreed, round_digest, sender, recipient)
+    key, associated_data = _box(agreed, round_digest, sender, recipient)
     try:
-        return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, about)
+        return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, associated_data)
     except InvalidTag:
         raise SignatureError(
             f"the shares of {sender} for {recipient} were changed, or are of another round", "begin a new round"
@@ -109,21 +109,23 @@ SECRET_BYTES, SHARE_BYTES = 32, 33
 COEFFICIENT_BYTES = 48
 
 
-def split_secret(secret: bytes, threshold: int, places: Iterable[int], randomness: bytes) -> dict[int, bytes]:
+def split_secret(secret: bytes, threshold: int, indices: Iterable[int], randomness: bytes) -> dict[int, bytes]:
     """A share for each place (from 1). `randomness`: (threshold - 1) * 48 secret, uniform bytes, of no other use."""
     if len(secret) != SECRET_BYTES or len(randomness) != (threshold - 1) * COEFFICIENT_BYTES:
         raise ValueError("a secret has 32 bytes, and each coefficient 48 of randomness")
     pieces = (randomness[start : start + COEFFICIENT_BYTES] for start in range(0, len(randomness), COEFFICIENT_BYTES))
     coefficients = [int.from_bytes(piece, "big") % PRIME for piece in pieces]
-    return {place: _value(coefficients, int.from_bytes(secret, "big"), place).to_bytes(SHARE_BYTES, "big") for place in places}
+    return {
+        index: _evaluate(coefficients, int.from_bytes(secret, "big"), index).to_bytes(SHARE_BYTES, "big") for index in indices
+    }
 
 
-def _value(coefficients: list[int], constant: int, place: int) -> int:
+def _evaluate(coefficients: list[int], constant: int, index: int) -> int:
     """The polynomial at a place, by Horner's rule."""
-    found = 0
+    value = 0
     for coefficient in coefficients:
-        found = (found + coefficient) * place % PRIME
-    return (found + constant) % PRIME
+        value = (value + coefficient) * index % PRIME
+    return (value + constant) % PRIME
 
 
 def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
@@ -135,23 +137,24 @@ def combine_shares(shares: Mapping[int, bytes], threshold: int) -> bytes:
         raise RoundError(
             f"{len(shares)} shares are there; {threshold} rebuild the secret", "wait for more clients", "threshold"
         )
-    used = tuple(islice(sorted(shares), threshold))
-    found = (
-        sum(int.from_bytes(shares[place], "big") * weight for place, weight in zip(used, _weights(used), strict=True)) % PRIME
+    indices = tuple(islice(sorted(shares), threshold))
+    secret = (
+        sum(int.from_bytes(shares[index], "big") * weight for index, weight in zip(indices, _weights(indices), strict=True))
+        % PRIME
     )
-    if found >= 1 << (8 * SECRET_BYTES):
+    if secret >= 1 << (8 * SECRET_BYTES):
         raise RoundError("the shares rebuild no secret: one of them is false", "begin the round anew", "shares")
-    return found.to_bytes(SECRET_BYTES, "big")
+    return secret.to_bytes(SECRET_BYTES, "big")
 
 
 @lru_cache(maxsize=256)
-def _weights(places: tuple[int, ...]) -> tuple[int, ...]:
+def _weights(indices: tuple[int, ...]) -> tuple[int, ...]:
     """Lagrange's weights of these places for the value at 0."""
     weights = []
-    for place in places:
-        over, under = 1, 1
-        for other in places:
-            if other != place:
-                over, under = over * other % PRIME, under * (other - place) % PRIME
-        weights.append(over * pow(under, -1, PRIME) % PRIME)
+    for index in indices:
+        numerator, denominator = 1, 1
+        for other in indices:
+            if other != index:
+                numerator, denominator = numerator * other % PRIME, denominator * (other - index) % PRIME
+        weights.append(numerator * pow(denominator, -1, PRIME) % PRIME)
     return tuple(weights)

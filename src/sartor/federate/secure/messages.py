@@ -200,10 +200,10 @@ class Signed:
         roster.check(self.sender, self.document, self.signature)
 
 
-def sealed(body: Body, round_digest: str, me: Identity) -> bytes:
+def sealed(body: Body, round_digest: str, identity: Identity) -> bytes:
     """The bytes of a message."""
-    head = _head(body, round_digest, me.name)
-    return _written(head, me.sign(records.canonical(head)), _payload(body))
+    head = _head(body, round_digest, identity.name)
+    return _written(head, identity.sign(records.canonical(head)), _payload(body))
 
 
 def without_payload(content: bytes) -> bytes:
@@ -257,12 +257,12 @@ def verify_message(content: bytes, kind: type[Any_Body], round_digest: str, rost
 
 
 def _head(body: Body, round_digest: str, sender: str) -> dict[str, Any]:
-    said = {
+    head = {
         field.name: _plain(getattr(body, field.name)) for field in fields(body) if _HINTS[body.kind][field.name] is not Payload
     }
     if payload := _payload(body):
-        said["payload_sha256"] = hashlib.sha256(payload).hexdigest()
-    return {**said, "schema": SCHEMA, "kind": body.kind, "round": round_digest, "sender": sender}
+        head["payload_sha256"] = hashlib.sha256(payload).hexdigest()
+    return {**head, "schema": SCHEMA, "kind": body.kind, "round": round_digest, "sender": sender}
 
 
 def _written(head: Mapping[str, Any], signature: bytes, payload: bytes) -> bytes:
@@ -281,32 +281,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _bytes(said: Any) -> bytes:
-    return base64.b64decode(_text(said), validate=True)
+def _bytes(value: Any) -> bytes:
+    return base64.b64decode(_text(value), validate=True)
 
 
-def _text(said: Any) -> str:
-    if not isinstance(said, str):
-        raise TypeError(f"{said!r:.40} where text is due")
-    return said
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} where text is due")
+    return value
 
 
-def _list(said: Any) -> list[Any]:
-    if not isinstance(said, list):
-        raise TypeError(f"{said!r:.40} where a list is due")
-    return said
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.40} where a list is due")
+    return value
 
 
 _READERS: dict[Any, Callable[[Any], Any]] = {
     bytes: _bytes,
     str: _text,
-    tuple[str, ...]: lambda said: tuple(map(_text, _list(said))),
-    tuple[bytes, ...]: lambda said: tuple(map(_bytes, _list(said))),
-    dict[str, bytes]: lambda said: {name: _bytes(one) for name, one in said.items()},
+    tuple[str, ...]: lambda value: tuple(map(_text, _list(value))),
+    tuple[bytes, ...]: lambda value: tuple(map(_bytes, _list(value))),
+    dict[str, bytes]: lambda value: {name: _bytes(item) for name, item in value.items()},
 }
 
 
@@ -315,11 +315,11 @@ _HINTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _body(kind: type[Body], said: Mapping[str, Any], payload: bytes) -> Body:
+def _body(kind: type[Body], head: Mapping[str, Any], payload: bytes) -> Body:
     try:
-        found: dict[str, Any] = {
-            name: payload if hint is Payload else _READERS[hint](said[name]) for name, hint in _HINTS[kind.kind].items()
+        values: dict[str, Any] = {
+            name: payload if hint is Payload else _READERS[hint](head[name]) for name, hint in _HINTS[kind.kind].items()
         }
     except AttributeError:
         raise TypeError("something else where names are due") from None
-    return kind(**found)
+    return kind(**values)

@@ -60,11 +60,11 @@ class SecAggClient:
     """
 
     def __init__(
-        self, round_: Round, me: Identity, roster: PinnedKeys, root: bytes, policy: SecureSumPolicy | None = None
+        self, round_: Round, identity: Identity, roster: PinnedKeys, root: bytes, policy: SecureSumPolicy | None = None
     ) -> None:
-        (policy or SecureSumPolicy()).check(round_.terms, me.name, roster.keys)
-        self.round, self.name = round_, me.name
-        self._me, self._roster = me, roster
+        (policy or SecureSumPolicy()).check(round_.terms, identity.name, roster.keys)
+        self.round, self.name = round_, identity.name
+        self._identity, self._roster = identity, roster
         digest = round_.digest
         self._channel = masking_crypto.private_key(root, digest, "channel key")
         self._mask_secret = masking_crypto.derive(root, digest, "mask key")
@@ -73,12 +73,12 @@ class SecAggClient:
         length = (round_.terms.share_threshold - 1) * COEFFICIENT_BYTES
         randomness = masking_crypto.stream_bytes(masking_crypto.derive(root, digest, "coefficients"), 2 * length)
         self._randomness = randomness[:length], randomness[length:]
-        self._neighbours = round_.terms.graph.neighbours(me.name)
-        self._asked: dict[str, str] = {}
+        self._neighbours = round_.terms.graph.neighbours(identity.name)
+        self._request_digests: dict[str, str] = {}
         self._peers: dict[str, AdvertiseKeys] = {}
         self._agreements: dict[str, bytes] = {}
-        self._own = HeldShares(b"", b"")
-        self._held: dict[str, HeldShares] = {}
+        self._own_shares = HeldShares(b"", b"")
+        self._held_shares: dict[str, HeldShares] = {}
         self._lists: SurvivorLists | None = None
 
     def keys(self) -> bytes:
@@ -89,26 +89,30 @@ class SecAggClient:
     def share(self, request: bytes) -> bytes:
         """Peers -> Shares. Raises SignatureError for a key that its owner did not sign, RoundError for too few or strangers."""
         peers = self._opened(request, PeerKeys)
-        results: dict[str, AdvertiseKeys] = {}
+        peer_keys: dict[str, AdvertiseKeys] = {}
         for content in peers.keys:
             sender, keys = messages.verify_message(content, AdvertiseKeys, self.round.digest, self._roster)
-            if sender not in self._neighbours or sender in results:
+            if sender not in self._neighbours or sender in peer_keys:
                 raise RoundError(f"{sender} is given as a neighbour, and is none or is given twice", _CHEAT, "keys")
-            results[sender] = keys
-        self._check_count(len(results) + 1, "have sent their keys")
+            peer_keys[sender] = keys
+        self._check_count(len(peer_keys) + 1, "have sent their keys")
         self._note("share", request)
-        self._peers = results
+        self._peers = peer_keys
         terms, digest = self.round.terms, self.round.digest
-        places = [terms.places[holder] for holder in (self.name, *sorted(results))]
-        seeds = masking_crypto.split_secret(self._seed, terms.share_threshold, places, self._randomness[0])
-        keys_ = masking_crypto.split_secret(self._mask_secret, terms.share_threshold, places, self._randomness[1])
-        mine = terms.places[self.name]
-        self._own = HeldShares(seeds[mine], keys_[mine])
+        indices = [terms.share_indices[holder] for holder in (self.name, *sorted(peer_keys))]
+        seed_shares = masking_crypto.split_secret(self._seed, terms.share_threshold, indices, self._randomness[0])
+        key_shares = masking_crypto.split_secret(self._mask_secret, terms.share_threshold, indices, self._randomness[1])
+        own_index = terms.share_indices[self.name]
+        self._own_shares = HeldShares(seed_shares[own_index], key_shares[own_index])
         boxes = {
             holder: masking_crypto.seal(
-                seeds[terms.places[holder]] + keys_[terms.places[holder]], self._agreed(holder), digest, self.name, holder
+                seed_shares[terms.share_indices[holder]] + key_shares[terms.share_indices[holder]],
+                self._agreed(holder),
+                digest,
+                self.name,
+                holder,
             )
-            for holder in sorted(results)
+            for holder in sorted(peer_keys)
         }
         return self._sealed(Shares(commitment(self._seed, digest, self.name), boxes))
 
@@ -118,14 +122,14 @@ class SecAggClient:
         if strangers := sorted(set(boxes) - set(self._peers)):
             raise RoundError(f"{strangers[0]} sends shares, and is no neighbour that sent its keys", _CHEAT, "keys")
         self._check_count(len(boxes) + 1, "have shared their secrets")
-        held = {}
+        held_shares = {}
         for sender, box in boxes.items():
             plain = masking_crypto.unseal(box, self._agreed(sender), self.round.digest, sender, self.name)
             if len(plain) != 2 * SHARE_BYTES:
                 raise RoundError(f"the shares of {sender} have {len(plain)} bytes", "leave that client out", "shares")
-            held[sender] = HeldShares(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
+            held_shares[sender] = HeldShares(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
         self._note("hold", request)
-        self._held = {self.name: self._own, **held}
+        self._held_shares = {self.name: self._own_shares, **held_shares}
 
     def mask(self, vector: Vector) -> bytes:
         """The vector (of the layout's size, changed in place) under this client's masks. Once a round, whatever the vector."""
@@ -136,7 +140,7 @@ class SecAggClient:
         self.masked_before()
         digest = self.round.digest
         masking_crypto.add_stream(vector, own_mask_key(self._seed, digest, self.name), 1)
-        for peer in sorted(set(self._held) - {self.name}):
+        for peer in sorted(set(self._held_shares) - {self.name}):
             agreed = masking_crypto.agree(self._mask, self._peers[peer].mask, peer)
             masking_crypto.add_stream(
                 vector, masking_crypto.pair_key(agreed, digest, self.name, peer), masking_crypto.sign_between(self.name, peer)
@@ -145,7 +149,7 @@ class SecAggClient:
 
     def masked_before(self) -> None:
         """Note that `mask` is done, also on going on after a kill with the answer that was kept. RoundError: it was before."""
-        if "mask" in self._asked:
+        if "mask" in self._request_digests:
             # two vectors under one mask have a difference that no mask covers
             raise RoundError(f"{self.name} sent its vector of this round before", "send the one that is kept", "replayed")
         self._note("mask", b"")
@@ -153,7 +157,7 @@ class SecAggClient:
     def consent(self, request: bytes) -> bytes:
         """Lists -> Consent. Raises RoundError for lists that no honest coordinator makes, and for second ones."""
         lists = self._opened(request, SurvivorLists)
-        if "mask" not in self._asked:
+        if "mask" not in self._request_digests:
             raise RoundError("lists came before this client sent its vector", _CHEAT, "stage")
         self._check_lists(lists)
         self._note("consent", request)
@@ -171,18 +175,18 @@ class SecAggClient:
             if consent.lists != unmask.lists:
                 raise RoundError(f"{sender} consented to other lists: it was told something else", _CHEAT, "lists")
             consenting.add(sender)
-        self._check_count(len((consenting & set(self._held)) | {self.name}), "consented to these lists")
+        self._check_count(len((consenting & set(self._held_shares)) | {self.name}), "consented to these lists")
         self._note("reveal", request)
-        seeds = {name: held.seed for name, held in self._held.items() if name in self._lists.active}
-        keys = {name: held.key for name, held in self._held.items() if name in self._lists.dropped}
+        seeds = {name: shares.seed for name, shares in self._held_shares.items() if name in self._lists.active}
+        keys = {name: shares.key for name, shares in self._held_shares.items() if name in self._lists.dropped}
         return self._sealed(Reveal(seeds, keys))
 
     def _check_lists(self, lists: SurvivorLists) -> None:
         terms, active, dropped = self.round.terms, set(lists.active), set(lists.dropped)
-        if both := sorted(active & dropped):
-            raise RoundError(f"{both[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists")
+        if overlap := sorted(active & dropped):
+            raise RoundError(f"{overlap[0]} is in both lists: the two together would unmask its vector", _CHEAT, "lists")
         in_order = all(list(names) == sorted(set(names)) for names in (lists.active, lists.dropped))
-        if not in_order or not active | dropped <= set(terms.places):
+        if not in_order or not active | dropped <= set(terms.share_indices):
             raise RoundError("the lists are not names of the cohort in order", _CHEAT, "lists")
         if self.name not in active:
             raise RoundError(f"{self.name} sent its vector, and the lists leave it out", "wait for the next round", "lists")
@@ -192,15 +196,15 @@ class SecAggClient:
                 "begin a new round",
                 "threshold",
             )
-        if unknown := sorted((active | dropped) & self._neighbours - set(self._held)):
+        if unknown := sorted((active | dropped) & self._neighbours - set(self._held_shares)):
             raise RoundError(f"{unknown[0]} is listed, and never shared its secrets with {self.name}", _CHEAT, "lists")
-        self._check_count(len(active & set(self._held)), "are in the sum")
+        self._check_count(len(active & set(self._held_shares)), "are in the sum")
 
-    def _check_count(self, count: int, what: str) -> None:
+    def _check_count(self, count: int, action: str) -> None:
         terms = self.round.terms
         if count < terms.share_threshold:
             raise RoundError(
-                f"{count} of the {terms.holders} holders of {self.name} {what}; {terms.share_threshold} are the threshold",
+                f"{count} of the {terms.holders} holders of {self.name} {action}; {terms.share_threshold} are the threshold",
                 "wait for more clients, or begin a new round",
                 "threshold",
             )
@@ -219,16 +223,16 @@ class SecAggClient:
     def _note(self, stage: str, request: bytes) -> None:
         """Let each stage have one request, in order. Raises RoundError for another one."""
         order = STAGES.index(stage)
-        if missing := [before for before in STAGES[:order] if before not in self._asked]:
+        if missing := [earlier for earlier in STAGES[:order] if earlier not in self._request_digests]:
             raise RoundError(f"{stage!r} is asked for before {missing[0]!r}", _CHEAT, "stage")
         digest = messages.digest(request)
-        if self._asked.setdefault(stage, digest) != digest:
+        if self._request_digests.setdefault(stage, digest) != digest:
             raise RoundError(
                 f"{stage!r} was asked for before, by another request", _CHEAT, "unmask" if stage == "reveal" else "replayed"
             )
 
     def _sealed(self, body: AdvertiseKeys | Shares | Masked | Consent | Reveal) -> bytes:
-        return messages.sealed(body, self.round.digest, self._me)
+        return messages.sealed(body, self.round.digest, self._identity)
 
 
 STAGES: Sequence[str] = ("share", "hold", "mask", "consent", "reveal")

@@ -50,7 +50,7 @@ class Sum:
 
 
 @dataclass
-class _Gathered:
+class _Received:
     """What came, by stage and sender. Of a masked vector the id alone: it is in the total."""
 
     keys: dict[str, AdvertiseKeys] = field(default_factory=dict)
@@ -64,23 +64,23 @@ class _Gathered:
 class SecAggServer:
     """One sum. The stage `keys` is open from the beginning: its request is the manifest."""
 
-    def __init__(self, round_: Round, me: Identity, roster: PinnedKeys) -> None:
-        self.round, self._me, self._roster = round_, me, roster
+    def __init__(self, round_: Round, identity: Identity, roster: PinnedKeys) -> None:
+        self.round, self._identity, self._roster = round_, identity, roster
         self.stage: Stage = "keys"
         self._total = np.zeros(round_.terms.size, np.uint32)
-        self._got = _Gathered()
+        self._received = _Received()
         self._lists = SurvivorLists((), ())
 
     @property
     def expected(self) -> tuple[str, ...]:
         """Whose answers the stage waits for, in order: those who answered every stage before."""
-        before = STAGES[STAGES.index(self.stage) - 1]
-        return self.round.terms.cohort if self.stage == "keys" else tuple(sorted(self._got.ids[before]))
+        previous = STAGES[STAGES.index(self.stage) - 1]
+        return self.round.terms.cohort if self.stage == "keys" else tuple(sorted(self._received.ids[previous]))
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Whose answers are not there yet."""
-        return tuple(name for name in self.expected if name not in self._got.ids[self.stage])
+        return tuple(name for name in self.expected if name not in self._received.ids[self.stage])
 
     @property
     def lists(self) -> SurvivorLists:
@@ -90,21 +90,23 @@ class SecAggServer:
     def request(self, name: str) -> bytes:
         """What `name` is to answer now; the same bytes each time. Empty in the stage `keys`, and once the sum is done."""
         body = self._request(name)
-        return messages.sealed(body, self.round.digest, self._me) if body else b""
+        return messages.sealed(body, self.round.digest, self._identity) if body else b""
 
     def _request(self, name: str) -> Body | None:
         neighbours = self.round.terms.graph.neighbours(name)
         match self.stage:
             case "shares":
-                return PeerKeys(tuple(self._got.signed_keys[peer] for peer in sorted(neighbours & set(self._got.keys))))
+                return PeerKeys(
+                    tuple(self._received.signed_keys[peer] for peer in sorted(neighbours & set(self._received.keys)))
+                )
             case "masked":
-                found = {peer: sent.boxes for peer, sent in self._got.shares.items() if peer in neighbours}
-                return SealedShares({peer: boxes[name] for peer, boxes in sorted(found.items()) if name in boxes})
+                boxes_by_peer = {peer: shares.boxes for peer, shares in self._received.shares.items() if peer in neighbours}
+                return SealedShares({peer: boxes[name] for peer, boxes in sorted(boxes_by_peer.items()) if name in boxes})
             case "consent":
                 return self._lists
             case "reveal":
-                holders = sorted((neighbours | {name}) & set(self._got.consents))
-                return Unmask(self._lists.digest, tuple(self._got.consents[holder] for holder in holders))
+                holders = sorted((neighbours | {name}) & set(self._received.consents))
+                return Unmask(self._lists.digest, tuple(self._received.consents[holder] for holder in holders))
             case _:
                 return None
 
@@ -120,10 +122,10 @@ class SecAggServer:
                 f"{signed.sender} sends {signed.body.kind!r} of another round, or what it may not", "look at it", "stage"
             )
         signed.check(self._roster)
-        known, identity = self._got.ids[stage].get(signed.sender), messages.digest(content)
-        if known == identity:
+        known_id, message_id = self._received.ids[stage].get(signed.sender), messages.digest(content)
+        if known_id == message_id:
             return False
-        if known is not None:
+        if known_id is not None:
             raise ConflictError(
                 f"{signed.sender} sent another {signed.body.kind!r} before, which counts", "look at that client"
             )
@@ -132,15 +134,15 @@ class SecAggServer:
         if stage != self.stage or signed.sender not in self.expected:
             raise RoundError(f"{signed.body.kind!r} of {signed.sender} is not due", "wait for the request", "stage")
         self._keep(signed.sender, signed.body, content)
-        self._got.ids[stage][signed.sender] = identity
+        self._received.ids[stage][signed.sender] = message_id
         return True
 
     def _keep(self, sender: str, body: Body, content: bytes) -> None:
         match body:
             case AdvertiseKeys():
-                self._got.keys[sender], self._got.signed_keys[sender] = body, content
+                self._received.keys[sender], self._received.signed_keys[sender] = body, content
             case Shares():
-                self._got.shares[sender] = body
+                self._received.shares[sender] = body
             case Masked():
                 if len(body.vector) != 4 * self._total.size:
                     raise RoundError(
@@ -152,28 +154,28 @@ class SecAggServer:
             case Consent():
                 if body.lists != self._lists.digest:
                     raise RoundError(f"{sender} consents to lists that were not sent", "look at that client", "lists")
-                self._got.consents[sender] = content
+                self._received.consents[sender] = content
             case Reveal():
-                self._got.reveals[sender] = body
+                self._received.reveals[sender] = body
 
     def close(self) -> Stage:
         """End the stage with those who answered, and open the next, which is returned.
 
         Raises RoundError where fewer than the threshold did: the round is over, and nobody is asked for anything more.
         """
-        answered, terms = len(self._got.ids[self.stage]), self.round.terms
+        n_answered, terms = len(self._received.ids[self.stage]), self.round.terms
         if self.stage == "done":
             return self.stage
-        if answered < terms.threshold and self.stage != "reveal":
+        if n_answered < terms.threshold and self.stage != "reveal":
             raise RoundError(
-                f"{answered} of {len(terms.cohort)} clients answered at the stage {self.stage!r}; "
+                f"{n_answered} of {len(terms.cohort)} clients answered at the stage {self.stage!r}; "
                 f"the threshold is {terms.threshold}",
                 "begin a new round when more are there; nothing of this one was revealed",
                 "threshold",
             )
         if self.stage == "masked":
-            active = self._got.ids["masked"]
-            self._lists = SurvivorLists(tuple(sorted(active)), tuple(sorted(set(self._got.shares) - set(active))))
+            active = self._received.ids["masked"]
+            self._lists = SurvivorLists(tuple(sorted(active)), tuple(sorted(set(self._received.shares) - set(active))))
         if self.stage == "reveal":
             self._unmask()
         self.stage = STAGES[STAGES.index(self.stage) + 1]
@@ -191,43 +193,43 @@ class SecAggServer:
         Everything is rebuilt before anything is taken off: what cannot be rebuilt leaves the total masked.
         """
         digest = self.round.digest
-        seeds = {name: self._rebuilt(name, "seeds") for name in self._lists.active}
-        keys = {name: self._rebuilt(name, "keys") for name in self._lists.dropped if self._is_masked_with(name)}
+        seeds = {name: self._rebuild(name, "seeds") for name in self._lists.active}
+        keys = {name: self._rebuild(name, "keys") for name in self._lists.dropped if self._is_masked_with(name)}
         for name, seed in seeds.items():
-            if not hmac.compare_digest(commitment(seed, digest, name), self._got.shares[name].commitment):
+            if not hmac.compare_digest(commitment(seed, digest, name), self._received.shares[name].commitment):
                 raise _false_share(name)
         privates = {name: X25519PrivateKey.from_private_bytes(key) for name, key in keys.items()}
         for name, private in privates.items():
-            if private.public_key().public_bytes_raw() != self._got.keys[name].mask:
+            if private.public_key().public_bytes_raw() != self._received.keys[name].mask:
                 raise _false_share(name)
         for name, seed in seeds.items():
             masking_crypto.add_stream(self._total, own_mask_key(seed, digest, name), -1)
         for name, private in privates.items():
             for peer in self._is_masked_with(name):
-                agreed = masking_crypto.agree(private, self._got.keys[peer].mask, peer)
+                agreed = masking_crypto.agree(private, self._received.keys[peer].mask, peer)
                 masking_crypto.add_stream(
                     self._total, masking_crypto.pair_key(agreed, digest, peer, name), -masking_crypto.sign_between(peer, name)
                 )
 
     def _is_masked_with(self, dropped: str) -> list[str]:
         """Who in the sum added a mask with one who vanished: those who were given its shares."""
-        given = self.round.terms.graph.neighbours(dropped) & set(self._got.shares[dropped].boxes)
-        return sorted(given & set(self._lists.active))
+        recipients = self.round.terms.graph.neighbours(dropped) & set(self._received.shares[dropped].boxes)
+        return sorted(recipients & set(self._lists.active))
 
-    def _rebuilt(self, name: str, which: Literal["seeds", "keys"]) -> bytes:
-        terms, found = self.round.terms, {}
-        for holder in sorted((terms.graph.neighbours(name) | {name}) & set(self._got.reveals)):
-            reveal = self._got.reveals[holder]
-            if share := (reveal.seeds if which == "seeds" else reveal.keys).get(name):
-                found[terms.places[holder]] = share
-        if len(found) < terms.share_threshold:
+    def _rebuild(self, name: str, kind: Literal["seeds", "keys"]) -> bytes:
+        terms, parts = self.round.terms, {}
+        for holder in sorted((terms.graph.neighbours(name) | {name}) & set(self._received.reveals)):
+            reveal = self._received.reveals[holder]
+            if share := (reveal.seeds if kind == "seeds" else reveal.keys).get(name):
+                parts[terms.share_indices[holder]] = share
+        if len(parts) < terms.share_threshold:
             raise RoundError(
-                f"{len(found)} of the {terms.holders} holders of {name} revealed their shares; {terms.share_threshold} are the "
+                f"{len(parts)} of the {terms.holders} holders of {name} revealed their shares; {terms.share_threshold} are the "
                 "threshold, and without them the sum stays masked",
                 "begin a new round when more clients are there",
                 "threshold",
             )
-        return masking_crypto.combine_shares(found, terms.share_threshold)
+        return masking_crypto.combine_shares(parts, terms.share_threshold)
 
 
 def _false_share(name: str) -> RoundError:

@@ -34,20 +34,20 @@ class Graph:
 
     @cached_property
     def _ring(self) -> tuple[list[str], dict[str, int], list[int]]:
-        ring = sorted(self._names, key=self._drawn)
-        offsets = sorted(range(2, (len(ring) + 1) // 2), key=lambda offset: self._drawn(str(offset)))[: self._degree // 2 - 1]
+        ring = sorted(self._names, key=self._draw)
+        offsets = sorted(range(2, (len(ring) + 1) // 2), key=lambda offset: self._draw(str(offset)))[: self._degree // 2 - 1]
         return ring, {name: index for index, name in enumerate(ring)}, [1, *offsets]
 
-    def _drawn(self, what: str) -> bytes:
-        return hashlib.sha256(f"{self._seed} {what}".encode()).digest()
+    def _draw(self, label: str) -> bytes:
+        return hashlib.sha256(f"{self._seed} {label}".encode()).digest()
 
     def neighbours(self, name: str) -> frozenset[str]:
         """Whom `name` shares masks with; never itself."""
         if not self._degree:
             return frozenset(self._names) - {name}
-        ring, places, offsets = self._ring
-        place, count = places[name], len(ring)
-        return frozenset(ring[(place + sign * offset) % count] for offset in offsets for sign in (1, -1))
+        ring, positions, offsets = self._ring
+        position, count = positions[name], len(ring)
+        return frozenset(ring[(position + sign * offset) % count] for offset in offsets for sign in (1, -1))
 
 
 def most_degree(count: int) -> int:
@@ -63,13 +63,13 @@ def failure_bound(count: int, degree: int, share_threshold: int, vanished: int) 
     """
     staying, leaving = count - 1 - vanished, vanished
 
-    def log_choose(of: int, some: int) -> float:
-        return math.lgamma(of + 1) - math.lgamma(some + 1) - math.lgamma(of - some + 1)
+    def log_choose(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
-    left = range(max(0, degree - leaving), min(share_threshold - 1, staying, degree) + 1)
-    whole = log_choose(count - 1, degree)
-    each = np.exp([log_choose(staying, some) + log_choose(leaving, degree - some) - whole for some in left])
-    return min(1.0, count * float(each.sum()))
+    holder_counts = range(max(0, degree - leaving), min(share_threshold - 1, staying, degree) + 1)
+    log_total = log_choose(count - 1, degree)
+    probabilities = np.exp([log_choose(staying, k) + log_choose(leaving, degree - k) - log_total for k in holder_counts])
+    return min(1.0, count * float(probabilities.sum()))
 
 
 # the largest integer of the ring that is positive
@@ -137,7 +137,7 @@ class SecureSumTerms:
         return sum(slot.size for slot in self.layout)
 
     @property
-    def most(self) -> int:
+    def max_units(self) -> int:
         """The largest magnitude, in units of the ring, that each client may send: the sum of all of them stays in the ring."""
         return MOST_SUM // len(self.cohort)
 
@@ -152,7 +152,7 @@ class SecureSumTerms:
         return -(-self.threshold * self.holders // len(self.cohort))
 
     @cached_property
-    def places(self) -> Mapping[str, int]:
+    def share_indices(self) -> Mapping[str, int]:
         """The place of each client's shares, from 1."""
         return {name: index for index, name in enumerate(self.cohort, 1)}
 
@@ -163,17 +163,19 @@ class SecureSumTerms:
         return {"cohort": self.cohort, "threshold": self.threshold, "layout": layout, "degree": self.degree, "seed": self.seed}
 
     @classmethod
-    def of(cls, said: Any) -> SecureSumTerms:
+    def of(cls, payload: Any) -> SecureSumTerms:
         """What a manifest says. Raises ArtifactError for what is of another form."""
         try:
             layout = tuple(
                 TensorSlot(str(item["name"]), tuple(map(_whole, item["shape"])), _number(item["scale"]))
-                for item in said["layout"]
+                for item in payload["layout"]
             )
-            result = cls(tuple(said["cohort"]), _whole(said["threshold"]), layout, _whole(said["degree"]), str(said["seed"]))
+            terms = cls(
+                tuple(payload["cohort"]), _whole(payload["threshold"]), layout, _whole(payload["degree"]), str(payload["seed"])
+            )
         except (TypeError, KeyError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"the terms of a sum are malformed: {error}", "look at who sends them") from None
-        return result
+        return terms
 
 
 def _whole(value: Any) -> int:
@@ -207,7 +209,7 @@ class SecureSumPolicy:
                 "wait for more clients",
                 "cohort",
             )
-        if name not in terms.places:
+        if name not in terms.share_indices:
             raise RoundError(f"the cohort does not name {name}", "nothing is to be done: the round is for others", "cohort")
         if strangers := sorted(set(terms.cohort) - set(pinned)):
             named = ", ".join(strangers[:3]) + " and others" * (len(strangers) > 3)
@@ -239,5 +241,5 @@ class Round:
     coordinator: str
 
     def __post_init__(self) -> None:
-        if not _DIGEST.fullmatch(self.digest) or self.coordinator in self.terms.places:
+        if not _DIGEST.fullmatch(self.digest) or self.coordinator in self.terms.share_indices:
             raise ConfigError("a round has the digest of its manifest, and a coordinator outside the cohort", "see Manifest")

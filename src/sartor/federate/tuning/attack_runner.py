@@ -56,8 +56,8 @@ LEAST, MOST = 64, 16_384
 
 def canaries_for(claim: PrivacyBudget, values: int) -> int:
     """As many as can show a tenth more than the claim if every guess is right, where an update has room for them."""
-    wanted = 2 * math.ceil(-math.log(1 - privacy_attacks.CONFIDENCE) * math.exp(min(1.1 * claim.epsilon, 20.0)))
-    return max(10, min(max(LEAST, wanted), MOST, values))
+    needed = 2 * math.ceil(-math.log(1 - privacy_attacks.CONFIDENCE) * math.exp(min(1.1 * claim.epsilon, 20.0)))
+    return max(10, min(max(LEAST, needed), MOST, values))
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,25 @@ class GradientCanaries:
     @classmethod
     def drawn(cls, count: int, values: int, seed: int) -> GradientCanaries:
         """From a seed."""
-        source = np.random.default_rng([seed, 1])
-        owner = source.permutation(np.arange(values, dtype=np.int64) % count)
-        return cls(owner, np.where(source.random(values) < 0.5, 1.0, -1.0), privacy_attacks.coins(count, seed))
+        rng = np.random.default_rng([seed, 1])
+        owner = rng.permutation(np.arange(values, dtype=np.int64) % count)
+        return cls(owner, np.where(rng.random(values) < 0.5, 1.0, -1.0), privacy_attacks.coins(count, seed))
 
     def sent(self, canaries: Sequence[int], like: Tensors, length: float) -> Tensors:
         """The update of a client that has these canaries: those that are in, together as long as `length`; zeros for none."""
         chosen = np.isin(self.owner, [canary for canary in canaries if self.is_in[canary]])
-        whole = np.where(chosen, self.signs, 0.0)
-        norm = float(np.linalg.norm(whole))
-        return unflat(whole * (length / norm if norm else 0.0), like)
+        direction = np.where(chosen, self.signs, 0.0)
+        norm = float(np.linalg.norm(direction))
+        return unflat(direction * (length / norm if norm else 0.0), like)
 
-    def scores(self, moved: Tensors) -> NDArray[np.float64]:
+    def scores(self, change: Tensors) -> NDArray[np.float64]:
         """(count,): how far each canary's direction was gone along."""
-        along = np.bincount(self.owner, flat(moved) * self.signs, len(self.is_in))
-        return np.asarray(along / np.sqrt(np.bincount(self.owner, minlength=len(self.is_in))))
+        projections = np.bincount(self.owner, flat(change) * self.signs, len(self.is_in))
+        return np.asarray(projections / np.sqrt(np.bincount(self.owner, minlength=len(self.is_in))))
 
-    def audited(self, moved: Tensors, claim: PrivacyBudget) -> Audit:
+    def audited(self, change: Tensors, claim: PrivacyBudget) -> Audit:
         """What guessing the coins shows."""
-        return privacy_attacks.one_run(self.scores(moved).tolist(), self.is_in.tolist(), claim.delta)
+        return privacy_attacks.one_run(self.scores(change).tolist(), self.is_in.tolist(), claim.delta)
 
 
 @dataclass
@@ -118,13 +118,13 @@ def row_losses(resident: SharedBase, shared: Tensors, rows: Sequence[TokenizedEx
     """Mean nats per supervised token of each row under an adapter, in the rows' order."""
     resident.put(shared)
     resident.model.eval()
-    path, found = resident.path(resident.model, rows, LossOptions()), list[float]()
-    asked = resident.recipe.compute.micro_batch_tokens
-    for micro in packing.micro_batches(rows, asked if isinstance(asked, int) else 1, share=False) if rows else []:
+    path, means = resident.path(resident.model, rows, LossOptions()), list[float]()
+    limit = resident.recipe.compute.micro_batch_tokens
+    for micro in packing.micro_batches(rows, limit if isinstance(limit, int) else 1, share=False) if rows else []:
         losses, _ = path.losses(micro)
         parts = losses.float().split([row.supervised_tokens for row in micro])
-        found += [float(part.mean()) for part in parts]
-    return found
+        means += [float(part.mean()) for part in parts]
+    return means
 
 
 def gradient(resident: SharedBase, shared: Tensors, row: TokenizedExample, name: str) -> Array:
@@ -165,8 +165,8 @@ def _watched(module: Any) -> Iterator[list[NDArray[np.float32]]]:
     """The inputs (N, in) of a module, each of which ends the pass."""
     read: list[NDArray[np.float32]] = []
 
-    def look(_: Any, given: tuple[torch.Tensor, ...]) -> None:
-        read.append(given[0].reshape(-1, given[0].shape[-1]).float().cpu().numpy())
+    def look(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0].reshape(-1, inputs[0].shape[-1]).float().cpu().numpy())
         raise _Read
 
     handle = module.register_forward_pre_hook(look)
@@ -193,7 +193,7 @@ class AttackTarget:
     at on either side, and trained on by each client where canaries are planted. clients: how many took part.
     """
 
-    setting: SimulationSetup
+    setup: SimulationSetup
     shared: Tensors
     rows: Mapping[str, TokenizedDataset]
     held_out: Sequence[TokenizedExample]
@@ -202,16 +202,16 @@ class AttackTarget:
     @property
     def members(self) -> list[TokenizedExample]:
         """Some of the rows that were trained on, each once, drawn by the seed."""
-        every = list({row.example_id: row for rows in self.rows.values() for row in rows.train}.values())
-        return random.Random(self.setting.recipe.seed).sample(every, min(self.most_rows, len(every)))
+        trained_rows = list({row.example_id: row for rows in self.rows.values() for row in rows.train}.values())
+        return random.Random(self.setup.recipe.seed).sample(trained_rows, min(self.most_rows, len(trained_rows)))
 
 
-def attacked(target: AttackTarget, notice: Notice = lambda line: None) -> AttackReport:
+def run_attacks(target: AttackTarget, notice: Notice = lambda line: None) -> AttackReport:
     """Make every attack that can be made here; of the others the report says why not. `most_rows` 0 makes none.
 
     Journals of its rounds stand in the setting's folder while it goes, and are removed. Raises what rounds raise.
     """
-    recipe = target.setting.recipe
+    recipe = target.setup.recipe
     claimed = recipe.privacy.budget if recipe.privacy else None
     if reason := _unwanted(target):
         return AttackReport(claimed, skipped=dict.fromkeys(("membership", "canaries", "inversion", "audit"), reason))
@@ -233,109 +233,111 @@ def _unwanted(target: AttackTarget) -> str:
     """Why no attack is made; empty where all are."""
     if not target.most_rows:
         return "data.attack_rows is 0: nobody asked for it"
-    if target.setting.recipe.mode == "residual":
+    if target.setup.recipe.mode == "residual":
         return "mode residual changes its ranks as it goes, and the attacks are of rounds that do not"
     return ""
 
 
 def _task(target: AttackTarget, rows: TokenizedDataset, folder: str) -> LoraTask:
     """A client's work as it was done, on these rows: with noise where their privacy is claimed, under a budget of its own."""
-    asked, setting = target.setting.recipe.privacy, target.setting
-    guard = RowPrivacy.open(asked, setting.folder / folder) if asked and asked.level == "example" else None
-    return LoraTask(setting.resident, rows, guard=guard)
+    privacy, setup = target.setup.recipe.privacy, target.setup
+    guard = RowPrivacy.open(privacy, setup.folder / folder) if privacy and privacy.level == "example" else None
+    return LoraTask(setup.resident, rows, guard=guard)
 
 
 def _membership(target: AttackTarget, skipped: dict[str, str]) -> tuple[Membership, ...]:
     members, others = target.members, list(target.held_out[: target.most_rows])
     if min(len(members), len(others)) < 2:
-        few = f"{len(members)} members and {len(others)} held-out rows are too few"
-        skipped["membership"] = few if target.rows else _NOBODYS
+        problem = f"{len(members)} members and {len(others)} held-out rows are too few"
+        skipped["membership"] = problem if target.rows else _NOBODYS
         return ()
-    resident, start = target.setting.resident, target.setting.start
+    resident, start = target.setup.resident, target.setup.start
     losses, base = ([row_losses(resident, shared, rows) for rows in (members, others)] for shared in (target.shared, start))
     return membership_inference.by_threshold(*losses), membership_inference.calibrated(*losses, *base)
 
 
 def _exposures(target: AttackTarget) -> tuple[Exposure, ...]:
     """Of canaries in rounds like those that were, on bounded rows of the same clients."""
-    setting, chat = target.setting, target.setting.resident.base.chat
-    source = random.Random(f"canaries {setting.recipe.seed}")
-    names = sorted(setting.tasks)
+    setup, chat = target.setup, target.setup.resident.base.chat
+    rng = random.Random(f"canaries {setup.recipe.seed}")
+    names = sorted(setup.tasks)
 
-    def row(place: int) -> TokenizedExample:
-        text = f"What is the code of canary {place}?", "".join(source.choices("0123456789", k=_SECRET))
+    def row(index: int) -> TokenizedExample:
+        text = f"What is the code of canary {index}?", "".join(rng.choices("0123456789", k=_SECRET))
         turns = Message.of("user", text[0]), Message.of("assistant", text[1])
-        return replace(chat.encode(Example(turns, (Origin("canary", str(place)),))), example_id=f"canary-{place}")
+        return replace(chat.encode(Example(turns, (Origin("canary", str(index)),))), example_id=f"canary-{index}")
 
-    planted = [row(place) for place in range(len(COPIES))]
-    own = {name: list(rows.train[: target.most_rows]) for name, rows in target.rows.items()}
+    planted = [row(index) for index in range(len(COPIES))]
+    rows_by_client = {name: list(rows.train[: target.most_rows]) for name, rows in target.rows.items()}
     for index, canary in enumerate(planted):
-        own.setdefault(names[index % len(names)], []).extend([canary] * COPIES[index])
+        rows_by_client.setdefault(names[index % len(names)], []).extend([canary] * COPIES[index])
     # a client of whom nothing is here has something to learn all the same
-    tasks = {name: _task(target, TokenizedDataset(own.get(name) or [row(0)]), f"planted/{name}") for name in names}
-    rounds = min(MOST_ROUNDS, setting.recipe.rounds)
-    shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "canaries"), rounds)
-    shutil.rmtree(setting.folder / "planted", ignore_errors=True)
-    results = []
+    tasks = {name: _task(target, TokenizedDataset(rows_by_client.get(name) or [row(0)]), f"planted/{name}") for name in names}
+    rounds = min(MOST_ROUNDS, setup.recipe.rounds)
+    shared = _run_rounds(replace(setup, tasks=tasks, folder=setup.folder / "canaries"), rounds)
+    shutil.rmtree(setup.folder / "planted", ignore_errors=True)
+    exposures = []
     for index, canary in enumerate(planted):
         candidates = [row(index) for _ in range(OTHERS)]
-        loss, *others = row_losses(setting.resident, shared, [canary, *candidates])
-        rows = own[names[index % len(names)]]
-        results.append(
+        loss, *others = row_losses(setup.resident, shared, [canary, *candidates])
+        rows = rows_by_client[names[index % len(names)]]
+        exposures.append(
             exposure(f"of six digits, {COPIES[index]} of {len(rows)} rows", _times(target, rows, rounds, index), loss, others)
         )
-    return tuple(results)
+    return tuple(exposures)
 
 
-def _times(target: AttackTarget, rows: Sequence[TokenizedExample], rounds: int, place: int) -> int:
+def _times(target: AttackTarget, rows: Sequence[TokenizedExample], rounds: int, index: int) -> int:
     """How often a canary was trained on, about."""
-    local, optimizer = target.setting.recipe.local, target.setting.recipe.optimizer
+    local, optimizer = target.setup.recipe.local, target.setup.recipe.optimizer
     tokens = sum(len(row.ids) for row in rows)
     passes = local.epochs or (local.updates or 0) * min(1.0, optimizer.batch_tokens / tokens)
-    return max(1, round(passes * rounds * COPIES[place]))
+    return max(1, round(passes * rounds * COPIES[index]))
 
 
 def _inversions(target: AttackTarget, skipped: dict[str, str]) -> tuple[Inversion, ...]:
-    setting = target.setting
+    setup = target.setup
     readers = ("v_proj", "k_proj", "q_proj")
-    first = [name for part in readers for name in modules(setting.start) if ".layers.0." in name and name.endswith(part)]
-    rows = {name: one for name, one in target.rows.items() if one.train}
+    first = [name for part in readers for name in modules(setup.start) if ".layers.0." in name and name.endswith(part)]
+    rows = {name: client_rows for name, client_rows in target.rows.items() if client_rows.train}
     if not (first and rows):
         skipped["inversion"] = _NOBODYS if first else f"no factor stands at {', '.join(readers)} of the first layer"
         return ()
-    module, resident = first[0], setting.resident
-    inputs, a = inputs_of(resident, module), setting.start[module + A]
+    module, resident = first[0], setup.resident
+    inputs, a = inputs_of(resident, module), setup.start[module + A]
     client = min(sorted(rows), key=lambda name: len(rows[name].train))
-    sent = _task(target, rows[client], "first").update(setting.manifest(setting.start, 1), setting.start)
-    alone = min(rows[client].train, key=lambda row: len(row.ids))
-    seen = {
-        f"first update of {client}, of {len(rows[client].train)} rows": (sent.tensors[module + B], rows[client].train),
-        f"gradient of one row of {client}": (gradient(resident, setting.start, alone, module + B), [alone]),
+    upload = _task(target, rows[client], "first").update(setup.manifest(setup.start, 1), setup.start)
+    shortest = min(rows[client].train, key=lambda row: len(row.ids))
+    observations = {
+        f"first update of {client}, of {len(rows[client].train)} rows": (upload.tensors[module + B], rows[client].train),
+        f"gradient of one row of {client}": (gradient(resident, setup.start, shortest, module + B), [shortest]),
     }
     # the last token of a row is read by nothing
     return tuple(
-        privacy_attacks.judged(
-            what, privacy_attacks.from_factor(change, a, inputs), {token for row in of for token in row.ids[:-1]}
+        privacy_attacks.score_inversion(
+            attack, privacy_attacks.from_factor(change, a, inputs), {token for row in read_rows for token in row.ids[:-1]}
         )
-        for what, (change, of) in seen.items()
+        for attack, (change, read_rows) in observations.items()
     )
 
 
 def _audit(target: AttackTarget, skipped: dict[str, str]) -> Audit | None:
-    setting, asked = target.setting, target.setting.recipe.privacy
-    if asked is None:
+    setup, privacy = target.setup, target.setup.recipe.privacy
+    if privacy is None:
         skipped["audit"] = "no privacy is claimed that it could be held against"
         return None
-    claim = asked.budget
-    if asked.level == "example":
+    claim = privacy.budget
+    if privacy.level == "example":
         return _audit_of_rows(target, claim, skipped)
-    mode, names = MODES[setting.recipe.mode], sorted(setting.tasks)
-    values = sum(value.size for value in mode.sent(setting.start, 1).values())
-    drawn = GradientCanaries.drawn(canaries_for(claim, values), values, setting.recipe.seed)
-    tasks = {name: CanaryTask(mode, drawn, range(index, len(drawn.is_in), len(names))) for index, name in enumerate(names)}
-    shared = _through(replace(setting, tasks=tasks, folder=setting.folder / "audit"), setting.recipe.rounds)
-    moved = add_changes(shared, setting.start, -1.0)
-    return drawn.audited({name: moved[name] for name in mode.sent(setting.start, 1)}, claim)
+    mode, names = MODES[setup.recipe.mode], sorted(setup.tasks)
+    values = sum(value.size for value in mode.sent(setup.start, 1).values())
+    canaries = GradientCanaries.drawn(canaries_for(claim, values), values, setup.recipe.seed)
+    tasks = {
+        name: CanaryTask(mode, canaries, range(index, len(canaries.is_in), len(names))) for index, name in enumerate(names)
+    }
+    shared = _run_rounds(replace(setup, tasks=tasks, folder=setup.folder / "audit"), setup.recipe.rounds)
+    change = add_changes(shared, setup.start, -1.0)
+    return canaries.audited({name: change[name] for name in mode.sent(setup.start, 1)}, claim)
 
 
 def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str, str]) -> Audit | None:
@@ -348,23 +350,23 @@ def _audit_of_rows(target: AttackTarget, claim: PrivacyBudget, skipped: dict[str
         skipped["audit"] = f"{count} trained rows beside held-out ones are too few: {LEAST_ROWS} of each"
         return None
     rows = [*target.members[:count], *target.held_out[:count]]
-    resident, start = target.setting.resident, target.setting.start
+    resident, start = target.setup.resident, target.setup.start
     before, after = (row_losses(resident, shared, rows) for shared in (start, target.shared))
-    scores = [was - now for was, now in zip(before, after, strict=True)]
+    scores = [loss_before - loss_after for loss_before, loss_after in zip(before, after, strict=True)]
     return privacy_attacks.one_run(scores, [True] * count + [False] * count, claim.delta)
 
 
-def rounds_of(setting: SimulationSetup) -> Rounds:
+def rounds_of(setup: SimulationSetup) -> Rounds:
     """The rounds of an attack: under the same rules, and of no account, since nothing of them is shown but to the attack."""
-    return InspectedRounds(setting, setting.recipe.robust) if setting.recipe.robust else SecureRounds(setting, None)
+    return InspectedRounds(setup, setup.recipe.robust) if setup.recipe.robust else SecureRounds(setup, None)
 
 
-def _through(setting: SimulationSetup, count: int) -> Tensors:
+def _run_rounds(setup: SimulationSetup, count: int) -> Tensors:
     """The shared adapter after so many rounds of these tasks; always from the start, whatever a kill left."""
-    folder: Path = setting.folder
+    folder: Path = setup.folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with closing(rounds_of(setting)) as rounds:
+    with closing(rounds_of(setup)) as rounds:
         for _ in range(count):
             rounds.step()
         shared = rounds.shared

@@ -56,29 +56,29 @@ class Shards:
 
         Rows of a label that was not dealt go to nobody, and are not in what is returned.
         """
-        given, members = _members(dealt), _members(others)
+        dealt_groups, members = _members(dealt), _members(others)
         shares = {
-            label: np.bincount([owners[item.id] for group in groups for item in given[group]], minlength=self.count)
-            for label, groups in self._of_label(given).items()
+            label: np.bincount([owners[item.id] for group in groups for item in dealt_groups[group]], minlength=self.count)
+            for label, groups in self._of_label(dealt_groups).items()
         }
-        shuffle, result = random.Random(self.seed), {}
+        shuffle, dealt_ids = random.Random(self.seed), {}
         for label, groups in sorted(self._of_label(members).items()):
             if label in shares:
                 shuffle.shuffle(groups)
                 sizes = [len(members[group]) for group in groups]
                 ends = np.cumsum(shares[label]) * (sum(sizes) / shares[label].sum())
                 for group, owner in zip(groups, _by_middle(sizes, ends), strict=True):
-                    result.update({member.id: owner for member in members[group]})
-        return result
+                    dealt_ids.update({member.id: owner for member in members[group]})
+        return dealt_ids
 
     def _of_label(self, members: Mapping[str, Sequence[Example]]) -> dict[str, list[str]]:
         """Label -> groups, sorted. A group has the label that most of its rows have."""
         labels = self._labels([row for rows in members.values() for row in rows])
-        result: dict[str, list[str]] = defaultdict(list)
+        groups: dict[str, list[str]] = defaultdict(list)
         for group in sorted(members):
             counted = Counter(labels[member.id] for member in members[group])
-            result[min(counted, key=lambda label: (-counted[label], label))].append(group)
-        return result
+            groups[min(counted, key=lambda label: (-counted[label], label))].append(group)
+        return groups
 
     def _labels(self, examples: Sequence[Example]) -> dict[str, str]:
         return {example.id: (label_of(example.reply, self.by) or "") if self.by else "" for example in examples}
@@ -105,10 +105,10 @@ class Shards:
 
 def _members(examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Group -> its rows."""
-    result: dict[str, list[Example]] = defaultdict(list)
+    groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        result[group_of(example)].append(example)
-    return result
+        groups[group_of(example)].append(example)
+    return groups
 
 
 def _by_middle(sizes: Sequence[int], ends: NDArray[np.float64]) -> list[int]:

@@ -77,11 +77,11 @@ def devices_of(clients: Sequence[Path | str]) -> dict[str, DeviceFile]:
         raise ConfigError(
             f"{len(files)} of {len(clients)} clients are device files", "device files, or Datasets, for all of them"
         )
-    found = [config.load_any(DeviceFile, file) for file in files]
-    for what, said in (("Dataset", [item.data for item in found]), ("store", [one.store for one in found])):
-        if len(set(said)) < len(said):
-            raise ConfigError(f"two devices have one {what}", f"a {what} for each")
-    return {one.data: one for one in found}
+    devices = [config.load_any(DeviceFile, file) for file in files]
+    for kind, paths in (("Dataset", [device.data for device in devices]), ("store", [device.store for device in devices])):
+        if len(set(paths)) < len(paths):
+            raise ConfigError(f"two devices have one {kind}", f"a {kind} for each")
+    return {device.data: device for device in devices}
 
 
 class WholePlanner(Planner):
@@ -114,21 +114,23 @@ class EdgeTask:
         base, start = self._stored(manifest, shared)
         out = work / f"round-{number}-{manifest.work.shared[:12]}"
         self._sweep(out)
-        learning = [half for half in "AB" if any(mode.trains(name, number) for name in shared if f"lora_{half}." in name)]
-        with memory_folder(work) as room:
+        trained_factors = [
+            half for half in "AB" if any(mode.trains(name, number) for name in shared if f"lora_{half}." in name)
+        ]
+        with memory_folder(work) as scratch:
             job = TuningJob(
                 base=str(base),
                 name=self.ref.name,
                 digest=self.ref.digest,
                 licence=self.ref.licence,
-                tokens=str(room / "tokens"),
+                tokens=str(scratch / "tokens"),
                 out=str(out),
                 recipe=config.dump(local_recipe(self.recipe, settings)),
                 start=str(start),
-                share=Share(number - 1, settings.rounds, "".join(learning)),
+                share=Share(number - 1, settings.rounds, "".join(trained_factors)),
             )
             write_job(job, self.rows.train)
-            self._check_time(job, settings, room)
+            self._check_time(job, settings, scratch)
             receipt = self._tuned(job)
         fields = json.loads((out / "run.json").read_text(encoding="utf-8"))
         self.receipts[number], self.losses[number] = receipt, (fields["loss"]["first"], fields["loss"]["last"])
@@ -161,7 +163,7 @@ class EdgeTask:
         write_file_atomic(self._pace_file, json.dumps(_pace(receipt, Path(job.out))).encode())
         return receipt
 
-    def _check_time(self, job: TuningJob, settings: RoundSettings, room: Path) -> None:
+    def _check_time(self, job: TuningJob, settings: RoundSettings, scratch: Path) -> None:
         """Raise BudgetError where the round would take longer than the device has, as far as its pace is known.
 
         A pace that is not known yet is measured by one update, which goes nowhere.
@@ -170,16 +172,16 @@ class EdgeTask:
         if not limit_s:
             return
         if not self._pace_file.exists():
-            one = {**job.recipe, "budget": {"updates": 1}}
-            self._tuned(replace(job, recipe=one, out=str(room / "pace"), share=Share(factors=job.share.factors)))
+            recipe = {**job.recipe, "budget": {"updates": 1}}
+            self._tuned(replace(job, recipe=recipe, out=str(scratch / "pace"), share=Share(factors=job.share.factors)))
         pace = json.loads(self._pace_file.read_text(encoding="utf-8"))
         tokens = self._tokens(settings)
-        wanted_s = (pace["start_s"] + tokens / pace["tokens_per_s"]) * (1 + SPARE_TIME)
-        if wanted_s > limit_s:
+        needed_s = (pace["start_s"] + tokens / pace["tokens_per_s"]) * (1 + SPARE_TIME)
+        if needed_s > limit_s:
             raise BudgetError(
-                f"this device declines the round: {tokens:,} tokens would take about {wanted_s:.0f} s, "
+                f"this device declines the round: {tokens:,} tokens would take about {needed_s:.0f} s, "
                 f"a quarter to spare, and it has {limit_s:g} s",
-                f"wall_s of {wanted_s:.0f} or more on the device, or fewer local updates a round",
+                f"wall_s of {needed_s:.0f} or more on the device, or fewer local updates a round",
             )
 
     @property
@@ -191,8 +193,8 @@ class EdgeTask:
         if settings.local.updates is None:
             return self.rows.tokens * (settings.local.epochs or 1)
         lengths = [len(row.ids) for row in self.rows.train]
-        read = sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
-        return sum(lengths[row] for _ in range(settings.local.updates) for row in next(read))
+        batches = sampler.iterate_updates(lengths, self.recipe.optimizer.batch_tokens, self.recipe.seed)
+        return sum(lengths[row] for _ in range(settings.local.updates) for row in next(batches))
 
 
 def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path | bytes]) -> Path:
@@ -208,9 +210,9 @@ def put(store: ReleaseStore, name: str, version: str, files: Mapping[str, Path |
             for offset, chunk in _chunks(content):
                 store.append(digests[path], offset, chunk)
             store.finish(digests[path])
-    result = store.stage(name, version, digests)
+    folder = store.stage(name, version, digests)
     store.activate(name, version, lambda path: None)
-    return result
+    return folder
 
 
 def _chunks(content: Path | bytes) -> Iterator[tuple[int, bytes]]:

@@ -50,35 +50,35 @@ SECRET, ACCOUNT = "noise.secret", "account.json"
 class RowPrivacy:
     """What a client's rows may cost: the budget's account, and the secret (32 bytes) of its noise, in a folder of its own."""
 
-    asked: Privacy
+    privacy: Privacy
     account: Account
     secret: bytes
 
     @classmethod
-    def open(cls, asked: Privacy, folder: Path) -> RowPrivacy:
+    def open(cls, privacy: Privacy, folder: Path) -> RowPrivacy:
         """The guard of a folder, begun where there is none. Raises ArtifactError, ConflictError as `Account` does."""
-        account = Account(folder / ACCOUNT, asked.budget)
+        account = Account(folder / ACCOUNT, privacy.budget)
         if not (folder / SECRET).exists():
             PrivateFileSystem().replace(folder / SECRET, os.urandom(masking_crypto.KEY_BYTES))
         secret = (folder / SECRET).read_bytes()
         if len(secret) != masking_crypto.KEY_BYTES:
             raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")
-        return cls(asked, account, secret)
+        return cls(privacy, account, secret)
 
     def noise(self, settings: RoundSettings, rows: int) -> RowNoise:
         """How one update of a round protects the rows: `auto` noise is the least with which all rounds fit into the budget."""
-        asked, batch = self.asked, min(self.asked.batch_rows, rows)
-        multiplier = asked.noise_multiplier
+        privacy, batch_rows = self.privacy, min(self.privacy.batch_rows, rows)
+        multiplier = privacy.noise_multiplier
         if multiplier == "auto":
-            times = settings.rounds * updates_of(settings.local, rows, batch)
-            multiplier = _calibrated(asked.budget, times, batch / rows)
-        return RowNoise(asked.max_grad_norm, multiplier, batch)
+            times = settings.rounds * updates_of(settings.local, rows, batch_rows)
+            multiplier = _calibrated(privacy.budget, times, batch_rows / rows)
+        return RowNoise(privacy.max_grad_norm, multiplier, batch_rows)
 
     def spending(self, manifest: Manifest, settings: RoundSettings, rows: int) -> Spending:
         """What a round costs. Another manifest of one number is another release, and costs again."""
-        how = self.noise(settings, rows)
+        row_noise = self.noise(settings, rows)
         name = f"{manifest.run} round {manifest.number} {manifest.digest[:16]}"
-        return how.spending(name, rows, updates_of(settings.local, rows, how.batch_rows))
+        return row_noise.spending(name, rows, updates_of(settings.local, rows, row_noise.batch_rows))
 
     def train(self, resident: SharedBase, rows: TokenizedDataset, settings: RoundSettings, manifest: Manifest) -> None:
         """A round's training of what of the resident may learn. Its rate goes its course over all rounds.
@@ -86,21 +86,21 @@ class RowPrivacy:
         Raises BudgetError before anything is drawn where the budget does not hold the round; ExtraError without opacus.
         """
         _check(resident)
-        spending, how = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
+        spending, row_noise = self.spending(manifest, settings, len(rows.train)), self.noise(settings, len(rows.train))
         self.account.spend(spending)
         source = masking_crypto.stream(masking_crypto.derive(self.secret, manifest.digest, "rows", rows.digest()))
-        learning = [factor for factor in resident.factors.values() if factor.requires_grad]
-        optimizer = optimizers.make(learning, resident.recipe.optimizer, resident.device)
+        trainable = [factor for factor in resident.factors.values() if factor.requires_grad]
+        optimizer = optimizers.make(trainable, resident.recipe.optimizer, resident.device)
 
         def losses(chosen: Sequence[TokenizedExample]) -> torch.Tensor:
             return row_means(resident.model, chosen, resident.device)
 
-        with private_updates(resident.model, optimizer, losses, how, source=source) as update:
+        with private_updates(resident.model, optimizer, losses, row_noise, source=source) as update:
             for index in range(spending.times):
                 fraction = (manifest.number - 1 + index / spending.times) / settings.rounds
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(resident, settings, min(1.0, fraction))
-                update(poisson_sample(rows.train, how, source))
+                update(poisson_sample(rows.train, row_noise, source))
 
 
 def updates_of(local: LocalTraining, rows: int, batch_rows: int) -> int:
@@ -117,10 +117,10 @@ def row_means(model: Any, rows: Sequence[TokenizedExample], device: torch.device
     ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=device)
     logits = model(input_ids=ids, use_cache=False).logits
     means = []
-    for row, said in zip(rows, logits, strict=True):
+    for row, row_logits in zip(rows, logits, strict=True):
         batch = pack([row], device)
-        wide = said[batch.predict].to(torch.promote_types(said.dtype, torch.float32))
-        means.append(row.weight * F.cross_entropy(wide, batch.targets))
+        supervised_logits = row_logits[batch.predict].to(torch.promote_types(row_logits.dtype, torch.float32))
+        means.append(row.weight * F.cross_entropy(supervised_logits, batch.targets))
     return torch.stack(means)
 
 
@@ -175,9 +175,9 @@ class LoraTask:
             self.guard.train(resident, self.rows, settings, manifest)
         else:
             self._train(settings, number)
-        learnt = change(mode, shared, resident.taken(), number)
+        changes = change(mode, shared, resident.current_factors(), number)
         return LocalUpdate(
-            learnt, len(self.rows.train), round_schedule.responses(manifest, shared, learnt, resident.recipe.seed)
+            changes, len(self.rows.train), round_schedule.responses(manifest, shared, changes, resident.recipe.seed)
         )
 
     def _train(self, settings: RoundSettings, number: int) -> None:
@@ -211,11 +211,11 @@ def settings_of(manifest: Manifest, base: str, recipe: str) -> RoundSettings:
     """What a round says of the task. base, recipe: digests of this client's. Raises RoundError for others, or for settings
     that it lacks.
     """
-    for what, said, here in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
-        if said != here:
+    for kind, digest, expected in (("base", manifest.work.base, base), ("recipe", manifest.work.recipe, recipe)):
+        if digest != expected:
             raise RoundError(
-                f"the round is of a {what} with the digest {said[:16] or 'none'}; this client's has {here[:16]}",
-                f"tune with the {what} that the coordinator has",
+                f"the round is of a {kind} with the digest {digest[:16] or 'none'}; this client's has {expected[:16]}",
+                f"tune with the {kind} that the coordinator has",
                 "manifest",
             )
     try:

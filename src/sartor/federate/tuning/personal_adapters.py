@@ -32,7 +32,7 @@ from sartor.federate.recipe import FederateRecipe, LocalTraining, PersonalRanks
 from sartor.federate.tuning.simulated_clients import Clients
 from sartor.models.lora_tensors import Tensors, zero_adapter
 from sartor.personalization import benefit_report
-from sartor.personalization.benefit_report import SHORT_TOKENS, Own
+from sartor.personalization.benefit_report import SHORT_TOKENS, ClientRows
 from sartor.personalization.stacked_adapter import Losses, StackedAdapter
 from sartor.tune import resume, sampler
 from sartor.tune.checkpoint import CheckpointState, full_disk
@@ -41,28 +41,28 @@ from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 
-def examples_of(people: Clients) -> dict[str, Example]:
+def examples_of(clients: Clients) -> dict[str, Example]:
     """Every row of every Dataset, by its id."""
-    return {example.id: example for dataset in people.datasets for example in stored.read_examples(dataset)}
+    return {example.id: example for dataset in clients.datasets for example in stored.read_examples(dataset)}
 
 
-def own_rows(people: Clients, name: str, examples: Mapping[str, Example]) -> Own:
+def own_rows(clients: Clients, name: str, examples: Mapping[str, Example]) -> ClientRows:
     """What a client is judged by. Rows whose replies are too long to be said word by word are judged by their loss alone."""
-    encoded, base = people.rows[name].held_out, people.resident.base
-    found = [examples[row.example_id] for row in encoded]
-    groups = [group_of(one) for one in found]
-    folder = people.dataset_of(name).path
-    if not found or (limit := predictions.reply_limit(base, found)) > SHORT_TOKENS + predictions.SPARE_TOKENS:
-        return Own(encoded, groups, HeldOut([], folder, {"reply_too_long": len(found)} if found else {}))
-    asked: list[Example] = []
+    encoded, base = clients.rows[name].held_out, clients.resident.base
+    selected = [examples[row.example_id] for row in encoded]
+    groups = [group_of(example) for example in selected]
+    folder = clients.dataset_of(name).path
+    if not selected or (limit := predictions.reply_limit(base, selected)) > SHORT_TOKENS + predictions.SPARE_TOKENS:
+        return ClientRows(encoded, groups, HeldOut([], folder, {"reply_too_long": len(selected)} if selected else {}))
+    answerable: list[Example] = []
     left_out: Counter[str] = Counter()
-    for item in found:
-        reason = "no_reply" if item.is_document else ask_refusal(base, item, folder, limit)[0]
+    for example in selected:
+        reason = "no_reply" if example.is_document else ask_refusal(base, example, folder, limit)[0]
         if reason:
             left_out[reason] += 1
         else:
-            asked.append(item)
-    return Own(encoded, groups, HeldOut(asked, folder, dict(left_out)), limit)
+            answerable.append(example)
+    return ClientRows(encoded, groups, HeldOut(answerable, folder, dict(left_out)), limit)
 
 
 Notice = Callable[[str], object]
@@ -82,7 +82,7 @@ def check_free(out: Path, *, is_meant: bool) -> None:
 
 
 def personalise(
-    people: Clients, shared: Artifact, recipe: FederateRecipe, asked: PersonalRanks, *, again: bool, notice: Notice
+    clients: Clients, shared: Artifact, recipe: FederateRecipe, personal: PersonalRanks, *, again: bool, notice: Notice
 ) -> dict[str, Any]:
     """An Adapter for each client beside the shared one, and the report on them.
 
@@ -92,12 +92,12 @@ def personalise(
     folder = folder_of(shared.path)
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk(f"{folder} could not be written"), writer_lock(folder / REPORT):
-        desk = PersonalTuning.open(people, shared, recipe, asked)
-        made = {}
-        for name in people.rows:
-            made[name] = desk.written(name, folder / name, again=again)
-            notice(f"{name}: {made[name].path}")
-        report = _judged(desk, made, notice)
+        tuning = PersonalTuning.open(clients, shared, recipe, personal)
+        client_adapters = {}
+        for name in clients.rows:
+            client_adapters[name] = tuning.client_adapter(name, folder / name, again=again)
+            notice(f"{name}: {client_adapters[name].path}")
+        report = _judge(tuning, client_adapters, notice)
         write_file_atomic(folder / REPORT, records.canonical(report) + b"\n")
     return {"folder": str(folder), **report}
 
@@ -106,35 +106,35 @@ def personalise(
 class PersonalTuning:
     """What the clients' own tunings have in common. adapter: the shared one."""
 
-    people: Clients
+    clients: Clients
     adapter: Artifact
     recipe: FederateRecipe
-    asked: PersonalRanks
+    personal: PersonalRanks
     stack: StackedAdapter
 
     @classmethod
-    def open(cls, people: Clients, adapter: Artifact, recipe: FederateRecipe, asked: PersonalRanks) -> PersonalTuning:
+    def open(cls, clients: Clients, adapter: Artifact, recipe: FederateRecipe, personal: PersonalRanks) -> PersonalTuning:
         """Give the people's base room for both."""
-        stack = StackedAdapter.open(people.resident, load_file(adapter.path / WEIGHTS), asked.rank)
-        return cls(people, adapter, recipe, asked, stack)
+        stack = StackedAdapter.open(clients.resident, load_file(adapter.path / WEIGHTS), personal.rank)
+        return cls(clients, adapter, recipe, personal, stack)
 
     @property
     def resident(self) -> SharedBase:
         """The base."""
-        return self.people.resident
+        return self.clients.resident
 
-    def written(self, name: str, out: Path, *, again: bool) -> Artifact:
+    def client_adapter(self, name: str, out: Path, *, again: bool) -> Artifact:
         """A client's Adapter: the one that stands there, or a new one."""
-        now = self._fingerprint(name)
-        if not again and (standing := resume.finished(out, CheckpointState(), now)):
-            return standing
+        fingerprint = self._fingerprint(name)
+        if not again and (finished := resume.finished(out, CheckpointState(), fingerprint)):
+            return finished
         began = time.monotonic()
-        updates = updates_of(self.people.rows[name], self.asked, self.recipe)
-        budget, rows = StopCriteria(updates=updates), self.people.rows[name]
-        tuned, losses = self.stack.tuned(rows, self.stack.start, self.stack.own, budget, self._rate)
+        updates = updates_of(self.clients.rows[name], self.personal, self.recipe)
+        budget, rows = StopCriteria(updates=updates), self.clients.rows[name]
+        tuned, losses = self.stack.tuned(rows, self.stack.start, self.stack.personal_ranks, budget, self._rate)
         facts = self._facts(name, updates, losses) | {
-            "recipe": now["recipe"],
-            "fingerprint": {what: digest for what, digest in now.items() if what != "recipe"},
+            "recipe": fingerprint["recipe"],
+            "fingerprint": {key: digest for key, digest in fingerprint.items() if key != "recipe"},
         }
         facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
 
@@ -146,35 +146,35 @@ class PersonalTuning:
         catalogue.register(adapter)
         return adapter
 
-    def alone(self, rows: TokenizedDataset, updates: int) -> Tensors:
+    def train_alone(self, rows: TokenizedDataset, updates: int) -> Tensors:
         """What these rows make without anybody else's adapter: both factors, at the rate of the rounds."""
-        ranks, rate = slice(self.recipe.method.rank + self.asked.rank), self.recipe.optimizer.learning_rate
+        ranks, rate = slice(self.recipe.method.rank + self.personal.rank), self.recipe.optimizer.learning_rate
         return self.stack.tuned(rows, self.stack.fresh, ranks, StopCriteria(updates=updates), rate)[0]
 
     def all_updates(self, name: str) -> int:
         """Of a client, in the rounds and after them."""
-        rows = self.people.rows[name]
-        after = updates_of(rows, self.asked, self.recipe)
-        return self.recipe.rounds * updates_of(rows, self.recipe.local, self.recipe) + after
+        rows = self.clients.rows[name]
+        personal_updates = updates_of(rows, self.personal, self.recipe)
+        return self.recipe.rounds * updates_of(rows, self.recipe.local, self.recipe) + personal_updates
 
     @property
     def _rate(self) -> float:
-        return self.asked.learning_rate or self.recipe.optimizer.learning_rate
+        return self.personal.learning_rate or self.recipe.optimizer.learning_rate
 
     def _fingerprint(self, name: str) -> dict[str, Any]:
-        own = {option: value for option, value in config.dump(self.asked).items() if option != "compare"}
+        personal = {option: value for option, value in config.dump(self.personal).items() if option != "compare"}
         return {
-            "recipe": {**config.dump(self.recipe), "personal": own},
+            "recipe": {**config.dump(self.recipe), "personal": personal},
             "shared": self.adapter.id,
             "base": self.resident.ref.digest,
-            "rows": self.people.rows[name].digest(),
+            "rows": self.clients.rows[name].digest(),
         }
 
     def _facts(self, name: str, updates: int, losses: Losses) -> dict[str, Any]:
         """The manifest of a client's Adapter."""
-        about = {"client": name, "rank": self.asked.rank, "examples": len(self.people.rows[name].train)}
-        parents, run = [self.people.dataset_of(name), self.adapter], {"personal": about, "updates": updates}
-        return self.stack.facts(parents, self.people.sources, run, losses)
+        summary = {"client": name, "rank": self.personal.rank, "examples": len(self.clients.rows[name].train)}
+        parents, run = [self.clients.dataset_of(name), self.adapter], {"personal": summary, "updates": updates}
+        return self.stack.facts(parents, self.clients.sources, run, losses)
 
 
 def updates_of(rows: TokenizedDataset, local: LocalTraining, recipe: FederateRecipe) -> int:
@@ -189,35 +189,39 @@ def updates_of(rows: TokenizedDataset, local: LocalTraining, recipe: FederateRec
     raise AssertionError("updates are endless")
 
 
-def _judged(desk: PersonalTuning, made: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
+def _judge(tuning: PersonalTuning, client_adapters: Mapping[str, Artifact], notice: Notice) -> dict[str, Any]:
     """The report: every client's adapters, each on that client's held-out rows."""
-    examples = examples_of(desk.people)
-    everyone = TokenizedDataset(train=[row for rows in desk.people.rows.values() for row in rows.train])
+    examples = examples_of(tuning.clients)
+    all_rows = TokenizedDataset(train=[row for rows in tuning.clients.rows.values() for row in rows.train])
     central = None
-    if desk.asked.compare:
+    if tuning.personal.compare:
         notice("tuning all clients' rows as one, to compare with")
-        central = desk.alone(everyone, sum(desk.all_updates(name) for name in made))
-    judged = {}
-    for name, adapter in made.items():
-        own = own_rows(desk.people, name, examples)
+        central = tuning.train_alone(all_rows, sum(tuning.all_updates(name) for name in client_adapters))
+    benefits = {}
+    for name, adapter in client_adapters.items():
+        held_out = own_rows(tuning.clients, name, examples)
         sides = {
-            what: benefit_report.side(desk.resident, one, own) for what, one in _adapters(desk, name, adapter, central, own)
+            side_name: benefit_report.score_adapter(tuning.resident, tensors, held_out)
+            for side_name, tensors in _adapters(tuning, name, adapter, central, held_out)
         }
-        judged[name] = benefit_report.ClientBenefit(own, sides, len(desk.people.rows[name].train))
-        notice(f"{name}: {judged[name]}")
-    mine = {row.example_id for rows in desk.people.rows.values() for row in rows.held_out}
-    return {**benefit_report.report(judged), "not_dealt": sum(row.example_id not in mine for row in desk.people.held_out)}
+        benefits[name] = benefit_report.ClientBenefit(held_out, sides, len(tuning.clients.rows[name].train))
+        notice(f"{name}: {benefits[name]}")
+    client_row_ids = {row.example_id for rows in tuning.clients.rows.values() for row in rows.held_out}
+    return {
+        **benefit_report.report(benefits),
+        "not_dealt": sum(row.example_id not in client_row_ids for row in tuning.clients.held_out),
+    }
 
 
 def _adapters(
-    desk: PersonalTuning, name: str, adapter: Artifact, central: Tensors | None, own: benefit_report.Own
+    tuning: PersonalTuning, name: str, adapter: Artifact, central: Tensors | None, held_out: benefit_report.ClientRows
 ) -> Iterator[tuple[str, Tensors]]:
     """(what, the tensors) of all that a client is judged with. One without held-out rows is judged with none."""
-    if not own.encoded:
+    if not held_out.encoded:
         return
-    yield "base", zero_adapter(desk.stack.fresh)
-    yield "shared", desk.stack.unchanged
+    yield "base", zero_adapter(tuning.stack.fresh)
+    yield "shared", tuning.stack.unchanged
     if central is not None:
-        yield "local_only", desk.alone(desk.people.rows[name], desk.all_updates(name))
+        yield "local_only", tuning.train_alone(tuning.clients.rows[name], tuning.all_updates(name))
         yield "centralised", central
     yield "personal", load_file(adapter.path / WEIGHTS)

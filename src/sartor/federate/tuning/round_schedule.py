@@ -48,7 +48,7 @@ def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip
 
     trained: the tensors that change. ||dB A x|| <= clip ||A x||, ||B dA x|| <= clip ||B|| ||x||.
     """
-    result = []
+    tensors = []
     for module, inputs in canary.inputs.items():
         a, b = shared[module + A].astype(np.float64), shared[module + B].astype(np.float64)
         bound, longest = 0.0, float(np.linalg.norm(inputs, axis=0).max())
@@ -59,8 +59,8 @@ def side_tensors(canary: ExactnessProbe, shared: Tensors, trained: Tensors, clip
         if {module + A, module + B} <= set(trained):
             bound += clip**2 * longest
         # a hair more, as responses are rounded to float32
-        result.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
-    return result
+        tensors.append(SideTensor(PREFIX + module, (b.shape[0], _COLUMNS), max(bound, _LEAST) * (1 + 1e-5)))
+    return tensors
 
 
 def responses(manifest: Manifest, shared: Tensors, change: Tensors, seed: int) -> dict[str, Array]:
@@ -80,8 +80,8 @@ def error_of(shared: Tensors, mean: Tensors, seed: int, number: int) -> float | 
     canary = of_round(shared, seed, number)
     if not all(PREFIX + module in mean for module in canary.inputs):
         return None
-    wanted = add_changes(canary.responses(shared), mean)
-    return aggregation.exactness_error(canary, Combined(add_changes(shared, mean)), wanted)
+    expected = add_changes(canary.responses(shared), mean)
+    return aggregation.exactness_error(canary, Combined(add_changes(shared, mean)), expected)
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,17 @@ class RoundMetrics:
         return asdict(self)
 
 
-def weighted_updates(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> list[Update]:
+def weighted_updates(local_updates: Mapping[str, LocalUpdate], rules: UpdateRules) -> list[Update]:
     """The updates as they are weighed and summed: clipped, and none of more examples than count."""
     return [
-        Update(name, arrays.clipped(one.tensors, rules.clip), min(one.examples, rules.most_examples))
-        for name, one in learnt.items()
+        Update(name, arrays.clipped(update.tensors, rules.clip), min(update.examples, rules.most_examples))
+        for name, update in local_updates.items()
     ]
 
 
-def clipped_of(learnt: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
+def clipped_of(local_updates: Mapping[str, LocalUpdate], rules: UpdateRules) -> int:
     """How many updates are longer than the clip."""
-    return sum(norm(item.tensors) > rules.clip for item in learnt.values())
+    return sum(norm(update.tensors) > rules.clip for update in local_updates.values())
 
 
 def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
@@ -136,11 +136,11 @@ def exactness_error(shared: Tensors, updates: list[Update], seed: int) -> float:
     return aggregation.exactness_error(canary, Combined(add_changes(shared, mean(updates))), mean(answers))
 
 
-def rounding_error(found: Tensors, updates: list[Update]) -> float:
+def rounding_error(ring_mean: Tensors, updates: list[Update]) -> float:
     """The distance of the mean that came out of the ring from the mean that went in, over its norm."""
-    wanted = mean(updates)
-    length = norm(wanted)
-    return norm(add_changes(wanted, found, -1.0)) / length if length else 0.0
+    exact_mean = mean(updates)
+    length = norm(exact_mean)
+    return norm(add_changes(exact_mean, ring_mean, -1.0)) / length if length else 0.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class LoraSchedule:
             verdicts = tuple(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts)
             error = exactness_error(shared, updates, self._options.seed + line.round)
             line = replace(line, exactness_error=error, quantisation_error=0.0, verdicts=verdicts)
-        self._journal.keep(line_place(line.round), records.canonical(line.as_json()))
+        self._journal.keep(line_key(line.round), records.canonical(line.as_json()))
         return add_changes(shared, mean)
 
     def _line(self, manifest: Manifest, active: Sequence[str], shared: Tensors, mean: Tensors) -> RoundMetrics:
@@ -216,10 +216,10 @@ class LoraSchedule:
 
 def lines_of(journal: RoundJournal, run: str) -> list[dict[str, Any]]:
     """The line of each round that is done, in order."""
-    done = (kept.number for kept in reversed(journal.rounds(run)) if kept.state == "done")
-    return [json.loads(journal.kept(line_place(number)) or b"{}") for number in done]
+    done = (stored_round.number for stored_round in reversed(journal.rounds(run)) if stored_round.state == "done")
+    return [json.loads(journal.load(line_key(number)) or b"{}") for number in done]
 
 
-def line_place(number: int) -> str:
+def line_key(number: int) -> str:
     """Where a journal keeps the line of a round."""
     return f"line {number}"

@@ -39,10 +39,10 @@ class Clients:
     @property
     def sources(self) -> list[Any]:
         """Of all Datasets, each once."""
-        found: list[Any] = []
+        sources: list[Any] = []
         for dataset in self.datasets:
-            found += [source for source in dataset.manifest["sources"] if source not in found]
-        return found
+            sources += [source for source in dataset.manifest["sources"] if source not in sources]
+        return sources
 
     def dataset_of(self, name: str) -> Artifact:
         """Where a client's rows are from."""
@@ -57,18 +57,18 @@ class Clients:
         if len(ranks) != len(self.rows):
             problem = f"method.ranks has {len(ranks)} ranks, and there are {len(self.rows)} clients"
             raise ConfigError(problem, "a rank for each client, in their order")
-        asked = recipe.privacy if recipe.privacy and recipe.privacy.level == "example" else None
+        privacy = recipe.privacy if recipe.privacy and recipe.privacy.level == "example" else None
         return {
-            name: LoraTask(self.resident, rows, rank, RowPrivacy.open(asked, folder / name) if asked else None)
+            name: LoraTask(self.resident, rows, rank, RowPrivacy.open(privacy, folder / name) if privacy else None)
             for (name, rows), rank in zip(self.rows.items(), ranks, strict=True)
         }
 
     def losses(self, shared: Tensors) -> dict[str, float | None]:
         """Nats per supervised token of the held-out rows, of the base and of what was tuned."""
-        both = {"base": zero_adapter(shared), "tuned": shared}
-        return {side: self.resident.loss(adapter, self.held_out) for side, adapter in both.items()}
+        adapters = {"base": zero_adapter(shared), "tuned": shared}
+        return {side: self.resident.loss(adapter, self.held_out) for side, adapter in adapters.items()}
 
-    def said(self, rules: UpdateRules) -> Iterator[str]:
+    def summary_lines(self, rules: UpdateRules) -> Iterator[str]:
         """Lines for a person, before the first round."""
         counts = [len(rows.train) for rows in self.rows.values()]
         yield (
@@ -95,23 +95,23 @@ def open_clients(
     resident = SharedBase.open(tuning(recipe, str(datasets[0].path)), notice)
     encoded = [encode_rows(dataset, tuning(recipe, str(dataset.path)), resident.base.chat) for dataset in datasets]
     if shards:
-        rows = _dealt(datasets[0], encoded[0], shards)
+        rows = _deal(datasets[0], encoded[0], shards)
     else:
-        rows = {f"client-{index:0{len(str(len(encoded)))}}": one for index, one in enumerate(encoded)}
-    trained = {row.example_id for one in rows.values() for row in one.train}
+        rows = {f"client-{index:0{len(str(len(encoded)))}}": tokenized for index, tokenized in enumerate(encoded)}
+    trained = {row.example_id for tokenized in rows.values() for row in tokenized.train}
     rows = {
-        name: replace(one, held_out=[row for row in one.held_out if row.example_id not in trained])
-        for name, one in rows.items()
+        name: replace(tokenized, held_out=[row for row in tokenized.held_out if row.example_id not in trained])
+        for name, tokenized in rows.items()
     }
-    held_out = {row.example_id: row for one in encoded for row in one.held_out if row.example_id not in trained}
+    held_out = {row.example_id: row for tokenized in encoded for row in tokenized.held_out if row.example_id not in trained}
     left_out: dict[str, list[str]] = {}
-    for item in encoded:
-        for reason, ids in item.left_out.items():
+    for tokenized in encoded:
+        for reason, ids in tokenized.left_out.items():
             left_out.setdefault(reason, []).extend(ids)
     return Clients(resident, datasets, rows, list(held_out.values()), left_out)
 
 
-def _dealt(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:
+def _deal(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict[str, TokenizedDataset]:
     """The rows of one Dataset by client, the held-out ones like the others."""
     examples = {example.id: example for example in stored.read_examples(dataset)}
     train, held_out = ([examples[row.example_id] for row in part] for part in (encoded.train, encoded.held_out))
@@ -119,8 +119,8 @@ def _dealt(dataset: Artifact, encoded: TokenizedDataset, shards: Shards) -> dict
     owners |= shards.deal_like(owners, train, held_out)
     width = len(str(shards.count))
 
-    def of(place: int, rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        return [row for row in rows if owners.get(row.example_id) == place]
+    def of(index: int, rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        return [row for row in rows if owners.get(row.example_id) == index]
 
     return {
         f"client-{index:0{width}}": TokenizedDataset(train=of(index, encoded.train), held_out=of(index, encoded.held_out))

@@ -45,7 +45,7 @@ from sartor.federate.rounds.transport import InProcess, TransferStats, finish
 from sartor.federate.secure.identities import Identity, PinnedKeys
 from sartor.federate.tuning import round_schedule
 from sartor.federate.tuning.lora_task import NAME, LoraTask, Losses
-from sartor.federate.tuning.round_schedule import RoundMetrics, line_place, lines_of
+from sartor.federate.tuning.round_schedule import RoundMetrics, line_key, lines_of
 from sartor.federate.updates import Update, mean
 from sartor.models.lora_tensors import (
     A,
@@ -99,21 +99,21 @@ class SimulationSetup:
     def manifest(self, shared: Tensors, number: int) -> Manifest:
         """Of a round in which every update is seen: unsigned."""
         terms = terms_for(self.tasks, MODES[self.recipe.mode].sent(shared, number), self.rules, seed="0" * 64)
-        said = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
-        return Manifest(RUN, number, COORDINATOR, said, terms, _LENGTH_S, self.rules)
+        work = ClientWork(shared=arrays.digest(arrays.pack_tensors(shared)), **self.work)
+        return Manifest(RUN, number, COORDINATOR, work, terms, _LENGTH_S, self.rules)
 
     @property
     def spent(self) -> tuple[float | None, dict[str, float]]:
         """(the worst client's epsilon so far, each client's) of its rows; (None, {}) where rows have no budget."""
         guards = {name: task.guard for name, task in sorted(self.tasks.items()) if isinstance(task, LoraTask)}
-        each = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
-        return (max(each.values()) if each else None), each
+        epsilons = {name: guard.account.epsilon() for name, guard in guards.items() if guard}
+        return (max(epsilons.values()) if epsilons else None), epsilons
 
     def losses(self, number: int) -> tuple[float | None, float | None]:
         """Means over the clients that trained in this process."""
-        found = [task.losses[number] for task in self.tasks.values() if number in task.losses]
-        first = [one for one, _ in found if one is not None]
-        last = [one for _, one in found if one is not None]
+        losses = [task.losses[number] for task in self.tasks.values() if number in task.losses]
+        first = [loss for loss, _ in losses if loss is not None]
+        last = [loss for _, loss in losses if loss is not None]
         return (float(np.mean(first)) if first else None), (float(np.mean(last)) if last else None)
 
 
@@ -140,20 +140,20 @@ class Rounds(Protocol):
 
 
 @dataclass
-class _Seen:
+class _ObservedTask:
     """A client's task, watched: a simulation sees every update, a coordinator none."""
 
     task: TuningTask
-    learnt: dict[int, LocalUpdate] = field(default_factory=dict)
+    updates_by_round: dict[int, LocalUpdate] = field(default_factory=dict)
 
     def update(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """See Task."""
-        self.learnt = {manifest.number: self.task.update(manifest, shared)}
-        return self.learnt[manifest.number]
+        self.updates_by_round = {manifest.number: self.task.update(manifest, shared)}
+        return self.updates_by_round[manifest.number]
 
     def of(self, manifest: Manifest, shared: Tensors) -> LocalUpdate:
         """What it learnt in a round: done again, to the bits, where another process saw it."""
-        return self.learnt.get(manifest.number) or self.update(manifest, shared)
+        return self.updates_by_round.get(manifest.number) or self.update(manifest, shared)
 
 
 class _Strict(InProcess):
@@ -175,31 +175,31 @@ class _Strict(InProcess):
 class SecureRounds:
     """Coordinator and clients with journals of their own, and a secure sum between them."""
 
-    def __init__(self, setting: SimulationSetup, account: Account | None) -> None:
-        self._setting, self._account, self._stack, self._carried = setting, account, ExitStack(), TransferStats()
-        folder, names = setting.folder, tuple(sorted(setting.tasks))
-        roster = _enrolled(folder, (*names, COORDINATOR))
+    def __init__(self, setup: SimulationSetup, account: Account | None) -> None:
+        self._setup, self._account, self._stack, self._stats = setup, account, ExitStack(), TransferStats()
+        folder, names = setup.folder, tuple(sorted(setup.tasks))
+        roster = _enrol(folder, (*names, COORDINATOR))
         self._member = Participant(Identity.open(COORDINATOR, folder / "keys" / COORDINATOR), roster)
-        self._seen = {name: _Seen(setting.tasks[name]) for name in names}
+        self._observed_tasks = {name: _ObservedTask(setup.tasks[name]) for name in names}
         self._journal = self._open(COORDINATOR)
         clients = {name: self._client(name, index, roster) for index, name in enumerate(names)}
         self._transport = _Strict(clients)
         self._coordinator = Coordinator(self._member, self._journal, RUN, self._merged, lambda: 0.0)
-        if self._journal.kept(f"shared {RUN}") is None:
-            self._coordinator.start(setting.start)
+        if self._journal.load(f"shared {RUN}") is None:
+            self._coordinator.start(setup.start)
 
     def _open(self, name: str) -> RoundJournal:
-        return self._stack.enter_context(RoundJournal(self._setting.folder / f"{name}.sqlite"))
+        return self._stack.enter_context(RoundJournal(self._setup.folder / f"{name}.sqlite"))
 
-    def _client(self, name: str, place: int, roster: PinnedKeys) -> RoundClient:
-        me, seed = Identity.open(name, self._setting.folder / "keys" / name), self._setting.recipe.seed
+    def _client(self, name: str, index: int, roster: PinnedKeys) -> RoundClient:
+        identity, seed = Identity.open(name, self._setup.folder / "keys" / name), self._setup.recipe.seed
         return RoundClient(
-            Participant(me, roster),
+            Participant(identity, roster),
             self._open(name),
-            {NAME: self._seen[name]},
+            {NAME: self._observed_tasks[name]},
             noised,
             lambda: 0.0,
-            lambda manifest: np.random.default_rng([seed, place, manifest.number]),
+            lambda manifest: np.random.default_rng([seed, index, manifest.number]),
         )
 
     @property
@@ -216,30 +216,30 @@ class SecureRounds:
         """See Rounds. Raises what a client raised, BudgetError before a round that the privacy budget does not hold, and
         where too many clients decline one.
         """
-        setting = self._setting
+        setup = self._setup
         if not self._coordinator.is_open:
             number = len(self._journal.rounds(RUN)) + 1
-            trained = tuple(MODES[setting.recipe.mode].sent(self.shared, number))
+            trained = tuple(MODES[setup.recipe.mode].sent(self.shared, number))
             self._coordinator.begin(
                 RoundPlan(
-                    cohort=tuple(self._seen),
-                    rules=setting.rules,
+                    cohort=tuple(self._observed_tasks),
+                    rules=setup.rules,
                     trained=trained,
                     length_s=_LENGTH_S,
                     stage_s=0,
-                    **setting.work,
+                    **setup.work,
                 )
             )
         if self._account:
             # before a noised number is seen; for a round that goes on it is paid
             self._account.spend(self._spending(self._manifest()))
-        self._carried = TransferStats()
+        self._stats = TransferStats()
         self._transport.said_no.clear()
-        ended = finish(self._coordinator, self._transport, self._carried)
-        if ended and ended.state == "abandoned":
-            text = "; ".join(_said(self._transport.declined))
+        result = finish(self._coordinator, self._transport, self._stats)
+        if result and result.state == "abandoned":
+            text = "; ".join(_decline_lines(self._transport.declined))
             remedy = next((error.remedy for error in self._transport.declined.values()), "more clients")
-            raise BudgetError(f"round {ended.number} was given up: {ended.reason}{'; ' * bool(text)}{text}", remedy)
+            raise BudgetError(f"round {result.number} was given up: {result.reason}{'; ' * bool(text)}{text}", remedy)
 
     def _manifest(self) -> Manifest:
         return read_manifest(self._journal.rounds(RUN)[0].manifest, COORDINATOR, self._member.roster)
@@ -249,25 +249,27 @@ class SecureRounds:
 
     def _merged(self, shared: Tensors, mean: Tensors) -> Tensors:
         """The next shared adapter. The round's line is in the journal before the round's end is: once, whatever is killed."""
-        manifest, rules = self._manifest(), self._setting.rules
+        manifest, rules = self._manifest(), self._setup.rules
         declined = self._transport.declined
-        learnt = _each({name: task.of for name, task in self._seen.items()}, manifest, shared, declined)
-        updates = round_schedule.weighted_updates(learnt, rules)
-        epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setting.spent
+        local_updates = _collect_updates(
+            {name: task.of for name, task in self._observed_tasks.items()}, manifest, shared, declined
+        )
+        updates = round_schedule.weighted_updates(local_updates, rules)
+        epsilon, epsilons = (self._account.epsilon(), {}) if self._account else self._setup.spent
         line = RoundMetrics(
             manifest.number,
             len(updates),
-            round_schedule.clipped_of(learnt, rules),
+            round_schedule.clipped_of(local_updates, rules),
             norm(mean),
-            round_schedule.exactness_error(shared, updates, self._setting.recipe.seed + manifest.number),
+            round_schedule.exactness_error(shared, updates, self._setup.recipe.seed + manifest.number),
             None if rules.noise else round_schedule.rounding_error(mean, updates),
-            self._carried.received_bytes,
-            *self._setting.losses(manifest.number),
+            self._stats.received_bytes,
+            *self._setup.losses(manifest.number),
             epsilon,
             epsilons,
-            verdicts=tuple(_said(declined)),
+            verdicts=tuple(_decline_lines(declined)),
         )
-        self._journal.keep(line_place(manifest.number), records.canonical(line.as_json()))
+        self._journal.keep(line_key(manifest.number), records.canonical(line.as_json()))
         return add_changes(shared, mean)
 
     def close(self) -> None:
@@ -278,11 +280,11 @@ class SecureRounds:
 class InspectedRounds:
     """Every update is seen, and a declared rule makes one of them."""
 
-    def __init__(self, setting: SimulationSetup, rule: AnyRule) -> None:
-        self._setting, self._rule = setting, rule
-        self._journal = RoundJournal(setting.folder / f"{COORDINATOR}.sqlite")
-        content = self._journal.kept(RUN)
-        self._lines, self._shared = ([], setting.start) if content is None else _read(content)
+    def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
+        self._setup, self._rule = setup, rule
+        self._journal = RoundJournal(setup.folder / f"{COORDINATOR}.sqlite")
+        content = self._journal.load(RUN)
+        self._lines, self._shared = ([], setup.start) if content is None else _read(content)
 
     @property
     def shared(self) -> Tensors:
@@ -296,39 +298,39 @@ class InspectedRounds:
 
     def step(self) -> None:
         """See Rounds. Raises GuardError where the rule stops the round."""
-        setting, shared, number = self._setting, self._shared, len(self._lines) + 1
+        setup, shared, number = self._setup, self._shared, len(self._lines) + 1
         declined: dict[str, BudgetError] = {}
-        learnt = self._learnt(shared, number, declined)
-        if not learnt:
+        local_updates = self._local_updates(shared, number, declined)
+        if not local_updates:
             raise next(iter(declined.values()))
-        updates = round_schedule.weighted_updates(learnt, setting.rules)
+        updates = round_schedule.weighted_updates(local_updates, setup.rules)
         pooled = self._rule.pool(updates)
-        made, error = self._made(shared, updates, pooled.tensors, setting.recipe.seed + number)
+        next_shared, error = self._next_shared(shared, updates, pooled.tensors, setup.recipe.seed + number)
         line = RoundMetrics(
             number,
             len(updates),
-            round_schedule.clipped_of(learnt, setting.rules),
+            round_schedule.clipped_of(local_updates, setup.rules),
             norm(pooled.tensors),
             error,
             0.0,
             sum(len(arrays.pack_tensors(update.tensors)) for update in updates),
-            *setting.losses(number),
-            *setting.spent,
+            *setup.losses(number),
+            *setup.spent,
             verdicts=(
-                *_said(declined),
+                *_decline_lines(declined),
                 *(f"{verdict.client} {verdict.action}: {verdict.reason}" for verdict in pooled.verdicts),
             ),
         )
-        self._lines, self._shared = [*self._lines, line.as_json()], made
-        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(made))
+        self._lines, self._shared = [*self._lines, line.as_json()], next_shared
+        self._journal.keep(RUN, records.canonical(self._lines) + b"\n" + arrays.pack_tensors(next_shared))
 
-    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
+    def _local_updates(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
         """What each client learnt of the shared adapter in a round; who declines is put down."""
-        setting = self._setting
-        tasks = {name: setting.tasks[name].update for name in sorted(setting.tasks)}
-        return _each(tasks, setting.manifest(shared, number), shared, declined)
+        setup = self._setup
+        tasks = {name: setup.tasks[name].update for name in sorted(setup.tasks)}
+        return _collect_updates(tasks, setup.manifest(shared, number), shared, declined)
 
-    def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
+    def _next_shared(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         """(the next shared adapter, how far it is from the mean of the clients' products, on a canary of this seed)."""
         return add_changes(shared, pooled), round_schedule.exactness_error(shared, updates, seed)
 
@@ -337,25 +339,25 @@ class InspectedRounds:
         self._journal.close()
 
 
-def _each(
+def _collect_updates(
     tasks: Mapping[str, Callable[[Manifest, Tensors], LocalUpdate]],
     manifest: Manifest,
     shared: Tensors,
     declined: dict[str, BudgetError],
 ) -> dict[str, LocalUpdate]:
     """What each client learnt. Who declines, here or before, has learnt nothing, and is in `declined`."""
-    learnt = dict[str, LocalUpdate]()
+    local_updates = dict[str, LocalUpdate]()
     for name, update in tasks.items():
         if name in declined:
             continue
         try:
-            learnt[name] = update(manifest, shared)
+            local_updates[name] = update(manifest, shared)
         except BudgetError as error:
             declined[name] = error
-    return learnt
+    return local_updates
 
 
-def _said(declined: Mapping[str, BudgetError]) -> list[str]:
+def _decline_lines(declined: Mapping[str, BudgetError]) -> list[str]:
     return [f"{name} declined: {error.problem}" for name, error in declined.items()]
 
 
@@ -364,7 +366,7 @@ def _read(content: bytes) -> tuple[list[dict[str, Any]], Tensors]:
     return json.loads(lines), arrays.unpack_tensors(packed)
 
 
-def _enrolled(folder: Path, names: tuple[str, ...]) -> PinnedKeys:
+def _enrol(folder: Path, names: tuple[str, ...]) -> PinnedKeys:
     """Keys of everyone, made once, and the roster of them."""
     (folder / "roster").mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -384,71 +386,73 @@ _NOTHING = 1e-12
 class ResidualRounds(InspectedRounds):
     """`shared` has the R shared ranks first, then the residual's. The tasks' base follows it."""
 
-    def __init__(self, setting: SimulationSetup, rule: AnyRule) -> None:
-        super().__init__(setting, rule)
+    def __init__(self, setup: SimulationSetup, rule: AnyRule) -> None:
+        super().__init__(setup, rule)
         self._fit(self._shared)
 
-    def _learnt(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
+    def _local_updates(self, shared: Tensors, number: int, declined: dict[str, BudgetError]) -> dict[str, LocalUpdate]:
         self._fit(shared)
-        whole = super()._learnt(shared, number, declined)
-        return {name: replace(one, tensors=split_ranks(one.tensors, self._rank)[0]) for name, one in whole.items()}
+        full_updates = super()._local_updates(shared, number, declined)
+        return {
+            name: replace(update, tensors=split_ranks(update.tensors, self._rank)[0]) for name, update in full_updates.items()
+        }
 
-    def _made(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
+    def _next_shared(self, shared: Tensors, updates: list[Update], pooled: Tensors, seed: int) -> tuple[Tensors, float]:
         means, residual = split_ranks(shared, self._rank)
-        whole = [replace(update, tensors=add_changes(means, update.tensors)) for update in updates]
-        combined = Residual().combine(means, whole, 1)
-        missed = {
-            module: LoraPair(*_together(combined.residual[module], pair(residual, module) if residual else None))
+        full_updates = [replace(update, tensors=add_changes(means, update.tensors)) for update in updates]
+        combined = Residual().combine(means, full_updates, 1)
+        residuals = {
+            module: LoraPair(*_sum_products(combined.residual[module], pair(residual, module) if residual else None))
             for module in modules(means)
         }
-        made = join_ranks(combined.tensors, fewest(missed))
+        next_shared = join_ranks(combined.tensors, compress_ranks(residuals))
         canary = aggregation.draw(means, seed)
-        before = {module: pair(residual, module) for module in modules(means)} if residual else {}
-        answers = [replace(item, tensors=canary.responses(item.tensors, before)) for item in whole]
-        self._fit(made)
-        return made, aggregation.exactness_error(canary, Combined(made), mean(answers))
+        residual_pairs = {module: pair(residual, module) for module in modules(means)} if residual else {}
+        responses = [replace(update, tensors=canary.responses(update.tensors, residual_pairs)) for update in full_updates]
+        self._fit(next_shared)
+        return next_shared, aggregation.exactness_error(canary, Combined(next_shared), mean(responses))
 
     @property
     def _rank(self) -> int:
         """R, of what clients train."""
-        return self._setting.recipe.method.rank
+        return self._setup.recipe.method.rank
 
     def _fit(self, shared: Tensors) -> None:
         """Give the tasks a base with room for all ranks, of which they train the first R."""
-        self._setting.resident.refit(rank_of(shared))
-        for task in self._setting.tasks.values():
+        self._setup.resident.refit(rank_of(shared))
+        for task in self._setup.tasks.values():
             if isinstance(task, LoraTask):
                 task.rank = self._rank
 
 
-def _together(one: LoraPair, other: LoraPair | None) -> tuple[Array, Array]:
+def _sum_products(first: LoraPair, second: LoraPair | None) -> tuple[Array, Array]:
     """(A, B) of the sum of two products, in fp64."""
-    parts = [one, *([other] if other else [])]
+    parts = [first, *([second] if second else [])]
     return (
         np.concatenate([part.a.astype(np.float64) for part in parts]),
         np.concatenate([part.b.astype(np.float64) for part in parts], axis=1),
     )
 
 
-def fewest(residual: dict[str, LoraPair]) -> dict[str, Array]:
+def compress_ranks(residual: dict[str, LoraPair]) -> dict[str, Array]:
     """The factors of these products in fp32, by PEFT's names, at the fewest ranks that compute every one; at least one.
 
     By a singular value decomposition of the product of the triangles of two QR decompositions.
     """
-    found = {module: _decomposed(one) for module, one in residual.items()}
-    rank = max(1, *(len(item.a) for item in found.values()))
+    decomposed = {module: _decompose(factors) for module, factors in residual.items()}
+    rank = max(1, *(len(factors.a) for factors in decomposed.values()))
     tensors: dict[str, Array] = {}
-    for module, one in found.items():
-        spare = rank - len(one.a)
-        tensors[module + A] = np.pad(one.a, ((0, spare), (0, 0))).astype(np.float32)
-        tensors[module + B] = np.pad(one.b, ((0, 0), (0, spare))).astype(np.float32)
+    for module, factors in decomposed.items():
+        padding = rank - len(factors.a)
+        tensors[module + A] = np.pad(factors.a, ((0, padding), (0, 0))).astype(np.float32)
+        tensors[module + B] = np.pad(factors.b, ((0, 0), (0, padding))).astype(np.float32)
     return tensors
 
 
-def _decomposed(one: LoraPair) -> LoraPair:
-    left, upper = np.linalg.qr(one.b)
-    right, lower = np.linalg.qr(one.a.T)
+def _decompose(factors: LoraPair) -> LoraPair:
+    left_q, upper = np.linalg.qr(factors.b)
+    right_q, lower = np.linalg.qr(factors.a.T)
     u, sizes, v = np.linalg.svd(upper @ lower.T)
     rank = int((sizes > _NOTHING * max(float(sizes[0]), np.finfo(np.float64).tiny)).sum())
     root = np.sqrt(sizes[:rank])
-    return LoraPair((right @ (v[:rank].T * root)).T, left @ (u[:, :rank] * root))
+    return LoraPair((right_q @ (v[:rank].T * root)).T, left_q @ (u[:, :rank] * root))

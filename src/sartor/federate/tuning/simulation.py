@@ -30,7 +30,7 @@ from sartor.federate.recipe import MODES, FederateRecipe
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_manifest import Mode, UpdateRules, terms_for
 from sartor.federate.secure.secagg_terms import least_threshold
-from sartor.federate.tuning.attack_runner import AttackTarget, attacked
+from sartor.federate.tuning.attack_runner import AttackTarget, run_attacks
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
 from sartor.federate.tuning.personal_adapters import check_free as check_personal_free
@@ -94,7 +94,7 @@ def simulate(
     recipe, out = load_recipe(recipe), Path(out).absolute()
     # what clients do afterwards, for themselves, changes no round
     personal, recipe = recipe.personal, dataclasses.replace(recipe, personal=None)
-    dealt = config.load_any(Shards, shards) if shards is not None else None
+    shard_options = config.load_any(Shards, shards) if shards is not None else None
     folder = out.with_name(f"{out.name}.rounds")
     check_outputs(out, folder, resume=resume, replace=replace)
     if personal:
@@ -103,18 +103,18 @@ def simulate(
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
         devices = devices_of(clients)
-        people = open_clients(recipe, list(devices) or clients, dealt, notice)
-        now = _fingerprint(recipe, people)
-        if resume and (adapter := resumption.finished(out, CheckpointState(), now)):
+        loaded_clients = open_clients(recipe, list(devices) or clients, shard_options, notice)
+        fingerprint = _fingerprint(recipe, loaded_clients)
+        if resume and (adapter := resumption.finished(out, CheckpointState(), fingerprint)):
             notice(f"{out} is finished: no round is left to do")
         else:
-            setting = _setting(recipe, people, folder, list(devices.values()))
-            check_same(folder, now, str(people.resident.dtype))
-            adapter = _run(setting, people, out, replace=replace, notice=notice)
+            setup = _setup(recipe, loaded_clients, folder, list(devices.values()))
+            check_same(folder, fingerprint, str(loaded_clients.resident.dtype))
+            adapter = _run(setup, loaded_clients, out, replace=replace, notice=notice)
             shutil.rmtree(folder, ignore_errors=True)
         if personal is None:
             return Simulated(adapter)
-        report = personalise(people, adapter, recipe, personal, again=replace, notice=notice)
+        report = personalise(loaded_clients, adapter, recipe, personal, again=replace, notice=notice)
     return Simulated(adapter, report)
 
 
@@ -130,52 +130,54 @@ def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> No
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _setting(recipe: FederateRecipe, people: Clients, folder: Path, devices: Sequence[DeviceFile]) -> SimulationSetup:
+def _setup(recipe: FederateRecipe, clients: Clients, folder: Path, devices: Sequence[DeviceFile]) -> SimulationSetup:
     """Tasks on one resident base, or each on its device, with the rules resolved."""
-    tasks: dict[str, TuningTask] = {**people.tasks(recipe, folder / "rows")}
+    tasks: dict[str, TuningTask] = {**clients.tasks(recipe, folder / "rows")}
     if devices:
         _check_devices(recipe)
-    resident = people.resident
-    for device, (name, rows) in zip(devices, people.rows.items(), strict=False):
+    resident = clients.resident
+    for device, (name, rows) in zip(devices, clients.rows.items(), strict=False):
         tasks[name] = EdgeTask(device, resident.recipe, resident.digest, resident.ref, rows)
-    start = people.resident.taken()
-    largest = max(len(rows.train) for rows in people.rows.values())
-    return SimulationSetup(recipe, resolved(recipe, start, len(tasks), largest), people.resident, tasks, start, folder)
+    start = clients.resident.current_factors()
+    largest = max(len(rows.train) for rows in clients.rows.values())
+    return SimulationSetup(recipe, resolve_rules(recipe, start, len(tasks), largest), clients.resident, tasks, start, folder)
 
 
 def _check_devices(recipe: FederateRecipe) -> None:
     """Raise ConfigError for what a device's tuner does not do."""
     of_rows = recipe.privacy is not None and recipe.privacy.level == "example"
-    for is_asked, what in ((of_rows, "privacy of level example"), (recipe.method.ranks, "method.ranks")):
-        if is_asked:
-            raise ConfigError(f"the clients are devices, whose tuner has no {what}", "a Dataset for each client")
+    for is_requested, feature in ((of_rows, "privacy of level example"), (recipe.method.ranks, "method.ranks")):
+        if is_requested:
+            raise ConfigError(f"the clients are devices, whose tuner has no {feature}", "a Dataset for each client")
 
 
-def resolved(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:
+def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:
     """The rules of a run. largest: examples of the largest client. `auto` noise is the least with which all rounds are within
     the privacy asked for; the noise that a sum of discrete Gaussians lacks to be one is added. Raises ConfigError, BudgetError.
     """
-    asked = recipe.rules
+    round_rules = recipe.rules
     budget = recipe.of_clients
-    noise = calibrated(budget, recipe.rounds) if budget and asked.noise == "auto" else recipe.noise_asked
+    noise = calibrated(budget, recipe.rounds) if budget and round_rules.noise == "auto" else recipe.noise_asked
     # a weight by a count of rows would tell of each row
-    most = asked.most_examples if asked.most_examples != "auto" else 1 if noise or recipe.privacy else largest
+    max_examples = (
+        round_rules.most_examples if round_rules.most_examples != "auto" else 1 if noise or recipe.privacy else largest
+    )
     mode: Mode = "inspectable" if recipe.robust else "private"
-    rules = UpdateRules(clip=asked.clip, noise=noise, most_examples=most, mode=mode)
-    if not (noise and asked.noise == "auto"):
+    rules = UpdateRules(clip=round_rules.clip, noise=noise, most_examples=max_examples, mode=mode)
+    if not (noise and round_rules.noise == "auto"):
         return rules
     # the finest noise is wanted for the largest upload of any round: all its factors
-    sent = MODES[recipe.mode].sent(shared, 1)
-    layout = terms_for([f"client-{index}" for index in range(clients)], sent, rules, seed="0" * 64).layout
-    how = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
-    counted = how.effective_multiplier(sum(value.size for value in shared.values()))
-    return dataclasses.replace(rules, noise=noise * noise / counted * (1 + 1e-4))
+    upload = MODES[recipe.mode].sent(shared, 1)
+    layout = terms_for([f"client-{index}" for index in range(clients)], upload, rules, seed="0" * 64).layout
+    client_noise = ClientNoise(rules.clip, noise, least_threshold(clients), layout[0].scale)
+    effective = client_noise.effective_multiplier(sum(value.size for value in shared.values()))
+    return dataclasses.replace(rules, noise=noise * noise / effective * (1 + 1e-4))
 
 
-def _fingerprint(recipe: FederateRecipe, people: Clients) -> dict[str, Any]:
+def _fingerprint(recipe: FederateRecipe, clients: Clients) -> dict[str, Any]:
     """What decides the result."""
-    resident = people.resident
-    rows = {name: rows.digest() for name, rows in people.rows.items()}
+    resident = clients.resident
+    rows = {name: rows.digest() for name, rows in clients.rows.items()}
     return {
         "recipe": config.dump(recipe),
         "base": resident.ref.digest,
@@ -184,7 +186,7 @@ def _fingerprint(recipe: FederateRecipe, people: Clients) -> dict[str, Any]:
     }
 
 
-def check_same(folder: Path, now: Mapping[str, Any], dtype: str) -> None:
+def check_same(folder: Path, fingerprint: Mapping[str, Any], dtype: str) -> None:
     """Raise ConfigError where the journals in `folder` are of another run or arithmetic; write down whose they are.
 
     dtype: what the base computes in here; and there, where journals of before do not state it.
@@ -192,26 +194,26 @@ def check_same(folder: Path, now: Mapping[str, Any], dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _FINGERPRINT
     if file.exists():
-        was = json.loads(file.read_text(encoding="utf-8"))
-        if differing := resumption.differences(was, now):
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        if differing := resumption.differences(recorded, fingerprint):
             problem = f"the rounds in {folder} are of another run: {'; '.join(differing)}"
             raise ConfigError(problem, "undo the change, or start over with --replace")
-        if found := numerics.difference(was.get("numerics"), was.get("dtype", dtype)):
-            problem = f"the rounds in {folder} were begun by {found}"
+        if difference := numerics.difference(recorded.get("numerics"), recorded.get("dtype", dtype)):
+            problem = f"the rounds in {folder} were begun by {difference}"
             raise ConfigError(problem, "start over with --replace; the Sartor that began them can finish them")
         return
     write_file_atomic(
-        file, records.canonical({**now, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)})
+        file, records.canonical({**fingerprint, "dtype": dtype.removeprefix("torch."), "numerics": numerics.numerics(dtype)})
     )
 
 
-def _run(setting: SimulationSetup, people: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
+def _run(setup: SimulationSetup, clients: Clients, out: Path, *, replace: bool, notice: Notice) -> Artifact:
     """All rounds that are left, then the Adapter."""
-    began, recipe = time.monotonic(), setting.recipe
-    account = Account(setting.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
-    rounds = _rounds(setting, account)
+    began, recipe = time.monotonic(), setup.recipe
+    account = Account(setup.folder / "privacy.json", recipe.of_clients) if recipe.of_clients else None
+    rounds = _rounds(setup, account)
     with contextlib.closing(rounds):
-        for line in people.said(setting.rules):
+        for line in clients.summary_lines(setup.rules):
             notice(line)
         if rounds.lines:
             notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
@@ -219,10 +221,10 @@ def _run(setting: SimulationSetup, people: Clients, out: Path, *, replace: bool,
             rounds.step()
             notice(round_line(rounds.lines[-1], recipe.rounds))
         shared, lines = rounds.shared, rounds.lines
-    report = attacked(AttackTarget(setting, shared, people.rows, people.held_out, recipe.data.attack_rows), notice)
-    facts = facts_of(setting, people, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, people))}
+    report = run_attacks(AttackTarget(setup, shared, clients.rows, clients.held_out, recipe.data.attack_rows), notice)
+    facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, clients))}
     facts["run"]["wall_s"] = round(time.monotonic() - began, 3)
-    return write_adapter(out, people.resident, lines, shared, facts, report, replace=replace)
+    return write_adapter(out, clients.resident, lines, shared, facts, report, replace=replace)
 
 
 def write_adapter(
@@ -248,11 +250,11 @@ def write_adapter(
     return adapter
 
 
-def _rounds(setting: SimulationSetup, account: Account | None) -> Rounds:
-    recipe = setting.recipe
+def _rounds(setup: SimulationSetup, account: Account | None) -> Rounds:
+    recipe = setup.recipe
     if recipe.robust is None:
-        return SecureRounds(setting, account)
-    return (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setting, recipe.robust)
+        return SecureRounds(setup, account)
+    return (ResidualRounds if recipe.mode == "residual" else InspectedRounds)(setup, recipe.robust)
 
 
 def without_recipe(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,44 +272,46 @@ def round_line(line: Mapping[str, Any], rounds: int) -> str:
     return f"round {line['round']} of {rounds}: {loss}exactness error {exact}{clipped}{epsilon}{verdicts}"
 
 
-def facts_of(setting: SimulationSetup, people: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
+def facts_of(setup: SimulationSetup, clients: Clients, lines: Sequence[Mapping[str, Any]], shared: Tensors) -> dict[str, Any]:
     """The manifest of the Adapter: that of `tune`, and of the rounds."""
-    resident, base = people.resident, people.resident.base
-    mode, rules = MODES[setting.recipe.mode], setting.rules
+    resident, base = clients.resident, clients.resident.base
+    mode, rules = MODES[setup.recipe.mode], setup.rules
     resident.hold(lambda name: True)
-    _, everything = adapters.trainable(resident.model)
+    _, parameter_count = adapters.trainable(resident.model)
     # without the ranks of a residual, which are held still
-    trained = sum(value.size for value in setting.start.values())
+    trained = sum(value.size for value in setup.start.values())
     uploaded = sum(line["uploaded_bytes"] for line in lines)
-    sent = sum(line["clients"] * value.size for line in lines for value in mode.sent(setting.start, line["round"]).values())
+    sent_values = sum(
+        line["clients"] * value.size for line in lines for value in mode.sent(setup.start, line["round"]).values()
+    )
     rounding, errors = ([line[name] for line in lines] for name in ("quantisation_error", "exactness_error"))
     return {
         "base": base.as_manifest(),
-        "recipe": config.dump(setting.recipe),
-        "parents": [dataset.as_parent() for dataset in people.datasets],
-        "sources": people.sources,
-        "licence": compliance.combine([*(dataset.licence for dataset in people.datasets), base.ref.licence]),
-        "left_out": people.left_out,
+        "recipe": config.dump(setup.recipe),
+        "parents": [dataset.as_parent() for dataset in clients.datasets],
+        "sources": clients.sources,
+        "licence": compliance.combine([*(dataset.licence for dataset in clients.datasets), base.ref.licence]),
+        "left_out": clients.left_out,
         "run": {
             "federated": {
                 "task": "lora",
                 "mode": mode.kind,
-                "sum": setting.recipe.robust.kind if setting.recipe.robust else "secure",
+                "sum": setup.recipe.robust.kind if setup.recipe.robust else "secure",
                 "rules": config.dump(rules),
-                "examples": {name: len(rows.train) for name, rows in people.rows.items()},
+                "examples": {name: len(rows.train) for name, rows in clients.rows.items()},
             },
             "rounds": len(lines),
-            "clients": len(people.rows),
+            "clients": len(clients.rows),
             "uploaded_bytes": uploaded,
-            "upload_bytes_per_parameter": round(uploaded / sent, 4),
+            "upload_bytes_per_parameter": round(uploaded / sent_values, 4),
             "exactness_error": None if None in errors else max(errors),
             "quantisation_error": None if None in rounding else max(rounding),
             "epsilon": lines[-1]["epsilon"],
-            "metrics": {"eval_loss": people.losses(shared)},
+            "metrics": {"eval_loss": clients.losses(shared)},
             "loss": {"first": lines[0]["loss_first"], "last": lines[-1]["loss_last"], "eval": None},
             "peak_memory_bytes": hardware.peak_bytes(),
             "trainable": trained,
-            "trainable_fraction": trained / everything,
+            "trainable_fraction": trained / parameter_count,
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

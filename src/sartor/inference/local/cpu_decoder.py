@@ -28,12 +28,12 @@ from sartor.models.losses.lora_linear import Projection, Unsupported
 
 
 @dataclass(frozen=True)
-class Sheet:
+class AdapterTable:
     """One adapter: an array of `Factor`, for each linear module of each layer, and the numbers that it points to."""
 
     address: int = 0
     rank: int = 0
-    held: Any = None
+    buffers: Any = None
     bytes: int = 0
 
 
@@ -45,19 +45,19 @@ class LoraTables:
         self._sites = tuple(sites)
         self._shapes = {module: shape for site in sites for module, shape in _shapes(site).items()}
         self._slots: dict[str, int] = {}
-        self._sheets: dict[int, Sheet] = {-1: Sheet()}
+        self._tables: dict[int, AdapterTable] = {-1: AdapterTable()}
 
     def slot(self, adapter: str) -> int:
         """Where an adapter stands; -1 for the base."""
         return self._slots[adapter] if adapter else -1
 
-    def at(self, slot: int) -> Sheet:
+    def at(self, slot: int) -> AdapterTable:
         """What stands in a slot."""
-        return self._sheets[slot]
+        return self._tables[slot]
 
     def bytes_of(self, adapter: str) -> int:
         """What an adapter takes."""
-        return self._sheets[self.slot(adapter)].bytes
+        return self._tables[self.slot(adapter)].bytes
 
     def put(self, adapter: str, path: Path) -> int:
         """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
@@ -65,16 +65,16 @@ class LoraTables:
 
     def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
         """The same for factors by module."""
-        slot = next(number for number in range(len(self._sheets)) if number not in self._sheets)
-        self._sheets[slot] = self._sheet(pairs)
+        slot = next(number for number in range(len(self._tables)) if number not in self._tables)
+        self._tables[slot] = self._table_of(pairs)
         self._slots[adapter] = slot
         return self.bytes_of(adapter)
 
     def drop(self, adapter: str) -> None:
         """Forget an adapter."""
-        del self._sheets[self._slots.pop(adapter)]
+        del self._tables[self._slots.pop(adapter)]
 
-    def _sheet(self, pairs: Mapping[str, ModuleLora]) -> Sheet:
+    def _table_of(self, pairs: Mapping[str, ModuleLora]) -> AdapterTable:
         ranks = {module: -(-len(pair.a) // RANKS) * RANKS for module, pair in pairs.items()}
         shapes = [(rank, *self._shapes[module]) for module, rank in ranks.items()]
         numbers = cpu_forward.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
@@ -92,7 +92,7 @@ class LoraTables:
                 rest[:size] = self._walker.laid_out(_padded(pairs[module], _filled(outs), ranks[module])).flatten()
                 entries[module].b, rest = cpu_forward.address(rest), rest[size:]
         table = (Factor * len(entries))(*entries.values())
-        return Sheet(ctypes.addressof(table), max(ranks.values()), (table, numbers), numbers.nbytes)
+        return AdapterTable(ctypes.addressof(table), max(ranks.values()), (table, numbers), numbers.nbytes)
 
 
 def _filled(outs: int) -> int:
@@ -136,18 +136,18 @@ class CpuDecoder:
         self._model = self._described()
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
+    def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
         """See `torch_decoder.TorchDecoder`."""
         last = [0] * len(runs)
         # neighbours with one adapter are computed together
-        order = sorted(range(len(runs)), key=lambda place: runs[place].slot)
-        x, end = self._walked([runs[place] for place in order]), 0
-        for place in order:
-            end += len(runs[place].ids)
-            last[place] = end - 1
-        if not wanted:
+        order = sorted(range(len(runs)), key=lambda index: runs[index].slot)
+        x, end = self._walked([runs[index] for index in order]), 0
+        for index in order:
+            end += len(runs[index].ids)
+            last[index] = end - 1
+        if not scored_runs:
             return Scores(x.new_empty(0, self.vocabulary), [])
-        return Scores(*self._walker.head(self._model, x[torch.tensor([last[place] for place in wanted])]))
+        return Scores(*self._walker.head(self._model, x[torch.tensor([last[index] for index in scored_runs])]))
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
@@ -159,25 +159,25 @@ class CpuDecoder:
         """(T, D) hidden states of all runs' tokens, one run after the other."""
         ids = torch.tensor([token for run in runs for token in run.ids])
         ends = [run.first + len(run.ids) for run in runs]
-        reach = -(-max(ends) // PAGE)
+        max_pages = -(-max(ends) // PAGE)
         positions = torch.tensor([position for run, end in zip(runs, ends, strict=True) for position in range(run.first, end)])
-        tables = [[*run.pages[:reach], *[0] * (reach - len(run.pages))] for run in runs]
+        tables = [[*run.pages[:max_pages], *[0] * (max_pages - len(run.pages))] for run in runs]
         rows = [index for index, run in enumerate(runs) for _ in run.ids]
-        sheets = [self.factors.at(run.slot) for run in runs]
+        adapter_tables = [self.factors.at(run.slot) for run in runs]
         turns = [self._angles.turns(kind, max(ends)) for kind in self._kinds]
         x, start = self._fast.embed(ids.clamp(min=0)).float(), 0
         for run in runs:
-            if run.seen is not None:
+            if run.media is not None:
                 # as wide as the embeddings of texts are, so that a cache holds what the model would see by itself
-                x[start + run.seen[0]] = run.seen[1].to(self.dtype).float()
+                x[start + run.media[0]] = run.media[1].to(self.dtype).float()
             start += len(run.ids)
         tokens = Tokens(
             x=x,
             positions=positions,
             pages=torch.tensor(tables),
             rows=torch.tensor(rows),
-            factors=torch.tensor([sheets[row].address for row in rows]),
-            rank=max(sheet.rank for sheet in sheets),
+            factors=torch.tensor([adapter_tables[row].address for row in rows]),
+            rank=max(adapter_table.rank for adapter_table in adapter_tables),
             turns=[(turn.cos, turn.sin) for turn in turns],
         )
         self._walker.walk(self._model, tokens)
@@ -188,7 +188,7 @@ class CpuDecoder:
         layers = (Layer * len(fast.blocks))(
             *(self._layer(block, cache) for block, cache in zip(fast.blocks, self._caches, strict=True))
         )
-        self._held = layers
+        self._layers = layers
         rotary = self._angles.turns(self._kinds[0], 1).cos.shape[1]
         return Model(
             len(layers), fast.head.shape[1], block.shape.heads, block.shape.groups, block.width, rotary,
@@ -205,7 +205,7 @@ class CpuDecoder:
         heads = [] if block.head_norms is None else block.head_norms.norms
         return Layer(
             cpu_forward.address(block.norm.weight), cpu_forward.address(block.mlp_norm.weight),
-            cpu_forward.pair([n.weight for n in block.after]),
+            cpu_forward.pair([n.weight for n in block.post_norms]),
             cpu_forward.pair([n.weight for n in heads]), (cpu_forward.Product * 4)(*products), cpu_forward.address(cache),
             self._kinds.index(block.rope_kind), block.shape.window or 0,
         )  # fmt: skip
@@ -221,11 +221,11 @@ def _move(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
     if sum(module.weight.nbytes for module in modules) > MOST_MOVED_BYTES:
         return
     numbers = cpu_forward.on_wide_pages(sum(module.weight.numel() for module in modules), fast.head.dtype)
-    at = 0
+    start = 0
     for module in modules:
         size = module.weight.numel()
-        module.weight.data = numbers[at : at + size].view_as(module.weight).copy_(module.weight)
-        at += size
+        module.weight.data = numbers[start : start + size].view_as(module.weight).copy_(module.weight)
+        start += size
     head = cpu_forward.on_wide_pages(fast.head.numel(), fast.head.dtype).view_as(fast.head)
     fast.head = head.copy_(fast.head)
 
@@ -241,12 +241,12 @@ def _check(fast: FusedDecoder, projections: Sequence[Projection]) -> None:
         "norms of unlike epsilons": len({(norm.eps, norm.offset) for norm in norms}) > 1,
         "layers of unlike sizes": len({_sizes(block) for block in fast.blocks}) > 1,
     }
-    if found := [reason for reason, is_so in reasons.items() if is_so]:
-        raise cpu.NoKernels(f"the base has {found[0]}")
+    if problems := [reason for reason, is_so in reasons.items() if is_so]:
+        raise cpu.NoKernels(f"the base has {problems[0]}")
 
 
 def _norms(block: DecoderBlock) -> list[Norm]:
-    return [block.norm, block.mlp_norm, *block.after, *(block.head_norms.norms if block.head_norms else ())]
+    return [block.norm, block.mlp_norm, *block.post_norms, *(block.head_norms.norms if block.head_norms else ())]
 
 
 def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
@@ -266,8 +266,8 @@ def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecod
     try:
         if model.device.type != "cpu":
             raise cpu.NoKernels("they are for CPUs")
-        if wrong := difference(fast.head.dtype):
-            raise cpu.NoKernels(f"they are wrong on this machine: {wrong}")
+        if problem := difference(fast.head.dtype):
+            raise cpu.NoKernels(f"they are wrong on this machine: {problem}")
         return CpuDecoder(fast, cache_pages, angles, names)
     except cpu.NoKernels:
         return TorchDecoder(fast, cache_pages, angles, names)
@@ -296,19 +296,21 @@ def difference(dtype: torch.dtype) -> str:
             "model.layers.1.mlp.down_proj": ModuleLora(torch.randn(18, 96), torch.randn(64, 18), 0.1),
         }
         # torch's last: it may lay the weights out anew
-        got, wanted = (_few(kind(fast, 4, angles, names), pairs) for kind in (CpuDecoder, TorchDecoder))
+        actual, expected = (_few(kind(fast, 4, angles, names), pairs) for kind in (CpuDecoder, TorchDecoder))
     finally:
         torch.set_rng_state(state)
-    apart = float((got - wanted).norm() / wanted.norm())
-    return "" if apart < (1e-4 if dtype == torch.float32 else 0.05) else f"logits are {apart:.2g} apart"
+    deviation = float((actual - expected).norm() / expected.norm())
+    return "" if deviation < (1e-4 if dtype == torch.float32 else 0.05) else f"logits are {deviation:.2g} apart"
 
 
 def _few(blocks: TorchDecoder | CpuDecoder, pairs: Mapping[str, ModuleLora]) -> torch.Tensor:
     """Logits of two prompts, the first in two parts and with an adapter, and of a token after each."""
     blocks.factors.add("a", pairs)
-    own = blocks.factors.slot("a")
+    slot = blocks.factors.slot("a")
     ids = [index * 7 % 50 for index in range(90)]
-    blocks.advance([TokenRun(ids[:64], 0, (0, 1), own)], [])
-    read = blocks.advance([TokenRun(ids[64:], 64, (0, 1), own), TokenRun(ids[:9], 0, (2,), -1)], [0, 1])
-    written = blocks.advance([TokenRun([3], 90, (0, 1), own, newest=True), TokenRun([4], 9, (2,), -1, newest=True)], [0, 1])
-    return torch.cat([read.logits, written.logits]).float()
+    blocks.advance([TokenRun(ids[:64], 0, (0, 1), slot)], [])
+    prompt_scores = blocks.advance([TokenRun(ids[64:], 64, (0, 1), slot), TokenRun(ids[:9], 0, (2,), -1)], [0, 1])
+    reply_scores = blocks.advance(
+        [TokenRun([3], 90, (0, 1), slot, newest=True), TokenRun([4], 9, (2,), -1, newest=True)], [0, 1]
+    )
+    return torch.cat([prompt_scores.logits, reply_scores.logits]).float()

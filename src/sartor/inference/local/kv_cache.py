@@ -24,10 +24,10 @@ class PagedKvCache:
         self.total = total
         self._free = list(range(total - 1, -1, -1))
         self._users = [0] * total
-        self._kept: dict[_Key, int] = {}
+        self._pages_by_key: dict[_Key, int] = {}
         self._keys: dict[int, _Key] = {}
         self._numbers: dict[int, int] = {}
-        self._followed = [0] * total  # how many kept pages go on from this one
+        self._child_counts = [0] * total  # how many kept pages go on from this one
         # kept pages without users, those that were longest without first; a page stands before the one that it follows
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -42,35 +42,35 @@ class PagedKvCache:
         At least the prompt's last token is left to be computed: its logits are wanted.
         """
         shared: list[int] = []
-        before = -1 - number
+        parent = -1 - number
         for start in range(0, (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-            page = self._kept.get((before, tuple(prompt[start : start + PAGE_TOKENS])))
+            page = self._pages_by_key.get((parent, tuple(prompt[start : start + PAGE_TOKENS])))
             if page is None:
                 break
             shared.append(page)
-            before = page
+            parent = page
         for page in shared:
             self._users[page] += 1
             self._idle.pop(page, None)
-        fresh = -(-tokens // PAGE_TOKENS) - len(shared)
-        if self.free < fresh:
+        n_fresh = -(-tokens // PAGE_TOKENS) - len(shared)
+        if self.free < n_fresh:
             self.give_back(shared)
             return None
-        return [*shared, *(self._fresh() for _ in range(fresh))], len(shared) * PAGE_TOKENS
+        return [*shared, *(self._fresh() for _ in range(n_fresh))], len(shared) * PAGE_TOKENS
 
     def keep(self, number: int, text: Sequence[int], pages: Sequence[int]) -> None:
         """Let later rows use the whole pages of a computed text. The row goes on using them, until `give_back`."""
-        before = -1 - number
+        parent = -1 - number
         for index in range(len(text) // PAGE_TOKENS):
-            key = (before, tuple(text[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
+            key = (parent, tuple(text[index * PAGE_TOKENS : (index + 1) * PAGE_TOKENS]))
             page = pages[index]
-            if key not in self._kept and page not in self._keys:
-                self._kept[key], self._keys[page], self._numbers[page] = page, key, number
-                if before >= 0:
-                    self._followed[before] += 1
-            if key not in self._kept:
+            if key not in self._pages_by_key and page not in self._keys:
+                self._pages_by_key[key], self._keys[page], self._numbers[page] = page, key, number
+                if parent >= 0:
+                    self._child_counts[parent] += 1
+            if key not in self._pages_by_key:
                 return
-            before = self._kept[key]
+            parent = self._pages_by_key[key]
 
     def give_back(self, pages: Sequence[int]) -> None:
         """A row is over."""
@@ -83,7 +83,7 @@ class PagedKvCache:
 
     def forget(self, number: int) -> None:
         """An adapter was detached: nothing of it is used again. Pages that a row still uses go with it."""
-        for page in [page for page, own in self._numbers.items() if own == number]:
+        for page in [page for page, owner in self._numbers.items() if owner == number]:
             self._unname(page)
             if page in self._idle:
                 del self._idle[page]
@@ -91,7 +91,7 @@ class PagedKvCache:
 
     def _fresh(self) -> int:
         if not self._free:
-            page = next(page for page in self._idle if not self._followed[page])
+            page = next(page for page in self._idle if not self._child_counts[page])
             del self._idle[page]
             self._unname(page)
             self._free.append(page)
@@ -100,7 +100,7 @@ class PagedKvCache:
         return page
 
     def _unname(self, page: int) -> None:
-        before, _ = key = self._keys.pop(page)
-        del self._kept[key], self._numbers[page]
-        if before >= 0:
-            self._followed[before] -= 1
+        parent, _ = key = self._keys.pop(page)
+        del self._pages_by_key[key], self._numbers[page]
+        if parent >= 0:
+            self._child_counts[parent] -= 1

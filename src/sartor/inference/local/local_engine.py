@@ -41,7 +41,7 @@ class LocalEngine:
         if min(rows, waiting, cache_tokens // PAGE_TOKENS) < 1:
             problem = f"rows is {rows}, waiting {waiting}, cache_tokens {cache_tokens}; at least 1, 1 and {PAGE_TOKENS}"
             raise ConfigError(problem, "engine: {rows: 16, waiting: 256, cache_tokens: 32768}")
-        self._base, self._rows, self._most_waiting = base, rows, waiting
+        self._base, self._rows, self._max_waiting = base, rows, waiting
         trained = int(base.model.config.get_text_config().max_position_embeddings)
         context = min(trained, cache_tokens // PAGE_TOKENS * PAGE_TOKENS)
         vocabulary = {"vocab_size": base.model.get_output_embeddings().weight.shape[0]}
@@ -57,9 +57,9 @@ class LocalEngine:
         self._waiting: deque[SequenceState] = deque()
         self._reading: deque[SequenceState] = deque()
         self._writing: list[SequenceState] = []
-        self._ended: list[Event] = []
-        self._sights = MediaAdapters(base, self._reader)
-        self._seeing: dict[str, tuple[GenerateCall, Future[MediaPrompt]]] = {}
+        self._pending_events: list[Event] = []
+        self._media_adapters = MediaAdapters(base, self._reader)
+        self._media_calls: dict[str, tuple[GenerateCall, Future[MediaPrompt]]] = {}
 
     @property
     def about(self) -> EngineInfo:
@@ -69,84 +69,84 @@ class LocalEngine:
     @property
     def busy(self) -> bool:
         """Whether `step` has work."""
-        return bool(self._waiting or self._reading or self._writing or self._ended or self._seeing)
+        return bool(self._waiting or self._reading or self._writing or self._pending_events or self._media_calls)
 
     def attach(self, adapter: str, path: Path) -> int:
         """See `engine.Engine`. The bytes are those of a slot, which has room for the largest rank attached."""
         if adapter in self._adapters:
             return self._blocks.factors.bytes_of(adapter)
-        taken = self._sights.attach(adapter, path)
+        adapter_bytes = self._media_adapters.attach(adapter, path)
         try:
-            taken += self._blocks.factors.put(adapter, path)
+            adapter_bytes += self._blocks.factors.put(adapter, path)
         except ModelError:
-            self._sights.detach(adapter)
+            self._media_adapters.detach(adapter)
             raise
         self._adapters[adapter] = next(self._numbers)
-        return taken
+        return adapter_bytes
 
     def detach(self, adapter: str) -> None:
         """See `engine.Engine`."""
         if adapter not in self._adapters or adapter == BASE:
             return
-        for row in self._all():
-            if row.call.adapter == adapter:
-                self._fail(row, ModelError("the adapter was detached while it answered", "ask again"))
-        self._sights.detach(adapter)
+        for sequence in self._all():
+            if sequence.call.adapter == adapter:
+                self._fail(sequence, ModelError("the adapter was detached while it answered", "ask again"))
+        self._media_adapters.detach(adapter)
         self._pages.forget(self._adapters.pop(adapter))
         self._blocks.factors.drop(adapter)
 
     def submit(self, call: GenerateCall) -> None:
         """See `engine.Engine`."""
-        if (waiting := len(self._waiting) + len(self._seeing)) >= self._most_waiting:
+        if (waiting := len(self._waiting) + len(self._media_calls)) >= self._max_waiting:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
             raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
-        if call.id in self._seeing or any(row.call.id == call.id for row in self._all()):
+        if call.id in self._media_calls or any(sequence.call.id == call.id for sequence in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
         if kinds_in(call.messages):
-            self._seeing[call.id] = call, self._sights.read(call)
+            self._media_calls[call.id] = call, self._media_adapters.read(call)
             return
         self._queue(call, self._reader.prompt(call), None)
 
-    def _queue(self, call: GenerateCall, prompt: list[int], seen: MediaPrompt | None) -> None:
-        most = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
-        row = SequenceState(call, prompt, self._base.chat, most, self._reader.constraint(call))
-        row.seen = seen
-        self._waiting.append(row)
+    def _queue(self, call: GenerateCall, prompt: list[int], media: MediaPrompt | None) -> None:
+        max_tokens = min(call.sampling.max_tokens, self._about.context_tokens - len(prompt))
+        sequence = SequenceState(call, prompt, self._base.chat, max_tokens, self._reader.constraint(call))
+        sequence.media = media
+        self._waiting.append(sequence)
 
-    def _look(self) -> None:
+    def _collect_media(self) -> None:
         """Calls whose media were read join the queue. If nothing else is to be done, they are waited for a moment."""
         if not (self._waiting or self._reading or self._writing):
-            wait([future for _, future in self._seeing.values()], MOMENT_S, FIRST_COMPLETED)
-        for call, future in [pair for pair in self._seeing.values() if pair[1].done()]:
-            del self._seeing[call.id]
+            wait([future for _, future in self._media_calls.values()], MOMENT_S, FIRST_COMPLETED)
+        for call, future in [pair for pair in self._media_calls.values() if pair[1].done()]:
+            del self._media_calls[call.id]
             try:
                 if call.adapter not in self._adapters:
                     raise ModelError("the adapter was detached while it looked", "ask again")
-                seen = future.result()
-                self._queue(call, seen.ids, seen)
+                media = future.result()
+                self._queue(call, media.ids, media)
             except SartorError as error:
-                self._ended.append(ReplyFailed(call.id, error.kind, error.problem, error.remedy))
+                self._pending_events.append(ReplyFailed(call.id, error.kind, error.problem, error.remedy))
 
     def cancel(self, call: str) -> None:
         """See `engine.Engine`."""
-        if call in self._seeing:
-            self._seeing.pop(call)[1].cancel()
-            self._ended.append(ReplyDone(call, "cancelled", 0, 0))
-        for row in self._all():
-            if row.call.id == call:
-                self._leave(row)
-                self._ended += row.end("cancelled")
+        if call in self._media_calls:
+            self._media_calls.pop(call)[1].cancel()
+            self._pending_events.append(ReplyDone(call, "cancelled", 0, 0))
+        for sequence in self._all():
+            if sequence.call.id == call:
+                self._leave(sequence)
+                self._pending_events += sequence.end("cancelled")
 
     def step(self) -> Sequence[Event]:
         """See `engine.Engine`."""
-        if self._seeing:
-            self._look()
+        if self._media_calls:
+            self._collect_media()
         self._join()
         chunks = self._chunks()
         if chunks or self._writing:
             self._advance(chunks, list(self._writing))
-        events, self._ended = self._ended, []
+        events, self._pending_events = self._pending_events, []
         return events
 
     def embed(self, texts: Sequence[str]) -> Iterator[TextEmbedding | None]:
@@ -156,7 +156,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """End the thread of the towers; nothing is held outside this process's memory."""
-        self._sights.close()
+        self._media_adapters.close()
 
     def _all(self) -> list[SequenceState]:
         return [*self._waiting, *self._reading, *self._writing]
@@ -164,25 +164,25 @@ class LocalEngine:
     def _join(self) -> None:
         """Rows from the queue, in order, as long as there is room for whole replies: a row that writes never lacks a page."""
         while self._waiting and len(self._reading) + len(self._writing) < self._rows:
-            row = self._waiting[0]
-            number = self._adapters[row.call.adapter]
-            found = self._pages.take(number, row.prompt, len(row.prompt) + row.most_tokens)
-            if found is None:
+            sequence = self._waiting[0]
+            number = self._adapters[sequence.call.adapter]
+            allocation = self._pages.take(number, sequence.prompt, len(sequence.prompt) + sequence.max_tokens)
+            if allocation is None:
                 return
-            row.number, row.slot = number, self._blocks.factors.slot(row.call.adapter)
-            row.pages, row.cached = found
-            row.read = row.cached
+            sequence.number, sequence.slot = number, self._blocks.factors.slot(sequence.call.adapter)
+            sequence.pages, sequence.cached = allocation
+            sequence.read = sequence.cached
             self._reading.append(self._waiting.popleft())
 
     def _chunks(self) -> list[tuple[SequenceState, list[int]]]:
         """Of prompts that are read in this step: one of a row, in turn, so that a long prompt does not hold up short ones."""
         chunks: list[tuple[SequenceState, list[int]]] = []
         budget = READ_TOKENS
-        for row in list(self._reading):
+        for sequence in list(self._reading):
             if budget <= 0:
                 break
-            chunk = row.prompt[row.read : row.read + self._blocks.chunk_tokens]
-            chunks.append((row, chunk))
+            chunk = sequence.prompt[sequence.read : sequence.read + self._blocks.chunk_tokens]
+            chunks.append((sequence, chunk))
             budget -= len(chunk)
             self._reading.rotate(-1)
         return chunks
@@ -190,63 +190,77 @@ class LocalEngine:
     def _advance(self, chunks: Sequence[tuple[SequenceState, list[int]]], writing: Sequence[SequenceState]) -> None:
         """Read the chunks, and give every row whose text is read to its end its next token."""
         runs = [
-            TokenRun(chunk, row.read, row.pages, row.slot, seen=row.seen.of(row.read, chunk) if row.seen else None)
-            for row, chunk in chunks
+            TokenRun(
+                chunk,
+                sequence.read,
+                sequence.pages,
+                sequence.slot,
+                media=sequence.media.of(sequence.read, chunk) if sequence.media else None,
+            )
+            for sequence, chunk in chunks
         ]
         runs += [
-            TokenRun(row.tokens[-1:], len(row.prompt) + len(row.tokens) - 1, row.pages, row.slot, newest=True)
-            for row in writing
+            TokenRun(
+                sequence.tokens[-1:],
+                len(sequence.prompt) + len(sequence.tokens) - 1,
+                sequence.pages,
+                sequence.slot,
+                newest=True,
+            )
+            for sequence in writing
         ]
-        for row, chunk in chunks:
-            row.read += len(chunk)
-        done = [index for index, (row, _) in enumerate(chunks) if row.read == len(row.prompt)]
-        rows = [*(chunks[place][0] for place in done), *writing]
-        scores = self._blocks.advance(runs, [*done, *range(len(chunks), len(runs))])
-        for row in rows[: len(done)]:
-            self._reading.remove(row)
-            self._writing.append(row)
-        self._choose(rows, scores)
+        for sequence, chunk in chunks:
+            sequence.read += len(chunk)
+        finished = [index for index, (sequence, _) in enumerate(chunks) if sequence.read == len(sequence.prompt)]
+        sequences = [*(chunks[index][0] for index in finished), *writing]
+        scores = self._blocks.advance(runs, [*finished, *range(len(chunks), len(runs))])
+        for sequence in sequences[: len(finished)]:
+            self._reading.remove(sequence)
+            self._writing.append(sequence)
+        self._choose(sequences, scores)
 
-    def _choose(self, rows: Sequence[SequenceState], scores: Scores) -> None:
+    def _choose(self, sequences: Sequence[SequenceState], scores: Scores) -> None:
         """The next token of each row."""
-        for index, row in enumerate(rows):
+        for index, sequence in enumerate(sequences):
             if scores.likeliest[index] < 0:
-                self._fail(row, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again"))
+                self._fail(
+                    sequence, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again")
+                )
                 continue
-            self._keep(row)
+            self._keep(sequence)
             try:
-                told = row.take(scores.likeliest[index] if row.is_plain else row.choose(scores.logits[index]))
+                events = sequence.take(scores.likeliest[index] if sequence.is_plain else sequence.choose(scores.logits[index]))
             except SartorError as error:
-                self._fail(row, error)
+                self._fail(sequence, error)
                 continue
-            self._ended += told
-            if told and isinstance(told[-1], ReplyDone):
-                self._leave(row)
+            self._pending_events += events
+            if events and isinstance(events[-1], ReplyDone):
+                self._leave(sequence)
 
-    def _keep(self, row: SequenceState) -> None:
+    def _keep(self, sequence: SequenceState) -> None:
         """Let later calls begin where this row is. Only after finite logits: what made others is of no use."""
-        if not row.tokens:
-            self._pages.keep(row.number, row.prompt, row.pages)
-        elif self._blocks.keeps_replies and (len(row.prompt) + len(row.tokens)) % PAGE_TOKENS == 0:
-            self._pages.keep(row.number, [*row.prompt, *row.tokens], row.pages)
+        if not sequence.tokens:
+            self._pages.keep(sequence.number, sequence.prompt, sequence.pages)
+        elif self._blocks.keeps_replies and (len(sequence.prompt) + len(sequence.tokens)) % PAGE_TOKENS == 0:
+            self._pages.keep(sequence.number, [*sequence.prompt, *sequence.tokens], sequence.pages)
 
-    def _fail(self, row: SequenceState, error: SartorError) -> None:
-        self._leave(row)
-        self._ended.append(ReplyFailed(row.call.id, error.kind, error.problem, error.remedy))
+    def _fail(self, sequence: SequenceState, error: SartorError) -> None:
+        self._leave(sequence)
+        self._pending_events.append(ReplyFailed(sequence.call.id, error.kind, error.problem, error.remedy))
 
-    def _leave(self, row: SequenceState) -> None:
-        for rows in (self._waiting, self._reading, self._writing):
-            if row in rows:
-                rows.remove(row)
-        self._pages.give_back(row.pages)
-        row.pages = []
+    def _leave(self, sequence: SequenceState) -> None:
+        for sequences in (self._waiting, self._reading, self._writing):
+            if sequence in sequences:
+                sequences.remove(sequence)
+        self._pages.give_back(sequence.pages)
+        sequence.pages = []
 
     def _embed(self, text: str) -> Iterator[TextEmbedding | None]:
         ids = self._reader.text(text)
-        found = self._pages.take(0, [], len(ids))
-        if found is None:
+        allocation = self._pages.take(0, [], len(ids))
+        if allocation is None:
             raise BusyError("the cache is full of replies in work", "ask again later, or raise engine.cache_tokens")
-        pages, _ = found
+        pages, _ = allocation
         try:
             parts = []
             for start in range(0, len(ids), PAGE_TOKENS):

@@ -74,15 +74,19 @@ class LoraStacks:
 
     def put(self, adapter: str, path: Path) -> int:
         """Load the PEFT directory `path` under a name; returns its bytes. Raises ModelError when it does not fit."""
-        return self.add(adapter, read_pairs(path, {m: self._shape(site, place) for site, place, m in self._modules()}))
+        return self.add(
+            adapter, read_pairs(path, {module: self._shape(site, index) for site, index, module in self._modules()})
+        )
 
     def add(self, adapter: str, pairs: Mapping[str, ModuleLora]) -> int:
         """The same for factors by module."""
-        taken = set(self._slots.values())
-        slot = next(number for number in range(len(taken) + 1) if number not in taken)
-        for number, site in enumerate(self.sites):
-            self._make_room(number, site, [len(pairs[m].a) if m in pairs else 0 for m in site.modules], slot)
-            self._write(self.stacks[number], site, pairs, slot)
+        used_slots = set(self._slots.values())
+        slot = next(stack_index for stack_index in range(len(used_slots) + 1) if stack_index not in used_slots)
+        for stack_index, site in enumerate(self.sites):
+            self._make_room(
+                stack_index, site, [len(pairs[module].a) if module in pairs else 0 for module in site.modules], slot
+            )
+            self._write(self.stacks[stack_index], site, pairs, slot)
         self._slots[adapter] = slot
         return self.bytes_of(adapter)
 
@@ -96,32 +100,32 @@ class LoraStacks:
         return [(site, index, module) for site in self.sites for index, module in enumerate(site.modules)]
 
     @staticmethod
-    def _shape(site: Site, place: int) -> tuple[int, int]:
-        return site.high[place] - site.low[place], site.width
+    def _shape(site: Site, index: int) -> tuple[int, int]:
+        return site.high[index] - site.low[index], site.width
 
     def _empty(self, site: Site, ranks: tuple[int, ...], slots: int) -> LoraStack:
         wide = sum(rank * (high - low) for rank, low, high in zip(ranks, site.low, site.high, strict=True))
-        made = {"dtype": self._dtype, "device": self._device}
+        options = {"dtype": self._dtype, "device": self._device}
         compute = torch.promote_types(self._dtype, torch.float32)
         scales = torch.zeros(slots, len(site.modules), dtype=compute, device=self._device)
-        a, b = torch.zeros(slots, sum(ranks), site.width, **made), torch.zeros(slots, wide, **made)
+        a, b = torch.zeros(slots, sum(ranks), site.width, **options), torch.zeros(slots, wide, **options)
         return LoraStack(ranks, site.low, site.high, a, b, scales)
 
-    def _make_room(self, number: int, site: Site, ranks: Sequence[int], slot: int) -> None:
+    def _make_room(self, stack_index: int, site: Site, ranks: Sequence[int], slot: int) -> None:
         """A larger stack if the slot or a rank does not fit, with what the old one holds."""
-        old = self.stacks[number]
-        wanted = tuple(max(have, need) for have, need in zip(old.ranks, ranks, strict=True))
+        old = self.stacks[stack_index]
+        new_ranks = tuple(max(have, need) for have, need in zip(old.ranks, ranks, strict=True))
         slots = len(old.scales)
-        if wanted == old.ranks and slot < slots:
+        if new_ranks == old.ranks and slot < slots:
             return
-        new = self._empty(site, wanted, slots if slot < slots else max(4, 2 * slots))
+        new = self._empty(site, new_ranks, slots if slot < slots else max(4, 2 * slots))
         new.scales[:slots] = old.scales
         for index, rank in enumerate(old.ranks):
             span = site.high[index] - site.low[index]
             start, b_start = new.module_a(index).start, new.module_b(index).start
             new.a[:slots, start : start + rank] = old.a[:, old.module_a(index)]
             new.b[:slots, b_start : b_start + rank * span] = old.b[:, old.module_b(index)]
-        self.stacks[number] = new
+        self.stacks[stack_index] = new
 
     @staticmethod
     def _write(stack: LoraStack, site: Site, pairs: Mapping[str, ModuleLora], slot: int) -> None:
@@ -152,9 +156,9 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
     pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in results.items()}
     if not pairs:
         raise ModelError(f"the adapter {path} holds no factors", "tune it again")
-    if lacking := [module for module in shapes if module not in pairs and _is_target(config, module)]:
+    if missing := [module for module in shapes if module not in pairs and _is_target(config, module)]:
         raise ModelError(
-            f"the adapter {path} lacks the factors of {len(lacking)} modules, the first is {lacking[0]}", "tune it again"
+            f"the adapter {path} lacks the factors of {len(missing)} modules, the first is {missing[0]}", "tune it again"
         )
     return pairs
 
@@ -183,13 +187,13 @@ def _plain_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "tune it again") from None
     if kind != "LORA" or not math.isfinite(alpha):
         raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
-    for name, said in config.items():
+    for name, value in config.items():
         # what changes more than that is switched on by a flag, a list or a mapping; numbers and words go with one
-        switches = (isinstance(said, bool | list | dict) and bool(said)) or (name == "bias" and said != "none")
+        switches = (isinstance(value, bool | list | dict) and bool(value)) or (name == "bias" and value != "none")
         if switches and name not in _HARMLESS:
-            raise ModelError(f"the adapter {path} has {name} {said!r:.80}, which the engine does not compute", _REMEDY)
-    if (began := config.get("init_lora_weights")) not in _BEGINNINGS:
-        raise ModelError(f"the adapter {path} has init_lora_weights {began!r:.80}, which changed its base", _REMEDY)
+            raise ModelError(f"the adapter {path} has {name} {value!r:.80}, which the engine does not compute", _REMEDY)
+    if (init_weights := config.get("init_lora_weights")) not in _BEGINNINGS:
+        raise ModelError(f"the adapter {path} has init_lora_weights {init_weights!r:.80}, which changed its base", _REMEDY)
     return dict(config)
 
 

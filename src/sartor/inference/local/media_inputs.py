@@ -34,11 +34,11 @@ class MediaPrompt:
 
     def of(self, start: int, chunk: list[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """For the ids from `start` on: (places within the chunk, their embeddings); None if no media stands there."""
-        places = [index for index, token in enumerate(chunk) if token < 0]
-        if not places:
+        positions = [index for index, token in enumerate(chunk) if token < 0]
+        if not positions:
             return None
         first = sum(token < 0 for token in self.ids[:start])
-        return torch.tensor(places, device=self.rows.device), self.rows[first : first + len(places)]
+        return torch.tensor(positions, device=self.rows.device), self.rows[first : first + len(positions)]
 
 
 class MediaAdapters:
@@ -56,23 +56,23 @@ class MediaAdapters:
 
         Raises ModelError where they do not fit, and what `open_tower` raises.
         """
-        said = composed_model.read_towers(path)
-        if not said:
+        entries = composed_model.read_towers(path)
+        if not entries:
             return 0
-        for kind, tower in said.items():
+        for kind, tower in entries.items():
             if tower.digest not in self._towers:
                 self._towers |= {
-                    found.digest: found
-                    for found in composed_model.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
+                    opened.digest: opened
+                    for opened in composed_model.open_towers({kind: tower.name}, self._base.device, lambda line: None).values()
                 }
-        named = {tower.digest: tower for tower in self._towers.values()}
-        if lacking := [tower for tower in said.values() if tower.digest not in named]:
-            raise composed_model.another_tower(path, lacking[0])
-        towers = {kind: named[tower.digest] for kind, tower in said.items()}
+        by_digest = {tower.digest: tower for tower in self._towers.values()}
+        if missing := [tower for tower in entries.values() if tower.digest not in by_digest]:
+            raise composed_model.another_tower(path, missing[0])
+        towers = {kind: by_digest[tower.digest] for kind, tower in entries.items()}
         media = composed_model.new_projectors(self._base, TowerFeatureCache(towers, None, held_bytes=HELD_BYTES), seed=0)
         composed_model.load_projectors(media, path)
         self._media[adapter] = media
-        self._readers[adapter] = replace(self._reader, chat=self._reader.chat.seeing(media))
+        self._readers[adapter] = replace(self._reader, chat=self._reader.chat.with_media(media))
         return sum(part.nbytes for part in media.parameters())
 
     def detach(self, adapter: str) -> None:
@@ -115,6 +115,6 @@ class MediaAdapters:
         with torch.inference_mode():
             keys = keys_in(ids)
             parts = dict(zip(keys, media.embedded(keys), strict=True))
-            found = [-1 - token for token in ids if token < 0]
-            rows = [parts[token >> PLACE_BITS][token & (MOST_TOKENS - 1)] for token in found]
+            codes = [-1 - token for token in ids if token < 0]
+            rows = [parts[code >> PLACE_BITS][code & (MOST_TOKENS - 1)] for code in codes]
         return MediaPrompt(ids, torch.stack(rows).float())

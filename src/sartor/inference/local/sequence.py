@@ -23,38 +23,41 @@ class IncrementalDetokenizer:
     def __init__(self, chat: ChatTokenizer, stops: Sequence[str]) -> None:
         self._chat, self._stops = chat, stops
         self._ids: list[int] = []
-        # tokens before `_told` are spelt; those from `_from` on are spelt again with them, since a token's text may hang on it
-        self._from = self._told = 0
-        self._held = ""
+        # tokens before `_read_offset` are decoded; those from `_prefix_offset` on are decoded again with the next ones, since
+        # a token's text may depend on the tokens before it
+        self._prefix_offset = self._read_offset = 0
+        self._pending_text = ""
         self.is_stopped = False
 
     def push(self, token: int) -> str:
         """One more token; returns what is certain now. Sets `is_stopped` when a stop text was written."""
         self._ids.append(token)
-        before = self._chat.decode(self._ids[self._from : self._told])
-        after = self._chat.decode(self._ids[self._from :])
-        if len(after) <= len(before) or after.endswith("�"):
+        previous_text = self._chat.decode(self._ids[self._prefix_offset : self._read_offset])
+        current_text = self._chat.decode(self._ids[self._prefix_offset :])
+        if len(current_text) <= len(previous_text) or current_text.endswith("�"):
             return ""
-        self._from, self._told = self._told, len(self._ids)
-        return self._until_stop(after[len(before) :])
+        self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
+        return self._until_stop(current_text[len(previous_text) :])
 
     def rest(self) -> str:
         """The reply is over: what was held back."""
-        spelt = self._chat.decode(self._ids[self._from :])[len(self._chat.decode(self._ids[self._from : self._told])) :]
-        said = self._until_stop(spelt) + self._held
-        self._held = ""
-        return "" if self.is_stopped and not said else said
+        spelt = self._chat.decode(self._ids[self._prefix_offset :])[
+            len(self._chat.decode(self._ids[self._prefix_offset : self._read_offset])) :
+        ]
+        text = self._until_stop(spelt) + self._pending_text
+        self._pending_text = ""
+        return "" if self.is_stopped and not text else text
 
     def _until_stop(self, text: str) -> str:
-        text, self._held = self._held + text, ""
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        text, self._pending_text = self._pending_text + text, ""
+        positions = [position for stop in self._stops if (position := text.find(stop)) >= 0]
+        if positions:
             self.is_stopped = True
-            return text[: min(places)]
+            return text[: min(positions)]
         longest = max((len(stop) for stop in self._stops), default=0)
         for size in range(min(longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
-                self._held = text[-size:]
+                self._pending_text = text[-size:]
                 return text[:-size]
         return text
 
@@ -66,7 +69,7 @@ class SequenceState:
     call: GenerateCall
     prompt: list[int]
     chat: ChatTokenizer
-    most_tokens: int
+    max_tokens: int
     constraint: Constraint | None = None
     number: int = 0
     slot: int = -1
@@ -74,16 +77,16 @@ class SequenceState:
     read: int = 0
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
-    seen: MediaPrompt | None = None
+    media: MediaPrompt | None = None
 
     def __post_init__(self) -> None:
         self._sampling = self.call.sampling
-        self._source = prompt_generator(self._sampling)
-        self._spelling = IncrementalDetokenizer(self.chat, self._sampling.stop)
+        self._generator = prompt_generator(self._sampling)
+        self._detokenizer = IncrementalDetokenizer(self.chat, self._sampling.stop)
         self._calls = CallReader(self.call)
         self._counts: Counter[int] = Counter()
-        self._untold: list[Logprob] = []
-        self._untold_tokens = 0
+        self._pending_logprobs: list[Logprob] = []
+        self._pending_tokens = 0
 
     @property
     def is_plain(self) -> bool:
@@ -95,20 +98,20 @@ class SequenceState:
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from logits (V,). Raises RequestError where the schema cannot be obeyed."""
         logits = logits.float().cpu()
-        self._note_logprobs = logits if self.call.top_logprobs >= 0 else None
+        self._raw_logits = logits if self.call.top_logprobs >= 0 else None
         if self._counts and (self._sampling.frequency_penalty or self._sampling.presence_penalty):
             logits = logits.clone()
-            places = torch.tensor(list(self._counts))
-            times = torch.tensor([float(count) for count in self._counts.values()])
-            logits[places] -= self._sampling.frequency_penalty * times + self._sampling.presence_penalty
+            token_ids = torch.tensor(list(self._counts))
+            counts = torch.tensor([float(count) for count in self._counts.values()])
+            logits[token_ids] -= self._sampling.frequency_penalty * counts + self._sampling.presence_penalty
         if self.constraint is not None:
             logits = logits.masked_fill(~self.constraint.mask(), -math.inf)
         if self._sampling.is_greedy:
             token = int(logits.argmax())
         else:
-            token = sample_token(sampling_probabilities(logits[None], self._sampling)[0], self._source)
-        if self._note_logprobs is not None:
-            self._untold.append(self._logprob(self._note_logprobs, token))
+            token = sample_token(sampling_probabilities(logits[None], self._sampling)[0], self._generator)
+        if self._raw_logits is not None:
+            self._pending_logprobs.append(self._logprob(self._raw_logits, token))
         return token
 
     def take(self, token: int) -> list[Event]:
@@ -116,37 +119,37 @@ class SequenceState:
         if self.constraint is not None:
             self.constraint.advance(token)
         if token in self.chat.stops:
-            self._untold = self._untold[: self._untold_tokens]
+            self._pending_logprobs = self._pending_logprobs[: self._pending_tokens]
             return self.end("stop")
         self.tokens.append(token)
         self._counts[token] += 1
-        self._untold_tokens += 1
-        said = self._calls.feed(self._spelling.push(token))
-        events = self._told(said)
-        if self._spelling.is_stopped or (self.constraint is not None and self.constraint.is_done):
+        self._pending_tokens += 1
+        text = self._calls.feed(self._detokenizer.push(token))
+        events = self._delta_events(text)
+        if self._detokenizer.is_stopped or (self.constraint is not None and self.constraint.is_done):
             return [*events, *self.end("stop")]
-        return [*events, *self.end("length")] if len(self.tokens) >= self.most_tokens else events
+        return [*events, *self.end("length")] if len(self.tokens) >= self.max_tokens else events
 
     def end(self, finish: Finish) -> list[Event]:
         """The rest of the text and Done."""
-        rest = "" if finish == "cancelled" else self._calls.feed(self._spelling.rest())
+        rest_text = "" if finish == "cancelled" else self._calls.feed(self._detokenizer.rest())
         last, calls = self._calls.end()
-        events: list[Event] = list(self._told(rest + last, at_end=True)) if finish != "cancelled" else []
-        done = ReplyDone(self.call.id, finish, len(self.prompt), len(self.tokens), self.cached, calls)
-        return [*events, done]
+        events: list[Event] = list(self._delta_events(rest_text + last, at_end=True)) if finish != "cancelled" else []
+        done_event = ReplyDone(self.call.id, finish, len(self.prompt), len(self.tokens), self.cached, calls)
+        return [*events, done_event]
 
-    def _told(self, text: str, *, at_end: bool = False) -> list[Event]:
-        if not text and not (at_end and self._untold_tokens):
+    def _delta_events(self, text: str, *, at_end: bool = False) -> list[Event]:
+        if not text and not (at_end and self._pending_tokens):
             return []
-        piece = TextDelta(self.call.id, text, self._untold_tokens, tuple(self._untold))
-        self._untold, self._untold_tokens = [], 0
-        return [piece]
+        delta = TextDelta(self.call.id, text, self._pending_tokens, tuple(self._pending_logprobs))
+        self._pending_logprobs, self._pending_tokens = [], 0
+        return [delta]
 
     def _logprob(self, logits: torch.Tensor, token: int) -> Logprob:
-        chances = logits.log_softmax(-1)
-        values, places = chances.topk(min(self.call.top_logprobs, len(chances)))
-        top = tuple((self._shown(int(place)), float(value)) for place, value in zip(places, values, strict=True))
-        return Logprob(self._shown(token), float(chances[token]), top)
+        log_probabilities = logits.log_softmax(-1)
+        values, token_ids = log_probabilities.topk(min(self.call.top_logprobs, len(log_probabilities)))
+        top = tuple((self._token_text(int(token_id)), float(value)) for token_id, value in zip(token_ids, values, strict=True))
+        return Logprob(self._token_text(token), float(log_probabilities[token]), top)
 
-    def _shown(self, token: int) -> str:
+    def _token_text(self, token: int) -> str:
         return str(self.chat.tokenizer.decode([token]))

@@ -47,16 +47,16 @@ class Scores:
     logits: torch.Tensor
     likeliest: list[int]
 
-    def row(self, place: int) -> Scores:
+    def row(self, index: int) -> Scores:
         """Of one row."""
-        return Scores(self.logits[place : place + 1], self.likeliest[place : place + 1])
+        return Scores(self.logits[index : index + 1], self.likeliest[index : index + 1])
 
 
 @dataclass(frozen=True)
 class TokenRun:
     """Tokens of one row: `ids` from position `first` on, in `pages`; slot: its adapter's. newest: the one token of a reply.
 
-    seen: (places among `ids`, (M, D) their embeddings) where media stand.
+    media: (places among `ids`, (M, D) their embeddings) where media stand.
     """
 
     ids: Sequence[int]
@@ -64,28 +64,31 @@ class TokenRun:
     pages: Sequence[int]
     slot: int
     newest: bool = False
-    seen: tuple[torch.Tensor, torch.Tensor] | None = None
+    media: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Angles:
     """Rotary embeddings by position, as far as they were wanted until now. Raises Unsupported for those that move."""
 
-    def __init__(self, fast: FusedDecoder, config: Any, most: int) -> None:
-        said = config.rope_parameters or {}
-        if {said.get("rope_type"), *(part.get("rope_type") for part in said.values() if isinstance(part, dict))} & _MOVING_ROPE:
+    def __init__(self, fast: FusedDecoder, config: Any, max_positions: int) -> None:
+        rope_parameters = config.rope_parameters or {}
+        if {
+            rope_parameters.get("rope_type"),
+            *(part.get("rope_type") for part in rope_parameters.values() if isinstance(part, dict)),
+        } & _MOVING_ROPE:
             raise Unsupported("rotary embeddings that change with the length of the text")
-        self._fast, self._most = fast, most
-        self._made: dict[str, RotaryTable] = {}
+        self._fast, self._max_positions = fast, max_positions
+        self._tables: dict[str, RotaryTable] = {}
 
     def turns(self, kind: str, end: int) -> RotaryTable:
         """Of a kind of layer, for at least the positions before `end`."""
-        result = self._made.get(kind)
+        result = self._tables.get(kind)
         if result is None or len(result.cos) < end:
-            reach = min(max(2 * end, _FIRST_ANGLES), max(self._most, end))
+            table_length = min(max(2 * end, _FIRST_ANGLES), max(self._max_positions, end))
             head = self._fast.head
-            like, places = head.new_empty(0, dtype=torch.float32), torch.arange(reach, device=head.device)[None]
-            cos, sin = self._fast.rope(like, places, *((kind,) if kind else ()))
-            result = self._made[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
+            like, positions = head.new_empty(0, dtype=torch.float32), torch.arange(table_length, device=head.device)[None]
+            cos, sin = self._fast.rope(like, positions, *((kind,) if kind else ()))
+            result = self._tables[kind] = RotaryTable(cos[0].float().contiguous(), sin[0].float().contiguous())
         return result
 
 
@@ -121,22 +124,22 @@ class TorchDecoder:
         return Cache(*(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
 
     @torch.inference_mode()
-    def advance(self, runs: Sequence[TokenRun], wanted: Sequence[int]) -> Scores:
-        """Take each run through all layers; what comes after the last token of each run in `wanted`, in its order."""
-        found: dict[int, Scores] = {}
+    def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
+        """Take each run through all layers; what comes after the last token of each run in `scored_runs`, in its order."""
+        scores_by_run: dict[int, Scores] = {}
         for index, run in enumerate(runs):
             if not run.newest:
                 x = self._read(run)
-                found |= {index: self._scores(x[-1:])} if index in wanted else {}
-        newest = [place for place, run in enumerate(runs) if run.newest]
+                scores_by_run |= {index: self._scores(x[-1:])} if index in scored_runs else {}
+        newest = [index for index, run in enumerate(runs) if run.newest]
         for start in range(0, len(newest), BLOCK_ROWS):
             block = newest[start : start + BLOCK_ROWS]
-            scores = self._scores(self._decoded([runs[place] for place in block]))
-            found |= {place: scores.row(row) for row, place in enumerate(block)}
-        if not wanted:
+            scores = self._scores(self._decoded([runs[index] for index in block]))
+            scores_by_run |= {index: scores.row(row) for row, index in enumerate(block)}
+        if not scored_runs:
             return Scores(torch.empty(0, self.vocabulary), [])
-        logits = torch.cat([found[place].logits for place in wanted])
-        return Scores(logits, [found[place].likeliest[0] for place in wanted])
+        logits = torch.cat([scores_by_run[index].logits for index in scored_runs])
+        return Scores(logits, [scores_by_run[index].likeliest[0] for index in scored_runs])
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
@@ -147,8 +150,8 @@ class TorchDecoder:
         """Of (N, D) hidden states, at most BLOCK_ROWS."""
         logits = self._logits(_filled(self._normed(self._fast.norm, x)))[: len(x)]
         logits = logits if self._fast.softcap is None else self._fast.softcap * torch.tanh(logits / self._fast.softcap)
-        values, places = logits.max(-1)
-        return Scores(logits, torch.where(torch.isfinite(values), places, -1).tolist())
+        values, token_ids = logits.max(-1)
+        return Scores(logits, torch.where(torch.isfinite(values), token_ids, -1).tolist())
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (N, V) logits of (N, D), in fp32 at least.
@@ -163,52 +166,54 @@ class TorchDecoder:
         """A chunk of one prompt: (1, D), or (T, D) of all its tokens."""
         ids, first, pages, slot = run.ids, run.first, run.pages, run.slot
         x = self._fast.embed(torch.tensor(list(ids), device=self.device).clamp(min=0))
-        if run.seen is not None:
-            x = x.index_copy(0, run.seen[0], run.seen[1].to(x.dtype))
+        if run.media is not None:
+            x = x.index_copy(0, run.media[0], run.media[1].to(x.dtype))
         x = x.to(self._residual_dtype)
         table = torch.tensor(list(pages[: (first + len(ids) - 1) // PAGE_TOKENS + 1]), device=self.device)
 
-        def mix(place: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
-            turns = self._angles.turns(block.rope_kind, first + len(ids))
-            return self._serving.attend_row(qkv, self._caches[place], table, first, block.shape, turns)
+        def mix(index: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
+            rotary = self._angles.turns(block.rope_kind, first + len(ids))
+            return self._serving.attend_row(qkv, self._caches[index], table, first, block.shape, rotary)
 
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
             self._adapt_chunk(site, y, x, slot)
 
         for index in range(len(self._fast.blocks)):
             last = index == len(self._fast.blocks) - 1 and not all_rows
-            x = self._block(index, x, mix, adapt if slot >= 0 else _leave, only_last=last)
+            x = self._block(index, x, mix, adapt if slot >= 0 else _no_adapter, only_last=last)
         return x
 
     def _decoded(self, runs: Sequence[TokenRun]) -> torch.Tensor:
         """(N, D) for the newest tokens of N rows, at most BLOCK_ROWS."""
         ids, positions = [run.ids[0] for run in runs], [run.first for run in runs]
         pages, slots = [run.pages for run in runs], [run.slot for run in runs]
-        spare = BLOCK_ROWS - len(ids)
-        most = max(len(row) for row in pages)
-        table = torch.tensor([[*row, *[0] * (most - len(row))] for row in pages] + [[0] * most] * spare, device=self.device)
-        looks = PageTable(table, torch.tensor([*positions, *[-1] * spare], device=self.device))
-        own = torch.tensor([*slots, *[-1] * spare], device=self.device)
-        x = self._fast.embed(torch.tensor([*ids, *[0] * spare], device=self.device)).to(self._residual_dtype)
+        padding_rows = BLOCK_ROWS - len(ids)
+        max_pages = max(len(row) for row in pages)
+        table = torch.tensor(
+            [[*row, *[0] * (max_pages - len(row))] for row in pages] + [[0] * max_pages] * padding_rows, device=self.device
+        )
+        page_table = PageTable(table, torch.tensor([*positions, *[-1] * padding_rows], device=self.device))
+        row_slots = torch.tensor([*slots, *[-1] * padding_rows], device=self.device)
+        x = self._fast.embed(torch.tensor([*ids, *[0] * padding_rows], device=self.device)).to(self._residual_dtype)
 
-        def mix(place: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
-            turns = self._angles.turns(block.rope_kind, max(positions) + 1)
-            return self._serving.attend(qkv, self._caches[place], looks, block.shape, turns)
+        def mix(index: int, block: DecoderBlock, qkv: torch.Tensor) -> torch.Tensor:
+            rotary = self._angles.turns(block.rope_kind, max(positions) + 1)
+            return self._serving.attend(qkv, self._caches[index], page_table, block.shape, rotary)
 
         def adapt(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
-            self._serving.adapt(y, x, self.factors.stacks[site], own)
+            self._serving.adapt(y, x, self.factors.stacks[site], row_slots)
 
         for index in range(len(self._fast.blocks)):
-            x = self._block(index, x, mix, adapt if max(slots) >= 0 else _leave)
+            x = self._block(index, x, mix, adapt if max(slots) >= 0 else _no_adapter)
         return x[: len(ids)]
 
-    def _block(self, place: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
+    def _block(self, index: int, x: torch.Tensor, mix: Mix, adapt: Adapt, *, only_last: bool = False) -> torch.Tensor:
         """One layer. only_last: nothing reads the other rows of its result."""
-        block, site = self._fast.blocks[place], 4 * place
+        block, site = self._fast.blocks[index], 4 * index
         qkv = self._product(site, self._normed(block.norm, x), adapt)
         if block.head_norms is not None:
             qkv = block.head_norms.forward(qkv)
-        mixed = mix(place, block, qkv)
+        mixed = mix(index, block, qkv)
         if only_last:
             mixed, x = mixed[-1:], x[-1:]
         x = x + self._after(block, 0, self._product(site + 1, mixed, adapt))
@@ -232,8 +237,8 @@ class TorchDecoder:
         return ReferenceKernels().rms_norm(x, norm.weight, norm.eps, norm.offset)[0].to(self.dtype)
 
     @staticmethod
-    def _after(block: DecoderBlock, place: int, y: torch.Tensor) -> torch.Tensor:
-        return block.after[place].forward(y)[0] if block.after else y
+    def _after(block: DecoderBlock, index: int, y: torch.Tensor) -> torch.Tensor:
+        return block.post_norms[index].forward(y)[0] if block.post_norms else y
 
     def _adapt_chunk(self, site: int, y: torch.Tensor, x: torch.Tensor, slot: int) -> None:
         """y (T, O) += scale x A^T B^T of one adapter."""
@@ -246,7 +251,7 @@ class TorchDecoder:
                 y[:, stack.low[index] : stack.high[index]].addmm_(low[:, stack.module_a(index)], b, alpha=scale)
 
 
-def _leave(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
+def _no_adapter(site: int, y: torch.Tensor, x: torch.Tensor) -> None:
     """No row has an adapter."""
 
 

@@ -101,8 +101,8 @@ class AudioEncoder:
             raise ConfigError(f"{self._form.name} cannot be written here: {error}", remedy) from None
 
     def _open(self, rate: int) -> soundfile.SoundFile:
-        how: Any = {"format": self._form.container, "subtype": self._form.subtype}
-        return soundfile.SoundFile(self._bytes, "w", rate, 1, **how)
+        file_options: Any = {"format": self._form.container, "subtype": self._form.subtype}
+        return soundfile.SoundFile(self._bytes, "w", rate, 1, **file_options)
 
     def end(self) -> bytes:
         """The whole file."""
@@ -111,7 +111,7 @@ class AudioEncoder:
         return self._bytes.getvalue()
 
 
-def joined(sounds: Sequence[AudioClip]) -> AudioClip:
+def join_clips(sounds: Sequence[AudioClip]) -> AudioClip:
     """One after the other; all have one rate."""
     return AudioClip(np.concatenate([sound.samples for sound in sounds]), sounds[0].rate)
 

@@ -21,7 +21,7 @@ from sartor.media.speech.tts_engines import DEFAULT, open_voice
 from sartor.media.speech.voice import TtsVoice
 
 # Clips that one process of a voice says before the next; more threads than cores wait for programs
-SAID_AT_ONCE = 64
+CLIPS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def say_many(
     form: str = "wav",
     rate: int = 0,
     threads: int = 0,
-    told: Callable[[int, int], object] = lambda done, of: None,
+    told: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Clip]:
     """The same clips in their order, each with its file in `folder`; a file that stands there is taken as it is.
 
@@ -50,20 +50,20 @@ def say_many(
     many are done, and of how many. A text is said as it stands. Raises what `open_voice` and `Voice.say` raise, at the first
     clip that fails.
     """
-    files = [name for name, known in FORMATS.items() if known.container]
+    files = [name for name, file_format in FORMATS.items() if file_format.container]
     if form not in files:
         raise ConfigError(f"clips are not written as {form!r}", f"one of {', '.join(files)}")
-    wanted, into = list(clips), Path(folder)
-    into.mkdir(parents=True, exist_ok=True)
-    named = [replace(clip, path=into / f"{_name(clip, rate)}.{form}") for clip in wanted]
-    made: dict[Path | None, Clip] = {}
+    requested, output_folder = list(clips), Path(folder)
+    output_folder.mkdir(parents=True, exist_ok=True)
+    planned = [replace(clip, path=output_folder / f"{_name(clip, rate)}.{form}") for clip in requested]
+    clips_by_path: dict[Path | None, Clip] = {}
     # the same clip twice is said once; a voice keeps its process while its speed is the same
-    todo = sorted({clip.path: clip for clip in named}.values(), key=lambda clip: (clip.voice, clip.speed, clip.text))
+    todo = sorted({clip.path: clip for clip in planned}.values(), key=lambda clip: (clip.voice, clip.speed, clip.text))
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "sartor-voice") as pool:
-        for said in _said(todo, pool, form, rate):
-            made[said.path] = said
-            told(len(made), len(todo))
-    return [made[clip.path] for clip in named]
+        for clip in _say_all(todo, pool, form, rate):
+            clips_by_path[clip.path] = clip
+            told(len(clips_by_path), len(todo))
+    return [clips_by_path[clip.path] for clip in planned]
 
 
 def speak_to_files(texts: Sequence[str], voice: str, speed: float, folder: Path) -> list[Path]:
@@ -76,12 +76,12 @@ def _name(clip: Clip, rate: int) -> str:
     return digest({"voice": clip.voice, "speed": clip.speed, "rate": rate, "text": clip.text})[:32]
 
 
-def _said(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int) -> Iterator[Clip]:
+def _say_all(clips: Sequence[Clip], pool: ThreadPoolExecutor, form: str, rate: int) -> Iterator[Clip]:
     for name, group in groupby(clips, key=lambda clip: clip.voice):
         with closing(open_voice(name)) as voice:
             waiting = list(group)
-            for begin in range(0, len(waiting), SAID_AT_ONCE):
-                yield from pool.map(lambda clip: _say(voice, clip, form, rate), waiting[begin : begin + SAID_AT_ONCE])
+            for begin in range(0, len(waiting), CLIPS_AT_ONCE):
+                yield from pool.map(lambda clip: _say(voice, clip, form, rate), waiting[begin : begin + CLIPS_AT_ONCE])
 
 
 def _say(voice: TtsVoice, clip: Clip, form: str, rate: int) -> Clip:

@@ -43,12 +43,12 @@ def spoken(written: str) -> Spoken:
     # the second stands for bytes that were no text
     written = written.replace("\0", " ").replace("\ufffd", "")
     value = _json(written)
-    said = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
-    lines = [_ended(line) for line in (clean(sentence).replace("\n", " ") for sentence in said) if is_sayable(line)]
+    sentences = _sentences_of(value, left_out) if value is not None else _markdown(written, left_out)
+    lines = [_end_sentence(line) for line in (clean(sentence).replace("\n", " ") for sentence in sentences) if is_sayable(line)]
     return Spoken("\n".join(lines), dict(left_out))
 
 
-def _ended(sentence: str) -> str:
+def _end_sentence(sentence: str) -> str:
     sentence = sentence.rstrip(" ,;-")
     return sentence if sentence.endswith(_ENDS) else sentence + "."
 
@@ -93,9 +93,9 @@ def _words(name: str) -> str:
 def _plain(text: str, left_out: Counter[str]) -> str:
     """Words of a text: of an address its host alone, no emojis, no underscores inside of words."""
 
-    def host(found: regex.Match[str]) -> str:
+    def host(match: regex.Match[str]) -> str:
         left_out["address"] += 1
-        address = found[0] if "://" in found[0] else f"//{found[0]}"
+        address = match[0] if "://" in match[0] else f"//{match[0]}"
         try:
             return (urlsplit(address).hostname or "").removeprefix("www.")
         except ValueError:

@@ -31,7 +31,7 @@ import numpy as np
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
 from sartor.media.speech import voice
-from sartor.media.speech.audio_encoding import AudioClip, joined, read_wav
+from sartor.media.speech.audio_encoding import AudioClip, join_clips, read_wav
 from sartor.media.speech.voice import ALONE, SpeechTerms, TtsVoice
 
 PIPER_NAME, PACKAGE = "piper", "piper-tts"
@@ -56,8 +56,8 @@ class VoiceFile:
 def find(name: str) -> VoiceFile:
     """The voice of an asset, or of a file. Raises ConfigError, ExtraError, AssetError, ModelError."""
     if name in ASSETS:
-        asset, inside = ASSETS[name]
-        path = entry(asset).directory / inside
+        asset, file_name = ASSETS[name]
+        path = entry(asset).directory / file_name
         if not path.is_file():
             raise AssetError(f"the voice piper:{name} is not on this machine", f"sartor assets install {asset}")
     else:
@@ -72,15 +72,15 @@ def find(name: str) -> VoiceFile:
 
 
 def _slowness(path: Path) -> float:
-    beside = Path(f"{path}.json")
+    config_file = Path(f"{path}.json")
     try:
-        fields = json.loads(beside.read_text(encoding="utf-8"))
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
         slowness = float(fields.get("inference", {}).get("length_scale", 1.0))
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        remedy = f"put the {beside.name} that came with the voice beside it"
-        raise ModelError(f"{beside} does not describe a voice: {error}", remedy) from None
+        remedy = f"put the {config_file.name} that came with the voice beside it"
+        raise ModelError(f"{config_file} does not describe a voice: {error}", remedy) from None
     if not (math.isfinite(slowness) and slowness > 0):
-        raise ModelError(f"{beside} has the length_scale {slowness}", "a number above 0")
+        raise ModelError(f"{config_file} has the length_scale {slowness}", "a number above 0")
     return slowness
 
 
@@ -130,10 +130,10 @@ class _Running:
         self._folder = tempfile.TemporaryDirectory(prefix="sartor-piper-")
         # Without its two noises equal text is equal sound
         command = [sys.executable, "-m", "piper", "--model", str(file.path.absolute()), "--output-dir", self._folder.name]
-        still = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
+        fixed_options = ["--noise-scale", "0", "--noise-w-scale", "0", "--sentence-silence", str(PAUSE_S)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         pace = ["--length-scale", str(file.slowness / speed)]
-        self._process = voice.start([*command, *still, *pace], nice, cwd=self._folder.name, **pipes)
+        self._process = voice.start([*command, *fixed_options, *pace], nice, cwd=self._folder.name, **pipes)
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, name="sartor-piper", daemon=True)
         self._reader.start()
@@ -150,21 +150,21 @@ class _Running:
             self._process.stdin.write(piece.encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise voice.ended(self._name, self._process.poll()) from None
-        path = self._written(time.monotonic() + limit_s, limit_s)
+            raise voice.exit_error(self._name, self._process.poll()) from None
+        path = self._wait_for_file(time.monotonic() + limit_s, limit_s)
         self._is_new = False
-        said = read_wav(path.read_bytes())
+        clip = read_wav(path.read_bytes())
         path.unlink()
-        return joined([said, AudioClip(np.zeros(round(said.rate * PAUSE_S), np.int16), said.rate)])
+        return join_clips([clip, AudioClip(np.zeros(round(clip.rate * PAUSE_S), np.int16), clip.rate)])
 
-    def _written(self, until: float, limit_s: float) -> Path:
+    def _wait_for_file(self, deadline: float, limit_s: float) -> Path:
         while True:
             try:
-                line = self._lines.get(timeout=max(until - time.monotonic(), 0.001))
+                line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.001))
             except queue.Empty:
-                raise voice.too_slow(self._name, limit_s) from None
+                raise voice.timeout_error(self._name, limit_s) from None
             if line is None:
-                raise voice.ended(self._name, self._process.wait())
+                raise voice.exit_error(self._name, self._process.wait())
             if match := _WROTE.search(line):
                 return Path(self._folder.name) / Path(match[1].decode()).name
 
@@ -214,13 +214,13 @@ class Espeak(TtsVoice):
         pipe = subprocess.PIPE
         with voice.start(command, self._terms.nice, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
             try:
-                said, _ = process.communicate(piece.encode(), self._terms.patience_s)
+                wav_bytes, _ = process.communicate(piece.encode(), self._terms.patience_s)
             except subprocess.TimeoutExpired:
                 voice.kill(process)
-                raise voice.too_slow(self.name, self._terms.patience_s) from None
-        if process.returncode or len(said) <= HEAD_BYTES:
-            raise voice.ended(self.name, process.returncode)
-        return read_wav(said, HEAD_BYTES)
+                raise voice.timeout_error(self.name, self._terms.patience_s) from None
+        if process.returncode or len(wav_bytes) <= HEAD_BYTES:
+            raise voice.exit_error(self.name, process.returncode)
+        return read_wav(wav_bytes, HEAD_BYTES)
 
 
 def program() -> str:
@@ -231,36 +231,38 @@ def program() -> str:
     return result
 
 
-def _check(where: str, language: str) -> None:
+def _check(program_path: str, language: str) -> None:
     """espeak-ng takes a path for a name, and any variant: only what it lists itself is let through to it."""
     name, plus, variant = language.partition("+")
-    if name not in languages(where):
+    if name not in languages(program_path):
         raise ConfigError(f"{PROGRAM} has no language {name[:80]!a}", f"`{PROGRAM} --voices` lists them; en-us, de, fr-fr, ...")
-    if plus and variant not in variants(where):
+    if plus and variant not in variants(program_path):
         raise ConfigError(
             f"{PROGRAM} has no variant {variant[:80]!a}", f"`{PROGRAM} --voices=variant` lists them; f1 to f5, m1 to m8, ..."
         )
 
 
 @cache
-def languages(where: str) -> frozenset[str]:
+def languages(program_path: str) -> frozenset[str]:
     """Every language that it lists, by all of its codes."""
-    lines = _listed(where, "--voices")
+    lines = _list_voices(program_path, "--voices")
     return frozenset(code for line in lines for code in (line.split()[1], *_OTHER.findall(line)))
 
 
 @cache
-def variants(where: str) -> frozenset[str]:
+def variants(program_path: str) -> frozenset[str]:
     """Every variant of a voice: the names of their files."""
-    return frozenset(name for line in _listed(where, "--voices=variant") for name in re.findall(r"!v/(\S+)", line))
+    return frozenset(name for line in _list_voices(program_path, "--voices=variant") for name in re.findall(r"!v/(\S+)", line))
 
 
-def _listed(where: str, what: str) -> list[str]:
+def _list_voices(program_path: str, option: str) -> list[str]:
     try:
-        done = subprocess.run([where, what], capture_output=True, timeout=20, check=True)
+        completed = subprocess.run([program_path, option], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise ExtraError(f"`{where} {what}` does not say which voices there are: {error}", f"install {PROGRAM} anew") from None
-    return [line for line in done.stdout.decode("utf-8", "replace").splitlines()[1:] if len(line.split()) > 3]
+        raise ExtraError(
+            f"`{program_path} {option}` does not say which voices there are: {error}", f"install {PROGRAM} anew"
+        ) from None
+    return [line for line in completed.stdout.decode("utf-8", "replace").splitlines()[1:] if len(line.split()) > 3]
 
 
 DEFAULT = ESPEAK_NAME

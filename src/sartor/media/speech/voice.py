@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sartor.core.errors import ConfigError, DeadlineError, UnavailableError
-from sartor.media.speech.audio_encoding import AudioClip, joined
+from sartor.media.speech.audio_encoding import AudioClip, join_clips
 
 ANOTHER = "try again, or another voice"
 
@@ -40,10 +40,10 @@ def start(command: Sequence[str], nice: int, **pipes: Any) -> subprocess.Popen[b
     return process
 
 
-def _add_niceness(which: int, nice: int) -> None:
+def _add_niceness(process_id: int, nice: int) -> None:
     """That process or thread has so much more than this process; what it inherited from a thread does not add up."""
     with suppress(OSError):  # it may be over already
-        os.setpriority(os.PRIO_PROCESS, which, os.getpriority(os.PRIO_PROCESS, os.getpid()) + nice)
+        os.setpriority(os.PRIO_PROCESS, process_id, os.getpriority(os.PRIO_PROCESS, os.getpid()) + nice)
 
 
 def lower_priority(nice: int) -> None:
@@ -58,15 +58,15 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def too_slow(voice: str, seconds: float) -> DeadlineError:
+def timeout_error(voice: str, seconds: float) -> DeadlineError:
     """The error for a program that was killed."""
     return DeadlineError(f"the voice {voice!r} had not spoken after {seconds:g} s and was stopped", ANOTHER)
 
 
-def ended(voice: str, code: int | None) -> UnavailableError:
+def exit_error(voice: str, code: int | None) -> UnavailableError:
     """The error for a program that ended before it had spoken."""
-    how = f"with the code {code}" if code is None or code >= 0 else f"by the signal {-code}"
-    return UnavailableError(f"the voice {voice!r} ended {how} before it had spoken", ANOTHER)
+    cause = f"with the code {code}" if code is None or code >= 0 else f"by the signal {-code}"
+    return UnavailableError(f"the voice {voice!r} ended {cause} before it had spoken", ANOTHER)
 
 
 # Of one piece: a few seconds of speech, which no voice takes long for
@@ -80,8 +80,10 @@ def clean(text: str) -> str:
 
     `[[` would begin phonemes in both programs. Line ends stay, since a sentence may end there.
     """
-    kept = "".join(letter if letter == "\n" or unicodedata.category(letter)[0] != "C" else _instead(letter) for letter in text)
-    return re.sub(r"[^\S\n]+", " ", kept.replace("[[", "[ [")).strip()
+    cleaned = "".join(
+        letter if letter == "\n" or unicodedata.category(letter)[0] != "C" else _instead(letter) for letter in text
+    )
+    return re.sub(r"[^\S\n]+", " ", cleaned.replace("[[", "[ [")).strip()
 
 
 def _instead(letter: str) -> str:
@@ -96,23 +98,23 @@ def is_sayable(text: str) -> bool:
 
 def pieces(text: str) -> list[str]:
     """A cleaned text in pieces of at most MOST_PIECE characters, each a line, none without a sound."""
-    made: list[str] = []
+    lines: list[str] = []
     for sentence in _sentences(text):
-        if made and len(made[-1]) + 1 + len(sentence) <= MOST_PIECE:
-            made[-1] = f"{made[-1]} {sentence}"
+        if lines and len(lines[-1]) + 1 + len(sentence) <= MOST_PIECE:
+            lines[-1] = f"{lines[-1]} {sentence}"
         else:
-            made.append(sentence)
-    return [piece for piece in made if is_sayable(piece)]
+            lines.append(sentence)
+    return [piece for piece in lines if is_sayable(piece)]
 
 
 def _sentences(text: str) -> Iterator[str]:
     for sentence in _END.split(text):
         rest = sentence.strip()
         while len(rest) > MOST_PIECE:
-            breaks = [found.end() for found in _BREAK.finditer(rest, 0, MOST_PIECE)]
-            at = breaks[-1] if breaks else MOST_PIECE
-            yield rest[:at].strip()
-            rest = rest[at:].strip()
+            breaks = [match.end() for match in _BREAK.finditer(rest, 0, MOST_PIECE)]
+            position = breaks[-1] if breaks else MOST_PIECE
+            yield rest[:position].strip()
+            rest = rest[position:].strip()
         if rest:
             yield rest
 
@@ -131,7 +133,7 @@ class TtsVoice(ABC):
 
     def say(self, text: str, speed: float = 1.0) -> AudioClip:
         """The text, spoken. Raises what `cut` and `speak` raise."""
-        return joined([self.speak(piece, speed) for piece in self.cut(text, speed)])
+        return join_clips([self.speak(piece, speed) for piece in self.cut(text, speed)])
 
     def cut(self, text: str, speed: float = 1.0) -> list[str]:
         """The text in pieces, each of which `speak` takes. Raises ConfigError for a text or a speed that it cannot say."""

@@ -29,8 +29,8 @@ from sartor.models.packing import AttentionShape, group_segments, share_prefixes
 
 # and what each is compiled with besides FLAGS: simd.h says why the second
 SOURCES = {
-    Path(__file__).with_name(name): own
-    for name, own in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))
+    Path(__file__).with_name(name): extra_flags
+    for name, extra_flags in (("train_kernels.cpp", ()), ("decode_kernels.cpp", ("-ffp-contract=off",)))
 }
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
 # No -ffast-math: it would let a NaN pass for a number.
@@ -125,18 +125,18 @@ class CpuKernels(ReferenceKernels):
         """See `Eager`. Keeps the log of each query's sum of weights, (T, H), for the backward."""
         qkv = qkv.contiguous()
         out = torch.empty(len(qkv), geometry.shape.heads * geometry.width, dtype=qkv.dtype)
-        kept = torch.empty(len(qkv), geometry.shape.heads, dtype=_compute(qkv.dtype))
-        packed, _alive = _packed(geometry, qkv.dtype)
-        self.call("attention", qkv.dtype, packed, qkv, out, kept)
-        return out, kept
+        lse = torch.empty(len(qkv), geometry.shape.heads, dtype=_compute(qkv.dtype))
+        packed, _buffers = _packed(geometry, qkv.dtype)
+        self.call("attention", qkv.dtype, packed, qkv, out, lse)
+        return out, lse
 
     def attention_backward(
-        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
         """See `Eager`."""
         d, qkv, out = d.contiguous(), qkv.contiguous(), torch.empty(qkv.shape, dtype=qkv.dtype)
-        packed, _alive = _packed(geometry, qkv.dtype)
-        self.call("attention_backward", qkv.dtype, packed, d, qkv, mixed, kept, out)
+        packed, _buffers = _packed(geometry, qkv.dtype)
+        self.call("attention_backward", qkv.dtype, packed, d, qkv, mixed, lse, out)
         return out
 
 
@@ -163,31 +163,31 @@ def _compute(dtype: torch.dtype) -> torch.dtype:
 def _packed(geometry: Geometry, dtype: torch.dtype) -> tuple[_Geometry, Any]:
     """The C structure, and the tensors that it points into, to be held while it is used."""
     layout, shape, compute = geometry.layout, geometry.shape, _compute(dtype)
-    if "native" not in layout.kept:
+    if "native" not in layout.kernel_cache:
         ancestors: list[int] = []
-        ends: list[int] = []
+        ancestor_ends: list[int] = []
         for segment in layout.segments:
             ancestors.extend(segment.ancestors)
-            ends.append(len(ancestors))
+            ancestor_ends.append(len(ancestors))
         numbers = (
             [segment.start for segment in layout.segments],
             [segment.length for segment in layout.segments],
             [segment.first for segment in layout.segments],
             ancestors or [0],
-            ends,
+            ancestor_ends,
         )
-        layout.kept["native"] = tuple(torch.tensor(column, dtype=torch.int64) for column in numbers)
-    arrays = layout.kept["native"]
+        layout.kernel_cache["native"] = tuple(torch.tensor(column, dtype=torch.int64) for column in numbers)
+    arrays = layout.kernel_cache["native"]
     cos, sin = (part.to(compute).contiguous() for part in (geometry.cos, geometry.sin))
-    made = _Geometry64() if compute == torch.float64 else _Geometry32()
+    structure = _Geometry64() if compute == torch.float64 else _Geometry32()
     for name, array in zip(_Geometry.arrays, arrays, strict=True):
-        setattr(made, name, array.data_ptr())
+        setattr(structure, name, array.data_ptr())
     sizes = (len(layout.segments), layout.tokens, shape.heads, shape.groups, geometry.width, cos.shape[1], shape.window or 0)
     for name, size in zip(_Geometry.sizes, sizes, strict=True):
-        setattr(made, name, size)
-    made.cos, made.sin = cos.data_ptr(), sin.data_ptr()
-    made.scale, made.cap = shape.scale, shape.softcap or 0.0
-    return made, (arrays, cos, sin)
+        setattr(structure, name, size)
+    structure.cos, structure.sin = cos.data_ptr(), sin.data_ptr()
+    structure.scale, structure.cap = shape.scale, shape.softcap or 0.0
+    return structure, (arrays, cos, sin)
 
 
 @functools.cache
@@ -200,13 +200,13 @@ def load() -> CpuKernels:
 
 
 def _library() -> Path:
-    compiler = next((found for name in _compilers() if name and (found := shutil.which(name))), None)
+    compiler = next((executable for name in _compilers() if name and (executable := shutil.which(name))), None)
     if compiler is None:
         raise NoKernels("no C++ compiler is installed (g++ or clang++)")
     runtime, machine = _openmp(), _machine_flags()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
-    options = [*FLAGS, *(option for own in SOURCES.values() for option in own), *machine]
+    options = [*FLAGS, *(option for extra_flags in SOURCES.values() for option in extra_flags), *machine]
     parts = [*texts, compiler, version, str(runtime), *options, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
@@ -218,15 +218,19 @@ def _library() -> Path:
 def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> None:
     """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
     # durable, though it is a cache: a library that a power cut cut short would be loaded, and crash the process
-    with tempfile.TemporaryDirectory(dir=library.parent) as part, create_file_atomic(library) as made:
+    with tempfile.TemporaryDirectory(dir=library.parent) as part, create_file_atomic(library) as unfinished:
         unlinked = [f"{part}/{source.stem}.o" for source in SOURCES]
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
         sources = zip(SOURCES.items(), unlinked, strict=True)
-        compiled = [[*command, *own, "-c", str(source), "-o", to] for (source, own), to in sources]
-        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", str(made)]):
-            done = subprocess.run(step, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise NoKernels(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1] if done.stderr else 'no message'}")
+        compiled = [
+            [*command, *extra_flags, "-c", str(source), "-o", object_file] for (source, extra_flags), object_file in sources
+        ]
+        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", str(unfinished)]):
+            completed = subprocess.run(step, capture_output=True, text=True, check=False)
+            if completed.returncode:
+                raise NoKernels(
+                    f"{command[0]} failed: {completed.stderr.strip().splitlines()[-1] if completed.stderr else 'no message'}"
+                )
 
 
 def _compilers() -> tuple[str, ...]:
@@ -263,32 +267,32 @@ def difference(kernels: ReferenceKernels) -> str:
     torch_state = torch.get_rng_state()
     try:
         torch.manual_seed(0)
-        return next((name for name, got, wanted in _cases(kernels) if not _close(got, wanted)), "")
+        return next((name for name, actual, expected in _cases(kernels) if not _close(actual, expected)), "")
     finally:
         torch.set_rng_state(torch_state)
 
 
-def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((got - wanted).norm() <= 1e-5 * (wanted.norm() + 1e-3))
+def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).norm() <= 1e-5 * (expected.norm() + 1e-3))
 
 
 def _cases(kernels: ReferenceKernels) -> Any:
     """(name, what `kernels` give, what `Eager` gives) for every operation, fp32."""
     eager = ReferenceKernels()
     x, w, d = torch.randn(5, 24), torch.randn(24), torch.randn(5, 24)
-    (y, rstd), (wanted, _) = kernels.rms_norm(x, w, 1e-6, 1.0), eager.rms_norm(x, w, 1e-6, 1.0)
-    yield "rms_norm", y, wanted
+    (y, rstd), (expected, _) = kernels.rms_norm(x, w, 1e-6, 1.0), eager.rms_norm(x, w, 1e-6, 1.0)
+    yield "rms_norm", y, expected
     args = (d, x, w, rstd, 1.0, x)
     yield "rms_norm_backward", kernels.rms_norm_backward(*args), eager.rms_norm_backward(*args)
     for activation in ("silu", "gelu_tanh"):
         yield f"glu {activation}", kernels.glu(x * 3, activation), eager.glu(x * 3, activation)
-        got = kernels.glu_backward(d[:, :12], (x * 3).clone(), activation)
-        wanted_pair = eager.glu_backward(d[:, :12], x * 3, activation)
-        yield f"glu_backward {activation}", torch.cat(got, -1), torch.cat(wanted_pair, -1)
+        actual = kernels.glu_backward(d[:, :12], (x * 3).clone(), activation)
+        expected_pair = eager.glu_backward(d[:, :12], x * 3, activation)
+        yield f"glu_backward {activation}", torch.cat(actual, -1), torch.cat(expected_pair, -1)
     for softcap in (None, 3.0):
-        got = kernels.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
-        wanted_pair = eager.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
-        yield "cross_entropy", torch.cat([part.flatten() for part in got]), torch.cat([p.flatten() for p in wanted_pair])
+        actual = kernels.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
+        expected_pair = eager.cross_entropy(x.clone(), torch.tensor([0, 5, 23, 1, 2]), softcap, True)
+        yield "cross_entropy", torch.cat([part.flatten() for part in actual]), torch.cat([p.flatten() for p in expected_pair])
     yield from _attention_cases(kernels, eager)
 
 
@@ -300,7 +304,7 @@ def _attention_cases(kernels: ReferenceKernels, eager: ReferenceKernels) -> Any:
     for softcap, window in ((None, None), (2.0, 6)):
         geometry = Geometry(AttentionShape(4, 2, 0.3, softcap, window), 12, angles.cos(), angles.sin(), layout)
         qkv, d = torch.randn(tokens, 8 * 12), torch.randn(tokens, 4 * 12)
-        (got, kept), (wanted, _) = kernels.attention(qkv, geometry), eager.attention(qkv, geometry)
-        yield "attention", got, wanted
-        backward = kernels.attention_backward(d, qkv, got, kept, geometry)
-        yield "attention_backward", backward, eager.attention_backward(d, qkv, wanted, None, geometry)
+        (actual, lse), (expected, _) = kernels.attention(qkv, geometry), eager.attention(qkv, geometry)
+        yield "attention", actual, expected
+        backward = kernels.attention_backward(d, qkv, actual, lse, geometry)
+        yield "attention_backward", backward, eager.attention_backward(d, qkv, expected, None, geometry)

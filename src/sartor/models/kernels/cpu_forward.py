@@ -124,23 +124,23 @@ class CpuForward:
         logits = torch.empty(len(x), model.vocabulary)
         best = torch.empty(len(x), dtype=torch.int64)
         memory, threads = self._room(model, len(x), 32), torch.get_num_threads()
-        places = (x.data_ptr(), len(x), logits.data_ptr(), best.data_ptr())
-        self._head(ctypes.addressof(model), *places, memory, threads)
+        addresses = (x.data_ptr(), len(x), logits.data_ptr(), best.data_ptr())
+        self._head(ctypes.addressof(model), *addresses, memory, threads)
         return logits, best.tolist()
 
     def _room(self, model: Model, tokens: int, rank: int) -> int:
-        wanted = int(self._bytes(ctypes.addressof(model), tokens, rank)) + 64
-        if len(self._memory) < wanted:
-            self._memory = torch.empty(wanted, dtype=torch.uint8)
+        n_bytes = int(self._bytes(ctypes.addressof(model), tokens, rank)) + 64
+        if len(self._memory) < n_bytes:
+            self._memory = torch.empty(n_bytes, dtype=torch.uint8)
         return -(-self._memory.data_ptr() // 64) * 64
 
 
 def on_wide_pages(count: int, dtype: torch.dtype) -> torch.Tensor:
     """(count,) zeros on pages of 2 MiB where the system gives them: what is read at every step waits for fewer look-ups."""
     spare = _WIDE_PAGE // dtype.itemsize
-    whole = torch.empty(count + spare, dtype=dtype)
-    first = -whole.data_ptr() % _WIDE_PAGE // dtype.itemsize
-    numbers = whole[first : first + count]
+    padded = torch.empty(count + spare, dtype=dtype)
+    first = -padded.data_ptr() % _WIDE_PAGE // dtype.itemsize
+    numbers = padded[first : first + count]
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).madvise(_Address(numbers.data_ptr()), ctypes.c_size_t(numbers.nbytes), _MADV_HUGEPAGE)
     return numbers.zero_()

@@ -134,19 +134,19 @@ class Spans:
 
 def spans_of(layout: AttentionLayout, device: torch.device) -> Spans:
     """The spans of a layout, made once. A segment with ancestors attends to copies of their keys and its own."""
-    if "flash" not in layout.kept:
+    if "flash" not in layout.kernel_cache:
         order = sorted(layout.segments, key=lambda segment: segment.start)
         lengths = [segment.length for segment in order]
         reaches = [segment.first + segment.length for segment in order]
         gather = None
         if any(segment.ancestors for segment in order):
-            spans = [span for segment in order for span in (*(layout.segments[at] for at in segment.ancestors), segment)]
+            spans = [span for segment in order for span in (*(layout.segments[index] for index in segment.ancestors), segment)]
             gather = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans]).to(device)
         queries, keys = (
             torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) for counts in (lengths, reaches)
         )
-        layout.kept["flash"] = Spans((queries, keys, max(lengths), max(reaches)), gather)
-    return layout.kept["flash"]
+        layout.kernel_cache["flash"] = Spans((queries, keys, max(lengths), max(reaches)), gather)
+    return layout.kernel_cache["flash"]
 
 
 class Flash(ReferenceKernels):
@@ -173,9 +173,9 @@ class Flash(ReferenceKernels):
     ) -> Heads:
         """The gradients of `heads`."""
         dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in heads)
-        more = {**_mask(shape), "alibi_slopes": None, "deterministic": True}
+        options = {**_mask(shape), "alibi_slopes": None, "deterministic": True}
         arguments = (d, *heads, mixed, lse, dq, dk, dv, *spans.sizes, 0.0, shape.scale)
-        self._package._flash_attn_varlen_backward(*arguments, **more)
+        self._package._flash_attn_varlen_backward(*arguments, **options)
         return dq, dk, dv
 
     def attention(self, qkv: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,16 +187,16 @@ class Flash(ReferenceKernels):
         return mixed.reshape(len(qkv), -1), lse
 
     def attention_backward(
-        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
         """See `Eager`."""
-        if kept is None or not self._takes(qkv, geometry):
-            return super().attention_backward(d, qkv, mixed, kept, geometry)
+        if lse is None or not self._takes(qkv, geometry):
+            return super().attention_backward(d, qkv, mixed, lse, geometry)
         spans, width = spans_of(geometry.layout, qkv.device), geometry.width
         d, mixed = (part.reshape(len(qkv), -1, width) for part in (d, mixed))
         heads = self._heads(qkv, geometry, spans)
         with _deterministic():
-            dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), kept, spans, geometry.shape)
+            dq, dk, dv = self._backward(d.contiguous(), heads, mixed.contiguous(), lse, spans, geometry.shape)
             if spans.gather is not None:  # in fp32: a prefix gathers from all that continue it
                 dk, dv = (
                     part.new_zeros(len(qkv), *part.shape[1:], dtype=torch.float32).index_add_(0, spans.gather, part.float())
@@ -226,8 +226,8 @@ class Flash(ReferenceKernels):
 
 def _mask(shape: AttentionShape) -> dict[str, Any]:
     """A window of -1 on the left sees all keys before a query's own."""
-    left = shape.window - 1 if shape.window else -1
-    return {"causal": True, "window_size_left": left, "window_size_right": 0, "softcap": float(shape.softcap or 0)}
+    window_left = shape.window - 1 if shape.window else -1
+    return {"causal": True, "window_size_left": window_left, "window_size_right": 0, "softcap": float(shape.softcap or 0)}
 
 
 class TorchFlash(Flash):
@@ -240,8 +240,8 @@ class TorchFlash(Flash):
         self._turn = turn
 
     def _forward(self, heads: Heads, spans: Spans, shape: AttentionShape) -> tuple[torch.Tensor, torch.Tensor]:
-        more = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(*heads, *spans.sizes, 0.0, True, False, **more)
+        options = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(*heads, *spans.sizes, 0.0, True, False, **options)
         return out, lse
 
     def _backward(
@@ -249,19 +249,22 @@ class TorchFlash(Flash):
     ) -> Heads:
         # the state of dropout's random numbers, which is not read without dropout
         state = (torch.zeros(2, dtype=torch.uint64, device=d.device), torch.empty(0, device=d.device))
-        more = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
-        return torch.ops.aten._flash_attention_backward(d, *heads, mixed, lse, *spans.sizes, 0.0, True, *state, **more)
+        options = {"scale": shape.scale, "window_size_left": _mask(shape)["window_size_left"], "window_size_right": 0}
+        return torch.ops.aten._flash_attention_backward(d, *heads, mixed, lse, *spans.sizes, 0.0, True, *state, **options)
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Sums in a fixed order, for flash's dq and `index_add_`: a resumed run must end as an uninterrupted one."""
-    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was_enabled, was_warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warns)
+        torch.use_deterministic_algorithms(was_enabled, warn_only=was_warn_only)
 
 
 class Cuda(ReferenceKernels):
@@ -279,8 +282,8 @@ class Cuda(ReferenceKernels):
         makers: dict[str, list[str]] = {}
         for part, maker in self.makers.items():
             makers.setdefault(maker.name, []).append(part)
-        made = ", ".join(f"{name} ({', '.join(parts)})" for name, parts in makers.items())
-        return "; ".join([made, *(f"not {what}: {why}" for what, why in self.refused.items())])
+        summary = ", ".join(f"{name} ({', '.join(parts)})" for name, parts in makers.items())
+        return "; ".join([summary, *(f"not {label}: {reason}" for label, reason in self.refused.items())])
 
     def _call(self, part: str, operation: str, *arguments: Any) -> Any:
         is_plain = arguments[0].dtype == torch.float64 or not arguments[0].numel()
@@ -339,13 +342,13 @@ def difference(maker: ReferenceKernels, part: str, device: torch.device, dtype: 
 
     with torch.no_grad():
         for operation, arguments in _cases(part, draw):
-            got = _call_and_flatten(maker, operation, [_copy(argument) for argument in arguments])
-            wanted = _call_and_flatten(
+            actual = _call_and_flatten(maker, operation, [_copy(argument) for argument in arguments])
+            expected = _call_and_flatten(
                 ReferenceKernels(), operation, [_copy(argument, torch.float32) for argument in arguments]
             )
-            apart = float((got - wanted).norm() / wanted.norm())
-            if not apart <= TOLERANCE:
-                return f"{operation} is off by {apart:.2g}"
+            deviation = float((actual - expected).norm() / expected.norm())
+            if not deviation <= TOLERANCE:
+                return f"{operation} is off by {deviation:.2g}"
     return ""
 
 
@@ -353,17 +356,17 @@ def _call_and_flatten(maker: ReferenceKernels, operation: str, arguments: Sequen
     """All results in a row, fp32. `attention_backward` runs after its own forward, `rotate` by `Eager` is the function."""
     if operation == "attention":
         d, qkv, geometry = arguments
-        mixed, kept = maker.attention(qkv, geometry)
-        made: Any = (mixed, maker.attention_backward(d, qkv, mixed, kept, geometry))
+        mixed, lse = maker.attention(qkv, geometry)
+        results: Any = (mixed, maker.attention_backward(d, qkv, mixed, lse, geometry))
     else:
-        made = getattr(maker, operation, rotate)(*arguments)
-    parts = made if isinstance(made, tuple) else (made,)
+        results = getattr(maker, operation, rotate)(*arguments)
+    parts = results if isinstance(results, tuple) else (results,)
     return torch.cat([part.float().flatten() for part in parts])
 
 
 def _copy(argument: Any, dtype: torch.dtype | None = None) -> Any:
-    floats = isinstance(argument, torch.Tensor) and argument.is_floating_point()
-    return argument.to(dtype or argument.dtype, copy=True) if floats else argument
+    is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument.to(dtype or argument.dtype, copy=True) if is_float else argument
 
 
 def _cases(part: str, draw: Draw) -> Iterator[Case]:

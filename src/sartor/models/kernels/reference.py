@@ -24,12 +24,14 @@ from sartor.models.packing import AttentionShape, Segment, SegmentGroup, attend
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Who attends to whom in a pack, in the forms that kernels read. `kept` is a kernel's own form, made once a pack."""
+    """Who attends to whom in a pack, in the forms that kernels read. `kernel_cache` is a kernel's own form, made once a
+    pack.
+    """
 
     segments: Sequence[Segment]
     rows: Sequence[SegmentGroup]
     tokens: int
-    kept: dict[str, Any] = field(default_factory=dict)
+    kernel_cache: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,24 +108,24 @@ class ReferenceKernels:
         return attend(query, key, value, geometry.layout.rows, shape).flatten(1), None
 
     def attention_backward(
-        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, kept: torch.Tensor | None, geometry: Geometry
+        self, d: torch.Tensor, qkv: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor | None, geometry: Geometry
     ) -> torch.Tensor:
         """The gradient of qkv, (T, (H + 2 G) K), from that of the mixtures (T, H K)."""
         with torch.enable_grad():
             leaf = qkv.detach().requires_grad_()
-            again, _ = ReferenceKernels.attention(self, leaf, geometry)
+            recomputed, _ = ReferenceKernels.attention(self, leaf, geometry)
             # to the bit what `grad(again, leaf, d)` gives, for which torch would load sympy, 35 MB
-            (gradient,) = torch.autograd.grad((again * d).sum(), leaf)
+            (gradient,) = torch.autograd.grad((recomputed * d).sum(), leaf)
         return gradient
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The rotary embedding (Su et al. 2021, arXiv:2104.09864) of x (heads, T, K); dimensions beyond the cosines' pass."""
     size = cos.shape[-1]
-    turned, rest = x[..., :size], x[..., size:]
-    one, other = turned.chunk(2, -1)
-    turned = turned * cos.to(x.dtype) + torch.cat([-other, one], -1) * sin.to(x.dtype)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    rotated, unrotated = x[..., :size], x[..., size:]
+    first_half, second_half = rotated.chunk(2, -1)
+    rotated = rotated * cos.to(x.dtype) + torch.cat([-second_half, first_half], -1) * sin.to(x.dtype)
+    return torch.cat([rotated, unrotated], -1) if unrotated.shape[-1] else rotated
 
 
 def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
@@ -187,32 +189,32 @@ class LoraStack:
     b: torch.Tensor
     scales: torch.Tensor
 
-    def module_b(self, place: int) -> slice:
+    def module_b(self, index: int) -> slice:
         """Where a module's B stands in a row of `b`."""
         sizes = [rank * (high - low) for rank, low, high in zip(self.ranks, self.low, self.high, strict=True)]
-        return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
+        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
-    def module_a(self, place: int) -> slice:
+    def module_a(self, index: int) -> slice:
         """Where a module's A stands in `a`."""
-        return slice(sum(self.ranks[:place]), sum(self.ranks[: place + 1]))
+        return slice(sum(self.ranks[:index]), sum(self.ranks[: index + 1]))
 
 
 class PagedKernels:
     """Torch's operations."""
 
     def attend(
-        self, qkv: torch.Tensor, cache: Cache, looks: PageTable, shape: AttentionShape, turns: RotaryTable
+        self, qkv: torch.Tensor, cache: Cache, page_table: PageTable, shape: AttentionShape, rotary: RotaryTable
     ) -> torch.Tensor:
         """qkv (N, (H + 2 G) K) of each row's newest token -> (N, H K); its key and value are put into the cache."""
         out = qkv.new_zeros(len(qkv), shape.heads * cache.keys.shape[3])
-        for row, position in enumerate(looks.positions.tolist()):
+        for row, position in enumerate(page_table.positions.tolist()):
             if position >= 0:
-                pages = looks.table[row, : position // cache.page_tokens + 1]
-                out[row] = self.attend_row(qkv[row : row + 1], cache, pages, position, shape, turns)[0]
+                pages = page_table.table[row, : position // cache.page_tokens + 1]
+                out[row] = self.attend_row(qkv[row : row + 1], cache, pages, position, shape, rotary)[0]
         return out
 
     def attend_row(
-        self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: AttentionShape, turns: RotaryTable
+        self, qkv: torch.Tensor, cache: Cache, pages: torch.Tensor, first: int, shape: AttentionShape, rotary: RotaryTable
     ) -> torch.Tensor:
         """The T tokens of one row from position `first` on: qkv (T, (H + 2 G) K) -> (T, H K). pages: up to the last token's."""
         width, count = cache.keys.shape[3], len(qkv)
@@ -220,36 +222,36 @@ class PagedKernels:
             part.unflatten(1, (-1, width)).transpose(0, 1)
             for part in qkv.split([shape.heads * width, shape.groups * width, shape.groups * width], 1)
         )
-        cos, sin = turns.cos[first : first + count], turns.sin[first : first + count]
+        cos, sin = rotary.cos[first : first + count], rotary.sin[first : first + count]
         query, key = rotate(query.float(), cos, sin).to(qkv.dtype), rotate(key.float(), cos, sin).to(qkv.dtype)
-        places = torch.arange(first, first + count, device=qkv.device)
-        where = pages[places // cache.page_tokens], places % cache.page_tokens
-        cache.keys[where[0], :, where[1]] = key.transpose(0, 1)
-        cache.values[where[0], :, where[1]] = value.transpose(0, 1)
+        positions = torch.arange(first, first + count, device=qkv.device)
+        location = pages[positions // cache.page_tokens], positions % cache.page_tokens
+        cache.keys[location[0], :, location[1]] = key.transpose(0, 1)
+        cache.values[location[0], :, location[1]] = value.transpose(0, 1)
         end = first + count
         keys, values = (
             part[pages].transpose(0, 1).flatten(1, 2)[:, :end].repeat_interleave(shape.heads // shape.groups, 0)
             for part in (cache.keys, cache.values)
         )
-        return _mixed(query, keys, values, _sees(places, end, shape), shape).transpose(0, 1).flatten(1)
+        return _mixed(query, keys, values, _sees(positions, end, shape), shape).transpose(0, 1).flatten(1)
 
     def adapt(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, slots: torch.Tensor) -> None:
         """y (N, O) += scale x A^T B^T of each row's own adapter: x (N, D), slots (N,), -1 for none."""
-        own = slots.clamp(min=0)
-        scales = torch.where(slots[:, None] < 0, 0.0, stack.scales[own])
-        low = torch.bmm(stack.a[own], x[:, :, None])[:, :, 0]
+        adapter_slots = slots.clamp(min=0)
+        scales = torch.where(slots[:, None] < 0, 0.0, stack.scales[adapter_slots])
+        low = torch.bmm(stack.a[adapter_slots], x[:, :, None])[:, :, 0]
         for index, rank in enumerate(stack.ranks):
             if rank:
-                b = stack.b[own, stack.module_b(index)].unflatten(1, (rank, -1))
+                b = stack.b[adapter_slots, stack.module_b(index)].unflatten(1, (rank, -1))
                 part = torch.bmm(low[:, None, stack.module_a(index)], b)[:, 0].float() * scales[:, index, None]
                 y[:, stack.low[index] : stack.high[index]] += part.to(y.dtype)
 
 
-def _sees(places: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:
+def _sees(positions: torch.Tensor, end: int, shape: AttentionShape) -> torch.Tensor:
     """(T, end) bool: which positions each query looks at."""
-    keys = torch.arange(end, device=places.device)
-    sees = keys <= places[:, None]
-    return sees if shape.window is None else sees & (keys > places[:, None] - shape.window)
+    keys = torch.arange(end, device=positions.device)
+    sees = keys <= positions[:, None]
+    return sees if shape.window is None else sees & (keys > positions[:, None] - shape.window)
 
 
 def _mixed(

@@ -32,7 +32,7 @@ def in_fp32(model: Any) -> Iterator[None]:
     embedded = {id(module) for module in embedding.modules()}  # towers and their caches among them: they stay as they are
     swap = _Swap()
     # what is looked up is widened afterwards
-    hooks = [embedding.register_forward_hook(lambda module, given, made: _wide(made))]
+    hooks = [embedding.register_forward_hook(lambda module, inputs, output: _wide(output))]
     linears: list[tuple[Any, Any]] = []  # modules, and the forwards that stood on themselves
     try:
         for module in model.modules():
@@ -48,10 +48,10 @@ def in_fp32(model: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, before in linears:
+        for module, original_forward in linears:
             del module.forward
-            if before is not None:
-                module.forward = before
+            if original_forward is not None:
+                module.forward = original_forward
         swap.give_all_back()
 
 
@@ -61,25 +61,25 @@ class _Swap:
     def __init__(self) -> None:
         self._narrow: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def widen(self, module: Any, given: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def widen(self, module: Any, inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Widen a module's own tensors and its inputs, before it computes."""
         for tensor in _own_tensors(module):
             self._narrow.append((tensor, tensor.data))
             tensor.data = tensor.data.float()
-        return _wide(given), _wide(named)
+        return _wide(inputs), _wide(kwargs)
 
-    def give_back(self, module: Any, given: Any, made: Any) -> None:
+    def give_back(self, module: Any, inputs: Any, output: Any) -> None:
         """Give a module's own tensors back what they held, after it has computed."""
-        own = {id(tensor) for tensor in _own_tensors(module, narrowed=False)}
-        for tensor, before in self._narrow:
-            if id(tensor) in own:
-                tensor.data = before
-        self._narrow = [entry for entry in self._narrow if id(entry[0]) not in own]
+        tensor_ids = {id(tensor) for tensor in _own_tensors(module, narrowed=False)}
+        for tensor, original in self._narrow:
+            if id(tensor) in tensor_ids:
+                tensor.data = original
+        self._narrow = [entry for entry in self._narrow if id(entry[0]) not in tensor_ids]
 
     def give_all_back(self) -> None:
         """Give every tensor back what it held, also those of a module that raised."""
-        for tensor, before in reversed(self._narrow):
-            tensor.data = before
+        for tensor, original in reversed(self._narrow):
+            tensor.data = original
         self._narrow = []
 
 
@@ -101,12 +101,12 @@ def _linear_in_fp32(linear: Any, x: torch.Tensor) -> torch.Tensor:
     return y if linear.bias is None else y + linear.bias.float()
 
 
-def _wide(given: Any) -> Any:
-    """Return `given`, tensors of 16-bit floats in fp32, alone or in tuples and dictionaries."""
-    if isinstance(given, torch.Tensor):
-        return given.float() if given.is_floating_point() and rounds(given.dtype) else given
-    if type(given) in (tuple, list):
-        return type(given)(_wide(part) for part in given)
-    if type(given) is dict:
-        return {name: _wide(part) for name, part in given.items()}
-    return given
+def _wide(value: Any) -> Any:
+    """Return `value`, tensors of 16-bit floats in fp32, alone or in tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() and rounds(value.dtype) else value
+    if type(value) in (tuple, list):
+        return type(value)(_wide(part) for part in value)
+    if type(value) is dict:
+        return {name: _wide(part) for name, part in value.items()}
+    return value

@@ -27,7 +27,7 @@ SLICE = 2048
 
 
 def mapped_losses(
-    normed: torch.Tensor, head: MappedLinear, targets: torch.Tensor, wants: bool, logits_bytes: int
+    normed: torch.Tensor, head: MappedLinear, targets: torch.Tensor, needs_gradient: bool, logits_bytes: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """normed (N, D) -> (N,) losses in nats, and their gradients (N, D) with respect to `normed` if they are wanted.
 
@@ -35,7 +35,7 @@ def mapped_losses(
     """
     rows = max(1, logits_bytes // (SLICE * normed.element_size()))
     losses = normed.new_empty(len(normed))
-    slopes = torch.empty_like(normed) if wants else None
+    slopes = torch.empty_like(normed) if needs_gradient else None
     for low in range(0, len(normed), rows):
         part = slice(low, low + rows)
         _rows(normed[part], head, targets[part], losses[part], None if slopes is None else slopes[part])
@@ -46,24 +46,24 @@ def _rows(
     x: torch.Tensor, head: MappedLinear, targets: torch.Tensor, losses: torch.Tensor, slopes: torch.Tensor | None
 ) -> None:
     """Losses of some rows, and their gradients, into `losses` and `slopes`."""
-    most, total = x.new_full((len(x), 1), -torch.inf), x.new_zeros(len(x), 1)
+    row_max, total = x.new_full((len(x), 1), -torch.inf), x.new_zeros(len(x), 1)
     if slopes is not None:
         slopes.zero_()
     vocabulary = head.out_features
-    room = x.new_empty(min(SLICE, vocabulary), x.shape[1])
+    buffer = x.new_empty(min(SLICE, vocabulary), x.shape[1])
     for low in range(0, vocabulary, SLICE):
-        weight = head.widen(room[: min(SLICE, vocabulary - low)], low)
-        shares = x @ weight.T
-        larger = torch.maximum(most, shares.amax(1, keepdim=True))
-        kept, most = (most - larger).exp_(), larger
-        shares.sub_(most).exp_()
-        total.mul_(kept).add_(shares.sum(1, keepdim=True))
+        weight = head.widen(buffer[: min(SLICE, vocabulary - low)], low)
+        scores = x @ weight.T
+        new_max = torch.maximum(row_max, scores.amax(1, keepdim=True))
+        rescale, row_max = (row_max - new_max).exp_(), new_max
+        scores.sub_(row_max).exp_()
+        total.mul_(rescale).add_(scores.sum(1, keepdim=True))
         if slopes is not None:
-            slopes.mul_(kept).addmm_(shares, weight)
-    aims = head.weight.detach()[targets].to(x.dtype)
-    torch.sub(most.add(total.log()).squeeze(1), (x * aims).sum(1), out=losses)
+            slopes.mul_(rescale).addmm_(scores, weight)
+    target_weights = head.weight.detach()[targets].to(x.dtype)
+    torch.sub(row_max.add(total.log()).squeeze(1), (x * target_weights).sum(1), out=losses)
     if slopes is not None:
-        slopes.div_(total).sub_(aims)
+        slopes.div_(total).sub_(target_weights)
 
 
 # Logits are made in chunks of about this size: a larger one is slower to walk, a smaller one reads the head more often.
@@ -152,7 +152,7 @@ class HeadNorms:
 
 
 class DecoderBlock:
-    """One layer. `forward` keeps in `kept` what `backward` takes out again."""
+    """One layer. `forward` keeps in `saved` what `backward` takes out again."""
 
     def __init__(self, layer: Any, family: DecoderFamily, model: Any, kernels: ReferenceKernels) -> None:
         config, attention, dtype = model.config, layer.self_attn, layer.input_layernorm.weight.dtype
@@ -170,10 +170,10 @@ class DecoderBlock:
         self.norm = Norm(layer.input_layernorm, family, kernels)
         second = layer.pre_feedforward_layernorm if family.post_norms else layer.post_attention_layernorm
         self.mlp_norm = Norm(second, family, kernels)
-        self.after: list[Norm] = []
+        self.post_norms: list[Norm] = []
         if family.post_norms:
-            norms = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
-            self.after = [Norm(module, family, kernels) for module in norms]
+            modules = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+            self.post_norms = [Norm(module, family, kernels) for module in modules]
         self.head_norms = HeadNorms(attention, family, self.shape, self.width, kernels) if family.head_norms else None
         self.attention_in = Projection([getattr(attention, name) for name in family.attention_in], dtype)
         self.attention_out = Projection([attention.o_proj], dtype)
@@ -201,75 +201,83 @@ class DecoderBlock:
         parts = (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out)
         return [parameter for part in parts for parameter in part.parameters]
 
-    def forward(self, x: torch.Tensor, geometry: Geometry, wanted: torch.Tensor | None, kept: dict[str, Any]) -> torch.Tensor:
-        """x (T, D) -> (T, D), or (W, D) for the W places `wanted` alone (the last layer: nothing reads the others)."""
-        h, kept["rstd"] = self.norm.forward(x)
-        qkv, kept["low_in"] = self.attention_in.forward(h)
-        turned = qkv if self.head_norms is None else self.head_norms.forward(qkv)
-        mixed, kept["lse"] = self.kernels.attention(turned, geometry)
-        tail, residual = (mixed, x) if wanted is None else (mixed[wanted], x[wanted])
-        middle, kept["low_out"] = self._add(residual, self.attention_out, tail, kept, 0)
-        h, kept["mlp_rstd"] = self.mlp_norm.forward(middle)
-        gate_up, kept["low_mlp"] = self.mlp_in.forward(h)
-        out, kept["low_down"] = self._add(middle, self.mlp_out, self.kernels.glu(gate_up, self.activation), kept, 1)
-        kept.update(qkv=qkv, mixed=mixed, middle=middle, gate_up=gate_up)
+    def forward(
+        self, x: torch.Tensor, geometry: Geometry, output_rows: torch.Tensor | None, saved: dict[str, Any]
+    ) -> torch.Tensor:
+        """x (T, D) -> (T, D), or (W, D) for the W places `output_rows` alone (the last layer: nothing reads the others)."""
+        h, saved["rstd"] = self.norm.forward(x)
+        qkv, saved["low_in"] = self.attention_in.forward(h)
+        rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
+        mixed, saved["lse"] = self.kernels.attention(rotary_input, geometry)
+        mixed_rows, residual = (mixed, x) if output_rows is None else (mixed[output_rows], x[output_rows])
+        middle, saved["low_out"] = self._add(residual, self.attention_out, mixed_rows, saved, 0)
+        h, saved["mlp_rstd"] = self.mlp_norm.forward(middle)
+        gate_up, saved["low_mlp"] = self.mlp_in.forward(h)
+        out, saved["low_down"] = self._add(middle, self.mlp_out, self.kernels.glu(gate_up, self.activation), saved, 1)
+        saved.update(qkv=qkv, mixed=mixed, middle=middle, gate_up=gate_up)
         return out
 
-    def _add(self, residual: torch.Tensor, part: Projection, x: torch.Tensor, kept: dict[str, Any], place: int) -> Any:
+    def _add(self, residual: torch.Tensor, part: Projection, x: torch.Tensor, saved: dict[str, Any], index: int) -> Any:
         """residual + [norm of] part(x), and what `part` wants for its backward."""
-        if not self.after:
+        if not self.post_norms:
             return part.forward(x, onto=residual)
         y, low_rank = part.forward(x)
-        normed, kept[f"after_rstd_{place}"] = self.after[place].forward(y)
-        kept[f"after_{place}"] = y
+        normed, saved[f"after_rstd_{index}"] = self.post_norms[index].forward(y)
+        saved[f"after_{index}"] = y
         return residual + normed, low_rank
 
-    def _before_norm(self, dy: torch.Tensor, kept: dict[str, Any], place: int) -> torch.Tensor:
+    def _before_norm(self, dy: torch.Tensor, saved: dict[str, Any], index: int) -> torch.Tensor:
         """The gradient of what `_add` normed, from that of the sum."""
-        return self.after[place].backward(dy, kept[f"after_{place}"], kept[f"after_rstd_{place}"]) if self.after else dy
+        return (
+            self.post_norms[index].backward(dy, saved[f"after_{index}"], saved[f"after_rstd_{index}"])
+            if self.post_norms
+            else dy
+        )
 
     def backward(
         self,
         dy: torch.Tensor,
         x: torch.Tensor,
         geometry: Geometry,
-        wanted: torch.Tensor | None,
-        kept: dict[str, Any],
+        output_rows: torch.Tensor | None,
+        saved: dict[str, Any],
         want_dx: bool,
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(the gradient of x if wanted, those of `parameters`)."""
-        middle = kept["middle"]
-        d = self._before_norm(dy, kept, 1)
+        middle = saved["middle"]
+        d = self._before_norm(dy, saved, 1)
         lowered = self.mlp_out.lower(d)
         glu, d_gate_up = self.kernels.glu_backward(
-            self.mlp_out.input_gradient(d, lowered), kept.pop("gate_up"), self.activation
+            self.mlp_out.input_gradient(d, lowered), saved.pop("gate_up"), self.activation
         )
-        down = self.mlp_out.factor_gradients(d, glu, kept["low_down"], lowered)
+        down = self.mlp_out.factor_gradients(d, glu, saved["low_down"], lowered)
         del glu  # what is not read again is let go: on a device the peak is here
         lowered = self.mlp_in.lower(d_gate_up)
         h, _ = self.mlp_norm.forward(middle) if self.mlp_in.factors else (middle, None)
-        mlp = self.mlp_in.factor_gradients(d_gate_up, h, kept["low_mlp"], lowered)
+        mlp = self.mlp_in.factor_gradients(d_gate_up, h, saved["low_mlp"], lowered)
         d_h = self.mlp_in.input_gradient(d_gate_up, lowered)
         del h, d_gate_up
-        d_middle = self.mlp_norm.backward(d_h, middle, kept["mlp_rstd"], dy)
+        d_middle = self.mlp_norm.backward(d_h, middle, saved["mlp_rstd"], dy)
         del d_h
-        d = self._before_norm(d_middle, kept, 0)
+        d = self._before_norm(d_middle, saved, 0)
         lowered = self.attention_out.lower(d)
-        mixed, qkv = kept["mixed"], kept["qkv"]
-        out = self.attention_out.factor_gradients(d, mixed if wanted is None else mixed[wanted], kept["low_out"], lowered)
+        mixed, qkv = saved["mixed"], saved["qkv"]
+        out = self.attention_out.factor_gradients(
+            d, mixed if output_rows is None else mixed[output_rows], saved["low_out"], lowered
+        )
         d_mixed = self.attention_out.input_gradient(d, lowered)
-        if wanted is not None:
-            d_mixed, d_middle = (_scattered(part, wanted, len(x)) for part in (d_mixed, d_middle))
-        turned = qkv if self.head_norms is None else self.head_norms.forward(qkv)
-        d_qkv = self.kernels.attention_backward(d_mixed, turned, mixed, kept["lse"], geometry)
+        if output_rows is not None:
+            d_mixed, d_middle = (_scattered(part, output_rows, len(x)) for part in (d_mixed, d_middle))
+        rotary_input = qkv if self.head_norms is None else self.head_norms.forward(qkv)
+        d_qkv = self.kernels.attention_backward(d_mixed, rotary_input, mixed, saved["lse"], geometry)
         if self.head_norms is not None:
             d_qkv = self.head_norms.backward(d_qkv, qkv)
         lowered = self.attention_in.lower(d_qkv)
         h, _ = self.norm.forward(x) if self.attention_in.factors else (x, None)
-        first = self.attention_in.factor_gradients(d_qkv, h, kept["low_in"], lowered)
+        first = self.attention_in.factor_gradients(d_qkv, h, saved["low_in"], lowered)
         dx = None
         if want_dx:
-            dx = self.norm.backward(self.attention_in.input_gradient(d_qkv, lowered), x, kept["rstd"], d_middle)
+            dx = self.norm.backward(self.attention_in.input_gradient(d_qkv, lowered), x, saved["rstd"], d_middle)
         return dx, [*first, *out, *mlp, *down]
 
 
@@ -280,24 +288,24 @@ class _BlockNode(torch.autograd.Function):
         x: torch.Tensor,
         block: DecoderBlock,
         geometry: Geometry,
-        wanted: torch.Tensor | None,
+        output_rows: torch.Tensor | None,
         recompute: bool,
         *_: Any,
     ) -> torch.Tensor:
-        kept: dict[str, Any] = {}
-        out = block.forward(x, geometry, wanted, kept)
-        ctx.block, ctx.geometry, ctx.wanted, ctx.kept = block, geometry, wanted, None if recompute else kept
+        saved: dict[str, Any] = {}
+        out = block.forward(x, geometry, output_rows, saved)
+        ctx.block, ctx.geometry, ctx.output_rows, ctx.saved = block, geometry, output_rows, None if recompute else saved
         ctx.save_for_backward(x)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:
-            kept = {}
-            ctx.block.forward(x, ctx.geometry, ctx.wanted, kept)
-        dx, gradients = ctx.block.backward(dy.contiguous(), x, ctx.geometry, ctx.wanted, kept, ctx.needs_input_grad[0])
+        saved, ctx.saved = ctx.saved, None
+        if saved is None:
+            saved = {}
+            ctx.block.forward(x, ctx.geometry, ctx.output_rows, saved)
+        dx, gradients = ctx.block.backward(dy.contiguous(), x, ctx.geometry, ctx.output_rows, saved, ctx.needs_input_grad[0])
         return (dx, None, None, None, None, *gradients)
 
 
@@ -307,22 +315,22 @@ class _HeadNode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, fast: FusedDecoder, targets: torch.Tensor) -> torch.Tensor:
-        normed, rstd = fast.norm.forward(hidden)
-        wants = ctx.needs_input_grad[0]
-        ctx.fast = fast
-        if fast.mapped is not None:
-            result, slope = mapped_losses(normed, fast.mapped, targets, wants, fast.logits_bytes)
+    def forward(ctx: Any, hidden: torch.Tensor, decoder: FusedDecoder, targets: torch.Tensor) -> torch.Tensor:
+        normed, rstd = decoder.norm.forward(hidden)
+        needs_gradient = ctx.needs_input_grad[0]
+        ctx.fast = decoder
+        if decoder.mapped is not None:
+            result, slope = mapped_losses(normed, decoder.mapped, targets, needs_gradient, decoder.logits_bytes)
             ctx.save_for_backward(hidden, rstd, *(() if slope is None else (slope,)))
             return result
         losses, slopes = [], []
-        rows = max(1, fast.logits_bytes // (fast.head.shape[0] * hidden.element_size()))
-        for part, aims in zip(normed.split(rows), targets.split(rows), strict=True):
-            logits = fast.logits(part)
-            loss, gradient = fast.kernels.cross_entropy(logits, aims, fast.softcap, wants)
+        rows = max(1, decoder.logits_bytes // (decoder.head.shape[0] * hidden.element_size()))
+        for part, part_targets in zip(normed.split(rows), targets.split(rows), strict=True):
+            logits = decoder.logits(part)
+            loss, gradient = decoder.kernels.cross_entropy(logits, part_targets, decoder.softcap, needs_gradient)
             losses.append(loss)
             if gradient is not None:
-                slopes.append(gradient @ fast.head)
+                slopes.append(gradient @ decoder.head)
         ctx.save_for_backward(hidden, rstd, *slopes)
         return torch.cat(losses)
 
@@ -363,10 +371,10 @@ class FusedDecoder:
         # what makes the inputs (a projector of media) is learnt through every block
         self.lowest = 0 if inputs else min(adapted, default=len(self.blocks))
         covered = {id(parameter) for parameter in [*inputs, *(part for block in self.blocks for part in block.parameters)]}
-        if left := [
+        if uncovered := [
             name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in covered
         ]:
-            raise Unsupported(f"{left[0]} is trained, which lies outside the blocks' linear modules")
+            raise Unsupported(f"{uncovered[0]} is trained, which lies outside the blocks' linear modules")
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """x (N, D) -> (N, V), in the same room every time: pages of that size are costly to get anew."""
@@ -416,15 +424,15 @@ class FusedDecoder:
 
     def tuned(self, x: torch.Tensor, batch: Pack, geometries: Sequence[Geometry]) -> torch.Tensor:
         """(T, D) input of the lowest adapted layer -> (S,) losses, differentiable."""
-        wanted, inverse = torch.unique(batch.predict, return_inverse=True)
+        output_rows, inverse = torch.unique(batch.predict, return_inverse=True)
         for index in range(self.lowest, len(self.blocks)):
             block, is_last = self.blocks[index], index == len(self.blocks) - 1
-            only = wanted if is_last else None
-            x = _BlockNode.apply(x, block, geometries[index], only, self.recompute, *block.parameters)
+            block_rows = output_rows if is_last else None
+            x = _BlockNode.apply(x, block, geometries[index], block_rows, self.recompute, *block.parameters)
         if self.lowest == len(self.blocks):
-            x = x[wanted]
+            x = x[output_rows]
         return _HeadNode.apply(x[inverse], self, batch.targets)
 
 
-def _scattered(part: torch.Tensor, wanted: torch.Tensor, rows: int) -> torch.Tensor:
-    return part.new_zeros(rows, part.shape[1]).index_copy_(0, wanted, part)
+def _scattered(part: torch.Tensor, output_rows: torch.Tensor, rows: int) -> torch.Tensor:
+    return part.new_zeros(rows, part.shape[1]).index_copy_(0, output_rows, part)

@@ -114,9 +114,9 @@ class Projection:
         # W is held in fewer bits, and made dense for each product
         self.is_narrow = any(_is_narrow(base) for base in frozen)
         self._fused: torch.Tensor | None = None
-        wrong = [base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype]
-        if wrong:
-            raise Unsupported(f"weights in {wrong[0]} where the base computes in {self.dtype}")
+        unexpected_dtypes = [base.weight.dtype for base in frozen if not _is_narrow(base) and base.weight.dtype != self.dtype]
+        if unexpected_dtypes:
+            raise Unsupported(f"weights in {unexpected_dtypes[0]} where the base computes in {self.dtype}")
 
     def _fuse(self) -> torch.Tensor:
         fused, low = torch.cat([base.weight.detach() for base in self.modules]), 0
@@ -159,15 +159,15 @@ class Projection:
         return out
 
     def forward(
-        self, x: torch.Tensor, onto: torch.Tensor | None = None, kept: torch.Tensor | None = None
+        self, x: torch.Tensor, onto: torch.Tensor | None = None, dropout_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return y (N, outs), added to `onto` (N, outs) if given, and x A^T (N, sum of R) for the backward.
 
-        x: (N, D). kept: (N, D) factors of a dropout before A, 0 or 1 / (1 - p).
+        x: (N, D). dropout_mask: (N, D) factors of a dropout before A, 0 or 1 / (1 - p).
         """
         if not self.factors:
             return self._frozen(x, onto), None
-        low_rank = (x if kept is None else x * kept) @ self._stacked().T
+        low_rank = (x if dropout_mask is None else x * dropout_mask) @ self._stacked().T
         if rounds(self.dtype):
             return self._rounded_once(x, low_rank, onto), low_rank
         y, rank = self._frozen(x, onto), 0
@@ -211,14 +211,16 @@ class Projection:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def input_gradient(self, dy: torch.Tensor, lowered: torch.Tensor | None, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Return dx (N, D) = dy W + lowered A, the second term times `kept` (N, D) if there was a dropout."""
+    def input_gradient(
+        self, dy: torch.Tensor, lowered: torch.Tensor | None, dropout_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return dx (N, D) = dy W + lowered A, the second term times `dropout_mask` (N, D) if there was a dropout."""
         if lowered is None:
             return dy @ self.weight()
-        if rounds(self.dtype) or kept is not None:
+        if rounds(self.dtype) or dropout_mask is not None:
             dx = lowered @ self._stacked()
-            if kept is not None:
-                dx *= kept
+            if dropout_mask is not None:
+                dx *= dropout_mask
             return dx.addmm_(dy, self.weight())
         return (dy @ self.weight()).addmm_(lowered, self._stacked())
 
@@ -235,9 +237,9 @@ class Projection:
         rank = 0
         da = lowered.T @ x
         for factors in self.factors:
-            own = slice(rank, rank + len(factors.a))
-            db = (dy[:, factors.low : factors.high].T @ low_rank[:, own]).to(factors.b.dtype).mul_(factors.scale)
-            gradients.extend((da[own].to(factors.a.dtype), db))
+            ranks = slice(rank, rank + len(factors.a))
+            db = (dy[:, factors.low : factors.high].T @ low_rank[:, ranks]).to(factors.b.dtype).mul_(factors.scale)
+            gradients.extend((da[ranks].to(factors.a.dtype), db))
             rank += len(factors.a)
         return gradients
 

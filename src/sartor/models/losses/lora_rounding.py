@@ -45,17 +45,17 @@ def rounded_twice(model: Any) -> int:
     return sum(isinstance(layer, LoraLayer) and not hasattr(layer, "projection") for layer in model.modules())
 
 
-def _forward(layer: Any, x: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Return the layer's output, (..., outs), for x (..., D)."""
     projection: Projection = layer.projection
-    is_plain = not (positional or named or layer.disable_adapters or layer.merged_adapters)
+    is_plain = not (args or kwargs or layer.disable_adapters or layer.merged_adapters)
     if not is_plain or x.dtype != projection.dtype or torch.is_autocast_enabled(x.device.type) or _is_heard(layer):
-        return type(layer).forward(layer, x, *positional, **named)
+        return type(layer).forward(layer, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
     dropout = layer.lora_dropout["default"]
     is_dropping = layer.training and not isinstance(dropout, torch.nn.Identity)
-    kept = dropout(torch.ones_like(rows)) if is_dropping else None
-    y = _AdaptedProduct.apply(rows, kept, projection, *projection.parameters)
+    dropout_mask = dropout(torch.ones_like(rows)) if is_dropping else None
+    y = _AdaptedProduct.apply(rows, dropout_mask, projection, *projection.parameters)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -66,25 +66,25 @@ def _is_heard(layer: Any) -> bool:
 
 
 class _AdaptedProduct(torch.autograd.Function):  # type: ignore[misc]  # torch is read as Any
-    """y (N, outs) = x W^T + bias + scale ((x * kept) A^T) B^T, and the gradients of x, A and B.
+    """y (N, outs) = x W^T + bias + scale ((x * dropout_mask) A^T) B^T, and the gradients of x, A and B.
 
     A quantised W is made dense in both passes and not kept between them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, kept: torch.Tensor | None, projection: Projection, *factors: torch.Tensor
+        ctx: Any, x: torch.Tensor, dropout_mask: torch.Tensor | None, projection: Projection, *factors: torch.Tensor
     ) -> torch.Tensor:
-        y, low_rank = projection.forward(x, kept=kept)
+        y, low_rank = projection.forward(x, dropout_mask=dropout_mask)
         ctx.projection = projection
-        ctx.save_for_backward(x, kept, low_rank)
+        ctx.save_for_backward(x, dropout_mask, low_rank)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, kept, low_rank = ctx.saved_tensors
+        x, dropout_mask, low_rank = ctx.saved_tensors
         projection, dy = ctx.projection, dy.contiguous()
         lowered = projection.lower(dy)
-        dx = projection.input_gradient(dy, lowered, kept) if ctx.needs_input_grad[0] else None
-        gradients = projection.factor_gradients(dy, x if kept is None else x * kept, low_rank, lowered)
+        dx = projection.input_gradient(dy, lowered, dropout_mask) if ctx.needs_input_grad[0] else None
+        gradients = projection.factor_gradients(dy, x if dropout_mask is None else x * dropout_mask, low_rank, lowered)
         return dx, None, None, *gradients

@@ -51,16 +51,16 @@ class ActivationCache:
 
     def plan(self, rows: Sequence[TokenizedExample]) -> None:
         """Lay `rows` into packs, as many as the limit holds."""
-        unlike = {tuple(row.ids): row for row in rows}
-        ordered = [unlike[ids] for ids in sorted(unlike)]  # neighbours share beginnings
+        unique_rows = {tuple(row.ids): row for row in rows}
+        ordered = [unique_rows[ids] for ids in sorted(unique_rows)]  # neighbours share beginnings
         lengths = [len(row.ids) for row in ordered]
-        room = self.shelf.limit_bytes
+        free_bytes = self.shelf.limit_bytes
         for group in group_by_capacity(lengths, max(PACK_TOKENS, *lengths)) if lengths else []:
-            room -= sum(lengths[index] for index in group) * self._token_bytes
-            if room < 0:
-                left = len(ordered) - len(self.parts)
+            free_bytes -= sum(lengths[index] for index in group) * self._token_bytes
+            if free_bytes < 0:
+                n_uncached = len(ordered) - len(self.parts)
                 self.shelf.notice(
-                    f"compute.cache_gb holds {len(self.parts):,} rows' frozen activations; {left:,} are computed anew"
+                    f"compute.cache_gb holds {len(self.parts):,} rows' frozen activations; {n_uncached:,} are computed anew"
                 )
                 break
             self._add([ordered[index] for index in group])
@@ -70,15 +70,15 @@ class ActivationCache:
         return int(self.fast.head.shape[1] * self.fast.head.element_size())
 
     def _add(self, rows: list[TokenizedExample]) -> None:
-        ends, places = 0, {}
+        end, places = 0, {}
         for row in rows:
-            places[tuple(row.ids)] = slice(ends, ends + len(row.ids))
-            ends += len(row.ids)
-        said = (
+            places[tuple(row.ids)] = slice(end, end + len(row.ids))
+            end += len(row.ids)
+        key_fields = (
             SCHEMA, self.identity, self.fast.lowest, str(self.fast.head.dtype), self.fast.kernels.name, torch.__version__,
             torch.get_num_threads(), list(places),
         )  # fmt: skip
-        name = hashlib.sha256(repr(said).encode()).hexdigest()
+        name = hashlib.sha256(repr(key_fields).encode()).hexdigest()
         self.shelf.keep(name)
         self.parts.update(dict.fromkeys(places, CachedPack(rows, places, name)))
 
@@ -92,10 +92,10 @@ class ActivationCache:
                 part = self.parts[ids]
                 x[places] = self._hidden(part)[part.places[ids]].to(self.device)
         if unknown:
-            own = pack([rows[place] for place in unknown], self.device, share=True)
-            made = self._compute(own)
-            for place, places in zip(unknown, own.places, strict=True):
-                x[batch.places[place]] = made[places]
+            unknown_batch = pack([rows[index] for index in unknown], self.device, share=True)
+            hidden = self._compute(unknown_batch)
+            for index, places in zip(unknown, unknown_batch.places, strict=True):
+                x[batch.places[index]] = hidden[places]
         return x
 
     def _compute(self, batch: Pack) -> torch.Tensor:
@@ -109,9 +109,9 @@ class ActivationCache:
             self.reused += part.hidden is not None
         if part.hidden is None:
             batch = pack(part.rows, self.device, share=True)
-            made = self._compute(batch)[torch.cat(batch.places)].cpu()
+            hidden = self._compute(batch)[torch.cat(batch.places)].cpu()
             self.computed += 1
-            part.hidden = self.shelf.write(part.name, made)
+            part.hidden = self.shelf.write(part.name, hidden)
         return part.hidden
 
 
@@ -192,49 +192,51 @@ class FusedBackend:
 
 
 def activation_cache_for(
-    fast: FusedDecoder, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions
+    fast: FusedDecoder, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions
 ) -> ActivationCache | None:
     """The cache of what layers below the lowest adapted one make of `rows`, if there is such a layer and room for it."""
-    if not (wish.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
+    if not (options.reuse_bytes and 0 < fast.lowest < len(fast.blocks)):
         return None
-    store = wish.store or folder("activations")
-    shelf = TensorCache(store, wish.reuse_bytes, wish.notice, dtype=str(fast.head.dtype))
-    frozen = ActivationCache(fast, device, shelf, wish.identity)
+    store = options.store or folder("activations")
+    shelf = TensorCache(store, options.reuse_bytes, options.notice, dtype=str(fast.head.dtype))
+    frozen = ActivationCache(fast, device, shelf, options.identity)
     frozen.plan(rows)
     return frozen
 
 
-def measure_savings_error(path: LossBackend, rows: Sequence[TokenizedExample]) -> dict[str, float]:
+def measure_savings_error(backend: LossBackend, rows: Sequence[TokenizedExample]) -> dict[str, float]:
     """How far a path's savings (shared prefixes, frozen activations) are from the plain computation on `rows`.
 
     {loss, gradient}: norm of the difference over norm, of the losses and of the worst gradient tensor. B is 0 at a run's
     start and would hide A's gradient, so it is set to small random numbers meanwhile.
     """
-    plain, parameters = path.plain(), path.trained
+    plain, parameters = backend.plain(), backend.trained
     if plain is None:
         return {"loss": 0.0, "gradient": 0.0}
-    held = [parameter.detach().clone() for parameter in parameters]
+    originals = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.add_(noise * (0.02 if not parameter.any() else 0.0))
     try:
-        (saved, saved_gradients), (full, gradients) = (_loss_and_gradients(way, rows, parameters) for way in (path, plain))
+        (saved, saved_gradients), (full, gradients) = (
+            _loss_and_gradients(variant, rows, parameters) for variant in (backend, plain)
+        )
     finally:
         with torch.no_grad():
-            for parameter, before in zip(parameters, held, strict=True):
-                parameter.copy_(before)
-    worst = max(_apart(got, wanted) for got, wanted in zip(saved_gradients, gradients, strict=True))
-    return {"loss": _apart(saved, full), "gradient": worst}
+            for parameter, original in zip(parameters, originals, strict=True):
+                parameter.copy_(original)
+    worst = max(_relative_error(actual, expected) for actual, expected in zip(saved_gradients, gradients, strict=True))
+    return {"loss": _relative_error(saved, full), "gradient": worst}
 
 
 def _loss_and_gradients(
-    path: LossBackend, rows: Sequence[TokenizedExample], parameters: Sequence[torch.Tensor]
+    backend: LossBackend, rows: Sequence[TokenizedExample], parameters: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, Any]:
-    losses, weights = path.losses(rows)
+    losses, weights = backend.losses(rows)
     return losses.detach(), torch.autograd.grad((losses * weights).sum() / weights.sum(), parameters)
 
 
-def _apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm().clamp_min(torch.finfo(wanted.dtype).tiny))
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))

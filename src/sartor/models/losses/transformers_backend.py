@@ -68,12 +68,12 @@ AttentionInterface.register("sartor_packed", packed_attention)
 def packing(model: Any) -> Iterator[None]:
     """Inside, `model` attends within segments (and makes no mask of its own); after, as before."""
     text = decoder(model)
-    before = text.config._attn_implementation
+    previous = text.config._attn_implementation
     text.set_attn_implementation("sartor_packed")
     try:
         yield
     finally:
-        text.set_attn_implementation(before)
+        text.set_attn_implementation(previous)
 
 
 def without_peft(model: Any) -> Any:
@@ -163,26 +163,26 @@ def matches_single_rows(
     media = native_media(model)
     for row in few:
         if media is not None and not is_plain(model, media, row.ids):
-            return False, max(media.apart.values())
+            return False, max(media.deviations.values())
     plain = row_losses(model, few, device)
-    other = replace(few[0], ids=reversed_text(few[0].ids))
+    altered = replace(few[0], ids=reversed_text(few[0].ids))
     try:
-        behind, behind_other = (packed([first, *few]) for first in (few[0], other))
+        packed_losses, altered_losses = (packed([first, *few]) for first in (few[0], altered))
     except Exception:  # each architecture fails in its own way, and each failure is an answer
         return False, float("inf")
-    own = few[0].supervised_tokens
-    leak = float((behind[own:] - behind_other[own:]).abs().max())
+    n_first = few[0].supervised_tokens
+    leak = float((packed_losses[n_first:] - altered_losses[n_first:]).abs().max())
     if not rounds(model.get_output_embeddings().weight.dtype):
-        difference = float((plain - behind[own:]).abs().max())
+        difference = float((plain - packed_losses[n_first:]).abs().max())
         return leak <= 1e-6 and difference <= 1e-3, max(difference, leak)
-    right = _fp32_losses(model, few, device)
-    if right is None:  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
-        apart = (plain - behind[own:]).abs()
-        is_near = _root_mean_square(apart) <= 0.2 and float(apart.max()) <= 3.0
+    reference = _fp32_losses(model, few, device)
+    if reference is None:  # rounding alone is 0.1 nats in the root mean square, and 1 for one token in hundreds (docs/log.md)
+        deviation = (plain - packed_losses[n_first:]).abs()
+        is_near = _root_mean_square(deviation) <= 0.2 and float(deviation.max()) <= 3.0
     else:
-        apart = (behind[own:] - right).abs()
-        is_near = _root_mean_square(apart) <= ROUNDING_SLACK * _root_mean_square(plain - right) + ROUNDING_FLOOR_NATS
-    return leak <= 1e-3 and is_near, max(float(apart.max()), leak)
+        deviation = (packed_losses[n_first:] - reference).abs()
+        is_near = _root_mean_square(deviation) <= ROUNDING_SLACK * _root_mean_square(plain - reference) + ROUNDING_FLOOR_NATS
+    return leak <= 1e-3 and is_near, max(float(deviation.max()), leak)
 
 
 # How much more a packed pass in 16 bits may be off from fp32 than the model's own single rows, in the root mean square
@@ -278,7 +278,7 @@ class RowTransformersBackend:
 
 
 def choose_loss_backend(
-    model: Any, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions = WISH
+    model: Any, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions = WISH
 ) -> LossBackend:
     """Return the fastest path that is right for `model`, measured on a few of `rows`. The model should be in eval mode.
 
@@ -286,28 +286,30 @@ def choose_loss_backend(
     """
     fast: FusedDecoder | None = None
     try:
-        if not wish.fast:
+        if not options.fast:
             raise Unsupported("compute.path is general")
-        made, why = kernels.choose_kernels(device)
-        fast = FusedDecoder(without_peft(model), made, recompute=wish.recompute)
+        selected_kernels, kernel_reason = kernels.choose_kernels(device)
+        fast = FusedDecoder(without_peft(model), selected_kernels, recompute=options.recompute)
         is_exact, difference = matches_single_rows(model, rows, device, lambda few: fast.losses(batches.pack(few, device)))
         if not is_exact:
-            how = f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
-            raise Unsupported(f"it {how} on rows of this run")
+            difference_text = (
+                f"differs from the model's own losses by {difference:.2g} nats" if math.isfinite(difference) else "fails"
+            )
+            raise Unsupported(f"it {difference_text} on rows of this run")
     except Unsupported as error:
-        path = _general(model, rows, device, wish, f"not the fast path: {error}")
-        if wish.fast:
-            path.reason += _cost(path, fast, rows, device)
-        return path
-    reason = f"{fast.family_name} block by hand, {why}"
-    if wish.recompute:
+        backend = _general(model, rows, device, options, f"not the fast path: {error}")
+        if options.fast:
+            backend.reason += _cost(backend, fast, rows, device)
+        return backend
+    reason = f"{fast.family_name} block by hand, {kernel_reason}"
+    if options.recompute:
         reason += f"; {RECOMPUTED}"
-    return FusedBackend(fast, device, reason, wish.share, activation_cache_for(fast, rows, device, wish), difference)
+    return FusedBackend(fast, device, reason, options.share, activation_cache_for(fast, rows, device, options), difference)
 
 
 @torch.no_grad()
 def _cost(
-    path: PackedTransformersBackend | RowTransformersBackend,
+    backend: PackedTransformersBackend | RowTransformersBackend,
     fast: FusedDecoder | None,
     rows: Sequence[TokenizedExample],
     device: torch.device,
@@ -317,7 +319,7 @@ def _cost(
     if fast is None or not few:
         return "; what that costs cannot be timed here (docs/speed.md has the ratio on the starter)"
     try:
-        slow_s = _seconds(lambda: path.losses(few))
+        slow_s = _seconds(lambda: backend.losses(few))
         fast_s = _seconds(lambda: fast.losses(batches.pack(few, device)))
     except Exception:  # a fast path that fails has no time
         return "; what that costs could not be measured, since the fast path fails"
@@ -328,41 +330,43 @@ def _seconds(work: Callable[[], object]) -> float:
     """Return the shortest of three runs' wall time, s, each waiting for the device."""
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        started = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return min(times)
 
 
 def _general(
-    model: Any, rows: Sequence[TokenizedExample], device: torch.device, wish: LossOptions, reason: str
+    model: Any, rows: Sequence[TokenizedExample], device: torch.device, options: LossOptions, reason: str
 ) -> PackedTransformersBackend | RowTransformersBackend:
     if count := rounded_twice(model):
         reason += f"; {count} adapted layers are of a kind that rounds twice in 16 bits (docs/speed.md)"
     is_exact, difference = packs_exactly(model, rows, device)
     if not is_exact:
-        how = f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
-        return RowTransformersBackend(model, device, f"{reason}; packed losses {how}", difference)
-    path = PackedTransformersBackend(model, device, reason, wish.share, difference)
-    return with_recompute(path) if wish.recompute else path
+        difference_text = (
+            f"differ by {difference:.2g} nats from single rows" if math.isfinite(difference) else "cannot be computed"
+        )
+        return RowTransformersBackend(model, device, f"{reason}; packed losses {difference_text}", difference)
+    backend = PackedTransformersBackend(model, device, reason, options.share, difference)
+    return with_recompute(backend) if options.recompute else backend
 
 
-def with_recompute(path: PackedTransformersBackend) -> PackedTransformersBackend:
-    """`path` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
+def with_recompute(backend: PackedTransformersBackend) -> PackedTransformersBackend:
+    """`backend` keeping one tensor a layer and computing the rest again in the backward pass; its reason says whether it can.
 
     Transformers' own checkpointing, which hands our `rows` on to each layer; it holds in training mode only.
     """
-    model = path.model
+    model = backend.model
     if not model.supports_gradient_checkpointing:
-        path.reason += "; this architecture cannot compute activations again, so all are kept"
-        return path
+        backend.reason += "; this architecture cannot compute activations again, so all are kept"
+        return backend
     with quiet_transformers():  # the name of transformers 5.0, deprecated by later ones
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # Only the reentrant kind needs it; here it would send gradients below the lowest adapted layer
     model.disable_input_require_grads()
     # the layers are called again in the backward pass, when `packing` has long been left
     decoder(model).set_attn_implementation("sartor_packed")
-    path.reason += f"; {RECOMPUTED}"
-    return path
+    backend.reason += f"; {RECOMPUTED}"
+    return backend

@@ -31,7 +31,7 @@ class NativeChat(ChatTokenizer):
 
     def __init__(self, tokenizer: Any, media: NativeMedia, extra_stops: Sequence[int] = ()) -> None:
         self._native = media
-        self._written = re.compile("|".join(re.escape(token) for token in media.tokens.values()))
+        self._placeholder_pattern = re.compile("|".join(re.escape(token) for token in media.tokens.values()))
         self._has_parts = False
         self._names: dict[str, str] = {}
         self._lists: dict[str, bool] = {}
@@ -44,16 +44,16 @@ class NativeChat(ChatTokenizer):
         """See `Chat.write`. Raises SourceError too where the template writes other media than the turns hold."""
         text = super().write(messages, tools=tools, reply_next=reply_next)
         kinds = [part.kind for message in messages for part in message.content if part.kind != "text"]
-        found = self._written.findall(text)
+        placeholders = self._placeholder_pattern.findall(text)
         if not self._has_parts:  # marks stand already
-            if found:
-                raise SourceError(f"a text holds the base's own placeholder {found[0]!r}", "take it out: repair_text")
+            if placeholders:
+                raise SourceError(f"a text holds the base's own placeholder {placeholders[0]!r}", "take it out: repair_text")
             return text
-        if found != [self._native.tokens.get(kind) for kind in kinds]:
-            problem = f"the turns hold {len(kinds)} media and the chat template writes {' '.join(found[:4]) or 'none'}"
+        if placeholders != [self._native.tokens.get(kind) for kind in kinds]:
+            problem = f"the turns hold {len(kinds)} media and the chat template writes {' '.join(placeholders[:4]) or 'none'}"
             raise SourceError(problem, "take placeholders out of the texts, or use another base")
-        places = itertools.count()
-        return self._written.sub(lambda match: MARK.format(next(places)), text)
+        indices = itertools.count()
+        return self._placeholder_pattern.sub(lambda match: MARK.format(next(indices)), text)
 
     def _turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not self._has_parts:
@@ -67,27 +67,27 @@ class NativeChat(ChatTokenizer):
     def _content(self, message: Message) -> Any:
         if all(part.kind == "text" for part in message.content) and not self._lists.get(message.role, False):
             return message.text
-        named = self._names
+        names = self._names
         return [
-            {"type": "text", "text": part.text} if part.kind == "text" else {"type": named.get(part.kind, part.kind)}
+            {"type": "text", "text": part.text} if part.kind == "text" else {"type": names.get(part.kind, part.kind)}
             for part in message.content
         ]
 
-    def _coded(self, text: str, seen: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
+    def _coded(self, text: str, media_ids: Seen, cuts: Sequence[int] = ()) -> list[Piece]:
         """See `Chat._coded`. The whole text is tokenised as one, each mark as what the processor writes for its media."""
-        whole = _Whole(text, self.marks(text, seen), seen)
-        coded = pieces_of(self.tokenizer, whole.text, [whole.cut(cut) for cut in cuts if cut < len(text)], is_first=True)
+        expanded = _ExpandedText(text, self.marks(text, media_ids), media_ids)
+        coded = pieces_of(self.tokenizer, expanded.text, [expanded.cut(cut) for cut in cuts if cut < len(text)], is_first=True)
         placeholders = set(self._native.placeholders.values())
-        virtual = iter([token for part in seen for token in part if token < 0])
-        pieces, reached = [], 0
+        virtual = iter([token for part in media_ids for token in part if token < 0])
+        pieces, previous_stop = [], 0
         for token, start, end in coded:
-            begin, stop = whole.place(start, is_start=True), whole.place(end, is_start=False)
+            begin, stop = expanded.source_position(start, is_start=True), expanded.source_position(end, is_start=False)
             if token in placeholders:
-                if not whole.is_media(start):
+                if not expanded.is_media(start):
                     raise SourceError("a text holds the base's own placeholder of media", "take it out: repair_text")
                 token = next(virtual)
-            pieces.append((token, min(begin, reached), stop))
-            reached = stop
+            pieces.append((token, min(begin, previous_stop), stop))
+            previous_stop = stop
         return pieces
 
     def _template_of(self, tokenizer: Any) -> None:
@@ -131,37 +131,37 @@ def _says(tokenizer: Any, turns: list[dict[str, Any]]) -> bool:
     return text.count(_PROBE) == len(turns) and "'type'" not in text
 
 
-class _Whole:
+class _ExpandedText:
     """A text with its marks as what the processor writes, and where in the text each character of that stands."""
 
-    def __init__(self, text: str, marks: Sequence[re.Match[str]], seen: Seen) -> None:
-        self._begins: list[int] = []  # of each media in the whole
+    def __init__(self, text: str, marks: Sequence[re.Match[str]], media_ids: Seen) -> None:
+        self._starts: list[int] = []  # of each media in the whole
         self._spans: list[tuple[int, int, int]] = []  # its end in the whole, start and end of its mark
-        whole, done = "", 0
+        expanded, position = "", 0
         for index, mark in enumerate(marks):
-            whole += text[done : mark.start()]
-            self._begins.append(len(whole))
-            whole += seen[index].text  # type: ignore[attr-defined]  # the media of a native base write texts
-            self._spans.append((len(whole), mark.start(), mark.end()))
-            done = mark.end()
-        self.text = whole + text[done:]
+            expanded += text[position : mark.start()]
+            self._starts.append(len(expanded))
+            expanded += media_ids[index].text  # type: ignore[attr-defined]  # the media of a native base write texts
+            self._spans.append((len(expanded), mark.start(), mark.end()))
+            position = mark.end()
+        self.text = expanded + text[position:]
 
-    def is_media(self, place: int) -> bool:
+    def is_media(self, position: int) -> bool:
         """Whether a character is one that the processor writes."""
-        index = bisect.bisect_right(self._begins, place) - 1
-        return index >= 0 and place < self._spans[index][0]
+        index = bisect.bisect_right(self._starts, position) - 1
+        return index >= 0 and position < self._spans[index][0]
 
     def cut(self, cut: int) -> int:
         """Where a cut of the text, which is never inside of a mark, is in the whole."""
-        moved = max(((end, mark_end) for end, _, mark_end in self._spans if mark_end <= cut), default=(0, 0))
-        return cut - moved[1] + moved[0]
+        last_span = max(((end, mark_end) for end, _, mark_end in self._spans if mark_end <= cut), default=(0, 0))
+        return cut - last_span[1] + last_span[0]
 
-    def place(self, place: int, *, is_start: bool) -> int:
+    def source_position(self, position: int, *, is_start: bool) -> int:
         """Where a place in the whole is in the text; inside a media the start or the end of its mark."""
-        index = bisect.bisect_right(self._begins, place if is_start else place - 1) - 1
+        index = bisect.bisect_right(self._starts, position if is_start else position - 1) - 1
         if index < 0:
-            return place
+            return position
         end, mark_start, mark_end = self._spans[index]
-        if place >= end:
-            return place - end + mark_end
+        if position >= end:
+            return position - end + mark_end
         return mark_start if is_start else mark_end

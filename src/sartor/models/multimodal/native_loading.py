@@ -109,20 +109,20 @@ def open_processor(path: Path, config: Any) -> Any:
     except ModelError:
         raise
     except ImportError as error:
-        said = " ".join(str(error).split())[:300]
-        raise ModelError(f"the processor of {path} needs a package: {said}", "pip install it") from None
+        message = " ".join(str(error).split())[:300]
+        raise ModelError(f"the processor of {path} needs a package: {message}", "pip install it") from None
     except Exception as error:  # each part of a processor raises its own kinds
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"{path} has no usable processor: {said}", "save the processor beside the model") from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(f"{path} has no usable processor: {message}", "save the processor beside the model") from None
 
 
 def _kind(path: Path, config: Any) -> Any:
     """The class of a processor: ours; as its files name it (an omni model's thinker has none of its own); by the model's."""
-    if ours := _ours(config):
-        return ours.VoxtralProcessor
+    if replacement := _ours(config):
+        return replacement.VoxtralProcessor
     for name in _FILES:
-        if (path / name).is_file() and (named := json.loads((path / name).read_text()).get("processor_class")):
-            return getattr(transformers, named)
+        if (path / name).is_file() and (class_name := json.loads((path / name).read_text()).get("processor_class")):
+            return getattr(transformers, class_name)
     return PROCESSOR_MAPPING[type(config)]
 
 
@@ -132,16 +132,16 @@ def _ours(config: Any) -> Any:
 
 
 def _part(path: Path, config: Any, name: str) -> Any:
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer" in name:
-        if (ours := _ours(config)) and (path / ours.TEKKEN).is_file():
-            return ours.tokenizer(path)
-        return transformers.AutoTokenizer.from_pretrained(str(path), mistral_format=False, **where)
+        if (replacement := _ours(config)) and (path / replacement.TEKKEN).is_file():
+            return replacement.tokenizer(path)
+        return transformers.AutoTokenizer.from_pretrained(str(path), mistral_format=False, **options)
     if name == "image_processor":
-        return transformers.AutoImageProcessor.from_pretrained(str(path), backend="pil", **where)
+        return transformers.AutoImageProcessor.from_pretrained(str(path), backend="pil", **options)
     if name == "video_processor":
         return None
-    return transformers.AutoFeatureExtractor.from_pretrained(str(path), **where)
+    return transformers.AutoFeatureExtractor.from_pretrained(str(path), **options)
 
 
 def without_video(kind: Any) -> Any:

@@ -49,23 +49,23 @@ class MediaTokens(list[int]):
 class BoundedCache:
     """Things by key, the latest of them as long as there is room."""
 
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._things: OrderedDict[int, tuple[Any, int]] = OrderedDict()
+    def __init__(self, max_bytes: int) -> None:
+        self._free_bytes = max_bytes
+        self._entries: OrderedDict[int, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: int) -> Any:
         """What is held, or None."""
-        if key not in self._things:
+        if key not in self._entries:
             return None
-        self._things.move_to_end(key)
-        return self._things[key][0]
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
 
-    def put(self, key: int, thing: Any, size: int) -> None:
-        """Hold `thing`, of `size` bytes."""
-        self._things[key] = (thing, size)
-        self._room -= size
-        while self._room < 0 and len(self._things) > 1:
-            self._room += self._things.popitem(last=False)[1][1]
+    def put(self, key: int, value: Any, size: int) -> None:
+        """Hold `value`, of `size` bytes."""
+        self._entries[key] = (value, size)
+        self._free_bytes -= size
+        while self._free_bytes < 0 and len(self._entries) > 1:
+            self._free_bytes += self._entries.popitem(last=False)[1][1]
 
 
 class _Reached(Exception):
@@ -73,13 +73,15 @@ class _Reached(Exception):
 
 
 class NativeMedia:
-    """See `media_tokens.Media`. `apart`: by kinds of media, nats by which what their embeddings give is off the own forward."""
+    """See `media_tokens.Media`. `deviations`: by kinds of media, nats by which what their embeddings give is off the own
+    forward.
+    """
 
     def __init__(self, processor: Any, model: Any) -> None:
         self._processor, self._model = processor, model
         self.tokens = {kind: str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None)) is not None}
         self.placeholders = {kind: self._placeholder(kind) for kind in self.tokens}
-        self.apart: dict[frozenset[str], float] = {}
+        self.deviations: dict[frozenset[str], float] = {}
         self._origins: dict[int, tuple[Part, Path | None]] = {}
         self._counts: dict[int, int] = {}
         self._decoded, self._embeddings = BoundedCache(HELD_BYTES), BoundedCache(HELD_BYTES)
@@ -89,7 +91,7 @@ class NativeMedia:
         """See `media_tokens.Media`."""
         return tuple(self.tokens)
 
-    def said(self) -> dict[str, dict[str, Any]]:
+    def tower_fields(self) -> dict[str, dict[str, Any]]:
         """See `media_tokens.Media`: the towers are the base's own."""
         return {}
 
@@ -101,15 +103,15 @@ class NativeMedia:
         key = key_of(f"native:{part.kind}", hashlib.sha256(content).hexdigest())
         self._origins[key] = (part, folder)
         self._decode(key, content)
-        made = self._process([key], None)
+        model_inputs = self._process([key], None)
         if part.kind == "audio":
-            self._check_heard(key, made)
-        found = made.get("text_replacement_offsets")
-        text = found[0][0]["replacement"] if found else self.tokens[part.kind]
+            self._check_heard(key, model_inputs)
+        replacements = model_inputs.get("text_replacement_offsets")
+        text = replacements[0][0]["replacement"] if replacements else self.tokens[part.kind]
         tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         placeholder = self.placeholders[part.kind]
         self._counts[key] = tokens.count(placeholder)
-        if self._counts[key] != int((made["input_ids"] == placeholder).sum()):
+        if self._counts[key] != int((model_inputs["input_ids"] == placeholder).sum()):
             problem = f"the processor does not say what it writes for {part.kind} parts"
             raise ModelError(problem, "pip install -U transformers; or use another base")
         virtual = iter(virtual_ids(key, self._counts[key]))
@@ -120,21 +122,21 @@ class NativeMedia:
         is_fixed = self._is_fixed
         if not is_fixed:  # what makes them may be another when it is fixed again: merged
             self._embeddings = BoundedCache(HELD_BYTES)
-        found = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
-        if lacking := [key for key, held in found.items() if held is None]:
+        embeddings = {key: self._embeddings.get(key) if is_fixed else None for key in keys}
+        if missing := [key for key, embedding in embeddings.items() if embedding is None]:
             ids: list[int] = []
-            for key in lacking:  # a plain token between them: neighbours of a kind would be one media to some models
+            for key in missing:  # a plain token between them: neighbours of a kind would be one media to some models
                 ids += [self._between, *virtual_ids(key, self._counts[key])]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_fixed):
-                made = self._entering(torch.tensor([ids], device=self._model.device))
-            virtual = torch.tensor([token < 0 for token in ids], device=made.device)
-            parts = made[virtual].split([self._counts[key] for key in lacking])
-            for key, part in zip(lacking, parts, strict=True):
-                found[key] = part
+                hidden = self._entering(torch.tensor([ids], device=self._model.device))
+            virtual = torch.tensor([token < 0 for token in ids], device=hidden.device)
+            parts = hidden[virtual].split([self._counts[key] for key in missing])
+            for key, part in zip(missing, parts, strict=True):
+                embeddings[key] = part
                 if is_fixed:
                     with torch.inference_mode(False):  # what is made in it could not be learnt through later
                         self._embeddings.put(key, part.clone(), part.nbytes)
-        return [found[key] for key in keys]
+        return [embeddings[key] for key in keys]
 
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
         """What the model's own forward takes for one row of (1, T) ids. is_blank: media are all grey or silent."""
@@ -144,18 +146,18 @@ class NativeMedia:
             # said, since transformers' generation takes a pad for one that is not attended to, wherever it stands
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         kinds = {key: self._origins[key][0].kind for key in keys}
-        own = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
-        made = self._process(keys, own)
-        made.pop("text_replacement_offsets", None)
+        token_ids = [token if token >= 0 else self.placeholders[kinds[(-1 - token) >> PLACE_BITS]] for token in row]
+        model_inputs = self._process(keys, token_ids)
+        model_inputs.pop("text_replacement_offsets", None)
         dtype = self._model.get_output_embeddings().weight.dtype
-        placed = {}
-        for name, tensor in made.items():
+        on_device = {}
+        for name, tensor in model_inputs.items():
             if tensor.is_floating_point():
                 # to some models what is all 0 is no picture at all, but padding; a mask says how much there is to see
                 is_emptied = is_blank and not name.endswith("mask")
                 tensor = torch.full_like(tensor, BLANK, dtype=dtype) if is_emptied else tensor.to(dtype)
-            placed[name] = tensor.to(self._model.device)
-        return placed
+            on_device[name] = tensor.to(self._model.device)
+        return on_device
 
     def kinds_of(self, keys: Sequence[int]) -> frozenset[str]:
         """The kinds of some media."""
@@ -169,10 +171,10 @@ class NativeMedia:
     def _is_fixed(self) -> bool:
         """Whether embeddings are always the same: nothing that makes them learns or has an adapter that may be on or off."""
         decoder = {id(module) for module in self._model.get_decoder().modules()}
-        others = [module for module in self._model.modules() if id(module) not in decoder]
-        if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in others):
+        other_modules = [module for module in self._model.modules() if id(module) not in decoder]
+        if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in other_modules):
             return False
-        return not any(part.requires_grad for module in others for part in module.parameters(recurse=False))
+        return not any(part.requires_grad for module in other_modules for part in module.parameters(recurse=False))
 
     @property
     def _between(self) -> int:
@@ -181,17 +183,17 @@ class NativeMedia:
     def _placeholder(self, kind: str) -> int:
         """The id that is repeated for each feature: not always that of the token that a template writes (Gemma 3)."""
         config, processor = self._model.config, self._processor
-        for said in (getattr(config, f"{kind}_token_id", None), getattr(config, f"{kind}_token_index", None)):
-            if isinstance(said, int):
-                return said
-        found = [token for token in getattr(processor, f"{kind}_token_ids") if token is not None]
-        if len(found) != 1:
-            raise ModelError(f"the processor has {len(found)} placeholders for {kind}, and one is expected", "another base")
-        return int(found[0])
+        for token_id in (getattr(config, f"{kind}_token_id", None), getattr(config, f"{kind}_token_index", None)):
+            if isinstance(token_id, int):
+                return token_id
+        token_ids = [token for token in getattr(processor, f"{kind}_token_ids") if token is not None]
+        if len(token_ids) != 1:
+            raise ModelError(f"the processor has {len(token_ids)} placeholders for {kind}, and one is expected", "another base")
+        return int(token_ids[0])
 
     def _decode(self, key: int, content: bytes | None) -> Any:
-        if (held := self._decoded.get(key)) is not None:
-            return held
+        if (cached := self._decoded.get(key)) is not None:
+            return cached
         part, folder = self._origins[key]
         content = content_of(part, folder) if content is None else content
         if part.kind == "image":
@@ -207,51 +209,58 @@ class NativeMedia:
         names = [name for name in ("feature_extractor", "audio_processor") if name in self._processor.get_attributes()]
         return int(getattr(self._processor, names[0]).sampling_rate)
 
-    def _check_heard(self, key: int, made: dict[str, Any]) -> None:
-        """Raise MediaError if the end of a recording is not in `made`, what the processor makes of it: most cut at 30 s."""
+    def _check_heard(self, key: int, model_inputs: dict[str, Any]) -> None:
+        """Raise MediaError if the end of a recording is not in `model_inputs`, what the processor makes of it: most cut
+        at 30 s.
+        """
         sound, rate = self._decode(key, None), self._rate
-        other = sound.copy()
-        end = other[-max(1, int(END_S * rate)) :]
+        altered = sound.copy()
+        end = altered[-max(1, int(END_S * rate)) :]
         end[::2], end[1::2] = 0.5, -0.5
-        changed = self._process([key], None, {key: other})
+        altered_inputs = self._process([key], None, {key: altered})
         # of another length: heard
-        if any(found.shape != changed[name].shape or not torch.equal(found, changed[name]) for name, found in _tensors(made)):
+        if any(
+            tensor.shape != altered_inputs[name].shape or not torch.equal(tensor, altered_inputs[name])
+            for name, tensor in _tensors(model_inputs)
+        ):
             return
         problem = f"the recording has {len(sound) / rate:.1f} s, and the base's processor cuts it"
         raise MediaError("long_audio", problem, "cut it, with its transcript")
 
     def _process(
-        self, keys: Sequence[int], ids: list[int] | None, instead: Mapping[int, Any] = MappingProxyType({})
+        self, keys: Sequence[int], ids: list[int] | None, replacements: Mapping[int, Any] = MappingProxyType({})
     ) -> dict[str, Any]:
         """The processor's tensors for media in order, with `ids` in place of the tokens of its text if given.
 
-        instead: other media than those that keys name.
+        replacements: other media than those that keys name.
         """
         kinds = [self._origins[key][0].kind for key in keys]
         processor = copy.copy(self._processor)
-        processor.tokenizer = _Given(self._tokenizer, ids)
+        processor.tokenizer = _FixedIdsTokenizer(self._tokenizer, ids)
         media: dict[str, list[Any]] = {"images": [], "audio": []}
         for key, kind in zip(keys, kinds, strict=True):
-            media["images" if kind == "image" else kind].append(instead[key] if key in instead else self._decode(key, None))
+            media["images" if kind == "image" else kind].append(
+                replacements[key] if key in replacements else self._decode(key, None)
+            )
         text = "".join(self.tokens[kind] for kind in kinds)
-        given: dict[str, Any] = {name: found for name, found in media.items() if found}
+        processor_kwargs: dict[str, Any] = {name: items for name, items in media.items() if items}
         if media["audio"]:
-            given["sampling_rate"] = self._rate
+            processor_kwargs["sampling_rate"] = self._rate
         try:
-            made = processor(text=[text], return_tensors="pt", return_text_replacement_offsets=True, **given)
+            model_inputs = processor(text=[text], return_tensors="pt", return_text_replacement_offsets=True, **processor_kwargs)
         except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            problem = f"the base's processor refuses it: {said}"
+            message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            problem = f"the base's processor refuses it: {message}"
             raise MediaError(f"unreadable_{kinds[0]}", problem, "leave the row out, or scale the media") from None
-        return dict(made)
+        return dict(model_inputs)
 
     def _entering(self, ids: torch.Tensor) -> torch.Tensor:
         """(T, D) what enters the decoder for a row."""
-        entered: list[torch.Tensor] = []
+        embeddings: list[torch.Tensor] = []
 
-        def catch(module: Any, positional: Any, named: dict[str, Any]) -> None:
-            if named.get("inputs_embeds") is not None:
-                entered.append(named["inputs_embeds"][0])
+        def catch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if kwargs.get("inputs_embeds") is not None:
+                embeddings.append(kwargs["inputs_embeds"][0])
             raise _Reached
 
         hook = self._model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
@@ -261,9 +270,9 @@ class NativeMedia:
             pass
         finally:
             hook.remove()
-        if not entered:
+        if not embeddings:
             raise ModelError("this base's decoder is given no embeddings", "its rows are computed one at a time")
-        return entered[0]
+        return embeddings[0]
 
 
 def is_native(model: Any) -> bool:
@@ -277,7 +286,7 @@ def native_media(model: Any) -> NativeMedia | None:
     return embedding.media if embedding is not None and isinstance(embedding.media, NativeMedia) else None
 
 
-class _Given:
+class _FixedIdsTokenizer:
     """A tokenizer that says of any text that it has these ids."""
 
     def __init__(self, tokenizer: Any, ids: list[int] | None) -> None:
@@ -295,8 +304,12 @@ class _Given:
         return coded
 
 
-def _tensors(made: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, found) for name, found in made.items() if isinstance(found, torch.Tensor) and found.is_floating_point())
+def _tensors(model_inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    return (
+        (name, tensor)
+        for name, tensor in model_inputs.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    )
 
 
 # Nats by which log-probabilities of the two ways may differ: the worst, and in 16 bits the root mean square. It is the same
@@ -306,20 +319,23 @@ MOST_APART, MOST_SPREAD = 1e-3, 1e-2
 
 @torch.inference_mode()
 def is_plain(model: Any, media: NativeMedia, prompt: Sequence[int]) -> bool:
-    """Whether rows with such media may be computed with virtual ids, in batches and packs; `media.apart` says how far off."""
+    """Whether rows with such media may be computed with virtual ids, in batches and packs.
+
+    `media.deviations` says how far off.
+    """
     kinds = media.kinds_of(keys_in(prompt))
     is_exact = model.get_output_embeddings().weight.dtype not in (torch.bfloat16, torch.float16)
-    if kinds not in media.apart:
+    if kinds not in media.deviations:
         ids = torch.tensor([list(prompt)], device=model.device)
-        own = model(**media.inputs(ids), use_cache=False).logits[0].float().log_softmax(-1)
+        reference = model(**media.inputs(ids), use_cache=False).logits[0].float().log_softmax(-1)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         try:
-            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
-            apart = found.logits[0].float().log_softmax(-1) - own
-            media.apart[kinds] = float(apart.abs().max() if is_exact else apart.pow(2).mean().sqrt())
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+            deviation = outputs.logits[0].float().log_softmax(-1) - reference
+            media.deviations[kinds] = float(deviation.abs().max() if is_exact else deviation.pow(2).mean().sqrt())
         except Exception:  # each architecture fails in its own way, and each failure is an answer
-            media.apart[kinds] = math.inf
-    return media.apart[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
+            media.deviations[kinds] = math.inf
+    return media.deviations[kinds] <= (MOST_APART if is_exact else MOST_SPREAD)
 
 
 class ForcedToken(transformers.LogitsProcessor):
@@ -330,9 +346,9 @@ class ForcedToken(transformers.LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(1, V) scores -> 0 for the token that is chosen, else -inf."""
-        left = torch.full_like(scores, -torch.inf)
-        left[0, self._choose(scores)] = 0.0
-        return left
+        forced = torch.full_like(scores, -torch.inf)
+        forced[0, self._choose(scores)] = 0.0
+        return forced
 
 
 @torch.inference_mode()
@@ -342,13 +358,17 @@ def reply(
     prompt: Sequence[int],
     stop: Sequence[int],
     pad: int,
-    most: int,
+    max_new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> list[int]:
-    """Token ids of one reply, at most `most`, with the stop token that ends it, if one does. model: without PEFT's own."""
-    given = media.inputs(torch.tensor([list(prompt)], device=model.device))
-    settings = transformers.GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=list(stop), pad_token_id=pad)
-    made = model.generate(
-        **given, generation_config=settings, logits_processor=transformers.LogitsProcessorList([ForcedToken(choose)])
+    """Token ids of one reply, at most `max_new_tokens`, with the stop token that ends it, if one does. model: without
+    PEFT's own.
+    """
+    inputs = media.inputs(torch.tensor([list(prompt)], device=model.device))
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop), pad_token_id=pad
     )
-    return [int(token) for token in made[0, given["input_ids"].shape[1] :]]
+    output_ids = model.generate(
+        **inputs, generation_config=settings, logits_processor=transformers.LogitsProcessorList([ForcedToken(choose)])
+    )
+    return [int(token) for token in output_ids[0, inputs["input_ids"].shape[1] :]]

@@ -58,20 +58,24 @@ def parts_of(model: Any) -> BaseParts:
     decoder, head = names[id(model.get_decoder())], model.get_output_embeddings()
     projector = tuple(_projectors(model, decoder))
     linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and part is not head]
-    ours = [name for name in linear if any(_is_in(name, item) for item in projector)]
-    within = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
-    language = [name for name in linear if _is_in(name, decoder) and name not in ours and _child(name, decoder) not in within]
-    tower = [name for name in linear if name not in ours and name not in language]
-    return BaseParts(decoder, tuple(language), projector, tuple(ours), tuple(tower))
+    projector_linear = [name for name in linear if any(_is_in(name, item) for item in projector)]
+    projector_children = {_child(name, decoder) for name in projector if _is_in(name, decoder)}
+    language = [
+        name
+        for name in linear
+        if _is_in(name, decoder) and name not in projector_linear and _child(name, decoder) not in projector_children
+    ]
+    tower = [name for name in linear if name not in projector_linear and name not in language]
+    return BaseParts(decoder, tuple(language), projector, tuple(projector_linear), tuple(tower))
 
 
 def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, projector: str, tower: str) -> Targeted:
     """What the `targets` of a recipe name. Raises ConfigError where this base has no such part."""
     parts = parts_of(model)
     linear = _language(model, parts, language, top)
-    for name, asked, found in (("projector", projector, parts.projector), ("tower", tower, parts.tower)):
-        if asked != "none" and not found:
-            raise ConfigError(f"method.targets.{name} is {asked}, and this base has no {name}", f"targets: {{{name}: none}}")
+    for name, setting, modules in (("projector", projector, parts.projector), ("tower", tower, parts.tower)):
+        if setting != "none" and not modules:
+            raise ConfigError(f"method.targets.{name} is {setting}, and this base has no {name}", f"targets: {{{name}: none}}")
     if projector == "all-linear":
         if not parts.projector_linear:
             problem = "method.targets.projector is all-linear, and this base's projector has no linear module"
@@ -82,29 +86,29 @@ def choose_targets(model: Any, language: Sequence[str] | str, top: int | None, p
     return Targeted(linear, parts.projector if projector == "full" else ())
 
 
-def _language(model: Any, parts: BaseParts, wanted: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
+def _language(model: Any, parts: BaseParts, targets: Sequence[str] | str, top: int | None) -> tuple[str, ...]:
     result = parts.language
     if top is not None:
         layers = len(model.get_decoder().layers)
         if top > layers:
             raise ConfigError(f"method.targets.layers: top-{top}, and the base has {layers} layers", f"layers: top-{layers}")
-        above = [f"{parts.decoder}.layers.{index}" for index in range(layers - top, layers)]
-        result = tuple(name for name in result if any(_is_in(name, layer) for layer in above))
-    if isinstance(wanted, str):
+        top_layers = [f"{parts.decoder}.layers.{index}" for index in range(layers - top, layers)]
+        result = tuple(name for name in result if any(_is_in(name, layer) for layer in top_layers))
+    if isinstance(targets, str):
         return result
-    for target in wanted:
+    for target in targets:
         if not any(_ends(name, target) for name in parts.language):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in parts.language}))
             problem = f"method.targets: {target!r} names no module of this base's language model"
             raise ConfigError(problem, f"method.targets: all-linear, or some of {known}")
-    return tuple(name for name in result if any(_ends(name, target) for target in wanted))
+    return tuple(name for name in result if any(_ends(name, target) for target in targets))
 
 
 def _projectors(model: Any, decoder: str) -> Iterator[str]:
     """Names of the outermost projectors; of a list of modules each member, since a list cannot be trained as one."""
-    taken: list[str] = []
+    projectors: list[str] = []
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, item) for item in taken):
+        if name.rpartition(".")[2] not in PROJECTORS or any(_is_in(name, item) for item in projectors):
             continue
         # a parameter-free one has nothing to learn; a convolution is a patch embedding
         if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or not any(True for _ in module.parameters()):
@@ -112,11 +116,11 @@ def _projectors(model: Any, decoder: str) -> Iterator[str]:
         if _is_in(name, decoder) and _is_layer(name, decoder):
             continue
         if not isinstance(module, torch.nn.ModuleList):
-            taken.append(name)
+            projectors.append(name)
             yield name
             continue
         for index in range(len(module)):
-            taken.append(f"{name}.{index}")
+            projectors.append(f"{name}.{index}")
             yield f"{name}.{index}"
 
 

@@ -48,17 +48,17 @@ def template(generation: Any) -> str:
 
 
 class WhisperMedia(NativeMedia):
-    """See `NativeMedia`. features: transformers' feature extractor. `places`: tokens that the decoder has room for."""
+    """See `NativeMedia`. features: transformers' feature extractor. `max_positions`: tokens that the decoder has room for."""
 
     def __init__(self, features: Any, model: Any) -> None:
         self._features, self._model = features, model
         self.tokens, self.placeholders = {"audio": START}, {"audio": int(model.config.decoder_start_token_id)}
         # what is heard goes in by cross-attention, so no row can be computed without the model's own forward
-        self.apart = {frozenset({"audio"}): math.inf}
-        self.places = int(model.config.max_target_positions)
+        self.deviations = {frozenset({"audio"}): math.inf}
+        self.max_positions = int(model.config.max_target_positions)
         self.template = template(model.generation_config)
         self._origins: dict[int, tuple[Part, Path | None]] = {}
-        self._held = BoundedCache(HELD_BYTES)
+        self._cache = BoundedCache(HELD_BYTES)
 
     def ids(self, part: Part, folder: Path | None) -> MediaTokens:
         """See `media_tokens.Media`. Raises MediaError for a recording that is longer than the encoder hears."""
@@ -76,24 +76,24 @@ class WhisperMedia(NativeMedia):
     def inputs(self, ids: torch.Tensor, *, is_blank: bool = False) -> dict[str, torch.Tensor]:
         """See `media_tokens.Media`."""
         weight = self._model.get_output_embeddings().weight
-        heard = self._spectrogram(keys_in(ids[0].tolist())[0]).to(weight.device, weight.dtype)
+        features = self._spectrogram(keys_in(ids[0].tolist())[0]).to(weight.device, weight.dtype)
         if is_blank:
-            heard = torch.full_like(heard, BLANK)
-        return {"input_features": heard, "decoder_input_ids": ids.masked_fill(ids < 0, self.placeholders["audio"])}
+            features = torch.full_like(features, BLANK)
+        return {"input_features": features, "decoder_input_ids": ids.masked_fill(ids < 0, self.placeholders["audio"])}
 
     def _spectrogram(self, key: int) -> torch.Tensor:
         """(1, mels, frames) of a recording, fp32."""
-        if (held := self._held.get(key)) is not None:
-            return held  # type: ignore[no-any-return]
+        if (cached := self._cache.get(key)) is not None:
+            return cached  # type: ignore[no-any-return]
         part, folder = self._origins[key]
         rate = self._features.sampling_rate
         sound = audio.read_sound(content_of(part, folder), rate)
         if len(sound) > self._features.n_samples:
             problem = f"the recording has {len(sound) / rate:.1f} s, and the base hears {self._features.n_samples / rate:.0f} s"
             raise MediaError("long_audio", problem, "cut it, with its transcript")
-        made = self._features(sound, sampling_rate=rate, return_tensors="pt").input_features
-        self._held.put(key, made, made.nbytes)
-        return made  # type: ignore[no-any-return]
+        spectrogram = self._features(sound, sampling_rate=rate, return_tensors="pt").input_features
+        self._cache.put(key, spectrogram, spectrogram.nbytes)
+        return spectrogram  # type: ignore[no-any-return]
 
 
 class WhisperChat(NativeChat):
@@ -106,23 +106,25 @@ class WhisperChat(NativeChat):
         marks = [token for token in tokenizer.get_vocab() if _MARK.fullmatch(token) and token not in known]
         tokenizer.add_tokens(sorted(marks), special_tokens=True)
         super().__init__(tokenizer, media, extra_stops)
-        self._places = media.places
+        self._max_positions = media.max_positions
 
     def encode(self, example: Example, folder: Path | None = None) -> TokenizedExample:
         """See `Chat.encode`. Raises MediaError too for a transcript that the decoder has no room for."""
         if example.is_document:
             raise _not_heard("a document")
         row = super().encode(example, folder)
-        if len(row.ids) > self._places:
-            problem = f"the row has {len(row.ids)} tokens, and the base's decoder {self._places} places"
+        if len(row.ids) > self._max_positions:
+            problem = f"the row has {len(row.ids)} tokens, and the base's decoder {self._max_positions} places"
             raise MediaError("long_transcript", problem, "cut the recording, with its transcript")
         return row
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
         """See `Chat.prompt_ids`. Raises SourceError too for one that leaves no room for a reply."""
         ids = super().prompt_ids(messages, tools, folder)
-        if len(ids) >= self._places:
-            raise SourceError(f"a prompt of {len(ids)} tokens leaves none of {self._places} for the reply", "shorten the text")
+        if len(ids) >= self._max_positions:
+            raise SourceError(
+                f"a prompt of {len(ids)} tokens leaves none of {self._max_positions} for the reply", "shorten the text"
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -139,8 +141,10 @@ class WhisperChat(NativeChat):
         return super().write(messages, tools=tools, reply_next=reply_next)
 
 
-def _not_heard(what: str) -> SourceError:
-    return SourceError(f"a Whisper takes one recording and its transcript, not {what}", "use another base for these rows")
+def _not_heard(description: str) -> SourceError:
+    return SourceError(
+        f"a Whisper takes one recording and its transcript, not {description}", "use another base for these rows"
+    )
 
 
 @torch.inference_mode()
@@ -150,24 +154,24 @@ def reply(
     prompt: Sequence[int],
     stop: Sequence[int],
     pad: int,
-    most: int,
+    max_new_tokens: int,
     choose: Callable[[torch.Tensor], int],
 ) -> list[int]:
     """See `native_media.reply`: one transcript, at most as long as the decoder has places.
 
     By transformers' general generation with what Whisper's own suppresses; its own would write the prompt anew.
     """
-    given = media.inputs(torch.tensor([list(prompt)], device=model.device))
-    said = model.generation_config
+    inputs = media.inputs(torch.tensor([list(prompt)], device=model.device))
+    generation_config = model.generation_config
     settings = transformers.GenerationConfig(
-        max_length=min(len(prompt) + most, model.config.max_target_positions),
+        max_length=min(len(prompt) + max_new_tokens, model.config.max_target_positions),
         do_sample=False,
         eos_token_id=list(stop),
         pad_token_id=pad,
-        suppress_tokens=said.suppress_tokens,
-        begin_suppress_tokens=said.begin_suppress_tokens,
+        suppress_tokens=generation_config.suppress_tokens,
+        begin_suppress_tokens=generation_config.begin_suppress_tokens,
         decoder_start_token_id=model.config.decoder_start_token_id,
     )
     processors = transformers.LogitsProcessorList([ForcedToken(choose)])
-    made = transformers.GenerationMixin.generate(model, **given, generation_config=settings, logits_processor=processors)
-    return [int(token) for token in made[0, len(prompt) :]]
+    output_ids = transformers.GenerationMixin.generate(model, **inputs, generation_config=settings, logits_processor=processors)
+    return [int(token) for token in output_ids[0, len(prompt) :]]

@@ -52,30 +52,30 @@ class WhisperTower(Located):
 
 def windows(sound: F32, size: int) -> Iterator[F32]:
     """The samples, cut into pieces of `size`; the last may be shorter."""
-    yield from (sound[at : at + size] for at in range(0, len(sound), size))
+    yield from (sound[start : start + size] for start in range(0, len(sound), size))
 
 
 def spectrogram(prepare: Any, pieces: list[F32], like: Any) -> Any:
     """(B, mels, frames of a whole window) of pieces that are at most a window long, where and as `like` is."""
-    found = prepare(pieces, sampling_rate=prepare.sampling_rate, return_tensors="pt").input_features
-    return found.to(like.device, like.dtype)
+    features = prepare(pieces, sampling_rate=prepare.sampling_rate, return_tensors="pt").input_features
+    return features.to(like.device, like.dtype)
 
 
 def open_model(ref: TowerRef, device: torch.device, notice: Callable[[str], object]) -> tuple[Any, Any]:
     """The Whisper of a ref in fp32, and what makes its spectrograms. An asset is fetched and converted first, once."""
     if ref.is_asset:
         whisper_conversion.convert(ref, notice)
-    where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
+    options = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True}
     try:
         with quiet_transformers():
             model, info = transformers.WhisperForConditionalGeneration.from_pretrained(
-                **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                **options, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-            prepare = transformers.WhisperFeatureExtractor.from_pretrained(**where)
+            prepare = transformers.WhisperFeatureExtractor.from_pretrained(**options)
     except Exception as error:  # truncated safetensors, a config of something else: each its own kind
         raise ModelError(f"{ref.path} cannot be opened as a Whisper: {first_line(error)}", WHOLE) from None
-    if lacking := sorted(info["missing_keys"]):
-        raise ModelError(f"{ref.path} lacks {len(lacking)} of the weights, the first is {lacking[0]}", WHOLE)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{ref.path} lacks {len(missing)} of the weights, the first is {missing[0]}", WHOLE)
     return model.eval().requires_grad_(False).to(device), prepare
 
 
@@ -101,21 +101,21 @@ class SpeechToText:
 
         `language`: for a Whisper of several, such as `de`; without it each window's is found out.
         """
-        pieces = [(n, piece) for n, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)]
+        pieces = [(index, piece) for index, sound in enumerate(sounds) for piece in windows(sound, self.prepare.n_samples)]
         texts: list[list[str]] = [[] for _ in sounds]
-        for at in range(0, len(pieces), BATCH):
-            batch = pieces[at : at + BATCH]
-            for (n, _), text in zip(batch, self._said([piece for _, piece in batch], language), strict=True):
-                texts[n].append(text.strip())
-        return [" ".join(text for text in said if text) for said in texts]
+        for start in range(0, len(pieces), BATCH):
+            batch = pieces[start : start + BATCH]
+            for (index, _), text in zip(batch, self._transcribe_windows([piece for _, piece in batch], language), strict=True):
+                texts[index].append(text.strip())
+        return [" ".join(text for text in window_texts if text) for window_texts in texts]
 
     @torch.inference_mode()
-    def _said(self, pieces: list[NDArray[np.float32]], language: str) -> list[str]:
-        heard = spectrogram(self.prepare, pieces, self.model.model.encoder.conv1.weight)
-        several = self.model.generation_config.is_multilingual
-        how = {"language": language or None, "task": "transcribe"} if several else {}
+    def _transcribe_windows(self, pieces: list[NDArray[np.float32]], language: str) -> list[str]:
+        features = spectrogram(self.prepare, pieces, self.model.model.encoder.conv1.weight)
+        is_multilingual = self.model.generation_config.is_multilingual
+        options = {"language": language or None, "task": "transcribe"} if is_multilingual else {}
         with quiet_transformers():
-            tokens = self.model.generate(heard, do_sample=False, num_beams=1, **how)
+            tokens = self.model.generate(features, do_sample=False, num_beams=1, **options)
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 

@@ -74,8 +74,8 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Any) -> Any:
         """(B, width, H, W) -> (B, out, H / stride, W / stride)."""
         inner = nn.functional.relu6(self.expand(x)) if self.expand else x
-        found = self.project(nn.functional.relu6(self.depthwise(inner)))
-        return found + x if self.is_residual else found
+        projected = self.project(nn.functional.relu6(self.depthwise(inner)))
+        return projected + x if self.is_residual else projected
 
 
 class EfficientNetLite0(nn.Module):
@@ -142,8 +142,8 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
         file = assets.install(NAME) / _FILE
         try:
             # weights_only: a pickle that holds anything but tensors is refused, and nothing of it is run
-            found = torch.load(file, map_location="cpu", weights_only=True)
-            weights = folded(found)
+            state_dict = torch.load(file, map_location="cpu", weights_only=True)
+            weights = folded(state_dict)
             EfficientNetLite0().load_state_dict(weights)
         except Exception as error:  # torch raises several kinds on a broken pickle, KeyError and RuntimeError on other weights
             raise ModelError(
@@ -158,13 +158,13 @@ def open_efficientnet(ref: TowerRef, device: torch.device, notice: Callable[[str
     return EfficientNetTower(ref, model, device)
 
 
-def folded(found: Mapping[str, Any]) -> dict[str, Any]:
+def folded(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Weights as the asset has them -> as EfficientNetLite0 has them: each batch norm folded into its convolution."""
-    made: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
 
-    def fold(ours: str, convolution: str, norm: str) -> None:
+    def fold(target: str, convolution: str, norm: str) -> None:
         weight, *values = (
-            found[name].double()
+            state_dict[name].double()
             for name in (
                 f"{convolution}.weight",
                 *(f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
@@ -172,8 +172,8 @@ def folded(found: Mapping[str, Any]) -> dict[str, Any]:
         )
         gain, offset, mean, variance = values
         scale = gain / (variance + NORM_EPSILON).sqrt()
-        made[f"{ours}.convolution.weight"] = (weight * scale[:, None, None, None]).float().contiguous()
-        made[f"{ours}.convolution.bias"] = (offset - mean * scale).float()
+        weights[f"{target}.convolution.weight"] = (weight * scale[:, None, None, None]).float().contiguous()
+        weights[f"{target}.convolution.bias"] = (offset - mean * scale).float()
 
     fold("stem", "_conv_stem", "_bn0")
     for n, block in enumerate(_blocks()):
@@ -182,8 +182,8 @@ def folded(found: Mapping[str, Any]) -> dict[str, Any]:
         fold(f"blocks.{n}.depthwise", f"_blocks.{n}._depthwise_conv", f"_blocks.{n}._bn1")
         fold(f"blocks.{n}.project", f"_blocks.{n}._project_conv", f"_blocks.{n}._bn2")
     fold("head", "_conv_head", "_bn1")
-    made |= {f"classifier.{name}": found[f"_fc.{name}"].contiguous() for name in ("weight", "bias")}
-    return made
+    weights |= {f"classifier.{name}": state_dict[f"_fc.{name}"].contiguous() for name in ("weight", "bias")}
+    return weights
 
 
 # (which of the hidden states, counted from the last; how many states stand before the patches') by transformers' model_type.
@@ -217,8 +217,8 @@ class VisionTower(Located):
         """See Tower."""
         square = squared(open_image(content), self._side, self._ground)
         pixels = self._prepare(square, return_tensors="pt").pixel_values.to(self._model.device)
-        found = self._model(pixel_values=pixels, output_hidden_states=True)
-        states = found.last_hidden_state if self._state == -1 else found.hidden_states[self._state]
+        outputs = self._model(pixel_values=pixels, output_hidden_states=True)
+        states = outputs.last_hidden_state if self._state == -1 else outputs.hidden_states[self._state]
         return stored(states[0, self._before :])
 
 
@@ -231,20 +231,20 @@ def _side(prepare: Any) -> int:
 
 
 def _opened(ref: TowerRef) -> tuple[Any, Any]:
-    where = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True, "trust_remote_code": False}
+    options = {"pretrained_model_name_or_path": str(ref.path), "local_files_only": True, "trust_remote_code": False}
     try:
         with quiet_transformers():
             model, info = transformers.AutoModel.from_pretrained(
-                **where, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                **options, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
             # by one backend: torchvision resizes to other pixels than Pillow, and it may or may not be installed
-            prepare = transformers.AutoImageProcessor.from_pretrained(**where, backend="pil")
+            prepare = transformers.AutoImageProcessor.from_pretrained(**options, backend="pil")
             _side(prepare)
     except Exception as error:  # truncated safetensors, no processor: each its own kind
         raise ModelError(
             f"{ref.path} cannot be opened as an encoder of square pictures of one size: {first_line(error)}",
             f"{WHOLE}, preprocessor_config.json among them",
         ) from None
-    if lacking := sorted(info["missing_keys"]):
-        raise ModelError(f"{ref.path} lacks {len(lacking)} of the weights, the first is {lacking[0]}", WHOLE)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{ref.path} lacks {len(missing)} of the weights, the first is {missing[0]}", WHOLE)
     return model, prepare

@@ -47,9 +47,9 @@ class Exported:
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
         manifest = self.export.manifest
-        known = ("form", "name", "version", "as_base", "parity")
+        keys = ("form", "name", "version", "as_base", "parity")
         signed = (self.export.path / "signature").is_file()
-        return {"path": str(self.export.path), **{key: manifest[key] for key in known}, "signed": signed}
+        return {"path": str(self.export.path), **{key: manifest[key] for key in keys}, "signed": signed}
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ExportOptions:
         """Of the merged GGUF files, each once."""
         if list(self.quantise) == [NO_MERGED]:
             return []
-        wide = [] if {"bf16", "f32"} & set(self.quantise) else ["f16"]
-        return list(dict.fromkeys([*wide, *self.quantise]))
+        default_types = [] if {"bf16", "f32"} & set(self.quantise) else ["f16"]
+        return list(dict.fromkeys([*default_types, *self.quantise]))
 
 
 def export(
@@ -96,25 +96,28 @@ def export(
     out = Path(out).absolute()
     check_output_free(out, replace=replace)
     private = signing.open_private(Path(options.sign)) if options.sign else None
-    found = verify_release(release, key=options.key, base=options.base).release
-    reads = _check_media(found, to)
-    said = found.manifest["base"]
-    _check_memory(model_refs.locate_base(options.base or said["name"]))
-    began = time.monotonic()
-    base = open_base(options.base or said["name"], licence=said["licence"], bits=32, notice=notice)
-    check_base(found, base.ref.digest, base.chat.template_digest, base.ref.name)
-    asked = prompts.choose(found, base.chat)
+    source = verify_release(release, key=options.key, base=options.base).release
+    reads_media = _check_media(source, to)
+    base_manifest = source.manifest["base"]
+    _check_memory(model_refs.locate_base(options.base or base_manifest["name"]))
+    start_time = time.monotonic()
+    base = open_base(options.base or base_manifest["name"], licence=base_manifest["licence"], bits=32, notice=notice)
+    check_base(source, base.ref.digest, base.chat.template_digest, base.ref.name)
+    parity_prompts = prompts.choose(source, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()
-    work = ExportContext(found, base, adapters.open_adapter(base.model, found.path), (), options.types, measured, notice)
-    notice(f"asking Sartor {len(asked)} prompts")
-    work.traces = traces = reference.trace(base, work.model, asked)
+    work = ExportContext(source, base, adapters.open_adapter(base.model, source.path), (), options.types, measured, notice)
+    notice(f"asking Sartor {len(parity_prompts)} prompts")
+    work.traces = traces = reference.trace(base, work.model, parity_prompts)
     with create_output_directory(out, replace=replace) as part:
-        made = _WRITERS[to](work, part)
-        export_formats.write_card(found, base, to, part, made.use)
-        export_formats.write_notice(found, base, part)
+        exported_form = _WRITERS[to](work, part)
+        export_formats.write_card(source, base, to, part, exported_form.use)
+        export_formats.write_notice(source, base, part)
         export_formats.readable(part)
-        facts = _facts(found, to, part)
-        parity = {**_parity(found, base, traces, made.figures, measured, reads), "wall_s": round(time.monotonic() - began, 1)}
+        facts = _facts(source, to, part)
+        parity = {
+            **_parity(source, base, traces, exported_form.figures, measured, reads_media),
+            "wall_s": round(time.monotonic() - start_time, 1),
+        }
         manifest = seal(part, "export", {**facts, "parity": parity})
         if private:
             document = (part / MANIFESTS["export"]).read_bytes()
@@ -138,24 +141,24 @@ def _check(to: str, options: ExportOptions) -> None:
 
 def _check_media(release: Artifact, to: str) -> bool:
     """Whether the Release reads media. Raises ModelError for a form that has no place for their projectors."""
-    reads = composed_model.read_towers(release.path)
-    if reads and to != "peft":
-        name, kinds = release.manifest["name"], " and ".join(reads)
-        where = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
+    towers = composed_model.read_towers(release.path)
+    if towers and to != "peft":
+        name, modalities = release.manifest["name"], " and ".join(towers)
+        runtime = "llama.cpp has" if to == "gguf" else "transformers' layout of a text model has"
         raise ModelError(
-            f"{name} reads {kinds} by projectors of its own, and {where} no place for them: it would see nothing",
+            f"{name} reads {modalities} by projectors of its own, and {runtime} no place for them: it would see nothing",
             "--to peft carries them; sartor serve and sartor ask read them",
         )
-    return bool(reads)
+    return bool(towers)
 
 
 def _check_memory(ref: model_refs.BaseRef) -> None:
     """Raises BudgetError where fp32 weights, twice, do not fit: below that the comparison would swap or be killed."""
-    wanted = hardware.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
+    needed_bytes = hardware.weights_in(ref.path) * _BYTES * _COPIES + _SPARE_BYTES if ref.path.is_dir() else 0
     room = hardware.available_bytes()
-    if wanted > room.bytes:
+    if needed_bytes > room.bytes:
         raise BudgetError(
-            f"comparing an export of {ref.name} in fp32 needs {wanted / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB are there "
+            f"comparing an export of {ref.name} in fp32 needs {needed_bytes / 1e9:.1f} GB; {room.bytes / 1e9:.1f} GB are there "
             f"({room.bound})",
             "export on a machine with more memory; the Release itself is a PEFT adapter, and loads in peft as it is",
         )
@@ -164,13 +167,13 @@ def _check_memory(ref: model_refs.BaseRef) -> None:
 def _facts(release: Artifact, to: str, part: Path) -> dict[str, Any]:
     """What the receipt says of the export and of where it is from."""
     manifest = release.manifest
-    known = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
+    keys = ("name", "version", "base", "sources", "obligations", "system_prompt", "sampling", "canaries")
     return {
         "form": to,
         "use": manifest.get("use", "commercial"),
         "licence": release.licence,
         "parents": [release.as_parent()],
-        **{key: manifest[key] for key in known if key in manifest},
+        **{key: manifest[key] for key in keys if key in manifest},
         "as_base": _as_base(to, part),
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft", "gguf")},
@@ -186,17 +189,17 @@ def _as_base(to: str, part: Path) -> dict[str, str]:
 
 
 def _parity(
-    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool, reads: bool
+    release: Artifact, base: Base, traces: Sequence[Trace], figures: dict[str, Figures], measured: bool, reads_media: bool
 ) -> dict[str, Any]:
-    said = release.manifest["base"]
+    tuned_base = release.manifest["base"]
     notes = []
-    if said.get("quantisation", "none") != "none":
+    if tuned_base.get("quantisation", "none") != "none":
         notes.append(
-            f"it was tuned and evaluated on the base in {said['quantisation']}; the reference is the base as it is stored"
+            f"it was tuned and evaluated on the base in {tuned_base['quantisation']}; the reference is the base as it is stored"
         )
     if ancestry.find_parent(release, "dataset") is None:
         notes.append("the Dataset is not on this machine, or was changed")
-    if reads:
+    if reads_media:
         notes.append("compared on text alone: no other runtime reads media by projectors.safetensors")
     if not measured:
         notes.append("not measured: llama.cpp (xllamacpp) is not installed here")
@@ -208,12 +211,12 @@ def _parity(
             "base_digest": base.ref.digest,
             "device": str(base.device),
         },
-        "prompts": records.count_values(trace.asked.source for trace in traces),
-        "positions": sum(len(one.reply) for one in traces),
+        "prompts": records.count_values(trace.parity_prompt.source for trace in traces),
+        "positions": sum(len(trace.reply) for trace in traces),
         "most_reply_tokens": reference.REPLY_TOKENS,
         "likeliest": LIKELIEST,
         "itself": runtimes.check_own_decoding(traces).as_json(),
-        "files": {name: found.as_json() for name, found in figures.items()},
+        "files": {name: file_figures.as_json() for name, file_figures in figures.items()},
         "measured": measured,
         "notes": notes,
     }

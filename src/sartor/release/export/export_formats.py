@@ -43,9 +43,9 @@ def write_tokenizer(base: Base, part: Path) -> None:
         if file.is_file() and _TOKENIZER.match(file.name):
             shutil.copyfile(file, part / file.name)
     write_template(base, part)
-    if (found := open_chat(part).template_digest) != base.chat.template_digest:
+    if (digest := open_chat(part).template_digest) != base.chat.template_digest:
         raise GateError(
-            f"transformers would use the chat template {found[:12]} here, and the Release is bound to "
+            f"transformers would use the chat template {digest[:12]} here, and the Release is bound to "
             f"{base.chat.template_digest[:12]}",
             f"remove the chat template from the tokenizer_config.json of {base.ref.path}, and tune again",
         )
@@ -106,11 +106,11 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
 def write_notice(release: Artifact, base: Base, part: Path) -> None:
     """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
     manifest = release.manifest
-    made_from = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
-    owed = compliance.obligations(made_from) or ["nothing"]
+    sources = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
+    obligations = compliance.obligations(sources) or ["nothing"]
     rows = [
         f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
-        for source in made_from
+        for source in sources
     ]
     lines = [
         f"# Licences of {manifest['name']} {manifest['version']}",
@@ -119,7 +119,7 @@ def write_notice(release: Artifact, base: Base, part: Path) -> None:
         "",
         "What whoever hands it on has to do:",
         "",
-        *(f"- {line}" for line in owed),
+        *(f"- {line}" for line in obligations),
         "",
         "Made from:",
         "",
@@ -142,10 +142,10 @@ def _short(source: Mapping[str, Any]) -> str:
 
 def readable(part: Path) -> None:
     """Give every file the rights that a new file has here: some writers keep theirs from all other users."""
-    usual = (part / "README.md").stat().st_mode
+    mode = (part / "README.md").stat().st_mode
     for file in part.rglob("*"):
         if file.is_file():
-            file.chmod(usual)
+            file.chmod(mode)
 
 
 def _as_hub_spells(licence: str) -> str:
@@ -185,8 +185,8 @@ class ExportedForm:
 
 def write_peft(work: ExportContext, part: Path) -> ExportedForm:
     """The PEFT directory as peft, vLLM and SGLang load it, with tokenizer and chat template."""
-    reads = composed_model.read_towers(work.release.path)
-    for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if reads else [])):
+    tower_refs = composed_model.read_towers(work.release.path)
+    for file in (adapters.CONFIG, adapters.WEIGHTS, *([composed_model.FILE] if tower_refs else [])):
         shutil.copyfile(work.release.path / file, part / file)
     write_tokenizer(work.base, part)
     chat, device = work.base.chat, work.base.device
@@ -194,8 +194,8 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
     work.notice("asking peft")
     figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device)
     parity.check(figures, work.name)
-    towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in reads.items())
-    return ExportedForm({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if reads else ""))
+    towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in tower_refs.items())
+    return ExportedForm({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if tower_refs else ""))
 
 
 def write_merged(work: ExportContext, part: Path) -> ExportedForm:
@@ -223,7 +223,7 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     """The adapter as GGUF, and the merged model as one GGUF file a type; llama.cpp is asked of each."""
     base, manifest = work.base, work.release.manifest
     template = base.chat.template
-    about = gguf_writer.GgufMetadata(
+    metadata = gguf_writer.GgufMetadata(
         manifest["name"],
         manifest["version"],
         work.release.licence,
@@ -236,16 +236,16 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     write_adapter_gguf(work.release.path, base.model.config.to_dict(), adapter, template=template)
     figures: dict[str, Figures] = {}
     if work.measured:
-        figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, about)
+        figures[adapter.name] = _ask_of_adapter(work, adapter, vocabulary, metadata)
     write_template(base, part)
     model = adapters.merge(work.model) if work.types else None
     for kind in work.types:
-        file = gguf_writer.write_model_gguf(model, vocabulary, about, part / f"{work.name}-{kind}.gguf", kind)
+        file = gguf_writer.write_model_gguf(model, vocabulary, metadata, part / f"{work.name}-{kind}.gguf", kind)
         if work.measured:
             work.notice(f"asking llama.cpp of {file.name}")
             figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template)
-    for file_name, found in figures.items():
-        parity.check(found, f"{work.name} ({file_name})")
+    for file_name, file_figures in figures.items():
+        parity.check(file_figures, f"{work.name} ({file_name})")
     use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
     return ExportedForm(figures, use)
 
@@ -262,17 +262,17 @@ def _own_file(base: Base) -> Path | None:
 
 
 def _ask_of_adapter(
-    work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, about: gguf_writer.GgufMetadata
+    work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, metadata: gguf_writer.GgufMetadata
 ) -> Figures:
     """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
     work.notice(f"asking llama.cpp of {adapter.name}")
     if file := _own_file(work.base):
-        return parity.ask_llama_cpp(file, "adapter on the base's own file", work.traces, about.template, adapter)
-    bare = adapters.undo(work.model)
+        return parity.ask_llama_cpp(file, "adapter on the base's own file", work.traces, metadata.template, adapter)
+    base_model = adapters.undo(work.model)
     with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=".base-") as folder:
-        file = gguf_writer.write_model_gguf(bare, vocabulary, about, Path(folder) / "base.gguf")
-        figures = parity.ask_llama_cpp(file, "adapter", work.traces, about.template, adapter)
-    work.model = adapters.open_adapter(bare, work.release.path)
+        file = gguf_writer.write_model_gguf(base_model, vocabulary, metadata, Path(folder) / "base.gguf")
+        figures = parity.ask_llama_cpp(file, "adapter", work.traces, metadata.template, adapter)
+    work.model = adapters.open_adapter(base_model, work.release.path)
     return figures
 
 

@@ -30,64 +30,64 @@ class LlamaCppSession:
 
         self.job = job
         self.key = secrets.token_hex(16)
-        wanted = xllamacpp.CommonParams()
-        wanted.model.path = job["model"]
+        params = xllamacpp.CommonParams()
+        params.model.path = job["model"]
         if job["adapter"]:
-            wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
-        wanted.n_ctx, wanted.n_parallel = job["context"], 1
-        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = job["threads"]
-        wanted.hostnames, wanted.port, wanted.api_keys = ["127.0.0.1"], 0, [self.key]
-        wanted.warmup, wanted.verbosity = False, 1
-        self.server = xllamacpp.Server(wanted)
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["adapter"], 1.0)]
+        params.n_ctx, params.n_parallel = job["context"], 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+        params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [self.key]
+        params.warmup, params.verbosity = False, 1
+        self.server = xllamacpp.Server(params)
 
-    def post(self, path: str, said: Json | None = None) -> Any:
+    def post(self, path: str, payload: Json | None = None) -> Any:
         """One request to its server."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        body = None if said is None else json.dumps(said).encode()
+        body = None if payload is None else json.dumps(payload).encode()
         with urllib.request.urlopen(urllib.request.Request(self.server.listening_address + path, body, headers)) as answer:
             return json.loads(answer.read())
 
-    def go_on(self, ids: list[int], count: int) -> list[Step]:
+    def complete(self, ids: list[int], count: int) -> list[Step]:
         """The greedy continuation: at each of its tokens the likeliest; a stop token is the last."""
         fields = {"prompt": ids, "n_predict": count, "n_probs": self.job["likeliest"], "temperature": 0, "top_k": 1}
-        made = self.post("/completion", {**fields, "return_tokens": True})
-        if not made["tokens"]:
+        completion = self.post("/completion", {**fields, "return_tokens": True})
+        if not completion["tokens"]:
             raise RuntimeError("llama.cpp gave no token")
-        return token_steps(made["tokens"], made.get("completion_probabilities", []))
+        return token_steps(completion["tokens"], completion.get("completion_probabilities", []))
 
     def trace(self, prompt: list[int], reply: list[int]) -> Json:
         """The greedy reply of its own, and at each position behind `prompt` and a part of `reply` the likeliest tokens.
 
         While both say the same, one request tells of many positions; after a difference the next begins with `reply` so far.
         """
-        own = self.go_on(prompt, self.job["longest"])
-        seen: list[Step] = []
-        while len(seen) < len(reply):
-            for step in self.go_on(prompt + reply[: len(seen)], len(reply) - len(seen)) if seen else own:
-                seen.append(step)
-                if len(seen) == len(reply) or step[0][0] != reply[len(seen) - 1]:
+        greedy_steps = self.complete(prompt, self.job["longest"])
+        steps: list[Step] = []
+        while len(steps) < len(reply):
+            for step in self.complete(prompt + reply[: len(steps)], len(reply) - len(steps)) if steps else greedy_steps:
+                steps.append(step)
+                if len(steps) == len(reply) or step[0][0] != reply[len(steps) - 1]:
                     break
-        return {"greedy": [step[0][0] for step in own], "likeliest": seen}
+        return {"greedy": [step[0][0] for step in greedy_steps], "likeliest": steps}
 
     def render(self, messages: list[Json]) -> Json:
         """A conversation as its chat template writes it, and as its tokenizer cuts that."""
         text = self.post("/apply-template", {"messages": messages})["prompt"]
-        cut = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-        return {"text": text, "ids": cut["tokens"]}
+        tokenized = self.post("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return {"text": text, "ids": tokenized["tokens"]}
 
 
-def token_steps(tokens: list[int], told: list[Json]) -> list[Step]:
+def token_steps(tokens: list[int], entries: list[Json]) -> list[Step]:
     """A step for each token. The server tells nothing of tokens that end inside a character (an emoji is three of them).
 
     Which of several equal tokens an entry belongs to is taken for known only where counting from both ends agrees.
     """
     steps: list[Step] = [[(token, None)] for token in tokens]
-    ids = [entry["id"] for entry in told]
-    left = _places(tokens, ids)
-    right = [len(tokens) - 1 - place for place in reversed(_places(tokens[::-1], ids[::-1]))]
-    for place, other, entry in zip(left, right, told, strict=True):
-        if place == other:
-            steps[place] = [(item["id"], item["logprob"]) for item in entry["top_logprobs"]]
+    ids = [entry["id"] for entry in entries]
+    from_start = _places(tokens, ids)
+    from_end = [len(tokens) - 1 - index for index in reversed(_places(tokens[::-1], ids[::-1]))]
+    for index, other, entry in zip(from_start, from_end, entries, strict=True):
+        if index == other:
+            steps[index] = [(item["id"], item["logprob"]) for item in entry["top_logprobs"]]
     return steps
 
 
@@ -110,11 +110,11 @@ def main(job_file: str, result_file: str) -> int:
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        asked = LlamaCppSession(job)
+        session = LlamaCppSession(job)
         fields: Json = {
-            "template": asked.post("/props")["chat_template"],
-            "rendered": [asked.render(messages) for messages in job["conversations"]],
-            "traces": [asked.trace(item["prompt"], item["reply"]) for item in job["traces"]],
+            "template": session.post("/props")["chat_template"],
+            "rendered": [session.render(messages) for messages in job["conversations"]],
+            "traces": [session.trace(item["prompt"], item["reply"]) for item in job["traces"]],
         }
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)

@@ -80,15 +80,15 @@ def choose(release: Artifact, chat: ChatTokenizer, count: int = LEAST) -> list[P
             ids = tuple(chat.prompt_ids(messages, tools))
         except SourceError:
             continue
-        spells = any(chat.markup.spelt(message.text) for message in messages)
-        results.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells))
+        spells_markup = any(chat.markup.spelt(message.text) for message in messages)
+        results.setdefault(ids, ParityPrompt(tuple(messages), tools, ids, source, spells_markup))
     return list(results.values())
 
 
-Found = list[tuple[str, Sequence[Message], str]]
+Candidates = list[tuple[str, Sequence[Message], str]]
 
 
-def _held_out(release: Artifact, count: int) -> Found:
+def _held_out(release: Artifact, count: int) -> Candidates:
     """Rows that were not trained on: of the Dataset where it stands, else what the Report inside the Release asked."""
     if ancestry.find_parent(release, "dataset") is not None:
         try:
@@ -105,8 +105,8 @@ def _held_out(release: Artifact, count: int) -> Found:
     return [("rows of the Report", _turns(system, text), "") for text in table["prompt"].to_pylist() if text]
 
 
-def _generic(system: str) -> Found:
-    return [("generic prompts", _turns(system, form.format(thing)), "") for thing in _ABOUT for form in _ASKED]
+def _generic(system: str) -> Candidates:
+    return [("generic prompts", _turns(system, template.format(topic)), "") for topic in _ABOUT for template in _ASKED]
 
 
 def _turns(system: str, text: str) -> list[Message]:
@@ -122,37 +122,37 @@ ROWS_TOGETHER = 16
 class Trace:
     """A prompt, the Release's greedy reply to it (with the token that ends it), and the logits (len(reply), V) at each."""
 
-    asked: ParityPrompt
+    parity_prompt: ParityPrompt
     reply: tuple[int, ...]
     logits: torch.Tensor
 
     @property
     def prompt(self) -> list[int]:
         """Token ids of the prompt."""
-        return list(self.asked.ids)
+        return list(self.parity_prompt.ids)
 
 
-def trace(base: Base, model: Any, asked: Sequence[ParityPrompt]) -> list[Trace]:
+def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt]) -> list[Trace]:
     """Greedy replies by Sartor's own decoding, and the logits along each of them.
 
     base.model and `model` (with the adapter) are in fp32.
     """
     chat = base.chat
-    made = generate(
+    generations = generate(
         model,
-        [item.ids for item in asked],
+        [prompt.ids for prompt in prompts],
         stop=chat.stops,
         pad=chat.pad,
         sampling=Sampling(REPLY_TOKENS),
         batch_rows=ROWS_TOGETHER,
     )
     traces = []
-    for one, reply in zip(asked, made, strict=True):
-        logits = logits_along(model, list(one.ids), reply.ids)
+    for prompt, reply in zip(prompts, generations, strict=True):
+        logits = logits_along(model, list(prompt.ids), reply.ids)
         if reply.finish == "stop" and len(reply.ids) < REPLY_TOKENS:
-            traces.append(Trace(one, (*reply.ids, int(logits[-1].argmax())), logits))
+            traces.append(Trace(prompt, (*reply.ids, int(logits[-1].argmax())), logits))
         else:
-            traces.append(Trace(one, tuple(reply.ids), logits[:-1]))
+            traces.append(Trace(prompt, tuple(reply.ids), logits[:-1]))
     return traces
 
 
@@ -232,57 +232,60 @@ class Figures:
 
 def compare(runtime: str, form: str, traces: Sequence[Trace], answers: RuntimeOutputs) -> Figures:
     """Figures of what a runtime answered."""
-    same: list[int] = []
+    matches: list[int] = []
     differences: list[torch.Tensor] = []
-    for one, told in zip(traces, answers.likeliest, strict=True):
-        logprobs = one.logits.log_softmax(-1)
-        same.append(sum(likeliest[0][0] == token for token, likeliest in zip(one.reply, told, strict=True)))
-        for index, likeliest in enumerate(told):
-            known = {token: value for token, value in likeliest if value is not None}
-            differences.append((logprobs[index, list(known)] - torch.tensor(list(known.values()))).abs())
-    tokens, whole, length = 0, 0, 0
-    for one, greedy in zip(traces, answers.greedy, strict=True):
-        tokens += sum(mine == theirs for mine, theirs in zip(one.reply, greedy, strict=False))
-        length += max(len(one.reply), len(greedy))
-        whole += list(one.reply) == greedy
+    for trace, top_tokens in zip(traces, answers.likeliest, strict=True):
+        logprobs = trace.logits.log_softmax(-1)
+        matches.append(sum(likeliest[0][0] == token for token, likeliest in zip(trace.reply, top_tokens, strict=True)))
+        for index, likeliest in enumerate(top_tokens):
+            reported = {token: value for token, value in likeliest if value is not None}
+            differences.append((logprobs[index, list(reported)] - torch.tensor(list(reported.values()))).abs())
+    tokens, exact_count, length = 0, 0, 0
+    for trace, greedy in zip(traces, answers.greedy, strict=True):
+        tokens += sum(reference_id == runtime_id for reference_id, runtime_id in zip(trace.reply, greedy, strict=False))
+        length += max(len(trace.reply), len(greedy))
+        exact_count += list(trace.reply) == greedy
     lengths = [len(trace.reply) for trace in traces]
-    positions, agreement = sum(lengths), sum(same) / sum(lengths)
-    spread = sum((agreed - agreement * count) ** 2 for agreed, count in zip(same, lengths, strict=True)) ** 0.5
-    each = torch.cat([*differences, torch.zeros(1)])
-    found_logits = [float((one.logits - theirs).abs().max()) for one, theirs in zip(traces, answers.logits or [], strict=False)]
+    positions, agreement = sum(lengths), sum(matches) / sum(lengths)
+    deviation = sum((match_count - agreement * count) ** 2 for match_count, count in zip(matches, lengths, strict=True)) ** 0.5
+    all_differences = torch.cat([*differences, torch.zeros(1)])
+    logit_differences = [
+        float((trace.logits - runtime_logits).abs().max())
+        for trace, runtime_logits in zip(traces, answers.logits or [], strict=False)
+    ]
     return Figures(
         runtime,
         form,
         positions,
         agreement,
         tokens / length,
-        whole / len(traces),
-        round(float(each.max()), 6),
-        round(float(each.mean()), 6),
-        round(max(found_logits), 6) if found_logits else None,
-        agreement_deviation=round(spread / positions, 6),
+        exact_count / len(traces),
+        round(float(all_differences.max()), 6),
+        round(float(all_differences.mean()), 6),
+        round(max(logit_differences), 6) if logit_differences else None,
+        agreement_deviation=round(deviation / positions, 6),
     )
 
 
 def with_prompts(figures: Figures, traces: Sequence[Trace], rendered: Sequence[Sequence[int]]) -> Figures:
     """The figures with the fraction of plain prompts that came out in the same tokens."""
-    plain = [trace for trace in traces if trace.asked.is_plain]
-    same = sum(one.prompt == list(ids) for one, ids in zip(plain, rendered, strict=True))
-    return replace(figures, alike=same / len(plain) if plain else None)
+    plain_traces = [trace for trace in traces if trace.parity_prompt.is_plain]
+    same_count = sum(trace.prompt == list(ids) for trace, ids in zip(plain_traces, rendered, strict=True))
+    return replace(figures, alike=same_count / len(plain_traces) if plain_traces else None)
 
 
 def check(figures: Figures, name: str) -> None:
     """Raise GateError with the numbers unless a form answers as the Release does."""
-    least = LEAST_AGREEMENT[figures.form]
+    min_agreement = LEAST_AGREEMENT[figures.form]
     problems = []
-    if not figures.agreement >= least:
+    if not figures.agreement >= min_agreement:
         problems.append(
-            f"{figures.agreement:.4f} of {figures.positions} next tokens are the Release's, and {least} must be "
+            f"{figures.agreement:.4f} of {figures.positions} next tokens are the Release's, and {min_agreement} must be "
             f"(chance moves that by {figures.agreement_deviation:.4f})"
         )
-    most = MOST_LOGIT_DIFFERENCE.get(figures.form)
-    if most is not None and not (figures.logit_difference or 0) <= most:
-        problems.append(f"a logit differs by {figures.logit_difference:.3g}, and at most {most} may")
+    max_difference = MOST_LOGIT_DIFFERENCE.get(figures.form)
+    if max_difference is not None and not (figures.logit_difference or 0) <= max_difference:
+        problems.append(f"a logit differs by {figures.logit_difference:.3g}, and at most {max_difference} may")
     if figures.alike is not None and figures.alike < LEAST_ALIKE:
         problems.append(f"{figures.alike:.2f} of the prompts become the same tokens, and {LEAST_ALIKE} must")
     if problems:
@@ -307,13 +310,13 @@ TIME_LIMIT_S = 6 * 3600.0
 def check_own_decoding(traces: Sequence[Trace]) -> Figures:
     """Sartor against itself: one token at a time with a cache (the replies) against all at once (the logits)."""
     likeliest = [_likeliest(trace.logits) for trace in traces]
-    return compare("sartor", "sartor", traces, RuntimeOutputs([list(one.reply) for one in traces], likeliest))
+    return compare("sartor", "sartor", traces, RuntimeOutputs([list(trace.reply) for trace in traces], likeliest))
 
 
 def ask_peft(part: Path, base: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
     """PeftModel on transformers' own model, in fp32."""
     with quiet_transformers():
-        model = _plain(base, device)
+        model = _load_model(base, device)
         model = peft.PeftModel.from_pretrained(model, str(part), torch_device="cpu").to(device).eval()
     return _ask_torch("peft", "peft", model, chat, traces, part)
 
@@ -321,30 +324,30 @@ def ask_peft(part: Path, base: Path, chat: ChatTokenizer, traces: Sequence[Trace
 def ask_merged(part: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
     """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what shows."""
     with quiet_transformers():
-        model = _plain(part, device)
+        model = _load_model(part, device)
     return _ask_torch("transformers", "merged", model, chat, traces, part)
 
 
-def _plain(path: Path, device: torch.device) -> Any:
-    where = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **where).to(device).eval()
+def _load_model(path: Path, device: torch.device) -> Any:
+    load_options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **load_options).to(device).eval()
 
 
 def _ask_torch(runtime: str, form: str, model: Any, chat: ChatTokenizer, traces: Sequence[Trace], part: Path) -> Figures:
-    began = time.monotonic()
+    start_time = time.monotonic()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(part), local_files_only=True, trust_remote_code=False)
     rendered = [
-        tokenizer.apply_chat_template(trace.asked.as_json(), add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(trace.parity_prompt.as_json(), add_generation_prompt=True, return_dict=True)["input_ids"]
         for trace in traces
-        if trace.asked.is_plain
+        if trace.parity_prompt.is_plain
     ]
-    logits = [logits_along(model, one.prompt, one.reply[:-1]) for one in traces]
+    logits = [logits_along(model, trace.prompt, trace.reply[:-1]) for trace in traces]
     greedy: list[list[int]] = []
     for start in range(0, len(traces), ROWS_TOGETHER):
-        greedy += _generate(model, chat, [one.prompt for one in traces[start : start + ROWS_TOGETHER]])
+        greedy += _generate(model, chat, [trace.prompt for trace in traces[start : start + ROWS_TOGETHER]])
     answers = RuntimeOutputs(greedy, [_likeliest(logit) for logit in logits], logits)
     figures = compare(f"{runtime} {importlib.metadata.version(runtime)}", form, traces, answers)
-    return replace(with_prompts(figures, traces, rendered), wall_s=round(time.monotonic() - began, 1))
+    return replace(with_prompts(figures, traces, rendered), wall_s=round(time.monotonic() - start_time, 1))
 
 
 @torch.inference_mode()
@@ -354,7 +357,7 @@ def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> 
     ids = torch.tensor([[chat.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with quiet_transformers():
-        made = model.generate(
+        outputs = model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
@@ -362,7 +365,7 @@ def _generate(model: Any, chat: ChatTokenizer, prompts: Sequence[list[int]]) -> 
             eos_token_id=chat.stops,
             pad_token_id=chat.pad,
         )
-    return [_until_stop(row, set(chat.stops)) for row in made[:, width:].tolist()]
+    return [_until_stop(row, set(chat.stops)) for row in outputs[:, width:].tolist()]
 
 
 def _until_stop(row: list[int], stops: set[int]) -> list[int]:
@@ -385,9 +388,9 @@ def has_llama_cpp() -> bool:
 
 def need_llama_cpp() -> ExtraError:
     """The error where it cannot be, and a receipt is wanted."""
-    missing = missing_package(LLAMA_CPP, "llamacpp")
+    error = missing_package(LLAMA_CPP, "llamacpp")
     return ExtraError(
-        f"{missing.problem}, so how a GGUF file answers cannot be measured", f"{missing.remedy}; or --allow-unmeasured"
+        f"{error.problem}, so how a GGUF file answers cannot be measured", f"{error.remedy}; or --allow-unmeasured"
     )
 
 
@@ -396,31 +399,33 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
 
     Raises GateError where it cannot open them, or holds another chat template than `template`.
     """
-    began = time.monotonic()
-    longest = max(len(trace.asked.ids) for trace in traces) + REPLY_TOKENS + 8
+    start_time = time.monotonic()
+    context_length = max(len(trace.parity_prompt.ids) for trace in traces) + REPLY_TOKENS + 8
     job = {
         "model": str(file),
         "adapter": str(adapter) if adapter else "",
-        "context": -(-longest // 256) * 256,
+        "context": -(-context_length // 256) * 256,
         # its threads spin: one that waits for a core holds up all the others
         "threads": max(1, (os.cpu_count() or 2) - 1),
         "likeliest": LIKELIEST,
         "longest": REPLY_TOKENS,
-        "conversations": [one.asked.as_json() for one in traces if one.asked.is_plain],
-        "traces": [{"prompt": one.prompt, "reply": list(one.reply)} for one in traces],
+        "conversations": [trace.parity_prompt.as_json() for trace in traces if trace.parity_prompt.is_plain],
+        "traces": [{"prompt": trace.prompt, "reply": list(trace.reply)} for trace in traces],
     }
-    said = _in_a_process(job)
-    if "error" in said:
+    response = _in_a_process(job)
+    if "error" in response:
         raise GateError(
-            f"llama.cpp cannot run {file.name}: {said['error']}", "sartor export --to merged is what transformers runs"
+            f"llama.cpp cannot run {file.name}: {response['error']}", "sartor export --to merged is what transformers runs"
         )
-    if said["template"] != template:
+    if response["template"] != template:
         raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", "report this")
-    answers = RuntimeOutputs([item["greedy"] for item in said["traces"]], [one["likeliest"] for one in said["traces"]])
+    answers = RuntimeOutputs(
+        [item["greedy"] for item in response["traces"]], [item["likeliest"] for item in response["traces"]]
+    )
     version = importlib.metadata.version(LLAMA_CPP)
     figures = compare(f"llama.cpp ({LLAMA_CPP} {version})", form, traces, answers)
-    figures = replace(figures, wall_s=round(time.monotonic() - began, 1))
-    return with_prompts(figures, traces, [one["ids"] for one in said["rendered"]])
+    figures = replace(figures, wall_s=round(time.monotonic() - start_time, 1))
+    return with_prompts(figures, traces, [item["ids"] for item in response["rendered"]])
 
 
 def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
@@ -441,12 +446,12 @@ def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
         ):
             try:
-                ended = child.wait(TIME_LIMIT_S)
+                exit_code = child.wait(TIME_LIMIT_S)
             except subprocess.TimeoutExpired:
                 return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
             finally:
                 child.kill()
         if not (folder / "result.json").is_file():
-            last = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            return {"error": f"its process ended with {ended}: {' | '.join(last)[-300:]}"}
+            log_lines = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            return {"error": f"its process ended with {exit_code}: {' | '.join(log_lines)[-300:]}"}
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))

@@ -63,62 +63,64 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank that is declared for a module."""
-        return int(_of(self.ranks, module, self.rank))
+        return int(_pattern_value(self.ranks, module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) when rank-stabilised (arXiv:2312.03732)."""
-        alpha, rank = float(_of(self.alphas, module, self.alpha)), self.rank_of(module)
+        alpha, rank = float(_pattern_value(self.alphas, module, self.alpha)), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
     def targets_module(self, module: str) -> bool:
         """Whether peft would put factors on the base's module of that name."""
         if module in self.targets:
             return True
-        is_named = any(end in self.targets for end in _ends(module))
+        is_named = any(suffix in self.targets for suffix in _name_suffixes(module))
         return is_named and (self.layers is None or self._layer_of(module) in self.layers)
 
     def _layer_of(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{pattern}\.(\d+)\.", module) for pattern in patterns)
-        return next((int(match[1]) for match in found if match), None)
+        matches = (re.match(rf"{pattern}\.(\d+)\.", module) for pattern in patterns)
+        return next((int(match[1]) for match in matches if match), None)
 
 
-def _ends(module: str) -> list[str]:
+def _name_suffixes(module: str) -> list[str]:
     """a.b.c -> a.b.c, b.c, c."""
     parts = module.split(".")
-    return [".".join(parts[at:]) for at in range(len(parts))]
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _of(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that is the module's name or an end of it; with ^ the name alone."""
-    names = {f"^{module}", *_ends(module)} if patterns else ()
+    names = {f"^{module}", *_name_suffixes(module)} if patterns else ()
     return next((value for key, value in patterns.items() if key in names), default)
 
 
 def read_config(file: Path) -> LoraConfig:
     """The config of a plain LoRA. Raises AdmissionError naming the key that says otherwise, its value and what is taken."""
-    said = _read(file)
-    if said.get("peft_type") != "LORA":
-        raise _refusal("peft_type", said.get("peft_type"), "LORA")
-    if said.get("bias", "none") != "none":
-        raise _refusal("bias", said["bias"], "none")
-    if said.get("task_type") not in (None, "CAUSAL_LM"):
-        raise _refusal("task_type", said["task_type"], "CAUSAL_LM")
-    if not any(said.get("init_lora_weights", True) is item or said["init_lora_weights"] == item for item in _INITS):
-        raise _refusal("init_lora_weights", said["init_lora_weights"], "a start that leaves the base as it is: true, gaussian")
-    for key in sorted(set(said) - _FREE - _READ):
-        if said[key] not in (None, False, "", [], {}):
-            raise _refusal(key, said[key], "nothing: plain LoRA alone is served")
-    return _config(said)
+    fields = _read(file)
+    if fields.get("peft_type") != "LORA":
+        raise _refusal("peft_type", fields.get("peft_type"), "LORA")
+    if fields.get("bias", "none") != "none":
+        raise _refusal("bias", fields["bias"], "none")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _refusal("task_type", fields["task_type"], "CAUSAL_LM")
+    if not any(fields.get("init_lora_weights", True) is init or fields["init_lora_weights"] == init for init in _INITS):
+        raise _refusal(
+            "init_lora_weights", fields["init_lora_weights"], "a start that leaves the base as it is: true, gaussian"
+        )
+    for key in sorted(set(fields) - _FREE - _READ):
+        if fields[key] not in (None, False, "", [], {}):
+            raise _refusal(key, fields[key], "nothing: plain LoRA alone is served")
+    return _config(fields)
 
 
-def _config(said: Mapping[str, Any]) -> LoraConfig:
-    rank, layers = _rank("r", said.get("r")), said.get("layers_to_transform")
-    pattern = said.get("layers_pattern") or []
+def _config(fields: Mapping[str, Any]) -> LoraConfig:
+    rank, layers = _rank("r", fields.get("r")), fields.get("layers_to_transform")
+    pattern = fields.get("layers_pattern") or []
     pattern = [pattern] if isinstance(pattern, str) else pattern
-    targets = said.get("target_modules")
+    targets = fields.get("target_modules")
     for key, names in (("target_modules", targets), ("layers_pattern", pattern)):
-        if not isinstance(names, list) or len(names) > MOST_NAMES or not all(_is(_NAMES, name) for name in names):
+        if not isinstance(names, list) or len(names) > MOST_NAMES or not all(_is_match(_NAMES, name) for name in names):
             raise _refusal(key, names, "a list of names of modules; no regular expression")
     if not targets:
         raise _refusal("target_modules", targets, "at least one name of a module")
@@ -127,14 +129,14 @@ def _config(said: Mapping[str, Any]) -> LoraConfig:
         raise _refusal("layers_to_transform", layers, "numbers of layers")
     return LoraConfig(
         rank=rank,
-        alpha=_alpha("lora_alpha", said.get("lora_alpha")),
-        ranks={key: _rank("rank_pattern", value) for key, value in _patterns(said, "rank_pattern").items()},
-        alphas={key: _alpha("alpha_pattern", value) for key, value in _patterns(said, "alpha_pattern").items()},
+        alpha=_alpha("lora_alpha", fields.get("lora_alpha")),
+        ranks={key: _rank("rank_pattern", value) for key, value in _patterns(fields, "rank_pattern").items()},
+        alphas={key: _alpha("alpha_pattern", value) for key, value in _patterns(fields, "alpha_pattern").items()},
         targets=frozenset(targets),
         layers=frozenset(layers) if layers else None,
         layers_pattern=tuple(pattern),
-        is_rank_stabilised=_flag(said, "use_rslora"),
-        is_transposed=_flag(said, "fan_in_fan_out"),
+        is_rank_stabilised=_flag(fields, "use_rslora"),
+        is_transposed=_flag(fields, "fan_in_fan_out"),
     )
 
 
@@ -153,35 +155,37 @@ def _read(file: Path) -> dict[str, Any]:
 _REMEDY = "release an adapter that `sartor tune` wrote, or any plain LoRA in PEFT's form"
 
 
-def _refusal(key: str, value: Any, taken: str) -> AdmissionError:
-    return AdmissionError(f"adapter_config.json has {key} {str(value)[:120]!a}; what is served is {taken}", _REMEDY, "config")
+def _refusal(key: str, value: Any, expected: str) -> AdmissionError:
+    return AdmissionError(
+        f"adapter_config.json has {key} {str(value)[:120]!a}; what is served is {expected}", _REMEDY, "config"
+    )
 
 
-def _is(pattern: re.Pattern[str], said: Any) -> bool:
-    return isinstance(said, str) and pattern.fullmatch(said) is not None
+def _is_match(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
-def _rank(key: str, said: Any) -> int:
-    if type(said) is not int or not 1 <= said <= MOST_RANK:
-        raise _refusal(key, said, f"a rank from 1 to {MOST_RANK}")
-    return said
+def _rank(key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MOST_RANK:
+        raise _refusal(key, value, f"a rank from 1 to {MOST_RANK}")
+    return value
 
 
-def _alpha(key: str, said: Any) -> float:
-    if isinstance(said, bool) or not isinstance(said, (int, float)) or not abs(said) < 1e9:  # a NaN is not below either
-        raise _refusal(key, said, "a finite number")
-    return float(said)
+def _alpha(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:  # a NaN is not below either
+        raise _refusal(key, value, "a finite number")
+    return float(value)
 
 
-def _flag(said: Mapping[str, Any], key: str) -> bool:
-    if not isinstance(value := said.get(key, False), bool):
+def _flag(fields: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(value := fields.get(key, False), bool):
         raise _refusal(key, value, "true or false")
     return value
 
 
-def _patterns(said: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = said.get(key) or {}
-    if not isinstance(value, dict) or len(value) > MOST_PATTERNS or not all(_is(_PATTERN, name) for name in value):
+def _patterns(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = fields.get(key) or {}
+    if not isinstance(value, dict) or len(value) > MOST_PATTERNS or not all(_is_match(_PATTERN, name) for name in value):
         raise _refusal(key, value, "names of modules with a number each; no regular expression")
     return value
 
@@ -229,9 +233,9 @@ def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> 
     if about.kind != "local":
         raise ModelError(f"it reads media by projectors, and the engine {about.kind!r} reads text", "engine: {kind: local}")
     tensors, metadata = read_whole(path / PROJECTORS)
-    if model_refs.SAID not in metadata:
-        raise _projectors_refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.SAID!r}")
-    result = Projectors(_towers(metadata[model_refs.SAID]), tensors)
+    if model_refs.TOWERS_KEY not in metadata:
+        raise _projectors_refusal(f"says {sorted(metadata)!a:.80}; this reads {model_refs.TOWERS_KEY!r}")
+    result = Projectors(_towers(metadata[model_refs.TOWERS_KEY]), tensors)
     for tower in result.towers:
         _check_tower(tower)
     return result
@@ -239,47 +243,48 @@ def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> 
 
 def _towers(text: str) -> tuple[TowerEntry, ...]:
     try:
-        said = json.loads(text)
+        entries = json.loads(text)
     except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict) or not said or not set(said) <= set(KINDS):
+        entries = None
+    if not isinstance(entries, dict) or not entries or not set(entries) <= set(KINDS):
         raise _projectors_refusal(f"names no towers of {' and '.join(KINDS)}: {text[:80]!a}")
-    return tuple(_tower(kind, said[kind]) for kind in KINDS if kind in said)
+    return tuple(_tower(kind, entries[kind]) for kind in KINDS if kind in entries)
 
 
-def _tower(kind: Modality, said: Any) -> TowerEntry:
-    if not isinstance(said, dict) or not all(isinstance(said.get(key), str) and said[key] for key in ("name", "digest")):
-        raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(said)[:80]!a}")
-    for key, most in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
-        if type(said.get(key)) is not int or not 1 <= said[key] <= most:
-            raise _projectors_refusal(f"says {key} {str(said.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{most}")
-    return TowerEntry(kind, said["name"], said["digest"], said["width"], said["stack"])
+def _tower(kind: Modality, entry: Any) -> TowerEntry:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in ("name", "digest")):
+        raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(entry)[:80]!a}")
+    for key, limit in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
+        if type(entry.get(key)) is not int or not 1 <= entry[key] <= limit:
+            raise _projectors_refusal(f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}")
+    return TowerEntry(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
 
 
-def _check_tower(said: TowerEntry) -> None:
-    ref = model_refs.locate_tower(said.name, said.kind)
-    if ref.digest != said.digest:
+def _check_tower(tower: TowerEntry) -> None:
+    ref = model_refs.locate_tower(tower.name, tower.kind)
+    if ref.digest != tower.digest:
         raise ModelError(
-            f"it reads {said.kind} by the tower {said.name[:80]!r} {said.digest[:12]}, and the one here is {ref.digest[:12]}",
+            f"it reads {tower.kind} by the tower {tower.name[:80]!r} {tower.digest[:12]}, and the one here is "
+            f"{ref.digest[:12]}",
             "use the tower that it was tuned with, or tune again with this one",
         )
-    if ref.is_asset and not ref.path.is_dir() and not assets.entry(said.name).is_installed:
-        problem = f"it reads {said.kind} by the tower {said.name!r}, which is not on this machine"
-        raise AssetError(problem, f"sartor assets install {said.name}")
+    if ref.is_asset and not ref.path.is_dir() and not assets.entry(tower.name).is_installed:
+        problem = f"it reads {tower.kind} by the tower {tower.name!r}, which is not on this machine"
+        raise AssetError(problem, f"sartor assets install {tower.name}")
 
 
-def check_projector_values(found: Projectors, width: int) -> str:
+def check_projector_values(projectors: Projectors, width: int) -> str:
     """What was found, in words; every value is read. width: of the base's embeddings. Raises AdmissionError."""
-    if not found.towers:
+    if not projectors.towers:
         return "none: it reads text alone"
-    wanted = {name: shape for tower in found.towers for name, shape in _shapes(tower, width).items()}
-    if set(wanted) != set(found.tensors):
-        odd = sorted(set(wanted) ^ set(found.tensors))[0]
-        raise _projectors_refusal(f"{'lacks' if odd in wanted else 'has a surplus tensor,'} {odd}")
-    for name, shape in wanted.items():
-        _check_tensor(found.tensors[name], shape)
-    count = sum(tensor.count for tensor in found.tensors.values())
-    return f"{', '.join(f'{tower.kind} by {tower.name}' for tower in found.towers)}; {count:,} parameters"
+    expected = {name: shape for tower in projectors.towers for name, shape in _shapes(tower, width).items()}
+    if set(expected) != set(projectors.tensors):
+        mismatched = sorted(set(expected) ^ set(projectors.tensors))[0]
+        raise _projectors_refusal(f"{'lacks' if mismatched in expected else 'has a surplus tensor,'} {mismatched}")
+    for name, shape in expected.items():
+        _check_tensor(projectors.tensors[name], shape)
+    count = sum(tensor.count for tensor in projectors.tensors.values())
+    return f"{', '.join(f'{tower.kind} by {tower.name}' for tower in projectors.towers)}; {count:,} parameters"
 
 
 def _shapes(tower: TowerEntry, width: int) -> dict[str, tuple[int, ...]]:
@@ -345,13 +350,13 @@ class BaseWeights:
 
     def norms(self, modules: Iterable[str]) -> dict[str, float]:
         """The Frobenius norm of each module's weight."""
-        known = self._read_norms()
-        lacking = [module for module in modules if module not in known]
-        for module in lacking:
-            known[module] = float(np.sqrt(sum(_squares(piece) for piece in self.matrices[module].pieces())))
-        if lacking:
-            self._write_norms(known)
-        return known
+        norms = self._read_norms()
+        missing = [module for module in modules if module not in norms]
+        for module in missing:
+            norms[module] = float(np.sqrt(sum(_squares(piece) for piece in self.matrices[module].pieces())))
+        if missing:
+            self._write_norms(norms)
+        return norms
 
     def _read_norms(self) -> dict[str, float]:
         try:
@@ -408,44 +413,44 @@ class Norms:
     median: float
 
 
-def pair_up(found: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraPair]:
+def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraPair]:
     """The pairs of exactly those modules of the base that the config targets.
 
     Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base lacks, one
     that the config does not target, and one that it targets and that has no factors.
     """
     halves: dict[str, dict[str, SafetensorsEntry]] = {}
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise _lora_refusal("tensors", f"the tensor {name} is no factor A or B of a module")
         halves.setdefault(match[1], {})[match[2]] = tensor
     modules = base.linear()
-    for module, both in halves.items():
-        if len(both) < 2:
-            raise _lora_refusal("tensors", f"{module} has the factor {next(iter(both))} alone")
+    for module, factors in halves.items():
+        if len(factors) < 2:
+            raise _lora_refusal("tensors", f"{module} has the factor {next(iter(factors))} alone")
         if module not in modules:
             raise _lora_refusal("tensors", f"the base has no linear module {module}")
         if not config.targets_module(module):
             raise _lora_refusal("tensors", f"{module} has factors, and the config does not target it")
-    if lacking := sorted(module for module in modules if config.targets_module(module) and module not in halves):
+    if missing := sorted(module for module in modules if config.targets_module(module) and module not in halves):
         raise _lora_refusal(
-            "tensors", f"{len(lacking)} modules that the config targets have no factors, the first is {lacking[0]}"
+            "tensors", f"{len(missing)} modules that the config targets have no factors, the first is {missing[0]}"
         )
     if not halves:
         raise _lora_refusal("tensors", "it has no factors at all")
-    return [LoraPair(module, both["A"], both["B"], config.scale_of(module)) for module, both in sorted(halves.items())]
+    return [LoraPair(module, factors["A"], factors["B"], config.scale_of(module)) for module, factors in sorted(halves.items())]
 
 
 def check_shapes(pairs: Sequence[LoraPair], config: LoraConfig, base: BaseWeights) -> None:
     """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's module."""
     for pair in pairs:
         shape = base.matrices[pair.module].shape
-        wide = tuple(reversed(shape)) if config.is_transposed else shape
+        weight_shape = tuple(reversed(shape)) if config.is_transposed else shape
         a, b = pair.a.shape, pair.b.shape
-        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != wide or a[0] != b[1]:
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != weight_shape or a[0] != b[1]:
             raise _lora_refusal(
-                "shapes", f"{pair.module} is {wide} in the base; A is {a} and B {b}, not (rank, in) and (out, rank)"
+                "shapes", f"{pair.module} is {weight_shape} in the base; A is {a} and B {b}, not (rank, in) and (out, rank)"
             )
 
 
@@ -496,9 +501,9 @@ def _gram(factor: Values) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
 def _finite(tensor: SafetensorsEntry) -> Values:
     values = tensor.values()
     if not np.isfinite(values).all():
-        place = np.unravel_index(int(np.flatnonzero(~np.isfinite(values))[0]), values.shape)
-        at = ", ".join(str(int(item)) for item in place)
-        raise _lora_refusal("finite", f"{tensor.name} holds {values[place]} at ({at})")
+        index = np.unravel_index(int(np.flatnonzero(~np.isfinite(values))[0]), values.shape)
+        coordinates = ", ".join(str(int(item)) for item in index)
+        raise _lora_refusal("finite", f"{tensor.name} holds {values[index]} at ({coordinates})")
     return values
 
 

@@ -53,10 +53,10 @@ def check_form(manifest: Mapping[str, Any]) -> None:
     if manifest.get("use", "commercial") not in USES:
         raise _malformed("use", manifest["use"])
     for key in ("tools", "waivers", "parents", "canaries", "sources"):
-        said = manifest.get(key, [])
-        if not isinstance(said, list) or not all(isinstance(item, dict) for item in said):
-            raise _malformed(key, said)
-    if wrong := next((one for one in [base, *manifest.get("sources", [])] if not _states_terms(one)), None):
+        entries = manifest.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise _malformed(key, entries)
+    if wrong := next((source for source in [base, *manifest.get("sources", [])] if not _states_terms(source)), None):
         raise _malformed("sources", wrong)
     if not all(type(source.get("kept")) is int for source in manifest.get("sources", [])):
         raise _malformed("sources", manifest["sources"])
@@ -66,28 +66,30 @@ def check_form(manifest: Mapping[str, Any]) -> None:
 
 
 def _states_terms(source: Mapping[str, Any]) -> bool:
-    used = source.get("use", [])
+    uses = source.get("use", [])
     return all(isinstance(source.get(key, ""), str) for key in _TEXTS) and (
-        isinstance(used, list) and all(isinstance(use, str) for use in used)
+        isinstance(uses, list) and all(isinstance(use, str) for use in uses)
     )
 
 
-def _check_sampling(said: Any) -> None:
+def _check_sampling(options: Any) -> None:
     try:
-        if not isinstance(said, dict) or not set(said) <= _SAMPLING:
+        if not isinstance(options, dict) or not set(options) <= _SAMPLING:
             raise ConfigError("it has other options than those of sampling", "")
-        Sampling(**said)
+        Sampling(**options)
     except (ConfigError, TypeError) as error:
-        raise _malformed("sampling", said, str(error).partition("\n")[0]) from None
+        raise _malformed("sampling", options, str(error).partition("\n")[0]) from None
 
 
 def check_gate(manifest: Mapping[str, Any]) -> str:
     """What the gate found, check by check; a waiver shows. Raises AdmissionError (`gate`) for one that is absent or failed."""
     gate = manifest.get("gate")
-    waivers = {str(item.get("check")): item for item in manifest.get("waivers", []) if item.get("by") and item.get("reason")}
+    waivers = {
+        str(waiver.get("check")): waiver for waiver in manifest.get("waivers", []) if waiver.get("by") and waiver.get("reason")
+    }
     if not isinstance(gate, dict):
         raise _ungated("release.json has no gate")
-    said = []
+    findings = []
     for name in [*GATE, *sorted(set(gate) - set(GATE))]:
         outcome = gate[name].get("outcome") if isinstance(gate.get(name), dict) else None
         if outcome not in OUTCOMES:
@@ -95,25 +97,25 @@ def check_gate(manifest: Mapping[str, Any]) -> str:
         if outcome == "waived" and name not in waivers:
             raise _ungated(f"{name} is waived by nobody")
         waived = f" by {waivers[name]['by']}: {waivers[name]['reason']}" if outcome == "waived" else ""
-        said.append(f"{name} {outcome}{waived}")
-    return "; ".join(said)
+        findings.append(f"{name} {outcome}{waived}")
+    return "; ".join(findings)
 
 
-def check_licence(found: Artifact) -> str:
+def check_licence(release: Artifact) -> str:
     """Whether sources and base still permit the use that the Release was made for. Raises LicenceError.
 
     It is decided anew: terms run out, and a signer's word that a licence permits is not the licence. A waiver of the gate's
     check holds here too, and shows.
     """
-    use, outcome = found.manifest.get("use", "commercial"), found.manifest["gate"]["licence"]["outcome"]
-    refusals, remedy = permission.licence_refusals(found, use)
+    use, outcome = release.manifest.get("use", "commercial"), release.manifest["gate"]["licence"]["outcome"]
+    refusals, remedy = permission.licence_refusals(release, use)
     if refusals and outcome != "waived":
-        raise LicenceError(f"{found.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy)
-    return f"waived, against: {'; '.join(refusals)}" if refusals else f"{found.licence} permits {use} use"
+        raise LicenceError(f"{release.manifest['name']} may not be served for {use} use: {'; '.join(refusals)}", remedy)
+    return f"waived, against: {'; '.join(refusals)}" if refusals else f"{release.licence} permits {use} use"
 
 
-def _malformed(key: str, value: Any, why: str = "") -> AdmissionError:
-    return AdmissionError(f"release.json has {key} {str(value)[:120]!a}{': ' if why else ''}{why}", _AGAIN, "manifest")
+def _malformed(key: str, value: Any, reason: str = "") -> AdmissionError:
+    return AdmissionError(f"release.json has {key} {str(value)[:120]!a}{': ' if reason else ''}{reason}", _AGAIN, "manifest")
 
 
 def _ungated(problem: str) -> AdmissionError:
@@ -176,15 +178,15 @@ class AdmissionContext:
     @classmethod
     def of(cls, team: Team, about: EngineInfo) -> AdmissionContext:
         """The ground of a team whose engine says `about`. Raises ModelError where the base's files are not on this machine."""
-        found = model_refs.locate_base(team.base)
-        if not found.path.is_dir():
+        base_ref = model_refs.locate_base(team.base)
+        if not base_ref.path.is_dir():
             raise ModelError(
-                f"the base {found.name!r} has not been converted on this machine, so no adapter can be compared with it",
-                f"python -c \"from sartor.models.base import open_base; open_base('{found.name}')\"",
+                f"the base {base_ref.name!r} has not been converted on this machine, so no adapter can be compared with it",
+                f"python -c \"from sartor.models.base import open_base; open_base('{base_ref.name}')\"",
             )
-        return cls(about, found.path, Path(team.state), Path(team.trust) if team.trust else None)
+        return cls(about, base_ref.path, Path(team.state), Path(team.trust) if team.trust else None)
 
-    def passed(self, checks: Mapping[str, str]) -> dict[str, Any]:
+    def passed_record(self, checks: Mapping[str, str]) -> dict[str, Any]:
         """What a copy is to say of the checks that it passed here: on which base, by which arithmetic."""
         made_by = {name: value for name, value in self.about.made_by.items() if name == "numerics"}
         return {"base": self.about.base_digest, **made_by, "checks": dict(checks)}
@@ -226,17 +228,17 @@ def version_of(admitted: Admitted, agent: str) -> AgentVersion:
     return AgentVersion(agent, admitted.version, str(admitted.path), admitted.release, admitted.adapter, facts)
 
 
-async def admit(release: Path | str, ground: AdmissionContext, probe: TrialEngine) -> Admitted:
+async def admit(release: Path | str, context: AdmissionContext, probe: TrialEngine) -> Admitted:
     """Copy, check and keep a Release. Raises what `admit_by` raises."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_threads, admit_sync, release, ground, in_loop(probe, loop))
+    return await loop.run_in_executor(_threads, admit_sync, release, context, in_loop(probe, loop))
 
 
-def release_registrar(ground: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
+def release_registrar(context: AdmissionContext, probe: TrialEngine) -> Callable[[Path, str], Awaitable[AgentVersion]]:
     """What `dispatch` admits by: the Release in a directory as a version of an agent of that name."""
 
     async def admitting(release: Path, agent: str) -> AgentVersion:
-        return version_of(await admit(release, ground, probe), agent)
+        return version_of(await admit(release, context, probe), agent)
 
     return admitting
 
@@ -249,142 +251,142 @@ def in_loop(probe: TrialEngine, loop: asyncio.AbstractEventLoop) -> Ask:
     """`probe` for a thread that may wait, while `loop` runs in another."""
 
     def ask(adapter: str, path: Path, calls: Sequence[GenerateCall]) -> Sequence[Sequence[Event]]:
-        async def said() -> Sequence[Sequence[Event]]:
+        async def generate_events() -> Sequence[Sequence[Event]]:
             return await probe(adapter, path, calls)
 
-        return asyncio.run_coroutine_threadsafe(said(), loop).result()
+        return asyncio.run_coroutine_threadsafe(generate_events(), loop).result()
 
     return ask
 
 
-def admit_sync(release: Path | str, ground: AdmissionContext, ask: Ask) -> Admitted:
+def admit_sync(release: Path | str, context: AdmissionContext, ask: Ask) -> Admitted:
     """Copy, check and keep a Release, for a thread. One of the team's own copies is looked at where it stands.
 
     Raises AdmissionError, SignatureError, ArtifactError, LicenceError or ModelError, each with the name of its check;
     MissingError when the disk is full, and what `ask` raises when no process could be started.
     """
     path = Path(release).absolute()
-    if release_copies.is_copy(path, ground.state):
-        return _readmit(path, ground, ask)
-    with _checking("files"), release_copies.staged(path, ground.state) as part:
-        looked = _examine(part, path, ground)
-        checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
-        kept = release_copies.keep(part, ground.state, looked.found.id, ground.passed(checks))
-        return looked.admitted(kept, checks)
+    if release_copies.is_copy(path, context.state):
+        return _readmit(path, context, ask)
+    with _checking("files"), release_copies.staged(path, context.state) as part:
+        examined = _examine(part, path, context)
+        checks = {**examined.checks, **_check_tensor_values(examined, context), "canary": _check_canaries(examined, ask)}
+        copy = release_copies.keep(part, context.state, examined.release.id, context.passed_record(checks))
+        return examined.admitted(copy, checks)
 
 
-def _readmit(path: Path, ground: AdmissionContext, ask: Ask) -> Admitted:
+def _readmit(path: Path, context: AdmissionContext, ask: Ask) -> Admitted:
     """A copy, at a later start: signer, bytes, base, gate and licence anew; the rest only if it never passed on that base
     by the arithmetic of this version.
     """
-    looked = _examine(path, path, ground)
-    passed = release_copies.passed(path)
-    is_same_base = passed.get("base") == ground.about.base_digest and isinstance(passed.get("checks"), dict)
-    made_otherwise = numerics_difference({**ground.about.made_by, "numerics": passed.get("numerics")})
-    if is_same_base and not made_otherwise:
-        return looked.admitted(path, {**passed["checks"], **looked.checks})
-    checks = {**looked.checks, **_values(looked, ground), "canary": _ask(looked, ask)}
+    examined = _examine(path, path, context)
+    record = release_copies.read_passed_record(path)
+    is_same_base = record.get("base") == context.about.base_digest and isinstance(record.get("checks"), dict)
+    numerics_problem = numerics_difference({**context.about.made_by, "numerics": record.get("numerics")})
+    if is_same_base and not numerics_problem:
+        return examined.admitted(path, {**record["checks"], **examined.checks})
+    checks = {**examined.checks, **_check_tensor_values(examined, context), "canary": _check_canaries(examined, ask)}
     if is_same_base:
-        release_copies.renew(path, ground.passed(checks))
-    return looked.admitted(path, checks)
+        release_copies.renew(path, context.passed_record(checks))
+    return examined.admitted(path, checks)
 
 
-def check_release_files(release: Path | str, ground: AdmissionContext) -> Admitted:
+def check_release_files(release: Path | str, context: AdmissionContext) -> Admitted:
     """Every check but those that ask an engine, on a Release where it stands: for a command that has none. Keeps nothing.
 
     Raises what `admit_by` raises.
     """
     path = Path(release).absolute()
-    looked = _examine(path, path, ground)
-    return looked.admitted(path, {**looked.checks, **_values(looked, ground)})
+    examined = _examine(path, path, context)
+    return examined.admitted(path, {**examined.checks, **_check_tensor_values(examined, context)})
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _ExaminedRelease:
     """A Release whose manifest may be believed, with the digest of its adapter and what was found so far."""
 
-    found: Artifact
+    release: Artifact
     signer: str
     adapter: str
     checks: Mapping[str, str]
     projectors: Projectors
 
     def admitted(self, path: Path, checks: Mapping[str, str]) -> Admitted:
-        said = self.found.manifest
+        manifest = self.release.manifest
         return Admitted(
             adapter=self.adapter,
-            release=self.found.id,
-            name=said["name"],
-            version=said["version"],
+            release=self.release.id,
+            name=manifest["name"],
+            version=manifest["version"],
             path=path,
-            system_prompt=said["system_prompt"],
-            sampling=said["sampling"],
-            tools=tuple(said.get("tools", ())),
-            licence=self.found.licence,
+            system_prompt=manifest["system_prompt"],
+            sampling=manifest["sampling"],
+            tools=tuple(manifest.get("tools", ())),
+            licence=self.release.licence,
             signer=self.signer,
             checks={name: checks[name] for name in CHECKS if name in checks},
             reads=self.projectors.reads,
         )
 
 
-def _examine(path: Path, origin: Path, ground: AdmissionContext) -> _Looked:
+def _examine(path: Path, origin: Path, context: AdmissionContext) -> _ExaminedRelease:
     """Signature, bytes, form, base, gate, licence of the copy in `path`."""
     checks: dict[str, str] = {}
     with _checking("signature"):
-        signer = _signer(path, origin, ground.trust)
+        signer = _signer(path, origin, context.trust)
         checks["signature"] = f"signed by {signer}"
     with _checking("files"):
-        found = open_artifact(path, "release")
-        checks["files"] = f"{len(found.manifest['files'])} files as signed"
+        release = open_artifact(path, "release")
+        checks["files"] = f"{len(release.manifest['files'])} files as signed"
     with _checking("manifest"):
-        check_form(found.manifest)
-    check_ground(found, ground.about)
-    checks |= {"base": ground.about.base_digest[:12], "template": ground.about.template_digest[:12]}
-    checks["gate"] = check_gate(found.manifest)
+        check_form(release.manifest)
+    check_base(release, context.about)
+    checks |= {"base": context.about.base_digest[:12], "template": context.about.template_digest[:12]}
+    checks["gate"] = check_gate(release.manifest)
     with _checking("licence"):
-        checks["licence"] = check_licence(found)
+        checks["licence"] = check_licence(release)
     with _checking("weights"):
-        _check_listed(found)
+        _check_listed(release)
     with _checking("projectors"):
-        read = adapter_checks.read_projectors(path, found.manifest["files"], ground.about)
-    return _Looked(found, signer, adapter_digest(found.manifest["files"]), checks, read)
+        projectors = adapter_checks.read_projectors(path, release.manifest["files"], context.about)
+    return _ExaminedRelease(release, signer, adapter_digest(release.manifest["files"]), checks, projectors)
 
 
-def _values(looked: _Looked, ground: AdmissionContext) -> dict[str, str]:
-    return check_values(looked.found.path, looked.projectors, ground)
+def _check_tensor_values(examined: _ExaminedRelease, context: AdmissionContext) -> dict[str, str]:
+    return check_values(examined.release.path, examined.projectors, context)
 
 
-def check_values(path: Path, media: Projectors, ground: AdmissionContext) -> dict[str, str]:
+def check_values(path: Path, projectors: Projectors, context: AdmissionContext) -> dict[str, str]:
     """What each check of an adapter's files found, of everything but what only running it can show. Raises as `admit_by`."""
     config = read_config(path / CONFIG)
     with _checking("weights"):
-        found = read_header(path / WEIGHTS)
-        base = BaseWeights(ground.base, ground.about.base_digest, ground.state / "base-norms.json")
-    pairs = adapter_checks.pair_up(found, config, base)
+        tensors = read_header(path / WEIGHTS)
+        base = BaseWeights(context.base, context.about.base_digest, context.state / "base-norms.json")
+    pairs = adapter_checks.pair_up(tensors, config, base)
     adapter_checks.check_shapes(pairs, config, base)
     adapter_checks.check_ranks(pairs, config)
     adapter_checks.check_dtypes(pairs)
     norms = adapter_checks.check_lora_values(pairs, base)
     ranks = sorted({pair.a.shape[0] for pair in pairs})
     with _checking("projectors"):
-        read = adapter_checks.check_projector_values(media, base.width)
+        projector_summary = adapter_checks.check_projector_values(projectors, base.width)
     return {
         "config": f"LoRA, rank {config.rank}, alpha {config.alpha:g}",
-        "weights": f"{len(found)} tensors",
+        "weights": f"{len(tensors)} tensors",
         "tensors": f"{len(pairs)} modules",
         "shapes": "as the base's",
         "rank": ", ".join(map(str, ranks)),
-        "dtypes": ", ".join(sorted({tensor.dtype for tensor in found.values()})),
+        "dtypes": ", ".join(sorted({tensor.dtype for tensor in tensors.values()})),
         "finite": "every value",
         "norms": f"at most {norms.largest:.3g} of the limit ({norms.module}), {norms.median:.3g} in the middle",
-        "projectors": read,
+        "projectors": projector_summary,
     }
 
 
-def _ask(looked: _Looked, ask: Ask) -> str:
-    canaries = canary_prompts.canaries_of(looked.found.manifest, looked.adapter, looked.projectors.reads)
+def _check_canaries(examined: _ExaminedRelease, ask: Ask) -> str:
+    canaries = canary_prompts.canaries_of(examined.release.manifest, examined.adapter, examined.projectors.reads)
     with _checking("canary"):
-        return canary_prompts.judge_canaries(canaries, ask(looked.adapter, looked.found.path, canaries.every))
+        return canary_prompts.judge_canaries(canaries, ask(examined.adapter, examined.release.path, canaries.all_calls))
 
 
 def _signer(path: Path, origin: Path, trust: Path | None) -> str:
@@ -392,34 +394,34 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
     manifest, signature = path / MANIFESTS["release"], path / "signature"
     if not manifest.is_file() or not signature.is_file():
         raise SignatureError(f"{origin} is no signed Release", "sartor release signs an adapter")
-    for file, most in ((manifest, MOST_MANIFEST_BYTES), (signature, MOST_SIGNATURE_BYTES)):
-        if file.stat().st_size > most:
+    for file, max_bytes in ((manifest, MOST_MANIFEST_BYTES), (signature, MOST_SIGNATURE_BYTES)):
+        if file.stat().st_size > max_bytes:
             raise SignatureError(
-                f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {most:,} are the limit", "sign anew"
+                f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {max_bytes:,} are the limit", "sign anew"
             )
     return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
 
 
-def check_ground(found: Artifact, about: EngineInfo) -> None:
+def check_base(release: Artifact, about: EngineInfo) -> None:
     """Raise ModelError (`base`, `template`) unless the Release is bound to what the engine serves."""
-    said = found.manifest["base"]
+    base = release.manifest["base"]
     for check, key, served in (("base", "digest", about.base_digest), ("template", "template_digest", about.template_digest)):
         with _checking(check):
-            if said[key] != served:
-                name = found.manifest.get("name", found.kind)
+            if base[key] != served:
+                name = release.manifest.get("name", release.kind)
                 raise ModelError(
-                    f"{name} is bound to the {check} {said[key][:12]} ({said['name']!r}); "
+                    f"{name} is bound to the {check} {base[key][:12]} ({base['name']!r}); "
                     f"the engine serves {served[:12]} ({about.base!r})",
                     "serve the base that it was tuned on, or tune again on this one",
                 )
 
 
-def _check_listed(found: Artifact) -> None:
-    pickled = [name for name in found.manifest["files"] if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+def _check_listed(release: Artifact) -> None:
+    pickled = [name for name in release.manifest["files"] if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
     if pickled:
         raise ModelError(f"it holds {pickled[0]}, a pickle, which can run code when read", f"store the adapter as {WEIGHTS}")
     for name in (WEIGHTS, CONFIG):
-        if name not in found.manifest["files"]:
+        if name not in release.manifest["files"]:
             raise ModelError(f"it has no {name}", "release an adapter in PEFT's form")
 
 
@@ -433,9 +435,9 @@ def _checking(name: str) -> Iterator[None]:
         raise
 
 
-def admit_personal(path: Path, agent: str, ground: AdmissionContext) -> AgentVersion:
+def admit_personal(path: Path, agent: str, context: AdmissionContext) -> AgentVersion:
     """The Adapter in a directory as a version of an agent. Raises what `admission.admit_sync` raises of base and values."""
-    found = open_artifact(path, "adapter")
-    check_ground(found, ground.about)
-    check_values(path, adapter_checks.read_projectors(path, found.manifest["files"], ground.about), ground)
-    return AgentVersion(agent, "", str(path), found.id, adapter_digest(found.manifest["files"]))
+    adapter = open_artifact(path, "adapter")
+    check_base(adapter, context.about)
+    check_values(path, adapter_checks.read_projectors(path, adapter.manifest["files"], context.about), context)
+    return AgentVersion(agent, "", str(path), adapter.id, adapter_digest(adapter.manifest["files"]))

@@ -55,7 +55,7 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
     try:
         with _disk(state):
             part.mkdir(mode=0o700)
-            _Copying(release, part).run()
+            _ReleaseCopier(release, part).run()
         yield part
     except SartorError as error:
         # who is refused knows the original
@@ -68,20 +68,20 @@ def staged(release: Path, state: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def keep(part: Path, state: Path, release_id: str, passed: dict[str, Any]) -> Path:
+def keep(part: Path, state: Path, release_id: str, record: dict[str, Any]) -> Path:
     """Give a staged copy its name, with what it passed. One that stands there already, and is whole, is kept instead."""
     path = folder(state) / release_id
     if _is_whole(path):
         return path
     with _disk(state):
-        (part / PASSED).write_bytes(records.canonical({"schema": 1, **passed}))
+        (part / PASSED).write_bytes(records.canonical({"schema": 1, **record}))
         rename_directory_durably(part, path, replace=True)
     return path
 
 
 def _is_whole(path: Path) -> bool:
     try:
-        return open_artifact(path, "release").id == path.name and bool(passed(path))
+        return open_artifact(path, "release").id == path.name and bool(read_passed_record(path))
     except ArtifactError:
         return False
 
@@ -91,7 +91,7 @@ def is_copy(path: Path, state: Path) -> bool:
     return path.absolute().parent == folder(state).absolute() and not path.name.startswith(".")
 
 
-def passed(path: Path) -> dict[str, Any]:
+def read_passed_record(path: Path) -> dict[str, Any]:
     """What a copy passed when it was admitted; empty where that cannot be read, so that it has to pass again."""
     try:
         fields = json.loads((path / PASSED).read_text(encoding="utf-8"))
@@ -100,14 +100,14 @@ def passed(path: Path) -> dict[str, Any]:
         return {}
 
 
-def renew(path: Path, passed: dict[str, Any]) -> None:
+def renew(path: Path, record: dict[str, Any]) -> None:
     """Write down what a copy passed now. A disk that takes nothing costs the same checks at the next start."""
     if path.is_dir():  # one that is gone meanwhile is not begun anew
         with suppress(OSError):
-            write_file_atomic(path / PASSED, records.canonical({"schema": 1, **passed}))
+            write_file_atomic(path / PASSED, records.canonical({"schema": 1, **record}))
 
 
-class _Copying:
+class _ReleaseCopier:
     """One copy, within limits that hold for all of it."""
 
     def __init__(self, release: Path, part: Path) -> None:
@@ -131,8 +131,10 @@ class _Copying:
         if depth > MOST_DEPTH:
             raise _refused(f"{source} lies more than {MOST_DEPTH} folders deep")
         with os.scandir(source) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]  # no part of an artefact: core/artifacts.py
-        for entry in found:
+            visible_entries = [
+                entry for entry in entries if not entry.name.startswith(".")
+            ]  # no part of an artefact: core/artifacts.py
+        for entry in visible_entries:
             if entry.is_dir(follow_symlinks=False):
                 (target / entry.name).mkdir(mode=0o700)
                 self._folder(Path(entry.path), target / entry.name, depth + 1)

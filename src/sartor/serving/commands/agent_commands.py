@@ -38,19 +38,19 @@ class CommandRows:
 
     def table(self) -> list[tuple[str, Any]]:
         """A line for each row, as people read it."""
-        return [(str(next(iter(row.values()))), dict(list(_told(row))[1:])) for row in self.rows]
+        return [(str(next(iter(row.values()))), dict(list(_nonempty_fields(row))[1:])) for row in self.rows]
 
 
-def _told(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _nonempty_fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     return ((key, value) for key, value in row.items() if value)
 
 
 def list_agents(team: Team | Path | str) -> CommandRows:
     """Every agent of a team; one whose row was changed from outside says so."""
     with _opened(team) as registry:
-        read = registry.read()
-    hurt = [{"name": name, "hurt": why} for name, why in read.hurt.items()]
-    return CommandRows([*(_row(agent, read) for agent in read.agents.values() if agent.state != "removed"), *hurt])
+        snapshot = registry.read()
+    damaged = [{"name": name, "hurt": reason} for name, reason in snapshot.damaged.items()]
+    return CommandRows([*(_row(agent, snapshot) for agent in snapshot.agents.values() if agent.state != "removed"), *damaged])
 
 
 def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", why: str = "") -> CommandRows:
@@ -59,10 +59,10 @@ def add_agent(team: Team | Path | str, release: Path | str, *, name: str = "", w
     The first version of an agent is live at once, a later one waits to be promoted. Raises what `admission.look` raises, and
     ConflictError for a name and version that mean another Release.
     """
-    made = team if isinstance(team, Team) else load(Path(team))
-    version = _looked_at(made, Path(release), name)
-    fallback = next((member.fallback for member in made.agents if member.name == version.agent), ("previous", "base"))
-    return _changed(made, lambda registry, cause: registry.add(version, fallback=fallback, cause=cause), why)
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    version = _looked_at(loaded_team, Path(release), name)
+    fallback = next((member.fallback for member in loaded_team.agents if member.name == version.agent), ("previous", "base"))
+    return _changed(loaded_team, lambda registry, cause: registry.add(version, fallback=fallback, cause=cause), why)
 
 
 def promote_agent(
@@ -80,17 +80,21 @@ def promote_agent(
     A version that is on trial becomes live, unless a fraction is given. Raises ConflictError when `expected` is not live
     (None: whatever is).
     """
-    made = team if isinstance(team, Team) else load(Path(team))
-    is_given = canary is not None or shadow is not None
-    fractions = (canary or 0.0, shadow or 0.0) if is_given else (made.rollout.canary_fraction, made.rollout.shadow_fraction)
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    has_fractions = canary is not None or shadow is not None
+    fractions = (
+        (canary or 0.0, shadow or 0.0)
+        if has_fractions
+        else (loaded_team.rollout.canary_fraction, loaded_team.rollout.shadow_fraction)
+    )
 
     def change(registry: Registry, cause: ChangeCause) -> Agent:
         canary, shadow = fractions
         return registry.bring_in(
-            name, version, canary=canary, shadow=shadow, ends_trial=not is_given, expected=expected, cause=cause
+            name, version, canary=canary, shadow=shadow, ends_trial=not has_fractions, expected=expected, cause=cause
         )
 
-    return _changed(made, change, why)
+    return _changed(loaded_team, change, why)
 
 
 def rollback_agent(team: Team | Path | str, name: str, *, expected: str | None = None, why: str = "") -> CommandRows:
@@ -116,20 +120,20 @@ def repair_agent(team: Team | Path | str, name: str, *, why: str = "") -> Comman
 def agent_events(team: Team | Path | str, name: str = "", *, most: int = 100) -> CommandRows:
     """The newest changes of one agent or of all, the oldest of them first."""
     with _opened(team) as registry:
-        return CommandRows([event.as_json() for event in registry.events(name, most=most)])
+        return CommandRows([event.as_json() for event in registry.events(name, limit=most)])
 
 
-def _changed(team: Team | Path | str, change: Callable[[Registry, ChangeCause], Agent], why: str) -> CommandRows:
+def _changed(team: Team | Path | str, change: Callable[[Registry, ChangeCause], Agent], reason: str) -> CommandRows:
     with _opened(team) as registry:
-        agent = change(registry, ChangeCause(getpass.getuser(), why))
+        agent = change(registry, ChangeCause(getpass.getuser(), reason))
         return CommandRows([_row(agent, registry.read())])
 
 
-def _row(agent: Agent, read: Snapshot) -> dict[str, Any]:
-    said = agent.as_json()
+def _row(agent: Agent, snapshot: Snapshot) -> dict[str, Any]:
+    fields = agent.as_json()
     shown = ("name", "live", "state", "candidate", "canary_fraction", "shadow_fraction", "changed", "note")
-    versions = [version.version for version in read.versions.values() if version.agent == agent.name]
-    return {**{key: said[key] for key in shown}, "previous": agent.previous, "versions": versions}
+    versions = [version.version for version in snapshot.versions.values() if version.agent == agent.name]
+    return {**{key: fields[key] for key in shown}, "previous": agent.previous, "versions": versions}
 
 
 def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
@@ -143,24 +147,24 @@ def _looked_at(team: Team, release: Path, name: str) -> AgentVersion:
 
 @contextmanager
 def _opened(team: Team | Path | str) -> Iterator[Registry]:
-    made = team if isinstance(team, Team) else load(Path(team))
-    with closing(Registry.open(made.registry_url)) as registry:
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    with closing(Registry.open(loaded_team.registry_url)) as registry:
         yield registry
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _FeedbackFilter:
     """Whose feedback. user: a digest, as it stands in the inbox. "" is anybody."""
 
     key: str
     user: str
 
-    def is_by(self, said: Feedback) -> bool:
-        return self.key in ("", said.by.key) and self.user in ("", said.by.user)
+    def is_by(self, feedback: Feedback) -> bool:
+        return self.key in ("", feedback.by.key) and self.user in ("", feedback.by.user)
 
 
 @dataclass
-class _Counted:
+class _FeedbackCounts:
     """What one voice said."""
 
     rows: int = 0
@@ -171,14 +175,14 @@ class _Counted:
     masked: int = 0
     dates: list[str] = field(default_factory=list)
 
-    def count(self, said: Feedback) -> None:
+    def count(self, feedback: Feedback) -> None:
         self.rows += 1
-        self.good += (said.rating or 0) > 0
-        self.bad += (said.rating or 0) < 0
-        self.corrections += bool(said.correction)
-        self.without_consent += said.by.consent == "refused"
-        self.masked += sum(said.masked.values())
-        self.dates = [min([*self.dates, said.date]), max([*self.dates, said.date])]
+        self.good += (feedback.rating or 0) > 0
+        self.bad += (feedback.rating or 0) < 0
+        self.corrections += bool(feedback.correction)
+        self.without_consent += feedback.by.consent == "refused"
+        self.masked += sum(feedback.masked.values())
+        self.dates = [min([*self.dates, feedback.date]), max([*self.dates, feedback.date])]
 
     def as_json(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self).items() if name != "dates"}
@@ -190,12 +194,12 @@ def list_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -> 
 
     user: the id as clients send it. Raises ConfigError for a team's file that cannot be read.
     """
-    made, asked = _asked(team, key, user)
-    inbox = _inbox(made)
-    counted = _counted(kept.said for kept in inbox.lines() if kept.said and asked.is_by(kept.said))
-    standings = {(standing.key, standing.user): standing for standing in feedback_inbox.of_folder(inbox.path).standings}
+    loaded_team, feedback_filter = _feedback_filter(team, key, user)
+    inbox = _inbox(loaded_team)
+    counted = _count_by_giver(line.feedback for line in inbox.lines() if line.feedback and feedback_filter.is_by(line.feedback))
+    trust_by_giver = {(trust.key, trust.user): trust for trust in feedback_inbox.of_folder(inbox.path).standings}
     return CommandRows(
-        [_feedback_book_row(standings[voice], counted[voice]) for voice in sorted(counted) if voice in standings]
+        [_feedback_book_row(trust_by_giver[voice], counted[voice]) for voice in sorted(counted) if voice in trust_by_giver]
     )
 
 
@@ -207,37 +211,37 @@ def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -
     """
     if not key and not user:
         raise ConfigError("neither a key nor a user is named", "--key ID, as `sartor agents feedback` lists it, or --user ID")
-    made, asked = _asked(team, key, user)
-    gone = _inbox(made).remove(asked.is_by)
-    places = [kept.place for kept in gone if kept.said]
-    return {"removed": len(places), "damaged": len(gone) - len(places), "places": places}
+    loaded_team, feedback_filter = _feedback_filter(team, key, user)
+    removed = _inbox(loaded_team).remove(feedback_filter.is_by)
+    places = [line.location for line in removed if line.feedback]
+    return {"removed": len(places), "damaged": len(removed) - len(places), "places": places}
 
 
-def _asked(team: Team | Path | str, key: str, user: str) -> tuple[Team, _Asked]:
-    made = team if isinstance(team, Team) else load(Path(team))
-    return made, _Asked(key, team_digest(Path(made.state))("user", user) if user else "")
+def _feedback_filter(team: Team | Path | str, key: str, user: str) -> tuple[Team, _FeedbackFilter]:
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    return loaded_team, _FeedbackFilter(key, team_digest(Path(loaded_team.state))("user", user) if user else "")
 
 
 def _inbox(team: Team) -> FeedbackStore:
     return FeedbackStore(Path(team.state) / "inbox")
 
 
-def _counted(every: Iterable[Feedback]) -> Mapping[feedback_inbox.Giver, _Counted]:
-    result: dict[feedback_inbox.Giver, _Counted] = {}
-    for said in every:
-        for voice in ((said.by.key, feedback_inbox.WHOLE), (said.by.key, said.by.user)):
-            result.setdefault(voice, _Counted()).count(said)
+def _count_by_giver(feedbacks: Iterable[Feedback]) -> Mapping[feedback_inbox.RaterId, _FeedbackCounts]:
+    result: dict[feedback_inbox.RaterId, _FeedbackCounts] = {}
+    for feedback in feedbacks:
+        for voice in ((feedback.by.key, feedback_inbox.WHOLE), (feedback.by.key, feedback.by.user)):
+            result.setdefault(voice, _FeedbackCounts()).count(feedback)
     return result
 
 
-def _feedback_book_row(standing: feedback_inbox.RaterTrust, counted: _Counted) -> dict[str, Any]:
+def _feedback_book_row(trust: feedback_inbox.RaterTrust, counted: _FeedbackCounts) -> dict[str, Any]:
     return {
-        "key": standing.key,
-        "user": "" if standing.user == feedback_inbox.WHOLE else standing.user,
+        "key": trust.key,
+        "user": "" if trust.user == feedback_inbox.WHOLE else trust.user,
         **counted.as_json(),
-        "compared": standing.compared,
-        "against": standing.against,
-        "trust": round(standing.score, 3),
-        "set_aside": standing.is_aside,
-        "why": standing.why if standing.is_aside else "",
+        "compared": trust.compared,
+        "against": trust.against,
+        "trust": round(trust.score, 3),
+        "set_aside": trust.is_distrusted,
+        "why": trust.reason if trust.is_distrusted else "",
     }

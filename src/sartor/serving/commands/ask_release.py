@@ -41,7 +41,16 @@ def ask(
     messages = [*([Message.of("system", system)] if system else []), question.message]
     if not isinstance(sampling, Sampling):
         sampling = Sampling(**{**manifest["sampling"], **(sampling or {})})
-    made = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
+    generated = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
     nearest, note = nearest_examples(verified.release, question.text, top)
     reason = f"asked by name; signed by {verified.signer}"
-    return AskReply(question.text, chat.decode(made.ids), made.finish, agent, reason, nearest, note, media=question.said())
+    return AskReply(
+        question.text,
+        chat.decode(generated.ids),
+        generated.finish,
+        agent,
+        reason,
+        nearest,
+        note,
+        media=question.media_digests(),
+    )

@@ -36,35 +36,37 @@ def ask_team(
     """
     question = as_prompt(prompt)
     question.check(question.kinds, "")
-    made = team if isinstance(team, Team) else load(Path(team))
-    alone = unheard(made)
-    notice(f"opening the base {made.base!r} and the agents of the team")
-    reply = asyncio.run(_ask(alone, AgentRequest(agent, (question.plain(),), sampling=sampling or {})))
-    nearest, note = _nearest(alone, reply.agent, question.text, top)
-    return replace(reply, prompt=question.text, media=question.said(), nearest=nearest, nearest_note=note)
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    single_worker_team = without_http(loaded_team)
+    notice(f"opening the base {loaded_team.base!r} and the agents of the team")
+    reply = asyncio.run(_ask(single_worker_team, AgentRequest(agent, (question.plain(),), sampling=sampling or {})))
+    nearest, note = _nearest(single_worker_team, reply.agent, question.text, top)
+    return replace(reply, prompt=question.text, media=question.media_digests(), nearest=nearest, nearest_note=note)
 
 
-def unheard(team: Team) -> Team:
+def without_http(team: Team) -> Team:
     """The same for one who asks without HTTP: a worker, and nobody connects, so that the address is any free one."""
     return replace(team, workers=replace(team.workers, count=1, spare=0), http=Http(port=0))
 
 
 async def _ask(team: Team, request: AgentRequest) -> AskReply:
-    async with build_services(team) as house:
-        answer = await house.replies.open(request)
-        text, end = "", None
+    async with build_services(team) as services:
+        answer = await services.replies.open(request)
+        text, final_event = "", None
         async with aclosing(cast(Any, answer.events)) as events:
             async for event in cast(AsyncIterator[TextDelta | ReplyDone | ReplyFailed], events):
                 if isinstance(event, TextDelta):
                     text += event.text
                 else:
-                    end = event
-        if isinstance(end, ReplyFailed):
-            raise error_of(end.kind, end.problem, end.remedy)
-        if end is None:
+                    final_event = event
+        if isinstance(final_event, ReplyFailed):
+            raise error_of(final_event.kind, final_event.problem, final_event.remedy)
+        if final_event is None:
             raise UnavailableError("the reply stopped before its end", "ask again")
-        kept = await house.receipts.find(answer.receipt)
-        return AskReply("", text, end.finish, answer.agent, answer.reason, [], receipt=answer.receipt if kept else None)
+        receipt = await services.receipts.find(answer.receipt)
+        return AskReply(
+            "", text, final_event.finish, answer.agent, answer.reason, [], receipt=answer.receipt if receipt else None
+        )
 
 
 def _nearest(team: Team, agent: str, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

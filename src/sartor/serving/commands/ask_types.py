@@ -62,19 +62,19 @@ class AskPrompt:
         """The turn of a request: its content a text where it holds nothing else."""
         return self.message.plain() if self.media else {"role": "user", "content": self.text}
 
-    def said(self) -> list[dict[str, str]]:
+    def media_digests(self) -> list[dict[str, str]]:
         """Of its media, what a reply's JSON says: kind and sha256."""
         return [
             {"kind": part.kind, "sha256": hashlib.sha256(content_parts.bytes_of(part.media)).hexdigest()} for part in self.media
         ]
 
-    def check(self, reads: Iterable[str], who: str) -> None:
-        """Raise ConfigError where nothing is asked, RequestError where `who`, that reads these kinds beside text, cannot."""
+    def check(self, reads: Iterable[str], agent: str) -> None:
+        """Raise ConfigError where nothing is asked, RequestError where `agent`, that reads these kinds beside text, cannot."""
         if not self.text.strip() and not self.media:
             raise ConfigError("the prompt is empty", 'sartor ask RELEASE "a question"')
-        if lacking := [kind for kind in self.kinds if kind not in set(reads)]:
+        if unreadable := [kind for kind in self.kinds if kind not in set(reads)]:
             raise RequestError(
-                f"{who} reads {', '.join(['text', *reads])}, and the question holds {' and '.join(lacking)}",
+                f"{agent} reads {', '.join(['text', *reads])}, and the question holds {' and '.join(unreadable)}",
                 "ask without, or ask one that was tuned with a tower for it",
             )
 
@@ -160,20 +160,20 @@ def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dic
     if dataset is None:
         return [], "the Dataset is not on this machine, or was changed; `sartor index DIR` finds a moved one"
     examples = list(parquet_io.read_examples(dataset, "train"))
-    asked = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
+    questions = [example.prompt[-1].text if example.prompt else example.reply for example in examples]
     # shared words find candidates whatever their order; the mean with the edit similarity puts whole questions before parts
-    shared = process.extract(prompt, asked, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
-    scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, place) for text, score, place in shared]
-    found = sorted(scored, key=lambda pair: -pair[0])[:top]
+    matches = process.extract(prompt, questions, scorer=fuzz.token_set_ratio, processor=str.lower, limit=20 * top)
+    scored = [((score + fuzz.ratio(prompt.lower(), text.lower())) / 2, index) for text, score, index in matches]
+    best = sorted(scored, key=lambda pair: -pair[0])[:top]
     return [
         {
-            "id": examples[place].id,
+            "id": examples[index].id,
             "score": round(score / 100, 4),
-            "prompt": asked[place],
-            "reply": examples[place].reply,
-            "source": examples[place].origins[0].source,
-            "locator": examples[place].origins[0].locator,
-            "licence": examples[place].origins[0].licence,
+            "prompt": questions[index],
+            "reply": examples[index].reply,
+            "source": examples[index].origins[0].source,
+            "locator": examples[index].origins[0].locator,
+            "licence": examples[index].origins[0].licence,
         }
-        for score, place in found
+        for score, index in best
     ], ""

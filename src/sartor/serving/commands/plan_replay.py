@@ -17,13 +17,13 @@ from typing import Any
 from sartor.core import config
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, UnavailableError
 from sartor.inference.engine import EngineInfo, numerics_difference
-from sartor.serving.commands.ask_team import unheard
+from sartor.serving.commands.ask_team import without_http
 from sartor.serving.commands.receipt_verification import question_in
 from sartor.serving.dispatch.model_selection import BASE_AGENT
 from sartor.serving.http.startup import build_services
 from sartor.serving.plan_options import Plan, digest
 from sartor.serving.plans.plan_dispatch import PlanDispatcher, Replier
-from sartor.serving.plans.plan_log import PlanLog, Ran, read_runs, response_format
+from sartor.serving.plans.plan_log import FinishedRun, PlanLog, read_runs, response_format
 from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
 from sartor.serving.team_config import Team, load
 from sartor.serving.types import AgentReply, AgentRequest
@@ -68,24 +68,24 @@ class Replay:
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
-        told = [
+        runs = [
             {"run": run.run, "plan": run.plan, "steps": run.steps, "same": run.is_same,
              **({"differs": vars(run.differs)} if run.differs else {}), **({"note": run.note} if run.note else {})}
             for run in self.runs
         ]  # fmt: skip
-        return {"same": all(one.is_same for one in self.runs), "runs": told}
+        return {"same": all(run.is_same for run in self.runs), "runs": runs}
 
     def table(self) -> list[tuple[str, str]]:
         """A line a run."""
         return [(run.run, f"{run.plan}, {run.steps} steps: {_sentence(run)}") for run in self.runs] or [("runs", "none")]
 
 
-def _sentence(one: Replayed) -> str:
-    if one.differs:
+def _sentence(run: Replayed) -> str:
+    if run.differs:
         return (
-            f"{one.differs.step} ({one.differs.agent}): {one.differs.what} {one.differs.then!r} then, {one.differs.now!r} now"
+            f"{run.differs.step} ({run.differs.agent}): {run.differs.what} {run.differs.then!r} then, {run.differs.now!r} now"
         )
-    return one.note or "the same"
+    return run.note or "the same"
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class Pinned:
     replies: Replier
     rows: Mapping[str, Mapping[str, Any]]
 
-    async def open(self, request: AgentRequest, place: str) -> AgentReply:
+    async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
         """See Members. A step that was left out, or never came to pass, is not asked."""
-        row = self.rows.get(place)
+        row = self.rows.get(step_path)
         if row is not None and row["outcome"] == _LEFT_OUT:
-            raise UnavailableError(f"{place} was left out", "see `why` in the log")
+            raise UnavailableError(f"{step_path} was left out", "see `why` in the log")
         agent = str(row["agent"]) if row else request.model
         name = BASE_AGENT if agent.startswith(f"{BASE_AGENT}@") else agent
         return await self.replies.open(replace(request, model=name))
@@ -110,9 +110,9 @@ class ComparingLog(PlanLog):
 
     def __init__(self) -> None:
         self.lost = 0
-        self.ran: list[Ran] = []
+        self.ran: list[FinishedRun] = []
 
-    def write(self, ran: Ran) -> None:
+    def write(self, ran: FinishedRun) -> None:
         """Keep it."""
         self.ran.append(ran)
 
@@ -138,8 +138,8 @@ class Remaking:
         if ends["outcome"] == "cancelled":
             return Replayed(*head, note="its client left before the end; it was not made again")
         engine = self.about.made_by["engine"] if self.about else None
-        if found := numerics_difference({"engine": engine, **opens}):
-            return Replayed(*head, note=f"not checked: made by {found}")
+        if difference := numerics_difference({"engine": engine, **opens}):
+            return Replayed(*head, note=f"not checked: made by {difference}")
         content = RequestDigestInput.of_request(_words(opens, self.messages))
         self._check_words(opens, content)
         log = ComparingLog()
@@ -171,18 +171,18 @@ def replay_plans(
     messages: the words of the request, or its whole body, where the log has none. One worker is started, and ended again.
     Raises ArtifactError for a log or words that do not fit, ConfigError for a plan that was declared otherwise.
     """
-    made = team if isinstance(team, Team) else load(Path(team))
-    found = [rows for rows in read_runs(Path(log)) if run in ("", rows[0]["run"])]
-    if run and not found:
+    loaded_team = team if isinstance(team, Team) else load(Path(team))
+    runs = [rows for rows in read_runs(Path(log)) if run in ("", rows[0]["run"])]
+    if run and not runs:
         raise ArtifactError(f"{log} has no run {run[:64]!r}", "the id is the receipt of the answer")
-    asked = question_in(Path(messages)) if messages is not None else {}
-    notice(f"making {len(found)} runs anew")
-    return Replay(asyncio.run(_replay(unheard(made), found, asked)))
+    question = question_in(Path(messages)) if messages is not None else {}
+    notice(f"making {len(runs)} runs anew")
+    return Replay(asyncio.run(_replay(without_http(loaded_team), runs, question)))
 
 
-async def _replay(team: Team, runs: Sequence[Rows], asked: Mapping[str, Any]) -> list[Replayed]:
-    async with build_services(team) as house:
-        remaking = Remaking(team, house.replies, team_digest(Path(team.state)), asked, house.crew.about)
+async def _replay(team: Team, runs: Sequence[Rows], question: Mapping[str, Any]) -> list[Replayed]:
+    async with build_services(team) as services:
+        remaking = Remaking(team, services.replies, team_digest(Path(team.state)), question, services.workers.about)
         return [await remaking.remake(rows) for rows in runs]
 
 
@@ -197,23 +197,24 @@ async def _to_the_end(plans: PlanDispatcher, request: AgentRequest) -> None:
     await plans.close()
 
 
-def _words(opens: Mapping[str, Any], asked: Mapping[str, Any]) -> Mapping[str, Any]:
+def _words(opens: Mapping[str, Any], question: Mapping[str, Any]) -> Mapping[str, Any]:
     if "content" not in opens:
-        if not asked:
+        if not question:
             raise ConfigError(f"the log has no words of the run {opens['run']}", "--messages FILE, or log: content in the plan")
-        return asked
-    said = opens["content"]["asked"]
-    return {"messages": said["messages"], "response_format": response_format(said["schema"])}
+        return question
+    request = opens["content"]["asked"]
+    return {"messages": request["messages"], "response_format": response_format(request["schema"])}
 
 
 def _check_plan(plans: Sequence[Plan], version: str) -> None:
-    known = {plan.name: plan for plan in plans}
-    name, _, then = version.partition("@")
-    if name not in known:
+    plans_by_name = {plan.name: plan for plan in plans}
+    name, _, logged_digest = version.partition("@")
+    if name not in plans_by_name:
         raise ConfigError(f"the team has no plan {name!r}", "--team with the file as it was")
-    if (now := digest(known[name], known)) != then:
+    if (current_digest := digest(plans_by_name[name], plans_by_name)) != logged_digest:
         raise ConfigError(
-            f"the plan {name} was {then} and is {now}: it is declared otherwise", "--team with the file as it was"
+            f"the plan {name} was {logged_digest} and is {current_digest}: it is declared otherwise",
+            "--team with the file as it was",
         )
 
 
@@ -231,29 +232,29 @@ def _patient(team: Team) -> Team:
     return replace(team, plans=tuple(config.load(type(plan), eased(config.dump(plan))) for plan in team.plans))
 
 
-def _difference(then: Rows, ran: Ran, digest: Digest) -> Difference | None:
+def _difference(logged: Rows, ran: FinishedRun, digest: Digest) -> Difference | None:
     """The first line of the log that is another now."""
-    now = {(row["role"], row["step"]): row for row in ran.rows(digest)}
-    keeps = "content" in then[0]
-    wanted = replace(ran, content=True).rows(digest) if keeps else []
-    words = {(row["role"], row["step"]): row for row in wanted}
-    for row in then:
-        place = (row["role"], row["step"])
-        if place not in now:
+    current = {(row["role"], row["step"]): row for row in ran.rows(digest)}
+    keeps = "content" in logged[0]
+    expected = replace(ran, content=True).rows(digest) if keeps else []
+    words = {(row["role"], row["step"]): row for row in expected}
+    for row in logged:
+        key = (row["role"], row["step"])
+        if key not in current:
             return Difference(row["step"], row["agent"], "outcome", row["outcome"], "it did not come to pass")
-        if found := _compared(row, words[place] if keeps else now[place]):
-            return Difference(row["step"] or row["role"], row["agent"], *found)
+        if change := _compared(row, words[key] if keeps else current[key]):
+            return Difference(row["step"] or row["role"], row["agent"], *change)
     return None
 
 
-def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def _compared(logged: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """What of a line is another: (what, then, now)."""
-    if then["outcome"] != now["outcome"]:
-        return "outcome", then["outcome"], now["outcome"]
-    if then["outcome"] == _LEFT_OUT:
+    if logged["outcome"] != current["outcome"]:
+        return "outcome", logged["outcome"], current["outcome"]
+    if logged["outcome"] == _LEFT_OUT:
         return None
     for name in ("asked", "said"):
-        one, other = (row["content"][name] if "content" in row else row[name] for row in (then, now))
-        if one != other:
-            return name, one, other
-    return ("findings", then["findings"], now["findings"]) if then["findings"] != now["findings"] else None
+        old, new = (row["content"][name] if "content" in row else row[name] for row in (logged, current))
+        if old != new:
+            return name, old, new
+    return ("findings", logged["findings"], current["findings"]) if logged["findings"] != current["findings"] else None

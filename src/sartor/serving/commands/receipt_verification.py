@@ -81,30 +81,32 @@ def verify_receipt(
     team: TEAM.yaml, whose keys and engine are used. messages: a file with the messages or the whole body of the request. reply:
     its text. Raises ArtifactError (a file that is none, other words), SignatureError, ConfigError, ModelError.
     """
-    said = _read(Path(file))
-    asked = said if isinstance(said.get("receipt"), dict) else {"receipt": said}
-    receipt = _form(asked["receipt"], Path(file))
-    opened = load(Path(team)) if team else None
-    signer = _check_signature(receipt, Path(file), Path(key) if key else None, opened)
+    document = _read(Path(file))
+    payload = document if isinstance(document.get("receipt"), dict) else {"receipt": document}
+    receipt = _form(payload["receipt"], Path(file))
+    loaded_team = load(Path(team)) if team else None
+    signer = _check_signature(receipt, Path(file), Path(key) if key else None, loaded_team)
     if messages is not None:
-        asked = {**asked, **question_in(Path(messages))}
+        payload = {**payload, **question_in(Path(messages))}
     content = (
-        RequestDigestInput.of_request(asked) if asked.get("messages") or asked.get("text") or asked.get("prompt") else None
+        RequestDigestInput.of_request(payload)
+        if payload.get("messages") or payload.get("text") or payload.get("prompt")
+        else None
     )
-    text = reply if reply is not None else asked.get("reply")
-    release = _release_of(receipt, opened)
+    text = reply if reply is not None else payload.get("reply")
+    release = _release_of(receipt, loaded_team)
     evidence = _Evidence(
-        receipt, _completed(content, receipt, release), text if isinstance(text, str) else None, opened, release
+        receipt, _completed(content, receipt, release), text if isinstance(text, str) else None, loaded_team, release
     )
     checked = {"signature": f"signed by {signer}", "digests": _check_digests(evidence), "text": _check_text(evidence, notice)}
     return CheckedReceipt(receipt, signer, checked)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    said = _json(file)
-    if not isinstance(said, dict):
+    document = _json(file)
+    if not isinstance(document, dict):
         raise ArtifactError(f"{file} is no receipt", "give what GET /v1/receipts/ID answered")
-    return said
+    return document
 
 
 def _json(file: Path) -> Any:
@@ -118,10 +120,10 @@ def _json(file: Path) -> Any:
 
 def question_in(file: Path) -> dict[str, Any]:
     """A request's body, or its messages alone, in a JSON file. Raises ArtifactError where it holds neither."""
-    said = _json(file)
-    if not isinstance(said, (dict, list)):
+    document = _json(file)
+    if not isinstance(document, (dict, list)):
         raise ArtifactError(f"{file} holds no messages", "give a list of messages, or the body of the request")
-    return said if isinstance(said, dict) else {"messages": said}
+    return document if isinstance(document, dict) else {"messages": document}
 
 
 def _form(receipt: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
@@ -139,8 +141,8 @@ def _form(receipt: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
 
 
 def _check_signature(receipt: Mapping[str, Any], file: Path, key: Path | None, team: Team | None) -> str:
-    own = Path(team.state) / "keys" / "sartor.pub" if team else None
-    trusted = key or (own if own and own.is_file() else None)
+    team_key = Path(team.state) / "keys" / "sartor.pub" if team else None
+    trusted = key or (team_key if team_key and team_key.is_file() else None)
     try:
         document = records.canonical({name: value for name, value in receipt.items() if name != "signature"})
     except (ValueError, RecursionError) as error:
@@ -179,68 +181,70 @@ def _completed(
     return content
 
 
-def _check_digests(given: _Evidence) -> str:
+def _check_digests(evidence: _Evidence) -> str:
     """Raise ArtifactError where words are not those of the receipt; say what was compared."""
-    file = Path(given.team.state) / "receipts.key" if given.team else None
-    if given.content is None and given.reply is None:
+    file = Path(evidence.team.state) / "receipts.key" if evidence.team else None
+    if evidence.content is None and evidence.reply is None:
         return "not checked: give the messages and the reply"
     if file is None or not file.is_file():
         return "not checked: they are keyed, and the key is the team's (--team TEAM.yaml)"
     digest = digest_by(read_secret(file))
     compared = []
-    if given.content is not None:
-        for name, found in given.content.digests(digest).items():
-            wanted = given.receipt["prompt"].get(name, "")
-            if name == "system" and not found and wanted and given.release is None:
+    if evidence.content is not None:
+        for name, value in evidence.content.digests(digest).items():
+            expected = evidence.receipt["prompt"].get(name, "")
+            if name == "system" and not value and expected and evidence.release is None:
                 continue  # the Release's own, which is not here
-            if found != wanted:
-                raise _other(given, f"the {name} of the question" if name != "system" else "the system prompt")
-            compared += [name] if found else []
-    if given.reply is not None:
-        if digest("reply", given.reply) != given.receipt["reply"].get("text", ""):
-            raise _other(given, "the reply")
+            if value != expected:
+                raise _mismatch(evidence, f"the {name} of the question" if name != "system" else "the system prompt")
+            compared += [name] if value else []
+    if evidence.reply is not None:
+        if digest("reply", evidence.reply) != evidence.receipt["reply"].get("text", ""):
+            raise _mismatch(evidence, "the reply")
         compared.append("reply")
     return f"the same: {', '.join(compared)}"
 
 
-def _other(given: _Evidence, what: str) -> ArtifactError:
-    return ArtifactError(f"{what} is not what the receipt {given.receipt['id']} was written for", "give the words as they were")
+def _mismatch(evidence: _Evidence, part: str) -> ArtifactError:
+    return ArtifactError(
+        f"{part} is not what the receipt {evidence.receipt['id']} was written for", "give the words as they were"
+    )
 
 
-def _check_text(given: _Evidence, notice: Callable[[str], object]) -> str:
+def _check_text(evidence: _Evidence, notice: Callable[[str], object]) -> str:
     """Raise ArtifactError where a greedy reply, made anew, is another; else what was found, or why it was not made."""
-    receipt = given.receipt
+    receipt = evidence.receipt
     try:
         sampling = Sampling(**receipt["sampling"])
     except (ConfigError, TypeError) as error:
         raise ArtifactError(f"the receipt has no sampling of a reply: {error}", "give it as it was") from None
-    if reason := _unfit(given, sampling):
+    if reason := _not_checkable(evidence, sampling):
         return f"not checked: {reason}"
     try:
-        frame = _engine_frame(given)
+        opening = _engine_opening(evidence)
         notice("making the reply anew")
-        engine = open_engine(frame)
+        engine = open_engine(opening)
     except SartorError as error:
         return f"not checked: {error.problem}"
     try:
-        differs = _elsewhere(receipt, engine.about)
-        made = _again(engine, given, sampling)
+        differs = _engine_differences(receipt, engine.about)
+        text = _regenerate(engine, evidence, sampling)
     finally:
         engine.close()
-    assert given.reply is not None  # else it would have been unfit
-    is_same = made.startswith(given.reply) if receipt["finish"] == "cancelled" else made == given.reply
+    assert evidence.reply is not None  # else it would have been unfit
+    is_same = text.startswith(evidence.reply) if receipt["finish"] == "cancelled" else text == evidence.reply
     if is_same:
         return "made anew, the same"
     if differs:
         return f"made anew, and another; but {differs}"
     raise ArtifactError(
-        f"{receipt['agent']} does not say this again: it says {made[:80]!a}, the reply is {given.reply[:80]!a}",
+        f"{receipt['agent']} does not say this again: it says {text[:80]!a}, the reply is {evidence.reply[:80]!a}",
         "this engine did not give that reply to that question",
     )
 
 
-def _unfit(given: _Evidence, sampling: Sampling) -> str:
-    receipt = given.receipt
+def _not_checkable(evidence: _Evidence, sampling: Sampling) -> str:
+    receipt = evidence.receipt
     if receipt.get("steps"):
         return "a plan made the reply, in steps that have receipts of their own (sartor agents replay makes them anew)"
     if not sampling.is_greedy:
@@ -249,46 +253,50 @@ def _unfit(given: _Evidence, sampling: Sampling) -> str:
         return "the reply failed" if receipt["finish"] == FAILED else "the reply calls tools"
     if receipt.get("person"):
         return "a personal version made the reply, and its adapter is its person's"
-    if found := numerics_difference(receipt):
-        return f"made by {found}"
-    if given.content is None or given.reply is None:
+    if difference := numerics_difference(receipt):
+        return f"made by {difference}"
+    if evidence.content is None or evidence.reply is None:
         return "give the messages and the reply"
-    if receipt["release"] and given.release is None:
+    if receipt["release"] and evidence.release is None:
         return f"the Release {receipt['release'][:16]} is not on this machine (sartor index DIR finds one that was moved)"
     return ""
 
 
-def _engine_frame(given: _Evidence) -> dict[str, Any]:
+def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
     """Which engine to open: the team's, else this package's own. Raises a SartorError where it is not the one that answered."""
-    made, base = given.receipt["engine"], given.receipt["base"]
-    engine = given.team.engine if given.team else LocalEngineOptions()
-    if made.get("kind") != engine.kind:
+    recorded, base = evidence.receipt["engine"], evidence.receipt["base"]
+    engine = evidence.team.engine if evidence.team else LocalEngineOptions()
+    if recorded.get("kind") != engine.kind:
         raise ConfigError(
-            f"the engine {made.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
+            f"the engine {recorded.get('kind')!r:.40} made the reply, and {engine.kind!r} is here", "--team TEAM.yaml"
         )
-    name = given.team.base if given.team else str(base.get("name", ""))
-    if (found := model_refs.locate_base(name)).digest != base.get("digest"):
-        raise ModelError(f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {found.short_digest}", "")
+    name = evidence.team.base if evidence.team else str(base.get("name", ""))
+    if (base_ref := model_refs.locate_base(name)).digest != base.get("digest"):
+        raise ModelError(
+            f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {base_ref.short_digest}", ""
+        )
     return {"engine": config.dump(engine), "base": name}
 
 
-def _elsewhere(receipt: Mapping[str, Any], about: EngineInfo) -> str:
+def _engine_differences(receipt: Mapping[str, Any], about: EngineInfo) -> str:
     """In what this machine's engine is another than the one that answered, though it has the same base."""
-    made = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
-    here = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
-    return ", ".join(f"{name} was {made.get(name)} and is {value}" for name, value in here.items() if made.get(name) != value)
+    recorded = {**receipt["engine"], "template": receipt["base"].get("template_digest")}
+    current = {"dtype": about.dtype, "device": about.device, "template": about.template_digest}
+    return ", ".join(
+        f"{name} was {recorded.get(name)} and is {value}" for name, value in current.items() if recorded.get(name) != value
+    )
 
 
-def _again(engine: Engine, given: _Evidence, sampling: Sampling) -> str:
-    content, adapter = given.content, BASE
+def _regenerate(engine: Engine, evidence: _Evidence, sampling: Sampling) -> str:
+    content, adapter = evidence.content, BASE
     assert content is not None
-    if given.release is not None:
-        adapter = adapter_digest(given.release.manifest["files"])
-        if adapter != given.receipt["adapter"]:
+    if evidence.release is not None:
+        adapter = adapter_digest(evidence.release.manifest["files"])
+        if adapter != evidence.receipt["adapter"]:
             raise ArtifactError(
-                f"the Release has the adapter {adapter[:16]}, the receipt {given.receipt['adapter'][:16]}", "report it"
+                f"the Release has the adapter {adapter[:16]}, the receipt {evidence.receipt['adapter'][:16]}", "report it"
             )
-        engine.attach(adapter, given.release.path)
+        engine.attach(adapter, evidence.release.path)
     call = GenerateCall(
         _CALL,
         adapter,
@@ -300,10 +308,10 @@ def _again(engine: Engine, given: _Evidence, sampling: Sampling) -> str:
         content.must_call,
     )
     engine.submit(call)
-    said = []
+    pieces = []
     while engine.busy:
         for event in engine.step():
             if isinstance(event, ReplyFailed):
                 raise ModelError(f"the reply could not be made anew: {event.problem}", event.remedy)
-            said.append(event.text if isinstance(event, TextDelta) else "")
-    return "".join(said)
+            pieces.append(event.text if isinstance(event, TextDelta) else "")
+    return "".join(pieces)

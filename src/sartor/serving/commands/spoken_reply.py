@@ -32,12 +32,12 @@ def speaking(file: Path | str, voice: str = DEFAULT, speed: float = 1.0) -> Call
     speaker.cut(form, speed)
 
     def speak(reply: AskReply) -> AskReply:
-        said = spoken(reply.reply)
-        if not said.text:
+        speech = spoken(reply.reply)
+        if not speech.text:
             raise ConfigError(f"nothing in the reply can be said: {reply.reply[:80]!r}", "ask without --speak")
         with contextlib.closing(speaker):
-            sound = speaker.say(said.text, speed)
+            sound = speaker.say(speech.text, speed)
         write_file_atomic(path, sound.encoded(form))
-        return replace(reply, spoken=SpokenFile(str(path), said.text, round(sound.seconds, 3), speaker.name, said.left_out))
+        return replace(reply, spoken=SpokenFile(str(path), speech.text, round(sound.seconds, 3), speaker.name, speech.left_out))
 
     return speak

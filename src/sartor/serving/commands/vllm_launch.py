@@ -37,8 +37,8 @@ class Launch:
     @property
     def line(self) -> str:
         """For a shell; secrets stand in it by the names of their variables."""
-        said = [f'{name}="{value}"' for name, value in self.environment.items()]
-        return " ".join([*said, shlex.join(self.argv)])
+        assignments = [f'{name}="{value}"' for name, value in self.environment.items()]
+        return " ".join([*assignments, shlex.join(self.argv)])
 
 
 def launch(team: Team) -> Launch:
@@ -58,8 +58,8 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
     engine = team.engine
     if not isinstance(engine, OpenAiEngineOptions):
         raise ConfigError(f"the team's engine is {engine.kind}", "engine: {kind: openai, url: http://127.0.0.1:8000/v1}")
-    where = urlsplit(engine.url)
-    if not where.hostname:
+    url = urlsplit(engine.url)
+    if not url.hostname:
         raise ConfigError(f"engine.url is {engine.url!r}, no address", "engine.url: http://127.0.0.1:8000/v1")
     _check_templates(base, releases)
     rank = _rank(releases)
@@ -70,9 +70,9 @@ def command(team: Team, base: Path, releases: Sequence[Artifact]) -> Launch:
         "--served-model-name",
         "base",
         "--host",
-        where.hostname,
+        url.hostname,
         "--port",
-        str(where.port or 8000),
+        str(url.port or 8000),
     ]
     if (base / "chat_template.jinja").is_file():
         argv += ["--chat-template", str(base / "chat_template.jinja")]
@@ -107,10 +107,10 @@ def _check_templates(base: Path, releases: Sequence[Artifact]) -> None:
 def _rank(releases: Sequence[Artifact]) -> int:
     """The least that vLLM may be told which holds every adapter's."""
     ranks = {_name(release): _config(release)["r"] for release in releases}
-    most = max(ranks.values(), default=RANKS[0])
-    if fits := [rank for rank in RANKS if rank >= most]:
+    max_rank = max(ranks.values(), default=RANKS[0])
+    if fits := [rank for rank in RANKS if rank >= max_rank]:
         return fits[0]
-    raise ModelError(f"{max(ranks, key=ranks.__getitem__)} has rank {most}; vLLM takes up to {RANKS[-1]}", _REMEDY)
+    raise ModelError(f"{max(ranks, key=ranks.__getitem__)} has rank {max_rank}; vLLM takes up to {RANKS[-1]}", _REMEDY)
 
 
 def _config(release: Artifact) -> Mapping[str, Any]:
@@ -127,7 +127,7 @@ def _config(release: Artifact) -> Mapping[str, Any]:
             "alpha_pattern": config.get("alpha_pattern"),
             "the embedding or LM head": {"lm_head", "embed_tokens"} & set(config["target_modules"]),
         }
-        unfit = [what for what, is_so in fields.items() if is_so]
+        unfit = [feature for feature, is_so in fields.items() if is_so]
         int(config["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is no adapter's config: {error!r}", "sartor release makes it anew") from None

@@ -24,26 +24,26 @@ class AdapterLeases:
     names a directory that may be another one's.
     """
 
-    def __init__(self, crew: WorkerBackend, admit: Admit, copies: Path) -> None:
+    def __init__(self, workers: WorkerBackend, admit: Admit, copies: Path) -> None:
         self._copies = copies
-        self._crew = crew
+        self._workers = workers
         self._admit = admit
-        self._held: set[str] = set()
+        self._loaded: set[str] = set()
         self._admitted: set[str] = set()
         # id of each Release that was checked -> its directory. Two may have the same adapter: each is checked for itself
-        self.places: dict[str, Path] = {}
-        self._coming: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.directories: dict[str, Path] = {}
+        self._loading: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._wanted: set[str] = set()
-        self._kept: list[AgentVersion] = []
+        self._pinned: list[AgentVersion] = []
         self._leases: Counter[str] = Counter()
         # one load or unload at a time: what is being unloaded may be asked for again
         self._lock = asyncio.Lock()
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._detaching: set[asyncio.Task[None]] = set()
         self.troubles: dict[str, SartorError] = {}
 
     def holds(self, version: AgentVersion) -> bool:
         """Whether a call of this version can be made now."""
-        return version.adapter in self._held and version.release_id in self.places
+        return version.adapter in self._loaded and version.release_id in self.directories
 
     def was_admitted(self, version: AgentVersion) -> bool:
         """Whether a server ever let it in: this one, one before it, whose copy stands, or another one that registered it."""
@@ -70,13 +70,13 @@ class AdapterLeases:
                 self._let_go(adapter)
 
     @contextmanager
-    def kept(self, version: AgentVersion) -> Iterator[None]:
+    def pinned(self, version: AgentVersion) -> Iterator[None]:
         """As long as this lasts, the version is wanted: it is about to be asked for, and the registry does not say so yet."""
-        self._kept.append(version)
+        self._pinned.append(version)
         try:
             yield
         finally:
-            self._kept.remove(version)
+            self._pinned.remove(version)
 
     async def hold(self, version: AgentVersion) -> None:
         """Check the Release anew and load its adapter in every worker; nothing to do for one that is held.
@@ -86,32 +86,32 @@ class AdapterLeases:
         self._wanted.add(version.adapter)
         if self.holds(version):
             return
-        known = version.name, version.release_id  # personal versions of one agent have one name
-        if known not in self._coming:
-            task = self._coming[known] = asyncio.ensure_future(self._bring(version))
-            task.add_done_callback(lambda done: self._came(known, done))
-        await asyncio.shield(self._coming[known])  # others may wait for it too
+        key = version.name, version.release_id  # personal versions of one agent have one name
+        if key not in self._loading:
+            task = self._loading[key] = asyncio.ensure_future(self._load(version))
+            task.add_done_callback(lambda done: self._loading_done(key, done))
+        await asyncio.shield(self._loading[key])  # others may wait for it too
 
-    def _came(self, known: tuple[str, str], done: asyncio.Task[None]) -> None:
-        del self._coming[known]
-        if not done.cancelled():
-            done.exception()  # it is among the troubles, also where nobody waits for it any more
+    def _loading_done(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        del self._loading[key]
+        if not task.cancelled():
+            task.exception()  # it is among the troubles, also where nobody waits for it any more
 
-    async def _bring(self, version: AgentVersion) -> None:
+    async def _load(self, version: AgentVersion) -> None:
         try:
-            found = await self._found(version)
+            admitted = await self._recheck(version)
             async with self._lock:
-                if version.adapter not in self._held:
-                    await self._crew.attach(version.adapter, Path(found.release))
-                    self._held.add(version.adapter)
-                self.places[version.release_id] = Path(found.release)
+                if version.adapter not in self._loaded:
+                    await self._workers.attach(version.adapter, Path(admitted.release))
+                    self._loaded.add(version.adapter)
+                self.directories[version.release_id] = Path(admitted.release)
                 self._admitted.add(version.release_id)
         except SartorError as error:
             self.troubles[version.name] = error
             raise
         self.troubles.pop(version.name, None)
 
-    async def _found(self, version: AgentVersion) -> AgentVersion:
+    async def _recheck(self, version: AgentVersion) -> AgentVersion:
         """The version as admission finds it, in the copy if there is one that is whole, else where it was registered."""
         copy = self._copies / version.release_id
         if copy.is_dir():
@@ -131,18 +131,18 @@ class AdapterLeases:
 
     def want(self, versions: Collection[AgentVersion]) -> None:
         """Let go of everything but these, each as soon as no reply of it lives."""
-        versions = [*versions, *self._kept]
+        versions = [*versions, *self._pinned]
         self._wanted = {version.adapter for version in versions}
         names, releases = {version.name for version in versions}, {version.release_id for version in versions}
-        self.places = {release: path for release, path in self.places.items() if release in releases}
+        self.directories = {release: path for release, path in self.directories.items() if release in releases}
         self.troubles = {name: trouble for name, trouble in self.troubles.items() if name in names}
-        for adapter in list(self._held):
+        for adapter in list(self._loaded):
             self._let_go(adapter)
 
     def drop(self, version: AgentVersion) -> None:
         """Let go of one, as soon as no reply of it lives."""
         self._wanted.discard(version.adapter)
-        self.places.pop(version.release_id, None)
+        self.directories.pop(version.release_id, None)
         self._admitted.discard(version.release_id)
         self.troubles.pop(version.name, None)
         self._let_go(version.adapter)
@@ -150,27 +150,27 @@ class AdapterLeases:
     @property
     def is_settled(self) -> bool:
         """Whether the workers hold nothing that nobody wants: no reply of such a one lives any more."""
-        return not self._leaving and self._held <= self._wanted
+        return not self._detaching and self._loaded <= self._wanted
 
     async def settle(self) -> None:
         """Wait for what is being let go of."""
-        await asyncio.gather(*self._leaving)
+        await asyncio.gather(*self._detaching)
 
     async def close(self) -> None:
         """Load nothing more."""
-        for task in (coming := [*self._coming.values()]):
+        for task in (loading := [*self._loading.values()]):
             task.cancel()
-        await asyncio.gather(*coming, *self._leaving, return_exceptions=True)
+        await asyncio.gather(*loading, *self._detaching, return_exceptions=True)
 
     def _let_go(self, adapter: str) -> None:
-        if adapter in self._held and adapter not in self._wanted and not self._leases[adapter]:
-            self._held.discard(adapter)
+        if adapter in self._loaded and adapter not in self._wanted and not self._leases[adapter]:
+            self._loaded.discard(adapter)
             task = asyncio.ensure_future(self._detach(adapter))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._detaching.add(task)
+            task.add_done_callback(self._detaching.discard)
 
     async def _detach(self, adapter: str) -> None:
         async with self._lock:
-            if adapter not in self._held:  # else it was asked for again while this waited
+            if adapter not in self._loaded:  # else it was asked for again while this waited
                 with suppress(SartorError):  # a worker that is gone holds nothing
-                    await self._crew.detach(adapter)
+                    await self._workers.detach(adapter)

@@ -23,10 +23,10 @@ ADMIN = ChangeCause("admin", "over HTTP")
 class AgentAdmin:
     """The agents of a running dispatch. A change has taken effect here when its method returns."""
 
-    def __init__(self, dispatch: Dispatcher, crew: WorkerBackend, admit: Admit, rules: Rollout) -> None:
-        self._dispatch = dispatch
-        self._served = dispatch.served
-        self._crew = crew
+    def __init__(self, dispatcher: Dispatcher, workers: WorkerBackend, admit: Admit, rules: Rollout) -> None:
+        self._dispatcher = dispatcher
+        self._served = dispatcher.served
+        self._workers = workers
         self._admit = admit
         self._rules = rules
 
@@ -54,24 +54,24 @@ class AgentAdmin:
         registry = self._served.registry
         if release:
             admitted = await self._admit(Path(release), name)
-            await _changed(registry.add, admitted, cause=ADMIN)
+            await _change_registry(registry.add, admitted, cause=ADMIN)
             version = admitted.version
             await self._served.reload()  # makes the version known here
-        rules, holdings = self._rules, self._dispatch.holdings
+        rules, leases = self._rules, self._dispatcher.leases
         bring_in = partial(registry.bring_in, canary=rules.canary_fraction, shadow=rules.shadow_fraction)
         with ExitStack() as stack:
-            if found := self._served.versions.get(f"{name}@{version}"):
-                stack.enter_context(holdings.kept(found))
-                await holdings.hold(found)
-            return await self._applied(await _changed(bring_in, name, version, expected=expected, cause=ADMIN))
+            if target := self._served.versions.get(f"{name}@{version}"):
+                stack.enter_context(leases.pinned(target))
+                await leases.hold(target)
+            return await self._applied(await _change_registry(bring_in, name, version, expected=expected, cause=ADMIN))
 
     async def rollback(self, name: str, expected: str | None) -> Mapping[str, Any]:
         """End a trial, or make the version live that was before. Raises ConflictError, UnknownAgentError."""
-        return await self._applied(await _changed(self._served.registry.rollback, name, expected=expected, cause=ADMIN))
+        return await self._applied(await _change_registry(self._served.registry.rollback, name, expected=expected, cause=ADMIN))
 
     async def drain(self, name: str) -> Mapping[str, Any]:
         """Take an agent out of service: what runs ends, what comes is refused. Raises UnknownAgentError."""
-        return await self._applied(await _changed(self._served.registry.drain, name, cause=ADMIN))
+        return await self._applied(await _change_registry(self._served.registry.drain, name, cause=ADMIN))
 
     async def release(self, name: str) -> Mapping[str, Any]:
         """Bring an agent back from quarantine or drain. Raises UnknownAgentError."""
@@ -79,23 +79,23 @@ class AgentAdmin:
         agent = self._served.agents.get(name)
         if agent is None or agent.state == "draining":
             live = agent.live if agent else ""
-            agent = await _changed(registry.promote, name, live, expected=live, cause=ADMIN)
+            agent = await _change_registry(registry.promote, name, live, expected=live, cause=ADMIN)
         for version in agent.versions:
-            self._crew.release(f"{name}@{version}")
+            self._workers.release(f"{name}@{version}")
         return await self._applied(agent)
 
     async def hear(self, agent: str, rating: float) -> None:
         """Tell the monitors how a person found a reply of that exact version: -1 bad .. 1 good."""
-        self._dispatch.hear(agent, rating)
+        self._dispatcher.hear(agent, rating)
 
     async def _applied(self, agent: Agent) -> Mapping[str, Any]:
         await self._served.reload()
         return agent.as_json()
 
 
-async def _changed(change: Callable[..., Agent], *asked: Any, **options: Any) -> Agent:
+async def _change_registry(change: Callable[..., Agent], *arguments: Any, **options: Any) -> Agent:
     """A change of the registry, in a thread. A row or file of it that is damaged is no fault of the Release that was named."""
     try:
-        return await asyncio.to_thread(change, *asked, **options)
+        return await asyncio.to_thread(change, *arguments, **options)
     except ArtifactError as error:
         raise UnavailableError(f"nothing was changed: {error.problem}", error.remedy) from None

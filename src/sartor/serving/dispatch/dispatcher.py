@@ -56,11 +56,11 @@ _OPTIONS = frozenset(option.name for option in fields(Sampling))
 _SYSTEM = ("system", "developer")
 
 
-def build_call(request: AgentRequest, version: AgentVersion | None, id: str, most_tokens: int) -> GenerateCall:
+def build_call(request: AgentRequest, version: AgentVersion | None, id: str, max_tokens: int) -> GenerateCall:
     """What an engine is asked, by a version or the base (None).
 
     A client's own system message stands in place of the Release's, and so do its sampling options and its tools. Raises
-    RequestError for an option that is none or asks for more than `most_tokens`, ConfigError for a value out of range.
+    RequestError for an option that is none or asks for more than `max_tokens`, ConfigError for a value out of range.
     """
     facts = version.facts if version else {}
     return GenerateCall(
@@ -68,7 +68,7 @@ def build_call(request: AgentRequest, version: AgentVersion | None, id: str, mos
         adapter=version.adapter if version else BASE,
         messages=_messages(request, str(facts.get("system_prompt", ""))),
         text=request.text,
-        sampling=_sampling(request, dict(facts.get("sampling", {})), most_tokens),
+        sampling=_sampling(request, dict(facts.get("sampling", {})), max_tokens),
         schema=request.schema,
         tools=tuple(facts.get("tools", ())) if request.tools is None else request.tools,
         must_call=request.must_call,
@@ -82,15 +82,17 @@ def _messages(request: AgentRequest, system: str) -> tuple[Any, ...]:
     return ({"role": "system", "content": system}, *request.messages)
 
 
-def _sampling(request: AgentRequest, released: dict[str, Any], most_tokens: int) -> Sampling:
-    if foreign := sorted(set(request.sampling) - _OPTIONS):
-        raise RequestError(f"there is no sampling option {foreign[0]!r}", f"one of {', '.join(sorted(_OPTIONS))}")
-    if request.sampling.get("max_tokens", 0) > most_tokens:
-        asked = request.sampling["max_tokens"]
-        raise RequestError(f"max_tokens is {asked}; the limit of this server is {most_tokens}", f"max_tokens: {most_tokens}")
-    known = {name: value for name, value in released.items() if name in _OPTIONS}
-    merged = {"max_tokens": Sampling().max_tokens, **known, **request.sampling}
-    return Sampling(**{**merged, "max_tokens": min(merged["max_tokens"], most_tokens)})
+def _sampling(request: AgentRequest, released: dict[str, Any], max_tokens: int) -> Sampling:
+    if unknown := sorted(set(request.sampling) - _OPTIONS):
+        raise RequestError(f"there is no sampling option {unknown[0]!r}", f"one of {', '.join(sorted(_OPTIONS))}")
+    if request.sampling.get("max_tokens", 0) > max_tokens:
+        requested_tokens = request.sampling["max_tokens"]
+        raise RequestError(
+            f"max_tokens is {requested_tokens}; the limit of this server is {max_tokens}", f"max_tokens: {max_tokens}"
+        )
+    released_options = {name: value for name, value in released.items() if name in _OPTIONS}
+    merged = {"max_tokens": Sampling().max_tokens, **released_options, **request.sampling}
+    return Sampling(**{**merged, "max_tokens": min(merged["max_tokens"], max_tokens)})
 
 
 # What is an agent's own fault, or says that it is out of service; the rest is the request's, or a matter of room and time
@@ -99,20 +101,20 @@ AGENT_FAULTS = ("ModelError", "ArtifactError")
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A reply on its way, and what is known of it when it ends."""
+class _PendingReply:
+    """A reply in progress, with what its receipt will need."""
 
-    receipt: str
+    receipt: str  # id
     request: AgentRequest
     call: GenerateCall
-    agent: str
-    said_agent: str
+    agent: str  # exact version, or "base"
+    reported_agent: str  # as the client sees it
     reason: str
-    release_id: str
-    scores: Mapping[str, float]
-    began: float
-    in_flight: int
-    person: str
+    release_id: str  # empty for the base
+    scores: Mapping[str, float]  # of the router
+    began: float  # Unix time, s
+    in_flight: int  # replies running when this one started
+    person: str  # keyed digest; empty unless a personal version answers
 
 
 class Dispatcher:
@@ -121,7 +123,7 @@ class Dispatcher:
     def __init__(
         self,
         team: Team,
-        crew: WorkerBackend,
+        workers: WorkerBackend,
         registry: Registry,
         admit: Admit,
         *,
@@ -130,24 +132,24 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._team = team
-        self._crew = crew
+        self._workers = workers
         self._router = router
         self._receipts = receipts
         self._admit = admit
-        self.holdings = AdapterLeases(crew, admit, release_copies.folder(Path(team.state)))
+        self.leases = AdapterLeases(workers, admit, release_copies.folder(Path(team.state)))
         self.rollouts = Rollouts(team.rollout, clock)
-        self.served = ServedAgents(registry, crew, self.holdings, self.rollouts, router)
-        self.persons = UserVersionSelector(
-            UserVersionStore(registry.database), self.holdings, crew, Path(team.state), team.personal.held
+        self.served = ServedAgents(registry, workers, self.leases, self.rollouts, router)
+        self.user_versions = UserVersionSelector(
+            UserVersionStore(registry.database), self.leases, workers, Path(team.state), team.personal.held
         )
-        self.served.followers.append(self.persons.follow)
-        self.shadows = Shadows(crew, self._has_room, self.holdings.leased, self._shadowed, team.limits.deadline_s)
+        self.served.followers.append(self.user_versions.follow)
+        self.shadows = Shadows(workers, self._has_room, self.leases.leased, self._on_shadow_outcome, team.limits.deadline_s)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self.in_flight = 0
         self.receipts_lost = 0
         # the tools that the team runs for an agent, by its name
-        self.offers: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
+        self.team_tools: Callable[[str], tuple[Mapping[str, Any], ...]] = lambda name: ()
 
     async def start(self) -> None:
         """Register the members that are new, load what is served, and follow the registry. Raises where it cannot be opened.
@@ -166,8 +168,8 @@ class Dispatcher:
         await asyncio.gather(*self._loops, return_exceptions=True)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.served.close()
-        await self.persons.close()
-        await self.holdings.close()
+        await self.user_versions.close()
+        await self.leases.close()
 
     async def open(self, request: AgentRequest) -> AgentReply:
         """Begin a reply; returns when its first event is there.
@@ -176,26 +178,30 @@ class Dispatcher:
         neither the agent nor anybody who may step in can answer now.
         """
         receipt = secrets.token_hex(16)
-        due = time.monotonic() + request.deadline_s
+        deadline = time.monotonic() + request.deadline_s
         try:
             async with asyncio.timeout(request.deadline_s):
-                asked = self.persons.plain(request)
-                found = await select_candidates(asked, self.served.agents, self._router, receipt, self.served.reads)
-                found = await self.persons.own(found, request, self.served.agents, self.served.versions)
+                public_request = self.user_versions.public_request(request)
+                selection = await select_candidates(
+                    public_request, self.served.agents, self._router, receipt, self.served.reads
+                )
+                selection = await self.user_versions.select(selection, request, self.served.agents, self.served.versions)
         except TimeoutError:
             raise DeadlineError(
                 f"no agent was chosen within {request.deadline_s:g} s", "name an agent, or allow more time"
             ) from None
         errors: list[SartorError] = []
-        for index, choice in enumerate(found.choices):
-            left_s = due - time.monotonic()
-            if left_s <= 0:
+        for index, candidate in enumerate(selection.candidates):
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 raise DeadlineError(f"{request.deadline_s:g} s were over before anybody answered", "allow more time")
-            reasons = choice.reasons
+            reasons = candidate.reasons
             if errors:
-                reasons = (*found.choices[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
+                reasons = (*selection.candidates[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)
             try:
-                return await self._begin(replace(request, deadline_s=left_s), found, index, receipt, join_reasons(reasons))
+                return await self._begin(
+                    replace(request, deadline_s=remaining_s), selection, index, receipt, join_reasons(reasons)
+                )
             except STEPS_IN as error:
                 errors.append(error)
         if len(errors) == 1:
@@ -213,94 +219,116 @@ class Dispatcher:
 
     def hear(self, agent: str, rating: float) -> None:
         """A person has rated a reply of this exact version, -1 bad .. 1 good."""
-        self._follow(self.rollouts.heard(agent, rating < 0))
+        self._follow(self.rollouts.observe_rating(agent, rating < 0))
 
-    async def _begin(self, request: AgentRequest, found: CandidateList, place: int, receipt: str, reason: str) -> AgentReply:
-        choice = found.choices[place]
-        version = choice.own or self.served.version(choice.agent)
+    async def _begin(
+        self, request: AgentRequest, selection: CandidateList, index: int, receipt: str, reason: str
+    ) -> AgentReply:
+        candidate = selection.candidates[index]
+        version = candidate.personal_version or self.served.version(candidate.agent)
         may_call = request.tools is None and not request.schema and bool(request.messages)
-        if may_call and (offered := self.offers(choice.agent.partition("@")[0])):
+        if may_call and (offered := self.team_tools(candidate.agent.partition("@")[0])):
             request = replace(request, tools=offered)
-        call = build_call(request, version, f"{receipt}-{place}" if place else receipt, self._team.limits.reply_tokens)
-        said_agent = choice.agent if version else f"{BASE_AGENT}@{self._crew.about.base_digest[:12]}"
+        call = build_call(request, version, f"{receipt}-{index}" if index else receipt, self._team.limits.reply_tokens)
+        reported_agent = candidate.agent if version else f"{BASE_AGENT}@{self._workers.about.base_digest[:12]}"
         with ExitStack() as stack:
-            stack.enter_context(self.holdings.leased(call.adapter))
+            stack.enter_context(self.leases.leased(call.adapter))
             stack.enter_context(self._counted())
-            on = self.served.version(choice.agent.removesuffix(SUFFIX)) if choice.own else version
-            release_id, person = on.release_id if on else "", request.person if choice.own else ""
-            begun = _Begun(
-                receipt, request, call, choice.agent, said_agent, reason, release_id, found.scores, time.time(), self.in_flight,
-                person,
-            )  # fmt: skip
+            released_version = version
+            if candidate.personal_version:  # the Release under the user's own adapter
+                released_version = self.served.version(candidate.agent.removesuffix(SUFFIX))
+            pending = _PendingReply(
+                receipt=receipt,
+                request=request,
+                call=call,
+                agent=candidate.agent,
+                reported_agent=reported_agent,
+                reason=reason,
+                release_id=released_version.release_id if released_version else "",
+                scores=selection.scores,
+                began=time.time(),
+                in_flight=self.in_flight,
+                person=request.person if candidate.personal_version else "",
+            )
             began = time.monotonic()
             try:
-                events = cast(EventStream, await self._crew.reply(call, choice.agent, request.deadline_s))
+                events = cast(EventStream, await self._workers.reply(call, candidate.agent, request.deadline_s))
             except SartorError as error:
-                self._failed(choice.agent, error.kind)
+                self._failed(candidate.agent, error.kind)
                 raise
-            living = stack.pop_all()
+            cleanup = stack.pop_all()
         took_s = time.monotonic() - began
-        replying = ReplyStream(events, living.close, lambda reply, end: self._ended(begun, reply, end), took_s)
-        return AgentReply(said_agent, reason, receipt, replying)
+        stream = ReplyStream(events, cleanup.close, lambda stream, event: self._ended(pending, stream, event), took_s)
+        return AgentReply(reported_agent, reason, receipt, stream)
 
-    async def _ended(self, begun: _Begun, reply: ReplyStream, end: ReplyDone | ReplyFailed) -> None:
+    async def _ended(self, pending: _PendingReply, stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
         """A reply is over: count it, keep its receipt, let the candidate answer too."""
-        if isinstance(end, ReplyFailed):
-            self._failed(begun.agent, end.kind)
-        elif end.finish != "cancelled":
-            tokens = end.reply_tokens or reply.tokens
-            self._see(begun.agent, reply.text, bool(end.tool_calls), reply.took_s / max(1, tokens), begun.in_flight)
-            self._shadow(begun, reply.text)
+        if isinstance(event, ReplyFailed):
+            self._failed(pending.agent, event.kind)
+        elif event.finish != "cancelled":
+            tokens = event.reply_tokens or stream.tokens
+            self._observe_reply(
+                pending.agent, stream.text, bool(event.tool_calls), stream.took_s / max(1, tokens), pending.in_flight
+            )
+            self._shadow(pending, stream.text)
         if self._receipts is not None:
-            done = end if isinstance(end, ReplyDone) else None
-            facts = (begun.receipt, begun.said_agent, begun.reason, begun.release_id, begun.call, reply.text, done)
-            given = FinishedReply(*facts, scores=begun.scores, began=begun.began, person=begun.person)
+            done = event if isinstance(event, ReplyDone) else None
+            facts = (
+                pending.receipt,
+                pending.reported_agent,
+                pending.reason,
+                pending.release_id,
+                pending.call,
+                stream.text,
+                done,
+            )
+            finished = FinishedReply(*facts, scores=pending.scores, began=pending.began, person=pending.person)
             # a client that goes now must not keep the receipt from being written
-            await asyncio.shield(self._spawn(self._keep(given)))
+            await asyncio.shield(self._spawn(self._keep(finished)))
 
-    async def _keep(self, given: FinishedReply) -> None:
+    async def _keep(self, finished: FinishedReply) -> None:
         assert self._receipts is not None
         try:
-            await asyncio.to_thread(self._receipts.write, given)
+            await asyncio.to_thread(self._receipts.write, finished)
         except (SartorError, OSError):  # a full disk hurts no reply; /health counts what is lost
             self.receipts_lost += 1
 
-    def _shadow(self, begun: _Begun, said: str) -> None:
+    def _shadow(self, pending: _PendingReply, reply: str) -> None:
         """Let the agent's candidate answer the same, if the draw says so."""
-        agent = self.served.agents.get(begun.agent.partition("@")[0])
-        if agent is None or not agent.candidate or begun.agent != f"{agent.name}@{agent.live}":
+        agent = self.served.agents.get(pending.agent.partition("@")[0])
+        if agent is None or not agent.candidate or pending.agent != f"{agent.name}@{agent.live}":
             return
         name = f"{agent.name}@{agent.candidate}"
-        if not in_fraction(agent.shadow_fraction, f"shadow of {name}", begun.receipt):
+        if not in_fraction(agent.shadow_fraction, f"shadow of {name}", pending.receipt):
             return
-        if not set(kinds_in(begun.request.messages)) <= set(self.served.reads(name)):
+        if not set(kinds_in(pending.request.messages)) <= set(self.served.reads(name)):
             return
         with suppress(SartorError):  # a candidate that is not held is a trouble already
             version = self.served.version(name)
-            id = f"{begun.receipt}-shadow"
-            call = build_call(begun.request, version, id, self._team.limits.reply_tokens)
-            self.shadows.offer(Shadow(call, name, said))
+            id = f"{pending.receipt}-shadow"
+            call = build_call(pending.request, version, id, self._team.limits.reply_tokens)
+            self.shadows.offer(Shadow(call, name, reply))
 
-    def _shadowed(self, outcome: ShadowOutcome) -> None:
-        shadow, end = outcome.shadow, outcome.end
-        if isinstance(end, ReplyFailed):
-            self._failed(shadow.agent, end.kind)
-        elif end.finish != "cancelled":
-            token_s = outcome.took_s / max(1, end.reply_tokens or outcome.tokens)
-            self.rollouts.compared(shadow.agent, outcome.text == shadow.said)
-            self._see(shadow.agent, outcome.text, bool(end.tool_calls), token_s, self.in_flight + 1)
+    def _on_shadow_outcome(self, outcome: ShadowOutcome) -> None:
+        shadow, event = outcome.shadow, outcome.event
+        if isinstance(event, ReplyFailed):
+            self._failed(shadow.agent, event.kind)
+        elif event.finish != "cancelled":
+            token_s = outcome.took_s / max(1, event.reply_tokens or outcome.tokens)
+            self.rollouts.observe_comparison(shadow.agent, outcome.text == shadow.live_reply)
+            self._observe_reply(shadow.agent, outcome.text, bool(event.tool_calls), token_s, self.in_flight + 1)
 
-    def _see(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
-        self._follow(self.rollouts.saw(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight)))
+    def _observe_reply(self, agent: str, text: str, is_call: bool, token_s: float, in_flight: int) -> None:
+        self._follow(self.rollouts.observe_reply(ObservedReply(agent, False, is_call or is_json(text), token_s, in_flight)))
 
     def _failed(self, agent: str, kind: str) -> None:
         if kind in AGENT_FAULTS:
-            self._follow(self.rollouts.saw(ObservedReply(agent, True)))
+            self._follow(self.rollouts.observe_reply(ObservedReply(agent, True)))
         elif kind == "UnavailableError" and self._breaker(agent) == "quarantined":
             self._follow(self.rollouts.condemn(agent, "its breaker put it into quarantine"))
 
     def _breaker(self, agent: str) -> str:
-        return str(self._crew.health().get("agents", {}).get(agent, {}).get("breaker", ""))
+        return str(self._workers.health().get("agents", {}).get(agent, {}).get("breaker", ""))
 
     def _follow(self, verdict: RolloutVerdict | None) -> None:
         if verdict is not None:
@@ -311,10 +339,10 @@ class Dispatcher:
         agent = self.served.agents.get(verdict.agent)
         if agent is None:
             return
-        cause = ChangeCause("monitors", verdict.why, verdict.numbers)
+        cause = ChangeCause("monitors", verdict.reason, verdict.numbers)
         registry = self.served.registry
         try:
-            if verdict.does == "promote":
+            if verdict.action == "promote":
                 await asyncio.to_thread(registry.promote, agent.name, verdict.version, expected=agent.live, cause=cause)
             else:
                 trial = verdict.version if agent.candidate == verdict.version else ""
@@ -333,7 +361,7 @@ class Dispatcher:
             self.in_flight -= 1
 
     def _has_room(self) -> bool:
-        return self.in_flight <= self._crew.about.rows // 4
+        return self.in_flight <= self._workers.about.rows // 4
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)

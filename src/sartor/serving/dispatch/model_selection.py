@@ -46,11 +46,13 @@ def join_reasons(reasons: Sequence[Reason]) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One who may answer: an exact version, or `base`; and why. own: the version of the person who asks, where it is that."""
+    """One who may answer: an exact version, or `base`; and why. personal_version: the version of the person who asks, where it
+    is that.
+    """
 
     agent: str
     reasons: tuple[Reason, ...]
-    own: AgentVersion | None = None
+    personal_version: AgentVersion | None = None
 
 
 _BY_NAME = Reason(ReasonKind.NAMED, "asked by name")
@@ -60,17 +62,17 @@ _BY_NAME = Reason(ReasonKind.NAMED, "asked by name")
 class CandidateList:
     """Who may answer a request, the first that can does. scores: what the router found, of `auto` only."""
 
-    choices: Sequence[Candidate]
+    candidates: Sequence[Candidate]
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Modalities:
-    """What a request holds beside text, and who reads it. others: agents that do, for the remedy."""
+    """What a request holds beside text, and who reads it. readers: agents that do, for the remedy."""
 
     kinds: Collection[str]
     reads: Reads
-    others: Sequence[str] = ()
+    readers: Sequence[str] = ()
 
     def fit(self, agent: str) -> bool:
         """Whether an exact version, or the base, reads all of the request."""
@@ -85,7 +87,7 @@ class Modalities:
     @property
     def remedy(self) -> str:
         """What else may be asked."""
-        return f'"model": "{self.others[0]}"' if self.others else "send text: no agent that you may ask reads that"
+        return f'"model": "{self.readers[0]}"' if self.readers else "send text: no agent that you may ask reads that"
 
 
 async def select_candidates(
@@ -97,34 +99,36 @@ async def select_candidates(
     RequestError where who is asked does not read what the request holds, UnavailableError for an agent that is being drained.
     """
     kinds = kinds_in(request.messages)
-    senses = Modalities(kinds, reads)
+    modalities = Modalities(kinds, reads)
     if kinds:
-        able = [name for name, agent in agents.items() if _may(request, agent) and senses.fit(f"{name}@{agent.live}")]
-        senses = Modalities(kinds, reads, able)
-    name, at, version = request.model.partition("@")
+        readers = [
+            name for name, agent in agents.items() if _is_choosable(request, agent) and modalities.fit(f"{name}@{agent.live}")
+        ]
+        modalities = Modalities(kinds, reads, readers)
+    name, separator, version = request.model.partition("@")
     if request.model == BASE_AGENT:
-        senses.check(BASE_AGENT)
+        modalities.check(BASE_AGENT)
         return CandidateList([Candidate(BASE_AGENT, (_BY_NAME,))])
     if request.model == AUTO:
-        return await _routed(request, agents, router, id, senses)
-    agent = _opened(request, agents, name)
-    if not at:
-        return CandidateList(list(_chain(agent, (_BY_NAME,), id, senses)))
+        return await _select_routed(request, agents, router, id, modalities)
+    agent = _openable_agent(request, agents, name)
+    if not separator:
+        return CandidateList(list(_chain(agent, (_BY_NAME,), id, modalities)))
     if version not in agent.versions:
         raise UnknownAgentError(
             f"{name} has no version {version[:80]!r} that is served; there are: {', '.join(agent.versions) or 'none'}",
             f'"model": "{name}"',
         )
-    senses.check(request.model)
+    modalities.check(request.model)
     return CandidateList([Candidate(request.model, (Reason(ReasonKind.NAMED, "asked by name and version"),))])
 
 
-def _may(request: AgentRequest, agent: Agent) -> bool:
+def _is_choosable(request: AgentRequest, agent: Agent) -> bool:
     """Whether `auto` may choose it for this client."""
     return agent.state == "serving" and (request.openable is None or agent.name in request.openable)
 
 
-def _opened(request: AgentRequest, agents: Mapping[str, Agent], name: str) -> Agent:
+def _openable_agent(request: AgentRequest, agents: Mapping[str, Agent], name: str) -> Agent:
     openable = [other for other in agents if request.openable is None or other in request.openable]
     if name not in agents:
         raise UnknownAgentError(
@@ -140,45 +144,45 @@ def _opened(request: AgentRequest, agents: Mapping[str, Agent], name: str) -> Ag
     return agents[name]
 
 
-async def _routed(
-    request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, senses: Modalities
+async def _select_routed(
+    request: AgentRequest, agents: Mapping[str, Agent], router: Router | None, id: str, modalities: Modalities
 ) -> CandidateList:
     """`auto`: by the text, among those that read all of the request. A router that fails chooses the base, and says so."""
-    openable = {name for name, agent in agents.items() if _may(request, agent)}
-    if senses.kinds:
-        openable &= set(senses.others)
+    openable = {name for name, agent in agents.items() if _is_choosable(request, agent)}
+    if modalities.kinds:
+        openable &= set(modalities.readers)
     if router is None or not openable:
-        senses.check(BASE_AGENT)
+        modalities.check(BASE_AGENT)
         return CandidateList([Candidate(BASE_AGENT, _routed_by("there is nobody to choose from"))])
     messages = request.messages or ({"role": "user", "content": request.text},)
     try:
-        route = await router.route(messages, openable)
+        decision = await router.route(messages, openable)
     except SartorError as error:
-        route = RoutingDecision(BASE_AGENT, f"the router failed: {error.problem}")
-    reasons = _routed_by(route.reason)
-    if route.agent in openable:
-        return CandidateList(list(_chain(agents[route.agent], reasons, id, senses)), route.scores)
-    if senses.fit(BASE_AGENT):
-        return CandidateList([Candidate(BASE_AGENT, reasons)], route.scores)
-    return _unrouted(route, agents, id, senses)
+        decision = RoutingDecision(BASE_AGENT, f"the router failed: {error.problem}")
+    reasons = _routed_by(decision.reason)
+    if decision.agent in openable:
+        return CandidateList(list(_chain(agents[decision.agent], reasons, id, modalities)), decision.scores)
+    if modalities.fit(BASE_AGENT):
+        return CandidateList([Candidate(BASE_AGENT, reasons)], decision.scores)
+    return _select_unrouted(decision, agents, id, modalities)
 
 
-def _unrouted(route: RoutingDecision, agents: Mapping[str, Agent], id: str, senses: Modalities) -> CandidateList:
+def _select_unrouted(decision: RoutingDecision, agents: Mapping[str, Agent], id: str, modalities: Modalities) -> CandidateList:
     """No agent was chosen, and the base does not read the request. Without a judgement the only agent that does, answers, and
     so does one that fits and is only no better than a base that could see it.
 
     Raises RequestError where none fits or several may be meant.
     """
-    what = " and ".join(senses.kinds)
-    if route.fits:
-        reasons = _routed_by(f"{route.reason}, and the base reads no {what}")
-        return CandidateList(list(_chain(agents[route.fits], reasons, id, senses)), route.scores)
-    if not route.scores and len(senses.others) == 1:
-        reasons = (*_routed_by(route.reason), Reason(ReasonKind.ROUTED, f"{senses.others[0]} alone reads {what}"))
-        return CandidateList(list(_chain(agents[senses.others[0]], reasons, id, senses)))
+    kinds = " and ".join(modalities.kinds)
+    if decision.fits:
+        reasons = _routed_by(f"{decision.reason}, and the base reads no {kinds}")
+        return CandidateList(list(_chain(agents[decision.fits], reasons, id, modalities)), decision.scores)
+    if not decision.scores and len(modalities.readers) == 1:
+        reasons = (*_routed_by(decision.reason), Reason(ReasonKind.ROUTED, f"{modalities.readers[0]} alone reads {kinds}"))
+        return CandidateList(list(_chain(agents[modalities.readers[0]], reasons, id, modalities)))
     raise RequestError(
-        f"auto chose no agent, and the base reads no {what}: {route.reason}",
-        f"name one that does: {', '.join(senses.others)}",
+        f"auto chose no agent, and the base reads no {kinds}: {decision.reason}",
+        f"name one that does: {', '.join(modalities.readers)}",
     )
 
 
@@ -186,23 +190,23 @@ def _routed_by(detail: str) -> tuple[Reason, ...]:
     return (Reason(ReasonKind.ROUTED, f"auto: {detail}"),)
 
 
-def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, senses: Modalities) -> Iterator[Candidate]:
+def _chain(agent: Agent, reasons: tuple[Reason, ...], id: str, modalities: Modalities) -> Iterator[Candidate]:
     """The version on trial if the draw says so, the live one, then the agent's fall-backs; those that read the request.
 
     Raises RequestError where the live one does not.
     """
     trial = f"{agent.name}@{agent.candidate}"
-    if agent.candidate and in_fraction(agent.canary_fraction, trial, id) and senses.fit(trial):
+    if agent.candidate and in_fraction(agent.canary_fraction, trial, id) and modalities.fit(trial):
         canary = Reason(ReasonKind.CANARY, f"canary, {agent.canary_fraction:g} of the requests")
         yield Candidate(trial, (*reasons, canary))
     if agent.live:
-        senses.check(f"{agent.name}@{agent.live}")
+        modalities.check(f"{agent.name}@{agent.live}")
         yield Candidate(f"{agent.name}@{agent.live}", reasons)
     else:
         reasons = (*reasons, Reason(ReasonKind.NO_VERSION, f"{agent.name} has no version: {agent.note}"))
     for step in agent.fallback:
-        if step == "previous" and agent.previous and senses.fit(f"{agent.name}@{agent.previous}"):
+        if step == "previous" and agent.previous and modalities.fit(f"{agent.name}@{agent.previous}"):
             yield Candidate(f"{agent.name}@{agent.previous}", (Reason(ReasonKind.FALLBACK, "the previous version steps in"),))
-        elif step == BASE_AGENT and senses.fit(BASE_AGENT):
+        elif step == BASE_AGENT and modalities.fit(BASE_AGENT):
             fallback = Reason(ReasonKind.FALLBACK, "the base steps in")
             yield Candidate(BASE_AGENT, (fallback,) if agent.live else (*reasons, fallback))

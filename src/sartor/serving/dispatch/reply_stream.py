@@ -15,15 +15,15 @@ Ended = Callable[["ReplyStream", ReplyDone | ReplyFailed], Coroutine[object, obj
 class ReplyStream:
     """The events of a reply, as `Answer` has them.
 
-    free: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the last event,
+    release: called once, when the reply lives no more, however it ended. ended: awaited before the client sees the last event,
     but not for a reply that was closed before. took_s: how long the crew was waited for; a slow client adds nothing.
     """
 
-    def __init__(self, events: EventStream, free: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
+    def __init__(self, events: EventStream, release: Callable[[], object], ended: Ended, took_s: float = 0.0) -> None:
         self._events = events
-        self._free = free
+        self._release = release
         self._ended = ended
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._is_over = False
         self.tokens = 0
         self.took_s = took_s
@@ -31,7 +31,7 @@ class ReplyStream:
     @property
     def text(self) -> str:
         """All that was said so far."""
-        return "".join(self._pieces)
+        return "".join(self._texts)
 
     def __aiter__(self) -> ReplyStream:
         return self
@@ -50,7 +50,7 @@ class ReplyStream:
         finally:
             self.took_s += time.monotonic() - began
         if isinstance(event, TextDelta):
-            self._pieces.append(event.text)
+            self._texts.append(event.text)
             self.tokens += event.tokens
             return event
         self._over()
@@ -65,4 +65,4 @@ class ReplyStream:
 
     def _over(self) -> None:
         self._is_over = True
-        self._free()
+        self._release()

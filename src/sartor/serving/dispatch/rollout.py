@@ -25,19 +25,19 @@ from sartor.serving.team_config import Rollout
 from sartor.serving.types import EventStream, WorkerBackend
 
 
-def in_fraction(fraction: float, of: str, id: str) -> bool:
+def in_fraction(fraction: float, subject: str, id: str) -> bool:
     """Whether the request with this id falls into `fraction` of all: always the same answer for the same words."""
-    number = int.from_bytes(hashlib.sha256(f"{of}:{id}".encode()).digest()[:8], "big")
+    number = int.from_bytes(hashlib.sha256(f"{subject}:{id}".encode()).digest()[:8], "big")
     return number < fraction * 2**64
 
 
 def is_json(text: str) -> bool:
     """Whether a reply is one whole JSON object or list: the only format that monitors know."""
-    bare = text.strip()
-    if bare[:1] not in ("{", "["):
+    stripped = text.strip()
+    if stripped[:1] not in ("{", "["):
         return False
     try:
-        json.loads(bare)
+        json.loads(stripped)
     except (ValueError, RecursionError):
         return False
     return True
@@ -60,22 +60,22 @@ class RolloutVerdict:
 
     agent: str
     version: str
-    does: Literal["roll back", "promote"]
-    why: str
+    action: Literal["roll back", "promote"]
+    reason: str
     numbers: Mapping[str, Any]
 
 
 @dataclass
 class _Comparison:
-    """One version under eyes. live: the one that it is compared with; `frozen` if that one answers no more."""
+    """One version under eyes. live: the one that it is compared with; `is_frozen` if that one answers no more."""
 
     name: str
     candidate: str
     live: str
-    frozen: bool
-    until: float
-    seen: VersionTally = field(default_factory=VersionTally)
-    beside: VersionTally = field(default_factory=VersionTally)
+    is_frozen: bool
+    deadline: float
+    candidate_tally: VersionTally = field(default_factory=VersionTally)
+    live_tally: VersionTally = field(default_factory=VersionTally)
     window: int = 1
     replies: int = 0
     differing: FailureRate = field(default_factory=FailureRate)
@@ -90,73 +90,75 @@ class Rollouts:
         self._clock = clock
         self._comparisons: dict[str, _Comparison] = {}
         # of each live version, the last whole window and the one that fills: what its successor is compared with
-        self._known: dict[str, tuple[VersionTally, VersionTally]] = {}
+        self._live_tallies: dict[str, tuple[VersionTally, VersionTally]] = {}
 
-    def follow(self, agent: Agent, was: Agent | None) -> None:
+    def follow(self, agent: Agent, previous: Agent | None) -> None:
         """An agent has changed: begin or end its trial or watch."""
-        standing = self._comparisons.get(agent.name)
+        current = self._comparisons.get(agent.name)
         if agent.candidate:
-            if standing is None or standing.frozen or (standing.candidate, standing.live) != (agent.candidate, agent.live):
+            if current is None or current.is_frozen or (current.candidate, current.live) != (agent.candidate, agent.live):
                 self._comparisons[agent.name] = _Comparison(agent.name, agent.candidate, agent.live, False, float("inf"))
-        elif was is not None and was.live != agent.live and agent.previous == was.live:
-            watch = _Comparison(agent.name, agent.live, was.live, True, self._clock() + self._rules.watch_s)
-            for tally in self._known.get(f"{agent.name}@{was.live}", ()):
-                watch.beside.add(tally)
+        elif previous is not None and previous.live != agent.live and agent.previous == previous.live:
+            watch = _Comparison(agent.name, agent.live, previous.live, True, self._clock() + self._rules.watch_s)
+            for tally in self._live_tallies.get(f"{agent.name}@{previous.live}", ()):
+                watch.live_tally.add(tally)
             self._comparisons[agent.name] = watch
-        elif standing is not None and (not standing.frozen or standing.candidate != agent.live):
+        elif current is not None and (not current.is_frozen or current.candidate != agent.live):
             del self._comparisons[agent.name]
-        if was is not None and was.live != agent.live:
-            self._known.pop(f"{was.name}@{was.live}", None)
-        self._known.setdefault(f"{agent.name}@{agent.live}", (VersionTally(), VersionTally()))
+        if previous is not None and previous.live != agent.live:
+            self._live_tallies.pop(f"{previous.name}@{previous.live}", None)
+        self._live_tallies.setdefault(f"{agent.name}@{agent.live}", (VersionTally(), VersionTally()))
 
     def forget(self, name: str) -> None:
         """An agent is served no more."""
         self._comparisons.pop(name, None)
-        self._known = {version: known for version, known in self._known.items() if version.rpartition("@")[0] != name}
+        self._live_tallies = {
+            version: tallies for version, tallies in self._live_tallies.items() if version.rpartition("@")[0] != name
+        }
 
-    def saw(self, seen: ObservedReply) -> RolloutVerdict | None:
+    def observe_reply(self, reply: ObservedReply) -> RolloutVerdict | None:
         """A reply has ended. What is to be done now, said once."""
-        if seen.agent in self._known:
-            self._count(self._current(seen.agent), seen)
-        comparison = self._comparison(seen.agent)
+        if reply.agent in self._live_tallies:
+            self._count(self._current(reply.agent), reply)
+        comparison = self._comparison(reply.agent)
         if comparison is None:
             return None
-        name, _, version = seen.agent.rpartition("@")
+        name, _, version = reply.agent.rpartition("@")
         if version == comparison.candidate:
             comparison.replies += 1
-            self._count(comparison.seen, seen)
+            self._count(comparison.candidate_tally, reply)
             return self._judge(comparison)
-        if version == comparison.live and not comparison.frozen:
-            self._count(comparison.beside, seen)
+        if version == comparison.live and not comparison.is_frozen:
+            self._count(comparison.live_tally, reply)
         return None
 
-    def heard(self, agent: str, is_bad: bool) -> RolloutVerdict | None:
+    def observe_rating(self, agent: str, is_bad: bool) -> RolloutVerdict | None:
         """A person has rated a reply of this exact version."""
-        if agent in self._known:
+        if agent in self._live_tallies:
             self._current(agent).feedback.count(is_bad)
         comparison = self._comparison(agent)
         if comparison is None:
             return None
         version = agent.rpartition("@")[2]
         if version == comparison.candidate:
-            comparison.seen.feedback.count(is_bad)
+            comparison.candidate_tally.feedback.count(is_bad)
             return self._judge(comparison)
-        if version == comparison.live and not comparison.frozen:
-            comparison.beside.feedback.count(is_bad)
+        if version == comparison.live and not comparison.is_frozen:
+            comparison.live_tally.feedback.count(is_bad)
         return None
 
-    def compared(self, agent: str, same: bool) -> None:
+    def observe_comparison(self, agent: str, is_same: bool) -> None:
         """The candidate, an exact version, was asked beside the live one: whether their replies are the same text."""
         comparison = self._comparison(agent)
         if comparison is not None and agent == f"{comparison.name}@{comparison.candidate}":
-            comparison.differing.count(not same)
+            comparison.differing.count(not is_same)
 
-    def condemn(self, agent: str, why: str) -> RolloutVerdict | None:
+    def condemn(self, agent: str, reason: str) -> RolloutVerdict | None:
         """A version under eyes was found bad by somebody else: quarantined, say."""
         comparison = self._comparison(agent)
         if comparison is None or agent != f"{comparison.name}@{comparison.candidate}":
             return None
-        return self._over(comparison, "roll back", why, {"candidate": comparison.seen.as_json()})
+        return self._over(comparison, "roll back", reason, {"candidate": comparison.candidate_tally.as_json()})
 
     def undecided(self, name: str) -> None:
         """What a verdict asked for could not be done: the next reply may ask again."""
@@ -168,51 +170,51 @@ class Rollouts:
         comparison = self._comparisons.get(name)
         if comparison is None:
             return {}
-        kind = "watch" if comparison.frozen else "trial"
-        told = {"kind": kind, "version": comparison.candidate, "against": comparison.live, "replies": comparison.replies}
-        return {**told, "differing": vars(comparison.differing), "candidate": comparison.seen.as_json()}
+        kind = "watch" if comparison.is_frozen else "trial"
+        fields = {"kind": kind, "version": comparison.candidate, "against": comparison.live, "replies": comparison.replies}
+        return {**fields, "differing": vars(comparison.differing), "candidate": comparison.candidate_tally.as_json()}
 
     def _comparison(self, agent: str) -> _Comparison | None:
         """The one that this exact version's agent is in, if it is still to be judged."""
         comparison = self._comparisons.get(agent.rpartition("@")[0])
         if comparison is None or comparison.is_over:
             return None
-        if self._clock() > comparison.until:
+        if self._clock() > comparison.deadline:
             del self._comparisons[comparison.name]
             return None
         return comparison
 
     def _current(self, agent: str) -> VersionTally:
-        _, filling = self._known[agent]
-        if filling.failures.seen >= WINDOW_REPLIES:
-            self._known[agent] = (filling, VersionTally())
-        return self._known[agent][1]
+        _, current = self._live_tallies[agent]
+        if current.failures.seen >= WINDOW_REPLIES:
+            self._live_tallies[agent] = (current, VersionTally())
+        return self._live_tallies[agent][1]
 
-    def _count(self, tally: VersionTally, seen: ObservedReply) -> None:
-        tally.count_reply(failed=seen.failed, is_json=seen.is_json, token_s=seen.token_s, in_flight=seen.in_flight)
+    def _count(self, tally: VersionTally, reply: ObservedReply) -> None:
+        tally.count_reply(failed=reply.failed, is_json=reply.is_json, token_s=reply.token_s, in_flight=reply.in_flight)
 
     def _judge(self, comparison: _Comparison) -> RolloutVerdict | None:
-        found = first_alarm(comparison.seen, comparison.beside, self._rules, comparison.window)
-        if found is not None:
-            return self._over(comparison, "roll back", found.why, _numbers(found, comparison))
-        enough = self._rules.canary_requests
-        if enough and not comparison.frozen and comparison.replies >= enough:
-            numbers = {"candidate": comparison.seen.as_json(), "live": comparison.beside.as_json()}
+        alarm = first_alarm(comparison.candidate_tally, comparison.live_tally, self._rules, comparison.window)
+        if alarm is not None:
+            return self._over(comparison, "roll back", alarm.reason, _numbers(alarm, comparison))
+        required_replies = self._rules.canary_requests
+        if required_replies and not comparison.is_frozen and comparison.replies >= required_replies:
+            numbers = {"candidate": comparison.candidate_tally.as_json(), "live": comparison.live_tally.as_json()}
             return self._over(comparison, "promote", f"{comparison.replies} replies without alarm", numbers)
-        if comparison.seen.failures.seen >= WINDOW_REPLIES:
-            comparison.seen, comparison.window = VersionTally(), comparison.window + 1
-            comparison.beside = comparison.beside if comparison.frozen else VersionTally()
+        if comparison.candidate_tally.failures.seen >= WINDOW_REPLIES:
+            comparison.candidate_tally, comparison.window = VersionTally(), comparison.window + 1
+            comparison.live_tally = comparison.live_tally if comparison.is_frozen else VersionTally()
         return None
 
     def _over(
-        self, comparison: _Comparison, does: Literal["roll back", "promote"], why: str, numbers: Mapping[str, Any]
+        self, comparison: _Comparison, action: Literal["roll back", "promote"], reason: str, numbers: Mapping[str, Any]
     ) -> RolloutVerdict:
         comparison.is_over = True  # the registry's answer, not this, ends it: until then nothing more is said
-        return RolloutVerdict(comparison.name, comparison.candidate, does, why, numbers)
+        return RolloutVerdict(comparison.name, comparison.candidate, action, reason, numbers)
 
 
-def _numbers(found: Alarm, comparison: _Comparison) -> dict[str, Any]:
-    return {"monitor": found.monitor, "window": comparison.window, **found.numbers}
+def _numbers(alarm: Alarm, comparison: _Comparison) -> dict[str, Any]:
+    return {"monitor": alarm.monitor, "window": comparison.window, **alarm.numbers}
 
 
 MOST_WAITING = 16
@@ -221,11 +223,11 @@ ROOM_S = 0.05
 
 @dataclass(frozen=True)
 class Shadow:
-    """A request that was answered, to be answered again. agent: the candidate's exact version. said: the live reply."""
+    """A request that was answered, to be answered again. agent: the candidate's exact version. live_reply: the live reply."""
 
     call: GenerateCall
     agent: str
-    said: str
+    live_reply: str
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class ShadowOutcome:
     """What came of a shadow: how it ended, and the reply."""
 
     shadow: Shadow
-    end: ReplyDone | ReplyFailed
+    event: ReplyDone | ReplyFailed
     text: str = ""
     tokens: int = 0
     took_s: float = 0.0
@@ -247,19 +249,19 @@ class Shadows:
 
     def __init__(
         self,
-        crew: WorkerBackend,
+        workers: WorkerBackend,
         has_room: Callable[[], bool],
         leased: Callable[[str], AbstractContextManager[None]],
         report: Callable[[ShadowOutcome], object],
         deadline_s: float,
     ) -> None:
-        self._crew = crew
+        self._workers = workers
         self._has_room = has_room
         self._leased = leased
         self._report = report
         self._deadline_s = deadline_s
         self._waiting: deque[Shadow] = deque()
-        self._news = asyncio.Event()
+        self._has_work = asyncio.Event()
         self.answered = 0
         self.left_out = 0
 
@@ -269,13 +271,13 @@ class Shadows:
             self._waiting.popleft()
             self.left_out += 1
         self._waiting.append(shadow)
-        self._news.set()
+        self._has_work.set()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._has_work.wait()
+            self._has_work.clear()
             while self._waiting:
                 if self._has_room():
                     await self._answer(self._waiting.popleft())
@@ -286,29 +288,29 @@ class Shadows:
         with self._leased(shadow.call.adapter):
             began = time.monotonic()
             try:
-                events = cast(EventStream, await self._crew.reply(shadow.call, shadow.agent, self._deadline_s))
+                events = cast(EventStream, await self._workers.reply(shadow.call, shadow.agent, self._deadline_s))
             except SartorError as error:
                 self._report(ShadowOutcome(shadow, ReplyFailed(shadow.call.id, error.kind, error.problem, error.remedy)))
                 return
-            reply = ReplyStream(events, _free, _ended, time.monotonic() - began)
+            stream = ReplyStream(events, _keep_lease, _ended, time.monotonic() - began)
             try:
-                await self._follow(shadow, reply)
+                await self._follow(shadow, stream)
             finally:
-                await reply.aclose()
+                await stream.aclose()
 
-    async def _follow(self, shadow: Shadow, reply: ReplyStream) -> None:
-        async for event in reply:
+    async def _follow(self, shadow: Shadow, stream: ReplyStream) -> None:
+        async for event in stream:
             if isinstance(event, (ReplyDone, ReplyFailed)):
                 self.answered += 1
-                self._report(ShadowOutcome(shadow, event, reply.text, reply.tokens, reply.took_s))
+                self._report(ShadowOutcome(shadow, event, stream.text, stream.tokens, stream.took_s))
             elif not self._has_room():
                 self.left_out += 1
                 return
 
 
-def _free() -> None:
+def _keep_lease() -> None:
     """The lease lasts as long as the shadow."""
 
 
-async def _ended(reply: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
+async def _ended(stream: ReplyStream, event: ReplyDone | ReplyFailed) -> None:
     """Nobody waits for a shadow's last event."""

@@ -54,8 +54,8 @@ class FailureRate:
         good = self.seen - self.bad
         if (rate <= 0 and self.bad) or (rate >= 1 and good):
             return math.inf
-        told = (self.bad * math.log(rate) if self.bad else 0.0) + (good * math.log1p(-rate) if good else 0.0)
-        return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - told
+        log_likelihood = (self.bad * math.log(rate) if self.bad else 0.0) + (good * math.log1p(-rate) if good else 0.0)
+        return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - log_likelihood
 
 
 def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> float:
@@ -68,8 +68,8 @@ def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> fl
         return candidate.against(min(1.0, rate + margin)) + live.against(rate)
 
     for _ in range(60):  # the sum is convex in the live version's rate: its least value lies between the two best guesses
-        one, other = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, other) if at(one) <= at(other) else (one, high)
+        lower_third, upper_third = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, upper_third) if at(lower_third) <= at(upper_third) else (lower_third, high)
     return max(0.0, at((low + high) / 2))
 
 
@@ -132,14 +132,14 @@ class VersionTally:
             return
         self.format.count(not is_json)
         if token_s > 0:
-            self.latency[sum(in_flight > most for most in _LOADS)].count(token_s)
+            self.latency[sum(in_flight > load for load in _LOADS)].count(token_s)
 
     def add(self, other: VersionTally) -> None:
         """Count what another one has counted."""
         for mine, theirs in zip(self._rates(), other._rates(), strict=True):
             mine.seen, mine.bad = mine.seen + theirs.seen, mine.bad + theirs.bad
-        for histogram, more in zip(self.latency, other.latency, strict=True):
-            histogram.add(more)
+        for histogram, other_histogram in zip(self.latency, other.latency, strict=True):
+            histogram.add(other_histogram)
 
     def as_json(self) -> dict[str, Any]:
         """The numbers, for the log of events and /health."""
@@ -156,7 +156,7 @@ class Alarm:
     """The candidate is worse: by which monitor, in a sentence, and by what numbers."""
 
     monitor: str
-    why: str
+    reason: str
     numbers: Mapping[str, Any]
 
 
@@ -193,10 +193,10 @@ def _numbers(candidate: VersionTally, live: VersionTally, alpha: float, evidence
     return fields if evidence is None else {**fields, "evidence": round(min(evidence, 1e9), 3)}
 
 
-def _is_most(count: int, seen: int, alpha: float) -> bool:
+def _is_most(count: int, total: int, alpha: float) -> bool:
     """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most `alpha`."""
-    return 2 * count > seen and FailureRate(seen, count).against(0.5) >= -math.log(alpha)
+    return 2 * count > total and FailureRate(total, count).against(0.5) >= -math.log(alpha)
 
 
-def _log_beta(one: float, other: float) -> float:
-    return math.lgamma(one) + math.lgamma(other) - math.lgamma(one + other)
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

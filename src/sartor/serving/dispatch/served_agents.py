@@ -35,7 +35,7 @@ class ServedAgents:
     """The agents of a running server. `agents` and `versions` are what requests are answered by, at this moment."""
 
     def __init__(
-        self, registry: Registry, crew: WorkerBackend, holdings: AdapterLeases, rollouts: Rollouts, router: Router | None
+        self, registry: Registry, workers: WorkerBackend, leases: AdapterLeases, rollouts: Rollouts, router: Router | None
     ) -> None:
         self.registry = registry
         self.agents: dict[str, Agent] = {}
@@ -44,30 +44,30 @@ class ServedAgents:
         self.unadmitted: set[str] = set()
         self.troubles: dict[str, str] = {}
         self.generation = -1
-        self._crew = crew
-        self._holdings = holdings
+        self._workers = workers
+        self._leases = leases
         self._rollouts = rollouts
         self._router = router
         self._reloading = asyncio.Lock()
-        self._news = asyncio.Event()
+        self._registry_changed = asyncio.Event()
         self._fetching: dict[str, asyncio.Task[None]] = {}
-        self._teaching: set[asyncio.Task[None]] = set()
+        self._background_tasks: set[asyncio.Task[None]] = set()
         self._learning = asyncio.Lock()
-        self._routed: dict[str, Path] = {}
-        self._untaught = ""
+        self._routed_releases: dict[str, Path] = {}
+        self._router_trouble = ""
         self._refused: dict[str, str] = {}
         # version that was refused -> in which generation, when it is tried again, after how long a wait
-        self._later: dict[str, tuple[int, float, float]] = {}
-        self._unread = ""
+        self._retries: dict[str, tuple[int, float, float]] = {}
+        self._registry_trouble = ""
         self._read_at = 0.0
         # told after each reading of the registry; `settle` waits for them
         self.followers: list[Callable[[], Coroutine[Any, Any, None]]] = []
 
     async def register(self, members: Mapping[str, AgentOptions], admit: Admit) -> None:
         """Register the members of TEAM.yaml that are new to the registry. One that is not admitted is a trouble, no error."""
-        known = await asyncio.to_thread(self.registry.read)
+        snapshot = await asyncio.to_thread(self.registry.read)
         for name, member in members.items():
-            if name in known.hurt or (name in known.agents and not known.agents[name].is_blank):
+            if name in snapshot.damaged or (name in snapshot.agents and not snapshot.agents[name].is_blank):
                 continue
             try:
                 version = await admit(Path(member.release), name)
@@ -89,33 +89,33 @@ class ServedAgents:
             try:
                 snapshot = await asyncio.to_thread(self.registry.read)
             except SartorError as error:
-                self._unread = f"{error.problem}; what was read last is served"
+                self._registry_trouble = f"{error.problem}; what was read last is served"
                 return
-            self._unread, self._read_at = "", time.monotonic()
+            self._registry_trouble, self._read_at = "", time.monotonic()
             self._take(snapshot)
             for follower in self.followers:
                 self._spawn(follower())
 
     async def settle(self) -> None:
         """Wait until everything is fetched, or found not to be had, and is served."""
-        while tasks := [*self._fetching.values(), *self._teaching]:
+        while tasks := [*self._fetching.values(), *self._background_tasks]:
             await asyncio.gather(*tasks)
 
     async def close(self) -> None:
         """Fetch and teach nothing more."""
-        for task in (tasks := [*self._fetching.values(), *self._teaching]):
+        for task in (tasks := [*self._fetching.values(), *self._background_tasks]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def keep_fresh(self) -> None:
         """Reload whenever the registry has changed, until cancelled."""
         loop = asyncio.get_running_loop()
-        with self.registry.heard(lambda: loop.call_soon_threadsafe(self._news.set)):
+        with self.registry.subscribed(lambda: loop.call_soon_threadsafe(self._registry_changed.set)):
             while True:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):  # wait_for may lose a cancellation (Python before 3.12)
-                        await self._news.wait()
-                self._news.clear()
+                        await self._registry_changed.wait()
+                self._registry_changed.clear()
                 if await self._is_stale():
                     await self.reload()
 
@@ -126,7 +126,7 @@ class ServedAgents:
         version = self.versions.get(name)
         if version is None:
             raise UnavailableError(f"{name} cannot answer: its row in the registry is hurt", "sartor agents add RELEASE")
-        self._holdings.check(version)
+        self._leases.check(version)
         return version
 
     def reads(self, name: str) -> tuple[str, ...]:
@@ -136,10 +136,10 @@ class ServedAgents:
 
     def health(self) -> dict[str, Any]:
         """For /health: the generation that is served, agents, and what is wrong."""
-        own = {"registry": self._unread, "router": self._untaught}
-        troubles = {**self.troubles, **{name: why for name, why in own.items() if why}}
+        own_troubles = {"registry": self._registry_trouble, "router": self._router_trouble}
+        troubles = {**self.troubles, **{name: problem for name, problem in own_troubles.items() if problem}}
         # what is wrong with a person's own is that person's to hear
-        troubles |= {name: error.problem for name, error in self._holdings.troubles.items() if not name.endswith(SUFFIX)}
+        troubles |= {name: error.problem for name, error in self._leases.troubles.items() if not name.endswith(SUFFIX)}
         agents = {
             name: {"live": agent.live, "previous": agent.previous, "state": agent.state, "rollout": self._rollouts.status(name)}
             for name, agent in self.agents.items()
@@ -156,11 +156,14 @@ class ServedAgents:
 
     def _take(self, snapshot: Snapshot) -> None:
         """Serve the registry's agents, and fetch what they lack."""
-        troubles = dict(snapshot.hurt)
-        for name in set(self.agents) - set(snapshot.agents) - set(snapshot.hurt):
+        troubles = dict(snapshot.damaged)
+        for name in set(self.agents) - set(snapshot.agents) - set(snapshot.damaged):
             troubles[name] = self._refused.get(name, "its row is gone from the registry")
         # a version whose row is hurt keeps the meaning that it had
-        self.versions = {**{name: self.versions[name] for name in snapshot.hurt if name in self.versions}, **snapshot.versions}
+        self.versions = {
+            **{name: self.versions[name] for name in snapshot.damaged if name in self.versions},
+            **snapshot.versions,
+        }
         for agent in snapshot.agents.values():
             self._refused.pop(agent.name, None)
             if agent.state == "removed":
@@ -168,49 +171,49 @@ class ServedAgents:
                 self._rollouts.forget(agent.name)
             else:
                 self._serve(agent)
-        for name in snapshot.hurt:
+        for name in snapshot.damaged:
             if "@" not in name and name not in self.agents:
-                self.agents[name] = Agent(name, "", note=snapshot.hurt[name])
-        admitted = {version.agent for version in self.versions.values() if self._holdings.was_admitted(version)}
+                self.agents[name] = Agent(name, "", note=snapshot.damaged[name])
+        admitted = {version.agent for version in self.versions.values() if self._leases.was_admitted(version)}
         self.unadmitted = set(self.agents) - admitted
         for name in self.unadmitted:
             self.agents[name] = replace(self.agents[name], fallback=())
             if self.agents[name].note:
                 troubles.setdefault(name, self.agents[name].note)
         self.troubles, self.generation = troubles, snapshot.generation
-        asked = [agent for agent in snapshot.agents.values() if agent.state != "removed"]
-        needed = {version.name: version for version in self._needed([*asked, *self.agents.values()])}
-        self._holdings.want(list(needed.values()))
+        present_agents = [agent for agent in snapshot.agents.values() if agent.state != "removed"]
+        needed = {version.name: version for version in self._needed([*present_agents, *self.agents.values()])}
+        self._leases.want(list(needed.values()))
         for name, version in needed.items():
-            if not (self._holdings.holds(version) or name in self._fetching or self._is_for_later(name)):
+            if not (self._leases.holds(version) or name in self._fetching or self._is_for_later(name)):
                 self._fetching[name] = asyncio.ensure_future(self._fetch(version))
         self._teach()
 
     def _serve(self, agent: Agent) -> None:
         """Serve an agent as the registry has it; while its live version is not held, the one that answered goes on."""
-        was = self.agents.get(agent.name)
+        previous = self.agents.get(agent.name)
         live = self.versions.get(f"{agent.name}@{agent.live}")
-        if was is not None and was.live and (live is None or not self._holdings.holds(live)):
+        if previous is not None and previous.live and (live is None or not self._leases.holds(live)):
             # what else has changed, holds
-            agent = replace(agent, live=was.live, earlier=was.earlier)
+            agent = replace(agent, live=previous.live, earlier=previous.earlier)
         self.agents[agent.name] = agent
-        if was is None or agent.generation != was.generation or agent.live != was.live:
-            self._rollouts.follow(agent, was)
-            if was is not None and agent.candidate == was.candidate:
-                self._crew.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
+        if previous is None or agent.generation != previous.generation or agent.live != previous.live:
+            self._rollouts.follow(agent, previous)
+            if previous is not None and agent.candidate == previous.candidate:
+                self._workers.release(f"{agent.name}@{agent.live}")  # promoted or rolled back, perhaps to itself
 
     async def _fetch(self, version: AgentVersion) -> None:
         """Hold a version, and serve whoever waited for it. What keeps it from that is among the troubles of holdings."""
         is_held = False
         try:
-            await self._holdings.hold(version)
+            await self._leases.hold(version)
             is_held = True
-            self._later.pop(version.name, None)
+            self._retries.pop(version.name, None)
             if version.agent in self.unadmitted:
                 await self._note(version.agent, "")
         except (RefusedError, InputError) as error:
-            wait_s = min(MOST_WAIT_S, 2 * self._later.get(version.name, (0, 0.0, SCRUB_S))[2])
-            self._later[version.name] = (self.generation, time.monotonic() + wait_s, wait_s)
+            wait_s = min(MOST_WAIT_S, 2 * self._retries.get(version.name, (0, 0.0, SCRUB_S))[2])
+            self._retries[version.name] = (self.generation, time.monotonic() + wait_s, wait_s)
             if version.agent in self.unadmitted:
                 await self._note(version.agent, _refusal(error))
         except SartorError:
@@ -223,20 +226,20 @@ class ServedAgents:
             self._teach()
 
     def _is_for_later(self, name: str) -> bool:
-        generation, at, _ = self._later.get(name, (-1, 0.0, 0.0))
-        return generation == self.generation and time.monotonic() < at
+        generation, retry_at, _ = self._retries.get(name, (-1, 0.0, 0.0))
+        return generation == self.generation and time.monotonic() < retry_at
 
-    async def _note(self, name: str, why: str) -> None:
+    async def _note(self, name: str, reason: str) -> None:
         """Keep beside an agent why it was not admitted, for `sartor agents list`."""
-        if self.agents[name].note != why:
+        if self.agents[name].note != reason:
             with suppress(SartorError):
-                await asyncio.to_thread(self.registry.note, name, why, cause=ChangeCause("server", "admission"))
+                await asyncio.to_thread(self.registry.note, name, reason, cause=ChangeCause("server", "admission"))
 
     def _needed(self, agents: Iterable[Agent]) -> Iterator[AgentVersion]:
         for agent in agents:
             for version in agent.versions:
-                if found := self.versions.get(f"{agent.name}@{version}"):
-                    yield found
+                if agent_version := self.versions.get(f"{agent.name}@{version}"):
+                    yield agent_version
 
     def _teach(self) -> None:
         """Tell the router which Releases are live, when that has changed: once at a time, the newest last.
@@ -247,27 +250,27 @@ class ServedAgents:
             return
         live = {name: self.versions.get(f"{name}@{agent.live}") for name, agent in self.agents.items()}
         releases = {
-            name: self._holdings.places[version.release_id]
+            name: self._leases.directories[version.release_id]
             for name, version in live.items()
-            if version and self._holdings.holds(version)
+            if version and self._leases.holds(version)
         }
-        if self._router is not None and releases != self._routed:
-            self._routed = releases
+        if self._router is not None and releases != self._routed_releases:
+            self._routed_releases = releases
             self._spawn(self._learn(self._router, releases))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
-        self._teaching.add(task)
-        task.add_done_callback(self._teaching.discard)
+        self._background_tasks.add(task)
+        task.add_done_callback(self._background_tasks.discard)
 
     async def _learn(self, router: Router, releases: Mapping[str, Path]) -> None:
         async with self._learning:
-            if releases is self._routed:
+            if releases is self._routed_releases:
                 try:
                     await router.learn(releases)
-                    self._untaught = ""
+                    self._router_trouble = ""
                 except SartorError as error:
-                    self._untaught = error.problem
+                    self._router_trouble = error.problem
 
 
 def _refusal(error: SartorError) -> str:

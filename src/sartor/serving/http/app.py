@@ -23,7 +23,7 @@ from sartor.serving.http.request_body import MediaTypeError, SlowBodyError, chec
 from sartor.serving.http.response_models import ErrorAnswer
 from sartor.serving.http.shutdown import ClientDisconnectedError
 
-GONE = 499
+CLIENT_DISCONNECTED = 499
 LARGE_BYTES = 64 << 10
 Answering = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -35,8 +35,8 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         """See Response."""
-        said = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return said.encode("utf-8", "replace")
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "replace")
 
 
 class _Checked(Request):
@@ -55,12 +55,12 @@ class StrictJsonRoute(APIRoute):
     def get_route_handler(self) -> Answering:  # the framework's name
         """See APIRoute."""
         original = super().get_route_handler()
-        asked: Any = self.body_field.field_info.annotation if self.body_field else None
-        known: Mapping[str, Any] = asked.model_fields if asked else {}
-        has_media = "messages" in known
+        body_model: Any = self.body_field.field_info.annotation if self.body_field else None
+        model_fields: Mapping[str, Any] = body_model.model_fields if body_model else {}
+        has_media = "messages" in model_fields
 
         async def answer(request: Request) -> Response:
-            if not asked:
+            if not body_model:
                 return await original(request)
             body = await body_of(request, has_media)
             body_bytes = len(body)
@@ -68,7 +68,7 @@ class StrictJsonRoute(APIRoute):
             try:
                 return await original(_Checked(request, body_bytes, value))
             except RequestValidationError as error:
-                raise field_error(error.errors(), value, known) from None
+                raise field_error(error.errors(), value, model_fields) from None
 
         return answer
 
@@ -88,22 +88,24 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
 
     Raises MediaTypeError, SlowBodyError, TooLargeError, BusyError.
     """
-    desk = get_state(request)
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise MediaTypeError(f"the body is of type {kind[:80]!a}", "send the header Content-Type: application/json")
-    packed = request.headers.get("content-encoding", "identity").strip().lower()
-    if packed != "identity":
-        raise MediaTypeError(f"the body is packed by {packed[:80]!a}", "send it as it is, without the header Content-Encoding")
-    limit_s = desk.limits.slow_client_s
+    state = get_state(request)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError(f"the body is of type {media_type[:80]!a}", "send the header Content-Type: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise MediaTypeError(
+            f"the body is packed by {encoding[:80]!a}", "send it as it is, without the header Content-Encoding"
+        )
+    limit_s = state.limits.slow_client_s
     try:
         async with asyncio.timeout(limit_s):
-            return await desk.reading.whole(request.stream(), request.headers, desk.most_bytes(has_media))
+            return await state.body_reader.read_body(request.stream(), request.headers, state.max_body_bytes(has_media))
     except TimeoutError:
         raise SlowBodyError(f"the body did not come within {limit_s:g} s", "send it at once") from None
 
 
-def build_app(desk: AppState, cors: tuple[str, ...]) -> FastAPI:
+def build_app(state: AppState, cors: tuple[str, ...]) -> FastAPI:
     """The application behind the guard."""
     app = FastAPI(
         title="Sartor",
@@ -113,12 +115,12 @@ def build_app(desk: AppState, cors: tuple[str, ...]) -> FastAPI:
         redirect_slashes=False,
         responses=_ERRORS,
     )
-    app.state.desk = desk
+    app.state.desk = state
     app.router.route_class = StrictJsonRoute
-    for kind, answer in ((SartorError, _sartor_error), (PlainHTTPException, _http_error), (Exception, _bug)):
-        app.add_exception_handler(kind, answer)
-    for left in (ClientDisconnectedError, ClientDisconnect):
-        app.add_exception_handler(left, _gone)
+    for error_class, handler in ((SartorError, _sartor_error), (PlainHTTPException, _http_error), (Exception, _bug)):
+        app.add_exception_handler(error_class, handler)
+    for disconnect_error in (ClientDisconnectedError, ClientDisconnect):
+        app.add_exception_handler(disconnect_error, _client_disconnected)
     if cors:
         app.add_middleware(
             CORSMiddleware,
@@ -145,17 +147,17 @@ async def _bug(request: Request, error: Exception) -> Response:
     return _answer(request, BUG)
 
 
-async def _gone(request: Request, error: Exception) -> Response:
+async def _client_disconnected(request: Request, error: Exception) -> Response:
     """To nobody: the status is for the log."""
     get_record(request).error = "Gone"
-    return Response(status_code=GONE)
+    return Response(status_code=CLIENT_DISCONNECTED)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """The framework's own: no such path, or another method."""
     assert isinstance(error, PlainHTTPException)
-    where = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
-    problem = f"there is no {where}" if error.status_code in (404, 405) else f"{where} is not possible"
+    endpoint = f"{request.method} {ascii(request.url.path)[1:-1][:80]}"
+    problem = f"there is no {endpoint}" if error.status_code in (404, 405) else f"{endpoint} is not possible"
     fault = HttpError(
         error.status_code, "invalid_request_error", "unknown_url", problem, "see GET /openapi.json", "RequestError",
         headers=dict(error.headers or {}),
@@ -188,21 +190,21 @@ def describe(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _described(app)
+            app.openapi_schema = _openapi_schema(app)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    said = get_openapi(title=app.title, version="1", summary=app.summary, routes=app.routes)
-    components = said["components"]
+def _openapi_schema(app: FastAPI) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version="1", summary=app.summary, routes=app.routes)
+    components = schema["components"]
     for name in _NOT_OURS:
         components["schemas"].pop(name, None)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, operations in said["paths"].items():
+    for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["security"] = [{"key": []}, {}]
             if not path.startswith("/v1/agents"):
                 operation["responses"].pop("422", None)
-    return said
+    return schema

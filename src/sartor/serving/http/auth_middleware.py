@@ -43,11 +43,11 @@ _threads = ThreadPoolExecutor(4, "sartor-doors")
 class RequestGate:
     """Who may come in, and who takes note of it."""
 
-    doors: Authenticator
+    authenticator: Authenticator
     rates: RateLimits
     http: Http
     limits: RequestLimits
-    shift: ServerLifetime
+    lifetime: ServerLifetime
     connections: Callable[[], int]
 
     async def check(self, scope: Scope, headers: Headers) -> Principal:
@@ -56,19 +56,19 @@ class RequestGate:
             raise UnavailableError(
                 f"{self.connections()} connections are open; the limit is {self.limits.connections}", "ask again in a while"
             )
-        if self.shift.closing:
+        if self.lifetime.is_closing:
             raise UnavailableError(
                 "the server is stopping and takes no more requests", f"ask another one, or this one in {ASK_AGAIN_S} s"
             )
-        visitor = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
+        principal = await asyncio.get_running_loop().run_in_executor(_threads, self._enter, scope, headers)
         if scope["method"] == "POST" and scope["path"] in _COUNTED:
-            self.rates.begin(visitor.key)
-        return visitor
+            self.rates.begin(principal.key)
+        return principal
 
     def _enter(self, scope: Scope, headers: Headers) -> Principal:
         path = scope["path"]
         try:
-            is_open = self.doors.is_open
+            is_open = self.authenticator.is_open
         except UnavailableError as error:
             if path not in PUBLIC and scope["method"] != "OPTIONS":
                 raise
@@ -76,31 +76,31 @@ class RequestGate:
             return NOBODY
         if is_open:
             self._check_foreign(scope, headers)
-            visitor = ANYBODY
+            principal = ANYBODY
         elif (path in PUBLIC and "authorization" not in headers) or scope["method"] == "OPTIONS":
             return NOBODY
         else:
-            visitor = self._visitor(headers)
+            principal = self._principal(headers)
         is_admin_only = path.startswith("/v1/agents")
-        if is_admin_only or (path == "/metrics" and not is_open and visitor.agents is not None):
-            self._check_admin(visitor)
-        return visitor
+        if is_admin_only or (path == "/metrics" and not is_open and principal.agents is not None):
+            self._check_admin(principal)
+        return principal
 
-    def _visitor(self, headers: Headers) -> Principal:
+    def _principal(self, headers: Headers) -> Principal:
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise UnknownKeyError(
                 "no API key was sent", "send the header Authorization: Bearer KEY; `sartor agents key` makes keys"
             )
         try:
-            return self.doors.admit(secret.strip())
+            return self.authenticator.admit(secret.strip())
         except KeyRefusedError as error:
             raise UnknownKeyError(error.problem, error.remedy) from None
 
-    def _check_admin(self, visitor: Principal) -> None:
-        if not self.doors.has_admin:
+    def _check_admin(self, principal: Principal) -> None:
+        if not self.authenticator.has_admin:
             raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
-        if not visitor.is_admin:
+        if not principal.is_admin:
             raise KeyRefusedError("this is for the admin's key", "send the admin's key")
 
     def _check_foreign(self, scope: Scope, headers: Headers) -> None:
@@ -111,8 +111,8 @@ class RequestGate:
         if not (is_loopback(host) or host == self.http.host):
             raise ForeignError(f"the host {host[:80]!a} is not this server's", f"ask http://{self.http.host}:PORT")
         origin = headers.get("origin", "")
-        own = urlsplit(f"//{headers.get('host', '')}").netloc
-        if origin and origin not in self.http.cors and urlsplit(origin).netloc != own:
+        host_netloc = urlsplit(f"//{headers.get('host', '')}").netloc
+        if origin and origin not in self.http.cors and urlsplit(origin).netloc != host_netloc:
             raise ForeignError(
                 f"a page of {origin[:80]!a} may not ask this server", "name the origin in http.cors of TEAM.yaml"
             )
@@ -136,11 +136,11 @@ def is_loopback(host: str) -> bool:
 class AuthMiddleware:
     """The outermost application."""
 
-    def __init__(self, app: ASGIApp, gate: RequestGate, journal: RequestLog, meters: Metrics, tracer: Tracer) -> None:
+    def __init__(self, app: ASGIApp, gate: RequestGate, log: RequestLog, metrics: Metrics, tracer: Tracer) -> None:
         self._app = app
         self._gate = gate
-        self._journal = journal
-        self._meters = meters
+        self._log = log
+        self._metrics = metrics
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,61 +148,63 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
-        entry = RequestRecord(_request_id(headers), scope["method"])
-        scope.setdefault("state", {})["entry"] = entry
-        answering = _Answering(send, entry)
-        with self._tracer.span(entry, headers):
+        record = RequestRecord(_request_id(headers), scope["method"])
+        scope.setdefault("state", {})["entry"] = record
+        responder = _Responder(send, record)
+        with self._tracer.span(record, headers):
             try:
-                entry.visitor = await self._gate.check(scope, headers)
-                await self._app(scope, receive, answering.send)
+                record.principal = await self._gate.check(scope, headers)
+                await self._app(scope, receive, responder.send)
             except ClientDisconnectedError:
-                entry.error = "Gone"
+                record.error = "Gone"
             except SartorError as error:
-                await answering.fault(to_http_error(error))
+                await responder.send_error(to_http_error(error))
             except Exception as error:
-                self._journal.bug(entry, error)
-                await answering.fault(BUG)
+                self._log.bug(record, error)
+                await responder.send_error(BUG)
             finally:
-                self._finish(entry, scope)
+                self._finish(record, scope)
 
-    def _finish(self, entry: RequestRecord, scope: Scope) -> None:
+    def _finish(self, record: RequestRecord, scope: Scope) -> None:
         route = scope.get("route")
-        entry.route = route.path if route is not None else "other"
-        entry.status = entry.status or CLIENT_GONE
-        if entry.usage.total:
-            self._gate.rates.count(entry.visitor.key, entry.usage.total)
-        self._meters.count(entry)
-        self._journal.request(entry)
+        record.route = route.path if route is not None else "other"
+        record.status = record.status or CLIENT_GONE
+        if record.usage.total:
+            self._gate.rates.count(record.principal.key, record.usage.total)
+        self._metrics.count(record)
+        self._log.request(record)
 
 
-class _Answering:
+class _Responder:
     """What is sent: its status is noted, and every answer says the request's id."""
 
-    def __init__(self, send: Send, entry: RequestRecord) -> None:
+    def __init__(self, send: Send, record: RequestRecord) -> None:
         self._send = send
-        self._entry = entry
+        self._record = record
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._entry.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self._entry.id
+            self._record.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._record.id
         await self._send(message)
 
-    async def fault(self, fault: HttpError) -> None:
+    async def send_error(self, fault: HttpError) -> None:
         """Answer with an error, unless an answer has begun."""
-        self._entry.error = fault.kind
-        if not self._entry.status:
+        self._record.error = fault.kind
+        if not self._record.status:
             body = json.dumps(fault.as_json()).encode()
-            await self.send({"type": "http.response.start", "status": fault.status, "headers": _plain(fault, len(body))})
+            await self.send(
+                {"type": "http.response.start", "status": fault.status, "headers": _response_headers(fault, len(body))}
+            )
             await self._send({"type": "http.response.body", "body": body})
 
 
-def _plain(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
+def _response_headers(fault: HttpError, size: int) -> list[tuple[bytes, bytes]]:
     fields: Mapping[str, Any] = {"content-type": "application/json", "content-length": size, **fault.headers}
     return [(name.encode(), str(value).encode()) for name, value in fields.items()]
 
 
 def _request_id(headers: Headers) -> str:
     """The client's own id where it is one that a log can hold, else a new one."""
-    said = headers.get("x-request-id", "")
-    return said if _REQUEST_ID.fullmatch(said) else secrets.token_hex(12)
+    request_id = headers.get("x-request-id", "")
+    return request_id if _REQUEST_ID.fullmatch(request_id) else secrets.token_hex(12)

@@ -113,10 +113,10 @@ BUG = HttpError(
 
 def to_http_error(error: SartorError) -> HttpError:
     """The status and words of an error."""
-    found = next(((status, kind, code) for cls, status, kind, code in _STATUSES if isinstance(error, cls)), None)
-    if found is None:
+    row = next(((status, kind, code) for cls, status, kind, code in _STATUSES if isinstance(error, cls)), None)
+    if row is None:
         return BUG
-    status, kind, code = found
+    status, kind, code = row
     code = error.code if isinstance(error, MediaFaultError) else code
     param = error.param if isinstance(error, FieldError) else None
     param = "model" if isinstance(error, errors.UnknownAgentError) else param
@@ -152,30 +152,36 @@ _INSTEAD = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..
 Path = tuple[str | int, ...]
 
 
-def field_error(found: Sequence[Mapping[str, Any]], body: Any, known: Iterable[str]) -> FieldError:
-    """The one of pydantic's complaints that says most. `known`: the fields that the body may have."""
-    if media := next(_media(body), None):
-        return media
-    if tokens := next(_token_ids(body), None):
-        return tokens
+def field_error(complaints: Sequence[Mapping[str, Any]], body: Any, known_fields: Iterable[str]) -> FieldError:
+    """The one of pydantic's complaints that says most. `known_fields`: the fields that the body may have."""
+    if media_error := next(_media(body), None):
+        return media_error
+    if token_error := next(_token_ids(body), None):
+        return token_error
     # Of an alternative that does not fit at all, the others' complaints come from further inside
-    said = max(found, key=lambda item: (len(_path(item["loc"], body)), _SURE.get(item["type"], 0)))
-    path, kind = _path(said["loc"], body), said["type"]
+    complaint = max(complaints, key=lambda item: (len(_path(item["loc"], body)), _SURE.get(item["type"], 0)))
+    path, kind = _path(complaint["loc"], body), complaint["type"]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     if kind == "missing":
         return FieldError(f"{param or 'the body'} is missing", f'"{path[-1]}": ...' if path else "send a JSON object", param)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), list(known), 1, _NEAR)
-        meant = f"; {near[0]!r} was probably meant" if near else ""
-        return FieldError(f"there is no field {_shown(param)}{meant}", f'"{near[0]}": ...' if near else "leave it out", param)
+        close_matches = difflib.get_close_matches(str(path[-1]), list(known_fields), 1, _NEAR)
+        hint = f"; {close_matches[0]!r} was probably meant" if close_matches else ""
+        return FieldError(
+            f"there is no field {_shown(param)}{hint}", f'"{close_matches[0]}": ...' if close_matches else "leave it out", param
+        )
     if kind in _TAGS:
-        return _wrong_tag(said, param)
-    if kind == "none_required" or said.get("ctx", {}).get("max_length") == 0:
-        return FieldError(f"{param} is {_shown(said.get('input'))}; this server does not do that", f"leave {param} out", param)
-    if kind in ("too_short", "too_long") and isinstance(said.get("input"), list):
-        return _wrong_length(said, param)
-    must = str(said["msg"]).replace("Input should", "it must").replace("Value should", "it must")
-    return FieldError(f"{param or 'the body'} is {_shown(said.get('input'))}; {must}", _remedy(said, param), param)
+        return _wrong_tag(complaint, param)
+    if kind == "none_required" or complaint.get("ctx", {}).get("max_length") == 0:
+        return FieldError(
+            f"{param} is {_shown(complaint.get('input'))}; this server does not do that", f"leave {param} out", param
+        )
+    if kind in ("too_short", "too_long") and isinstance(complaint.get("input"), list):
+        return _wrong_length(complaint, param)
+    requirement = str(complaint["msg"]).replace("Input should", "it must").replace("Value should", "it must")
+    return FieldError(
+        f"{param or 'the body'} is {_shown(complaint.get('input'))}; {requirement}", _remedy(complaint, param), param
+    )
 
 
 # Of several complaints at one depth. A list that is too long was meant as a list, whatever else may stand there
@@ -185,52 +191,54 @@ _TAGS = ("union_tag_invalid", "union_tag_not_found")
 _NEAR = 0.85
 
 
-def _wrong_length(said: Mapping[str, Any], param: str) -> FieldError:
+def _wrong_length(complaint: Mapping[str, Any], param: str) -> FieldError:
     """A list of too few or too many."""
-    count, limits = len(said["input"]), said["ctx"]
-    if said["type"] == "too_long":
-        most = limits["max_length"]
-        return FieldError(f"{param} holds {count}; the limit is {most}", f"send at most {most}", param)
-    least = limits["min_length"]
-    return FieldError(f"{param} holds {count or 'nothing'}; it must hold at least {least}", f"send {least} or more", param)
+    count, limits = len(complaint["input"]), complaint["ctx"]
+    if complaint["type"] == "too_long":
+        max_length = limits["max_length"]
+        return FieldError(f"{param} holds {count}; the limit is {max_length}", f"send at most {max_length}", param)
+    min_length = limits["min_length"]
+    return FieldError(
+        f"{param} holds {count or 'nothing'}; it must hold at least {min_length}", f"send {min_length} or more", param
+    )
 
 
 def _token_ids(body: Any) -> Iterator[FieldError]:
     """Texts as token ids, which OpenAI's service takes too."""
     for param in ("input", "prompt"):
-        said = body.get(param) if isinstance(body, dict) else None
-        if isinstance(said, list) and said and isinstance(said[0], (int, list)):
+        value = body.get(param) if isinstance(body, dict) else None
+        if isinstance(value, list) and value and isinstance(value[0], (int, list)):
             problem = f"{param} holds token ids, and they mean something else to every model"
             yield FieldError(
                 problem, "send the text; clients have an option for it (LangChain: check_embedding_ctx_length=False)", param
             )
 
 
-def _wrong_tag(said: Mapping[str, Any], param: str) -> FieldError:
+def _wrong_tag(complaint: Mapping[str, Any], param: str) -> FieldError:
     """One of several forms is chosen by a field (role, type), and that has none of the words that it may."""
-    field = str(said["ctx"]["discriminator"]).strip("'")
-    param = f"{param}.{field}"
-    expected = said["ctx"].get("expected_tags", "")
-    found = f"is {_shown(said['ctx']['tag'])}" if "tag" in said["ctx"] else "is missing"
-    return FieldError(f"{param} {found}", f"send one of {expected}" if expected else f'"{field}": ...', param)
+    tag_field = str(complaint["ctx"]["discriminator"]).strip("'")
+    param = f"{param}.{tag_field}"
+    expected = complaint["ctx"].get("expected_tags", "")
+    problem = f"is {_shown(complaint['ctx']['tag'])}" if "tag" in complaint["ctx"] else "is missing"
+    return FieldError(f"{param} {problem}", f"send one of {expected}" if expected else f'"{tag_field}": ...', param)
 
 
-def _path(place: Sequence[str | int], body: Any) -> Path:
+def _path(location: Sequence[str | int], body: Any) -> Path:
     """Where the complaint is, without the names of alternatives that pydantic puts between; the last may be absent."""
     path: list[str | int] = []
-    rest = list(place[1:]) if place and place[0] in ("body", "path", "query", "header") else list(place)
-    for number, part in enumerate(rest):
-        inside = isinstance(body, (dict, list)) and (part in body if isinstance(body, dict) else isinstance(part, int))
-        if inside and (isinstance(body, dict) or (isinstance(part, int) and part < len(body))):
+    parts = list(location[1:]) if location and location[0] in ("body", "path", "query", "header") else list(location)
+    for index, part in enumerate(parts):
+        is_inside = isinstance(body, (dict, list)) and (part in body if isinstance(body, dict) else isinstance(part, int))
+        if is_inside and (isinstance(body, dict) or (isinstance(part, int) and part < len(body))):
             body = body[part]
             path.append(part)
-        elif number == len(rest) - 1 and isinstance(body, dict) and isinstance(part, str) and part.isidentifier():
+        elif index == len(parts) - 1 and isinstance(body, dict) and isinstance(part, str) and part.isidentifier():
             path.append(part)
     return tuple(path)
 
 
-def _remedy(said: Mapping[str, Any], param: str) -> str:
-    limits = said.get("ctx", {})
+def _remedy(complaint: Mapping[str, Any], param: str) -> str:
+    limits = complaint.get("ctx", {})
     name = param.rpartition(".")[2] or "body"
     if "expected" in limits:
         return f"send {limits['expected']}, or leave {name} out"
@@ -266,5 +274,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     size = len(value) if isinstance(value, str) else 0
-    said = ascii(value[: MOST_SHOWN + 1] if isinstance(value, str) else value)
-    return said if len(said) <= MOST_SHOWN else f"{said[:MOST_SHOWN]}... ({size or len(said)} characters)"
+    text = ascii(value[: MOST_SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({size or len(text)} characters)"

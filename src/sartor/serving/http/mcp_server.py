@@ -56,16 +56,18 @@ def abouts(team: Team) -> Mapping[str, str]:
     return {member.name: member.about for member in team.agents if member.about}
 
 
-async def abilities(desk: AppState, visitor: Principal, said: Mapping[str, str]) -> list[ToolDescription]:
+async def abilities(state: AppState, principal: Principal, about_texts: Mapping[str, str]) -> list[ToolDescription]:
     """The agents and plans that this visitor's key opens and somebody answers for."""
-    listed = (*await desk.house.roster.listed(), *desk.house.plans)
-    return [_ability(item, said) for item in listed if item.is_ready and visitor.opens(item.name)]
+    listed = (*await state.services.agent_admin.listed(), *state.services.plans)
+    return [_ability(listing, about_texts) for listing in listed if listing.is_ready and principal.opens(listing.name)]
 
 
-def _ability(one: AgentListing, said: Mapping[str, str]) -> ToolDescription:
-    plan = one.state.get("plan")
-    what = f"the plan {one.name} ({plan}: several agents for one request)" if plan else f"the agent {one.name}"
-    return ToolDescription(one.name, one.live, said.get(one.name, "") or f"Answer a prompt by {what} of this team.")
+def _ability(listing: AgentListing, about_texts: Mapping[str, str]) -> ToolDescription:
+    plan = listing.state.get("plan")
+    subject = f"the plan {listing.name} ({plan}: several agents for one request)" if plan else f"the agent {listing.name}"
+    return ToolDescription(
+        listing.name, listing.live, about_texts.get(listing.name, "") or f"Answer a prompt by {subject} of this team."
+    )
 
 
 ASK = "ask"
@@ -75,14 +77,14 @@ PROMPT = {"type": "string", "minLength": 1, "description": "What is asked."}
 class McpServer:
     """MCP over a desk. bug: told of a mistake of the server. Raises ExtraError where the package `mcp` is not installed."""
 
-    def __init__(self, desk: AppState, team: Team, bug: Callable[[RequestRecord, Exception], object]) -> None:
+    def __init__(self, state: AppState, team: Team, bug: Callable[[RequestRecord, Exception], object]) -> None:
         try:
             from mcp.server.lowlevel import Server
             from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
         except ImportError:
             raise missing_package("mcp", "mcp") from None
-        self._desk, self._bug, self._abouts = desk, bug, abouts(team)
-        server: Any = Server("sartor", version=desk.fingerprint(), on_list_tools=self._list, on_call_tool=self._call)
+        self._state, self._bug, self._about_texts = state, bug, abouts(team)
+        server: Any = Server("sartor", version=state.fingerprint(), on_list_tools=self._list, on_call_tool=self._call)
         server.middleware.clear()  # its spans: the guard makes one a request, and knows what must not stand in it
         self._sessions = StreamableHTTPSessionManager(
             server, json_response=True, stateless=True, max_request_body_size=team.limits.body_bytes
@@ -100,17 +102,17 @@ class McpServer:
                 is_open.set()
                 await asyncio.Event().wait()
 
-        holding = asyncio.ensure_future(hold())
+        session_task = asyncio.ensure_future(hold())
         try:
             await is_open.wait()
             yield
         finally:
-            holding.cancel()
-            await asyncio.gather(holding, return_exceptions=True)
+            session_task.cancel()
+            await asyncio.gather(session_task, return_exceptions=True)
 
-    def answered(self, body: bytes) -> Response:
+    def response_to(self, body: bytes) -> Response:
         """The answer to a request whose body was read."""
-        return _Handed(self._sessions.handle_request, body)
+        return _MountedResponse(self._sessions.handle_request, body)
 
     async def _list(self, context: ServerRequestContext[Any], params: PaginatedRequestParams | None) -> ListToolsResult:
         from mcp_types import ListToolsResult
@@ -123,62 +125,69 @@ class McpServer:
         from mcp_types import INTERNAL_ERROR, INVALID_PARAMS
 
         request: Request = context.request  # type: ignore[assignment]
-        entry = get_record(request)
+        record = get_record(request)
         try:
             tool = (await self._tools(request)).get(params.name)
             if tool is None:
-                entry.error = "UnknownAgentError"
+                record.error = "UnknownAgentError"
                 raise MCPError(INVALID_PARAMS, f"there is no tool {params.name[:80]!a} here; tools/list says which there are")
             return await self._answer(request, tool, params.arguments or {})
         except ClientDisconnectedError:
-            entry.error = "Gone"
+            record.error = "Gone"
             raise MCPError(INTERNAL_ERROR, "the client is gone") from None
         except SartorError as error:
-            return _failed(entry, to_http_error(error))
+            return _error_result(record, to_http_error(error))
         except MCPError:
             raise
         except Exception as error:
-            self._bug(entry, error)
-            return _failed(entry, BUG)
+            self._bug(record, error)
+            return _error_result(record, BUG)
 
     async def _answer(self, request: Request, tool: Tool, arguments: Mapping[str, Any]) -> CallToolResult:
-        desk, entry = self._desk, get_record(request)
-        if wrong := schema_errors(dict(arguments), tool.input_schema):
-            raise RequestError(f"the arguments of {tool.name!a} are wrong: {'; '.join(wrong)}", "see its inputSchema")
-        desk.house.rates.begin(entry.visitor.key)
+        state, record = self._state, get_record(request)
+        if problems := schema_errors(dict(arguments), tool.input_schema):
+            raise RequestError(f"the arguments of {tool.name!a} are wrong: {'; '.join(problems)}", "see its inputSchema")
+        state.services.rates.begin(record.principal.key)
         model = request.path_params.get("agent") or (arguments.get("agent", "auto") if tool.name == ASK else tool.name)
-        await desk.check_model(model, entry.visitor)
-        asked = ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]})
-        opened = await open_replies(request, [chat_request(asked, desk.limits)])
+        await state.check_model(model, record.principal)
+        body = ChatRequest.model_validate({"model": model, "messages": [{"role": "user", "content": arguments["prompt"]}]})
+        group = await open_replies(request, [chat_request(body, state.limits)])
         try:
-            (reply,) = await until_disconnect(request.receive, opened.whole())
+            (reply,) = await until_disconnect(request.receive, group.whole())
         finally:
-            await opened.close()
-        return _said(opened, reply)
+            await group.close()
+        return _tool_result(group, reply)
 
     async def _tools(self, request: Request) -> dict[str, Tool]:
         """What the path and the key of this request open, by name."""
-        visitor, alone = get_record(request).visitor, request.path_params.get("agent", "")
-        found = await abilities(self._desk, visitor, self._abouts)
-        if alone:
-            return {tool.name: tool for tool in [_tool(_alone(alone, found))]}
-        names = [*(name for name in SPECIAL if visitor.opens(name)), *(item.name for item in found)]
+        principal, agent = get_record(request).principal, request.path_params.get("agent", "")
+        descriptions = await abilities(self._state, principal, self._about_texts)
+        if agent:
+            return {tool.name: tool for tool in [_tool(_description_of(agent, descriptions))]}
+        names = [*(name for name in SPECIAL if principal.opens(name)), *(description.name for description in descriptions)]
         # an agent of that name is asked by `agent`
-        tools = [_team_tool(names), *(_tool(one) for one in found if one.name != ASK)] if names else []
+        tools = (
+            [_team_tool(names), *(_tool(description) for description in descriptions if description.name != ASK)]
+            if names
+            else []
+        )
         return {tool.name: tool for tool in tools}
 
 
-def _alone(model: str, found: list[ToolDescription]) -> ToolDescription:
+def _description_of(model: str, descriptions: list[ToolDescription]) -> ToolDescription:
     """The one that a path names, which `check_model` has let pass: an agent, a version of one, `base` or `auto`."""
     name = model.partition("@")[0]
     special = {"base": ABOUT_BASE, "auto": ABOUT_AUTO}
-    return next((item for item in found if item.name == name), ToolDescription(name, "", special.get(name, f"Ask {name}.")))
+    return next(
+        (description for description in descriptions if description.name == name),
+        ToolDescription(name, "", special.get(name, f"Ask {name}.")),
+    )
 
 
-def _tool(one: ToolDescription) -> Tool:
+def _tool(description: ToolDescription) -> Tool:
     from mcp_types import Tool
 
-    return Tool(name=one.name, description=one.about, input_schema=_object({"prompt": PROMPT}))
+    return Tool(name=description.name, description=description.about, input_schema=_object({"prompt": PROMPT}))
 
 
 def _team_tool(names: list[str]) -> Tool:
@@ -192,22 +201,22 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": dict(properties), "required": ["prompt"], "additionalProperties": False}
 
 
-def _said(opened: ReplyGroup, reply: CollectedReply) -> CallToolResult:
+def _tool_result(group: ReplyGroup, reply: CollectedReply) -> CallToolResult:
     """A reply as the result of a tool. One that calls a client's own tools says these as JSON: nobody here runs them."""
     from mcp_types import CallToolResult, TextContent
 
-    calls = list(reply.done.tool_calls)
-    text = json.dumps({"tool_calls": calls}, ensure_ascii=False) if calls else reply.text
-    first = opened.first
-    facts = {"agent": first.agent, "reason": first.reason, "receipt": opened.receipts, "finish": reply.done.finish}
+    tool_calls = list(reply.done.tool_calls)
+    text = json.dumps({"tool_calls": tool_calls}, ensure_ascii=False) if tool_calls else reply.text
+    answer = group.first
+    facts = {"agent": answer.agent, "reason": answer.reason, "receipt": group.receipts, "finish": reply.done.finish}
     return CallToolResult(content=[TextContent(type="text", text=text)], _meta=_meta(facts))
 
 
-def _failed(entry: RequestRecord, fault: HttpError) -> CallToolResult:
+def _error_result(record: RequestRecord, fault: HttpError) -> CallToolResult:
     """An error as the result of a tool, so that the model that called it reads what to do."""
     from mcp_types import CallToolResult, TextContent
 
-    entry.error = fault.kind
+    record.error = fault.kind
     fields: dict[str, Any] = {"kind": fault.kind, "code": fault.code, "status": fault.status}
     if "retry-after" in fault.headers:
         fields["retry_after_s"] = int(fault.headers["retry-after"])
@@ -219,21 +228,21 @@ def _meta(facts: Mapping[str, Any]) -> Any:
     return {f"sartor/{name}": value for name, value in facts.items()}
 
 
-class _Handed(Response):
+class _MountedResponse(Response):
     """Answers by another ASGI application, which is handed the body that was read already."""
 
     def __init__(self, handle: Callable[[Scope, Receive, Send], Any], body: bytes) -> None:
         super().__init__()
-        self._handle, self._read = handle, body
+        self._handle, self._request_body = handle, body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_told = False
+        is_sent = False
 
         async def again() -> Message:
-            nonlocal is_told
-            if is_told:
+            nonlocal is_sent
+            if is_sent:
                 return await receive()
-            is_told = True
-            return {"type": "http.request", "body": self._read, "more_body": False}
+            is_sent = True
+            return {"type": "http.request", "body": self._request_body, "more_body": False}
 
         await self._handle(scope, again, send)

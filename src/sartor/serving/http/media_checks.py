@@ -27,8 +27,8 @@ _threads = ThreadPoolExecutor(2, "sartor-media")
 class MediaChecker:
     """The media of all requests that are being answered: held_bytes as base64."""
 
-    def __init__(self, limits: RequestLimits, media: MediaLimits, most_bytes: int = MOST_HELD_BYTES) -> None:
-        self._limits, self._media, self._most_bytes = limits, media, most_bytes
+    def __init__(self, limits: RequestLimits, media: MediaLimits, max_bytes: int = MOST_HELD_BYTES) -> None:
+        self._limits, self._media, self._max_bytes = limits, media, max_bytes
         self.held_bytes = 0
 
     @asynccontextmanager
@@ -37,19 +37,19 @@ class MediaChecker:
 
         Raises TooLargeError, BusyError, and MediaFaultError naming the part that is at fault.
         """
-        found = list(_placed(messages))
-        size = sum(len(url) for _, _, url in found)
-        self._check_size(len(found), size, body_bytes, choices)
+        parts = list(_media_parts(messages))
+        size = sum(len(url) for _, _, url in parts)
+        self._check_size(len(parts), size, body_bytes, choices)
         size *= choices
-        if self.held_bytes + size > self._most_bytes and found:
+        if self.held_bytes + size > self._max_bytes and parts:
             problem = (
-                f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._most_bytes} are allowed"
+                f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._max_bytes} are allowed"
             )
             raise BusyError(problem, "ask again in a second")
         self.held_bytes += size
         try:
-            if found:
-                await asyncio.get_running_loop().run_in_executor(_threads, self._look, found)
+            if parts:
+                await asyncio.get_running_loop().run_in_executor(_threads, self._check_parts, parts)
             yield
         finally:
             self.held_bytes -= size
@@ -60,33 +60,33 @@ class MediaChecker:
         if count > self._media.parts:
             problem = f"the request holds {count} pictures and recordings; the limit is {self._media.parts}"
             raise MediaFaultError(problem, "send fewer, or raise media.parts in TEAM.yaml", "messages", "too_many_media")
-        if (given := size * 3 // 4 * choices) > self._media.bytes:
+        if (decoded_bytes := size * 3 // 4 * choices) > self._media.bytes:
             times = f", {choices} times," if choices > 1 else ""
             raise TooLargeError(
-                f"the media of the request{times} have about {given} bytes; the limit is {self._media.bytes}",
+                f"the media of the request{times} have about {decoded_bytes} bytes; the limit is {self._media.bytes}",
                 "send smaller ones, or raise media.bytes in TEAM.yaml",
             )
 
-    def _look(self, found: Sequence[tuple[str, str, str]]) -> None:
-        for param, kind, url in found:
+    def _check_parts(self, parts: Sequence[tuple[str, str, str]]) -> None:
+        for param, kind, url in parts:
             try:
                 content = content_parts.bytes_of(url, kind)
                 if kind == "image":
-                    self._look_at_picture(content)
+                    self._check_picture(content)
                 else:
-                    self._look_at_sound(content)
+                    self._check_sound(content)
             except MediaError as error:
                 raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, error.reason) from None
             except SourceError as error:
                 raise MediaFaultError(f"{param}: {error.problem}", error.remedy, param, f"unreadable_{kind}") from None
 
-    def _look_at_picture(self, content: bytes) -> None:
+    def _check_picture(self, content: bytes) -> None:
         with images.open_checked(content) as image:
             if (count := image.width * image.height) > self._media.pixels:
                 problem = f"the picture has {image.width} x {image.height} = {count} pixels; the limit is {self._media.pixels}"
                 raise MediaError("image_bomb", problem, "scale the picture down")
 
-    def _look_at_sound(self, content: bytes) -> None:
+    def _check_sound(self, content: bytes) -> None:
         with audio.open_audio(content) as sound:
             if not sound.frames:
                 raise MediaError("unreadable_audio", "it holds no samples", "send a recording of something")
@@ -96,21 +96,21 @@ class MediaChecker:
             audio.check_length(sound, self._media.seconds)
 
 
-def _placed(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def _media_parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """(name of the field, kind, data URL) of each media part."""
-    for turn, message in enumerate(messages):
+    for turn_index, message in enumerate(messages):
         content = message.get("content")
         for index, part in enumerate(content if isinstance(content, list | tuple) else ()):
             if is_media(part):
-                yield f"messages[{turn}].content[{index}]", MEDIA[part["type"]], url_in(part)
+                yield f"messages[{turn_index}].content[{index}]", MEDIA[part["type"]], url_in(part)
 
 
 def data_url(url: str, kind: str, param: str) -> str:
     """`url`, if it is a data URL in base64 of that kind. Raises MediaFaultError: an address is never fetched."""
     scheme, colon, _ = url[:80].partition(":")
     if not colon or scheme.lower() != "data":
-        what = f"an address ({scheme[:16].lower()}:)" if colon and scheme.isalnum() else "no data URL"
-        problem = f"{param} is {what}; this server fetches nothing"
+        actual = f"an address ({scheme[:16].lower()}:)" if colon and scheme.isalnum() else "no data URL"
+        problem = f"{param} is {actual}; this server fetches nothing"
         raise MediaFaultError(problem, f"send the bytes as a data URL: {_HEADS[kind]}", param, "no_data_url")
     head = url[:80].partition(",")[0].lower()
     if not (head.startswith(f"data:{kind}/") and head.endswith(";base64")):

@@ -37,20 +37,24 @@ class ReplyTerms:
     per_prompt: how many Answers each prompt has. keep: told of each reply that is whole.
     """
 
-    entry: RequestRecord
-    shift: ServerLifetime
+    record: RequestRecord
+    lifetime: ServerLifetime
     per_prompt: int = 1
     keep: Callable[[AgentReply, AgentRequest, str], object] = lambda answer, request, reply: None
 
 
 class ReplyGroup:
-    """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `at` of the loop's clock."""
+    """The Answers to the requests that one HTTP request makes, all by the same agent; they end by `deadline` of the loop's
+    clock.
+    """
 
-    def __init__(self, answers: Sequence[AgentReply], requests: Sequence[AgentRequest], terms: ReplyTerms, at: float) -> None:
+    def __init__(
+        self, answers: Sequence[AgentReply], requests: Sequence[AgentRequest], terms: ReplyTerms, deadline: float
+    ) -> None:
         self.answers = answers
         self._requests = requests
         self._terms = terms
-        self._at = at
+        self._deadline = deadline
         self._events = [cast(AsyncGenerator[Event, None], answer.events) for answer in answers]
 
     @property
@@ -63,24 +67,24 @@ class ReplyGroup:
         """The receipts of all, as one header has them."""
         return ", ".join(answer.receipt for answer in self.answers)
 
-    async def events(self, place: int) -> AsyncGenerator[TextDelta | ReplyDone, None]:
+    async def events(self, index: int) -> AsyncGenerator[TextDelta | ReplyDone, None]:
         """The events of one Answer. Raises what a Failed tells, DeadlineError, CutError."""
         texts: list[str] = []
-        async with aclosing(self._events[place]) as source:
+        async with aclosing(self._events[index]) as source:
             while True:
-                event = await self._terms.shift.within(anext(source, None), self._at)
+                event = await self._terms.lifetime.within(anext(source, None), self._deadline)
                 if event is None:
                     raise CutError("the reply stopped before its end", "ask again")
                 if isinstance(event, ReplyFailed):
                     raise error_of(event)
-                self._terms.entry.hear(event, place % self._terms.per_prompt == 0)
+                self._terms.record.count_event(event, index % self._terms.per_prompt == 0)
                 if isinstance(event, TextDelta):
                     texts.append(event.text)
                     yield event
                     continue
                 if event.finish == "cancelled":
                     raise CutError("the reply was ended by the server", "ask again")
-                self._terms.keep(self.answers[place], self._requests[place], "".join(texts))
+                self._terms.keep(self.answers[index], self._requests[index], "".join(texts))
                 yield event
                 return
 
@@ -88,11 +92,11 @@ class ReplyGroup:
         """All replies, each to its end. When one fails the others are closed, and its error is raised."""
         return await gather_or_cancel([self._collect(index) for index in range(len(self.answers))])
 
-    async def _collect(self, place: int) -> CollectedReply:
-        events = [event async for event in self.events(place)]
-        pieces = [event for event in events if isinstance(event, TextDelta)]
-        logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
-        return CollectedReply("".join(piece.text for piece in pieces), cast(ReplyDone, events[-1]), logprobs)
+    async def _collect(self, index: int) -> CollectedReply:
+        events = [event async for event in self.events(index)]
+        deltas = [event for event in events if isinstance(event, TextDelta)]
+        logprobs = [logprob for delta in deltas for logprob in delta.logprobs]
+        return CollectedReply("".join(delta.text for delta in deltas), cast(ReplyDone, events[-1]), logprobs)
 
     async def merged(self) -> AsyncGenerator[tuple[int, TextDelta | ReplyDone], None]:
         """The events of all Answers as they come, each with the Answer's place."""
@@ -100,31 +104,31 @@ class ReplyGroup:
             async for event in self.events(0):
                 yield 0, event
             return
-        waiting: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception] = asyncio.Queue(MOST_WAITING_EVENTS)
-        tasks = [asyncio.ensure_future(self._pump(index, waiting)) for index in range(len(self.answers))]
-        left = len(tasks)
+        queue: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception] = asyncio.Queue(MOST_WAITING_EVENTS)
+        tasks = [asyncio.ensure_future(self._pump(index, queue)) for index in range(len(self.answers))]
+        unfinished = len(tasks)
         try:
-            while left:
-                item = await waiting.get()
+            while unfinished:
+                item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
-                left -= isinstance(item[1], ReplyDone)
+                unfinished -= isinstance(item[1], ReplyDone)
                 yield item
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(self, place: int, waiting: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception]) -> None:
+    async def _pump(self, index: int, queue: asyncio.Queue[tuple[int, TextDelta | ReplyDone] | Exception]) -> None:
         try:
-            async for event in self.events(place):
-                await waiting.put((place, event))
+            async for event in self.events(index):
+                await queue.put((index, event))
         except Exception as error:  # it is raised where the events are read
-            await waiting.put(error)
+            await queue.put(error)
 
     async def within(self, work: Awaitable[T]) -> T:
         """The result of what is still to be done for the replies, by the time that holds for them."""
-        return await self._terms.shift.within(work, self._at)
+        return await self._terms.lifetime.within(work, self._deadline)
 
     async def close(self) -> None:
         """Cancel what still runs."""
@@ -137,8 +141,8 @@ async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(item) for item in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+    except BaseExceptionGroup as error_group:
+        raise error_group.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
@@ -147,24 +151,24 @@ async def open_answers(replies: Replier, requests: Sequence[AgentRequest], terms
 
     Raises what `Replies.open` raises; then no Answer is left open.
     """
-    entry, deadline_s = terms.entry, requests[0].deadline_s
-    at = asyncio.get_running_loop().time() + deadline_s - entry.elapsed_s + GRACE_S
-    places: dict[int, AgentReply] = {}
+    record, deadline_s = terms.record, requests[0].deadline_s
+    deadline = asyncio.get_running_loop().time() + deadline_s - record.elapsed_s + GRACE_S
+    answers: dict[int, AgentReply] = {}
 
     def opened() -> ReplyGroup:
-        done = sorted(places)
-        return ReplyGroup([places[place] for place in done], [requests[place] for place in done], terms, at)
+        indexes = sorted(answers)
+        return ReplyGroup([answers[index] for index in indexes], [requests[index] for index in indexes], terms, deadline)
 
-    async def begin(place: int, request: AgentRequest) -> None:
-        left_s = max(deadline_s - entry.elapsed_s, 0.001)
-        places[place] = await terms.shift.within(replies.open(replace(request, deadline_s=left_s)), at)
+    async def begin(index: int, request: AgentRequest) -> None:
+        remaining_s = max(deadline_s - record.elapsed_s, 0.001)
+        answers[index] = await terms.lifetime.within(replies.open(replace(request, deadline_s=remaining_s)), deadline)
 
     try:
         await begin(0, requests[0])
-        entry.agent, entry.receipt = places[0].agent, places[0].receipt
+        record.agent, record.receipt = answers[0].agent, answers[0].receipt
         # `base@` and its digest is a name that replies carry and nobody asks for
-        same = "base" if entry.agent.startswith("base@") else entry.agent
-        await gather_or_cancel([begin(index, replace(request, model=same)) for index, request in enumerate(requests[1:], 1)])
+        model = "base" if record.agent.startswith("base@") else record.agent
+        await gather_or_cancel([begin(index, replace(request, model=model)) for index, request in enumerate(requests[1:], 1)])
     except BaseException:
         await opened().close()
         raise

@@ -48,15 +48,15 @@ class SlowBodyError(RequestError):
 class BodyReader:
     """All bodies that are being read: how many bytes they hold together."""
 
-    def __init__(self, most_bytes: int = MOST_HELD_BYTES) -> None:
-        self.most_bytes = most_bytes
+    def __init__(self, max_bytes: int = MOST_HELD_BYTES) -> None:
+        self.max_bytes = max_bytes
         self.held_bytes = 0
 
-    async def whole(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytearray:
+    async def read_body(self, chunks: AsyncIterator[bytes], headers: Mapping[str, str], limit_bytes: int) -> bytearray:
         """The body, counted while it comes in. Raises TooLargeError, and BusyError when all together are too much."""
-        announced = headers.get("content-length", "")
-        if announced.isdecimal() and int(announced[:20]) > limit_bytes:
-            raise too_large(int(announced[:20]), limit_bytes)
+        content_length = headers.get("content-length", "")
+        if content_length.isdecimal() and int(content_length[:20]) > limit_bytes:
+            raise too_large(int(content_length[:20]), limit_bytes)
         body = bytearray()
         try:
             async for chunk in chunks:
@@ -64,9 +64,9 @@ class BodyReader:
                 body += chunk
                 if len(body) > limit_bytes:
                     raise too_large(None, limit_bytes)
-                if self.held_bytes > self.most_bytes:
+                if self.held_bytes > self.max_bytes:
                     raise BusyError(
-                        f"the requests that are being read hold {self.held_bytes} bytes; {self.most_bytes} are allowed",
+                        f"the requests that are being read hold {self.held_bytes} bytes; {self.max_bytes} are allowed",
                         "ask again in a second",
                     )
         finally:
@@ -100,8 +100,8 @@ def parse(body: bytes | bytearray) -> Any:
     try:
         value = json.loads(text, parse_constant=_constant, parse_int=_whole, parse_float=_real, object_pairs_hook=_unlike_keys)
     except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}"
-        raise RequestError(f"the body is not JSON: {error.msg} at {at}", "check it with `python -m json.tool`") from None
+        position = f"line {error.lineno}, column {error.colno}"
+        raise RequestError(f"the body is not JSON: {error.msg} at {position}", "check it with `python -m json.tool`") from None
     if is_suspect:
         _check_texts(value)
     return value
@@ -155,22 +155,22 @@ def _real(text: str) -> float:
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise RequestError(f"the key {twice[:80]!a} stands twice in one object", "keep one of the two")
+        earlier_keys: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in earlier_keys or earlier_keys.add(key))  # type: ignore[func-returns-value]
+        raise RequestError(f"the key {duplicate[:80]!a} stands twice in one object", "keep one of the two")
     return result
 
 
 def _check_texts(value: Any) -> None:
     """No control characters but tab and line ends, no half of a surrogate pair: neither a file nor a template takes them."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
+    pending = [value]
+    while pending:
+        item = pending.pop()
         if isinstance(item, dict):
-            waiting += item.keys()
-            waiting += item.values()
+            pending += item.keys()
+            pending += item.values()
         elif isinstance(item, list):
-            waiting += item
+            pending += item
         elif isinstance(item, str) and (match := _NOT_TEXT.search(item)):
             kind = "half of a surrogate pair" if match[0] >= "\ud800" else "control character"
             raise RequestError(

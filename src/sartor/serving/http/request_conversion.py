@@ -39,48 +39,48 @@ SEED_BITS = 31
 _SAMPLED = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
 
 
-def chat_request(asked: ChatRequest, limits: RequestLimits) -> AgentRequest:
+def chat_request(body: ChatRequest, limits: RequestLimits) -> AgentRequest:
     """The Request of a chat. Raises RequestError for what only holds together wrongly."""
-    if len(asked.messages) > limits.messages:
+    if len(body.messages) > limits.messages:
         raise FieldError(
-            f"messages holds {len(asked.messages)} turns; the limit is {limits.messages}",
+            f"messages holds {len(body.messages)} turns; the limit is {limits.messages}",
             "leave out the oldest, or raise limits.messages in TEAM.yaml",
             "messages",
         )
-    _check_stream(asked.stream, asked.stream_options)
-    _check_speech(asked)
-    if asked.top_logprobs is not None and not asked.logprobs:
+    _check_stream(body.stream, body.stream_options)
+    _check_speech(body)
+    if body.top_logprobs is not None and not body.logprobs:
         raise FieldError("top_logprobs is set and logprobs is not", '"logprobs": true', "top_logprobs")
-    if asked.max_tokens is not None and asked.max_completion_tokens not in (None, asked.max_tokens):
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise FieldError(
-            f"max_tokens is {asked.max_tokens} and max_completion_tokens {asked.max_completion_tokens}",
+            f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}",
             "send one of the two",
             "max_tokens",
         )
-    declared = read_tools([tool.model_dump(exclude_none=True) for tool in asked.tools or ()])
-    choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, NamedTool) else asked.tool_choice
-    tools, must_call = read_choice(choice, declared)
+    declared = read_tools([tool.model_dump(exclude_none=True) for tool in body.tools or ()])
+    tool_choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+    tools, must_call = read_choice(tool_choice, declared)
     for tool in tools:
         _check_references(tool["function"].get("parameters"), f"the parameters of the tool {tool['function']['name']!r}")
     return AgentRequest(
-        model=asked.model,
-        messages=tuple(_message(turn, index) for index, turn in enumerate(asked.messages)),
-        sampling=_sampling(asked, asked.max_completion_tokens or asked.max_tokens, limits),
-        schema=_schema(asked),
-        tools=tools if asked.tools else None,
+        model=body.model,
+        messages=tuple(_message(turn, index) for index, turn in enumerate(body.messages)),
+        sampling=_sampling(body, body.max_completion_tokens or body.max_tokens, limits),
+        schema=_schema(body),
+        tools=tools if body.tools else None,
         must_call=must_call,
-        top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else -1,
-        streams=bool(asked.stream),
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        streams=bool(body.stream),
     )
 
 
-def text_requests(asked: TextRequest, limits: RequestLimits) -> list[AgentRequest]:
+def text_requests(body: TextRequest, limits: RequestLimits) -> list[AgentRequest]:
     """One Request per prompt. Raises RequestError for what only holds together wrongly."""
-    _check_stream(asked.stream, asked.stream_options)
-    sampling = _sampling(asked, asked.max_tokens, limits)
-    top = -1 if asked.logprobs is None else asked.logprobs
-    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    return [AgentRequest(asked.model, text=prompt, sampling=sampling, top_logprobs=top) for prompt in prompts]
+    _check_stream(body.stream, body.stream_options)
+    sampling = _sampling(body, body.max_tokens, limits)
+    top_logprobs = -1 if body.logprobs is None else body.logprobs
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    return [AgentRequest(body.model, text=prompt, sampling=sampling, top_logprobs=top_logprobs) for prompt in prompts]
 
 
 def choices(request: AgentRequest, count: int) -> list[AgentRequest]:
@@ -95,78 +95,80 @@ def _check_stream(stream: bool | None, options: object) -> None:
         raise FieldError("stream_options is set and stream is not", '"stream": true', "stream_options")
 
 
-def _check_speech(asked: ChatRequest) -> None:
+def _check_speech(body: ChatRequest) -> None:
     """Speech comes with text, and whole: OpenAI's service does not stream it in the forms that can be kept in a file either."""
-    kinds = set(asked.modalities or ())
+    kinds = set(body.modalities or ())
     if kinds == {"audio"}:
         raise FieldError("modalities is ['audio']; a reply is spoken beside its text", '["text", "audio"]', "modalities")
-    if ("audio" in kinds) != (asked.audio is not None):
+    if ("audio" in kinds) != (body.audio is not None):
         remedy = '"modalities": ["text", "audio"], "audio": {"voice": "default", "format": "wav"}'
-        name = "modalities" if asked.audio is not None else "audio"
+        name = "modalities" if body.audio is not None else "audio"
         raise FieldError("a reply is spoken when both modalities and audio say so, and one of them does not", remedy, name)
-    if asked.audio is not None and asked.stream:
+    if body.audio is not None and body.stream:
         remedy = '"stream": false; or stream the text and send its sentences to /v1/audio/speech'
         raise FieldError("stream is set and audio too; speech comes with the whole reply", remedy, "stream")
-    for index, turn in enumerate(asked.messages):
+    for index, turn in enumerate(body.messages):
         if isinstance(turn, AssistantTurn) and turn.audio is not None and turn.content is None:
             param = f"messages[{index}].audio"
             raise FieldError(f"{param} stands without content; no speech is kept here", "send the reply's content", param)
 
 
-def _sampling(asked: SamplingFields, most: int | None, limits: RequestLimits) -> Mapping[str, Any]:
+def _sampling(body: SamplingFields, max_tokens: int | None, limits: RequestLimits) -> Mapping[str, Any]:
     """The options that were given. A seed is drawn where none is, so that a reply that is sampled can be made again."""
-    if most is not None and most > limits.reply_tokens:
+    if max_tokens is not None and max_tokens > limits.reply_tokens:
         raise FieldError(
-            f"max_tokens is {most}; the limit is {limits.reply_tokens}",
+            f"max_tokens is {max_tokens}; the limit is {limits.reply_tokens}",
             f'"max_tokens": {limits.reply_tokens}, or raise limits.reply_tokens in TEAM.yaml',
             "max_tokens",
         )
-    fields = {name: value for name in _SAMPLED if (value := getattr(asked, name)) is not None}
-    if most is not None:
-        fields["max_tokens"] = most
-    if asked.stop is not None:
-        fields["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
-    return {**fields, "seed": secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed}
+    fields = {name: value for name in _SAMPLED if (value := getattr(body, name)) is not None}
+    if max_tokens is not None:
+        fields["max_tokens"] = max_tokens
+    if body.stop is not None:
+        fields["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    return {**fields, "seed": secrets.randbits(SEED_BITS) if body.seed is None else body.seed}
 
 
-def _schema(asked: ChatRequest) -> str:
-    if isinstance(asked.response_format, ObjectFormat):
+def _schema(body: ChatRequest) -> str:
+    if isinstance(body.response_format, ObjectFormat):
         return JSON_OBJECT
-    if not isinstance(asked.response_format, SchemaFormat):
+    if not isinstance(body.response_format, SchemaFormat):
         return ""
-    schema = asked.response_format.json_schema.schema_
+    schema = body.response_format.json_schema.schema_
     _check_references(schema, "response_format.json_schema.schema")
     text = json.dumps(schema)
     read_schema(text)
     return text
 
 
-def _check_references(schema: Any, what: str) -> None:
+def _check_references(schema: Any, subject: str) -> None:
     """A schema refers to its own parts only: nobody fetches another."""
     for key, value in _references(schema):
         if not value.startswith("#"):
-            raise FieldError(f"{what} refers to {value[:80]!a} by {key}; nothing is fetched", 'put it under "$defs"', "schema")
+            raise FieldError(
+                f"{subject} refers to {value[:80]!a} by {key}; nothing is fetched", 'put it under "$defs"', "schema"
+            )
 
 
 def _references(schema: Any) -> Iterator[tuple[str, str]]:
-    waiting = [schema]
-    while waiting:
-        item = waiting.pop()
+    pending = [schema]
+    while pending:
+        item = pending.pop()
         if isinstance(item, dict):
             yield from ((key, item[key]) for key in ("$ref", "$dynamicRef", "$recursiveRef") if isinstance(item.get(key), str))
-            waiting += item.values()
+            pending += item.values()
         elif isinstance(item, list):
-            waiting += item
+            pending += item
 
 
-def _message(turn: Turn, place: int) -> dict[str, Any]:
+def _message(turn: Turn, index: int) -> dict[str, Any]:
     """A turn in OpenAI's form, text without media in one piece: what replies always have empty is left out."""
-    said = turn.model_dump(include={"role", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
-    if said["role"] == "developer":
-        said["role"] = "system"
-    for call in said.get("tool_calls", ()):
+    message = turn.model_dump(include={"role", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
+    if message["role"] == "developer":
+        message["role"] = "system"
+    for call in message.get("tool_calls", ()):
         call.pop("index", None)
-    return {**said, "content": _content(turn.content, f"messages[{place}].content")} if turn.content is not None else said
+    return {**message, "content": _content(turn.content, f"messages[{index}].content")} if turn.content is not None else message
 
 
 def _content(content: str | Sequence[TextPart | MediaPart], param: str) -> str | list[dict[str, str]]:
@@ -186,24 +188,26 @@ def _part(part: TextPart | MediaPart, param: str) -> Part:
     return Part("audio", media=f"data:audio/{part.input_audio.format};base64,{part.input_audio.data}")
 
 
-def as_list(asked: str | Sequence[str]) -> list[str]:
+def as_list(texts: str | Sequence[str]) -> list[str]:
     """One or several texts as a list."""
-    return [asked] if isinstance(asked, str) else list(asked)
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
-async def open_replies(request: HttpRequest, questions: Sequence[AgentRequest], user: str = "", count: int = 1) -> ReplyGroup:
+async def open_replies(
+    http_request: HttpRequest, requests: Sequence[AgentRequest], user: str = "", count: int = 1
+) -> ReplyGroup:
     """The Answers to these questions, `count` each, by the rules of who asks: names, persons, times, receipts.
 
     user: whom the client names. Raises what `open_answers` raises, GoneError when the client goes.
     """
-    desk, entry = get_state(request), get_record(request)
-    header, visitor = request.headers.get(USER_HEADER, ""), entry.visitor
-    person = desk.person(user, header)
-    terms = ReplyTerms(entry, desk.shift, count, partial(desk.remember, visitor.key, person))
-    own, deadline_s = desk.spoken_for(person, header, visitor), desk.limits.deadline_s
-    every = [
-        replace(choice, openable=visitor.agents, deadline_s=deadline_s, person=own)
-        for question in questions
-        for choice in choices(question, terms.per_prompt)
+    state, record = get_state(http_request), get_record(http_request)
+    header, principal = http_request.headers.get(USER_HEADER, ""), record.principal
+    person = state.person(user, header)
+    terms = ReplyTerms(record, state.lifetime, count, partial(state.remember, principal.key, person))
+    allowed_person, deadline_s = state.allowed_person(person, header, principal), state.limits.deadline_s
+    choice_requests = [
+        replace(choice_request, openable=principal.agents, deadline_s=deadline_s, person=allowed_person)
+        for request in requests
+        for choice_request in choices(request, terms.per_prompt)
     ]
-    return await until_disconnect(request.receive, open_answers(desk.house.replies, every, terms))
+    return await until_disconnect(http_request.receive, open_answers(state.services.replies, choice_requests, terms))

@@ -45,7 +45,7 @@ class RequestRecord:
     id: str
     method: str
     route: str = ""
-    visitor: Principal = NOBODY
+    principal: Principal = NOBODY
     agent: str = ""
     receipt: str = ""
     finish: str = ""
@@ -55,7 +55,7 @@ class RequestRecord:
     began: float = field(default_factory=time.monotonic)
     first_s: float | None = None
 
-    def hear(self, event: Event, prompt_is_new: bool = True) -> None:
+    def count_event(self, event: Event, prompt_is_new: bool = True) -> None:
         """Count an event of a reply. prompt_is_new: several replies to one prompt have its tokens once."""
         if isinstance(event, TextDelta):
             self.usage.reply += event.tokens
@@ -91,38 +91,38 @@ class RequestLog:
     def say(self, event: str, **fields: Any) -> None:
         """One line: when, what, and its fields."""
         now = time.time()
-        at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+        timestamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
         try:
-            self._lines.put_nowait(json.dumps({"time": at, "event": event, **fields}))
+            self._lines.put_nowait(json.dumps({"time": timestamp, "event": event, **fields}))
         except queue.Full:
             self.lost += 1
 
-    def request(self, entry: RequestRecord) -> None:
+    def request(self, record: RequestRecord) -> None:
         """The line of a request that is over. Probes that go well have none."""
-        if entry.route in SILENT and entry.status < 400:
+        if record.route in SILENT and record.status < 400:
             return
-        usage = entry.usage
+        usage = record.usage
         fields = {
-            "request": entry.id,
-            "method": entry.method,
-            "route": entry.route,
-            "status": entry.status,
-            "key": entry.visitor.key,
-            "agent": entry.agent,
-            "receipt": entry.receipt,
-            "finish": entry.finish,
-            "error": entry.error,
+            "request": record.id,
+            "method": record.method,
+            "route": record.route,
+            "status": record.status,
+            "key": record.principal.key,
+            "agent": record.agent,
+            "receipt": record.receipt,
+            "finish": record.finish,
+            "error": record.error,
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
             "reply_tokens": usage.reply,
-            "first_s": None if entry.first_s is None else round(entry.first_s, 4),
-            "wall_s": round(entry.elapsed_s, 4),
+            "first_s": None if record.first_s is None else round(record.first_s, 4),
+            "wall_s": round(record.elapsed_s, 4),
         }
         self.say("request", **{name: value for name, value in fields.items() if value not in ("", None, 0)})
 
-    def bug(self, entry: RequestRecord, error: BaseException) -> None:
+    def bug(self, record: RequestRecord, error: BaseException) -> None:
         """A mistake of the server: its type and where it was made."""
-        self.say("bug", request=entry.id, route=entry.route, error=type(error).__name__, at=places(error))
+        self.say("bug", request=record.id, route=record.route, error=type(error).__name__, at=places(error))
 
     def close(self) -> None:
         """Write what waits, and end the thread."""
@@ -144,18 +144,18 @@ def places(error: BaseException) -> list[str]:
 
 
 class ServerLines(logging.Handler):
-    """Warnings and errors of `LOGGERS`, as lines of the journal: an error is its type and place.
+    """Warnings and errors of `LOGGERS`, as lines of the log: an error is its type and place.
 
     uvicorn's lines are their fixed words alone, since what it puts into them may come from a client.
     """
 
-    def __init__(self, journal: RequestLog) -> None:
+    def __init__(self, log: RequestLog) -> None:
         super().__init__(logging.WARNING)
-        self._journal = journal
+        self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
         error = record.exc_info[1] if record.exc_info else None
-        more = {"error": type(error).__name__, "at": places(error)} if error else {}
+        extra = {"error": type(error).__name__, "at": places(error)} if error else {}
         problem = record.getMessage() if record.name.startswith("sartor") else str(record.msg)
-        self._journal.say("server", level=record.levelname.lower(), problem=problem.strip(), **more)
+        self._log.say("server", level=record.levelname.lower(), problem=problem.strip(), **extra)

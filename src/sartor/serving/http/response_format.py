@@ -34,10 +34,10 @@ class CompletionHeader:
     fingerprint: str
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def of(self, kind: str, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
+    def of(self, kind: str, choices: Sequence[Any], **extra: Any) -> dict[str, Any]:
         """An object of that kind."""
         fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**fields, "system_fingerprint": self.fingerprint, "choices": list(choices), **more}
+        return {**fields, "system_fingerprint": self.fingerprint, "choices": list(choices), **extra}
 
 
 class CompletionFormat(Protocol):
@@ -55,7 +55,7 @@ class CompletionFormat(Protocol):
         """What a choice's stream begins with."""
         ...
 
-    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """More of a choice."""
         ...
 
@@ -75,11 +75,11 @@ class ChatCompletionFormat:
 
     def whole(self, index: int, reply: CollectedReply) -> dict[str, Any]:
         """See Shape."""
-        calls = self._calls(reply.done)
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not calls else None}
+        tool_calls = self._tool_calls(reply.done)
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not tool_calls else None}
         message["refusal"] = None
-        if calls:
-            message["tool_calls"] = calls
+        if tool_calls:
+            message["tool_calls"] = tool_calls
         logprobs = _chat_logprobs(reply.logprobs) if self._with_logprobs else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish(reply.done)}
 
@@ -87,21 +87,23 @@ class ChatCompletionFormat:
         """See Shape."""
         yield self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """See Shape."""
-        return self._delta(index, {"content": piece.text}, piece.logprobs)
+        return self._delta(index, {"content": delta.text}, delta.logprobs)
 
     def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
         """See Shape."""
-        if calls := self._calls(done):
-            yield self._delta(index, {"tool_calls": [{"index": place, **call} for place, call in enumerate(calls)]})
+        if tool_calls := self._tool_calls(done):
+            yield self._delta(
+                index, {"tool_calls": [{"index": call_index, **tool_call} for call_index, tool_call in enumerate(tool_calls)]}
+            )
         yield {**self._delta(index, {}), "finish_reason": _finish(done)}
 
     def _delta(self, index: int, delta: Mapping[str, Any], logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
-        said = _chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
-        return {"index": index, "delta": delta, "logprobs": said, "finish_reason": None}
+        chat_logprobs = _chat_logprobs(logprobs) if self._with_logprobs and logprobs else None
+        return {"index": index, "delta": delta, "logprobs": chat_logprobs, "finish_reason": None}
 
-    def _calls(self, done: ReplyDone) -> list[Mapping[str, Any]]:
+    def _tool_calls(self, done: ReplyDone) -> list[Mapping[str, Any]]:
         return list(done.tool_calls[:1] if self._one_call else done.tool_calls)
 
 
@@ -122,27 +124,27 @@ class TextCompletionFormat:
         """See Shape."""
         yield from ()
 
-    def piece(self, index: int, piece: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """See Shape."""
-        return self._choice(index, piece.text, piece.logprobs, None)
+        return self._choice(index, delta.text, delta.logprobs, None)
 
     def end(self, index: int, done: ReplyDone) -> Iterator[dict[str, Any]]:
         """See Shape."""
         yield self._choice(index, "", (), _finish(done))
 
     def _choice(self, index: int, text: str, logprobs: Sequence[Logprob], finish: str | None) -> dict[str, Any]:
-        said = self._logprobs(index, logprobs) if self._with_logprobs else None
-        return {"index": index, "text": text, "logprobs": said, "finish_reason": finish}
+        text_logprobs = self._logprobs(index, logprobs) if self._with_logprobs else None
+        return {"index": index, "text": text, "logprobs": text_logprobs, "finish_reason": finish}
 
     def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         offsets = []
-        for item in logprobs:
+        for logprob in logprobs:
             offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(item.token)
+            self._offsets[index] = offsets[-1] + len(logprob.token)
         return {
-            "tokens": [item.token for item in logprobs],
-            "token_logprobs": [_finite(item.logprob) for item in logprobs],
-            "top_logprobs": [{token: _finite(value) for token, value in item.top} for item in logprobs],
+            "tokens": [logprob.token for logprob in logprobs],
+            "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
+            "top_logprobs": [{token: _finite(value) for token, value in logprob.top} for logprob in logprobs],
             "text_offset": offsets,
         }
 
@@ -153,8 +155,8 @@ def _finish(done: ReplyDone) -> str:
 
 def _chat_logprobs(logprobs: Sequence[Logprob]) -> dict[str, Any]:
     content = [
-        {**_token(item.token, item.logprob), "top_logprobs": [_token(token, value) for token, value in item.top]}
-        for item in logprobs
+        {**_token(logprob.token, logprob.logprob), "top_logprobs": [_token(token, value) for token, value in logprob.top]}
+        for logprob in logprobs
     ]
     return {"content": content, "refusal": None}
 
@@ -174,26 +176,26 @@ END = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": F
 
 
 async def chunks(
-    opened: ReplyGroup, shape: CompletionFormat, head: CompletionHeader, entry: RequestRecord, with_usage: bool
+    group: ReplyGroup, formatter: CompletionFormat, header: CompletionHeader, record: RequestRecord, with_usage: bool
 ) -> Chunks:
     """OpenAI's chunks. with_usage: the last holds the tokens, and the others say null, as OpenAI has it."""
-    more: dict[str, Any] = {"usage": None} if with_usage else {}
-    for place in range(len(opened.answers)):
-        for choice in shape.begin(place):
-            yield head.of(shape.chunk_kind, [choice], **more)
-    async with aclosing(opened.merged()) as events:
-        async for place, event in events:
-            for choice in _choices(shape, place, event):
-                yield head.of(shape.chunk_kind, [choice], **more)
+    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+    for index in range(len(group.answers)):
+        for choice in formatter.begin(index):
+            yield header.of(formatter.chunk_kind, [choice], **extra)
+    async with aclosing(group.merged()) as events:
+        async for index, event in events:
+            for choice in _choices(formatter, index, event):
+                yield header.of(formatter.chunk_kind, [choice], **extra)
     if with_usage:
-        yield head.of(shape.chunk_kind, [], usage=entry.usage.as_json())
+        yield header.of(formatter.chunk_kind, [], usage=record.usage.as_json())
 
 
-def _choices(shape: CompletionFormat, place: int, event: TextDelta | ReplyDone) -> Iterable[dict[str, Any]]:
+def _choices(formatter: CompletionFormat, index: int, event: TextDelta | ReplyDone) -> Iterable[dict[str, Any]]:
     if isinstance(event, ReplyDone):
-        return shape.end(place, event)
+        return formatter.end(index, event)
     # tokens whose text is still held back tell nothing
-    return [shape.piece(place, event)] if event.text or event.logprobs else []
+    return [formatter.delta(index, event)] if event.text or event.logprobs else []
 
 
 class SseResponse(Response):
@@ -201,12 +203,12 @@ class SseResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, said: Chunks, opened: ReplyGroup, entry: RequestRecord, headers: Mapping[str, str]) -> None:
+    def __init__(self, chunk_stream: Chunks, group: ReplyGroup, record: RequestRecord, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._said = said
-        self._opened = opened
-        self._entry = entry
+        self._chunk_stream = chunk_stream
+        self._group = group
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all, unless the client goes before."""
@@ -214,21 +216,21 @@ class SseResponse(Response):
         try:
             await until_disconnect(receive, self._send(send))
         except ClientDisconnectedError:
-            self._entry.error = "Gone"
+            self._record.error = "Gone"
         finally:
             # in a task of its own: what closes a reply may have to be told to others, also while this task is being ended
-            await asyncio.shield(asyncio.ensure_future(self._opened.close()))
+            await asyncio.shield(asyncio.ensure_future(self._group.close()))
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._said) as said:
+        async with aclosing(self._chunk_stream) as chunk_stream:
             try:
-                async for chunk in said:
+                async for chunk in chunk_stream:
                     await _event(send, chunk)
                     # neither of the two waits while there is text and room: others, and the client's leaving, must be heard
                     await asyncio.sleep(0)
             except SartorError as error:
                 fault = to_http_error(error)
-                self._entry.error = fault.kind
+                self._record.error = fault.kind
                 await _event(send, fault.as_json())
             except Exception:  # the guard logs it; the client must not wait for a stream that nobody goes on with
                 await _event(send, BUG.as_json())
@@ -238,8 +240,8 @@ class SseResponse(Response):
 
 
 async def _event(send: Send, value: Mapping[str, Any]) -> None:
-    said = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    for letter, escaped in _LINE_ENDS:
-        said = said.replace(letter, escaped)
-    body = b"data: " + said.encode(errors="replace") + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character, escaped in _LINE_ENDS:
+        text = text.replace(character, escaped)
+    body = b"data: " + text.encode(errors="replace") + b"\n\n"
     await send({"type": "http.response.body", "body": body, "more_body": True})

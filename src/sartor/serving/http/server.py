@@ -104,18 +104,18 @@ class Connection(H11Protocol):
         return False
 
 
-def protocol_with(most: int) -> type[Connection]:
+def protocol_with(max_connections: int) -> type[Connection]:
     """The protocol for a server that takes so many connections."""
-    return type("BoundedConnection", (Connection,), {"most": most})
+    return type("BoundedConnection", (Connection,), {"most": max_connections})
 
 
-async def watch(connections: Iterable[Any], limit_s: float, told: Callable[[int], object]) -> None:
-    """Cut off slow clients until cancelled; `told` of how many at once. `connections` is looked at anew each time."""
+async def watch(connections: Iterable[Any], limit_s: float, on_cut: Callable[[int], object]) -> None:
+    """Cut off slow clients until cancelled; `on_cut` of how many at once. `connections` is looked at anew each time."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(min(1.0, limit_s / 4))
         if cut := sum(connection.cut_if_slow(loop.time(), limit_s) for connection in list(connections)):
-            told(cut)
+            on_cut(cut)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -144,33 +144,33 @@ OTHER_FILES = 256
 
 
 class HttpServer:
-    """Serves a house. journal: by default one to stderr; closed with the server. Raises ConfigError, ExtraError."""
+    """Serves a house. log: by default one to stderr; closed with the server. Raises ConfigError, ExtraError."""
 
-    def __init__(self, house: Services, team: Team, *, journal: RequestLog | None = None) -> None:
+    def __init__(self, services: Services, team: Team, *, log: RequestLog | None = None) -> None:
         self.team = team
-        self.shift = ServerLifetime()
-        self._house = house
-        self.journal = journal or RequestLog(sys.stderr)
-        check_bind(house.doors, team.http)
+        self.lifetime = ServerLifetime()
+        self._services = services
+        self.log = log or RequestLog(sys.stderr)
+        check_bind(services.authenticator, team.http)
         self._tracer = Tracer(team.http.otel)
         self._uvicorn: uvicorn.Server | None = None
-        meters = Metrics(house, self.connections, lambda: self.journal.lost)
-        desk = AppState(
-            house=house,
+        metrics = Metrics(services, self.connections, lambda: self.log.lost)
+        state = AppState(
+            services=services,
             limits=team.limits,
-            shift=self.shift,
-            meters=meters,
+            lifetime=self.lifetime,
+            metrics=metrics,
             memory=Memory(team.limits.remembered_bytes),
-            hearing=FeedbackIntake(team.feedback, Path(team.state)),
-            reading=BodyReader(),
-            looking=MediaChecker(team.limits, team.media),
+            feedback_intake=FeedbackIntake(team.feedback, Path(team.state)),
+            body_reader=BodyReader(),
+            media_checker=MediaChecker(team.limits, team.media),
             media=team.media,
         )
-        house.people.listeners.append(desk.memory.forget_person)
-        self._tools = McpServer(desk, team, self.journal.bug) if team.mcp.serve else None
-        self.app = _app(desk, team, self._tools)
-        gate = RequestGate(house.doors, house.rates, team.http, team.limits, self.shift, self.connections)
-        self.asgi = AuthMiddleware(self.app, gate, self.journal, meters, self._tracer)
+        services.people.listeners.append(state.memory.forget_person)
+        self._tools = McpServer(state, team, self.log.bug) if team.mcp.serve else None
+        self.app = _app(state, team, self._tools)
+        gate = RequestGate(services.authenticator, services.rates, team.http, team.limits, self.lifetime, self.connections)
+        self.asgi = AuthMiddleware(self.app, gate, self.log, metrics, self._tracer)
 
     def connections(self) -> int:
         """How many are open."""
@@ -195,16 +195,16 @@ class HttpServer:
             timeout_graceful_shutdown=round(self.team.http.drain_s + LAST_WORDS_S) + 1,
         )
         server = self._uvicorn = _Draining(config, self._drain)
-        watching = asyncio.ensure_future(self._watch(server))
-        telling = asyncio.ensure_future(self._tell(server, _address(sock), ready))
+        watch_task = asyncio.ensure_future(self._watch(server))
+        tell_task = asyncio.ensure_future(self._tell(server, _address(sock), ready))
         with self._server_lines():
             try:
                 async with self._tools.running() if self._tools else contextlib.nullcontext():
                     await server.serve(sockets=[sock])
             finally:
-                for task in (watching, telling):
+                for task in (watch_task, tell_task):
                     task.cancel()
-                await asyncio.gather(watching, telling, return_exceptions=True)
+                await asyncio.gather(watch_task, tell_task, return_exceptions=True)
                 self.close()
 
     def stop(self) -> None:
@@ -215,49 +215,49 @@ class HttpServer:
     def close(self) -> None:
         """Write what the log and the traces still hold."""
         self._tracer.close()
-        self.journal.close()
+        self.log.close()
 
     async def _watch(self, server: uvicorn.Server) -> None:
-        def told(count: int) -> None:
-            self.journal.say("slow clients cut off", count=count)
+        def on_cut(count: int) -> None:
+            self.log.say("slow clients cut off", count=count)
 
-        await watch(server.server_state.connections, self.team.limits.slow_client_s, told)
+        await watch(server.server_state.connections, self.team.limits.slow_client_s, on_cut)
 
     async def _tell(self, server: uvicorn.Server, address: str, ready: Callable[[str], object]) -> None:
         while not server.started:
             await asyncio.sleep(0.01)
-        self.journal.say("ready", address=address)
+        self.log.say("ready", address=address)
         ready(address)
-        known: Mapping[str, str] = {}
+        reported: Mapping[str, str] = {}
         while True:
-            troubles = dict(self._house.troubles())
-            for name, why in troubles.items():
-                if known.get(name) != why:
-                    self.journal.say("trouble", agent=name, why=why)
-            for name in known.keys() - troubles.keys():
-                self.journal.say("trouble over", agent=name)
-            known = troubles
+            troubles = dict(self._services.troubles())
+            for name, problem in troubles.items():
+                if reported.get(name) != problem:
+                    self.log.say("trouble", agent=name, why=problem)
+            for name in reported.keys() - troubles.keys():
+                self.log.say("trouble over", agent=name)
+            reported = troubles
             await asyncio.sleep(TROUBLES_S)
 
     def _drain(self) -> None:
         """Told once that no connection is taken any more: what runs has `drain_s` left."""
-        self.shift.closing = True
-        self.journal.say("draining", connections=self.connections(), drain_s=self.team.http.drain_s)
-        asyncio.get_running_loop().call_later(self.team.http.drain_s, self.shift.end)
+        self.lifetime.is_closing = True
+        self.log.say("draining", connections=self.connections(), drain_s=self.team.http.drain_s)
+        asyncio.get_running_loop().call_later(self.team.http.drain_s, self.lifetime.end)
 
     @contextlib.contextmanager
     def _server_lines(self) -> Iterator[None]:
         """What uvicorn and the workers' supervisor warn of goes into the journal, and nowhere else."""
-        lines, loggers = ServerLines(self.journal), [logging.getLogger(name) for name in LOGGERS]
-        before = [logger.propagate for logger in loggers]
+        handler, loggers = ServerLines(self.log), [logging.getLogger(name) for name in LOGGERS]
+        propagations = [logger.propagate for logger in loggers]
         for logger in loggers:
-            logger.addHandler(lines)
+            logger.addHandler(handler)
             logger.propagate = False
         try:
             yield
         finally:
-            for logger, propagate in zip(loggers, before, strict=True):
-                logger.removeHandler(lines)
+            for logger, propagate in zip(loggers, propagations, strict=True):
+                logger.removeHandler(handler)
                 logger.propagate = propagate
 
 
@@ -274,8 +274,8 @@ class _Draining(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _app(desk: AppState, team: Team, tools: McpServer | None) -> FastAPI:
-    app = build_app(desk, team.http.cors)
+def _app(state: AppState, team: Team, tools: McpServer | None) -> FastAPI:
+    app = build_app(state, team.http.cors)
     for routes in (models, completions, embeddings, speech, feedback, system, admin):
         app.include_router(routes.router)
     if tools is not None:
@@ -286,9 +286,9 @@ def _app(desk: AppState, team: Team, tools: McpServer | None) -> FastAPI:
     return app
 
 
-def check_bind(doors: Authenticator, http: Http) -> None:
+def check_bind(authenticator: Authenticator, http: Http) -> None:
     """Raise ConfigError where others could reach a server without keys: then it is this machine alone that may."""
-    if asks_for_key(doors):
+    if asks_for_key(authenticator):
         return
     if not is_loopback(http.host):
         raise ConfigError(
@@ -301,10 +301,10 @@ def check_bind(doors: Authenticator, http: Http) -> None:
         )
 
 
-def asks_for_key(doors: Authenticator) -> bool:
+def asks_for_key(authenticator: Authenticator) -> bool:
     """Whether nobody is let in without a key; also where there were keys and they are gone."""
     try:
-        return not doors.is_open
+        return not authenticator.is_open
     except UnavailableError:
         return True
 
@@ -314,9 +314,9 @@ def bind(team: Team) -> socket.socket:
     try:
         return listen(team.http.host, team.http.port)
     except (OSError, OverflowError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{team.http.host}:{team.http.port} cannot be listened on: {said}", "--http.port 0 takes a free port"
+            f"{team.http.host}:{team.http.port} cannot be listened on: {reason}", "--http.port 0 takes a free port"
         ) from None
 
 
@@ -328,6 +328,6 @@ def _address(sock: socket.socket) -> str:
 def _raise_file_limit(wanted: int) -> None:
     """Many systems let a process have 1,024 files, and a connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

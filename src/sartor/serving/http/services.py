@@ -133,10 +133,10 @@ class Services:
     """
 
     replies: Replier
-    crew: EmbeddingBackend
-    doors: Authenticator
+    workers: EmbeddingBackend
+    authenticator: Authenticator
     rates: RateLimits
-    roster: AgentAdminProtocol
+    agent_admin: AgentAdminProtocol
     receipts: ReceiptFinder
     troubles: Callable[[], Mapping[str, str]] = dict
     receipts_lost: Callable[[], int] = int

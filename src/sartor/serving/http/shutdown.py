@@ -19,19 +19,21 @@ class ClientDisconnectedError(Exception):
 
 
 class ServerLifetime:
-    """The server's working time. `closing`: no new request is taken; `over`: what still runs is cut."""
+    """The server's working time. `is_closing`: no new request is taken; `is_over`: what still runs is cut."""
 
     def __init__(self) -> None:
-        self.closing = False
-        self.over = False
+        self.is_closing = False
+        self.is_over = False
         self._waits: set[asyncio.Timeout] = set()
 
-    async def within(self, work: Awaitable[T], at: float) -> T:
-        """The result of `work`, by `at` of the loop's clock. Raises DeadlineError, and CutError when the shift ends before."""
-        if self.over:
-            at = 0.0
+    async def within(self, work: Awaitable[T], deadline: float) -> T:
+        """The result of `work`, by `deadline` of the loop's clock. Raises DeadlineError, and CutError when the shift
+        ends before.
+        """
+        if self.is_over:
+            deadline = 0.0
         try:
-            async with asyncio.timeout_at(at) as wait:
+            async with asyncio.timeout_at(deadline) as wait:
                 self._waits.add(wait)
                 try:
                     return await work
@@ -40,7 +42,7 @@ class ServerLifetime:
         except TimeoutError:
             if not wait.expired():
                 raise
-        if self.over:
+        if self.is_over:
             raise CutError("the server ended before the reply did", "ask again; another server, or this one soon, answers")
         raise DeadlineError(
             "the reply took longer than limits.deadline_s", "ask for less: max_tokens, or a shorter text to speak"
@@ -48,12 +50,12 @@ class ServerLifetime:
 
     def end(self) -> None:
         """Cut what still runs, each with an error of its own."""
-        self.over = True
+        self.is_over = True
         for wait in self._waits:
             wait.reschedule(asyncio.get_running_loop().time())
 
 
-async def gone(receive: Receive) -> None:
+async def client_disconnected(receive: Receive) -> None:
     """Returns when the client has closed the connection. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -61,13 +63,13 @@ async def gone(receive: Receive) -> None:
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes. Raises GoneError then."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+    work_task, disconnect_task = asyncio.ensure_future(work), asyncio.ensure_future(client_disconnected(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait({work_task, disconnect_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             raise ClientDisconnectedError
-        return working.result()
+        return work_task.result()
     finally:
-        for task in (working, leaving):
+        for task in (work_task, disconnect_task):
             task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(work_task, disconnect_task, return_exceptions=True)

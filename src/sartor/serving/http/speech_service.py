@@ -48,7 +48,7 @@ class SpeechService:
         opened = [open_voice(name, self._terms) for name in ([default, *options.voices] if default else [])]
         self._voices = {voice.name: voice for voice in opened}
         self._pool = ThreadPoolExecutor(options.at_once, "sartor-voice", lambda: lower_priority(NICE))
-        self._held = 0
+        self._text_count = 0
 
     @property
     def default(self) -> str:
@@ -69,13 +69,13 @@ class SpeechService:
         self.check_on()
         if result := self._voices.get(self.default if name == DEFAULT else name):
             return result
-        known = [DEFAULT, *self._voices]
+        voice_names = [DEFAULT, *self._voices]
         if has_espeak := any(isinstance(voice, tts_engines.Espeak) for voice in self._voices.values()):
-            known.append("espeak:LANGUAGE+VARIANT, as espeak:de or espeak:en-us+f3")
+            voice_names.append("espeak:LANGUAGE+VARIANT, as espeak:de or espeak:en-us+f3")
         if has_espeak and name.partition(":")[0] == tts_engines.ESPEAK_NAME:
             with contextlib.suppress(ConfigError):
                 return open_voice(name, self._terms)
-        raise FieldError(f"no voice has the name {name[:80]!a}", f"one of {', '.join(known)}", param)
+        raise FieldError(f"no voice has the name {name[:80]!a}", f"one of {', '.join(voice_names)}", param)
 
     def check_length(self, text: str) -> None:
         """Raises FieldError for a text that is longer than one request may have."""
@@ -85,35 +85,35 @@ class SpeechService:
 
     async def sounds(self, text: str, voice: TtsVoice, speed: float = 1.0) -> AsyncGenerator[AudioClip, None]:
         """The spoken form of a written text, a piece at a time. Raises BusyError, and what a voice raises."""
-        with self._place():
-            said = await self.aside(lambda: spoken(text))
-            for piece in await self.aside(lambda: voice.cut(said.text, speed)):
+        with self._slot():
+            spoken_form = await self.aside(lambda: spoken(text))
+            for piece in await self.aside(lambda: voice.cut(spoken_form.text, speed)):
                 yield await self.aside(functools.partial(voice.speak, piece, speed))
 
     async def say(self, text: str, voice: TtsVoice, form: str, speed: float = 1.0) -> SpokenText:
         """All of it, as the bytes of a file."""
-        with self._place():
-            said = await self.aside(lambda: spoken(text))
+        with self._slot():
+            spoken_form = await self.aside(lambda: spoken(text))
             encoder = AudioEncoder(form)
-            for piece in await self.aside(lambda: voice.cut(said.text, speed)):
+            for piece in await self.aside(lambda: voice.cut(spoken_form.text, speed)):
                 await self.aside(functools.partial(_add, encoder, voice, piece, speed))
-            return SpokenText(said.text, await self.aside(encoder.end))
+            return SpokenText(spoken_form.text, await self.aside(encoder.end))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """The result of some work in a thread of the voices."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        if self._held >= self._options.waiting:
+    def _slot(self) -> Iterator[None]:
+        if self._text_count >= self._options.waiting:
             raise BusyError(
-                f"{self._held} texts are spoken or wait; the limit is {self._options.waiting}", "ask again in a while"
+                f"{self._text_count} texts are spoken or wait; the limit is {self._options.waiting}", "ask again in a while"
             )
-        self._held += 1
+        self._text_count += 1
         try:
             yield
         finally:
-            self._held -= 1
+            self._text_count -= 1
 
     async def close(self) -> None:
         """End the voices' processes; what waits is dropped."""

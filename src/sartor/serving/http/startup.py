@@ -37,7 +37,7 @@ Ready = Callable[[Mapping[str, Any]], object]
 Tell = Callable[..., object]
 
 
-def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda said: None) -> None:
+def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = lambda facts: None) -> None:
     """Serve a team until SIGTERM or Ctrl-C, which is raised again when running replies have ended.
 
     ready: told `address`, `base`, `engine`, `agents` and `keys` (whether any are set) once it answers. Raises ConfigError for
@@ -48,19 +48,19 @@ def serve(team: Team | Path | str, flags: Sequence[str] = (), *, ready: Ready = 
 
 
 async def _serve(team: Team, ready: Ready) -> None:
-    journal = RequestLog(sys.stderr)
+    log = RequestLog(sys.stderr)
     try:
-        await _open_and_serve(team, ready, journal)
+        await _open_and_serve(team, ready, log)
     finally:
-        journal.close()
+        log.close()
 
 
-async def _open_and_serve(team: Team, ready: Ready, journal: RequestLog) -> None:
-    async with build_services(team, journal.say) as house:
-        server = HttpServer(house, team, journal=journal)
-        names = [agent.name for agent in await house.roster.listed() if agent.is_ready]
-        about = house.crew.about
-        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": asks_for_key(house.doors)}
+async def _open_and_serve(team: Team, ready: Ready, log: RequestLog) -> None:
+    async with build_services(team, log.say) as services:
+        server = HttpServer(services, team, log=log)
+        names = [agent.name for agent in await services.agent_admin.listed() if agent.is_ready]
+        about = services.workers.about
+        facts = {"base": about.base, "engine": about.kind, "agents": names, "keys": asks_for_key(services.authenticator)}
         await server.serve(bind(team), lambda address: ready({"address": address, **facts}))
 
 
@@ -72,77 +72,81 @@ async def build_services(team: Team, tell: Tell = lambda event, **fields: None) 
         Path(team.state).mkdir(mode=0o700, parents=True, exist_ok=True)
         registry = await asyncio.to_thread(Registry.open, team.registry_url)
         stack.callback(registry.close)
-        doors = ApiKeyStore(registry.database, state=Path(team.state))
-        await asyncio.to_thread(check_bind, doors, team.http)
+        authenticator = ApiKeyStore(registry.database, state=Path(team.state))
+        await asyncio.to_thread(check_bind, authenticator, team.http)
         bind(team).close()
         speech = SpeechService(team.speech)
         stack.push_async_callback(speech.close)
         tell("opening the base", base=team.base, engine=team.engine.kind, workers=team.workers.count)
-        crew = Supervisor(team)
-        await crew.start()
-        stack.push_async_callback(crew.close)
-        book = await asyncio.to_thread(ReceiptLog.of, team, lambda: crew.about)
-        stack.callback(book.close)
+        workers = Supervisor(team)
+        await workers.start()
+        stack.push_async_callback(workers.close)
+        receipts = await asyncio.to_thread(ReceiptLog.of, team, lambda: workers.about)
+        stack.callback(receipts.close)
         release_copies.sweep(Path(team.state))
-        admit = _admission(team, crew)
-        router = AutoRouter(crew, team.router, Path(team.state), crew.about.kind, crew.about.dtype)
+        admit = _admission(team, workers)
+        router = AutoRouter(workers, team.router, Path(team.state), workers.about.kind, workers.about.dtype)
         stack.push_async_callback(router.close)
-        dispatch = Dispatcher(team, crew, registry, _told(admit, Path(team.state), tell), router=router, receipts=book)
-        await dispatch.start()
-        tell("agents open", served=[name for name in dispatch.served.agents if name not in dispatch.served.unadmitted])
-        stack.push_async_callback(dispatch.close)
-        box = ToolServers(team)
-        stack.push_async_callback(box.close)
-        await box.start()
-        dispatch.offers = box.declared
-        tooled = ToolCallingAgent(dispatch, box, team)
+        dispatcher = Dispatcher(
+            team, workers, registry, _announced(admit, Path(team.state), tell), router=router, receipts=receipts
+        )
+        await dispatcher.start()
+        tell("agents open", served=[name for name in dispatcher.served.agents if name not in dispatcher.served.unadmitted])
+        stack.push_async_callback(dispatcher.close)
+        tool_servers = ToolServers(team)
+        stack.push_async_callback(tool_servers.close)
+        await tool_servers.start()
+        dispatcher.team_tools = tool_servers.declared
+        tool_agent = ToolCallingAgent(dispatcher, tool_servers, team)
         plans = PlanDispatcher(
-            team, tooled, PlanLog.of(team, lambda: crew.about), receipts=book, known=lambda: dispatch.served.agents
+            team, tool_agent, PlanLog.of(team, lambda: workers.about), receipts=receipts, known=lambda: dispatcher.served.agents
         )
         stack.push_async_callback(plans.close)
         yield Services(
             replies=plans,
-            crew=crew,
-            doors=doors,
+            workers=workers,
+            authenticator=authenticator,
             rates=RateLimiter(team.limits),
-            roster=AgentAdmin(dispatch, crew, admit, team.rollout),
-            receipts=book,
+            agent_admin=AgentAdmin(dispatcher, workers, admit, team.rollout),
+            receipts=receipts,
             troubles=lambda: {
-                **doors.troubles(),
-                **dispatch.health()["troubles"],
+                **authenticator.troubles(),
+                **dispatcher.health()["troubles"],
                 **router.troubles,
                 **plans.troubles,
-                **box.troubles,
-                **tooled.troubles,
+                **tool_servers.troubles,
+                **tool_agent.troubles,
             },
-            receipts_lost=lambda: book.lost,
+            receipts_lost=lambda: receipts.lost,
             speech=speech,
-            people=UserDirectory(partial(user_digest, digest=team_digest(Path(team.state))), dispatch.persons.listeners),
+            people=UserDirectory(
+                partial(user_digest, digest=team_digest(Path(team.state))), dispatcher.user_versions.listeners
+            ),
             plans=plans.listed,
         )
 
 
-def _admission(team: Team, crew: Supervisor) -> Admit:
+def _admission(team: Team, workers: Supervisor) -> Admit:
     """Admission on the ground of this crew's engine, which is looked for when the first Release comes."""
 
     async def admit(release: Path, agent: str) -> AgentVersion:
-        ground = await asyncio.to_thread(AdmissionContext.of, team, crew.about)
-        if is_personal(release, ground.state):
-            return await asyncio.to_thread(admit_personal, release, agent, ground)
-        return version_of(await admission.admit(release, ground, crew.probe), agent)
+        context = await asyncio.to_thread(AdmissionContext.of, team, workers.about)
+        if is_personal(release, context.state):
+            return await asyncio.to_thread(admit_personal, release, agent, context)
+        return version_of(await admission.admit(release, context, workers.probe), agent)
 
     return admit
 
 
-def _told(admit: Admit, state: Path, tell: Tell) -> Admit:
+def _announced(admit: Admit, state: Path, tell: Tell) -> Admit:
     """The same, which tells of each Release the first time: what is refused is tried again every few seconds."""
-    known: set[tuple[Path, str]] = set()
+    announced: set[tuple[Path, str]] = set()
 
     async def admitting(release: Path, agent: str) -> AgentVersion:
         if is_personal(release, state):  # nobody's name, and none of the team's agents
             return await admit(release, agent)
-        if (release, agent) not in known:
-            known.add((release, agent))
+        if (release, agent) not in announced:
+            announced.add((release, agent))
             tell("admitting", agent=agent)
         return await admit(release, agent)
 

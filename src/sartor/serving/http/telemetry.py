@@ -22,7 +22,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Metrics:
     """What is counted as requests end, and what is asked of the house when somebody looks."""
 
-    def __init__(self, house: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
+    def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "requests that ended", "route", "agent", "status")
         self._errors = self._counter("errors", "requests that ended with an error, by its kind", "route", "agent", "kind")
@@ -31,29 +31,31 @@ class Metrics:
         self._first = self._histogram("first_token_seconds", "from a request's head to its reply's first text", "agent")
         self._feedback = self._counter("feedback", "what people said of replies", "agent", "kind")
         self._masked = self._counter("feedback_masked", "values of personal data masked in what people said", "kind")
-        self._registry.register(_State(house, connections, lines_lost))
+        self._registry.register(_State(services, connections, lines_lost))
 
-    def count(self, entry: RequestRecord) -> None:
+    def count(self, record: RequestRecord) -> None:
         """A request that is over."""
-        self._requests.labels(entry.route, entry.agent, entry.status).inc()
-        self._wall.labels(entry.route, entry.agent).observe(entry.elapsed_s)
-        if entry.error:
-            self._errors.labels(entry.route, entry.agent, entry.error).inc()
-        if entry.first_s is not None:
-            self._first.labels(entry.agent).observe(entry.first_s)
-        usage = entry.usage
+        self._requests.labels(record.route, record.agent, record.status).inc()
+        self._wall.labels(record.route, record.agent).observe(record.elapsed_s)
+        if record.error:
+            self._errors.labels(record.route, record.agent, record.error).inc()
+        if record.first_s is not None:
+            self._first.labels(record.agent).observe(record.first_s)
+        usage = record.usage
         for kind, tokens in (("prompt", usage.prompt), ("cached", usage.cached), ("reply", usage.reply)):
             if tokens:
-                self._tokens.labels(entry.agent, kind).inc(tokens)
+                self._tokens.labels(record.agent, kind).inc(tokens)
 
-    def hear(self, said: Feedback, kept: Feedback) -> None:
+    def count_feedback(self, submitted: Feedback, stored: Feedback) -> None:
         """Feedback as it came, and as it was written: `withheld` counts words that were not kept for want of consent."""
-        kinds = {"rating": said.rating is not None, "correction": said.correction, "comment": said.comment}
-        kinds["withheld"] = (said.has_words or said.correction or said.comment) and kept.by.consent == "refused"
-        for kind, is_so in kinds.items():
-            if is_so:
-                self._feedback.labels(said.agent, kind).inc()
-        for entity, count in kept.masked.items():
+        kinds = {"rating": submitted.rating is not None, "correction": submitted.correction, "comment": submitted.comment}
+        kinds["withheld"] = (
+            submitted.has_words or submitted.correction or submitted.comment
+        ) and stored.by.consent == "refused"
+        for kind, is_present in kinds.items():
+            if is_present:
+                self._feedback.labels(submitted.agent, kind).inc()
+        for entity, count in stored.masked.items():
             self._masked.labels(entity).inc(count)
 
     def page(self) -> bytes:
@@ -70,19 +72,19 @@ class Metrics:
 class _State(Collector):
     """What the house is like now."""
 
-    def __init__(self, house: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
-        self._house = house
+    def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:
+        self._services = services
         self._connections = connections
         self._lines_lost = lines_lost
 
     def collect(self) -> Iterator[Metric]:
         """See Collector."""
-        health = self._house.crew.health()
+        health = self._services.workers.health()
         yield from _workers(health["workers"])
         yield from _agents(health["agents"])
         yield GaugeMetricFamily("sartor_connections", "open connections", value=self._connections())
         yield CounterMetricFamily(
-            "sartor_receipts_lost", "receipts that could not be written", value=self._house.receipts_lost()
+            "sartor_receipts_lost", "receipts that could not be written", value=self._services.receipts_lost()
         )
         yield CounterMetricFamily("sartor_log_lines_lost", "log lines that nobody took", value=self._lines_lost())
 
@@ -91,12 +93,12 @@ def _workers(workers: Any) -> Iterator[Metric]:
     states = GaugeMetricFamily("sartor_workers", "worker processes by state", labels=["state"])
     memory = GaugeMetricFamily("sartor_worker_memory_bytes", "resident memory", labels=["worker"])
     restarts = CounterMetricFamily("sartor_worker_restarts", "restarts of a worker's place", labels=["worker"])
-    counted: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for index, worker in enumerate(workers):
-        counted[worker["state"]] = counted.get(worker["state"], 0) + 1
+        counts[worker["state"]] = counts.get(worker["state"], 0) + 1
         memory.add_metric([str(index)], worker["memory_bytes"])
         restarts.add_metric([str(index)], worker["restarts"])
-    for state, count in counted.items():
+    for state, count in counts.items():
         states.add_metric([state], count)
     yield from (states, memory, restarts)
 
@@ -142,7 +144,7 @@ class Tracer:
         self._tracer = self._provider.get_tracer("sartor.serve")
 
     @contextmanager
-    def span(self, entry: RequestRecord, headers: Headers) -> Iterator[None]:
+    def span(self, record: RequestRecord, headers: Headers) -> Iterator[None]:
         """The time of one request, as a child of the caller's span where it names one."""
         if self._tracer is None:
             yield
@@ -155,8 +157,8 @@ class Tracer:
         try:
             yield
         finally:
-            span.update_name(f"{_OPERATIONS.get(entry.route, entry.method)} {entry.agent or entry.route}")
-            span.set_attributes(attributes(entry))
+            span.update_name(f"{_OPERATIONS.get(record.route, record.method)} {record.agent or record.route}")
+            span.set_attributes(attributes(record))
             span.end()
 
     def close(self) -> None:
@@ -165,24 +167,24 @@ class Tracer:
             self._provider.shutdown()
 
 
-def attributes(entry: RequestRecord) -> dict[str, Any]:
+def attributes(record: RequestRecord) -> dict[str, Any]:
     """What a span says, in the names of OpenTelemetry's conventions for HTTP and generative models."""
-    said: dict[str, Any] = {
-        "http.request.method": entry.method,
-        "http.route": entry.route,
-        "http.response.status_code": entry.status,
-        "sartor.request": entry.id,
-        "error.type": entry.error,
+    fields: dict[str, Any] = {
+        "http.request.method": record.method,
+        "http.route": record.route,
+        "http.response.status_code": record.status,
+        "sartor.request": record.id,
+        "error.type": record.error,
     }
-    if entry.route in _OPERATIONS:
-        said |= {
-            "gen_ai.operation.name": _OPERATIONS[entry.route],
+    if record.route in _OPERATIONS:
+        fields |= {
+            "gen_ai.operation.name": _OPERATIONS[record.route],
             "gen_ai.provider.name": "sartor",
-            "gen_ai.response.model": entry.agent,
-            "gen_ai.response.finish_reasons": (entry.finish,) if entry.finish else "",
-            "gen_ai.usage.input_tokens": entry.usage.prompt,
-            "gen_ai.usage.output_tokens": entry.usage.reply,
+            "gen_ai.response.model": record.agent,
+            "gen_ai.response.finish_reasons": (record.finish,) if record.finish else "",
+            "gen_ai.usage.input_tokens": record.usage.prompt,
+            "gen_ai.usage.output_tokens": record.usage.reply,
         }
-    if entry.first_s is not None:
-        said["gen_ai.server.time_to_first_token"] = entry.first_s
-    return {name: value for name, value in said.items() if value != ""}
+    if record.first_s is not None:
+        fields["gen_ai.server.time_to_first_token"] = record.first_s
+    return {name: value for name, value in fields.items() if value != ""}

@@ -30,24 +30,24 @@ _EQUATION = re.compile(rf"{_SIDE}(?:=\s*{_SIDE})+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGNS = str.maketrans({"x": "*", "×": "*", "÷": "/"})
 _OPERATIONS: Mapping[type, Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: lambda one, other: one + other,
-    ast.Sub: lambda one, other: one - other,
-    ast.Mult: lambda one, other: one * other,
-    ast.Div: lambda one, other: one / other,
+    ast.Add: lambda x, y: x + y,
+    ast.Sub: lambda x, y: x - y,
+    ast.Mult: lambda x, y: x * y,
+    ast.Div: lambda x, y: x / y,
 }
 
 
-def run_check(check: Computed, draft: str, request: str) -> list[str]:
-    """What a check finds in a draft, at most MOST_FINDINGS sentences; request: what the client said."""
+def run_check(check: Computed, draft: str, request_text: str) -> list[str]:
+    """What a check finds in a draft, at most MOST_FINDINGS sentences; request_text: what the client said."""
     if isinstance(check, Json):
-        found = schema_errors(read_json(draft), check.schema or {})
+        findings = schema_errors(read_json(draft), check.schema or {})
     elif isinstance(check, PatternCheck):
-        found = _by_pattern(check, draft)
+        findings = _by_pattern(check, draft)
     elif isinstance(check, Arithmetic):
-        found = _by_arithmetic(check, draft)
+        findings = _by_arithmetic(check, draft)
     else:
-        found = _by_citations(check, draft, request)
-    return found[:MOST_FINDINGS]
+        findings = _by_citations(check, draft, request_text)
+    return findings[:MOST_FINDINGS]
 
 
 def _by_pattern(check: PatternCheck, draft: str) -> list[str]:
@@ -61,9 +61,9 @@ def _by_pattern(check: PatternCheck, draft: str) -> list[str]:
 
 
 def _by_arithmetic(check: Arithmetic, draft: str) -> list[str]:
-    checked = [wrong for wrong in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if wrong is not None]
-    few = [f"it holds {len(checked)} equations; at least {check.least}"] if len(checked) < check.least else []
-    return [*(wrong for wrong in checked if wrong), *few]
+    problems = [problem for problem in (_wrong_in(match[0]) for match in _EQUATION.finditer(draft)) if problem is not None]
+    shortfall = [f"it holds {len(problems)} equations; at least {check.least}"] if len(problems) < check.least else []
+    return [*(problem for problem in problems if problem), *shortfall]
 
 
 def _wrong_in(equation: str) -> str | None:
@@ -78,7 +78,7 @@ def _wrong_in(equation: str) -> str | None:
         assert value is not None
         # a quotient is written with so many decimals as there is room for
         if abs(first - value) > Fraction(1, 2 * 10 ** _decimals(side)) or (first != value and not _decimals(side)):
-            return f"{sides[0]} is {_said(first)}, not {side}"
+            return f"{sides[0]} is {_number_text(first)}, not {side}"
     return ""
 
 
@@ -90,7 +90,7 @@ def _decimals(side: str) -> int:
     return len(side.rpartition(".")[2]) if re.fullmatch(r"-?[\d,]+\.\d+", side) else 0
 
 
-def _said(value: Fraction) -> str:
+def _number_text(value: Fraction) -> str:
     return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
 
 
@@ -116,15 +116,18 @@ def _computed(node: ast.AST, depth: int) -> Fraction:
     raise ValueError("no arithmetic")
 
 
-def _by_citations(check: Citations, draft: str, request: str) -> list[str]:
-    sources = _plain("\n".join(_text(source) for source in check.sources) if check.sources else request)
-    where = "the sources" if check.sources else "the request"
+def _by_citations(check: Citations, draft: str, request_text: str) -> list[str]:
+    sources = _plain("\n".join(_text(source) for source in check.sources) if check.sources else request_text)
+    sources_name = "the sources" if check.sources else "the request"
     try:
-        cited = _in_fields(draft, check.fields) if check.fields else _in_text(draft, check.pattern)
+        citations = _in_fields(draft, check.fields) if check.fields else _in_text(draft, check.pattern)
     except ValueError as error:
         return [str(error)]
-    few = [f"it cites {len(cited)} times; at least {check.least}"] if len(cited) < check.least else []
-    return [*(f"{said[:200]!r} is not in {where}" for said in cited if not _holds(sources, _plain(said))), *few]
+    shortfall = [f"it cites {len(citations)} times; at least {check.least}"] if len(citations) < check.least else []
+    return [
+        *(f"{citation[:200]!r} is not in {sources_name}" for citation in citations if not _holds(sources, _plain(citation))),
+        *shortfall,
+    ]
 
 
 def _in_fields(draft: str, fields: Sequence[str]) -> list[str]:
@@ -147,13 +150,13 @@ def _in_text(draft: str, pattern: str) -> list[str]:
         matches = list(regex.finditer(pattern, draft, timeout=SEARCH_S))
     except TimeoutError:
         raise ValueError(f"the pattern {pattern!r} was searched for longer than {SEARCH_S:g} s") from None
-    said = [next((group for group in match.groups() if group), match[0]) for match in matches]
-    return [item for item in said if item.strip()]
+    citations = [next((group for group in match.groups() if group), match[0]) for match in matches]
+    return [citation for citation in citations if citation.strip()]
 
 
-def _holds(sources: str, said: str) -> bool:
+def _holds(sources: str, phrase: str) -> bool:
     """Whether a text holds a phrase as words: `hall` is not in `shall`."""
-    return re.search(rf"(?<!\w){re.escape(said)}(?!\w)", sources) is not None
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", sources) is not None
 
 
 def _plain(text: str) -> str:

@@ -28,8 +28,8 @@ from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyF
 from sartor.serving.dispatch.model_selection import AUTO, BASE_AGENT
 from sartor.serving.dispatch.reply_stream import ReplyStream
 from sartor.serving.plan_options import DividedPlan, Plan, agents_of_plan, digest
-from sartor.serving.plans.plan_log import PlanLog, Ran
-from sartor.serving.plans.plan_runner import PlanRunner, purse_of
+from sartor.serving.plans.plan_log import FinishedRun, PlanLog
+from sartor.serving.plans.plan_runner import PlanRunner, allowance_of
 from sartor.serving.plans.plan_steps import OpenStep, PlanAllowance, PlanRun, StepLogEntry, StepReplier, StepReply
 from sartor.serving.team_config import Team
 from sartor.serving.types import AgentListing, AgentReply, AgentRequest, FinishedReply, ReceiptWriter
@@ -52,7 +52,7 @@ class Single:
 
     replies: Replier
 
-    async def open(self, request: AgentRequest, place: str) -> AgentReply:
+    async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
         """See Members."""
         return await self.replies.open(request)
 
@@ -72,7 +72,7 @@ class PlanDispatcher:
     ) -> None:
         self._replies, self._members = replies, members or Single(replies)
         self._log, self._receipts, self._known = log, receipts, known
-        self._most_tokens = team.limits.reply_tokens
+        self._max_tokens = team.limits.reply_tokens
         self._plans: dict[str, Plan] = {plan.name: plan for plan in team.plans}
         self._digests = {name: digest(plan, self._plans) for name, plan in self._plans.items()}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -88,11 +88,13 @@ class PlanDispatcher:
     @property
     def troubles(self) -> dict[str, str]:
         """What a plan cannot do as it is declared, by its name."""
-        known = {*self._known(), *self._plans, BASE_AGENT, AUTO}
+        known_names = {*self._known(), *self._plans, BASE_AGENT, AUTO}
         result = {}
         for name, plan in self._plans.items():
-            if absent := sorted({step.agent for step in agents_of_plan(plan) if step.agent.partition("@")[0] not in known}):
-                result[name] = f"nobody of its steps is called {', '.join(absent)}"
+            if missing := sorted(
+                {step.agent for step in agents_of_plan(plan) if step.agent.partition("@")[0] not in known_names}
+            ):
+                result[name] = f"nobody of its steps is called {', '.join(missing)}"
             elif name in self._known():
                 result[name] = "an agent has its name too, and the plan answers"
         if self._log.lost or self.receipts_lost:
@@ -105,13 +107,13 @@ class PlanDispatcher:
         Raises what `Dispatch.open` raises; for a plan RequestError for what no plan does, and UnavailableError where no step
         gave anything.
         """
-        name, at, version = request.model.partition("@")
+        name, separator, version = request.model.partition("@")
         plan = self._plans.get(name)
         if plan is None:
             return await self._replies.open(request)
-        self._check(plan, request, version if at else self._digests[name])
-        course = PlanRun(secrets.token_hex(16), request, self._members, self._plans, self._most_tokens)
-        return await self._opened(course, plan)
+        self._check(plan, request, version if separator else self._digests[name])
+        run = PlanRun(secrets.token_hex(16), request, self._members, self._plans, self._max_tokens)
+        return await self._open_plan(run, plan)
 
     async def close(self) -> None:
         """Wait for what is still to be written."""
@@ -134,48 +136,52 @@ class PlanDispatcher:
                 f"the plan {plan.name} puts answers below each other, which obey no schema", "declare who makes one: `answer`"
             )
 
-    async def _opened(self, course: PlanRun, plan: Plan) -> AgentReply:
+    async def _open_plan(self, run: PlanRun, plan: Plan) -> AgentReply:
         """Follow the plan. Whatever happens, the log has it."""
-        purse = purse_of(plan, course.request.deadline_s)
-        running = _Running(course, plan, f"{plan.name}@{self._digests[plan.name]}", purse)
+        allowance = allowance_of(plan, run.request.deadline_s)
+        active = _ActiveRun(run, plan, f"{plan.name}@{self._digests[plan.name]}", allowance)
         try:
-            said = await PlanRunner(course, plan, course.request, purse).follow(course.request.streams)
-            if said is None:
-                raise _nothing(plan, course.errors)
+            step_reply = await PlanRunner(run, plan, run.request, allowance).follow(run.request.streams)
+            if step_reply is None:
+                raise _nothing(plan, run.errors)
         except asyncio.CancelledError:
-            self._spawn(self._write(running.ran("", "cancelled")))
+            self._spawn(self._write(active.finished_run("", "cancelled")))
             raise
         except SartorError as error:
-            await asyncio.shield(self._spawn(self._write(running.ran("", "failed", error))))
+            await asyncio.shield(self._spawn(self._write(active.finished_run("", "failed", error))))
             raise
-        running.reason = "; ".join([f"plan {plan.name}", *course.notes])
-        told = _Told(said, course.id, purse, lambda: self._spawn(self._write(running.ran("", "cancelled"))))
-        replying = ReplyStream(told, lambda: None, lambda reply, end: self._ended(running, reply.text, end))
-        return AgentReply(running.version, running.reason, course.id, replying)
-
-    async def _ended(self, running: _Running, text: str, end: ReplyDone | ReplyFailed) -> None:
-        """The answer is over: its receipt is kept, and its run logged."""
-        course = running.course
-        done, error = (end, None) if isinstance(end, ReplyDone) else (None, error_of(end.kind, end.problem, end.remedy))
-        call = GenerateCall(
-            course.id, BASE, course.request.messages, sampling=Sampling(**course.request.sampling), schema=course.request.schema
+        active.reason = "; ".join([f"plan {plan.name}", *run.notes])
+        events = _PlanEvents(
+            step_reply, run.id, allowance, lambda: self._spawn(self._write(active.finished_run("", "cancelled")))
         )
-        facts = (course.id, running.version, running.reason, "", call, text, done)
-        given = FinishedReply(*facts, scores={}, began=running.began, steps=course.receipts)
-        # a client that goes now must not keep either from being written
-        await asyncio.shield(self._spawn(self._keep(given)))
-        await asyncio.shield(self._spawn(self._write(running.ran(text, "failed" if error else "answered", error))))
+        stream = ReplyStream(events, lambda: None, lambda stream, event: self._ended(active, stream.text, event))
+        return AgentReply(active.version, active.reason, run.id, stream)
 
-    async def _keep(self, given: FinishedReply) -> None:
+    async def _ended(self, active: _ActiveRun, text: str, event: ReplyDone | ReplyFailed) -> None:
+        """The answer is over: its receipt is kept, and its run logged."""
+        run = active.run
+        done, error = (
+            (event, None) if isinstance(event, ReplyDone) else (None, error_of(event.kind, event.problem, event.remedy))
+        )
+        call = GenerateCall(
+            run.id, BASE, run.request.messages, sampling=Sampling(**run.request.sampling), schema=run.request.schema
+        )
+        facts = (run.id, active.version, active.reason, "", call, text, done)
+        finished = FinishedReply(*facts, scores={}, began=active.began, steps=run.receipts)
+        # a client that goes now must not keep either from being written
+        await asyncio.shield(self._spawn(self._keep(finished)))
+        await asyncio.shield(self._spawn(self._write(active.finished_run(text, "failed" if error else "answered", error))))
+
+    async def _keep(self, finished: FinishedReply) -> None:
         if self._receipts is None:
             return
         try:
-            await asyncio.to_thread(self._receipts.write, given)
+            await asyncio.to_thread(self._receipts.write, finished)
         except (SartorError, OSError):  # a full disk hurts no answer; /health counts what is lost
             self.receipts_lost += 1
 
-    async def _write(self, ran: Ran) -> None:
-        await asyncio.to_thread(self._log.write, ran)
+    async def _write(self, finished_run: FinishedRun) -> None:
+        await asyncio.to_thread(self._log.write, finished_run)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -185,57 +191,61 @@ class PlanDispatcher:
 
 
 @dataclass
-class _Running:
+class _ActiveRun:
     """A plan that is being followed, and what is told of it at its end. began: seconds since the epoch."""
 
-    course: PlanRun
+    run: PlanRun
     plan: Plan
     version: str
-    purse: PlanAllowance
+    allowance: PlanAllowance
     reason: str = ""
     began: float = field(default_factory=time.time)
 
-    def ran(self, text: str, outcome: str, error: SartorError | None = None) -> Ran:
+    def finished_run(self, text: str, outcome: str, error: SartorError | None = None) -> FinishedRun:
         """The run as the log has it."""
-        asked = self.course.request
-        told = {"messages": list(asked.messages), "sampling": dict(asked.sampling), "schema": asked.schema}
-        tokens = {"prompt": self.purse.prompt, "reply": self.purse.reply, "cached": self.purse.cached}
+        request = self.run.request
+        request_fields = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
+        tokens = {"prompt": self.allowance.prompt, "reply": self.allowance.reply, "cached": self.allowance.cached}
         took_s = time.time() - self.began
-        ends = StepLogEntry(
-            "", "answer", self.version, outcome, error, said=text, receipt=self.course.id, tokens=tokens, took_s=took_s
+        last_entry = StepLogEntry(
+            "", "answer", self.version, outcome, error, reply=text, receipt=self.run.id, tokens=tokens, took_s=took_s
         )
-        opens = StepLogEntry("", "request", asked.model, "asked", asked=told)
-        return Ran(self.course.id, self.version, opens, self.course.lines, ends, self.plan.log == "content", self.began)
+        first_entry = StepLogEntry("", "request", request.model, "asked", request_fields=request_fields)
+        return FinishedRun(
+            self.run.id, self.version, first_entry, self.run.lines, last_entry, self.plan.log == "content", self.began
+        )
 
 
-class _Told:
+class _PlanEvents:
     """The events of an answer: all of it at once, or those of the last step as they come; the tokens are those of all steps.
 
-    left: called when the client wants no more of it.
+    on_cancel: called when the client wants no more of it.
     """
 
-    def __init__(self, source: StepReply | OpenStep, id: str, purse: PlanAllowance, left: Callable[[], object]) -> None:
-        self._source, self._id, self._purse, self._left = source, id, purse, left
+    def __init__(
+        self, source: StepReply | OpenStep, id: str, allowance: PlanAllowance, on_cancel: Callable[[], object]
+    ) -> None:
+        self._source, self._id, self._allowance, self._on_cancel = source, id, allowance, on_cancel
         self._has_begun = False
 
-    def __aiter__(self) -> _Told:
+    def __aiter__(self) -> _PlanEvents:
         return self
 
     async def __anext__(self) -> Event:
         if not self._has_begun:
             self._has_begun = True
             # what the steps before said is paid for, and not heard
-            return TextDelta(self._id, self._source.text if isinstance(self._source, StepReply) else "", self._purse.reply)
+            return TextDelta(self._id, self._source.text if isinstance(self._source, StepReply) else "", self._allowance.reply)
         event = (
             ReplyDone(self._id, self._source.finish, 0, 0) if isinstance(self._source, StepReply) else await anext(self._source)
         )
         if isinstance(event, ReplyDone):
-            return ReplyDone(self._id, event.finish, self._purse.prompt, self._purse.reply, self._purse.cached)
+            return ReplyDone(self._id, event.finish, self._allowance.prompt, self._allowance.reply, self._allowance.cached)
         return replace(event, call=self._id)
 
     async def aclose(self) -> None:
         """See Events."""
-        self._left()
+        self._on_cancel()
         if isinstance(self._source, OpenStep):
             await self._source.aclose()
 

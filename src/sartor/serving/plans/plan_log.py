@@ -47,9 +47,9 @@ class DayFiles:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         end = os.fstat(descriptor).st_size
         try:
-            rest = data
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            remaining = data
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, end)
@@ -72,57 +72,62 @@ DIGITS = 3
 
 
 @dataclass(frozen=True)
-class Ran:
+class FinishedRun:
     """One run for the log. plan: `name@digest`. outcome: answered, failed or cancelled. content: whether the words are kept."""
 
     id: str
     plan: str
-    request: StepLogEntry
+    request_entry: StepLogEntry
     steps: Sequence[StepLogEntry]
-    answer: StepLogEntry
+    answer_entry: StepLogEntry
     content: bool
     began: float
 
     def rows(self, digest: Digest) -> list[dict[str, Any]]:
         """The lines, as JSON: those of the request and the answer around those of the steps."""
         head = {"schema": SCHEMA, "run": self.id, "plan": self.plan}
-        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
-        told = [_told(line, digest, self.content) for line in (self.request, *self.steps, self.answer)]
-        return [{**head, "number": number, "of": len(told), "created": made, **row} for number, row in enumerate(told)]
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began))
+        rows = [_log_row(line, digest, self.content) for line in (self.request_entry, *self.steps, self.answer_entry)]
+        return [{**head, "number": number, "of": len(rows), "created": created, **row} for number, row in enumerate(rows)]
 
 
-def _told(line: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
-    asked = {name: value for name, value in line.asked.items() if name != "sampling"}
+def _log_row(entry: StepLogEntry, digest: Digest, content: bool) -> dict[str, Any]:
+    request_fields = {name: value for name, value in entry.request_fields.items() if name != "sampling"}
     fields = {
-        "step": line.place,
-        "role": line.role,
-        "agent": line.agent,
-        "outcome": line.outcome,
-        "sampling": {name: _plain(value) for name, value in line.asked.get("sampling", {}).items()},
-        "receipt": line.receipt,
-        "tokens": dict(line.tokens),
-        "took_s": round(line.took_s, DIGITS),
-        **digests(line, digest),
+        "step": entry.step_path,
+        "role": entry.role,
+        "agent": entry.agent,
+        "outcome": entry.outcome,
+        "sampling": {name: _plain(value) for name, value in entry.request_fields.get("sampling", {}).items()},
+        "receipt": entry.receipt,
+        "tokens": dict(entry.tokens),
+        "took_s": round(entry.took_s, DIGITS),
+        **digests(entry, digest),
     }
-    error = line.error
+    error = entry.error
     if not content:
-        return {**fields, "findings": len(line.findings), "why": error.kind if error else ""}
+        return {**fields, "findings": len(entry.findings), "why": error.kind if error else ""}
     reason = f"{error.kind}: {error.problem}" if error else ""
-    return {**fields, "findings": list(line.findings), "why": reason, "content": {"asked": asked, "said": line.said}}
+    return {
+        **fields,
+        "findings": list(entry.findings),
+        "why": reason,
+        "content": {"asked": request_fields, "said": entry.reply},
+    }
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def digests(line: StepLogEntry, digest: Digest) -> dict[str, Any]:
+def digests(entry: StepLogEntry, digest: Digest) -> dict[str, Any]:
     """Of what a step was asked and said; "" of nothing."""
-    asked, schema = line.asked, line.asked.get("schema", "")
+    request_fields, schema = entry.request_fields, entry.request_fields.get("schema", "")
     content = RequestDigestInput.of_request(
-        {"messages": list(asked.get("messages", ())), "response_format": response_format(schema)}
+        {"messages": list(request_fields.get("messages", ())), "response_format": response_format(schema)}
     )
-    parts = content.digests(digest) if asked else {}
-    return {"asked": digest("asked", parts), "said": digest("said", line.said)}
+    parts = content.digests(digest) if request_fields else {}
+    return {"asked": digest("asked", parts), "said": digest("said", entry.reply)}
 
 
 def response_format(schema: str) -> Mapping[str, Any]:
@@ -147,10 +152,10 @@ class PlanLog:
         state = Path(team.state)
         return cls(state / "plans", team_digest(state), team.limits.receipts_days, about)
 
-    def write(self, ran: Ran) -> None:
+    def write(self, finished_run: FinishedRun) -> None:
         """Append a run, whole, and see it onto the disk; where that cannot be it is counted."""
         try:
-            rows = ran.rows(self._digest)
+            rows = finished_run.rows(self._digest)
             if self._about is not None:
                 rows[0] |= self._about().made_by
             data = b"".join(json.dumps(row, ensure_ascii=True).encode() + b"\n" for row in rows)

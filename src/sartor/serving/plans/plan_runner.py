@@ -47,13 +47,13 @@ from sartor.serving.plans.step_messages import (
     PlanStepInput,
     Role,
     TaskPart,
-    asked_in,
     is_json,
     parts_schema,
     read_json,
     read_parts,
     read_verdict,
     schema_errors,
+    user_text,
 )
 from sartor.serving.types import AgentRequest
 
@@ -74,8 +74,8 @@ def majority_reply(replies: Sequence[str], vote: Vote) -> tuple[int, int]:
     """(place of the reply that stands for the majority, how many say so). Of equally many the one that stands first."""
     forms = [comparison_key(reply, vote.fields) for reply in replies]
     counts = Counter(forms)
-    most = max(counts.values())
-    return next((index, most) for index, form in enumerate(forms) if counts[form] == most)
+    max_count = max(counts.values())
+    return next((index, max_count) for index, form in enumerate(forms) if counts[form] == max_count)
 
 
 def merge_json_replies(replies: Sequence[str], merge: Merge) -> tuple[str, int]:
@@ -83,24 +83,24 @@ def merge_json_replies(replies: Sequence[str], merge: Merge) -> tuple[str, int]:
     values = [value for value in map(read_json, replies) if isinstance(value, dict)]
     rules: dict[str, Rule] = {field.name: field.rule for field in merge.fields}
     names = dict.fromkeys(name for value in values for name in value)
-    made = {name: _united(name, values, rules.get(name, merge.rule)) for name in names}
-    kept = {name: value for name, value in made.items() if value is not _ABSENT}
-    return (json.dumps(kept, ensure_ascii=False, separators=(",", ":")), len(values)) if values else ("", 0)
+    merged = {name: _merge_field(name, values, rules.get(name, merge.rule)) for name in names}
+    fields = {name: value for name, value in merged.items() if value is not _ABSENT}
+    return (json.dumps(fields, ensure_ascii=False, separators=(",", ":")), len(values)) if values else ("", 0)
 
 
-def _united(name: str, values: Sequence[Mapping[str, Any]], rule: Rule) -> Any:
-    given = [value[name] for value in values if name in value]
+def _merge_field(name: str, values: Sequence[Mapping[str, Any]], rule: Rule) -> Any:
+    present = [value[name] for value in values if name in value]
     if rule == "first":
-        return given[0]
+        return present[0]
     if rule == "longest":
-        return max(given, key=lambda one: len(one if isinstance(one, str) else records.canonical_text(one)))
+        return max(present, key=lambda value: len(value if isinstance(value, str) else records.canonical_text(value)))
     if rule == "union":
-        items = [item for one in given for item in (one if isinstance(one, list) else [one])]
+        items = [item for value in present for item in (value if isinstance(value, list) else [value])]
         return list({records.canonical_text(item): item for item in items}.values())
-    said = [value.get(name, _ABSENT) for value in values]
-    forms = ["" if one is _ABSENT else records.canonical_text(one) for one in said]
+    field_values = [value.get(name, _ABSENT) for value in values]
+    forms = ["" if value is _ABSENT else records.canonical_text(value) for value in field_values]
     counts = Counter(forms)
-    return said[next(index for index, form in enumerate(forms) if counts[form] == max(counts.values()))]
+    return field_values[next(index for index, form in enumerate(forms) if counts[form] == max(counts.values()))]
 
 
 _BETWEEN = "\n\n"
@@ -110,7 +110,7 @@ _BETWEEN = "\n\n"
 class Draft:
     """A draft, and how far through the checks it got: `passed` of them, then `findings`."""
 
-    said: StepReply
+    reply: StepReply
     passed: int
     findings: tuple[DraftFinding, ...]
 
@@ -121,10 +121,14 @@ class Draft:
 
 
 class PlanRunner:
-    """One plan for one request. purse: what it may take; above: the place of the step that it stands for, if it is one."""
+    """One plan for one request. allowance: what it may take; parent_path: the place of the step that it stands for, if it is
+    one.
+    """
 
-    def __init__(self, course: PlanRun, plan: Plan, request: AgentRequest, purse: PlanAllowance, above: str = "") -> None:
-        self._course, self._plan, self._request, self._purse, self._above = course, plan, request, purse, above
+    def __init__(
+        self, run: PlanRun, plan: Plan, request: AgentRequest, allowance: PlanAllowance, parent_path: str = ""
+    ) -> None:
+        self._run, self._plan, self._request, self._allowance, self._parent_path = run, plan, request, allowance, parent_path
 
     async def follow(self, streams: bool = False) -> StepReply | OpenStep | None:
         """The answer; None where no step gave anything. streams: one that has only to be passed on may come as it is made."""
@@ -137,166 +141,170 @@ class PlanRunner:
 
     async def _chain(self, plan: ChainPlan, streams: bool) -> StepReply | OpenStep | None:
         draft: StepReply | None = None
-        for number, step in enumerate(plan.steps):
+        for index, step in enumerate(plan.steps):
             task = self._task(
-                step, "draft", f"steps.{number}", PlanStepInput(self._request.messages, draft.text if draft else "")
+                step, "draft", f"steps.{index}", PlanStepInput(self._request.messages, draft.text if draft else "")
             )
-            is_last = number == len(plan.steps) - 1
-            if streams and is_last and not plan.check and step.agent not in self._course.known:
-                return await self._begun(task) or draft
+            is_last = index == len(plan.steps) - 1
+            if streams and is_last and not plan.check and step.agent not in self._run.plans:
+                return await self._open_step(task) or draft
             draft = await self._ask(task) or draft
         return await self._verified(draft, plan.check, plan.mend)
 
     async def _parallel(self, plan: ParallelPlan) -> StepReply | None:
-        handover = PlanStepInput(self._request.messages)
+        step_input = PlanStepInput(self._request.messages)
         tasks = [
-            self._task(step, "draft", f"members.{number}", handover, number=number) for number, step in enumerate(plan.members)
+            self._task(step, "draft", f"members.{index}", step_input, number=index) for index, step in enumerate(plan.members)
         ]
-        replies = [said for said in await self._together(tasks) if said]
+        replies = [reply for reply in await self._together(tasks) if reply]
         if not replies:
             return None
-        texts = [said.text for said in replies]
+        texts = [reply.text for reply in replies]
         if isinstance(plan.join, Merge):
             text, objects = merge_json_replies(texts, plan.join)
-            wrong = schema_errors(read_json(text), read_json(self._request.schema)) if text and self._request.schema else []
-            if text and not wrong:
+            problems = schema_errors(read_json(text), read_json(self._request.schema)) if text and self._request.schema else []
+            if text and not problems:
                 self._note(f"merged from {objects} of {len(plan.members)}")
-                return StepReply(text, ", ".join(dict.fromkeys(said.agent for said in replies)))
-            self._note(f"a vote instead of a merge: {wrong[0] if wrong else 'no reply is a JSON object'}")
-        place, votes = majority_reply(texts, plan.join if isinstance(plan.join, Vote) else Vote())
-        self._note(f"{votes} of {len(plan.members)} say what {replies[place].agent} says")
-        return replies[place]
+                return StepReply(text, ", ".join(dict.fromkeys(reply.agent for reply in replies)))
+            self._note(f"a vote instead of a merge: {problems[0] if problems else 'no reply is a JSON object'}")
+        index, votes = majority_reply(texts, plan.join if isinstance(plan.join, Vote) else Vote())
+        self._note(f"{votes} of {len(plan.members)} say what {replies[index].agent} says")
+        return replies[index]
 
     async def _divided(self, plan: DividedPlan, streams: bool) -> StepReply | OpenStep | None:
         parts = await self._parts(plan)
         steps = {step.agent: step for step in plan.members}
-        whole = PlanStepInput(self._request.messages)
+        full_input = PlanStepInput(self._request.messages)
         tasks = [
-            self._task(steps[part.agent], "part", f"parts.{number}", _of_part(part) if part.task else whole, number=number)
-            for number, part in enumerate(parts)
+            self._task(steps[part.agent], "part", f"parts.{index}", _of_part(part) if part.task else full_input, number=index)
+            for index, part in enumerate(parts)
         ]
         replies = await self._together(tasks)
-        given = [(part, said) for part, said in zip(parts, replies, strict=True) if said]
-        if not given:
+        answered_parts = [(part, reply) for part, reply in zip(parts, replies, strict=True) if reply]
+        if not answered_parts:
             return None
         joined = StepReply(
-            _BETWEEN.join(said.text for _, said in given), ", ".join(dict.fromkeys(said.agent for _, said in given))
+            _BETWEEN.join(reply.text for _, reply in answered_parts),
+            ", ".join(dict.fromkeys(reply.agent for _, reply in answered_parts)),
         )
-        joined = given[0][1] if len(given) == 1 else joined
+        joined = answered_parts[0][1] if len(answered_parts) == 1 else joined
         if plan.answer is None or not parts[0].task:
             return await self._verified(joined, plan.check, plan.mend)
-        findings = tuple(DraftFinding(part.task, said.text) for part, said in given)
+        findings = tuple(DraftFinding(part.task, reply.text) for part, reply in answered_parts)
         task = self._task(plan.answer, "answer", "answer", PlanStepInput(self._request.messages, joined.text, findings))
-        if streams and not plan.check and plan.answer.agent not in self._course.known:
-            return await self._begun(task) or joined
+        if streams and not plan.check and plan.answer.agent not in self._run.plans:
+            return await self._open_step(task) or joined
         return await self._verified(await self._ask(task) or joined, plan.check, plan.mend)
 
     async def _parts(self, plan: DividedPlan) -> list[TaskPart]:
         """What the planner made of the request; where it is not divided, one part without a task, the first member's."""
         names = [step.agent for step in plan.members]
-        handover = PlanStepInput(self._request.messages)
-        task = replace(self._task(plan.plan, "plan", "plan", handover), form=parts_schema(names, plan.most))
-        said = await self._ask(task)
-        parts = read_parts(said.text, names, plan.most) if said else []
+        step_input = PlanStepInput(self._request.messages)
+        task = replace(self._task(plan.plan, "plan", "plan", step_input), form=parts_schema(names, plan.most))
+        reply = await self._ask(task)
+        parts = read_parts(reply.text, names, plan.most) if reply else []
         if not parts:
             self._note(f"not divided: all of it is for {names[0]}")
         return parts or [TaskPart(names[0], "")]
 
-    async def _verified(self, said: StepReply | None, checks: Sequence[Check], mend: Mend | None) -> StepReply | None:
+    async def _verified(self, reply: StepReply | None, checks: Sequence[Check], mend: Mend | None) -> StepReply | None:
         """The best draft that there is, after as many mends as are allowed and called for."""
-        if said is None or not checks:
-            return said
-        best = await self._judged(said, checks, 0)
-        seen = Counter([said.text])
-        for number in range(1, mend.times + 1 if mend else 1):
+        if reply is None or not checks:
+            return reply
+        best = await self._judged(reply, checks, 0)
+        text_counts = Counter([reply.text])
+        for attempt in range(1, mend.times + 1 if mend else 1):
             if not best.findings:
                 break
             assert mend is not None
-            handover = PlanStepInput(self._request.messages, best.said.text, best.findings)
-            made = await self._ask(self._task(mend, "mend", f"mend.{number}", handover, number=number))
-            if made is None:
+            step_input = PlanStepInput(self._request.messages, best.reply.text, best.findings)
+            mended = await self._ask(self._task(mend, "mend", f"mend.{attempt}", step_input, number=attempt))
+            if mended is None:
                 break
-            seen[made.text] += 1
-            if seen[made.text] > 1 + mend.repeats:
-                self._note(f"stopped at mend.{number}: what is said was said before")
+            text_counts[mended.text] += 1
+            if text_counts[mended.text] > 1 + mend.repeats:
+                self._note(f"stopped at mend.{attempt}: what is said was said before")
                 break
-            if seen[made.text] == 1:
-                best = min(best, await self._judged(made, checks, number), key=lambda draft: draft.rank)
+            if text_counts[mended.text] == 1:
+                best = min(best, await self._judged(mended, checks, attempt), key=lambda draft: draft.rank)
         if best.findings:
             self._note(f"answered although {best.findings[0].check} found {len(best.findings)}")
-        return best.said
+        return best.reply
 
-    async def _judged(self, said: StepReply, checks: Sequence[Check], mends: int) -> Draft:
+    async def _judged(self, reply: StepReply, checks: Sequence[Check], mends: int) -> Draft:
         """A draft with what the first check that finds something finds. A critic that says nothing is noted and passed over."""
-        request = asked_in(self._course.request.messages)
-        for number, check in enumerate(checks):
-            place = f"check.{mends}.{number}"
+        request_text = user_text(self._run.request.messages)
+        for index, check in enumerate(checks):
+            step_path = f"check.{mends}.{index}"
             if isinstance(check, Critic):
-                found = await self._criticised(check, said, place)
+                findings = await self._criticised(check, reply, step_path)
             else:
-                found = run_check(check, said.text, request)
-                line = StepLogEntry(self._at(place), "check", check.kind, "found" if found else "passed", said=said.text)
-                self._course.lines.append(replace(line, findings=tuple(found)))
-            if found:
-                name = f"{number} {check.kind}"
-                self._note(f"{name} found {len(found)} in {said.agent}'s draft")
-                return Draft(said, number, tuple(DraftFinding(name, item) for item in found))
-        self._note(f"nothing was found in {said.agent}'s draft")
-        return Draft(said, len(checks), ())
+                findings = run_check(check, reply.text, request_text)
+                line = StepLogEntry(
+                    self._at(step_path), "check", check.kind, "found" if findings else "passed", reply=reply.text
+                )
+                self._run.lines.append(replace(line, findings=tuple(findings)))
+            if findings:
+                name = f"{index} {check.kind}"
+                self._note(f"{name} found {len(findings)} in {reply.agent}'s draft")
+                return Draft(reply, index, tuple(DraftFinding(name, item) for item in findings))
+        self._note(f"nothing was found in {reply.agent}'s draft")
+        return Draft(reply, len(checks), ())
 
-    async def _criticised(self, check: Critic, said: StepReply, place: str) -> list[str]:
-        verdict = await self._ask(self._task(check, "check", place, PlanStepInput(self._request.messages, said.text)))
-        read = read_verdict(verdict.text) if verdict else None
-        if verdict and read is None:
-            self._note(f"{verdict.agent} gave no verdict at {place}")
-        return [] if read is None or read.right else [*read.findings] or ["it is not right"]
+    async def _criticised(self, check: Critic, reply: StepReply, step_path: str) -> list[str]:
+        critic_reply = await self._ask(self._task(check, "check", step_path, PlanStepInput(self._request.messages, reply.text)))
+        verdict = read_verdict(critic_reply.text) if critic_reply else None
+        if critic_reply and verdict is None:
+            self._note(f"{critic_reply.agent} gave no verdict at {step_path}")
+        return [] if verdict is None or verdict.right else [*verdict.findings] or ["it is not right"]
 
     async def _together(self, tasks: Sequence[StepTask]) -> list[StepReply | None]:
         """The replies to tasks side by side, each with an equal share of what is left."""
-        share = max(1, self._purse.left // len(tasks))
+        share = max(1, self._allowance.remaining_tokens // len(tasks))
         async with asyncio.TaskGroup() as group:
-            running = [
-                group.create_task(self._ask(task, PlanAllowance(share, self._purse.due, part_of=self._purse))) for task in tasks
+            step_tasks = [
+                group.create_task(self._ask(task, PlanAllowance(share, self._allowance.deadline, part_of=self._allowance)))
+                for task in tasks
             ]
-        return [item.result() for item in running]
+        return [step_task.result() for step_task in step_tasks]
 
-    async def _ask(self, task: StepTask, purse: PlanAllowance | None = None) -> StepReply | None:
-        purse = purse or self._purse
-        plan = self._course.known.get(task.step.agent)
+    async def _ask(self, task: StepTask, allowance: PlanAllowance | None = None) -> StepReply | None:
+        allowance = allowance or self._allowance
+        plan = self._run.plans.get(task.step.agent)
         if plan is not None:
-            return await self._within(plan, task, purse)
-        said = await ask(self._course, purse, self._request, task)
-        if said and task.role != "check":
-            self._note(f"{said.agent} {_DOES[task.role]}")
-        return said
+            return await self._within(plan, task, allowance)
+        reply = await ask(self._run, allowance, self._request, task)
+        if reply and task.role != "check":
+            self._note(f"{reply.agent} {_DOES[task.role]}")
+        return reply
 
-    async def _within(self, plan: Plan, task: StepTask, purse: PlanAllowance) -> StepReply | None:
+    async def _within(self, plan: Plan, task: StepTask, allowance: PlanAllowance) -> StepReply | None:
         """The answer of a plan that is a step of this one, within both budgets."""
-        request = request_of(task, self._request, purse, self._course.most_tokens)
-        inner = purse_of(plan, request.deadline_s, purse)
-        run = PlanRunner(self._course, plan, replace(request, openable=self._request.openable), inner, task.place)
-        said = await run.follow()
-        assert not isinstance(said, OpenStep), "only the outermost plan streams"
-        return said
+        request = request_of(task, self._request, allowance, self._run.max_tokens)
+        inner_allowance = allowance_of(plan, request.deadline_s, allowance)
+        runner = PlanRunner(self._run, plan, replace(request, openable=self._request.openable), inner_allowance, task.step_path)
+        reply = await runner.follow()
+        assert not isinstance(reply, OpenStep), "only the outermost plan streams"
+        return reply
 
-    async def _begun(self, task: StepTask) -> OpenStep | None:
+    async def _open_step(self, task: StepTask) -> OpenStep | None:
         """A step that has begun and whose reply is the answer; None for one that could not begin, which is noted."""
         try:
-            opened = await begin(self._course, self._purse, self._request, task)
+            open_step = await begin(self._run, self._allowance, self._request, task)
         except SartorError as error:
-            self._course.leave_out(StepLogEntry(task.place, task.role, task.step.agent, "said"), error)
+            self._run.leave_out(StepLogEntry(task.step_path, task.role, task.step.agent, "said"), error)
             return None
-        self._note(f"{opened.agent} answers")
-        return opened
+        self._note(f"{open_step.agent} answers")
+        return open_step
 
-    def _task(self, step: PlanStep, role: Role, place: str, handover: PlanStepInput, *, number: int = 0) -> StepTask:
-        return StepTask(step, role, self._at(place), handover, number)
+    def _task(self, step: PlanStep, role: Role, step_path: str, step_input: PlanStepInput, *, number: int = 0) -> StepTask:
+        return StepTask(step, role, self._at(step_path), step_input, number)
 
-    def _at(self, place: str) -> str:
-        return f"{self._above}/{place}" if self._above else place
+    def _at(self, step_path: str) -> str:
+        return f"{self._parent_path}/{step_path}" if self._parent_path else step_path
 
-    def _note(self, what: str) -> None:
-        self._course.notes.append(what)
+    def _note(self, note: str) -> None:
+        self._run.notes.append(note)
 
 
 _DOES: dict[Role, str] = {"draft": "drafts", "mend": "mends", "plan": "divides", "part": "answers a part", "answer": "answers"}
@@ -306,6 +314,6 @@ def _of_part(part: TaskPart) -> PlanStepInput:
     return PlanStepInput(({"role": "user", "content": part.task},))
 
 
-def purse_of(plan: Plan, deadline_s: float, part_of: PlanAllowance | None = None) -> PlanAllowance:
+def allowance_of(plan: Plan, deadline_s: float, part_of: PlanAllowance | None = None) -> PlanAllowance:
     """What a plan may take from now on."""
     return PlanAllowance(plan.budget.tokens, time.monotonic() + min(plan.budget.seconds, deadline_s), part_of)

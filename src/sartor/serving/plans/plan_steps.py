@@ -25,32 +25,32 @@ _OWN_FORM = ("check", "plan")
 class StepReplier(Protocol):
     """Who answers the steps: `dispatch`, or what stands for it. place: of the step in its plan, as the log has it."""
 
-    async def open(self, request: AgentRequest, place: str) -> AgentReply:
+    async def open(self, request: AgentRequest, step_path: str) -> AgentReply:
         """Begin a reply; see `Dispatch.open`."""
         ...
 
 
 @dataclass
 class PlanAllowance:
-    """What a plan may still take. due: of the monotonic clock. What is spent of it is spent of what it is a part of."""
+    """What a plan may still take. deadline: of the monotonic clock. What is spent of it is spent of what it is a part of."""
 
     tokens: int
-    due: float
+    deadline: float
     part_of: PlanAllowance | None = None
     prompt: int = 0
     reply: int = 0
     cached: int = 0
 
     @property
-    def left(self) -> int:
+    def remaining_tokens(self) -> int:
         """Tokens."""
-        own = self.tokens - self.prompt - self.reply
-        return own if self.part_of is None else min(own, self.part_of.left)
+        remaining = self.tokens - self.prompt - self.reply
+        return remaining if self.part_of is None else min(remaining, self.part_of.remaining_tokens)
 
     @property
-    def left_s(self) -> float:
+    def remaining_s(self) -> float:
         """Seconds."""
-        return self.due - time.monotonic()
+        return self.deadline - time.monotonic()
 
     def spend(self, prompt: int, reply: int, cached: int) -> None:
         """Note what a step took."""
@@ -60,27 +60,27 @@ class PlanAllowance:
 
     def check(self) -> None:
         """Raise BudgetError when nothing is left."""
-        if self.left <= 0:
+        if self.remaining_tokens <= 0:
             raise BudgetError(f"the budget of {self.tokens} tokens is used up", "raise budget.tokens of the plan")
-        if self.left_s <= 0:
+        if self.remaining_s <= 0:
             raise DeadlineError("the plan's time is used up", "raise budget.seconds of the plan")
 
 
 @dataclass(frozen=True)
 class StepLogEntry:
-    """What the log has of a step. asked, said: content; how much of it is written, the plan declares.
+    """What the log has of a step. request_fields, reply: content; how much of it is written, the plan declares.
 
-    place: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
+    step_path: of the step in the plan (`steps.0`, `check.1.0`: of the draft after one mend, the first check). agent: the exact
     version, or a check's kind. outcome: said, passed, found, or left out. error: of the latter. sampling: as it was asked for.
     """
 
-    place: str
+    step_path: str
     role: Role | Literal["request"]
     agent: str
     outcome: str
     error: SartorError | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    said: str = ""
+    request_fields: Mapping[str, Any] = field(default_factory=dict)
+    reply: str = ""
     findings: tuple[str, ...] = ()
     receipt: str = ""
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -91,14 +91,14 @@ class StepLogEntry:
 class PlanRun:
     """One request on its way through a plan and the plans within it, and what became of it so far.
 
-    request: the client's. known: every plan of the team by name. most_tokens: of one reply, as the server has it.
+    request: the client's. plans: every plan of the team by name. max_tokens: of one reply, as the server has it.
     """
 
     id: str
     request: AgentRequest
     members: StepReplier
-    known: Mapping[str, Plan]
-    most_tokens: int
+    plans: Mapping[str, Plan]
+    max_tokens: int
     lines: list[StepLogEntry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     errors: list[SartorError] = field(default_factory=list)
@@ -111,7 +111,7 @@ class PlanRun:
     def leave_out(self, line: StepLogEntry, error: SartorError) -> None:
         """Note a step that gave nothing."""
         self.lines.append(replace(line, outcome="left out", error=error))
-        self.notes.append(f"{line.agent} is left out of {line.place}: {error.problem}")
+        self.notes.append(f"{line.agent} is left out of {line.step_path}: {error.problem}")
         self.errors.append(error)
 
 
@@ -121,8 +121,8 @@ class StepTask:
 
     step: PlanStep
     role: Role
-    place: str
-    handover: PlanStepInput
+    step_path: str
+    step_input: PlanStepInput
     number: int = 0
     form: Mapping[str, Any] | None = None
 
@@ -141,26 +141,26 @@ class StepReply:
     finish: Finish = "stop"
 
 
-def request_of(task: StepTask, client: AgentRequest, purse: PlanAllowance, most_tokens: int) -> AgentRequest:
+def request_of(task: StepTask, client_request: AgentRequest, allowance: PlanAllowance, max_tokens: int) -> AgentRequest:
     """What a step's agent is asked. Who may ask the plan may ask whom it names; `auto` chooses among the client's agents."""
     step = task.step
-    is_own = task.role in _OWN_FORM
-    sampling = {} if is_own else dict(client.sampling)
+    has_own_form = task.role in _OWN_FORM
+    sampling = {} if has_own_form else dict(client_request.sampling)
     if step.temperature >= 0:
         sampling["temperature"] = step.temperature
     if step.max_tokens:
         sampling["max_tokens"] = step.max_tokens
-    if purse.left < sampling.get("max_tokens", most_tokens):
-        sampling["max_tokens"] = purse.left
-    sampling["seed"] = int(client.sampling.get("seed", 0)) + task.number
-    schema = json.dumps(task.schema, sort_keys=True) if task.schema else "" if is_own else client.schema
+    if allowance.remaining_tokens < sampling.get("max_tokens", max_tokens):
+        sampling["max_tokens"] = allowance.remaining_tokens
+    sampling["seed"] = int(client_request.sampling.get("seed", 0)) + task.number
+    schema = json.dumps(task.schema, sort_keys=True) if task.schema else "" if has_own_form else client_request.schema
     return AgentRequest(
         model=step.agent,
-        messages=task.handover.messages(step, task.role),
+        messages=task.step_input.messages(step, task.role),
         sampling=sampling,
         schema=schema,
-        openable=client.openable if step.agent == AUTO else None,
-        deadline_s=min(step.seconds or purse.left_s, purse.left_s),
+        openable=client_request.openable if step.agent == AUTO else None,
+        deadline_s=min(step.seconds or allowance.remaining_s, allowance.remaining_s),
     )
 
 
@@ -168,14 +168,14 @@ class OpenStep:
     """A step that has begun: its events, to be iterated over once, and its line in the log when they have ended."""
 
     def __init__(
-        self, course: PlanRun, purse: PlanAllowance, request: AgentRequest, task: StepTask, answer: AgentReply, began: float
+        self, run: PlanRun, allowance: PlanAllowance, request: AgentRequest, task: StepTask, answer: AgentReply, began: float
     ) -> None:
-        self._course, self._purse, self._began = course, purse, began
+        self._run, self._allowance, self._began = run, allowance, began
         self.agent = answer.agent
         self._events = answer.events
         self._line = replace(line_of(task, request), agent=answer.agent, receipt=answer.receipt)
         self._text, self._tokens = "", 0
-        self._is_told = False
+        self._is_logged = False
 
     def __aiter__(self) -> OpenStep:
         return self
@@ -186,7 +186,7 @@ class OpenStep:
             self._text += event.text
             self._tokens += event.tokens
         elif isinstance(event, ReplyFailed):
-            self.left_out(error_of(event.kind, event.problem, event.remedy))
+            self.leave_out(error_of(event.kind, event.problem, event.remedy))
         elif event.finish != "cancelled":
             self._end(event)
         return event
@@ -205,51 +205,51 @@ class OpenStep:
                     return StepReply(self._text, self.agent, event.finish)
         raise UnavailableError("the reply stopped before its end", "ask again")
 
-    def left_out(self, error: SartorError) -> None:
+    def leave_out(self, error: SartorError) -> None:
         """It gave nothing that can be used. What it said until then was paid for."""
-        if not self._is_told:
-            self._is_told = True
-            self._purse.spend(0, self._tokens, 0)
-            self._course.leave_out(replace(self._line, took_s=time.monotonic() - self._began), error)
+        if not self._is_logged:
+            self._is_logged = True
+            self._allowance.spend(0, self._tokens, 0)
+            self._run.leave_out(replace(self._line, took_s=time.monotonic() - self._began), error)
 
     def _end(self, done: ReplyDone) -> None:
-        self._is_told = True
-        self._purse.spend(done.prompt_tokens, done.reply_tokens, done.cached_tokens)
+        self._is_logged = True
+        self._allowance.spend(done.prompt_tokens, done.reply_tokens, done.cached_tokens)
         tokens = {"prompt": done.prompt_tokens, "reply": done.reply_tokens, "cached": done.cached_tokens}
         took_s = time.monotonic() - self._began
-        self._course.lines.append(replace(self._line, said=self._text, tokens=tokens, took_s=took_s))
+        self._run.lines.append(replace(self._line, reply=self._text, tokens=tokens, took_s=took_s))
 
 
 def line_of(task: StepTask, request: AgentRequest) -> StepLogEntry:
     """A step's line as it stands when it is asked."""
-    asked = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
-    return StepLogEntry(task.place, task.role, task.step.agent, "said", asked=asked)
+    request_fields = {"messages": list(request.messages), "sampling": dict(request.sampling), "schema": request.schema}
+    return StepLogEntry(task.step_path, task.role, task.step.agent, "said", request_fields=request_fields)
 
 
-async def begin(course: PlanRun, purse: PlanAllowance, client: AgentRequest, task: StepTask) -> OpenStep:
+async def begin(run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask) -> OpenStep:
     """Ask a step's agent; returns when the first event is there. Raises what `Members.open` raises, and BudgetError."""
-    purse.check()
+    allowance.check()
     began = time.monotonic()
-    request = request_of(task, client, purse, course.most_tokens)
-    answer = await course.members.open(request, task.place)
-    return OpenStep(course, purse, request, task, answer, began)
+    request = request_of(task, client_request, allowance, run.max_tokens)
+    answer = await run.members.open(request, task.step_path)
+    return OpenStep(run, allowance, request, task, answer, began)
 
 
-async def ask(course: PlanRun, purse: PlanAllowance, client: AgentRequest, task: StepTask) -> StepReply | None:
+async def ask(run: PlanRun, allowance: PlanAllowance, client_request: AgentRequest, task: StepTask) -> StepReply | None:
     """The whole reply of a step; None where it has none, which is noted with the reason."""
-    opened: OpenStep | None = None
-    line = StepLogEntry(task.place, task.role, task.step.agent, "said")
+    open_step: OpenStep | None = None
+    line = StepLogEntry(task.step_path, task.role, task.step.agent, "said")
     try:
-        limit_s = min(task.step.seconds or purse.left_s, purse.left_s)
+        limit_s = min(task.step.seconds or allowance.remaining_s, allowance.remaining_s)
         async with asyncio.timeout(max(limit_s, 0)):
-            opened = await begin(course, purse, client, task)
-            return await opened.whole()
+            open_step = await begin(run, allowance, client_request, task)
+            return await open_step.whole()
     except TimeoutError:
         error: SartorError = DeadlineError(f"it took longer than {limit_s:.3g} s", "raise `seconds` of the step or the budget")
-    except SartorError as caught:
-        error = caught
-    if opened is not None:
-        opened.left_out(error)
+    except SartorError as step_error:
+        error = step_error
+    if open_step is not None:
+        open_step.leave_out(error)
     else:
-        course.leave_out(line, error)
+        run.leave_out(line, error)
     return None

@@ -77,36 +77,36 @@ class TaskPart:
 class PlanStepInput:
     """What a step may be given: the client's conversation, the draft so far, and what was found in it."""
 
-    request: Messages
+    conversation: Messages
     draft: str = ""
     findings: tuple[DraftFinding, ...] = ()
 
-    def as_json(self, gets: Sequence[Given]) -> dict[str, Any]:
+    def as_json(self, inputs: Sequence[Given]) -> dict[str, Any]:
         """The fields that a step gets. A conversation of one turn is its text."""
-        turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.request]
-        alone = len(turns) == 1 and turns[0]["role"] == "user"
-        fields = {"request": turns[0]["content"] if alone else turns, "draft": self.draft}
-        return {**fields, "findings": [asdict(finding) for finding in self.findings]} if "findings" in gets else fields
+        turns = [{"role": turn["role"], "content": text_of(turn)} for turn in self.conversation]
+        is_single_turn = len(turns) == 1 and turns[0]["role"] == "user"
+        fields = {"request": turns[0]["content"] if is_single_turn else turns, "draft": self.draft}
+        return {**fields, "findings": [asdict(finding) for finding in self.findings]} if "findings" in inputs else fields
 
     def messages(self, step: PlanStep, role: Role) -> Messages:
         """The conversation by which a step is asked. Pictures and recordings, which no JSON holds, go before it."""
-        gets = step.gets or (("request", "draft") if role == "draft" and self.draft else NEEDS[role])
-        told = self._told(step, role, gets)
+        inputs = step.gets or (("request", "draft") if role == "draft" and self.draft else NEEDS[role])
+        turns = self._turns(step, role, inputs)
         if not step.system:
-            return told
-        return ({"role": "system", "content": step.system}, *(turn for turn in told if turn["role"] not in _SYSTEM))
+            return turns
+        return ({"role": "system", "content": step.system}, *(turn for turn in turns if turn["role"] not in _SYSTEM))
 
-    def _told(self, step: PlanStep, role: Role, gets: Sequence[Given]) -> Messages:
-        if tuple(gets) == ("request",) and role not in ("check", "plan"):
-            return self.request
+    def _turns(self, step: PlanStep, role: Role, inputs: Sequence[Given]) -> Messages:
+        if tuple(inputs) == ("request",) and role not in ("check", "plan"):
+            return self.conversation
         if step.form == "turns":
-            draft = ({"role": "assistant", "content": self.draft},) if "draft" in gets else ()
-            found = "\n".join(finding.says for finding in self.findings) if "findings" in gets else ""
-            return (*self.request, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], found]))})
-        fields = {name: value for name, value in self.as_json(gets).items() if name in gets}
-        said = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)
-        media = list(media_parts(self.request)) if "request" in gets else []
-        return ({"role": "user", "content": [*media, {"type": "text", "text": said}] if media else said},)
+            draft = ({"role": "assistant", "content": self.draft},) if "draft" in inputs else ()
+            findings = "\n".join(finding.says for finding in self.findings) if "findings" in inputs else ""
+            return (*self.conversation, *draft, {"role": "user", "content": "\n".join(filter(None, [TASKS[role], findings]))})
+        fields = {name: value for name, value in self.as_json(inputs).items() if name in inputs}
+        text = json.dumps({"task": TASKS[role], **fields}, ensure_ascii=False)
+        media = list(media_parts(self.conversation)) if "request" in inputs else []
+        return ({"role": "user", "content": [*media, {"type": "text", "text": text}] if media else text},)
 
 
 def text_of(turn: Mapping[str, Any]) -> str:
@@ -117,20 +117,20 @@ def text_of(turn: Mapping[str, Any]) -> str:
     return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
 
 
-def asked_in(request: Messages) -> str:
+def user_text(conversation: Messages) -> str:
     """What a client says in a conversation, all of its turns."""
-    return "\n".join(text_of(turn) for turn in request if turn.get("role") == "user")
+    return "\n".join(text_of(turn) for turn in conversation if turn.get("role") == "user")
 
 
 def read_verdict(text: str) -> CriticVerdict | None:
     """What a critic said; None where that is no verdict. Who says `right` and finds something is not believed the former."""
-    said = read_json(text)
-    if schema_errors(said, VERDICT):
+    value = read_json(text)
+    if schema_errors(value, VERDICT):
         return None
-    return CriticVerdict(said["right"] and not said["findings"], tuple(said["findings"]))
+    return CriticVerdict(value["right"] and not value["findings"], tuple(value["findings"]))
 
 
-def parts_schema(members: Sequence[str], most: int) -> dict[str, Any]:
+def parts_schema(members: Sequence[str], max_parts: int) -> dict[str, Any]:
     """The schema of a planner's reply."""
     task = {"type": "string", "minLength": 1, "maxLength": 2000}
     part = {
@@ -139,17 +139,17 @@ def parts_schema(members: Sequence[str], most: int) -> dict[str, Any]:
         "required": ["agent", "task"],
         "additionalProperties": False,
     }
-    parts = {"type": "array", "items": part, "minItems": 1, "maxItems": most}
+    parts = {"type": "array", "items": part, "minItems": 1, "maxItems": max_parts}
     return {"type": "object", "properties": {"parts": parts}, "required": ["parts"], "additionalProperties": False}
 
 
-def read_parts(text: str, members: Sequence[str], most: int) -> list[TaskPart]:
+def read_parts(text: str, members: Sequence[str], max_parts: int) -> list[TaskPart]:
     """The parts that a planner made; empty where it said none."""
-    said = read_json(text)
+    value = read_json(text)
     return (
         []
-        if schema_errors(said, parts_schema(members, most))
-        else [TaskPart(item["agent"], item["task"]) for item in said["parts"]]
+        if schema_errors(value, parts_schema(members, max_parts))
+        else [TaskPart(item["agent"], item["task"]) for item in value["parts"]]
     )
 
 
@@ -175,7 +175,7 @@ def schema_errors(value: Any, schema: Mapping[str, Any]) -> list[str]:
         return ["it is not JSON"]
     checker = jsonschema.Draft202012Validator(dict(schema), registry=referencing.Registry())
     try:
-        found = sorted(checker.iter_errors(value), key=lambda error: error.json_path)
+        errors = sorted(checker.iter_errors(value), key=lambda error: error.json_path)
     except referencing.exceptions.Unresolvable as missing:
         return [f"the schema refers to {missing.ref!r}, which is not in it"]
-    return [f"at {error.json_path}: {error.message[:200]}" for error in found[:8]]
+    return [f"at {error.json_path}: {error.message[:200]}" for error in errors[:8]]

@@ -4,8 +4,8 @@
     registry.promote("faq", "1.1", expected="1.0", by="ada", why="better on refunds")     # compare and swap
 
 A change names what it expects to find and raises ConflictError with what stands there instead. Every change raises a number,
-`generation`, that a running server polls; `heard` tells at once of those that are made here. A row whose checksum is wrong is
-named in `Snapshot.hurt` and the others are read as ever.
+`generation`, that a running server polls; `subscribed` tells at once of those that are made here. A row whose checksum is wrong
+is named in `Snapshot.damaged` and the others are read as ever.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ChangeCause:
     """Who changes something and why, for the log; numbers: what the decision rests on."""
 
     by: str = ""
-    why: str = ""
+    reason: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -41,12 +41,12 @@ NOBODY = ChangeCause()
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole registry at one generation. versions: by `agent@version`. hurt: what cannot be read -> why."""
+    """The whole registry at one generation. versions: by `agent@version`. damaged: what cannot be read -> why."""
 
     generation: int
     agents: Mapping[str, Agent]
     versions: Mapping[str, AgentVersion]
-    hurt: Mapping[str, str]
+    damaged: Mapping[str, str]
 
 
 class Registry:
@@ -66,7 +66,7 @@ class Registry:
         self.database.close()
 
     @contextmanager
-    def heard(self, listener: Callable[[], object]) -> Iterator[None]:
+    def subscribed(self, listener: Callable[[], object]) -> Iterator[None]:
         """Call `listener` after each change that is made through this object meanwhile, in the thread that made it."""
         self._listeners.append(listener)
         try:
@@ -81,7 +81,7 @@ class Registry:
 
     def read(self) -> Snapshot:
         """Everything but the log, at one moment."""
-        hurt: dict[str, str] = {}
+        damaged: dict[str, str] = {}
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
             agent_rows = _rows(connection, select(registry_schema.agents))
@@ -91,19 +91,19 @@ class Registry:
             if is_whole(row):
                 agents[str(row["name"])] = Agent.from_row(row)
             else:
-                hurt[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
+                damaged[str(row["name"])] = f"its row was changed from outside; sartor agents repair {row['name']}"
         for row in version_rows:
             name = f"{row['agent']}@{row['version']}"
             if is_whole(row):
                 versions[name] = AgentVersion.from_row(row)
             else:
-                hurt[name] = f"its row was changed from outside; sartor agents add {row['release']}"
-        return Snapshot(generation, agents, versions, hurt)
+                damaged[name] = f"its row was changed from outside; sartor agents add {row['release']}"
+        return Snapshot(generation, agents, versions, damaged)
 
-    def events(self, agent: str = "", *, most: int = 100) -> list[Event]:
+    def events(self, agent: str = "", *, limit: int = 100) -> list[Event]:
         """The newest changes, of one agent or all, the oldest first; rows that were changed from outside are left out."""
         with self.database.read() as connection:
-            return self._events(connection, agent, most)
+            return self._events(connection, agent, limit)
 
     def add(
         self, version: AgentVersion, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
@@ -116,22 +116,22 @@ class Registry:
         version = replace(version, added=_now())
 
         def write(connection: Connection) -> Agent:
-            standing = self._row(connection, registry_schema.agents, name=version.agent)
-            is_new = standing is None or (is_whole(standing) and (standing["state"] == "removed" or not standing["live"]))
-            before = None if standing is None else self._agent(connection, version.agent, removed=True)
-            fresh = Agent(version.agent, version.version, fallback=tuple(fallback))
-            agent = before if before is not None and not is_new else fresh
-            if standing is None:
+            current = self._row(connection, registry_schema.agents, name=version.agent)
+            is_new = current is None or (is_whole(current) and (current["state"] == "removed" or not current["live"]))
+            before = None if current is None else self._agent(connection, version.agent, removed=True)
+            new_agent = Agent(version.agent, version.version, fallback=tuple(fallback))
+            agent = before if before is not None and not is_new else new_agent
+            if current is None:
                 connection.execute(insert(registry_schema.agents).values(agent.as_row()))
-            what = self._put_version(connection, version)
-            if not is_new and not what:
+            action = self._put_version(connection, version)
+            if not is_new and not action:
                 return agent
-            return self._record(connection, what or "added", before, agent, version.version, cause)
+            return self._record(connection, action or "added", before, agent, version.version, cause)
 
         return self._change(write)
 
     def refuse(
-        self, name: str, why: str, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
+        self, name: str, reason: str, *, fallback: Sequence[str] = ("previous", "base"), cause: ChangeCause = NOBODY
     ) -> Agent:
         """Keep a name without a version, and why what was to answer is not admitted. Changes nothing where that is known.
 
@@ -139,13 +139,13 @@ class Registry:
         """
 
         def write(connection: Connection) -> Agent:
-            standing = self._row(connection, registry_schema.agents, name=name)
-            before = None if standing is None else self._agent(connection, name)
+            current = self._row(connection, registry_schema.agents, name=name)
+            before = None if current is None else self._agent(connection, name)
             if before is not None and not before.is_blank:
                 raise ConflictError(f"{before.name}@{before.live} has been added meanwhile", "sartor agents list")
-            if before is not None and before.note == why:
+            if before is not None and before.note == reason:
                 return before
-            agent = Agent(name, "", fallback=tuple(fallback), note=why)
+            agent = Agent(name, "", fallback=tuple(fallback), note=reason)
             return self._record(connection, "refused", before, agent, "", cause)
 
         return self._change(write)
@@ -170,11 +170,11 @@ class Registry:
 
         def write(connection: Connection) -> Agent:
             before = self._agent(connection, name).expecting(expected, trial)
-            left = before.candidate or before.live
+            withdrawn = before.candidate or before.live
             after = before.rolled_back()
-            self._mark(connection, f"{name}@{left}", "rolled_back")
+            self._mark(connection, f"{name}@{withdrawn}", "rolled_back")
             self._mark(connection, f"{name}@{after.live}", "admitted")
-            return self._record(connection, "rolled back", before, after, left, cause)
+            return self._record(connection, "rolled back", before, after, withdrawn, cause)
 
         return self._change(write)
 
@@ -183,7 +183,11 @@ class Registry:
     ) -> Agent:
         """Let a registered version answer a fraction of the requests. Raises as `promote`, and ConfigError."""
         return self._edit(
-            name, "canary", lambda agent: agent.expecting(expected).trying(version, canary_fraction=fraction), cause, version
+            name,
+            "canary",
+            lambda agent: agent.expecting(expected).with_trial(version, canary_fraction=fraction),
+            cause,
+            version,
         )
 
     def start_shadow(
@@ -191,7 +195,11 @@ class Registry:
     ) -> Agent:
         """Let a registered version also answer a fraction of the requests, unseen. Raises as `start_canary`."""
         return self._edit(
-            name, "shadow", lambda agent: agent.expecting(expected).trying(version, shadow_fraction=fraction), cause, version
+            name,
+            "shadow",
+            lambda agent: agent.expecting(expected).with_trial(version, shadow_fraction=fraction),
+            cause,
+            version,
         )
 
     def bring_in(
@@ -215,7 +223,7 @@ class Registry:
             agent = agent.expecting(expected)
             if not (canary or shadow) or version == agent.live or (ends_trial and version == agent.candidate):
                 return agent.promoted(version)
-            return agent.trying(version, canary_fraction=canary, shadow_fraction=shadow)
+            return agent.with_trial(version, canary_fraction=canary, shadow_fraction=shadow)
 
         heals = expected is None and not (canary or shadow)
         return self._edit(name, "", change, cause, version, heals=heals)
@@ -226,7 +234,7 @@ class Registry:
 
     def remove(self, name: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Serve an agent no more. Its versions stay known, so that none of their names ever means another Release."""
-        return self._edit(name, "removed", lambda agent: replace(agent.untried(), state="removed"), cause)
+        return self._edit(name, "removed", lambda agent: replace(agent.without_trial(), state="removed"), cause)
 
     def note(self, name: str, text: str, *, cause: ChangeCause = NOBODY) -> Agent:
         """Keep a sentence beside an agent."""
@@ -243,7 +251,9 @@ class Registry:
 
         return self._change(write)
 
-    def _edit(self, name: str, what: str, change: Change, cause: ChangeCause, version: str = "", heals: bool = False) -> Agent:
+    def _edit(
+        self, name: str, action: str, change: Change, cause: ChangeCause, version: str = "", heals: bool = False
+    ) -> Agent:
         """One change of one agent; `heals` takes the agent from the log where its row was changed from outside."""
 
         def write(connection: Connection) -> Agent:
@@ -253,7 +263,7 @@ class Registry:
             after = change(before)
             if version:
                 self._mark(connection, f"{name}@{version}", "admitted")
-            return self._record(connection, what or _deed(after, version), before, after, version, cause)
+            return self._record(connection, action or _action_of(after, version), before, after, version, cause)
 
         return self._change(write)
 
@@ -281,18 +291,18 @@ class Registry:
 
     def _recall(self, connection: Connection, name: str) -> Agent:
         """The agent as its newest whole event left it."""
-        known = [event for event in self._events(connection, name, 100) if event.became]
-        if not known:
+        recorded = [event for event in self._events(connection, name, 100) if event.became]
+        if not recorded:
             raise ArtifactError(f"the row of {name} is damaged and the log does not know it", "sartor agents add RELEASE")
-        return Agent.from_json(known[-1].became)
+        return Agent.from_json(recorded[-1].became)
 
     def _check_version(self, connection: Connection, name: str, version: str) -> None:
         row = self._row(connection, registry_schema.versions, agent=name, version=version)
         if row is None:
             column = registry_schema.versions.c
-            known = connection.execute(select(column.version).where(column.agent == name).order_by(column.added)).scalars()
+            versions = connection.execute(select(column.version).where(column.agent == name).order_by(column.added)).scalars()
             raise UnknownAgentError(
-                f"{name} has no version {version!r}; it has: {', '.join(known) or 'none'}",
+                f"{name} has no version {version!r}; it has: {', '.join(versions) or 'none'}",
                 f"sartor agents add {name}-{version}",
             )
         if not is_whole(row):
@@ -304,19 +314,19 @@ class Registry:
         if row is None:
             connection.execute(insert(registry_schema.versions).values(version.as_row()))
             return "added"
-        whole = is_whole(row)
-        known = str(row["release_id"]) if whole else self._logged_id(connection, version)
-        if known not in ("", version.release_id):
+        is_intact = is_whole(row)
+        known_id = str(row["release_id"]) if is_intact else self._logged_id(connection, version)
+        if known_id not in ("", version.release_id):
             raise ConflictError(
-                f"{version.name} is the Release {known[:16]}, not {version.release_id[:16]}; a version is never another one",
+                f"{version.name} is the Release {known_id[:16]}, not {version.release_id[:16]}; a version is never another one",
                 f"release it under a new version: sartor release ... --name {version.agent} --version NEW",
             )
-        standing = AgentVersion.from_row(row) if whole else version
-        if whole and standing.release == version.release and standing.facts == version.facts:
+        current = AgentVersion.from_row(row) if is_intact else version
+        if is_intact and current.release == version.release and current.facts == version.facts:
             return ""
-        moved = replace(standing, release=version.release, facts=version.facts, adapter=version.adapter)
+        moved = replace(current, release=version.release, facts=version.facts, adapter=version.adapter)
         self._put(connection, registry_schema.versions, moved.as_row(), agent=version.agent, version=version.version)
-        return "moved" if whole else "repaired"
+        return "moved" if is_intact else "repaired"
 
     def _logged_id(self, connection: Connection, version: AgentVersion) -> str:
         added = [event for event in self._events(connection, version.agent, 1000) if event.version == version.version]
@@ -330,23 +340,23 @@ class Registry:
             self._put(connection, registry_schema.versions, marked.as_row(), agent=agent, version=version)
 
     def _record(
-        self, connection: Connection, what: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
+        self, connection: Connection, action: str, before: Agent | None, after: Agent, version: str, cause: ChangeCause
     ) -> Agent:
         """Write the agent, and the event that says so; both under the next generation."""
         after = replace(after, generation=registry_schema.next_generation(connection), changed=_now())
         self._put(connection, registry_schema.agents, after.as_row(), name=after.name)
         numbers = dict(cause.numbers)
-        if what in ("added", "moved", "repaired") and version:
+        if action in ("added", "moved", "repaired") and version:
             row = self._row(connection, registry_schema.versions, agent=after.name, version=version)
             numbers["release_id"] = "" if row is None else row["release_id"]
         event = {
             "generation": after.generation,
             "at": after.changed,
             "who": cause.by,
-            "what": what,
+            "what": action,
             "agent": after.name,
             "version": version,
-            "why": cause.why,
+            "why": cause.reason,
             "was": records.canonical(before.as_json() if before else {}).decode(),
             "became": records.canonical(after.as_json()).decode(),
             "numbers": records.canonical(numbers).decode(),
@@ -354,19 +364,19 @@ class Registry:
         connection.execute(insert(registry_schema.events).values(sealed(event)))
         return after
 
-    def _events(self, connection: Connection, agent: str, most: int) -> list[Event]:
+    def _events(self, connection: Connection, agent: str, limit: int) -> list[Event]:
         column = registry_schema.events.c
-        query = select(registry_schema.events).order_by(column.id.desc()).limit(most)
+        query = select(registry_schema.events).order_by(column.id.desc()).limit(limit)
         if agent:
             query = query.where(column.agent == agent)
-        whole = [
+        intact_rows = [
             row for row in _rows(connection, query) if is_whole({name: value for name, value in row.items() if name != "id"})
         ]
-        return [Event.from_row(row) for row in reversed(whole)]
+        return [Event.from_row(row) for row in reversed(intact_rows)]
 
     def _row(self, connection: Connection, table: Table, **key: str) -> Mapping[str, Any] | None:
-        found = connection.execute(select(table).filter_by(**key)).mappings().first()
-        return None if found is None else dict(found)
+        row = connection.execute(select(table).filter_by(**key)).mappings().first()
+        return None if row is None else dict(row)
 
     def _put(self, connection: Connection, table: Table, row: Mapping[str, Any], **key: str) -> None:
         """Write a row over the one with this key."""
@@ -374,7 +384,7 @@ class Registry:
             connection.execute(insert(table).values(row))
 
 
-def _deed(agent: Agent, version: str) -> str:
+def _action_of(agent: Agent, version: str) -> str:
     """What was done with a version, by what became of its agent."""
     if agent.live == version:
         return "promoted"

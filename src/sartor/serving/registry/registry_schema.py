@@ -99,19 +99,19 @@ class Agent:
     def promoted(self, version: str) -> Agent:
         """`version` live, the one before it previous, and no trial: what it was compared with is no longer there."""
         earlier = self.earlier if self.live in ("", version) else (*self.earlier, self.live)[-MOST_EARLIER:]
-        return replace(self.untried(), live=version, earlier=earlier, state="serving")
+        return replace(self.without_trial(), live=version, earlier=earlier, state="serving")
 
     def rolled_back(self) -> Agent:
         """Without its trial, if one runs; else with the version that was live before. Raises ConflictError if there is none."""
         if self.candidate:
-            return self.untried()
+            return self.without_trial()
         if not self.earlier:
             raise ConflictError(
                 f"{self.name}@{self.live} has no previous version to go back to", f"sartor agents remove {self.name}"
             )
         return replace(self, live=self.earlier[-1], earlier=self.earlier[:-1], state="serving")
 
-    def trying(self, version: str, *, canary_fraction: float = 0.0, shadow_fraction: float = 0.0) -> Agent:
+    def with_trial(self, version: str, *, canary_fraction: float = 0.0, shadow_fraction: float = 0.0) -> Agent:
         """With `version` on trial. Raises ConflictError while another is, ConfigError for a fraction out of range."""
         for name, fraction in (("canary", canary_fraction), ("shadow", shadow_fraction)):
             if not 0 <= fraction <= 1:
@@ -131,7 +131,7 @@ class Agent:
             shadow_fraction=shadow_fraction or self.shadow_fraction,
         )
 
-    def untried(self) -> Agent:
+    def without_trial(self) -> Agent:
         """Without a trial."""
         return replace(self, candidate="", canary_fraction=0.0, shadow_fraction=0.0)
 
@@ -149,10 +149,10 @@ class Agent:
         return cls.from_json({**row, "earlier": json.loads(row["earlier"]), "fallback": json.loads(row["fallback"])})
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Agent:
+    def from_json(cls, fields: Mapping[str, Any]) -> Agent:
         """The agent that `as_json` said."""
-        lists = {name: tuple(said[name]) for name in ("earlier", "fallback")}
-        return cls(**{**{name: value for name, value in said.items() if name != "checksum"}, **lists})
+        lists = {name: tuple(fields[name]) for name in ("earlier", "fallback")}
+        return cls(**{**{name: value for name, value in fields.items() if name != "checksum"}, **lists})
 
 
 @dataclass(frozen=True)
@@ -329,8 +329,8 @@ def open_database(url: str) -> Database:
 
 def generation_of(connection: Connection) -> int:
     """The number of the newest change; of a registry that lost its counter, the one that its log knows."""
-    found = connection.execute(select(generation.c.value)).scalar_one_or_none()
-    return int(found if found is not None else connection.execute(select(func.max(events.c.generation))).scalar() or 0)
+    value = connection.execute(select(generation.c.value)).scalar_one_or_none()
+    return int(value if value is not None else connection.execute(select(func.max(events.c.generation))).scalar() or 0)
 
 
 def next_generation(connection: Connection) -> int:

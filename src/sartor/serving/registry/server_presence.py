@@ -21,7 +21,7 @@ from sartor.core import records
 from sartor.core.filesystem import write_file_atomic
 
 FOLDER = "servers"
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
 class ServerPresence:
@@ -34,9 +34,9 @@ class ServerPresence:
         self._lock = FileLock(self._file.with_suffix(".lock"), thread_local=False)
         self._lock.acquire(timeout=0)
         self.generation = -1
-        self.hear(-1)
+        self.write_generation(-1)
 
-    def hear(self, generation: int) -> None:
+    def write_generation(self, generation: int) -> None:
         """Nothing is held any more that was removed up to this change. A disk that takes nothing delays the news."""
         self.generation = generation
         if not self._file.parent.is_dir():  # a state directory that was removed is not begun anew
@@ -55,7 +55,7 @@ class ServerPresence:
 
 def running(state: Path) -> Mapping[int, int]:
     """By process id, the generation that each server of this state directory has heard. What dead ones left is removed."""
-    result: dict[int, int] = {}
+    generations: dict[int, int] = {}
     for file in sorted((state / FOLDER).glob("*.json")):
         lock = FileLock(file.with_suffix(".lock"))
         try:
@@ -64,22 +64,22 @@ def running(state: Path) -> Mapping[int, int]:
             with suppress(OSError, ValueError, KeyError):
                 fields = json.loads(file.read_bytes())
                 pid, generation = int(fields["pid"]), int(fields["generation"])
-                result[pid] = min(generation, result.get(pid, generation))
+                generations[pid] = min(generation, generations.get(pid, generation))
             continue
         file.unlink(missing_ok=True)
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-    return result
+    return generations
 
 
 def wait_for(
     state: Path, generation: int, within_s: float, clock: Callable[[], float] = time.monotonic
 ) -> tuple[list[int], list[int]]:
     """(servers that have heard of this change, servers that have not within that time)."""
-    until = clock() + within_s
+    deadline = clock() + within_s
     while True:
-        heard = running(state)
-        late = [pid for pid, one in heard.items() if one < generation]
-        if not late or clock() >= until:
-            return [pid for pid in heard if pid not in late], late
-        time.sleep(_LOOK_S)
+        generations = running(state)
+        late = [pid for pid, reported in generations.items() if reported < generation]
+        if not late or clock() >= deadline:
+            return [pid for pid in generations if pid not in late], late
+        time.sleep(_POLL_S)

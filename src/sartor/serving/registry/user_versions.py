@@ -103,11 +103,13 @@ class UserVersion:
 
 @dataclass(frozen=True)
 class People:
-    """All of them at one generation, by person and agent. hurt: how many rows were changed from outside, and are not used."""
+    """All of them at one generation, by person and agent. damaged_count: how many rows were changed from outside, and are not
+    used.
+    """
 
     generation: int
-    known: Mapping[tuple[str, str], UserVersion]
-    hurt: int = 0
+    versions: Mapping[tuple[str, str], UserVersion]
+    damaged_count: int = 0
 
 
 class UserVersionStore:
@@ -124,8 +126,8 @@ class UserVersionStore:
         with self.database.read() as connection:
             generation = registry_schema.generation_of(connection)
             rows = [dict(row) for row in connection.execute(query).mappings()]
-        whole = [UserVersion.from_row(row) for row in rows if is_whole(row)]
-        return People(generation, {(item.person, item.agent): item for item in whole}, len(rows) - len(whole))
+        intact = [UserVersion.from_row(row) for row in rows if is_whole(row)]
+        return People(generation, {(version.person, version.agent): version for version in intact}, len(rows) - len(intact))
 
     def put(self, personal: UserVersion, cause: ChangeCause = NOBODY) -> None:
         """Serve this from now on; what the person had of the agent before is gone. Raises as `Database.change`."""
@@ -133,13 +135,13 @@ class UserVersionStore:
             _replace(connection, replace(personal, added=_now()))
             note(connection, TUNED, personal.agent, personal.version, cause, {"person": personal.person})
 
-    def refuse(self, personal: UserVersion, why: str, cause: ChangeCause = NOBODY) -> None:
+    def refuse(self, personal: UserVersion, reason: str, cause: ChangeCause = NOBODY) -> None:
         """Keep why a tuning was refused. What the person has of the agent goes on."""
         with self.database.change() as connection:
             key = {"person": personal.person, "agent": personal.agent}
-            found = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
-            standing = UserVersion.from_row(dict(found)) if found is not None and is_whole(dict(found)) else personal
-            _replace(connection, replace(standing, note=why, added=standing.added or _now()))
+            row = connection.execute(select(registry_schema.people).filter_by(**key)).mappings().first()
+            current = UserVersion.from_row(dict(row)) if row is not None and is_whole(dict(row)) else personal
+            _replace(connection, replace(current, note=reason, added=current.added or _now()))
             note(connection, REFUSED, personal.agent, personal.version, cause, {"person": personal.person})
 
     def forget(self, person: str, cause: ChangeCause = NOBODY) -> tuple[int, dict[str, int]]:
@@ -156,7 +158,7 @@ class UserVersionStore:
         column = registry_schema.events.c
         query = select(column.numbers).where(column.generation > generation, column.what == FORGOTTEN).order_by(column.id)
         with self.database.read() as connection:
-            return [str(json.loads(said)["person"]) for said in connection.execute(query).scalars()]
+            return [str(json.loads(numbers)["person"]) for numbers in connection.execute(query).scalars()]
 
     def allow(self, key: str, person: str, cause: ChangeCause = NOBODY) -> None:
         """Let a key speak for a person, or for anybody (`ANYBODY`)."""
@@ -189,12 +191,12 @@ def _replace(connection: Connection, personal: UserVersion) -> None:
     connection.execute(insert(registry_schema.people).values(personal.as_row()))
 
 
-def note(connection: Connection, what: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]) -> int:
+def note(connection: Connection, action: str, agent: str, version: str, cause: ChangeCause, numbers: Mapping[str, Any]) -> int:
     """Write it into the log, under the next generation, which is returned."""
     generation = registry_schema.next_generation(connection)
     event = {
-        "generation": generation, "at": _now(), "who": cause.by, "what": what, "agent": agent, "version": version,
-        "why": cause.why, "was": "{}", "became": "{}", "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
+        "generation": generation, "at": _now(), "who": cause.by, "what": action, "agent": agent, "version": version,
+        "why": cause.reason, "was": "{}", "became": "{}", "numbers": records.canonical({**cause.numbers, **numbers}).decode(),
     }  # fmt: skip
     connection.execute(insert(registry_schema.events).values(sealed(event)))
     return generation

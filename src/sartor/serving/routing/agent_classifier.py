@@ -69,19 +69,19 @@ def make(encoder: str, vectors: F32 | None) -> GeneralPrompts:
     texts = general_texts()
     folds = np.array([fold(kind) for kind, prompts in general().items() for _ in prompts])
     lexical, dense = Lexical.of(texts), Dense.of(vectors) if vectors is not None else None
-    found = TextFeatures(lexical(texts), dense(vectors) if dense is not None else None)
-    likeness = found.likeness(found)
+    features = TextFeatures(lexical(texts), dense(vectors) if dense is not None else None)
+    likeness = features.likeness(features)
     foreign = np.zeros(len(texts), dtype=np.float32)
-    for item in range(FOLDS):
-        inside, outside = np.flatnonzero(folds == item), np.flatnonzero(folds != item)
+    for index in range(FOLDS):
+        inside, outside = np.flatnonzero(folds == index), np.flatnonzero(folds != index)
         if len(inside) and len(outside):
             foreign[inside] = neighbours(likeness[np.ix_(inside, outside)])
-    return GeneralPrompts(encoder, lexical, dense, found, folds, likeness, foreign)
+    return GeneralPrompts(encoder, lexical, dense, features, folds, likeness, foreign)
 
 
 # Own prompts that are fitted on: the time grows with their cube, a request's with their number
 MOST_FITTED = 300
-MOST_HELD = 100
+MOST_HELD_OUT = 100
 PENALTY = 0.3
 # An agent without held-out prompts lends so many of its own, which are then not fitted on
 LENT = 5
@@ -100,14 +100,14 @@ class ClassifierRows:
     @property
     def texts(self) -> list[str]:
         """As they are compared."""
-        said = [
-            [item.text for item in self.train],
+        parts = [
+            [prompt.text for prompt in self.train],
             self.nobodys,
-            [one.text for one in self.held_out],
+            [item.text for item in self.held_out],
             self.missed,
             self.measured,
         ]
-        return [shortened(text) for part in said for text in part]
+        return [shortened(text) for part in parts for text in part]
 
     @property
     def bounds(self) -> list[slice]:
@@ -118,89 +118,94 @@ class ClassifierRows:
 
 @dataclass(frozen=True)
 class AgentClassifier:
-    """Of one agent. ids: of its own N prompts, whose features are `own`.
+    """Of one agent. ids: of its own N prompts, whose features are `train_features`.
 
     A text's score is its inner product with `words` (D,) and `dense`, its likenesses to the general prompts times `general`
-    (G,), plus `bias`; about 1 for own prompts and -1 for others. held, missed: features of held-out prompts and of near misses
-    of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none of its fold; the score is
-    nan for one that is so near that it may be the agent's business.
+    (G,), plus `bias`; about 1 for own prompts and -1 for others. held_out_features, near_miss_features: of held-out prompts
+    and of near misses of them. unseen: (2, G) score and likeness of each general prompt by a classifier that saw none of its
+    fold; the score is nan for one that is so near that it may be the agent's business.
     """
 
     digest: str
     ids: tuple[str, ...]
-    own: TextFeatures
+    train_features: TextFeatures
     words: Any
     dense: F32 | None
     general: F32
     bias: float
-    held: TextFeatures
-    missed: TextFeatures
+    held_out_features: TextFeatures
+    near_miss_features: TextFeatures
     unseen: F32
     slices: Slices | None = None
 
 
-def rows_of(found: Exemplars) -> ClassifierRows:
+def rows_of(exemplars: Exemplars) -> ClassifierRows:
     """What a part is fitted with."""
-    train, held_out = found.train[:MOST_FITTED], found.held_out[:MOST_HELD]
+    train, held_out = exemplars.train[:MOST_FITTED], exemplars.held_out[:MOST_HELD_OUT]
     if not held_out and len(train) >= LENT:
         train, held_out = train[: -(len(train) // LENT)], train[len(train) - len(train) // LENT :]
-    nobodys = (*(item.text for item in found.other), *near_misses(train))
-    measured = found.gain.rows[:MEASURED] if found.gain else ()
+    nobodys = (*(prompt.text for prompt in exemplars.other), *near_misses(train))
+    measured = exemplars.gain.rows[:MEASURED] if exemplars.gain else ()
     return ClassifierRows(train, nobodys, held_out, tuple(near_misses(held_out)), tuple(row.prompt for row in measured))
 
 
-def fit(found: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
+def fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
     """The part of one agent. vectors: of `rows_of(found).texts` by the space's encoder, None for words alone. One thread."""
     import scipy.linalg  # noqa: F401 - the limit below holds for libraries that are loaded by then
     import sklearn.linear_model  # noqa: F401
 
     with threadpool_limits(1):
-        return _fit(found, space, vectors)
+        return _fit(exemplars, space, vectors)
 
 
-def _fit(found: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
-    rows = rows_of(found)
+def _fit(exemplars: Exemplars, space: GeneralPrompts, vectors: F32 | None) -> AgentClassifier:
+    rows = rows_of(exemplars)
     features = space.features(rows.texts, vectors)
-    own, nobodys, held, missed, measured = (features.at(where) for where in rows.bounds)
-    to_general = own.likeness(space.general)
-    kept = np.flatnonzero(~_near(own, to_general))
-    asked = stacked([own, nobodys])
-    across = asked.likeness(space.general)[:, kept]
-    kernel = np.block([[asked.likeness(asked), across], [across.T, space.likeness[np.ix_(kept, kept)]]]).astype(np.float64) + 1
+    train, nobodys, held_out, missed, measured = (features.at(bounds) for bounds in rows.bounds)
+    to_general = train.likeness(space.general)
+    general_rows = np.flatnonzero(~_near_agent_mask(train, to_general))
+    fitted = stacked([train, nobodys])
+    cross = fitted.likeness(space.general)[:, general_rows]
+    kernel = (
+        np.block([[fitted.likeness(fitted), cross], [cross.T, space.likeness[np.ix_(general_rows, general_rows)]]]).astype(
+            np.float64
+        )
+        + 1
+    )
     target = np.where(np.arange(len(kernel)) < len(rows.train), 1.0, -1.0)
     inverse, weights = _solved(kernel, target)
     unseen = np.full((2, len(space.folds)), np.nan, dtype=np.float32)
     unseen[1] = neighbours(to_general.T)
-    start = asked.count
-    for item in range(FOLDS):
-        fold = np.flatnonzero(space.folds[kept] == item)
+    start = fitted.count
+    for index in range(FOLDS):
+        fold = np.flatnonzero(space.folds[general_rows] == index)
         if len(fold):
             block = start + fold
             left_out = np.linalg.solve(inverse[np.ix_(block, block)], weights[block])
-            unseen[0, kept[fold]] = target[block] - left_out
+            unseen[0, general_rows[fold]] = target[block] - left_out
     general = np.zeros(len(space.folds), dtype=np.float32)
-    general[kept] = weights[start:]
-    mine = weights[:start].astype(np.float32)
+    general[general_rows] = weights[start:]
+    row_weights = weights[:start].astype(np.float32)
     return AgentClassifier(
-        digest=digest(found),
-        ids=tuple(one.id for one in rows.train),
-        own=own,
-        words=asked.words.T @ mine,
-        dense=asked.dense.T @ mine if asked.dense is not None else None,
+        digest=digest(exemplars),
+        ids=tuple(prompt.id for prompt in rows.train),
+        train_features=train,
+        words=fitted.words.T @ row_weights,
+        dense=fitted.dense.T @ row_weights if fitted.dense is not None else None,
         general=general,
         bias=float(weights.sum()),
-        held=held,
-        missed=missed,
+        held_out_features=held_out,
+        near_miss_features=missed,
         unseen=unseen,
-        slices=sliced(found.gain, measured) if found.gain else None,
+        slices=sliced(exemplars.gain, measured) if exemplars.gain else None,
     )
 
 
-def _near(own: TextFeatures, to_general: F32) -> F32:
+def _near_agent_mask(train: TextFeatures, to_general: F32) -> F32:
     """General prompts that are as like the agent's as its own are to each other: they may well be its business."""
-    among = own.likeness(own)
-    np.fill_diagonal(among, -1)
-    usual = np.median(neighbours(among)) if own.count > 1 else 1.0
+    likeness = train.likeness(train)
+    np.fill_diagonal(likeness, -1)
+    usual = np.median(neighbours(likeness)) if train.count > 1 else 1.0
     return np.asarray(neighbours(to_general.T) >= usual)
 
 
@@ -215,35 +220,35 @@ def _solved(kernel: Any, target: Any) -> tuple[Any, Any]:
 def as_arrays(part: AgentClassifier) -> dict[str, Any]:
     """A part as plain arrays; see `from_arrays`."""
     used = np.flatnonzero(part.words)
-    found = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
-    found |= {"bias": np.array(part.bias), "width": np.array(part.words.shape[0])}
-    for name, features in (("own", part.own), ("held", part.held), ("missed", part.missed)):
-        found |= features.as_arrays(name)
+    arrays = {"columns": used, "weights": part.words[used], "general": part.general, "unseen": part.unseen}
+    arrays |= {"bias": np.array(part.bias), "width": np.array(part.words.shape[0])}
+    for name, features in (("own", part.train_features), ("held", part.held_out_features), ("missed", part.near_miss_features)):
+        arrays |= features.as_arrays(name)
     if part.dense is not None:
-        found["dense"] = part.dense
-    return found | (part.slices.as_arrays() if part.slices else {})
+        arrays["dense"] = part.dense
+    return arrays | (part.slices.as_arrays() if part.slices else {})
 
 
-def from_arrays(digest: str, ids: tuple[str, ...], found: Mapping[str, Any]) -> AgentClassifier:
+def from_arrays(digest: str, ids: tuple[str, ...], arrays: Mapping[str, Any]) -> AgentClassifier:
     """The part that `as_arrays` told of. Raises ValueError where arrays of two writers stand beside each other."""
-    words = np.zeros(int(found["width"]), dtype=np.float32)
-    words[found["columns"]] = found["weights"]
-    own, held, missed = (TextFeatures.from_arrays(name, found) for name in ("own", "held", "missed"))
+    words = np.zeros(int(arrays["width"]), dtype=np.float32)
+    words[arrays["columns"]] = arrays["weights"]
+    train, held_out, missed = (TextFeatures.from_arrays(name, arrays) for name in ("own", "held", "missed"))
     part = AgentClassifier(
         digest=digest,
         ids=ids,
-        own=own,
+        train_features=train,
         words=words,
-        dense=found.get("dense"),
-        general=found["general"],
-        bias=float(found["bias"]),
-        held=held,
-        missed=missed,
-        unseen=found["unseen"],
-        slices=Slices.from_arrays(found) if "slice_of" in found else None,
+        dense=arrays.get("dense"),
+        general=arrays["general"],
+        bias=float(arrays["bias"]),
+        held_out_features=held_out,
+        near_miss_features=missed,
+        unseen=arrays["unseen"],
+        slices=Slices.from_arrays(arrays) if "slice_of" in arrays else None,
     )
-    if own.count != len(ids) or part.unseen.shape != (2, len(part.general)) or (part.dense is None) != (own.dense is None):
-        raise ValueError(f"its arrays do not fit each other: {own.count} prompts, {len(ids)} ids")
+    if train.count != len(ids) or part.unseen.shape != (2, len(part.general)) or (part.dense is None) != (train.dense is None):
+        raise ValueError(f"its arrays do not fit each other: {train.count} prompts, {len(ids)} ids")
     return part
 
 
@@ -262,12 +267,12 @@ def open_part(folder: Path, encoder: str, digest: str, dtype: str = "") -> Agent
     Raises ArtifactError for a damaged one.
     """
     file = _file(folder, encoder, digest)
-    found = _open(file, digest, dtype)
-    if found is None:
+    loaded = _open(file, digest, dtype)
+    if loaded is None:
         return None
-    arrays, said = found
+    arrays, fields = loaded
     try:
-        return from_arrays(digest, tuple(said["ids"]), arrays)
+        return from_arrays(digest, tuple(fields["ids"]), arrays)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(file, error) from None
 
@@ -279,8 +284,8 @@ def save_vectors(folder: Path, encoder: str, digest: str, vectors: Any, dtype: s
 
 def open_vectors(folder: Path, encoder: str, digest: str, dtype: str = "") -> Any:
     """These; None if there are none of this digest and arithmetic. Raises ArtifactError for damaged ones."""
-    found = _open(_file(folder, encoder, GENERAL), digest, dtype)
-    return None if found is None else found[0].get("vectors")
+    loaded = _open(_file(folder, encoder, GENERAL), digest, dtype)
+    return None if loaded is None else loaded[0].get("vectors")
 
 
 def save_figures(folder: Path, encoder: str, figures: Mapping[str, Any]) -> None:
@@ -290,17 +295,17 @@ def save_figures(folder: Path, encoder: str, figures: Mapping[str, Any]) -> None
 
 def keep_only(folder: Path, digests: Collection[str]) -> None:
     """Remove the parts of agents that are no more: they hold prompts of theirs, as words."""
-    kept = {GENERAL, *(_name(digest) for digest in digests)}
+    stems = {GENERAL, *(_name(digest) for digest in digests)}
     for file in folder.glob("*/*.npz"):
-        if file.stem not in kept:
+        if file.stem not in stems:
             file.unlink(missing_ok=True)
     for file in (*folder.glob("*.npz"), *folder.glob("*.json")):  # of older versions
         file.unlink(missing_ok=True)
 
 
-def _save(file: Path, digest: str, arrays: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    told = json.dumps({"schema": SCHEMA, "digest": digest, **said})
-    _write(file, lambda stream: np.savez(stream, **arrays, said=np.frombuffer(told.encode(), dtype=np.uint8)))
+def _save(file: Path, digest: str, arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    header = json.dumps({"schema": SCHEMA, "digest": digest, **fields})
+    _write(file, lambda stream: np.savez(stream, **arrays, said=np.frombuffer(header.encode(), dtype=np.uint8)))
 
 
 def _made_by(dtype: str) -> dict[str, Any]:
@@ -313,10 +318,10 @@ def _open(file: Path, digest: str, dtype: str) -> tuple[dict[str, Any], dict[str
     try:
         # numpy leaves a damaged file open
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            found = dict(arrays)
-        fields = json.loads(found.pop("said").tobytes())
+            loaded = dict(arrays)
+        fields = json.loads(loaded.pop("said").tobytes())
         is_current = not dtype or not difference(fields.get("numerics"), str(fields.get("dtype", dtype)))
-        return (found, fields) if is_current and (fields["schema"], fields["digest"]) == (SCHEMA, digest) else None
+        return (loaded, fields) if is_current and (fields["schema"], fields["digest"]) == (SCHEMA, digest) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise _damaged(file, error) from None
 

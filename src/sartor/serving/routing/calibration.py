@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from sartor.evaluate.metrics import BINS
 from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralPrompts
-from sartor.serving.routing.router_model import Fitted, Linear, Looked, Shared, best_places
+from sartor.serving.routing.router_model import CandidateScores, FittedRouter, Linear, SharedWeights, best_columns
 from sartor.serving.routing.text_features import F32, stacked
 
 
@@ -38,15 +38,15 @@ def aurc(confidence: Any, is_right: Any, weight: Any) -> float:
 
 def ece(confidence: Any, is_right: Any, weight: Any) -> float:
     """Expected calibration error (Guo et al. 2017) in BINS equal bins of confidence."""
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gap = np.bincount(place, weight * (confidence - is_right), BINS)
+    bin_index = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(bin_index, weight * (confidence - is_right), BINS)
     return float(np.abs(gap).sum() / weight.sum())
 
 
 # Held-out prompts of all agents together
-MOST_HELD = 2_000
+MOST_HELD_OUT = 2_000
 # Where nothing was held out at all
-UNLEARNT = Shared(score=6.0, likeness=4.0, base=4.0, foreign=-3.0)
+UNLEARNT = SharedWeights(score=6.0, likeness=4.0, base=4.0, foreign=-3.0)
 # Of a team without a doubtful prompt the most likely figures are endless
 RIDGE = 1e-3
 # Sums of both fractions (see `choose`) that so few prompts do not tell apart
@@ -65,15 +65,15 @@ class CalibrationSample:
     """Prompts that no part was fitted on, and whose each is. agent: (N,) its place, -1 for nobody's."""
 
     name: str
-    found: Looked
+    candidates: CandidateScores
     agent: Any
 
-    def told(self, shared: Shared) -> tuple[F32, Any]:
+    def best_probability(self, shared: SharedWeights) -> tuple[F32, Any]:
         """(N,) the best probability, and whether it is of the right agent."""
-        probability = shared.probability(self.found)
+        probability = shared.probability(self.candidates)
         best = probability.argmax(axis=1)[:, None]
-        whose = np.take_along_axis(self.found.agents, best, 1)[:, 0]
-        return np.take_along_axis(probability, best, 1)[:, 0], whose == self.agent
+        best_agent = np.take_along_axis(self.candidates.agents, best, 1)[:, 0]
+        return np.take_along_axis(probability, best, 1)[:, 0], best_agent == self.agent
 
 
 def assemble(
@@ -82,7 +82,7 @@ def assemble(
     target: float,
     risk: float = 1.0,
     unproven: Mapping[str, str] | None = None,
-) -> Fitted:
+) -> FittedRouter:
     """The router of these agents. One thread.
 
     target: fraction of foreign prompts that must be left to the base where the threshold is chosen; risk: the most of those
@@ -95,27 +95,27 @@ def assemble(
 
 def _assembled(
     agents: Mapping[str, AgentClassifier], space: GeneralPrompts, limits: tuple[float, float], unproven: Mapping[str, str]
-) -> Fitted:
+) -> FittedRouter:
     names, parts = tuple(agents), tuple(agents.values())
-    held, *foreign = _samples(space, parts)
-    foreign = [item for item in foreign if len(item.agent)]
-    is_learnt = len(held.agent) > 0 and len(foreign) > 0
-    shared = _shared(held, foreign) if is_learnt else UNLEARNT
-    fitted = Fitted(names, space, parts, shared, 0.5, {}, unproven)
+    held_out, *foreign = _samples(space, parts)
+    foreign = [sample for sample in foreign if len(sample.agent)]
+    is_learnt = len(held_out.agent) > 0 and len(foreign) > 0
+    shared = _shared(held_out, foreign) if is_learnt else UNLEARNT
+    fitted = FittedRouter(names, space, parts, shared, 0.5, {}, unproven)
     if not is_learnt:
         return replace(fitted, figures={"held_out": 0, "accuracy": 0.0, "to_base": 0.0})
-    score, is_right = held.told(shared)
-    own = [score[held.agent == index] for index in range(len(names))]
-    right = [is_right[held.agent == place] for place in range(len(names))]
-    strange = {one.name: one.told(shared)[0] for one in foreign}
-    threshold = choose(own, right, list(strange.values()), *limits)
+    score, is_right = held_out.best_probability(shared)
+    agent_scores = [score[held_out.agent == index] for index in range(len(names))]
+    right = [is_right[held_out.agent == index] for index in range(len(names))]
+    foreign_scores = {sample.name: sample.best_probability(shared)[0] for sample in foreign}
+    threshold = choose(agent_scores, right, list(foreign_scores.values()), *limits)
     figures = {
-        "held_out": len(held.agent),
-        "by_agent": {name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, own, right, strict=True)},
-        "foreign": sum(map(len, strange.values())),
-        **{f"to_base_{name}": round(float((found < threshold).mean()), 4) for name, found in strange.items()},
+        "held_out": len(held_out.agent),
+        "by_agent": {name: _fraction(s[r], threshold, len(s)) for name, s, r in zip(names, agent_scores, right, strict=True)},
+        "foreign": sum(map(len, foreign_scores.values())),
+        **{f"to_base_{name}": round(float((scores < threshold).mean()), 4) for name, scores in foreign_scores.items()},
         "general": int(np.isfinite(parts[0].unseen[0]).sum()),
-        **_curve(own, right, list(strange.values()), threshold),
+        **_curve(agent_scores, right, list(foreign_scores.values()), threshold),
     }
     return replace(fitted, threshold=threshold, figures=figures)
 
@@ -123,84 +123,88 @@ def _assembled(
 def _samples(space: GeneralPrompts, parts: tuple[AgentClassifier, ...]) -> list[CalibrationSample]:
     """Own held-out prompts, and three kinds of foreign ones."""
     linear = Linear.of(space, parts)
-    most = max(2, MOST_HELD // len(parts))
-    counts = [min(most, part.held.count) for part in parts]
+    limit = max(2, MOST_HELD_OUT // len(parts))
+    counts = [min(limit, part.held_out_features.count) for part in parts]
     agent = np.repeat(np.arange(len(parts)), counts)
-    held = linear.look(stacked([part.held.at(slice(0, most)) for part in parts]))
-    missed = linear.look(stacked([part.missed.at(slice(0, most)) for part in parts]))
+    held_out = linear.look(stacked([part.held_out_features.at(slice(0, limit)) for part in parts]))
+    missed = linear.look(stacked([part.near_miss_features.at(slice(0, limit)) for part in parts]))
     unseen = np.stack([part.unseen for part in parts], axis=2)
     scores = np.where(np.isnan(unseen[0]), -np.inf, unseen[0])
-    places = best_places(scores)
-    likeness = np.take_along_axis(unseen[1], places, 1)
-    general = Looked(places, np.take_along_axis(scores, places, 1), likeness, space.foreign)
+    columns = best_columns(scores)
+    likeness = np.take_along_axis(unseen[1], columns, 1)
+    general = CandidateScores(columns, np.take_along_axis(scores, columns, 1), likeness, space.foreign)
     nobody = np.full(len(missed.foreign), -1)
-    others = replace(held, score=np.where(held.agents == agent[:, None], -np.inf, held.score))
-    samples = [CalibrationSample("own", held, agent), CalibrationSample(MISSES, missed, nobody)]
+    others = replace(held_out, score=np.where(held_out.agents == agent[:, None], -np.inf, held_out.score))
+    samples = [CalibrationSample("own", held_out, agent), CalibrationSample(MISSES, missed, nobody)]
     samples.append(CalibrationSample(KINDS, general, np.full(len(space.foreign), -1)))
     return [*samples, CalibrationSample(AGENTS, others, np.full(len(agent), -1))] if len(parts) > 1 else samples
 
 
-def _shared(held: CalibrationSample, foreign: Sequence[CalibrationSample]) -> Shared:
+def _shared(held_out: CalibrationSample, foreign: Sequence[CalibrationSample]) -> SharedWeights:
     """The most likely figures; own prompts weigh as much as foreign ones, and each kind of these the same."""
     from scipy.optimize import minimize
 
     def chance(values: Any, sample: CalibrationSample) -> Any:
-        probability = Shared(*values).probability(sample.found)
-        is_own = sample.found.agents == sample.agent[:, None]
-        own = (probability * is_own).sum(axis=1)
-        return np.where(sample.agent >= 0, own, 1 - probability.sum(axis=1))
+        probability = SharedWeights(*values).probability(sample.candidates)
+        is_own = sample.candidates.agents == sample.agent[:, None]
+        own_probability = (probability * is_own).sum(axis=1)
+        return np.where(sample.agent >= 0, own_probability, 1 - probability.sum(axis=1))
 
     def loss(values: Any) -> float:
-        parts = [np.log(chance(values, item) + 1e-9).mean() for item in foreign]
-        return float(-np.log(chance(values, held) + 1e-9).mean() - np.mean(parts) + RIDGE * np.sum(values**2))
+        parts = [np.log(chance(values, sample) + 1e-9).mean() for sample in foreign]
+        return float(-np.log(chance(values, held_out) + 1e-9).mean() - np.mean(parts) + RIDGE * np.sum(values**2))
 
     start = [UNLEARNT.score, UNLEARNT.likeness, UNLEARNT.base, UNLEARNT.foreign]
-    return Shared(*(float(value) for value in minimize(loss, start, method="BFGS", options={"maxiter": 60}).x))
+    return SharedWeights(*(float(value) for value in minimize(loss, start, method="BFGS", options={"maxiter": 60}).x))
 
 
-def choose(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], target: float, risk: float = 1.0) -> float:
+def choose(
+    agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], target: float, risk: float = 1.0
+) -> float:
     """The threshold: of those that leave `target` of the foreign prompts to the base and route at most `risk` wrongly, the
     lowest with the largest sum (but for SAME) of own prompts that get their agent, times OWN_WEIGHT, less those that get
     another one, and foreign ones left to the base.
 
-    own: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent counts the same,
-    and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies midway between a
-    probability and the next one below.
+    agent_scores: by agent, the best probabilities of held-out prompts; right: whether that is the agent's; each agent counts
+    the same, and each kind of foreign prompts. Where nothing keeps both limits, what breaks them least. It lies midway between
+    a probability and the next one below.
     """
-    found = np.unique(np.concatenate([*own, *foreign, [1.0]]))
-    found = found[found > LEAST]
-    marks = (np.concatenate([[LEAST], found[:-1]]) + found) / 2
-    counts, pairs = [len(item) for item in own], list(zip(own, right, strict=True))
-    hits = _routed([one[is_right] for one, is_right in pairs], marks, counts)
-    astray = _routed([one[~is_right] for one, is_right in pairs], marks, counts)
-    taken = _routed(foreign, marks, [len(one) for one in foreign])
-    wrong = (astray + taken) / np.maximum(astray + taken + hits, 1e-9)
-    short = np.maximum(target - (1 - taken), 0) + np.maximum(wrong - risk, 0)
-    is_kept = short <= short.min() + 1e-9
-    worth = np.where(is_kept, OWN_WEIGHT * hits - astray + 1 - taken, -np.inf)
-    return float(marks[np.flatnonzero(worth >= worth.max() - SAME)[0]])
+    probabilities = np.unique(np.concatenate([*agent_scores, *foreign, [1.0]]))
+    probabilities = probabilities[probabilities > LEAST]
+    thresholds = (np.concatenate([[LEAST], probabilities[:-1]]) + probabilities) / 2
+    counts, pairs = [len(scores) for scores in agent_scores], list(zip(agent_scores, right, strict=True))
+    hits = _routed([scores[is_right] for scores, is_right in pairs], thresholds, counts)
+    misrouted = _routed([scores[~is_right] for scores, is_right in pairs], thresholds, counts)
+    foreign_routed = _routed(foreign, thresholds, [len(scores) for scores in foreign])
+    wrong_fraction = (misrouted + foreign_routed) / np.maximum(misrouted + foreign_routed + hits, 1e-9)
+    shortfall = np.maximum(target - (1 - foreign_routed), 0) + np.maximum(wrong_fraction - risk, 0)
+    is_allowed = shortfall <= shortfall.min() + 1e-9
+    utility = np.where(is_allowed, OWN_WEIGHT * hits - misrouted + 1 - foreign_routed, -np.inf)
+    return float(thresholds[np.flatnonzero(utility >= utility.max() - SAME)[0]])
 
 
-def _routed(scores: Sequence[F32], marks: F32, counts: Sequence[int]) -> F32:
+def _routed(scores: Sequence[F32], thresholds: F32, counts: Sequence[int]) -> F32:
     """(M,): fraction that reaches each mark, the mean over the parts that hold any."""
     parts = [
-        (len(one) - np.searchsorted(np.sort(one), marks)) / count for one, count in zip(scores, counts, strict=True) if count
+        (len(values) - np.searchsorted(np.sort(values), thresholds)) / count
+        for values, count in zip(scores, counts, strict=True)
+        if count
     ]
     return np.asarray(np.mean(parts, axis=0))
 
 
-def _curve(own: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float) -> dict[str, Any]:
+def _curve(agent_scores: Sequence[F32], right: Sequence[Any], foreign: Sequence[F32], threshold: float) -> dict[str, Any]:
     """Figures of the risk-coverage curve with own and foreign prompts half each, and at the threshold."""
-    score = np.concatenate([*own, *foreign])
-    is_right = np.concatenate([*right, *(np.zeros(len(item), dtype=bool) for item in foreign)])
-    held = [one for one in own if len(one)]
+    score = np.concatenate([*agent_scores, *foreign])
+    is_right = np.concatenate([*right, *(np.zeros(len(scores), dtype=bool) for scores in foreign)])
+    nonempty = [scores for scores in agent_scores if len(scores)]
     weight = np.concatenate(
         [
-            *(np.full(len(one), 0.5 / len(held) / len(one)) for one in held),
+            *(np.full(len(scores), 0.5 / len(nonempty) / len(scores)) for scores in nonempty),
             *(np.full(len(o), 0.5 / len(foreign) / len(o)) for o in foreign),
         ]
     )
-    is_routed, is_own = score >= threshold, np.arange(len(score)) < sum(map(len, own))
+    is_routed, is_own = score >= threshold, np.arange(len(score)) < sum(map(len, agent_scores))
     coverage = float(weight[is_routed].sum())
     return {
         "accuracy": round(2 * float(weight[is_routed & is_right].sum()), 4),
@@ -216,15 +220,15 @@ def _fraction(right: F32, threshold: float, count: int) -> float | None:
     return round(float((right >= threshold).sum()) / count, 4) if count else None
 
 
-def best_of(found: Sequence[Fitted]) -> Fitted:
+def best_of(routers: Sequence[FittedRouter]) -> FittedRouter:
     """The router with the best mean of both fractions, weighted; one that costs more (stands later) must be better by GAIN."""
-    best = found[0]
-    for other in found[1:]:
+    best = routers[0]
+    for other in routers[1:]:
         if _merit(other) >= _merit(best) + GAIN:
             best = other
     return best
 
 
-def _merit(fitted: Fitted) -> float:
-    own, left = fitted.figures["accuracy"], fitted.figures["to_base"]
-    return float(OWN_WEIGHT * own + left) / (OWN_WEIGHT + 1)
+def _merit(fitted: FittedRouter) -> float:
+    accuracy, to_base = fitted.figures["accuracy"], fitted.figures["to_base"]
+    return float(OWN_WEIGHT * accuracy + to_base) / (OWN_WEIGHT + 1)

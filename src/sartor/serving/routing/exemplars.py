@@ -60,29 +60,34 @@ class Gain:
 
 @dataclass(frozen=True)
 class Slices:
-    """A Report's rows in slices. features: of M rows; of: (M,) the slice of each; gain, size: (S,)."""
+    """A Report's rows in slices. features: of M rows; slice_of: (M,) the slice of each; gain, size: (S,)."""
 
     features: TextFeatures
-    of: Any
+    slice_of: Any
     gain: Any
     size: Any
 
-    def nearest(self, asked: TextFeatures) -> Any:
+    def nearest(self, features: TextFeatures) -> Any:
         """(N,): the slice that each text belongs to."""
-        return neighbours_of(asked.likeness(self.features), self.of, len(self.gain)).argmax(axis=1)
+        return neighbours_of(features.likeness(self.features), self.slice_of, len(self.gain)).argmax(axis=1)
 
-    def lacks_gain(self, one: int) -> bool:
+    def lacks_gain(self, index: int) -> bool:
         """Whether the agent was no better than the base there."""
-        return bool(self.size[one] >= SLICE_LEAST and self.gain[one] <= 0)
+        return bool(self.size[index] >= SLICE_LEAST and self.gain[index] <= 0)
 
     def as_arrays(self) -> dict[str, Any]:
         """See `agent_classifier.as_arrays`."""
-        return {"slice_of": self.of, "slice_gain": self.gain, "slice_size": self.size, **self.features.as_arrays("slices")}
+        return {
+            "slice_of": self.slice_of,
+            "slice_gain": self.gain,
+            "slice_size": self.size,
+            **self.features.as_arrays("slices"),
+        }
 
     @classmethod
-    def from_arrays(cls, found: Mapping[str, Any]) -> Slices:
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> Slices:
         """See `agent_classifier.from_arrays`."""
-        return cls(TextFeatures.from_arrays("slices", found), found["slice_of"], found["slice_gain"], found["slice_size"])
+        return cls(TextFeatures.from_arrays("slices", arrays), arrays["slice_of"], arrays["slice_gain"], arrays["slice_size"])
 
 
 def read_measured_gain(release: Path) -> Gain | None:
@@ -94,34 +99,34 @@ def read_measured_gain(release: Path) -> Gain | None:
         name = manifest["primary"]
         check = checked(name, manifest["metrics"][name])
         column, sign = BY_ROW.get(name, name), -1 if name in LOWER_IS_BETTER else 1
-        told = parquet_io.read_file(release / "report" / "rows.parquet")
-        found = [
+        rows = parquet_io.read_file(release / "report" / "rows.parquet")
+        measured_rows = [
             MeasuredRow(row["prompt"], str(row.get("label") or ""), sign * (row[f"tuned_{column}"] - row[f"base_{column}"]))
-            for row in told
+            for row in rows
             if row["prompt"].strip() and row.get(f"base_{column}") is not None and not row.get("media")
         ]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the Report of {release.name} cannot be read: {error}", "release it again") from None
-    return Gain(check.outcome == "pass", check.detail, tuple(found))
+    return Gain(check.outcome == "pass", check.detail, tuple(measured_rows))
 
 
-def sliced(found: Gain, features: TextFeatures) -> Slices | None:
+def sliced(gain: Gain, features: TextFeatures) -> Slices | None:
     """The rows by their class where they have classes, else by likeness (average linkage); None for fewer than two slices."""
-    rows = found.rows[: features.count]
+    rows = gain.rows[: features.count]
     labels = [row.label for row in rows]
     if any(labels):
-        place = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-        of = np.array([place[label] for label in labels])
+        label_index = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+        slice_of = np.array([label_index[label] for label in labels])
     elif len(rows) >= 2 * SLICE_ROWS:
         from sklearn.cluster import AgglomerativeClustering
 
-        apart = 1 - features.likeness(features).astype(np.float64)
-        how = AgglomerativeClustering(len(rows) // SLICE_ROWS, metric="precomputed", linkage="average")
-        of = how.fit_predict((apart + apart.T) / 2)
+        distances = 1 - features.likeness(features).astype(np.float64)
+        clustering = AgglomerativeClustering(len(rows) // SLICE_ROWS, metric="precomputed", linkage="average")
+        slice_of = clustering.fit_predict((distances + distances.T) / 2)
     else:
         return None
-    size = np.bincount(of)
-    return Slices(features, of, np.bincount(of, [row.gain for row in rows]) / size, size) if len(size) > 1 else None
+    size = np.bincount(slice_of)
+    return Slices(features, slice_of, np.bincount(slice_of, [row.gain for row in rows]) / size, size) if len(size) > 1 else None
 
 
 MOST_BYTES = 4 << 20
@@ -163,15 +168,15 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
     remedy = "release it again"
     if file.stat().st_size > MOST_BYTES:
         raise ArtifactError(f"{file} has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read", remedy)
-    found: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}
+    by_split: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}
     try:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()[:MOST_LINES], 1):
             fields = json.loads(line)
             if text := str(fields["text"]).strip():
-                found[fields["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
+                by_split[fields["split"]].append(ExemplarPrompt(f"{agent}:{number}", text))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{file} is not a file of exemplars: {type(error).__name__}: {error}", remedy) from None
-    return Exemplars(tuple(found["train"]), tuple(found["eval"]), tuple(found[OTHER]), read_measured_gain(release))
+    return Exemplars(tuple(by_split["train"]), tuple(by_split["eval"]), tuple(by_split[OTHER]), read_measured_gain(release))
 
 
 @cache
@@ -184,10 +189,10 @@ def general() -> Mapping[str, tuple[ExemplarPrompt, ...]]:
     }
 
 
-def digest(found: Exemplars) -> str:
+def digest(exemplars: Exemplars) -> str:
     """Equal exactly when an agent has the same exemplars under the same name and the general prompts are the same."""
-    parts = [[(item.id, item.text) for item in part] for part in (found.train, found.held_out, found.other)]
-    gain = [(row.prompt, row.label, row.gain) for row in found.gain.rows] if found.gain else None
+    parts = [[(prompt.id, prompt.text) for prompt in part] for part in (exemplars.train, exemplars.held_out, exemplars.other)]
+    gain = [(row.prompt, row.label, row.gain) for row in exemplars.gain.rows] if exemplars.gain else None
     return records.digest([parts, gain, general_digest()])
 
 
@@ -208,7 +213,7 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} {text[-half:]}"
 
 
-MOST = 60
+MOST_NEAR_MISSES = 60
 FRAMES = (
     "Translate into French: {prompt}",
     "Where does the word {word} come from?",
@@ -224,14 +229,14 @@ FRAMES = (
 _WORD = re.compile(r"[^\W\d_]{4,}")
 
 
-def near_misses(prompts: Sequence[ExemplarPrompt], most: int = MOST) -> list[str]:
-    """One for each of the first `most` prompts; frame and words are drawn by the prompt's digest."""
-    return [_framed(prompt.text) for prompt in prompts[:most]]
+def near_misses(prompts: Sequence[ExemplarPrompt], limit: int = MOST_NEAR_MISSES) -> list[str]:
+    """One for each of the first `limit` prompts; frame and words are drawn by the prompt's digest."""
+    return [_framed(prompt.text) for prompt in prompts[:limit]]
 
 
 def _framed(text: str) -> str:
-    drawn = int(records_digest(text), 16)
+    seed = int(records_digest(text), 16)
     words = list(dict.fromkeys(_WORD.findall(text.lower()))) or [text]
-    first, second = words[(drawn >> 8) % len(words)], words[(drawn >> 24) % len(words)]
-    both = f"{first} and {second}" if first != second else first
-    return FRAMES[drawn % len(FRAMES)].format(prompt=text, word=first, words=both)
+    first, second = words[(seed >> 8) % len(words)], words[(seed >> 24) % len(words)]
+    phrase = f"{first} and {second}" if first != second else first
+    return FRAMES[seed % len(FRAMES)].format(prompt=text, word=first, words=phrase)

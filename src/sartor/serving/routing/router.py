@@ -24,12 +24,12 @@ from sartor.inference.engine import LOCAL
 from sartor.serving.routing import agent_classifier, calibration, exemplars
 from sartor.serving.routing.agent_classifier import AgentClassifier, GeneralPrompts
 from sartor.serving.routing.exemplars import Exemplars, shortened
-from sartor.serving.routing.router_model import BASE, Fitted, RoutedText
+from sartor.serving.routing.router_model import BASE, FittedRouter, RoutedText
 from sartor.serving.team_config import Routing
 from sartor.serving.types import EmbeddingResult, RoutingDecision
 
 WORDS, BASE_ENCODER = "tfidf", "base"
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 # A request of a server that has just started waits so long for its first router
 FIRST_WAIT_S = 10.0
 # And so long for the encoder's vectors of one prompt; then words alone decide
@@ -63,11 +63,11 @@ class AutoRouter:
         self._folder = state / "router"
         self._engine = engine
         self._dtype = dtype if engine == LOCAL else ""
-        self._fitted: Fitted | None = None
-        self._words: Fitted | None = None
+        self._fitted: FittedRouter | None = None
+        self._words: FittedRouter | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_ready = asyncio.Event()
-        self._silent: tuple[str, ...] = ()
+        self._without_exemplars: tuple[str, ...] = ()
         self._spaces: dict[str, GeneralPrompts] = {}
         self._parts: dict[tuple[str, str], AgentClassifier] = {}
         self.troubles: dict[str, str] = {}
@@ -92,7 +92,7 @@ class AutoRouter:
     @property
     def figures(self) -> Mapping[str, Any]:
         """Of the router that answers: its encoder, agents, threshold and held-out figures. Empty while there is none."""
-        return {} if self._fitted is None else self._fitted.told
+        return {} if self._fitted is None else self._fitted.summary
 
     async def route(self, messages: Sequence[Mapping[str, Any]], openable: Collection[str]) -> RoutingDecision:
         """See Router. The last user turn decides; the one before helps where it says too little."""
@@ -113,14 +113,14 @@ class AutoRouter:
         except Exception as error:  # a fault of the router must be none of the request: dispatch knows SartorError alone
             reason = error.problem if isinstance(error, SartorError) else f"{type(error).__name__}: {error}"
             return RoutingDecision(BASE, f"the router failed: {reason}")
-        route = chosen(fitted, judged, openable)
-        silent = [name for name in self._silent if name in openable]
-        more = f"; without exemplars: {', '.join(sorted(silent))}" if silent else ""
-        return replace(route, reason=f"{route.reason}{note}{more}")
+        route = choose_agent(fitted, judged, openable)
+        without_exemplars = [name for name in self._without_exemplars if name in openable]
+        silent_note = f"; without exemplars: {', '.join(sorted(without_exemplars))}" if without_exemplars else ""
+        return replace(route, reason=f"{route.reason}{note}{silent_note}")
 
     async def _judged(
-        self, fitted: Fitted, texts: Sequence[str], openable: Collection[str]
-    ) -> tuple[Fitted, list[RoutedText], str]:
+        self, fitted: FittedRouter, texts: Sequence[str], openable: Collection[str]
+    ) -> tuple[FittedRouter, list[RoutedText], str]:
         """What a router finds; by words alone where the encoder does not answer."""
         if not fitted.has_encoder:
             return fitted, await asyncio.to_thread(fitted.judge, texts, None, openable), ""
@@ -141,9 +141,9 @@ class AutoRouter:
         """Fit routers for these Releases, the cheapest first, and answer by the best."""
         self.troubles = {}
         try:
-            found = await asyncio.to_thread(self._read, releases)
-            agents = {name: one for name, one in found.items() if one.train}
-            self._silent = tuple(name for name in releases if name not in agents)
+            exemplars_by_name = await asyncio.to_thread(self._read, releases)
+            agents = {name: agent_exemplars for name, agent_exemplars in exemplars_by_name.items() if agent_exemplars.train}
+            self._without_exemplars = tuple(name for name in releases if name not in agents)
             if not agents:
                 self._fitted = self._words = None
                 self._parts = {}
@@ -182,29 +182,31 @@ class AutoRouter:
         """The dtype in which Sartor's engine makes an encoder's vectors; empty where another library does."""
         return self._dtype if encoder == BASE_ENCODER else ""
 
-    async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> Fitted:
+    async def _fit_one(self, agents: Mapping[str, Exemplars], encoder: str) -> FittedRouter:
         """The router by one encoder: parts that are there already, and the lacking ones."""
-        ground = await self._space(encoder)
-        parts = {name: await self._part(found, ground) for name, found in agents.items()}
-        kept = {(encoder, part.digest) for part in parts.values()}
-        self._parts = {key: one for key, one in self._parts.items() if key[0] != encoder or key in kept}
+        space = await self._space(encoder)
+        parts = {name: await self._part(agent_exemplars, space) for name, agent_exemplars in agents.items()}
+        current_keys = {(encoder, part.digest) for part in parts.values()}
+        self._parts = {key: part for key, part in self._parts.items() if key[0] != encoder or key in current_keys}
         with suppress(OSError):
-            await asyncio.to_thread(agent_classifier.keep_only, self._folder, {one.digest for one in parts.values()})
+            await asyncio.to_thread(agent_classifier.keep_only, self._folder, {part.digest for part in parts.values()})
         measured = self._rules.lift == "measured"
         unproven = {
-            name: found.gain.detail for name, found in agents.items() if measured and found.gain and not found.gain.is_shown
+            name: agent_exemplars.gain.detail
+            for name, agent_exemplars in agents.items()
+            if measured and agent_exemplars.gain and not agent_exemplars.gain.is_shown
         }
         rules = self._rules
-        fitted = await _apart(lambda: calibration.assemble(parts, ground, rules.target, rules.risk, unproven))
+        fitted = await _run_in_thread(lambda: calibration.assemble(parts, space, rules.target, rules.risk, unproven))
         with suppress(OSError):
-            await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.told)
-        return fitted if measured else replace(fitted, parts=tuple(replace(one, slices=None) for one in fitted.parts))
+            await asyncio.to_thread(agent_classifier.save_figures, self._folder, encoder, fitted.summary)
+        return fitted if measured else replace(fitted, parts=tuple(replace(part, slices=None) for part in fitted.parts))
 
     async def _space(self, encoder: str) -> GeneralPrompts:
         """The general prompts by this encoder."""
         digest, made_in = exemplars.general_digest(), self._made_in(encoder)
-        if (known := self._spaces.get(f"{encoder} {digest}")) is not None:
-            return known
+        if (cached := self._spaces.get(f"{encoder} {digest}")) is not None:
+            return cached
         vectors = None
         if encoder != WORDS:
             with suppress(ArtifactError):  # damaged ones are made anew
@@ -213,41 +215,44 @@ class AutoRouter:
                 vectors = await self._embedded(agent_classifier.general_texts(), encoder)
                 with suppress(OSError):  # a full disk costs the next start a few seconds
                     await asyncio.to_thread(agent_classifier.save_vectors, self._folder, encoder, digest, vectors, made_in)
-        self._spaces = {f"{encoder} {digest}": await _apart(lambda: agent_classifier.make(encoder, vectors)), **self._spaces}
+        self._spaces = {
+            f"{encoder} {digest}": await _run_in_thread(lambda: agent_classifier.make(encoder, vectors)),
+            **self._spaces,
+        }
         return self._spaces[f"{encoder} {digest}"]
 
-    async def _part(self, found: Exemplars, ground: GeneralPrompts) -> AgentClassifier:
+    async def _part(self, agent_exemplars: Exemplars, space: GeneralPrompts) -> AgentClassifier:
         """One agent's part: of this server, from the disk, or fitted."""
-        digest = exemplars.digest(found)
-        key = (ground.encoder, digest)
+        digest = exemplars.digest(agent_exemplars)
+        key = (space.encoder, digest)
         if key not in self._parts:
-            known = None
+            stored = None
             with suppress(ArtifactError):  # a damaged one is made anew
-                made_in = self._made_in(ground.encoder)
-                known = await asyncio.to_thread(agent_classifier.open_part, self._folder, ground.encoder, digest, made_in)
-            self._parts[key] = known or await self._fitted_part(found, ground)
+                made_in = self._made_in(space.encoder)
+                stored = await asyncio.to_thread(agent_classifier.open_part, self._folder, space.encoder, digest, made_in)
+            self._parts[key] = stored or await self._fitted_part(agent_exemplars, space)
         return self._parts[key]
 
-    async def _fitted_part(self, found: Exemplars, ground: GeneralPrompts) -> AgentClassifier:
+    async def _fitted_part(self, agent_exemplars: Exemplars, space: GeneralPrompts) -> AgentClassifier:
         vectors = None
-        if ground.dense is not None:
-            vectors = await self._embedded(agent_classifier.rows_of(found).texts, ground.encoder)
-        result = await _apart(lambda: agent_classifier.fit(found, ground, vectors))
+        if space.dense is not None:
+            vectors = await self._embedded(agent_classifier.rows_of(agent_exemplars).texts, space.encoder)
+        result = await _run_in_thread(lambda: agent_classifier.fit(agent_exemplars, space, vectors))
         with suppress(OSError):  # a full disk costs the next start a few seconds
             await asyncio.to_thread(
-                agent_classifier.save_part, self._folder, ground.encoder, result, self._made_in(ground.encoder)
+                agent_classifier.save_part, self._folder, space.encoder, result, self._made_in(space.encoder)
             )
         return result
 
     async def _embedded(self, texts: Sequence[str], encoder: str) -> Any:
         """(N, D) vectors."""
-        known: dict[str, Any] = {}
-        lacking = list(dict.fromkeys(texts))
-        for start in range(0, len(lacking), EMBEDDED_AT_ONCE):
-            some = lacking[start : start + EMBEDDED_AT_ONCE]
-            vectors = np.array(await self._patiently(some, encoder), dtype=np.float32)
-            known |= dict(zip(some, vectors, strict=True))
-        return np.stack([known[text] for text in texts])
+        vector_of_text: dict[str, Any] = {}
+        missing = list(dict.fromkeys(texts))
+        for start in range(0, len(missing), EMBEDDED_AT_ONCE):
+            batch = missing[start : start + EMBEDDED_AT_ONCE]
+            vectors = np.array(await self._patiently(batch, encoder), dtype=np.float32)
+            vector_of_text |= dict(zip(batch, vectors, strict=True))
+        return np.stack([vector_of_text[text] for text in texts])
 
     async def _patiently(self, texts: Sequence[str], encoder: str) -> list[list[float]]:
         """Requests go before: a busy crew is asked again."""
@@ -278,37 +283,37 @@ class AutoRouter:
 _FIT = threading.Lock()
 
 
-async def _apart(fit: Callable[[], Made]) -> Made:
+async def _run_in_thread(fit: Callable[[], Result]) -> Result:
     """A fit in a thread that the server's end does not wait for: it takes seconds and cannot be broken off.
 
     One that nobody waits for any more is not begun.
     """
     loop = asyncio.get_running_loop()
-    found: asyncio.Future[Made] = loop.create_future()
+    future: asyncio.Future[Result] = loop.create_future()
 
-    def tell(fitted: Made | None, error: Exception | None) -> None:
-        if fitted is not None and not found.done():
-            found.set_result(fitted)
-        elif error is not None and not found.done():
-            found.set_exception(error)
+    def tell(fitted: Result | None, error: Exception | None) -> None:
+        if fitted is not None and not future.done():
+            future.set_result(fitted)
+        elif error is not None and not future.done():
+            future.set_exception(error)
 
     def run() -> None:
         fitted, error = None, None
         with _FIT:
-            if found.cancelled():
+            if future.cancelled():
                 return
             try:
                 fitted = fit()
-            except Exception as why:  # raised where it is awaited
-                error = why
+            except Exception as caught:  # raised where it is awaited
+                error = caught
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(tell, fitted, error)
 
     threading.Thread(target=run, daemon=True).start()
-    return await found
+    return await future
 
 
-def chosen(fitted: Fitted, judged: Sequence[RoutedText], openable: Collection[str]) -> RoutingDecision:
+def choose_agent(fitted: FittedRouter, judged: Sequence[RoutedText], openable: Collection[str]) -> RoutingDecision:
     """The agent among `openable` for a last turn, judged[0], and that turn with the one before it, judged[1] if there is one.
 
     The base, if the agent that it is for is no better by its Report. The reason names no agent that may not be chosen.
@@ -318,29 +323,29 @@ def chosen(fitted: Fitted, judged: Sequence[RoutedText], openable: Collection[st
         return RoutingDecision(BASE, "no agent that may be chosen has exemplars")
     scores = {name: round(score, 4) for name, score in by_turn}
     (name, score), note = by_turn[0], ""
-    found = judged[0]
+    routed = judged[0]
     if score < fitted.threshold and len(judged) > 1:
-        other, together = judged[1].best(openable)[0]
-        if together >= fitted.threshold and judged[0].score.get(other, 0.0) >= LEAN * fitted.threshold:
-            name, score, note, found = other, together, " with the turn before", judged[1]
-    id, likeness = found.nearest[name]
-    rest = [pair for pair in found.best(openable) if pair[0] != name]
-    then = f", then {rest[0][0]} {rest[0][1]:.3f}" if rest else ""
-    text = f"{name} {score:.3f}{note}{then}; threshold {fitted.threshold:.3f}; nearest exemplar {id} ({likeness:.2f})"
+        other, joint_score = judged[1].best(openable)[0]
+        if joint_score >= fitted.threshold and judged[0].score.get(other, 0.0) >= LEAN * fitted.threshold:
+            name, score, note, routed = other, joint_score, " with the turn before", judged[1]
+    key, likeness = routed.nearest[name]
+    others = [pair for pair in routed.best(openable) if pair[0] != name]
+    second = f", then {others[0][0]} {others[0][1]:.3f}" if others else ""
+    text = f"{name} {score:.3f}{note}{second}; threshold {fitted.threshold:.3f}; nearest exemplar {key} ({likeness:.2f})"
     text = f"{text}; {fitted.encoder}"
     if score < fitted.threshold:
         return RoutingDecision(BASE, f"no agent fits: {text}", scores)
-    if reason := _no_gain(fitted, found, name):
+    if reason := _no_gain(fitted, routed, name):
         return RoutingDecision(BASE, f"{name} fits, {reason}: {text}", scores, name)
     return RoutingDecision(name, text, scores)
 
 
-def _no_gain(fitted: Fitted, found: RoutedText, name: str) -> str:
+def _no_gain(fitted: FittedRouter, routed: RoutedText, name: str) -> str:
     """Why the base is as good as this agent by the agent's own Report; "" where it is not."""
     if name in fitted.unproven:
         return f"but its Report shows no gain over the base ({fitted.unproven[name]})"
-    if one := found.poor.get(name):
-        return f"but its Report shows no gain on the {one.rows} rows that this is most like ({one.gain:+.3f})"
+    if report_slice := routed.poor.get(name):
+        return f"but its Report shows no gain on the {report_slice.rows} rows that this is most like ({report_slice.gain:+.3f})"
     return ""
 
 

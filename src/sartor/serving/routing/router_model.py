@@ -44,7 +44,7 @@ class RoutedText:
 
 
 @dataclass(frozen=True)
-class Looked:
+class CandidateScores:
     """N texts and K candidates of each. agents: (N, K) places, best score first; score, likeness: (N, K), -inf for nobody.
 
     foreign: (N,) likeness to the general prompts.
@@ -57,7 +57,7 @@ class Looked:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedWeights:
     """The figures that no part has: how much a score and a likeness say of an agent, and of the base a likeness to general
     prompts. A conditional logit (McFadden 1974) over the candidates and the base.
     """
@@ -67,23 +67,25 @@ class Shared:
     base: float
     foreign: float
 
-    def probability(self, found: Looked) -> F32:
+    def probability(self, candidates: CandidateScores) -> F32:
         """(N, K): that the text is for each candidate; the base has the rest."""
-        said = np.where(np.isfinite(found.score), self.score * found.score + self.likeness * found.likeness, -np.inf)
-        base = self.base + self.foreign * found.foreign[:, None]
-        most = np.maximum(said.max(axis=1, keepdims=True), base)
-        raised = np.exp(said - most)
-        return np.asarray(raised / (raised.sum(axis=1, keepdims=True) + np.exp(base - most)))
+        logits = np.where(
+            np.isfinite(candidates.score), self.score * candidates.score + self.likeness * candidates.likeness, -np.inf
+        )
+        base = self.base + self.foreign * candidates.foreign[:, None]
+        peak = np.maximum(logits.max(axis=1, keepdims=True), base)
+        exp_logits = np.exp(logits - peak)
+        return np.asarray(exp_logits / (exp_logits.sum(axis=1, keepdims=True) + np.exp(base - peak)))
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedRouter:
     """A team's router. Its parts know nothing of each other; `shared` and `threshold` are of all, and cheap to find again."""
 
     agents: tuple[str, ...]
     space: GeneralPrompts
     parts: tuple[AgentClassifier, ...]
-    shared: Shared
+    shared: SharedWeights
     threshold: float
     figures: Mapping[str, Any] = field(default_factory=dict)
     unproven: Mapping[str, str] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Fitted:
         return self.space.dense is not None
 
     @property
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Encoder, threshold, agents and held-out figures."""
         fields = {"encoder": self.encoder, "threshold": self.threshold, "agents": list(self.agents)}
         return {**fields, "unproven": dict(self.unproven), **self.figures}
@@ -108,28 +110,28 @@ class Fitted:
         self, texts: Sequence[str], vectors: F32 | None = None, openable: Collection[str] | None = None
     ) -> list[RoutedText]:
         """Each text judged; `vectors` are the encoder's (N, D). The best of `openable` are looked at among others."""
-        asked = self.space.features(texts, vectors)
-        found = self._linear.look(asked, self._places(openable))
-        probability = self.shared.probability(found)
-        return [self._judged(asked.at([row]), found.agents[row], probability[row]) for row in range(len(texts))]
+        features = self.space.features(texts, vectors)
+        candidates = self._linear.look(features, self._columns(openable))
+        probability = self.shared.probability(candidates)
+        return [self._judged(features.at([row]), candidates.agents[row], probability[row]) for row in range(len(texts))]
 
-    def _places(self, openable: Collection[str] | None) -> Any:
+    def _columns(self, openable: Collection[str] | None) -> Any:
         if openable is None or len(self.agents) <= CANDIDATES:
             return None
         return np.array([index for index, name in enumerate(self.agents) if name in openable], dtype=int)
 
-    def _judged(self, asked: TextFeatures, agents: Any, probability: F32) -> RoutedText:
+    def _judged(self, features: TextFeatures, agents: Any, probability: F32) -> RoutedText:
         score, nearest, poor = {}, {}, {}
-        for place, chance in zip(agents, probability, strict=True):
-            name, part = self.agents[place], self.parts[place]
+        for index, chance in zip(agents, probability, strict=True):
+            name, part = self.agents[index], self.parts[index]
             if name in score:  # named twice: its second chance is none
                 continue
-            likeness = asked.likeness(part.own)[0]
+            likeness = features.likeness(part.train_features)[0]
             best = int(likeness.argmax())
             score[name] = float(chance)
             nearest[name] = (part.ids[best], float(likeness[best]))
             if part.slices is not None:
-                number = int(part.slices.nearest(asked)[0])
+                number = int(part.slices.nearest(features)[0])
                 if part.slices.lacks_gain(number):
                     poor[name] = ReportSlice(number, int(part.slices.size[number]), float(part.slices.gain[number]))
         return RoutedText(score, nearest, poor)
@@ -160,37 +162,37 @@ class Linear:
         general = np.stack([part.general for part in parts], axis=1)
         return cls(space, parts, words, np.stack(dense, axis=1) if dense else None, general, np.array([p.bias for p in parts]))
 
-    def scores(self, asked: TextFeatures, to_general: F32) -> F32:
+    def scores(self, features: TextFeatures, to_general: F32) -> F32:
         """(N, A)."""
-        found = np.asarray((asked.words @ self.words).todense())
-        if self.dense is not None and asked.dense is not None:
-            found = (found + asked.dense @ self.dense) / 2
-        return np.asarray(found + to_general @ self.general + self.bias, dtype=np.float32)
+        scores = np.asarray((features.words @ self.words).todense())
+        if self.dense is not None and features.dense is not None:
+            scores = (scores + features.dense @ self.dense) / 2
+        return np.asarray(scores + to_general @ self.general + self.bias, dtype=np.float32)
 
-    def look(self, asked: TextFeatures, also: Any = None) -> Looked:
-        """The candidates of each text, and the best of the places `also` beside them."""
-        to_general = asked.likeness(self.space.general)
-        scores = self.scores(asked, to_general)
-        agents = best_places(scores)
-        found = np.take_along_axis(scores, agents, 1)
-        if also is not None and len(also):
-            more = also[best_places(scores[:, also])]
-            is_new = (more[:, :, None] != agents[:, None, :]).all(axis=2)
-            found = np.concatenate([found, np.where(is_new, np.take_along_axis(scores, more, 1), -np.inf)], axis=1)
-            agents = np.concatenate([agents, more], axis=1)
-        return Looked(agents, found, self.likeness(asked, agents), neighbours(to_general))
+    def look(self, features: TextFeatures, extra: Any = None) -> CandidateScores:
+        """The candidates of each text, and the best of the places `extra` beside them."""
+        to_general = features.likeness(self.space.general)
+        scores = self.scores(features, to_general)
+        agents = best_columns(scores)
+        best_scores = np.take_along_axis(scores, agents, 1)
+        if extra is not None and len(extra):
+            added = extra[best_columns(scores[:, extra])]
+            is_new = (added[:, :, None] != agents[:, None, :]).all(axis=2)
+            best_scores = np.concatenate([best_scores, np.where(is_new, np.take_along_axis(scores, added, 1), -np.inf)], axis=1)
+            agents = np.concatenate([agents, added], axis=1)
+        return CandidateScores(agents, best_scores, self.likeness(features, agents), neighbours(to_general))
 
-    def likeness(self, asked: TextFeatures, agents: Any) -> F32:
+    def likeness(self, features: TextFeatures, agents: Any) -> F32:
         """(N, K): mean likeness to the nearest prompts of each candidate."""
         result = np.zeros(agents.shape, dtype=np.float32)
-        for place in np.unique(agents):
-            rows, columns = np.nonzero(agents == place)
-            result[rows, columns] = neighbours(asked.at(rows).likeness(self.parts[place].own))
+        for agent in np.unique(agents):
+            rows, columns = np.nonzero(agents == agent)
+            result[rows, columns] = neighbours(features.at(rows).likeness(self.parts[agent].train_features))
         return result
 
 
-def best_places(scores: F32) -> Any:
+def best_columns(scores: F32) -> Any:
     """(N, K): the columns of the CANDIDATES largest of each row, the largest first."""
-    most = min(CANDIDATES, scores.shape[1])
-    found = np.argpartition(-scores, most - 1, axis=1)[:, :most]
-    return np.take_along_axis(found, np.argsort(-np.take_along_axis(scores, found, 1), axis=1), 1)
+    n_best = min(CANDIDATES, scores.shape[1])
+    columns = np.argpartition(-scores, n_best - 1, axis=1)[:, :n_best]
+    return np.take_along_axis(columns, np.argsort(-np.take_along_axis(scores, columns, 1), axis=1), 1)

@@ -36,9 +36,9 @@ class Lexical:
         """(N, D) sparse rows of unit length; a text without a word has no entries."""
         import scipy.sparse
 
-        found = scipy.sparse.csr_matrix(counts(texts).multiply(self.weights), dtype=np.float32)
-        lengths = np.sqrt(found.multiply(found).sum(axis=1)).A1
-        return scipy.sparse.diags(1 / np.where(lengths > 0, lengths, 1)).dot(found).tocsr()
+        rows = scipy.sparse.csr_matrix(counts(texts).multiply(self.weights), dtype=np.float32)
+        lengths = np.sqrt(rows.multiply(rows).sum(axis=1)).A1
+        return scipy.sparse.diags(1 / np.where(lengths > 0, lengths, 1)).dot(rows).tocsr()
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ class TextFeatures:
     def as_arrays(self, name: str) -> dict[str, Any]:
         """Plain arrays whose names begin with `name`."""
         words = self.words.tocsr()
-        found = {"data": words.data, "indices": words.indices, "indptr": words.indptr, "shape": np.array(words.shape)}
-        found |= {"dense": self.dense} if self.dense is not None else {}
-        return {f"{name}_{key}": array for key, array in found.items()}
+        arrays = {"data": words.data, "indices": words.indices, "indptr": words.indptr, "shape": np.array(words.shape)}
+        arrays |= {"dense": self.dense} if self.dense is not None else {}
+        return {f"{name}_{key}": array for key, array in arrays.items()}
 
     @classmethod
-    def from_arrays(cls, name: str, found: Mapping[str, Any]) -> TextFeatures:
+    def from_arrays(cls, name: str, arrays: Mapping[str, Any]) -> TextFeatures:
         """What `as_arrays` told of."""
         import scipy.sparse
 
-        parts = tuple(found[f"{name}_{key}"] for key in ("data", "indices", "indptr"))
-        return cls(scipy.sparse.csr_matrix(parts, tuple(found[f"{name}_shape"])), found.get(f"{name}_dense"))
+        parts = tuple(arrays[f"{name}_{key}"] for key in ("data", "indices", "indptr"))
+        return cls(scipy.sparse.csr_matrix(parts, tuple(arrays[f"{name}_shape"])), arrays.get(f"{name}_dense"))
 
 
 def stacked(parts: Sequence[TextFeatures]) -> TextFeatures:
@@ -109,12 +109,12 @@ def stacked(parts: Sequence[TextFeatures]) -> TextFeatures:
 
 def neighbours(likeness: F32) -> F32:
     """(N,): mean of the NEIGHBOURS largest of each row of (N, M), or of as many as there are."""
-    most = min(NEIGHBOURS, likeness.shape[1])
-    if not most:
+    n_largest = min(NEIGHBOURS, likeness.shape[1])
+    if not n_largest:
         return np.zeros(len(likeness), dtype=np.float32)
-    return np.partition(likeness, likeness.shape[1] - most, axis=1)[:, likeness.shape[1] - most :].mean(axis=1)
+    return np.partition(likeness, likeness.shape[1] - n_largest, axis=1)[:, likeness.shape[1] - n_largest :].mean(axis=1)
 
 
 def neighbours_of(likeness: F32, labels: Any, classes: int) -> F32:
     """(N, classes): the same over the columns of each class; labels: (M,)."""
-    return np.stack([neighbours(likeness[:, labels == item]) for item in range(classes)], axis=1)
+    return np.stack([neighbours(likeness[:, labels == label]) for label in range(classes)], axis=1)

@@ -22,14 +22,16 @@ _MOST_DEATHS, _MOST_DOUBTFUL = 2, 5
 
 
 class AdapterPool:
-    """`ready`: the workers that are ready. `to_try`: waits for one for what may kill it."""
+    """`ready`: the workers that are ready. `expendable_worker`: waits for one for what may kill it."""
 
-    def __init__(self, ready: Callable[[], list[WorkerProcess]], to_try: Callable[[], Awaitable[WorkerProcess]]) -> None:
+    def __init__(
+        self, ready: Callable[[], list[WorkerProcess]], expendable_worker: Callable[[], Awaitable[WorkerProcess]]
+    ) -> None:
         self._ready = ready
-        self._to_try = to_try
+        self._expendable_worker = expendable_worker
         self._deaths: Counter[str] = Counter()
-        self._doubtful: Counter[str] = Counter()
-        self._turn = asyncio.Lock()
+        self._doubtful_deaths: Counter[str] = Counter()
+        self._lock = asyncio.Lock()
         self.paths: dict[str, Path] = {}
         self._numbers = itertools.count(1)
         self.attached: dict[str, int] = {}  # when last, so that a detach that waited knows whether it is still wanted
@@ -40,39 +42,39 @@ class AdapterPool:
         Raises ModelError or BudgetError; then no worker holds it.
         """
         self.attached[adapter] = next(self._numbers)
-        async with self._turn:
+        async with self._lock:
             self._forgive(adapter)
-            for child in self._ready():
-                child.refused.pop(adapter, None)
-            await self._bring(adapter, path)
+            for worker in self._ready():
+                worker.refused.pop(adapter, None)
+            await self._load_everywhere(adapter, path)
 
     async def detach(self, adapter: str, since: int) -> None:
         """Take it from every worker, unless it was attached after `since`."""
-        async with self._turn:
+        async with self._lock:
             if self.attached.get(adapter, 0) == since:
                 self.attached.pop(adapter, None)
-                await self._take(adapter)
+                await self._unload(adapter)
 
-    async def _bring(self, adapter: str, path: Path) -> None:
+    async def _load_everywhere(self, adapter: str, path: Path) -> None:
         is_served = adapter in self.paths
         while adapter not in self.paths:
-            await self._try(await self._to_try(), adapter, path)
+            await self._load_in(await self._expendable_worker(), adapter, path)
         self.paths[adapter] = path
-        while lacking := [child for child in self._ready() if not child.knows(adapter)]:
+        while missing := [worker for worker in self._ready() if not worker.knows(adapter)]:
             try:
-                await self._try(lacking[0], adapter, path)
+                await self._load_in(missing[0], adapter, path)
             except SartorError as error:
                 if not is_served:
-                    await self._take(adapter)
+                    await self._unload(adapter)
                     raise
-                lacking[0].refused[adapter] = error  # calls of it go to the workers that have it
+                missing[0].refused[adapter] = error  # calls of it go to the workers that have it
 
-    async def _try(self, child: WorkerProcess, adapter: str, path: Path) -> None:
+    async def _load_in(self, worker: WorkerProcess, adapter: str, path: Path) -> None:
         """Raises ModelError when workers died of it often enough; one death is no answer."""
         try:
-            await child.attach(adapter, path)
+            await worker.attach(adapter, path)
         except WorkerDiedError as error:
-            self._died(adapter, child)
+            self._died(adapter, worker)
             if self._is_deadly(adapter):
                 problem = f"workers died while they loaded the adapter {adapter[:12]}: {error}"
                 raise ModelError(problem, "tune it again, or verify the release that it is from") from None
@@ -80,51 +82,51 @@ class AdapterPool:
         self._forgive(adapter)
         self.paths[adapter] = path  # from here on new workers load it, too
 
-    async def _take(self, adapter: str) -> None:
+    async def _unload(self, adapter: str) -> None:
         self.paths.pop(adapter, None)
-        for child in self._ready():
-            await child.detach(adapter)
+        for worker in self._ready():
+            await worker.detach(adapter)
 
-    async def equip(self, child: WorkerProcess) -> None:
+    async def equip(self, worker: WorkerProcess) -> None:
         """Load all of them in a new worker; it remembers what it could not load, and why. Raises GoneError when it dies."""
-        while lacking := [name for name in self.paths if not child.knows(name)]:
-            for adapter in lacking:
-                await self._equip(child, adapter)
+        while missing := [name for name in self.paths if not worker.knows(name)]:
+            for adapter in missing:
+                await self._equip(worker, adapter)
 
-    async def _equip(self, child: WorkerProcess, adapter: str) -> None:
+    async def _equip(self, worker: WorkerProcess, adapter: str) -> None:
         path = self.paths.get(adapter)
         if path is None:  # taken away meanwhile
             return
         if self._is_deadly(adapter):
             problem = f"workers died while they loaded the adapter {adapter[:12]}"
-            child.refused[adapter] = ModelError(problem, "promote or roll back the agent that has it")
+            worker.refused[adapter] = ModelError(problem, "promote or roll back the agent that has it")
             return
         try:
-            await child.attach(adapter, path)
+            await worker.attach(adapter, path)
             self._forgive(adapter)
         except WorkerDiedError:
-            self._died(adapter, child)
+            self._died(adapter, worker)
             raise
         except SartorError as error:
-            child.refused[adapter] = error
+            worker.refused[adapter] = error
 
-    def _died(self, adapter: str, child: WorkerProcess) -> None:
-        doubtful = child.died_serving or child.end is WorkerEnd.KILLED
-        (self._doubtful if doubtful else self._deaths)[adapter] += 1
+    def _died(self, adapter: str, worker: WorkerProcess) -> None:
+        doubtful = worker.died_serving or worker.end is WorkerEnd.KILLED
+        (self._doubtful_deaths if doubtful else self._deaths)[adapter] += 1
 
     def _is_deadly(self, adapter: str) -> bool:
-        return self._deaths[adapter] >= _MOST_DEATHS or self._doubtful[adapter] >= _MOST_DOUBTFUL
+        return self._deaths[adapter] >= _MOST_DEATHS or self._doubtful_deaths[adapter] >= _MOST_DOUBTFUL
 
     def _forgive(self, adapter: str) -> None:
         self._deaths.pop(adapter, None)
-        self._doubtful.pop(adapter, None)
+        self._doubtful_deaths.pop(adapter, None)
 
 
 # A few prompts need no more memory; and the workers that serve go first. Two threads that share a step wait for each other, and
 # where those workers take the processors they wait in vain.
 _MOST_ROWS, _CACHE_TOKENS = 16, 8192
 _NICE = 5
-_LOOK_S = 0.25
+_POLL_S = 0.25
 AGENT = "probation"
 
 
@@ -141,7 +143,7 @@ class TrialWorker:
         self._command = command
         self._opening = {**opening, "engine": engine, "nice": _NICE}
         self._start_s = start_s
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def events(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
         """What each call said, once the adapter in `path` is attached as `adapter`; calls of the base may be among them.
@@ -149,48 +151,48 @@ class TrialWorker:
         Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or says nothing for start_s, and
         what starting a worker raises.
         """
-        async with self._turn:
-            fields: dict[str, list[Event]] = {call.id: [] for call in calls}
+        async with self._lock:
+            events_by_call: dict[str, list[Event]] = {call.id: [] for call in calls}
             ended = asyncio.Event()
 
-            def heard(child: WorkerProcess, told: Mapping[str, Any]) -> None:
-                event = event_from_json(told)
-                fields[event.call].append(event)
-                if told["event"] != "piece":
-                    child.calls.pop(event.call, None)
-                if not child.calls:
+            def heard(worker: WorkerProcess, message: Mapping[str, Any]) -> None:
+                event = event_from_json(message)
+                events_by_call[event.call].append(event)
+                if message["event"] != "piece":
+                    worker.calls.pop(event.call, None)
+                if not worker.calls:
                     ended.set()
 
-            child = WorkerProcess(self._command, self._opening, heard)
+            worker = WorkerProcess(self._command, self._opening, heard)
             try:
-                await self._start(child)
-                async with self._watched(child):
-                    await child.attach(adapter, path)
-                    for number, call in enumerate(calls):
-                        child.begin(InFlightCall(call, AGENT, False, number), call.id)
+                await self._start(worker)
+                async with self._watched(worker):
+                    await worker.attach(adapter, path)
+                    for index, call in enumerate(calls):
+                        worker.begin(InFlightCall(call, AGENT, False, index), call.id)
                     if calls:
-                        await self._all(child, ended)
+                        await self._wait_all(worker, ended)
             except WorkerDiedError as error:
                 raise ModelError(f"a worker that tried the adapter in {path} ended: {error}", "tune it again") from None
             finally:
-                child.kill(WorkerEnd.CLOSED)
-                await child.gone()
-            return [tuple(fields[call.id]) for call in calls]
+                worker.kill(WorkerEnd.CLOSED)
+                await worker.wait_exit()
+            return [tuple(events_by_call[call.id]) for call in calls]
 
-    async def _start(self, child: WorkerProcess) -> None:
+    async def _start(self, worker: WorkerProcess) -> None:
         try:
-            await child.start(self._start_s)
+            await worker.start(self._start_s)
         except WorkerDiedError as error:
             raise UnavailableError(f"a worker to try the adapter could not start: {error}", "see what the log says") from None
 
     @contextlib.asynccontextmanager
-    async def _watched(self, child: WorkerProcess) -> AsyncIterator[None]:
+    async def _watched(self, worker: WorkerProcess) -> AsyncIterator[None]:
         """Kill it when it says nothing for too long: with little of the processor it may be slow, and is not hanging."""
 
         async def watch() -> None:
-            while time.monotonic() - child.heard_at < self._start_s:
-                await asyncio.sleep(_LOOK_S)
-            child.kill(WorkerEnd.HUNG, f"said nothing for {self._start_s:g} s")
+            while time.monotonic() - worker.heard_at < self._start_s:
+                await asyncio.sleep(_POLL_S)
+            worker.kill(WorkerEnd.HUNG, f"said nothing for {self._start_s:g} s")
 
         watching = asyncio.create_task(watch())
         try:
@@ -198,12 +200,12 @@ class TrialWorker:
         finally:
             watching.cancel()
 
-    async def _all(self, child: WorkerProcess, ended: asyncio.Event) -> None:
+    async def _wait_all(self, worker: WorkerProcess, ended: asyncio.Event) -> None:
         """Return when all calls have ended. Raises GoneError when the worker does."""
-        gone = asyncio.ensure_future(child.gone())
+        exited = asyncio.ensure_future(worker.wait_exit())
         done = asyncio.ensure_future(ended.wait())
-        await asyncio.wait([gone, done], return_when=asyncio.FIRST_COMPLETED)
-        for waiter in (gone, done):
+        await asyncio.wait([exited, done], return_when=asyncio.FIRST_COMPLETED)
+        for waiter in (exited, done):
             waiter.cancel()
-        if child.calls:
-            raise WorkerDiedError(child.why)
+        if worker.calls:
+            raise WorkerDiedError(worker.end_reason)

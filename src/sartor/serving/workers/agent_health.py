@@ -40,7 +40,7 @@ class CircuitBreaker:
         self._closed_at = float("-inf")
         self._tried = False
         self.relapses = 0
-        self.why = ""
+        self.reason = ""
 
     @property
     def state(self) -> State:
@@ -64,9 +64,9 @@ class CircuitBreaker:
             return True
         if state == "quarantined":
             remedy = f"promote or roll back {self._agent.partition('@')[0]}, or release it from quarantine"
-            raise UnavailableError(f"{self._agent} is in quarantine after {self.relapses} relapses: {self.why}", remedy)
+            raise UnavailableError(f"{self._agent} is in quarantine after {self.relapses} relapses: {self.reason}", remedy)
         wait_s = max(0.0, self._until - self._clock())
-        problem = f"{self._agent} failed {self._rules.failures} times within {self._rules.window_s:g} s: {self.why}"
+        problem = f"{self._agent} failed {self._rules.failures} times within {self._rules.window_s:g} s: {self.reason}"
         raise UnavailableError(problem, f"ask again in {wait_s:.0f} s" if wait_s else "ask again when one call has tried it")
 
     def succeed(self, trial: bool = False) -> None:
@@ -75,15 +75,15 @@ class CircuitBreaker:
             self._state, self._closed_at = "closed", self._clock()
             self._failures.clear()
 
-    def fail(self, why: str, trial: bool = False) -> None:
+    def fail(self, reason: str, trial: bool = False) -> None:
         """A call failed by the agent's own fault."""
         state, now = self.state, self._clock()
         if state == "half-open" and trial:
-            self._open(why, relapse=True)
+            self._open(reason, relapse=True)
         elif state == "closed":
             self._failures.append(now)
             if len(self._recent()) >= self._rules.failures:
-                self._open(why, relapse=now - self._closed_at <= self._rules.window_s)
+                self._open(reason, relapse=now - self._closed_at <= self._rules.window_s)
 
     def leave(self, trial: bool = False) -> None:
         """A call ended without a verdict (cancelled, too late, the client's fault): the next one may try."""
@@ -93,7 +93,7 @@ class CircuitBreaker:
     def release(self) -> None:
         """Forget everything."""
         self._state, self._closed_at, self._tried = "closed", float("-inf"), False
-        self.relapses, self.why = 0, ""
+        self.relapses, self.reason = 0, ""
         self._failures.clear()
 
     def _recent(self) -> deque[float]:
@@ -101,9 +101,9 @@ class CircuitBreaker:
             self._failures.popleft()
         return self._failures
 
-    def _open(self, why: str, relapse: bool) -> None:
+    def _open(self, reason: str, relapse: bool) -> None:
         self.relapses = self.relapses + 1 if relapse else 0
-        self.why = why
+        self.reason = reason
         self._failures.clear()
         if relapse and self.relapses >= self._rules.quarantine:
             self._state = "quarantined"
@@ -149,7 +149,7 @@ class Restarts:
 
 _RESERVED_OF = 8  # one row in so many is kept for other agents
 _LEAST_RESERVING_ROWS = 4  # fewer rows are too few to keep one
-_OLD = 0.9  # weight of the past in the mean time that a call takes
+_MEAN_DECAY = 0.9  # weight of the past in the mean time that a call takes
 
 
 class AgentQueues:
@@ -179,38 +179,41 @@ class AgentQueues:
         self.inside[agent] -= 1
         if not self.inside[agent]:
             del self.inside[agent]
-        self._mean_s[agent] = _OLD * self._mean_s.get(agent, took_s) + (1 - _OLD) * took_s
+        self._mean_s[agent] = _MEAN_DECAY * self._mean_s.get(agent, took_s) + (1 - _MEAN_DECAY) * took_s
 
-    def put(self, live: InFlightCall) -> None:
+    def put(self, in_flight: InFlightCall) -> None:
         """Let a call wait, in the order in which calls came, among its agent's or, suspected, among those to be made alone."""
-        if live.is_suspect:
-            self._alone.append(live)
+        if in_flight.is_suspect:
+            self._alone.append(in_flight)
             return
-        queue = self._waiting.setdefault(live.agent, deque())
-        place = len(queue)
-        while place and queue[place - 1].number > live.number:
-            place -= 1
-        queue.insert(place, live)
+        queue = self._waiting.setdefault(in_flight.agent, deque())
+        position = len(queue)
+        while position and queue[position - 1].number > in_flight.number:
+            position -= 1
+        queue.insert(position, in_flight)
 
-    def drop(self, live: InFlightCall) -> None:
+    def drop(self, in_flight: InFlightCall) -> None:
         """Take a call out of where it waits, if it waits."""
-        if live in self._alone:
-            self._alone.remove(live)
-        queue = self._waiting.get(live.agent)
+        if in_flight in self._alone:
+            self._alone.remove(in_flight)
+        queue = self._waiting.get(in_flight.agent)
         if queue is None:
             return
-        if live in queue:
-            queue.remove(live)
+        if in_flight in queue:
+            queue.remove(in_flight)
         if not queue:
-            del self._waiting[live.agent]
+            del self._waiting[in_flight.agent]
 
-    def in_turn(self, held: Counter[str]) -> list[InFlightCall]:
+    def in_turn(self, row_counts: Counter[str]) -> list[InFlightCall]:
         """The first call of each agent: the agent that holds fewest rows first, then the call that waits longest."""
-        return sorted((queue[0] for queue in self._waiting.values()), key=lambda live: (held[live.agent], live.number))
+        return sorted(
+            (queue[0] for queue in self._waiting.values()),
+            key=lambda in_flight: (row_counts[in_flight.agent], in_flight.number),
+        )
 
     def suspects(self, watched: Counter[str]) -> list[InFlightCall]:
         """Calls to be made alone; those of agents that nothing is known against first."""
-        return sorted(self._alone, key=lambda live: (watched[live.agent] > 0, live.number))
+        return sorted(self._alone, key=lambda in_flight: (watched[in_flight.agent] > 0, in_flight.number))
 
     def waiting(self) -> Iterator[InFlightCall]:
         """All that wait."""
@@ -220,7 +223,7 @@ class AgentQueues:
 
     def health(self, agent: str) -> dict[str, int]:
         """How many calls of an agent wait, and how many workers make."""
-        queued = len(self._waiting.get(agent, ())) + sum(live.agent == agent for live in self._alone)
+        queued = len(self._waiting.get(agent, ())) + sum(in_flight.agent == agent for in_flight in self._alone)
         return {"queued": queued, "live": self.inside[agent] - queued}
 
     def any_waits(self) -> bool:
@@ -228,7 +231,7 @@ class AgentQueues:
         return bool(self._waiting)
 
 
-def most_rows(rows: int) -> int:
+def max_rows_per_agent(rows: int) -> int:
     """How many of `rows` one agent may hold."""
     return rows if rows < _LEAST_RESERVING_ROWS else rows - max(1, rows // _RESERVED_OF)
 
@@ -272,25 +275,25 @@ class AgentHealthTracker:
         if agent in self._breakers:
             self._breakers[agent].leave(trial)
 
-    def judge(self, live: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
+    def judge(self, in_flight: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
         """A call ended: what that says of its agent."""
         if isinstance(event, ReplyFailed) and event.kind in AGENT_FAULTS:
-            self.blame(live.agent, event.problem, live.trial)
+            self.blame(in_flight.agent, event.problem, in_flight.trial)
         elif isinstance(event, ReplyDone) and event.finish != "cancelled":
-            self._praise(live)
+            self._praise(in_flight)
         else:
-            self.leave(live.agent, live.trial)
+            self.leave(in_flight.agent, in_flight.trial)
 
-    def condemn(self, live: InFlightCall) -> None:
+    def condemn(self, in_flight: InFlightCall) -> None:
         """A call has killed a worker that served nobody else."""
-        for kept, digest in ((self._killers, _content(live.call)), (self._prompts, _prompt(live.call))):
-            kept[digest] = None
-            while len(kept) > _MOST_KILLERS:
-                kept.popitem(last=False)
-        if live.agent != BASE_AGENT:
-            self.watched[live.agent] = _WATCHED_CALLS
+        for digests, digest in ((self._killers, _content(in_flight.call)), (self._prompts, _prompt(in_flight.call))):
+            digests[digest] = None
+            while len(digests) > _MOST_KILLERS:
+                digests.popitem(last=False)
+        if in_flight.agent != BASE_AGENT:
+            self.watched[in_flight.agent] = _WATCHED_CALLS
 
-    def blame(self, agent: str, why: str, trial: bool = False) -> None:
+    def blame(self, agent: str, reason: str, trial: bool = False) -> None:
         """Count a failure that is the agent's own."""
         if agent == BASE_AGENT:
             return
@@ -298,7 +301,7 @@ class AgentHealthTracker:
             # versions come and go: those of which nothing is known any more make room
             self._breakers = {name: breaker for name, breaker in self._breakers.items() if not breaker.is_blank}
             self._breakers[agent] = CircuitBreaker(agent, self._rules)
-        self._breakers[agent].fail(why, trial)
+        self._breakers[agent].fail(reason, trial)
 
     def release(self, agent: str) -> None:
         """See Crew."""
@@ -311,16 +314,16 @@ class AgentHealthTracker:
         return set(self._breakers)
 
     def health(self, agent: str) -> dict[str, Any]:
-        """Of one agent. `why`: the last failure that opened its breaker."""
+        """Of one agent. `reason`: the last failure that opened its breaker."""
         breaker = self._breakers.get(agent)
-        fields = {"breaker": breaker.state, "why": breaker.why} if breaker else {"breaker": "closed", "why": ""}
+        fields = {"breaker": breaker.state, "why": breaker.reason} if breaker else {"breaker": "closed", "why": ""}
         return {**fields, "watched": self.watched[agent]}
 
-    def _praise(self, live: InFlightCall) -> None:
-        if live.agent in self._breakers:
-            self._breakers[live.agent].succeed(live.trial)
-        if live.is_suspect and live.agent in self.watched:
-            self.watched[live.agent] -= 1
+    def _praise(self, in_flight: InFlightCall) -> None:
+        if in_flight.agent in self._breakers:
+            self._breakers[in_flight.agent].succeed(in_flight.trial)
+        if in_flight.is_suspect and in_flight.agent in self.watched:
+            self.watched[in_flight.agent] -= 1
             self.watched += Counter()  # forgets those at 0
 
 
@@ -334,6 +337,6 @@ def _content(call: GenerateCall) -> str:
     return _digest({**call.as_json(), "id": ""})
 
 
-def _digest(said: Mapping[str, Any]) -> str:
+def _digest(fields: Mapping[str, Any]) -> str:
     """Of what clients say, in which half of a surrogate pair may stand: canonical JSON has no bytes for that."""
-    return hashlib.sha256(frame(said)).hexdigest()
+    return hashlib.sha256(frame(fields)).hexdigest()

@@ -34,30 +34,30 @@ class ReplayBuffer:
 
     def restart(self) -> None:
         """The reply is made again from its start."""
-        self._at = 0
-        self.at_tokens = 0
-        self._at_logprobs = 0
+        self._position = 0
+        self.token_position = 0
+        self._logprob_position = 0
 
-    def more(self, piece: TextDelta) -> TextDelta | None:
+    def advance(self, delta: TextDelta) -> TextDelta | None:
         """What of a piece is new. Raises DiffersError when it is not what was said before."""
-        known = self._text[self._at : self._at + len(piece.text)]
-        if not piece.text.startswith(known):
+        sent_text = self._text[self._position : self._position + len(delta.text)]
+        if not delta.text.startswith(sent_text):
             raise ReplayMismatchError
-        self._at += len(piece.text)
-        self.at_tokens += piece.tokens
-        self._at_logprobs += len(piece.logprobs)
-        text = piece.text[len(known) :]
-        tokens = max(0, self.at_tokens - self._tokens)
-        fresh = max(0, self._at_logprobs - self._logprobs)
-        logprobs = piece.logprobs[len(piece.logprobs) - fresh :]
+        self._position += len(delta.text)
+        self.token_position += delta.tokens
+        self._logprob_position += len(delta.logprobs)
+        text = delta.text[len(sent_text) :]
+        tokens = max(0, self.token_position - self._tokens)
+        n_new_logprobs = max(0, self._logprob_position - self._logprobs)
+        logprobs = delta.logprobs[len(delta.logprobs) - n_new_logprobs :]
         self._text += text
         self._tokens += tokens
-        self._logprobs += fresh
-        return TextDelta(piece.call, text, tokens, logprobs) if text or tokens or logprobs else None
+        self._logprobs += n_new_logprobs
+        return TextDelta(delta.call, text, tokens, logprobs) if text or tokens or logprobs else None
 
     def end(self) -> None:
         """The reply is whole. Raises DiffersError when more had been said before."""
-        if self._at < len(self._text):
+        if self._position < len(self._text):
             raise ReplayMismatchError
 
 
@@ -69,33 +69,33 @@ class InFlightCall:
         self.agent = agent
         self.trial = trial
         self.number = number
-        self.story = ReplayBuffer()
+        self.replay_buffer = ReplayBuffer()
         self.wire_id = ""
         self.began_at = time.monotonic()
-        self.over = asyncio.Event()
+        self.finished = asyncio.Event()
         self.is_suspect = False
         self.deaths_alone = 0
         self.timer: asyncio.TimerHandle | None = None
         self._deaths: list[int] = []
         self._pieces: list[TextDelta] = []
-        self._last: ReplyDone | ReplyFailed | None = None
+        self._final_event: ReplyDone | ReplyFailed | None = None
         self._untaken_since = 0.0
-        self._news = asyncio.Event()
+        self._has_event = asyncio.Event()
 
     @property
     def untaken_s(self) -> float:
         """For how long its client has not taken what is there; 0 when all is taken."""
         return time.monotonic() - self._untaken_since if self._pieces else 0.0
 
-    def say(self, event: Event) -> None:
+    def add_event(self, event: Event) -> None:
         """Keep an event for the client."""
         if isinstance(event, TextDelta):
             if not self._pieces:
                 self._untaken_since = time.monotonic()
             self._pieces.append(event)
         else:
-            self._last = event
-        self._news.set()
+            self._final_event = event
+        self._has_event.set()
 
     def died(self) -> None:
         """A worker died while it made this reply.
@@ -103,36 +103,36 @@ class InFlightCall:
         What kills a worker is likely to do so at the same place of the same reply each time. A call is suspected at the second
         death at one place, or the third anywhere: others that were there by chance had got to different places.
         """
-        at = self.story.at_tokens
-        here = 1 + sum(abs(at - place) <= _LAG_TOKENS for place in self._deaths)
-        self._deaths.append(at)
-        self.is_suspect = here >= _SUSPECT_DEATHS or len(self._deaths) >= _SUSPECT_DEATHS_ANYWHERE
-        self.again()
+        position = self.replay_buffer.token_position
+        deaths_nearby = 1 + sum(abs(position - death) <= _LAG_TOKENS for death in self._deaths)
+        self._deaths.append(position)
+        self.is_suspect = deaths_nearby >= _SUSPECT_DEATHS or len(self._deaths) >= _SUSPECT_DEATHS_ANYWHERE
+        self.restart()
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """It is to be made from its start."""
-        self.story.restart()
+        self.replay_buffer.restart()
         self.wire_id = ""
 
     async def wait(self) -> None:
         """Return when there is something to take."""
-        while not self._pieces and self._last is None:
-            self._news.clear()
-            await self._news.wait()
+        while not self._pieces and self._final_event is None:
+            self._has_event.clear()
+            await self._has_event.wait()
 
     def error(self) -> SartorError | None:
         """The error, if that is all there is to take."""
-        if self._pieces or not isinstance(self._last, ReplyFailed):
+        if self._pieces or not isinstance(self._final_event, ReplyFailed):
             return None
-        return error_of(self._last.kind, self._last.problem, self._last.remedy)
+        return error_of(self._final_event.kind, self._final_event.problem, self._final_event.remedy)
 
     def take(self) -> Event:
         """What is there: all pieces as one, or the end."""
         if self._pieces:
             pieces, self._pieces = self._pieces, []
             return merge_pieces(pieces)
-        assert self._last is not None, "wait() before take()"
-        return self._last
+        assert self._final_event is not None, "wait() before take()"
+        return self._final_event
 
 
 def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
@@ -146,8 +146,8 @@ def merge_pieces(pieces: Sequence[TextDelta]) -> TextDelta:
 class InFlightEvents:
     """The client's side of a LiveCall: an async iterator that ends after Done or Failed; `aclose` cancels the reply."""
 
-    def __init__(self, live: InFlightCall, cancel: Callable[[InFlightCall], None]) -> None:
-        self._live = live
+    def __init__(self, in_flight: InFlightCall, cancel: Callable[[InFlightCall], None]) -> None:
+        self._in_flight = in_flight
         self._cancel = cancel
         self._ended = False
 
@@ -158,15 +158,15 @@ class InFlightEvents:
         if self._ended:
             raise StopAsyncIteration
         try:
-            await self._live.wait()
+            await self._in_flight.wait()
         except asyncio.CancelledError:
             await self.aclose()
             raise
-        event = self._live.take()
+        event = self._in_flight.take()
         self._ended = not isinstance(event, TextDelta)
         return event
 
     async def aclose(self) -> None:
         """The client wants no more."""
         self._ended = True
-        self._cancel(self._live)
+        self._cancel(self._in_flight)

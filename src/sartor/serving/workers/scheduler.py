@@ -15,7 +15,7 @@ from sartor.core.errors import DeadlineError, ModelError, SartorError, Unavailab
 from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta, event_from_json
 from sartor.serving.team_config import WorkerOptions
 from sartor.serving.workers.adapter_loading import AdapterPool
-from sartor.serving.workers.agent_health import AgentHealthTracker, AgentQueues, most_rows
+from sartor.serving.workers.agent_health import AgentHealthTracker, AgentQueues, max_rows_per_agent
 from sartor.serving.workers.in_flight import InFlightCall, ReplayMismatchError
 from sartor.serving.workers.worker_pool import WorkerSlots
 from sartor.serving.workers.worker_process import WorkerEnd, WorkerProcess
@@ -32,58 +32,58 @@ class CallScheduler:
     made by a worker that serves nobody else; if it kills that, too, it fails, and its agent is blamed.
     """
 
-    def __init__(self, bulkhead: AgentQueues, standing: AgentHealthTracker, rules: WorkerOptions) -> None:
-        self._bulkhead = bulkhead
-        self._standing = standing
+    def __init__(self, queues: AgentQueues, agent_health: AgentHealthTracker, rules: WorkerOptions) -> None:
+        self._queues = queues
+        self._agent_health = agent_health
         self._rules = rules
         self._numbers = itertools.count(1)
         self._is_poked = False
-        self.lives: set[InFlightCall] = set()
+        self.in_flight: set[InFlightCall] = set()
         self.counts: Counter[str] = Counter()
 
-    def use(self, places: WorkerSlots, shelf: AdapterPool) -> None:
-        """Who makes them. Both tell `heard`, `lost` and `poke`, so they are made after this."""
-        self._places = places
-        self._shelf = shelf
+    def use_workers(self, slots: WorkerSlots, adapters: AdapterPool) -> None:
+        """Who makes them. Both tell `on_event`, `on_worker_lost` and `poke`, so they are made after this."""
+        self._slots = slots
+        self._adapters = adapters
 
     def add(self, call: GenerateCall, agent: str, deadline_s: float) -> InFlightCall:
         """A call that waits from here on.
 
         Raises UnavailableError, ModelError and BusyError as Standing and Bulkhead do.
         """
-        if self._places.is_given_up():
+        if self._slots.is_given_up():
             raise self._no_workers()
-        trial = self._standing.enter(call, agent)
+        trial = self._agent_health.enter(call, agent)
         try:
-            self._bulkhead.enter(agent, self._rows(self._places.ready()))
+            self._queues.enter(agent, self._rows(self._slots.ready()))
         except SartorError:
-            self._standing.leave(agent, trial)
+            self._agent_health.leave(agent, trial)
             raise
-        live = InFlightCall(call, agent, trial, next(self._numbers))
-        live.is_suspect = self._standing.is_suspect(call, agent)
-        live.timer = asyncio.get_running_loop().call_later(deadline_s, self._late, live, deadline_s)
-        self.lives.add(live)
-        self._bulkhead.put(live)
+        in_flight = InFlightCall(call, agent, trial, next(self._numbers))
+        in_flight.is_suspect = self._agent_health.is_suspect(call, agent)
+        in_flight.timer = asyncio.get_running_loop().call_later(deadline_s, self._expire, in_flight, deadline_s)
+        self.in_flight.add(in_flight)
+        self._queues.put(in_flight)
         self._dispatch()
-        return live
+        return in_flight
 
-    def cancel(self, live: InFlightCall) -> None:
+    def cancel(self, in_flight: InFlightCall) -> None:
         """Its client wants no more."""
-        if not live.over.is_set():
+        if not in_flight.finished.is_set():
             self.counts["cancelled"] += 1
-            self._stop(live)
-            self._finish(live, ReplyDone(live.call.id, "cancelled", 0, live.story.at_tokens))
+            self._stop(in_flight)
+            self._finish(in_flight, ReplyDone(in_flight.call.id, "cancelled", 0, in_flight.replay_buffer.token_position))
 
-    def fail(self, live: InFlightCall, error: SartorError) -> None:
+    def fail(self, in_flight: InFlightCall, error: SartorError) -> None:
         """End it with an error."""
-        self._stop(live)
-        self._finish(live, ReplyFailed(live.call.id, error.kind, error.problem, error.remedy))
+        self._stop(in_flight)
+        self._finish(in_flight, ReplyFailed(in_flight.call.id, error.kind, error.problem, error.remedy))
 
-    def cut_slow_clients(self, most_s: float) -> None:
+    def cut_slow_clients(self, max_s: float) -> None:
         """End those whose clients take nothing."""
-        for live in [live for live in self.lives if live.untaken_s > most_s]:
+        for in_flight in [in_flight for in_flight in self.in_flight if in_flight.untaken_s > max_s]:
             self.counts["slow_clients"] += 1
-            self.fail(live, DeadlineError(f"the client took nothing for {most_s:g} s", "read the stream as it comes"))
+            self.fail(in_flight, DeadlineError(f"the client took nothing for {max_s:g} s", "read the stream as it comes"))
 
     def poke(self) -> None:
         """Something has changed: dispatch once this turn of the loop is over."""
@@ -91,80 +91,91 @@ class CallScheduler:
             self._is_poked = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
-    def heard(self, child: WorkerProcess, said: Mapping[str, Any]) -> None:
+    def on_event(self, worker: WorkerProcess, message: Mapping[str, Any]) -> None:
         """A worker said an event."""
-        event = event_from_json(said)
-        live = child.calls.get(event.call)
-        if live is None:
+        event = event_from_json(message)
+        in_flight = worker.calls.get(event.call)
+        if in_flight is None:
             return
         if not isinstance(event, TextDelta):
-            del child.calls[event.call]
-            child.owes = child.owes or (child.alone and live.is_suspect)
-            child.alone = child.alone and bool(child.calls)
+            del worker.calls[event.call]
+            worker.owes_turn = worker.owes_turn or (worker.is_isolated and in_flight.is_suspect)
+            worker.is_isolated = worker.is_isolated and bool(worker.calls)
             self.poke()
-        if live.over.is_set() or live.wire_id != event.call:
+        if in_flight.finished.is_set() or in_flight.wire_id != event.call:
             return
         try:
-            self._tell(live, replace(event, call=live.call.id))
+            self._tell(in_flight, replace(event, call=in_flight.call.id))
         except ReplayMismatchError:
             self.counts["differing"] += 1
             problem = "a worker died, and the reply that another made in its place was not the same"
-            self.fail(live, UnavailableError(problem, "ask again"))
+            self.fail(in_flight, UnavailableError(problem, "ask again"))
 
-    def lost(self, child: WorkerProcess) -> None:
+    def on_worker_lost(self, worker: WorkerProcess) -> None:
         """A worker is gone."""
-        lives = [live for name, live in child.calls.items() if live.wire_id == name and not live.over.is_set()]
-        child.calls.clear()
-        for live in lives:
+        in_flight_calls = [
+            in_flight
+            for name, in_flight in worker.calls.items()
+            if in_flight.wire_id == name and not in_flight.finished.is_set()
+        ]
+        worker.calls.clear()
+        for in_flight in in_flight_calls:
             self.counts["made_again"] += 1
-            if child.end is WorkerEnd.RECYCLED:
-                live.again()
-                self._bulkhead.put(live)
-            elif child.alone and not child.died_asked and live.is_suspect and _has_killed(live, child.end):
-                self._condemn(live, child.why)
+            if worker.end is WorkerEnd.RECYCLED:
+                in_flight.restart()
+                self._queues.put(in_flight)
+            elif (
+                worker.is_isolated
+                and not worker.died_on_request
+                and in_flight.is_suspect
+                and _has_killed(in_flight, worker.end)
+            ):
+                self._condemn(in_flight, worker.end_reason)
             else:
-                live.died()
-                self._bulkhead.put(live)
+                in_flight.died()
+                self._queues.put(in_flight)
         self.poke()
 
-    def _tell(self, live: InFlightCall, event: Event) -> None:
+    def _tell(self, in_flight: InFlightCall, event: Event) -> None:
         if isinstance(event, TextDelta):
-            if (piece := live.story.more(event)) is not None:
-                live.say(piece)
+            if (piece := in_flight.replay_buffer.advance(event)) is not None:
+                in_flight.add_event(piece)
             return
         if isinstance(event, ReplyDone):
-            live.story.end()
-        self._finish(live, event)
+            in_flight.replay_buffer.end()
+        self._finish(in_flight, event)
 
-    def _finish(self, live: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
+    def _finish(self, in_flight: InFlightCall, event: ReplyDone | ReplyFailed) -> None:
         """The one way by which a call ends."""
-        if live.over.is_set():
+        if in_flight.finished.is_set():
             return
-        live.over.set()
-        if live.timer is not None:
-            live.timer.cancel()
-        self.lives.discard(live)
-        self._bulkhead.drop(live)
-        self._bulkhead.leave(live.agent, time.monotonic() - live.began_at)
-        self._standing.judge(live, event)
-        live.say(event)
+        in_flight.finished.set()
+        if in_flight.timer is not None:
+            in_flight.timer.cancel()
+        self.in_flight.discard(in_flight)
+        self._queues.drop(in_flight)
+        self._queues.leave(in_flight.agent, time.monotonic() - in_flight.began_at)
+        self._agent_health.judge(in_flight, event)
+        in_flight.add_event(event)
         self.poke()
 
-    def _stop(self, live: InFlightCall) -> None:
+    def _stop(self, in_flight: InFlightCall) -> None:
         """Its worker is told. The row counts as taken until the worker says that it is free."""
-        child = self._places.find(live.wire_id)
-        if child is not None:
-            child.send({"op": "cancel", "call": live.wire_id})
+        worker = self._slots.find(in_flight.wire_id)
+        if worker is not None:
+            worker.send({"op": "cancel", "call": in_flight.wire_id})
 
-    def _late(self, live: InFlightCall, deadline_s: float) -> None:
+    def _expire(self, in_flight: InFlightCall, deadline_s: float) -> None:
         self.counts["late"] += 1
-        self.fail(live, DeadlineError(f"no whole reply within {deadline_s:g} s", "ask for fewer tokens, or again later"))
+        self.fail(in_flight, DeadlineError(f"no whole reply within {deadline_s:g} s", "ask for fewer tokens, or again later"))
 
-    def _condemn(self, live: InFlightCall, why: str) -> None:
+    def _condemn(self, in_flight: InFlightCall, reason: str) -> None:
         self.counts["condemned"] += 1
-        _LOG.error("a call of %s killed a worker that served nobody else: %s", live.agent, why)
-        self._standing.condemn(live)
-        self.fail(live, ModelError(f"the workers that made this reply of {live.agent} died: {why}", "change the request"))
+        _LOG.error("a call of %s killed a worker that served nobody else: %s", in_flight.agent, reason)
+        self._agent_health.condemn(in_flight)
+        self.fail(
+            in_flight, ModelError(f"the workers that made this reply of {in_flight.agent} died: {reason}", "change the request")
+        )
 
     def _no_workers(self) -> UnavailableError:
         problem = f"all workers ended more than {self._rules.restarts} times within {self._rules.window_s:g} s"
@@ -174,66 +185,70 @@ class CallScheduler:
 
     def _dispatch(self) -> None:
         self._is_poked = False
-        if self._places.is_given_up():
-            for live in self._bulkhead.waiting():
-                self.fail(live, self._no_workers())
+        if self._slots.is_given_up():
+            for in_flight in self._queues.waiting():
+                self.fail(in_flight, self._no_workers())
             return
-        answering = self._places.answering()
+        answering = self._slots.answering()
         self._dispatch_suspects(answering)
         while (pair := self._next(answering)) is not None:
-            child, live = pair
-            child.owes = False
-            self._begin(child, live)
+            worker, in_flight = pair
+            worker.owes_turn = False
+            self._begin(worker, in_flight)
 
     def _next(self, answering: list[WorkerProcess]) -> tuple[WorkerProcess, InFlightCall] | None:
         """Whose turn it is, and the worker with most free rows that has the adapter."""
-        held = Counter(live.agent for child in answering for live in child.calls.values())
+        row_counts = Counter(in_flight.agent for worker in answering for in_flight in worker.calls.values())
         rows = self._rows(answering)
-        most = most_rows(rows) if self._shelf.paths else rows
-        for live in self._bulkhead.in_turn(held):
-            child = max(answering, key=lambda child: child.rows_free(live.call.adapter), default=None)
-            if child is None or held[live.agent] >= most:
+        max_rows = max_rows_per_agent(rows) if self._adapters.paths else rows
+        for in_flight in self._queues.in_turn(row_counts):
+            worker = max(answering, key=lambda worker: worker.rows_free(in_flight.call.adapter), default=None)
+            if worker is None or row_counts[in_flight.agent] >= max_rows:
                 continue
-            if child.rows_free(live.call.adapter) > 0:
-                return child, live
-            self._fail_where_all_refuse(live)
+            if worker.rows_free(in_flight.call.adapter) > 0:
+                return worker, in_flight
+            self._fail_where_all_refuse(in_flight)
         return None
 
-    def _rows(self, children: list[WorkerProcess]) -> int:
-        return sum(child.about.rows for child in children)
+    def _rows(self, workers: list[WorkerProcess]) -> int:
+        return sum(worker.about.rows for worker in workers)
 
-    def _begin(self, child: WorkerProcess, live: InFlightCall) -> None:
-        self._bulkhead.drop(live)
-        child.begin(live, str(next(self._numbers)))
+    def _begin(self, worker: WorkerProcess, in_flight: InFlightCall) -> None:
+        self._queues.drop(in_flight)
+        worker.begin(in_flight, str(next(self._numbers)))
 
-    def _fail_where_all_refuse(self, live: InFlightCall) -> None:
-        ready = self._places.ready()
-        refusals = [child.refused[live.call.adapter] for child in ready if live.call.adapter in child.refused]
+    def _fail_where_all_refuse(self, in_flight: InFlightCall) -> None:
+        ready = self._slots.ready()
+        refusals = [worker.refused[in_flight.call.adapter] for worker in ready if in_flight.call.adapter in worker.refused]
         if refusals and len(refusals) == len(ready):
-            self.fail(live, refusals[0])
+            self.fail(in_flight, refusals[0])
 
     def _dispatch_suspects(self, answering: list[WorkerProcess]) -> None:
-        for live in self._bulkhead.suspects(self._standing.watched):
-            child = self._lonely(live, answering)
-            if child is None:
-                self._fail_where_all_refuse(live)
+        for in_flight in self._queues.suspects(self._agent_health.watched):
+            worker = self._worker_for_suspect(in_flight, answering)
+            if worker is None:
+                self._fail_where_all_refuse(in_flight)
                 continue
-            child.alone = True  # gets no other calls from here on
-            if not child.calls:  # else those that it has end first
-                self._begin(child, live)
+            worker.is_isolated = True  # gets no other calls from here on
+            if not worker.calls:  # else those that it has end first
+                self._begin(worker, in_flight)
 
-    def _lonely(self, live: InFlightCall, answering: list[WorkerProcess]) -> WorkerProcess | None:
+    def _worker_for_suspect(self, in_flight: InFlightCall, answering: list[WorkerProcess]) -> WorkerProcess | None:
         """For a suspected call: a spare; where there is none nor will be, one that answers, in turn with other calls."""
-        adapter = live.call.adapter
-        able = [child for child in self._places.ready() if not child.alone and (adapter == BASE or adapter in child.adapters)]
-        spares = [child for child in able if not child.answers]
-        if spares or self._places.spares_expected() or any(child.alone for child in answering):
+        adapter = in_flight.call.adapter
+        candidates = [
+            worker
+            for worker in self._slots.ready()
+            if not worker.is_isolated and (adapter == BASE or adapter in worker.adapters)
+        ]
+        spares = [worker for worker in candidates if not worker.is_serving]
+        if spares or self._slots.spares_expected() or any(worker.is_isolated for worker in answering):
             return next(iter(spares), None)
-        able = [child for child in able if not (child.owes and self._bulkhead.any_waits())]
-        return min(able, key=lambda child: len(child.calls), default=None)
+        candidates = [worker for worker in candidates if not (worker.owes_turn and self._queues.any_waits())]
+        return min(candidates, key=lambda worker: len(worker.calls), default=None)
 
 
-def _has_killed(live: InFlightCall, end: WorkerEnd | None) -> bool:
+def _has_killed(in_flight: InFlightCall, end: WorkerEnd | None) -> bool:
     """Count a worker that made nothing else and ended, and return whether that is enough to blame the call."""
-    live.deaths_alone += 1
-    return live.deaths_alone > 1 or end not in _UNCERTAIN_ENDS
+    in_flight.deaths_alone += 1
+    return in_flight.deaths_alone > 1 or end not in _UNCERTAIN_ENDS

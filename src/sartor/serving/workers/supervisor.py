@@ -42,14 +42,18 @@ class Supervisor:
     def __init__(self, team: Team, command: Sequence[str] = WORKER) -> None:
         self._team = team
         self._command = tuple(command)
-        self._bulkhead = AgentQueues(team.limits.per_agent)
-        self._standing = AgentHealthTracker(team.breaker)
-        self._calls = CallScheduler(self._bulkhead, self._standing, team.workers)
-        hooks = Hooks(lambda child: self._shelf.equip(child), self._calls.poke, self._calls.lost, self._beat)
-        self._places = WorkerSlots(team.workers, lambda: WorkerProcess(self._command, self.opening(), self._calls.heard), hooks)
-        self._shelf = AdapterPool(self._places.ready, self._places.to_try)
-        self._calls.use(self._places, self._shelf)
-        self._probation = TrialWorker(self._command, self.opening(), team.workers.start_s)
+        self._queues = AgentQueues(team.limits.per_agent)
+        self._agent_health = AgentHealthTracker(team.breaker)
+        self._scheduler = CallScheduler(self._queues, self._agent_health, team.workers)
+        hooks = Hooks(
+            lambda worker: self._adapters.equip(worker), self._scheduler.poke, self._scheduler.on_worker_lost, self._beat
+        )
+        self._slots = WorkerSlots(
+            team.workers, lambda: WorkerProcess(self._command, self.opening(), self._scheduler.on_event), hooks
+        )
+        self._adapters = AdapterPool(self._slots.ready, self._slots.expendable_worker)
+        self._scheduler.use_workers(self._slots, self._adapters)
+        self._trial_worker = TrialWorker(self._command, self.opening(), team.workers.start_s)
         self._about: EngineInfo | None = None
         self._condemned: deque[str] = deque(maxlen=_MOST_CONDEMNED)
         self._is_closing = False
@@ -57,23 +61,23 @@ class Supervisor:
     async def start(self) -> EngineInfo:
         """Start the workers, and wait for the first. Raises what it told (no such base, no such package), UnavailableError."""
         try:
-            self._about = await self._places.start()
+            self._about = await self._slots.start()
         except BaseException:
-            await self._places.close()
+            await self._slots.close()
             raise
         return self._about
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Take no more calls, let those that live end for so long, and end all workers."""
         self._is_closing = True
-        waiters = [asyncio.ensure_future(live.over.wait()) for live in self._calls.lives]
+        waiters = [asyncio.ensure_future(in_flight.finished.wait()) for in_flight in self._scheduler.in_flight]
         if waiters:
             _, late = await asyncio.wait(waiters, timeout=drain_s)
             for waiter in late:
                 waiter.cancel()
-        for live in list(self._calls.lives):
-            self._calls.fail(live, _closing())
-        await self._places.close()
+        for in_flight in list(self._scheduler.in_flight):
+            self._scheduler.fail(in_flight, _closing())
+        await self._slots.close()
 
     @property
     def about(self) -> EngineInfo:
@@ -85,52 +89,52 @@ class Supervisor:
     async def attach(self, adapter: str, path: Path) -> None:
         """See Crew."""
         self._refuse_when_closing()
-        await self._shelf.attach(adapter, path)
-        self._calls.poke()
+        await self._adapters.attach(adapter, path)
+        self._scheduler.poke()
 
     async def detach(self, adapter: str) -> None:
         """See Crew. Returns when its live calls have ended and it is forgotten, or at once when it was attached again."""
-        since = self._shelf.attached.get(adapter, 0)
-        while lives := [live for live in self._calls.lives if live.call.adapter == adapter]:
-            await lives[0].over.wait()
-        await self._shelf.detach(adapter, since)
+        since = self._adapters.attached.get(adapter, 0)
+        while in_flight_calls := [in_flight for in_flight in self._scheduler.in_flight if in_flight.call.adapter == adapter]:
+            await in_flight_calls[0].finished.wait()
+        await self._adapters.detach(adapter, since)
 
     async def reply(self, call: GenerateCall, agent: str, deadline_s: float) -> AsyncIterator[Event]:
         """See Crew. ModelError for a call that has killed a worker before."""
         self._refuse_when_closing()
-        if call.adapter != BASE and call.adapter not in self._shelf.paths:
+        if call.adapter != BASE and call.adapter not in self._adapters.paths:
             raise UnavailableError(f"the adapter of {agent} is not loaded", "promote the agent's release again")
-        live = self._calls.add(call, agent, deadline_s)
+        in_flight = self._scheduler.add(call, agent, deadline_s)
         try:
-            await live.wait()
+            await in_flight.wait()
         except asyncio.CancelledError:
-            self._calls.cancel(live)
+            self._scheduler.cancel(in_flight)
             raise
-        if (error := live.error()) is not None:
+        if (error := in_flight.error()) is not None:
             raise error
-        return InFlightEvents(live, self._calls.cancel)
+        return InFlightEvents(in_flight, self._scheduler.cancel)
 
     async def embed(self, texts: Sequence[str], encoder: str) -> EmbeddingResult:
         """See Crew. Raises BusyError, DeadlineError, UnavailableError, ModelError for texts that have killed workers, and what
         the encoder tells.
         """
         self._refuse_when_closing()
-        self._bulkhead.enter(EMBEDDINGS, 1)
+        self._queues.enter(EMBEDDINGS, 1)
         began, deadline_s = time.monotonic(), self._team.limits.deadline_s
         vectors: list[list[float]] = []
         cut: list[int] = []
         tokens = 0
         try:
             async with asyncio.timeout(deadline_s):
-                for some in _slices(texts):
-                    told = await self._embed(some, encoder)
-                    cut += [len(vectors) + place for place in told["cut"]]
-                    vectors += told["vectors"]
-                    tokens += told["tokens"]
+                for batch in _batches(texts):
+                    answer = await self._embed(batch, encoder)
+                    cut += [len(vectors) + index for index in answer["cut"]]
+                    vectors += answer["vectors"]
+                    tokens += answer["tokens"]
         except TimeoutError:
             raise DeadlineError(f"{len(texts)} texts took more than {deadline_s:g} s", "send fewer at once") from None
         finally:
-            self._bulkhead.leave(EMBEDDINGS, time.monotonic() - began)
+            self._queues.leave(EMBEDDINGS, time.monotonic() - began)
         return EmbeddingResult(vectors, tokens, tuple(cut))
 
     async def probe(self, adapter: str, path: Path, calls: Sequence[GenerateCall]) -> list[tuple[Event, ...]]:
@@ -139,29 +143,29 @@ class Supervisor:
         Raises what attaching tells (ModelError, BudgetError), ModelError when the worker dies or hangs, UnavailableError.
         """
         self._refuse_when_closing()
-        return await self._probation.events(adapter, path, calls)
+        return await self._trial_worker.events(adapter, path, calls)
 
     async def renew(self) -> None:
         """See Crew."""
-        await self._places.renew()
+        await self._slots.renew()
 
-    def blame(self, agent: str, why: str) -> None:
+    def blame(self, agent: str, reason: str) -> None:
         """See Crew."""
-        self._standing.blame(agent, why)
+        self._agent_health.blame(agent, reason)
 
     def release(self, agent: str) -> None:
         """See Crew."""
-        self._standing.release(agent)
+        self._agent_health.release(agent)
 
     def health(self) -> Mapping[str, Any]:
         """See Crew. `counts`: what has happened since the start; `ends`: why workers ended."""
-        agents = sorted({*self._standing.agents, *self._bulkhead.inside} - {EMBEDDINGS})
+        agents = sorted({*self._agent_health.agents, *self._queues.inside} - {EMBEDDINGS})
         return {
-            "workers": self._places.health(),
-            "agents": {agent: {**self._standing.health(agent), **self._bulkhead.health(agent)} for agent in agents},
-            "adapters": len(self._shelf.paths),
-            "counts": dict(self._calls.counts),
-            "ends": dict(self._places.ends),
+            "workers": self._slots.health(),
+            "agents": {agent: {**self._agent_health.health(agent), **self._queues.health(agent)} for agent in agents},
+            "adapters": len(self._adapters.paths),
+            "counts": dict(self._scheduler.counts),
+            "ends": dict(self._slots.ends),
         }
 
     def opening(self) -> dict[str, Any]:
@@ -177,8 +181,8 @@ class Supervisor:
         }
 
     def _beat(self) -> None:
-        self._calls.cut_slow_clients(self._team.limits.slow_client_s)
-        self._calls.poke()  # a worker may have become quiet, or be heard again
+        self._scheduler.cut_slow_clients(self._team.limits.slow_client_s)
+        self._scheduler.poke()  # a worker may have become quiet, or be heard again
 
     def _refuse_when_closing(self) -> None:
         if self._is_closing:
@@ -186,32 +190,32 @@ class Supervisor:
 
     async def _embed(self, texts: list[str], encoder: str) -> Mapping[str, Any]:
         """By a worker that answers; once more by another one when it dies. What kills two is not asked again."""
-        known = records.digest([encoder, texts])
-        if known in self._condemned:
+        texts_digest = records.digest([encoder, texts])
+        if texts_digest in self._condemned:
             raise ModelError("these texts killed the workers that embedded them", "send other texts")
         for _ in range(2):
-            await self._places.some_ready()
-            children = self._places.answering() or self._places.ready()
+            await self._slots.wait_ready()
+            workers = self._slots.answering() or self._slots.ready()
             try:
-                return await min(children, key=lambda child: len(child.calls)).ask("embed", texts=texts, encoder=encoder)
+                return await min(workers, key=lambda worker: len(worker.calls)).ask("embed", texts=texts, encoder=encoder)
             except WorkerDiedError:
                 continue
-        self._condemned.append(known)
+        self._condemned.append(texts_digest)
         raise UnavailableError("two workers died while they embedded these texts", "send other texts, or fewer")
 
 
-def _slices(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
     """Of the texts, in their order, what is asked at once."""
-    some: list[str] = []
+    batch: list[str] = []
     size = 0
     for text in texts:
-        if some and (len(some) == _EMBED_TEXTS or size + len(text) > _EMBED_CHARACTERS):
-            yield some
-            some, size = [], 0
-        some.append(text)
+        if batch and (len(batch) == _EMBED_TEXTS or size + len(text) > _EMBED_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
         size += len(text)
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
 def _closing() -> UnavailableError:

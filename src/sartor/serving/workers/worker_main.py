@@ -32,19 +32,19 @@ from sartor.inference.engine import PROJECTORS, Engine, GenerateCall, ReplyFaile
 from sartor.media import audio
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", PROJECTORS)
-_ANEW = "remove that directory and admit the Release again: sartor agents add RELEASE"
+_REMEDY = "remove that directory and admit the Release again: sartor agents add RELEASE"
 
 
 def check_digest(path: Path, adapter: str) -> None:
     """Raise ArtifactError unless the adapter in `path` has this digest."""
     try:
-        found = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()})
+        digest = adapter_digest({name: {"sha256": file_digest(path / name)} for name in _FILES if (path / name).exists()})
     except KeyError as error:
-        raise ArtifactError(f"the adapter in {path} has no {error}", _ANEW) from None
+        raise ArtifactError(f"the adapter in {path} has no {error}", _REMEDY) from None
     except OSError as error:
-        raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _ANEW) from None
-    if found != adapter:
-        raise ArtifactError(f"the adapter in {path} has the digest {found[:16]}, not {adapter[:16]} as admitted", _ANEW)
+        raise ArtifactError(f"the adapter in {path} cannot be read: {error.strerror}", _REMEDY) from None
+    if digest != adapter:
+        raise ArtifactError(f"the adapter in {path} has the digest {digest[:16]}, not {adapter[:16]} as admitted", _REMEDY)
 
 
 BASE_ENCODER = "base"
@@ -59,13 +59,13 @@ Opener = Callable[[Mapping[str, Any]], Engine]
 Check = Callable[[Path, str], None]
 
 
-def open_engine(said: Mapping[str, Any]) -> Engine:
+def open_engine(opening: Mapping[str, Any]) -> Engine:
     """The engine that an `open` frame asks for: `open_engine(base, **options)` of its module."""
-    options = dict(said["engine"])
+    options = dict(opening["engine"])
     kind = options.pop("kind")
     if kind not in _ENGINES:
         raise ConfigError(f"there is no engine {kind!r}", f"engine: {{kind: {' | '.join(_ENGINES)}}}")
-    engine: Engine = import_module(_ENGINES[kind]).open_engine(said["base"], **options)
+    engine: Engine = import_module(_ENGINES[kind]).open_engine(opening["base"], **options)
     return engine
 
 
@@ -84,20 +84,20 @@ def run(engine: Engine, channel: Channel, check: Check) -> None:
 class _Embedding:
     """Texts on their way to vectors, a part of the work a turn: replies go on meanwhile."""
 
-    said: Mapping[str, Any]
+    request: Mapping[str, Any]
     parts: Iterator[TextEmbedding | None]
-    made: list[TextEmbedding] = field(default_factory=list)
+    embeddings: list[TextEmbedding] = field(default_factory=list)
 
     def go_on(self) -> dict[str, Any]:
         """One part. The answer once all is done, else nothing."""
         try:
             vector = next(self.parts)
         except StopIteration:
-            cut = [index for index, vector in enumerate(self.made) if vector.is_cut]
-            vectors = [vector.values for vector in self.made]
-            return {"vectors": vectors, "tokens": sum(vector.tokens for vector in self.made), "cut": cut}
+            cut = [index for index, vector in enumerate(self.embeddings) if vector.is_cut]
+            vectors = [vector.values for vector in self.embeddings]
+            return {"vectors": vectors, "tokens": sum(vector.tokens for vector in self.embeddings), "cut": cut}
         if vector is not None:
-            self.made.append(vector)
+            self.embeddings.append(vector)
         return {}
 
 
@@ -108,7 +108,7 @@ class _Loop:
         self._engine = engine
         self._channel = channel
         self._check = check
-        self._asks: deque[Mapping[str, Any]] = deque()
+        self._requests: deque[Mapping[str, Any]] = deque()
         self._embeddings: deque[_Embedding] = deque()
         self._encoders: dict[str, TextEncoder] = {}
         self._closing = False
@@ -119,16 +119,16 @@ class _Loop:
         self._channel.flush()
         if not self._channel.has_room:
             self._channel.wait(BEAT_S)
-        elif not (self._engine.busy or self._asks or self._embeddings):
+        elif not (self._engine.busy or self._requests or self._embeddings):
             self._channel.wait()
-        for said in self._channel.received():
-            self._hear(said)
-        if self._asks:
-            asked = self._asks.popleft()
-            self._answer(asked, lambda: self._answered(asked))
+        for message in self._channel.received():
+            self._hear(message)
+        if self._requests:
+            request = self._requests.popleft()
+            self._answer(request, lambda: self._handle(request))
         if self._embeddings:  # in turn: a few texts do not wait for many
             embedding = self._embeddings.popleft()
-            self._answer(embedding.said, lambda: self._embedded(embedding))
+            self._answer(embedding.request, lambda: self._embed_part(embedding))
         if self._engine.busy and self._channel.has_room:
             self._step()
         self._beat()
@@ -144,29 +144,29 @@ class _Loop:
             self._beat_at = now + BEAT_S
             self._channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
 
-    def _hear(self, said: Mapping[str, Any] | MalformedFrame) -> None:
-        if isinstance(said, MalformedFrame):
-            self._channel.send({"op": "malformed", "problem": said.problem})
+    def _hear(self, message: Mapping[str, Any] | MalformedFrame) -> None:
+        if isinstance(message, MalformedFrame):
+            self._channel.send({"op": "malformed", "problem": message.problem})
             return
-        op = said.get("op")
+        op = message.get("op")
         try:
             if op == "call":
-                self._submit(said)
+                self._submit(message)
             elif op == "cancel":
-                self._engine.cancel(str(said["call"]))
+                self._engine.cancel(str(message["call"]))
             elif op == "close":
                 self._closing = True
-            elif op in ("attach", "detach", "embed", "ping") and isinstance(said["ask"], int):
-                self._asks.append(said)
+            elif op in ("attach", "detach", "embed", "ping") and isinstance(message["ask"], int):
+                self._requests.append(message)
             else:
                 self._channel.send({"op": "malformed", "problem": f"there is no op {op!r}"})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._channel.send({"op": "malformed", "problem": f"{op}: {type(error).__name__}: {error}"})
 
-    def _submit(self, said: Mapping[str, Any]) -> None:
-        name = str(said["call"]["id"])
+    def _submit(self, message: Mapping[str, Any]) -> None:
+        name = str(message["call"]["id"])
         try:
-            self._engine.submit(GenerateCall.from_json(said["call"]))
+            self._engine.submit(GenerateCall.from_json(message["call"]))
         except SartorError as error:
             failed = ReplyFailed(name, error.kind, error.problem, error.remedy)
             self._channel.send(event_as_json(failed))
@@ -174,35 +174,35 @@ class _Loop:
             problem = f"the engine could not take the call: {type(error).__name__}"
             self._channel.send(event_as_json(ReplyFailed(name, "SartorError", problem, "report it with the request")))
 
-    def _answer(self, said: Mapping[str, Any], work: Callable[[], Mapping[str, Any] | None]) -> None:
+    def _answer(self, request: Mapping[str, Any], work: Callable[[], Mapping[str, Any] | None]) -> None:
         """Say what `work` returns, or how it failed; nothing where it returns None, and will go on."""
-        answer: dict[str, Any] = {"answer": said["ask"]}
+        answer: dict[str, Any] = {"answer": request["ask"]}
         try:
-            if (found := work()) is None:
+            if (result := work()) is None:
                 return
-            answer |= found
+            answer |= result
         except SartorError as error:
             answer["error"] = error_as_json(error)
         except Exception as error:  # files that another program wrote, read by libraries with errors of their own
-            problem = f"{said['op']} failed: {type(error).__name__}: {error}"
+            problem = f"{request['op']} failed: {type(error).__name__}: {error}"
             answer["error"] = error_as_json(ModelError(problem, "check the files that it names"))
         self._channel.send(answer)
 
-    def _answered(self, said: Mapping[str, Any]) -> dict[str, Any] | None:
-        if said["op"] == "attach":
-            adapter, path = str(said["adapter"]), Path(said["path"])
+    def _handle(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        if request["op"] == "attach":
+            adapter, path = str(request["adapter"]), Path(request["path"])
             self._check(path, adapter)
             return {"bytes": self._engine.attach(adapter, path)}
-        if said["op"] == "detach":
-            self._engine.detach(str(said["adapter"]))
-        elif said["op"] == "embed":
+        if request["op"] == "detach":
+            self._engine.detach(str(request["adapter"]))
+        elif request["op"] == "embed":
             self._embeddings.append(
-                _Embedding(said, self._vectors([str(text) for text in said["texts"]], str(said["encoder"])))
+                _Embedding(request, self._vectors([str(text) for text in request["texts"]], str(request["encoder"])))
             )
             return None
         return {}
 
-    def _embedded(self, embedding: _Embedding) -> dict[str, Any] | None:
+    def _embed_part(self, embedding: _Embedding) -> dict[str, Any] | None:
         if answer := embedding.go_on():
             return answer
         self._embeddings.append(embedding)
@@ -230,19 +230,19 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
     resource_limits.end_with_parent()
     resource_limits.die_first()
     channel = Channel(end)
-    said = _opening(channel)
-    if said is None:
+    opening = _opening(channel)
+    if opening is None:
         return 0
-    os.nice(int(said.get("nice") or 0))
-    audio.limit_seconds(float(said.get("media_seconds", audio.MOST_SECONDS)))
+    os.nice(int(opening.get("nice") or 0))
+    audio.limit_seconds(float(opening.get("media_seconds", audio.MOST_SECONDS)))
     try:
         with _signs_of_life(channel):
-            engine = opener(said)
+            engine = opener(opening)
     except SartorError as error:
         channel.send({"op": "failed", "error": error_as_json(error)})
         channel.finish()
         return error.exit_code
-    limit_bytes = int(said.get("memory_bytes") or 0)
+    limit_bytes = int(opening.get("memory_bytes") or 0)
     if limit_bytes and engine.about.device in ("", "cpu"):
         resource_limits.limit_data(_DATA_FACTOR * limit_bytes)
     channel.send({"op": "ready", "about": asdict(engine.about), "memory_bytes": resource_limits.resident_bytes()})
@@ -253,10 +253,10 @@ def serve(end: socket.socket, opener: Opener, check: Check) -> int:
 @contextmanager
 def _signs_of_life(channel: Channel) -> Iterator[None]:
     """Say that one lives while this thread opens the engine and says nothing itself."""
-    over = threading.Event()
+    finished = threading.Event()
 
     def beat() -> None:
-        while not over.wait(BEAT_S):
+        while not finished.wait(BEAT_S):
             channel.send({"op": "alive", "memory_bytes": resource_limits.resident_bytes()})
             channel.flush()
 
@@ -265,7 +265,7 @@ def _signs_of_life(channel: Channel) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         thread.join()
 
 
@@ -273,9 +273,9 @@ def _opening(channel: Channel) -> Mapping[str, Any] | None:
     """The first frame; None when the parent went away."""
     while not channel.closed:
         channel.wait()
-        for said in channel.received():
-            if not isinstance(said, MalformedFrame) and said.get("op") == "open":
-                return said
+        for message in channel.received():
+            if not isinstance(message, MalformedFrame) and message.get("op") == "open":
+                return message
             channel.send({"op": "malformed", "problem": "the first frame is `open`"})
         channel.flush()
     return None

@@ -28,7 +28,7 @@ _PATIENT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 _PING = 0  # its number; other questions have greater ones
 
 
-Heard = Callable[["WorkerProcess", Mapping[str, Any]], None]
+EventHandler = Callable[["WorkerProcess", Mapping[str, Any]], None]
 
 
 class WorkerEnd(StrEnum):
@@ -59,15 +59,15 @@ class WorkerDiedError(Exception):
 
 
 class WorkerProcess:
-    """One worker process. `heard` is called with each frame that is no answer to a question."""
+    """One worker process. `on_event` is called with each frame that is no answer to a question."""
 
-    def __init__(self, command: Sequence[str], opening: Mapping[str, Any], heard: Heard) -> None:
+    def __init__(self, command: Sequence[str], opening: Mapping[str, Any], on_event: EventHandler) -> None:
         self._command = command
         self._opening = opening
-        self._heard = heard
-        self._asks: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
+        self._on_event = on_event
+        self._pending_answers: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
         self._numbers = itertools.count(1)
-        self._line: _Line | None = None
+        self._connection: _WorkerConnection | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end_watch: asyncio.Task[None] | None = None
         self._is_open: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
@@ -75,11 +75,11 @@ class WorkerProcess:
         self.calls: dict[str, InFlightCall] = {}
         self.adapters: set[str] = set()
         self.refused: dict[str, SartorError] = {}
-        self.answers = False  # not a spare
-        self.alone = False  # makes a suspected call, or will when those that it has have ended
-        self.owes = False  # others their turn, after a suspected call
+        self.is_serving = False  # not a spare
+        self.is_isolated = False  # makes a suspected call, or will when those that it has have ended
+        self.owes_turn = False  # others their turn, after a suspected call
         self.died_serving = False  # while it made replies
-        self.died_asked = False  # while it loaded an adapter or embedded
+        self.died_on_request = False  # while it loaded an adapter or embedded
         self.heard_at = time.monotonic()
         self.memory_bytes = 0
         self.malformed = 0
@@ -87,7 +87,7 @@ class WorkerProcess:
         self.detail = ""  # of the end, in words
 
     @property
-    def why(self) -> str:
+    def end_reason(self) -> str:
         """Cause of its end as text; empty while it lives."""
         if self.end is None:
             return ""
@@ -101,11 +101,11 @@ class WorkerProcess:
     @property
     def has_work(self) -> bool:
         """Whether it owes an answer or a reply."""
-        return bool(self.calls or self._asks)
+        return bool(self.calls or self._pending_answers)
 
-    def is_quiet(self, most_s: float) -> bool:
+    def is_quiet(self, max_s: float) -> bool:
         """Whether it owes something and has not been heard of for so long."""
-        return self.has_work and time.monotonic() - self.heard_at > most_s
+        return self.has_work and time.monotonic() - self.heard_at > max_s
 
     @property
     def is_open(self) -> bool:
@@ -117,94 +117,94 @@ class WorkerProcess:
         """What it serves, once it is open."""
         return self._is_open.result()
 
-    async def start(self, within_s: float) -> EngineInfo:
+    async def start(self, timeout_s: float) -> EngineInfo:
         """Begin the process and wait until its engine is open.
 
         Raises the error that the engine told, GoneError when it died, UnavailableError when it took too long.
         """
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [*self._command, str(theirs.fileno())]
+        parent_end, worker_end = socket.socketpair()
+        with worker_end:
+            command = [*self._command, str(worker_end.fileno())]
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[worker_end.fileno()],
                     start_new_session=True,
                     env=environment(),
                 )
             except OSError as error:
-                ours.close()
+                parent_end.close()
                 raise UnavailableError(f"{command[0]} cannot be started: {error}", "check the machine's limits") from None
-        ours.setblocking(False)
-        _, self._line = await loop.create_connection(lambda: _Line(self._frame), sock=ours)
-        self._end_watch = asyncio.create_task(self._watch_end(self._process, self._line))
-        self._line.send({"op": "open", **self._opening})
+        parent_end.setblocking(False)
+        _, self._connection = await loop.create_connection(lambda: _WorkerConnection(self._on_message), sock=parent_end)
+        self._end_watch = asyncio.create_task(self._watch_end(self._process, self._connection))
+        self._connection.send({"op": "open", **self._opening})
         self.heard_at = time.monotonic()
-        both: list[asyncio.Future[Any]] = [self._is_open, self._line.lost]
-        done, _ = await asyncio.wait(both, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        pending: list[asyncio.Future[Any]] = [self._is_open, self._connection.lost]
+        done, _ = await asyncio.wait(pending, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if self._is_open in done:
             return self.about
         if done:
             raise WorkerDiedError("it ended before it was open")
-        self.kill(WorkerEnd.START, f"not open after {within_s:g} s")
-        raise UnavailableError(f"a worker was not open after {within_s:g} s", "raise workers.start_s, or take a smaller base")
+        self.kill(WorkerEnd.START, f"not open after {timeout_s:g} s")
+        raise UnavailableError(f"a worker was not open after {timeout_s:g} s", "raise workers.start_s, or take a smaller base")
 
-    async def gone(self) -> None:
+    async def wait_exit(self) -> None:
         """Wait for its end, and for all that it said before. Whoever waits for an answer then gets GoneError."""
         if self._end_watch is not None:
             await asyncio.shield(self._end_watch)
         self.state = "gone"
 
-    async def _watch_end(self, process: asyncio.subprocess.Process, line: _Line) -> None:
+    async def _watch_end(self, process: asyncio.subprocess.Process, connection: _WorkerConnection) -> None:
         exited = asyncio.ensure_future(process.wait())
-        both: list[asyncio.Future[Any]] = [exited, line.lost]
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        pending: list[asyncio.Future[Any]] = [exited, connection.lost]
+        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         if not exited.done():  # it closed its end, or it is about to be gone
             await asyncio.wait([exited], timeout=_LAST_WORDS_S)
             if not exited.done():
                 self.kill(WorkerEnd.CRASHED, "it closed its connection")
         status = await exited
-        await asyncio.wait([line.lost], timeout=_LAST_WORDS_S)
-        line.close()
+        await asyncio.wait([connection.lost], timeout=_LAST_WORDS_S)
+        connection.close()
         was_killed = status == -signal.SIGKILL
         self._note_end(WorkerEnd.KILLED if was_killed else WorkerEnd.CRASHED, _describe_exit(status))
         self.died_serving = bool(self.calls)
-        self.died_asked = any(number != _PING for number in self._asks)
+        self.died_on_request = any(number != _PING for number in self._pending_answers)
         self.state = "gone"
-        for answer in self._asks.values():
+        for answer in self._pending_answers.values():
             if not answer.done():
-                answer.set_exception(WorkerDiedError(self.why))
-        self._asks.clear()
+                answer.set_exception(WorkerDiedError(self.end_reason))
+        self._pending_answers.clear()
         if not self._is_open.done():
-            self._is_open.set_exception(WorkerDiedError(self.why))
+            self._is_open.set_exception(WorkerDiedError(self.end_reason))
             self._is_open.exception()  # seen, if nobody waits for it
 
-    def send(self, said: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Tell it something."""
-        if self._line is not None:
-            self._line.send(said)
+        if self._connection is not None:
+            self._connection.send(message)
 
-    async def ask(self, op: str, **said: Any) -> Mapping[str, Any]:
+    async def ask(self, op: str, **fields: Any) -> Mapping[str, Any]:
         """Its answer. Raises the error that it tells, or GoneError."""
         if self.state == "gone":
-            raise WorkerDiedError(self.why)
+            raise WorkerDiedError(self.end_reason)
         if not self.has_work:
             self.heard_at = time.monotonic()  # it was idle, and owed nothing until now
         number = next(self._numbers)
         answer: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
-        self._asks[number] = answer
-        self.send({"op": op, **said, "ask": number})
-        told = await answer
-        if "error" in told:
-            raise error_from_json(told["error"])
-        return told
+        self._pending_answers[number] = answer
+        self.send({"op": op, **fields, "ask": number})
+        reply = await answer
+        if "error" in reply:
+            raise error_from_json(reply["error"])
+        return reply
 
     def ping(self) -> None:
         """Ask for a sign of life; one that does not come makes it one that hangs."""
-        self._asks[_PING] = asyncio.get_running_loop().create_future()
-        self._asks[_PING].add_done_callback(lambda answer: answer.exception())
+        self._pending_answers[_PING] = asyncio.get_running_loop().create_future()
+        self._pending_answers[_PING].add_done_callback(lambda answer: answer.exception())
         self.heard_at = time.monotonic()
         self.send({"op": "ping", "ask": _PING})
 
@@ -227,17 +227,17 @@ class WorkerProcess:
             with contextlib.suppress(WorkerDiedError):
                 await self.ask("detach", adapter=adapter)
 
-    def begin(self, live: InFlightCall, wire_id: str) -> None:
+    def begin(self, in_flight: InFlightCall, wire_id: str) -> None:
         """Give it a call."""
         if not self.has_work:
             self.heard_at = time.monotonic()
-        live.wire_id = wire_id
-        self.calls[wire_id] = live
-        self.send({"op": "call", "call": {**live.call.as_json(), "id": wire_id}})
+        in_flight.wire_id = wire_id
+        self.calls[wire_id] = in_flight
+        self.send({"op": "call", "call": {**in_flight.call.as_json(), "id": wire_id}})
 
     def rows_free(self, adapter: str) -> int:
         """How many more calls of an adapter it takes now."""
-        if self.state != "ready" or self.alone or (adapter != BASE and adapter not in self.adapters):
+        if self.state != "ready" or self.is_isolated or (adapter != BASE and adapter not in self.adapters):
             return 0
         return self.about.rows - len(self.calls)
 
@@ -253,42 +253,42 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
-    async def close(self, within_s: float) -> None:
+    async def close(self, timeout_s: float) -> None:
         """Ask it to end, and end it when it does not."""
         if self._process is not None and self.state != "starting":  # an engine that opens hears nothing
             self._note_end(WorkerEnd.CLOSED)
             self.send({"op": "close"})
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), within_s)
+                await asyncio.wait_for(self._process.wait(), timeout_s)
         self.kill(WorkerEnd.CLOSED)
 
     def _note_end(self, end: WorkerEnd, detail: str = "") -> None:
         if self.end is None:
             self.end, self.detail = end, detail
 
-    def _frame(self, said: Mapping[str, Any] | MalformedFrame) -> None:
+    def _on_message(self, message: Mapping[str, Any] | MalformedFrame) -> None:
         self.heard_at = time.monotonic()
-        if isinstance(said, MalformedFrame) or said.get("op") == "malformed":
+        if isinstance(message, MalformedFrame) or message.get("op") == "malformed":
             self.malformed += 1
             return
-        self.memory_bytes = said.get("memory_bytes", self.memory_bytes)
-        if "answer" in said:
-            answer = self._asks.pop(said["answer"], None)
+        self.memory_bytes = message.get("memory_bytes", self.memory_bytes)
+        if "answer" in message:
+            answer = self._pending_answers.pop(message["answer"], None)
             if answer is not None and not answer.done():
-                answer.set_result(said)
-        elif said.get("op") == "ready" and not self._is_open.done():
-            self._is_open.set_result(EngineInfo(**said["about"]))
-        elif said.get("op") == "failed" and not self._is_open.done():
-            self._is_open.set_exception(error_from_json(said["error"]))
-        elif "event" in said:
-            self._heard(self, said)
+                answer.set_result(message)
+        elif message.get("op") == "ready" and not self._is_open.done():
+            self._is_open.set_result(EngineInfo(**message["about"]))
+        elif message.get("op") == "failed" and not self._is_open.done():
+            self._is_open.set_exception(error_from_json(message["error"]))
+        elif "event" in message:
+            self._on_event(self, message)
 
 
-class _Line(asyncio.Protocol):
+class _WorkerConnection(asyncio.Protocol):
     """The connection to a worker, in frames."""
 
-    def __init__(self, heard: Callable[[Mapping[str, Any] | MalformedFrame], None]) -> None:
-        self._heard = heard
+    def __init__(self, on_message: Callable[[Mapping[str, Any] | MalformedFrame], None]) -> None:
+        self._on_message = on_message
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -298,17 +298,17 @@ class _Line(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        for said in self._frames.feed(data):
-            self._heard(said)
+        for message in self._frames.feed(data):
+            self._on_message(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost.done():
             self.lost.set_result(None)
 
-    def send(self, said: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
         """Hand a frame over; one for a connection that is lost is forgotten, since its end is told elsewhere."""
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame(said))
+            self._transport.write(frame(message))
 
     def close(self) -> None:
         """Give the connection up."""

@@ -21,14 +21,14 @@ Way = AnyAskingWay | AnyMakingWay | AnyCopyingWay
 FROM_NOTHING = (Scenarios, Structured, Templates)
 
 
-def asks_teacher(way: Any) -> TypeGuard[PromptedGenerator]:
+def asks_teacher(generator: Any) -> TypeGuard[PromptedGenerator]:
     """Whether a way is an AskingWay."""
-    return isinstance(way, get_args(AnyAskingWay))
+    return isinstance(generator, get_args(AnyAskingWay))
 
 
-def make(way: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
+def make(generator: Any, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
     """What a way without a teacher makes."""
-    if isinstance(way, get_args(AnyCopyingWay)):
-        return copied(way, seeds, folder)
-    result: Iterator[GeneratedRow | Drop | Skipped] = way.make(seeds, seed, folder)
+    if isinstance(generator, get_args(AnyCopyingWay)):
+        return copied(generator, seeds, folder)
+    result: Iterator[GeneratedRow | Drop | Skipped] = generator.make(seeds, seed, folder)
     return result

@@ -47,51 +47,55 @@ class SlotSubstitution:
     kind: Literal["slot_substitution"] = "slot_substitution"
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.slots, dict) and all(isinstance(some, list) and len(some) > 1 for some in self.slots.values())
-        if not listed or not (self.slots or self.numbers):
+        is_listed = isinstance(self.slots, dict) and all(
+            isinstance(values, list) and len(values) > 1 for values in self.slots.values()
+        )
+        if not is_listed or not (self.slots or self.numbers):
             raise ConfigError("slots must be a mapping of lists with two values or more", "slots: {room: [hall, attic]}")
         if self.per_row < 1 or self.rows < 0:
             raise ConfigError(f"per_row is {self.per_row} and rows {self.rows}; neither can be less", "per_row: 1, rows: 0")
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
-        homes = self._homes()
+        alternatives = self._alternatives()
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
             if reason := refusal_reason(row):
                 yield Skipped(reason)
                 continue
-            asked, said = row.messages[-2].text, row.reply
-            values = [value for value in [*homes, *self._numbers(asked)] if _once(value, asked) and _once(value, said)]
-            made = self._copies(row, _apart(values), homes, seed)
-            if not made:
+            question, reply = row.messages[-2].text, row.reply
+            values = [
+                value for value in [*alternatives, *self._numbers(question)] if _once(value, question) and _once(value, reply)
+            ]
+            copies = self._copies(row, _without_parts(values), alternatives, seed)
+            if not copies:
                 yield Skipped("no_value_in_both")
-            yield from made
+            yield from copies
 
-    def _homes(self) -> dict[str, list[str]]:
+    def _alternatives(self) -> dict[str, list[str]]:
         """value -> what may stand in its place; without those of two lists."""
         lists = [[str(value) for value in values] for values in self.slots.values()]
-        every = [value for values in lists for value in dict.fromkeys(values)]
-        return {value: values for values in lists for value in values if every.count(value) == 1}
+        all_values = [value for values in lists for value in dict.fromkeys(values)]
+        return {value: values for values in lists for value in values if all_values.count(value) == 1}
 
     def _numbers(self, text: str) -> list[str]:
         return list(dict.fromkeys(_NUMBER.findall(text))) if self.numbers else []
 
-    def _copies(self, row: Example, values: Sequence[str], homes: dict[str, list[str]], seed: int) -> list[GeneratedRow]:
+    def _copies(self, row: Example, values: Sequence[str], alternatives: dict[str, list[str]], seed: int) -> list[GeneratedRow]:
         draw = draw_of(seed, self.kind, row.id)
         result: list[GeneratedRow] = []
-        seen: set[tuple[tuple[str, str], ...]] = {()}
+        used_changes: set[tuple[tuple[str, str], ...]] = {()}
         for _ in range(TRIES * self.per_row):
             if len(result) == self.per_row or not values:
                 break
-            instead = {value: _other(value, homes.get(value), draw) for value in values}
-            changes = tuple((old, new) for old, new in instead.items() if old != new)
+            replacements = {value: _other(value, alternatives.get(value), draw) for value in values}
+            changes = tuple((old, new) for old, new in replacements.items() if old != new)
             # two values that become one could not be told apart again
-            if changes in seen or len(set(instead.values())) < len(instead):
+            if changes in used_changes or len(set(replacements.values())) < len(replacements):
                 continue
-            seen.add(changes)
+            used_changes.add(changes)
             words = "; ".join(f"{old} to {new}" for old, new in changes)
             result.append(
-                GeneratedRow(_changed(row, instead), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words)
+                GeneratedRow(_changed(row, replacements), f"{row.id[:16]}.{len(result) + 1}", (row,), split_group(row), words)
             )
         return result
 
@@ -105,27 +109,27 @@ def _once(value: str, text: str) -> bool:
     return len(_pattern(value).findall(text)) == 1
 
 
-def _apart(values: Sequence[str]) -> list[str]:
+def _without_parts(values: Sequence[str]) -> list[str]:
     """Without those that are a part of another: of "living room" and "room" the longer one is meant."""
     return [value for value in values if not any(value != other and _pattern(value).search(other) for other in values)]
 
 
-def _other(value: str, home: Sequence[str] | None, draw: random.Random) -> str:
-    if home is not None:
-        return draw.choice(home)
+def _other(value: str, choices: Sequence[str] | None, draw: random.Random) -> str:
+    if choices is not None:
+        return draw.choice(choices)
     lowest = 10 ** (len(value) - 1) if len(value) > 1 else 1
     return str(draw.randrange(lowest, 10 ** len(value)))
 
 
-def _changed(row: Example, instead: dict[str, str]) -> Example:
+def _changed(row: Example, replacements: dict[str, str]) -> Example:
     """All at once: a value that was put in is not replaced again."""
-    places = re.compile("|".join(_pattern(value).pattern for value in instead))
+    pattern = re.compile("|".join(_pattern(value).pattern for value in replacements))
 
     def turned(text: str) -> str:
-        return places.sub(lambda match: instead[match[0]], text)
+        return pattern.sub(lambda match: replacements[match[0]], text)
 
-    asked, said = (with_text(message, turned(message.text)) for message in row.messages[-2:])
-    return replace(row, messages=(*row.messages[:-2], asked, said), rejected=())
+    question, reply = (with_text(message, turned(message.text)) for message in row.messages[-2:])
+    return replace(row, messages=(*row.messages[:-2], question, reply), rejected=())
 
 
 # A text of a conversation ends here: names and pronouns are swapped over all of it, one name one way
@@ -156,21 +160,23 @@ class Counterfactual:
         """See MakingWay."""
         for row in sample_seeds(seeds, self.rows, seed, self.kind):
             text = _APART.join(_texts(row))
-            named = [kind for kind in self.kinds if mentions(text, kind)]
-            made = [item for kind in named for item in self._swapped(row, text, kind, seed)]
-            if not made:
-                yield Skipped("not_swappable" if named else "no_group_named")
-            yield from made
+            named_kinds = [kind for kind in self.kinds if mentions(text, kind)]
+            copies = [item for kind in named_kinds for item in self._swapped(row, text, kind, seed)]
+            if not copies:
+                yield Skipped("not_swappable" if named_kinds else "no_group_named")
+            yield from copies
 
     def _swapped(self, row: Example, text: str, kind: Kind, seed: int) -> list[GeneratedRow]:
-        turned = list(self.to or groups(kind))
-        draw_of(seed, self.kind, row.id, kind).shuffle(turned)
+        targets = list(self.to or groups(kind))
+        draw_of(seed, self.kind, row.id, kind).shuffle(targets)
         result: list[GeneratedRow] = []
-        for to in turned:
-            if to in groups(kind) and len(result) < self.per_row and (changed := swap(text, kind, to)):
-                number = f"{row.id[:16]}.{kind}.{to}"
+        for target in targets:
+            if target in groups(kind) and len(result) < self.per_row and (changed := swap(text, kind, target)):
+                number = f"{row.id[:16]}.{kind}.{target}"
                 result.append(
-                    GeneratedRow(_with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {to}")
+                    GeneratedRow(
+                        _with_texts(row, changed.split(_APART)), number, (row,), split_group(row), f"{kind} to {target}"
+                    )
                 )
         return result
 
@@ -181,12 +187,13 @@ def _texts(row: Example) -> list[str]:
 
 
 def _with_texts(row: Example, texts: Sequence[str]) -> Example:
-    coming = iter(texts)
+    remaining_texts = iter(texts)
 
     def turned(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return tuple(
             replace(
-                message, content=tuple(Part("text", next(coming)) if part.kind == "text" else part for part in message.content)
+                message,
+                content=tuple(Part("text", next(remaining_texts)) if part.kind == "text" else part for part in message.content),
             )
             for message in messages
         )
@@ -211,17 +218,17 @@ class SpokenQuestions:
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay. Raises MissingError where no voice is installed."""
-        wanted = sample_seeds(seeds, self.rows, seed, self.kind)
-        speakable = [row for row in wanted if not refusal_reason(row)]
-        yield from (Skipped(reason) for row in wanted if (reason := refusal_reason(row)))
+        sampled = sample_seeds(seeds, self.rows, seed, self.kind)
+        speakable = [row for row in sampled if not refusal_reason(row)]
+        yield from (Skipped(reason) for row in sampled if (reason := refusal_reason(row)))
         for speed in self.speeds:
             clips = say_all([row.messages[-2].text for row in speakable], self.voice, speed, folder / "clips")
             for row, clip in zip(speakable, clips, strict=True):
                 with clip.open("rb") as stream:
                     name = media_files.copy(stream, clip.name, folder / "media")
-                others = tuple(part for part in row.messages[-2].content if part.kind != "text")
-                asked = replace(row.messages[-2], content=(Part("audio", media=name), *others))
-                spoken = replace(row, messages=(*row.messages[:-2], asked, row.messages[-1]))
+                media_parts = tuple(part for part in row.messages[-2].content if part.kind != "text")
+                question = replace(row.messages[-2], content=(Part("audio", media=name), *media_parts))
+                spoken = replace(row, messages=(*row.messages[:-2], question, row.messages[-1]))
                 yield GeneratedRow(
                     spoken, f"{row.id[:16]}.{speed:g}", (row,), split_group(row), f"spoken by {self.voice} at {speed:g}"
                 )
@@ -260,30 +267,30 @@ class Templates:
     kind: Literal["templates"] = "templates"
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.slots, dict) and all(isinstance(some, list) and some for some in self.slots.values())
-        if not listed or not self.prompts or self.count < 0:
+        is_listed = isinstance(self.slots, dict) and all(isinstance(values, list) and values for values in self.slots.values())
+        if not is_listed or not self.prompts or self.count < 0:
             raise ConfigError(
                 "slots must be a mapping of lists, none empty, and prompts a list", "slots: {room: [hall, attic]}"
             )
         for text in self.prompts:
-            if lacking := set(_SLOT.findall(self.reply)) & set(self.slots) - set(_SLOT.findall(text)):
-                problem = f"the reply says {{{sorted(lacking)[0]}}}, which the prompt {text!r} does not"
+            if missing := set(_SLOT.findall(self.reply)) & set(self.slots) - set(_SLOT.findall(text)):
+                problem = f"the reply says {{{sorted(missing)[0]}}}, which the prompt {text!r} does not"
                 raise ConfigError(problem, "a reply can only tell what was asked")
 
     def make(self, seeds: Sequence[Example], seed: int, folder: Path) -> Iterator[GeneratedRow | Drop | Skipped]:
         """See MakingWay."""
-        every = [(text, self._names(text)) for text in self.prompts]
-        sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in every]
+        prompts = [(text, self._names(text)) for text in self.prompts]
+        sizes = [math.prod(len(self.slots[name]) for name in names) for _, names in prompts]
         total = sum(sizes)
-        wanted = range(total)
-        chosen = sorted(draw_of(seed, self.kind).sample(wanted, self.count)) if 0 < self.count < total else wanted
+        numbers = range(total)
+        chosen = sorted(draw_of(seed, self.kind).sample(numbers, self.count)) if 0 < self.count < total else numbers
         starts = [0, *itertools.accumulate(sizes)]
-        place = 0
+        index = 0
         for number in chosen:
-            while number >= starts[place + 1]:
-                place += 1
-            text, names = every[place]
-            yield self._row(text, self._values(names, number - starts[place]), f"{place + 1}.{number - starts[place] + 1}")
+            while number >= starts[index + 1]:
+                index += 1
+            text, names = prompts[index]
+            yield self._row(text, self._values(names, number - starts[index]), f"{index + 1}.{number - starts[index] + 1}")
 
     def _names(self, text: str) -> list[str]:
         return [name for name in dict.fromkeys(_SLOT.findall(text)) if name in self.slots]
@@ -291,8 +298,8 @@ class Templates:
     def _values(self, names: Sequence[str], number: int) -> dict[str, str]:
         values = {}
         for name in reversed(names):
-            number, place = divmod(number, len(self.slots[name]))
-            values[name] = str(self.slots[name][place])
+            number, index = divmod(number, len(self.slots[name]))
+            values[name] = str(self.slots[name][index])
         return values
 
     def _row(self, text: str, values: dict[str, str], number: str) -> GeneratedRow:

@@ -51,7 +51,7 @@ class Questions:
             problem = f"piece_chars is {self.piece_chars}, least_span_chars {self.least_span_chars}; at least 200, and 1"
             raise ConfigError(problem, "piece_chars: 3000")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
         for document in sample_seeds(seeds, self.rows, seed, self.kind):
             if not document.is_document:
@@ -63,43 +63,45 @@ class Questions:
                 continue
             for number in range(1, self.per_document + 1):
                 start, end = cut[(number - 1) % len(cut)]
-                shown = document.reply[start:end]
+                piece = document.reply[start:end]
                 text = (
-                    f"A text:\n{quoted(shown)}\nWrite a question that this text answers, the answer, and copy the words of "
+                    f"A text:\n{quoted(piece)}\nWrite a question that this text answers, the answer, and copy the words of "
                     f"the text that say so, exactly as they stand there. Question {number}."
                     '\nAnswer with {"question": "...", "answer": "...", "span": "..."}.'
                 )
-                place = f"{document.id[:16]}.{number}"
+                request_id = f"{document.id[:16]}.{number}"
                 note = {"start": start, "end": end}
                 yield TeacherRequest(
-                    place, (("system", SYSTEM), ("user", text)), texts("question", "answer", "span"), (document,), note
+                    request_id, (("system", SYSTEM), ("user", text)), texts("question", "answer", "span"), (document,), note
                 )
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        (document,) = ask.parents
+        (document,) = request.parents
         question, answer = value["question"].strip(), value["answer"].strip()
         if not question or not answer:
             return Unusable("empty_answer", "the question or the answer is empty")
-        shown = document.reply[ask.note["start"] : ask.note["end"]]
+        piece = document.reply[request.note["start"] : request.note["end"]]
         if len(value["span"].strip()) < self.least_span_chars:
             return Unusable("span_too_short", f"the cited words are {value['span'].strip()!r}")
-        place = find_span(value["span"], shown)
-        if place is None:
+        local_span = find_span(value["span"], piece)
+        if local_span is None:
             return Unusable("span_not_found", f"the document does not say {value['span'].strip()[:120]!r}")
-        asked = f"{shown}\n\n{question}" if self.with_passage else question
-        row = Example((Message.of("user", asked), Message.of("assistant", answer)), document.origins)
-        span = place[0] + ask.note["start"], place[1] + ask.note["start"]
-        return GeneratedRow(row, ask.number, ask.parents, split_group(document), "asked of the document", span)
+        user_text = f"{piece}\n\n{question}" if self.with_passage else question
+        row = Example((Message.of("user", user_text), Message.of("assistant", answer)), document.origins)
+        span = local_span[0] + request.note["start"], local_span[1] + request.note["start"]
+        return GeneratedRow(row, request.number, request.parents, split_group(document), "asked of the document", span)
 
 
-def pieces(text: str, most: int) -> list[tuple[int, int]]:
-    """(first, last + 1) of pieces of at most `most` characters, cut at ends of paragraphs or sentences where there is one."""
+def pieces(text: str, max_chars: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of pieces of at most `max_chars` characters, cut at ends of paragraphs or sentences where there
+    is one.
+    """
     cut, start = [], 0
     while start < len(text):
-        end = min(start + most, len(text))
+        end = min(start + max_chars, len(text))
         if end < len(text):
-            ends = [match.end() for match in _ENDS.finditer(text, start + most // 2, end)]
+            ends = [match.end() for match in _ENDS.finditer(text, start + max_chars // 2, end)]
             end = ends[-1] if ends else end
         if text[start:end].strip():
             cut.append((start, end))
@@ -136,35 +138,37 @@ class Scenarios:
             problem = f"per_cell is {self.per_cell}, turns {self.turns}; at least 1, and 1 to {MOST_TURNS}"
             raise ConfigError(problem, "turns: 2")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
-        shown = [row for row in seeds if not refusal_reason(row)]
+        style_rows = [row for row in seeds if not refusal_reason(row)]
         for cell in itertools.product(self.personas, self.intents, self.edge_cases):
             for number in range(1, self.per_cell + 1):
-                place = f"{digest(cell)[:12]}.{number}"
-                models = draw_of(seed, self.kind, place).sample(shown, min(1, len(shown)))
-                style = "".join(f"A conversation in the wanted style:\n{quoted(conversation_text(row))}\n" for row in models)
+                request_id = f"{digest(cell)[:12]}.{number}"
+                examples = draw_of(seed, self.kind, request_id).sample(style_rows, min(1, len(style_rows)))
+                style = "".join(f"A conversation in the wanted style:\n{quoted(conversation_text(row))}\n" for row in examples)
                 text = (
                     f"{style}Write a conversation between {cell[0]} and an assistant. What is wanted: {cell[1]}. What is "
                     f"special: {cell[2]}. {self.turns} questions, each with its reply. Conversation {number}."
                     '\nAnswer with {"turns": [{"user": "...", "assistant": "..."}]}.'
                 )
                 note = {"cell": "; ".join(cell), "group": f"scenario:{digest(cell)[:16]}"}
-                yield TeacherRequest(place, (("system", SYSTEM), ("user", text)), self._schema(), tuple(models), note)
+                yield TeacherRequest(request_id, (("system", SYSTEM), ("user", text)), self._schema(), tuple(examples), note)
 
     def _schema(self) -> dict[str, Any]:
         turns = {"type": "array", "items": texts("user", "assistant"), "minItems": self.turns, "maxItems": self.turns}
         return {"type": "object", "properties": {"turns": turns}, "required": ["turns"], "additionalProperties": False}
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         messages = [Message.of("system", self.system)] if self.system else []
         for turn in value["turns"]:
-            asked, reply = turn["user"].strip(), turn["assistant"].strip()
-            if not asked or not reply:
+            question, reply = turn["user"].strip(), turn["assistant"].strip()
+            if not question or not reply:
                 return Unusable("empty_answer", "a turn is empty")
-            messages += [Message.of("user", asked), Message.of("assistant", reply)]
-        return GeneratedRow(Example(tuple(messages), ()), ask.number, ask.parents, ask.note["group"], ask.note["cell"])
+            messages += [Message.of("user", question), Message.of("assistant", reply)]
+        return GeneratedRow(
+            Example(tuple(messages), ()), request.number, request.parents, request.note["group"], request.note["cell"]
+        )
 
 
 MODELS = 2
@@ -184,46 +188,46 @@ class Structured:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"count is {self.count}; it must be at least 1", "count: 10")
-        check_schema(self.wanted())
+        check_schema(self.reply_schema())
 
-    def wanted(self) -> dict[str, Any]:
+    def reply_schema(self) -> dict[str, Any]:
         """The schema. Raises ConfigError where it cannot be read or is none."""
-        found = self.schema_
-        if isinstance(found, str):
+        schema = self.schema_
+        if isinstance(schema, str):
             try:
-                found = json.loads(Path(found).read_text(encoding="utf-8"))
+                schema = json.loads(Path(schema).read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
-                raise ConfigError(f"the schema {found} cannot be read: {error}", "schema: FILE.json") from None
-        if not isinstance(found, Mapping):
-            raise ConfigError(f"the schema is {found!r}, no mapping", "schema: {type: object, properties: {...}}")
-        return {str(name): value for name, value in found.items()}
+                raise ConfigError(f"the schema {schema} cannot be read: {error}", "schema: FILE.json") from None
+        if not isinstance(schema, Mapping):
+            raise ConfigError(f"the schema is {schema!r}, no mapping", "schema: {type: object, properties: {...}}")
+        return {str(name): value for name, value in schema.items()}
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
-        wanted = self.wanted()
+        inner = self.reply_schema()
         schema: dict[str, Any] = {
             "type": "object",
-            "properties": {"question": {"type": "string", "minLength": 1}, "reply": wanted},
+            "properties": {"question": {"type": "string", "minLength": 1}, "reply": inner},
             "required": ["question", "reply"],
             "additionalProperties": False,
-            **{name: wanted[name] for name in ("$defs", "definitions") if name in wanted},  # `#/$defs/x` is from the root
+            **{name: inner[name] for name in ("$defs", "definitions") if name in inner},  # `#/$defs/x` is from the root
         }
-        shown = [row for row in seeds if not refusal_reason(row)]
+        style_rows = [row for row in seeds if not refusal_reason(row)]
         for number in range(1, self.count + 1):
-            models = draw_of(seed, self.kind, number).sample(shown, min(MODELS, len(shown)))
-            style = "".join(f"An example:\n{quoted(conversation_text(row))}\n" for row in models)
+            examples = draw_of(seed, self.kind, number).sample(style_rows, min(MODELS, len(style_rows)))
+            style = "".join(f"An example:\n{quoted(conversation_text(row))}\n" for row in examples)
             text = (
                 f"{style}The task: {self.task}\nWrite a new text that somebody could send for this task, and the right reply "
-                f"as JSON of this schema: {json.dumps(wanted)}\nText {number} of {self.count}."
+                f"as JSON of this schema: {json.dumps(inner)}\nText {number} of {self.count}."
                 '\nAnswer with {"question": "...", "reply": {...}}.'
             )
-            yield TeacherRequest(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(models))
+            yield TeacherRequest(str(number), (("system", SYSTEM), ("user", text)), schema, tuple(examples))
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
         question = value["question"].strip()
         if not question:
             return Unusable("empty_answer", "the question is empty")
         reply = json.dumps(value["reply"], ensure_ascii=False, separators=(",", ":"))
         messages = Message.of("system", self.task), Message.of("user", question), Message.of("assistant", reply)
-        return GeneratedRow(Example(messages, ()), ask.number, ask.parents, changes="by the schema")
+        return GeneratedRow(Example(messages, ()), request.number, request.parents, changes="by the schema")

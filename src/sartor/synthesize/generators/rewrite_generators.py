@@ -37,7 +37,7 @@ def check_count(per_row: int, rows: int) -> None:
         raise ConfigError(problem, "per_row: 2")
 
 
-def asks(
+def teacher_requests(
     kind: str, counts: tuple[int, int], seeds: Sequence[Example], seed: int, text: Any, schema: Mapping[str, Any]
 ) -> Iterator[TeacherRequest | Skipped]:
     """`counts`: (per_row, rows). text: (row, number of the variant, draw) -> what is asked of it."""
@@ -47,23 +47,23 @@ def asks(
             yield Skipped(reason)
             continue
         for number in range(1, per_row + 1):
-            place = f"{row.id[:16]}.{number}"
-            asked = text(row, number, draw_of(seed, kind, place))
-            yield TeacherRequest(place, (("system", SYSTEM), ("user", asked)), schema, (row,))
+            request_id = f"{row.id[:16]}.{number}"
+            prompt = text(row, number, draw_of(seed, kind, request_id))
+            yield TeacherRequest(request_id, (("system", SYSTEM), ("user", prompt)), schema, (row,))
 
 
-def rewritten(ask: TeacherRequest, question: str, reply: str | None, changes: str) -> GeneratedRow | Unusable:
+def rewritten(request: TeacherRequest, question: str, reply: str | None, changes: str) -> GeneratedRow | Unusable:
     """The parent with another last question, and another reply where there is one."""
-    (parent,) = ask.parents
+    (parent,) = request.parents
     question = question.strip()
     if not question or (reply is not None and not reply.strip()):
         return Unusable("empty_answer", "the question or the reply is empty")
-    asked = parent.messages[-2]
-    if words(question) == words(asked.text):
+    question_message = parent.messages[-2]
+    if words(question) == words(question_message.text):
         return Unusable("same_as_seed", "the question is the seed's own")
     last = parent.messages[-1] if reply is None else Message.of("assistant", reply.strip())
-    row = replace(parent, messages=(*parent.messages[:-2], with_text(asked, question), last))
-    return GeneratedRow(row, ask.number, ask.parents, split_group(parent), changes)
+    row = replace(parent, messages=(*parent.messages[:-2], with_text(question_message, question), last))
+    return GeneratedRow(row, request.number, request.parents, split_group(parent), changes)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Vary:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
@@ -88,11 +88,11 @@ class Vary:
                 '\nAnswer with {"question": "..."}.'
             )
 
-        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        return rewritten(ask, value["question"], None, "in other words")
+        return rewritten(request, value["question"], None, "in other words")
 
 
 @dataclass(frozen=True)
@@ -117,25 +117,25 @@ class Persona:
         if not self.personas:
             raise ConfigError("personas is empty", "personas: [a hurried customer]")
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
             return (
-                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay it as {self._who(row, number)} would, so that the "
+                f"Somebody said:\n{quoted(row.messages[-2].text)}\nSay it as {self._persona(row, number)} would, so that the "
                 'same answer is right. Keep names, numbers and codes as they are.\nAnswer with {"question": "..."}.'
             )
 
-        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
+        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("question"))
 
-    def _who(self, row: Example, number: int) -> str:
+    def _persona(self, row: Example, number: int) -> str:
         """Personas in turn, begun at another one for each row."""
         return self.personas[(int(row.id[:8], 16) + number) % len(self.personas)]
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        number = int(ask.number.rpartition(".")[2])
-        return rewritten(ask, value["question"], None, f"as {self._who(ask.parents[0], number)}")
+        number = int(request.number.rpartition(".")[2])
+        return rewritten(request, value["question"], None, f"as {self._persona(request.parents[0], number)}")
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,15 @@ class Extend:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
-        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH))
+        yield from teacher_requests(
+            self.kind, (self.per_row, self.rows), seeds, seed, _grown("asks for one thing more"), texts(*_BOTH)
+        )
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        return rewritten(ask, value["question"], value["answer"], "asks for more")
+        return rewritten(request, value["question"], value["answer"], "asks for more")
 
 
 @dataclass(frozen=True)
@@ -169,24 +171,24 @@ class Harder:
     def __post_init__(self) -> None:
         check_count(self.per_row, self.rows)
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
         grown = _grown("is harder to answer: it needs another step of thought, or has a condition that matters")
-        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
+        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, grown, texts(*_BOTH))
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        return rewritten(ask, value["question"], value["answer"], "harder")
+        return rewritten(request, value["question"], value["answer"], "harder")
 
 
 _BOTH = ("question", "answer")
 
 
-def _grown(how: str) -> Any:
+def _grown(condition: str) -> Any:
     def text(row: Example, number: int, draw: Any) -> str:
         return (
             f"A conversation:\n{quoted(conversation_text(row))}\n"
-            f"Write another last question of the same subject that {how}, and a right "
+            f"Write another last question of the same subject that {condition}, and a right "
             f'answer in the style of the one above. Variant {number}.\nAnswer with {{"question": "...", "answer": "..."}}.'
         )
 
@@ -219,7 +221,7 @@ class Preference:
     def _flaw(self, row: Example, number: int) -> str:
         return self.flaws[(int(row.id[:8], 16) + number) % len(self.flaws)]
 
-    def asks(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
+    def requests(self, seeds: Sequence[Example], seed: int) -> Iterator[TeacherRequest | Skipped]:
         """See AskingWay."""
 
         def text(row: Example, number: int, draw: Any) -> str:
@@ -229,17 +231,21 @@ class Preference:
                 f'that {self._flaw(row, number)}. It teaches to tell good from bad.\nAnswer with {{"reply": "..."}}.'
             )
 
-        yield from asks(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("reply"))
+        yield from teacher_requests(self.kind, (self.per_row, self.rows), seeds, seed, text, texts("reply"))
 
-    def made(self, ask: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
+    def build_row(self, request: TeacherRequest, value: Mapping[str, Any]) -> GeneratedRow | Unusable:
         """See AskingWay."""
-        (parent,) = ask.parents
+        (parent,) = request.parents
         flawed = value["reply"].strip()
         if not flawed:
             return Unusable("empty_answer", "the flawed reply is empty")
         if words(flawed) == words(parent.reply):
             return Unusable("same_as_seed", "the flawed reply is the good one")
-        flaw = self._flaw(parent, int(ask.number.rpartition(".")[2]))
+        flaw = self._flaw(parent, int(request.number.rpartition(".")[2]))
         return GeneratedRow(
-            replace(parent, rejected=(Message.of("assistant", flawed),)), ask.number, ask.parents, split_group(parent), flaw
+            replace(parent, rejected=(Message.of("assistant", flawed),)),
+            request.number,
+            request.parents,
+            split_group(parent),
+            flaw,
         )

@@ -18,7 +18,7 @@ from scipy import stats
 from sartor.core.records import Example
 from sartor.synthesize.validate.permutation_tests import SHOWN_ROWS, StatisticResult, not_tested
 from sartor.synthesize.validate.types import ValidationLimits
-from sartor.text.equivalence import Read
+from sartor.text.equivalence import TextReading
 
 QUOTES = ("quote", "span", "citation", "cited", "evidence", "source_text", "cited_span")
 _ANSWERS = ("answer", "reply", "text", "response")
@@ -39,34 +39,36 @@ class Cited:
 
 
 def faults(
-    rows: Sequence[Example], seeds: Mapping[str, Example], places: Mapping[str, tuple[int, int]]
+    rows: Sequence[Example], seeds: Mapping[str, Example], span_ranges: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[int, str], int]:
-    """(row -> what does not hold, how many rows cite something). places: id of a row -> characters of its parent's text."""
-    found, citing = {}, 0
+    """(row -> what does not hold, how many rows cite something). span_ranges: id of a row -> characters of its parent's
+    text.
+    """
+    fault_by_row, citing = {}, 0
     for index, row in enumerate(rows):
-        if cited := cited_by(row, seeds, places.get(row.id)):
+        if cited := cited_by(row, seeds, span_ranges.get(row.id)):
             citing += 1
             if fault := fault_of(cited):
-                found[index] = fault
-    return found, citing
+                fault_by_row[index] = fault
+    return fault_by_row, citing
 
 
-def cited_by(row: Example, seeds: Mapping[str, Example], place: tuple[int, int] | None) -> Cited | None:
+def cited_by(row: Example, seeds: Mapping[str, Example], span_range: tuple[int, int] | None) -> Cited | None:
     """What a row cites, None where it cites nothing, or a place in a parent that is not among the seeds."""
     parents = [seeds[parent] for origin in row.origins for parent in origin.parents if parent in seeds]
     documents = tuple("\n".join(message.text for message in parent.messages) for parent in parents)
     question = row.prompt[-1].text if row.prompt else ""
-    for answer, span in _said(row.reply):
+    for answer, span in _answer_and_span(row.reply):
         # a question of a line has no room for its source
-        asked_with = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
-        return Cited(answer, span, question, documents + asked_with)
-    if place is not None and documents:
-        start, end = place
+        prompt_texts = tuple(message.text for message in row.prompt if len(message.text) > len(span) + len(answer))
+        return Cited(answer, span, question, documents + prompt_texts)
+    if span_range is not None and documents:
+        start, end = span_range
         return Cited(row.reply, documents[0][start:end], question, documents)
     return None
 
 
-def _said(reply: str) -> Iterator[tuple[str, str]]:
+def _answer_and_span(reply: str) -> Iterator[tuple[str, str]]:
     try:
         data = json.loads(reply) if reply.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
@@ -88,7 +90,7 @@ def fault_of(cited: Cited) -> str:
         return "it cites an empty span"
     if cited.sources and not any(span in _plain(source) for source in cited.sources):
         return f"the span {cited.span[:80]!r} does not stand in its source"
-    answer, known = Read.of(cited.answer), [Read.of(cited.span), Read.of(cited.question)]
+    answer, known = TextReading.of(cited.answer), [TextReading.of(cited.span), TextReading.of(cited.question)]
     numbers = {number for read in known for number in read.numbers}
     if foreign := [number for number in answer.numbers if number not in numbers]:
         return f"the answer says {foreign[0]}, which the span {cited.span[:80]!r} does not"
@@ -104,12 +106,12 @@ def _plain(text: str) -> str:
     return " ".join(text.translate(_QUOTED).casefold().split()).strip(" .…")
 
 
-def consistency(found: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits) -> StatisticResult:
+def consistency(fault_by_row: Mapping[int, str], citing: int, ids: Sequence[str], limits: ValidationLimits) -> StatisticResult:
     """More spans that do not hold than the limit: an exact binomial test against it."""
     if not citing:
         return not_tested("span", limits.span, "no row cites a span")
-    part = len(found) / citing
-    p = float(stats.binomtest(len(found), citing, limits.span, alternative="greater").pvalue)
-    detail = f"{len(found)} of {citing} cited spans do not hold"
-    rows = tuple(ids[place] for place in sorted(found))[:SHOWN_ROWS]
+    part = len(fault_by_row) / citing
+    p = float(stats.binomtest(len(fault_by_row), citing, limits.span, alternative="greater").pvalue)
+    detail = f"{len(fault_by_row)} of {citing} cited spans do not hold"
+    rows = tuple(ids[index] for index in sorted(fault_by_row))[:SHOWN_ROWS]
     return StatisticResult("span", part, part, limits.span, p, detail, rows)

@@ -28,7 +28,7 @@ _GRAMS = 4
 
 def distinct(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Distinct-2 (Li et al. 2016): different pairs of words over pairs of words, against as many rows drawn from both sides."""
-    counts = _pairs_of_words([_said(row) for row in pool.rows])
+    counts = _pairs_of_words([_first_words(row) for row in pool.rows])
     lengths = np.asarray(counts.sum(1)).ravel()
     values = np.empty(len(members))
     for start in range(0, len(members), _BLOCK):
@@ -54,14 +54,14 @@ def vendi(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statist
 def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float]]:
     """Figures of each side, of equally many rows: distinct-1 to 3, self-BLEU, Vendi score of order 1. No test hangs on them."""
     rng = np.random.default_rng([seed, 4])
-    own = space.pool.is_synthetic
-    most = min(int(own.sum()), int((~own).sum()), _SAMPLE)
+    is_synthetic = space.pool.is_synthetic
+    sample_size = min(int(is_synthetic.sum()), int((~is_synthetic).sum()), _SAMPLE)
     result = {}
-    for name, side in (("synthetic", own), ("real", ~own)):
-        rows = rng.choice(np.flatnonzero(side), most, replace=False)
-        texts = [_said(space.pool.rows[row]) for row in rows.tolist()]
+    for name, side in (("synthetic", is_synthetic), ("real", ~is_synthetic)):
+        rows = rng.choice(np.flatnonzero(side), sample_size, replace=False)
+        texts = [_first_words(space.pool.rows[row]) for row in rows.tolist()]
         result[name] = {
-            "rows": float(most),
+            "rows": float(sample_size),
             **{f"distinct_{size}": round(_distinct(texts, size), 4) for size in (1, 2, 3)},
             "self_bleu": round(self_bleu(texts), 4),
             "vendi": round(vendi_score(space.vectors[rows]), 2),
@@ -69,7 +69,7 @@ def diversity_report(space: SampleSpace, seed: int) -> dict[str, dict[str, float
     return result
 
 
-def _said(row: Example) -> list[str]:
+def _first_words(row: Example) -> list[str]:
     return words(f"{prompt_text(row)}\n{row.reply}")[:_WORDS]
 
 
@@ -89,10 +89,10 @@ def _grams(text: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def _distinct(texts: Sequence[Sequence[str]], size: int) -> float:
-    all_of_them = Counter[tuple[str, ...]]()
+    gram_counts = Counter[tuple[str, ...]]()
     for text in texts:
-        all_of_them.update(_grams(text, size))
-    return len(all_of_them) / max(all_of_them.total(), 1)
+        gram_counts.update(_grams(text, size))
+    return len(gram_counts) / max(gram_counts.total(), 1)
 
 
 def self_bleu(texts: Sequence[Sequence[str]]) -> float:
@@ -101,7 +101,7 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
     Up to runs of four words; from pairs on 1 is added to hits and total (Lin and Och 2004).
     """
     grams = [[_grams(text, size) for size in range(1, _GRAMS + 1)] for text in texts]
-    tops = [_tops([of[size] for of in grams]) for size in range(_GRAMS)]
+    tops = [_tops([text_grams[size] for text_grams in grams]) for size in range(_GRAMS)]
     lengths = [len(text) for text in texts]
     scores = [_bleu(index, grams[index], tops, lengths) for index in range(len(texts)) if lengths[index]]
     return sum(scores) / len(scores) if scores else 0.0
@@ -110,32 +110,32 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float:
 def _tops(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int, int]]:
     """run of words -> (most often in a text, which text, most often in another one)."""
     result: dict[tuple[str, ...], tuple[int, int, int]] = {}
-    for index, of in enumerate(counts):
-        for gram, count in of.items():
-            most, holder, second = result.get(gram, (0, -1, 0))
-            result[gram] = (count, index, most) if count > most else (most, holder, max(second, count))
+    for index, text_counts in enumerate(counts):
+        for gram, count in text_counts.items():
+            max_count, holder, second = result.get(gram, (0, -1, 0))
+            result[gram] = (count, index, max_count) if count > max_count else (max_count, holder, max(second, count))
     return result
 
 
 def _bleu(
-    place: int,
-    own: Sequence[Counter[tuple[str, ...]]],
+    index: int,
+    grams: Sequence[Counter[tuple[str, ...]]],
     tops: Sequence[dict[tuple[str, ...], tuple[int, int, int]]],
     lengths: Sequence[int],
 ) -> float:
     logs = []
     for size, top in enumerate(tops):
         hits = 0
-        for gram, count in own[size].items():
-            most, holder, second = top[gram]
-            hits += min(count, second if holder == place else most)
+        for gram, count in grams[size].items():
+            max_count, holder, second = top[gram]
+            hits += min(count, second if holder == index else max_count)
         smooth = 1 if size else 0
         if hits + smooth == 0:
             return 0.0
-        logs.append(math.log((hits + smooth) / (own[size].total() + smooth)))
-    others = (length for at, length in enumerate(lengths) if at != place)
-    nearest = min(others, key=lambda length: (abs(length - lengths[place]), length), default=0)
-    return math.exp(sum(logs) / _GRAMS + min(0.0, 1 - nearest / lengths[place]))
+        logs.append(math.log((hits + smooth) / (grams[size].total() + smooth)))
+    others = (length for other_index, length in enumerate(lengths) if other_index != index)
+    nearest = min(others, key=lambda length: (abs(length - lengths[index]), length), default=0)
+    return math.exp(sum(logs) / _GRAMS + min(0.0, 1 - nearest / lengths[index]))
 
 
 def vendi_score(vectors: F32) -> float:
@@ -157,10 +157,10 @@ class CopyPair:
 
 def near_copies(rows: Sequence[Example]) -> list[CopyPair]:
     """Verified pairs, prompt and reply compared together, with the settings of `near_duplicates`."""
-    how = shingles.resolve("words", 0, ())
-    rules = rules_for(how)
-    found = shingles.sketch([text_of(row, "both") for row in rows], how)
-    pairs = near_duplicates.near_duplicates(found.shingles, found.offsets, found.digests, rules).pairs
+    shingling = shingles.resolve("words", 0, ())
+    rules = rules_for(shingling)
+    sketches = shingles.sketch([text_of(row, "both") for row in rows], shingling)
+    pairs = near_duplicates.near_duplicates(sketches.shingles, sketches.offsets, sketches.digests, rules).pairs
     pairs = pairs.judged(rules.threshold, rules.contained)
     columns = (pairs.a, pairs.b, pairs.score(rules.threshold), pairs.method(rules.threshold))
     return [
@@ -178,12 +178,12 @@ def of_seeds(pool: Pool, seeds: Sequence[Example], members: F32, limits: Validat
     for pair in near_copies([*pool.rows, *seeds]):
         if pair.a < count <= pair.b:
             copies[pair.a] = 1
-    inside = members.sum(1, dtype=np.float64)
-    rate = (members @ copies) / inside
-    other = (copies.sum() - members @ copies) / (count - inside)
-    detail = f"{rate[0]:.0%} of the synthetic rows are near-copies of a seed; of the real rows {other[0]:.0%}"
+    n_members = members.sum(1, dtype=np.float64)
+    rate = (members @ copies) / n_members
+    other_rate = (copies.sum() - members @ copies) / (count - n_members)
+    detail = f"{rate[0]:.0%} of the synthetic rows are near-copies of a seed; of the real rows {other_rate[0]:.0%}"
     ids = [pool.rows[row].id for row in np.flatnonzero(copies * members[0]).tolist()]
-    return finding_of("copies_of_seeds", rate - other, limits.copies, detail, ids, effect=float(rate[0] - other[0]))
+    return finding_of("copies_of_seeds", rate - other_rate, limits.copies, detail, ids, effect=float(rate[0] - other_rate[0]))
 
 
 def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
@@ -199,10 +199,10 @@ def of_held_out(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: Val
 def repeated(pool: Pool, pairs: Sequence[CopyPair], members: F32, limits: ValidationLimits) -> StatisticResult:
     """More near-copies of one another than real rows are."""
     graph = _graph(pool, pairs)
-    again = ((graph @ members.T) > 0).T * members
-    values = (again.sum(1) / members.sum(1)).astype(np.float64)
+    repeats = ((graph @ members.T) > 0).T * members
+    values = (repeats.sum(1) / members.sum(1)).astype(np.float64)
     detail = f"{values[0]:.0%} of the synthetic rows nearly repeat another one; chance gives {values[1:].mean():.0%}"
-    ids = [pool.rows[row].id for row in np.flatnonzero(again[0]).tolist()]
+    ids = [pool.rows[row].id for row in np.flatnonzero(repeats[0]).tolist()]
     return finding_of("repeated", values, limits.copies, detail, ids)
 
 

@@ -34,46 +34,48 @@ class Cell:
 
 
 def group_outcome(
-    pool: Pool, people: Memberships, named: Sequence[str | None], members: F32, limits: ValidationLimits
+    pool: Pool, people: Memberships, row_outcomes: Sequence[str | None], members: F32, limits: ValidationLimits
 ) -> StatisticResult:
     """The gap of a group's outcome rate to that of the others, synthetic less real, over its standard error; the largest cell.
 
     All cells share the permutations, so the largest of them is held against the largest that chance gives (Westfall and Young
     1993). The effect is the change of the gap in that cell.
     """
-    cells = list(_cells(people, named, pool.is_synthetic))
+    cells = list(_cells(people, row_outcomes, pool.is_synthetic))
     if not cells:
-        reason = "no group that the rows name has rows enough on both sides" if any(named) else "no outcome is known"
+        reason = "no group that the rows name has rows enough on both sides" if any(row_outcomes) else "no outcome is known"
         return not_tested("group_outcome", limits.group_outcome, reason)
-    found = [_change(cell, members) for cell in cells]
-    z = np.stack([np.abs(change / error) for change, error in found])
+    changes = [_change(cell, members) for cell in cells]
+    z = np.stack([np.abs(change / error) for change, error in changes])
     largest = int(z[:, 0].argmax())
-    cell, change = cells[largest], float(found[largest][0][0])
-    own = pool.is_synthetic
-    rates = [_rate(cell, side) for side in (own, ~own)]
+    cell, change = cells[largest], float(changes[largest][0][0])
+    is_synthetic = pool.is_synthetic
+    rates = [_rate(cell, side) for side in (is_synthetic, ~is_synthetic)]
     detail = (
         f"{cell.name}: {rates[0][0]:.0%} against {rates[0][1]:.0%} of the others in synthetic rows, "
         f"{rates[1][0]:.0%} against {rates[1][1]:.0%} in reality ({len(cells)} cells)"
     )
-    rows = np.flatnonzero(own * cell.inside * (cell.hit if change > 0 else 1 - cell.hit)).tolist()
+    rows = np.flatnonzero(is_synthetic * cell.inside * (cell.hit if change > 0 else 1 - cell.hit)).tolist()
     ids = [pool.rows[row].id for row in rows]
     return finding_of("group_outcome", z.max(0), limits.group_outcome, detail, ids, effect=abs(change))
 
 
-def _cells(people: Memberships, named: Sequence[str | None], own: NDArray[Any]) -> list[Cell]:
-    known = np.array([name is not None for name in named], np.float32)
-    outcomes = [name for name, _ in Counter(name for name in named if name is not None).most_common(_OUTCOMES)]
+def _cells(people: Memberships, row_outcomes: Sequence[str | None], is_synthetic: NDArray[Any]) -> list[Cell]:
+    has_outcome = np.array([name is not None for name in row_outcomes], np.float32)
+    outcomes = [name for name, _ in Counter(name for name in row_outcomes if name is not None).most_common(_OUTCOMES)]
     hits = {
-        " or ".join(f"{name!r:.40}" for name in some): np.isin(np.array(named, object), some).astype(np.float32)
-        for some in _sets(outcomes)
+        " or ".join(f"{name!r:.40}" for name in outcome_set): np.isin(np.array(row_outcomes, object), outcome_set).astype(
+            np.float32
+        )
+        for outcome_set in _sets(outcomes)
     }
     cells = []
     for attribute, values in people.items():
-        spoken = np.array([value is not None for value in values], np.float32) * known
+        spoken = np.array([value is not None for value in values], np.float32) * has_outcome
         for value in sorted({value for value in values if value is not None}):
-            inside = np.array([one == value for one in values], np.float32) * known
+            inside = np.array([group == value for group in values], np.float32) * has_outcome
             others = spoken - inside
-            if min((side * some).sum() for side in (own, ~own) for some in (inside, others)) >= FEWEST:
+            if min((side * part).sum() for side in (is_synthetic, ~is_synthetic) for part in (inside, others)) >= FEWEST:
                 cells += [Cell(f"{attribute} {value}, {name}", inside, others, hit) for name, hit in hits.items()]
     return cells
 
@@ -81,7 +83,7 @@ def _cells(people: Memberships, named: Sequence[str | None], own: NDArray[Any]) 
 def _sets(outcomes: Sequence[str]) -> list[list[str]]:
     """Every way to call some outcomes one and the rest the other, each once: several words may say the same decision."""
     first, rest = outcomes[:1], outcomes[1:]
-    return [[*first, *some] for size in range(len(rest)) for some in itertools.combinations(rest, size)]
+    return [[*first, *combination] for size in range(len(rest)) for combination in itertools.combinations(rest, size)]
 
 
 def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
@@ -91,14 +93,14 @@ def _change(cell: Cell, members: F32) -> tuple[F64, F64]:
     sides = (synthetic, parts.sum(0) - synthetic)
     gap, squared = [], np.zeros(len(members))
     for side in sides:
-        rates = [(side[:, place + 1] + 1) / (side[:, place] + 2) for place in (0, 2)]
-        squared += sum(rate * (1 - rate) / (side[:, place] + 2) for rate, place in zip(rates, (0, 2), strict=True))
+        rates = [(side[:, column + 1] + 1) / (side[:, column] + 2) for column in (0, 2)]
+        squared += sum(rate * (1 - rate) / (side[:, column] + 2) for rate, column in zip(rates, (0, 2), strict=True))
         gap.append(rates[0] - rates[1])
     return gap[0] - gap[1], np.sqrt(squared)
 
 
 def _rate(cell: Cell, side: NDArray[Any]) -> tuple[float, float]:
-    return tuple(float((side * some * cell.hit).sum() / (side * some).sum()) for some in (cell.inside, cell.others))  # type: ignore[return-value]
+    return tuple(float((side * part * cell.hit).sum() / (side * part).sum()) for part in (cell.inside, cell.others))  # type: ignore[return-value]
 
 
 def decisions(replies: Sequence[str]) -> list[str | None]:
@@ -106,15 +108,15 @@ def decisions(replies: Sequence[str]) -> list[str | None]:
 
     One decision is said in many words: taken together they show a shift that none shows alone.
     """
-    found: list[str | None] = [decision_of(reply) for reply in replies]
-    counts = Counter(item for item in found if item is not None)
-    return found if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
+    decided: list[str | None] = [decision_of(reply) for reply in replies]
+    counts = Counter(item for item in decided if item is not None)
+    return decided if len(counts) == 2 and counts.total() >= _DECIDED * len(replies) and min(counts.values()) >= FEWEST else []
 
 
 def reply_kinds(space: SampleSpace, replies: F32) -> list[str]:
     """Outcomes of free text: clusters of the (n, D) vectors of the replies, each called by a reply from its middle."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(_CLUSTERS, n_init=4, random_state=space.seed).fit(replies)
-    middles = [int((replies @ centre).argmax()) for centre in found.cluster_centers_]
-    return [f"replies like {space.pool.rows[middles[kind]].reply[:40]!r}" for kind in found.labels_.tolist()]
+    clustering = KMeans(_CLUSTERS, n_init=4, random_state=space.seed).fit(replies)
+    middles = [int((replies @ centre).argmax()) for centre in clustering.cluster_centers_]
+    return [f"replies like {space.pool.rows[middles[kind]].reply[:40]!r}" for kind in clustering.labels_.tolist()]

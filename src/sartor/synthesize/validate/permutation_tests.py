@@ -15,7 +15,7 @@ F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
 Verdict = Literal["pass", "fail", "not tested"]
 SHOWN_ROWS = 50
-_SAID = ("statistic", "effect", "limit", "p", "detail", "rows", "p_corrected", "verdict")
+_JSON_FIELDS = ("statistic", "effect", "limit", "p", "detail", "rows", "p_corrected", "verdict")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StatisticResult:
 
     def as_json(self) -> dict[str, Any]:
         """For the command's JSON."""
-        fields = {key: _rounded(getattr(self, key)) for key in _SAID}
+        fields = {key: _rounded(getattr(self, key)) for key in _JSON_FIELDS}
         return {**fields, "rows": list(self.rows), **self.more}
 
 
@@ -49,9 +49,9 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def not_tested(name: str, limit: float, why: str) -> StatisticResult:
+def not_tested(name: str, limit: float, reason: str) -> StatisticResult:
     """A test that the rows do not allow, and why."""
-    return StatisticResult(name, 0.0, 0.0, limit, None, why)
+    return StatisticResult(name, 0.0, 0.0, limit, None, reason)
 
 
 def permuted(pool: Pool, permutations: int, seed: int) -> F32:
@@ -62,13 +62,13 @@ def permuted(pool: Pool, permutations: int, seed: int) -> F32:
     """
     rng = np.random.default_rng([seed, 1])
     sizes = np.bincount(pool.units)
-    wanted = int(pool.is_synthetic.sum())
+    n_synthetic = int(pool.is_synthetic.sum())
     result = np.empty((1 + permutations, pool.count), np.float32)
     result[0] = pool.is_synthetic
     for draw in range(1, 1 + permutations):
         order = rng.permutation(len(sizes))
-        ends = sizes[order].cumsum()
-        cut = int(np.searchsorted(ends - sizes[order] / 2, wanted))
+        cumulative_sizes = sizes[order].cumsum()
+        cut = int(np.searchsorted(cumulative_sizes - sizes[order] / 2, n_synthetic))
         chosen = np.zeros(len(sizes), np.float32)
         chosen[order[: min(max(cut, 1), len(sizes) - 1)]] = 1
         result[draw] = chosen[pool.units]
@@ -83,10 +83,10 @@ def finding_of(
     effect: by default the excess over the permutations' mean. p counts the found one among the permutations (Phipson and
     Smyth 2010), so it is never 0.
     """
-    found = float(values[0])
+    statistic = float(values[0])
     draws = _as_large(values)
-    excess = found - float(values[1:].mean()) if effect is None else effect
-    return StatisticResult(name, found, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
+    excess = statistic - float(values[1:].mean()) if effect is None else effect
+    return StatisticResult(name, statistic, excess, limit, float(draws[0]), detail, tuple(rows)[:SHOWN_ROWS], draws=draws)
 
 
 def _as_large(values: F64) -> F64:
@@ -109,13 +109,13 @@ def corrected_results(tests: Sequence[StatisticResult], alpha: float) -> list[St
     tests it has 1/m of alpha, and the others the rest (Bonferroni, weighted).
     """
     tested = [index for index, test in enumerate(tests) if test.p is not None]
-    together = [place for place in tested if tests[place].draws is not None]
-    corrected = {place: min(1.0, (tests[place].p or 0.0) * len(tested)) for place in tested}
-    if together:
-        shared = len(tested) / len(together)
-        joint = westfall_young(np.stack([one for place in together if (one := tests[place].draws) is not None]))
-        corrected |= {place: min(1.0, p * shared) for place, p in zip(together, joint.tolist(), strict=True)}
-    return [_with_verdict(test, corrected.get(place), alpha) for place, test in enumerate(tests)]
+    with_draws = [index for index in tested if tests[index].draws is not None]
+    corrected = {index: min(1.0, (tests[index].p or 0.0) * len(tested)) for index in tested}
+    if with_draws:
+        shared = len(tested) / len(with_draws)
+        joint = westfall_young(np.stack([draws for index in with_draws if (draws := tests[index].draws) is not None]))
+        corrected |= {index: min(1.0, p * shared) for index, p in zip(with_draws, joint.tolist(), strict=True)}
+    return [_with_verdict(test, corrected.get(index), alpha) for index, test in enumerate(tests)]
 
 
 def westfall_young(draws: F64) -> F64:

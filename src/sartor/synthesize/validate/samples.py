@@ -48,28 +48,28 @@ def open_samples(synthetic: Path, reality: Path, seeds: Path | None) -> Validati
     real row that is a seed, is a parent of a synthetic row, or is in the group of one, is left out: the generator knew it.
     Raises SourceError where fewer than FEWEST_ROWS are left of a side.
     """
-    made, dropped = _rows_of(synthetic)
-    made = [row for row in made if row.is_synthetic] or made  # of a Dataset in which both stand
-    everything, more = _rows_of(reality)
-    real = [row for row in everything if not row.is_synthetic]
-    more += ["synthetic"] * (len(everything) - len(real))
-    known = _rows_of(seeds)[0] if seeds else [row for row in real if row.split == "train"]
+    synthetic_rows, dropped = _rows_of(synthetic)
+    synthetic_rows = [row for row in synthetic_rows if row.is_synthetic] or synthetic_rows  # of a Dataset in which both stand
+    reality_rows, drop_reasons = _rows_of(reality)
+    real = [row for row in reality_rows if not row.is_synthetic]
+    drop_reasons += ["synthetic"] * (len(reality_rows) - len(real))
+    seed_rows = _rows_of(seeds)[0] if seeds else [row for row in real if row.split == "train"]
     if any(row.split == "eval" for row in real):
         real = [row for row in real if row.split == "eval"]
     elif not seeds:
-        known = []  # nothing is held out: every row is reality
-    left_out = records.count_values([*dropped, *more])
-    unseen = _unseen(real, made, known)
+        seed_rows = []  # nothing is held out: every row is reality
+    left_out = records.count_values([*dropped, *drop_reasons])
+    unseen = _unseen(real, synthetic_rows, seed_rows)
     if len(unseen) < len(real):
         left_out["seen_by_the_generator"] = len(real) - len(unseen)
-    for name, path, some in (("synthetic", synthetic, made), ("held-out real", reality, unseen)):
-        if len(some) < FEWEST_ROWS:
+    for name, path, side_rows in (("synthetic", synthetic, synthetic_rows), ("held-out real", reality, unseen)):
+        if len(side_rows) < FEWEST_ROWS:
             raise SourceError(
-                f"{len(some)} {name} rows are left of {path} ({left_out or 'nothing was left out'}); "
+                f"{len(side_rows)} {name} rows are left of {path} ({left_out or 'nothing was left out'}); "
                 f"with under {FEWEST_ROWS} nothing can be told",
                 f"give {FEWEST_ROWS} {name} rows or more" + (" that no seed is in a group with" if name != "synthetic" else ""),
             )
-    return ValidationSamples(made, unseen, known, left_out, _cited(synthetic))
+    return ValidationSamples(synthetic_rows, unseen, seed_rows, left_out, _cited(synthetic))
 
 
 def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
@@ -77,8 +77,8 @@ def _cited(synthetic: Path) -> dict[str, tuple[int, int]]:
     file = synthetic / "evidence" / "synthetic.parquet"
     if not file.is_file():
         return {}
-    told = parquet_io.read_file(file)
-    return {row["id"]: (row["span_start"], row["span_end"]) for row in told if row.get("span_start") is not None}
+    evidence = parquet_io.read_file(file)
+    return {row["id"]: (row["span_start"], row["span_end"]) for row in evidence if row.get("span_start") is not None}
 
 
 def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
@@ -88,15 +88,15 @@ def _rows_of(path: Path) -> tuple[list[Example], list[str]]:
     if not path.exists():
         raise SourceError(f"there is nothing at {path}", "give a Dataset, or a file of rows")
     with tempfile.TemporaryDirectory() as media:
-        found = list(read_all(SourceOptions(str(path)), _ROW_BYTES, Path(media)))
-    return [row for row in found if isinstance(row, Example)], [row.reason for row in found if isinstance(row, Drop)]
+        rows = list(read_all(SourceOptions(str(path)), _ROW_BYTES, Path(media)))
+    return [row for row in rows if isinstance(row, Example)], [row.reason for row in rows if isinstance(row, Drop)]
 
 
-def _unseen(real: Sequence[Example], made: Sequence[Example], seeds: Sequence[Example]) -> list[Example]:
-    parents = {parent for row in made for origin in row.origins for parent in origin.parents}
-    seen = parents | {row.id for row in seeds}
-    groups = {split_group(row) for row in seeds} | {split_group(row) for row in real if row.id in seen}
-    return [row for row in real if row.id not in seen and split_group(row) not in groups]
+def _unseen(real: Sequence[Example], synthetic_rows: Sequence[Example], seeds: Sequence[Example]) -> list[Example]:
+    parents = {parent for row in synthetic_rows for origin in row.origins for parent in origin.parents}
+    seen_ids = parents | {row.id for row in seeds}
+    groups = {split_group(row) for row in seeds} | {split_group(row) for row in real if row.id in seen_ids}
+    return [row for row in real if row.id not in seen_ids and split_group(row) not in groups]
 
 
 def unit_of(row: Example) -> str:
@@ -129,29 +129,29 @@ class Pool:
         return len(np.unique(self.units[self.is_synthetic == synthetic]))
 
 
-def pooled(sides: ValidationSamples, most: int, seed: int) -> Pool:
-    """Both sides in one list, each cut to about `most` rows by whole units, drawn by seed."""
+def pooled(sides: ValidationSamples, max_rows: int, seed: int) -> Pool:
+    """Both sides in one list, each cut to about `max_rows` rows by whole units, drawn by seed."""
     rng = np.random.default_rng(seed)
-    made, made_units = _drawn(sides.synthetic, [unit_of(row) for row in sides.synthetic], most, rng)
-    real, real_units = _drawn(sides.real, [group_of(row) for row in sides.real], most, rng)
-    names = [f"synthetic {name}" for name in made_units] + [f"real {name}" for name in real_units]
+    synthetic, synthetic_units = _drawn(sides.synthetic, [unit_of(row) for row in sides.synthetic], max_rows, rng)
+    real, real_units = _drawn(sides.real, [group_of(row) for row in sides.real], max_rows, rng)
+    names = [f"synthetic {name}" for name in synthetic_units] + [f"real {name}" for name in real_units]
     units = np.unique(np.array(names), return_inverse=True)[1].astype(np.int64)
-    flags = np.arange(len(names)) < len(made)
-    return Pool([*made, *real], flags, units, len(names) < len(sides.synthetic) + len(sides.real))
+    flags = np.arange(len(names)) < len(synthetic)
+    return Pool([*synthetic, *real], flags, units, len(names) < len(sides.synthetic) + len(sides.real))
 
 
 def _drawn(
-    some: Sequence[Example], units: Sequence[str], most: int, rng: np.random.Generator
+    rows: Sequence[Example], units: Sequence[str], max_rows: int, rng: np.random.Generator
 ) -> tuple[list[Example], list[str]]:
-    if len(some) <= most:
-        return list(some), list(units)
+    if len(rows) <= max_rows:
+        return list(rows), list(units)
     names, member = np.unique(np.array(units), return_inverse=True)
     order = rng.permutation(len(names))
     sizes = np.bincount(member)[order]
-    # at least one unit, and no more than `most` rows where units are small enough for that
-    taken = set(order[: max(1, int(np.searchsorted(sizes.cumsum(), most, side="right")))].tolist())
-    places = [index for index, name in enumerate(member.tolist()) if name in taken]
-    return [some[place] for place in places], [units[place] for place in places]
+    # at least one unit, and no more than `max_rows` rows where units are small enough for that
+    selected_units = set(order[: max(1, int(np.searchsorted(sizes.cumsum(), max_rows, side="right")))].tolist())
+    indices = [index for index, name in enumerate(member.tolist()) if name in selected_units]
+    return [rows[index] for index in indices], [units[index] for index in indices]
 
 
 F32 = NDArray[np.float32]
@@ -170,20 +170,20 @@ class EmbeddedSamples:
     cut: int
 
 
-def encoded(chosen: ChosenEncoder, some: Sequence[Example]) -> EmbeddedSamples:
+def encoded(chosen: ChosenEncoder, rows: Sequence[Example]) -> EmbeddedSamples:
     """What is asked and what is replied as vectors side by side, so that neither drowns.
 
     A row of one part alone, such as a document, has the other part empty.
     """
-    texts = ([prompt_text(row) for row in some], [row.reply[:MOST_CHARACTERS] for row in some])
+    texts = ([prompt_text(row) for row in rows], [row.reply[:MOST_CHARACTERS] for row in rows])
     parts = [part for part in texts if any(text.strip() for text in part)]
     if not parts:
-        return EmbeddedSamples(np.zeros((len(some), 1), np.float32), 0, 0)
+        return EmbeddedSamples(np.zeros((len(rows), 1), np.float32), 0, 0)
     # read at once, so that the same word is the same in a prompt and in a reply
-    read = np.asarray(chosen.encoder.encode([text for part in parts for text in part]), np.float32)
-    vectors = np.concatenate(np.split(read, len(parts)), axis=1)
+    encodings = np.asarray(chosen.encoder.encode([text for part in parts for text in part]), np.float32)
+    vectors = np.concatenate(np.split(encodings, len(parts)), axis=1)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    replies_at = read.shape[1] if len(parts) == 2 else 0
+    replies_at = encodings.shape[1] if len(parts) == 2 else 0
     return EmbeddedSamples(np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32), replies_at, chosen.encoder.cut)
 
 
@@ -232,9 +232,9 @@ class SampleSpace:
 
         coarse: by what a row is about, as `topics` have it, and not by its single words.
         """
-        near = (self._coarse_order if coarse else self._order)[:, :count]
-        rows = np.repeat(np.arange(len(near)), near.shape[1])
-        return sparse.csr_matrix((np.ones(near.size, np.float32), (rows, near.ravel())), shape=self.cosines.shape)
+        nearest = (self._coarse_order if coarse else self._order)[:, :count]
+        rows = np.repeat(np.arange(len(nearest)), nearest.shape[1])
+        return sparse.csr_matrix((np.ones(nearest.size, np.float32), (rows, nearest.ravel())), shape=self.cosines.shape)
 
     @cached_property
     def topics(self) -> list[I64]:
@@ -246,8 +246,8 @@ class SampleSpace:
 
         counts = [count for count in _TOPICS if count * _ROWS_PER_TOPIC <= len(self.vectors)] or [2]
         draws = [(count, _DRAWS * self.seed + draw) for count in counts for draw in range(_DRAWS)]
-        made = (KMeans(count, n_init=1, random_state=seed).fit_predict(self._about) for count, seed in draws)
-        return [np.asarray(found, np.int64) for found in made]
+        clusterings = (KMeans(count, n_init=1, random_state=seed).fit_predict(self._about) for count, seed in draws)
+        return [np.asarray(labels, np.int64) for labels in clusterings]
 
     @cached_property
     def _about(self) -> F32:
@@ -255,10 +255,10 @@ class SampleSpace:
 
         Latent semantic analysis (Deerwester et al. 1990): in the directions that are left out are the words of single rows.
         """
-        said = self.vectors
+        vectors = self.vectors
         if self.replies_at:
-            said = said[:, : self.replies_at] + said[:, self.replies_at :]
-        centred = said - said.mean(0)
+            vectors = vectors[:, : self.replies_at] + vectors[:, self.replies_at :]
+        centred = vectors - vectors.mean(0)
         values, directions = np.linalg.eigh((centred @ centred.T).astype(np.float64))
-        kept = slice(-_DIRECTIONS, None)
-        return np.asarray(directions[:, kept] * np.sqrt(np.maximum(values[kept], 0)), np.float32)
+        top = slice(-_DIRECTIONS, None)
+        return np.asarray(directions[:, top] * np.sqrt(np.maximum(values[top], 0)), np.float32)

@@ -27,9 +27,9 @@ def lengths(pool: Pool, members: F32, limits: ValidationLimits) -> StatisticResu
         "replies": np.array([len(words(row.reply)) for row in pool.rows]),
     }
     distances = {name: _kolmogorov(values, members) for name, values in counted.items()}
-    name = max(distances, key=lambda one: float(distances[one][0]))
-    values, own = np.maximum(*distances.values()), pool.is_synthetic
-    middle = [float(np.median(counted[name][side])) for side in (own, ~own)]
+    name = max(distances, key=lambda key: float(distances[key][0]))
+    values, is_synthetic = np.maximum(*distances.values()), pool.is_synthetic
+    middle = [float(np.median(counted[name][side])) for side in (is_synthetic, ~is_synthetic)]
     detail = f"median words of {name}: {middle[0]:.0f} synthetic, {middle[1]:.0f} real"
     return finding_of("length", values, limits.length, detail, effect=beyond_chance(values))
 
@@ -50,30 +50,35 @@ def topics(space: SampleSpace, members: F32, limits: ValidationLimits) -> Statis
     The effect is the total variation beyond chance in the way where it is largest, against what chance gives there; the rows
     are of the topics that grew most.
     """
-    beyond = np.stack([_beyond(_chi_squared(found, members)) for found in space.topics])
-    measured = [_variation(found, members) for found in space.topics]
+    beyond = np.stack([_beyond(_chi_squared(clusters, members)) for clusters in space.topics])
+    measured = [_variation(clusters, members) for clusters in space.topics]
     chosen = int(np.argmax([_beyond(values)[0] for values, _ in measured]))
-    found, (values, shift) = space.topics[chosen], measured[chosen]
+    clusters, (values, shift) = space.topics[chosen], measured[chosen]
     grown = np.argsort(-shift)[:SHOWN]
-    own = space.pool.is_synthetic
-    rows = [row for topic in grown.tolist() if shift[topic] > 0 for row in np.flatnonzero(own & (found == topic)).tolist()]
+    is_synthetic = space.pool.is_synthetic
+    rows = [
+        row
+        for topic in grown.tolist()
+        if shift[topic] > 0
+        for row in np.flatnonzero(is_synthetic & (clusters == topic)).tolist()
+    ]
     detail = f"of {len(shift)} topics one gains {shift.max():+.0%}, one {shift.min():+.0%} ; they differ by {values[0]:.0%}"
     ids = [space.pool.rows[row].id for row in rows]
     return finding_of("topic", beyond.mean(0), limits.topic, detail, ids, effect=beyond_chance(values))
 
 
-def labels(pool: Pool, named: Sequence[str | None], members: F32, limits: ValidationLimits) -> StatisticResult:
+def labels(pool: Pool, row_labels: Sequence[str | None], members: F32, limits: ValidationLimits) -> StatisticResult:
     """Total variation of the labels; a row without one is of its own kind."""
-    if not any(named):
+    if not any(row_labels):
         return not_tested("label", limits.label, "the replies are free text: there is no label")
-    texts = np.array([name or "(none)" for name in named])
+    texts = np.array([name or "(none)" for name in row_labels])
     names, member = np.unique(texts, return_inverse=True)
     values, shift = _variation(member, members)
-    most = np.argsort(-np.abs(shift))[:SHOWN].tolist()
-    moved = Counter({str(names[place])[:60]: float(shift[place]) for place in most})
-    detail = "moved most: " + ", ".join(f"{name!r} {change:+.0%}" for name, change in moved.items())
-    own = pool.is_synthetic
-    rows = [row for place in most if shift[place] > 0 for row in np.flatnonzero(own & (member == place)).tolist()]
+    largest = np.argsort(-np.abs(shift))[:SHOWN].tolist()
+    label_shifts = Counter({str(names[index])[:60]: float(shift[index]) for index in largest})
+    detail = "moved most: " + ", ".join(f"{name!r} {change:+.0%}" for name, change in label_shifts.items())
+    is_synthetic = pool.is_synthetic
+    rows = [row for index in largest if shift[index] > 0 for row in np.flatnonzero(is_synthetic & (member == index)).tolist()]
     return finding_of("label", values, limits.label, detail, [pool.rows[row].id for row in rows], effect=beyond_chance(values))
 
 
@@ -119,9 +124,9 @@ def classifier_test(space: SampleSpace, members: F32, limits: ValidationLimits) 
     values = _auc(scores, members)
     auc = float(values[0])
     detail = f"a classifier tells a synthetic row from a real one {auc:.0%} of the time; 50 % is chance"
-    own = space.pool.is_synthetic
+    is_synthetic = space.pool.is_synthetic
     # the rows that give the synthetic side away most
-    telling = np.argsort(-np.where(own, scores[0], -np.inf))[: int(own.sum())]
+    telling = np.argsort(-np.where(is_synthetic, scores[0], -np.inf))[: int(is_synthetic.sum())]
     ids = [space.pool.rows[row].id for row in telling.tolist()]
     return finding_of("distinguishable", values, limits.distinguishable, detail, ids, effect=auc - 0.5)
 
@@ -134,16 +139,16 @@ def _hat(space: SampleSpace) -> F32:
     for number in range(FOLDS):
         out, inside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         if len(out) and len(inside):
-            known = space.kernel[np.ix_(inside, inside)] + _RIDGE * np.eye(len(inside), dtype=np.float32)
-            hat[np.ix_(out, inside)] = np.linalg.solve(known, space.kernel[np.ix_(inside, out)]).T
+            train_kernel = space.kernel[np.ix_(inside, inside)] + _RIDGE * np.eye(len(inside), dtype=np.float32)
+            hat[np.ix_(out, inside)] = np.linalg.solve(train_kernel, space.kernel[np.ix_(inside, out)]).T
     return hat
 
 
 def _auc(scores: NDArray[np.float32], members: F32) -> F64:
     """(B,) the chance that a member scores above a non-member."""
     ranks = np.empty(scores.shape, np.float32)
-    places = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.float32), scores.shape)
-    np.put_along_axis(ranks, np.argsort(scores, axis=1), places, axis=1)
+    rank_values = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.float32), scores.shape)
+    np.put_along_axis(ranks, np.argsort(scores, axis=1), rank_values, axis=1)
     inside = members.sum(1, dtype=np.float64)
     outside = members.shape[1] - inside
     above = np.einsum("bn,bn->b", ranks, members, dtype=np.float64)
@@ -161,11 +166,11 @@ def mmd_test(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
     total, rows = float(kernel.sum(dtype=np.float64)), members.shape[1]
     inside, reached = np.einsum("bn,bn->b", toward, members), toward.sum(1)
     count = members.sum(1, dtype=np.float64)
-    rest = rows - count
+    n_others = rows - count
     values = (
         inside / np.maximum(count * (count - 1), 1)
-        + (total - 2 * reached + inside) / np.maximum(rest * (rest - 1), 1)
-        - 2 * (reached - inside) / (count * rest)
+        + (total - 2 * reached + inside) / np.maximum(n_others * (n_others - 1), 1)
+        - 2 * (reached - inside) / (count * n_others)
     )
     spread = max(1 - total / (rows * (rows - 1)), 1e-9)
     part = float(values[0]) / spread
@@ -184,22 +189,22 @@ def coverage(space: SampleSpace, members: F32, limits: ValidationLimits) -> Stat
     Near is what is about the same: among neighbours by single words are rows of every topic, and a lost one stays unseen.
     """
     synthetic = float(space.pool.is_synthetic.mean())
-    alone = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
+    isolated = _alone(space.neighbours(_k(synthetic, len(members[0])), coarse=True), members)
     outside = 1 - members
-    values = (alone * outside).sum(1) / outside.sum(1)
-    bare = np.flatnonzero(alone[0] * outside[0])
+    values = (isolated * outside).sum(1) / outside.sum(1)
+    bare = np.flatnonzero(isolated[0] * outside[0])
     detail = f"{values[0]:.0%} of the real rows have no synthetic neighbour; chance gives {values[1:].mean():.0%}"
     ids = [space.pool.rows[row].id for row in bare.tolist()]
-    found = finding_of("coverage", values.astype(np.float64), limits.coverage, detail, ids)
-    return replace(found, more={"regions": _regions(space, alone[0])})
+    finding = finding_of("coverage", values.astype(np.float64), limits.coverage, detail, ids)
+    return replace(finding, more={"regions": _regions(space, isolated[0])})
 
 
 def novelty(space: SampleSpace, members: F32, limits: ValidationLimits) -> StatisticResult:
     """Synthetic rows none of whose k nearest is real: 1 - precision in the sense of Kynkaanniemi et al. 2019, k as above."""
     real = 1 - float(space.pool.is_synthetic.mean())
-    alone = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
-    values = (alone * members).sum(1) / members.sum(1)
-    ids = [space.pool.rows[row].id for row in np.flatnonzero(alone[0] * members[0]).tolist()]
+    isolated = _alone(space.neighbours(_k(real, len(members[0]))), 1 - members)
+    values = (isolated * members).sum(1) / members.sum(1)
+    ids = [space.pool.rows[row].id for row in np.flatnonzero(isolated[0] * members[0]).tolist()]
     detail = f"{values[0]:.0%} of the synthetic rows have no real neighbour; chance gives {values[1:].mean():.0%}"
     return finding_of("novelty", values.astype(np.float64), limits.novelty, detail, ids)
 
@@ -214,7 +219,7 @@ def _alone(neighbours: Any, members: F32) -> F32:
     return ((neighbours @ members.T) == 0).T.astype(np.float32)
 
 
-def _regions(space: SampleSpace, alone: F32) -> list[dict[str, Any]]:
+def _regions(space: SampleSpace, isolated: F32) -> list[dict[str, Any]]:
     """Topics of real rows, the least covered first: how many rows, which part is covered, and a row from its middle."""
     real = ~space.pool.is_synthetic
     results = []
@@ -226,11 +231,11 @@ def _regions(space: SampleSpace, alone: F32) -> list[dict[str, Any]]:
             {
                 "real": len(rows),
                 "synthetic": int((space.pool.is_synthetic & (topics == topic)).sum()),
-                "covered": round(1 - float(alone[rows].mean()), 4),
+                "covered": round(1 - float(isolated[rows].mean()), 4),
                 "example": space.pool.rows[int(middle)].id,
             }
         )
-    return sorted(results, key=lambda one: (one["covered"], -one["real"]))
+    return sorted(results, key=lambda region: (region["covered"], -region["real"]))
 
 
 def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any], rate: float) -> dict[int, str]:
@@ -239,11 +244,11 @@ def out_of_distribution(vectors: F32, real_vectors: F32, real_units: NDArray[Any
     A row's p is the fraction of real rows whose nearest of another unit is as far (conformal, Bates et al. 2023); rows at or
     below `rate` are named, or of few real rows those that are farther than all.
     """
-    own = real_vectors @ real_vectors.T
-    own[real_units[:, None] == real_units[None, :]] = -1
-    usual = np.sort(own.max(1))
+    cosines = real_vectors @ real_vectors.T
+    cosines[real_units[:, None] == real_units[None, :]] = -1
+    usual = np.sort(cosines.max(1))
     nearest = np.concatenate([(part @ real_vectors.T).max(1) for part in np.array_split(vectors, max(1, len(vectors) // 1000))])
     p = (1 + np.searchsorted(usual, nearest, side="right")) / (len(usual) + 1)
-    named = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
+    outliers = np.flatnonzero(p <= max(rate, 1 / (len(usual) + 1)))
     text = "likeness {:.2f} to the nearest real row; {:.1%} of the real rows are so far from the others"
-    return {int(row): text.format(nearest[row], p[row]) for row in named}
+    return {int(row): text.format(nearest[row], p[row]) for row in outliers}

@@ -40,9 +40,9 @@ from sartor.text.encoders import ChosenEncoder, choose_encoder
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. place: among the synthetic rows."""
+    """Why a synthetic row is not accepted: a stable word, and a sentence with the evidence. index: among the synthetic rows."""
 
-    place: int
+    index: int
     id: str
     reason: str
     detail: str
@@ -75,7 +75,7 @@ class Validated:
     @property
     def accepted(self) -> int:
         """Rows that may be tuned on: all without a flaw, and none of a set that failed."""
-        return int(self.rows["synthetic"]) - len({flaw.place for flaw in self.flaws}) if self.passed else 0
+        return int(self.rows["synthetic"]) - len({flaw.index for flaw in self.flaws}) if self.passed else 0
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
@@ -97,10 +97,10 @@ class Validated:
 
     def table(self) -> list[tuple[str, Any]]:
         """What a person reads."""
-        said = self.as_json()
+        fields = self.as_json()
         lines = [(test.name, _line(test)) for test in self.tests]
-        shown = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
-        return [*lines, *((name, said[name]) for name in shown if said[name] not in ("", []))]
+        names = ("passed", "failed", "accepted", "rejected", "flaws", "rows", "dataset", "review")
+        return [*lines, *((name, fields[name]) for name in names if fields[name] not in ("", []))]
 
 
 def _line(test: StatisticResult) -> str:
@@ -113,18 +113,20 @@ def _line(test: StatisticResult) -> str:
 STEP = "validate"
 
 
-def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], found: Validated, *, replace: bool) -> Path:
+def write_accepted(out: Path, dataset: Path, rows: Sequence[Example], validated: Validated, *, replace: bool) -> Path:
     """Write the synthetic rows without a flaw; returns where. The first flaw of a row is its Drop's reason."""
-    flaws = {flaw.place: flaw for flaw in reversed(found.flaws)}
-    kept = [row for index, row in enumerate(rows) if index not in flaws]
-    drops = [drop_of(rows[place], flaw.reason, flaw.detail, step=STEP) for place, flaw in sorted(flaws.items())]
+    flaws = {flaw.index: flaw for flaw in reversed(validated.flaws)}
+    accepted = [row for index, row in enumerate(rows) if index not in flaws]
+    drops = [drop_of(rows[index], flaw.reason, flaw.detail, step=STEP) for index, flaw in sorted(flaws.items())]
     facts = {
-        "reality": str(found.reality.name),
-        "rows": dict(found.rows),
-        "tests": {test.name: test.as_json() for test in found.tests},
-        **found.facts,
+        "reality": str(validated.reality.name),
+        "rows": dict(validated.rows),
+        "tests": {test.name: test.as_json() for test in validated.tests},
+        **validated.facts,
     }
-    return write_dataset_from(out, [open_artifact(dataset, "dataset")], kept, drops, step={STEP: facts}, replace=replace).path
+    return write_dataset_from(
+        out, [open_artifact(dataset, "dataset")], accepted, drops, step={STEP: facts}, replace=replace
+    ).path
 
 
 ORIGIN = "validate"
@@ -132,23 +134,23 @@ ORIGIN = "validate"
 _OF_BIAS = ("group_outcome",)
 
 
-def write_review(dataset: Path, rows: Sequence[Example], found: Validated) -> Path:
+def write_review(dataset: Path, rows: Sequence[Example], validated: Validated) -> Path:
     """Put the flaws of rows and the failed tests before the person who reviews a Dataset; returns the file.
 
     A flaw is a finding about a row, a failed test one about a slice: the whole set. Findings of an earlier validation are
     replaced; those of others, and what a person decided, stay.
     """
-    return review_file.renew(dataset, ORIGIN, _lines(rows, found))
+    return review_file.renew(dataset, ORIGIN, _lines(rows, validated))
 
 
-def _lines(rows: Sequence[Example], found: Validated) -> Iterator[dict[str, Any]]:
+def _lines(rows: Sequence[Example], validated: Validated) -> Iterator[dict[str, Any]]:
     same = {"schema": SCHEMA, "what": "finding"}
-    for test in found.failed:
+    for test in validated.failed:
         kind = "bias" if test.name in _OF_BIAS else "validation"
         fields = {"reason": test.name, "detail": test.detail, "evidence": test.as_json()}
         yield {**same, "kind": kind, "slice": "all synthetic rows", **fields}
-    for flaw in found.flaws:
-        evidence = {"locator": rows[flaw.place].origins[0].locator}
+    for flaw in validated.flaws:
+        evidence = {"locator": rows[flaw.index].origins[0].locator}
         fields = {"reason": flaw.reason, "detail": flaw.detail, "evidence": evidence}
         yield {**same, "kind": "validation", "examples": [flaw.id], **fields}
 
@@ -173,22 +175,37 @@ def validate(
     GateError names the tests. What was not accepted stands in `review.jsonl` of the synthetic Dataset, with reasons.
     Raises SourceError for too few rows, ConfigError, ArtifactError.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     chosen = load_options(options or {})
-    made, real = Path(synthetic).absolute(), Path(reality).absolute()
+    synthetic_path, real_path = Path(synthetic).absolute(), Path(reality).absolute()
     if out is not None:
-        if kind_of(made) != "dataset":
-            raise ConfigError(f"{made} is no Dataset, so none can be made of its accepted rows", f"sartor curate {made} first")
+        if kind_of(synthetic_path) != "dataset":
+            raise ConfigError(
+                f"{synthetic_path} is no Dataset, so none can be made of its accepted rows",
+                f"sartor curate {synthetic_path} first",
+            )
         check_output_free(Path(out).absolute(), replace=replace)
-    sides = open_samples(made, real, Path(seeds).absolute() if seeds else None)
-    found = validate_rows(sides, chosen, (made, real))
-    review = write_review(made, sides.synthetic, found) if kind_of(made) == "dataset" else None
-    if out is not None and not found.passed:
-        text = "; ".join(f"{test.name}: {test.detail}" for test in found.failed)
-        remedy = f"look at {review}, mend the generator, or raise a limit: --limits.{found.failed[0].name} ..."
-        raise GateError(f"{made.name} is not like reality: {text}", remedy)
-    written = write_accepted(Path(out), made, sides.synthetic, found, replace=replace) if out is not None else None
-    return Validated(made, real, found.rows, found.tests, found.flaws, found.facts, written, review, time.monotonic() - began)
+    sides = open_samples(synthetic_path, real_path, Path(seeds).absolute() if seeds else None)
+    validated = validate_rows(sides, chosen, (synthetic_path, real_path))
+    review = write_review(synthetic_path, sides.synthetic, validated) if kind_of(synthetic_path) == "dataset" else None
+    if out is not None and not validated.passed:
+        text = "; ".join(f"{test.name}: {test.detail}" for test in validated.failed)
+        remedy = f"look at {review}, mend the generator, or raise a limit: --limits.{validated.failed[0].name} ..."
+        raise GateError(f"{synthetic_path.name} is not like reality: {text}", remedy)
+    written = (
+        write_accepted(Path(out), synthetic_path, sides.synthetic, validated, replace=replace) if out is not None else None
+    )
+    return Validated(
+        synthetic_path,
+        real_path,
+        validated.rows,
+        validated.tests,
+        validated.flaws,
+        validated.facts,
+        written,
+        review,
+        time.monotonic() - started,
+    )
 
 
 def load_options(options: ValidateOptions | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> ValidateOptions:
@@ -198,8 +215,8 @@ def load_options(options: ValidateOptions | Mapping[str, Any] | Path | str, flag
 
 def validate_rows(sides: ValidationSamples, options: ValidateOptions, paths: tuple[Path, Path] = (Path(), Path())) -> Validated:
     """The same for rows in memory; nothing is written."""
-    read = _read(sides, options)
-    pool, faults = read.space.pool, read.faults
+    embedded_sides = _embed_sides(sides, options)
+    pool, faults = embedded_sides.space.pool, embedded_sides.faults
     rows = {
         "synthetic": len(sides.synthetic),
         "real": len(sides.real),
@@ -209,22 +226,22 @@ def validate_rows(sides: ValidationSamples, options: ValidateOptions, paths: tup
         "units": {"synthetic": pool.units_of(synthetic=True), "real": pool.units_of(synthetic=False)},
     }
     facts = {
-        "diversity": diversity.diversity_report(read.space, options.seed),
-        **read.chosen.facts(),
-        "texts_cut": read.encoded.cut,
+        "diversity": diversity.diversity_report(embedded_sides.space, options.seed),
+        **embedded_sides.chosen.facts(),
+        "texts_cut": embedded_sides.encoded.cut,
         "options": config.dump(options),
     }
-    flaws = _flaws(sides, read.encoded.vectors, options, faults)
-    return Validated(*paths, rows, _judged(read, sides, options), flaws, facts)
+    flaws = _flaws(sides, embedded_sides.encoded.vectors, options, faults)
+    return Validated(*paths, rows, _judged(embedded_sides, sides, options), flaws, facts)
 
 
 def verdicts(sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
     """The tests of `validated` alone, without what speaks against single rows."""
-    return _judged(_read(sides, options), sides, options)
+    return _judged(_embed_sides(sides, options), sides, options)
 
 
 @dataclass(frozen=True)
-class _Read:
+class _EmbeddedSides:
     """Both sides as vectors. replies: (n, D) unit vectors of the pool's replies; faults: row -> what its span lacks."""
 
     chosen: ChosenEncoder
@@ -235,29 +252,31 @@ class _Read:
     citing: int
 
 
-def _read(sides: ValidationSamples, options: ValidateOptions) -> _Read:
+def _embed_sides(sides: ValidationSamples, options: ValidateOptions) -> _EmbeddedSides:
     chosen = choose_encoder(options.encoder)
     pool = pooled(sides, options.most_rows, options.seed)
-    everything = [*sides.synthetic, *sides.real]
-    found = encoded(chosen, everything)
-    place = {id(row): number for number, row in enumerate(everything)}
-    vectors = found.vectors[[place[id(row)] for row in pool.rows]]
-    replies = vectors[:, found.replies_at :]
+    all_rows = [*sides.synthetic, *sides.real]
+    embedded = encoded(chosen, all_rows)
+    row_index = {id(row): number for number, row in enumerate(all_rows)}
+    vectors = embedded.vectors[[row_index[id(row)] for row in pool.rows]]
+    replies = vectors[:, embedded.replies_at :]
     lengths = np.linalg.norm(replies, axis=1, keepdims=True)
     faults, citing = citation_check.faults(sides.synthetic, {row.id: row for row in (*sides.seeds, *sides.real)}, sides.cited)
-    space = SampleSpace(pool, vectors, options.seed, found.replies_at)
+    space = SampleSpace(pool, vectors, options.seed, embedded.replies_at)
     unit = np.asarray(replies / np.where(lengths > 0, lengths, 1), np.float32)
-    return _Read(chosen, found, space, unit, faults, citing)
+    return _EmbeddedSides(chosen, embedded, space, unit, faults, citing)
 
 
-def _judged(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
-    citations = citation_check.consistency(read.faults, read.citing, [row.id for row in sides.synthetic], options.limits)
-    return corrected_results([*_tests(read, sides, options), citations], options.alpha)
+def _judged(embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
+    citations = citation_check.consistency(
+        embedded_sides.faults, embedded_sides.citing, [row.id for row in sides.synthetic], options.limits
+    )
+    return corrected_results([*_tests(embedded_sides, sides, options), citations], options.alpha)
 
 
-def _tests(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
+def _tests(embedded_sides: _EmbeddedSides, sides: ValidationSamples, options: ValidateOptions) -> list[StatisticResult]:
     """Every test of the whole set that its rows allow."""
-    space, limits = read.space, options.limits
+    space, limits = embedded_sides.space, options.limits
     pool = space.pool
     fewest = min(pool.units_of(synthetic=side) for side in (True, False))
     if fewest < FEWEST_UNITS:
@@ -265,7 +284,7 @@ def _tests(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> l
         return [not_tested(name, 0.0, reason) for name in ("distinguishable", "mmd", "coverage", "novelty", "length")]
     members = permuted(pool, options.permutations, options.seed)
     pairs = copies.near_copies(pool.rows)
-    named = outcomes(pool.rows, options.label)
+    class_labels = outcomes(pool.rows, options.label)
     people = memberships(pool.rows, options.group)
     return [
         two_sample_tests.classifier_test(space, members, limits),
@@ -273,50 +292,54 @@ def _tests(read: _Read, sides: ValidationSamples, options: ValidateOptions) -> l
         two_sample_tests.coverage(space, members, limits),
         two_sample_tests.novelty(space, members, limits),
         two_sample_tests.lengths(pool, members, limits),
-        two_sample_tests.labels(pool, named.labels, members, limits),
+        two_sample_tests.labels(pool, class_labels.labels, members, limits),
         two_sample_tests.topics(space, members, limits),
         copies.of_seeds(pool, sides.seeds, members, limits),
         copies.of_held_out(pool, pairs, members, limits),
         copies.repeated(pool, pairs, members, limits),
         diversity.distinct(pool, members, limits),
         diversity.vendi(space, members, limits),
-        outcome_shift.group_outcome(pool, people, _outcomes(read, options.label, named, people), members, limits),
+        outcome_shift.group_outcome(
+            pool, people, _outcomes(embedded_sides, options.label, class_labels, people), members, limits
+        ),
     ]
 
 
-def _outcomes(read: _Read, form: str, named: ClassLabels, people: Mapping[str, Any]) -> Sequence[str | None]:
+def _outcomes(
+    embedded_sides: _EmbeddedSides, form: str, class_labels: ClassLabels, people: Mapping[str, Any]
+) -> Sequence[str | None]:
     """The labels; where none were asked for, of free text what it decides, or kinds of replies where few say that."""
-    rows = read.space.pool.rows
-    if not people or form != "auto" or (any(named.labels) and named.chosen != "reply"):
-        return named.labels
+    rows = embedded_sides.space.pool.rows
+    if not people or form != "auto" or (any(class_labels.labels) and class_labels.form != "reply"):
+        return class_labels.labels
     if decided := outcome_shift.decisions([row.reply for row in rows]):
         return decided
-    if any(named.labels) or len(rows) < 50:
-        return named.labels
-    return outcome_shift.reply_kinds(read.space, read.replies)
+    if any(class_labels.labels) or len(rows) < 50:
+        return class_labels.labels
+    return outcome_shift.reply_kinds(embedded_sides.space, embedded_sides.replies)
 
 
 def _flaws(
     sides: ValidationSamples, vectors: F32, options: ValidateOptions, span_faults: Mapping[int, str]
 ) -> list[RejectedRow]:
     """What speaks against single synthetic rows."""
-    made, count = sides.synthetic, len(sides.synthetic)
-    found = [RejectedRow(place, made[place].id, "span_not_held", said) for place, said in sorted(span_faults.items())]
-    found += _copied(made, sides.seeds, "copy_of_seed")
-    found += _copied(made, sides.real, "copy_of_held_out")
+    synthetic, count = sides.synthetic, len(sides.synthetic)
+    flaws = [RejectedRow(index, synthetic[index].id, "span_not_held", detail) for index, detail in sorted(span_faults.items())]
+    flaws += _copied(synthetic, sides.seeds, "copy_of_seed")
+    flaws += _copied(synthetic, sides.real, "copy_of_held_out")
     units = np.unique(np.array([group_of(row) for row in sides.real]), return_inverse=True)[1]
     outside = two_sample_tests.out_of_distribution(vectors[:count], vectors[count:], units, options.limits.outside)
-    return found + [RejectedRow(place, made[place].id, "outside", said) for place, said in sorted(outside.items())]
+    return flaws + [RejectedRow(index, synthetic[index].id, "outside", detail) for index, detail in sorted(outside.items())]
 
 
-def _copied(made: Sequence[Example], others: Sequence[Example], reason: str) -> list[RejectedRow]:
+def _copied(synthetic: Sequence[Example], others: Sequence[Example], reason: str) -> list[RejectedRow]:
     best: dict[int, tuple[float, str]] = {}
-    for pair in copies.near_copies([*made, *others]):
-        if pair.a < len(made) <= pair.b:
-            other = others[pair.b - len(made)]
+    for pair in copies.near_copies([*synthetic, *others]):
+        if pair.a < len(synthetic) <= pair.b:
+            other = others[pair.b - len(synthetic)]
             text = f"{pair.method} copy ({pair.score:.2f}) of {other.id} ({other.origins[0].locator})"
             best[pair.a] = max(best.get(pair.a, (0.0, "")), (pair.score, text))
-    return [RejectedRow(place, made[place].id, reason, said) for place, (_, said) in sorted(best.items())]
+    return [RejectedRow(index, synthetic[index].id, reason, detail) for index, (_, detail) in sorted(best.items())]
 
 
 __all__ = ["Pool", "validate", "validate_rows", "verdicts"]

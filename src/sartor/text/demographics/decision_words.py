@@ -31,9 +31,9 @@ def decision_of(text: str) -> Decision | None:
     >>> decision_of("We cannot grant this loan."), decision_of("Approved, with thanks."), decision_of("It is late.")
     ('unfavourable', 'favourable', None)
     """
-    said = text.lower().replace("\u2019", "'")
-    match = _WORD.search(said)
+    lowered = text.lower().replace("\u2019", "'")
+    match = _WORD.search(lowered)
     if match is None:
         return None
     decided: Decision = "favourable" if match.lastgroup == "favourable" else "unfavourable"
-    return _OPPOSITE[decided] if _NOT.search(said[: match.start()]) else decided
+    return _OPPOSITE[decided] if _NOT.search(lowered[: match.start()]) else decided

@@ -61,12 +61,12 @@ def groups(kind: Kind) -> tuple[str, ...]:
 def mentions(text: str, kind: Kind) -> list[Mention]:
     """The terms of a kind in a text, in order, none overlapping. Raises ConfigError for an unknown kind."""
     _check_kind(kind)
-    found = sorted(_FINDERS[kind](text), key=lambda one: (one.start, -one.end))
-    apart: list[Mention] = []
-    for item in found:
-        if not apart or item.start >= apart[-1].end:
-            apart.append(item)
-    return apart
+    candidates = sorted(_FINDERS[kind](text), key=lambda mention: (mention.start, -mention.end))
+    separate: list[Mention] = []
+    for mention in candidates:
+        if not separate or mention.start >= separate[-1].end:
+            separate.append(mention)
+    return separate
 
 
 def swap(text: str, kind: Kind, to: str) -> str | None:
@@ -116,7 +116,7 @@ def _name_tables() -> tuple[re.Pattern[str], dict[str, tuple[str, int]], dict[st
     for origin, lists in lexicon()["names"].items():
         for sex in SEXES:
             first.update({name: (f"{origin}_{sex}", index) for index, name in enumerate(lists[sex])})
-        last.update({name: (origin, place) for place, name in enumerate(lists["surnames"])})
+        last.update({name: (origin, index) for index, name in enumerate(lists["surnames"])})
     return re.compile(rf"\b({_any(list(first))})(?: ({_any(list(last))}))?\b(?!-)"), first, last
 
 
@@ -125,42 +125,51 @@ def _names(text: str) -> Iterator[Mention]:
     pattern, first, last = _name_tables()
     of_surname: dict[str, str] = {}
     for match in pattern.finditer(text):
-        group, place = first[match[1]]
-        yield Mention(group, match.start(1), match.end(1), match[1], "first", place)
+        group, index = first[match[1]]
+        yield Mention(group, match.start(1), match.end(1), match[1], "first", index)
         if match[2]:
             of_surname.setdefault(match[2], group)
-    for again in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
-        yield Mention(of_surname[again[0]], again.start(), again.end(), again[0], "last", last[again[0]][1])
+    for surname_match in re.finditer(rf"\b(?:{_any(list(of_surname))})\b(?!-)", text) if of_surname else ():
+        yield Mention(
+            of_surname[surname_match[0]],
+            surname_match.start(),
+            surname_match.end(),
+            surname_match[0],
+            "last",
+            last[surname_match[0]][1],
+        )
 
 
 def _renamed(text: str, target: Callable[[str], str]) -> str:
     """The text with names of other groups than `target(group)`. A name becomes the one at its place in the other list, or the
     next that the text does not hold; one name is renamed one way throughout.
     """
-    used = {one.text for one in mentions(text, "names")}
+    used_names = {mention.text for mention in mentions(text, "names")}
     names: dict[tuple[str, str], str] = {}
     edits = {}
-    for item in mentions(text, "names"):
-        origin, _, sex = target(item.group).partition("_")
+    for mention in mentions(text, "names"):
+        origin, _, sex = target(mention.group).partition("_")
         # a surname says the origin alone
-        if target(item.group) == item.group or (item.form == "last" and item.group.startswith(f"{origin}_")):
+        if target(mention.group) == mention.group or (mention.form == "last" and mention.group.startswith(f"{origin}_")):
             continue
-        table = lexicon()["names"][origin]["surnames" if item.form == "last" else sex]
-        if (item.form, item.text) not in names:
-            turned = [table[(item.index + turn) % len(table)] for turn in range(len(table))]
-            names[item.form, item.text] = next((name for name in turned if name not in used), turned[0])
-            used.add(names[item.form, item.text])
-        edits[item.start, item.end] = names[item.form, item.text]
+        table = lexicon()["names"][origin]["surnames" if mention.form == "last" else sex]
+        if (mention.form, mention.text) not in names:
+            rotated = [table[(mention.index + turn) % len(table)] for turn in range(len(table))]
+            names[mention.form, mention.text] = next((name for name in rotated if name not in used_names), rotated[0])
+            used_names.add(names[mention.form, mention.text])
+        edits[mention.start, mention.end] = names[mention.form, mention.text]
     return _edited(text, edits)
 
 
 def _swap_names(text: str, to: str) -> str | None:
-    there = mentions(text, "names")
-    if all(item.group == to for item in there):
+    name_mentions = mentions(text, "names")
+    if all(mention.group == to for mention in name_mentions):
         return None
     sex = to.rpartition("_")[2]
     renamed = _renamed(text, lambda group: to)
-    if any(not one.group.endswith(f"_{sex}") for one in there) and {one.group for one in mentions(text, "pronouns")}:
+    if any(not mention.group.endswith(f"_{sex}") for mention in name_mentions) and {
+        mention.group for mention in mentions(text, "pronouns")
+    }:
         return pronouns.swap(renamed, SEXES[sex], lexicon()["gendered"])
     return renamed
 
@@ -203,27 +212,27 @@ def _ages(text: str) -> Iterator[Mention]:
     words = lexicon()["age"]
     for match in _age_pattern().finditer(text):
         start, end = match.span(match.lastindex or 0)
-        found = text[start:end]
-        if not found.isdigit():
-            group = "young" if found in (*words["young"], *words["decades_young"]) else "older"
-            yield Mention(group, start, end, found, "decade" if match.lastindex == 7 else "word")
-        elif int(found) >= ADULT:  # a child's age is another matter
-            yield Mention("young" if int(found) < OLDER else "older", start, end, found, "number")
+        term = text[start:end]
+        if not term.isdigit():
+            group = "young" if term in (*words["young"], *words["decades_young"]) else "older"
+            yield Mention(group, start, end, term, "decade" if match.lastindex == 7 else "word")
+        elif int(term) >= ADULT:  # a child's age is another matter
+            yield Mention("young" if int(term) < OLDER else "older", start, end, term, "number")
 
 
 def _swap_age(text: str, to: str) -> str | None:
     words, edits = lexicon()["age"], {}
-    for item in mentions(text, "age"):
-        if item.group == to:
+    for mention in mentions(text, "age"):
+        if mention.group == to:
             continue
-        if item.form == "number":
-            years = int(item.text)
+        if mention.form == "number":
+            years = int(mention.text)
             new = str(years + YEARS_APART if to == "older" else min(max(years - YEARS_APART, ADULT), OLDER - 1))
-        elif item.form == "decade":
-            new = words[f"decades_{to}"][words[f"decades_{item.group}"].index(item.text)]
+        elif mention.form == "decade":
+            new = words[f"decades_{to}"][words[f"decades_{mention.group}"].index(mention.text)]
         else:
-            new = cased(words[to][0], item.text)
-        edits[item.start, item.end] = new
+            new = cased(words[to][0], mention.text)
+        edits[mention.start, mention.end] = new
     return _edited(text, edits) if edits else None
 
 
@@ -237,7 +246,7 @@ def _nationality() -> tuple[re.Pattern[str], dict[str, list[tuple[str, str]]]]:
     for group, (adjective, noun, *countries) in lexicon()["nationality"].items():
         for word, form in [(adjective, "adjective"), (noun, "noun"), *((country, "country") for country in countries)]:
             words.setdefault(word, []).append((group, form))
-    of = {form: _any([word for word, said in words.items() if form in {item[1] for item in said}]) for form in _FORMS}
+    of = {form: _any([word for word, readings in words.items() if form in {item[1] for item in readings}]) for form in _FORMS}
     return re.compile(
         rf"\b({of['adjective']})(?= {_person()}\b| (?:national|citizen|passport|origin|descent|nationality)\b)"
         rf"|{_BE} {_VERY}({of['adjective']})\b(?=\s*(?:[.,;:!?)]|$)|\s+(?:and|or|but|by|who)\b)"
@@ -261,7 +270,10 @@ def _nationalities(text: str) -> Iterator[Mention]:
 
 def _swap_nationality(text: str, to: str) -> str | None:
     new = dict(zip(_FORMS, lexicon()["nationality"][to], strict=False))
-    return _edited(text, {(item.start, item.end): new[item.form] for item in mentions(text, "nationality") if item.group != to})
+    return _edited(
+        text,
+        {(mention.start, mention.end): new[mention.form] for mention in mentions(text, "nationality") if mention.group != to},
+    )
 
 
 # disability
@@ -290,34 +302,34 @@ def _disabilities(text: str) -> Iterator[Mention]:
     for match in _disability_pattern().finditer(text):
         form = forms[match.lastindex or 0]
         start, end = match.span(match.lastindex or 0)
-        found = text[start:end]
-        if "wheelchair" in found:
+        term = text[start:end]
+        if "wheelchair" in term:
             group = "wheelchair"
         elif form == "with":
-            group = "none" if found.startswith("without") else "disabled"
+            group = "none" if term.startswith("without") else "disabled"
         else:
-            group = next(group for group, words in lexicon()["disability"].items() if found in words)
-        yield Mention(group, start, end, found, form)
+            group = next(group for group, words in lexicon()["disability"].items() if term in words)
+        yield Mention(group, start, end, term, form)
 
 
 def _swap_disability(text: str, to: str) -> str | None:
     before, single, plural = lexicon()["disability"][to]
     edits = {}
-    for item in mentions(text, "disability"):
-        if item.group == to:
+    for mention in mentions(text, "disability"):
+        if mention.group == to:
             continue
-        ahead = text[: item.start]
-        if item.form == "before":
+        ahead = text[: mention.start]
+        if mention.form == "before":
             new = before
-        elif item.form == "after":
+        elif mention.form == "after":
             new = plural if _ARE.search(ahead) else single
-        elif item.form == "with":
+        elif mention.form == "with":
             new = f"who are {plural}" if _MANY.search(ahead) else f"who is {single}"
         else:
-            verb = item.text.split()[0]
-            be = {"uses": "is", "used": "was"}.get(verb) or ("am" if re.search(r"\bI $", ahead) else "are")
-            new = f"{be} {plural if be == 'are' else single}"
-        edits[item.start, item.end] = new
+            verb = mention.text.split()[0]
+            copula = {"uses": "is", "used": "was"}.get(verb) or ("am" if re.search(r"\bI $", ahead) else "are")
+            new = f"{copula} {plural if copula == 'are' else single}"
+        edits[mention.start, mention.end] = new
     return _edited(text, edits) if edits else None
 
 

@@ -54,12 +54,12 @@ def article(word: str) -> str:
     return "an" if word[:1].lower() in "aeiou" and word[:1] and not _A_VOWEL.match(word) else "a"
 
 
-def with_articles(text: str, places: list[int]) -> str:
+def with_articles(text: str, positions: list[int]) -> str:
     """The text with each `a` or `an` right before one of the places (offsets of words) made to fit that word."""
-    for place in sorted(places, reverse=True):
-        before = _ARTICLE.search(text, max(0, place - 3), place)
+    for position in sorted(positions, reverse=True):
+        before = _ARTICLE.search(text, max(0, position - 3), position)
         if before and before[1] != "AN":
-            text = text[: before.start(1)] + cased(article(text[place:]), before[1]) + text[before.end(1) :]
+            text = text[: before.start(1)] + cased(article(text[position:]), before[1]) + text[before.end(1) :]
     return text
 
 
@@ -179,23 +179,23 @@ def find(text: str, gendered: Gendered) -> Iterator[tuple[str, int, int]]:
 
 def swap(text: str, to: str, gendered: Gendered) -> str | None:
     """The text in the pronouns of `to`; None where nothing is to be changed or it cannot be kept right."""
-    there = {group for group, _, _ in find(text, gendered)}
-    from_ = there - {to}
-    either = bool(_EITHER_PATTERN.search(text))
-    if len(there) > 1 or (not from_ and not either) or (either and there):
+    groups = {group for group, _, _ in find(text, gendered)}
+    sources = groups - {to}
+    has_either = bool(_EITHER_PATTERN.search(text))
+    if len(groups) > 1 or (not sources and not has_either) or (has_either and groups):
         return None
     whole = _EITHER_PATTERN.sub(lambda match: cased(_form(to, match.lastgroup or ""), match[0]), text)
-    if either:
+    if has_either:
         # the verbs agree with he or she; the new pronouns are all that is of `to`
         return _agreed(whole, plural_verb, to) if to == "they" else whole
-    (was,) = from_
-    turned = _turned(text, was, to)
-    return turned and _with_nouns(turned, was, to, gendered)
+    (was,) = sources
+    swapped = _swap_forms(text, was, to)
+    return swapped and _with_nouns(swapped, was, to, gendered)
 
 
-def _ahead(place: int) -> tuple[int, int]:
+def _ahead(position: int) -> tuple[int, int]:
     """Where a search for the words right before a place looks: a text may be long."""
-    return max(0, place - 60), place
+    return max(0, position - 60), position
 
 
 def _form(group: str, role: str) -> str:
@@ -208,11 +208,11 @@ def _is_of_one(text: str) -> bool:
 
 def _role(text: str, start: int, end: int, word: str) -> str:
     """What the pronoun does in its sentence."""
-    said = _NEXT.match(text, end)
-    before, after = _BEFORE.search(text, *_ahead(start)), said[1].lower() if said else ""
+    following = _NEXT.match(text, end)
+    before, after = _BEFORE.search(text, *_ahead(start)), following[1].lower() if following else ""
     ahead = before[1].lower() if before else ""
-    if said and after in LY_ADJECTIVES:  # met her early in May, but in her early career
-        behind = _NEXT.match(text, said.end())
+    if following and after in LY_ADJECTIVES:  # met her early in May, but in her early career
+        behind = _NEXT.match(text, following.end())
         after = after if behind and not is_function(behind[1].lower()) else ""
     if word == "her":
         return "determiner" if is_determiner(ahead, after, possessive=False) else "object"
@@ -223,7 +223,7 @@ def _role(text: str, start: int, end: int, word: str) -> str:
     return _ROLES[_FORMS[_ALL[word]].index(word)]
 
 
-def _turned(text: str, was: str, to: str) -> str | None:
+def _swap_forms(text: str, was: str, to: str) -> str | None:
     """Every pronoun of `was` in the form of `to`, and the verbs behind subjects; None where one cannot be decided."""
     agree = plural_verb if to == "they" else singular_verb if was == "they" else None
     out, at = "", 0
@@ -248,10 +248,10 @@ def _turned(text: str, was: str, to: str) -> str | None:
 def _contraction(text: str, match: re.Match[str], was: str, to: str) -> str | None:
     mark, short = match[0][len(match[1])], match[2].lower()
     if to == "they" and short == "s":
-        said = _NEXT.match(text, match.end())
+        following = _NEXT.match(text, match.end())
         if match[1].lower() not in ("he", "she"):
             return None
-        new = plural_contraction(said[1].lower() if said else "")
+        new = plural_contraction(following[1].lower() if following else "")
         return mark + new if new else None
     if was == "they":
         short = {"re": "s", "ve": "s"}.get(short, short)
@@ -280,7 +280,7 @@ def _verbs(text: str, at: int, agree: Callable[[str], str], has_verb: bool) -> t
             out += text[at : match.start(2)] + agree(match[2])
             at = match.end()
     if agree is plural_verb:
-        end = min((place for mark in ".!?;\n" if (place := text.find(mark, at)) >= 0), default=len(text))
+        end = min((position for mark in ".!?;\n" if (position := text.find(mark, at)) >= 0), default=len(text))
         for match in _AND_VERB.finditer(text, at, end):
             if match[2] in _VERBS_ALONE:
                 out, at = out + text[at : match.start(2)] + agree(match[2]), match.end()
@@ -317,7 +317,7 @@ def _noun_group(word: str, gendered: Gendered) -> str:
 def _with_nouns(text: str, was: str, to: str, gendered: Gendered) -> str:
     """Nouns and titles of `was` as those of `to`; of partners the other, or with `they` the neutral word."""
     partners = {word for row in gendered["partners"] for word in row[:2]}
-    out, at, places = "", 0, []
+    out, at, positions = "", 0, []
     for match in _nouns(_key(gendered), True).finditer(text):
         word = match[0].lower()
         row = next(row for row in _key(gendered) if word in (row[0].lower(), row[1].lower()))
@@ -328,6 +328,6 @@ def _with_nouns(text: str, was: str, to: str, gendered: Gendered) -> str:
         else:
             continue
         out += text[at : match.start()]
-        places.append(len(out))
+        positions.append(len(out))
         out, at = out + cased(new, match[0]), match.end()
-    return with_articles(out + text[at:], places)
+    return with_articles(out + text[at:], positions)

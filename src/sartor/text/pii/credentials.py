@@ -14,8 +14,8 @@ _START = r"(?<![A-Za-z0-9_-])"
 _PEM = r"-----BEGIN[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[^\x00]){0,20000}(?:-----END[A-Z0-9 ]{0,40}-----)?"
 # (what, a word in lower case without which it cannot be there, pattern). The forms are the issuers' own.
 ISSUED = tuple(
-    (what, hint, re.compile(pattern))
-    for what, hint, pattern in (
+    (subtype, hint, re.compile(pattern))
+    for subtype, hint, pattern in (
         ("aws_key", "a", rf"{_START}(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{{16}}{_END}"),
         ("github_token", "gh", rf"{_START}gh[pousr]_[A-Za-z0-9]{{30,255}}{_END}"),
         ("github_token", "github_pat_", rf"{_START}github_pat_[A-Za-z0-9_]{{22,255}}{_END}"),
@@ -45,8 +45,8 @@ SHORTEST = 12  # characters of the shortest word of letters and digits in the fo
 MAY_LACK_DIGITS = ("_live_", "_test_", "ghp_", "hf_", "npm_", "AIza", "AKIA", "GOCSPX", "xox")  # one key in fifty to a thousand
 # those that need no digit in a long word: (what, hint in the text as it is written, pattern)
 OTHERS = tuple(
-    (what, hint, re.compile(pattern))
-    for what, hint, pattern in (
+    (subtype, hint, re.compile(pattern))
+    for subtype, hint, pattern in (
         ("private_key", "PRIVATE KEY", _PEM),
         ("slack_webhook", "hooks.slack.com", r"hooks\.slack\.com/(?:services|workflows|triggers)/([A-Za-z0-9/_-]{20,})"),
         ("url_credentials", "://", r"(?<=://)([^\s/@:\x00\"'<>]{0,128}:[^\s/\x00\"'<>]{1,256})(?=@[\w\[.-])"),
@@ -84,57 +84,61 @@ def entropy(text: str) -> float:
     return -sum(count / len(text) * math.log2(count / len(text)) for count in Counter(text).values())
 
 
-def secrets(sight: NormalizedText) -> Iterator[PiiEntity]:
+def secrets(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Keys in the form of their issuer, private keys, credentials in URLs, and what follows `password:`, `token=`."""
-    long = any(end - start >= SHORTEST for start, end in sight.tokens)
-    if long or any(hint in sight.flat for hint in MAY_LACK_DIGITS):
-        for what, hint, pattern in ISSUED:
-            if hint in sight.lower:
-                yield from _issued(sight, what, pattern)
-    for what, hint, pattern in OTHERS:
-        if hint in sight.flat:
-            yield from _issued(sight, what, pattern)
+    long = any(end - start >= SHORTEST for start, end in normalized.tokens)
+    if long or any(hint in normalized.flat for hint in MAY_LACK_DIGITS):
+        for subtype, hint, pattern in ISSUED:
+            if hint in normalized.lower:
+                yield from _issued(normalized, subtype, pattern)
+    for subtype, hint, pattern in OTHERS:
+        if hint in normalized.flat:
+            yield from _issued(normalized, subtype, pattern)
     for hint in HINTS:
-        if hint in sight.lower:
-            yield from _named(sight, hint)
+        if hint in normalized.lower:
+            yield from _named(normalized, hint)
 
 
-def _issued(sight: NormalizedText, what: str, pattern: re.Pattern[str]) -> Iterator[PiiEntity]:
+def _issued(normalized: NormalizedText, subtype: str, pattern: re.Pattern[str]) -> Iterator[PiiEntity]:
     group = 1 if pattern.groups else 0
-    for match in pattern.finditer(sight.flat):
+    for match in pattern.finditer(normalized.flat):
         value = match[group]
-        if what == "openai_key" and not (any(sign.isdigit() for sign in value) and entropy(value) > 3):
+        if subtype == "openai_key" and not (any(sign.isdigit() for sign in value) and entropy(value) > 3):
             continue  # `sk-learn-contrib-package-name`
-        if what == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
+        if subtype == "url_credentials" and value.rpartition(":")[2].isdigit() and len(value.rpartition(":")[2]) < 6:
             continue  # a port
-        yield PiiEntity(match.start(group), match.end(group), "secret", what, 0.9 if group else 1.0, value)
+        yield PiiEntity(match.start(group), match.end(group), "secret", subtype, 0.9 if group else 1.0, value)
 
 
-def _named(sight: NormalizedText, hint: str) -> Iterator[PiiEntity]:
+def _named(normalized: NormalizedText, hint: str) -> Iterator[PiiEntity]:
     # `lower` may differ in length from `flat` by letters such as İ: then the places are looked for in `flat` itself
-    text = sight.lower if len(sight.lower) == len(sight.flat) else sight.flat
-    place = text.find(hint)
-    while place >= 0:
-        match = _SAID.match(sight.flat, place)
-        if match and _is_subject(sight, place, hint):
+    text = normalized.lower if len(normalized.lower) == len(normalized.flat) else normalized.flat
+    position = text.find(hint)
+    while position >= 0:
+        match = _SAID.match(normalized.flat, position)
+        if match and _is_subject(normalized, position, hint):
             value = match["value"].rstrip(".?:")
-            called = sight.at(match.end("value")) == "("  # `password = read_password2()`
-            glued = sight.flat[match.end("subject") : match.start("value")] == "="  # a line of settings: `passwd=letmein`
+            called = normalized.at(match.end("value")) == "("  # `password = read_password2()`
+            glued = normalized.flat[match.end("subject") : match.start("value")] == "="  # a line of settings: `passwd=letmein`
             score = 0.0 if called else _like_a_secret(match["subject"].lower(), match["link"].lower(), value)
             score = score or 0.55 * (
-                glued and sight.at(match.end("value")).isspace() and _is_simple_password(match["subject"], value)
+                glued and normalized.at(match.end("value")).isspace() and _is_simple_password(match["subject"], value)
             )
             if score:
                 start = match.start("value")
                 yield PiiEntity(start, start + len(value), "secret", "after_its_name", score, value)
-        place = text.find(hint, place + 1)
+        position = text.find(hint, position + 1)
 
 
-def _is_subject(sight: NormalizedText, place: int, hint: str) -> bool:
+def _is_subject(normalized: NormalizedText, position: int, hint: str) -> bool:
     """Whether the word that begins here is one of its own (`monkey`, `compass` are not), and of a key says whose it is."""
     if hint == "key":
-        return _QUALIFIED.search(sight.before(place, 14)) is not None
-    return not sight.at(place - 1).isalpha() or sight.flat[place].isupper() and sight.at(place - 1).islower()
+        return _QUALIFIED.search(normalized.before(position, 14)) is not None
+    return (
+        not normalized.at(position - 1).isalpha()
+        or normalized.flat[position].isupper()
+        and normalized.at(position - 1).islower()
+    )
 
 
 def _is_simple_password(subject: str, value: str) -> bool:

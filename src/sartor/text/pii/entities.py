@@ -48,7 +48,7 @@ MAY_HIDE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PiiEntity:
-    """Characters `start` to `end` are personal data of the kind `entity`; `what` is its finer kind (`aws_key`).
+    """Characters `start` to `end` are personal data of the kind `entity`; `subtype` is its finer kind (`aws_key`).
 
     `score` is 0..1. `value` is equal for two spellings of one thing (+49 30 1234567, 0049 30 123 45 67); it is never
     written or shown.
@@ -57,7 +57,7 @@ class PiiEntity:
     start: int
     end: int
     entity: str
-    what: str
+    subtype: str
     score: float
     value: str = field(repr=False)
 
@@ -124,13 +124,13 @@ class NormalizedText:
         """Whether one of the words (in lower case) is there."""
         return any(word in self.lower for word in words)
 
-    def before(self, place: int, most: int = 48) -> str:
-        """The characters before a place, up to `most`."""
-        return self.flat[max(0, place - most) : place]
+    def before(self, position: int, max_chars: int = 48) -> str:
+        """The characters before a place, up to `max_chars`."""
+        return self.flat[max(0, position - max_chars) : position]
 
-    def at(self, place: int) -> str:
+    def at(self, position: int) -> str:
         """The character at a place, a space outside of the text."""
-        return self.flat[place] if 0 <= place < len(self.flat) else " "
+        return self.flat[position] if 0 <= position < len(self.flat) else " "
 
     def in_source(self, finding: PiiEntity) -> PiiEntity:
         """The finding by the places of the text that was given."""
@@ -147,13 +147,13 @@ Recogniser = Callable[[NormalizedText], Iterable[PiiEntity]]
 
 def normalize(text: str, *, escapes: bool = False) -> NormalizedText:
     r"""The Sight of a text. `escapes`: it may be raw JSON, so `\u0040` and `\n` are read as what they stand for."""
-    odd = escapes and "\\" in text
-    if not odd and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
+    has_escapes = escapes and "\\" in text
+    if not has_escapes and "&" not in text and (text.isascii() or MAY_HIDE.search(text) is None):
         return NormalizedText(text, None, len(text))
     pieces: list[str] = []
     starts: list[int] = []
     at = 0
-    for match in (ODD_OR_ESCAPED if odd else ODD).finditer(text):
+    for match in (ODD_OR_ESCAPED if has_escapes else ODD).finditer(text):
         plain = _plain(match[0])
         if plain == match[0]:
             continue
@@ -166,38 +166,38 @@ def normalize(text: str, *, escapes: bool = False) -> NormalizedText:
     return NormalizedText("".join(pieces), starts, len(text))
 
 
-def _plain(said: str) -> str:
+def _plain(raw: str) -> str:
     """What a character or an escape stands for: "" for one that cannot be seen."""
-    if len(said) > 1:
-        return _unescaped(said)
-    if said in DASHES:
+    if len(raw) > 1:
+        return _unescaped(raw)
+    if raw in DASHES:
         return "-"
-    category = unicodedata.category(said)
-    if category == "Cf" or said in "\u034f\u115f\u1160\u3164\uffa0\u17b4\u17b5" or "\ufe00" <= said <= "\ufe0f":
+    category = unicodedata.category(raw)
+    if category == "Cf" or raw in "\u034f\u115f\u1160\u3164\uffa0\u17b4\u17b5" or "\ufe00" <= raw <= "\ufe0f":
         return ""
     if category in ("Zs", "Zl", "Zp"):
         return " "
-    digit = unicodedata.digit(said, None)
+    digit = unicodedata.digit(raw, None)
     if digit is not None:
         return str(digit)
-    folded = unicodedata.normalize("NFKC", said)
-    return folded if len(folded) == 1 and folded.isascii() else said
+    folded = unicodedata.normalize("NFKC", raw)
+    return folded if len(folded) == 1 and folded.isascii() else raw
 
 
-def _unescaped(said: str) -> str:
-    if said.startswith("\\u"):
-        return _shown(int(said[2:], 16), said)
-    if said.startswith("\\"):
-        return LETTER_ESCAPES.get(said[1], said[1])
-    if said.startswith("&#"):
-        number = said[2:-1]
-        return _shown(int(number[1:], 16) if number[0] in "xX" else int(number), said)
-    return NAMED[said[1:-1]]
+def _unescaped(escape: str) -> str:
+    if escape.startswith("\\u"):
+        return _shown(int(escape[2:], 16), escape)
+    if escape.startswith("\\"):
+        return LETTER_ESCAPES.get(escape[1], escape[1])
+    if escape.startswith("&#"):
+        number = escape[2:-1]
+        return _shown(int(number[1:], 16) if number[0] in "xX" else int(number), escape)
+    return NAMED[escape[1:-1]]
 
 
-def _shown(code: int, said: str) -> str:
+def _shown(code: int, escape: str) -> str:
     if code == 0 or code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        return said
+        return escape
     return chr(code) if code < 128 else _plain(chr(code))
 
 
@@ -206,36 +206,44 @@ def resolve_overlaps(findings: Iterable[PiiEntity]) -> list[PiiEntity]:
 
     It takes over what the other covers beyond it, so that no half of a value stays behind.
     """
-    kept: list[PiiEntity] = []
-    heap: list[PiiEntity] = []  # findings that hang together
+    resolved: list[PiiEntity] = []
+    group: list[PiiEntity] = []  # findings that hang together
     end = 0
-    for finding in sorted(findings, key=lambda one: one.start):
-        if heap and finding.start >= end:
-            kept += _of_a_heap(heap)
-            heap = []
-        end = max(end, finding.end) if heap else finding.end
-        heap.append(finding)
-    return kept + _of_a_heap(heap)
+    for finding in sorted(findings, key=lambda finding: finding.start):
+        if group and finding.start >= end:
+            resolved += _resolve_group(group)
+            group = []
+        end = max(end, finding.end) if group else finding.end
+        group.append(finding)
+    return resolved + _resolve_group(group)
 
 
-def _of_a_heap(heap: list[PiiEntity]) -> list[PiiEntity]:
-    if len(heap) < 2:
-        return heap
+def _resolve_group(group: list[PiiEntity]) -> list[PiiEntity]:
+    if len(group) < 2:
+        return group
     starts: list[int] = []
-    kept: list[PiiEntity] = []
-    for finding in sorted(heap, key=lambda one: (-round(one.score, 1), one.start - one.end, one.start, one.entity)):
-        place = bisect_right(starts, finding.start)
-        near = [at for at in (place - 1, place) if 0 <= at < len(kept) and kept[at].touches(finding.start, finding.end)]
-        if not near:
-            starts.insert(place, finding.start)
-            kept.insert(place, finding)
+    resolved: list[PiiEntity] = []
+    for finding in sorted(
+        group, key=lambda finding: (-round(finding.score, 1), finding.start - finding.end, finding.start, finding.entity)
+    ):
+        position = bisect_right(starts, finding.start)
+        touching = [
+            index
+            for index in (position - 1, position)
+            if 0 <= index < len(resolved) and resolved[index].touches(finding.start, finding.end)
+        ]
+        if not touching:
+            starts.insert(position, finding.start)
+            resolved.insert(position, finding)
             continue
-        at = near[0]
-        most = min(finding.end, kept[at + 1].start) if at + 1 < len(kept) else finding.end
-        least = max(finding.start, kept[at - 1].end) if at else finding.start
-        kept[at] = replace(kept[at], start=min(kept[at].start, least), end=max(kept[at].end, most))
-        starts[at] = kept[at].start
-    return kept
+        index = touching[0]
+        end_limit = min(finding.end, resolved[index + 1].start) if index + 1 < len(resolved) else finding.end
+        start_limit = max(finding.start, resolved[index - 1].end) if index else finding.start
+        resolved[index] = replace(
+            resolved[index], start=min(resolved[index].start, start_limit), end=max(resolved[index].end, end_limit)
+        )
+        starts[index] = resolved[index].start
+    return resolved
 
 
 def outside_placeholders(findings: list[PiiEntity], text: str) -> list[PiiEntity]:
@@ -246,8 +254,8 @@ def outside_placeholders(findings: list[PiiEntity], text: str) -> list[PiiEntity
     starts = [start for start, _ in spans]
 
     def free(finding: PiiEntity) -> bool:
-        place = bisect_right(starts, finding.end - 1) - 1
-        return place < 0 or spans[place][1] <= finding.start
+        index = bisect_right(starts, finding.end - 1) - 1
+        return index < 0 or spans[index][1] <= finding.start
 
     return [finding for finding in findings if free(finding)]
 

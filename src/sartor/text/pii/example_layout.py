@@ -75,14 +75,14 @@ FieldName = Literal["prompt", "reply", "system", "tools"]
 JSON_BEGINS = frozenset("{[ \n\t\r")
 # of a message, besides its content
 _FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-Place = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
+TextLocation = tuple[str, int, str, int]  # ("messages" | "rejected" | "tools" | "group", message, what of it, part)
 
 
 @dataclass(frozen=True)
 class TextSlot:
     """One text of a row. `leaf` is set where the text is a string or number inside of JSON."""
 
-    place: Place
+    location: TextLocation
     field: FieldName
     text: str
     leaf: Leaf | None = None
@@ -90,10 +90,10 @@ class TextSlot:
     @property
     def name(self) -> str:
         """Where it stands, for a person: `messages[2].tool_calls`."""
-        where, message, what, part = self.place
-        if where in ("tools", "group"):
-            return where
-        return f"{where}[{message}].{what}" + (f"[{part}]" if part else "")
+        section, message, attribute, part = self.location
+        if section in ("tools", "group"):
+            return section
+        return f"{section}[{message}].{attribute}" + (f"[{part}]" if part else "")
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ class ExampleLayout:
     """All texts of a row, in order, and the leaves of those that are JSON."""
 
     slots: tuple[TextSlot, ...]
-    json: Mapping[Place, tuple[Leaf, ...]]
+    json: Mapping[TextLocation, tuple[Leaf, ...]]
 
 
 def lay_out_example(example: Example) -> ExampleLayout:
     """Every text that a row bears, but for its origins (paths) and media."""
     slots: list[TextSlot] = []
-    json: dict[Place, tuple[Leaf, ...]] = {}
-    for place, field, text in _texts(example):
-        found = leaves(text) if text[:1] in JSON_BEGINS else None
-        if found is None:
-            slots.append(TextSlot(place, field, text))
+    json: dict[TextLocation, tuple[Leaf, ...]] = {}
+    for location, field, text in _texts(example):
+        json_leaves = leaves(text) if text[:1] in JSON_BEGINS else None
+        if json_leaves is None:
+            slots.append(TextSlot(location, field, text))
             continue
-        json[place] = found
-        slots += [TextSlot(place, field, leaf.text, leaf) for part in found for leaf in part.plain()]
+        json[location] = json_leaves
+        slots += [TextSlot(location, field, leaf.text, leaf) for part in json_leaves for leaf in part.plain()]
     return ExampleLayout(tuple(slots), json)
 
 
@@ -133,7 +133,7 @@ def plain_text(example: Example) -> str | None:
     return BREAK.join(texts)
 
 
-def _texts(example: Example) -> Iterator[tuple[Place, FieldName, str]]:
+def _texts(example: Example) -> Iterator[tuple[TextLocation, FieldName, str]]:
     if example.tools:
         yield ("tools", 0, "", 0), "tools", example.tools
     last = len(example.messages) - 1
@@ -146,31 +146,31 @@ def _texts(example: Example) -> Iterator[tuple[Place, FieldName, str]]:
         yield ("group", 0, "", 0), "prompt", example.group
 
 
-def _of_message(where: str, number: int, field: FieldName, message: Message) -> Iterator[tuple[Place, FieldName, str]]:
+def _of_message(section: str, number: int, field: FieldName, message: Message) -> Iterator[tuple[TextLocation, FieldName, str]]:
     if message.name:
-        yield (where, number, "name", 0), field, message.name
+        yield (section, number, "name", 0), field, message.name
     for index, part in enumerate(message.content):
         if part.text:
-            yield (where, number, "content", index), field, part.text
+            yield (section, number, "content", index), field, part.text
     if message.tool_calls:
-        yield (where, number, "tool_calls", 0), field, message.tool_calls
+        yield (section, number, "tool_calls", 0), field, message.tool_calls
     for name in ("tool_call_id", "reasoning_content"):
         if text := getattr(message, name):
-            yield (where, number, name, 0), field, text
+            yield (section, number, name, 0), field, text
 
 
 def replace_texts(example: Example, layout: ExampleLayout, changed: Mapping[int, str]) -> Example:
     """The row with the texts of some slots (by their number) changed."""
-    texts: dict[Place, str] = {}
-    by_leaf: dict[Place, dict[int, str]] = {}
+    texts: dict[TextLocation, str] = {}
+    by_leaf: dict[TextLocation, dict[int, str]] = {}
     for number, text in changed.items():
         slot = layout.slots[number]
         if slot.leaf is None:
-            texts[slot.place] = text
+            texts[slot.location] = text
         else:
-            by_leaf.setdefault(slot.place, {})[id(slot.leaf)] = text
-    for place, new in by_leaf.items():
-        texts[place] = rebuilt(_text_at(example, place), layout.json[place], new)
+            by_leaf.setdefault(slot.location, {})[id(slot.leaf)] = text
+    for location, new in by_leaf.items():
+        texts[location] = rebuilt(_text_at(example, location), layout.json[location], new)
     return replace(
         example,
         messages=_renewed("messages", example.messages, texts),
@@ -180,26 +180,26 @@ def replace_texts(example: Example, layout: ExampleLayout, changed: Mapping[int,
     )
 
 
-def _text_at(example: Example, place: Place) -> str:
-    where, number, what, part = place
-    if where in ("tools", "group"):
-        return example.tools if where == "tools" else example.group
-    message = (example.messages if where == "messages" else example.rejected)[number]
-    if what == "content":
+def _text_at(example: Example, location: TextLocation) -> str:
+    section, number, attribute, part = location
+    if section in ("tools", "group"):
+        return example.tools if section == "tools" else example.group
+    message = (example.messages if section == "messages" else example.rejected)[number]
+    if attribute == "content":
         return message.content[part].text
-    return str(getattr(message, what))
+    return str(getattr(message, attribute))
 
 
-def _renewed(where: str, messages: tuple[Message, ...], texts: Mapping[Place, str]) -> tuple[Message, ...]:
-    touched = {place[1] for place in texts if place[0] == where}
+def _renewed(section: str, messages: tuple[Message, ...], texts: Mapping[TextLocation, str]) -> tuple[Message, ...]:
+    touched = {location[1] for location in texts if location[0] == section}
     return tuple(
-        _message(where, number, message, texts) if number in touched else message for number, message in enumerate(messages)
+        _message(section, number, message, texts) if number in touched else message for number, message in enumerate(messages)
     )
 
 
-def _message(where: str, number: int, message: Message, texts: Mapping[Place, str]) -> Message:
-    def new(what: str, part: int, old: str) -> str:
-        return texts.get((where, number, what, part), old)
+def _message(section: str, number: int, message: Message, texts: Mapping[TextLocation, str]) -> Message:
+    def new(attribute: str, part: int, old: str) -> str:
+        return texts.get((section, number, attribute, part), old)
 
     return replace(
         message,
@@ -215,6 +215,6 @@ def joints(example: Example, layout: ExampleLayout) -> Iterator[list[int]]:
     """The numbers of the slots that make one message's text together, where there are two or more."""
     together: dict[tuple[str, int], list[int]] = {}
     for number, slot in enumerate(layout.slots):
-        if slot.place[2] == "content" and slot.leaf is None:
-            together.setdefault(slot.place[:2], []).append(number)
+        if slot.location[2] == "content" and slot.leaf is None:
+            together.setdefault(slot.location[:2], []).append(number)
     yield from (numbers for numbers in together.values() if len(numbers) > 1)

@@ -43,18 +43,18 @@ class RowEntities:
 
     def describe(self) -> str:
         """`email at messages[1].content 12-31; ...`: kinds and spans, never a value."""
-        whole = [hit for hit in self.hits if not hit.goes_on]
-        more = f"; and {len(whole) - SHOWN} more" if len(whole) > SHOWN else ""
-        return "; ".join(self._said(hit) for hit in whole[:SHOWN]) + more
+        whole_hits = [hit for hit in self.hits if not hit.goes_on]
+        rest = f"; and {len(whole_hits) - SHOWN} more" if len(whole_hits) > SHOWN else ""
+        return "; ".join(self._describe_hit(hit) for hit in whole_hits[:SHOWN]) + rest
 
-    def _said(self, hit: Hit) -> str:
+    def _describe_hit(self, hit: Hit) -> str:
         slot = self.slot(hit)
         start, end = hit.start, hit.end
         if slot.leaf is not None:  # in the JSON text the value may be written otherwise: the whole string is named
-            outer = next(part for part in self.layout.json[slot.place] if any(leaf is slot.leaf for leaf in part.plain()))
+            outer = next(part for part in self.layout.json[slot.location] if any(leaf is slot.leaf for leaf in part.plain()))
             start, end = outer.start, outer.end
-        what = "" if hit.finding.what == hit.finding.entity else f" ({hit.finding.what})"
-        return f"{hit.finding.entity}{what} at {slot.name} {start}-{end}"
+        subtype = "" if hit.finding.subtype == hit.finding.entity else f" ({hit.finding.subtype})"
+        return f"{hit.finding.entity}{subtype} at {slot.name} {start}-{end}"
 
 
 def find_in_row(scanner: Scanner, example: Example, *, escapes: bool = False) -> RowEntities:
@@ -125,19 +125,19 @@ class Placeholders:
         return f"<{name}_{self._numbers[key]}>"
 
 
-def masked(example: Example, found: RowEntities, names: Placeholders) -> Example:
+def masked(example: Example, row_entities: RowEntities, names: Placeholders) -> Example:
     """The row with placeholders for the hits. A `group` that holds any becomes a digest of itself: groups stay apart."""
     changed: dict[int, str] = {}
     by_slot: dict[int, list[Hit]] = {}
-    for hit in found.hits:
+    for hit in row_entities.hits:
         by_slot.setdefault(hit.slot, []).append(hit)
     for number, hits in by_slot.items():
-        slot = found.layout.slots[number]
-        if slot.place[0] == "group":
+        slot = row_entities.layout.slots[number]
+        if slot.location[0] == "group":
             changed[number] = f"group-{hashlib.sha256(example.group.encode()).hexdigest()[:16].translate(LETTERS)}"
             continue
         changed[number] = _replaced(slot.text, hits, names)
-    return replace_texts(example, found.layout, changed)
+    return replace_texts(example, row_entities.layout, changed)
 
 
 def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
@@ -149,28 +149,30 @@ def _replaced(text: str, hits: Sequence[Hit], names: Placeholders) -> str:
     return "".join([*pieces, text[at:]])
 
 
-def only(found: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> RowEntities:
+def select_hits(row_entities: RowEntities, keep: Callable[[TextSlot, PiiEntity], bool]) -> RowEntities:
     """The hits that a condition holds for."""
-    return RowEntities(found.layout, tuple(hit for hit in found.hits if keep(found.slot(hit), hit.finding)))
+    return RowEntities(
+        row_entities.layout, tuple(hit for hit in row_entities.hits if keep(row_entities.slot(hit), hit.finding))
+    )
 
 
-def text_masker(scanner: Scanner, numbered: bool, kept: int) -> Callable[[str], str]:
+def text_masker(scanner: Scanner, numbered: bool, cut_length: int) -> Callable[[str], str]:
     """A function text -> text with placeholders. JSON stays JSON.
 
-    A text of `kept` characters was cut: its last word may be the first half of something, so it goes too.
+    A text of `cut_length` characters was cut: its last word may be the first half of something, so it goes too.
     """
     origins = (Origin("", ""),)
 
     def mask(text: str) -> str:
-        if len(text) == kept:
+        if len(text) == cut_length:
             text = text[: _last_word(text)] + "..."
         example = Example((Message.of("assistant", text),), origins)
         names = Placeholders(numbered, [text])
         for _ in range(MOST_PASSES):
-            found = find_in_row(scanner, example, escapes=True)
-            if not found.hits:
+            row_entities = find_in_row(scanner, example, escapes=True)
+            if not row_entities.hits:
                 break
-            example = masked(example, found, names)
+            example = masked(example, row_entities, names)
         return example.messages[0].text
 
     return mask
@@ -178,19 +180,19 @@ def text_masker(scanner: Scanner, numbered: bool, kept: int) -> Callable[[str], 
 
 def _last_word(text: str) -> int:
     """Where the last word of a text begins, with the digits and marks before it: at most 200 characters from its end."""
-    place = len(text)
-    least = max(0, place - 200)
-    while place > least and (not text[place - 1].isspace() or text[max(0, place - 2)].isdigit()):
-        place -= 1
-    return place
+    position = len(text)
+    earliest = max(0, position - 200)
+    while position > earliest and (not text[position - 1].isspace() or text[max(0, position - 2)].isdigit()):
+        position -= 1
+    return position
 
 
-def entity_counts(found: RowEntities) -> Mapping[str, int]:
+def entity_counts(row_entities: RowEntities) -> Mapping[str, int]:
     """`email.reply` -> how many: by entity and field."""
     counts: dict[str, int] = {}
-    for hit in found.hits:
+    for hit in row_entities.hits:
         if not hit.goes_on:
-            slot = found.slot(hit)
-            key = f"{hit.finding.entity}.{'group' if slot.place[0] == 'group' else slot.field}"
+            slot = row_entities.slot(hit)
+            key = f"{hit.finding.entity}.{'group' if slot.location[0] == 'group' else slot.field}"
             counts[key] = counts.get(key, 0) + 1
     return counts

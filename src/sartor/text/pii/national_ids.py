@@ -1,7 +1,7 @@
 """Recognizer of national tax and identity numbers.
 
 A number that is digits alone passes a check digit by chance one time in ten: it counts only where its form is of one country
-alone (`alone`), or where a word before it says what it is.
+alone (`standalone`), or where a word before it says what it is.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def at_svnr(text: str) -> bool:
 def pt_nif(text: str) -> bool:
     """Modulo 11."""
     number = digits(text)
-    left = 11 - _weighted(number[:8], "98765432") % 11
-    return (0 if left > 9 else left) == int(number[8])
+    remainder = 11 - _weighted(number[:8], "98765432") % 11
+    return (0 if remainder > 9 else remainder) == int(number[8])
 
 
 def br_cpf(text: str) -> bool:
@@ -114,8 +114,8 @@ def cn_id(text: str) -> bool:
     """ISO 7064 MOD 11-2 and a date."""
     if not _date(int(text[6:10]), int(text[10:12]), int(text[12:14])):
         return False
-    left = _weighted(text[:17], (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)) % 11
-    return "10X98765432"[left] == text[17].upper()
+    remainder = _weighted(text[:17], (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)) % 11
+    return "10X98765432"[remainder] == text[17].upper()
 
 
 def dk_cpr(text: str) -> bool:
@@ -152,8 +152,8 @@ def cl_rut(text: str) -> bool:
 
 def ro_cnp(text: str) -> bool:
     """Modulo 11 and a date."""
-    left = _weighted(text[:12], "279146358279") % 11
-    return 1 <= int(text[3:5]) <= 12 and 1 <= int(text[5:7]) <= 31 and (1 if left == 10 else left) == int(text[12])
+    remainder = _weighted(text[:12], "279146358279") % 11
+    return 1 <= int(text[3:5]) <= 12 and 1 <= int(text[5:7]) <= 31 and (1 if remainder == 10 else remainder) == int(text[12])
 
 
 def luhn_any(text: str) -> bool:
@@ -165,8 +165,8 @@ def sg_nric(text: str) -> bool:
     """The letter that follows from the digits."""
     total = _weighted(text[1:8], "2765432") + {"T": 4, "G": 4, "M": 3}.get(text[0], 0)
     letters = {"S": "JZIHGFEDCBA", "T": "JZIHGFEDCBA", "F": "XWUTRQPNMLK", "G": "XWUTRQPNMLK", "M": "XWUTRQPNJLK"}[text[0]]
-    left = total % 11 if text[0] != "M" else 10 - total % 11
-    return letters[left] == text[8]
+    remainder = total % 11 if text[0] != "M" else 10 - total % 11
+    return letters[remainder] == text[8]
 
 
 def gb_nino(text: str) -> bool:
@@ -187,30 +187,30 @@ _ANY_WORD = (
 class Number:
     """A country's number: its form, its check (None: presidio's own), the words that announce it.
 
-    `alone`: a regular expression of the forms that count without such a word; "" is none.
+    `standalone`: a regular expression of the forms that count without such a word; "" is none.
     """
 
     country: str
-    what: str
+    subtype: str
     form: re.Pattern[str]
     check: Callable[[str], bool]
     words: re.Pattern[str]
-    alone: re.Pattern[str] | None
+    standalone: re.Pattern[str] | None
 
 
-def _number(country: str, what: str, form: str, check: Callable[[str], bool], words: str, alone: str = "") -> Number:
+def _number(country: str, subtype: str, form: str, check: Callable[[str], bool], words: str, standalone: str = "") -> Number:
     return Number(
         country,
-        what,
+        subtype,
         re.compile(rf"(?<![\w]){form}(?![\w]|[.-]\d)"),
         check,
         re.compile(rf"(?<![\w])(?:{words}|{_ANY_WORD})", re.IGNORECASE),
-        re.compile(alone) if alone else None,
+        re.compile(standalone) if standalone else None,
     )
 
 
 ANY = r"[\s\S]+"
-OWN = (
+SARTOR_NUMBERS = (
     _number("US", "us_ssn", r"\d{3}([ .\-]?)\d{2}\1\d{4}", us_ssn, r"ssns?\b|social\b|ss#", r"\d{3}-\d\d-\d{4}"),
     _number("FR", "fr_nir", r"[12] ?\d\d ?\d\d ?\d[\dAB] ?\d{3} ?\d{3} ?\d\d", fr_nir, r"nir\b|s[ée]cu|insee", ANY),
     _number("NL", "nl_bsn", r"\d{3}([ .]?)\d{3}\1\d{3}|\d{4}\.\d\d\.\d{3}", nl_bsn, r"bsn\b|burgerservice|sofi"),
@@ -234,7 +234,7 @@ OWN = (
     _number("US", "us_itin", r"9\d\d([ -]?)[5-9]\d\1\d{4}", us_itin, r"itin\b", r"9\d\d-\d\d-"),
 )  # fmt: skip
 # (country, what, presidio's module, words in addition to its own, alone)
-BORROWED = (
+PRESIDIO_NUMBERS = (
     ("AU", "au_tfn", "australia.au_tfn", r"tfn", ""),
     ("AU", "au_medicare", "australia.au_medicare", r"medicare", ""),
     ("CA", "ca_sin", "canada.ca_sin", r"sin\b|social insurance|nas\b", ""),
@@ -257,7 +257,7 @@ BORROWED = (
     ("TR", "tr_id", "turkey.tr_national_id", r"t\.?c\.? ?kimlik|tckn|kimlik", ""),
     ("ZA", "za_id", "south_africa.za_id_number", r"\bid\b|rsa id|south african", ""),
 )  # fmt: skip
-COUNTRIES = tuple(sorted({number.country for number in OWN} | {row[0] for row in BORROWED}))
+COUNTRIES = tuple(sorted({number.country for number in SARTOR_NUMBERS} | {row[0] for row in PRESIDIO_NUMBERS}))
 # a passport's or licence's number after its name: no form of its own that could be checked
 _DOCUMENT = re.compile(
     r"\b(?:passport|reisepass|passeport|pasaporte|passaporto|driver'?s?'? licen[cs]e|driving licen[cs]e"
@@ -271,86 +271,86 @@ _DOCUMENT = re.compile(
 def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiEntity]]:
     """The recogniser for the numbers of `countries`; () is all in COUNTRIES. Raises ExtraError without presidio."""
     wanted = set(countries or COUNTRIES)
-    numbers = [number for number in OWN if number.country in wanted]
-    numbers += [_borrowed(*row) for row in BORROWED if row[0] in wanted]
+    numbers = [number for number in SARTOR_NUMBERS if number.country in wanted]
+    numbers += [_presidio_number(*row) for row in PRESIDIO_NUMBERS if row[0] in wanted]
 
-    def find(sight: NormalizedText) -> Iterator[PiiEntity]:
-        if not sight.numbers:
+    def find(normalized: NormalizedText) -> Iterator[PiiEntity]:
+        if not normalized.numbers:
             return
-        for start, end in _places(sight):
-            before = sight.before(start, 60)
+        for start, end in _places(normalized):
+            before = normalized.before(start, 60)
             for number in numbers:
-                yield from _in_place(sight, start, end, before, number)
-        if sight.has("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis"):
-            for match in _DOCUMENT.finditer(sight.flat):
+                yield from _in_span(normalized, start, end, before, number)
+        if normalized.has("pass", "licen", "führerschein", "fuhrerschein", "pasaporte", "identity card", "ausweis"):
+            for match in _DOCUMENT.finditer(normalized.flat):
                 yield PiiEntity(match.start(1), match.end(1), "national_id", "document", 0.7, _bare(match[1]))
 
     return find
 
 
-def _places(sight: NormalizedText) -> list[tuple[int, int]]:
+def _places(normalized: NormalizedText) -> list[tuple[int, int]]:
     """Spans to look into: runs of digits with the letters beside them, and words of letters and digits; each seen once."""
-    spans = [(_left(sight, start), _right(sight, end)) for start, end in sight.runs]
+    spans = [(_extend_left(normalized, start), _extend_right(normalized, end)) for start, end in normalized.runs]
     starts = [start for start, _ in spans]  # in order, as the runs are
-    for start, end in sight.tokens:
+    for start, end in normalized.tokens:
         before = bisect_right(starts, start) - 1
         if 8 <= end - start <= 24 and (before < 0 or spans[before][1] < end):
             spans.append((start, end))
     return spans
 
 
-def _left(sight: NormalizedText, place: int) -> int:
-    space = 1 if place and sight.at(place - 1) == " " else 0
-    while place - space > 0 and sight.at(place - space - 1).isalnum() and space < 6:
+def _extend_left(normalized: NormalizedText, position: int) -> int:
+    space = 1 if position and normalized.at(position - 1) == " " else 0
+    while position - space > 0 and normalized.at(position - space - 1).isalnum() and space < 6:
         space += 1
-    return place - space
+    return position - space
 
 
-def _right(sight: NormalizedText, place: int) -> int:
-    space = 1 if sight.at(place) in " -+" else 0
-    while sight.at(place + space).isalnum() and space < 6:
+def _extend_right(normalized: NormalizedText, position: int) -> int:
+    space = 1 if normalized.at(position) in " -+" else 0
+    while normalized.at(position + space).isalnum() and space < 6:
         space += 1
-    return place + space
+    return position + space
 
 
-def _in_place(sight: NormalizedText, start: int, end: int, before: str, number: Number) -> Iterator[PiiEntity]:
-    for match in number.form.finditer(sight.flat, start, end):
+def _in_span(normalized: NormalizedText, start: int, end: int, before: str, number: Number) -> Iterator[PiiEntity]:
+    for match in number.form.finditer(normalized.flat, start, end):
         text = match[0]
-        if sight.at(match.end()).isalnum() or sight.at(match.start() - 1).isalnum() or not number.check(text):
+        if normalized.at(match.end()).isalnum() or normalized.at(match.start() - 1).isalnum() or not number.check(text):
             continue
         if match.start() > start:
-            before = sight.before(match.start(), 60)
-        told = number.words.search(before) is not None
-        if told or (number.alone is not None and number.alone.match(text)):
-            score = 0.95 if told else 0.75
-            yield PiiEntity(match.start(), match.end(), "national_id", number.what, score, _bare(text))
+            before = normalized.before(match.start(), 60)
+        is_announced = number.words.search(before) is not None
+        if is_announced or (number.standalone is not None and number.standalone.match(text)):
+            score = 0.95 if is_announced else 0.75
+            yield PiiEntity(match.start(), match.end(), "national_id", number.subtype, score, _bare(text))
 
 
 def _bare(text: str) -> str:
     return re.sub(r"[\W_]", "", text).upper()
 
 
-def _borrowed(country: str, what: str, place: str, words: str, alone: str) -> Number:
+def _presidio_number(country: str, subtype: str, module_path: str, words: str, standalone: str) -> Number:
     """One of presidio's recognisers: its patterns as one, its check, its context words and ours."""
-    presidio = recogniser(f"country_specific.{place}")
+    presidio = recogniser(f"country_specific.{module_path}")
 
     def check(text: str) -> bool:
-        said = presidio.validate_result(text)
-        return said is not False and not presidio.invalidate_result(text)
+        verdict = presidio.validate_result(text)
+        return verdict is not False and not presidio.invalidate_result(text)
 
-    form = _either([pattern.regex for pattern in presidio.patterns], presidio.global_regex_flags)
-    own = [re.escape(word) for word in presidio.context or [] if len(word) > 3]
+    form = _alternation([pattern.regex for pattern in presidio.patterns], presidio.global_regex_flags)
+    context_words = [re.escape(word) for word in presidio.context or [] if len(word) > 3]
     return Number(
         country,
-        what,
+        subtype,
         form,
         check,
-        re.compile(rf"(?<![\w])(?:{'|'.join([words, *own])}|{_ANY_WORD})", re.IGNORECASE),
-        re.compile(alone) if alone else None,
+        re.compile(rf"(?<![\w])(?:{'|'.join([words, *context_words])}|{_ANY_WORD})", re.IGNORECASE),
+        re.compile(standalone) if standalone else None,
     )
 
 
-def _either(patterns: Sequence[str], flags: int) -> Any:
+def _alternation(patterns: Sequence[str], flags: int) -> Any:
     """Patterns of the `regex` module as one: it is what presidio's are written for."""
     import regex
 

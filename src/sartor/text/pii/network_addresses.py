@@ -78,24 +78,24 @@ def is_domain(text: str) -> bool:
     return "." in text and (last in RESERVED or last in top_domains())
 
 
-def emails(sight: NormalizedText) -> Iterator[PiiEntity]:
+def emails(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Addresses with an @ and a domain below a public suffix; written-out ones (`bob [at] example [dot] com`)."""
-    flat = sight.flat
-    place = flat.find("@")
-    while place >= 0:
-        local = _LOCAL.search(sight.before(place, 64))
-        domain = _DOMAIN.match(flat, place + 1)
+    flat = normalized.flat
+    position = flat.find("@")
+    while position >= 0:
+        local = _LOCAL.search(normalized.before(position, 64))
+        domain = _DOMAIN.match(flat, position + 1)
         if local and domain and is_domain(domain[0]):
-            start = place - len(local[0])
+            start = position - len(local[0])
             start += len(local[0]) - len(local[0].lstrip("'`{|}~/=?.&*!#$%^-"))
-            if start < place and not _is_remote(flat, start, place, domain.end()):
+            if start < position and not _is_remote(flat, start, position, domain.end()):
                 text = flat[start : domain.end()]
                 yield PiiEntity(start, domain.end(), "email", "email", 1.0, text.casefold())
-        place = flat.find("@", place + 1)
-    if sight.has(
+        position = flat.find("@", position + 1)
+    if normalized.has(
         " dot ", "dot]", "dot)", "[at]", "(at)", "{at}", "<at>", " punkt ", "[@]", "(@)", " punto ", "(ät)", "[ät]", " point "
     ):
-        yield from _spelt(sight)
+        yield from _spelt(normalized)
 
 
 def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
@@ -105,10 +105,10 @@ def _is_remote(flat: str, start: int, at: int, end: int) -> bool:
     ) is not None
 
 
-def _spelt(sight: NormalizedText) -> Iterator[PiiEntity]:
-    for at in _AT.finditer(sight.flat):
-        before = _SPELT_LOCAL.search(sight.before(at.start(), 100))
-        after = _SPELT_DOMAIN.match(sight.flat, at.end())
+def _spelt(normalized: NormalizedText) -> Iterator[PiiEntity]:
+    for at in _AT.finditer(normalized.flat):
+        before = _SPELT_LOCAL.search(normalized.before(at.start(), 100))
+        after = _SPELT_DOMAIN.match(normalized.flat, at.end())
         if before is None or after is None:
             continue
         bracketed = _BRACKET.search(at[0]) is not None
@@ -118,14 +118,14 @@ def _spelt(sight: NormalizedText) -> Iterator[PiiEntity]:
         while not is_domain(domain) and domain.count(".") > 1:
             domain = domain.rpartition(".")[0]
         start = at.start() - len(before[0])
-        score = 0.9 if bracketed else _meant(sight, start, local)
+        score = 0.9 if bracketed else _mailbox_score(normalized, start, local)
         if score and is_domain(domain):
             yield PiiEntity(start, _end_of(after, domain), "email", "email_spelt", score, f"{local}@{domain}".casefold())
 
 
-def _meant(sight: NormalizedText, start: int, local: str) -> float:
+def _mailbox_score(normalized: NormalizedText, start: int, local: str) -> float:
     """How sure it is that what stands before a bare "at" is a mailbox: 0 for a verb ("look at ...") or "a designer at ..."."""
-    before = sight.before(start, 60)
+    before = normalized.before(start, 60)
     if not any(sign.isalpha() for sign in local) or NOT_A_NAME.fullmatch(local.rpartition(".")[2]):
         return 0.0
     if any(sign in local for sign in "._0123456789") or _MAIL_WORD.search(before):
@@ -141,16 +141,16 @@ def _end_of(match: re.Match[str], domain: str) -> int:
     return end
 
 
-def ip_addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
+def ip_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """IPv4 and IPv6 addresses, but no masks, loopbacks, version or section numbers."""
-    for start, end in sight.numbers:
-        match = _IPV4.match(sight.flat, start) if sight.at(end) == "." else None
+    for start, end in normalized.numbers:
+        match = _IPV4.match(normalized.flat, start) if normalized.at(end) == "." else None
         if match:
-            before = sight.before(start, 40)
+            before = normalized.before(start, 40)
             if not _NOT_IP.search(before) and _is_meant_v4(match[0], before):
                 yield PiiEntity(start, match.end(), "ip_address", "ipv4", 0.8, match[0])
-    if sight.numbers and _COLONS.search(sight.flat):
-        for match in _IPV6.finditer(sight.flat):
+    if normalized.numbers and _COLONS.search(normalized.flat):
+        for match in _IPV6.finditer(normalized.flat):
             address = _v6(match[0])
             if address:
                 yield PiiEntity(match.start(), match.end(), "ip_address", "ipv6", 0.9, address)
@@ -173,12 +173,12 @@ def _v6(text: str) -> str:
     return "" if address.is_loopback or address.is_unspecified else str(address)
 
 
-def mac_addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
+def mac_addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Six bytes in hexadecimal with `:` or `-`, or three groups of four with dots; not the broadcast address nor zeros."""
-    if not any(middle.search(sight.flat) for middle in _MAC_MIDDLES):
+    if not any(middle.search(normalized.flat) for middle in _MAC_MIDDLES):
         return
-    for match in _MAC.finditer(sight.flat):
+    for match in _MAC.finditer(normalized.flat):
         value = re.sub(r"[:.-]", "", match[0]).lower()
-        sure = "." not in match[0] or not value.isdigit() or "mac" in sight.before(match.start(), 24).lower()
-        if sure and value not in ("0" * 12, "f" * 12):
+        is_sure = "." not in match[0] or not value.isdigit() or "mac" in normalized.before(match.start(), 24).lower()
+        if is_sure and value not in ("0" * 12, "f" * 12):
             yield PiiEntity(match.start(), match.end(), "mac_address", "mac", 0.95, value)

@@ -69,27 +69,27 @@ def is_iban(text: str) -> bool:
     return int("".join(str(int(sign, 36)) for sign in text[4:] + text[:4])) % 97 == 1
 
 
-def cards(sight: NormalizedText) -> Iterator[PiiEntity]:
+def cards(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Card numbers, written in one, in groups or digit by digit."""
-    for start, end in sight.runs:
+    for start, end in normalized.runs:
         if end - start < 13:
             continue
-        start, end = _apart(sight, start, end)
-        for groups in _even_groups(sight.flat, start, end):
-            for first, last in _card_in(sight.flat, groups):
-                number = digits(sight.flat[first:last])
+        start, end = _trimmed(normalized, start, end)
+        for groups in _even_groups(normalized.flat, start, end):
+            for first, last in _card_in(normalized.flat, groups):
+                number = digits(normalized.flat[first:last])
                 # 13 digits from a 4 on are barcodes (EAN) more often than Visa's old numbers
-                old = len(number) == 13 and not _CARD_WORD.search(sight.before(first))
+                old = len(number) == 13 and not _CARD_WORD.search(normalized.before(first))
                 yield PiiEntity(first, last, "credit_card", "card_number", 0.3 if old else 0.95, number)
 
 
-def _apart(sight: NormalizedText, start: int, end: int) -> Span:
+def _trimmed(normalized: NormalizedText, start: int, end: int) -> Span:
     """A run without a group at either end that is part of a word, if a space parts it from the others (`invoice2 4111...`)."""
-    if sight.at(start - 1).isalnum():
-        space = sight.flat.find(" ", start, end)
+    if normalized.at(start - 1).isalnum():
+        space = normalized.flat.find(" ", start, end)
         start = end if space < 0 else space + 1
-    if sight.at(end).isalnum():
-        end = max(start, sight.flat.rfind(" ", start, end))
+    if normalized.at(end).isalnum():
+        end = max(start, normalized.flat.rfind(" ", start, end))
     return start, end
 
 
@@ -109,12 +109,12 @@ def _card_in(flat: str, groups: list[Span]) -> Iterator[Span]:
     if 13 <= len(number) <= 19 and is_card(number):
         yield groups[0][0], groups[-1][1]
         return
-    place = 0
-    while place < len(groups):
-        found = next((last for last in range(min(place + 5, len(groups)), place, -1) if _usual(flat, groups[place:last])), 0)
-        if found:
-            yield groups[place][0], groups[found - 1][1]
-        place = found or place + 1
+    first = 0
+    while first < len(groups):
+        stop = next((last for last in range(min(first + 5, len(groups)), first, -1) if _usual(flat, groups[first:last])), 0)
+        if stop:
+            yield groups[first][0], groups[stop - 1][1]
+        first = stop or first + 1
 
 
 def _usual(flat: str, groups: list[Span]) -> bool:
@@ -124,19 +124,19 @@ def _usual(flat: str, groups: list[Span]) -> bool:
     return is_card("".join(flat[start:end] for start, end in groups))
 
 
-def ibans(sight: NormalizedText) -> Iterator[PiiEntity]:
+def ibans(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """IBANs whose length and check digits are right."""
-    for start, end in sight.numbers:
-        start -= 3 if sight.at(start - 1) == " " else 2
-        if end - start < 4 or start < 0 or sight.flat[start : start + 2].upper() not in IBAN_LENGTHS:
+    for start, end in normalized.numbers:
+        start -= 3 if normalized.at(start - 1) == " " else 2
+        if end - start < 4 or start < 0 or normalized.flat[start : start + 2].upper() not in IBAN_LENGTHS:
             continue
-        match = _IBAN.match(sight.flat, start)
+        match = _IBAN.match(normalized.flat, start)
         if match is None:
             continue
-        places = [index for index, sign in enumerate(match[0]) if sign.isalnum()]
-        text = "".join(match[0][place] for place in places[: IBAN_LENGTHS[match[0][:2].upper()]])
-        end = start + places[len(text) - 1] + 1
-        if is_iban(text) and not sight.at(end).isalnum() and _is_written_as_one(sight.flat[start:end]):
+        positions = [index for index, sign in enumerate(match[0]) if sign.isalnum()]
+        text = "".join(match[0][position] for position in positions[: IBAN_LENGTHS[match[0][:2].upper()]])
+        end = start + positions[len(text) - 1] + 1
+        if is_iban(text) and not normalized.at(end).isalnum() and _is_written_as_one(normalized.flat[start:end]):
             yield PiiEntity(start, end, "iban", f"iban_{text[:2].lower()}", 1.0, text.upper())
 
 
@@ -159,10 +159,10 @@ def base58_checked(text: str) -> bool:
     return hashlib.sha256(hashlib.sha256(raw[:-4]).digest()).digest()[:4] == raw[-4:]
 
 
-def wallets(sight: NormalizedText) -> Iterator[PiiEntity]:
+def wallets(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Addresses of Bitcoin and its kin (Base58Check, Bech32 by presidio's recogniser) and of Ethereum (by form alone)."""
-    for start, end in sight.tokens:
-        text = sight.flat[start:end]
+    for start, end in normalized.tokens:
+        text = normalized.flat[start:end]
         if len(text) < 26:
             continue
         if _BASE58.fullmatch(text) and base58_checked(text):

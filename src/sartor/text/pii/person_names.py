@@ -44,10 +44,10 @@ _NO_NAME = re.compile(
 )
 
 
-def people(sight: NormalizedText) -> Iterator[PiiEntity]:
+def people(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Names that are introduced, addressed with a title, or signed with."""
-    flat = sight.flat
-    if sight.has(
+    flat = normalized.flat
+    if normalized.has(
         "name",
         "call",
         "heiße",
@@ -71,7 +71,7 @@ def people(sight: NormalizedText) -> Iterator[PiiEntity]:
             yield from _person(match, "introduced", 0.8)
         for match in _NAME_IS.finditer(flat):
             yield from _person(match, "introduced", 0.6)
-    if sight.has(
+    if normalized.has(
         "mr",
         "ms",
         "miss",
@@ -94,15 +94,15 @@ def people(sight: NormalizedText) -> Iterator[PiiEntity]:
     ):
         for match in _TITLED.finditer(flat):
             yield from _person(match, "titled", 0.7)
-    if sight.has("speaking", "here", "calling", "from", "apparat"):
+    if normalized.has("speaking", "here", "calling", "from", "apparat"):
         for match in _SPEAKING.finditer(flat):
             yield from _person(match, "introduced", 0.6)
 
 
-def _person(match: re.Match[str], what: str, score: float) -> Iterator[PiiEntity]:
+def _person(match: re.Match[str], subtype: str, score: float) -> Iterator[PiiEntity]:
     """The name up to the first word that is none: `Dr. Doolittle Or why ...`."""
     words = match[1].split(" ")
-    names = list(itertools.takewhile(lambda one: not _NO_NAME.fullmatch(one.strip(".,")), words))
+    names = list(itertools.takewhile(lambda word: not _NO_NAME.fullmatch(word.strip(".,")), words))
     if names:
         name = " ".join(names)
-        yield PiiEntity(match.start(1), match.start(1) + len(name), "person", what, score, name.casefold())
+        yield PiiEntity(match.start(1), match.start(1) + len(name), "person", subtype, score, name.casefold())

@@ -78,70 +78,80 @@ def opener(countries: Sequence[str]) -> Callable[[NormalizedText], Iterable[PiiE
     regions = [country for country in countries if country in phonenumbers.SUPPORTED_REGIONS] or REGIONS
     nanp = bool({"US", "CA"} & set(regions))
 
-    def find(sight: NormalizedText) -> Iterator[PiiEntity]:
-        if sight.runs:
-            yield from _abroad(sight, phonenumbers)
-            yield from _national(sight, phonenumbers, regions, nanp)
+    def find(normalized: NormalizedText) -> Iterator[PiiEntity]:
+        if normalized.runs:
+            yield from _abroad(normalized, phonenumbers)
+            yield from _national(normalized, phonenumbers, regions, nanp)
 
     return find
 
 
-def _abroad(sight: NormalizedText, library: Any) -> Iterator[PiiEntity]:
-    for match in _ABROAD.finditer(sight.flat):
+def _abroad(normalized: NormalizedText, library: Any) -> Iterator[PiiEntity]:
+    for match in _ABROAD.finditer(normalized.flat):
         text = match[0]
         number = digits(re.sub(r"[a-z].*", "", text, flags=re.IGNORECASE)).removeprefix("00")
         if not 8 <= len(number) <= 15 or len(set(number)) < 3:
             continue
-        told = _told(sight, match.start())
+        evidence = _context_evidence(normalized, match.start())
         parsed = _parsed("+" + number, None, library)
-        sure = parsed is not None and library.is_valid_number(parsed)
+        is_valid = parsed is not None and library.is_valid_number(parsed)
         plus = "+" in text
-        if told < 0 and not plus:
+        if evidence < 0 and not plus:
             continue
-        score = 0.95 if sure and plus else 0.8 if sure else 0.65 if plus and _in_groups(text) else 0.6 if told > 0 else 0.4
+        score = (
+            0.95
+            if is_valid and plus
+            else 0.8
+            if is_valid
+            else 0.65
+            if plus and _in_groups(text)
+            else 0.6
+            if evidence > 0
+            else 0.4
+        )
         yield PiiEntity(match.start(), match.end(), "phone", "international", score, _value(parsed, number, library))
 
 
-def _national(sight: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
-    yield from _by_form(sight, library, regions, nanp)
-    for start, end in sight.runs:
-        match = _ANY.match(sight.flat, start - (sight.at(start - 1) == "("), end + 8)
-        told = _told(sight, match.start()) if match else 0
-        if match is None or told <= 0 or _is_date(match[0]) or _is_sum(match[0]):
+def _national(normalized: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
+    yield from _by_form(normalized, library, regions, nanp)
+    for start, end in normalized.runs:
+        match = _ANY.match(normalized.flat, start - (normalized.at(start - 1) == "("), end + 8)
+        evidence = _context_evidence(normalized, match.start()) if match else 0
+        if match is None or evidence <= 0 or _is_date(match[0]) or _is_sum(match[0]):
             continue
         number = digits(match[0])
-        near = told > 1 or _perhaps_directly(sight, match.start())
-        if (7 if near else 8) <= len(number) <= 15 and len(set(number)) > 2:
-            yield _finding(sight, match, "after_its_name", 0.6, library, regions)
+        is_near = evidence > 1 or _perhaps_directly(normalized, match.start())
+        if (7 if is_near else 8) <= len(number) <= 15 and len(set(number)) > 2:
+            yield _finding(normalized, match, "after_its_name", 0.6, library, regions)
 
 
-def _by_form(sight: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
+def _by_form(normalized: NormalizedText, library: Any, regions: Sequence[str], nanp: bool) -> Iterator[PiiEntity]:
     if nanp:
-        for match in _NANP.finditer(sight.flat):
-            if _told(sight, match.start()) >= 0 and not _is_date(match[0]):
-                yield _finding(sight, match, "north_american", 0.75, library, ["US"])
-        for match in _SHORT.finditer(sight.flat):
-            if _told(sight, match.start()) > (" " in match[0]):  # "contact: 108 2011" is a room and a year
-                yield _finding(sight, match, "local", 0.55, library, [])
-    for match in _TRUNK.finditer(sight.flat):
+        for match in _NANP.finditer(normalized.flat):
+            if _context_evidence(normalized, match.start()) >= 0 and not _is_date(match[0]):
+                yield _finding(normalized, match, "north_american", 0.75, library, ["US"])
+        for match in _SHORT.finditer(normalized.flat):
+            if _context_evidence(normalized, match.start()) > (" " in match[0]):  # "contact: 108 2011" is a room and a year
+                yield _finding(normalized, match, "local", 0.55, library, [])
+    for match in _TRUNK.finditer(normalized.flat):
         number = digits(match[0])
-        told = _told(sight, match.start())
-        if 8 <= len(number) <= 17 and told >= 0 and not _is_date(match[0]):
-            finding = _finding(sight, match, "national", 0.7, library, regions)
-            if told > 0 or finding.value.startswith("+") or len(number) in (10, 11):
+        evidence = _context_evidence(normalized, match.start())
+        if 8 <= len(number) <= 17 and evidence >= 0 and not _is_date(match[0]):
+            finding = _finding(normalized, match, "national", 0.7, library, regions)
+            if evidence > 0 or finding.value.startswith("+") or len(number) in (10, 11):
                 yield finding
 
 
 def _finding(
-    sight: NormalizedText, match: re.Match[str], what: str, score: float, library: Any, regions: Sequence[str]
+    normalized: NormalizedText, match: re.Match[str], subtype: str, score: float, library: Any, regions: Sequence[str]
 ) -> PiiEntity:
     plain = re.sub(r"[A-Za-z].*", "", match[0])
     for region in regions:
         parsed = _parsed(plain, region, library)
         if parsed is not None and library.is_valid_number(parsed):
-            score = min(1.0, score + (0.15 if _told(sight, match.start()) > 0 else 0.05))
-            return PiiEntity(match.start(), match.end(), "phone", what, score, _value(parsed, "", library))
-    return PiiEntity(match.start(), match.end(), "phone", what, score, digits(plain).lstrip("0"))
+            score = min(1.0, score + (0.15 if _context_evidence(normalized, match.start()) > 0 else 0.05))
+            return PiiEntity(match.start(), match.end(), "phone", subtype, score, _value(parsed, "", library))
+    return PiiEntity(match.start(), match.end(), "phone", subtype, score, digits(plain).lstrip("0"))
 
 
 def _parsed(text: str, region: str | None, library: Any) -> Any:
@@ -169,24 +179,24 @@ def _is_date(text: str) -> bool:
     return _DATE.match(text.lstrip("(")) is not None
 
 
-def _told(sight: NormalizedText, place: int) -> int:
+def _context_evidence(normalized: NormalizedText, position: int) -> int:
     """What the nearest word before says: 2 that it is a phone number, 1 that it may be one, -1 another number, 0 nothing."""
-    before = sight.before(place, 56)
-    sure = _last(_SURE, before)
-    perhaps = _last(_PERHAPS, before)
-    no = _last(_NO, before)
-    if no >= max(sure, perhaps) and no >= 0:
-        if _NUMBERED.search(before[max(0, no - 2) : no]) and sure >= 0 and no - sure < 8:
+    before = normalized.before(position, 56)
+    sure_end = _last(_SURE, before)
+    perhaps_end = _last(_PERHAPS, before)
+    other_end = _last(_NO, before)
+    if other_end >= max(sure_end, perhaps_end) and other_end >= 0:
+        if _NUMBERED.search(before[max(0, other_end - 2) : other_end]) and sure_end >= 0 and other_end - sure_end < 8:
             return 2  # "Tel. Nr."
-        return -1 if len(before) - no < 24 else 0
-    if sure >= 0:
+        return -1 if len(before) - other_end < 24 else 0
+    if sure_end >= 0:
         return 2
-    return 1 if perhaps >= 0 and len(before) - perhaps < 28 else 0
+    return 1 if perhaps_end >= 0 and len(before) - perhaps_end < 28 else 0
 
 
-def _perhaps_directly(sight: NormalizedText, place: int) -> bool:
+def _perhaps_directly(normalized: NormalizedText, position: int) -> bool:
     """Whether a word that may announce a phone number is the last one before, but for "me", "at", "on"."""
-    before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", sight.before(place, 40))
+    before = re.sub(r"(?: (?:me|us|him|her|them|at|on|under|back|now))+ $", " ", normalized.before(position, 40))
     return _last(_PERHAPS, before) >= len(before) - 2
 
 

@@ -181,94 +181,101 @@ _BIRTH_WORDS = ("born", "birth", "d.o.b", "dob", "geb", "né", "nee le", "ne le"
 _THIS_YEAR = datetime.date.today().year
 
 
-def addresses(sight: NormalizedText) -> Iterator[PiiEntity]:
+def addresses(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Streets with a house number, with the town where it follows; British postcodes; boxes at a post office."""
-    flat = sight.flat
-    for start, end in sight.numbers:
-        before = sight.at(start - 1)
-        if end - start <= 6 and before not in ".,$€£#-" and sight.at(end) in " ,-abcdefABCDEF":
-            yield from _number_first(sight, start)
+    flat = normalized.flat
+    for start, end in normalized.numbers:
+        before = normalized.at(start - 1)
+        if end - start <= 6 and before not in ".,$€£#-" and normalized.at(end) in " ,-abcdefABCDEF":
+            yield from _number_first(normalized, start)
         if before == " " or flat[max(0, start - 2) : start] == "nº":
-            yield from _street_first(sight, start)
-        if end - start == 1 and sight.at(end).isupper():
+            yield from _street_first(normalized, start)
+        if end - start == 1 and normalized.at(end).isupper():
             match = _POSTCODE.search(flat, max(0, start - 5), end + 3)
             if match and match.end() == end + 2:
                 spaced = " " in match[0]
                 if len(match[0]) >= 6:
                     yield _address(
-                        sight, match, "postcode_british", 0.65 if spaced else 0.5 if _home(sight, match.start()) else 0.3
+                        normalized,
+                        match,
+                        "postcode_british",
+                        0.65 if spaced else 0.5 if _home(normalized, match.start()) else 0.3,
                     )
 
 
-def _number_first(sight: NormalizedText, start: int) -> Iterator[PiiEntity]:
-    if sight.at(start - 1).isalnum():
+def _number_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]:
+    if normalized.at(start - 1).isalnum():
         return
-    match = _ENGLISH.match(sight.flat, start)
+    match = _ENGLISH.match(normalized.flat, start)
     if match:
         # "12 Wall Street analysts": where a word goes on, somebody must live there
-        if _is_no_street(match, sight):
+        if _is_no_street(match, normalized):
             return
-        sure = _home(sight, start) or (not _SHORT_WAYS.fullmatch(match["way"]) and not _GOES_ON.match(sight.flat, match.end()))
-        yield _address(sight, match, "street_english", 0.9 if match["town"] else 0.65 if sure else 0.45)
-    match = _FRENCH.match(sight.flat, start)
+        is_sure = _home(normalized, start) or (
+            not _SHORT_WAYS.fullmatch(match["way"]) and not _GOES_ON.match(normalized.flat, match.end())
+        )
+        yield _address(normalized, match, "street_english", 0.9 if match["town"] else 0.65 if is_sure else 0.45)
+    match = _FRENCH.match(normalized.flat, start)
     if match and not _YEAR_COMMA.match(match[0]):
-        sure = match["way"].lower() in ("rue", "avenue", "boulevard") or _home(sight, start)
-        yield _address(sight, match, "street_french", 0.9 if match["town"] else 0.65 if sure else 0.4)
+        is_sure = match["way"].lower() in ("rue", "avenue", "boulevard") or _home(normalized, start)
+        yield _address(normalized, match, "street_french", 0.9 if match["town"] else 0.65 if is_sure else 0.4)
 
 
-def _is_no_street(match: re.Match[str], sight: NormalizedText) -> bool:
+def _is_no_street(match: re.Match[str], normalized: NormalizedText) -> bool:
     """Courts and saints: `131 S. Ct. 2507`, `2017, Judge Amy J. St. Eve`."""
     words = match[0][: match.start("way") - match.start()].split()[1:]
     if all(
         word.endswith(".") or word[0].isdigit() and match["way"] in ("Cir", "Ct", "Dr") for word in words
     ) or _YEAR_COMMA.match(match[0]):
         return True
-    return match["way"] in ("St", "Ct") and not match["town"] and _SAINT.match(sight.flat, match.end("way")) is not None
+    return match["way"] in ("St", "Ct") and not match["town"] and _SAINT.match(normalized.flat, match.end("way")) is not None
 
 
-def _street_first(sight: NormalizedText, start: int) -> Iterator[PiiEntity]:
-    window = sight.before(start, 90)
-    known = _WAY_BEFORE.search(window) is not None
-    if not known and not (_ANY_WORD.search(window) and _ANY_NUMBER.match(sight.flat, start)):
+def _street_first(normalized: NormalizedText, start: int) -> Iterator[PiiEntity]:
+    window = normalized.before(start, 90)
+    has_way = _WAY_BEFORE.search(window) is not None
+    if not has_way and not (_ANY_WORD.search(window) and _ANY_NUMBER.match(normalized.flat, start)):
         return
-    for what, street, number, with_town, alone in BEFORE:
+    for subtype, street, number, town_score, no_town_score in BEFORE:
         before = street.search(window)
-        match = number.match(sight.flat, start) if before else None
+        match = number.match(normalized.flat, start) if before else None
         if before is None or match is None:
             continue
         first = start - (len(window) - before.start())
-        score = with_town if match.groupdict().get("town") else alone
-        if what == "street" and not any(sign.islower() for sign in before[0]):
+        score = town_score if match.groupdict().get("town") else no_town_score
+        if subtype == "street" and not any(sign.islower() for sign in before[0]):
             continue  # `ISO 9001, ISO 14001`
-        if (what == "street_german" and _DE_SURE.search(before[0])) or (what == "street_dutch" and _NL_SURE.search(before[0])):
+        if (subtype == "street_german" and _DE_SURE.search(before[0])) or (
+            subtype == "street_dutch" and _NL_SURE.search(before[0])
+        ):
             score = max(score, 0.65)
-        elif what == "street_german" and not _DE_WORD.search(before[0]):
+        elif subtype == "street_german" and not _DE_WORD.search(before[0]):
             continue
-        yield _finding(sight, first, match.end(), what, score, score == with_town)
+        yield _finding(normalized, first, match.end(), subtype, score, score == town_score)
 
 
-def _home(sight: NormalizedText, place: int) -> bool:
-    return _HOME.search(sight.before(place, 32)) is not None
+def _home(normalized: NormalizedText, position: int) -> bool:
+    return _HOME.search(normalized.before(position, 32)) is not None
 
 
-def _address(sight: NormalizedText, match: re.Match[str], what: str, score: float) -> PiiEntity:
-    return _finding(sight, match.start(), match.end(), what, score, bool(match.groupdict().get("town")))
+def _address(normalized: NormalizedText, match: re.Match[str], subtype: str, score: float) -> PiiEntity:
+    return _finding(normalized, match.start(), match.end(), subtype, score, bool(match.groupdict().get("town")))
 
 
-def _finding(sight: NormalizedText, start: int, end: int, what: str, score: float, has_town: bool) -> PiiEntity:
+def _finding(normalized: NormalizedText, start: int, end: int, subtype: str, score: float, has_town: bool) -> PiiEntity:
     """The address without marks at its end; with the town where that stands before its code."""
-    tail = None if has_town else _TAIL.match(sight.flat, end)
+    tail = None if has_town else _TAIL.match(normalized.flat, end)
     if tail:
         end, score = tail.end(), max(score, 0.85)
-    text = sight.flat[start:end].rstrip(" ,\n")
-    return PiiEntity(start, start + len(text), "address", what, score, " ".join(text.casefold().split()))
+    text = normalized.flat[start:end].rstrip(" ,\n")
+    return PiiEntity(start, start + len(text), "address", subtype, score, " ".join(text.casefold().split()))
 
 
-def birth_dates(sight: NormalizedText) -> Iterator[PiiEntity]:
+def birth_dates(normalized: NormalizedText) -> Iterator[PiiEntity]:
     """Dates after a word for birth. Of people who may be alive: a year before 1900 is history."""
-    if not sight.numbers or not sight.has(*_BIRTH_WORDS):
+    if not normalized.numbers or not normalized.has(*_BIRTH_WORDS):
         return
-    for match in _BORN.finditer(sight.flat):
+    for match in _BORN.finditer(normalized.flat):
         year = next(value for name, value in match.groupdict().items() if value)
         if len(year) == 2 or 1900 <= int(year) <= _THIS_YEAR:
             yield PiiEntity(match.start(1), match.end(1), "birth_date", "birth_date", 0.85, match[1].casefold())

@@ -33,11 +33,11 @@ PARTS = {
     "pattern_recognizer": "PatternRecognizer",
 }
 _lock = threading.Lock()
-_held: dict[str, types.ModuleType] = {}  # the emptied presidio and its modules, between two calls
+_presidio_modules: dict[str, types.ModuleType] = {}  # the emptied presidio and its modules, between two calls
 
 
 @cache
-def recogniser(place: str) -> Any:
+def recogniser(module_path: str) -> Any:
     """An instance of the PatternRecognizer in a module below `predefined_recognizers` (`country_specific.us.us_itin`).
 
     Raises ExtraError where presidio is not installed.
@@ -46,13 +46,13 @@ def recogniser(place: str) -> Any:
     if spec is None or not spec.submodule_search_locations:
         raise missing_package(ROOT)
     with _lock, _bare(Path(list(spec.submodule_search_locations)[0])):
-        name = f"{ROOT}.predefined_recognizers.{place}_recognizer"
+        name = f"{ROOT}.predefined_recognizers.{module_path}_recognizer"
         package = name.rpartition(".")[0]
         if package not in sys.modules:
             _empty(package, Path(spec.submodule_search_locations[0], *package.split(".")[1:]))
         module = importlib.import_module(name)
-    (found,) = (item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name)
-    return found()
+    (recogniser_class,) = (item for item in vars(module).values() if isinstance(item, type) and item.__module__ == name)
+    return recogniser_class()
 
 
 @contextmanager
@@ -60,8 +60,8 @@ def _bare(folder: Path) -> Iterator[None]:
     """presidio's package emptied of all but what a PatternRecognizer needs, while inside."""
     whole = _taken_out()
     try:
-        sys.modules.update(_held)
-        if not _held:
+        sys.modules.update(_presidio_modules)
+        if not _presidio_modules:
             root = _empty(ROOT, folder)
             for package in PACKAGES:
                 _empty(f"{ROOT}.{package}", folder.joinpath(*package.split(".")))
@@ -69,7 +69,7 @@ def _bare(folder: Path) -> Iterator[None]:
                 setattr(root, name, getattr(importlib.import_module(f"{ROOT}.{part}"), name))
         yield
     finally:
-        _held.update(_taken_out())
+        _presidio_modules.update(_taken_out())
         sys.modules.update(whole)
 
 

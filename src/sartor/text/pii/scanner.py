@@ -52,16 +52,16 @@ class Allowed:
     patterns: tuple[re.Pattern[str], ...]
 
     @classmethod
-    def of(cls, said: Sequence[str], recognisers: Iterable[Recogniser]) -> Allowed:
+    def of(cls, entries: Sequence[str], recognisers: Iterable[Recogniser]) -> Allowed:
         """Raises ConfigError for a regular expression that does not compile."""
         values: set[str] = set()
         patterns = []
         recognisers = list(recognisers)
-        for item in said:
+        for item in entries:
             if len(item) > 2 and item[0] == item[-1] == "/":
                 patterns.append(_compiled(item))
                 continue
-            values |= {_plain(item), *(found.value for find in recognisers for found in find(normalize(item)))}
+            values |= {_plain(item), *(finding.value for find in recognisers for finding in find(normalize(item)))}
         return cls(frozenset(values), tuple(patterns))
 
     def holds(self, finding: PiiEntity, text: str) -> bool:
@@ -73,12 +73,12 @@ class Allowed:
         )
 
 
-def _compiled(one: str) -> re.Pattern[str]:
+def _compiled(expression: str) -> re.Pattern[str]:
     try:
-        return re.compile(one[1:-1], re.IGNORECASE)
+        return re.compile(expression[1:-1], re.IGNORECASE)
     except re.error as error:
         raise ConfigError(
-            f"allow: {one!r} is no regular expression: {error}", "mend it, or write the value without slashes"
+            f"allow: {expression!r} is no regular expression: {error}", "mend it, or write the value without slashes"
         ) from None
 
 
@@ -102,64 +102,68 @@ class Scanner:
 
         What was masked before is left alone. A finding ends at a BREAK.
         """
-        sight = normalize(text, escapes=escapes)
-        found = [item for find in self._recognisers for item in find(sight) if item.score >= self._min_score]
-        if not found:
+        normalized = normalize(text, escapes=escapes)
+        findings = [finding for find in self._recognisers for finding in find(normalized) if finding.score >= self._min_score]
+        if not findings:
             return []
-        found = outside_placeholders(found, sight.flat)
+        findings = outside_placeholders(findings, normalized.flat)
         if self._allowed is not None:
-            found = [one for one in found if not self._allowed.holds(one, sight.flat[one.start : one.end])]
-        found = resolve_overlaps(_cut(found, sight.flat))
-        echoes = outside_placeholders(list(_elsewhere(found, sight)), sight.flat)
-        found = resolve_overlaps([*found, *echoes]) if echoes else found
-        return [sight.in_source(one) for one in _of_one_value(found, sight.flat)]
+            findings = [
+                finding
+                for finding in findings
+                if not self._allowed.holds(finding, normalized.flat[finding.start : finding.end])
+            ]
+        findings = resolve_overlaps(_cut(findings, normalized.flat))
+        echoes = outside_placeholders(list(_echoes(findings, normalized)), normalized.flat)
+        findings = resolve_overlaps([*findings, *echoes]) if echoes else findings
+        return [normalized.in_source(finding) for finding in _of_one_value(findings, normalized.flat)]
 
 
-def _of_one_value(found: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
+def _of_one_value(findings: list[PiiEntity], flat: str) -> Iterator[PiiEntity]:
     """The findings, of which those of the same digits have the same value: a number may be valid in a region or in none."""
     values: dict[tuple[str, str], str] = {}
-    for item in found:
-        text = flat[item.start : item.end]
-        by_digits = item.entity in BY_DIGITS and not any(sign.isalpha() for sign in text)
-        value = values.setdefault((item.entity, digits(text)), item.value) if by_digits else item.value
-        yield item if value == item.value else replace(item, value=value)
+    for finding in findings:
+        text = flat[finding.start : finding.end]
+        by_digits = finding.entity in BY_DIGITS and not any(sign.isalpha() for sign in text)
+        value = values.setdefault((finding.entity, digits(text)), finding.value) if by_digits else finding.value
+        yield finding if value == finding.value else replace(finding, value=value)
 
 
-def _cut(found: list[PiiEntity], flat: str) -> list[PiiEntity]:
+def _cut(findings: list[PiiEntity], flat: str) -> list[PiiEntity]:
     """Findings that end where their field does."""
     return [
-        replace(item, end=item.start + at) if (at := flat[item.start : item.end].find(BREAK)) > 0 else item
-        for item in found
-        if not flat.startswith(BREAK, item.start)
+        replace(finding, end=finding.start + at) if (at := flat[finding.start : finding.end].find(BREAK)) > 0 else finding
+        for finding in findings
+        if not flat.startswith(BREAK, finding.start)
     ]
 
 
-def _elsewhere(found: list[PiiEntity], sight: NormalizedText) -> Iterator[PiiEntity]:
+def _echoes(findings: list[PiiEntity], normalized: NormalizedText) -> Iterator[PiiEntity]:
     """The values that were found, at the other places where nothing around them says what they are."""
     by_number: dict[str, PiiEntity] = {}
-    spelt: dict[str, PiiEntity] = {}
-    for item in found:
-        text = sight.flat[item.start : item.end]
-        if item.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
-            by_number.setdefault(digits(text), item)
-        if item.entity in BY_CONTEXT:
-            spelt |= {said: item for said in _spellings(item, text) if said not in spelt}
-    for start, end in sight.runs if by_number else ():
-        same = by_number.get(digits(sight.flat[start:end]))
-        if same is not None:
-            yield _echo(same, start, end)
-    for said, start, end in _places_of(spelt, sight.flat):
-        yield _echo(spelt[said], start, end)
+    by_spelling: dict[str, PiiEntity] = {}
+    for finding in findings:
+        text = normalized.flat[finding.start : finding.end]
+        if finding.entity in BY_DIGITS and not any(sign.isalpha() for sign in text):
+            by_number.setdefault(digits(text), finding)
+        if finding.entity in BY_CONTEXT:
+            by_spelling |= {spelling: finding for spelling in _spellings(finding, text) if spelling not in by_spelling}
+    for start, end in normalized.runs if by_number else ():
+        original = by_number.get(digits(normalized.flat[start:end]))
+        if original is not None:
+            yield _echo(original, start, end)
+    for spelling, start, end in _occurrences(by_spelling, normalized.flat):
+        yield _echo(by_spelling[spelling], start, end)
 
 
-def _places_of(spelt: Mapping[str, PiiEntity], flat: str) -> Iterator[tuple[str, int, int]]:
-    if len(spelt) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
-        yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in spelt)
+def _occurrences(by_spelling: Mapping[str, PiiEntity], flat: str) -> Iterator[tuple[str, int, int]]:
+    if len(by_spelling) > MANY:  # a dump of values: one pass over the words, instead of one over the text for each value
+        yield from ((match[0], *match.span()) for match in _WORD.finditer(flat) if match[0] in by_spelling)
         return
-    for said, one in spelt.items():
-        if flat.count(said) > (said == flat[one.start : one.end]):
-            for match in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", flat):
-                yield said, match.start(), match.end()
+    for spelling, finding in by_spelling.items():
+        if flat.count(spelling) > (spelling == flat[finding.start : finding.end]):
+            for match in re.finditer(rf"(?<!\w){re.escape(spelling)}(?!\w)", flat):
+                yield spelling, match.start(), match.end()
 
 
 def _echo(finding: PiiEntity, start: int, end: int) -> PiiEntity:
@@ -169,7 +173,7 @@ def _echo(finding: PiiEntity, start: int, end: int) -> PiiEntity:
 
 def _spellings(finding: PiiEntity, text: str) -> list[str]:
     """What to look for elsewhere: of a name also its parts; nothing too short to be told from other words."""
-    if finding.entity != "person" or finding.what != "introduced":
+    if finding.entity != "person" or finding.subtype != "introduced":
         return [text] if len(text) >= 4 else []
     parts = [part for part in text.split() if len(part) >= 3 and part[0].isupper() and not NAMES_AND_WORDS.fullmatch(part)]
     return [text, *parts] if len(text) >= 3 and not NAMES_AND_WORDS.fullmatch(text) else parts

@@ -29,42 +29,44 @@ _CHANGED: dict[int | str, dict[str, Any]] = {200: {"model": dict[str, Any], "des
 @router.get("/v1/agents", responses={200: {"model": AgentsAnswer}})
 async def agents(request: Request) -> JsonResponse:
     """Every agent: live version, versions, trial, state."""
-    listed = await get_state(request).house.roster.listed()
-    said = [{"name": item.name, "live": item.live, "versions": item.versions, "state": item.state} for item in listed]
-    return JsonResponse({"agents": said})
+    listed = await get_state(request).services.agent_admin.listed()
+    rows = [{"name": agent.name, "live": agent.live, "versions": agent.versions, "state": agent.state} for agent in listed]
+    return JsonResponse({"agents": rows})
 
 
 @router.post("/v1/agents/{name}/promote", responses=_CHANGED)
-async def promote(name: Name, asked: PromoteRequest, request: Request) -> JsonResponse:
+async def promote(name: Name, body: PromoteRequest, request: Request) -> JsonResponse:
     """Compare and swap: a Release or version becomes live, if `expected_version` still is. Running replies go on as begun."""
-    if bool(asked.release) == bool(asked.version):
+    if bool(body.release) == bool(body.version):
         raise FieldError("exactly one of release and version says what becomes live", '"version": "1.1"', "version")
-    roster = get_state(request).house.roster
-    return await _changed(request, roster.promote(name, asked.release or "", asked.version or "", asked.expected_version))
+    agent_admin = get_state(request).services.agent_admin
+    return await _change_response(
+        request, agent_admin.promote(name, body.release or "", body.version or "", body.expected_version)
+    )
 
 
 @router.post("/v1/agents/{name}/rollback", responses=_CHANGED)
-async def rollback(name: Name, asked: RollbackRequest, request: Request) -> JsonResponse:
+async def rollback(name: Name, body: RollbackRequest, request: Request) -> JsonResponse:
     """Undo the newest step: end a trial, else the version before becomes live again."""
-    return await _changed(request, get_state(request).house.roster.rollback(name, asked.expected_version))
+    return await _change_response(request, get_state(request).services.agent_admin.rollback(name, body.expected_version))
 
 
 @router.post("/v1/agents/{name}/drain", responses=_CHANGED)
 async def drain(name: Name, request: Request) -> JsonResponse:
     """Take an agent out of service: what it began ends, what comes is refused."""
-    return await _changed(request, get_state(request).house.roster.drain(name))
+    return await _change_response(request, get_state(request).services.agent_admin.drain(name))
 
 
 @router.post("/v1/agents/{name}/release", responses=_CHANGED)
 async def release(name: Name, request: Request) -> JsonResponse:
     """Bring an agent back from quarantine or drain."""
-    return await _changed(request, get_state(request).house.roster.release(name))
+    return await _change_response(request, get_state(request).services.agent_admin.release(name))
 
 
-async def _changed(request: Request, change: Awaitable[Mapping[str, Any]]) -> JsonResponse:
+async def _change_response(request: Request, change: Awaitable[Mapping[str, Any]]) -> JsonResponse:
     try:
-        said = await change
+        agent = await change
     except ModelError as error:  # here it is the Release that is wrong, not the service
         raise AdmissionError(error.problem, error.remedy) from None
-    get_record(request).agent = f"{said['name']}@{said['live']}"
-    return JsonResponse(said)
+    get_record(request).agent = f"{agent['name']}@{agent['live']}"
+    return JsonResponse(agent)

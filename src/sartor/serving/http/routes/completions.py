@@ -41,17 +41,17 @@ class SpokenReplies:
     voice: TtsVoice
     form: str
 
-    async def add(self, choices: Sequence[dict[str, Any]], opened: ReplyGroup) -> None:
+    async def add(self, choices: Sequence[dict[str, Any]], group: ReplyGroup) -> None:
         """Give each choice's message its `audio`. A reply without words, as a call of a tool, has none."""
-        for choice, answer in zip(choices, opened.answers, strict=True):
+        for choice, answer in zip(choices, group.answers, strict=True):
             message = choice["message"]
             if not spoken(message["content"] or "").text:
                 continue
-            said = await self.speaker.say(message["content"], self.voice, self.form)
+            spoken_text = await self.speaker.say(message["content"], self.voice, self.form)
             message["audio"] = {
                 "id": f"audio_{answer.receipt}",
-                "data": base64.b64encode(said.sound).decode(),
-                "transcript": said.text,
+                "data": base64.b64encode(spoken_text.sound).decode(),
+                "transcript": spoken_text.text,
                 "expires_at": int(time.time()),
             }
 
@@ -65,62 +65,66 @@ def _documented(model: type) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post("/v1/chat/completions", responses=_documented(ChatAnswer))
-async def chat(asked: ChatRequest, request: Request) -> Response:
+async def chat(body: ChatRequest, http_request: Request) -> Response:
     """A conversation goes on: by an agent, a version of it, the base, or whom `auto` chooses."""
-    await get_state(request).check_model(asked.model, get_record(request).visitor)
-    question = chat_request(asked, get_state(request).limits)
-    spoken = _aloud(asked, request)
-    shape = ChatCompletionFormat(with_logprobs=bool(asked.logprobs), one_call=asked.parallel_tool_calls is False)
-    async with get_state(request).looking.looked_at(question.messages, request.state.body_bytes, asked.n or 1):
-        return await _deliver(request, [question], asked, shape, spoken)
+    await get_state(http_request).check_model(body.model, get_record(http_request).principal)
+    request = chat_request(body, get_state(http_request).limits)
+    spoken_replies = _spoken_replies(body, http_request)
+    formatter = ChatCompletionFormat(with_logprobs=bool(body.logprobs), one_call=body.parallel_tool_calls is False)
+    async with get_state(http_request).media_checker.looked_at(request.messages, http_request.state.body_bytes, body.n or 1):
+        return await _deliver(http_request, [request], body, formatter, spoken_replies)
 
 
-def _aloud(asked: ChatRequest, request: Request) -> SpokenReplies | None:
+def _spoken_replies(body: ChatRequest, http_request: Request) -> SpokenReplies | None:
     """How the replies are spoken, if they are. Whatever is wrong with that is said before a reply is made."""
-    if asked.audio is None:
+    if body.audio is None:
         return None
-    desk = get_state(request)
-    desk.check_speech(get_record(request).visitor)
-    form = "pcm" if asked.audio.format == "pcm16" else asked.audio.format
-    return SpokenReplies(desk.house.speech, desk.house.speech.voice(asked.audio.voice, "audio.voice"), form)
+    state = get_state(http_request)
+    state.check_speech(get_record(http_request).principal)
+    form = "pcm" if body.audio.format == "pcm16" else body.audio.format
+    return SpokenReplies(state.services.speech, state.services.speech.voice(body.audio.voice, "audio.voice"), form)
 
 
 @router.post("/v1/completions", responses=_documented(TextAnswer))
-async def text(asked: TextRequest, request: Request) -> Response:
+async def text(body: TextRequest, http_request: Request) -> Response:
     """A raw text goes on, without the chat template."""
-    await get_state(request).check_model(asked.model, get_record(request).visitor)
-    questions = text_requests(asked, get_state(request).limits)
-    if asked.model == "auto" and len(questions) > 1:
+    await get_state(http_request).check_model(body.model, get_record(http_request).principal)
+    requests = text_requests(body, get_state(http_request).limits)
+    if body.model == "auto" and len(requests) > 1:
         raise FieldError("`auto` chooses for one prompt, and there are several", "send one, or name the agent", "prompt")
-    return await _deliver(request, questions, asked, TextCompletionFormat(with_logprobs=asked.logprobs is not None))
+    return await _deliver(http_request, requests, body, TextCompletionFormat(with_logprobs=body.logprobs is not None))
 
 
 async def _deliver(
-    request: Request,
-    questions: Sequence[AgentRequest],
-    asked: Delivered,
-    shape: CompletionFormat,
-    aloud: SpokenReplies | None = None,
+    http_request: Request,
+    requests: Sequence[AgentRequest],
+    body: Delivered,
+    formatter: CompletionFormat,
+    spoken_replies: SpokenReplies | None = None,
 ) -> Response:
     """Open every choice of every question, and answer in the form that was asked for."""
-    desk, entry = get_state(request), get_record(request)
-    opened = await open_replies(request, questions, asked.user or "", asked.n or 1)
-    head = CompletionHeader(shape.prefix + opened.first.receipt, opened.first.agent, desk.fingerprint())
-    if asked.stream:
-        with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return SseResponse(chunks(opened, shape, head, entry, with_usage), opened, entry, reply_headers(opened))
-    return await _whole(request, opened, head, shape, aloud)
+    state, record = get_state(http_request), get_record(http_request)
+    group = await open_replies(http_request, requests, body.user or "", body.n or 1)
+    header = CompletionHeader(formatter.prefix + group.first.receipt, group.first.agent, state.fingerprint())
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return SseResponse(chunks(group, formatter, header, record, with_usage), group, record, reply_headers(group))
+    return await _whole(http_request, group, header, formatter, spoken_replies)
 
 
 async def _whole(
-    request: Request, opened: ReplyGroup, head: CompletionHeader, shape: CompletionFormat, aloud: SpokenReplies | None
+    http_request: Request,
+    group: ReplyGroup,
+    header: CompletionHeader,
+    formatter: CompletionFormat,
+    spoken_replies: SpokenReplies | None,
 ) -> Response:
     try:
-        replies = await until_disconnect(request.receive, opened.whole())
+        replies = await until_disconnect(http_request.receive, group.whole())
     finally:
-        await opened.close()
-    said = [shape.whole(index, reply) for index, reply in enumerate(replies)]
-    if aloud is not None:
-        await until_disconnect(request.receive, opened.within(aloud.add(said, opened)))
-    usage = get_record(request).usage.as_json()
-    return JsonResponse(head.of(shape.whole_kind, said, usage=usage), headers=dict(reply_headers(opened)))
+        await group.close()
+    choices = [formatter.whole(index, reply) for index, reply in enumerate(replies)]
+    if spoken_replies is not None:
+        await until_disconnect(http_request.receive, group.within(spoken_replies.add(choices, group)))
+    usage = get_record(http_request).usage.as_json()
+    return JsonResponse(header.of(formatter.whole_kind, choices, usage=usage), headers=dict(reply_headers(group)))

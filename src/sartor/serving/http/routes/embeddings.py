@@ -24,32 +24,32 @@ ENCODERS = ("base", "minilm")
 
 
 @router.post("/v1/embeddings", responses={200: {"model": VectorAnswer}})
-async def embeddings(asked: VectorRequest, request: Request) -> JsonResponse:
+async def embeddings(body: VectorRequest, request: Request) -> JsonResponse:
     """One vector of unit length per text."""
-    desk = get_state(request)
-    if asked.model not in ENCODERS:
-        raise UnknownAgentError(f"nothing that embeds has the name {asked.model[:80]!a}", '"model": "base", or "minilm"')
-    if not get_record(request).visitor.opens(asked.model):
-        raise KeyRefusedError(f"this key does not open {asked.model!r}", f"sartor agents key {asked.model} makes one that does")
-    texts = as_list(asked.input)
+    state = get_state(request)
+    if body.model not in ENCODERS:
+        raise UnknownAgentError(f"nothing that embeds has the name {body.model[:80]!a}", '"model": "base", or "minilm"')
+    if not get_record(request).principal.opens(body.model):
+        raise KeyRefusedError(f"this key does not open {body.model!r}", f"sartor agents key {body.model} makes one that does")
+    texts = as_list(body.input)
     if (size := sum(map(len, texts))) > MOST_EMBEDDED:
         problem = f"input has {size} characters in {len(texts)} texts; the limit of one request is {MOST_EMBEDDED}"
         raise FieldError(problem, "send the texts in several requests", "input")
-    at = asyncio.get_running_loop().time() + desk.limits.deadline_s - get_record(request).elapsed_s
-    work = desk.shift.within(desk.house.crew.embed(texts, asked.model), at)
-    made = await until_disconnect(request.receive, work)
-    if made.cut:
-        problem = f"input[{made.cut[0]}] is longer than {asked.model} reads, and nothing is cut"
+    deadline = asyncio.get_running_loop().time() + state.limits.deadline_s - get_record(request).elapsed_s
+    work = state.lifetime.within(state.services.workers.embed(texts, body.model), deadline)
+    result = await until_disconnect(request.receive, work)
+    if result.cut:
+        problem = f"input[{result.cut[0]}] is longer than {body.model} reads, and nothing is cut"
         raise FieldError(problem, 'split that text, or "model": "base"', "input")
-    entry = get_record(request)
-    entry.agent, entry.usage.prompt = asked.model, made.tokens
-    as_text = asked.encoding_format == "base64"
+    record = get_record(request)
+    record.agent, record.usage.prompt = body.model, result.tokens
+    as_text = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _packed(vector) if as_text else vector}
-        for index, vector in enumerate(made.vectors)
+        for index, vector in enumerate(result.vectors)
     ]
-    usage = {"prompt_tokens": made.tokens, "total_tokens": made.tokens}
-    return JsonResponse({"object": "list", "model": asked.model, "data": data, "usage": usage})
+    usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
+    return JsonResponse({"object": "list", "model": body.model, "data": data, "usage": usage})
 
 
 def _packed(vector: Sequence[float]) -> str:

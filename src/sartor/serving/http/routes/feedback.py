@@ -24,66 +24,66 @@ PREFIXES = ("chatcmpl-", "cmpl-")
 
 
 @router.post("/v1/feedback", responses={200: {"model": FeedbackAnswer}})
-async def feedback(asked: FeedbackRequest, request: Request) -> JsonResponse:
+async def feedback(body: FeedbackRequest, request: Request) -> JsonResponse:
     """Rate or correct a reply by its receipt, or by the `id` of its completion. It is on disk when this answers."""
-    desk, entry = get_state(request), get_record(request)
-    if asked.rating is None and not asked.correction and not asked.comment:
+    state, record = get_state(request), get_record(request)
+    if body.rating is None and not body.correction and not body.comment:
         raise FieldError("the feedback says nothing", '"rating": 1, or a correction, or a comment', "rating")
-    desk.hearing.rates.begin(entry.visitor.key)
-    receipt = _bare(asked.receipt)
-    known = desk.memory.find(receipt)
-    agent = entry.agent = known.agent if known else str((await _find(desk, receipt))["agent"])
-    _check_may_rate(entry.visitor, agent, desk.memory.asker(receipt))
-    voice = await asyncio.to_thread(desk.hearing.voice, entry.visitor.key, asked.user or "", asked.consent)
-    if known and known.person and not voice.user:  # who asked is who is spoken of, so that it can be forgotten
-        voice = replace(voice, user=known.person)
-    said = Feedback(
+    state.feedback_intake.rates.begin(record.principal.key)
+    receipt = _bare(body.receipt)
+    exchange = state.memory.find(receipt)
+    agent = record.agent = exchange.agent if exchange else str((await _find(state, receipt))["agent"])
+    _check_may_rate(record.principal, agent, state.memory.asker(receipt))
+    voice = await asyncio.to_thread(state.feedback_intake.voice, record.principal.key, body.user or "", body.consent)
+    if exchange and exchange.person and not voice.user:  # who asked is who is spoken of, so that it can be forgotten
+        voice = replace(voice, user=exchange.person)
+    submitted = Feedback(
         receipt=receipt,
         agent=agent,
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        rating=asked.rating,
-        correction=asked.correction or "",
-        comment=asked.comment or "",
-        messages=tuple(known.messages) if known else (),
-        text=known.text if known else "",
-        reply=known.reply if known else "",
+        rating=body.rating,
+        correction=body.correction or "",
+        comment=body.comment or "",
+        messages=tuple(exchange.messages) if exchange else (),
+        text=exchange.text if exchange else "",
+        reply=exchange.reply if exchange else "",
         by=voice,
     )
-    if said.by.consent == "refused" and said.rating is None:
+    if submitted.by.consent == "refused" and submitted.rating is None:
         raise FieldError("words without consent are not kept", '"consent": true, or a rating beside them', "consent")
-    kept = await asyncio.to_thread(desk.hearing.keep, said)
-    if said.rating is not None and desk.memory.is_first(receipt, entry.visitor.key):
-        await desk.house.roster.hear(agent, said.rating)
-    desk.meters.hear(said, kept)
-    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": kept.has_words})
+    stored = await asyncio.to_thread(state.feedback_intake.keep, submitted)
+    if submitted.rating is not None and state.memory.is_first(receipt, record.principal.key):
+        await state.services.agent_admin.hear(agent, submitted.rating)
+    state.metrics.count_feedback(submitted, stored)
+    return JsonResponse({"receipt": receipt, "agent": agent, "learnable": stored.has_words})
 
 
 @router.get("/v1/receipts/{receipt}", responses={200: {"model": dict[str, Any]}})
 async def receipt(receipt: Annotated[str, Path(max_length=128)], request: Request) -> JsonResponse:
     """The signed record of a reply: digests, no content. `sartor receipt verify` checks it."""
-    found = await _find(get_state(request), _bare(receipt))
-    _check_opens(get_record(request).visitor, str(found["agent"]))
-    return JsonResponse(found)
+    document = await _find(get_state(request), _bare(receipt))
+    _check_opens(get_record(request).principal, str(document["agent"]))
+    return JsonResponse(document)
 
 
-async def _find(desk: AppState, receipt: str) -> Mapping[str, Any]:
-    result = await desk.house.receipts.find(receipt)
+async def _find(state: AppState, receipt: str) -> Mapping[str, Any]:
+    result = await state.services.receipts.find(receipt)
     if result is None:
         raise NotFoundError(f"there is no receipt {receipt!a}", "use the header x-sartor-receipt of a reply")
     return result
 
 
-def _check_opens(visitor: Principal, agent: str) -> None:
-    if not visitor.opens(agent_of(agent)):
+def _check_opens(principal: Principal, agent: str) -> None:
+    if not principal.opens(agent_of(agent)):
         raise KeyRefusedError("this key does not open the agent of that receipt", "send a key of that agent")
 
 
-def _check_may_rate(visitor: Principal, agent: str, asker: str) -> None:
+def _check_may_rate(principal: Principal, agent: str, asker: str) -> None:
     """Raises KeyRefusedError for a key that does not open the agent, or did not get the reply, where that is known."""
-    if visitor.is_admin:
+    if principal.is_admin:
         return
-    _check_opens(visitor, agent)
-    if asker and asker != visitor.key:
+    _check_opens(principal, agent)
+    if asker and asker != principal.key:
         raise KeyRefusedError("that receipt is of a reply to another key", "send the key that asked, or the admin's")
 
 

@@ -22,45 +22,45 @@ STARTED = int(time.time())
 @router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
 async def models(request: Request) -> JsonResponse:
     """What the key opens of base, `auto` and agents, these with every version that may be asked for."""
-    names = await _names(get_state(request), get_record(request).visitor)
-    return JsonResponse({"object": "list", "data": list(names.values())})
+    bodies = await _model_bodies(get_state(request), get_record(request).principal)
+    return JsonResponse({"object": "list", "data": list(bodies.values())})
 
 
 @router.get("/v1/models/{model}", responses={200: {"model": ModelBody}})
 async def model(model: str, request: Request) -> JsonResponse:
     """One of them."""
-    desk, visitor = get_state(request), get_record(request).visitor
+    state, principal = get_state(request), get_record(request).principal
     if model == speech_service.MODEL:
-        desk.check_speech(visitor)
+        state.check_speech(principal)
     else:
-        await desk.check_model(model, visitor)
-    names = await _names(desk, visitor)
-    if model not in names:
+        await state.check_model(model, principal)
+    bodies = await _model_bodies(state, principal)
+    if model not in bodies:
         raise UnavailableError(f"no version of {model[:80]!a} has been admitted yet", "sartor agents list says why")
-    return JsonResponse(names[model])
+    return JsonResponse(bodies[model])
 
 
-async def _names(desk: AppState, visitor: Principal) -> dict[str, dict[str, Any]]:
-    about = desk.house.crew.about
-    exact = f"base@{about.base_digest[:12]}"
+async def _model_bodies(state: AppState, principal: Principal) -> dict[str, dict[str, Any]]:
+    about = state.services.workers.about
+    base_version = f"base@{about.base_digest[:12]}"
 
     def name(id: str, root: str, parent: str | None, reads: Iterable[str] = ()) -> dict[str, Any]:
         fields = {"id": id, "object": "model", "created": STARTED, "owned_by": "sartor", "root": root, "parent": parent}
-        most = None if id == speech_service.MODEL else about.context_tokens
-        return {**fields, "max_model_len": most, "modalities": ["text", *sorted(reads)]}
+        context_tokens = None if id == speech_service.MODEL else about.context_tokens
+        return {**fields, "max_model_len": context_tokens, "modalities": ["text", *sorted(reads)]}
 
-    listed = (*await desk.house.roster.listed(), *desk.house.plans)
-    opened = [agent for agent in listed if agent.is_ready and visitor.opens(agent.name)]
-    found = [name("base", exact, None)] if visitor.opens("base") else []
-    every = {kind for agent in opened for kind in agent.reads.get(agent.live, ())}
-    found += [name("auto", "auto", "base", every)] if visitor.opens("auto") else []
-    speaks = desk.house.speech.default
-    found += [name(speech_service.MODEL, speaks, None)] if speaks and visitor.opens(speech_service.MODEL) else []
-    for agent in opened:
+    listed = (*await state.services.agent_admin.listed(), *state.services.plans)
+    agents = [agent for agent in listed if agent.is_ready and principal.opens(agent.name)]
+    bodies = [name("base", base_version, None)] if principal.opens("base") else []
+    modalities = {kind for agent in agents for kind in agent.reads.get(agent.live, ())}
+    bodies += [name("auto", "auto", "base", modalities)] if principal.opens("auto") else []
+    voice = state.services.speech.default
+    bodies += [name(speech_service.MODEL, voice, None)] if voice and principal.opens(speech_service.MODEL) else []
+    for agent in agents:
         live = f"{agent.name}@{agent.live}" if agent.live else agent.name
-        found.append(name(agent.name, live, "base", agent.reads.get(agent.live, ())))
-        found += [
+        bodies.append(name(agent.name, live, "base", agent.reads.get(agent.live, ())))
+        bodies += [
             name(f"{agent.name}@{version}", f"{agent.name}@{version}", "base", agent.reads.get(version, ()))
             for version in agent.versions
         ]
-    return {str(said["id"]): said for said in found}
+    return {str(body["id"]): body for body in bodies}

@@ -35,54 +35,54 @@ _FILES: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/v1/audio/speech", responses=_FILES, response_class=Response)
-async def speech(asked: SpeechRequest, request: Request) -> Response:
+async def speech(body: SpeechRequest, request: Request) -> Response:
     """A text spoken by one of the team's voices. Markdown, tables and JSON are said as the chat says them."""
-    desk, entry = get_state(request), get_record(request)
-    desk.check_speech(entry.visitor)
-    voice, speaker = _voice(asked, desk), desk.house.speech
-    speaker.check_length(asked.input)
-    entry.agent = MODEL
-    form, speed = FORMATS[asked.response_format or "mp3"], asked.speed or 1.0
-    at = asyncio.get_running_loop().time() + desk.limits.deadline_s - entry.elapsed_s
+    state, record = get_state(request), get_record(request)
+    state.check_speech(record.principal)
+    voice, speaker = _voice(body, state), state.services.speech
+    speaker.check_length(body.input)
+    record.agent = MODEL
+    form, speed = FORMATS[body.response_format or "mp3"], body.speed or 1.0
+    deadline = asyncio.get_running_loop().time() + state.limits.deadline_s - record.elapsed_s
     if form.name == STREAMED:
-        sounds = speaker.sounds(asked.input, voice, speed)
+        sounds = speaker.sounds(body.input, voice, speed)
         try:
-            first = await until_disconnect(request.receive, desk.shift.within(anext(sounds), at))
+            first_clip = await until_disconnect(request.receive, state.lifetime.within(anext(sounds), deadline))
         except BaseException:
             await sounds.aclose()
             raise
-        response: Response = SoundStream(_pcm(desk, sounds, first, at), sounds, entry)
+        response: Response = SoundStream(_pcm(state, sounds, first_clip, deadline), sounds, record)
     else:
-        work = desk.shift.within(speaker.say(asked.input, voice, form.name, speed), at)
-        said = await until_disconnect(request.receive, work)
-        response = Response(said.sound, media_type=form.media_type)
+        work = state.lifetime.within(speaker.say(body.input, voice, form.name, speed), deadline)
+        spoken_text = await until_disconnect(request.receive, work)
+        response = Response(spoken_text.sound, media_type=form.media_type)
     response.headers.update({"x-sartor-agent": MODEL, "x-sartor-reason": as_header(f"spoken by {voice.name}")})
     return response
 
 
-def _voice(asked: SpeechRequest, desk: AppState) -> TtsVoice:
+def _voice(body: SpeechRequest, state: AppState) -> TtsVoice:
     """Who speaks: `model` is `speech` and `voice` says who, or `model` is a voice itself."""
-    speaker = desk.house.speech
-    if asked.model == MODEL:
-        return speaker.voice(asked.voice)
+    speaker = state.services.speech
+    if body.model == MODEL:
+        return speaker.voice(body.voice)
     try:
-        voice = speaker.voice(asked.model, "model")
+        voice = speaker.voice(body.model, "model")
     except FieldError as error:
-        raise UnknownAgentError(f"nothing that speaks has the name {asked.model[:80]!a}", f'"model": "{MODEL}"') from error
-    if asked.voice not in (DEFAULT, voice.name):
-        problem = f"model is the voice {voice.name!r} and voice is {asked.voice[:80]!a}"
+        raise UnknownAgentError(f"nothing that speaks has the name {body.model[:80]!a}", f'"model": "{MODEL}"') from error
+    if body.voice not in (DEFAULT, voice.name):
+        problem = f"model is the voice {voice.name!r} and voice is {body.voice[:80]!a}"
         raise FieldError(problem, f'"model": "{MODEL}", or leave voice out', "voice")
     return voice
 
 
 async def _pcm(
-    desk: AppState, sounds: AsyncGenerator[AudioClip, None], first: AudioClip, at: float
+    state: AppState, sounds: AsyncGenerator[AudioClip, None], first_clip: AudioClip, deadline: float
 ) -> AsyncGenerator[bytes, None]:
     """The bytes of all pieces, the first of which is there."""
-    sound: AudioClip | None = first
+    sound: AudioClip | None = first_clip
     while sound is not None:
-        yield await desk.house.speech.aside(functools.partial(sound.encoded, STREAMED))
-        sound = await desk.shift.within(anext(sounds, None), at)
+        yield await state.services.speech.aside(functools.partial(sound.encoded, STREAMED))
+        sound = await state.lifetime.within(anext(sounds, None), deadline)
 
 
 class SoundStream(Response):
@@ -91,13 +91,13 @@ class SoundStream(Response):
     media_type = FORMATS[STREAMED].media_type
 
     def __init__(
-        self, said: AsyncGenerator[bytes, None], sounds: AsyncGenerator[AudioClip, None], entry: RequestRecord
+        self, chunk_stream: AsyncGenerator[bytes, None], sounds: AsyncGenerator[AudioClip, None], record: RequestRecord
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._said = said
+        self._chunk_stream = chunk_stream
         self._sounds = sounds
-        self._entry = entry
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it all, unless the client goes before."""
@@ -105,15 +105,15 @@ class SoundStream(Response):
         try:
             await until_disconnect(receive, self._send(send))
         except ClientDisconnectedError:
-            self._entry.error = "Gone"
+            self._record.error = "Gone"
         except SartorError as error:
             # without its end the answer is seen to be cut
-            self._entry.error = to_http_error(error).kind
+            self._record.error = to_http_error(error).kind
         finally:
             await self._sounds.aclose()
 
     async def _send(self, send: Send) -> None:
-        async with aclosing(self._said) as said:
-            async for chunk in said:
+        async with aclosing(self._chunk_stream) as chunk_stream:
+            async for chunk in chunk_stream:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

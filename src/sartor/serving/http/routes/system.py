@@ -34,21 +34,27 @@ async def health(request: Request) -> JsonResponse:
 
     503 too where the server had keys and they are gone, or its registry has been lost for a minute: `troubles` says so.
     """
-    visitor = get_record(request).visitor
-    said = get_state(request).house.crew.health()
-    workers = [{name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in said["workers"]]
+    principal = get_record(request).principal
+    worker_health = get_state(request).services.workers.health()
+    workers = [
+        {name: worker[name] for name in ("state", "role", "memory_bytes", "restarts")} for worker in worker_health["workers"]
+    ]
     ready = sum(worker["state"] == READY for worker in workers)
     agents = {
         name: {key: agent[key] for key in ("breaker", "why", "queued", "live")}
-        for name, agent in said["agents"].items()
-        if visitor.opens(agent_of(name))
+        for name, agent in worker_health["agents"].items()
+        if principal.opens(agent_of(name))
     }
-    known = get_state(request).house.troubles()
-    troubles = {name: why for name, why in known.items() if visitor.opens(agent_of(name))}
-    all_well = not known and ready == len(workers) and all(agent["breaker"] == "closed" for agent in said["agents"].values())
-    if (shut := request.scope["state"].get("shut")) is not None:
-        troubles["API keys"] = f"{shut.problem}; try: {shut.remedy}"
-    can_answer = ready > 0 and shut is None
+    all_troubles = get_state(request).services.troubles()
+    troubles = {name: problem for name, problem in all_troubles.items() if principal.opens(agent_of(name))}
+    all_well = (
+        not all_troubles
+        and ready == len(workers)
+        and all(agent["breaker"] == "closed" for agent in worker_health["agents"].values())
+    )
+    if (lockout := request.scope["state"].get("shut")) is not None:
+        troubles["API keys"] = f"{lockout.problem}; try: {lockout.remedy}"
+    can_answer = ready > 0 and lockout is None
     status = "unavailable" if not can_answer else "ok" if all_well else "degraded"
     body = {"status": status, "workers": workers, "agents": agents, "troubles": troubles}
     return JsonResponse(body, 200 if can_answer else 503)
@@ -57,7 +63,7 @@ async def health(request: Request) -> JsonResponse:
 @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Numbers"}})
 async def metrics(request: Request) -> Response:
     """All numbers in Prometheus' text format. With keys set it takes the admin's, or one that opens every agent."""
-    return Response(get_state(request).meters.page(), media_type=CONTENT_TYPE_LATEST)
+    return Response(get_state(request).metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 
 TEXT = ["text/plain"]
@@ -67,20 +73,20 @@ A2A_VERSION = "1.0"
 def agent_card_router(team: Team) -> APIRouter:
     """The route."""
     router = APIRouter(route_class=StrictJsonRoute, include_in_schema=False)
-    said = abouts(team)
+    about_texts = abouts(team)
 
     @router.get("/.well-known/agent-card.json")
     async def card(request: Request) -> JsonResponse:
         """The card; its skills are the agents that the key opens, and without one the team alone."""
-        desk, visitor = get_state(request), get_record(request).visitor
-        found = await abilities(desk, visitor, said)
+        state, principal = get_state(request), get_record(request).principal
+        descriptions = await abilities(state, principal, about_texts)
         url = (team.a2a.url or str(request.base_url)).rstrip("/")
-        return JsonResponse(_card(team, url, desk.fingerprint(), found, needs_key=visitor != ANYBODY))
+        return JsonResponse(_card(team, url, state.fingerprint(), descriptions, needs_key=principal != ANYBODY))
 
     return router
 
 
-def _card(team: Team, url: str, version: str, found: list[ToolDescription], *, needs_key: bool) -> dict[str, Any]:
+def _card(team: Team, url: str, version: str, descriptions: list[ToolDescription], *, needs_key: bool) -> dict[str, Any]:
     bindings = [("MCP", "/mcp")] if team.mcp.serve else []
     paths = [*bindings, ("OPENAI", "/v1/chat/completions")]
     card: dict[str, Any] = {
@@ -93,7 +99,7 @@ def _card(team: Team, url: str, version: str, found: list[ToolDescription], *, n
         "capabilities": {"streaming": True, "pushNotifications": False, "extendedAgentCard": False},
         "defaultInputModes": TEXT,
         "defaultOutputModes": TEXT,
-        "skills": [_skill(item) for item in (ToolDescription("auto", "", ABOUT_AUTO), *found)],
+        "skills": [_skill(description) for description in (ToolDescription("auto", "", ABOUT_AUTO), *descriptions)],
     }
     if needs_key:
         card["securitySchemes"] = {"key": {"httpAuthSecurityScheme": {"scheme": "Bearer"}}}
@@ -101,8 +107,8 @@ def _card(team: Team, url: str, version: str, found: list[ToolDescription], *, n
     return card
 
 
-def _skill(one: ToolDescription) -> dict[str, Any]:
-    return {"id": one.name, "name": one.name, "description": one.about, "tags": [one.name]}
+def _skill(description: ToolDescription) -> dict[str, Any]:
+    return {"id": description.name, "name": description.name, "description": description.about, "tags": [description.name]}
 
 
 def mcp_router(tools: McpServer) -> APIRouter:
@@ -114,12 +120,12 @@ def mcp_router(tools: McpServer) -> APIRouter:
         """All that the key opens."""
         body = bytes(await body_of(request))
         parse(body)
-        return tools.answered(body)
+        return tools.response_to(body)
 
     @router.post("/mcp/{agent}")
     async def alone(agent: str, request: Request) -> Response:
         """One agent alone."""
-        await get_state(request).check_model(agent, get_record(request).visitor)
+        await get_state(request).check_model(agent, get_record(request).principal)
         return await team(request)
 
     return router

@@ -43,12 +43,12 @@ def upgrade() -> None:
     )
     op.create_index("review_decisions_by_item", "review_decisions", ["item"])
     op.create_table("review_samples", sa.Column("id", sa.Text, primary_key=True), *_texts("dataset", "said", "checksum"))
-    made = op.create_table(
+    counter = op.create_table(
         "review_counter",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("value", sa.BigInteger, nullable=False),
     )
-    op.bulk_insert(made, [{"id": 1, "value": 0}])
+    op.bulk_insert(counter, [{"id": 1, "value": 0}])
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("update", "delete"):
             op.execute(_KEEP_SQLITE.format(verb=verb))

@@ -54,12 +54,12 @@ def upgrade() -> None:
         sa.Column("admin", sa.Integer, nullable=False),
         *_texts("digest", "created", "expires", "revoked", "checksum"),
     )
-    made = op.create_table(
+    generation = op.create_table(
         "generation",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("value", sa.BigInteger, nullable=False),
     )
-    op.bulk_insert(made, [{"id": 1, "value": 0}])
+    op.bulk_insert(generation, [{"id": 1, "value": 0}])
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("update", "delete"):
             op.execute(_KEEP_SQLITE.format(verb=verb))
