@@ -23,7 +23,7 @@ from sartor.inference.prompts import prompt_ids
 from sartor.models.base import open_chat
 from sartor.models.chat import ChatTokenizer
 from sartor.models.fast_tokenizer import FastTokenizer
-from sartor.models.template_markup import Markup, Token, is_markup
+from sartor.models.template_markup import TemplateMarkup, VocabularyToken, is_markup
 
 TOOL = {
     "type": "function",
@@ -413,7 +413,7 @@ def test_the_set_is_derived_and_says_what_writes_it() -> None:
 
 def test_many_tokens_are_found_quickly() -> None:
     """Gemma has thousands of unused tokens; a text of angle brackets is still read in a moment."""
-    markup = Markup(Token(f"<unused{n}>", n, False) for n in range(6000))
+    markup = TemplateMarkup(VocabularyToken(f"<unused{n}>", n, False) for n in range(6000))
     text = "<unused" * 20_000 + "<unused5999>"
     assert markup.spelt(text) == ["<unused5999>"] and markup.opened(markup.shield(text)).text == text
 

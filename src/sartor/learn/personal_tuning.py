@@ -11,7 +11,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from sartor.learn.personal_options import PersonalOptions
 from sartor.models.lora_tensors import Tensors
 from sartor.models.packing import TokenizedExample
 from sartor.personalization import benefit_report
-from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, too_few_prompts
+from sartor.personalization.acceptance import LEAST_HELD_OUT, LEAST_TRAINED, JudgedRows, too_few_prompts
 from sartor.personalization.stacked_adapter import Losses, StackedAdapter
 from sartor.personalization.user_rows import example_of
 from sartor.personalization.user_tokens import encode_user_row, recipe_of
@@ -64,15 +64,7 @@ _MORE_PROBE = "keep its Dataset where it was tuned, or tell where it is: sartor 
 
 
 @dataclass(frozen=True)
-class JudgedRows:
-    """Rows to be judged by, and the group of each."""
-
-    rows: Sequence[TokenizedExample]
-    groups: Sequence[str]
-
-
-@dataclass(frozen=True)
-class AcceptanceResult:
+class UserAcceptance:
     """Nats a token, before (the live version) and after. why: empty if it may answer. verdict: what the own interval says."""
 
     own: Comparison
@@ -125,7 +117,7 @@ def check_probe(probe: JudgedRows, terms: PersonalTerms) -> None:
 
 def judge(
     stack: StackedAdapter, tuned: Tensors, held_out: JudgedRows, probe: JudgedRows, terms: PersonalTerms
-) -> AcceptanceResult:
+) -> UserAcceptance:
     """Compare the tuned ranks with none, on both."""
     on_user, on_probe = (_compare(stack, tuned, judged) for judged in (held_out, probe))
     reason = ""
@@ -140,7 +132,7 @@ def judge(
         )
         if too_few := too_few_prompts(probe.groups):
             reason = f"cannot tell what the live version would forget: {too_few}: {_MORE_PROBE}"
-    return AcceptanceResult(on_user, on_probe, on_user.verdict(higher_is_better=False), reason)
+    return UserAcceptance(on_user, on_probe, on_user.verdict(higher_is_better=False), reason)
 
 
 def _compare(stack: StackedAdapter, tuned: Tensors, judged: JudgedRows) -> Comparison:
@@ -308,7 +300,7 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
 
 
 def _facts(
-    stack: StackedAdapter, parents: list[Artifact], summary: Mapping[str, Any], losses: Losses, acceptance: AcceptanceResult
+    stack: StackedAdapter, parents: list[Artifact], summary: Mapping[str, Any], losses: Losses, acceptance: UserAcceptance
 ) -> dict[str, Any]:
     facts = stack.facts(
         parents, parents[0].manifest["sources"], {"personal": {**summary, "gate": acceptance.as_json()}}, losses
@@ -326,7 +318,7 @@ def _write_adapter(stack: StackedAdapter, tuned: Any, out: Path, facts: Mapping[
     return adapter
 
 
-def _serve(context: _TuningContext, adapter: Artifact, acceptance: AcceptanceResult, counts: Mapping[str, int]) -> None:
+def _serve(context: _TuningContext, adapter: Artifact, acceptance: UserAcceptance, counts: Mapping[str, int]) -> None:
     files = adapter.manifest["files"]
     row = replace(
         context.blank, adapter=adapter_digest(files), artifact=adapter.id, path=str(adapter.path),

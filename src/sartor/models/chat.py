@@ -31,7 +31,7 @@ from sartor.core.records import Example, Message, Part
 from sartor.models.content_shielding import Piece, in_text, pieces_of, shield_json, shield_messages, with_content
 from sartor.models.media_tokens import Media
 from sartor.models.packing import TokenizedExample
-from sartor.models.template_markup import Markup, Opened, Probed, has_marks, probe
+from sartor.models.template_markup import Opened, Probed, TemplateMarkup, has_marks, probe
 
 # For bases without a chat template. Plain words, so that any tokenizer can write it; the turn ends with eos.
 PLAIN_TEMPLATE = (
@@ -92,7 +92,7 @@ class ChatTokenizer:
         return model_refs.template_digest(self.template)
 
     @property
-    def markup(self) -> Markup:
+    def markup(self) -> TemplateMarkup:
         """The tokens that no content holds."""
         return self.probed.markup
 

@@ -10,15 +10,15 @@ from typing import Any
 from sartor.core.errors import SourceError
 from sartor.core.records import Message, Part
 from sartor.core.reply_markup import is_from_text
-from sartor.models.template_markup import Markup
+from sartor.models.template_markup import TemplateMarkup
 
 
-def shield_messages(markup: Markup, messages: Sequence[Message]) -> list[Message]:
+def shield_messages(markup: TemplateMarkup, messages: Sequence[Message]) -> list[Message]:
     """Return messages with every text shielded. Those that spell no markup are the very same."""
     return [_shielded(markup, message) for message in messages]
 
 
-def shield_json(markup: Markup, text: str) -> str:
+def shield_json(markup: TemplateMarkup, text: str) -> str:
     """Return JSON text with every text in it shielded; what is no JSON comes back as it is, for the template to refuse."""
     try:
         value = json.loads(text) if text else None
@@ -28,7 +28,7 @@ def shield_json(markup: Markup, text: str) -> str:
     return text if shielded == value else json.dumps(shielded)
 
 
-def _shielded(markup: Markup, message: Message) -> Message:
+def _shielded(markup: TemplateMarkup, message: Message) -> Message:
     has_fields = message.name or message.tool_calls or message.tool_call_id or message.reasoning_content
     if not has_fields and all(markup.shield(part.text) is part.text for part in message.content):
         return message
@@ -43,7 +43,7 @@ def _shielded(markup: Markup, message: Message) -> Message:
     return replace(message, **changed) if changed else message
 
 
-def _shielded_part(markup: Markup, part: Part) -> Part:
+def _shielded_part(markup: TemplateMarkup, part: Part) -> Part:
     if part.kind != "text":
         return part
     text = markup.shield(part.text)

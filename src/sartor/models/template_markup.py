@@ -47,7 +47,7 @@ _FIELDS = frozenset(_KEYS.split())
 
 
 @dataclass(frozen=True)
-class Token:
+class VocabularyToken:
     """A token of the set. written_by: what the template writes with it (turns, tools, reasoning, media), or tokenizer."""
 
     token: str
@@ -75,7 +75,7 @@ class Opened:
         return min(text_start + shielded - shielded_start, len(self.text))
 
 
-class Markup:
+class TemplateMarkup:
     """The set of a base, and what finds it in a text.
 
     keeps_case: whether the template leaves the case of content. openings: the beginnings of markup that it writes right
@@ -84,7 +84,7 @@ class Markup:
 
     def __init__(
         self,
-        tokens: Iterable[Token],
+        tokens: Iterable[VocabularyToken],
         *,
         keeps_case: bool = True,
         openings: Iterable[str] = (),
@@ -289,7 +289,7 @@ class Probed:
     writes_calls, writes_reasoning: whether the template writes these fields of an assistant's turn.
     """
 
-    markup: Markup
+    markup: TemplateMarkup
     plain_text: tuple[str, ...]
     writes_calls: bool
     writes_reasoning: bool
@@ -316,7 +316,9 @@ def probe(chat: Any) -> Probed:
     )
 
 
-def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str], str] | None = None) -> Markup:
+def markup_in(
+    texts: Sequence[str], tokens: Iterable[VocabularyToken], fold: Callable[[str], str] | None = None
+) -> TemplateMarkup:
     """Return the markup of a base whose template wrote `texts` of probes: what it does to content is read off them."""
     tokens = list(tokens)
     spelt = [token.token.strip() for token in tokens]
@@ -325,7 +327,7 @@ def markup_in(texts: Sequence[str], tokens: Iterable[Token], fold: Callable[[str
     prefixes = {piece for text in texts for piece in _SENTINEL.split(text)[:-1]}
     openings = {piece[-size:] for piece in prefixes for size in range(1, longest + 1)} & beginnings
     keeps_case = all(_AS_GIVEN.fullmatch(sentinel) for text in texts for sentinel in _SENTINEL.findall(text))
-    return Markup(tokens, keeps_case=keeps_case, openings=openings, fold=fold)
+    return TemplateMarkup(tokens, keeps_case=keeps_case, openings=openings, fold=fold)
 
 
 def plain_probes() -> list[list[dict[str, str]]]:
@@ -372,7 +374,7 @@ def _written(chat: Any, messages: list[Message], *, tools: str = "", reply_next:
         return
 
 
-def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
+def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[VocabularyToken]:
     added = tokenizer.added_tokens_decoder
     special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     writers: dict[int, list[str]] = {}
@@ -384,7 +386,7 @@ def _tokens(tokenizer: Any, renderings: dict[str, list[str]]) -> list[Token]:
     candidates |= {token_id: tokenizer.decode([token_id]) for token_id in writers if token_id not in added}
     candidates |= {token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in special if token_id not in candidates}
     return [
-        Token(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
+        VocabularyToken(text, token_id, token_id in special, tuple(writers.get(token_id, ("tokenizer",))))
         for token_id, text in candidates.items()
         if text and is_markup(text, special=token_id in special, is_written=token_id in writers and token_id in added)
     ]
@@ -409,7 +411,7 @@ def _fold(tokenizer: Any, ids: set[int]) -> Callable[[str], str] | None:
     return fold
 
 
-def _plain_text(pieces: list[str], turns: list[str], markup: Markup) -> list[str]:
+def _plain_text(pieces: list[str], turns: list[str], markup: TemplateMarkup) -> list[str]:
     """Control words and headers of turns that are plain text to the tokenizer: content that spells them is not told apart."""
     words = [word for piece in pieces for word in plain_markup(piece) if not markup.spelt(word)]
     headers = [piece for piece in turns if piece.strip() and not markup.spelt(piece)]

@@ -49,7 +49,7 @@ def read_model(file: Path) -> CTranslateModel:
     if file.stat().st_size > MOST_BYTES:
         raise _unusable(file, f"it has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read")
     try:
-        return _parsed(_Reader(file.read_bytes()))
+        return _parsed(_BinaryReader(file.read_bytes()))
     except (struct.error, ValueError, UnicodeDecodeError, KeyError) as error:
         raise _unusable(file, str(error)) from None
 
@@ -58,7 +58,7 @@ def _unusable(file: Path, problem: str) -> ModelError:
     return ModelError(f"{file} cannot be read as a model of CTranslate2: {problem}", "get the whole file again")
 
 
-class _Reader:
+class _BinaryReader:
     """A walk over bytes; ValueError where they end too early."""
 
     def __init__(self, content: bytes) -> None:
@@ -81,7 +81,7 @@ class _Reader:
         return len(self._content) - self._position
 
 
-def _parsed(reader: _Reader) -> CTranslateModel:
+def _parsed(reader: _BinaryReader) -> CTranslateModel:
     if (version := reader.number("I")) != VERSION:
         raise ValueError(f"its version is {version}, and {VERSION} is read")
     spec, revision = reader.name(), reader.number("I")
@@ -94,7 +94,7 @@ def _parsed(reader: _Reader) -> CTranslateModel:
     return CTranslateModel(spec, revision, variables)
 
 
-def _variable(reader: _Reader) -> tuple[str, NDArray[Any]]:
+def _variable(reader: _BinaryReader) -> tuple[str, NDArray[Any]]:
     name = reader.name()
     if (rank := reader.number("B")) > MOST_RANK:
         raise ValueError(f"{name} has {rank} dimensions")

@@ -20,13 +20,12 @@ from typing import Any
 from sartor.core.errors import RequestError, SartorError
 from sartor.inference.engine import Event, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.mcp_client import McpConnection, OfferedTool
-from sartor.serving.plans.plan_dispatch import Replier
 from sartor.serving.plans.plan_log import DayFiles
 from sartor.serving.plans.step_messages import read_json, schema_errors
 from sartor.serving.receipts import Digest, team_digest
 from sartor.serving.registry.user_versions import SUFFIX
 from sartor.serving.team_config import Team
-from sartor.serving.types import AgentReply, AgentRequest
+from sartor.serving.types import AgentReply, AgentRequest, Replier
 
 SCHEMA = 1
 ROUNDS = 4

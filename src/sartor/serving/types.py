@@ -70,6 +70,14 @@ class AgentReply:
     events: EventStream
 
 
+class Replier(Protocol):
+    """Answers requests: the dispatcher, and each layer around it."""
+
+    async def open(self, request: AgentRequest) -> AgentReply:
+        """Begin a reply; returns when its first event is there."""
+        ...
+
+
 @dataclass(frozen=True)
 class EmbeddingResult:
     """Texts as vectors of unit length. tokens: that were read. cut: places of texts whose end is not in their vector."""

@@ -51,7 +51,7 @@ _TORN = "the last row is not whole and was left out: the power went while it was
 
 
 @dataclass
-class _State:
+class _StoreState:
     """The file as it was read. secret: of the rows, then of their names."""
 
     header: bytes
@@ -190,26 +190,26 @@ class EncryptedRowStore:
             key = self._load().secret[KEY_BYTES:]
         return {id: hmac.digest(key, id.encode(), "sha256").hex()[:32] for id in ids}
 
-    def _rewrite(self, state: _State, rows: Sequence[UserRow], source: KeySource) -> None:
+    def _rewrite(self, state: _StoreState, rows: Sequence[UserRow], source: KeySource) -> None:
         fresh_state = self._fresh(state.header_fields["name"], state.secret[KEY_BYTES:], source)
         fresh_state.lines = [fresh_state.seal(row, index) for index, row in enumerate(rows)]
         self._disk.replace(self._file, fresh_state.content)
         source.settle(fresh_state.header_fields["source"])
         self._cached_secret = (fresh_state.header, fresh_state.secret)
 
-    def _fresh(self, name: str, naming_key: bytes, source: KeySource) -> _State:
+    def _fresh(self, name: str, naming_key: bytes, source: KeySource) -> _StoreState:
         secret = secrets.token_bytes(KEY_BYTES) + naming_key
         header_fields = {"schema": SCHEMA, "kind": "diary", "name": name, "generation": secrets.token_hex(8)}
-        return _State(records.canonical(wrap(secret, header_fields, source, name)), secret)
+        return _StoreState(records.canonical(wrap(secret, header_fields, source, name)), secret)
 
-    def _load(self) -> _State:
+    def _load(self) -> _StoreState:
         """The file as it stands, every row of it checked. Raises StoreError where it was changed."""
         if self._disk.stat(self._file) is None:
             fresh_state = self._fresh(secrets.token_hex(8), secrets.token_bytes(KEY_BYTES), self._source)
             self._disk.replace(self._file, fresh_state.content)
         with self._disk.open(self._file) as stream:
             header, *lines = stream.read().split(b"\n")
-        state = _State(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
+        state = _StoreState(header, self._secret(header), [line for line in lines if line], bool(lines and lines[-1]))
         broken = next((index for index in range(len(state.lines)) if state.decrypt(index) is None), len(state.lines))
         if tail := state.lines[broken:]:
             if not _may_be_torn(tail):
@@ -242,7 +242,7 @@ class EncryptedRowStore:
         self._cached_secret = (header, secret)
         return secret
 
-    def _check_size(self, state: _State, line: bytes) -> None:
+    def _check_size(self, state: _StoreState, line: bytes) -> None:
         if len(line) > ROW_BYTES:
             raise BudgetError(f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}", "a shorter row")
         if state.size + len(line) + 1 > self.limit_bytes:

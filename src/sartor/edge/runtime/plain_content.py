@@ -17,7 +17,7 @@ from sartor.core.gguf_header import read_head
 from sartor.core.records import ROLES
 from sartor.inference.engine import GenerateCall
 from sartor.inference.llamacpp_server import LlamaCppServer
-from sartor.models.template_markup import Markup, Token, is_markup, markup_in, plain_probes
+from sartor.models.template_markup import TemplateMarkup, VocabularyToken, is_markup, markup_in, plain_probes
 
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 # llama.cpp's kinds of tokens (llama.h, llama_token_type)
@@ -26,7 +26,7 @@ _UNKNOWN, _CONTROL, _ADDED = 2, 3, 4
 _ANCHORS = (".", "\ue002", "a")
 
 
-def markup_of(model: Path, inner: LlamaCppServer) -> Markup:
+def markup_of(model: Path, inner: LlamaCppServer) -> TemplateMarkup:
     """Return the markup of a GGUF file: its control tokens, and the added words that look like them or that its template
     writes. Raises ModelError.
     """
@@ -38,7 +38,7 @@ def markup_of(model: Path, inner: LlamaCppServer) -> Markup:
         if (special or kind == _ADDED) and is_markup(
             text, special=special, is_written=any(text in written for written in texts)
         ):
-            tokens.append(Token(text, token_id, special))
+            tokens.append(VocabularyToken(text, token_id, special))
     return markup_in(texts, tokens)
 
 
@@ -50,7 +50,7 @@ def _render(inner: LlamaCppServer, messages: list[dict[str, str]]) -> list[str]:
         return []
 
 
-def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: Markup) -> str | list[int]:
+def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: TemplateMarkup) -> str | list[int]:
     """Return a call's prompt for llama.cpp: text, or token ids where a text spells markup.
 
     Raises UnavailableError, KeyError, TypeError and ValueError for an answer of another form.
@@ -68,7 +68,7 @@ def prompt_of(call: GenerateCall, inner: LlamaCppServer, markup: Markup) -> str 
     return ids
 
 
-def _shielded(message: Mapping[str, Any], markup: Markup) -> dict[str, Any]:
+def _shielded(message: Mapping[str, Any], markup: TemplateMarkup) -> dict[str, Any]:
     """A message with its texts shielded; its role, by which templates branch, as it is where it is one."""
     shielded: dict[str, Any] = markup.shield_values(dict(message))
     return {**shielded, "role": message["role"]} if message.get("role") in ROLES else shielded

@@ -49,7 +49,7 @@ Words = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class SafetensorsEntry:
+class TensorLocation:
     """Where one tensor lies in a file."""
 
     name: str
@@ -64,7 +64,7 @@ class SafetensorsLayout:
     """A safetensors file's header, as it stands, and its tensors in file order; they cover everything after the header."""
 
     header: bytes
-    tensors: tuple[SafetensorsEntry, ...]
+    tensors: tuple[TensorLocation, ...]
 
     @property
     def file_bytes(self) -> int:
@@ -101,7 +101,7 @@ def _layout(header: bytes) -> SafetensorsLayout:
         fields = json.loads(header[8:])
         tensors = sorted(
             (
-                SafetensorsEntry(
+                TensorLocation(
                     name,
                     entry["dtype"],
                     tuple(entry["shape"]),
@@ -183,7 +183,7 @@ def apply(base: BinaryIO | None, delta: BinaryIO, result_bytes: int) -> Iterator
         raise _delta_error(f"it cannot be read ({type(error).__name__})") from None
 
 
-def _code(tensor: SafetensorsEntry, old: Words | None, new: Words, planes: _Planes) -> str:
+def _code(tensor: TensorLocation, old: Words | None, new: Words, planes: _Planes) -> str:
     """The form of one tensor; its planes are added to the streams."""
     if old is None:
         planes.add(_NEW, new)
@@ -201,7 +201,7 @@ def _code(tensor: SafetensorsEntry, old: Words | None, new: Words, planes: _Plan
     return best
 
 
-def _decode(tensor: SafetensorsEntry, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
+def _decode(tensor: TensorLocation, form: str, old: Words | None, streams: dict[str, _Stream]) -> Words:
     count, width = (tensor.end - tensor.start) // _DTYPES[tensor.dtype], _DTYPES[tensor.dtype]
     if form == _SAME:
         assert old is not None
@@ -330,7 +330,7 @@ def _head(delta: BinaryIO) -> tuple[dict[str, Any], bytes, int]:
     return head, text[split:], len(lead) + length
 
 
-def _words(stream: BinaryIO, tensor: SafetensorsEntry) -> Words:
+def _words(stream: BinaryIO, tensor: TensorLocation) -> Words:
     """A tensor's bit patterns as unsigned little-endian integers, flat."""
     stream.seek(tensor.start)
     return np.frombuffer(stream.read(tensor.end - tensor.start), f"<u{_DTYPES[tensor.dtype]}")

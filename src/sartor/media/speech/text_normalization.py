@@ -115,12 +115,12 @@ def _parser() -> MarkdownIt:
 
 def _markdown(text: str, left_out: Counter[str]) -> Iterator[str]:
     """The sentences of a text: paragraphs, headings, items, rows of tables."""
-    reader = _Reader(left_out)
+    reader = _TokenReader(left_out)
     for token in _parser().parse(text):
         yield from reader.hear(token)
 
 
-class _Reader:
+class _TokenReader:
     """The parser's tokens in their order -> sentences."""
 
     def __init__(self, left_out: Counter[str]) -> None:

@@ -199,7 +199,7 @@ _AGAIN = "release an adapter that `sartor tune` wrote"
 
 
 @dataclass(frozen=True)
-class TowerEntry:
+class TowerReference:
     """A tower as the file names it."""
 
     kind: Modality
@@ -213,7 +213,7 @@ class TowerEntry:
 class Projectors:
     """The file of a Release: its towers, and its tensors, of which no value was looked at."""
 
-    towers: tuple[TowerEntry, ...]
+    towers: tuple[TowerReference, ...]
     tensors: Mapping[str, SafetensorsEntry]
 
     @property
@@ -241,7 +241,7 @@ def read_projectors(path: Path, files: Mapping[str, Any], about: EngineInfo) -> 
     return result
 
 
-def _towers(text: str) -> tuple[TowerEntry, ...]:
+def _towers(text: str) -> tuple[TowerReference, ...]:
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError):
@@ -251,16 +251,16 @@ def _towers(text: str) -> tuple[TowerEntry, ...]:
     return tuple(_tower(kind, entries[kind]) for kind in KINDS if kind in entries)
 
 
-def _tower(kind: Modality, entry: Any) -> TowerEntry:
+def _tower(kind: Modality, entry: Any) -> TowerReference:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in ("name", "digest")):
         raise _projectors_refusal(f"names no tower by name and digest for {kind}: {str(entry)[:80]!a}")
     for key, limit in (("width", MOST_WIDTH), ("stack", MOST_STACK)):
         if type(entry.get(key)) is not int or not 1 <= entry[key] <= limit:
             raise _projectors_refusal(f"says {key} {str(entry.get(key))[:20]!a} of the tower for {kind}; it lies in 1..{limit}")
-    return TowerEntry(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
+    return TowerReference(kind, entry["name"], entry["digest"], entry["width"], entry["stack"])
 
 
-def _check_tower(tower: TowerEntry) -> None:
+def _check_tower(tower: TowerReference) -> None:
     ref = model_refs.locate_tower(tower.name, tower.kind)
     if ref.digest != tower.digest:
         raise ModelError(
@@ -287,7 +287,7 @@ def check_projector_values(projectors: Projectors, width: int) -> str:
     return f"{', '.join(f'{tower.kind} by {tower.name}' for tower in projectors.towers)}; {count:,} parameters"
 
 
-def _shapes(tower: TowerEntry, width: int) -> dict[str, tuple[int, ...]]:
+def _shapes(tower: TowerReference, width: int) -> dict[str, tuple[int, ...]]:
     """Tensor -> its shape, (out, in) of weights."""
     shapes: dict[str, tuple[int, ...]] = {
         "mean": (tower.width,), "spread": (tower.width,), "gain": (),
@@ -395,7 +395,7 @@ _TUNE = "tune it again, or release the adapter as it was"
 
 
 @dataclass(frozen=True)
-class LoraPair:
+class LoraEntryPair:
     """The two factors of a module; `scale` multiplies their product."""
 
     module: str
@@ -413,7 +413,7 @@ class Norms:
     median: float
 
 
-def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraPair]:
+def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: BaseWeights) -> list[LoraEntryPair]:
     """The pairs of exactly those modules of the base that the config targets.
 
     Raises AdmissionError (`tensors`) for a name that is none of a factor, for half a pair, a module that the base lacks, one
@@ -439,10 +439,12 @@ def pair_up(tensors: Mapping[str, SafetensorsEntry], config: LoraConfig, base: B
         )
     if not halves:
         raise _lora_refusal("tensors", "it has no factors at all")
-    return [LoraPair(module, factors["A"], factors["B"], config.scale_of(module)) for module, factors in sorted(halves.items())]
+    return [
+        LoraEntryPair(module, factors["A"], factors["B"], config.scale_of(module)) for module, factors in sorted(halves.items())
+    ]
 
 
-def check_shapes(pairs: Sequence[LoraPair], config: LoraConfig, base: BaseWeights) -> None:
+def check_shapes(pairs: Sequence[LoraEntryPair], config: LoraConfig, base: BaseWeights) -> None:
     """Raise AdmissionError (`shapes`) unless every A is (any rank, in) and every B (the same, out) of the base's module."""
     for pair in pairs:
         shape = base.matrices[pair.module].shape
@@ -454,21 +456,21 @@ def check_shapes(pairs: Sequence[LoraPair], config: LoraConfig, base: BaseWeight
             )
 
 
-def check_ranks(pairs: Sequence[LoraPair], config: LoraConfig) -> None:
+def check_ranks(pairs: Sequence[LoraEntryPair], config: LoraConfig) -> None:
     """Raise AdmissionError (`rank`) where the factors have another rank than the config declares."""
     for pair in pairs:
         if pair.a.shape[0] != (declared := config.rank_of(pair.module)):
             raise _lora_refusal("rank", f"{pair.module} has the rank {pair.a.shape[0]}; the config declares {declared}")
 
 
-def check_dtypes(pairs: Sequence[LoraPair]) -> None:
+def check_dtypes(pairs: Sequence[LoraEntryPair]) -> None:
     """Raise AdmissionError (`dtypes`) for a factor that is stored as anything but a float of 16 or 32 bits."""
     for tensor in (tensor for pair in pairs for tensor in (pair.a, pair.b)):
         if tensor.dtype not in FLOATS:
             raise _lora_refusal("dtypes", f"{tensor.name} is stored as {tensor.dtype}; what is taken is {', '.join(FLOATS)}")
 
 
-def check_lora_values(pairs: Sequence[LoraPair], base: BaseWeights) -> Norms:
+def check_lora_values(pairs: Sequence[LoraEntryPair], base: BaseWeights) -> Norms:
     """Read every value once. Raises AdmissionError: `finite` for a NaN or an infinity, `norms` for a product out of scale."""
     weights = base.norms([pair.module for pair in pairs])
     shares = {}
@@ -486,7 +488,7 @@ def check_lora_values(pairs: Sequence[LoraPair], base: BaseWeights) -> Norms:
     return Norms(largest, module, float(np.median(list(shares.values()))))
 
 
-def added_norm(pair: LoraPair) -> float:
+def added_norm(pair: LoraEntryPair) -> float:
     """||scale B A|| (Frobenius), by the two (rank, rank) Gram matrices and not by the (out, in) product."""
     a, b = _finite(pair.a), _finite(pair.b)
     squared = float(np.sum(_gram(a) * _gram(b.T)))

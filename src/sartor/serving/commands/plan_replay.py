@@ -22,11 +22,11 @@ from sartor.serving.commands.receipt_verification import question_in
 from sartor.serving.dispatch.model_selection import BASE_AGENT
 from sartor.serving.http.startup import build_services
 from sartor.serving.plan_options import Plan, digest
-from sartor.serving.plans.plan_dispatch import PlanDispatcher, Replier
+from sartor.serving.plans.plan_dispatch import PlanDispatcher
 from sartor.serving.plans.plan_log import FinishedRun, PlanLog, read_runs, response_format
 from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
 from sartor.serving.team_config import Team, load
-from sartor.serving.types import AgentReply, AgentRequest
+from sartor.serving.types import AgentReply, AgentRequest, Replier
 
 _PATIENCE_S = 3600.0
 _LEFT_OUT = "left out"

@@ -11,9 +11,8 @@ from typing import Any, TypeVar, cast
 from sartor.inference.engine import Event, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.http.http_errors import CutError, error_of
 from sartor.serving.http.request_log import RequestRecord
-from sartor.serving.http.services import Replier
 from sartor.serving.http.shutdown import ServerLifetime
-from sartor.serving.types import AgentReply, AgentRequest
+from sartor.serving.types import AgentReply, AgentRequest, Replier
 
 T = TypeVar("T")
 # What dispatch may still say of a deadline in its own words before this front does

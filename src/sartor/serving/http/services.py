@@ -10,18 +10,10 @@ from sartor.inference.engine import EngineInfo
 from sartor.serving.api_keys import Principal
 from sartor.serving.http.speech_service import OFF, SpeechService
 from sartor.serving.team_config import SpeechOptions
-from sartor.serving.types import AgentListing, AgentReply, AgentRequest, EmbeddingResult
+from sartor.serving.types import AgentListing, EmbeddingResult, Replier
 
 NOBODY = Principal("", frozenset(), is_admin=False)
 ANYBODY = Principal("", None, is_admin=False, speaks_for=None)
-
-
-class Replier(Protocol):
-    """Who answers: `dispatch`."""
-
-    async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin a reply; returns when its first event is there."""
-        ...
 
 
 class EmbeddingBackend(Protocol):

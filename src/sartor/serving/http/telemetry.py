@@ -31,7 +31,7 @@ class Metrics:
         self._first = self._histogram("first_token_seconds", "from a request's head to its reply's first text", "agent")
         self._feedback = self._counter("feedback", "what people said of replies", "agent", "kind")
         self._masked = self._counter("feedback_masked", "values of personal data masked in what people said", "kind")
-        self._registry.register(_State(services, connections, lines_lost))
+        self._registry.register(_StateCollector(services, connections, lines_lost))
 
     def count(self, record: RequestRecord) -> None:
         """A request that is over."""
@@ -69,7 +69,7 @@ class Metrics:
         return Histogram(f"sartor_{name}", text, labels, buckets=SECONDS, registry=self._registry)
 
 
-class _State(Collector):
+class _StateCollector(Collector):
     """What the house is like now."""
 
     def __init__(self, services: Services, connections: Callable[[], int], lines_lost: Callable[[], int]) -> None:

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from sartor.core.errors import (
     BusyError,
@@ -32,18 +32,10 @@ from sartor.serving.plans.plan_log import FinishedRun, PlanLog
 from sartor.serving.plans.plan_runner import PlanRunner, allowance_of
 from sartor.serving.plans.plan_steps import OpenStep, PlanAllowance, PlanRun, StepLogEntry, StepReplier, StepReply
 from sartor.serving.team_config import Team
-from sartor.serving.types import AgentListing, AgentReply, AgentRequest, FinishedReply, ReceiptWriter
+from sartor.serving.types import AgentListing, AgentReply, AgentRequest, FinishedReply, ReceiptWriter, Replier
 
 # What is told as it is where no step gave anything: it says what the client can do
 _CLIENTS = (RequestError, ConfigError, BusyError, DeadlineError)
-
-
-class Replier(Protocol):
-    """Who answers a request to one agent: `dispatch`."""
-
-    async def open(self, request: AgentRequest) -> AgentReply:
-        """Begin a reply."""
-        ...
 
 
 @dataclass(frozen=True)
