@@ -84,3 +84,14 @@ def test_a_directory_without_a_package_names_the_remedy(tmp_path: Path) -> None:
 
 def test_vague_words_are_those_of_the_style_guide() -> None:
     assert {"said", "found", "one", "place", "kept"} <= set(measure_tree.VAGUE)
+
+
+def test_value_names_count_parameters_of_own_classes() -> None:
+    text = """
+from starlette.requests import Request
+from sartor.serving.types import AgentRequest as Asked
+def f(one: Asked | None, http: Request, requests: list[Asked]) -> Asked: ...
+def g(request: types.AgentRequest) -> None: ...
+"""
+    classes = ("AgentRequest", "Request")
+    assert measure_tree.value_names(measure_tree.ast.parse(text), classes) == {"one", "request"}

@@ -19,6 +19,9 @@ behind              for each entry point, the modules and lines that its functio
                     imports at the top of modules and inside functions, without TYPE_CHECKING. `lazy_modules` and
                     `lazy_lines` follow texts that spell a module (`load("sartor.models.sentence_encoder")`) too, but for those
                     of the façade, which name everything
+value_names         under how many names the parameters of functions hold the value of each walk of docs/architecture.md: those
+                    annotated with one of the classes WALKS (of today's tree, and as they were called at f346d1e) and nothing
+                    around it, in the packages that the walk passes
 
 An import of `sartor.a.b` leads to that module, and not to the packages above it. `from sartor.a import b` leads to
 `sartor.a.b` if that is a module.
@@ -67,6 +70,19 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }
 ENTRIES = ("ask", "serve", "curate", "tune")
+# walk -> packages it passes, classes that the value has on its way; an alias of an import counts as what it stands for
+WALKS = {
+    "chat": (
+        ("serving", "inference", "agents", "models.engine"),
+        ("ChatRequest", "AgentRequest", "GenerateCall", "AgentReply", "InFlightCall", "SequenceState", "ReplyStream")
+        + ("CollectedReply", "FinishedReply", "TextDelta", "ReplyDone", "ReplyFailed", "Event")
+        + ("Request", "Call", "Answer", "LiveCall", "Row", "Replying", "Reply", "Given", "Delta", "Done", "Failed"),
+    ),
+    "row": (
+        ("curate", "core", "tune", "models", "evaluate"),
+        ("Example", "TokenizedExample", "Pack", "PreferenceExample", "Encoded", "Lesson"),
+    ),
+}
 
 
 @dataclass
@@ -178,6 +194,35 @@ def count_classes(modules: Mapping[str, Module]) -> dict[str, Any]:
     return {"classes": names.total(), "duplicate_class_names": len(shared), "duplicate_classes": sum(shared)}
 
 
+def count_value_names(modules: Mapping[str, Module]) -> dict[str, Any]:
+    """Return the distinct names of parameters that hold the value of each walk."""
+    counts = {}
+    for walk, (packages, classes) in WALKS.items():
+        names = set()
+        for module in modules.values():
+            if any(f"{module.name.partition('.')[2]}.".startswith(f"{package}.") for package in packages):
+                names |= value_names(module.tree, classes)
+        counts[walk] = {"count": len(names), "names": sorted(names)}
+    return {"value_names": counts}
+
+
+def value_names(tree: ast.Module, classes: tuple[str, ...]) -> set[str]:
+    """Return the names of parameters whose annotation is one of the classes, perhaps as a choice: `A | B | None`."""
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    aliases = {alias.asname or alias.name: alias.name for node in imports for alias in node.names}
+    # another library's class of the same name (starlette's Request) is not the value
+    foreign = [node for node in imports if not (node.module or "").startswith("sartor")]
+    aliases |= {alias.asname or alias.name: "" for node in foreign for alias in node.names}
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            choices = [choice.rpartition(".")[2] for choice in ast.unparse(node.annotation).split(" | ")]
+            if any(aliases.get(choice, choice) in classes for choice in choices):
+                names.add(node.arg.strip("_"))
+    return names
+
+
 # imports
 
 
@@ -278,6 +323,7 @@ def measure(src: Path, entries: Mapping[str, str]) -> dict[str, Any]:
         "lines": sum(module.lines for module in modules.values()),
         **count_tokens(modules),
         **count_classes(modules),
+        **count_value_names(modules),
         **import_chain(modules),
         "behind": reached,
     }
