@@ -54,7 +54,7 @@ test-default: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 25 -m "(circle or services or browser) and not alone"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"
 
 test-alone: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone"
