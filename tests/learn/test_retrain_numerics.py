@@ -26,7 +26,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     monkeypatch.setattr(retrain, "measure", measure)
     monkeypatch.setattr(retrain, "compare_with_live", lambda *_: VersionScores("f1", []))
     monkeypatch.setattr(retrain, "write_beside", lambda *_: None)
-    monkeypatch.setattr(retrain, "_liked", lambda *_: {})
+    monkeypatch.setattr(retrain, "_liked", lambda *_: {"ratings": []})
+    monkeypatch.setattr(retrain.look_ledger, "record_look", lambda *_: None)
     return found
 
 

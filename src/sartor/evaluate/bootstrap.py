@@ -38,8 +38,16 @@ _MOST_ENUMERATED, _MOST_KEPT = 13, 256
 _STEP = 1e-4
 # Differences that are closer are one
 _ALIKE = 1e-6
-# Fewer groups cannot reach the level: of five, all better, the flip of all signs is one of 32
-LEAST_GROUPS = math.ceil(-math.log2(_TAIL))
+# So many drawn sets lie beyond the end of an interval at least: for rarer ends more sets are drawn
+_BEYOND = 20
+
+
+def least_groups(tail: float = _TAIL) -> int:
+    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of 32."""
+    return math.ceil(-math.log2(tail))
+
+
+LEAST_GROUPS = least_groups()
 
 # ... and the interval of so few reaches as far as the scores allow, which is taken to be this at least
 LEAST_WIDTH = 1.0
@@ -66,6 +74,14 @@ class Comparison:
         return "better" if (self.low > 0) == higher_is_better else "worse"
 
 
+@dataclass(frozen=True)
+class FlipTest:
+    """One-sided level of each end of the interval, and the seed of the drawn sets."""
+
+    tail: float = _TAIL
+    seed: int = 0
+
+
 def paired_bootstrap(
     base: Sequence[float],
     tuned: Sequence[float],
@@ -74,11 +90,12 @@ def paired_bootstrap(
     seed: int = 0,
     *,
     is_bounded: bool | None = None,
+    tail: float = _TAIL,
 ) -> Comparison:
     """Compare two sides scored on the same rows. Inputs: (N,) each; `weights` makes the means weighted (tokens per row).
 
-    is_bounded: whether no score can lie outside of -1..1, by default whether none does; losses are not. See `corpus`, of which
-    a mean is the plainest case.
+    is_bounded: whether no score can lie outside of -1..1, by default whether none does; losses are not. tail: one-sided level
+    of each end of the interval. See `corpus_bootstrap`, of which a mean is the plainest case.
     """
     base_scores, tuned_scores = np.asarray(base, float), np.asarray(tuned, float)
     weight = np.ones_like(base_scores) if weights is None else np.asarray(weights, float)
@@ -87,7 +104,7 @@ def paired_bootstrap(
     largest = float(np.abs(scores).max())
     is_bounded = largest <= 1 if is_bounded is None else is_bounded
     widest = max(LEAST_WIDTH, largest, float(np.ptp(scores)))
-    return corpus_bootstrap(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, seed=seed)
+    return corpus_bootstrap(before, after, groups, _mean, widest=widest, is_bounded=is_bounded, test=FlipTest(tail, seed))
 
 
 def _mean(sums: Array) -> Array:
@@ -102,16 +119,18 @@ def corpus_bootstrap(
     *,
     widest: float = 1.0,
     is_bounded: bool = True,
-    seed: int = 0,
+    test: FlipTest | None = None,
 ) -> Comparison:
     """Compare two sides by a statistic of the whole set that is a function of sums over rows: macro-F1, a word error rate.
 
     base, tuned: (N, K) what each row adds to the sums. statistic: (R, K) sums -> (R,) values. widest: the largest difference
     that the scores allow; is_bounded: whether no row that was not seen could differ by more.
     Whole groups are in a set or not, never single rows: rows of one group fail together, and drawing them apart would make the
-    interval too narrow. With fewer than LEAST_GROUPS groups every difference that the scores allow is possible:
+    interval too narrow. With fewer groups than can reach the level every difference that the scores allow is possible:
     -widest..widest.
     """
+    test = test or FlipTest()
+    tail = test.tail
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     count = len(names)
     sums = [np.zeros((count, side.shape[1])) for side in (base, tuned)]
@@ -127,7 +146,7 @@ def corpus_bootstrap(
     difference = after - before
     if not math.isfinite(difference):  # a loss that overflowed: anything may be
         return Comparison(before, after, difference, -math.inf, math.inf)
-    if count < LEAST_GROUPS:
+    if count < least_groups(tail):
         return Comparison(before, after, difference, -widest, widest)
     # what each group says of the difference, by the infinitesimal jackknife (Efron 1982, ch. 6): of a mean over groups of one
     # size its own difference, in a larger group the more
@@ -137,22 +156,30 @@ def corpus_bootstrap(
     pseudo_values = difference + count * (plus - minus) / (2 * _STEP)
     with np.errstate(invalid="ignore", divide="ignore"):  # sets of nothing, or of groups without weight: 0 / 0
         group_differences = statistic(sums[1]) - statistic(sums[0])
-        values, sizes = np.concatenate([(differences(chosen), chosen.sum(1)) for chosen in _sets(count, seed)], 1)
-    low = _lower_end(pseudo_values, values, sizes)
-    high = -_lower_end(-pseudo_values, -values, sizes)
-    if statistic is _mean and count >= AGREEING_GROUPS:
+        values, sizes = np.concatenate([(differences(chosen), chosen.sum(1)) for chosen in _sets(count, test)], 1)
+    low = _lower_end(pseudo_values, values, sizes, tail)
+    high = -_lower_end(-pseudo_values, -values, sizes, tail)
+    if statistic is _mean and count >= _agreeing_groups(tail):
         # A mean lies between those of single groups; macro-F1 does not. That all of so many groups lie on one side of the
-        # truth has a chance under 1 %, for log-normal differences too
+        # truth has a chance under a third of the level, for log-normal differences too
         low, high = max(low, float(np.nanmin(group_differences))), min(high, float(np.nanmax(group_differences)))
     if is_bounded and count < FEW_GROUPS:
-        low = min(low, _unseen(pseudo_values, difference, widest))
-        high = max(high, -_unseen(-pseudo_values, -difference, widest))
+        low = min(low, _unseen(pseudo_values, difference, widest, tail))
+        high = max(high, -_unseen(-pseudo_values, -difference, widest, tail))
     # the estimate is always in its interval: where rounding, or a statistic that is no mean, left it out too
     low, high = min(max(low, -widest), difference), max(min(high, widest), difference)
     return Comparison(before, after, difference, low, high)
 
 
-def _lower_end(pseudo_values: Array, values: Array, sizes: Array) -> float:
+def _agreeing_groups(tail: float) -> int:
+    """Return the number of groups of which the lowest and the highest hold a mean between them, but for a third of `tail`.
+
+    The mean of a log-normal (sigma 1) lies at its quantile Phi(1/2) = 0.69: n groups lie below it with probability 0.69^n.
+    """
+    return max(AGREEING_GROUPS, math.ceil(AGREEING_GROUPS + math.log(tail / _TAIL) / math.log(0.69)))
+
+
+def _lower_end(pseudo_values: Array, values: Array, sizes: Array, tail: float) -> float:
     """The largest value below which the test rejects.
 
     pseudo_values: (groups,) pseudo-values. values: (sets,) differences on sets of groups; sizes: (sets,) how many groups each
@@ -163,22 +190,28 @@ def _lower_end(pseudo_values: Array, values: Array, sizes: Array) -> float:
     values = np.where(np.isfinite(values), values, -np.inf)
     # the empty set, where nothing is flipped, is as extreme as what was seen; among drawn sets it counts as one more
     # (Phipson & Smyth 2010)
-    total = 2**count if count <= _MOST_ENUMERATED else SETS + 1
-    rank = max(math.floor(_TAIL * total + 1e-9) - (total - len(values)), 0)
+    total = 2**count if count <= _MOST_ENUMERATED else _drawn_sets(tail) + 1
+    rank = max(math.floor(tail * total + 1e-9) - (total - len(values)), 0)
     unadjusted, low = (float(np.partition(ends, rank)[rank]) for ends in (values, values - handicap / (2 * sizes)))
     # Of differences of one size, or none, as of a reply that is right or wrong, the mean is 0 only where both signs are as
     # likely: at 0 flipped signs are exact. Elsewhere they are not: only a part of what they find stands.
     return max(low, unadjusted / 4) if unadjusted > 0 and _is_of_one_size(pseudo_values) else low
 
 
-def _sets(count: int, seed: int) -> Iterator[Array]:
-    """(R, count) of 0 and 1: every set of groups, or SETS drawn ones, in slices so that they are not gigabytes."""
-    if count <= _MOST_KEPT:
-        sets = _cached_sets(count, seed)
+def _drawn_sets(tail: float) -> int:
+    """Return how many sets are drawn for a level: so that some lie beyond it."""
+    return max(SETS, math.ceil(_BEYOND / tail) - 1)
+
+
+def _sets(count: int, test: FlipTest) -> Iterator[Array]:
+    """(R, count) of 0 and 1: every set of groups, or drawn ones, in slices so that they are not gigabytes."""
+    drawn = _drawn_sets(test.tail)
+    if count <= _MOST_ENUMERATED or (count <= _MOST_KEPT and drawn == SETS):
+        sets = _cached_sets(count, test.seed)
         yield from (sets[start : start + 500].astype(float) for start in range(0, len(sets), 500))
         return
-    rng = np.random.default_rng(seed)
-    yield from (_drawn(rng, min(500, SETS - start), count).astype(float) for start in range(0, SETS, 500))
+    rng = np.random.default_rng(test.seed)
+    yield from (_drawn(rng, min(500, drawn - start), count).astype(float) for start in range(0, drawn, 500))
 
 
 @functools.lru_cache(maxsize=4)
@@ -206,7 +239,7 @@ def _is_of_one_size(pseudo_values: Array) -> bool:
     return bool(np.all((sizes < _ALIKE) | (sizes > sizes.max() - _ALIKE)))
 
 
-def _unseen(pseudo_values: Array, difference: float, widest: float) -> float:
+def _unseen(pseudo_values: Array, difference: float, widest: float, tail: float) -> float:
     """The lower end if groups below all that were seen are as many as chance may hide, and as bad as the scores allow.
 
     Only where half of the groups or more share the lowest value, but for NEAR of the range: there no tail tells how much
@@ -215,7 +248,7 @@ def _unseen(pseudo_values: Array, difference: float, widest: float) -> float:
     """
     if 2 * (pseudo_values < pseudo_values.min() + NEAR * widest).sum() < len(pseudo_values):
         return math.inf
-    hidden_fraction = 1 - _TAIL ** (1 / len(pseudo_values))
+    hidden_fraction = 1 - tail ** (1 / len(pseudo_values))
     return float(difference * (1 - hidden_fraction) - widest * hidden_fraction)
 
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,20 +282,27 @@ class VersionScores:
 
 
 def compare_with_live(
-    adapter: Path | str, report: Path | str, live: Path | str, notice: Callable[[str], object] = lambda line: None
+    adapter: Path | str,
+    report: Path | str,
+    live: Path | str,
+    notice: Callable[[str], object] = lambda line: None,
+    *,
+    only: Collection[str] | None = None,
 ) -> VersionScores:
     """Let `live` (a Release or an Adapter) answer what the Report of `adapter` was made of, and score it as the Report did.
 
-    The rows are looked up in the Dataset of `adapter`. Rows without a score of the primary metric are left out. Raises
-    ArtifactError where the Dataset or one of the rows is gone, ModelError.
+    only: ids of the rows to compare on; all by default. The rows are looked up in the Dataset of `adapter`. Rows without a
+    score of the primary metric are left out. Raises ArtifactError where the Dataset or one of the rows is gone, ModelError.
     """
     new_version, report_artifact, live_version = (
         open_artifact(adapter, "adapter"), open_artifact(report, "report"), open_artifact(live, ("adapter", "release"))
     )  # fmt: skip
-    rows = list(parquet_io.read_file(report_artifact.path / "rows.parquet"))
+    rows = [
+        row for row in parquet_io.read_file(report_artifact.path / "rows.parquet") if only is None or str(row["id"]) in only
+    ]
     eval_set = _find_eval_set(new_version, rows)
     base, model = open_tuned(live_version, notice)
-    notice(f"the live version answers the same {len(rows)} rows")
+    notice(f"{live_version.path} answers the same {len(rows)} rows")
     outputs = measure_model(base, model, eval_set, report_artifact.manifest["label"], tuned=True)
     primary = str(report_artifact.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)

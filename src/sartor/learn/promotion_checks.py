@@ -2,7 +2,7 @@
 
 Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
 were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
-alone: they show that what people said was learnt, and only the first can show that nothing else suffered.
+alone: a gain there is one over a control (`gain_test`), and only the first can show that nothing else suffered.
 
 Each key is held against all others by the monitors' own evidence (`serving/dispatch/sequential_tests.py`), both ways. A key
 that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
@@ -15,18 +15,22 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sartor.core.errors import GateError
 from sartor.core.splits import group_of_stored
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import FEW_GROUPS, LEAST_GROUPS, Comparison
 from sartor.evaluate.limits import Check
 from sartor.evaluate.reply_labels import known_fields, label_of
+from sartor.learn import gain_test
+from sartor.learn.gain_test import Claim
 from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import NotWorse
 
 Row = Mapping[str, Any]
+GAIN, NOT_WORSE = "gain over live", "not worse"
 # a field of more values cuts the rows into slices too thin to judge
 MOST_VALUES = 40
 MOST_NAMED = 8
@@ -39,14 +43,86 @@ def of_rows(table: Sequence[Row]) -> Comparison:
     )
 
 
-def gain(comparisons: Mapping[str, Comparison]) -> tuple[Check, str]:
-    """(whether any kind of rows is better by an interval above 0, the kind that says so or else the first)."""
-    better = [kind for kind, comparison in comparisons.items() if comparison.low > 0]
-    lines = "; ".join(f"{kind}: {format_comparison(comparison)}" for kind, comparison in comparisons.items())
-    decisive = better[0] if better else next(iter(comparisons))
-    if better:
-        return Check("pass", lines), decisive
-    return Check("fail", f"no interval lies above 0: {lines}", "more feedback, or a longer tuning (retrain.tuning)"), decisive
+@dataclass(frozen=True)
+class Judgement:
+    """Checks of a new version against the live one, by name.
+
+    comparisons: new less live by kind of rows, each with its own 95 % interval; for a person, no gain follows from one.
+    claims: what may show a gain, tested as far as the opponents were measured.
+    """
+
+    checks: Mapping[str, Check]
+    comparisons: Mapping[str, Comparison]
+    claims: Sequence[Claim]
+
+    @property
+    def decisive(self) -> Claim:
+        """The first claim that shows a gain, else that of the held-out rows."""
+        return next((claim for claim in self.claims if claim.is_gain), self.claims[0])
+
+    @property
+    def refused(self) -> str:
+        """The checks that hold the version back, with their numbers; empty if none does."""
+        return "; ".join(f"{name}: {check.detail}" for name, check in self.checks.items() if check.holds_back)
+
+    @property
+    def needless_control(self) -> str:
+        """The reason why no control could change the decision; empty if one could."""
+        failed = [name for name, check in self.checks.items() if check.holds_back]
+        if GAIN not in failed:
+            return f"{self.decisive.kind} shows the gain"
+        if others := [name for name in failed if name != GAIN]:
+            return f"refused anyway: {', '.join(others)}"
+        untested = [claim.kind for claim in self.claims if claim.result is None]
+        if not untested:
+            return "no held-out feedback of enough groups that a control could be compared on"
+        if untested == ["feedback"] and self.comparisons["feedback"].difference <= 0:
+            return "no better than the live version on feedback"
+        return ""
+
+
+def judge(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int], rules: NotWorse) -> Judgement:
+    """Hold the new version against the live one, and against the control where rows have its scores.
+
+    kinds: `held_out`, `feedback` and `ratings` rows with `live`, `new` and maybe `control`. looks: of each row, by its id,
+    how often other retrains looked at it. Raises GateError for fewer than two held-out rows.
+    """
+    if len(kinds["held_out"]) < 2:
+        raise GateError(
+            "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
+        )
+    comparisons = {kind: of_rows(rows) for kind, rows in kinds.items() if len(rows) > 1}
+    claims = gain_test.judge_claims(gain_test.plan_claims(kinds, looks))
+    harmless = not_worse(comparisons["held_out"], rules.margin)
+    if thin_slices := unjudged(kinds["held_out"], rules):
+        harmless = replace(harmless, detail=f"{harmless.detail}; slices of too few rows to be judged: {thin_slices}")
+    checks = {GAIN: gain(claims, comparisons), NOT_WORSE: harmless, **slices(kinds["held_out"], rules)}
+    return Judgement(checks, comparisons, claims)
+
+
+def gain(claims: Sequence[Claim], comparisons: Mapping[str, Comparison]) -> Check:
+    """Whether any claim shows a gain, at its part of one level of error; the rest is named for a person."""
+    lines = [format_claim(claim) for claim in claims if claim.result is not None]
+    tested = {claim.kind for claim in claims if claim.result is not None}
+    lines += [
+        f"{kind}, of which no gain follows without a control: {format_comparison(comparison)}"
+        for kind, comparison in comparisons.items()
+        if kind not in tested
+    ]
+    if any(claim.is_gain for claim in claims):
+        return Check("pass", "; ".join(lines))
+    remedy = "more feedback, or a longer tuning (retrain.tuning)"
+    if any(claim.look > 1 for claim in claims):
+        remedy += "; held-out rows that no retrain has looked at (sartor curate with more of them) tell most"
+    return Check("fail", f"no interval lies above 0: {'; '.join(lines)}", remedy)
+
+
+def format_claim(claim: Claim) -> str:
+    """A tested claim in a line."""
+    if claim.result is None:
+        return f"{claim.kind}: not compared with the {claim.opponent}"
+    opponent = "" if claim.opponent == gain_test.LIVE else " over the control"
+    return f"{claim.kind}{opponent}: {format_comparison(claim.result)} ({claim.confidence:.2%} interval, look {claim.look})"
 
 
 def not_worse(comparison: Comparison, margin: float) -> Check:

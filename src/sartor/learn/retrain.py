@@ -15,11 +15,10 @@ from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.core.resource_limits import limit_data
 from sartor.core.splits import group_of
-from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.evaluation import compare_with_live, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
-from sartor.evaluate.limits import Check
-from sartor.learn import promotion_checks, training_data, triggers
+from sartor.learn import look_ledger, promotion_checks, training_data, triggers
+from sartor.learn.promotion_checks import Judgement
 from sartor.learn.run_record import (
     Live,
     Notice,
@@ -117,8 +116,11 @@ def evaluate(job: RetrainContext) -> Mapping[str, Any]:
             replace=bool(numerics_change),
         )  # fmt: skip
     comparison = compare_with_live(adapter, out, job.run.record.live.release, job.notice)
-    write_beside(job.at("beside.parquet"), comparison)
-    return {"report": str(out), "metric": comparison.metric, "rows": len(comparison.table), **_liked(job, adapter)}
+    write_beside(job.at(look_ledger.SCORES_FILE), comparison)
+    liked = _liked(job, adapter)
+    rows = {"compared": [row["id"] for row in comparison.table], "ratings": [row["id"] for row in liked["ratings"]]}
+    look_ledger.record_look(job.run, rows)
+    return {"report": str(out), "metric": comparison.metric, "rows": len(comparison.table), **liked}
 
 
 def _numerics_difference(report: Path) -> str:
@@ -137,52 +139,84 @@ def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
     live, new = (likelihoods(path, rows, job.notice) for path in (job.run.record.live.release, adapter))
     return {
         "ratings": [
-            {"id": row.id, "group": group_of(row), "live": row.rating * before, "new": row.rating * after}
+            {"id": row.id, "group": group_of(row), "rating": row.rating, "live": row.rating * before, "new": row.rating * after}
             for row, before, after in zip(rows, live, new, strict=True)
         ]
     }
 
 
+def control(job: RetrainContext) -> Mapping[str, Any]:
+    """control-LEG/: the live version tuned on rehearsal rows alone, where only feedback could show a gain; its scores.
+
+    It has as many updates as the new version, at the same rate. `skipped` says why there is none.
+    """
+    if job.run.done("gate"):  # of a Sartor before the control
+        return {"skipped": "the gate has decided"}
+    judgement = judge(job)
+    if reason := judgement.needless_control:
+        return {"skipped": reason}
+    start = Path(job.run.record.live.release)
+    for leg in job.run.facts("tune")["legs"]:
+        out, data = job.at(f"control-{leg['leg']}"), training_data.write_control_data(job, leg["leg"])
+        updates = open_artifact(leg["adapter"], "adapter").manifest["run"]["updates"]
+        recipe = {**recipe_of(job, "sft", start), "budget": {"updates": updates}}
+        recipe["data"] = {**recipe["data"], "path": str(data)}
+        job.notice(f"tuning the control: {updates} updates on {data}, going on from {start}")
+        train(recipe, out, resume=True, show=False, notice=job.notice)
+        start = out
+    return {"adapter": str(start), **_control_scores(job, judgement, start)}
+
+
+def _control_scores(job: RetrainContext, judgement: Judgement, adapter: Path) -> dict[str, Any]:
+    """Scores of the control by row, for each kind of rows that is compared with it."""
+    rows = {claim.kind: {str(row["id"]) for row in claim.rows} for claim in judgement.claims if claim.result is None}
+    scores: dict[str, dict[str, float]] = {}
+    if "feedback" in rows:
+        new = Path(job.run.facts("tune")["adapter"])
+        compared = compare_with_live(new, job.at("report"), adapter, job.notice, only=rows["feedback"])
+        scores["feedback"] = {row["id"]: row["live"] for row in compared.table}
+    if "ratings" in rows:
+        rated = [row for row in training_data.held_ratings(job) if row.id in rows["ratings"]]
+        likely = likelihoods(adapter, rated, job.notice)
+        scores["ratings"] = {row.id: row.rating * nats for row, nats in zip(rated, likely, strict=True)}
+    return {"scores": scores}
+
+
 def gate(job: RetrainContext) -> Mapping[str, Any]:
     """Whether it is better than the live version somewhere, and nowhere worse; `refused` says why not."""
-    checks, comparisons, best_kind = run_checks(job)
-    outcomes = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in checks.items()}
-    gains = {
+    judgement = judge(job)
+    checks = {name: {"outcome": check.outcome, "detail": check.detail} for name, check in judgement.checks.items()}
+    compared = {
         kind: {"estimate": comparison.difference, "low": comparison.low, "high": comparison.high}
-        for kind, comparison in comparisons.items()
+        for kind, comparison in judgement.comparisons.items()
     }
-    facts = {"checks": outcomes, "gain": {"of": best_kind, **gains[best_kind]}, "compared": gains}
-    lines = [f"{name}: {check.detail}" for name, check in checks.items() if check.holds_back]
-    return {**facts, "refused": "; ".join(lines)}
+    return {
+        "checks": checks,
+        "gain": judgement.decisive.as_json(),
+        "compared": compared,
+        "claims": [claim.as_json() for claim in judgement.claims],
+        "refused": judgement.refused,
+    }
 
 
-def run_checks(job: RetrainContext) -> tuple[dict[str, Check], dict[str, Comparison], str]:
-    """(every check by name, the comparisons by kind of rows, the kind that says most for the new version)."""
-    table = list(parquet_io.read_file(job.at("beside.parquet")))
+def judge(job: RetrainContext) -> Judgement:
+    """Judge what was measured so far, by the rows and the ledger of looks."""
+    return promotion_checks.judge(rows_by_kind(job), look_ledger.count_looks(job.run), job.rules.gate)
+
+
+def rows_by_kind(job: RetrainContext) -> dict[str, list[dict[str, Any]]]:
+    """Return the compared rows of each kind, with the control's scores where it has any."""
+    table = list(parquet_io.read_file(job.at(look_ledger.SCORES_FILE)))
     feedback = training_data.ids_of_feedback(job)
     kinds = {
-        "feedback": [row for row in table if row["id"] in feedback],
         "held_out": [row for row in table if row["id"] not in feedback],
-        "ratings": list(job.run.facts("evaluate")["ratings"]),
+        "feedback": [row for row in table if row["id"] in feedback],
+        "ratings": [dict(row) for row in job.run.facts("evaluate")["ratings"]],
     }
-    comparisons = {kind: promotion_checks.of_rows(rows) for kind, rows in kinds.items() if len(rows) > 1}
-    if "held_out" not in comparisons:
-        raise GateError(
-            "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
-        )
-    gain_check, best_kind = promotion_checks.gain(comparisons)
-    rules = job.rules.gate
-    not_worse = promotion_checks.not_worse(comparisons["held_out"], rules.margin)
-    if thin_slices := promotion_checks.unjudged(kinds["held_out"], rules):
-        not_worse = dataclasses.replace(
-            not_worse, detail=f"{not_worse.detail}; slices of too few rows to be judged: {thin_slices}"
-        )
-    checks = {
-        "gain over live": gain_check,
-        "not worse": not_worse,
-        **promotion_checks.slices(kinds["held_out"], rules),
-    }
-    return checks, comparisons, best_kind
+    control_facts = job.run.facts("control") if job.run.done("control") else {}
+    for kind, scores in control_facts.get("scores", {}).items():
+        kinds[kind] = [row | ({"control": scores[row["id"]]} if row["id"] in scores else {}) for row in kinds[kind]]
+    return kinds
 
 
 def release(job: RetrainContext) -> Mapping[str, Any]:
@@ -221,7 +255,8 @@ def register_version(job: RetrainContext) -> Mapping[str, Any]:
 
 
 STAGES: dict[str, Stage] = {
-    "curate": curate, "tune": tune, "evaluate": evaluate, "gate": gate, "release": release, "bring in": register_version
+    "curate": curate, "tune": tune, "evaluate": evaluate, "control": control, "gate": gate, "release": release,
+    "bring in": register_version,
 }  # fmt: skip
 
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
-from sartor.core.errors import ArtifactError
+from sartor.core.errors import ArtifactError, GateError
 from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import split_group
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
-from sartor.learn import promotion_checks, triggers
+from sartor.learn import look_ledger, promotion_checks, triggers
 from sartor.learn.run_record import RetrainContext
 from sartor.serving.dispatch.sequential_tests import FailureRate
 
@@ -116,9 +116,27 @@ def draw_rehearsal(dataset: Artifact, count: int, seed: int) -> list[Example]:
     return rows[:count]
 
 
+def write_control_data(job: RetrainContext, leg: str) -> Path:
+    """control-data-LEG/: rehearsal rows alone, as many as the leg was trained on if there are so many; the same held out."""
+    out, learnt = job.at(f"control-data-{leg}"), open_artifact(job.at(FOLDERS[leg]), "dataset")
+    dataset = job.own_rows()
+    count = sum(1 for _ in parquet_io.read_examples(learnt, "train"))
+    rows = [row for row in draw_rehearsal(dataset, count, job.run.record.number) if not _is_feedback(row)]
+    if not rows:
+        raise GateError(f"{dataset.path} has no rows to tune a control on", "more rows in the live version's Dataset")
+    _write(out, [dataset], rows, list(parquet_io.read_examples(learnt, "eval")))
+    return out
+
+
 def ids_of_feedback(job: RetrainContext) -> set[str]:
-    """Of the corrections: which rows of a Report are such."""
-    return {row.id for row in parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset")) if not row.rating}
+    """Return the ids of the corrections, of which a version erred; also of those that an earlier retrain held out."""
+    feedback = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"))
+    held_out = parquet_io.read_examples(job.own_rows(), "eval")
+    return {row.id for row in feedback if not row.rating} | {row.id for row in held_out if _is_feedback(row)}
+
+
+def _is_feedback(row: Example) -> bool:
+    return any(origin.source.startswith("inbox:") for origin in row.origins)
 
 
 def held_ratings(job: RetrainContext) -> list[Example]:
@@ -152,11 +170,15 @@ def _inbox(job: RetrainContext) -> Path:
 
 
 def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Example]) -> list[Example]:
-    """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg."""
+    """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg.
+
+    Rows that fewer retrains have looked at come first: they tell more.
+    """
+    looks = look_ledger.count_looks(job.run)
     held_out = [row for row in corrections if row.split == "eval"]
     ids = {row.id for row in held_out}
     dataset_rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating and row.id not in ids]
-    dataset_rows.sort(key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    dataset_rows.sort(key=lambda row: (looks[row.id], hashlib.sha256(row.id.encode()).digest()))
     return [*held_out, *dataset_rows[: max(job.rules.gate.rows - len(held_out), 0)]]
 
 

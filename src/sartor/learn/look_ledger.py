@@ -1,0 +1,77 @@
+"""Ledger of looks: the held-out rows that the retrains of an agent were compared on.
+
+    STATE/retrain/AGENT/looks.jsonl     one line a retrain that compared versions: digests of the rows, by kind
+
+A row that decided once decides the next time with less weight (`gain_test`), so the ledger outlives the folders of the
+retrains. It holds digests of rows and no text. Retrains from before there was a ledger are counted by their `beside.parquet`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sartor.core import parquet_io
+from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import write_file_atomic
+from sartor.learn.run_record import RunRecord, list_runs, now
+
+FILE = "looks.jsonl"
+# of a retrain: the versions' scores side by side, row by row
+SCORES_FILE = "beside.parquet"
+_SCHEMA = 1
+
+
+def record_look(run: RunRecord, rows: Mapping[str, Iterable[str]]) -> None:
+    """Write that a retrain has looked at rows, once however often it is resumed. rows: their digests by kind."""
+    file = run.folder.parent / FILE
+    lines = _read_lines(file)
+    if any(_key_of_line(line) == _key_of_run(run) for line in lines):
+        return
+    digests = {kind: sorted(set(ids)) for kind, ids in rows.items()}
+    line = {
+        "schema": _SCHEMA, "number": run.record.number, "began": run.record.began, "looked": now(),
+        "live": run.record.live.release_id,
+        "sets": {kind: hashlib.sha256("\n".join(ids).encode()).hexdigest() for kind, ids in digests.items()},
+        "rows": digests,
+    }  # fmt: skip
+    write_file_atomic(file, "".join(json.dumps(entry) + "\n" for entry in [*lines, line]).encode())
+
+
+def count_looks(run: RunRecord) -> Counter[str]:
+    """Return how often other retrains of the agent looked at each row, by its digest. Raises ArtifactError."""
+    home = run.folder.parent
+    lines = [line for line in _read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
+    counts = Counter(digest for line in lines for digest in {digest for ids in line["rows"].values() for digest in ids})
+    counted = {*map(_key_of_line, lines), _key_of_run(run)}
+    for other in list_runs(home.parent.parent, run.record.agent):
+        if _key_of_run(other) not in counted and (other.folder / SCORES_FILE).exists():
+            counts.update({str(row["id"]) for row in parquet_io.read_file(other.folder / SCORES_FILE)})
+    return counts
+
+
+def _key_of_run(run: RunRecord) -> tuple[int, str]:
+    """A number is given again where the folders were deleted; with the time it is not."""
+    return run.record.number, run.record.began
+
+
+def _key_of_line(line: Mapping[str, Any]) -> tuple[int, str]:
+    return int(line["number"]), str(line["began"])
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        lines = [dict(json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()]
+        schemas = {line["schema"] for line in lines}
+        is_whole = all(isinstance(line["rows"], dict) and _key_of_line(line) for line in lines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is no whole ledger of looks: {error}", f"restore {file} from a copy") from None
+    if schemas - {_SCHEMA} or not is_whole:
+        raise ArtifactError(f"{file} has lines of schema {sorted(schemas)}; this reads {_SCHEMA}", "use a newer Sartor")
+    return lines
