@@ -59,6 +59,7 @@ KEYS = {
     "quant": "linear_bytes_over_bf16.nf4 linear_bytes_over_bf16.int8 memory_1b.nf4.peak_bytes peak_rss_over_bf16 step.auto.step_s "
     "step_nf4_over_auto learning.nf4.falls_after_evaluation targets",
     "resume": "kills kills_inside_save identical trl general.identical run_s",
+    "retrain_gain": "false_promotions.high false_promotions.uncorrected.gain power.1.low feedback_power.low larger_change.high",
     "revoke": "rows revoke_source.wall_s revoke_example.cpu_s inspect_example write_index_s examples releases index_bytes",
     "route": "accuracy aurc ece abstain_out_of_domain peers.centroid.accuracy curve.tfidf curve.minilm draws team",
     "savings": "shared_prefix_ratio frozen_prefix_ratio frozen_prefix_ratio_top_6 shared.proof.gradient frozen.top_10.proof.loss",

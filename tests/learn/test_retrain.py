@@ -298,19 +298,22 @@ def test_an_equal_average_with_a_broken_slice_fails() -> None:
     }
 
 
-def test_better_is_better_by_an_interval_and_worse_is_not_let_pass() -> None:
-    better = {
-        "feedback": promotion_checks.of_rows(list(rows(15, 0.0, 0.6))),
-        "held_out": promotion_checks.of_rows(list(rows(60, 0.8, 0.8))),
-    }
-    check, of = promotion_checks.gain(better)
-    assert (check.outcome, of) == ("pass", "feedback")
-    check, of = promotion_checks.gain({"feedback": promotion_checks.of_rows(list(rows(15, 0.5, 0.5)))})
-    assert check.outcome == "fail" and "no interval" in check.detail
-    assert promotion_checks.not_worse(better["held_out"], 0.02).outcome == "pass"
+def test_worse_is_not_let_pass() -> None:
+    even = promotion_checks.of_rows(list(rows(60, 0.8, 0.8)))
+    assert promotion_checks.not_worse(even, 0.02).outcome == "pass"
     assert promotion_checks.not_worse(promotion_checks.of_rows(list(rows(60, 0.8, 0.5))), 0.02).outcome == "fail"
     unchanged = promotion_checks.not_worse(promotion_checks.of_rows(list(rows(39, 1.0, 1.0))), 0.02)
     assert unchanged.outcome == "fail" and "held-out rows of 40 groups or more to tell" in unchanged.remedy
+
+
+def test_better_is_better_by_an_interval() -> None:
+    better = {"held_out": [row | {"id": str(n)} for n, row in enumerate(rows(60, 0.5, 0.8))]}
+    judgement = promotion_checks.judge(better, {}, NotWorse())
+    assert judgement.checks["gain over live"].outcome == "pass" and judgement.decisive.kind == "held_out"
+    even = promotion_checks.judge({"held_out": list(rows(60, 0.8, 0.8))}, {}, NotWorse())
+    assert "no interval lies above 0" in even.refused
+    with pytest.raises(GateError, match="too few rows"):
+        promotion_checks.judge({"held_out": []}, {}, NotWorse())
 
 
 def test_a_key_that_turns_ratings_around_is_named_and_one_that_rates_alike_is_not() -> None:

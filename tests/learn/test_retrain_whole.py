@@ -17,8 +17,8 @@ from release_fixtures import quiet_gates
 from sample_data import write_jsonl
 from sartor.core.parquet_io import read_examples
 from sartor.core.records import Feedback, FeedbackAuthor
-from sartor.learn import retrain, training_data
-from sartor.learn.run_record import RetrainContext, list_runs
+from sartor.learn import look_ledger, retrain, training_data
+from sartor.learn.run_record import RetrainContext, RunRecord, list_runs, live_version
 from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
@@ -122,6 +122,7 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert {name: check["outcome"] for name, check in checks.items()} == {
         "gain over live": "pass", "not worse": "pass", "slice:.=0": "pass", "slice:.=1": "pass"
     }  # fmt: skip
+    assert facts["control"] == {"skipped": "held_out shows the gain"} and facts["gate"]["gain"]["of"] == "held_out"
     # what is compared is what nobody trained on, and the Release says of its rows what all of them are
     data = sartor.open(work.folder / "data")
     train, held = (list(read_examples(data, split)) for split in ("train", "eval"))
@@ -138,6 +139,30 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     }
     # another call looks after the trial and begins nothing
     assert sartor.retrain(team, "door").decision == "canary" and len(list_runs(team.parent / ".team", "door")) == 1
+
+
+def test_what_no_held_out_row_shows_is_held_against_a_control(team: Path) -> None:
+    """The gate takes the rows that were looked at least: of `switch`, which the new version answers as before."""
+    say(team, [(f"close {word} {place}", "0") for place in PLACES for word in ("up", "down", "off", "in")])
+    run = RunRecord.create(team.parent / ".team", "door", live_version(load(team), "door"))
+    run.decide("refused", "to have looked at some rows")
+    own = RetrainContext(load(team), run, sartor.Wishes(), lambda line: None).own_rows()
+    looked = [row.id for row in read_examples(own, "eval") if row.reply == "0"]
+    look_ledger.record_look(run, {"compared": looked})
+    flags = ["--retrain.gate", "{slices: [.], margin: 0.5, rows: 24}"]
+    found = sartor.retrain(team, "door", flags=flags, wishes=sartor.Wishes(waivers=WAIVED, anyway=True))
+    assert found.decision == "candidate", found.reason
+    facts = list_runs(team.parent / ".team", "door")[-1].record.stages
+    assert found.gain and (found.gain["of"], found.gain["against"], found.gain["look"]) == ("feedback", "control", 1)
+    scores = facts["control"]["scores"]["feedback"]
+    assert len(scores) == facts["curate"]["held"]["feedback"] and not any(scores.values())
+    # the control is tuned as often as the new version, on rows of the live version's Dataset alone
+    control, new = (
+        sartor.open(path).manifest["run"]["updates"] for path in (facts["control"]["adapter"], facts["tune"]["adapter"])
+    )
+    assert control == new
+    rehearsed = list(read_examples(sartor.open(Path(found.folder) / "control-data-sft"), "train"))
+    assert rehearsed and {row.reply for row in rehearsed} == {"1"}
 
 
 def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> None:
