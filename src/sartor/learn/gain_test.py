@@ -1,4 +1,4 @@
-"""Test of a gain over the live version: corrected for the kinds of rows, and for earlier looks at the same rows.
+"""Test of a gain over the live version, corrected for kinds of rows and for earlier looks at them.
 
 Three kinds of rows may show a gain. Only of one the live version is a fair opponent:
 
