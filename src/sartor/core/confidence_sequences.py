@@ -9,7 +9,6 @@ The rates that the evidence does not exclude are a confidence sequence: interval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -38,19 +37,30 @@ class FailureRate:
         log_likelihood = (self.bad * math.log(rate) if self.bad else 0.0) + (good * math.log1p(-rate) if good else 0.0)
         return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - log_likelihood
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Return the confidence sequence at this count: the rates against which the evidence is below 1 / (1 - confidence).
+    def is_above(self, rate: float, confidence: float) -> bool:
+        """Return whether the true rate is above `rate`; wrongly at any count with a probability of at most 1 - confidence."""
+        return self.fraction > rate and self.against(rate) >= -math.log1p(-confidence)
 
-        The intervals of all counts together miss the true rate with a probability of at most 1 - confidence. For one `seen`
-        both ends grow with `bad`: a bad observation in the place of a good one multiplies the evidence against q by
+    def is_below(self, rate: float, confidence: float) -> bool:
+        """Return whether the true rate is below `rate`, as `is_above` does."""
+        return self.seen > 0 and self.fraction < rate and self.against(rate) >= -math.log1p(-confidence)
+
+    def lower_limit(self, confidence: float) -> float:
+        """Return the highest rate that the true one `is_above`: the lower end of the confidence sequence.
+
+        Lower and upper limits of all counts together miss the true rate with a probability of at most 1 - confidence. For one
+        `seen` both grow with `bad`: a bad observation in the place of a good one multiplies the evidence against q by
         (bad + 1/2) / (seen - bad - 1/2) * (1 - q) / q, which is above 1 for every q below the fraction; above it, by symmetry.
         """
-        if not self.seen:
-            return 0.0, 1.0
-        limit = -math.log1p(-confidence)
-        low = 0.0 if self.bad == 0 else _boundary(lambda rate: self.against(rate) < limit, self.fraction, 0.0)
-        high = 1.0 if self.bad == self.seen else _boundary(lambda rate: self.against(rate) < limit, self.fraction, 1.0)
-        return low, high
+        outside, inside = 0.0, self.fraction
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            outside, inside = (middle, inside) if self.is_above(middle, confidence) else (outside, middle)
+        return outside
+
+    def upper_limit(self, confidence: float) -> float:
+        """Return the lowest rate that the true one `is_below`: the upper end of the confidence sequence; 1 where none is."""
+        return 1.0 - FailureRate(self.seen, self.seen - self.bad).lower_limit(confidence) if self.seen else 1.0
 
 
 def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> float:
@@ -66,14 +76,6 @@ def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> fl
         lower_third, upper_third = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, upper_third) if at(lower_third) <= at(upper_third) else (lower_third, high)
     return max(0.0, at((low + high) / 2))
-
-
-def _boundary(is_inside: Callable[[float], bool], inside: float, outside: float) -> float:
-    """Bisect to the boundary between a rate that is inside and one that is not; the end outside is returned."""
-    for _ in range(50):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
-    return outside
 
 
 def _log_beta(a: float, b: float) -> float:

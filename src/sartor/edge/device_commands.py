@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
+from sartor.core.errors import ConfigError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store.release_store import ReleaseStore
@@ -66,8 +66,8 @@ def sync(
     """Bring `name` to the newest version for this device, if it passes its health check here, and say so where it is asked to.
 
     report: a folder or http(s) address for signed reports, which hold no data: one before a version is tried (`announced`), one
-    with what became of it (`reported`). private: refuse every address but file:, and
-    send nothing. Raises what `update.sync` raises; a version that failed its check is reported all the same.
+    with what became of it (`reported`). private: refuse every address but file:, and send nothing. Raises what `update.sync`
+    raises; a version that failed its check is reported all the same.
     """
     _check_private(url, report, private)
     if report and not options.key:
@@ -111,15 +111,21 @@ def _check_private(url: str, report: str, private: bool) -> None:
 
 
 def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> bool:
-    """Report that the staged version is about to be tried: what takes the device off the network could not be said later."""
+    """Report that the staged version is about to be tried: a device that it takes off the network could not report that later.
+
+    Raises nothing: it is called within the health check, and what cannot be sent is no fault of the version.
+    """
     staged = store.staged(name)
     if not report or not options.key or staged is None:
         return False
     outbox = device_reports.Outbox(options.id, options.key, report, options.store / _TRUST)
     try:
         outbox.send_started(name, staged.version)
-    except MissingError as error:
+    except SartorError as error:
         notice(f"not reported: {error.problem}")
+        return False
+    except OSError as error:
+        notice(f"not reported: {error}")
         return False
     return True
 

@@ -39,7 +39,7 @@ _MEMORY = "reported.json"
 
 @dataclass(frozen=True)
 class Report:
-    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason, "" for no failure."""
+    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason; else ""."""
 
     device: str
     name: str

@@ -8,14 +8,14 @@ The fraction of failures has a confidence sequence (`core/confidence_sequences.p
 one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it is widened if it
 fails in fewer than `widen_below` of its newest ring even at the upper end.
 
-A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device whose outcome
-is pending counts as passed at the lower end and as failed at the upper end. For one number of devices both ends grow with the
-number of failures, so the lower end is at most, and the upper end at least, the one that the final outcomes give. With a
-probability of at most 1 - `confidence` each,
+A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device whose
+outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of devices both ends grow
+with the number of failures, so the lower end is at most, and the upper end at least, the one that the final outcomes give.
+With a probability of at most 1 - `confidence` each,
 
 - a version is ever halted of which at most `halt_above` of the devices ever count as failed;
-- a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in turn, each by
-  its own devices, so this probability is for all of them together (fixed sequence of tests: Wiens, Pharm. Stat. 2, 2003).
+- a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in turn, each
+  by its own devices, so this holds for all of them together (fixed sequence of tests: Wiens, Pharm. Stat. 2, 2003).
 """
 
 from __future__ import annotations
@@ -86,12 +86,15 @@ class VoteCounts:
         """The devices whose outcome is known."""
         return self.passed + self.failed
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Return the ends of the fraction of failures: for all looks at once, whatever becomes of the pending devices."""
-        started = self.decided + self.pending
-        low, _ = FailureRate(started, self.failed).interval(confidence)
-        _, high = FailureRate(started, self.failed + self.pending).interval(confidence)
-        return low, high
+    @property
+    def fewest_failures(self) -> FailureRate:
+        """The failures if every pending device passes."""
+        return FailureRate(self.decided + self.pending, self.failed)
+
+    @property
+    def most_failures(self) -> FailureRate:
+        """The failures if no pending device passes."""
+        return FailureRate(self.decided + self.pending, self.failed + self.pending)
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,9 @@ def tally_offer(
     newest = [outcome for vote, outcome in zip(version_votes, outcomes, strict=True) if vote.ring >= offer.previous_percent]
     counts, ring = _count(outcomes), _count(newest)
     action, to = decide_action(offer, counts, ring, policy)
-    low, high = counts.interval(policy.confidence)
-    _, ring_high = ring.interval(policy.confidence)
+    low = counts.fewest_failures.lower_limit(policy.confidence)
+    high = counts.most_failures.upper_limit(policy.confidence)
+    ring_high = ring.most_failures.upper_limit(policy.confidence)
     reasons = Counter(vote.reason for vote in version_votes if vote.outcome == "fail") + Counter({SILENT: counts.silent})
     return RolloutTally(
         name, offer.version, offer.percent, counts, ring, low, high, ring_high, action, to, dict(sorted(reasons.items()))
@@ -271,10 +275,12 @@ def decide_action(offer: Offer, counts: VoteCounts, ring: VoteCounts, policy: Fl
     """Return what to do, and the percent to widen to. `counts`: of all devices; `ring`: of the newest ring's."""
     if offer.halted:
         return "halted", 0
-    if counts.decided >= policy.least_reports and counts.interval(policy.confidence)[0] > policy.halt_above:
+    is_bad = counts.fewest_failures.is_above(policy.halt_above, policy.confidence)
+    if is_bad and counts.decided >= policy.least_reports:
         return "halt", 0
     if offer.percent >= 100:
         return "done", 0
-    if ring.decided < policy.least_reports or ring.interval(policy.confidence)[1] >= policy.widen_below:
+    is_good = ring.most_failures.is_below(policy.widen_below, policy.confidence)
+    if not is_good or ring.decided < policy.least_reports:
         return "wait", 0
     return "widen", next((step for step in sorted(policy.rings) if step > offer.percent), 100)
