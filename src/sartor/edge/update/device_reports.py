@@ -104,7 +104,7 @@ def send_due(store: ReleaseStore, name: str, device: str, key: Path, destination
     Raises MissingError where it cannot be sent: the next sync says it again.
     """
     check_id(device)
-    outbox = Outbox(device, key, destination, folder)
+    outbox = Outbox(device, signing.open_private(key), destination, folder)
     sent = []
     for report in due(store, name, device, outbox.outcomes(name)):
         outbox.send(report)
@@ -117,7 +117,7 @@ class Outbox:
     """Where a device's reports go, and the memory of what it reported. `key`: they are signed with it."""
 
     device: str
-    key: Path
+    key: Ed25519PrivateKey
     destination: str
     folder: Path
 
@@ -127,7 +127,7 @@ class Outbox:
 
     def send(self, report: Report) -> None:
         """Sign, send and remember a report. Raises MissingError where it cannot be sent."""
-        _deliver(report.signed(signing.open_private(self.key)), report, self.destination)
+        _deliver(report.signed(self.key), report, self.destination)
         memory = _read_memory(self.folder)
         memory.setdefault(report.name, {})[report.version] = report.outcome
         write_file_atomic(self.folder / _MEMORY, records.canonical(memory))
