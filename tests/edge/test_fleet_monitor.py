@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from loopback import listening
+from sartor.cli import main
 from sartor.core import signing
-from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError
+from sartor.core.errors import ArtifactError, ConfigError, HealthError, MissingError, SartorError
 from sartor.edge import device_commands as verbs
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store.release_store import ReleaseStore
@@ -23,6 +25,7 @@ from sartor.edge.update import device_reports, fleet_monitor, health_check, repo
 from sartor.edge.update.device_reports import Report
 from sartor.edge.update.fleet_monitor import Counted, FleetPolicy, RolloutTally
 from sartor.edge.update.sync import SyncClient, sync
+from sartor.edge.update.tuf_roles import Documents
 from sartor.edge.update.version_metadata import ring_of
 from updating import World, adapter, release, serving
 
@@ -94,7 +97,8 @@ def of(counted: Counted, version: str) -> RolloutTally:
 def test_a_regressed_release_is_left_and_halted_and_a_good_one_reaches_everybody(world: World, count: int) -> None:
     boxes, devices = fleet_of(world, count)
     gathered = world.folder / "gathered"
-    policy = FleetPolicy(least_reports=3, widen_below=0.5, rings=(50, 100))
+    # four clean reports, which is what the ring of so small a fleet has
+    policy = FleetPolicy(least_reports=3, widen_below=0.5, confidence=0.6, rings=(50, 100))
     for box in boxes:
         box.sync(world, gathered)
     assert {box.version for box in boxes} == {"1.0"}
@@ -198,24 +202,89 @@ def test_few_reports_decide_nothing_and_a_doubtful_rate_waits(ballot: Ballot) ->
     passed = [ballot.vote(f"p{n}") for n in range(20)]
     assert of(ballot.count(*failed), "1.0").action == "done"  # 4 of 4, and 5 are needed
     assert of(ballot.count(*failed, *passed[:1]), "1.0").action == "halt"
-    found = of(ballot.count(failed[0], *passed), "1.0")
+    found = of(ballot.count(*failed[:2], *passed), "1.0")
     assert found.action == "done" and found.low < 0.05 < found.high
 
 
-@pytest.mark.parametrize(
-    ("failed", "count", "action"),
-    [(2, 5, "halt"), (1, 5, "wait"), (10, 100, "halt"), (9, 100, "widen"), (0, 12, "widen"), (0, 11, "wait"), (4, 4, "wait")],
-)
-def test_the_figures_of_the_page(failed: int, count: int, action: str) -> None:
-    low, high = fleet_monitor._interval(failed, count, 0.95)
-    assert (
-        fleet_monitor._decide_action(version_metadata.Offer("1.0", 1, 10, False, 0), count, low, high, FleetPolicy())[0]
-        == action
-    )
+def test_device_that_falls_silent_fails_after_the_deadline(ballot: Ballot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed reports of a start; who never started anything, or took it back, is enrolled and counts as nothing."""
+    started = [ballot.vote(f"s{n}", outcome="started") for n in range(6)]
+    back = [ballot.vote("b", outcome="started"), ballot.vote("b", outcome="deferred")]
+    for n in range(20):
+        ballot.key(f"never-{n}")
+    found = of(ballot.count(*started, *back), "1.0")
+    assert (found.failed, found.votes.pending, found.high, found.action) == (0, 6, 1.0, "done")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 6.9 * 86_400)
+    assert of(ballot.count(*started, *back), "1.0").failed == 0
+    monkeypatch.setattr(time, "time", lambda: now + 7.1 * 86_400)
+    found = of(ballot.count(*started, *back), "1.0")
+    assert (found.failed, found.votes.silent, found.votes.pending, found.action) == (6, 6, 0, "halt")
+    fields = found.as_json()
+    assert (fields["silent"], fields["reasons"], fields["ring"]["failed"]) == (6, {"silent": 6}, 6)
+    late = ballot.vote("s0", time=int(now + 7 * 86_400))
+    heard = of(ballot.count(*started, late), "1.0")
+    assert (heard.passed, heard.votes.silent) == (1, 5)  # heard of after all
+    again = ballot.vote("s1", outcome="started", time=int(now + 3 * 86_400))
+    assert of(ballot.count(*started, again), "1.0").votes.silent == 5  # its deadline begins with the newest start
+
+
+def test_watch_halts_for_silence_by_the_command(ballot: Ballot, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """`sartor edge watch` itself, with the deadline as a flag."""
+    gathered = ballot.world.folder / "gathered"
+    gathered.mkdir()
+    for n in range(6):
+        (gathered / f"{n}.json").write_bytes(ballot.vote(f"s{n}", outcome="started", time=int(time.time()) - 3600))
+    watch = ["edge", "watch", str(ballot.world.repository), "--reports", str(gathered), "--devices", str(ballot.devices)]
+    watch += ["--keys", str(ballot.world.keys), "--json"]
+    for flags, done in (["--silent-after-days", "0.5"], 0), (["--silent-after-days", "0.02"], 1):
+        with pytest.raises(SystemExit) as end:
+            main([*watch, *flags])
+        fields = json.loads(capsys.readouterr().out)
+        assert (end.value.code, len(fields["done"])) == (0, done)
+    assert (fields["versions"][0]["silent"], fields["done"][0]["did"]) == (6, "halt")
+    assert of(ballot.count(), "1.0").action == "halted"
+
+
+def test_outcome_stands_before_a_start(ballot: Ballot) -> None:
+    """The second of a report is all that a device tells, and files come in any order."""
+    start, passed, failed = ballot.vote("a", outcome="started"), ballot.vote("a"), ballot.vote("b", outcome="fail")
+    for found in ([start, passed], [passed, start]):
+        counted = ballot.count(*found, failed)
+        assert (of(counted, "1.0").passed, of(counted, "1.0").votes.pending, counted.refused) == (1, 0, {})
+    assert ballot.count(start, start).refused == {"replayed": 1}
+
+
+def test_widen_keeps_the_percent_of_before(world: World) -> None:
+    add(world, "1.1", 10)
+
+    def offer() -> version_metadata.Offer:
+        return repository.offers_of(Documents.open(world.repository / "metadata"), "home")[0]
+
+    assert (offer().percent, offer().previous_percent) == (10, 0)
+    for percent, before in ((25, 10), (25, 10), (50, 25)):
+        repository.widen(world.repository, world.keys, "home", "1.1", percent)
+        assert (offer().percent, offer().previous_percent) == (percent, before)
+
+
+def test_offer_of_an_older_repository_is_read() -> None:
+    custom = {"order": 2, "percent": 25, "halted": False, "published": 5}
+    assert version_metadata.offer_of("home/1.1.json", custom) == ("home", version_metadata.Offer("1.1", 2, 25, False, 5))
+    for wrong in (-1, 26, "10", True, None):
+        assert version_metadata.offer_of("home/1.1.json", {**custom, "previous_percent": wrong}) is None
 
 
 def test_rules_out_of_range_are_refused() -> None:
-    for wrong in ({"least_reports": 0}, {"halt_above": 1.0}, {"widen_below": 0.0}, {"rings": (0,)}, {"confidence": 1.0}):
+    for wrong in (
+        {"least_reports": 0},
+        {"halt_above": 1.0},
+        {"widen_below": 0.0},
+        {"rings": (0,)},
+        {"confidence": 1.0},
+        {"silent_after_days": -1.0},
+        {"silent_after_days": math.nan},
+        {"silent_after_days": math.inf},
+    ):
         with pytest.raises(ConfigError):
             FleetPolicy(**wrong)  # type: ignore[arg-type]
 
@@ -284,14 +353,75 @@ def test_a_sync_without_a_report_sends_requests_for_files_and_nothing_else(world
     assert asked - wanted <= {"metadata/2.root.json"}  # how TUF learns that there is no newer root
 
 
-def test_a_report_is_one_post_and_said_once(world: World, trusting: None) -> None:
+def test_start_and_outcome_are_one_post_each(world: World, trusting: None) -> None:
     with gathering() as seen:
         given = options(world)
         done = verbs.sync(world.repository.as_uri(), "home", given, report=seen.url)
         again = verbs.sync(world.repository.as_uri(), "home", given, report=seen.url)
     assert done["reported"] == [{"version": "1.0", "outcome": "pass", "reason": ""}] and again["reported"] == []
-    [(method, _, body)] = seen.requests
-    assert method == "POST" and device_reports.read_report(body)[0].device == "box-1" and len(body) < 600
+    assert (done["announced"], again["announced"]) == (True, False)
+    reports = [device_reports.read_report(body)[0] for _, _, body in seen.requests]
+    assert [(report.device, report.outcome) for report in reports] == [("box-1", "started"), ("box-1", "pass")]
+    assert all(method == "POST" and len(body) < 600 for method, _, body in seen.requests)
+
+
+def test_start_is_reported_before_the_check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a check, or the first seconds of a version, takes off the network cannot say so afterwards."""
+    given, gathered, at_check = options(world), world.folder / "gathered", []
+
+    def check(self: Any, path: Path) -> None:
+        at_check.extend(device_reports.read_report(file.read_bytes())[0].outcome for file in gathered.iterdir())
+
+    monkeypatch.setattr(health_check.Health, "__call__", check)
+    verbs.sync(world.repository.as_uri(), "home", given, report=str(gathered))
+    assert at_check == ["started"]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(HealthError("canary: no", "x"), "fail"), (MissingError("no base", "x"), "deferred")]
+)
+def test_start_ends_in_an_outcome(world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str) -> None:
+    """A check that could not be made says nothing of the version, and the device is not silent either."""
+    given, gathered = options(world), world.folder / "gathered"
+
+    def check(self: Any, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(health_check.Health, "__call__", check)
+    with pytest.raises(HealthError):
+        verbs.sync(world.repository.as_uri(), "home", given, report=str(gathered))
+    [file] = gathered.iterdir()
+    assert device_reports.read_report(file.read_bytes())[0].outcome == outcome
+    monkeypatch.setattr(health_check.Health, "__call__", lambda self, path: None)
+    verbs.sync(world.repository.as_uri(), "home", given, report=str(gathered), again=True)
+    assert device_reports.read_report(file.read_bytes())[0].outcome == "pass"
+
+
+def test_trial_that_a_newer_version_ends_is_deferred(world: World, trusting: None) -> None:
+    """A device that went on to 1.2 before it confirmed 1.1 is not silent on 1.1."""
+    given, gathered, url = options(world), world.folder / "gathered", world.repository.as_uri()
+    outcomes = []
+    for version in ("1.1", "1.2"):
+        verbs.sync(url, "home", given, report=str(gathered))
+        add(world, version, 100)
+    verbs.sync(url, "home", given, report=str(gathered))
+    for version in ("1.0", "1.1", "1.2"):
+        outcomes.append(device_reports.read_report((gathered / f"box-1.home.{version}.json").read_bytes())[0].outcome)
+    assert outcomes == ["pass", "deferred", "started"]
+
+
+def test_start_that_cannot_be_reported_is_no_fault_of_the_version(world: World, trusting: None) -> None:
+    said: list[str] = []
+    given = options(world)
+    with gathering(500) as seen:
+        done = verbs.sync(world.repository.as_uri(), "home", given, report=seen.url, notice=said.append)
+    assert (done["version"], done["announced"], len(said)) == ("1.0", False, 2)
+    add(world, "1.1", 100)
+    no_key = replace(given, key=world.folder / "no-key")
+    with pytest.raises(SartorError, match="no-key"):
+        verbs.sync(world.repository.as_uri(), "home", no_key, report=str(world.folder / "gathered"), notice=said.append)
+    [state] = verbs.status(given.store)["releases"]
+    assert (state["version"], state["refused"]) == ("1.1", {})
 
 
 @pytest.mark.parametrize("status", [500, 404, 302])

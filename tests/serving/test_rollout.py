@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dispatch_fakes import FakeCrew, admit, asked, dispatching, no_fsync, registry, said, team, until, version
+from sartor.core.confidence_sequences import FailureRate, log_evidence
 from sartor.core.errors import ModelError
 from sartor.serving.dispatch.agent_admin import AgentAdmin
 from sartor.serving.dispatch.rollout import ObservedReply, Rollouts, RolloutVerdict, in_fraction, is_json
@@ -17,11 +18,9 @@ from sartor.serving.dispatch.sequential_tests import (
     FALSE_ALARM,
     MONITORS,
     WINDOW_REPLIES,
-    FailureRate,
     Histogram,
     VersionTally,
     first_alarm,
-    log_evidence,
 )
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout

@@ -126,6 +126,8 @@ def watch(
     halt_above: float = 0.05,
     widen_below: float = 0.25,
     rings: str = "10,25,50,100",
+    confidence: float = 0.95,
+    silent_after_days: float = 7.0,
 ) -> Any:
     """Count what devices report, one vote each, and halt a version that fails; without --keys only say what would be done.
 
@@ -136,12 +138,14 @@ def watch(
         keys: directory of the repository's keys: act
         widen: also offer a version that works to the next ring
         least_reports: below so many nothing is decided
-        halt_above: fraction of failures that the lower end of its Wilson interval has to exceed
-        widen_below: fraction of failures that the upper end has to stay under
+        halt_above: fraction of failures that the lower end of its confidence sequence has to exceed
+        widen_below: fraction of failures that the upper end of the newest ring's has to stay under
         rings: percents that a version is widened to, in turn
+        confidence: 1 minus the probability of ever halting, or ever widening, wrongly, however often this is run
+        silent_after_days: a device that started a version and says nothing of it for so long counts as failed; 0 for never
     """
     steps = tuple(int(step) if step.strip().isdigit() else 0 for step in rings.split(","))
-    policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, rings=steps)
+    policy = sartor.FleetPolicy(least_reports, halt_above, widen_below, confidence, steps, silent_after_days)
     return sartor.edge_watch(repository, reports, devices, keys=keys, widen=widen, policy=policy)
 
 

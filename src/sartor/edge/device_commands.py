@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sartor.core.errors import ConfigError, HealthError, MissingError, StoreError
+from sartor.core import signing
+from sartor.core.errors import ConfigError, HealthError, MissingError, SartorError, StoreError
 from sartor.core.resource_limits import ResourceLimits
 from sartor.edge.health_reason import HealthReason
 from sartor.edge.store.release_store import ReleaseStore
@@ -65,8 +66,9 @@ def sync(
 ) -> dict[str, Any]:
     """Bring `name` to the newest version for this device, if it passes its health check here, and say so where it is asked to.
 
-    report: a folder or http(s) address for signed reports, which hold no data. private: refuse every address but file:, and
-    send nothing. Raises what `update.sync` raises; a version that failed its check is reported all the same.
+    report: a folder or http(s) address for signed reports, which hold no data: one before a version is tried (`announced`), one
+    with what became of it (`reported`). private: refuse every address but file:, and send nothing. Raises what `update.sync`
+    raises; a version that failed its check is reported all the same.
     """
     _check_private(url, report, private)
     if report and not options.key:
@@ -74,12 +76,19 @@ def sync(
     if report:
         device_reports.check_id(options.id)
     health = options.checked()
+    announced = False
+
+    def announce_and_check(path: Path) -> None:
+        nonlocal announced
+        announced = _announce(store, name, options, report, notice)
+        health(path)
+
     device = SyncClient(options.id, options.store / _TRUST, options.root, options.starts)
     with ReleaseStore(options.store, limit_bytes=options.limit_bytes) as store:
         for line in store.mended:
             notice(line)
         try:
-            synced = bring(store, url, name, device, health, again=again)
+            synced = bring(store, url, name, device, announce_and_check, again=again)
         except HealthError:
             _report_due(store, name, options, report, notice)
             raise
@@ -88,7 +97,7 @@ def sync(
     check_fields = _check_fields(health)
     if check_fields["not_checked"]:
         notice(f"the release's own check prompts: {check_fields['not_checked']}")
-    return {**_sync_fields(synced, current), **check_fields, "reported": reports}
+    return {**_sync_fields(synced, current), **check_fields, "announced": announced, "reported": reports}
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
@@ -100,6 +109,27 @@ def _check_private(url: str, report: str, private: bool) -> None:
         )
     if report.startswith(("http://", "https://")):
         raise ConfigError(f"--private lets no packet leave, and {report} is on a network", "--report DIR, or none")
+
+
+def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> bool:
+    """Report that the staged version is about to be tried: a device that it takes off the network could not report that later.
+
+    Raises nothing: it is called within the health check, and what cannot be sent is no fault of the version.
+    """
+    staged = store.staged(name)
+    if not report or not options.key or staged is None:
+        return False
+    try:
+        key = signing.open_private(options.key)
+        outbox = device_reports.Outbox(options.id, key, report, options.store / _TRUST)
+        outbox.send_started(name, staged.version)
+    except SartorError as error:
+        notice(f"not reported: {error.problem}")
+        return False
+    except OSError as error:
+        notice(f"not reported: {error}")
+        return False
+    return True
 
 
 def _report_due(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ Two kinds of rows are compared: `held_out`, which the live version's own Dataset
 were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
 alone: a gain there is one over a control (`gain_test`), and only the first can show that nothing else suffered.
 
-Each key is held against all others by the monitors' own evidence (`serving/dispatch/sequential_tests.py`), both ways. A key
+Each key is held against all others by the monitors' own evidence (`core/confidence_sequences.py`), both ways. A key
 that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
 (`--believe`, `--ignore`).
 """
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sartor.core.confidence_sequences import FailureRate, log_evidence
 from sartor.core.errors import GateError
 from sartor.core.splits import group_of_stored
 from sartor.evaluate import bootstrap
@@ -26,7 +27,6 @@ from sartor.evaluate.limits import Check
 from sartor.evaluate.reply_labels import known_fields, label_of
 from sartor.learn import gain_test
 from sartor.learn.gain_test import Claim
-from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import NotWorse
 
 Row = Mapping[str, Any]

@@ -18,6 +18,7 @@ from typing import Any
 
 from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import ArtifactError, GateError
 from sartor.core.records import Drop, Example, drop_of
 from sartor.core.splits import split_group
@@ -27,7 +28,6 @@ from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
 from sartor.learn import look_ledger, promotion_checks, triggers
 from sartor.learn.run_record import RetrainContext
-from sartor.serving.dispatch.sequential_tests import FailureRate
 
 STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}

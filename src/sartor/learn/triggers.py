@@ -16,13 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sartor.core.confidence_sequences import FailureRate, log_evidence
 from sartor.core.errors import ConfigError, SartorError
 from sartor.core.lineage.receipt_index import ReceiptIndex, ReceiptLocation
 from sartor.core.records import Feedback
 from sartor.curate.sources.feedback_inbox import MOST_BYTES
 from sartor.curate.sources.feedback_lines import prefix_digest, read_feedback_lines
 from sartor.learn.run_record import Notice, RunRecord, list_runs, live_version, read_registry, resolve_trial, retrain_lock
-from sartor.serving.dispatch.sequential_tests import FailureRate, log_evidence
 from sartor.serving.team_config import Retraining, Team, load
 
 # Below this a rise of bad ratings, or of what the router finds, is taken for chance

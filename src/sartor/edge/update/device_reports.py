@@ -4,7 +4,9 @@
      "outcome": "fail", "reason": "canary", "time": 1780000000, "signature": {...}}
 
 The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device. What is
-to be said follows from the store: a version that is refused failed, the current one passed once its trial is over.
+to be said follows from the store: a version that is refused failed, the current one passed once its trial is over. `started`
+goes out before a version is checked and made current, so that the publisher notices a device that is never heard of again;
+`deferred` takes it back where nothing became of that: its check could not be made, or a newer version took its place.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -29,13 +31,15 @@ from sartor.edge.update.version_metadata import ring_of
 
 SCHEMA, KIND = 1, "fleet-report"
 MOST_BYTES = 4096
-Outcome = Literal["pass", "fail"]
+Outcome = Literal["pass", "fail", "started", "deferred"]
+# What is said of a version before its outcome is known
+UNDECIDED = ("started", "deferred")
 _MEMORY = "reported.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason, "" for a pass."""
+    """One device on one version. `time`: seconds since 1970 by the device's clock. `reason`: a HealthReason; else ""."""
 
     device: str
     name: str
@@ -68,7 +72,7 @@ def read_report(content: bytes) -> tuple[Report, Any]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArtifactError(f"this is no report of a device: {error}", "look at who sends it") from None
     numbers = type(report.ring) is int and type(report.time) is int
-    words = report.outcome in ("pass", "fail") and report.reason in ("", *HealthReason)
+    words = report.outcome in get_args(Outcome) and report.reason in ("", *HealthReason)
     if not (numbers and words and all(map(is_valid_name, (report.device, report.name, report.version)))):
         raise ArtifactError("a field of this report has another form", "look at who sends it")
     return report, signature
@@ -87,6 +91,9 @@ def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str]) -
         if outcomes.get(version) != "fail":
             yield Report(device, name, version, ring, "fail", HealthReason.parse(reason).value, now)
     current = store.current(name)
+    for version, outcome in outcomes.items():
+        if outcome == "started" and version not in store.refused(name) and not (current and current.version == version):
+            yield Report(device, name, version, ring, "deferred", "", now)
     if current and not current.trial and outcomes.get(current.version) != "pass":
         yield Report(device, name, current.version, ring, "pass", "", now)
 
@@ -97,19 +104,40 @@ def send_due(store: ReleaseStore, name: str, device: str, key: Path, destination
     Raises MissingError where it cannot be sent: the next sync says it again.
     """
     check_id(device)
-    private = signing.open_private(key)
-    memory = _read_memory(folder)
-    outcomes = memory.setdefault(name, {})
+    outbox = Outbox(device, signing.open_private(key), destination, folder)
     sent = []
-    for report in due(store, name, device, dict(outcomes)):
-        _send(report.signed(private), report, destination)
-        outcomes[report.version] = report.outcome
-        write_file_atomic(folder / _MEMORY, records.canonical(memory))
+    for report in due(store, name, device, outbox.outcomes(name)):
+        outbox.send(report)
         sent.append(report)
     return sent
 
 
-def _send(document: bytes, report: Report, destination: str) -> None:
+@dataclass(frozen=True)
+class Outbox:
+    """Where a device's reports go, and the memory of what it reported. `key`: they are signed with it."""
+
+    device: str
+    key: Ed25519PrivateKey
+    destination: str
+    folder: Path
+
+    def outcomes(self, name: str) -> dict[str, str]:
+        """Return the outcome that was last sent, by version."""
+        return _read_memory(self.folder).get(name, {})
+
+    def send(self, report: Report) -> None:
+        """Sign, send and remember a report. Raises MissingError where it cannot be sent."""
+        _deliver(report.signed(self.key), report, self.destination)
+        memory = _read_memory(self.folder)
+        memory.setdefault(report.name, {})[report.version] = report.outcome
+        write_file_atomic(self.folder / _MEMORY, records.canonical(memory))
+
+    def send_started(self, name: str, version: str) -> None:
+        """Send that a version is about to be checked and made current. Raises MissingError where it cannot be sent."""
+        self.send(Report(self.device, name, version, ring_of(self.device), "started", "", int(time.time())))
+
+
+def _deliver(document: bytes, report: Report, destination: str) -> None:
     if destination.startswith(("http://", "https://")):
         Fetcher().post(destination, document)
     else:

@@ -1,68 +1,145 @@
 """Halts or widens a rollout by device reports.
 
 A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered to that
-device, and if it is that device's newest on this version. What does not count is counted by why. The fraction of failures has a
-Wilson interval (1927): halted is what fails in more than `halt_above` of the devices even at its lower end, widened what fails
-in fewer than `widen_below` even at its upper end.
+device, and if it is that device's newest on this version. What does not count is counted by why. A device that reported that
+it starts a version and has said nothing of it for `silent_after_days` counts as failed; one that started nothing, as nothing.
+
+The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be looked at as often as
+one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it is widened if it
+fails in fewer than `widen_below` of its newest ring even at the upper end.
+
+A failure is often reported sooner than a pass, and silence later than both. So that this decides nothing, a device whose
+outcome is pending counts as passed at the lower end and as failed at the upper end. For one number of devices both ends grow
+with the number of failures, so the lower end is at most, and the upper end at least, the one that the final outcomes give.
+With a probability of at most 1 - `confidence` each,
+
+- a version is ever halted of which at most `halt_above` of the devices ever count as failed;
+- a version is ever widened that at least `widen_below` of the devices of that ring never pass. Rings are judged in turn, each
+  by its own devices, so this holds for all of them together (fixed sequence of tests: Wiens, Pharm. Stat. 2, 2003).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import signing
+from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import ArtifactError, ConfigError, SartorError, SignatureError
 from sartor.edge.update import device_reports
 from sartor.edge.update import repository as publish
-from sartor.edge.update.device_reports import MOST_BYTES, Report
+from sartor.edge.update.device_reports import MOST_BYTES, UNDECIDED, Report
 from sartor.edge.update.tuf_roles import Documents
 from sartor.edge.update.version_metadata import Offer, ring_of
 
 Action = Literal["halt", "widen", "wait", "done", "halted"]
+_DAY_S = 86_400
 # A device's clock may be this far from the publisher's
-_CLOCK_S = 86_400
+_CLOCK_S = _DAY_S
+# The reason for which a device counts as failed that said none
+SILENT = "silent"
 
 
 @dataclass(frozen=True)
 class FleetPolicy:
-    """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn."""
+    """When to act. Fractions 0..1 of the devices that report; `rings`: percents that a version is widened to, in turn.
+
+    confidence: 1 minus the probability of ever halting a version that is within `halt_above`, and of ever widening one that is
+    not below `widen_below`. silent_after_days: after it started a version, a device of which nothing is heard counts as failed;
+    0 for never. Longer than a device of this fleet is ordinarily off.
+    """
 
     least_reports: int = 5
     halt_above: float = 0.05
     widen_below: float = 0.25
     confidence: float = 0.95
     rings: tuple[int, ...] = (10, 25, 50, 100)
+    silent_after_days: float = 7.0
 
     def __post_init__(self) -> None:
         if not (self.least_reports >= 1 and 0 <= self.halt_above < 1 and 0 < self.widen_below <= 1):
             raise ConfigError(f"a rule for a fleet is out of range: {self}", "--least-reports 5 --halt-above 0.05")
         if not 0 < self.confidence < 1 or not all(0 < ring <= 100 for ring in self.rings):
             raise ConfigError(f"a rule for a fleet is out of range: {self}", "--confidence 0.95, --rings 10,25,50,100")
+        if not 0 <= self.silent_after_days < math.inf:
+            raise ConfigError(
+                f"silent_after_days is {self.silent_after_days}; it must be 0 or a number of days", "--silent-after-days 7"
+            )
+
+
+@dataclass(frozen=True)
+class VoteCounts:
+    """Devices by outcome. `failed`: with those that fell silent. `pending`: started the version, and may still say of it."""
+
+    passed: int = 0
+    failed: int = 0
+    silent: int = 0
+    pending: int = 0
+
+    @property
+    def decided(self) -> int:
+        """The devices whose outcome is known."""
+        return self.passed + self.failed
+
+    @property
+    def fewest_failures(self) -> FailureRate:
+        """The failures if every pending device passes."""
+        return FailureRate(self.decided + self.pending, self.failed)
+
+    @property
+    def most_failures(self) -> FailureRate:
+        """The failures if no pending device passes."""
+        return FailureRate(self.decided + self.pending, self.failed + self.pending)
 
 
 @dataclass(frozen=True)
 class RolloutTally:
-    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened to."""
+    """What is known of one version. `low`, `high`: of the fraction of failures. `to`: the percent that it is widened to.
+
+    votes: of all devices. ring: of those that the last widening added, by which the next is decided; `ring_high`: of theirs.
+    """
 
     name: str
     version: str
     percent: int
-    passed: int
-    failed: int
+    votes: VoteCounts
+    ring: VoteCounts
     low: float
     high: float
+    ring_high: float
     action: Action
     to: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def passed(self) -> int:
+        """The devices that passed."""
+        return self.votes.passed
+
+    @property
+    def failed(self) -> int:
+        """The devices that failed, or fell silent."""
+        return self.votes.failed
+
     def as_json(self) -> dict[str, Any]:
         """As the command says it."""
-        return {**asdict(self), "low": round(self.low, 4), "high": round(self.high, 4)}
+        return {
+            "name": self.name,
+            "version": self.version,
+            "percent": self.percent,
+            **asdict(self.votes),
+            "low": round(self.low, 4),
+            "high": round(self.high, 4),
+            "action": self.action,
+            "to": self.to,
+            "reasons": self.reasons,
+            "ring": {**asdict(self.ring), "high": round(self.ring_high, 4)},
+        }
 
 
 @dataclass(frozen=True)
@@ -82,7 +159,8 @@ def tally(reports: Path | Iterable[bytes], repository: Path, devices: Path, poli
     }
     refused: Counter[str] = Counter()
     votes = _votes(_contents(reports) if isinstance(reports, Path) else reports, offers, devices, refused)
-    tallies = (_tally_offer(name, offer, votes, policy) for (name, _), offer in sorted(offers.items(), key=_newest_first))
+    now = time.time()
+    tallies = (tally_offer(name, offer, votes, policy, now) for (name, _), offer in sorted(offers.items(), key=_newest_first))
     return Counted(tuple(tallies), dict(sorted(refused.items())))
 
 
@@ -132,11 +210,17 @@ def _votes(
             refused[reason] += 1
             continue
         key = (report.name, report.version, report.device)
-        if (earlier := votes.get(key)) is not None:
+        earlier = votes.get(key)
+        if earlier is not None and (report.outcome in UNDECIDED) == (earlier.outcome in UNDECIDED):
             refused["replayed"] += 1  # a copy of it, or what that device said before
-        if earlier is None or report.time > earlier.time:
+        if earlier is None or _weight(report) > _weight(earlier):
             votes[key] = report
     return votes
+
+
+def _weight(report: Report) -> tuple[bool, int, bool]:
+    """Order of a device's reports on one version: an outcome before none, the newest, and what takes a start back."""
+    return report.outcome not in UNDECIDED, report.time, report.outcome == "deferred"
 
 
 def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str], Offer], devices: Path) -> str:
@@ -158,30 +242,45 @@ def _refusal_reason(report: Report, signature: Any, offers: dict[tuple[str, str]
     return "" if report.ring == ring_of(report.device) < offer.percent else "not offered to it"
 
 
-def _tally_offer(name: str, offer: Offer, votes: dict[tuple[str, str, str], Report], policy: FleetPolicy) -> RolloutTally:
+def tally_offer(
+    name: str, offer: Offer, votes: Mapping[tuple[str, str, str], Report], policy: FleetPolicy, now: float
+) -> RolloutTally:
+    """Count the votes on one version at the time `now`, and decide. `votes`: (name, version, device) -> the one that counts."""
     version_votes = [vote for (vote_name, version, _), vote in votes.items() if (vote_name, version) == (name, offer.version)]
-    failed = sum(vote.outcome == "fail" for vote in version_votes)
-    low, high = _interval(failed, len(version_votes), policy.confidence)
-    action, to = _decide_action(offer, len(version_votes), low, high, policy)
-    reasons = dict(sorted(Counter(vote.reason for vote in version_votes if vote.outcome == "fail").items()))
-    return RolloutTally(name, offer.version, offer.percent, len(version_votes) - failed, failed, low, high, action, to, reasons)
+    outcomes = [_outcome(vote, policy, now) for vote in version_votes]
+    newest = [outcome for vote, outcome in zip(version_votes, outcomes, strict=True) if vote.ring >= offer.previous_percent]
+    counts, ring = _count(outcomes), _count(newest)
+    action, to = decide_action(offer, counts, ring, policy)
+    low = counts.fewest_failures.lower_limit(policy.confidence)
+    high = counts.most_failures.upper_limit(policy.confidence)
+    ring_high = ring.most_failures.upper_limit(policy.confidence)
+    reasons = Counter(vote.reason for vote in version_votes if vote.outcome == "fail") + Counter({SILENT: counts.silent})
+    return RolloutTally(
+        name, offer.version, offer.percent, counts, ring, low, high, ring_high, action, to, dict(sorted(reasons.items()))
+    )
 
 
-def _interval(failed: int, count: int, confidence: float) -> tuple[float, float]:
-    if not count:
-        return 0.0, 1.0
-    from scipy.stats import binomtest  # not above: on a small device every command would wait for it
-
-    interval = binomtest(failed, count).proportion_ci(confidence, "wilson")
-    return float(interval.low), float(interval.high)
+def _outcome(vote: Report, policy: FleetPolicy, now: float) -> str:
+    """A device's outcome; "silent" for a start that was followed by nothing until the deadline."""
+    deadline_s = policy.silent_after_days * _DAY_S
+    return SILENT if vote.outcome == "started" and 0 < deadline_s < now - vote.time else vote.outcome
 
 
-def _decide_action(offer: Offer, count: int, low: float, high: float, policy: FleetPolicy) -> tuple[Action, int]:
+def _count(outcomes: Iterable[str]) -> VoteCounts:
+    counts = Counter(outcomes)
+    return VoteCounts(counts["pass"], counts["fail"] + counts[SILENT], counts[SILENT], counts["started"])
+
+
+def decide_action(offer: Offer, counts: VoteCounts, ring: VoteCounts, policy: FleetPolicy) -> tuple[Action, int]:
+    """Return what to do, and the percent to widen to. `counts`: of all devices; `ring`: of the newest ring's."""
     if offer.halted:
         return "halted", 0
-    if count >= policy.least_reports and low > policy.halt_above:
+    is_bad = counts.fewest_failures.is_above(policy.halt_above, policy.confidence)
+    if is_bad and counts.decided >= policy.least_reports:
         return "halt", 0
     if offer.percent >= 100:
         return "done", 0
-    to = next((ring for ring in sorted(policy.rings) if ring > offer.percent), 100)
-    return ("widen", to) if count >= policy.least_reports and high < policy.widen_below else ("wait", 0)
+    is_good = ring.most_failures.is_below(policy.widen_below, policy.confidence)
+    if not is_good or ring.decided < policy.least_reports:
+        return "wait", 0
+    return "widen", next((step for step in sorted(policy.rings) if step > offer.percent), 100)

@@ -139,7 +139,9 @@ def widen(repository: Path, keys: Path, name: str, version: str, percent: int, *
         if offer.halted or percent < offer.percent:
             state = "is halted" if offer.halted else f"is offered to {offer.percent} % already"
             raise ConfigError(f"{name} {version} {state}", "publish the mended release as another version, or halt this one")
-        return replace(offer, percent=percent)
+        if percent == offer.percent:
+            return offer
+        return replace(offer, percent=percent, previous_percent=offer.percent)
 
     return _change(repository, keys, name, version, change, expiry)
 

@@ -62,7 +62,8 @@ class VersionContent:
 @dataclass(frozen=True)
 class Offer:
     """Who may take a version. `order` rises with each publication; `percent` of the devices, by `ring_of`; `published` in
-    seconds since 1970: a device whose clock is before it cannot judge what is expired.
+    seconds since 1970: a device whose clock is before it cannot judge what is expired. `previous_percent`: what `percent` was
+    before it was widened; the newest ring is what lies between.
     """
 
     version: str
@@ -70,6 +71,7 @@ class Offer:
     percent: int
     halted: bool
     published: int
+    previous_percent: int = 0
 
     def admits(self, device_id: str) -> bool:
         """Whether this device is in the rings that have it."""
@@ -104,7 +106,11 @@ def offer_of(path: str, custom: Any) -> tuple[str, Offer] | None:
     numbers = [custom.get(key) for key in ("order", "percent", "published")]
     if not all(type(number) is int and number >= 0 for number in numbers) or type(custom.get("halted")) is not bool:
         return None
-    return name, Offer(version, custom["order"], custom["percent"], custom["halted"], custom["published"])
+    # A repository that was written before there were rings of this kind has none: then all devices are of the newest ring
+    previous = custom.get("previous_percent", 0)
+    if type(previous) is not int or not 0 <= previous <= custom["percent"]:
+        return None
+    return name, Offer(version, custom["order"], custom["percent"], custom["halted"], custom["published"], previous)
 
 
 def read_version_metadata(document: bytes, name: str, version: str) -> VersionContent:

@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import SartorError
 from sartor.inference.engine import GenerateCall, ReplyDone, ReplyFailed
 from sartor.serving.dispatch.reply_stream import ReplyStream
-from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, FailureRate, VersionTally, first_alarm
+from sartor.serving.dispatch.sequential_tests import WINDOW_REPLIES, Alarm, VersionTally, first_alarm
 from sartor.serving.registry.registry_schema import Agent
 from sartor.serving.team_config import Rollout
 from sartor.serving.types import EventStream, WorkerBackend

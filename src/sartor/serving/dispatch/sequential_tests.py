@@ -1,11 +1,9 @@
 """Anytime-valid comparison of candidate and live version.
 
-The evidence is an e-process: for a version of which `bad` of `seen` replies were bad, the mixture likelihood over all rates
-(Jeffreys' prior) divided by the likelihood of the rate q is a martingale of mean 1 where q is true, so it exceeds 1/a with a
-probability of at most a, however often one looks and whenever one stops (Ville; Robbins 1970; Howard et al., arXiv:1810.08240).
-The product of both versions' e-processes, at the pair of rates that suits the candidate best, tests "the candidate's rate is at
-most the live version's plus the margin". Four monitors share FALSE_ALARM, and window k of each spends 1/(k(k+1)) of its part:
-a candidate that is no worse than the margins allow is sent back, in its whole trial, with a probability of FALSE_ALARM at most.
+The evidence is an e-process (`core/confidence_sequences.py`), at which one may look as often as one likes. The product of both
+versions' e-processes, at the pair of rates that suits the candidate best, tests "the candidate's rate is at most the live
+version's plus the margin". Four monitors share FALSE_ALARM, and window k of each spends 1/(k(k+1)) of its part: a candidate
+that is no worse than the margins allow is sent back, in its whole trial, with a probability of FALSE_ALARM at most.
 
 Counts and histograms: bounded memory, whatever the traffic.
 """
@@ -18,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sartor.core.confidence_sequences import FailureRate, log_evidence
 from sartor.serving.team_config import Rollout
 
 FALSE_ALARM = 0.05
@@ -30,47 +29,6 @@ _FASTEST_S = 1e-5
 # Replies in flight: time per token is compared like with like, since a full machine is slow for every version
 _LOADS = (1, 4, 16)
 _CLASSES = len(_LOADS) + 1
-
-
-@dataclass
-class FailureRate:
-    """How many were seen, and how many of them were bad."""
-
-    seen: int = 0
-    bad: int = 0
-
-    def count(self, is_bad: bool) -> None:
-        """One more."""
-        self.seen += 1
-        self.bad += is_bad
-
-    @property
-    def fraction(self) -> float:
-        """Of bad ones; 0 where none was seen."""
-        return self.bad / self.seen if self.seen else 0.0
-
-    def against(self, rate: float) -> float:
-        """Natural log of the evidence against `rate` being the true one."""
-        good = self.seen - self.bad
-        if (rate <= 0 and self.bad) or (rate >= 1 and good):
-            return math.inf
-        log_likelihood = (self.bad * math.log(rate) if self.bad else 0.0) + (good * math.log1p(-rate) if good else 0.0)
-        return _log_beta(self.bad + 0.5, good + 0.5) - _log_beta(0.5, 0.5) - log_likelihood
-
-
-def log_evidence(candidate: FailureRate, live: FailureRate, margin: float) -> float:
-    """Natural log of the evidence that the candidate's rate is above the live version's plus `margin`; 0 or less is none."""
-    low, high = live.fraction, candidate.fraction - margin
-    if high <= low:
-        return 0.0
-
-    def at(rate: float) -> float:
-        return candidate.against(min(1.0, rate + margin)) + live.against(rate)
-
-    for _ in range(60):  # the sum is convex in the live version's rate: its least value lies between the two best guesses
-        lower_third, upper_third = low + (high - low) / 3, high - (high - low) / 3
-        low, high = (low, upper_third) if at(lower_third) <= at(upper_third) else (lower_third, high)
-    return max(0.0, at((low + high) / 2))
 
 
 class Histogram:
@@ -196,7 +154,3 @@ def _numbers(candidate: VersionTally, live: VersionTally, alpha: float, evidence
 def _is_most(count: int, total: int, alpha: float) -> bool:
     """Whether more than half of all, not only of those seen, are so; wrongly said with a probability of at most `alpha`."""
     return 2 * count > total and FailureRate(total, count).against(0.5) >= -math.log(alpha)
-
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
