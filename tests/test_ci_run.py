@@ -77,6 +77,6 @@ def test_make_test_is_every_tier_in_order() -> None:
     tiers = [line.partition("pytest -q ")[2] for line in lines if "pytest -q" in line]
     assert tiers == [
         "-n 2 --dist worksteal",
-        '-n 2 --dist loadfile --durations 25 -m "(circle or services or browser) and not alone"',
+        '-n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"',
         '--durations 10 -m "(circle or services or browser) and alone"',
     ]

@@ -81,13 +81,22 @@ def test_from_keys_to_a_version_on_a_device_and_back(world: World, edge: Shell, 
     error = edge(*bring, *report, code=5)["error"]
     assert error["kind"] == "HealthError" and "line 1 (exact); 1.1 stays current" in error["problem"]
     said = edge(
-        "watch", repository, "--reports", tmp_path / "gathered", "--devices", tmp_path / "devices", "--least-reports", 1
+        "watch",
+        repository,
+        "--reports",
+        tmp_path / "gathered",
+        "--devices",
+        tmp_path / "devices",
+        "--least-reports",
+        1,
+        "--halt-above",
+        0,
     )
     assert {one["version"]: (one["action"], one["reasons"]) for one in said["versions"]} == {
         "1.0": ("done", {}), "1.1": ("done", {}), "1.2": ("halt", {"canary": 1})
     }  # fmt: skip
     assert said["done"] == [] and said["refused"] == {}
-    said = edge("watch", repository, "--reports", tmp_path / "gathered", "--devices", tmp_path / "devices", "--least-reports", 1,
+    said = edge("watch", repository, "--reports", tmp_path / "gathered", "--devices", tmp_path / "devices", "--least-reports", 1, "--halt-above", 0,
                 "--keys", keys)  # fmt: skip
     assert said["done"] == [{"name": "home", "version": "1.2", "did": "halt"}]
     checks.clear()
