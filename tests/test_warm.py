@@ -36,6 +36,11 @@ def test_what_libraries_read_while_they_are_imported_is_never_that_of_another(co
     assert run(commands, "python", "-c", code, OMP_NUM_THREADS="7").stdout == "False 7 None\n"
 
 
+def test_a_command_stays_warm_after_peft_is_imported(commands: dict[str, str]) -> None:
+    code = "import sys; print('torch' in sys.modules)"
+    assert run(commands, "python", "-c", code, TORCHINDUCTOR_CACHE_DIR="/tmp/another").stdout == "True\n"
+
+
 def test_a_file_that_is_left_open_has_its_number(commands: dict[str, str]) -> None:
     environment, (ours, theirs) = {**os.environ, **commands}, os.pipe()
     code = f"import os, sys; os.write({theirs}, b'torch' if 'torch' in sys.modules else b'cold')"

@@ -38,6 +38,8 @@ from typing import Any
 
 # what libraries read while they are imported
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "POLARS_", "PYTHON", "LD_", "CUDA")
+# peft sets it in any process that imports it, so a test that does would leave all later commands cold
+NOT_COMPARED = "TORCHINDUCTOR_CACHE_DIR"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 MOST_FILES = 32  # that a command is handed: its own three, and what its parent left open for it
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -48,7 +50,7 @@ CLIENT = '''#!{python} -ISE
 import array, json, os, signal, socket, sys
 
 real, address, known = {real!r}, {address!r}, {known!r}
-here = {{name: value for name, value in os.environ.items() if name.startswith({prefixes!r})}}
+here = {{name: value for name, value in os.environ.items() if name.startswith({prefixes!r}) and name != {left_out!r}}}
 takes = {name!r} == "sartor" or (len(sys.argv) > 1 and (sys.argv[1] in ("-c", "-m") or not sys.argv[1].startswith("-")))
 line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 try:
@@ -83,10 +85,12 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True)
     address, real = folder / "s", Path(sysconfig.get_path("scripts"))
     inside = {**os.environ, **OFFLINE}
-    known = {name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT)}
+    known = {name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name != NOT_COMPARED}
     for name in ("sartor", "python", "python3"):
         fields = {"python": sys.executable, "real": str(real / name), "address": str(address), "known": known}
-        text = CLIENT.format(**fields, prefixes=READ_AT_IMPORT, name=name, signals=[int(one) for one in FORWARDED])
+        text = CLIENT.format(
+            **fields, prefixes=READ_AT_IMPORT, left_out=NOT_COMPARED, name=name, signals=[int(one) for one in FORWARDED]
+        )
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     with subprocess.Popen([sys.executable, __file__, str(address)], env=inside, stdin=subprocess.PIPE) as server:
