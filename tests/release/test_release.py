@@ -13,6 +13,7 @@ import sartor
 from release_fixtures import PASSES, keys, probe, release  # noqa: F401
 from sample_data import write_jsonl
 from sartor.cli import main
+from sartor.core import evaluation_ledger
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate.audit import probes
@@ -37,6 +38,22 @@ def test_the_report_has_metrics_with_intervals_rows_and_a_page(adapter: Path) ->
 def test_evaluating_twice_gives_the_same_numbers(tmp_path: Path, adapter: Path) -> None:
     one, two = (sartor.evaluate(adapter, out=tmp_path / name).as_json() for name in ("r1", "r2"))
     assert one["metrics"] == two["metrics"] and one["forgetting"] == two["forgetting"]
+
+
+def test_report_says_how_often_its_rows_were_evaluated(tmp_path: Path, adapter: Path) -> None:
+    lines: list[str] = []
+    one, two = (sartor.evaluate(adapter, out=tmp_path / name, notice=lines.append) for name in ("r1", "r2"))
+    chosen = two.as_json()["chosen"]
+    assert (chosen["evaluations_known"], chosen["adapters_known"]) == (2, 1)
+    assert chosen["rows_digest"] == one.as_json()["chosen"]["rows_digest"]
+    assert chosen["sentence"] in (two.report.path / "report.html").read_text() and chosen["sentence"] in lines
+
+
+def test_damaged_ledger_of_evaluations_stops_before_the_model(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation_ledger.ledger_file().write_text("{\n")
+    monkeypatch.setattr("sartor.evaluate.evaluation.open_base", lambda *_, **__: pytest.fail("a base was opened"))
+    with pytest.raises(ArtifactError, match="no whole ledger of evaluations"):
+        sartor.evaluate(adapter)
 
 
 def test_rows_of_a_file_can_be_evaluated_and_trained_ones_are_left_out(tmp_path: Path, adapter: Path) -> None:

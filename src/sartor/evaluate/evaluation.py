@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sartor.core import catalogue, parquet_io
+from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
@@ -55,7 +55,7 @@ class Evaluated:
         manifest = self.report.manifest
         keys = (
             "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
-            "wall_s",
+            "chosen", "wall_s",
         )  # fmt: skip
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
 
@@ -90,6 +90,9 @@ def evaluate(
     else F1. `audit` also looks for bias, for what was learnt by heart and for refusals that changed (`audit/`); `favourable`:
     outcomes that are to be wished for, of those that replies name. `out` defaults to `PATH-report`. Raises ArtifactError,
     ModelError, ConfigError, and SourceError when there is no row to evaluate on.
+
+    The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
+    (`core/evaluation_ledger.py`); a damaged ledger is an ArtifactError before anything is measured.
     """
     start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
@@ -97,10 +100,15 @@ def evaluate(
     check_output_free(out.absolute(), replace=replace)
     if scorer and scorer not in NAMES:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
+    evaluation_ledger.check_ledger()
     with tempfile.TemporaryDirectory() as media:
         eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
         options = AuditOptions(label, tuple(favourable)) if audit else None
         measured = _measure(adapter, eval_set, label, scorer, notice, options)
+    chosen = evaluation_ledger.record_evaluation(
+        _tuned_id(adapter), [row["id"] for row in measured.table], "file" if data else "eval"
+    )
+    notice(chosen.sentence)
     facts = {
         "name": adapter.path.name,
         "parents": [adapter.as_parent()],
@@ -108,6 +116,7 @@ def evaluate(
         "licence": adapter.licence,
         **measured.facts,
         "data": str(data) if data else "held-out rows of the Dataset",
+        "chosen": chosen.as_json(),
         "wall_s": round(time.monotonic() - start_time, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
     }
@@ -122,6 +131,12 @@ def evaluate(
     report = write_artifact(out, "report", fill, replace=replace)
     catalogue.register(report)
     return Evaluated(report)
+
+
+def _tuned_id(artifact: Artifact) -> str:
+    """Id of an Adapter; of a Release that of the Adapter in it: they are evaluated as one."""
+    parents = artifact.manifest["parents"] if artifact.kind == "release" else []
+    return next((parent["id"] for parent in parents if parent["kind"] == "adapter"), artifact.id)
 
 
 def _measure(

@@ -42,6 +42,7 @@ def render(
     parts = [
         f"<h1>{escape(str(report['name']))}</h1>",
         f"<p class=lead>{escape(_lead(report, adapter))}</p>",
+        _chosen(report),
         headlines(_headlines(report, run)),
         "<h2>Base against tuned, on rows held out by group</h2>",
         _intervals(report),
@@ -63,6 +64,13 @@ def _lead(report: Mapping[str, Any], adapter: Artifact) -> str:
         f"{report['rows']} held-out rows, from {len(report['sources'])} source file(s); licence {report['licence']}; "
         f"adapter {adapter.id[:12]}, tuned {adapter.manifest['created']}"
     )
+
+
+def _chosen(report: Mapping[str, Any]) -> str:
+    """How often the rows were evaluated before; nothing for a Report of an older version."""
+    if "chosen" not in report:
+        return ""
+    return f"<p class=lead>How it was chosen: {escape(report['chosen']['sentence'])}.</p>"
 
 
 def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -9,43 +9,39 @@ retrains. It holds digests of rows and no text. Retrains from before there was a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from sartor.core import parquet_io
-from sartor.core.errors import ArtifactError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.line_ledger import LineLedger
 from sartor.learn.run_record import RunRecord, list_runs, now
 
 FILE = "looks.jsonl"
 # of a retrain: the versions' scores side by side, row by row
 SCORES_FILE = "beside.parquet"
-_SCHEMA = 1
 
 
 def record_look(run: RunRecord, rows: Mapping[str, Iterable[str]]) -> None:
     """Write that a retrain has looked at rows, once however often it is resumed. rows: their digests by kind."""
     file = run.folder.parent / FILE
-    lines = _read_lines(file)
+    lines = _LEDGER.read_lines(file)
     if any(_key_of_line(line) == _key_of_run(run) for line in lines):
         return
     digests = {kind: sorted(set(ids)) for kind, ids in rows.items()}
     line = {
-        "schema": _SCHEMA, "number": run.record.number, "began": run.record.began, "looked": now(),
+        "schema": _LEDGER.schema, "number": run.record.number, "began": run.record.began, "looked": now(),
         "live": run.record.live.release_id,
         "sets": {kind: hashlib.sha256("\n".join(ids).encode()).hexdigest() for kind, ids in digests.items()},
         "rows": digests,
     }  # fmt: skip
-    write_file_atomic(file, "".join(json.dumps(entry) + "\n" for entry in [*lines, line]).encode())
+    _LEDGER.write_lines(file, [*lines, line])
 
 
 def count_looks(run: RunRecord) -> Counter[str]:
     """Return how often other retrains of the agent looked at each row, by its digest. Raises ArtifactError."""
     home = run.folder.parent
-    lines = [line for line in _read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
+    lines = [line for line in _LEDGER.read_lines(home / FILE) if _key_of_line(line) != _key_of_run(run)]
     counts = Counter(digest for line in lines for digest in {digest for ids in line["rows"].values() for digest in ids})
     counted = {*map(_key_of_line, lines), _key_of_run(run)}
     for other in list_runs(home.parent.parent, run.record.agent):
@@ -63,15 +59,4 @@ def _key_of_line(line: Mapping[str, Any]) -> tuple[int, str]:
     return int(line["number"]), str(line["began"])
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    try:
-        lines = [dict(json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()]
-        schemas = {line["schema"] for line in lines}
-        is_whole = all(isinstance(line["rows"], dict) and _key_of_line(line) for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is no whole ledger of looks: {error}", f"restore {file} from a copy") from None
-    if schemas - {_SCHEMA} or not is_whole:
-        raise ArtifactError(f"{file} has lines of schema {sorted(schemas)}; this reads {_SCHEMA}", "use a newer Sartor")
-    return lines
+_LEDGER = LineLedger("ledger of looks", 1, lambda line: isinstance(line["rows"], dict) and bool(_key_of_line(line)))

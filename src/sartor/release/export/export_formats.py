@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from sartor.core import model_refs
-from sartor.core.artifacts import Artifact
+from sartor.core.artifacts import Artifact, kind_of, read_manifest
 from sartor.core.errors import GateError
 from sartor.core.licences import compliance
 from sartor.core.model_refs import STARTER, source_gguf
@@ -72,6 +72,13 @@ def write_generation_config(release: Artifact, base: Base, part: Path) -> None:
     )
 
 
+def _choice_lines(release: Artifact) -> list[str]:
+    """Lines of the card that say how often the evaluated rows were used; none of a Release from before that was counted."""
+    report = release.path / "report"
+    chosen = read_manifest(report, ("report",)).get("chosen") if kind_of(report) == "report" else None
+    return ["", f"Evaluation: {chosen['sentence']}."] if chosen else []
+
+
 def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -> None:
     """README.md: what this is, how it is loaded (`use`), what it was made of; its front matter names the licence."""
     manifest = release.manifest
@@ -98,6 +105,7 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         "",
         f"Meant for {manifest.get('use', 'commercial')} use. Licences, and what they demand: `NOTICE.md`.",
         *(["", f"Audit of bias: {bias['outcome']}. {bias['detail']}"] if bias else []),
+        *_choice_lines(release),
         "",
     ]
     (part / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,121 @@
+"""Ledger of evaluations: which rows were evaluated on this machine, how often, and for how many adapters.
+
+    SARTOR_HOME/evaluations.jsonl     a line an evaluation: digest of its rows, its rows, adapter, time, split
+
+Who compares many adapters on the same rows and takes the best one has chosen by those rows: the Report's interval knows
+nothing of it. So a Report says how many evaluations of its rows are known. It is a lower bound: other machines, deleted ledgers
+and looks that wrote no Report are not in it. The ledger holds digests and no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sartor.core.home import home
+from sartor.core.line_ledger import LineLedger
+
+FILE = "evaluations.jsonl"
+# hex digits by which the ledger knows a row: 48 bits, of a digest of the row's id, which is not to be had from them
+MARK_DIGITS = 12
+_LOCK_TIMEOUT_S = 30.0
+_LEDGER = LineLedger(
+    "ledger of evaluations",
+    1,
+    lambda line: isinstance(line["rows"], list) and all(isinstance(line[key], str) for key in ("digest", "adapter", "time")),
+    "restore {file} from a copy; or remove it: evaluations are then counted anew, and the ones before are unknown",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceEvidence:
+    """Evaluations of a Report's rows that are known on this machine, its own among them.
+
+    evaluations_known, adapters_known: of those that share at least one row; lower bounds of what was done.
+    rows_digest: of the ids of all rows.
+    since: day from which the ledger counts.
+    problem: why this evaluation could not be written down; empty if it was.
+    """
+
+    evaluations_known: int
+    adapters_known: int
+    rows_digest: str
+    since: str
+    problem: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What the counts mean, for a person."""
+        plural = "" if self.evaluations_known == 1 else "s"
+        adapters = f"{self.adapters_known} adapter{'' if self.adapters_known == 1 else 's'}"
+        text = (
+            f"at least {self.evaluations_known} evaluation{plural} of these rows known on this machine since {self.since}, "
+            f"of {adapters}, this one included"
+        )
+        return f"{text}; it could not be written down: {self.problem}" if self.problem else text
+
+    def as_json(self) -> dict[str, Any]:
+        """The key `chosen` of a Report."""
+        return {
+            "evaluations_known": self.evaluations_known,
+            "adapters_known": self.adapters_known,
+            "rows_digest": self.rows_digest,
+            "since": self.since,
+            "recorded": not self.problem,
+            "sentence": self.sentence,
+        }
+
+
+def ledger_file() -> Path:
+    """Where the ledger stands, or would stand."""
+    return home() / FILE
+
+
+def check_ledger() -> None:
+    """Raise ArtifactError where the ledger is damaged: before hours are spent on an evaluation that it cannot count."""
+    _LEDGER.read_lines(ledger_file())
+
+
+def digest_rows(row_ids: Iterable[str]) -> str:
+    """Return the digest of a set of rows, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(set(row_ids))).encode()).hexdigest()
+
+
+def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> ChoiceEvidence:
+    """Write that an adapter was evaluated on rows, and return what is known of these rows. Raises ArtifactError.
+
+    A home that cannot be written to is no reason to lose a finished evaluation: it is counted and said.
+    """
+    ids = set(row_ids)
+    marks = {_mark(row_id) for row_id in ids}
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    line = {
+        "schema": _LEDGER.schema, "digest": digest_rows(ids), "adapter": adapter_id, "time": now, "split": split,
+        "rows": sorted(marks),
+    }  # fmt: skip
+    file, problem = ledger_file(), ""
+    try:
+        with FileLock(file.with_name(f".{FILE}.lock"), timeout=_LOCK_TIMEOUT_S):
+            lines = [*_LEDGER.read_lines(file), line]
+            _LEDGER.write_lines(file, lines)
+    except OSError as error:  # a lock that is not given in time is one too
+        problem = f"{file}: {error.strerror or error}"
+        lines = [*_LEDGER.read_lines(file), line]
+    same = [other for other in lines if not marks.isdisjoint(other["rows"])]
+    return ChoiceEvidence(
+        evaluations_known=len(same),
+        adapters_known=len({other["adapter"] for other in same}),
+        rows_digest=line["digest"],
+        since=min(other["time"] for other in lines)[:10],
+        problem=problem,
+    )
+
+
+def _mark(row_id: str) -> str:
+    return hashlib.sha256(row_id.encode()).hexdigest()[:MARK_DIGITS]

@@ -1,0 +1,49 @@
+"""Ledgers of JSON lines: read whole or refused, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import ArtifactError
+from sartor.core.filesystem import write_file_atomic
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LineLedger:
+    """A ledger's form: a JSON object a line, each with the key `schema`.
+
+    noun: what an error calls it. schema: the number that this version writes and reads.
+    is_whole: whether a line has what its reader takes from it; it may raise KeyError, TypeError or ValueError.
+    remedy: what to do about a damaged file, with `{file}` in place of its path.
+    """
+
+    noun: str
+    schema: int
+    is_whole: Callable[[Line], bool]
+    remedy: str = "restore {file} from a copy"
+
+    def read_lines(self, file: Path) -> list[Line]:
+        """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left out."""
+        if not file.exists():
+            return []
+        try:
+            lines = [dict(json.loads(text)) for text in file.read_text(encoding="utf-8").splitlines()]
+            schemas = {line["schema"] for line in lines}
+            if schemas - {self.schema}:
+                problem = f"{file} has lines of schema {sorted(schemas)}; this reads {self.schema}"
+                raise ArtifactError(problem, "use a newer Sartor")
+            if not all(self.is_whole(line) for line in lines):
+                raise ValueError("a line lacks a value")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{file} is no whole {self.noun}: {error}", self.remedy.format(file=file)) from None
+        return lines
+
+    def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the file by these lines, in one step. Raises OSError."""
+        write_file_atomic(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
