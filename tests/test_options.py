@@ -295,9 +295,24 @@ def test_options_of_tuning_change_the_weights(dataset: Path, tiny_base: Path, tm
     assert not dead, "options that change nothing"
 
 
+SPLIT_PROBES = {
+    "Split.eval_fraction": ({"eval_fraction": 0.1}, {"eval_fraction": 0.5}),
+    "Split.test_fraction": ({"test_fraction": 0.0}, {"test_fraction": 0.3}),
+}
+
+
+@pytest.mark.parametrize("option", SPLIT_PROBES)
+def test_each_option_of_the_split_moves_rows(option: str, rows_file: Path, tmp_path: Path) -> None:
+    splits = []
+    for index, value in enumerate(SPLIT_PROBES[option]):
+        curated = sartor.curate({"sources": [{"path": str(rows_file)}], "split": value}, tmp_path / str(index))
+        splits.append([item.split for item in sartor.read_examples(curated.dataset)])
+    assert splits[0] != splits[1]
+
+
 def test_each_option_has_a_probe_or_is_named_as_without() -> None:
     declared = declared_options()
-    probed = {probe.option for probe in (*ROW_PROBES, *SET_PROBES)} | set(TUNE_PROBES) | set(WEIGHT_PROBES)
+    probed = {probe.option for probe in (*ROW_PROBES, *SET_PROBES)} | set(TUNE_PROBES) | set(WEIGHT_PROBES) | set(SPLIT_PROBES)
     without = {line for line in WITHOUT_PROBE.read_text().splitlines() if line and not line.startswith("#")}
     assert not sorted(probed - declared), "probes of options that are not declared"
     assert not sorted(without - declared), "entries of options that are not declared"

@@ -68,6 +68,7 @@ def evaluate(
     path: Path,
     *,
     data: Path | None = None,
+    split: Literal["eval", "test"] = "eval",
     scorer: str = "",
     label: str = "",
     audit: REPLACE = False,
@@ -81,16 +82,17 @@ def evaluate(
     Args:
         path: an Adapter or a Release
         data: rows in any input form, instead of those that the Dataset holds out
+        split: which rows of the Dataset: eval, or test, which it keeps for the release (split.test_fraction)
         scorer: what the gate looks at: exact_match, f1, rouge_l, wer (transcripts), accuracy or macro_f1 (with --label)
         label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
         audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them too
         favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also several
-        out: directory of the new Report; by default PATH-report
+        out: directory of the new Report; by default PATH-report, with --split test PATH-test-report
         rows: most rows to evaluate on
         replace: replace the Report that stands there
     """
     return sartor.evaluate(
-        path, data=data, scorer=scorer, label=label, audit=audit, favourable=favourable, out=out, most_rows=rows,
+        path, data=data, split=split, scorer=scorer, label=label, audit=audit, favourable=favourable, out=out, most_rows=rows,
         replace=replace, notice=notice,
     )  # fmt: skip
 

@@ -95,8 +95,9 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
     ids = set(row_ids)
     marks = {_mark(row_id) for row_id in ids}
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    line = {
-        "schema": _LEDGER.schema, "digest": digest_rows(ids), "adapter": adapter_id, "time": now, "split": split,
+    row_digest = digest_rows(ids)
+    line: dict[str, Any] = {
+        "schema": _LEDGER.schema, "digest": row_digest, "adapter": adapter_id, "time": now, "split": split,
         "rows": sorted(marks),
     }  # fmt: skip
     file, problem = ledger_file(), ""
@@ -111,7 +112,7 @@ def record_evaluation(adapter_id: str, row_ids: Iterable[str], split: str) -> Ch
     return ChoiceEvidence(
         evaluations_known=len(same),
         adapters_known=len({other["adapter"] for other in same}),
-        rows_digest=line["digest"],
+        rows_digest=row_digest,
         since=min(other["time"] for other in lines)[:10],
         problem=problem,
     )

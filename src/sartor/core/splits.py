@@ -10,11 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, digest
+
+# splits that no tuning learns from. `eval` may be looked at as often as one likes; `test` is for the release alone
+TEST = "test"
+HELD_OUT_SPLITS = ("eval", TEST)
 
 
 def group_of(row: Example) -> str:
@@ -80,7 +85,17 @@ def _media(row: Example) -> str:
     return f"media:{digest(media)[:16]}" if media else ""
 
 
-def held_out_groups(groups: Iterable[str], fraction: float, seed: int) -> set[str]:
+def test_rows(dataset: Artifact) -> int:
+    """Return the number of rows in a Dataset's test split, as its manifest counts them."""
+    return int(dataset.manifest.get("counts", {}).get("splits", {}).get(TEST, 0))
+
+
+def is_of_groups(row: Example, groups: Collection[str]) -> bool:
+    """Whether a row is in one of the groups, or asks what one of them is named after."""
+    return split_group(row) in groups or prompt_group(row) in groups
+
+
+def held_out_groups(groups: Iterable[str], fraction: float, seed: int | str) -> set[str]:
     """Groups that together hold about `fraction` of the rows. `groups` names the group of each row.
 
     At least one group stays for training. A group that would overshoot the wanted count by more than it helps is passed

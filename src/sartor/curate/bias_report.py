@@ -17,6 +17,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.records import Drop, Example, drop_of
+from sartor.core.splits import HELD_OUT_SPLITS
 from sartor.curate.bias import mitigation as cells
 from sartor.curate.bias import mitigation as pairs
 from sartor.curate.bias import mitigation as weights
@@ -212,7 +213,7 @@ def bias(
     if out is not None:
         check_output_free(Path(out).absolute(), replace=replace)
     all_rows = list(parquet_io.read_examples(artifact))
-    training = [row for row in all_rows if row.split != "eval"]
+    training = [row for row in all_rows if row.split not in HELD_OUT_SPLITS]
     people, target = _people(training, group), outcomes(training, outcome)
     if not any(target.labels):
         raise SourceError("the replies have no outcome: they are free text", "--outcome KEY, or regex:PATTERN")
@@ -236,7 +237,7 @@ def bias(
     )
     after_rates = measure_rates(after_people, after_outcomes.labels, [row.weight for row in new_rows])
     # they stand first: a new row that equals one of them is that one, and is not trained on
-    held_out = [row for row in all_rows if row.split == "eval"]
+    held_out = [row for row in all_rows if row.split in HELD_OUT_SPLITS]
     facts = {
         "mitigation": mitigate,
         "changed": mitigator.changed,

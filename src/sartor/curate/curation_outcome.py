@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sartor.core import parquet_io
 from sartor.core.records import Drop, Example, drop_of
-from sartor.core.splits import held_out_groups
+from sartor.core.splits import TEST, held_out_groups
 from sartor.curate.dataset_writer import batched
 from sartor.curate.passes import PassState, Removed, inherited_fields, moved_ids, rewritten, take_rows
 from sartor.curate.recipe import CurateRecipe
@@ -55,11 +55,36 @@ class SplitDecision:
         return (row for row in range(len(self.groups)) if row not in self.removed_rows)
 
     def _hold_out(self, recipe: CurateRecipe) -> None:
-        """Fill in each split; whole groups are held out until `eval_fraction` of the rows is reached."""
+        """Fill in each split; whole groups are held out until `test_fraction`, then `eval_fraction`, of the rows is reached.
+
+        The test split is drawn first and by a seed of its own, so that another `eval_fraction` does not move its rows.
+        """
         undecided = [row for row in self.kept_row_numbers() if not self.splits[row]]
-        held_out = held_out_groups((self.groups[row] for row in undecided), recipe.split.eval_fraction, recipe.seed)
+        undecided = self._draw_test(recipe, undecided)
+        held_out = held_out_groups((self.groups[row] for row in undecided), self._eval_fraction(recipe, undecided), recipe.seed)
         for row in undecided:
             self.splits[row] = "eval" if self.groups[row] in held_out else "train"
+
+    def _draw_test(self, recipe: CurateRecipe, undecided: list[int]) -> list[int]:
+        """Put whole groups into the test split; return the rows that are left. A group with a declared split is not drawn."""
+        fraction = recipe.split.test_fraction
+        if not fraction:
+            return undecided
+        declared = {self.groups[row] for row in self.kept_row_numbers() if self.splits[row]}
+        free_rows = [row for row in undecided if self.groups[row] not in declared]
+        if not free_rows:
+            return undecided
+        share = min(fraction * len(undecided) / len(free_rows), 1.0)
+        test_groups = held_out_groups((self.groups[row] for row in free_rows), share, f"{TEST}:{recipe.seed}")
+        for row in free_rows:
+            if self.groups[row] in test_groups:
+                self.splits[row] = TEST
+        return [row for row in undecided if not self.splits[row]]
+
+    def _eval_fraction(self, recipe: CurateRecipe, undecided: Sequence[int]) -> float:
+        """The fraction of the rows that the test split left which makes `eval_fraction` of all."""
+        test_count = sum(self.splits[row] == TEST for row in self.kept_row_numbers())
+        return recipe.split.eval_fraction * (len(undecided) + test_count) / max(len(undecided), 1)
 
     def _keep_groups_whole(self) -> list[int]:
         """The check that no group straddles the split: training rows whose group is held out. They are removed.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -22,7 +22,7 @@ from sartor.core.artifacts import Artifact, check_output_free, open_artifact, wr
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.core.splits import group_of, group_of_stored
+from sartor.core.splits import TEST, group_of, group_of_stored
 from sartor.evaluate import bootstrap, report_page
 from sartor.evaluate.audit import audit as run
 from sartor.evaluate.audit import probes
@@ -42,6 +42,7 @@ from sartor.models.content_shielding import reply_text
 Notice = Callable[[str], object]
 # Up to this median length of the references an exact match is the natural metric, above it the overlap of words
 SHORT_REFERENCE_WORDS = 12
+_DATA_TEXTS = {"eval": "held-out rows of the Dataset", TEST: "test rows of the Dataset"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Evaluated:
         manifest = self.report.manifest
         keys = (
             "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
-            "chosen", "wall_s",
+            "chosen", "split", "wall_s",
         )  # fmt: skip
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
 
@@ -74,6 +75,7 @@ def evaluate(
     *,
     out: Path | str | None = None,
     data: Path | str | None = None,
+    split: Literal["eval", "test"] = "eval",
     scorer: str = "",
     label: str = "",
     audit: bool = False,
@@ -84,7 +86,8 @@ def evaluate(
 ) -> Evaluated:
     """Measure an Adapter (or a Release) against its base and write a Report.
 
-    The rows are those its Dataset holds out, or those of the file `data` in any input form. `label` is the field of the JSON
+    The rows are those its Dataset holds out, or those of the file `data` in any input form. `split` `test` takes the rows that
+    the Dataset keeps for the release (`split.test_fraction`), and `PATH-test-report` as `out`. `label` is the field of the JSON
     replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer` names the metric that the gate
     looks at; by default macro-F1 with a label, the word error rate of transcripts, exact match where references are short,
     else F1. `audit` also looks for bias, for what was learnt by heart and for refusals that changed (`audit/`); `favourable`:
@@ -96,18 +99,21 @@ def evaluate(
     """
     start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
-    out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-report")
+    if data and split == TEST:
+        raise ConfigError("--data and --split test name two sets of rows", "leave one of them out")
+    suffix = "test-report" if split == TEST else "report"
+    out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-{suffix}")
     check_output_free(out.absolute(), replace=replace)
     if scorer and scorer not in NAMES:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     evaluation_ledger.check_ledger()
     with tempfile.TemporaryDirectory() as media:
-        eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media))
+        eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media), split)
         options = AuditOptions(label, tuple(favourable)) if audit else None
         measured = _measure(adapter, eval_set, label, scorer, notice, options)
-    chosen = evaluation_ledger.record_evaluation(
-        _tuned_id(adapter), [row["id"] for row in measured.table], "file" if data else "eval"
-    )
+    rows_split = "file" if data else split
+    row_ids = [row["id"] for row in measured.table]
+    chosen = evaluation_ledger.record_evaluation(_tuned_id(adapter), row_ids, rows_split)
     notice(chosen.sentence)
     facts = {
         "name": adapter.path.name,
@@ -115,7 +121,8 @@ def evaluate(
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,
         **measured.facts,
-        "data": str(data) if data else "held-out rows of the Dataset",
+        "data": str(data) if data else _DATA_TEXTS[split],
+        "split": rows_split,
         "chosen": chosen.as_json(),
         "wall_s": round(time.monotonic() - start_time, 2),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

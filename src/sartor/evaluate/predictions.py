@@ -18,6 +18,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
+from sartor.core.splits import TEST, test_rows
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate.metrics import ModelOutputs
@@ -43,8 +44,8 @@ class HeldOut:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) -> HeldOut:
-    """The rows to evaluate on, and how many were left out and why.
+def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, split: str = "eval") -> HeldOut:
+    """The rows to evaluate on, and how many were left out and why. split: of the Dataset; without `data` alone.
 
     Rows that were trained on are never among them; where a Dataset is gone that cannot be checked, and `left_out` says so. An
     Adapter of many clients has a Dataset of each: what one holds out and another trained on is left out.
@@ -60,7 +61,13 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
                 f"the Dataset of {adapter.path} is not where it was, or was changed",
                 "sartor index DIR finds it; or give --data FILE",
             )
-        examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out), datasets[0].path
+        if split == TEST:  # a retrained version's own Dataset has none; the one that it descends from may
+            datasets = [step for step in ancestry.find_all(adapter, "dataset") if test_rows(step)] or datasets
+        examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split), datasets[0].path
+        if not examples and split == TEST:
+            raise SourceError(
+                f"{folder} has no row in the split test", "curate with split.test_fraction above 0, and tune again"
+            )
         if not examples:
             raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
     else:
@@ -84,12 +91,12 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path) 
 
 
 def _held_out_of(
-    datasets: Sequence[Artifact], training_datasets: Sequence[Artifact], left_out: dict[str, int]
+    datasets: Sequence[Artifact], training_datasets: Sequence[Artifact], left_out: dict[str, int], split: str
 ) -> list[Example]:
     """What Datasets hold out, each row once, without what another was trained on: of them, or of `training_datasets`, among
     which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
     """
-    examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, "eval")}
+    examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, split)}
     trained_on = _trained_on(training_datasets) & set(examples) if len(training_datasets) > 1 else set()
     if trained_on:
         left_out["trained_on"] = len(trained_on)

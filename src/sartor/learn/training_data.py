@@ -20,8 +20,9 @@ from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.confidence_sequences import FailureRate
 from sartor.core.errors import ArtifactError, GateError
+from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example, drop_of
-from sartor.core.splits import split_group
+from sartor.core.splits import TEST, is_of_groups, prompt_group, split_group, test_rows
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.curate.pipeline import curate
 from sartor.curate.sources.feedback_inbox import of_folder
@@ -182,12 +183,22 @@ def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Exam
     return [*held_out, *dataset_rows[: max(job.rules.gate.rows - len(held_out), 0)]]
 
 
+def _test_groups(dataset: Artifact) -> set[str]:
+    """Groups of the rows that the live version's Dataset, or one that it was made of, keeps for the release."""
+    datasets = [item for item in (dataset, *ancestry.find_all(dataset, "dataset")) if test_rows(item)]
+    rows = (row for item in datasets for row in parquet_io.read_examples(item, TEST))
+    return {group for row in rows for group in (split_group(row), prompt_group(row))}
+
+
 def _write(out: Path, parents: Sequence[Artifact], train: Sequence[Example], held_out: Sequence[Example]) -> None:
     if kind_of(out) == "dataset":  # killed between this Dataset and the record
         return
     groups, train_rows, drops = {split_group(row) for row in held_out}, [], list[Drop]()
+    test_groups = _test_groups(parents[-1])
     for row in train:
-        if split_group(row) in groups:
+        if is_of_groups(row, test_groups):
+            drops.append(drop_of(row, "group_held_out", "a row of the test split is of its group", step=STEP))
+        elif split_group(row) in groups:
             drops.append(drop_of(row, "group_held_out", "a held-out row is of its group", step=STEP))
         else:
             train_rows.append(row)

@@ -45,6 +45,7 @@ from sartor.core.licences.compliance import USES, Objection, Use
 from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
+from sartor.core.splits import TEST, test_rows
 from sartor.evaluate.bootstrap import LEAST_GROUPS, groups_needed
 from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
 from sartor.evaluate.metrics import LOWER_IS_BETTER
@@ -403,6 +404,20 @@ def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = Gat
     source = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
     remedy = "" if is_fit else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
     return Check("pass" if is_fit else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
+
+
+def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
+    """Whether the Report is of the test split, where the Adapter's own Dataset has one; no check where it has none."""
+    dataset = ancestry.find_parent(adapter, "dataset")
+    if dataset is None or not test_rows(dataset):
+        return {}
+    chosen = report.get("chosen", {}).get("sentence", "how often they were looked at is not known")
+    if report.get("split") == TEST:
+        return {"test": Check("pass", f"measured on {report['rows']} of {test_rows(dataset)} rows of the test split; {chosen}")}
+    detail = f"{dataset.path.name} keeps {test_rows(dataset)} rows for the release, and the Report is not of them; {chosen}"
+    return {
+        "test": Check("fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out")
+    }
 
 
 def check_licence(adapter: Artifact, use: Use) -> Check:

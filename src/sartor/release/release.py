@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core import catalogue, model_refs, signing
-from sartor.core.artifacts import MANIFESTS, Artifact, check_output_free, create_output_directory, open_artifact, seal
+from sartor.core.artifacts import (
+    MANIFESTS,
+    Artifact,
+    check_output_free,
+    create_output_directory,
+    open_artifact,
+    read_manifest,
+    seal,
+)
 from sartor.core.config import is_valid_name
 from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
+from sartor.core.splits import TEST, test_rows
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate import training_facts
@@ -121,11 +130,19 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
             raise GateError(
                 f"{adapter.path.name} has not been evaluated", f"sartor evaluate {adapter.path}, or give --report DIR"
             )
-        report = reports[0]
+        report = _report_to_release(adapter, reports)
     evidence = open_artifact(report, "report")
     if adapter.id not in {parent["id"] for parent in evidence.manifest["parents"]}:
         raise GateError(f"{evidence.path} is not a Report of {adapter.path}", f"sartor evaluate {adapter.path}")
     return evidence
+
+
+def _report_to_release(adapter: Artifact, reports: Sequence[Path]) -> Path:
+    """The newest Report; where the Dataset has a test split, the newest of those on it."""
+    dataset = ancestry.find_parent(adapter, "dataset")
+    if dataset is None or not test_rows(dataset):
+        return reports[0]
+    return next((path for path in reports if read_manifest(path, ("report",)).get("split") == TEST), reports[0])
 
 
 def gate(
@@ -144,6 +161,7 @@ def gate(
         "gain": checks.check_gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
         "forgetting": checks.check_forgetting(manifest["forgetting"], limits.forgetting),
         "licence": checks.check_licence(adapter, use),
+        **checks.check_test(adapter, manifest),
         **checks.check_modality(adapter, manifest),
         **attacked.check_privacy(adapter),
         **verdicts.audit_checks(manifest.get("audit", {}), limits.bias, limits.memorisation, adapter.path),

@@ -15,7 +15,7 @@ from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import SourceError
 from sartor.core.licences.compliance import combine
 from sartor.core.records import Drop, Example, Origin, canonical_text, digest
-from sartor.core.splits import split_group
+from sartor.core.splits import HELD_OUT_SPLITS, split_group
 from sartor.curate.dataset_writer import DatasetWriter, batched, kept_by_file
 from sartor.curate.sources import chunk_reader, media_files, planner
 from sartor.curate.sources.types import SourceOptions
@@ -64,7 +64,7 @@ def read_seeds(sources: tuple[SourceOptions, ...], max_row_bytes: int, folder: P
         for row in rows:
             if isinstance(row, Drop):
                 result.drops.append(row)
-            elif row.split == "eval":
+            elif row.split in HELD_OUT_SPLITS:
                 result.held_out += 1
             else:
                 result.rows.append(row)
@@ -91,7 +91,7 @@ def _of_dataset(dataset: Artifact, seeds: Seeds, folder: Path) -> Iterator[Examp
     for row in parquet_io.read_examples(dataset):
         for origin in row.origins[:1]:
             seeds.read[origin.source, origin.locator.rpartition(":")[0]] += 1
-        if row.split != "eval":
+        if row.split not in HELD_OUT_SPLITS:
             for part in (part for message in (*row.messages, *row.rejected) for part in message.content if part.media):
                 media_files.copy_file(dataset.path / part.media, folder / "media")
         yield row

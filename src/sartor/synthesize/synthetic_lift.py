@@ -13,7 +13,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact
 from sartor.core.errors import ArtifactError, SourceError
 from sartor.core.records import Example, drop_of
-from sartor.core.splits import group_of_stored, split_group
+from sartor.core.splits import HELD_OUT_SPLITS, group_of_stored, split_group
 from sartor.curate.dataset_writer import write_dataset_from
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
@@ -101,7 +101,7 @@ def prove(
 def _together(real: Artifact, synthetic_artifact: Artifact, out: Path, replace: bool) -> tuple[Artifact, int, int]:
     """(the Dataset of both, synthetic rows in it, synthetic rows that were left out)."""
     real_rows = list(parquet_io.read_examples(real))
-    held_out = {split_group(row) for row in real_rows if row.split == "eval"}
+    held_out = {split_group(row) for row in real_rows if row.split in HELD_OUT_SPLITS}
     if not held_out:
         raise SourceError(f"{real.path} holds out no row to compare on", "curate it with split.eval_fraction above 0")
     ids = {row.id for row in real_rows}

@@ -11,7 +11,7 @@ from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
-from sartor.core.splits import held_out_groups, split_group
+from sartor.core.splits import TEST, held_out_groups, split_group
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
@@ -117,7 +117,9 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
     Raises SourceError when nothing is left to learn from.
     """
     data = TokenizedDataset()
-    examples = _hold_out(list(parquet_io.read_examples(dataset)), recipe.data, recipe.seed)
+    # rows of the test split are neither learnt nor watched: a loss that stops a tuning is a choice by them
+    examples = [example for example in parquet_io.read_examples(dataset) if example.split != TEST]
+    examples = _hold_out(examples, recipe.data, recipe.seed)
     train = _encode_examples([example for example in examples if example.split == "train"], dataset, recipe, chat, data)
     held_out = _encode_examples([example for example in examples if example.split != "train"], dataset, recipe, chat, data)
     if recipe.data.rows and (excess := train[recipe.data.rows :]):
@@ -133,6 +135,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
         sft_recipe = replace(recipe, objective=Sft())
         # what is measured on must not be learnt beside it
         held_out_ids = {row.example_id for row in data.held_out}
+        held_out_ids |= {example.id for example in parquet_io.read_examples(dataset, TEST)}
         rehearsal_examples = [
             example for example in parquet_io.read_examples(rehearsal, "train") if example.id not in held_out_ids
         ]

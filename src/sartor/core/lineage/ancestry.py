@@ -220,6 +220,11 @@ def training_datasets(artifact: Artifact) -> list[Artifact]:
     return [open_artifact(step.path) for step in steps if step.id in dataset_ids and step.state == "opened"]
 
 
+def find_all(artifact: Artifact, kind: str) -> list[Artifact]:
+    """Every ancestor of a kind that still stands and is whole, nearest first."""
+    return [open_artifact(step.path) for step in walk(artifact) if step.kind == kind and step.state == "opened"]
+
+
 def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
     """Its own parents of a kind, as far as they still stand and are whole; where it has none, the nearest ancestor.
 

@@ -24,7 +24,7 @@ from sartor.core.errors import ConfigError, ConflictError, SourceError
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import to_string_array
 from sartor.core.records import Drop, Example, drop_of
-from sartor.core.splits import split_group
+from sartor.core.splits import TEST, split_group
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.review import review_file
 from sartor.curate.review.review_items import Decision, ReviewItem
@@ -269,8 +269,9 @@ class _ReviewWriter:
         for file in origin_index.example_files(self.old):
             table = pq.read_table(file, columns=["group", "split"]).group_by(["group", "split"]).aggregate([])
             for row in table.to_pylist():
-                if result.setdefault(row["group"], row["split"]) != row["split"]:
-                    result[row["group"]] = "eval"
+                split = result.setdefault(row["group"], row["split"])
+                if split != row["split"]:
+                    result[row["group"]] = TEST if TEST in (split, row["split"]) else "eval"
         return result
 
     def _write_review(self, folder: Path) -> None:
