@@ -55,7 +55,7 @@ def test_the_demo_goes_once_around(said: dict[str, Any], out: Path) -> None:
     assert 0 < said["trainable_fraction"] < 0.04
     assert said["ask"]["reply"] and said["ask"]["nearest"][0]["locator"].startswith("rows.jsonl:")
     assert "<svg" in Path(said["report"]).read_text()
-    assert json.loads((out / "report/report.json").read_text())["forgetting"]["rows"] == 200
+    assert json.loads((out / "report/report.json").read_text())["probes"]["small_talk"]["rows"] == 200
 
 
 def test_no_text_of_the_small_talk_is_one_of_the_forgetting_probe() -> None:

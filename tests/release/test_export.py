@@ -360,7 +360,7 @@ def test_held_out_rows_are_asked_and_a_revoked_source_reaches_the_export(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sartor.evaluate.evaluation.measure_forgetting", lambda base, model: {"skipped": "not of interest here"}
+        "sartor.evaluate.audit.forgetting_probes.measure_probes", lambda *_: {"small_talk": {"skipped": "not of interest here"}}
     )
     sartor.keygen(tmp_path / "keys", trust=True)
     sartor.evaluate(adapter)

@@ -68,14 +68,15 @@ class DemoResult:
         summary = self.as_json()
         forgetting = summary["forgetting"]
         forgot = forgetting.get("skipped") or (
-            f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:+.3f}, {forgetting['high']:+.3f}]"
+            f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:+.3f}, {forgetting['high']:+.3f}], "
+            f"{forgetting['probe'].replace('_', ' ')}"
         )
         gain = summary["gain"]
         return [
             ("base exact match", f"{summary['base']['exact_match']:.2f}"),
             ("tuned exact match", f"{summary['tuned']['exact_match']:.2f}"),
             ("gain, 95 % interval", f"{gain['estimate']:+.2f}, in [{gain['low']:+.2f}, {gain['high']:+.2f}]"),
-            ("forgetting on chitchat", forgot),
+            ("forgetting, worst probe", forgot),
             ("rows trained, evaluated", f"{summary['rows']['train']:,}, {summary['rows']['evaluated']:,}"),
             ("parameters trained", f"{summary['trainable_fraction']:.2%}"),
             ("tuning", f"{summary['tune_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"),

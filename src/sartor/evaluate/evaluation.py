@@ -19,13 +19,13 @@ import pyarrow as pa
 
 from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
-from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
 from sartor.core.splits import TEST, group_of, group_of_stored
-from sartor.evaluate import bootstrap, report_page
+from sartor.evaluate import report_page
 from sartor.evaluate.audit import audit as run
-from sartor.evaluate.audit import probes
+from sartor.evaluate.audit import forgetting_probes
 from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import ModelPair
@@ -55,8 +55,8 @@ class Evaluated:
         """The command's JSON."""
         manifest = self.report.manifest
         keys = (
-            "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
-            "chosen", "split", "wall_s",
+            "primary", "metrics", "label", "modalities", "ablation", "forgetting", "probes", "audit", "rows", "groups",
+            "left_out", "chosen", "split", "wall_s",
         )  # fmt: skip
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
 
@@ -165,6 +165,7 @@ def _measure(
     comparisons = measures.compared(before, after)
     ablation = ablate(base, model, eval_set, measures, after, primary, notice)
     notice("measuring what was forgotten")
+    probe_results = forgetting_probes.measure_probes(base, model)
     facts = {
         "base": base.as_manifest(),
         "primary": primary,
@@ -172,7 +173,8 @@ def _measure(
         "label": label,
         "modalities": modalities(eval_set.examples),
         "ablation": ablation,
-        "forgetting": measure_forgetting(base, model),
+        "forgetting": forgetting_probes.worst_probe(probe_results),
+        "probes": probe_results,
         "audit": _audited(adapter, base, model, eval_set, audit_options, notice) if audit_options else {},
         "rows": len(eval_set.examples),
         "groups": len(set(measures.groups)),
@@ -235,31 +237,6 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
                 f"{adapter.path.name} is bound to the {part} {bound[:12]} of {base['name']!r}; {name!r} here has {actual[:12]}",
                 f"use the {part} that it was tuned on, or tune again on this one",
             )
-
-
-def measure_forgetting(base: Base, model: Any) -> dict[str, Any]:
-    """Nats per token on the chitchat probe, before and after, with an interval. `skipped` says why when it has none."""
-    try:
-        probe = probes.chitchat_rows()
-    except AssetError as error:
-        return {"skipped": f"{error.problem} ({error.remedy})"}
-    encoded, problem = [], ""
-    for example in probe:
-        try:
-            encoded.append(base.chat.encode(example))
-        except SourceError as error:
-            problem = error.problem
-    if not encoded:  # a base that only hears
-        return {"skipped": f"the base takes none of the {len(probe)} rows of the probe: {problem}"}
-    groups, outputs = {example.id: group_of(example) for example in probe}, []
-    for tuned in (False, True):
-        with model_side(model, tuned=tuned):
-            outputs.append(losses(base, model, encoded))
-    (before, tokens), (after, _) = outputs
-    comparison = bootstrap.paired_bootstrap(
-        before, after, [groups[row.example_id] for row in encoded], tokens, is_bounded=False
-    )
-    return {"unit": "nats per token", "rows": len(encoded), **dataclasses.asdict(comparison)}
 
 
 def _primary(measures: MetricSet) -> str:

@@ -78,11 +78,12 @@ def _headlines(report: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[tu
     metric = report["metrics"][primary]
     forgetting = report["forgetting"]
     forgotten = "not measured" if "skipped" in forgetting else f"{forgetting['difference']:+.3f}"
+    probe = f" ({forgetting['probe'].replace('_', ' ')}, the worst probe)" if "probe" in forgetting else ""
     numbers = [
         (f"{metric['base']:.2f}", f"{primary.replace('_', ' ')}, base"),
         (f"{metric['tuned']:.2f}", f"{primary.replace('_', ' ')}, tuned"),
         (f"{metric['difference']:+.2f}", f"gain, in [{metric['low']:+.2f}, {metric['high']:+.2f}]"),
-        (forgotten, "nats per token forgotten"),
+        (forgotten, f"nats per token forgotten{probe}"),
     ]
     if run:
         numbers.append((f"{run['trainable_fraction']:.1%}", "of the parameters trained"))
@@ -121,10 +122,10 @@ def _intervals(report: Mapping[str, Any]) -> str:
 
 def _metric_table(report: Mapping[str, Any]) -> str:
     lines = []
-    rows = {
-        **report["metrics"],
-        **({} if "skipped" in report["forgetting"] else {"chitchat loss (forgetting)": report["forgetting"]}),
+    probe_rows = {
+        f"{name} loss (forgetting)": probe for name, probe in report.get("probes", {}).items() if "skipped" not in probe
     }
+    rows = {**report["metrics"], **probe_rows}
     for name, metric in rows.items():
         is_lower = "loss" in name or name in LOWER_IS_BETTER
         better = metric["difference"] < 0 if is_lower else metric["difference"] > 0

@@ -395,14 +395,23 @@ def _judge_modality(kind: str, ablation: Mapping[str, Any] | None) -> tuple[bool
     return False, f"the model answers as well with other {_OTHERS[kind]}; {detail}", remedy
 
 
+_TUNE_SLOWER = "or tune slower, or for fewer epochs"
+_SMALL_TALK = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
+_FORGETTING_REMEDIES = {
+    "small_talk": f"more general talk among the sources of the curation recipe, {_SMALL_TALK}; {_TUNE_SLOWER}",
+    "arithmetic": f"general questions and answers among the sources of the curation recipe, rehearsal: true; {_TUNE_SLOWER}",
+    "language": f"rows in other languages among the sources of the curation recipe, rehearsal: true; {_TUNE_SLOWER}",
+}
+
+
 def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = GateLimits.forgetting) -> Check:
-    """Whether the general talk of the probe is still as likely, but for the limit."""
+    """Whether what the worst probe asks for is still as likely, but for the limit. A Report of before has one probe."""
     if "skipped" in forgetting:
         return Check("fail", f"not measured: {forgetting['skipped']}")
     is_fit = forgetting["high"] <= limit.at_most
-    detail = f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
-    source = "{path: asset:small-talk/*.jsonl, rehearsal: true}"
-    remedy = "" if is_fit else f"more general talk among the sources of the curation recipe, {source}; or tune slower"
+    name = f"worst of its probes, {forgetting['probe'].replace('_', ' ')}: " if "probe" in forgetting else ""
+    detail = f"{name}{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:.3f}, {forgetting['high']:.3f}]"
+    remedy = "" if is_fit else _FORGETTING_REMEDIES[forgetting.get("probe", "small_talk")]
     return Check("pass" if is_fit else "fail", f"{detail}; the limit is {limit.at_most:g}", remedy)
 
 

@@ -1,0 +1,155 @@
+"""Three probes of forgetting, each a loss in nats per token before and after tuning, with an interval.
+
+    small_talk   200 exchanges of the asset `chitchat`: what a tuned model should still be able to say
+    arithmetic   40 sums and differences asked in words, answered in a sentence: what it should still know
+    language     40 German sentences of the asset `home-intents`, asked for in German: another language than most tunings have
+
+The forms were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst: each
+has to stay under the limit, so no correction for three of them is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import AssetError, SourceError
+from sartor.core.records import Example, Message, Origin
+from sartor.core.splits import group_of
+from sartor.evaluate import bootstrap
+from sartor.evaluate.audit import probes
+from sartor.evaluate.predictions import losses, model_side
+from sartor.models.base import Base
+from sartor.models.packing import TokenizedExample
+
+UNIT = "nats per token"
+ARITHMETIC_ROWS, ARITHMETIC_SEED = 40, 0
+# operands and results; no sum is asked whose answer has no word here
+_MAX_OPERAND, _MAX_RESULT = 20, 40
+_SENTENCES = Path(__file__).with_name("home_sentences.toml")
+_UNITS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = {2: "twenty", 3: "thirty", 4: "forty"}
+
+
+def number_word(number: int) -> str:
+    """Return the English word of 0 to 49.
+
+    >>> number_word(7), number_word(20), number_word(34)
+    ('seven', 'twenty', 'thirty-four')
+    """
+    if number < len(_UNITS):
+        return _UNITS[number]
+    tens, unit = divmod(number, 10)
+    return f"{_TENS[tens]}-{_UNITS[unit]}" if unit else _TENS[tens]
+
+
+def arithmetic_rows(seed: int = ARITHMETIC_SEED) -> list[Example]:
+    """Return 40 sums and differences of numbers up to 20, half each, drawn by digests: the same everywhere."""
+    numbers = range(2, _MAX_OPERAND + 1)
+    sums = [(left, "plus", right, left + right) for left in numbers for right in numbers if left + right <= _MAX_RESULT]
+    differences = [(left, "minus", right, left - right) for left in numbers for right in numbers if right < left]
+    drawn = [
+        term
+        for terms in (sums, differences)
+        for term in sorted(terms, key=lambda term: hashlib.sha256(f"{seed}:{term}".encode()).digest())[: ARITHMETIC_ROWS // 2]
+    ]
+    return [_sum_row(*term) for term in drawn]
+
+
+def _sum_row(left: int, operation: str, right: int, result: int) -> Example:
+    term = f"{number_word(left)} {operation} {number_word(right)}"
+    reply = f"{term} is {number_word(result)}."
+    messages = (Message.of("user", f"What is {term}?"), Message.of("assistant", reply[0].upper() + reply[1:]))
+    return Example(messages, (Origin("arithmetic", term, "Apache-2.0"),))
+
+
+def language_rows() -> list[Example]:
+    """Return the German sentences, each the reply to one German request; a group is an intent."""
+    document = tomllib.loads(_SENTENCES.read_text(encoding="utf-8"))
+    prompt = Message.of("user", document["prompt"])
+    return [
+        Example(
+            (prompt, Message.of("assistant", sentence)),
+            (Origin("home-intents", f"{document['language']}.json:{intent}", document["licence"]),),
+            group=intent,
+        )
+        for intent, sentences in document["sentences"].items()
+        for sentence in sentences
+    ]
+
+
+# the first is looked up when it is called, as a test may give another
+PROBES: Mapping[str, Callable[[], list[Example]]] = {
+    "small_talk": lambda: probes.chitchat_rows(),
+    "arithmetic": arithmetic_rows,
+    "language": language_rows,
+}
+
+
+def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
+    """Return of each probe its rows and the five numbers of a Comparison; `skipped` says why one has none.
+
+    The rows of all probes go through base and tuned model together.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    encoded_by_probe: dict[str, list[TokenizedExample]] = {}
+    groups: dict[str, list[str]] = {}
+    for name, make_rows in PROBES.items():
+        try:
+            rows = make_rows()
+        except AssetError as error:
+            results[name] = {"skipped": f"{error.problem} ({error.remedy})"}
+            continue
+        encoded, problem = _encode_rows(base, rows)
+        if not encoded:  # a base that only hears
+            results[name] = {"skipped": f"the base takes none of the {len(rows)} rows of the probe: {problem}"}
+            continue
+        group_by_id = {row.id: group_of(row) for row in rows}
+        encoded_by_probe[name] = encoded
+        groups[name] = [group_by_id[row.example_id] for row in encoded]
+    all_rows = [row for encoded in encoded_by_probe.values() for row in encoded]
+    before, after = (_side_losses(base, model, all_rows, tuned=tuned) for tuned in (False, True))
+    start = 0
+    for name, encoded in encoded_by_probe.items():
+        part = slice(start, start + len(encoded))
+        start += len(encoded)
+        tokens = [row.supervised_tokens for row in encoded]
+        comparison = bootstrap.paired_bootstrap(before[part], after[part], groups[name], tokens, is_bounded=False)
+        results[name] = {"rows": len(encoded), **dataclasses.asdict(comparison)}
+    return {name: results[name] for name in PROBES}
+
+
+def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExample], str]:
+    """The rows that the base's template takes, and why the last of the others was refused."""
+    encoded, problem = [], ""
+    for row in rows:
+        try:
+            encoded.append(base.chat.encode(row))
+        except SourceError as error:
+            problem = error.problem
+    return encoded, problem
+
+
+def _side_losses(base: Base, model: Any, rows: Sequence[TokenizedExample], *, tuned: bool) -> list[float]:
+    if not rows:
+        return []
+    with model_side(model, tuned=tuned):
+        means, _ = losses(base, model, rows)
+    return means
+
+
+def worst_probe(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the key `forgetting` of a Report: the probe whose interval ends highest; `skipped` if one was not measured."""
+    skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
+    if skipped:
+        reasons = "; ".join(f"{name.replace('_', ' ')}: {reason}" for name, reason in skipped.items())
+        return {"skipped": reasons}
+    name = max(results, key=lambda name: results[name]["high"])
+    return {"unit": UNIT, "probe": name, **results[name]}

@@ -1,0 +1,78 @@
+"""The three probes of forgetting: which rows they are, and that the worst decides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from release_fixtures import probe  # noqa: F401
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import AssetError
+from sartor.core.splits import group_of
+from sartor.evaluate.audit import forgetting_probes, probes
+from sartor.evaluate.evaluation import open_tuned
+from sartor.evaluate.limits import ForgettingLimit
+from sartor.release.gate import check_forgetting
+
+FIVE = {"base": 1.0, "tuned": 1.1, "difference": 0.1, "low": 0.0, "high": 0.2}
+
+
+def test_arithmetic_is_right_and_drawn_the_same() -> None:
+    numbers = {forgetting_probes.number_word(number): number for number in range(50)}
+    rows = forgetting_probes.arithmetic_rows()
+    for row in rows:
+        term, result = re.fullmatch(r"(.+) is (\S+)\.", row.reply.lower()).groups()  # type: ignore[union-attr]
+        left, operation, right = term.split()
+        sign = {"plus": 1, "minus": -1}[operation]
+        assert numbers[left] + sign * numbers[right] == numbers[result]
+        assert row.prompt[-1].text == f"What is {term}?"
+    assert len({row.id for row in rows}) == forgetting_probes.ARITHMETIC_ROWS
+    assert rows == forgetting_probes.arithmetic_rows() != forgetting_probes.arithmetic_rows(seed=1)
+    assert rows[0].reply == "Eight plus seven is fifteen."  # another row here is another probe: say so in the changelog
+
+
+def test_language_rows_are_forty_sentences_of_many_intents() -> None:
+    rows = forgetting_probes.language_rows()
+    assert len({row.id for row in rows}) == 40 and len({group_of(row) for row in rows}) >= 20
+    assert {row.origins[0].licence for row in rows} == {"Apache-2.0"}
+    assert all(re.fullmatch(r"[A-ZÄÖÜ].*[.?]", row.reply) for row in rows)
+
+
+def test_rows_go_through_both_models_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, model = open_tuned(open_artifact(adapter))
+    calls: list[int] = []
+    measure = forgetting_probes.losses
+    monkeypatch.setattr(
+        forgetting_probes, "losses", lambda base, model, rows: calls.append(len(rows)) or measure(base, model, rows)
+    )
+    results = forgetting_probes.measure_probes(base, model)
+    assert calls == [86, 86]
+    assert {name: result["rows"] for name, result in results.items()} == {"small_talk": 6, "arithmetic": 40, "language": 40}
+    assert all(result["low"] <= result["difference"] <= result["high"] for result in results.values())
+    worst = forgetting_probes.worst_probe(results)
+    assert worst["high"] == max(result["high"] for result in results.values())
+    assert worst["unit"] == "nats per token" and results[worst["probe"]]["high"] == worst["high"]
+
+
+def test_probe_that_was_not_measured_leaves_no_worst(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> list[object]:
+        raise AssetError("no network", "sartor assets install chitchat")
+
+    monkeypatch.setattr(probes, "chitchat_rows", absent)
+    results = forgetting_probes.measure_probes(*open_tuned(open_artifact(adapter)))
+    assert results["arithmetic"]["rows"] == 40
+    worst = forgetting_probes.worst_probe(results)
+    assert worst == {"skipped": "small talk: no network (sartor assets install chitchat)"}
+    assert check_forgetting(worst).outcome == "fail"
+
+
+@pytest.mark.parametrize("name", forgetting_probes.PROBES)
+def test_gate_takes_the_worst_probe(name: str) -> None:
+    results = {other: {"rows": 40, **FIVE} for other in forgetting_probes.PROBES}
+    results[name] = {**results[name], "high": 0.6}
+    check = check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.5))
+    assert check.outcome == "fail" and f"worst of its probes, {name.replace('_', ' ')}" in check.detail
+    assert "rehearsal: true" in check.remedy
+    assert check_forgetting(forgetting_probes.worst_probe(results), ForgettingLimit(0.7)).outcome == "pass"
