@@ -25,7 +25,11 @@ def test_the_report_has_metrics_with_intervals_rows_and_a_page(adapter: Path) ->
         assert set(said["metrics"][metric]) == {"base", "tuned", "difference", "low", "high"}
     loss = said["metrics"]["loss"]
     assert loss["low"] <= loss["difference"] <= loss["high"] < 0
-    assert said["forgetting"]["rows"] == 6
+    assert said["probes"]["small_talk"]["rows"] == 6 and said["forgetting"] == {
+        "unit": "nats per token",
+        "probe": (worst := said["forgetting"]["probe"]),
+        **said["probes"][worst],
+    }
     assert said["rows"] == 10
     import polars
 

@@ -1,4 +1,4 @@
-"""Ledger of evaluations: which rows were evaluated on this machine, how often, and for how many adapters.
+"""Ledger of evaluations: rows that were evaluated on this machine, how often, for how many adapters.
 
     SARTOR_HOME/evaluations.jsonl     a line an evaluation: digest of its rows, its rows, adapter, time, split
 
@@ -78,7 +78,7 @@ def ledger_file() -> Path:
 
 
 def check_ledger() -> None:
-    """Raise ArtifactError where the ledger is damaged: before hours are spent on an evaluation that it cannot count."""
+    """Raise ArtifactError where the ledger is damaged, before time is spent on what it cannot count."""
     _LEDGER.read_lines(ledger_file())
 
 

@@ -2,7 +2,7 @@
 
 By default it is the platform's cache folder. It holds
 
-    assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite
+    assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite  evaluations.jsonl
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ class LineLedger:
 
     noun: what an error calls it. schema: the number that this version writes and reads.
     is_whole: whether a line has what its reader takes from it; it may raise KeyError, TypeError or ValueError.
-    remedy: what to do about a damaged file, with `{file}` in place of its path.
+    remedy_template: what to do about a damaged file, with `{file}` in place of its path.
     """
 
     noun: str
     schema: int
     is_whole: Callable[[Line], bool]
-    remedy: str = "restore {file} from a copy"
+    remedy_template: str = "restore {file} from a copy"
 
     def read_lines(self, file: Path) -> list[Line]:
         """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left out."""
@@ -41,7 +41,7 @@ class LineLedger:
             if not all(self.is_whole(line) for line in lines):
                 raise ValueError("a line lacks a value")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{file} is no whole {self.noun}: {error}", self.remedy.format(file=file)) from None
+            raise ArtifactError(f"{file} is no whole {self.noun}: {error}", self.remedy_template.format(file=file)) from None
         return lines
 
     def write_lines(self, file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
