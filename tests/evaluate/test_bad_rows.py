@@ -72,7 +72,7 @@ def test_scores_that_are_no_numbers_are_refused(adapter: Path, tmp_path: Path) -
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(adapter / name, folder)
         weights = load_file(folder / "adapter_model.safetensors")
-        name = next(name for name in weights if "lora_B" in name)
+        name = next(name for name in weights if "v_proj.lora_B" in name)
         save_file({**weights, name: torch.full_like(weights[name], 3e38)}, folder / "adapter_model.safetensors")
         return open_artifact(adapter, "adapter").manifest
 
