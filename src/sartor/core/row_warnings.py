@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sartor.core.records import Example
 from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, split_group
 
-# A set of rows has labels where its replies are short and recur
+# Replies are labels where none is longer
 MAX_LABEL_CHARS = 60
 # Of a larger set the first rows are looked at: a label that is spelt in two ways recurs
 MAX_ROWS = 20_000
@@ -76,7 +76,7 @@ def reply_warnings(replies: Sequence[str]) -> list[RowWarning]:
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for reply, _ in counts.most_common():
         spellings[_label_key(reply)].append(reply)
-    if len(spellings) > len(replies) / 2 or max(map(len, counts), default=0) > MAX_LABEL_CHARS:
+    if max(map(len, counts), default=0) > MAX_LABEL_CHARS:
         return []  # free text
     several = [variants for variants in spellings.values() if len(variants) > 1]
     if not several:
