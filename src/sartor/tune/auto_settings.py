@@ -58,14 +58,17 @@ class Setting:
 class EarlierRun:
     """What a run that is resumed was begun with.
 
-    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`.
+    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`; None of a run of an
+    older Sartor, whose defaults were numbers.
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def setting(self, name: str) -> Setting | None:
-        """The earlier run's value of an option; None if there is no earlier run, or its recipe has no such option."""
+        """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not have."""
+        if self.settings is not None and name not in self.settings:
+            return None
         value: Any = self.recipe
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -75,7 +78,7 @@ class EarlierRun:
             value = config.load(StopCriteria, value)
         elif name == REHEARSAL:
             value = config.load(Rehearsal, value)
-        return Setting(value, str(self.settings.get(name, {}).get("reason", "as the run that is resumed has it")))
+        return Setting(value, str((self.settings or {}).get(name, {}).get("reason", "as the run that is resumed has it")))
 
 
 def auto_options(recipe: Recipe) -> list[str]:
@@ -161,8 +164,8 @@ def batch_tokens(epoch_tokens: int) -> Setting:
         size //= 2
     updates = epoch_tokens / size
     if updates < UPDATES_PER_EPOCH:
-        return Setting(size, f"the smallest: the rows' {epoch_tokens:,} tokens make {updates:.0f} updates an epoch")
-    return Setting(size, f"the largest with {UPDATES_PER_EPOCH} updates an epoch, of {epoch_tokens:,} tokens")
+        return Setting(size, f"the smallest: it makes about {updates:.0f} updates an epoch of {epoch_tokens:,} tokens")
+    return Setting(size, f"the largest that leaves {UPDATES_PER_EPOCH} updates an epoch of {epoch_tokens:,} tokens")
 
 
 def learning_rate(width: int) -> Setting:

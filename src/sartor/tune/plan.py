@@ -19,11 +19,12 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import auto_settings, cost_model, preflight, sampler
+from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, sampler
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
+from sartor.tune.plan_warnings import PlanWarning
 from sartor.tune.preference_training import reached_pairs
 from sartor.tune.recipe import Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
@@ -52,6 +53,7 @@ class TuningPlan:
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    warnings: Sequence[PlanWarning] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
@@ -70,6 +72,7 @@ class TuningPlan:
             "left_out": dict(self.left_out),
             "machine": {**machine_facts(), "device": self.device},
             "settings": {name: setting.as_json() for name, setting in self.settings.items()},
+            "warnings": [vars(warning) for warning in self.warnings],
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
 
@@ -89,6 +92,7 @@ class TuningPlan:
             *([("path", f"{self.path.name}: {self.path.reason}")] if self.path else []),
             *((f"auto {name}", f"{value_text(setting.value)}: {setting.reason}") for name, setting in self.settings.items()),
             *(("left out", f"{count:,} rows, {reason}") for reason, count in self.left_out.items()),
+            *(("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.warnings),
             *(("refused", f"{refusal.problem}\n  try: {refusal.remedy}") for refusal in self.refusals),
         ]
 
@@ -121,8 +125,13 @@ def plan(
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
-    forecast = _forecast(resolved, base, inject_recipe_adapter(resolved, base), data, price_h)
-    return replace(forecast, settings=settings)
+    model = inject_recipe_adapter(resolved, base)
+    forecast = _forecast(resolved, base, model, data, price_h)
+    warnings = [
+        *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
+        *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
+    ]
+    return replace(forecast, settings=settings, warnings=warnings)
 
 
 def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:

@@ -79,11 +79,11 @@ def earlier_run(out: Path, state: CheckpointState) -> EarlierRun | None:
     """Recipe and settings of the checkpoint that is resumed, else of the Adapter at `out`; None without both."""
     if state.checkpoint:
         manifest = state.checkpoint.manifest
-        return EarlierRun(manifest["fingerprint"]["recipe"], manifest.get("settings", {}))
+        return EarlierRun(manifest["fingerprint"]["recipe"], manifest.get("settings"))
     if kind_of(out) != "adapter":
         return None
     manifest = read_manifest(out)
-    return EarlierRun(manifest["recipe"], manifest.get("settings", {}))
+    return EarlierRun(manifest["recipe"], manifest.get("settings"))
 
 
 def standing_id(out: Path) -> str:

@@ -84,8 +84,6 @@ def tune(
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting, earlier)
-    for line in auto_settings.lines(settings):
-        notice(line)
     calibrate(base, data)
     fingerprint = resumption.fingerprint(resolved, dataset, base, data, start)
     parents = [dataset, *(item for item in (rehearsal, start) if item)]
@@ -120,7 +118,7 @@ class TuningContext:
 def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
-    for line in describe(context.data, base, model):
+    for line in [*describe(context.data, base, model), *auto_settings.lines(context.settings)]:
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
