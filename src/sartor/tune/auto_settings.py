@@ -1,4 +1,4 @@
-"""Resolve `auto` in a tuning recipe, from its rows and its base, into a ResolvedRecipe with a reason for each value.
+"""Resolve `auto` in a tuning recipe from its rows and base, with a reason for each value.
 
     choose_rehearsal: before the rows are encoded, since it adds rows
     resolve: from the encoded rows and the base's width
