@@ -60,6 +60,7 @@ def tuned(folder: Path) -> Path:
     (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     sartor.curate({"sources": [{"path": str(folder / "rows.jsonl"), "licence": "CC0-1.0"}]}, folder / "dataset")
     recipe = {"base": model_refs.STARTER, "data": str(folder / "dataset"), "budget": {"updates": 2}, "method": {"rank": 4}}
+    recipe["optimizer"] = {"learning_rate": 2e-4, "batch_tokens": 4096}
     sartor.tune(recipe, folder / "adapter", show=False)
     return folder / "adapter"
 

@@ -76,7 +76,7 @@ def seconds(folder: Path, base: Path, rows: int, rank: int) -> tuple[float, int]
         "data": {"path": str(folder / "dataset"), "rows": rows, "eval_fraction": 0.0},
         "method": {"kind": "lora", "rank": rank, "alpha": 2 * rank},
         "budget": {"epochs": 1},
-        "optimizer": {"batch_tokens": 1024},
+        "optimizer": {"learning_rate": 2e-4, "batch_tokens": 1024},
         "compute": {"micro_batch_tokens": 1024},
         "evaluations": 0,
     }

@@ -36,9 +36,12 @@ ROOTS = (
 
 
 def declared_options() -> set[str]:
-    """Return `Class.option` of every option below the roots; `kind` is the name of a class and no option of it."""
+    """Return `Class.option` of every option below the roots; `kind` is the name of a class and no option of it.
+
+    The options of a class without `auto` (`ResolvedOptimizer`) are those of the class that it narrows.
+    """
     return {
-        f"{cls.__name__}.{field.name}"
+        f"{cls.__name__.removeprefix('Resolved')}.{field.name}"
         for cls in declared_classes()
         for field in dataclasses.fields(cls)
         if field.init and field.name != "kind"

@@ -14,6 +14,7 @@ import torch
 
 import sartor
 from sample_data import ROWS, write_jsonl
+from sartor.core import config
 from sartor.core.errors import BudgetError, ConfigError, SourceError
 from sartor.core.filesystem import file_digest
 from sartor.models import hardware
@@ -22,7 +23,7 @@ from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
 from sartor.tune.cost_model import BatchLoad, Interval, MemoryModel, ModelShape, TimedBatch, TimingProbe, load_of
 from sartor.tune.plan import device_named, hourly
-from sartor.tune.recipe import Recipe, load
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.training_loop import Counters
 
 GB = 10**9
@@ -34,8 +35,8 @@ STARTER = ModelShape(
 LOADS = [BatchLoad(tokens, tokens // 2, tokens**2, tokens**2) for tokens in [60, 70, 80, 90, 400] * 40]
 
 
-def recipe_of(**changes: Any) -> Recipe:
-    return load({"base": "starter", "data": "d", **changes})
+def recipe_of(**changes: Any) -> ResolvedRecipe:
+    return config.load(ResolvedRecipe, {"base": "starter", "data": "d", **changes})
 
 
 def memory_of(limit_bytes: float, **changes: Any) -> MemoryModel:

@@ -12,9 +12,9 @@ import tiny
 from sartor.core.errors import BudgetError
 from sartor.models import adapters
 from sartor.tune import optimizers
-from sartor.tune.recipe import Optimizer
+from sartor.tune.recipe import ResolvedOptimizer
 
-SETTINGS = Optimizer(learning_rate=3e-3, weight_decay=0.1)
+SETTINGS = ResolvedOptimizer(learning_rate=3e-3, weight_decay=0.1)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:

@@ -8,11 +8,11 @@ import sys
 import torch
 
 from sartor.tune.optimizers import AdamW
-from sartor.tune.recipe import Optimizer
+from sartor.tune.recipe import ResolvedOptimizer
 
 
 def test_its_steps_are_those_of_torch_to_the_bit_also_after_it_was_saved() -> None:
-    settings = Optimizer(learning_rate=1e-2, weight_decay=0.1)
+    settings = ResolvedOptimizer(learning_rate=1e-2, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     mine = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 5), (7,))]
     theirs = [torch.nn.Parameter(part.detach().clone()) for part in mine]
@@ -36,8 +36,8 @@ def test_its_steps_are_those_of_torch_to_the_bit_also_after_it_was_saved() -> No
 def test_the_tuner_loads_no_compiler() -> None:
     code = (
         "import sys, torch\nfrom sartor.tune.optimizers import AdamW\nfrom sartor.edge.tuning import tuner_process\n"
-        "from sartor.tune.recipe import Optimizer\n"
-        "part = torch.nn.Parameter(torch.zeros(2))\nmade = AdamW([part], Optimizer())\npart.grad = torch.ones(2)\nmade.step()\n"
+        "from sartor.tune.recipe import ResolvedOptimizer\n"
+        "part = torch.nn.Parameter(torch.zeros(2))\nmade = AdamW([part], ResolvedOptimizer())\npart.grad = torch.ones(2)\nmade.step()\n"
         "sys.exit(', '.join({'torch._dynamo', 'sympy', 'transformers', 'peft'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

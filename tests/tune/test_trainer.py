@@ -18,7 +18,7 @@ from sartor.core.filesystem import file_digest
 from sartor.models.losses import transformers_backend
 from sartor.models.losses.loss_backend import ActivationCache
 from sartor.tune import objectives, optimizers, sampler
-from sartor.tune.recipe import Optimizer
+from sartor.tune.recipe import ResolvedOptimizer
 from sartor.tune.training_loop import Counters, learning_rate
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -162,10 +162,10 @@ def test_an_existing_output_is_refused_before_the_base_is_opened(
 
 
 def test_the_rate_warms_up_and_falls() -> None:
-    settings = Optimizer(learning_rate=1.0, warmup_fraction=0.1)
+    settings = ResolvedOptimizer(learning_rate=1.0, warmup_fraction=0.1)
     rates = [learning_rate(settings, fraction) for fraction in (0.0, 0.05, 0.1, 0.55, 1.0)]
     assert rates == pytest.approx([0.05, 0.5, 1.0, 0.5, 0.0])
-    assert learning_rate(Optimizer(learning_rate=1.0, schedule="constant"), 0.9) == 1.0
+    assert learning_rate(ResolvedOptimizer(learning_rate=1.0, schedule="constant"), 0.9) == 1.0
 
 
 def test_an_epoch_shows_every_row_once_and_shuffles_anew() -> None:

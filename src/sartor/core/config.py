@@ -139,7 +139,7 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
         if "[]" in prefix and tuple(members) in seen:
             yield _Described(name, f"{declared}, options as of {seen[tuple(members)]}", text)
             continue
-        if not members or _is_list(hint):
+        if not members or _is_list(hint) or _literals(hint):
             yield _Described(name, declared, text)
         dotted_name = f"{name}[]" if _is_list(hint) else name
         if members and "[]" in prefix:
@@ -214,7 +214,7 @@ def _flag_value(key: str, text: str) -> Any:
 
 def _set(data: dict[str, Any], path: list[str], value: Any, flag: str) -> None:
     for key in path[:-1]:
-        if data.get(key) is None:
+        if data.get(key) in (None, "auto"):
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
@@ -232,6 +232,8 @@ def _expanded(cls: Any, data: Any) -> Any:
         members = _classes(hints[field.name])
         if members and not _is_list(hints[field.name]) and data.get(field.name) is not None:
             value = data[field.name]
+            if value in _literals(hints[field.name]):
+                continue  # `budget: auto` is the word, and no shorthand
             if len(members) > 1:
                 value = _with_kind({_kind(member): member for member in members}, value)
                 data[field.name] = dict(value) if isinstance(value, Mapping) else {"kind": value}
@@ -374,6 +376,11 @@ def _classes(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
     return [cls for member in get_args(hint) for cls in _classes(member)]
+
+
+def _literals(hint: Any) -> list[Any]:
+    """Words that stand for an option beside its classes: `auto`."""
+    return [choice for member in get_args(hint) if get_origin(member) is Literal for choice in get_args(member)]
 
 
 def _is_list(hint: Any) -> bool:

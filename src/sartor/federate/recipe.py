@@ -13,7 +13,7 @@ from sartor.core.errors import ConfigError
 from sartor.federate.aggregation import Alternate, FactorMean, FreezeA, Mode, Residual
 from sartor.federate.privacy.accountant import PrivacyBudget
 from sartor.federate.robust_aggregation import AnyRule
-from sartor.tune.recipe import BaseChoice, Compute, Data, Lora, Optimizer, Recipe, StopCriteria
+from sartor.tune.recipe import BaseChoice, Compute, Lora, ResolvedData, ResolvedOptimizer, ResolvedRecipe, StopCriteria
 
 MODES: dict[str, Mode] = {mode.kind: mode for mode in (FreezeA(), Alternate(), Residual(), FactorMean())}
 ModeName = Literal["freeze_a", "alternate", "residual", "factors"]
@@ -146,7 +146,7 @@ class FederateRecipe:
     mode: ModeName = option("freeze_a", f"what clients train and send. {config.choices_text(map(type, MODES.values()))}")
     rounds: int = option(10, "how many rounds")
     local: LocalTraining = option(LocalTraining(), "how long a client trains in a round")
-    optimizer: Optimizer = option(Optimizer(), "how it gets there; warm-up and schedule go over all rounds")
+    optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there; warm-up and schedule go over all rounds")
     rules: RoundRules = option(RoundRules(), "what becomes of an update before it is summed")
     privacy: Privacy | None = option(None, "what the adapter may tell of one client or row: {epsilon, delta, level}")
     robust: AnyRule | None = option(None, "declared instead of a secure sum: how updates, each seen, become one")
@@ -213,12 +213,12 @@ def load(recipe: FederateRecipe | Mapping[str, Any] | Path | str, flags: Sequenc
     return config.load_any(FederateRecipe, recipe, flags)
 
 
-def tuning(recipe: FederateRecipe, path: str) -> Recipe:
+def tuning(recipe: FederateRecipe, path: str) -> ResolvedRecipe:
     """The tuning of one client, whose Dataset is at `path`: what of it a round decides is not in here."""
     data = recipe.data
-    return Recipe(
+    return ResolvedRecipe(
         base=recipe.base,
-        data=Data(path, data.eval_fraction, data.eval_rows, data.max_length_tokens),
+        data=ResolvedData(path, data.eval_fraction, data.eval_rows, data.max_length_tokens),
         method=recipe.method.shared,
         budget=StopCriteria(epochs=1.0),
         optimizer=recipe.optimizer,

@@ -54,7 +54,7 @@ from sartor.serving.registry.user_versions import (
 )
 from sartor.serving.team_config import PersonalTerms, Team, load
 from sartor.tune.dataset_encoding import encode_rows
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.shared_base import SharedBase
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
@@ -286,7 +286,7 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
         "data": {"path": str(dataset.path), "eval_rows": 256},
         "budget": {"epochs": options.epochs}, "optimizer": optimizer, "seed": options.seed,
     }  # fmt: skip
-    recipe = config.load(Recipe, recipe_of(context.release.path, local.path, changes))
+    recipe = config.load(ResolvedRecipe, recipe_of(context.release.path, local.path, changes))
     resident = SharedBase.open(recipe, notice)
     # files may hold factors in 16 bits, and some of those no numpy knows
     shared = {name: value.float().numpy() for name, value in load_file(context.release.path / WEIGHTS).items()}

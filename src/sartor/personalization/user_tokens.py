@@ -23,7 +23,7 @@ from sartor.core.records import Example
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.personalization.user_rows import UserRow
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 
 _FACTOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.\w+\.(\w+)\.lora_[AB]\.weight")
 # Small steps from an adapter that stands: a person's rows are few
@@ -81,7 +81,7 @@ def recipe_of(adapter: Path, base: Path, changes: Mapping[str, Any]) -> dict[str
     """The recipe that goes on from a release's adapter: its method, DEFAULTS, and a person's changes to these."""
     result = {"base": str(base), "data": {"path": "personal"}, **DEFAULTS, **changes, "method": _method(adapter, base)}
     result["compute"] = {**DEFAULTS["compute"], **changes.get("compute", {}), "reuse_frozen": False}
-    config.load(Recipe, result)
+    config.load(ResolvedRecipe, result)
     return result
 
 

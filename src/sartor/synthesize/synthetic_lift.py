@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -58,7 +58,7 @@ class LiftResult:
 def prove(
     synthetic: Path | str,
     reality: Path | str,
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
     scorer: str = "",
@@ -69,8 +69,9 @@ def prove(
     """Tune a recipe on the training rows of the Dataset `reality`, then with those of `synthetic`; compare on held-out rows.
 
     Both runs have the recipe as it is but for `data.path`: with a budget of epochs the second makes more updates, with one of
-    updates the same. Synthetic rows in the group of a held-out row are left out. The interval is over groups
-    (`evaluate/bootstrap.py`). Below `out` stand `with` (the Dataset), `adapter-without`, `adapter-with` and their reports.
+    updates the same. What is `auto` is chosen for the real rows, and holds for both. Synthetic rows in the group of a held-out
+    row are left out. The interval is over groups (`evaluate/bootstrap.py`). Below `out` stand `with` (the Dataset),
+    `adapter-without`, `adapter-with` and their reports.
     Raises what `tune` and `evaluate` do, SourceError where nothing is held out.
     """
     started = time.monotonic()
@@ -85,6 +86,8 @@ def prove(
         notice(f"tuning {name} synthetic rows")
         chosen = recipes.load(recipe, ["--data.path", str(dataset.path)])
         tuned[name] = tune(chosen, out / f"adapter-{name}", replace=replace, show=False, notice=notice)
+        # what `auto` came to on the real rows holds for both
+        recipe = tuned[name].adapter.manifest["recipe"]
         report = evaluate(
             out / f"adapter-{name}",
             out=out / f"report-{name}",

@@ -23,7 +23,7 @@ from sartor.models import hardware
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample, group_by_capacity
 from sartor.tune import objectives, sampler
-from sartor.tune.recipe import Recipe, StopCriteria
+from sartor.tune.recipe import ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import PreferenceExample
 
 
@@ -222,7 +222,7 @@ class ModelShape:
         return self.trainable * 12
 
 
-def shape_of(model: Any, recipe: Recipe) -> ModelShape:
+def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
     """The Shape of a model with its adapter. What a config does not say is taken as in Llama's."""
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
@@ -363,7 +363,7 @@ class RunCounters(Protocol):
 
 
 def simulate_updates(
-    recipe: Recipe, loads: Sequence[BatchLoad], counters: RunCounters, rehearsal: Sequence[BatchLoad] = ()
+    recipe: ResolvedRecipe, loads: Sequence[BatchLoad], counters: RunCounters, rehearsal: Sequence[BatchLoad] = ()
 ) -> list[list[BatchLoad]] | None:
     """The updates that the run will make, each as its rows; `counters` is moved to their end.
 
@@ -399,7 +399,7 @@ def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchL
         yield total(update[index] for index in group)
 
 
-def epoch(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
+def epoch(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
     """The updates of the first epoch."""
     lengths, n_rows, result = [load.tokens for load in loads], 0, []
     for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
@@ -410,13 +410,13 @@ def epoch(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
     return result
 
 
-def heaviest(recipe: Recipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:
+def heaviest(recipe: ResolvedRecipe, loads: Sequence[BatchLoad], capacity: int, shape: ModelShape) -> BatchLoad:
     """Of the first epoch's micro-batches the one that asks most memory."""
     batch_loads = (micro for update in epoch(recipe, loads) for micro in micro_batches(update, capacity))
     return max(batch_loads, key=shape.activation_bytes)
 
 
-def micro_batch_sizes(recipe: Recipe, loads: Sequence[BatchLoad]) -> list[int]:
+def micro_batch_sizes(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[int]:
     """Sizes of a micro-batch to try, ascending: not above an update, not below the longest row."""
     longest = max(load.tokens for load in loads)
     top = max(recipe.optimizer.batch_tokens, longest)
@@ -434,7 +434,7 @@ class MicroBatchChoice:
 
 
 def choose_micro_batch(
-    model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad], shape: ModelShape | None = None
+    model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad], shape: ModelShape | None = None
 ) -> MicroBatchChoice:
     """`compute.micro_batch_tokens` as a number: the recipe's, or the largest rung whose high end fits."""
     micro_batch_tokens = recipe.compute.micro_batch_tokens

@@ -18,7 +18,8 @@ from sartor.models.multimodal import trainable_parts
 from sartor.models.multimodal.native_media import NativeMedia
 from sartor.models.multimodal.whisper_base import WhisperMedia
 from sartor.models.tensor_files import TensorCache
-from sartor.tune.recipe import Recipe, Targets
+from sartor.tune import auto_settings
+from sartor.tune.recipe import Recipe, Rehearsal, Targets
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 Notice = Callable[[str], object]
@@ -80,9 +81,13 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
 
 
 def rehearsal_of(recipe: Recipe) -> Artifact | None:
-    """The Dataset of general rows that a recipe names. Raises ArtifactError."""
-    path = recipe.data.rehearsal.path
-    return open_artifact(path, "dataset") if path else None
+    """The Dataset of general rows that a recipe names, a directory or an asset. Raises ArtifactError, AssetError."""
+    rehearsal = recipe.data.rehearsal
+    if not isinstance(rehearsal, Rehearsal) or not rehearsal.path:
+        return None
+    if rehearsal.path.startswith(auto_settings.ASSET):
+        return auto_settings.asset_dataset(rehearsal.path)
+    return open_artifact(rehearsal.path, "dataset")
 
 
 def _parts(base: Base, targets: Targets) -> trainable_parts.Targeted:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sartor.core.errors import BudgetError
-from sartor.tune.recipe import Optimizer
+from sartor.tune.recipe import ResolvedOptimizer
 
 # a gradient and AdamW's two moments of each parameter, fp32
 BYTES_PER_PARAMETER = 12
@@ -21,7 +21,7 @@ BYTES_PER_PARAMETER = 12
 
 def make(
     factors: Sequence[torch.nn.Parameter],
-    settings: Optimizer,
+    settings: ResolvedOptimizer,
     device: torch.device,
     projectors: Sequence[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
@@ -74,7 +74,7 @@ class AdamW:
     A parameter is stepped and its gradient let go before the next one's turn.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], settings: Optimizer) -> None:
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], settings: ResolvedOptimizer) -> None:
         self.param_groups: list[dict[str, Any]] = [
             {"params": list(parameters), "lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         ]

@@ -19,12 +19,14 @@ from sartor.core.errors import ConfigError, SourceError
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import cost_model, preflight, sampler
+from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, sampler
+from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
+from sartor.tune.plan_warnings import PlanWarning
 from sartor.tune.preference_training import reached_pairs
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 from sartor.tune.training_loop import Counters, loss_options
@@ -50,6 +52,8 @@ class TuningPlan:
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    warnings: Sequence[PlanWarning] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
@@ -67,6 +71,8 @@ class TuningPlan:
             "path_reason": self.path and self.path.reason,
             "left_out": dict(self.left_out),
             "machine": {**machine_facts(), "device": self.device},
+            "settings": {name: setting.as_json() for name, setting in self.settings.items()},
+            "warnings": [vars(warning) for warning in self.warnings],
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
 
@@ -84,7 +90,9 @@ class TuningPlan:
             ("trains", f"{self.trainable:,} parameters"),
             *([("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")] if self.settled else []),
             *([("path", f"{self.path.name}: {self.path.reason}")] if self.path else []),
+            *((f"auto {name}", f"{value_text(setting.value)}: {setting.reason}") for name, setting in self.settings.items()),
             *(("left out", f"{count:,} rows, {reason}") for reason, count in self.left_out.items()),
+            *(("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.warnings),
             *(("refused", f"{refusal.problem}\n  try: {refusal.remedy}") for refusal in self.refusals),
         ]
 
@@ -110,15 +118,23 @@ def plan(
         return TuningPlan(device=str(torch_device or best_device()), refusals=refusals)
     base = open_recipe_base(recipe, notice, torch_device)
     try:
+        recipe, rehearsal_setting = auto_settings.choose_rehearsal(recipe, dataset, base)
         data = encode_rows(dataset, recipe, base.chat, rehearsal_of(recipe))
     except SourceError as error:
         unsupervised = preflight.Refusal(preflight.UNSUPERVISED, error.problem, error.remedy)
         return TuningPlan(device=str(base.device), refusals=[unsupervised])
     calibrate(base, data)
-    return _forecast(recipe, base, inject_recipe_adapter(recipe, base), data, price_h)
+    resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
+    model = inject_recipe_adapter(resolved, base)
+    forecast = _forecast(resolved, base, model, data, price_h)
+    warnings = [
+        *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
+        *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
+    ]
+    return replace(forecast, settings=settings, warnings=warnings)
 
 
-def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
+def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
@@ -166,7 +182,11 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, pr
 
 
 def _probe(
-    probe: TimingProbe, memory: cost_model.MemoryModel, recipe: Recipe, data: TokenizedDataset, loads: Sequence[BatchLoad]
+    probe: TimingProbe,
+    memory: cost_model.MemoryModel,
+    recipe: ResolvedRecipe,
+    data: TokenizedDataset,
+    loads: Sequence[BatchLoad],
 ) -> cost_model.MemoryModel:
     """Time micro-batches of two sizes, and one of the longest row where rows differ; returns the calibrated memory model."""
     shuffled = next(sampler.iterate_updates([load.tokens for load in loads], 1 << 40, recipe.seed))
@@ -194,7 +214,7 @@ def _probe(
 
 def run_seconds(
     times: TimeModel,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     updates: list[list[BatchLoad]] | None,
     micro_batch_tokens: int,
     data: TokenizedDataset,
@@ -216,7 +236,7 @@ def run_seconds(
     return duration.at_most(limit_s + evaluations_s) if limit_s else duration
 
 
-def _count_by_minutes(counters: Counters, times: TimeModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> None:
+def _count_by_minutes(counters: Counters, times: TimeModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> None:
     """What the minutes of a budget will read, about."""
     total_load = total(loads)
     epochs = (recipe.budget.minutes or 0) * 60 / times.seconds(total_load)

@@ -17,7 +17,7 @@ import torch
 from sartor.core.processes import DeferredSignals
 from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives, sampler
-from sartor.tune.recipe import Dpo, Recipe, Sft
+from sartor.tune.recipe import Dpo, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import PreferenceExample, TokenizedDataset, all_sequences, lessons, micro_batches
 from sartor.tune.training_loop import Counters, TrainingRun
 
@@ -176,7 +176,7 @@ def split_preference_rows(rows: Iterable[TokenizedExample]) -> tuple[list[Prefer
     return lessons(all_rows), [row for row in all_rows if not isinstance(row, PreferenceExample)]
 
 
-def reached_pairs(recipe: Recipe, data: TokenizedDataset) -> list[PreferenceExample]:
+def reached_pairs(recipe: ResolvedRecipe, data: TokenizedDataset) -> list[PreferenceExample]:
     """The lessons that a run's budget reaches; all, where minutes alone limit it."""
     lengths, counters, reached = [row.tokens for row in data.train], Counters(), set[int]()
     for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
 from sartor.tune.cost_model import LADDER, BatchLoad, MemoryModel, ModelShape, choose_micro_batch
-from sartor.tune.recipe import Dpo, Recipe, Sft
+from sartor.tune.recipe import Dpo, Recipe, ResolvedRecipe, Sft
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 
 NO_PREFERENCE = "nothing_preferred"
@@ -27,6 +27,7 @@ MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_sup
 # Quantised linear weights over 16-bit and 32-bit ones: 4 bits and an absmax per 64 values; 8 bits and a scale per row
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
 _KEPT_FRACTION = 0.99
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _last_learnt(row: TokenizedExample) -> int:
     return next(token for token, is_learnt in zip(reversed(row.ids), reversed(row.learnt), strict=True) if is_learnt)
 
 
-def check_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[Refusal]:
+def check_memory(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[Refusal]:
     """The heaviest micro-batch does not fit, with the changes that would."""
     settled = choose_micro_batch(model, recipe, loads)
     if settled.fits:
@@ -157,7 +158,7 @@ def check_memory(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad])
     )
 
 
-def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
+def remedies(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> Iterator[tuple[str, float]]:
     """Changes of the recipe that fit: (`option=value ...`, bytes at the high end). Single ones, or if none fits, together."""
     singles = list(_changes(model.shape, recipe, loads))
     fitting = [(change, size) for change in singles if (size := needed_under(model, recipe, loads, [change]))]
@@ -176,7 +177,9 @@ def remedies(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> 
             return
 
 
-def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad], changes: Sequence[str]) -> float | None:
+def needed_under(
+    model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad], changes: Sequence[str]
+) -> float | None:
     """Bytes at the high end under a recipe with `changes` (`option=value`), or None where that does not fit or work."""
     changed = _changed(recipe, changes)
     if changed is None:
@@ -189,9 +192,9 @@ def needed_under(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad],
     return model.needs(settled.load, shape).high if settled.fits else None
 
 
-def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe | None:
+def _changed(recipe: AnyRecipe, changes: Sequence[str]) -> AnyRecipe | None:
     try:
-        return config.load(Recipe, config.dump(recipe), [f"--{change}" for change in changes])
+        return config.load(type(recipe), config.dump(recipe), [f"--{change}" for change in changes])
     except ConfigError:  # an option or a value that this version does not have
         return None
 
@@ -234,7 +237,7 @@ def _reshaped(shape: ModelShape, before: Recipe, after: Recipe) -> ModelShape:
     return changed
 
 
-def _none_fits(model: MemoryModel, recipe: Recipe, loads: Sequence[BatchLoad]) -> str:
+def _none_fits(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> str:
     """What to do where no change of the recipe helps."""
     shape = replace(model.shape, recompute=True)
     needed_bytes = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high

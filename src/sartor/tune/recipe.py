@@ -50,7 +50,9 @@ class BaseChoice:
 class Rehearsal:
     """Rows of another Dataset in the updates, learnt by sft whatever the objective: against forgetting (arXiv:1811.11682)."""
 
-    path: str = option("", "directory of a Dataset of general rows, whose training split is taken; empty: none")
+    path: str = option(
+        "", "directory of a Dataset of general rows, whose training split is taken, or asset:small-talk; empty: none"
+    )
     fraction: float = option(0.2, "of the tokens that are read, above 0 and below 1")
 
     def __post_init__(self) -> None:
@@ -68,7 +70,9 @@ class Data:
     max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
     rows: int = option(0, "at most this many training rows; 0 takes all")
     too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
-    rehearsal: Rehearsal = option(Rehearsal(), "rows of another Dataset that are read beside them")
+    rehearsal: Literal["auto", "none"] | Rehearsal = option(
+        "auto", "rows of another Dataset that are read beside them; auto: 200 rows of small talk, where the defaults are chosen"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.too_long_fraction <= 1:
@@ -77,6 +81,13 @@ class Data:
             raise ConfigError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1", "eval_fraction: 0.1")
         _at_least(self, 2, "max_length_tokens")
         _at_least(self, 0, "rows", "eval_rows")
+
+
+@dataclass(frozen=True)
+class ResolvedData(Data):
+    """Data without `auto`."""
+
+    rehearsal: Rehearsal = option(Rehearsal(), "rows of another Dataset that are read beside them")
 
 
 @dataclass(frozen=True)
@@ -208,22 +219,33 @@ class StopCriteria:
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with warm-up."""
 
-    learning_rate: float = option(2e-4, "peak learning rate")
-    batch_tokens: int = option(4096, "tokens per update, about: whole rows until this is reached")
+    learning_rate: Literal["auto"] | float = option("auto", "peak learning rate; auto is chosen by the base's width")
+    batch_tokens: Literal["auto"] | int = option(
+        "auto", "tokens per update, about: whole rows until this is reached; auto is chosen by the tokens of an epoch"
+    )
     warmup_fraction: float = option(0.05, "fraction of the budget over which the rate rises")
     schedule: Literal["cosine", "constant"] = option("cosine", "course of the rate after the warm-up")
     weight_decay: float = option(0.0, "decoupled weight decay of the adapter")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_tokens")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if self.batch_tokens != "auto":
+            _at_least(self, 1, "batch_tokens")
+        if (self.learning_rate != "auto" and self.learning_rate <= 0) or self.clip_norm <= 0:
             raise ConfigError(
                 f"learning_rate is {self.learning_rate} and clip_norm {self.clip_norm}; both must be above 0",
                 "learning_rate: 2.0e-4, clip_norm: 1.0",
             )
         if not 0 <= self.warmup_fraction < 1 or self.weight_decay < 0:
             raise ConfigError("warmup_fraction must be in 0..1 and weight_decay not negative", "warmup_fraction: 0.05")
+
+
+@dataclass(frozen=True)
+class ResolvedOptimizer(Optimizer):
+    """AdamW without `auto`: of a run whose settings are chosen, and of tuning on devices and across them."""
+
+    learning_rate: float = option(2e-4, "peak learning rate")
+    batch_tokens: int = option(4096, "tokens per update, about: whole rows until this is reached")
 
 
 @dataclass(frozen=True)
@@ -277,7 +299,7 @@ class Recipe:
     data: Data = option(REQUIRED, "which Dataset")
     method: Lora = option(Lora(), "what is trained")
     objective: Sft | Dpo | Kto = option(Sft(), "what is minimised")
-    budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
+    budget: Literal["auto"] | StopCriteria = option("auto", "when to stop; auto: epochs until there are enough updates")
     optimizer: Optimizer = option(Optimizer(), "how it gets there")
     align: Align = option(Align(), "how a composed base begins")
     compute: Compute = option(Compute(), "how the work is done")
@@ -287,6 +309,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "evaluations", "seed")
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe(Recipe):
+    """A Recipe in which no default is left to choose (tune/auto_settings.py): what a run computes by, and its manifest says."""
+
+    data: ResolvedData = option(REQUIRED, "which Dataset")
+    budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
+    optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there")
 
 
 def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:

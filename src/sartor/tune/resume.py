@@ -16,6 +16,7 @@ from sartor.core import config, records
 from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact, read_manifest
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.models.base import Base
+from sartor.tune.auto_settings import EarlierRun
 from sartor.tune.checkpoint import CheckpointState, check_numerics, folder_of, newest
 from sartor.tune.recipe import Recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -72,6 +73,17 @@ def finished(out: Path, state: CheckpointState, new: Mapping[str, Any]) -> Artif
     if state.checkpoint:
         check_numerics(state.checkpoint, f"start over with --replace, or rm -r {folder_of(out)}")
     return None
+
+
+def earlier_run(out: Path, state: CheckpointState) -> EarlierRun | None:
+    """Recipe and settings of the checkpoint that is resumed, else of the Adapter at `out`; None without both."""
+    if state.checkpoint:
+        manifest = state.checkpoint.manifest
+        return EarlierRun(manifest["fingerprint"]["recipe"], manifest.get("settings"))
+    if kind_of(out) != "adapter":
+        return None
+    manifest = read_manifest(out)
+    return EarlierRun(manifest["recipe"], manifest.get("settings"))
 
 
 def standing_id(out: Path) -> str:

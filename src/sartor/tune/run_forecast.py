@@ -26,7 +26,7 @@ from sartor.tune.cost_model import (
     load_of,
     take,
 )
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences
 
 # What a calibration may read of the tokens that the run reads
@@ -107,7 +107,7 @@ def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: 
 
 
 def foresee(
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     path: LossBackend,
     model: Any,
     device: torch.device,

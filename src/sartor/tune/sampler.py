@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SchedulePart:
         """How far the whole course is, 0..1, at a fraction of this part: in each part alone a rate would warm up again."""
         return min(1.0, (self.done + fraction) / self.parts)
 
-    def start(self, recipe: Recipe, lengths: Sequence[int]) -> Position:
+    def start(self, recipe: ResolvedRecipe, lengths: Sequence[int]) -> Position:
         """Where in the rows it begins: where the part before it ended. lengths: tokens a row."""
         budget = recipe.budget
         if budget.updates is None:

@@ -21,7 +21,7 @@ from sartor.models.losses.loss_backend import LossBackend, LossOptions
 from sartor.tune.checkpoint import Saver
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice
 from sartor.tune.model_setup import inject_recipe_adapter, open_recipe_base
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.run_forecast import RunForecast
 from sartor.tune.sampler import SchedulePart
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -29,7 +29,7 @@ from sartor.tune.training_log import TrainingLog
 from sartor.tune.training_loop import TrainingRun, learning_rate
 
 
-def recipe_digest(recipe: Recipe, template_digest: str) -> str:
+def recipe_digest(recipe: ResolvedRecipe, template_digest: str) -> str:
     """sha256 of what client and coordinator must have in common beside the base: method, optimiser, rows' form, seed.
 
     The learning rate and the length of the work are each round's own.
@@ -48,7 +48,7 @@ class SharedBase:
     Raises what opening a base raises, and ConfigError for one that reads media: its projectors are no factors.
     """
 
-    def __init__(self, recipe: Recipe, base: Base) -> None:
+    def __init__(self, recipe: ResolvedRecipe, base: Base) -> None:
         if base.media is not None:
             raise ConfigError(f"the base {base.ref.name} reads media; rounds tune text bases", "base: starter")
         self.recipe, self.base = recipe, base
@@ -68,7 +68,7 @@ class SharedBase:
         self._masks: list[Any] = []
 
     @classmethod
-    def open(cls, recipe: Recipe, notice: Notice = lambda line: None) -> SharedBase:
+    def open(cls, recipe: ResolvedRecipe, notice: Notice = lambda line: None) -> SharedBase:
         """Open the base that the recipe names."""
         return cls(recipe, open_recipe_base(recipe, notice))
 
@@ -191,7 +191,7 @@ class LocalRun(TrainingRun):
     def save(self) -> None:
         """Nothing: what a killed client did is done again."""
 
-    def _foresee(self, recipe: Recipe) -> RunForecast:
+    def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
         """Nothing is measured: a micro-batch that depended on free memory would change the last bits."""
         micro_batch_tokens, longest = recipe.compute.micro_batch_tokens, max(len(row.ids) for row in self.data.train)
         no_memory, capacity = (
@@ -205,7 +205,7 @@ class LocalRun(TrainingRun):
         return rate, rate
 
 
-def train(resident: SharedBase, rows: TokenizedDataset, recipe: Recipe, part: SchedulePart = _WHOLE) -> LocalRun:
+def train(resident: SharedBase, rows: TokenizedDataset, recipe: ResolvedRecipe, part: SchedulePart = _WHOLE) -> LocalRun:
     """Train what of the resident may learn, from where it stands, for the recipe's budget. Raises ModelError."""
     with TrainingLog(_NOWHERE, show=False) as journal:
         saver = Saver(_NOWHERE, recipe.checkpoints, {}, None)

@@ -23,13 +23,14 @@ from sartor.core.lineage import ancestry
 from sartor.core.processes import DeferredSignals
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
-from sartor.tune import preflight
+from sartor.tune import auto_settings, preflight
 from sartor.tune import resume as resumption
+from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
-from sartor.tune.recipe import Recipe, Sft
+from sartor.tune.recipe import Recipe, ResolvedRecipe, Sft
 from sartor.tune.recipe import load as load_recipe
 from sartor.tune.tokenized_dataset import TokenizedDataset, lessons
 from sartor.tune.training_log import TrainingLog, plot_losses
@@ -78,12 +79,15 @@ def tune(
     for refusal in preflight.of_base(recipe):
         raise refusal.error
     base = open_recipe_base(recipe, notice)
+    earlier = resumption.earlier_run(out, resume_state) if resume else None
+    recipe, rehearsal_setting = auto_settings.choose_rehearsal(recipe, dataset, base, earlier)
     rehearsal, start = rehearsal_of(recipe), start_of(recipe, base)
     data = encode_rows(dataset, recipe, base.chat, rehearsal)
+    resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting, earlier)
     calibrate(base, data)
-    fingerprint = resumption.fingerprint(recipe, dataset, base, data, start)
+    fingerprint = resumption.fingerprint(resolved, dataset, base, data, start)
     parents = [dataset, *(item for item in (rehearsal, start) if item)]
-    context = TuningContext(recipe, parents, base, data, resume_state, fingerprint, prove)
+    context = TuningContext(resolved, settings, parents, base, data, resume_state, fingerprint, prove)
     if resume and (adapter := resumption.finished(out, resume_state, context.fingerprint)):
         notice(f"{out} is finished: nothing is left to do")
     else:
@@ -98,10 +102,11 @@ def tune(
 class TuningContext:
     """What a run works on, opened and compared with what stands on disk.
 
-    parents: the Dataset, then that of the rehearsal, and what tuning goes on from.
+    settings: of the options that were `auto`. parents: the Dataset, then that of the rehearsal, and what tuning goes on from.
     """
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
+    settings: dict[str, Setting]
     parents: list[Artifact]
     base: Base
     data: TokenizedDataset
@@ -113,7 +118,7 @@ class TuningContext:
 def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notice: Notice) -> Artifact:
     recipe, base, checkpoint = context.recipe, context.base, context.resume_state.checkpoint
     model = inject_recipe_adapter(recipe, base)
-    for line in describe(context.data, base, model):
+    for line in [*describe(context.data, base, model), *auto_settings.lines(context.settings)]:
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
@@ -124,6 +129,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         "environment": environment,
         "numerics": numerics.numerics(str(base.dtype)),
         "replaces": replaces,
+        "settings": {name: setting.as_json() for name, setting in context.settings.items()},
     }
     saver = Saver(folder_of(out), recipe.checkpoints, unchanging, checkpoint)
     resolved = Resolved(**checkpoint.manifest["resolved"]) if checkpoint else None
@@ -190,6 +196,7 @@ def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
     return {
         "base": base.as_manifest(),
         "recipe": config.dump(context.recipe),
+        "settings": {name: setting.as_json() for name, setting in context.settings.items()},
         "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(context.parents)],
         "sources": _sources(context.parents),
         "licence": compliance.combine(

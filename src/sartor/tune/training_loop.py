@@ -23,7 +23,7 @@ from sartor.models.losses.loss_backend import LossBackend, LossOptions, measure_
 from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, run_forecast, sampler
 from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
-from sartor.tune.recipe import Optimizer, Recipe, StopCriteria
+from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
 
@@ -90,7 +90,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: ResolvedRecipe,
         base: TrainingBase,
         model: Any,
         data: TokenizedDataset,
@@ -135,7 +135,7 @@ class TrainingRun:
         """What takes the steps."""
         return optimizers.make(self.factors, self.recipe.optimizer, self.base.device, self.projectors)
 
-    def _foresee(self, recipe: Recipe) -> run_forecast.RunForecast:
+    def _foresee(self, recipe: ResolvedRecipe) -> run_forecast.RunForecast:
         """What it will cost, with its micro-batch settled. Raises BudgetError where memory cannot hold it."""
         return run_forecast.foresee(recipe, self.path, self.model, self.base.device, self.data, Counters())
 
@@ -373,7 +373,7 @@ class TrainingRun:
         return total / max(count, 1), {}
 
 
-def loss_options(recipe: Recipe, data: TokenizedDataset, base: TrainingBase) -> LossOptions:
+def loss_options(recipe: ResolvedRecipe, data: TokenizedDataset, base: TrainingBase) -> LossOptions:
     """What a recipe asks of a path."""
     compute, budget = recipe.compute, recipe.budget
     is_one_epoch = (budget.epochs or math.inf) <= 1 or (budget.tokens or math.inf) <= data.tokens
@@ -389,7 +389,7 @@ def loss_options(recipe: Recipe, data: TokenizedDataset, base: TrainingBase) -> 
     )
 
 
-def learning_rate(settings: Optimizer, fraction: float) -> float:
+def learning_rate(settings: ResolvedOptimizer, fraction: float) -> float:
     """The rate at a fraction (0..1) of the budget: linear warm-up, then a half cosine to 0 (or constant)."""
     warm = settings.warmup_fraction
     if fraction < warm:

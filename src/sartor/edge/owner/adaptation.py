@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sartor.core import records
+from sartor.core import config, records
 from sartor.core.artifacts import CONFIG, WEIGHTS
 from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
@@ -50,7 +50,7 @@ from sartor.personalization.acceptance import (
 )
 from sartor.personalization.user_rows import example_of, now
 from sartor.personalization.user_tokens import Material
-from sartor.tune.recipe import Lora, Recipe, load
+from sartor.tune.recipe import Lora, ResolvedRecipe
 
 
 class Judge:
@@ -164,10 +164,10 @@ class AdapterTuner:
             self.settings.most_probe_loss,
         )
 
-    def _read(self, release: Installed) -> tuple[dict[str, Any], Recipe, ChatTokenizer, Material]:
+    def _read(self, release: Installed) -> tuple[dict[str, Any], ResolvedRecipe, ChatTokenizer, Material]:
         """What is to be tuned, and the rows as tokens."""
         recipe = user_tokens.recipe_of(release.path, self.settings.base, self.settings.recipe)
-        loaded, chat = load(recipe), ChatTokenizer(FastTokenizer(self.settings.base))
+        loaded, chat = config.load(ResolvedRecipe, recipe), ChatTokenizer(FastTokenizer(self.settings.base))
         material = user_tokens.prepare_rows(
             self.diary.rows(), chat, self.settings.held_out_fraction, loaded.data.max_length_tokens
         )
@@ -185,7 +185,7 @@ class AdapterTuner:
             return "the delta that works was tuned on these very rows"
         return "" if again else self._known_settled().get(key, "")
 
-    def _probe(self, release: Installed, chat: ChatTokenizer, recipe: Recipe) -> JudgedRows:
+    def _probe(self, release: Installed, chat: ChatTokenizer, recipe: ResolvedRecipe) -> JudgedRows:
         rows = [example_of(row) for row in self.settings.probe] or _canaries(release.path)
         encoded = [user_tokens.encode_user_row(row, row.id, chat, recipe.data.max_length_tokens) for row in rows]
         usable = [

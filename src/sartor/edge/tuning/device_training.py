@@ -18,7 +18,7 @@ from sartor.models.packing import TokenizedExample
 from sartor.tune import objectives
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice
 from sartor.tune.optimizers import AdamW, Still
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.run_forecast import RunForecast
 from sartor.tune.sampler import SchedulePart
 from sartor.tune.training_loop import TrainingRun, learning_rate
@@ -47,7 +47,7 @@ class DeviceRun(TrainingRun):
     def _optimizer(self) -> Any:
         return AdamW(self.parameters, self.recipe.optimizer)
 
-    def _foresee(self, recipe: Recipe) -> RunForecast:
+    def _foresee(self, recipe: ResolvedRecipe) -> RunForecast:
         rows, micro_batch_tokens = self.data.train, recipe.compute.micro_batch_tokens
         longest = max(len(row.ids) for row in rows)
         max_tokens = max(
@@ -66,7 +66,7 @@ class DeviceRun(TrainingRun):
             minutes and minutes * 60,
         )
 
-    def _course_tokens(self, recipe: Recipe) -> int | None:
+    def _course_tokens(self, recipe: ResolvedRecipe) -> int | None:
         """Tokens until the budget is spent, about; None where only minutes limit it."""
         budget, tokens = recipe.budget, self.data.tokens
         per_update = min(recipe.optimizer.batch_tokens, tokens)

@@ -35,7 +35,7 @@ from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, shape_of, state_bytes, total
 from sartor.edge.tuning.tuning_job import TuningJob
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 
 SCHEMA = 1
 # as `models/kernels/cpu.py` looks for them
@@ -172,7 +172,7 @@ class Planner:
 
     def __init__(self, job: TuningJob, baseline: MemoryBaseline | None = None) -> None:
         self.job = job
-        self.recipe = config.load(Recipe, job.recipe)
+        self.recipe = config.load(ResolvedRecipe, job.recipe)
         self.shape: DeviceModelShape = shape_of(Path(job.base), self.recipe)
         self.rows = rows_of(Path(job.tokens))
         self.floor = baseline or floor()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ModelError
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 
 FLOAT_BYTES = 4
 # A token of the rows: an entry of its list and an int in it, an entry of the mask's list (CPython, 64 bits)
@@ -93,7 +93,7 @@ class MemoryMode:
     native: bool = True
 
 
-def shape_of(base: Path, recipe: Recipe) -> DeviceModelShape:
+def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
     """From config.json below a base's directory. Raises ModelError where it is not whole."""
     try:
         fields: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ from sartor.models.mmap_llama import ATTENTION, MLP, MappedLlama
 from sartor.models.packing import TokenizedExample
 from sartor.models.tensor_files import write_tensors
 from sartor.tune.checkpoint import Saver, check_numerics, newest
-from sartor.tune.recipe import Lora, Recipe
+from sartor.tune.recipe import Lora, ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 from sartor.tune.training_log import TrainingLog
 from sartor.tune.training_loop import Resolved
@@ -114,7 +114,7 @@ def tune(job: TuningJob, *, show: bool = False) -> dict[str, Any]:
     """
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = config.load(Recipe, job.recipe)
+    recipe = config.load(ResolvedRecipe, job.recipe)
     model = adapted(MappedLlama(Path(job.base)), recipe.method, recipe.seed)
     if job.start:
         load_factors(model, Path(job.start))
@@ -184,7 +184,7 @@ def load_factors(model: MappedLlama, folder: Path) -> None:
             factor.copy_(stored[name])
 
 
-def _write(model: MappedLlama, recipe: Recipe, job: TuningJob, out: Path) -> None:
+def _write(model: MappedLlama, recipe: ResolvedRecipe, job: TuningJob, out: Path) -> None:
     """PEFT's two files, each whole or not at all."""
     names = sorted(
         {name.rpartition(".")[2] for name in model.linear if f"base_model.model.{name}.lora_A.weight" in model.factors()}

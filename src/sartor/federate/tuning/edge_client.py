@@ -37,7 +37,7 @@ from sartor.federate.rounds.round_manifest import LocalUpdate, Manifest
 from sartor.federate.tuning.lora_task import Losses, change, local_recipe, settings_of
 from sartor.models.lora_tensors import Tensors
 from sartor.tune import sampler
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 # of the time that a round is forecast to take so much more is wanted: a device does other things too
@@ -100,7 +100,7 @@ class EdgeTask:
     """
 
     device: DeviceFile
-    recipe: Recipe
+    recipe: ResolvedRecipe
     digest: str
     ref: BaseRef
     rows: TokenizedDataset

@@ -36,7 +36,7 @@ from sartor.models import quantization
 from sartor.models.lora_tensors import Array, Tensors, add_changes
 from sartor.models.packing import TokenizedExample, pack
 from sartor.tune import optimizers
-from sartor.tune.recipe import Recipe
+from sartor.tune.recipe import ResolvedRecipe
 from sartor.tune.recipe import StopCriteria as recipe_Budget
 from sartor.tune.sampler import SchedulePart
 from sartor.tune.shared_base import SharedBase, train
@@ -190,7 +190,7 @@ class LoraTask:
         self.losses[number] = run.losses["first"], run.losses["last"]
 
 
-def local_recipe(recipe: Recipe, settings: RoundSettings) -> Recipe:
+def local_recipe(recipe: ResolvedRecipe, settings: RoundSettings) -> ResolvedRecipe:
     """A client's recipe with what a round decides."""
     local, optimizer = settings.local, replace(recipe.optimizer, learning_rate=settings.learning_rate)
     budget = recipe_Budget(epochs=local.epochs and float(local.epochs), updates=local.updates)

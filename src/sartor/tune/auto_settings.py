@@ -1,0 +1,219 @@
+"""Resolve `auto` in a tuning recipe from its rows and base, with a reason for each value.
+
+    choose_rehearsal: before the rows are encoded, since it adds rows
+    resolve: from the encoded rows and the base's width
+
+Small batches and about ten times the rate of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret", Thinking
+Machines. The constants were chosen on banking77 and construction-faq, those of composed bases on 300 pictures
+(docs/decisions/028-defaults.md). A resumed run takes over the values of its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from filelock import FileLock
+
+from sartor.core import assets, config
+from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.errors import ArtifactError
+from sartor.core.home import folder
+from sartor.curate.pipeline import curate
+from sartor.models.base import Base
+from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCriteria
+from sartor.tune.tokenized_dataset import TokenizedDataset
+
+ASSET = "asset:"
+SMALL_TALK = "asset:small-talk"
+LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = "optimizer.learning_rate", "optimizer.batch_tokens", "budget", "data.rehearsal"
+# A batch is the largest power of two in this range that leaves so many updates an epoch
+SMALLEST_BATCH, LARGEST_BATCH, UPDATES_PER_EPOCH = 256, 4096, 64
+# Epochs until there are so many updates; the projector of a composed base begins untrained
+UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 200, 700, 10
+# Rate of full fine-tuning at a width of 2,000, and its course with the width; LoRA takes ten times that
+FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
+# Of the objectives for which nothing was measured: the numbers that stood here before there were rules
+UNMEASURED = {LEARNING_RATE: 2e-4, BATCH_TOKENS: 4096, BUDGET: StopCriteria(epochs=1.0), REHEARSAL: Rehearsal()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Value of an option that was `auto`, and the reason in one line."""
+
+    value: Any
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of a manifest or of a plan."""
+        plain = config.dump(self.value)
+        if isinstance(self.value, StopCriteria):
+            plain = {name: limit for name, limit in plain.items() if limit is not None}
+        return {"value": plain, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What a run that is resumed was begun with.
+
+    recipe: resolved, as its manifest has it. settings: option -> {value, reason} of those that were `auto`; None of a run of an
+    older Sartor, whose defaults were numbers.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] | None = None
+
+    def setting(self, name: str) -> Setting | None:
+        """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not have."""
+        if self.settings is not None and name not in self.settings:
+            return None
+        value: Any = self.recipe
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            return None
+        if name == BUDGET:
+            value = config.load(StopCriteria, value)
+        elif name == REHEARSAL:
+            value = config.load(Rehearsal, value)
+        return Setting(value, str((self.settings or {}).get(name, {}).get("reason", "as the run that is resumed has it")))
+
+
+def auto_options(recipe: Recipe) -> list[str]:
+    """Return the options of a recipe that are left to choose, but for the rehearsal, which follows them."""
+    values = {
+        BATCH_TOKENS: recipe.optimizer.batch_tokens,
+        LEARNING_RATE: recipe.optimizer.learning_rate,
+        BUDGET: recipe.budget,
+    }
+    return [name for name, value in values.items() if value == "auto"]
+
+
+def choose_rehearsal(
+    recipe: Recipe, dataset: Artifact, base: Base, earlier: EarlierRun | None = None
+) -> tuple[Recipe, Setting | None]:
+    """Return the recipe with its rehearsal chosen, and the Setting if that was `auto`."""
+    if recipe.data.rehearsal != "auto":
+        return recipe, None
+    setting = (earlier and earlier.setting(REHEARSAL)) or _rehearsal(recipe, dataset, base)
+    return _with_rehearsal(recipe, setting.value), setting
+
+
+def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
+    absent = Rehearsal()
+    if not isinstance(recipe.objective, Sft):
+        return Setting(absent, f"none: of the objective {recipe.objective.kind} no default is measured")
+    if not auto_options(recipe):
+        return Setting(absent, "none: the recipe itself names rate, batch and budget")
+    if base.media is not None:
+        return Setting(absent, "none: rows of text beside pictures or recordings are not measured")
+    if any(source.get("rehearsal") for source in dataset.manifest.get("sources", [])):
+        return Setting(absent, "none: the Dataset has a source of rehearsal of its own")
+    rehearsal = Rehearsal(SMALL_TALK)
+    return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens are small talk, against forgetting")
+
+
+def _with_rehearsal(recipe: Recipe, rehearsal: Rehearsal) -> Recipe:
+    return config.load(
+        Recipe, {**config.dump(recipe), "data": {**config.dump(recipe.data), "rehearsal": config.dump(rehearsal)}}
+    )
+
+
+def resolve(
+    recipe: Recipe, data: TokenizedDataset, base: Base, rehearsal: Setting | None, earlier: EarlierRun | None = None
+) -> tuple[ResolvedRecipe, dict[str, Setting]]:
+    """Return (the recipe without `auto`, the Setting of each option that was `auto`).
+
+    `recipe` is that of `choose_rehearsal`, `rehearsal` its Setting, and `data` its rows.
+    """
+    settings: dict[str, Setting] = {}
+    for name in auto_options(recipe):
+        taken_over = earlier.setting(name) if earlier else None
+        settings[name] = taken_over or _choose(name, recipe, data, base, settings)
+    plain = config.dump(recipe)
+    for name, setting in settings.items():
+        *path, last = name.split(".")
+        target = plain
+        for part in path:
+            target = target[part]
+        target[last] = config.dump(setting.value)
+    if plain["data"]["rehearsal"] == "none":
+        plain["data"]["rehearsal"] = config.dump(Rehearsal())
+    if rehearsal:
+        settings[REHEARSAL] = rehearsal
+    return config.load(ResolvedRecipe, plain), settings
+
+
+def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, settings: Mapping[str, Setting]) -> Setting:
+    if not isinstance(recipe.objective, Sft):
+        return Setting(UNMEASURED[name], f"of the objective {recipe.objective.kind} no default is measured")
+    if name == BATCH_TOKENS:
+        return batch_tokens(data.tokens)
+    if name == LEARNING_RATE:
+        return learning_rate(int(base.model.get_input_embeddings().weight.shape[1]))
+    chosen = settings[BATCH_TOKENS].value if BATCH_TOKENS in settings else recipe.optimizer.batch_tokens
+    return budget(data.tokens, [row.tokens for row in data.train], int(chosen), is_composed=base.media is not None)
+
+
+def batch_tokens(epoch_tokens: int) -> Setting:
+    """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates an epoch."""
+    size = LARGEST_BATCH
+    while size > SMALLEST_BATCH and epoch_tokens < UPDATES_PER_EPOCH * size:
+        size //= 2
+    updates = epoch_tokens / size
+    if updates < UPDATES_PER_EPOCH:
+        return Setting(size, f"the smallest: it makes about {updates:.0f} updates an epoch of {epoch_tokens:,} tokens")
+    return Setting(size, f"the largest that leaves {UPDATES_PER_EPOCH} updates an epoch of {epoch_tokens:,} tokens")
+
+
+def learning_rate(width: int) -> Setting:
+    """Return the peak rate of a base whose hidden states have `width` dimensions: 5e-5 * 10 * (2000 / D)^0.78, at most 1e-3."""
+    rate = FULL_RATE * LORA_OVER_FULL * (REFERENCE_WIDTH / width) ** WIDTH_EXPONENT
+    if rate >= MAX_RATE:
+        return Setting(MAX_RATE, f"the highest: ten times the full fine-tuning rate of width {width} is {rate:.1e}")
+    return Setting(float(f"{rate:.2g}"), f"ten times the full fine-tuning rate of a base of width {width}")
+
+
+def budget(epoch_tokens: int, row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
+    """Return the epochs after which there are enough updates: whole ones, at least 1, at most MAX_EPOCHS."""
+    wanted = COMPOSED_UPDATES if is_composed else UPDATES
+    # an update has whole rows, so that it is half a row over its tokens, and one row at least
+    mean_row = epoch_tokens / len(row_tokens)
+    updates_per_epoch = min(epoch_tokens / (batch + mean_row / 2), len(row_tokens))
+    epochs = min(max(math.ceil(wanted / updates_per_epoch), 1), MAX_EPOCHS)
+    reason = f"about {epochs * updates_per_epoch:,.0f} updates, {updates_per_epoch:,.0f} an epoch; {wanted} are wanted"
+    return Setting(StopCriteria(epochs=float(epochs)), f"{reason}, in at most {MAX_EPOCHS} epochs")
+
+
+def asset_dataset(path: str) -> Artifact:
+    """Return the Dataset of an asset's rows (`asset:small-talk`), curated once on a machine.
+
+    Raises ConfigError for an asset that is not on the list, AssetError where it cannot be had.
+    """
+    asset = assets.entry(path.removeprefix(ASSET))
+    digest = asset.files[0].sha256[:12]
+    out = folder("rehearsal") / f"{asset.name}-{digest}"
+    with FileLock(folder("rehearsal") / f".{asset.name}.wait"):
+        try:
+            return open_artifact(out, "dataset")
+        except ArtifactError:
+            source = {"path": f"{path}/*.jsonl", "licence": asset.licence, "use": ["commercial"]}
+            curate({"sources": [source], "split": {"eval_fraction": 0.0}}, out, replace=out.exists())
+            return open_artifact(out, "dataset")
+
+
+def lines(settings: Mapping[str, Setting]) -> list[str]:
+    """Return a line for each Setting: `optimizer.batch_tokens auto: 256 (reason)`."""
+    return [f"{name} auto: {value_text(setting.value)} ({setting.reason})" for name, setting in settings.items()]
+
+
+def value_text(value: Any) -> str:
+    """Return a Setting's value in a few words."""
+    if isinstance(value, StopCriteria):
+        limits = {item.name: getattr(value, item.name) for item in fields(value)}
+        return ", ".join(f"{limit:g} {name}" for name, limit in limits.items() if limit is not None)
+    if isinstance(value, Rehearsal):
+        return value.path or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

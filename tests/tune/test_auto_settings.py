@@ -1,0 +1,122 @@
+"""`auto` of rate, batch, budget and rehearsal: the rules, a run that takes them, a plan that warns, a resume that keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from killed_tuning import WEIGHTS, killed, tune
+from sample_data import write_jsonl
+from sartor.core import config
+from sartor.core.artifacts import read_manifest
+from sartor.tune import auto_settings, plan_warnings
+from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, StopCriteria
+
+RECIPE = {"base": "starter", "data": {"path": "d"}}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch"), [(1_000, 256), (18_000, 256), (32_768, 512), (65_535, 512), (262_144, 4096), (10**8, 4096)]
+)
+def test_batch_is_the_largest_that_leaves_64_updates(tokens: int, batch: int) -> None:
+    assert auto_settings.batch_tokens(tokens).value == batch
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 1e-3), (576, 1e-3), (2000, 5e-4), (4096, 2.9e-4)])
+def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> None:
+    assert auto_settings.learning_rate(width).value == rate
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "batch", "is_composed", "epochs"),
+    [([45] * 400, 256, False, 4), ([45] * 100, 256, False, 10), ([45] * 40_000, 4096, False, 1), ([90] * 300, 256, True, 8)],
+)
+def test_budget_is_epochs_until_there_are_enough_updates(
+    row_tokens: list[int], batch: int, is_composed: bool, epochs: int
+) -> None:
+    setting = auto_settings.budget(sum(row_tokens), row_tokens, batch, is_composed=is_composed)
+    assert setting.value == StopCriteria(epochs=epochs)
+
+
+def test_auto_is_the_default_and_a_flag_goes_below_it() -> None:
+    recipe = config.load(Recipe, RECIPE)
+    assert (recipe.budget, recipe.optimizer.learning_rate, recipe.data.rehearsal) == ("auto", "auto", "auto")
+    flags = ["--budget.epochs", "3", "--data.rehearsal", "none"]
+    changed = config.load(Recipe, {**RECIPE, "budget": "auto"}, flags)
+    assert (changed.budget, changed.data.rehearsal) == (StopCriteria(epochs=3.0), "none")
+    assert config.load(Recipe, RECIPE, ["--data.rehearsal", "rows"]).data.rehearsal == Rehearsal("rows")
+
+
+def test_resolved_recipe_has_numbers_by_default() -> None:
+    recipe = config.load(ResolvedRecipe, RECIPE)
+    assert (recipe.budget.epochs, recipe.optimizer.learning_rate, recipe.optimizer.batch_tokens) == (1, 2e-4, 4096)
+    assert recipe.data.rehearsal.path == ""
+
+
+def auto_recipe(tune_recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**{name: tune_recipe[name] for name in ("base", "data", "method")}, "budget": {"updates": 2}, **changes}
+
+
+def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    recipe, notices = auto_recipe(tune_recipe), []
+    plan = sartor.plan(recipe).as_json()
+    manifest = tune(recipe, tmp_path / "a", notice=notices.append).adapter.manifest
+    assert manifest["settings"] == plan["settings"]
+    assert sorted(manifest["settings"]) == ["data.rehearsal", "optimizer.batch_tokens", "optimizer.learning_rate"]
+    assert manifest["recipe"]["optimizer"] | {"learning_rate": 1e-3, "batch_tokens": 256} == manifest["recipe"]["optimizer"]
+    assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
+    assert manifest["parents"][1]["role"] == "rehearsal"
+    assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
+    assert "budget.updates=50" in plan["warnings"][0]["remedy"]
+
+
+def test_an_objective_that_is_not_measured_has_the_old_numbers(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
+    rows = [{"prompt": f"say {n}", "completion": f"{n}", "rating": 1.0} for n in range(12)]
+    file = write_jsonl(tmp_path / "rated.jsonl", rows)
+    sartor.curate({"sources": [{"path": str(file), "licence": "CC0-1.0"}]}, tmp_path / "rated")
+    recipe = auto_recipe(tune_recipe, data={"path": str(tmp_path / "rated")}, objective={"kind": "kto"}, budget="auto")
+    settings = sartor.plan(recipe).as_json()["settings"]
+    values = {name: setting["value"] for name, setting in settings.items()}
+    assert values["optimizer.learning_rate"] == 2e-4 and values["optimizer.batch_tokens"] == 4096
+    assert values["budget"] == {"epochs": 1.0} and values["data.rehearsal"]["path"] == ""
+
+
+def test_a_resumed_run_keeps_the_values_that_it_began_with(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of the rules chooses otherwise; the run that goes on does not."""
+    recipe = auto_recipe(tune_recipe, checkpoints={"every_minutes": 0})
+    tune(recipe, tmp_path / "whole")
+    killed(monkeypatch, recipe, tmp_path / "a", update=2)
+    monkeypatch.setattr(auto_settings, "SMALLEST_BATCH", 64)
+    monkeypatch.setattr(auto_settings, "MAX_RATE", 1e-4)
+    monkeypatch.setattr(auto_settings, "SMALL_TALK", "")
+    tune(recipe, tmp_path / "a", resume=True)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert read_manifest(tmp_path / "a")["settings"] == read_manifest(tmp_path / "whole")["settings"]
+
+
+def test_of_an_older_run_the_numbers_are_taken_over() -> None:
+    old = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}, "budget": {"epochs": 1.0}, "data": {"path": "d"}})
+    assert [
+        setting and setting.value for setting in map(old.setting, (auto_settings.BATCH_TOKENS, auto_settings.REHEARSAL))
+    ] == [
+        4096,
+        None,
+    ]
+    named = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}}, {})
+    assert named.setting(auto_settings.BATCH_TOKENS) is None
+
+
+@pytest.mark.parametrize(("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)])
+def test_language_is_warned_of_where_the_base_does_not_know_it(
+    monkeypatch: pytest.MonkeyPatch, language: str, ratio: float, count: int
+) -> None:
+    monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: ["rows"])
+    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: language)
+    monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["rows"] else 1.0)
+    anything: Any = None
+    assert len(list(plan_warnings.unknown_language(anything, anything, anything))) == count
