@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from sartor.core.errors import ConfigError
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
-from sartor.evaluate.reply_labels import WHOLE, known_fields, label_of
-from sartor.evaluate.scorers import SCORERS, word_errors
+from sartor.evaluate.reply_labels import WHOLE, is_no_object, known_fields, label_of
+from sartor.evaluate.scorers import SCORERS, is_mismatch, word_errors
 
 Array = NDArray[np.float64]
 OF_LABELS = ("accuracy", "macro_f1")
 # What `--scorer` may name
 NAMES = (*SCORERS, "wer", *OF_LABELS)
+# What `--metrics` may name: of a reply, of its confidence, of the reference
+ALL_METRICS = (*NAMES, "ece", "loss")
 LOWER_IS_BETTER = frozenset({"loss", "wer", "ece"})
 BINS = 15
 
@@ -103,6 +105,24 @@ class MetricSet:
             new_transcripts,
         )
 
+    def is_decided(self, index: int, reply_so_far: str, metrics: Iterable[str]) -> bool:
+        """Whether no continuation of the reply to a row can change one of `metrics`."""
+        return all(self._is_metric_decided(name, index, reply_so_far) for name in metrics)
+
+    def _is_metric_decided(self, name: str, index: int, reply_so_far: str) -> bool:
+        label = self.labels[index]
+        if name in SCORERS:
+            return SCORERS[name].is_decided(reply_so_far, self.references[index])
+        if name == "loss":  # of the reference
+            return True
+        if name == "wer":
+            return index not in self.transcripts
+        if label is None or self.field != WHOLE:  # what names no label has no confidence either
+            return label is None or is_no_object(reply_so_far)
+        if name == "ece":
+            return False
+        return all(is_mismatch(reply_so_far, possible) for possible in ([label] if name == "accuracy" else self.classes))
+
     def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
         """Every metric of both sides."""
         result = {name: self.compare(name, before, after) for name in self.names}
@@ -144,7 +164,7 @@ class MetricSet:
     def _score(self, name: str, side: ModelOutputs, index: int) -> float:
         if name == "accuracy":
             return float(label_of(side.replies[index], self.field) == self.labels[index])
-        return SCORERS[name](side.replies[index], self.references[index])
+        return SCORERS[name].score(side.replies[index], self.references[index])
 
     def _errors(self, side: ModelOutputs, index: int) -> tuple[int, int]:
         return word_errors(side.replies[index], self.references[index])
