@@ -33,13 +33,15 @@ class ModelOutputs:
     """What one side did with the rows of a task, row by row.
 
     loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the label
-    that it named, the product over the tokens that spell it; 0 where it named none. What was not measured may be empty.
+    that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was not written
+    on, since its scores were decided. What was not measured may be empty.
     """
 
     replies: Sequence[str]
     loss: Sequence[float] = ()
     tokens: Sequence[int] = ()
     confidence: Sequence[float] = ()
+    is_cut: Sequence[bool] = ()
 
 
 class MetricSet:
