@@ -12,9 +12,10 @@ import torch
 import loras
 from sartor.core.errors import ModelError
 from sartor.core.records import Example, Message
-from sartor.evaluate import predictions
+from sartor.evaluate import paired_measurement
 from sartor.evaluate.metrics import MetricSet
-from sartor.evaluate.predictions import HeldOut, measure_model, measure_models
+from sartor.evaluate.paired_measurement import measure_models
+from sartor.evaluate.predictions import HeldOut, measure_model
 from sartor.inference.local import paired_replies
 from sartor.inference.local.paired_replies import PairedRow, shared_beginnings
 from sartor.models import adapters
@@ -114,7 +115,7 @@ def test_what_the_kernels_do_not_fit_is_measured_alone(
     if change is not train_whole:
         monkeypatch.setattr(cpu, "load", no_kernels)
     calls = []
-    monkeypatch.setattr(predictions, "measure_model", lambda *rest, tuned: calls.append(tuned))
+    monkeypatch.setattr(paired_measurement, "measure_model", lambda *rest, tuned: calls.append(tuned))
     measure_models(base, model, HeldOut(ROWS, tmp_path), "")
     assert calls == [False, True]
 

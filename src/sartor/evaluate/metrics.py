@@ -6,7 +6,7 @@ the word error rate are of the whole set, and no mean over rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,12 +130,23 @@ class MetricSet:
             return False
         return all(is_mismatch(reply_so_far, possible) for possible in ([label] if name == "accuracy" else self.classes))
 
-    def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
-        """Every metric of both sides."""
-        result = {name: self.compare(name, before, after) for name in self.names}
-        if self.labelled and before.confidence and after.confidence:
+    def check_all(self, names: Sequence[str]) -> None:
+        """Raise ConfigError unless these rows have every metric of `names`, the scores of a reply among them."""
+        for name in names:
+            if name == "ece" and not self.labelled:
+                raise ConfigError("there is no ece of these rows; it needs --label FIELD", "--label FIELD")
+            if name not in ("ece", "loss"):
+                self.check(name)
+        if names and not set(names) & set(self.names):
+            raise ConfigError(f"--metrics {' '.join(names)} scores no reply", f"--metrics {' | '.join(self.names)}")
+
+    def compared(self, before: ModelOutputs, after: ModelOutputs, only: Collection[str] = ()) -> dict[str, Comparison]:
+        """Every metric of both sides, or those of `only`."""
+        only = only or (*self.names, "ece", "loss")
+        result = {name: self.compare(name, before, after) for name in self.names if name in only}
+        if self.labelled and before.confidence and after.confidence and "ece" in only:
             result["ece"] = self._calibration(before, after)
-        if before.loss and after.loss:
+        if before.loss and after.loss and "loss" in only:
             result["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return result
 
@@ -150,17 +161,20 @@ class MetricSet:
         base, tuned = ([self._score(name, side, index) for index in indices] for side in (before, after))
         return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
 
-    def by_row(self, side: ModelOutputs) -> dict[str, list[float | None]]:
-        """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
+    def by_row(self, side: ModelOutputs, only: Collection[str] = ()) -> dict[str, list[float | None]]:
+        """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript.
+
+        only: metrics, of which those are given that are scores of a row, or that such a score makes up.
+        """
         indices = range(len(self.references))
         result: dict[str, list[float | None]] = {
-            name: [self._score(name, side, index) for index in indices] for name in SCORERS
+            name: [self._score(name, side, index) for index in indices] for name in SCORERS if not only or name in only
         }
-        if self.labelled:
+        if self.labelled and (not only or set(OF_LABELS) & set(only)):
             result["accuracy"] = [
                 None if self.labels[index] is None else self._score("accuracy", side, index) for index in indices
             ]
-        if self.transcripts:
+        if self.transcripts and (not only or "wer" in only):
             transcripts = set(self.transcripts)
             result["wer"] = [
                 self._errors(side, index)[0] / max(self._errors(side, index)[1], 1) if index in transcripts else None

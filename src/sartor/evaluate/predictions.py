@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,7 @@ from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate.metrics import ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import Generation, check_context, context_tokens, generate
-from sartor.inference.local import paired_replies
-from sartor.inference.local.paired_replies import PairedRow, ReplyLimits, RowResult
+from sartor.inference.generate import DECIDED, Generation, context_tokens, generate
 from sartor.models import packing
 from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
@@ -175,105 +173,6 @@ def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
 
 
-IsDecided = Callable[[int, str], bool]
-
-
-def measure_models(
-    base: Base,
-    model: Any,
-    eval_set: HeldOut,
-    field: str,
-    *,
-    sides: Sequence[bool] = (False, True),
-    is_decided: IsDecided | None = None,
-    progress: Callable[[float], object] = lambda fraction: None,
-) -> list[ModelOutputs]:
-    """What `measure_model` measures of each side (whether tuned), in one batch where the compiled kernels fit.
-
-    is_decided: (index of a row, reply so far) -> whether no score that is wanted can change any more: the reply ends there.
-    progress: told of the fraction that is done.
-    """
-    limit, chat = reply_limit(base, eval_set.examples), base.chat
-    encoded = [chat.encode(example, eval_set.folder) for example in eval_set.examples]
-    prompts = [
-        [] if example.is_document else chat.prompt_ids(example.prompt, example.tools, eval_set.folder)
-        for example in eval_set.examples
-    ]
-    check_context(model, max(map(len, prompts)), limit)
-    rows, loss_rows, reply_rows = _paired_rows(encoded, prompts)
-    decoder = paired_replies.open_pair(model, rows, limit)
-    if decoder is None:
-        outputs = []
-        for count, tuned in enumerate(sides, 1):
-            outputs.append(measure_model(base, model, eval_set, field, tuned=tuned))
-            progress(count / len(sides))
-        return outputs
-    examples = {row: index for index, row in enumerate(reply_rows)}
-
-    def is_reply_decided(row: int, tokens: Sequence[int]) -> bool:
-        text = chat.decode(tokens)
-        # half a character is no text yet
-        return is_decided is not None and not text.endswith("\ufffd") and is_decided(examples[row], text)
-
-    done, total = 0, len(rows) * len(sides)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done / total)
-
-    # where spaces are cleaned up, what is written next changes what was written
-    can_end = is_decided is not None and not getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
-    limits = ReplyLimits(limit, frozenset(chat.stops), is_reply_decided if can_end else None, has_logprobs=bool(field))
-    results = paired_replies.reply_to_rows(decoder, rows, limits, sides=sides, progress=advance)
-    return [_outputs(chat, side, encoded, loss_rows, reply_rows, field) for side in results]
-
-
-def _paired_rows(
-    encoded: Sequence[TokenizedExample], prompts: Sequence[Sequence[int]]
-) -> tuple[list[PairedRow], list[int], list[int]]:
-    """(rows, for each example that with its losses, that with its reply): one where an example begins with its prompt."""
-    rows: list[PairedRow] = []
-    loss_rows, reply_rows = [], []
-    for example, prompt in zip(encoded, prompts, strict=True):
-        predictions = [(place - 1, example.ids[place]) for place in range(1, len(example.ids)) if example.learnt[place]]
-        is_whole = list(example.ids[: len(prompt)]) == list(prompt)
-        last = max([place for place, _ in predictions], default=0)
-        ids = example.ids[: max(last + 1, len(prompt) if is_whole else 0)]
-        loss_rows.append(len(rows))
-        rows.append(PairedRow(ids, predictions, len(prompt) if is_whole else 0))
-        if not is_whole:
-            rows.append(PairedRow(prompt, (), len(prompt)))
-        reply_rows.append(len(rows) - 1)
-    return rows, loss_rows, reply_rows
-
-
-def _outputs(
-    chat: ChatTokenizer,
-    results: Sequence[RowResult],
-    encoded: Sequence[TokenizedExample],
-    loss_rows: Sequence[int],
-    reply_rows: Sequence[int],
-    field: str,
-) -> ModelOutputs:
-    """One side. The reply to a document is empty."""
-    nats = [results[row].nats for row in loss_rows]
-    generations = [results[row].generation or Generation([], "stop") for row in reply_rows]
-    texts = [chat.decode(generation.ids) for generation in generations]
-    confidence = (
-        [_confidence(chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
-        if field
-        else []
-    )
-    return ModelOutputs(
-        texts,
-        [math.fsum(row) / len(row) if row else 0.0 for row in nats],
-        [example.supervised_tokens for example in encoded],
-        confidence,
-        [generation.finish == "decided" for generation in generations],
-    )
-
-
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
     """Return all that is measured of one side. field: where a reply names a class; empty where none is asked for.
 
@@ -288,13 +187,20 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
             "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
         )
-    texts = [base.chat.decode(item.ids) for item in generations]
+    return reply_outputs(base.chat, generations, loss, tokens, field)
+
+
+def reply_outputs(
+    chat: ChatTokenizer, generations: Sequence[Generation], loss: Sequence[float], tokens: Sequence[int], field: str
+) -> ModelOutputs:
+    """The outputs of one side from its replies. field: as of `measure_model`."""
+    texts = [chat.decode(generation.ids) for generation in generations]
     confidence = (
-        [_confidence(base.chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
+        [_confidence(chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
         if field
         else []
     )
-    return ModelOutputs(texts, loss, tokens, confidence)
+    return ModelOutputs(texts, loss, tokens, confidence, [generation.finish == DECIDED for generation in generations])
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:

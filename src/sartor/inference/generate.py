@@ -22,10 +22,13 @@ from sartor.models.multimodal import native_media as native_replies
 from sartor.models.multimodal import whisper_base
 from sartor.models.multimodal.native_media import native_media
 
+# Why a reply ended that was not written on, since its rest was of no interest
+DECIDED = "decided"
+
 
 @dataclass(frozen=True)
 class Generation:
-    """One reply: its tokens without the stop token, and why it ended (`stop` or `length`).
+    """One reply: its tokens without the stop token, and why it ended (`stop`, `length` or DECIDED).
 
     logprobs: of each token the natural logarithm of its probability, given all before it, at temperature 1.
     """

@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 
-from sartor.inference.generate import Generation, broken_logits, context_tokens
+from sartor.inference.generate import DECIDED, Generation, broken_logits, context_tokens
 from sartor.inference.local.cpu_decoder import CpuDecoder, open_compiled
 from sartor.inference.local.kv_cache import PAGE_TOKENS
 from sartor.inference.local.torch_decoder import TokenRun
@@ -67,7 +67,7 @@ class ReplyLimits:
 
 @dataclass
 class RowResult:
-    """Nats of each predicted token, and the reply: finish `decided` where it was not written on, None where none was wanted."""
+    """Nats of each predicted token, and the reply: finish DECIDED where it was not written on, None where none was wanted."""
 
     nats: list[float] = field(default_factory=list)
     generation: Generation | None = None
@@ -313,7 +313,7 @@ class _PairedBatch:
         if len(state.tokens) >= self._limits.max_tokens:
             self._finish(state, "length")
         elif self._limits.is_decided and self._limits.is_decided(state.index, state.tokens):
-            self._finish(state, "decided")
+            self._finish(state, DECIDED)
 
     def _finish(self, state: _RowReading, finish: str) -> None:
         state.result.generation = Generation(state.tokens, finish, state.logprobs if self._limits.has_logprobs else [])
