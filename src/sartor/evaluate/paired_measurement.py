@@ -13,7 +13,7 @@ from sartor.evaluate.metrics import ModelOutputs
 from sartor.evaluate.predictions import HeldOut, measure_model, reply_limit, reply_outputs
 from sartor.inference.generate import Generation, check_context
 from sartor.inference.local import paired_replies
-from sartor.inference.local.paired_replies import PairedRow, ReplyLimits
+from sartor.inference.local.paired_replies import PairedRow, ReplyLimits, paired_row
 from sartor.models.base import Base
 from sartor.models.packing import TokenizedExample
 
@@ -86,12 +86,9 @@ def _paired_rows(
     rows: list[PairedRow] = []
     loss_rows, reply_rows = [], []
     for example, prompt in zip(encoded, prompts, strict=True):
-        predictions = [(place - 1, example.ids[place]) for place in range(1, len(example.ids)) if example.learnt[place]]
         is_whole = list(example.ids[: len(prompt)]) == list(prompt)
-        last = max([place for place, _ in predictions], default=0)
-        ids = example.ids[: max(last + 1, len(prompt) if is_whole else 0)]
         loss_rows.append(len(rows))
-        rows.append(PairedRow(ids, predictions, len(prompt) if is_whole else 0))
+        rows.append(paired_row(example, len(prompt) if is_whole else 0))
         if not is_whole:
             rows.append(PairedRow(prompt, (), len(prompt)))
         reply_rows.append(len(rows) - 1)

@@ -25,6 +25,7 @@ from sartor.inference.local.cpu_decoder import CpuDecoder, open_compiled
 from sartor.inference.local.kv_cache import PAGE_TOKENS
 from sartor.inference.local.torch_decoder import TokenRun
 from sartor.models.losses.transformers_backend import without_peft
+from sartor.models.packing import TokenizedExample
 
 # Of one step, of prompts and replies together
 STEP_TOKENS = 256
@@ -50,6 +51,13 @@ class PairedRow:
         """The first place at which something of this row is wanted: what stands before may be another row's as well."""
         ends = [self.prompt_tokens - 1] if self.prompt_tokens else []
         return min([len(self.ids) - 1, *ends, *(place for place, _ in self.predictions)])
+
+
+def paired_row(example: TokenizedExample, prompt_tokens: int) -> PairedRow:
+    """The row of an example whose reply begins behind `prompt_tokens` of it; 0 for its losses alone."""
+    predictions = [(place - 1, example.ids[place]) for place in range(1, len(example.ids)) if example.learnt[place]]
+    last = max([place for place, _ in predictions], default=0)
+    return PairedRow(example.ids[: max(last + 1, prompt_tokens)], predictions, prompt_tokens)
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,12 @@ def shared_beginnings(rows: Sequence[PairedRow]) -> list[tuple[int, list[int]]]:
                 continue
         groups.append((length, [index]))
     return [(length if len(group) > 1 else 0, group) for length, group in groups]
+
+
+def read_tokens(rows: Sequence[PairedRow]) -> int:
+    """How many tokens one side reads, each beginning that rows share once."""
+    groups = shared_beginnings(rows)
+    return sum(length + sum(len(rows[index].ids) - length for index in indices) for length, indices in groups)
 
 
 def _shared_tokens(first: PairedRow, second: PairedRow) -> int:
