@@ -53,7 +53,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
 
 def test_a_plan_has_intervals_counts_and_the_path(tune_recipe: dict[str, Any]) -> None:
     said = sartor.plan(tune_recipe, price="0.45/h").as_json()
-    for name in ("time_s", "peak_memory_bytes", "cost"):
+    for name in ("time_s", "evaluation_s", "peak_memory_bytes", "cost"):
         assert 0 < said[name]["low"] <= said[name]["estimate"] <= said[name]["high"], name
     assert said["cost"]["estimate"] == pytest.approx(said["time_s"]["estimate"] / 3600 * 0.45, abs=1e-4)
     assert said["micro_batch_tokens"] == 128 and said["path"] == "fast" and said["path_reason"]

@@ -73,6 +73,7 @@ def evaluate(
     label: str = "",
     audit: REPLACE = False,
     favourable: tuple[str, ...] = (),
+    metrics: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     out: Path | None = None,
     rows: int = 200,
     replace: REPLACE = False,
@@ -87,13 +88,14 @@ def evaluate(
         label: the field of the JSON replies that names a class, a dotted path; . is the whole reply
         audit: look for bias, for what was learnt by heart, and for refusals that changed; the gate then looks at them too
         favourable: with --audit: an outcome that is to be wished for (approved), of those that replies name; also several
+        metrics: measure these alone: those of scorer, ece, loss; a reply ends as soon as none of them can change
         out: directory of the new Report; by default PATH-report, with --split test PATH-test-report
         rows: most rows to evaluate on
         replace: replace the Report that stands there
     """
     return sartor.evaluate(
-        path, data=data, split=split, scorer=scorer, label=label, audit=audit, favourable=favourable, out=out, most_rows=rows,
-        replace=replace, notice=notice,
+        path, data=data, split=split, scorer=scorer, label=label, audit=audit, favourable=favourable, metrics=metrics, out=out,
+        most_rows=rows, replace=replace, notice=notice,
     )  # fmt: skip
 
 

@@ -30,10 +30,12 @@ from sartor.evaluate.audit import forgetting_probes
 from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import ModelPair
+from sartor.evaluate.evaluation_progress import EvaluationProgress
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
-from sartor.evaluate.metrics import LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
-from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, measure_model, model_side, reply_limit
+from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
+from sartor.evaluate.paired_measurement import measure_models
+from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, model_side, reply_limit
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
 from sartor.models import adapters, composed_model
@@ -59,7 +61,8 @@ class Evaluated:
             "primary", "metrics", "label", "modalities", "ablation", "forgetting", "probes", "audit", "rows", "groups",
             "left_out", "warnings", "chosen", "split", "wall_s",
         )  # fmt: skip
-        return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
+        cut = {"cut_replies": manifest["cut_replies"]} if "cut_replies" in manifest else {}
+        return {"report": str(self.report.path), **{key: manifest[key] for key in keys}, **cut}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def evaluate(
     label: str = "",
     audit: bool = False,
     favourable: Sequence[str] = (),
+    metrics: Sequence[str] = (),
     most_rows: int = 200,
     replace: bool = False,
     notice: Notice = lambda line: None,
@@ -92,8 +96,9 @@ def evaluate(
     replies that names a class, by a dotted path, or `.`: the whole reply is the class. `scorer` names the metric that the gate
     looks at; by default macro-F1 with a label, the word error rate of transcripts, exact match where references are short,
     else F1. `audit` also looks for bias, for what was learnt by heart and for refusals that changed (`audit/`); `favourable`:
-    outcomes that are to be wished for, of those that replies name. `out` defaults to `PATH-report`. Raises ArtifactError,
-    ModelError, ConfigError, and SourceError when there is no row to evaluate on.
+    outcomes that are to be wished for, of those that replies name. `metrics` are the ones to measure, by default all that the
+    rows have; a reply then ends as soon as none of them can change (`scorers.py`), and its row says so. `out` defaults to
+    `PATH-report`. Raises ArtifactError, ModelError, ConfigError, and SourceError when there is no row to evaluate on.
 
     The evaluation is written to the ledger of evaluations, and the Report says how many of its rows are known
     (`core/evaluation_ledger.py`); a damaged ledger is an ArtifactError before anything is measured.
@@ -108,10 +113,11 @@ def evaluate(
     if scorer and scorer not in NAMES:
         raise ConfigError(f"there is no scorer {scorer!r}", f"--scorer {' | '.join(NAMES)}")
     evaluation_ledger.check_ledger()
+    _check_metrics(metrics, scorer)
     with tempfile.TemporaryDirectory() as media:
         eval_set = held_out(adapter, Path(data) if data else None, most_rows, Path(media), split)
         options = AuditOptions(label, tuple(favourable)) if audit else None
-        measured = _measure(adapter, eval_set, label, scorer, notice, options)
+        measured = _measure(adapter, eval_set, label, scorer, notice, options, metrics)
     rows_split = "file" if data else split
     row_ids = [row["id"] for row in measured.table]
     chosen = evaluation_ledger.record_evaluation(_tuned_id(adapter), row_ids, rows_split)
@@ -147,8 +153,21 @@ def _tuned_id(artifact: Artifact) -> str:
     return next((parent["id"] for parent in parents if parent["kind"] == "adapter"), artifact.id)
 
 
+def _check_metrics(metrics: Sequence[str], scorer: str) -> None:
+    if unknown := [name for name in metrics if name not in ALL_METRICS]:
+        raise ConfigError(f"there is no metric {unknown[0]!r}", f"--metrics {' | '.join(ALL_METRICS)}")
+    if metrics and scorer and scorer not in metrics:
+        raise ConfigError(f"the gate cannot look at {scorer}, which --metrics leaves out", f"--metrics {scorer}")
+
+
 def _measure(
-    adapter: Artifact, eval_set: HeldOut, label: str, scorer: str, notice: Notice, audit_options: AuditOptions | None = None
+    adapter: Artifact,
+    eval_set: HeldOut,
+    label: str,
+    scorer: str,
+    notice: Notice,
+    audit_options: AuditOptions | None = None,
+    metrics: Sequence[str] = (),
 ) -> EvaluationResult:
     """Ask both sides everything.
 
@@ -156,6 +175,7 @@ def _measure(
     """
     asked_measures = _measures(eval_set, label)
     asked_measures.check(scorer or "exact_match")
+    asked_measures.check_all(metrics)
     warnings = evaluation_warnings(asked_measures.classes_or_references, asked_measures.groups)
     for warning in warnings:
         notice(str(warning))
@@ -165,9 +185,19 @@ def _measure(
     notice(f"evaluating base and tuned on {len(eval_set.examples)} held-out rows")
     eval_set = fitting(base, eval_set, reply_limit(base, eval_set.examples))
     measures = _measures(eval_set, label)
-    primary = scorer or _primary(measures)
-    before, after = (measure_model(base, model, eval_set, label, tuned=tuned) for tuned in (False, True))
-    comparisons = measures.compared(before, after)
+    primary = scorer or _primary(measures, metrics)
+    # what media are worth is measured by the whole replies as well
+    decisive = {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
+    with EvaluationProgress(len(eval_set.examples), notice) as progress:
+        before, after = measure_models(
+            base,
+            model,
+            eval_set,
+            label,
+            is_decided=(lambda index, reply: measures.is_decided(index, reply, decisive)) if decisive else None,
+            progress=progress.show,
+        )
+    comparisons = measures.compared(before, after, metrics)
     ablation = ablate(base, model, eval_set, measures, after, primary, notice)
     notice("measuring what was forgotten")
     probe_results = forgetting_probes.measure_probes(base, model)
@@ -186,7 +216,9 @@ def _measure(
         "groups": len(set(measures.groups)),
         "left_out": eval_set.left_out,
     }
-    table = _table(eval_set.examples, measures, before, after)
+    if metrics:
+        facts["cut_replies"] = {"base": sum(before.is_cut), "tuned": sum(after.is_cut)}
+    table = _table(eval_set.examples, measures, before, after, metrics)
     return EvaluationResult(facts, table, thumbnails(eval_set, report_page.rows_to_show(table, primary)))
 
 
@@ -245,7 +277,13 @@ def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) 
             )
 
 
-def _primary(measures: MetricSet) -> str:
+def _primary(measures: MetricSet, metrics: Sequence[str] = ()) -> str:
+    """The natural metric of the rows, or the first of `metrics` where it is none of them."""
+    natural = _natural_metric(measures)
+    return natural if not metrics or natural in metrics else next(name for name in metrics if name in measures.names)
+
+
+def _natural_metric(measures: MetricSet) -> str:
     if measures.labelled:
         return "macro_f1"
     if len(measures.transcripts) == len(measures.references):
@@ -254,7 +292,13 @@ def _primary(measures: MetricSet) -> str:
     return "exact_match" if words <= SHORT_REFERENCE_WORDS else "f1"
 
 
-def _table(examples: Sequence[Example], measures: MetricSet, before: ModelOutputs, after: ModelOutputs) -> list[dict[str, Any]]:
+def _table(
+    examples: Sequence[Example],
+    measures: MetricSet,
+    before: ModelOutputs,
+    after: ModelOutputs,
+    metrics: Sequence[str] = (),
+) -> list[dict[str, Any]]:
     """One mapping per row, for rows.parquet and the page."""
     columns: dict[str, Sequence[Any]] = {
         "id": [example.id for example in examples],
@@ -269,8 +313,11 @@ def _table(examples: Sequence[Example], measures: MetricSet, before: ModelOutput
     }
     if measures.field:
         columns |= {"label": measures.labels, "base_confidence": before.confidence, "tuned_confidence": after.confidence}
-    for name, scores in measures.by_row(before).items():
-        columns |= {f"base_{name}": scores, f"tuned_{name}": measures.by_row(after)[name]}
+    if any(before.is_cut) or any(after.is_cut):  # such a reply is not what the model would have said
+        columns |= {"base_is_cut": before.is_cut, "tuned_is_cut": after.is_cut}
+    tuned_scores = measures.by_row(after, metrics)
+    for name, scores in measures.by_row(before, metrics).items():
+        columns |= {f"base_{name}": scores, f"tuned_{name}": tuned_scores[name]}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -308,7 +355,7 @@ def compare_with_live(
     eval_set = _find_eval_set(new_version, rows)
     base, model = open_tuned(live_version, notice)
     notice(f"{live_version.path} answers the same {len(rows)} rows")
-    outputs = measure_model(base, model, eval_set, report_artifact.manifest["label"], tuned=True)
+    outputs = measure_models(base, model, eval_set, report_artifact.manifest["label"], sides=[True])[0]
     primary = str(report_artifact.manifest["primary"])
     metric = _OF_A_ROW.get(primary, primary)
     transcripts = [index for index, row in enumerate(rows) if row.get(f"tuned_{metric}") is not None] if metric == "wer" else []

@@ -6,7 +6,7 @@ the word error rate are of the whole set, and no mean over rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from sartor.core.errors import ConfigError
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
-from sartor.evaluate.reply_labels import WHOLE, known_fields, label_of
-from sartor.evaluate.scorers import SCORERS, word_errors
+from sartor.evaluate.reply_labels import WHOLE, is_no_object, known_fields, label_of
+from sartor.evaluate.scorers import SCORERS, is_mismatch, word_errors
 
 Array = NDArray[np.float64]
 OF_LABELS = ("accuracy", "macro_f1")
 # What `--scorer` may name
 NAMES = (*SCORERS, "wer", *OF_LABELS)
+# What `--metrics` may name: of a reply, of its confidence, of the reference
+ALL_METRICS = (*NAMES, "ece", "loss")
 LOWER_IS_BETTER = frozenset({"loss", "wer", "ece"})
 BINS = 15
 
@@ -31,13 +33,15 @@ class ModelOutputs:
     """What one side did with the rows of a task, row by row.
 
     loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the label
-    that it named, the product over the tokens that spell it; 0 where it named none. What was not measured may be empty.
+    that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was not written
+    on, since its scores were decided. What was not measured may be empty.
     """
 
     replies: Sequence[str]
     loss: Sequence[float] = ()
     tokens: Sequence[int] = ()
     confidence: Sequence[float] = ()
+    is_cut: Sequence[bool] = ()
 
 
 class MetricSet:
@@ -108,12 +112,41 @@ class MetricSet:
             new_transcripts,
         )
 
-    def compared(self, before: ModelOutputs, after: ModelOutputs) -> dict[str, Comparison]:
-        """Every metric of both sides."""
-        result = {name: self.compare(name, before, after) for name in self.names}
-        if self.labelled and before.confidence and after.confidence:
+    def is_decided(self, index: int, reply_so_far: str, metrics: Iterable[str]) -> bool:
+        """Whether no continuation of the reply to a row can change one of `metrics`."""
+        return all(self._is_metric_decided(name, index, reply_so_far) for name in metrics)
+
+    def _is_metric_decided(self, name: str, index: int, reply_so_far: str) -> bool:
+        label = self.labels[index]
+        if name in SCORERS:
+            return SCORERS[name].is_decided(reply_so_far, self.references[index])
+        if name == "loss":  # of the reference
+            return True
+        if name == "wer":
+            return index not in self.transcripts
+        if label is None or self.field != WHOLE:  # what names no label has no confidence either
+            return label is None or is_no_object(reply_so_far)
+        if name == "ece":
+            return False
+        return all(is_mismatch(reply_so_far, possible) for possible in ([label] if name == "accuracy" else self.classes))
+
+    def check_all(self, names: Sequence[str]) -> None:
+        """Raise ConfigError unless these rows have every metric of `names`, the scores of a reply among them."""
+        for name in names:
+            if name == "ece" and not self.labelled:
+                raise ConfigError("there is no ece of these rows; it needs --label FIELD", "--label FIELD")
+            if name not in ("ece", "loss"):
+                self.check(name)
+        if names and not set(names) & set(self.names):
+            raise ConfigError(f"--metrics {' '.join(names)} scores no reply", f"--metrics {' | '.join(self.names)}")
+
+    def compared(self, before: ModelOutputs, after: ModelOutputs, only: Collection[str] = ()) -> dict[str, Comparison]:
+        """Every metric of both sides, or those of `only`."""
+        only = only or (*self.names, "ece", "loss")
+        result = {name: self.compare(name, before, after) for name in self.names if name in only}
+        if self.labelled and before.confidence and after.confidence and "ece" in only:
             result["ece"] = self._calibration(before, after)
-        if before.loss and after.loss:
+        if before.loss and after.loss and "loss" in only:
             result["loss"] = bootstrap.paired_bootstrap(before.loss, after.loss, self.groups, before.tokens, is_bounded=False)
         return result
 
@@ -128,17 +161,20 @@ class MetricSet:
         base, tuned = ([self._score(name, side, index) for index in indices] for side in (before, after))
         return bootstrap.paired_bootstrap(base, tuned, self._groups(indices))
 
-    def by_row(self, side: ModelOutputs) -> dict[str, list[float | None]]:
-        """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript."""
+    def by_row(self, side: ModelOutputs, only: Collection[str] = ()) -> dict[str, list[float | None]]:
+        """Scores of each row; None where it has none: accuracy of a row without a label, word errors of no transcript.
+
+        only: metrics, of which those are given that are scores of a row, or that such a score makes up.
+        """
         indices = range(len(self.references))
         result: dict[str, list[float | None]] = {
-            name: [self._score(name, side, index) for index in indices] for name in SCORERS
+            name: [self._score(name, side, index) for index in indices] for name in SCORERS if not only or name in only
         }
-        if self.labelled:
+        if self.labelled and (not only or set(OF_LABELS) & set(only)):
             result["accuracy"] = [
                 None if self.labels[index] is None else self._score("accuracy", side, index) for index in indices
             ]
-        if self.transcripts:
+        if self.transcripts and (not only or "wer" in only):
             transcripts = set(self.transcripts)
             result["wer"] = [
                 self._errors(side, index)[0] / max(self._errors(side, index)[1], 1) if index in transcripts else None
@@ -149,7 +185,7 @@ class MetricSet:
     def _score(self, name: str, side: ModelOutputs, index: int) -> float:
         if name == "accuracy":
             return float(label_of(side.replies[index], self.field) == self.labels[index])
-        return SCORERS[name](side.replies[index], self.references[index])
+        return SCORERS[name].score(side.replies[index], self.references[index])
 
     def _errors(self, side: ModelOutputs, index: int) -> tuple[int, int]:
         return word_errors(side.replies[index], self.references[index])

@@ -24,7 +24,7 @@ from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate.metrics import ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import Generation, context_tokens, generate
+from sartor.inference.generate import DECIDED, Generation, context_tokens, generate
 from sartor.models import packing
 from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
@@ -194,13 +194,20 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
             "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
         )
-    texts = [base.chat.decode(item.ids) for item in generations]
+    return reply_outputs(base.chat, generations, loss, tokens, field)
+
+
+def reply_outputs(
+    chat: ChatTokenizer, generations: Sequence[Generation], loss: Sequence[float], tokens: Sequence[int], field: str
+) -> ModelOutputs:
+    """The outputs of one side from its replies. field: as of `measure_model`."""
+    texts = [chat.decode(generation.ids) for generation in generations]
     confidence = (
-        [_confidence(base.chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
+        [_confidence(chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
         if field
         else []
     )
-    return ModelOutputs(texts, loss, tokens, confidence)
+    return ModelOutputs(texts, loss, tokens, confidence, [generation.finish == DECIDED for generation in generations])
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:

@@ -44,6 +44,16 @@ def is_json(reply: str) -> bool:
     return isinstance(parse_reply(reply), dict | list)
 
 
+def is_no_object(reply_so_far: str) -> bool:
+    """Whether no continuation of a reply is a JSON object, seen by its first character.
+
+    >>> is_no_object(" The"), is_no_object(" {"), is_no_object("")
+    (True, False, False)
+    """
+    position = _blanks(reply_so_far, 0)
+    return position < len(reply_so_far) and reply_so_far[position] != "{"
+
+
 def label_of(reply: str, field: str) -> str | None:
     """The class that a reply names at `field`, or None where it is no JSON or has no such field.
 

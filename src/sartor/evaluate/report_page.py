@@ -222,6 +222,11 @@ def rows_to_show(table: Sequence[Mapping[str, Any]], primary: str) -> list[int]:
     ]
 
 
+def cut_mark(row: Mapping[str, Any], side: str) -> str:
+    """What stands behind a reply that was not written to its end, since its scores were decided."""
+    return " <span class=lead>(cut: its scores were decided)</span>" if row.get(f"{side}_is_cut") else ""
+
+
 def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping[int, str]) -> str:
     lines = []
     for index in rows_to_show(table, primary):
@@ -230,8 +235,9 @@ def _answers(table: Sequence[Mapping[str, Any]], primary: str, pictures: Mapping
         media_label = f"<span class=lead>{escape(row['media'])}</span> " if row["media"] and not picture else ""
         lines.append(
             f"<tr><td>{picture}{media_label}{escape(row['prompt'][:300])}</td><td><code>{escape(row['reference'][:300])}</code></td>"
-            f"<td><code>{escape(row['base_reply'][:160])}</code></td>"
-            f"<td class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code></td></tr>"
+            f"<td><code>{escape(row['base_reply'][:160])}</code>{cut_mark(row, 'base')}</td>"
+            f"<td class={'better' if is_right(row, primary) else 'worse'}><code>{escape(row['tuned_reply'][:300])}</code>"
+            f"{cut_mark(row, 'tuned')}</td></tr>"
         )
     verdicts = [is_right(row, primary) for row in table]
     counts = f"<p class=lead>{verdicts.count(True)} right, {verdicts.count(False)} wrong; all of them are in rows.parquet</p>"

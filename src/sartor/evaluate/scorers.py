@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rapidfuzz.distance import LCSseq, Levenshtein
 
@@ -86,4 +87,31 @@ def _spoken_words(text: str) -> list[str]:
     return _NO_WORD.sub(" ", _APOSTROPHE.sub("", text.lower())).split()
 
 
-SCORERS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "f1": f1, "rouge_l": rouge_l}
+def is_never_decided(reply_so_far: str, reference: str) -> bool:
+    """Return False: more words change an overlap of words."""
+    return False
+
+
+def is_mismatch(reply_so_far: str, reference: str) -> bool:
+    r"""Return whether no continuation of a reply is the same text as its reference but for white space at the ends.
+
+    >>> is_mismatch(' ye', 'yes'), is_mismatch('yes\n', 'yes'), is_mismatch('yes.', 'yes'), is_mismatch('no', 'yes')
+    (False, False, True, True)
+    """
+    # white space at the end belongs to the text as soon as anything else follows it
+    reply, target = reply_so_far.lstrip(), reference.strip()
+    return not (target.startswith(reply) or (reply.startswith(target) and not reply[len(target) :].strip()))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A score of a reply against its reference.
+
+    is_decided: whether no continuation of a reply so far can change the score, so that the reply need not be written on.
+    """
+
+    score: Callable[[str, str], float]
+    is_decided: Callable[[str, str], bool] = is_never_decided
+
+
+SCORERS = {"exact_match": Scorer(exact_match, is_mismatch), "f1": Scorer(f1), "rouge_l": Scorer(rouge_l)}

@@ -158,11 +158,11 @@ def recorded_canaries(facts: TrainingFacts, report: Artifact) -> list[dict[str, 
     """A few held-out prompts of the Report with the tuned model's greedy replies: what admission asks again before it serves.
 
     One of each reply first, then others of the same reply. The shortest, since they are compared as they stand and numbers
-    that are rounded otherwise part long ones. None of a row with media: a manifest holds text. Each states by which arithmetic
-    its reply was made (core/numerics.py).
+    that are rounded otherwise part long ones. None of a row with media: a manifest holds text; none that was cut. Each states
+    by which arithmetic its reply was made (core/numerics.py).
     """
     rows = parquet_io.read_file(report.path / "rows.parquet")
-    candidates = [row for row in rows if row["tuned_reply"].strip() and not row.get("media")]
+    candidates = [row for row in rows if row["tuned_reply"].strip() and not row.get("media") and not row.get("tuned_is_cut")]
     candidates.sort(key=lambda row: (len(row["tuned_reply"]), row["id"]))
     first = {row["tuned_reply"]: row["id"] for row in reversed(candidates)}
     candidates.sort(key=lambda row: first[row["tuned_reply"]] != row["id"])

@@ -22,10 +22,13 @@ from sartor.models.multimodal import native_media as native_replies
 from sartor.models.multimodal import whisper_base
 from sartor.models.multimodal.native_media import native_media
 
+# Why a reply ended that was not written on, since its rest was of no interest
+DECIDED = "decided"
+
 
 @dataclass(frozen=True)
 class Generation:
-    """One reply: its tokens without the stop token, and why it ended (`stop` or `length`).
+    """One reply: its tokens without the stop token, and why it ended (`stop`, `length` or DECIDED).
 
     logprobs: of each token the natural logarithm of its probability, given all before it, at temperature 1.
     """
@@ -100,6 +103,17 @@ def context_tokens(model: Any) -> int | None:
     return int(limit) if limit else None
 
 
+def check_context(model: Any, prompt_tokens: int, max_tokens: int) -> None:
+    """Raise ModelError when a prompt and its reply cannot fit the model's context."""
+    context = context_tokens(model)
+    if context and prompt_tokens + max_tokens > context:
+        raise ModelError(
+            f"a prompt of {prompt_tokens} tokens and a reply of {max_tokens} need {prompt_tokens + max_tokens} "
+            f"positions; the model has {context}",
+            f"shorten the prompt, or ask for at most {max(context - prompt_tokens, 0)} tokens",
+        )
+
+
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -116,14 +130,7 @@ def generate(
     Raises ModelError when a prompt and its reply cannot fit the model's context. `progress` is told of finished rows.
     """
     sampling = sampling or Sampling()
-    context = context_tokens(model)
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if context and longest + sampling.max_tokens > context:
-        raise ModelError(
-            f"a prompt of {longest} tokens and a reply of {sampling.max_tokens} need {longest + sampling.max_tokens} "
-            f"positions; the model has {context}",
-            f"shorten the prompt, or ask for at most {max(context - longest, 0)} tokens",
-        )
+    check_context(model, max((len(prompt) for prompt in prompts), default=0), sampling.max_tokens)
     choose = Chooser(sampling, len(prompts))
     replies = _by_own_forward(model, prompts, stop, pad, choose)
     if replies:
@@ -161,9 +168,14 @@ def _by_own_forward(
 
 def _check_finite(logits: torch.Tensor) -> None:
     if not torch.isfinite(logits.amax(-1)).all():
-        raise ModelError(
-            "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
-        )
+        raise broken_logits()
+
+
+def broken_logits() -> ModelError:
+    """The error for logits that are infinite or no numbers."""
+    return ModelError(
+        "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
+    )
 
 
 @torch.inference_mode()

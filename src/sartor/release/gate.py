@@ -156,6 +156,8 @@ def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
+    if cut := sum(bool(row.get("tuned_is_cut")) for row in rows):
+        return Check("fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics")
     verdicts = [rule.verdict(row["tuned_reply"]) for row in rows]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable

@@ -23,6 +23,7 @@ from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, sam
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
+from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
 from sartor.tune.plan_warnings import PlanWarning
 from sartor.tune.preference_training import reached_pairs
@@ -40,9 +41,13 @@ _SMALL_TOKENS = 128
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price."""
+    """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price.
+
+    evaluation_s: of `sartor evaluate` on the held-out rows; None where `evaluation_forecast.py` has none.
+    """
 
     time_s: Interval | None = None
+    evaluation_s: Interval | None = None
     peak_memory_bytes: Interval | None = None
     cost: Interval | None = None
     counters: Counters = field(default_factory=Counters)
@@ -59,6 +64,7 @@ class TuningPlan:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
         return {
             "time_s": self.time_s and self.time_s.as_json(3),
+            "evaluation_s": self.evaluation_s and self.evaluation_s.as_json(3),
             "peak_memory_bytes": self.peak_memory_bytes and self.peak_memory_bytes.as_json(),
             "cost": self.cost and self.cost.as_json(6),
             "updates": self.counters.updates,
@@ -81,6 +87,7 @@ class TuningPlan:
         counters = self.counters
         return [
             ("time", _format_interval(self.time_s, "s")),
+            ("evaluation", _format_interval(self.evaluation_s, "s")),
             ("peak memory", _format_interval(self.peak_memory_bytes and self.peak_memory_bytes * 1e-9, "GB")),
             *([("cost", _format_interval(self.cost, ""))] if self.cost else []),
             (
@@ -131,7 +138,11 @@ def plan(
         *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
         *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
     ]
-    return replace(forecast, settings=settings, warnings=warnings)
+    forecast = replace(forecast, settings=settings, warnings=warnings)
+    if forecast.time_s is None:
+        return forecast
+    held_out = dataset.manifest["counts"]["splits"].get("eval", 0) or len(data.held_out)
+    return replace(forecast, evaluation_s=forecast_evaluation(model, data.held_out, min(held_out, EVALUATED_ROWS)))
 
 
 def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:

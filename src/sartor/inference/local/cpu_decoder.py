@@ -42,7 +42,7 @@ class LoraTables:
 
     def __init__(self, sites: Sequence[Site], dtype: torch.dtype, walker: CpuForward) -> None:
         self._dtype, self._walker = dtype, walker
-        self._sites = tuple(sites)
+        self.sites = tuple(sites)
         self._shapes = {module: shape for site in sites for module, shape in _shapes(site).items()}
         self._slots: dict[str, int] = {}
         self._tables: dict[int, AdapterTable] = {-1: AdapterTable()}
@@ -80,7 +80,7 @@ class LoraTables:
         numbers = cpu_forward.on_wide_pages(sum(rank * (_filled(outs) + ins) for rank, outs, ins in shapes), self._dtype)
         entries = {module: Factor() for module in self._shapes}
         rest = numbers
-        for site in self._sites:
+        for site in self.sites:
             # in the order in which they are read: all A of a product, then all B
             tuned = {module: shape for module, shape in _shapes(site).items() if module in pairs}
             for module, (_, ins) in tuned.items():
@@ -128,26 +128,49 @@ class CpuDecoder:
         _check(fast, projections)
         self._walker = CpuForward(self.dtype, tiles=all(part.modules[0].in_features % 32 == 0 for part in projections))
         _move(fast, projections)
+        self._parts = projections
         self.factors = LoraTables(sites_of(projections, names), self.dtype, self._walker)
         self._kinds = sorted({block.rope_kind for block in fast.blocks})
-        block = fast.blocks[0]
+        self.cache_pages, block = cache_pages, fast.blocks[0]
         size = (cache_pages, block.shape.groups, 2 * PAGE * (-(-block.width // 32) * 32))  # room for any order of them
         self._caches = [torch.empty(size, dtype=self.dtype) for _ in fast.blocks]
+        # in a page of all groups: less than there is room for
+        self._page_numbers = block.shape.groups * self._walker.page_numbers(block.width)
         self._model = self._described()
 
-    @torch.inference_mode()
     def advance(self, runs: Sequence[TokenRun], scored_runs: Sequence[int]) -> Scores:
         """See `torch_decoder.TorchDecoder`."""
-        last = [0] * len(runs)
+        return self.score(runs, [(index, len(runs[index].ids) - 1) for index in scored_runs])
+
+    @torch.inference_mode()
+    def score(self, runs: Sequence[TokenRun], places: Sequence[tuple[int, int]]) -> Scores:
+        """Take each run through all layers; what comes after the tokens at `places`: (index of a run, place in its ids)."""
+        starts = [0] * len(runs)
         # neighbours with one adapter are computed together
         order = sorted(range(len(runs)), key=lambda index: runs[index].slot)
         x, end = self._walked([runs[index] for index in order]), 0
         for index in order:
+            starts[index] = end
             end += len(runs[index].ids)
-            last[index] = end - 1
-        if not scored_runs:
+        if not places:
             return Scores(x.new_empty(0, self.vocabulary), [])
-        return Scores(*self._walker.head(self._model, x[torch.tensor([last[index] for index in scored_runs])]))
+        return Scores(*self._walker.head(self._model, x[torch.tensor([starts[index] + place for index, place in places])]))
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Write the keys and values of a page of the cache over another's, in every layer."""
+        for cache in self._caches:
+            pages = cache.view(-1)[: self.cache_pages * self._page_numbers].view(self.cache_pages, -1)
+            pages[target].copy_(pages[source])
+
+    def attach_own(self, adapter: str) -> int:
+        """Load the factors that stand on the modules of the model, as peft has them; returns how many modules have some."""
+        pairs: dict[str, ModuleLora] = {}
+        for part, site in zip(self._parts, self.factors.sites, strict=True):
+            for factors in part.factors:
+                module = site.modules[site.low.index(factors.low)]
+                pairs[module] = ModuleLora(factors.a.detach(), factors.b.detach(), factors.scale)
+        self.factors.add(adapter, pairs)
+        return len(pairs)
 
     @torch.inference_mode()
     def hidden(self, run: TokenRun) -> torch.Tensor:
@@ -257,20 +280,38 @@ def _sizes(block: DecoderBlock) -> tuple[Any, ...]:
 
 def open_blocks(model: Any, cache_pages: int, context_tokens: int) -> TorchDecoder | CpuDecoder:
     """The fastest that is right for a base. Raises ModelError for an architecture that `fused_decoder.py` does not know."""
-    names = {id(module): name for name, module in model.named_modules()}
     try:
         fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
         angles = Angles(fast, model.config, context_tokens)
     except Unsupported as error:
         raise ModelError(f"the engine cannot serve this base: {error}", "engine: {kind: llamacpp} or {kind: openai}") from None
     try:
-        if model.device.type != "cpu":
-            raise cpu.NoKernels("they are for CPUs")
-        if problem := difference(fast.head.dtype):
-            raise cpu.NoKernels(f"they are wrong on this machine: {problem}")
-        return CpuDecoder(fast, cache_pages, angles, names)
+        return _compiled(model, fast, cache_pages, angles)
     except cpu.NoKernels:
-        return TorchDecoder(fast, cache_pages, angles, names)
+        return TorchDecoder(fast, cache_pages, angles, _names(model))
+
+
+def open_compiled(model: Any, cache_pages: int, context_tokens: int) -> CpuDecoder | None:
+    """Return the compiled decoder of a model without PEFT's shell, None where base, adapter or machine are not fit for it."""
+    try:
+        fast = FusedDecoder(model, kernels.choose_kernels(model.device)[0])
+        return _compiled(model, fast, cache_pages, Angles(fast, model.config, context_tokens))
+    except (cpu.NoKernels, Unsupported):
+        return None
+
+
+def _compiled(model: Any, fast: FusedDecoder, cache_pages: int, angles: Angles) -> CpuDecoder:
+    """Raises NoKernels, with the reason, where base or machine are not fit for it."""
+    if model.device.type != "cpu":
+        raise cpu.NoKernels("they are for CPUs")
+    if problem := difference(fast.head.dtype):
+        raise cpu.NoKernels(f"they are wrong on this machine: {problem}")
+    return CpuDecoder(fast, cache_pages, angles, _names(model))
+
+
+def _names(model: Any) -> dict[int, str]:
+    """Names of the base's modules by id, whether peft has put its own around them or not."""
+    return {id(module): name.removesuffix(".base_layer") for name, module in model.named_modules()}
 
 
 @functools.cache

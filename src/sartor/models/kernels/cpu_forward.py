@@ -95,6 +95,8 @@ class CpuForward:
         self._walk, self._head, self._bytes = (
             getattr(library, f"sartor_{name}_{self.name}") for name in ("walk", "head", "walk_bytes")
         )
+        self._page_numbers = getattr(library, f"sartor_page_numbers_{self.name}")
+        self._page_numbers.restype, self._page_numbers.argtypes = _Long, (_Long,)
         self._bytes.restype = _Long
         self._bytes.argtypes = (_Address, _Long, _Long)
         self._walk.argtypes = (_Address, _Address, _Address, ctypes.c_int)
@@ -107,6 +109,10 @@ class CpuForward:
         if self.name != "amx":
             return blocks.transpose(1, 2)
         return blocks.view(-1, RANKS, b.shape[1] // 2, 2).transpose(1, 2)
+
+    def page_numbers(self, width: int) -> int:
+        """How many numbers a page of the cache is: keys and values of PAGE tokens, of one group whose heads have this width."""
+        return int(self._page_numbers(width))
 
     def walk(self, model: Model, tokens: Tokens) -> None:
         """Take `tokens.x` through all layers."""

@@ -413,6 +413,7 @@ extern "C" int sartor_amx() { return amx_is_allowed(); }
 extern "C" int sartor_pairs() { return has_pairs(); }
 
 #define EXPORT(OP, LOOK, T, NAME)                                                                                                     \
+  extern "C" Long sartor_page_numbers_##NAME(Long head) { return LOOK::page_size(head); }                                             \
   extern "C" Long sartor_walk_bytes_##NAME(const Model* m, Long tokens, Long rank) { return room_bytes<OP, LOOK, T>(*m, tokens, rank); } \
   extern "C" void sartor_walk_##NAME(const Model* m, const Batch* b, char* memory, int threads) {                              \
     walk<OP, LOOK, T>(*m, *b, memory, threads);                                                                                      \

@@ -47,6 +47,22 @@ inline float sum(V v) {
   return sum_lanes<W>(lanes);
 }
 
+#if defined(__AVX512F__)
+// What `sum` makes of each of 16 vectors, added in the same order: neighbours, then neighbouring pairs, and so on.
+inline V sums_of_sixteen(const V* v) {
+  auto pairs = [](V a, V b) {
+    return (V)_mm512_add_ps(_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), _mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD));
+  };
+  auto quarters = [](V a, V b) {
+    return (V)_mm512_add_ps(_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88), _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD));
+  };
+  V four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) four[i] = pairs(pairs(v[4 * i], v[4 * i + 1]), pairs(v[4 * i + 2], v[4 * i + 3]));
+  return quarters(quarters(four[0], four[1]), quarters(four[2], four[3]));
+}
+#endif
+
 // Makers of products. span: y = w x for tokens [t0, t1) and outputs [n0, n1) of w, whose rows are `ld` numbers apart
 
 // By dot products of up to four outputs and four tokens at once, which Maker::tile makes. A token's input is In[Maker::wide(ins)].
@@ -64,9 +80,13 @@ template <class Maker, class T, class In> struct Dotted {
 
   static void span(const T* w, Long ld, Long n0, Long n1, Long depth, const In* x, Long ins, Long t0, Long t1, float* y,
                    Long ldy) {
-    Long wide = Maker::wide(ins), n = n0;
-    for (; n + 4 <= n1; n += 4) rows<4>(w + n * ld, ld, depth, x, wide, t0, t1, y + n, ldy);
-    for (; n < n1; ++n) rows<1>(w + n * ld, ld, depth, x, wide, t0, t1, y + n, ldy);
+    // as many tokens at a time as stay in the first cache while all outputs look at them
+    Long wide = Maker::wide(ins), block = std::max(Long(4), 32768 / (wide * Long(sizeof(In))) / 4 * 4);
+    for (Long t = t0; t < t1; t += block) {
+      Long end = std::min(t + block, t1), n = n0;
+      for (; n + 4 <= n1; n += 4) rows<4>(w + n * ld, ld, depth, x, wide, t, end, y + n, ldy);
+      for (; n < n1; ++n) rows<1>(w + n * ld, ld, depth, x, wide, t, end, y + n, ldy);
+    }
   }
 
   static void narrow(float* low, Long rank) {}
@@ -108,6 +128,21 @@ template <class T> struct Plain : Dotted<Plain<T>, T, float> {
         for (int n = 0; n < N; ++n) sums[n][m] = fused(weights[n], value, sums[n][m]);
       }
     }
+#if defined(__AVX512F__)
+    if constexpr (N == 4 && M == 4) {
+      if (k == depth) {
+        V all[16];
+#pragma GCC unroll 4
+        for (int m = 0; m < 4; ++m)
+#pragma GCC unroll 4
+          for (int n = 0; n < 4; ++n) all[4 * m + n] = sums[n][m];
+        float totals[16];
+        store(totals, sums_of_sixteen(all));
+        for (int m = 0; m < 4; ++m) std::memcpy(y + m * ldy, totals + 4 * m, 4 * sizeof(float));
+        return;
+      }
+    }
+#endif
     for (int n = 0; n < N; ++n)
       for (int m = 0; m < M; ++m) {
         float total = sum(sums[n][m]);

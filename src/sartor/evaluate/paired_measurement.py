@@ -1,0 +1,95 @@
+"""Replies and losses of base and tuned on held-out rows, in one batch where the compiled kernels fit.
+
+They fit text on a CPU (`inference/local/paired_replies.py`). Elsewhere each side is measured by itself, `predictions.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sartor.evaluate.metrics import ModelOutputs
+from sartor.evaluate.predictions import HeldOut, measure_model, reply_limit, reply_outputs
+from sartor.inference.generate import Generation, check_context
+from sartor.inference.local import paired_replies
+from sartor.inference.local.paired_replies import PairedRow, ReplyLimits, paired_row
+from sartor.models.base import Base
+from sartor.models.packing import TokenizedExample
+
+IsDecided = Callable[[int, str], bool]
+
+
+def measure_models(
+    base: Base,
+    model: Any,
+    eval_set: HeldOut,
+    field: str,
+    *,
+    sides: Sequence[bool] = (False, True),
+    is_decided: IsDecided | None = None,
+    progress: Callable[[float], object] = lambda fraction: None,
+) -> list[ModelOutputs]:
+    """What `measure_model` measures of each side (whether tuned), in one batch where the compiled kernels fit.
+
+    is_decided: (index of a row, reply so far) -> whether no score that is wanted can change any more: the reply ends there.
+    progress: told of the fraction that is done.
+    """
+    limit, chat = reply_limit(base, eval_set.examples), base.chat
+    encoded = [chat.encode(example, eval_set.folder) for example in eval_set.examples]
+    prompts = [
+        [] if example.is_document else chat.prompt_ids(example.prompt, example.tools, eval_set.folder)
+        for example in eval_set.examples
+    ]
+    check_context(model, max(map(len, prompts)), limit)
+    rows, loss_rows, reply_rows = _paired_rows(encoded, prompts)
+    decoder = paired_replies.open_pair(model, rows, limit)
+    if decoder is None:
+        outputs = []
+        for count, tuned in enumerate(sides, 1):
+            outputs.append(measure_model(base, model, eval_set, field, tuned=tuned))
+            progress(count / len(sides))
+        return outputs
+    examples = {row: index for index, row in enumerate(reply_rows)}
+
+    def is_reply_decided(row: int, tokens: Sequence[int]) -> bool:
+        text = chat.decode(tokens)
+        # half a character is no text yet
+        return is_decided is not None and not text.endswith("\ufffd") and is_decided(examples[row], text)
+
+    done, total = 0, len(rows) * len(sides)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done / total)
+
+    # where spaces are cleaned up, what is written next changes what was written
+    can_end = is_decided is not None and not getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
+    limits = ReplyLimits(limit, frozenset(chat.stops), is_reply_decided if can_end else None, has_logprobs=bool(field))
+    results = paired_replies.reply_to_rows(decoder, rows, limits, sides=sides, progress=advance)
+    tokens = [example.supervised_tokens for example in encoded]
+    outputs = []
+    for side in results:
+        nats = [side[row].nats for row in loss_rows]
+        loss = [math.fsum(row) / len(row) if row else 0.0 for row in nats]
+        # the reply to a document is empty
+        generations = [side[row].generation or Generation([], "stop") for row in reply_rows]
+        outputs.append(reply_outputs(chat, generations, loss, tokens, field))
+    return outputs
+
+
+def _paired_rows(
+    encoded: Sequence[TokenizedExample], prompts: Sequence[Sequence[int]]
+) -> tuple[list[PairedRow], list[int], list[int]]:
+    """(rows, for each example that with its losses, that with its reply): one where an example begins with its prompt."""
+    rows: list[PairedRow] = []
+    loss_rows, reply_rows = [], []
+    for example, prompt in zip(encoded, prompts, strict=True):
+        is_whole = list(example.ids[: len(prompt)]) == list(prompt)
+        loss_rows.append(len(rows))
+        rows.append(paired_row(example, len(prompt) if is_whole else 0))
+        if not is_whole:
+            rows.append(PairedRow(prompt, (), len(prompt)))
+        reply_rows.append(len(rows) - 1)
+    return rows, loss_rows, reply_rows

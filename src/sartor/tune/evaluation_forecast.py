@@ -1,0 +1,58 @@
+"""Forecast of `sartor evaluate` on the rows that a Dataset holds out, from a timed sample of them.
+
+Reading and writing go through the very engine that evaluates (`inference/local/paired_replies.py`), so seconds a token are
+measured and tokens counted. What nobody knows before is how long replies are: from as long as their references to the limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sartor.inference.local import paired_replies
+from sartor.inference.local.paired_replies import ReplyLimits, paired_row
+from sartor.models.packing import TokenizedExample
+from sartor.tune.cost_model import TIME_ALLOWANCE, Interval
+
+# As `sartor evaluate` has them: rows by default, and how much longer than the longest reference a reply may be
+EVALUATED_ROWS = 200
+_SPARE_TOKENS, _MAX_REPLY_TOKENS = 8, 512
+_SIDES = 2
+_PROBE_ROWS, _PROBE_TOKENS = 16, 4
+
+
+def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count: int) -> Interval | None:
+    """Seconds for the replies and losses of base and tuned on `count` rows like these.
+
+    None where the kernels do not fit, or there is no row. Opening the base, forgetting and an audit are not in it.
+    """
+    rows = [paired_row(example, _prompt_tokens(example)) for example in examples]
+    references = [len(row.ids) + 1 - row.prompt_tokens for row in rows if row.prompt_tokens]
+    if not references:
+        return None
+    limit = min(max(references) + _SPARE_TOKENS, _MAX_REPLY_TOKENS)
+    began = time.monotonic()
+    decoder = paired_replies.open_pair(model, rows, limit)
+    if decoder is None:
+        return None
+    opening_s, sample = time.monotonic() - began, rows[:_PROBE_ROWS]
+    limits = ReplyLimits(_PROBE_TOKENS, frozenset())
+    paired_replies.reply_to_rows(decoder, sample[:2], limits)  # takes the memory
+    began = time.monotonic()
+    paired_replies.reply_to_rows(decoder, sample, limits)
+    replies = sum(bool(row.prompt_tokens) for row in sample) * _PROBE_TOKENS
+    token_s = (time.monotonic() - began) / (_SIDES * (paired_replies.read_tokens(sample) + replies))
+    share = count / len(rows)
+    read, short, long = (
+        share * tokens for tokens in (paired_replies.read_tokens(rows), sum(references), len(references) * limit)
+    )
+    # the tuned model is taken to have learnt how long a reply is, the base to talk on
+    estimate = Interval(2 * read + short + long, 2 * read + 2 * short, 2 * read + 2 * long) * token_s + opening_s
+    return Interval(estimate.estimate, estimate.low * (1 - TIME_ALLOWANCE), estimate.high * (1 + TIME_ALLOWANCE))
+
+
+def _prompt_tokens(example: TokenizedExample) -> int:
+    """Tokens before the last reply; 0 for a document."""
+    starts = [place for place in range(1, len(example.ids)) if example.learnt[place] and not example.learnt[place - 1]]
+    return max(starts, default=0)
