@@ -273,7 +273,7 @@ def test_the_time_fit_finds_what_made_the_samples() -> None:
 
 def test_growth_below_the_allocators_noise_says_nothing() -> None:
     class Fake:
-        device, resident_bytes = torch.device("cpu"), GB
+        device, resident_bytes, left_bytes = torch.device("cpu"), GB, 0
 
     load = BatchLoad(1000, 400, 70_000, 70_000)
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable

@@ -53,7 +53,7 @@ class BatchLoad:
 
 @dataclass(frozen=True)
 class TimedBatch:
-    """One timed micro-batch: seconds of forward and backward, and memory at its peak above that before the first one.
+    """One timed micro-batch: seconds of forward and backward, and memory at its peak above what is held between two.
 
     growth_bytes is None where the system does not tell.
     """
@@ -97,8 +97,20 @@ class TimingProbe:
     def __init__(self, path: LossBackend, model: Any, device: torch.device) -> None:
         self.path, self.model, self.device = path, model, device
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # else a micro-batch would fill what the choice of the path has left free in the heap, and seem to need nothing
+        hardware.release_free_memory()
         self.resident_bytes = hardware.resident_bytes(device)
+        # what the last micro-batch has left behind: code of products of its length, buffers that grew
+        self.left_bytes = 0
         self.samples: list[TimedBatch] = []
+
+    def settle(self) -> None:
+        """Count what the last micro-batch has left behind as held, and no longer as its activations."""
+        hardware.release_free_memory()
+        before_bytes, self.resident_bytes = self.resident_bytes, hardware.resident_bytes(self.device)
+        self.left_bytes = max(self.resident_bytes - before_bytes, 0)
+        if self.samples and (growth := self.samples[-1].growth_bytes) is not None:
+            self.samples[-1] = replace(self.samples[-1], growth_bytes=growth - self.left_bytes)
 
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
@@ -111,7 +123,9 @@ class TimingProbe:
                 torch.cuda.synchronize(self.device)
             seconds = time.monotonic() - start_s
             growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
-        if not warm_up:
+        if warm_up and not self.samples:
+            self.settle()
+        elif not warm_up:
             self.samples.append(TimedBatch(total(load_of(row) for row in rows), seconds, growth))
         return seconds
 
@@ -148,12 +162,16 @@ class TimingProbe:
 LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
+# An interval whose high end is over twice its low one tells nobody what to do
+MOST_HALF_WIDTH = 0.33
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another
 UNMEASURED = (0.6, 1.0, 1.6)
 # What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate, high)
 SETTLING_BYTES = (0.0, 16e6, 64e6)
 # Below this, growth is the allocator's noise and says nothing of the activations
 NOISE_BYTES = 16 * 2**20
+# Lengths of a micro-batch that oneDNN has met after a probe
+PROBED_SHAPES = 2
 # A forward pass without gradients, of the time of forward and backward
 FORWARD_FRACTION = 0.4
 
@@ -250,8 +268,9 @@ def shape_of(model: Any, recipe: Recipe) -> ModelShape:
 class MemoryModel:
     """Peak memory as a function of the micro-batch and the recipe.
 
-    resident_bytes: held with base and adapter open, before the first micro-batch. scale: measured activations over the
+    resident_bytes: held between two micro-batches, with base and adapter open. scale: measured activations over the
     formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at all.
+    kernel_bytes: code of products that oneDNN will still keep, for micro-batches of lengths that it has not met.
     """
 
     shape: ModelShape
@@ -260,6 +279,7 @@ class MemoryModel:
     scale: Interval
     limit_bytes: int
     bound: str
+    kernel_bytes: int = 0
 
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
@@ -270,6 +290,7 @@ class MemoryModel:
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Memory held at once from here on: what has to fit."""
         grown, (low, estimate, high) = self.growth(load, shape) + self.resident_bytes, SETTLING_BYTES
+        estimate, high = estimate + self.kernel_bytes / 2, high + self.kernel_bytes
         return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
 
     def peak(self, load: BatchLoad) -> Interval:
@@ -303,6 +324,7 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         Interval(estimate, low, high),
         resident_bytes + available.bytes,
         available.bound,
+        probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0) if probe.device.type == "cpu" else 0,
     )
 
 
@@ -346,7 +368,8 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     freedom = max(len(samples) - len(fitted), 1)
     spread = float(np.sqrt(sum(residual**2 for residual in residuals) / freedom))
     # 1.645: a normal's 90 %; what the samples say of their own mean, then what they cannot say
-    return replace(model, half_width=1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE)
+    half_width = 1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE
+    return replace(model, half_width=min(half_width, max(MOST_HALF_WIDTH, TIME_ALLOWANCE)))
 
 
 class RunCounters(Protocol):

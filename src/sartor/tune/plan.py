@@ -16,10 +16,11 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
+from sartor.models import kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import cost_model, preflight, sampler
+from sartor.tune import cost_model, preflight, run_forecast, sampler
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
@@ -34,6 +35,8 @@ _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
 # Seconds of timed micro-batches, about
 _PROBE_S = 8.0
 _SMALL_TOKENS = 128
+# Passes over the sizes, at least two: more where samples differ by so much that the interval is wider than this to a side
+_MOST_PASSES, _WIDE = 5, 0.3
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def plan(
 
 
 def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
+    # they are compiled once on a machine: `tune` finds them, so that is no part of its time
+    kernels.choose_kernels(base.device)
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
@@ -147,6 +152,12 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, pr
         start_s += (
             times.seconds(total(load_of(row) for row in all_sequences(reached_pairs(recipe, data))))
             * cost_model.FORWARD_FRACTION
+        )
+        # what `tune` measures its memory by
+        max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
+        start_s += sum(
+            times.seconds(total(load_of(row) for row in group))
+            for group in run_forecast.calibration_batches(sequences, max_tokens)
         )
         duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
         if updates is None:
@@ -186,9 +197,18 @@ def _probe(
     groups = [group for group in groups if memory.fits(total(load_of(row) for row in group))]
     for group in groups[1:]:
         probe.run(group, warm_up=True)
-    for _ in range(2):
+    for index in range(_MOST_PASSES):
+        if index >= 2 and cost_model.time_model(probe.samples, 0.0).half_width <= _WIDE:
+            break
+        # as an update's, the rows of each sample are others: oneDNN has the products of a new length to prepare
+        first = index * len(large) % len(rows)
+        shifted = [*rows[first:], *rows[:first]]
         for group in groups:
-            probe.run(group)
+            is_longest = len(group) == 1 and group[0] is longest
+            sample = group if is_longest else take(shifted, sum(len(row.ids) for row in group))
+            if memory.fits(total(load_of(row) for row in sample)):
+                probe.run(sample)
+    probe.settle()
     return cost_model.memory_model(memory.shape, probe)
 
 

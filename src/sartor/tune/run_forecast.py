@@ -93,17 +93,21 @@ class RunForecast:
         return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
 
 
-def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
+def calibration_batches(rows: Sequence[TokenizedExample], max_tokens: float | None) -> list[list[TokenizedExample]]:
     """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
     `max_tokens`.
     """
     small = take(rows, 128)
     large = take(rows, 3 * sum(len(row.ids) for row in small))
     cost = sum(len(row.ids) for row in [*small, *large])
-    if len(large) == len(small) or (max_tokens is not None and cost > max_tokens):
-        return
-    probe.run(small, warm_up=True)
-    probe.run(large)
+    return [] if len(large) == len(small) or (max_tokens is not None and cost > max_tokens) else [small, large]
+
+
+def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
+    """Measure the memory of `calibration_batches`, the first to warm up."""
+    for index, group in enumerate(calibration_batches(rows, max_tokens)):
+        probe.run(group, warm_up=not index)
+    probe.settle()
 
 
 def foresee(
