@@ -9,9 +9,9 @@ with an image tower. banking77, snips and restaurant8k are read from --data (../
 many as take about --seconds; what they take is read off the run before on the same base, and off a plan for the first.
 
 `runs` is how many were tuned; `memory_inside` and `time_inside` how many of them stayed in the 90 % interval of `plan`;
-`widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both fractions. A time is only
-compared where other processes took at most --others CPUs on average while the run was planned and tuned; `time_runs` counts
-those, and a run that was not tuned is named under `absent`.
+`widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both fractions.
+A time is only compared where other processes took at most --others CPUs on average while the run was planned and tuned.
+`time_runs` counts those. A run that was not tuned is named under `absent`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from results import ROOT, last_line, print_result
 
 DATA = ROOT.parent / "shared" / "data"
 ROWS, INTENTS, PICTURES = 400, 20, 24
-BATCH_TOKENS = {"documents": 4096, "textile": 512, "home-intents": 1024}
-SIZING_TOKENS, FIRST_GUESS = 2000, 4
+BATCH_TOKENS = {"documents": 2048, "textile": 512, "home-intents": 1024}
+SIZING_TOKENS, LEAST_UPDATES = 2000, 4
 # at the smallest size
 SMALL_TOKENS, SMALL_ROWS = 600, 40
 QWEN, QWEN_LAYERS = "qwen2", 12
@@ -179,7 +179,7 @@ def tokens_of(run: PlannedRun, recipe: dict[str, Any], work: Path, earlier: Sequ
     else:
         sized = command("plan", {**recipe, "budget": {"tokens": SIZING_TOKENS}}, work / "recipe.json")
         tokens_per_s = sized["tokens"] / sized["time_s"]["estimate"]
-    return max(int(tokens_per_s * seconds), FIRST_GUESS * recipe["optimizer"]["batch_tokens"])
+    return max(int(tokens_per_s * seconds), LEAST_UPDATES * recipe["optimizer"]["batch_tokens"])
 
 
 def command(verb: str, recipe: dict[str, Any], file: Path, *options: str) -> dict[str, Any]:

@@ -284,6 +284,38 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
     assert cost_model.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
 
 
+def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one new length leaves behind is expected again for each further length that oneDNN keeps."""
+
+    class Fake:
+        device, resident_bytes, left_bytes = torch.device("cpu"), GB, 10**7
+        samples: tuple[TimedBatch, ...] = ()
+
+    fake: Any = Fake()
+    monkeypatch.setattr(hardware, "cached_batch_shapes", lambda: 18)
+    many = cost_model.memory_model(STARTER, fake)
+    assert many.kernel_bytes == 16 * 10**7
+    few = replace(many, kernel_bytes=0)
+    gains = {name: getattr(many.needs(LOADS[0]), name) - getattr(few.needs(LOADS[0]), name) for name in ("low", "high")}
+    assert gains == pytest.approx({"low": 0, "high": 16 * 10**7})
+
+
+def test_settle_counts_what_stays_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "resident_bytes", lambda device: GB)
+    probe = TimingProbe(None, torch.nn.Linear(2, 2), torch.device("cpu"))  # type: ignore[arg-type]
+    probe.samples.append(TimedBatch(BatchLoad(100), 1.0, 5 * 10**7))
+    monkeypatch.setattr(hardware, "resident_bytes", lambda device: GB + 2 * 10**7)
+    probe.settle()
+    assert probe.left_bytes == 2 * 10**7 and probe.resident_bytes == GB + 2 * 10**7
+    assert probe.samples[-1].growth_bytes == 3 * 10**7
+
+
+def test_a_time_interval_is_never_wider_than_a_factor_of_two() -> None:
+    samples = [TimedBatch(BatchLoad(100, 0, 100), seconds, None) for seconds in (1.0, 5.0)]
+    model = cost_model.time_model(samples, 0.0)
+    assert (1 + model.half_width) / (1 - model.half_width) <= 2
+
+
 # tune
 
 

@@ -123,7 +123,8 @@ def plan(
 
 def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
     # they are compiled once on a machine: `tune` finds them, so that is no part of its time
-    kernels.choose_kernels(base.device)
+    if recipe.compute.path == "auto":
+        kernels.choose_kernels(base.device)
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
