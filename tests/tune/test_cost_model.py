@@ -7,6 +7,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,6 +275,7 @@ def test_the_time_fit_finds_what_made_the_samples() -> None:
 def test_growth_below_the_allocators_noise_says_nothing() -> None:
     class Fake:
         device, resident_bytes, left_bytes = torch.device("cpu"), GB, 0
+        path = SimpleNamespace(name="general")
 
     load = BatchLoad(1000, 400, 70_000, 70_000)
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable
@@ -289,6 +291,7 @@ def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> N
 
     class Fake:
         device, resident_bytes, left_bytes = torch.device("cpu"), GB, 10**7
+        path = SimpleNamespace(name="fast")
         samples: tuple[TimedBatch, ...] = ()
 
     fake: Any = Fake()
@@ -308,6 +311,26 @@ def test_settle_counts_what_stays_as_held(monkeypatch: pytest.MonkeyPatch) -> No
     probe.settle()
     assert probe.left_bytes == 2 * 10**7 and probe.resident_bytes == GB + 2 * 10**7
     assert probe.samples[-1].growth_bytes == 3 * 10**7
+
+
+def test_micro_batches_are_those_of_the_trainer_where_rows_share_a_beginning() -> None:
+    """The trainer cuts by computed tokens: of rows with a common system prompt more stand in a micro-batch."""
+    from sartor.models import packing
+
+    lengths = [10 + index % 5 for index in range(60)]
+    rows = [
+        TokenizedExample([*range(30), 100 + i, *range(200, 200 + n)], [False] * (31 + n - 5) + [True] * 5)
+        for i, n in enumerate(lengths)
+    ]
+    path: Any = SimpleNamespace(name="fast")
+    beginning = cost_model.common_beginning(recipe_of(), path, rows)
+    assert beginning == list(range(30))
+    foreseen = list(cost_model.micro_batches([load_of(row, beginning) for row in rows], 256))
+    actual = [packing.pack(group, share=True).tokens for group in packing.micro_batches(rows, 256, share=True)]
+    assert [load.computed for load in foreseen] == actual
+    assert max(load.tokens for load in foreseen) > 2 * 256
+    path.name = "one-row"
+    assert cost_model.common_beginning(recipe_of(), path, rows) == ()
 
 
 def test_a_time_interval_is_never_wider_than_a_factor_of_two() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from sartor.models import hardware
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample, group_by_capacity
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, SHARED_TOKENS, TokenizedExample, group_by_capacity
 from sartor.tune import objectives, sampler
 from sartor.tune.recipe import Recipe, StopCriteria
 from sartor.tune.tokenized_dataset import PreferenceExample
@@ -33,6 +33,8 @@ class BatchLoad:
 
     pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
     (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none). aside: of the tokens those that have no backward pass.
+    shared: of the tokens those at the beginning of a row that most rows begin with; a micro-batch computes the longest of
+    these beginnings, `beginning` tokens, once.
     """
 
     tokens: int = 0
@@ -40,6 +42,13 @@ class BatchLoad:
     pairs: int = 0
     stored_pairs: int = 0
     aside: int = 0
+    shared: int = 0
+    beginning: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are computed: what rows share counts once."""
+        return self.tokens - self.shared + self.beginning
 
     def __add__(self, other: BatchLoad) -> BatchLoad:
         return BatchLoad(
@@ -48,6 +57,8 @@ class BatchLoad:
             self.pairs + other.pairs,
             self.stored_pairs + other.stored_pairs,
             self.aside + other.aside,
+            self.shared + other.shared,
+            max(self.beginning, other.beginning),
         )
 
 
@@ -63,15 +74,35 @@ class TimedBatch:
     growth_bytes: int | None
 
 
-def load_of(row: TokenizedExample) -> BatchLoad:
-    """What one row asks, with what it is learnt beside."""
+def load_of(row: TokenizedExample, beginning: Sequence[int] = ()) -> BatchLoad:
+    """What one row asks, with what it is learnt beside. beginning: tokens that rows share (`common_beginning`)."""
     length = len(row.ids)
-    pairs = length * length
-    load = BatchLoad(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    pairs, shared = length * length, _common(row.ids, beginning)
+    stored_pairs = pairs if length <= BLOCKED_ATTENTION_TOKENS else 0
+    load = BatchLoad(length, row.supervised_tokens, pairs, stored_pairs, shared=shared, beginning=shared)
     if not isinstance(row, PreferenceExample) or row.other is None:
         return load
-    other = load_of(row.other)
+    other = load_of(row.other, beginning)
     return load + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
+
+
+def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many tokens `ids` begins with of `beginning`; 0 where they are too few to be shared."""
+    length = next((index for index, pair in enumerate(zip(ids, beginning, strict=False)) if pair[0] != pair[1]), None)
+    length = min(len(ids), len(beginning)) if length is None else length
+    return length if length >= SHARED_TOKENS else 0
+
+
+def common_beginning(recipe: Recipe, path: LossBackend, rows: Sequence[TokenizedExample]) -> Sequence[int]:
+    """Return the tokens that nine of ten rows begin with, as a template's system prompt; none where nothing is shared.
+
+    Micro-batches are cut by what they compute, and of common beginnings that is one: `packing.micro_batches`.
+    """
+    if not rows or not recipe.compute.share_prefixes or path.name == "one-row":
+        return ()
+    ordered = sorted(row.ids for row in rows)
+    low, high = ordered[len(ordered) // 20], ordered[len(ordered) - 1 - len(ordered) // 20]
+    return low[: _common(low, high)]
 
 
 def total(loads: Iterable[BatchLoad]) -> BatchLoad:
@@ -94,8 +125,9 @@ def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample
 class TimingProbe:
     """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
 
-    def __init__(self, path: LossBackend, model: Any, device: torch.device) -> None:
-        self.path, self.model, self.device = path, model, device
+    def __init__(self, path: LossBackend, model: Any, device: torch.device, beginning: Sequence[int] = ()) -> None:
+        """beginning: tokens that rows share (`common_beginning`)."""
+        self.path, self.model, self.device, self.beginning = path, model, device, beginning
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # else a micro-batch would fill what the choice of the path has left free in the heap, and seem to need nothing
         hardware.release_free_memory()
@@ -126,8 +158,12 @@ class TimingProbe:
         if warm_up and not self.samples:
             self.settle()
         elif not warm_up:
-            self.samples.append(TimedBatch(total(load_of(row) for row in rows), seconds, growth))
+            self.samples.append(TimedBatch(self.load_of(rows), seconds, growth))
         return seconds
+
+    def load_of(self, rows: Sequence[TokenizedExample]) -> BatchLoad:
+        """What `rows` ask together."""
+        return total(load_of(row, self.beginning) for row in rows)
 
     def optimizer_seconds(self) -> float:
         """Seconds of one optimiser step over the adapter. At rate 0, on an optimiser of its own: no weight moves."""
@@ -166,6 +202,9 @@ TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
 MOST_HALF_WIDTH = 0.33
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another
 UNMEASURED = (0.6, 1.0, 1.6)
+# Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and values
+# (1.2 to 3 widths) and gate and up (2 inner widths): 0.35 to 0.5 of the formula, and what one layer's backward adds
+UNMEASURED_FAST = (0.3, 0.5, 0.8)
 # What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate, high)
 SETTLING_BYTES = (0.0, 16e6, 64e6)
 # Below this, growth is the allocator's noise and says nothing of the activations
@@ -226,7 +265,7 @@ class ModelShape:
         (scores, weights). The head: logits in fp32, their log-softmax and its gradient.
         """
         token_bytes = (12 * self.width + 4 * self.inner) * self.element_bytes
-        tokens = load.tokens - load.aside
+        tokens = max(load.computed - load.aside, 0)
         layer_bytes = tokens * token_bytes + load.stored_pairs * self.heads * 3 * self.element_bytes
         head_bytes = load.supervised * self.vocabulary * 3 * 4
         if not self.recompute:
@@ -308,10 +347,10 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     resident_bytes = hardware.resident_bytes(probe.device)
     ratios = [
         sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
-        for sample in probe.samples
+        for sample in sorted(probe.samples, key=lambda sample: shape.activation_bytes(sample.load))
         if sample.growth_bytes is not None and sample.growth_bytes > NOISE_BYTES
     ]
-    low, estimate, high = UNMEASURED
+    low, estimate, high = UNMEASURED_FAST if probe.path.name == "fast" else UNMEASURED
     if ratios:
         # the heaviest sample is the nearest to what will be run
         estimate = ratios[-1]
@@ -342,7 +381,7 @@ class TimeModel:
         """Seconds of `micro_batches` that hold `load` together."""
         # pairs of what has no backward pass are as the rest of it: rows of one length
         work_fraction = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
-        return self.base_s * micro_batches + work_fraction * (self.token_s * load.tokens + self.pair_s * load.pairs)
+        return self.base_s * micro_batches + work_fraction * (self.token_s * load.computed + self.pair_s * load.pairs)
 
 
 def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
@@ -350,7 +389,7 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     seconds = np.array([sample.seconds for sample in samples])
     columns = {
         "base_s": np.ones(len(samples)),
-        "token_s": np.array([float(sample.load.tokens) for sample in samples]),
+        "token_s": np.array([float(sample.load.computed) for sample in samples]),
         "pair_s": np.array([float(sample.load.pairs) for sample in samples]),
     }
     fitted: dict[str, float] = {}
@@ -416,9 +455,10 @@ def simulate_updates(
 
 
 def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchLoad]:
-    """The micro-batches of an update, as the trainer cuts it."""
-    lengths = [load.tokens for load in update]
-    for group in group_by_capacity(lengths, max(capacity, *lengths)):
+    """The micro-batches of an update, as the trainer cuts it: by the tokens that are computed."""
+    shared = max(load.beginning for load in update)
+    lengths = [load.tokens - load.shared for load in update]
+    for group in group_by_capacity(lengths, max(capacity - shared, *lengths)):
         yield total(update[index] for index in group)
 
 

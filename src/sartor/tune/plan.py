@@ -132,16 +132,17 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, pr
     sequences = all_sequences(data.train)
     path = base.path(model, sequences, options)
     start_s = time.monotonic() - began
-    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
+    beginning = cost_model.common_beginning(recipe, path, sequences)
+    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
     counters = Counters()
     updates = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads)
     loads += rehearsal_loads
-    probe, shape = TimingProbe(path, model, base.device), cost_model.shape_of(model, recipe)
+    probe, shape = TimingProbe(path, model, base.device, beginning), cost_model.shape_of(model, recipe)
     refusals = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
     # not even one row: a probe would end as the system ends it
-    can_time = memory.fits(total(load_of(row) for row in smallest))
+    can_time = memory.fits(probe.load_of(smallest))
     if can_time:
         memory = _probe(probe, memory, recipe, data, loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
@@ -150,17 +151,11 @@ def _forecast(recipe: Recipe, base: Base, model: Any, data: TokenizedDataset, pr
     if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         # the reference is computed before the first update, once
-        start_s += (
-            times.seconds(total(load_of(row) for row in all_sequences(reached_pairs(recipe, data))))
-            * cost_model.FORWARD_FRACTION
-        )
+        start_s += times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
         # what `tune` measures its memory by
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
-        start_s += sum(
-            times.seconds(total(load_of(row) for row in group))
-            for group in run_forecast.calibration_batches(sequences, max_tokens)
-        )
-        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
+        start_s += sum(times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens))
+        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s, beginning)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
     return TuningPlan(
@@ -195,7 +190,7 @@ def _probe(
     longest = max(rows, key=lambda row: len(row.ids))
     if len(longest.ids) > 2 * tokens / len(small) and len(longest.ids) * second_s / tokens < _PROBE_S / 4:
         groups.append([longest])
-    groups = [group for group in groups if memory.fits(total(load_of(row) for row in group))]
+    groups = [group for group in groups if memory.fits(probe.load_of(group))]
     for group in groups[1:]:
         probe.run(group, warm_up=True)
     for index in range(_MOST_PASSES):
@@ -207,7 +202,7 @@ def _probe(
         for group in groups:
             is_longest = len(group) == 1 and group[0] is longest
             sample = group if is_longest else take(shifted, sum(len(row.ids) for row in group))
-            if memory.fits(total(load_of(row) for row in sample)):
+            if memory.fits(probe.load_of(sample)):
                 probe.run(sample)
     probe.settle()
     return cost_model.memory_model(memory.shape, probe)
@@ -220,9 +215,10 @@ def run_seconds(
     micro_batch_tokens: int,
     data: TokenizedDataset,
     start_s: float,
+    beginning: Sequence[int] = (),
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
-    held_out = total(load_of(row) for row in data.held_out)
+    held_out = total(load_of(row, beginning) for row in data.held_out)
     evaluations_s = recipe.evaluations * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
     if updates is None:

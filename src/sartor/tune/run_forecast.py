@@ -122,10 +122,11 @@ def foresee(
 
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
-    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
+    beginning = cost_model.common_beginning(recipe, path, all_sequences(data.train))
+    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
     is_counted = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads) is not None
     loads += rehearsal_loads
-    probe = TimingProbe(path, model, device)
+    probe = TimingProbe(path, model, device, beginning)
     calibrate(probe, all_sequences(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
     memory = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
     for refusal in preflight.check_memory(memory, recipe, loads):
