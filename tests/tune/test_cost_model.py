@@ -319,8 +319,8 @@ def test_micro_batches_are_those_of_the_trainer_where_rows_share_a_beginning() -
 
     lengths = [10 + index % 5 for index in range(60)]
     rows = [
-        TokenizedExample([*range(30), 100 + i, *range(200, 200 + n)], [False] * (31 + n - 5) + [True] * 5)
-        for i, n in enumerate(lengths)
+        TokenizedExample([*range(30), 100 + index, *range(200, 200 + length)], [False] * (26 + length) + [True] * 5)
+        for index, length in enumerate(lengths)
     ]
     path: Any = SimpleNamespace(name="fast")
     beginning = cost_model.common_beginning(recipe_of(), path, rows)
