@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import resource
 import sys
 from pathlib import Path
@@ -71,3 +72,29 @@ def test_where_the_system_does_not_tell_it_is_said(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(hardware, "PROC", tmp_path / "absent")
     assert hardware.restart_peak(CPU) is False
     assert hardware.resident_bytes(CPU) == hardware.peak_bytes(CPU) > 0
+
+
+def test_bound_primitive_caches_keeps_a_number_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = hardware.PRIMITIVE_CACHES
+    monkeypatch.setattr(os, "environ", {second: "1024"})
+    assert hardware.cached_batch_shapes() == 1024 // hardware.PRIMITIVES_PER_BATCH
+    hardware.bound_primitive_caches()
+    assert os.environ == {first: str(hardware.PRIMITIVES), second: "1024"}
+    monkeypatch.setattr(os, "environ", {})
+    hardware.bound_primitive_caches()
+    assert hardware.cached_batch_shapes() == 2
+
+
+@linux
+def test_drop_mapped_pages_frees_files_alone(tmp_path: Path) -> None:
+    """A weight of a mapped file leaves memory and is read again; a tensor of the process keeps its values."""
+    from safetensors.torch import load_file, save_file
+
+    size = 16 * 2**20
+    save_file({"weight": torch.arange(size // 4, dtype=torch.float32)}, tmp_path / "model.safetensors")
+    mapped, private = load_file(tmp_path / "model.safetensors")["weight"], torch.ones(size // 4)
+    total = float(mapped.double().sum())
+    before = hardware._fields(hardware.PROC / "status")["RssFile"]
+    hardware.drop_mapped_pages([mapped, private])
+    assert before - hardware._fields(hardware.PROC / "status")["RssFile"] > size * 3 // 4
+    assert float(mapped.double().sum()) == total and bool((private == 1).all())

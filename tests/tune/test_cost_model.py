@@ -7,6 +7,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,7 +275,8 @@ def test_the_time_fit_finds_what_made_the_samples() -> None:
 
 def test_growth_below_the_allocators_noise_says_nothing() -> None:
     class Fake:
-        device, resident_bytes = torch.device("cpu"), GB
+        device, resident_bytes, left_bytes = torch.device("cpu"), GB, 0
+        path = SimpleNamespace(name="general")
 
     load = BatchLoad(1000, 400, 70_000, 70_000)
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable
@@ -283,6 +285,59 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
     assert cost_model.memory_model(STARTER, fake).scale.estimate == cost_model.UNMEASURED[1]
     fake.samples = [TimedBatch(load, 1.0, int(expected * 1.3))]
     assert cost_model.memory_model(STARTER, fake).scale.estimate == pytest.approx(1.3)
+
+
+def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one new length leaves behind is expected again for each further length that oneDNN keeps."""
+
+    class Fake:
+        device, resident_bytes, left_bytes = torch.device("cpu"), GB, 10**7
+        path = SimpleNamespace(name="fast")
+        samples: tuple[TimedBatch, ...] = ()
+
+    fake: Any = Fake()
+    monkeypatch.setattr(hardware, "cached_batch_shapes", lambda: 18)
+    many = cost_model.memory_model(STARTER, fake)
+    assert many.kernel_bytes == 16 * 10**7
+    few = replace(many, kernel_bytes=0)
+    gains = {name: getattr(many.needs(LOADS[0]), name) - getattr(few.needs(LOADS[0]), name) for name in ("low", "high")}
+    assert gains == pytest.approx({"low": 0, "high": 16 * 10**7})
+
+
+def test_settle_counts_what_stays_as_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "resident_bytes", lambda device: GB)
+    probe = TimingProbe(None, torch.nn.Linear(2, 2), torch.device("cpu"))  # type: ignore[arg-type]
+    probe.samples.append(TimedBatch(BatchLoad(100), 1.0, 5 * 10**7))
+    monkeypatch.setattr(hardware, "resident_bytes", lambda device: GB + 2 * 10**7)
+    probe.settle()
+    assert probe.left_bytes == 2 * 10**7 and probe.resident_bytes == GB + 2 * 10**7
+    assert probe.samples[-1].growth_bytes == 3 * 10**7
+
+
+def test_micro_batches_are_those_of_the_trainer_where_rows_share_a_beginning() -> None:
+    """The trainer cuts by computed tokens: of rows with a common system prompt more stand in a micro-batch."""
+    from sartor.models import packing
+
+    lengths = [10 + index % 5 for index in range(60)]
+    rows = [
+        TokenizedExample([*range(30), 100 + index, *range(200, 200 + length)], [False] * (26 + length) + [True] * 5)
+        for index, length in enumerate(lengths)
+    ]
+    path: Any = SimpleNamespace(name="fast")
+    beginning = cost_model.common_beginning(recipe_of(), path, rows)
+    assert beginning == list(range(30))
+    foreseen = list(cost_model.micro_batches([load_of(row, beginning) for row in rows], 256))
+    actual = [packing.pack(group, share=True).tokens for group in packing.micro_batches(rows, 256, share=True)]
+    assert [load.computed for load in foreseen] == actual
+    assert max(load.tokens for load in foreseen) > 2 * 256
+    path.name = "one-row"
+    assert cost_model.common_beginning(recipe_of(), path, rows) == ()
+
+
+def test_a_time_interval_is_never_wider_than_a_factor_of_two() -> None:
+    samples = [TimedBatch(BatchLoad(100, 0, 100), seconds, None) for seconds in (1.0, 5.0)]
+    model = cost_model.time_model(samples, 0.0)
+    assert (1 + model.half_width) / (1 - model.half_width) <= 2
 
 
 # tune

@@ -7,10 +7,13 @@ limit of the shell. Of a cgroup's use, file pages that the kernel would give bac
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +25,11 @@ CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60
 # the format's own bound
 _MOST_HEADER_BYTES = 100_000_000
+# oneDNN keeps the code of a product for each shape that it has met: 1,024 shapes in each of two caches, up to 0.9 MB each.
+# A micro-batch of a length that has not been met asks for 55 (counted on the starter); 128 hold two such micro-batches.
+PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+PRIMITIVES, PRIMITIVES_PER_BATCH = 128, 55
+_MADV_DONTNEED = 4
 # device type -> the peak before the last `restart_peak`
 _past_peaks: dict[str, int] = {}
 
@@ -76,6 +84,47 @@ def recent_peak_bytes(device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
     return _fields(PROC / "status")["VmHWM"]
+
+
+def bound_primitive_caches() -> None:
+    """Let oneDNN keep the code of PRIMITIVES products, unless the environment says how many.
+
+    It reads the environment once, before its first product: call this before a base computes.
+    """
+    for name in PRIMITIVE_CACHES:
+        os.environ.setdefault(name, str(PRIMITIVES))
+
+
+def cached_batch_shapes() -> int:
+    """Lengths of a micro-batch whose products oneDNN keeps the code of, at least one."""
+    capacities = [os.environ.get(name, "") for name in PRIMITIVE_CACHES]
+    return max(1, *(int(text) if text.isdecimal() else 1024 for text in capacities)) // PRIMITIVES_PER_BATCH or 1
+
+
+def release_free_memory() -> None:
+    """Return to the system what the allocator holds and nobody uses. Without glibc nothing is done."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_mapped_pages(tensors: Sequence[torch.Tensor]) -> None:
+    """Let the pages of tensors go that are parts of a mapped weights file; whoever looks there reads the file again.
+
+    For weights that have been copied elsewhere: their pages would stay resident beside the copy. Tensors in memory of the
+    process are left alone, and so is everything where there is no /proc.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        madvise = ctypes.CDLL(None).madvise
+        pattern = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r\S+ \S+ \S+ [1-9]\d* +\S.*\.safetensors")
+        lines = (PROC / "maps").read_text().splitlines()
+        mapped = [(int(match[1], 16), int(match[2], 16)) for match in map(pattern.match, lines) if match]
+        page = os.sysconf("SC_PAGESIZE")
+        for tensor in tensors:
+            # whole pages alone: a page at an end is also the neighbour's
+            low = -(-tensor.data_ptr() // page) * page
+            high = (tensor.data_ptr() + tensor.nbytes) // page * page
+            if tensor.is_contiguous() and low < high and any(start <= low and high <= end for start, end in mapped):
+                madvise(ctypes.c_void_p(low), ctypes.c_size_t(high - low), ctypes.c_int(_MADV_DONTNEED))
 
 
 def available_bytes(device: torch.device | None = None) -> FreeMemory:

@@ -21,7 +21,7 @@ import torch
 
 from sartor.models import hardware
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, TokenizedExample, group_by_capacity
+from sartor.models.packing import BLOCKED_ATTENTION_TOKENS, SHARED_TOKENS, TokenizedExample, group_by_capacity
 from sartor.tune import objectives, sampler
 from sartor.tune.recipe import ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import PreferenceExample
@@ -33,6 +33,8 @@ class BatchLoad:
 
     pairs: token pairs, the sum of row length squared. stored_pairs: those whose weights are kept for the backward pass
     (above `BLOCKED_ATTENTION_TOKENS` the kernel keeps none). aside: of the tokens those that have no backward pass.
+    shared: of the tokens those at the beginning of a row that most rows begin with; a micro-batch computes the longest of
+    these beginnings, `beginning` tokens, once.
     """
 
     tokens: int = 0
@@ -40,6 +42,13 @@ class BatchLoad:
     pairs: int = 0
     stored_pairs: int = 0
     aside: int = 0
+    shared: int = 0
+    beginning: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Tokens that are computed: what rows share counts once."""
+        return self.tokens - self.shared + self.beginning
 
     def __add__(self, other: BatchLoad) -> BatchLoad:
         return BatchLoad(
@@ -48,12 +57,14 @@ class BatchLoad:
             self.pairs + other.pairs,
             self.stored_pairs + other.stored_pairs,
             self.aside + other.aside,
+            self.shared + other.shared,
+            max(self.beginning, other.beginning),
         )
 
 
 @dataclass(frozen=True)
 class TimedBatch:
-    """One timed micro-batch: seconds of forward and backward, and memory at its peak above that before the first one.
+    """One timed micro-batch: seconds of forward and backward, and memory at its peak above what is held between two.
 
     growth_bytes is None where the system does not tell.
     """
@@ -63,15 +74,35 @@ class TimedBatch:
     growth_bytes: int | None
 
 
-def load_of(row: TokenizedExample) -> BatchLoad:
-    """What one row asks, with what it is learnt beside."""
+def load_of(row: TokenizedExample, beginning: Sequence[int] = ()) -> BatchLoad:
+    """What one row asks, with what it is learnt beside. beginning: tokens that rows share (`common_beginning`)."""
     length = len(row.ids)
-    pairs = length * length
-    load = BatchLoad(length, row.supervised_tokens, pairs, pairs if length <= BLOCKED_ATTENTION_TOKENS else 0)
+    pairs, shared = length * length, _common(row.ids, beginning)
+    stored_pairs = pairs if length <= BLOCKED_ATTENTION_TOKENS else 0
+    load = BatchLoad(length, row.supervised_tokens, pairs, stored_pairs, shared=shared, beginning=shared)
     if not isinstance(row, PreferenceExample) or row.other is None:
         return load
-    other = load_of(row.other)
+    other = load_of(row.other, beginning)
     return load + (other if row.term == "pair" else replace(other, stored_pairs=0, aside=other.tokens))
+
+
+def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many tokens `ids` begins with of `beginning`; 0 where they are too few to be shared."""
+    length = next((index for index, pair in enumerate(zip(ids, beginning, strict=False)) if pair[0] != pair[1]), None)
+    length = min(len(ids), len(beginning)) if length is None else length
+    return length if length >= SHARED_TOKENS else 0
+
+
+def common_beginning(recipe: Recipe, path: LossBackend, rows: Sequence[TokenizedExample]) -> Sequence[int]:
+    """Return the tokens that nine of ten rows begin with, as a template's system prompt; none where nothing is shared.
+
+    Micro-batches are cut by what they compute, and of common beginnings that is one: `packing.micro_batches`.
+    """
+    if not rows or not recipe.compute.share_prefixes or path.name == "one-row":
+        return ()
+    ordered = sorted(row.ids for row in rows)
+    low, high = ordered[len(ordered) // 20], ordered[len(ordered) - 1 - len(ordered) // 20]
+    return low[: _common(low, high)]
 
 
 def total(loads: Iterable[BatchLoad]) -> BatchLoad:
@@ -94,11 +125,24 @@ def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample
 class TimingProbe:
     """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
 
-    def __init__(self, path: LossBackend, model: Any, device: torch.device) -> None:
-        self.path, self.model, self.device = path, model, device
+    def __init__(self, path: LossBackend, model: Any, device: torch.device, beginning: Sequence[int] = ()) -> None:
+        """beginning: tokens that rows share (`common_beginning`)."""
+        self.path, self.model, self.device, self.beginning = path, model, device, beginning
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # else a micro-batch would fill what the choice of the path has left free in the heap, and seem to need nothing
+        hardware.release_free_memory()
         self.resident_bytes = hardware.resident_bytes(device)
+        # what the last micro-batch has left behind: code of products of its length, buffers that grew
+        self.left_bytes = 0
         self.samples: list[TimedBatch] = []
+
+    def settle(self) -> None:
+        """Count what the last micro-batch has left behind as held, and no longer as its activations."""
+        hardware.release_free_memory()
+        before_bytes, self.resident_bytes = self.resident_bytes, hardware.resident_bytes(self.device)
+        self.left_bytes = max(self.resident_bytes - before_bytes, 0)
+        if self.samples and (growth := self.samples[-1].growth_bytes) is not None:
+            self.samples[-1] = replace(self.samples[-1], growth_bytes=growth - self.left_bytes)
 
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
@@ -111,9 +155,15 @@ class TimingProbe:
                 torch.cuda.synchronize(self.device)
             seconds = time.monotonic() - start_s
             growth = hardware.recent_peak_bytes(self.device) - self.resident_bytes if is_measured else None
-        if not warm_up:
-            self.samples.append(TimedBatch(total(load_of(row) for row in rows), seconds, growth))
+        if warm_up and not self.samples:
+            self.settle()
+        elif not warm_up:
+            self.samples.append(TimedBatch(self.load_of(rows), seconds, growth))
         return seconds
+
+    def load_of(self, rows: Sequence[TokenizedExample]) -> BatchLoad:
+        """What `rows` ask together."""
+        return total(load_of(row, self.beginning) for row in rows)
 
     def optimizer_seconds(self) -> float:
         """Seconds of one optimiser step over the adapter. At rate 0, on an optimiser of its own: no weight moves."""
@@ -148,12 +198,19 @@ class TimingProbe:
 LADDER = (128, 256, 512, 1024, 2048)
 # Half-widths of the 90 % intervals beyond the spread of the samples
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
+# An interval whose high end is over twice its low one tells nobody what to do
+MOST_HALF_WIDTH = 0.33
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another
 UNMEASURED = (0.6, 1.0, 1.6)
+# Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and values
+# (1.2 to 3 widths) and gate and up (2 inner widths): 0.35 to 0.5 of the formula, and what one layer's backward adds
+UNMEASURED_FAST = (0.3, 0.5, 0.8)
 # What the process still takes for itself: libraries that load at first use, the allocator's arenas (low, estimate, high)
 SETTLING_BYTES = (0.0, 16e6, 64e6)
 # Below this, growth is the allocator's noise and says nothing of the activations
 NOISE_BYTES = 16 * 2**20
+# Lengths of a micro-batch that oneDNN has met after a probe
+PROBED_SHAPES = 2
 # A forward pass without gradients, of the time of forward and backward
 FORWARD_FRACTION = 0.4
 
@@ -208,7 +265,7 @@ class ModelShape:
         (scores, weights). The head: logits in fp32, their log-softmax and its gradient.
         """
         token_bytes = (12 * self.width + 4 * self.inner) * self.element_bytes
-        tokens = load.tokens - load.aside
+        tokens = max(load.computed - load.aside, 0)
         layer_bytes = tokens * token_bytes + load.stored_pairs * self.heads * 3 * self.element_bytes
         head_bytes = load.supervised * self.vocabulary * 3 * 4
         if not self.recompute:
@@ -250,8 +307,9 @@ def shape_of(model: Any, recipe: ResolvedRecipe) -> ModelShape:
 class MemoryModel:
     """Peak memory as a function of the micro-batch and the recipe.
 
-    resident_bytes: held with base and adapter open, before the first micro-batch. scale: measured activations over the
+    resident_bytes: held between two micro-batches, with base and adapter open. scale: measured activations over the
     formula's. past_peak_bytes: what opening the base has taken already. limit_bytes: what this process can hold at all.
+    kernel_bytes: code of products that oneDNN will still keep, for micro-batches of lengths that it has not met.
     """
 
     shape: ModelShape
@@ -260,6 +318,7 @@ class MemoryModel:
     scale: Interval
     limit_bytes: int
     bound: str
+    kernel_bytes: int = 0
 
     def growth(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
@@ -270,6 +329,7 @@ class MemoryModel:
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Memory held at once from here on: what has to fit."""
         grown, (low, estimate, high) = self.growth(load, shape) + self.resident_bytes, SETTLING_BYTES
+        estimate, high = estimate + self.kernel_bytes / 2, high + self.kernel_bytes
         return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
 
     def peak(self, load: BatchLoad) -> Interval:
@@ -287,10 +347,10 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
     resident_bytes = hardware.resident_bytes(probe.device)
     ratios = [
         sample.growth_bytes / (shape.activation_bytes(sample.load) + 4 * shape.trainable)
-        for sample in probe.samples
+        for sample in sorted(probe.samples, key=lambda sample: shape.activation_bytes(sample.load))
         if sample.growth_bytes is not None and sample.growth_bytes > NOISE_BYTES
     ]
-    low, estimate, high = UNMEASURED
+    low, estimate, high = UNMEASURED_FAST if probe.path.name == "fast" else UNMEASURED
     if ratios:
         # the heaviest sample is the nearest to what will be run
         estimate = ratios[-1]
@@ -303,6 +363,7 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         Interval(estimate, low, high),
         resident_bytes + available.bytes,
         available.bound,
+        probe.left_bytes * max(hardware.cached_batch_shapes() - PROBED_SHAPES, 0) if probe.device.type == "cpu" else 0,
     )
 
 
@@ -320,7 +381,7 @@ class TimeModel:
         """Seconds of `micro_batches` that hold `load` together."""
         # pairs of what has no backward pass are as the rest of it: rows of one length
         work_fraction = 1 - (1 - FORWARD_FRACTION) * load.aside / max(load.tokens, 1)
-        return self.base_s * micro_batches + work_fraction * (self.token_s * load.tokens + self.pair_s * load.pairs)
+        return self.base_s * micro_batches + work_fraction * (self.token_s * load.computed + self.pair_s * load.pairs)
 
 
 def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
@@ -328,7 +389,7 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     seconds = np.array([sample.seconds for sample in samples])
     columns = {
         "base_s": np.ones(len(samples)),
-        "token_s": np.array([float(sample.load.tokens) for sample in samples]),
+        "token_s": np.array([float(sample.load.computed) for sample in samples]),
         "pair_s": np.array([float(sample.load.pairs) for sample in samples]),
     }
     fitted: dict[str, float] = {}
@@ -346,7 +407,8 @@ def time_model(samples: Sequence[TimedBatch], update_s: float) -> TimeModel:
     freedom = max(len(samples) - len(fitted), 1)
     spread = float(np.sqrt(sum(residual**2 for residual in residuals) / freedom))
     # 1.645: a normal's 90 %; what the samples say of their own mean, then what they cannot say
-    return replace(model, half_width=1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE)
+    half_width = 1.645 * spread / len(samples) ** 0.5 + TIME_ALLOWANCE
+    return replace(model, half_width=min(half_width, max(MOST_HALF_WIDTH, TIME_ALLOWANCE)))
 
 
 class RunCounters(Protocol):
@@ -393,9 +455,10 @@ def simulate_updates(
 
 
 def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchLoad]:
-    """The micro-batches of an update, as the trainer cuts it."""
-    lengths = [load.tokens for load in update]
-    for group in group_by_capacity(lengths, max(capacity, *lengths)):
+    """The micro-batches of an update, as the trainer cuts it: by the tokens that are computed."""
+    shared = max(load.beginning for load in update)
+    lengths = [load.tokens - load.shared for load in update]
+    for group in group_by_capacity(lengths, max(capacity - shared, *lengths)):
         yield total(update[index] for index in group)
 
 

@@ -10,7 +10,7 @@ import torch
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.home import folder
-from sartor.models import adapters
+from sartor.models import adapters, hardware
 from sartor.models.base import Base, open_base
 from sartor.models.composed_model import ComposedMedia, compose_base, open_towers
 from sartor.models.media_tokens import keys_in
@@ -28,6 +28,7 @@ Notice = Callable[[str], object]
 def open_recipe_base(recipe: Recipe, notice: Notice, device: torch.device | None = None) -> Base:
     """The base that a recipe names, with the towers that it names. Raises what `open_base` and `open_tower` raise."""
     choice = recipe.base
+    hardware.bound_primitive_caches()
     base = open_base(
         choice.name, revision=choice.revision, licence=choice.licence, bits=choice.bits, device=device, notice=notice
     )

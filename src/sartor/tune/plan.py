@@ -16,10 +16,11 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
+from sartor.models import kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, sampler
+from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, run_forecast, sampler
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
@@ -37,6 +38,8 @@ _HOURS = {"h": 1.0, "d": 24.0, "min": 1 / 60, "s": 1 / 3600}
 # Seconds of timed micro-batches, about
 _PROBE_S = 8.0
 _SMALL_TOKENS = 128
+# Passes over the sizes, at least two: more where samples differ by so much that the interval is wider than this to a side
+_MOST_PASSES, _WIDE = 5, 0.3
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,9 @@ def plan(
 
 
 def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
+    # they are compiled once on a machine: `tune` finds them, so that is no part of its time
+    if recipe.compute.path == "auto":
+        kernels.choose_kernels(base.device)
     began = time.monotonic()
     model.eval()
     # nothing is stored: a plan leaves no file behind
@@ -153,16 +159,17 @@ def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDat
     sequences = all_sequences(data.train)
     path = base.path(model, sequences, options)
     start_s = time.monotonic() - began
-    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
+    beginning = cost_model.common_beginning(recipe, path, sequences)
+    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
     counters = Counters()
     updates = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads)
     loads += rehearsal_loads
-    probe, shape = TimingProbe(path, model, base.device), cost_model.shape_of(model, recipe)
+    probe, shape = TimingProbe(path, model, base.device, beginning), cost_model.shape_of(model, recipe)
     refusals = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
     # not even one row: a probe would end as the system ends it
-    can_time = memory.fits(total(load_of(row) for row in smallest))
+    can_time = memory.fits(probe.load_of(smallest))
     if can_time:
         memory = _probe(probe, memory, recipe, data, loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
@@ -171,11 +178,11 @@ def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDat
     if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
         # the reference is computed before the first update, once
-        start_s += (
-            times.seconds(total(load_of(row) for row in all_sequences(reached_pairs(recipe, data))))
-            * cost_model.FORWARD_FRACTION
-        )
-        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s)
+        start_s += times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
+        # what `tune` measures its memory by
+        max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
+        start_s += sum(times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens))
+        duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s, beginning)
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
     return TuningPlan(
@@ -214,12 +221,21 @@ def _probe(
     longest = max(rows, key=lambda row: len(row.ids))
     if len(longest.ids) > 2 * tokens / len(small) and len(longest.ids) * second_s / tokens < _PROBE_S / 4:
         groups.append([longest])
-    groups = [group for group in groups if memory.fits(total(load_of(row) for row in group))]
+    groups = [group for group in groups if memory.fits(probe.load_of(group))]
     for group in groups[1:]:
         probe.run(group, warm_up=True)
-    for _ in range(2):
+    for index in range(_MOST_PASSES):
+        if index >= 2 and cost_model.time_model(probe.samples, 0.0).half_width <= _WIDE:
+            break
+        # as an update's, the rows of each sample are others: oneDNN has the products of a new length to prepare
+        first = index * len(large) % len(rows)
+        shifted = [*rows[first:], *rows[:first]]
         for group in groups:
-            probe.run(group)
+            is_longest = len(group) == 1 and group[0] is longest
+            sample = group if is_longest else take(shifted, sum(len(row.ids) for row in group))
+            if memory.fits(probe.load_of(sample)):
+                probe.run(sample)
+    probe.settle()
     return cost_model.memory_model(memory.shape, probe)
 
 
@@ -230,9 +246,10 @@ def run_seconds(
     micro_batch_tokens: int,
     data: TokenizedDataset,
     start_s: float,
+    beginning: Sequence[int] = (),
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
-    held_out = total(load_of(row) for row in data.held_out)
+    held_out = total(load_of(row, beginning) for row in data.held_out)
     evaluations_s = recipe.evaluations * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
     if updates is None:

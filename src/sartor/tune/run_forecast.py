@@ -93,17 +93,21 @@ class RunForecast:
         return {"time": time, "memory": round(peak_bytes / self.memory.estimate - 1, 4)}
 
 
-def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
+def calibration_batches(rows: Sequence[TokenizedExample], max_tokens: float | None) -> list[list[TokenizedExample]]:
     """The two micro-batches of a run of `tune`, the second of at least twice the tokens; none if they would cost more than
     `max_tokens`.
     """
     small = take(rows, 128)
     large = take(rows, 3 * sum(len(row.ids) for row in small))
     cost = sum(len(row.ids) for row in [*small, *large])
-    if len(large) == len(small) or (max_tokens is not None and cost > max_tokens):
-        return
-    probe.run(small, warm_up=True)
-    probe.run(large)
+    return [] if len(large) == len(small) or (max_tokens is not None and cost > max_tokens) else [small, large]
+
+
+def calibrate(probe: TimingProbe, rows: Sequence[TokenizedExample], max_tokens: float | None) -> None:
+    """Measure the memory of `calibration_batches`, the first to warm up."""
+    for index, group in enumerate(calibration_batches(rows, max_tokens)):
+        probe.run(group, warm_up=not index)
+    probe.settle()
 
 
 def foresee(
@@ -118,10 +122,11 @@ def foresee(
 
     Nothing that is learnt changes. Raises BudgetError where memory cannot hold the run, with changes that it could.
     """
-    loads, rehearsal_loads = ([load_of(row) for row in rows] for rows in (data.train, data.rehearsal))
+    beginning = cost_model.common_beginning(recipe, path, all_sequences(data.train))
+    loads, rehearsal_loads = ([load_of(row, beginning) for row in rows] for rows in (data.train, data.rehearsal))
     is_counted = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads) is not None
     loads += rehearsal_loads
-    probe = TimingProbe(path, model, device)
+    probe = TimingProbe(path, model, device, beginning)
     calibrate(probe, all_sequences(data.train), PROBE_FRACTION * counters.tokens if is_counted else None)
     memory = cost_model.memory_model(cost_model.shape_of(model, recipe), probe)
     for refusal in preflight.check_memory(memory, recipe, loads):

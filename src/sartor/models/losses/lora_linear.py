@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sartor.models import hardware
 from sartor.models.quantization import dense_weight, is_quantised
 
 Gradients = list[torch.Tensor]
@@ -119,11 +120,14 @@ class Projection:
             raise Unsupported(f"weights in {unexpected_dtypes[0]} where the base computes in {self.dtype}")
 
     def _fuse(self) -> torch.Tensor:
-        fused, low = torch.cat([base.weight.detach() for base in self.modules]), 0
+        originals = [base.weight.detach() for base in self.modules]
+        fused, low = torch.cat(originals), 0
         for base in self.modules:
             # a second projection over the same module must find the same storage, not make another
             base.weight.data = fused[low : low + base.out_features]
             low += base.out_features
+        if fused.device.type == "cpu":
+            hardware.drop_mapped_pages(originals)
         return fused
 
     def release(self) -> None:
