@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from sartor.curate.dedup.dedup_files import DedupOptions
 from sartor.curate.recipe import CurateRecipe
 from sartor.edge.tuning.energy_policy import EnergyPolicy
 from sartor.federate.flower.flower_client import ClientOptions
@@ -32,6 +33,7 @@ ROOTS = (
     CoordinatorOptions,
     Team,
     EnergyPolicy,
+    DedupOptions,
 )
 
 
