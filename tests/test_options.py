@@ -14,6 +14,7 @@ import pytest
 import curate_option_probes
 import sartor
 import synthesize_option_probes
+import team_option_probes
 from curate_option_probes import decided_in, removals_of
 from declared_options import declared_options
 from option_probes import Probe, Workspace
@@ -210,7 +211,11 @@ WEIGHT_PROBES: dict[str, dict[str, Any]] = {
 
 
 # other options: `tests/helpers/*_option_probes.py`
-PROBES: tuple[Probe, ...] = (*curate_option_probes.PROBES, *synthesize_option_probes.PROBES)
+PROBES: tuple[Probe, ...] = (
+    *curate_option_probes.PROBES,
+    *synthesize_option_probes.PROBES,
+    *team_option_probes.PROBES,
+)
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.option)
