@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import curate_option_probes
+import edge_option_probes
 import sartor
 import synthesize_option_probes
 import team_option_probes
@@ -215,6 +216,7 @@ PROBES: tuple[Probe, ...] = (
     *curate_option_probes.PROBES,
     *synthesize_option_probes.PROBES,
     *team_option_probes.PROBES,
+    *edge_option_probes.PROBES,
 )
 
 

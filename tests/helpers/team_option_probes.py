@@ -261,7 +261,7 @@ PLAN_PROBES = (
     *probes_of(
         "Citations",
         _within(lambda values: {**CHECKED, "check": [{"citations": values}]}),
-        {"pattern": ('"([^"]+)"', "(l)"), "least": (0, 3)},
+        {"pattern": ('"([^"]+)"', "(The)"), "least": (0, 3)},
     ),
     *probes_of(
         "Citations",
