@@ -16,6 +16,7 @@ import edge_option_probes
 import sartor
 import synthesize_option_probes
 import team_option_probes
+import tune_option_probes
 from curate_option_probes import decided_in, removals_of
 from declared_options import declared_options
 from option_probes import Probe, Workspace
@@ -217,6 +218,7 @@ PROBES: tuple[Probe, ...] = (
     *synthesize_option_probes.PROBES,
     *team_option_probes.PROBES,
     *edge_option_probes.PROBES,
+    *tune_option_probes.PROBES,
 )
 
 
