@@ -13,6 +13,7 @@ import pytest
 
 import curate_option_probes
 import edge_option_probes
+import federate_option_probes
 import sartor
 import synthesize_option_probes
 import team_option_probes
@@ -218,6 +219,7 @@ PROBES: tuple[Probe, ...] = (
     *synthesize_option_probes.PROBES,
     *team_option_probes.PROBES,
     *edge_option_probes.PROBES,
+    *federate_option_probes.PROBES,
     *tune_option_probes.PROBES,
 )
 

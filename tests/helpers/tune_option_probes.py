@@ -118,11 +118,12 @@ _runs: dict[str, Any] = {}
 
 def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
     """Weights, losses and licence of a run; runs of one recipe are made once, since the probes of weights show that they repeat."""
-    key = json.dumps([str(workspace.fixture("tiny_base")), changes], sort_keys=True)
+    recipe = _recipe(changes, workspace)
+    key = json.dumps(recipe, sort_keys=True)
     if key not in _runs:
         workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
         out = workspace.folder() / "adapter"
-        sartor.tune(_recipe(changes, workspace), out, show=False)
+        sartor.tune(recipe, out, show=False)
         manifest = open_artifact(out).manifest
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses = [(line.get("loss"), line.get("eval_loss")) for line in lines]
