@@ -34,6 +34,7 @@ from sartor.serving.team_config import (
     WorkerOptions,
 )
 from sartor.serving.workers.agent_health import AgentQueues, CircuitBreaker, Restarts
+from sartor.serving.workers.supervisor import Supervisor
 
 # --- plans: several agents for one request, each of which says what the probe has written
 
@@ -596,4 +597,19 @@ TRIGGER_PROBES = (
     ),
 )
 
-PROBES: tuple[Probe, ...] = (*PLAN_PROBES, *MACHINE_PROBES, *REQUEST_PROBES, *TOOL_PROBES, *TRIGGER_PROBES)
+
+def _tripped(values: Any, workspace: Workspace) -> Any:
+    """The state of an agent that failed twice, by the supervisor of a team."""
+    supervisor = Supervisor(load(Team, {"base": "tiny", "state": str(workspace.path), "breaker": values}))
+    for _ in range(2):
+        supervisor.blame("faq@1", "NaN")
+    return supervisor.health()["agents"]["faq@1"]["breaker"]
+
+
+SECTION_PROBES = (
+    Probe("Team.breaker", ({"failures": 3}, {"failures": 2}), _tripped),
+    Probe("Team.media", ({}, {"parts": 0}), lambda value, workspace: _media(PICTURE)(value, workspace)),
+    Probe("Team.plans", ([CHAIN], [{**CHAIN, "steps": ["last"]}]), lambda value, workspace: _answer(workspace, *value)),
+)
+
+PROBES: tuple[Probe, ...] = (*SECTION_PROBES, *PLAN_PROBES, *MACHINE_PROBES, *REQUEST_PROBES, *TOOL_PROBES, *TRIGGER_PROBES)
