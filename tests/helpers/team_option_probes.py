@@ -30,6 +30,7 @@ from sartor.serving.team_config import (
     RequestLimits,
     Retraining,
     Rollout,
+    Team,
     ToolServer,
     WorkerOptions,
 )
