@@ -6,13 +6,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from sartor.curate.dedup.dedup_files import DedupOptions
 from sartor.curate.recipe import CurateRecipe
 from sartor.edge.tuning.energy_policy import EnergyPolicy
+from sartor.edge.update.fleet_monitor import FleetPolicy
+from sartor.edge.update.tuf_roles import Expiry
+from sartor.evaluate.audit.audit import AuditOptions
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
+from sartor.federate.flower.round_driver import RoundDriverOptions
 from sartor.federate.recipe import FederateRecipe
 from sartor.federate.tuning.client_shards import Shards
 from sartor.federate.tuning.edge_client import DeviceFile
+from sartor.learn.personal_options import PersonalOptions
 from sartor.release.gate import GateFile
 from sartor.serving.team_config import Team
 from sartor.synthesize.recipe import SynthesizeRecipe
@@ -32,6 +38,12 @@ ROOTS = (
     CoordinatorOptions,
     Team,
     EnergyPolicy,
+    DedupOptions,
+    FleetPolicy,
+    Expiry,
+    PersonalOptions,
+    RoundDriverOptions,
+    AuditOptions,
 )
 
 

@@ -1,0 +1,178 @@
+"""Probes of federated tuning: rules on a few small updates, one round of three clients on a tiny base, dealt-out rows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from option_probes import Observer, Probe, Workspace, probes_of
+from rows import example
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import GuardError, SartorError
+from sartor.core.filesystem import file_digest
+from sartor.federate.recipe import load
+from sartor.federate.robust_aggregation import Krum, MultiKrum, NormBound, Screened, Trimmed
+from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.simulation import resolve_rules, simulate
+from sartor.federate.updates import Update
+from tune_option_probes import dataset
+
+# --- rules on updates
+
+
+def _updates() -> list[Update]:
+    """Seven updates of four values: five alike, one that is long, one that points away."""
+    rng = np.random.default_rng(0)
+    values = [np.array([1.0, 2.0, 3.0, 4.0]) + rng.normal(0, 0.2, 4) for _ in range(5)]
+    values += [4.0 * values[0], -0.8 * values[1]]
+    return [Update(f"client-{index}", {"weight": value.astype(np.float32)}) for index, value in enumerate(values)]
+
+
+def _pooled(cls: type) -> Observer:
+    def observe(values: Any, workspace: Workspace) -> Any:
+        try:
+            pooled = cls(**values).pool(_updates())
+        except GuardError as error:
+            return error.problem
+        return pooled.tensors["weight"].tolist()
+
+    return observe
+
+
+RULE_PROBES = (
+    *probes_of("NormBound", _pooled(NormBound), {"times_median": (1.0, 2.0)}),
+    *probes_of("Trimmed", _pooled(Trimmed), {"fraction": (0.2, 0.4)}),
+    *probes_of("Krum", _pooled(Krum), {"fraction": (0.0, 0.25)}),
+    *probes_of("MultiKrum", _pooled(MultiKrum), {"fraction": (0.0, 0.25)}),
+    *probes_of("Screened", _pooled(Screened), {"least_cosine": (0.0, -1.0), "most_times_median": (3.0, 9.0)}),
+)
+
+# --- how rows are dealt out
+
+
+def _dealt(values: Any, workspace: Workspace) -> Any:
+    rows = [example(f"q{index}", json.dumps({"intent": "ab"[index % 2]}), index) for index in range(30)]
+    shards = Shards(**{"count": 3, "alpha": 0.3, "by": "intent", **values})
+    return sorted(shards.deal(rows).items())
+
+
+SHARD_PROBES = probes_of("Shards", _dealt, {"count": (3, 4), "alpha": (0.3, 5.0), "by": ("intent", ""), "seed": (0, 1)})
+
+# --- rounds
+
+
+def _recipe(changes: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "base": str(workspace.fixture("tiny_base")),
+        "data": {"path": str(dataset("switches", workspace)), "attack_rows": 0},
+        "method": {"rank": 4, "alpha": 16},
+        "rounds": 1,
+        "local": {"updates": 1},
+        "optimizer": {"learning_rate": 1e-2, "batch_tokens": 128},
+    }
+    recipe = {**base}
+    if changes.get("base") == "BASE":
+        changes = {name: value for name, value in changes.items() if name != "base"}
+    for part, value in changes.items():
+        is_merged = isinstance(value, dict) and isinstance(base.get(part), dict) and part != "local"
+        recipe[part] = {**base[part], **value} if is_merged else value
+    if recipe["data"].get("path", "").startswith("dataset:"):
+        recipe["data"]["path"] = str(dataset(recipe["data"]["path"].removeprefix("dataset:"), workspace))
+    return recipe
+
+
+_runs: dict[str, Any] = {}
+
+
+def _simulated(changes: dict[str, Any], workspace: Workspace) -> Any:
+    """Weights, held-out loss and attacks of one round of three clients; runs of one recipe are made once."""
+    recipe = _recipe(changes, workspace)
+    key = json.dumps(recipe, sort_keys=True)
+    if key not in _runs:
+        out = workspace.folder() / "adapter"
+        shards = {"count": 3, "alpha": 5.0, "by": ".", "seed": 1}
+        try:
+            done = simulate(recipe, out, shards=shards)
+        except SartorError as error:
+            return f"{type(error).__name__}: {error.problem}"
+        manifest = open_artifact(out).manifest
+        _runs[key] = (
+            file_digest(out / "adapter_model.safetensors"),
+            manifest["run"]["metrics"],
+            len(done.as_json()["attacks"]),
+            sorted(done.personal["clients"]) if done.personal else None,
+        )
+    return _runs[key]
+
+
+def _part(part: str, **base: Any) -> Observer:
+    return lambda values, workspace: _simulated({part: {**base, **values}}, workspace)
+
+
+def _resolved(values: Any, workspace: Workspace) -> Any:
+    """The noise and the weights that a run's rules come to."""
+    shared = {"weight": np.zeros(1000, np.float32)}
+    rules = resolve_rules(load({"base": "tiny", "rounds": 3, **values}), shared, 8, 40)
+    return rules.noise, rules.most_examples, rules.clip
+
+
+PRIVATE = {"epsilon": 5.0}
+OF_ROWS = {"epsilon": 50.0, "level": "example", "batch_rows": 4}
+
+ROUND_PROBES = (
+    *probes_of(
+        "FederateRecipe",
+        _simulated,
+        {
+            "base": ("nowhere", "BASE"),
+            "data": ({}, {"max_length_tokens": 42}),
+            "method": ({"rank": 4}, {"rank": 2}),
+            "rounds": (1, 2),
+            "local": ({"updates": 1}, {"updates": 2}),
+            "optimizer": ({"learning_rate": 1e-2}, {"learning_rate": 1e-3}),
+            "rules": ({"clip": 10.0}, {"clip": 0.001}),
+            "robust": (None, "median"),
+            "seed": (0, 1),
+        },
+    ),
+    Probe("FederateRecipe.mode", ({"rounds": 2}, {"rounds": 2, "mode": "alternate"}), _simulated),
+    *probes_of("LocalTraining", _part("local"), {"updates": (1, 3), "epochs": (1, 2)}),
+    *probes_of(
+        "Ranked",
+        _part("method"),
+        {"rank": (4, 2), "alpha": (16, 32), "targets": ("all-linear", ["q_proj"]), "ranks": ([], [4, 4, 1])},
+    ),
+    *probes_of(
+        "LocalData",
+        _part("data"),
+        {
+            "path": ("dataset:switches", "dataset:whole"),
+            "eval_rows": (64, 2),
+            "max_length_tokens": (1024, 42),
+            "micro_batch_tokens": (2048, 64),
+            "attack_rows": (0, 8),
+        },
+    ),
+    *probes_of("LocalData", _part("data", path="dataset:whole"), {"eval_fraction": (0.1, 0.5)}),
+    *probes_of("RoundRules", _part("rules"), {"clip": (10.0, 0.001)}),
+    *probes_of(
+        "RoundRules",
+        lambda values, workspace: _resolved({"rules": values}, workspace),
+        {"noise": ("auto", 1.0), "most_examples": ("auto", 3)},
+    ),
+    Probe("FederateRecipe.privacy", ({}, {"privacy": PRIVATE}), _resolved),
+    *probes_of(
+        "Privacy",
+        lambda values, workspace: _resolved({"privacy": {**PRIVATE, **values}}, workspace),
+        {"epsilon": (5.0, 1.0), "delta": (1e-5, 1e-7), "level": ("client", "example")},
+    ),
+    *probes_of(
+        "Privacy",
+        _part("privacy", **OF_ROWS),
+        {"max_grad_norm": (1.0, 0.1), "batch_rows": (4, 2), "noise_multiplier": ("auto", 9.0)},
+    ),
+)
+
+PROBES: tuple[Probe, ...] = (*RULE_PROBES, *SHARD_PROBES, *ROUND_PROBES)

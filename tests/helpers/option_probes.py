@@ -1,0 +1,79 @@
+"""A probe of options: two values of one option, and what an observer makes of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sartor.core.errors import SartorError
+
+
+class Workspace:
+    """A test's folder and fixtures, for observers that need files."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self._count = 0
+
+    @property
+    def path(self) -> Path:
+        """The test's folder."""
+        path: Path = self._request.getfixturevalue("tmp_path")
+        return path
+
+    @property
+    def patch(self) -> pytest.MonkeyPatch:
+        """The test's monkeypatch."""
+        patch: pytest.MonkeyPatch = self._request.getfixturevalue("monkeypatch")
+        return patch
+
+    def fixture(self, name: str) -> Any:
+        """Return a fixture's value."""
+        return self._request.getfixturevalue(name)
+
+    def folder(self) -> Path:
+        """Return a new folder, one a call."""
+        self._count += 1
+        folder = self.path / f"observed-{self._count}"
+        folder.mkdir()
+        return folder
+
+
+Observer = Callable[[Any, Workspace], Any]
+
+
+class Probe(NamedTuple):
+    """Two values of an option and their observer.
+
+    may_refuse: a value may end in a SartorError, whose text is then what is observed.
+    """
+
+    option: str
+    values: tuple[Any, Any]
+    observe: Observer
+    may_refuse: bool = False
+
+    def outcomes(self, workspace: Workspace) -> list[Any]:
+        """Return what is seen of the first value, of the first again, and of the second."""
+        return [self._outcome(value, workspace) for value in (self.values[0], *self.values)]
+
+    def _outcome(self, value: Any, workspace: Workspace) -> Any:
+        if not self.may_refuse:
+            return self.observe(value, workspace)
+        try:
+            return self.observe(value, workspace)
+        except SartorError as error:
+            return re.sub(r"observed-\d+", "observed", f"{type(error).__name__}: {error}")
+
+
+def probes_of(
+    cls: str, observe: Observer, values: Mapping[str, tuple[Any, Any]], *, may_refuse: bool = False
+) -> tuple[Probe, ...]:
+    """Return probes of options of one class, which share an observer of `(option, value)` mappings: `{option: value}`."""
+    return tuple(
+        Probe(f"{cls}.{name}", ({name: first}, {name: second}), observe, may_refuse) for name, (first, second) in values.items()
+    )

@@ -1,0 +1,286 @@
+"""Probes of tuning: the weights that two short runs on a tiny base end with, what they log, and what a plan foresees."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import sartor
+from media_files import png, sound
+from option_probes import Observer, Probe, Workspace, probes_of
+from sample_data import ROWS, recipe_on, write_jsonl
+from sartor.core.artifacts import open_artifact
+from sartor.core.filesystem import file_digest
+from sartor.tune.cost_model import BatchLoad, shape_of
+from sartor.tune.recipe import load
+
+PAIRS = [
+    {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"{room}, {word}"}
+    for word in ("on", "off")
+    for room in ("kitchen", "hall", "attic", "garage", "patio")
+]
+RATED = [
+    {"prompt": pair["prompt"], "completion": pair[side], "rating": rating}
+    for pair in PAIRS
+    for side, rating in (("chosen", 1), ("rejected", -0.5))
+]
+TALK = [{"prompt": f"good morning {index}", "completion": f"good morning to you {index}"} for index in range(8)]
+PLAIN = [{"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]} for row in ROWS]
+
+
+def _media_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for index in range(6):
+        (folder / f"{index}.png").write_bytes(png(20 + 30 * index))
+        (folder / f"{index}.wav").write_bytes(sound(0.3, pitch=200.0 + 60 * index))
+        for kind, name in (("image", f"{index}.png"), ("audio", f"{index}.wav")):
+            content = [{"type": kind, kind: name}, {"type": "text", "text": "what is it?"}]
+            rows.append(
+                {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": f"{kind} {index}"}]}
+            )
+    return rows
+
+
+DATASETS: dict[str, Any] = {
+    "switches": (lambda folder: ROWS, 0.25),
+    "whole": (lambda folder: ROWS, 0.0),
+    "talk": (lambda folder: TALK, 0.0),
+    "pairs": (lambda folder: [*PAIRS, *PLAIN[:4]], 0.25),
+    "rated": (lambda folder: [*RATED, *PLAIN[:4]], 0.25),
+    "media": (_media_rows, 0.25),
+}
+
+
+def _shared(workspace: Workspace) -> Path:
+    """The folder of what all probes of a session use."""
+    folder: Path = workspace.fixture("tmp_path_factory").getbasetemp() / "tuning-probes"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def dataset(name: str, workspace: Workspace) -> Path:
+    """A Dataset, curated once a session."""
+    out = _shared(workspace) / name
+    if not out.is_dir():
+        folder = _shared(workspace) / f"{name}-rows"
+        folder.mkdir()
+        make_rows, eval_fraction = DATASETS[name]
+        source = {"path": str(write_jsonl(folder / "rows.jsonl", make_rows(folder))), "licence": "CC-BY-4.0"}
+        sartor.curate({"sources": [source], "split": {"eval_fraction": eval_fraction}, "workers": 1}, out)
+    return out
+
+
+def _placed(value: Any, workspace: Workspace) -> Any:
+    """A value of a recipe with `dataset:NAME`, `base`, `adapter` and towers in it replaced by paths."""
+    if isinstance(value, dict):
+        return {key: _placed(inner, workspace) for key, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value.startswith("dataset:"):
+        return str(dataset(value.removeprefix("dataset:"), workspace))
+    return str(_made(value, workspace)) if value in ("BASE", "OTHER BASE", "ADAPTER", "CLIP", "WHISPER") else value
+
+
+def _made(name: str, workspace: Workspace) -> Path:
+    if name == "BASE":
+        return Path(workspace.fixture("tiny_base"))
+    folder = _shared(workspace) / name.lower().replace(" ", "-")
+    if folder.is_dir():
+        return folder
+    import tiny
+    from tiny_towers import tiny_clip, tiny_whisper
+
+    if name == "ADAPTER":
+        sartor.tune(_recipe({"budget": {"updates": 1}}, workspace), folder, show=False)
+        return folder
+    makers: dict[str, Any] = {
+        "OTHER BASE": lambda: tiny.write_base(folder, intermediate_size=96),
+        "CLIP": lambda: tiny_clip(folder),
+        "WHISPER": lambda: tiny_whisper(folder),
+    }
+    return Path(makers[name]())
+
+
+def _recipe(changes: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    recipe = recipe_on(dataset("switches", workspace), workspace.fixture("tiny_base"))
+    recipe = {**recipe, "method": {"rank": 4, "alpha": 16}, "budget": {"updates": 2}, "evaluations": 1}
+    for part, value in changes.items():
+        placed = _placed(value, workspace)
+        is_merged = isinstance(placed, dict) and isinstance(recipe.get(part), dict) and part != "budget"
+        recipe[part] = {**recipe[part], **placed} if is_merged else placed
+    return recipe
+
+
+_runs: dict[str, Any] = {}
+
+
+def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
+    """Weights, losses and licence of a run; runs of one recipe are made once, since the probes of weights show that they repeat."""
+    recipe = _recipe(changes, workspace)
+    key = json.dumps(recipe, sort_keys=True)
+    if key not in _runs:
+        workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+        out = workspace.folder() / "adapter"
+        sartor.tune(recipe, out, show=False)
+        manifest = open_artifact(out).manifest
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses = [(line.get("loss"), line.get("eval_loss")) for line in lines]
+        files = {name: file_digest(out / name) for name in manifest["files"] if name.endswith(".safetensors")}
+        _runs[key] = files, losses, manifest["licence"]
+    return _runs[key]
+
+
+def _planned(changes: dict[str, Any], workspace: Workspace) -> Any:
+    """What a plan foresees, but for time and memory, which are measured."""
+    plan = sartor.plan(_recipe(changes, workspace)).as_json()
+    return {name: plan[name] for name in ("tokens", "trainable", "path", "left_out", "refusals", "updates")}
+
+
+def _memory(changes: dict[str, Any], workspace: Workspace) -> Any:
+    """What a micro-batch of 256 tokens holds for the backward pass, by the model of memory."""
+    import tiny
+
+    recipe = load(_recipe(changes, workspace))
+    return shape_of(tiny.model(num_hidden_layers=8), recipe).activation_bytes(BatchLoad(256, 2048, 64))
+
+
+def _part(part: str, observe: Any, **base: Any) -> Observer:
+    """Observe by options of one part of the recipe. base: other parts, and what of the part both values have."""
+
+    def observed(values: Any, workspace: Workspace) -> Any:
+        return observe({**base, part: {**base.get(part, {}), **values}}, workspace)
+
+    return observed
+
+
+def _targets(observe: Any, **base: Any) -> Observer:
+    return lambda values, workspace: observe({**base, "method": {"targets": values}}, workspace)
+
+
+def _saved(values: Any, workspace: Workspace) -> Any:
+    """How many checkpoints there are after each update of five."""
+    from sartor.tune import checkpoint
+
+    counts = []
+    real_save = checkpoint.save
+
+    def save(folder: Path, *arguments: Any) -> Any:
+        saved = real_save(folder, *arguments)
+        counts.append(sorted(each.name for each in folder.iterdir()))
+        return saved
+
+    workspace.patch.setattr(checkpoint, "save", save)
+    workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    changes = {"budget": {"updates": 5}, "checkpoints": {"every_minutes": 0.0, **values}}
+    sartor.tune(_recipe(changes, workspace), workspace.folder() / "adapter", show=False)
+    workspace.patch.undo()
+    return counts
+
+
+def _cached(values: Any, workspace: Workspace) -> Any:
+    """How many features of pictures are on the disk after a run on a composed base."""
+    home = workspace.folder()
+    workspace.patch.setenv("SARTOR_HOME", str(home))
+    workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    sartor.tune(
+        _recipe({**COMPOSED, "budget": {"updates": 1}, "compute": values}, workspace),
+        workspace.folder() / "adapter",
+        show=False,
+    )
+    return sum(len(files) for folder, _, files in os.walk(home) if "features" in folder)
+
+
+TOO_LONG = {"max_length_tokens": 42}
+PAIRS_AND_TALK = {"path": "dataset:pairs", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
+COMPOSED: dict[str, Any] = {
+    "base": {"text": "BASE", "image": "CLIP"},
+    "data": "dataset:media",
+    "optimizer": {"learning_rate": 1e-2, "batch_tokens": 64},
+}
+
+TUNE_PROBES = (
+    *probes_of(
+        "Recipe",
+        _tuned,
+        {
+            "data": ("dataset:switches", "dataset:whole"),
+            "method": ({"rank": 4}, {"rank": 2}),
+            "budget": ({"updates": 2}, {"updates": 3}),
+            "optimizer": ({"learning_rate": 1e-2}, {"learning_rate": 1e-3}),
+            "evaluations": (1, 2),
+            "base": ("BASE", "OTHER BASE"),
+        },
+    ),
+    Probe("Recipe.objective", ({"data": "dataset:pairs"}, {"data": "dataset:pairs", "objective": "dpo"}), _tuned),
+    Probe("Recipe.compute", ({}, {"compute": {"path": "general"}}), _planned),
+    Probe("Recipe.checkpoints", ({"keep": 1}, {"keep": 3}), _saved),
+    *probes_of(
+        "Data",
+        _part("data", _tuned),
+        {
+            "path": ("dataset:switches", "dataset:whole"),
+            "eval_rows": (64, 2),
+            "rehearsal": ({"path": ""}, {"path": "dataset:talk"}),
+        },
+    ),
+    *probes_of("Data", _part("data", _tuned, data={"path": "dataset:whole"}), {"eval_fraction": (0.1, 0.5)}),
+    *probes_of("Data", _part("data", _planned, data=TOO_LONG), {"too_long_fraction": (0.1, 1.0)}),
+    Probe("Rehearsal.path", ({}, {"data": {"rehearsal": {"path": "dataset:talk"}}}), _tuned),
+    Probe(
+        "Rehearsal.fraction",
+        ({"data": {"rehearsal": {"path": "dataset:talk"}}}, {"data": {"rehearsal": {"path": "dataset:talk", "fraction": 0.6}}}),
+        _tuned,
+    ),
+    *probes_of(
+        "Dpo",
+        _part("objective", _tuned, data=PAIRS_AND_TALK, objective={"kind": "dpo"}),
+        {"beta": (0.1, 0.5), "label_smoothing": (0.0, 0.3), "sft_weight": (0.0, 1.0), "plain_weight": (1.0, 3.0)},
+    ),
+    *probes_of(
+        "Kto",
+        _part("objective", _tuned, data="dataset:rated", objective={"kind": "kto"}),
+        {
+            "beta": (0.1, 0.5),
+            "desirable_weight": (1.0, 2.0),
+            "undesirable_weight": (1.0, 2.0),
+            "divergence": ("estimate", "none"),
+            "plain_weight": (1.0, 3.0),
+        },
+    ),
+    *probes_of("Lora", _part("method", _planned), {"targets": ("all-linear", ["q_proj"])}),
+    *probes_of("Lora", _part("method", _tuned), {"start": ("", "ADAPTER")}),
+    *probes_of("Targets", _targets(_planned), {"language": (None, {"modules": ["q_proj"]})}),
+    *probes_of(
+        "LanguageTargets",
+        _targets(
+            lambda changes, workspace: _planned({"method": {"targets": {"language": changes["method"]["targets"]}}}, workspace)
+        ),
+        {"modules": ("all-linear", ["q_proj"]), "layers": ("all", "top-1")},
+    ),
+    *probes_of("Targets", _targets(_planned, **COMPOSED), {"projector": ("full", "none")}, may_refuse=True),
+    *probes_of("Compute", _part("compute", _planned), {"path": ("auto", "general")}),
+    *probes_of("Compute", _part("compute", _memory), {"recompute": (False, True)}),
+    *probes_of("Compute", _part("compute", _tuned), {"share_prefixes": (True, False)}),
+    *probes_of("Compute", _cached, {"reuse_frozen": (True, False), "cache_gb": (8.0, 0.0)}),
+    *probes_of("Checkpoints", _saved, {"every_minutes": (0.0, 5.0), "keep": (2, 3)}),
+    *probes_of("BaseChoice", _part("base", _planned), {"name": ("BASE", "OTHER BASE")}),
+    *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"bits": (32, 16)}),
+    *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"licence": ("MIT", "Apache-2.0")}),
+    *probes_of("BaseChoice", _part("base", _planned), {"text": ("BASE", "OTHER BASE")}),
+    *probes_of(
+        "BaseChoice",
+        _part("base", _planned, data="dataset:media", base={"text": "BASE"}),
+        {"image": ("", "CLIP"), "audio": ("", "WHISPER")},
+        may_refuse=True,
+    ),
+    Probe("Recipe.align", (COMPOSED, {**COMPOSED, "align": {"fraction": 0.8}}), _tuned),
+    *probes_of(
+        "Align",
+        _part("align", _tuned, **COMPOSED, align={"fraction": 0.5}),
+        {"fraction": (0.5, 0.0), "learning_rate": (1e-3, 1e-1), "later": (1.0, 3.0)},
+    ),
+)
+
+PROBES: tuple[Probe, ...] = TUNE_PROBES
