@@ -53,16 +53,6 @@ def test_first_token_of_a_row_gets_no_label() -> None:
     assert (row.labels, row.supervised_tokens) == ([-100, -100, 7], 1)
 
 
-def test_only_the_same_work_counts() -> None:
-    import train
-
-    ours = {"tokens": [10, 12], "supervised_tokens": [4, 5], "losses": [2.0, 1.9]}
-    assert train.objection(ours, {**ours, "losses": [2.019, 9.0]}) == ""
-    assert "differs" in train.objection(ours, {**ours, "losses": [2.021, 1.9]})
-    assert "differs" in train.objection(ours, {**ours, "losses": [float("nan"), 1.9]})
-    assert "tokens" in train.objection(ours, {**ours, "supervised_tokens": [4, 4]})
-
-
 def test_ratios_are_medians_of_pairs() -> None:
     import train
 

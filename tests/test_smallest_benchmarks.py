@@ -73,7 +73,8 @@ KEYS = {
     "mitigation.metric_cost",
     "synth_audit": "audit.planted_caught mitigation.gap_after mitigation.worst release",
     "synth_lift": "lift.estimate lift.without lift.draws",
-    "train": "tokens_per_s peak_rss_bytes roofline_fraction shared_prefix_ratio frozen_prefix_ratio ratios losses.sartor unsloth "
+    "train": "tokens_per_s peak_rss_bytes roofline_fraction shared_prefix_ratio frozen_prefix_ratio ratios ratios_best refused "
+    "agreement losses.sartor unsloth "
     "trl trl_bf16 llamafactory litgpt mlx",
     "whisper": "clips wer encoder_ms.1 short_windows ctranslate2",
 }
