@@ -1,23 +1,23 @@
 """Whether two sides of train.py did the same arithmetic: losses of every update, gradient norms of B at update 1.
 
-Every side begins with the same factors A, B = 0, and reads the same rows, so two right sides of one dtype differ by rounding
-alone. The tolerances are derived from it.
+Every side begins with the same factors A, B = 0, and reads the same rows, so two right sides of one dtype differ by
+rounding alone. The tolerances are derived from it.
 
-Gradients. A product rounds its sum to the dtype (unit roundoff u: 2^-24 in fp32, 2^-9 in bf16) after K terms were added in fp32.
-Errors are taken as independent (Higham 2002, section 2.8), so one product of width K costs about u + sqrt(K) 2^-24, and N of
-them in a row sqrt(N) times that. A block has ROUNDINGS of them in each direction, so the gradient of B is off by a relative
+Gradients. A product rounds its sum to the dtype (unit roundoff u: 2^-24 in fp32, 2^-9 in bf16) after K terms were
+added in fp32. Errors are taken as independent (Higham 2002, section 2.8), so one product of width K costs about u +
+sqrt(K) 2^-24, and N of them in a row sqrt(N) times that. A block has ROUNDINGS of them in each direction, so the
+gradient of B is off by a relative
 
     r = sqrt(2 ROUNDINGS layers) (u + sqrt(K) 2^-24)
 
-Its norm averages over the R columns of B (at least), so of two sides with independent errors three standard deviations of the
-difference, and the bias of a norm, are
+Its norm averages over the R columns of B (at least), so of two sides with independent errors three standard deviations
+of the difference, and the bias of a norm, are
 
     3 sqrt(2) r / sqrt(R) + r^2
 
-Losses. At update 1 the adapters compute nothing: 0.02 nats in bf16 (as before), and in fp32 the same relative error of the
-loss. From then on each side walks along its own gradients, so the difference may grow by that relative error times the distance
-that the loss has moved since update 1.
-"""
+Losses. At update 1 the adapters compute nothing: 0.02 nats in bf16 (as before), and in fp32 the same relative error of
+the loss. From then on each side walks along its own gradients, so the difference may grow by that relative error times
+the distance that the loss has moved since update 1."""
 
 from __future__ import annotations
 

@@ -1,24 +1,27 @@
-"""Fine-tuning on the same work, Sartor against its peers: tokens per second, memory, losses, and how near the machine's limit.
+"""Fine-tuning on the same work, Sartor against its peers: tokens per second, memory, losses, and how near the
+machine's limit.
 
     python benchmarks/train.py --json
     python benchmarks/train.py --json --peers trl,unsloth --pairs 1 --updates 4
     python benchmarks/train.py --json --device cuda
     python benchmarks/train.py --json --small    # a tiny base without peers: shows that it runs
 
-Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and the same
-tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and a peer alternate;
-a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed. Padding is not counted as
-tokens: peers pad, Sartor packs. Sartor's side is the verb `tune` itself (peers/sartor/run.py).
+Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and
+the same tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and
+a peer alternate; a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed.
+Padding is not counted as tokens: peers pad, Sartor packs. Sartor's side is the verb `tune` itself
+(peers/sartor/run.py).
 
-A peer has a ratio only if in every pair tokens, the loss of every update, and the gradient norm of every factor B at update 1
-agree with Sartor's in the same dtype (peer_agreement.py derives the tolerances). Else `refused` has the reasons, and no ratio is
-printed. Where a peer computes in another dtype than Sartor does, one more run of Sartor's in that dtype is what it must agree with.
+A peer has a ratio only if in every pair tokens, the loss of every update, and the gradient norm of every factor B at
+update 1 agree with Sartor's in the same dtype (peer_agreement.py derives the tolerances). Else `refused` has the
+reasons, and no ratio is printed. Where a peer computes in another dtype than Sartor does, one more run of Sartor's in
+that dtype is what it must agree with.
 
-`trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and `unsloth_compile`
-is Unsloth with its opt-in torch.compile. `ratios_best` has the peers with their best documented settings (peers/settings.toml).
-A peer that cannot be installed or run is named under `failed` with the reason, one that was not asked for under `absent`; one
-that is slow ends early (`--limit-s`) and is rated by the updates that it made.
-"""
+`trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and
+`unsloth_compile` is Unsloth with its opt-in torch.compile. `ratios_best` has the peers with their best documented
+settings (peers/settings.toml). A peer that cannot be installed or run is named under `failed` with the reason, one
+that was not asked for under `absent`; one that is slow ends early (`--limit-s`) and is rated by the updates that it
+made."""
 
 from __future__ import annotations
 
@@ -152,7 +155,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """{base, rows, updates, start}, from a process of its own: a child's peak RSS begins at its parent's, so this one stays small."""
+    """Return what work.py writes. It is a process of its own: a child's peak RSS begins at its parent's."""
     out = folder / "work.json"
     command = [smallest.python(), str(HERE / "peers" / "work.py"), str(out), "--base", arguments.base]
     command += ["--updates", str(arguments.updates), "--rows-per-update", str(arguments.rows_per_update)]

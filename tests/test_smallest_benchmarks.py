@@ -65,7 +65,7 @@ KEYS = {
     "savings": "shared_prefix_ratio frozen_prefix_ratio frozen_prefix_ratio_top_6 shared.proof.gradient frozen.top_10.proof.loss",
     "scaling": "by_rows by_rank lines.rows.r_squared lines.rank.slope",
     "secure_sum": "state error client_s coordinator_s upload_bytes_per_parameter failure_bound",
-    "serve": "ratios.mixed_over_same ratios.llama_cpp ratios.peft ratios.one_at_a_time tokens_per_s curve exact.fp32.equal "
+    "serve": "llama_settings llama_build losses.llama_q4_0 losses.llama_q4 agreement ratios.mixed_over_same ratios.llama_cpp ratios.peft ratios.one_at_a_time tokens_per_s curve exact.fp32.equal "
     "agrees open_loop adapter_bytes attach_s",
     "spoken_rows": "train eval words clips voices",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "

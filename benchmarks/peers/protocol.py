@@ -1,7 +1,7 @@
 """What every side of benchmarks/train.py speaks: a job comes as one JSON file, the result goes into another.
 
-Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.json`, so this module needs nothing but Python.
-A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
+Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.json`, so this module needs nothing but
+Python. A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
 
     job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, compile, limit_s,
               updates: [[{ids, learnt}, ...], ...], start, settings?: {kind: {option: value}}, is_reference?,
@@ -9,12 +9,12 @@ A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it nev
     result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], b_gradients: {module: norm},
               peak_rss_bytes, versions, ...}
 
-`b_gradients` has, for each adapted linear module by its name in transformers, the norm of the gradient of its factor B at update
-1, before clipping. Every side begins with the factors A of `start` and with B = 0, so the sides' norms must agree.
+`b_gradients` has, for each adapted linear module by its name in transformers, the norm of the gradient of its factor B
+at update 1, before clipping. Every side begins with the factors A of `start` and with B = 0, so the sides' norms must
+agree.
 
-A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so its lists
-may be shorter; two updates it always makes.
-"""
+A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so
+its lists may be shorter; two updates it always makes."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def plain_base(base: Path, out: Path, layers: int) -> Path:
 
 
 def write_start(base: Path, file: Path, rank: int) -> Path:
-    """Write the factors A with which every side begins: (rank, inputs) by module, uniform up to 1 / sqrt(inputs) as peft has them."""
+    """Write the factors A with which every side begins: (rank, inputs) by module, uniform as peft draws them."""
     import torch
     from protocol import TARGETS
     from safetensors import safe_open
