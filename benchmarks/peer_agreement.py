@@ -17,7 +17,8 @@ of the difference, and the bias of a norm, are
 
 Losses. At update 1 the adapters compute nothing: 0.02 nats in bf16 (as before), and in fp32 the same relative error of
 the loss. From then on each side walks along its own gradients, so the difference may grow by that relative error times
-the distance that the loss has moved since update 1."""
+the distance that the loss has moved since update 1.
+"""
 
 from __future__ import annotations
 

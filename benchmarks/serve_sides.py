@@ -5,7 +5,8 @@
 FOLDER holds `adapters/0`, `adapters/1`, ... in PEFT's layout, and `base.f16.gguf` and `base.q4_0.gguf`. Asked `{"run":
 [[adapter, prompt ids], ...], "tokens": n}` a side makes one reply of n tokens per stream, greedily, all side by side,
 and says how long it took and the texts; adapter -1 is the base. THREADS: 0 for as many as there are. No side may end a
-reply early: what would is ignored by each in its own way."""
+reply early: what would is ignored by each in its own way.
+"""
 
 from __future__ import annotations
 

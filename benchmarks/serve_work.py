@@ -4,7 +4,8 @@
 
 Q4_0 is quantised by the gguf package from the values that the base has in bf16; `losses.json` has the mean loss in
 nats a token of each file on the beginning of the README, so that what a faster form costs is known. Run as a process
-of its own, so that the one which times the sides stays small."""
+of its own, so that the one which times the sides stays small.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ def loss_of(file: Path, base: Path, tokens: int) -> float:
 
 
 def write_q4_0(source: Path, out: Path) -> None:
-    """The same base with the matrices of its blocks in Q4_0, from their values in bf16; the embedding stays in 8 bits or more."""
+    """Write the base with its blocks' matrices in Q4_0, from their values in bf16, and the embedding in 8 bits."""
 
     def stored(name: str, value: np.ndarray) -> tuple[np.ndarray, Kind | None]:
         if value.ndim < 2:

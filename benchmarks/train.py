@@ -21,7 +21,8 @@ that dtype is what it must agree with.
 `unsloth_compile` is Unsloth with its opt-in torch.compile. `ratios_best` has the peers with their best documented
 settings (peers/settings.toml). A peer that cannot be installed or run is named under `failed` with the reason, one
 that was not asked for under `absent`; one that is slow ends early (`--limit-s`) and is rated by the updates that it
-made."""
+made.
+"""
 
 from __future__ import annotations
 

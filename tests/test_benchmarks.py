@@ -227,3 +227,18 @@ def test_learning_from_use_is_measured_on_what_nobody_chose() -> None:
     assert until_rollback(None, random.Random(0), most=300) == 0
     found = learn_rollback.quantile(list(range(1, 101)), 0.5)
     assert found["low"] < found["estimate"] < found["high"]
+
+
+def test_threshold_of_a_peer_is_chosen_on_rows_that_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sartor's side takes texts alone: no hint of what kind of rows they are."""
+    import inspect
+
+    import dedup
+    import dedup_peers
+    from dedup_sets import Truth
+
+    monkeypatch.setitem(dedup.THRESHOLDS, "rensa", (0.9, 0.5))
+    monkeypatch.setitem(dedup.PEERS, "rensa", lambda texts, threshold: [0, 0] if threshold == 0.5 else [0, 1])
+    chosen, tried = dedup.choose_thresholds(["rensa"], Truth(["a", "a"], [0, 0]))
+    assert chosen == {"rensa": 0.5} and tried["rensa"]["0.9"] < tried["rensa"]["0.5"] == 1
+    assert list(inspect.signature(dedup_peers.sartor).parameters) == ["texts"]

@@ -14,7 +14,8 @@ at update 1, before clipping. Every side begins with the factors A of `start` an
 agree.
 
 A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so
-its lists may be shorter; two updates it always makes."""
+its lists may be shorter; two updates it always makes.
+"""
 
 from __future__ import annotations
 
