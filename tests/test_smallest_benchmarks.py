@@ -31,7 +31,7 @@ PARTS_OF_OTHERS = {
 KEYS = {
     "ablation": "ablation layers machine.processor",
     "bad_adapters": "releases checks.signature good",
-    "chaos": "faults others_success base_bit_equal admitted_bad bad_adapters lost_in_flight promotions recovery_s requests wall_s",
+    "chaos": "mutants p99_s slowest_s offered_per_s faults others_success base_bit_equal admitted_bad bad_adapters lost_in_flight promotions recovery_s requests wall_s",
     "collaborate": "rows.held_out sides.single sides.checked sides.vote over.checked.vote vote_members specialist_s wall_s",
     "dedup": "chosen chosen_on sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
