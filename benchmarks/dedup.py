@@ -34,6 +34,7 @@ from typing import Any
 
 import dedup_sets
 import numpy as np
+import parts
 import smallest
 from dedup_peers import PEERS, THRESHOLDS, absent, sartor
 from dedup_sets import Truth
@@ -208,16 +209,17 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "absent": left_out,
     }
     for name, truth in truths.items():
-        result["sets"][name] = scored(sartor, truth)
+        result["sets"][name] = parts.run(f"sartor on {name}", lambda truth=truth: scored(sartor, truth))
         print(name, result["sets"][name], file=sys.stderr, flush=True)
         for peer in peers:
-            result["peers"][peer][name] = scored(functools.partial(PEERS[peer], threshold=thresholds[peer]), truth)
+            find = functools.partial(PEERS[peer], threshold=thresholds[peer])
+            result["peers"][peer][name] = parts.run(f"{peer} on {name}", lambda find=find, truth=truth: scored(find, truth))
             print(f"  {peer}", result["peers"][peer][name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for key, measure in (("throughput", lambda: throughput(chosen.throughput_rows, Path(folder), 1 if chosen.small else 3)),
                              ("memory", lambda: memory(chosen.memory_rows, Path(folder))),
                              ("boilerplate", lambda: boilerplate(chosen.boilerplate_rows))):  # fmt: skip
-            result[key] = measure()
+            result[key] = parts.run(key, measure)
             print(key, result[key], file=sys.stderr, flush=True)
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import parts
 import peer_agreement
 import smallest
 import tables
@@ -170,12 +171,12 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
     runs = Runs()
     for number in range(arguments.pairs):
         if not peers:
-            runs.ours.append(_sound(run(folder, SARTOR, work, arguments)))
+            runs.ours.append(_sound(run_part("sartor alone", number, folder, SARTOR, work, arguments)))
         for name, peer in peers.items():
             if name in runs.failed or name in runs.refused:
                 continue
-            ours = _sound(run(folder, SARTOR, work, arguments))
-            theirs = run(folder, peer, work, arguments)
+            ours = _sound(run_part(f"sartor beside {name}", number, folder, SARTOR, work, arguments))
+            theirs = run_part(name, number, folder, peer, work, arguments)
             runs.ours.append(ours)
             if "failed" in theirs:
                 runs.failed[name] = theirs["failed"]
@@ -183,6 +184,16 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
                 note_pair(runs, name, ours, theirs, reference_of(runs, folder, ours, dtype_of(theirs), work, arguments))
             _say(name, number, ours, theirs, runs.refused.get(name, []))
     return runs
+
+
+def run_part(label: str, number: int, folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace) -> Result:
+    """`run` as a part of the benchmark, which a later call takes over."""
+    return dict(parts.run(f"pair {number + 1}, {label}", lambda: run(folder, side, work, arguments), is_final=is_success))
+
+
+def is_success(result: Result) -> bool:
+    """Whether a side gave a result; a peer that failed is tried again by a later call."""
+    return "failed" not in result
 
 
 def reference_of(
@@ -290,7 +301,7 @@ def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> d
         "supervised_tokens_per_s": round(statistics.median(rate(ours, "supervised_tokens") for ours in runs.ours), 1),
         "peak_rss_bytes": round(statistics.median(ours["peak_rss_bytes"] for ours in runs.ours)),
         "roofline_fraction": round(statistics.median(fractions), 3),
-        **savings(arguments),
+        **parts.run("savings", lambda: savings(arguments)),
         "path": last["path"],
         "losses": {name: losses(results) for name, results in sides.items()},
         "sides": {name: side(results) for name, results in sides.items()},
