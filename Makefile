@@ -1,5 +1,5 @@
 # Two commands on a fresh machine do everything: `make demo` and `make test`. Each makes its own .venv with plain pip.
-# `quick` is the inner loop; `check` is what a commit must pass; `bench` prints the benchmarks' JSON lines.
+# `quick` is the inner loop; `check` is what a commit must pass; `bench` writes benchmarks/results/NAME.json and the scoreboard.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -8,7 +8,7 @@ DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
 TESTED := tune,demo,hub,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
-.PHONY: demo quick test assets test-default test-slow test-alone check bench bench-small bench-peers docs clean
+.PHONY: demo quick test assets test-default test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml
@@ -70,20 +70,26 @@ NOT_BENCHED := serve_sides serve_work learn_rows norms parity bad_adapters spoke
 BENCHMARKS := $(filter-out $(NOT_BENCHED),$(basename $(notdir $(shell grep -l __main__ benchmarks/*.py))))
 # where scripts keep what they made, so that a second run goes on from it
 BENCH_OUT ?= bench-out
-options_federate := --work $(BENCH_OUT)/federate
 options_collaborate := --out $(BENCH_OUT)/collaborate
-options_multimodal := --work $(BENCH_OUT)/multimodal
+# a call of a benchmark ends after 60 minutes; `make bench` again goes on, and measures nothing twice of the same code
+RECORD := env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/scoreboard/record.py
 
-bench: $(VENV)/.bench $(addprefix bench-,$(BENCHMARKS))  ## each benchmark's JSON line: hours
+# one that fails is recorded with its reason, and the others are measured
+bench: $(VENV)/.bench $(addprefix bench-,$(BENCHMARKS))  ## each benchmark's JSON and the scoreboard: hours
+	$(MAKE) scoreboard
 
 bench-%: $(VENV)/.bench
-	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/$*.py --json $(options_$*)
+	-$(RECORD) benchmarks/$*.py --json --work $(BENCH_OUT)/$* $(options_$*)
+
+scoreboard: $(VENV)/.dev  ## docs/development/scoreboard.md from benchmarks/results
+	cd benchmarks && ../$(BIN)/python scoreboard/scoreboard.py
 
 bench-small: $(VENV)/.dev  ## every benchmark at its smallest size, as CI runs it: minutes
 	$(BIN)/python -m pytest -q -m "" tests/test_smallest_benchmarks.py
 
 bench-peers: $(VENV)/.dev  ## several GB of venvs, and an hour
-	env -u OPENBLAS_CORETYPE $(BIN)/python benchmarks/train.py --json
+	$(RECORD) benchmarks/train.py --json --work $(BENCH_OUT)/train
+	$(MAKE) scoreboard
 
 docs: $(VENV)/.dev  ## every block of README and docs, run
 	$(BIN)/python -m pytest -q -m "" tests/test_docs.py

@@ -165,6 +165,36 @@ class Maker:
             (out / "signature").write_text(signing.sign((out / MANIFESTS["release"]).read_bytes(), key))
 
 
+# kind of mutant -> whether it is signed again, and the part of the weights file in which a bit or a byte changes
+MUTATIONS: dict[str, tuple[bool, str, int]] = {
+    "a bit anywhere, not signed again": (False, "file", 1),
+    "a bit of a tensor, signed again": (True, "tensors", 1),
+    "a bit of the header, signed again": (True, "header", 1),
+    "a byte of the header, signed again": (True, "header", 8),
+    "a bit of the header's length, signed again": (True, "length", 1),
+}
+
+
+def mutant(maker: Maker, kind: str, number: int, draft: Draft, out: Path) -> Path:
+    """Write a good Release of which one bit, or one byte, has changed at random. number: seeds where, and to what.
+
+    One that is signed again is what a trusted signer with a faulty disk or memory would publish. It may be harmless: a bit
+    of a mantissa moves one factor by little, and a space of the header says nothing.
+    """
+    is_signed, part, bits = MUTATIONS[kind]
+    draws = np.random.default_rng([number, list(MUTATIONS).index(kind)])
+
+    def change(path: Path) -> None:
+        raw = bytearray((path / WEIGHTS).read_bytes())
+        header = 8 + int.from_bytes(raw[:8], "little")
+        low, high = {"file": (0, len(raw)), "length": (0, 8), "header": (8, header), "tensors": (header, len(raw))}[part]
+        position = int(draws.integers(low, high))
+        raw[position] ^= int(draws.integers(1, 256)) if bits == 8 else 1 << int(draws.integers(8))
+        (path / WEIGHTS).write_bytes(raw)
+
+    return maker.write(out, draft, Bad("", files=change) if is_signed else Bad("", signed=change))
+
+
 def safetensors(tensors: Mapping[str, tuple[str, Array]]) -> bytes:
     """The bytes of a safetensors file. BF16 is cut off, not rounded."""
     header: dict[str, Any] = {}

@@ -1,9 +1,13 @@
-"""Faults are done to a served team under load: who else notices, and how long until those who were hurt are well again.
+"""Faults are done to a served team under load: who else notices, and how long until those who were hurt are well
+again.
 
-`sartor serve TEAM.yaml` runs as a user starts it: the starter base, three agents with adapters of their own, one worker and one
-spare. A client of each agent, and one of the base, ask without a pause; each greedy reply must be, byte for byte, the one
-that the same version gave to the same prompt in peace. A reply that is late is right; one that is refused, cut off or
-another is wrong. `others_success` is the fraction of right ones among the agents that a fault may not hurt.
+`sartor serve TEAM.yaml` runs as a user starts it: the starter base, three agents with adapters of their own, one
+worker and one spare. Requests to each agent, and to the base, come at times that are fixed beforehand (Poisson, at 0.4
+of the rate that the server answers in peace), whether or not earlier ones were answered; latency counts from the
+scheduled arrival. Each greedy reply must be, byte for byte, the one that the same version gave to the same prompt in
+peace. A reply that is late is right; one that is refused, cut off or another is wrong. `others_success` is the
+fraction of right ones among the agents that a fault may not hurt; each fault has their `p99_s` and `slowest_s`.
+`mutants` counts Releases with a changed bit or byte that were admitted, by kind.
 
     python benchmarks/chaos.py --json            # adapters tuned by a few updates, every fault, 200 promotions and rollbacks
     python benchmarks/chaos.py --quick --json    # adapters of random factors, 20 changes
@@ -18,12 +22,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,12 +55,14 @@ class Plan:
     trained: bool = False
     faults: tuple[str, ...] = ()
     bad: int = 1
+    mutants: int = 40
     is_small: bool = False
 
 
-FULL, QUICK = Plan(200, trained=True), Plan(20)
+FULL, QUICK = Plan(200, trained=True), Plan(20, mutants=10)
 # those of workers, of the registry, of the disk and of the clock take seconds each, or need root
-SMALL = Plan(4, faults=("bad adapters promoted", "10 MB prompts", "promotions and rollbacks"), bad=8, is_small=True)
+SMALL_FAULTS = ("bad adapters promoted", "mutated adapters promoted", "10 MB prompts", "promotions and rollbacks")
+SMALL = Plan(4, faults=SMALL_FAULTS, bad=8, mutants=1, is_small=True)
 # What an encoder takes that is opened in a worker is more than this, and what replies come to is less
 MARGIN_BYTES = 48 << 20
 CALM_S = 1.0
@@ -110,7 +117,8 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         load = Load(server.url, server.key, TOKENS)
         await peace(home, server, load)
         again = {} if plan.is_small else await limited(home, server, load)
-        scene = Scene(home, server, load, clock, plan.changes, plan.bad)
+        await load.fit_rate(ALL)
+        scene = Scene(home, server, load, clock, plan.changes, plan.bad, plan.mutants)
         chosen = [fault for fault in FAULTS if only in fault.name and (not plan.faults or fault.name in plan.faults)]
         faults, replies = await suffer(scene, chosen)
         before, asked = dict(load.known), len(replies)
@@ -120,9 +128,9 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         if server:
             server.kill()
         home.unmount()
-    others = [reply for reply in replies.values() if reply["other"]]
+    others = [reply for reply in replies if reply["other"]]
     wrong = [reply for reply in others if reply["wrong"]]
-    bases = [reply for reply in replies.values() if reply["agent"] == "base"]
+    bases = [reply for reply in replies if reply["agent"] == "base"]
     return {
         "faults": faults,
         "others_success": round(1 - len(wrong) / len(others), 6) if others else 0.0,
@@ -131,8 +139,12 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         **({} if home.admitted is None else {"admitted_bad": len(home.admitted)}),
         "bad_adapters": len(chaos_faults.corpus()[:: plan.bad]),
         **({} if home.lost is None else {"lost_in_flight": home.lost}),
+        "mutants": scene.admitted_mutants,
+        "offered_per_s": round(load.rate_per_s * len(ALL), 2),
         "promotions": scene.changed,
         "in_flight_at_a_change": scene.spanning,
+        "p99_s": {name: fault["p99_s"] for name, fault in faults.items() if "p99_s" in fault},
+        "slowest_s": {name: fault["slowest_s"] for name, fault in faults.items() if "slowest_s" in fault},
         "recovery_s": {name: fault["recovery_s"] for name, fault in faults.items() if "recovery_s" in fault},
         "requests": asked,
         "wrong": [{"agent": one["agent"], "fault": one["fault"], "wrong": one["wrong"]} for one in wrong][:20],
@@ -186,35 +198,49 @@ async def limited(home: chaos_house.Home, server: chaos_house.Server, load: Load
     return {"memory_limit_bytes": memory_bytes, "start_again_s": round(again_s, 1)}
 
 
-async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+async def suffer(scene: Scene, chosen: list[Fault]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Each fault in turn, and what became of the requests meanwhile."""
     faults: dict[str, Any] = {}
-    judged: dict[int, dict[str, Any]] = {}
+    judged: list[dict[str, Any]] = []
     async with scene.load.running(ALL):
         for fault in chosen:
-            began, first = time.monotonic(), len(scene.load.replies)
+            began = time.monotonic()
             outcome = await suffered(scene, fault)
             if outcome.skipped:
                 faults[fault.name] = {"skipped": outcome.skipped, "failed": ""}
                 continue
             took_s = time.monotonic() - began
-            await asyncio.sleep(CALM_S)  # what was asked while it lasted is its own, too
-            replies = scene.load.replies[first:]
+            await asyncio.sleep(CALM_S)
+            ended = time.monotonic()
+            # what was due while it lasted is its own, however late the answer comes
+            await scene.load.answered_until(ended)
+            replies = [reply for reply in scene.load.replies if began <= reply.due < ended]
             others = [reply for reply in replies if reply.agent not in fault.hurt]
             wrong = [reply for reply in others if reply.wrong]
-            for place, reply in enumerate(replies, first):
-                judged[place] = {
-                    "agent": reply.agent, "fault": fault.name, "wrong": reply.wrong, "other": reply.agent not in fault.hurt
-                }  # fmt: skip
-            slowest_s = max((reply.ended - reply.began for reply in others), default=0.0)
+            judged += [
+                {"agent": reply.agent, "fault": fault.name, "wrong": reply.wrong, "other": reply.agent not in fault.hurt}
+                for reply in replies
+            ]
+            latencies = sorted(reply.latency_s for reply in others) or [0.0]
             faults[fault.name] = {
-                "others_success": 1 - len(wrong) / len(others) if others else 0.0, "requests": len(replies),
-                "hurt": list(fault.hurt), "recovery_s": round(outcome.recovery_s, 2), "note": outcome.note,
-                "failed": outcome.failed, "slowest_s": round(slowest_s, 2), "wall_s": round(took_s, 1),
+                "others_success": 1 - len(wrong) / len(others) if others else 0.0,
+                "requests": len(replies),
+                "hurt": list(fault.hurt),
+                "recovery_s": round(outcome.recovery_s, 2),
+                "note": outcome.note,
+                "failed": outcome.failed,
+                "p99_s": round(nearest_rank(latencies, 0.99), 2),
+                "slowest_s": round(latencies[-1], 2),
+                "wall_s": round(took_s, 1),
                 "rows": dict(outcome.rows),
-            }  # fmt: skip
+            }
             print(f"{fault.name}: {outcome.note}; {outcome.failed or 'as it must be'}", flush=True)
     return faults, judged
+
+
+def nearest_rank(ordered: Sequence[float], fraction: float) -> float:
+    """Return the least of sorted values that at least `fraction` of them do not exceed."""
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
 
 
 async def suffered(scene: Scene, fault: Fault) -> Outcome:
@@ -227,13 +253,14 @@ async def suffered(scene: Scene, fault: Fault) -> Outcome:
 
 def table(said: dict[str, Any]) -> None:
     """The faults, a line each."""
-    print(f"\n{'fault':32} {'others':>8} {'of':>6} {'slowest':>8} {'recovery':>9}  note")
+    print(f"\n{'fault':32} {'others':>8} {'of':>6} {'p99':>8} {'slowest':>8} {'recovery':>9}  note")
     for name, fault in said["faults"].items():
         if "skipped" in fault:
             print(f"{name:32} {'skipped':>8}  {fault['skipped']}")
             continue
         note = f"{fault['note']}{'; FAILED: ' + fault['failed'] if fault['failed'] else ''}"
-        figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
+        figures = f"{fault['others_success']:8.2%} {fault['requests']:6} {fault['p99_s']:7.1f}s"
+        figures += f" {fault['slowest_s']:7.1f}s {fault['recovery_s']:8.1f}s"
         print(f"{name:32} {figures}  {note}")
         for row, said_of_it in fault["rows"].items():
             if row in chaos_faults.SHOWN:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import psutil
-from bad_adapters import CORPUS, WEIGHTS, Draft
+from bad_adapters import CORPUS, MUTATIONS, WEIGHTS, Draft, mutant
 from chaos_house import AGENTS, HANG_S, SECOND, VERSIONS, Home, Server
 from chaos_load import Load, Reply, ask, body, client, has_begun, is_cut, stalling
 from chaos_tools import Clock, poison
@@ -27,7 +27,7 @@ BIG_BYTES = 10_000_000
 CONNECTIONS = 1_000
 LATER_S = 2.5
 # Of the corpus of bad adapters, those that the table shows; the JSON has all
-SHOWN = ("truncated", "wrong shape", "another base", "another chat template", "unsigned", "NaN")
+SHOWN = (*MUTATIONS, "truncated", "wrong shape", "another base", "another chat template", "unsigned", "NaN")
 SLOW_CLIENTS = 4
 DAY_S = 86_400
 CALM_CHANGE_S = 0.2  # between a few changes: else none of them is seen by a reply
@@ -37,7 +37,7 @@ CALM_CHANGE_S = 0.2  # between a few changes: else none of them is seen by a rep
 class Scene:
     """What a fault has to do with. clock: of the server and its workers, None where none could be made.
 
-    bad_step: of the corpus of bad adapters, every so many are promoted.
+    bad_step: of the corpus of bad adapters, every so many are promoted. mutants: of each kind, so many are promoted.
     changed: promotions and rollbacks that succeeded. spanning: replies that were in flight at one.
     """
 
@@ -47,6 +47,8 @@ class Scene:
     clock: Clock | None
     changes: int
     bad_step: int = 1
+    mutants: int = 40
+    admitted_mutants: dict[str, dict[str, int]] = field(default_factory=dict)
     changed: int = 0
     spanning: int = 0
 
@@ -185,6 +187,33 @@ async def bad_adapters(scene: Scene) -> Outcome:
     scene.home.admitted = admitted
     note = f"{len(names) - len(admitted) - len(slips)} of {len(names)} refused by admission (422)"
     return Outcome(recovery_s, note, "; ".join([f"admitted {name}" for name in admitted] + slips), rows)
+
+
+async def mutated_adapters(scene: Scene) -> Outcome:
+    """Releases with one changed bit or byte are promoted. Unless signed again none may pass; the server answers 200 or 422."""
+    folder, slips, rows = scene.home.path / "releases", list[str](), {}
+    moment = time.monotonic()
+    for place, kind in enumerate(MUTATIONS):
+        admitted = 0
+        for number in range(scene.mutants):
+            draft = scene.home.maker.draft(seed=number)
+            draft.facts.update(name=HURT, version=f"9.{place * scene.mutants + number}")
+            path = mutant(scene.home.maker, kind, number, draft, folder / "mutant")
+            reply = await scene.server.change(HURT, "promote", release=str(path))
+            shutil.rmtree(path, ignore_errors=True)
+            if reply.status_code == 200:
+                admitted += 1
+                await scene.server.change(HURT, "rollback")
+            elif reply.status_code != 422:
+                slips.append(f"{kind}, number {number}: HTTP {reply.status_code}")
+        scene.admitted_mutants[kind] = {"admitted": admitted, "of": scene.mutants}
+        rows[kind] = f"{admitted} of {scene.mutants} admitted"
+        if admitted and not MUTATIONS[kind][0]:
+            slips.append(f"admitted {admitted} with {kind}")
+    recovery_s = await scene.well(moment, tuple(agent for agent in ALL if agent != HURT))
+    total = sum(counts["admitted"] for counts in scene.admitted_mutants.values())
+    note = f"{total} of {scene.mutants * len(MUTATIONS)} admitted, all of them signed again after the change"
+    return Outcome(recovery_s, note, "; ".join(slips[:3]), rows)
 
 
 def corpus() -> list[str]:
@@ -361,6 +390,7 @@ FAULTS = (
     Fault("worker above its memory limit", out_of_memory),
     Fault("worker gets no more memory", allocations_fail),
     Fault("bad adapters promoted", bad_adapters),
+    Fault("mutated adapters promoted", mutated_adapters, (HURT,)),
     Fault("NaN in every worker", nan_in_a_worker, (HURT,)),
     Fault("corrupt registry rows", corrupt_row, (HURT,)),
     Fault("slow clients", slow_clients),

@@ -1,4 +1,10 @@
-"""Steady load by several agents: every reply is compared with the one that the same agent gave to the same prompt in peace."""
+"""Open-loop load on several agents: requests come at times fixed beforehand, whether or not earlier ones were
+answered.
+
+Latency is counted from the scheduled arrival, so that a server that stands still is charged for everyone who would
+have come meanwhile (coordinated omission). Every reply is compared with the one that the same agent gave to the same
+prompt in peace.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,11 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,11 +30,16 @@ PROMPTS = (
     "Is the attic window open?",
 )
 MOST_S = 60.0
+OFFERED = 0.4  # of the rate at which requests are answered one at a time
+NO_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=20)  # a client that queues would hide the latency
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One request and what came of it. model: the exact version that answered. wrong: what was not as it must be."""
+    """One request and what came of it. model: the exact version that answered. wrong: what was not as it must be.
+
+    due: its scheduled arrival; began: when it was sent, which is later if this process was busy. Both by the monotonic clock.
+    """
 
     agent: str
     prompt: str
@@ -36,16 +48,26 @@ class Reply:
     model: str = ""
     text: str = ""
     wrong: str = ""
+    due: float = 0.0
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the scheduled arrival to the end of the reply."""
+        return self.ended - (self.due or self.began)
 
 
 @dataclass
 class Load:
-    """Clients of each agent that ask one prompt after the other. `known`: what each exact version said in peace."""
+    """Requests to each agent at the times of a Poisson process. `known`: what each exact version said in peace.
+
+    rate_per_s: of each agent; `fit_rate` sets it. pending: scheduled arrivals of requests that are not answered yet.
+    """
 
     url: str
     key: str
     tokens: int
-    pause_s: float = 0.05
+    rate_per_s: float = 1.0
+    pending: list[float] = field(default_factory=list)
     known: dict[tuple[str, str], str] = field(default_factory=dict)
     replies: list[Reply] = field(default_factory=list)
 
@@ -61,25 +83,51 @@ class Load:
                 raise SystemExit(f"in peace {model} said {first} and {second} to {prompt!r}")
             self.known[first.model, prompt] = first.text
 
+    async def fit_rate(self, models: Sequence[str]) -> None:
+        """Set the rate to OFFERED of what the server answers when each model has one request at a time."""
+        began = time.monotonic()
+        async with client(self.url, self.key) as http:
+
+            async def ask_all(model: str) -> None:
+                for prompt in PROMPTS:
+                    await ask(http, model, prompt, self.tokens, stream=False)
+
+            await asyncio.gather(*(ask_all(model) for model in models))
+        self.rate_per_s = OFFERED * len(PROMPTS) / (time.monotonic() - began)
+
     @contextlib.asynccontextmanager
     async def running(self, agents: Sequence[str]) -> AsyncIterator[None]:
-        """One client for each of `agents`, as long as this lasts; what was asked then is waited for."""
+        """Requests to each of `agents`, as long as this lasts; what was asked then is waited for."""
         stop = asyncio.Event()
         async with client(self.url, self.key) as http:
-            clients = [asyncio.create_task(self._client(http, agent, place, stop)) for place, agent in enumerate(agents)]
+            clients = [asyncio.create_task(self._arrive(http, agent, place, stop)) for place, agent in enumerate(agents)]
             try:
                 yield
             finally:
                 stop.set()
                 await asyncio.gather(*clients)
 
-    async def _client(self, http: httpx.AsyncClient, agent: str, place: int, stop: asyncio.Event) -> None:
-        for turn in itertools.count(place):
-            if stop.is_set():
-                return
-            reply = await ask(http, agent, PROMPTS[turn % len(PROMPTS)], self.tokens, stream=turn % 2 == 0)
-            self.replies.append(self.judged(reply))
-            await asyncio.sleep(self.pause_s)
+    async def _arrive(self, http: httpx.AsyncClient, agent: str, place: int, stop: asyncio.Event) -> None:
+        due = time.monotonic()
+        times = arrivals(self.rate_per_s, seed=place)
+        async with asyncio.TaskGroup() as requests:
+            for turn in itertools.count(place):
+                due += next(times)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), max(0.0, due - time.monotonic()))
+                    return
+                self.pending.append(due)
+                requests.create_task(self._ask(http, agent, turn, due))
+
+    async def _ask(self, http: httpx.AsyncClient, agent: str, turn: int, due: float) -> None:
+        reply = await ask(http, agent, PROMPTS[turn % len(PROMPTS)], self.tokens, stream=turn % 2 == 0)
+        self.replies.append(self.judged(replace(reply, due=due)))
+        self.pending.remove(due)
+
+    async def answered_until(self, moment: float) -> None:
+        """Wait until every request that was due before a moment has been answered, or has failed."""
+        while any(due < moment for due in self.pending):
+            await asyncio.sleep(0.02)
 
     def judged(self, reply: Reply) -> Reply:
         """With what is wrong about it, if anything."""
@@ -87,7 +135,7 @@ class Load:
             return reply
         known = self.known.get((reply.model, reply.prompt))
         wrong = f"answered by {reply.model}, which nobody knows" if known is None else "another reply than in peace"
-        return reply if known == reply.text else Reply(**{**vars(reply), "wrong": wrong})
+        return reply if known == reply.text else replace(reply, wrong=wrong)
 
     def since(self, moment: float, agents: Sequence[str] | None = None) -> list[Reply]:
         """Replies that ended after a moment."""
@@ -104,10 +152,17 @@ class Load:
                 await asyncio.sleep(0.02)
 
 
+def arrivals(rate_per_s: float, seed: int) -> Iterator[float]:
+    """Yield seconds between arrivals of a Poisson process: the same for the same rate and seed, whatever the server does."""
+    source = random.Random(seed)
+    while True:
+        yield source.expovariate(rate_per_s)
+
+
 def client(url: str, key: str) -> httpx.AsyncClient:
     """A client of the server."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=MOST_S, trust_env=False)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=MOST_S, trust_env=False, limits=NO_LIMITS)
 
 
 def body(model: str, prompt: str, tokens: int, stream: bool) -> dict[str, object]:

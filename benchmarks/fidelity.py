@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--peers", default=",".join(PEERS), help="empty for Sartor alone")
     parser.add_argument("--data", type=Path, action="append", default=[], help="a further set: a CSV with text and category")
     parser.add_argument("--updates", type=int, default=24)

@@ -163,7 +163,7 @@ def measure(folder: Path, parts: Sequence[str], is_small: bool) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line; progress goes to stderr anyway")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--work", type=Path, help="folder that keeps the live specialist for another run")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     asked = parser.parse_args()

@@ -181,7 +181,7 @@ def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--work", type=Path)
     asked = parser.parse_args()
     with smallest.home(asked.small, "chitchat"):

@@ -424,7 +424,7 @@ def epochs(kind: str, tower: str, data: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--work", type=Path, default=Path("multimodal-work"))
     parser.add_argument("--limit", type=int, default=500, help="textile pictures of each kind")
     parser.add_argument("--commands", type=int, default=1300)

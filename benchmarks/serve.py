@@ -1,22 +1,29 @@
-"""Serving many adapters over one base, Sartor's engine against its peers: tokens per second, exactness, memory, waiting times.
+"""Serving many adapters over one base, Sartor's engine against its peers: tokens per second, exactness, memory,
+waiting times.
 
     python benchmarks/serve.py --json
     python benchmarks/serve.py --json --quick
     python benchmarks/serve.py --json --small    # a tiny base: shows that it runs
 
-Every side is a process of its own that holds the starter base and adapters of rank 16 on all linear layers (random factors
-that change what the base says), on all cores, and waits idle while another is timed. A round times each side once, one after
-the other, with prompts that nobody has seen; ratios are medians over rounds of ours over theirs in the same round. Tokens per
-second count generated tokens, and the time includes reading the prompts. Streams are greedy and of equal length on all sides.
+Every side is a process of its own that holds the starter base and adapters of rank 16 on all linear layers (random
+factors that change what the base says), on all cores, and waits idle while another is timed. A round times each side
+once, one after the other, with prompts that nobody has seen; ratios are medians over rounds of ours over theirs in the
+same round. Tokens per second count generated tokens, and the time includes reading the prompts. Streams are greedy and
+of equal length on all sides.
 
-`llama_*` is llama.cpp's own server through xllamacpp with the adapters as GGUF files, the base as it ships (Q4_1) and
-dequantised to F16; `peft_*` is PEFT's `generate(adapter_names=...)`. `ours` computes in what this machine multiplies best.
+`llama_*` is llama.cpp's own server through xllamacpp with the adapters as GGUF files: the base as it ships (Q4_1), in
+Q4_0 as the gguf package quantises the bf16 weights, and in F16. Before anything is timed each of them is tried with
+flash attention on and off and several types of the KV cache, and goes on with the fastest (`llama_settings`;
+`llama_build` says how the wheel was built). `peft_*` is PEFT's `generate(adapter_names=...)`. `ours` computes in what
+this machine multiplies best. All sides warm up by the same run of full length.
 
   ratios          mixed_over_same: 8 different adapters over 8 times the same one, in our engine. The others: 8 different
                   adapters in our engine over 8 different there, the faster of a peer's forms; all forms under `ratios_all`
                   (on a machine that is busy otherwise, `--threads 1 --clock cpu` says what the processor does, not the clock)
   exact           adapters whose mixed text equals their text alone, caches dropped between, in fp32 and in bf16
   agrees          fraction of our fp32 texts that begin as PEFT's fp32 texts do, by characters: whether the work is the same
+  agreement       the same for every side that was timed; llama.cpp's with weights of fewer bits say other things sooner
+  losses          nats a token of each GGUF file on the README's first tokens: what the faster form costs
   curve           tokens per second of 16 rows over 1, 4, 16, 64 adapters
   absent          forms of peers that are not installed or were not asked for
   open_loop       requests that come at random (Poisson) at a fraction of what `curve` says the engine can do
@@ -50,7 +57,7 @@ HERE = Path(__file__).resolve().parent
 STREAMS = 8
 VERSIONS = ("torch", "peft", "transformers", "xllamacpp")
 NO_LLAMA_CPP = "not installed: pip install 'sartor[llamacpp]'"
-PEERS = {"llama_cpp": ("llama_q4", "llama_f16"), "peft": ("peft_fp32", "peft_bf16")}
+PEERS = {"llama_cpp": ("llama_q4", "llama_q4_0", "llama_f16"), "peft": ("peft_fp32", "peft_bf16")}
 WORDS = "the kitchen light stays on until somebody asks why every old house keeps one warm room for guests who never came"
 
 
@@ -155,8 +162,8 @@ def rounds(sides: Mapping[str, Process], prompts: Prompts, plan: Plan) -> dict[s
         rates.setdefault(name, []).append(sum(one["tokens"] for one in said) / sum(one[plan.clock] for one in said))
         print(f"{name}: {rates[name][-1]:.1f} tokens/s", file=sys.stderr)
 
-    for name, side in sides.items():  # what is made at the first use is made before the clock runs
-        side.run(mixed, prompts.next(STREAMS), plan.tokens if name == "ours" else 2)
+    for side in sides.values():  # what is made at the first use is made before the clock runs
+        side.run(mixed, prompts.next(STREAMS), plan.tokens)
     for number in range(plan.rounds):
         for name, adapters in (("ours", mixed), ("ours/same", same), ("ours/same", same), ("ours", mixed)):
             note(name, sides["ours"], adapters)
@@ -235,6 +242,17 @@ def ratios(rates: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], dict
     return said, every
 
 
+def choose_settings(sides: Mapping[str, Process], prompts: Prompts, plan: Plan) -> dict[str, Any]:
+    """Let each form of llama.cpp choose its fastest settings, on prompts that are not timed later."""
+    settings = {}
+    for name, side in sides.items():
+        if name.startswith("llama"):
+            streams = list(zip(range(STREAMS), prompts.next(STREAMS), strict=True))
+            settings[name] = side.ask(choose=streams, tokens=plan.tokens)
+            print(f"{name}: {settings[name]['chosen']}", file=sys.stderr)
+    return {"llama_settings": {name: {key: said[key] for key in ("chosen", "tokens_per_s")} for name, said in settings.items()}}
+
+
 def memory(attached: Mapping[str, Any], count: int) -> dict[str, int]:
     """Bytes of an adapter: as the engine says, and as the process grew."""
     return {"said": round(statistics.median(attached["bytes"])), "resident": round(attached["resident_bytes"] / count)}
@@ -246,16 +264,21 @@ def agreement(ours: Sequence[str], theirs: Sequence[str]) -> float:
     return round(same / max(1, sum(max(map(len, pair)) for pair in zip(ours, theirs, strict=True))), 4)
 
 
-def exactness(folder: Path, prompts: Prompts, plan: Plan, threads: int, peft: Process | None) -> dict[str, Any]:
-    """Texts alone against mixed in fp32 and bf16; the fp32 ones against PEFT's."""
+def exactness(folder: Path, prompts: Prompts, plan: Plan, threads: int, peers: Mapping[str, Process]) -> dict[str, Any]:
+    """Texts alone against mixed in fp32 and bf16; the fp32 ones against those of every peer."""
     said: dict[str, Any] = {"exact": {}}
     for dtype in ("fp32", "bf16"):
         with contextlib.closing(Closable(f"ours_{dtype}", folder, threads)) as side:
             side.ask(attach=STREAMS)
             equal, texts, asked = exact(side, prompts, plan.tokens)
             said["exact"][dtype] = {"equal": equal, "of": STREAMS}
-            if dtype == "fp32" and peft is not None:
-                said["agrees"] = agreement(texts, peft.run(range(STREAMS), asked, plan.tokens)["texts"])
+            if dtype == "fp32":
+                said["agreement"] = {
+                    name: agreement(texts, peer.run(range(STREAMS), asked, plan.tokens)["texts"])
+                    for name, peer in peers.items()
+                }
+                if "peft_fp32" in peers:
+                    said["agrees"] = said["agreement"]["peft_fp32"]
     return said
 
 
@@ -268,15 +291,20 @@ class Closable(Process):
 def measure(folder: Path, plan: Plan, asked: Sequence[str], threads: int) -> dict[str, Any]:
     """Everything."""
     command = [smallest.python(), str(HERE / "serve_work.py"), str(folder), str(plan.curve[-1])]
-    subprocess.run(command, check=True, env=environment(threads))
+    # without threads it is the smallest size
+    subprocess.run(command + ([] if threads else ["64"]), check=True, env=environment(threads))
     sides: dict[str, Process] = {}
     try:
         for name in ("ours", *asked):
             sides[name] = Process(name, folder, threads)
         attached = {name: side.ask(attach=STREAMS) for name, side in sides.items()}
         prompts = Prompts(Tokenizer.from_file(attached["ours"]["tokenizer"]))
+        settings = choose_settings(sides, prompts, plan)
         rates = rounds(sides, prompts, plan)
-        said = exactness(folder, prompts, plan, threads, sides.get("peft_fp32"))
+        peers = {name: side for name, side in sides.items() if name != "ours"}
+        said = {**settings, **exactness(folder, prompts, plan, threads, peers)}
+        said["losses"] = json.loads((folder / "losses.json").read_text())
+        said["llama_build"] = next((attached[name]["about"] for name in sides if name.startswith("llama")), {})
         for name in set(sides) - {"ours"}:
             sides.pop(name).end()
         more = sides["ours"].ask(attach=plan.curve[-1])

@@ -1,11 +1,11 @@
 """The sides of benchmarks/serve.py: each a process that is asked by JSON lines on stdin and answers on stdout.
 
-    serve_sides.py ours | ours_fp32 | ours_bf16 | llama_q4 | llama_f16 | peft_fp32 | peft_bf16   FOLDER THREADS
+    serve_sides.py ours | ours_fp32 | ours_bf16 | llama_q4 | llama_q4_0 | llama_f16 | peft_fp32 | peft_bf16   FOLDER THREADS
 
-FOLDER holds `adapters/0`, `adapters/1`, ... in PEFT's layout, and `base.f16.gguf`. Asked `{"run": [[adapter, prompt ids], ...],
-"tokens": n}` a side makes one reply of n tokens per stream, greedily, all side by side, and says how long it took and the
-texts; adapter -1 is the base. THREADS: 0 for as many as there are.
-No side may end a reply early: what would is ignored by each in its own way.
+FOLDER holds `adapters/0`, `adapters/1`, ... in PEFT's layout, and `base.f16.gguf` and `base.q4_0.gguf`. Asked `{"run":
+[[adapter, prompt ids], ...], "tokens": n}` a side makes one reply of n tokens per stream, greedily, all side by side,
+and says how long it took and the texts; adapter -1 is the base. THREADS: 0 for as many as there are. No side may end a
+reply early: what would is ignored by each in its own way.
 """
 
 from __future__ import annotations
@@ -121,11 +121,20 @@ class Ours(Side):
         return {"first_s": [first[call] for call in came], "whole_s": [ended[call] for call in came], "took_s": max(at_s)}
 
 
+# (flash attention, type of the KV cache): what llama.cpp's server documents for speed on a CPU; its defaults come first
+# (https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md: --flash-attn, --cache-type-k, --cache-type-v)
+LLAMA_OPTIONS = (("auto", "f16"), ("enabled", "f16"), ("disabled", "f16"), ("enabled", "bf16"), ("enabled", "q8_0"))
+
+
 class LlamaCpp(Side):
     """llama.cpp's server in this process, asked by one thread per stream without streaming: what it can do at best."""
 
+    options = LLAMA_OPTIONS[0]
+
     def __init__(self, folder: Path, threads: int, file: Path) -> None:
         self.folder, self.file, self.threads = folder, file, threads or 1
+        # of the smallest size, whose times say nothing, two are tried
+        self.tried = LLAMA_OPTIONS if threads else LLAMA_OPTIONS[:2]
         self.files: list[str] = []
 
     def attach(self, count: int) -> dict[str, Any]:
@@ -140,7 +149,35 @@ class LlamaCpp(Side):
             self.files.append(str(write_adapter_gguf(adapter, base, file)))
         began = time.perf_counter()
         self.server = self._start()
-        return {"seconds": [time.perf_counter() - began]}
+        return {"seconds": [time.perf_counter() - began], "about": self._about()}
+
+    def _about(self) -> dict[str, Any]:
+        """How the wheel was built, and what of the processor it uses."""
+        import xllamacpp
+
+        return {"build": dict(xllamacpp.BUILD_INFO), "system_info": str(xllamacpp.get_system_info()).strip()}
+
+    def choose(self, streams: Sequence[Stream], tokens: int) -> dict[str, Any]:
+        """Time flash attention and each type of the KV cache on the same streams, after a first run; go on with the fastest."""
+        rates = {}
+        for options in self.tried:
+            self.server = None  # its memory goes before the next one takes some
+            self.options = options
+            try:
+                self.server = self._start()
+                self.run(streams, tokens)
+                began = time.perf_counter()
+                made = self.run(streams, tokens)["tokens"]
+            except Exception as error:  # a combination that this build refuses is no choice
+                print(f"{options}: {error}", file=sys.stderr)
+                continue
+            rates[options] = made / (time.perf_counter() - began)
+        if not rates:
+            raise RuntimeError("llama.cpp's server ran with none of its options")
+        self.server, self.options = None, max(rates, key=rates.__getitem__)
+        self.server = self._start()
+        tried = {f"flash attention {flash}, KV cache {cache}": round(rate, 1) for (flash, cache), rate in rates.items()}
+        return {"chosen": dict(zip(("flash_attention", "kv_cache"), self.options, strict=True)), "tokens_per_s": tried}
 
     def _start(self) -> Any:
         import xllamacpp
@@ -149,6 +186,10 @@ class LlamaCpp(Side):
         params.model.path = str(self.file)
         params.n_parallel, params.n_ctx, params.kv_unified = 8, 8 * 512, True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        flash, cache = self.options
+        params.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash.upper()}")
+        kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+        params.cache_type_k = params.cache_type_v = kind
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(file, 0.0) for file in self.files]
         params.lora_init_without_apply = True
         params.verbosity, params.ui, params.fit_params, params.cache_ram_mib = 0, False, False, 0
@@ -248,6 +289,7 @@ SIDES: dict[str, Callable[[Path, int], Side]] = {
     "ours_fp32": lambda folder, threads: Ours(folder, threads, 32),
     "ours_bf16": lambda folder, threads: Ours(folder, threads, 16),
     "llama_q4": lambda folder, threads: LlamaCpp(folder, threads, starter_file()),
+    "llama_q4_0": lambda folder, threads: LlamaCpp(folder, threads, folder / "base.q4_0.gguf"),
     "llama_f16": lambda folder, threads: LlamaCpp(folder, threads, folder / "base.f16.gguf"),
     "peft_fp32": lambda folder, threads: Peft(folder, threads, "float32"),
     "peft_bf16": lambda folder, threads: Peft(folder, threads, "bfloat16"),
@@ -267,6 +309,8 @@ def main() -> None:
             said = side.run([(number, prompt) for number, prompt in ask["run"]], ask["tokens"])
         elif "arrive" in ask:
             said = side.arrive([(number, prompt) for number, prompt in ask["arrive"]], ask["tokens"], ask["at_s"])
+        elif "choose" in ask:
+            said = side.choose([(number, prompt) for number, prompt in ask["choose"]], ask["tokens"])
         elif "attach" in ask:
             said = side.attach(ask["attach"])
         else:

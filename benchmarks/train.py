@@ -1,18 +1,27 @@
-"""Fine-tuning on the same work, Sartor against its peers: tokens per second, memory, losses, and how near the machine's limit.
+"""Fine-tuning on the same work, Sartor against its peers: tokens per second, memory, losses, and how near the
+machine's limit.
 
     python benchmarks/train.py --json
     python benchmarks/train.py --json --peers trl,unsloth --pairs 1 --updates 4
     python benchmarks/train.py --json --device cuda
     python benchmarks/train.py --json --small    # a tiny base without peers: shows that it runs
 
-Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and the same
-tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and a peer alternate;
-a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed. Padding is not counted as
-tokens: peers pad, Sartor packs. A pair counts only if the losses at the first update are within 0.02 and the tokens equal.
+Every side is a fresh process of its own interpreter (benchmarks/peers/NAME/run.py) that is handed the same base and
+the same tokenised rows per update, and trains rank 16 on all seven projections by AdamW at a constant rate. Sartor and
+a peer alternate; a ratio is the median over pairs, ours over theirs. The first update warms up and is not timed.
+Padding is not counted as tokens: peers pad, Sartor packs. Sartor's side is the verb `tune` itself
+(peers/sartor/run.py).
 
-`trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and `unsloth_compile`
-is Unsloth with its opt-in torch.compile. A peer that cannot be installed or run is named under `failed` with the reason, one
-that was not asked for under `absent`; one that is slow ends early (`--limit-s`) and is rated by the updates that it made.
+A peer has a ratio only if in every pair tokens, the loss of every update, and the gradient norm of every factor B at
+update 1 agree with Sartor's in the same dtype (peer_agreement.py derives the tolerances). Else `refused` has the
+reasons, and no ratio is printed. Where a peer computes in another dtype than Sartor does, one more run of Sartor's in
+that dtype is what it must agree with.
+
+`trl` is fp32 as its users on a CPU run it, `trl_bf16` the same in bf16, `unsloth` chooses its own dtype, and
+`unsloth_compile` is Unsloth with its opt-in torch.compile. `ratios_best` has the peers with their best documented
+settings (peers/settings.toml). A peer that cannot be installed or run is named under `failed` with the reason, one
+that was not asked for under `absent`; one that is slow ends early (`--limit-s`) and is rated by the updates that it
+made.
 """
 
 from __future__ import annotations
@@ -30,14 +39,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import parts
+import peer_agreement
 import smallest
 import tables
-from peers import venvs
+from peer_agreement import Tolerance, dtype_of, find_disagreement
+from peers import settings, venvs
 from results import last_line, print_result
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "src"
-LOSS_TOLERANCE = 0.02  # nats at the first update, where every adapter still computes nothing
+BEST = "_best"
 START_S = 240  # to import, load, convert and compile, on top of twice the time for updates
 RANK, ALPHA, LEARNING_RATE, CLIP_NORM = 16, 32, 2e-4, 1.0
 # with `--small`; the first update is not timed
@@ -46,11 +58,12 @@ SMALL_UPDATES, SMALL_ROWS, SMALL_LAYERS = 3, 4, 12
 
 @dataclass(frozen=True)
 class Side:
-    """A way to train: which folder of `peers` runs it, and with what."""
+    """A way to train: which folder of `peers` runs it, and with what. settings: by kind, as a job has them."""
 
     folder: str
     dtype: str = "auto"
     compile: bool = False
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
 
 
 PEERS = {
@@ -63,33 +76,59 @@ PEERS = {
     "mlx": Side("mlx"),
 }
 SARTOR = Side("sartor")
+Result = dict[str, Any]
 
 
 @dataclass
 class Runs:
-    """What was measured: Sartor's results over all pairs, the pairs per peer, and why a peer has none."""
+    """What was measured: Sartor's results over all pairs, the pairs per peer, and why a peer has none.
 
-    ours: list[dict[str, Any]] = field(default_factory=list)
-    pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = field(default_factory=dict)
+    references: by dtype, Sartor's result that others in this dtype must agree with. differences: per peer, the largest.
+    """
+
+    ours: list[Result] = field(default_factory=list)
+    pairs: dict[str, list[tuple[Result, Result]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, list[str]] = field(default_factory=dict)
+    references: dict[str, Result] = field(default_factory=dict)
+    tolerances: dict[str, Tolerance] = field(default_factory=dict)
+    differences: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def best_sides() -> dict[str, Side]:
+    """Return the peers with those of their documented settings that this processor can use."""
+    flags = {flag for flag, has in machine()["flags"].items() if has}
+    sides: dict[str, Side] = {}
+    for folder in dict.fromkeys(setting.peer for setting in settings.read_settings()):
+        chosen = [setting for setting in settings.read_settings() if setting.peer == folder and setting.applies(flags)]
+        if chosen:
+            by_kind = settings.by_kind(chosen)
+            dtype = by_kind.get("precision", {}).get("dtype", PEERS[folder].dtype)
+            sides[folder + BEST] = Side(folder, dtype, settings=by_kind)
+    return sides
 
 
 def main() -> None:
     """Print one JSON line."""
     arguments = _arguments()
-    asked = list(PEERS) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
-    if unknown := set(asked) - set(PEERS):
-        sys.exit(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    sides = {**PEERS, **best_sides()}
+    asked = list(sides) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    if unknown := set(asked) - set(sides):
+        sys.exit(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(sides)}")
     with (
         smallest.home(arguments.small, "home-intents", layers=SMALL_LAYERS),
         tempfile.TemporaryDirectory(prefix="sartor-bench-") as folder,
     ):
         work = prepare(Path(folder), arguments)
-        runs = measure(Path(folder), work, asked, arguments)
+        runs = measure(Path(folder), work, {name: sides[name] for name in asked}, arguments)
         said = report(runs, work, arguments)
-    why = smallest.LEFT_OUT if arguments.small else f"not asked for: --peers {','.join(PEERS)}"
-    said["absent"] = {name: why for name in PEERS if name not in asked}
+    why = smallest.LEFT_OUT if arguments.small else f"not asked for: --peers {','.join(sides)}"
+    said["absent"] = {name: why for name in sides if name not in asked}
+    said["absent"] |= {
+        name + BEST: "peers/settings.toml has no documented setting that applies here"
+        for name in {side.folder for side in PEERS.values()}
+        if name + BEST not in sides
+    }
     if arguments.write:
         tables.write(arguments.write, "peers", table(said))
     print_result(said)
@@ -99,7 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
     smallest.add_argument(parser)
-    parser.add_argument("--peers", default="all", help=f"of {','.join(PEERS)}; empty for Sartor alone")
+    parser.add_argument("--peers", default="all", help=f"of {','.join(PEERS)}, NAME{BEST}; empty for Sartor alone")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rows-per-update", type=int, default=14)
@@ -118,48 +157,93 @@ def _arguments() -> argparse.Namespace:
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """{base, rows, updates}, from a process of its own: a child's peak RSS begins at its parent's, so this one stays small."""
+    """Return what work.py writes. It is a process of its own: a child's peak RSS begins at its parent's."""
     out = folder / "work.json"
     command = [smallest.python(), str(HERE / "peers" / "work.py"), str(out), "--base", arguments.base]
     command += ["--updates", str(arguments.updates), "--rows-per-update", str(arguments.rows_per_update)]
-    command += ["--layers", str(arguments.layers)]
+    command += ["--layers", str(arguments.layers), "--rank", str(RANK)]
     subprocess.run(command, check=True, env=environment(SARTOR, arguments.device, arguments.small))
     return json.loads(out.read_text())
 
 
-def measure(folder: Path, work: dict[str, Any], asked: list[str], arguments: argparse.Namespace) -> Runs:
+def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], arguments: argparse.Namespace) -> Runs:
     """Sartor and each peer in turn, `pairs` times; round by round, so that a slow hour of the machine falls on every peer."""
     runs = Runs()
     for number in range(arguments.pairs):
-        if not asked:
-            runs.ours.append(_sound(run(folder, SARTOR, work, arguments)))
-        for name in asked:
-            if name in runs.failed:
+        if not peers:
+            runs.ours.append(_sound(run_part("sartor alone", number, folder, SARTOR, work, arguments)))
+        for name, peer in peers.items():
+            if name in runs.failed or name in runs.refused:
                 continue
-            ours = _sound(run(folder, SARTOR, work, arguments))
-            theirs = run(folder, PEERS[name], work, arguments)
-            _say(name, number, ours, theirs)
+            ours = _sound(run_part(f"sartor beside {name}", number, folder, SARTOR, work, arguments))
+            theirs = run_part(name, number, folder, peer, work, arguments)
             runs.ours.append(ours)
             if "failed" in theirs:
                 runs.failed[name] = theirs["failed"]
-            elif reason := objection(ours, theirs):
-                runs.refused.setdefault(name, []).append(reason)
             else:
-                runs.pairs.setdefault(name, []).append((ours, theirs))
+                note_pair(runs, name, ours, theirs, reference_of(runs, folder, ours, dtype_of(theirs), work, arguments))
+            _say(name, number, ours, theirs, runs.refused.get(name, []))
     return runs
 
 
-def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def run_part(label: str, number: int, folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace) -> Result:
+    """`run` as a part of the benchmark, which a later call takes over."""
+    return dict(parts.run(f"pair {number + 1}, {label}", lambda: run(folder, side, work, arguments), is_final=is_success))
+
+
+def is_success(result: Result) -> bool:
+    """Whether a side gave a result; a peer that failed is tried again by a later call."""
+    return "failed" not in result
+
+
+def reference_of(
+    runs: Runs, folder: Path, ours: Result, dtype: str, work: dict[str, Any], arguments: argparse.Namespace
+) -> Result:
+    """Return the result of Sartor's that one in `dtype` must agree with: of this pair, or a run in that dtype.
+
+    Exits with 1 if Sartor's own side in that dtype fails.
+    """
+    if dtype_of(ours) == dtype:
+        runs.references[dtype] = ours
+    elif dtype in peer_agreement.UNIT_ROUNDOFF and dtype not in runs.references:
+        runs.references[dtype] = _sound(run(folder, Side("sartor", dtype), work, arguments, is_reference=True))
+    reference = runs.references.get(dtype, ours)
+    if (known := dtype_of(reference)) not in runs.tolerances:
+        config = json.loads((Path(work["base"]) / "config.json").read_text())
+        runs.tolerances[known] = peer_agreement.tolerance_of(
+            known,
+            layers=config["num_hidden_layers"],
+            width=max(config["hidden_size"], config["intermediate_size"]),
+            rank=RANK,
+            loss=reference["losses"][0],
+        )
+    return reference
+
+
+def note_pair(runs: Runs, name: str, ours: Result, theirs: Result, reference: Result) -> None:
+    """Take a pair in, or refuse its peer: then no pair of it counts."""
+    reason = find_disagreement(reference, theirs, runs.tolerances[dtype_of(reference)])
+    if reason:
+        runs.refused.setdefault(name, []).append(reason)
+        runs.pairs.pop(name, None)
+        return
+    runs.pairs.setdefault(name, []).append((ours, theirs))
+    differences = peer_agreement.largest_differences(reference, theirs)
+    known = runs.differences.setdefault(name, dict.fromkeys(differences, 0.0))
+    known.update({key: max(known[key], value) for key, value in differences.items()})
+
+
+def run(folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace, *, is_reference: bool = False) -> Result:
     """One side's result in a fresh process; `{"failed": reason}` if it gives none."""
     device = arguments.device
     job = {"base": work["base"], "updates": work["updates"], "dtype": side.dtype, "compile": side.compile, "device": device}
-    job |= {"limit_s": arguments.limit_s}
+    job |= {"limit_s": arguments.limit_s, "start": work["start"], "settings": side.settings, "is_reference": is_reference}
     job |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM}
     job_path, result_path = folder / "job.json", folder / "result.json"
     job_path.write_text(json.dumps(job))
     result_path.unlink(missing_ok=True)
     try:
-        python = smallest.python() if side is SARTOR else str(venvs.interpreter(side.folder))
+        python = smallest.python() if side.folder == SARTOR.folder else str(venvs.interpreter(side.folder))
     except venvs.NotInstalled as error:
         return {"failed": f"does not install: {error}"}
     command = [python, str(HERE / "peers" / side.folder / "run.py"), str(job_path), str(result_path)]
@@ -193,22 +277,11 @@ def environment(side: Side, device: str, is_small: bool = False) -> dict[str, st
     kept |= {"OMP_NUM_THREADS": str(os.cpu_count()), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     kept |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     kept |= {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
-    if side is SARTOR:
+    if side.folder == SARTOR.folder:
         kept["PYTHONPATH"] = str(SOURCES)
     if device == "cpu":
         kept["CUDA_VISIBLE_DEVICES"] = ""
     return kept
-
-
-def objection(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Why two results are not of the same work; empty if they are."""
-    done = min(len(ours["tokens"]), len(theirs["tokens"]))
-    if any(ours[unit][:done] != theirs[unit][:done] for unit in ("tokens", "supervised_tokens")):
-        return "the tokens differ"
-    difference = abs(ours["losses"][0] - theirs["losses"][0])
-    if not difference <= LOSS_TOLERANCE:  # also refuses NaN
-        return f"loss at update 1 differs by {difference:.4f}: {ours['losses'][0]:.4f} and {theirs['losses'][0]:.4f}"
-    return ""
 
 
 def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -217,12 +290,18 @@ def report(runs: Runs, work: dict[str, Any], arguments: argparse.Namespace) -> d
     last = runs.ours[-1]
     sides = {"sartor": runs.ours} | {name: [theirs for _, theirs in pairs] for name, pairs in runs.pairs.items()}
     return {
-        "ratios": {name: ratios(pairs) for name, pairs in runs.pairs.items()},
+        "ratios": {name: ratios(pairs) for name, pairs in runs.pairs.items() if not name.endswith(BEST)},
+        "ratios_best": {name.removesuffix(BEST): ratios(pairs) for name, pairs in runs.pairs.items() if name.endswith(BEST)},
+        "agreement": runs.differences,
+        "tolerances": {
+            dtype: {"b_gradient": tolerance.gradient, "first_loss": tolerance.first_loss}
+            for dtype, tolerance in runs.tolerances.items()
+        },
         "tokens_per_s": round(statistics.median(rate(ours) for ours in runs.ours), 1),
         "supervised_tokens_per_s": round(statistics.median(rate(ours, "supervised_tokens") for ours in runs.ours), 1),
         "peak_rss_bytes": round(statistics.median(ours["peak_rss_bytes"] for ours in runs.ours)),
         "roofline_fraction": round(statistics.median(fractions), 3),
-        **savings(arguments),
+        **parts.run("savings", lambda: savings(arguments)),
         "path": last["path"],
         "losses": {name: losses(results) for name, results in sides.items()},
         "sides": {name: side(results) for name, results in sides.items()},
@@ -306,7 +385,7 @@ def table(said: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, side in sides.items():
-        ratio = said["ratios"].get(name)
+        ratio = said["ratios"].get(name) or said["ratios_best"].get(name.removesuffix(BEST) if name.endswith(BEST) else "")
         wide = ("tokens_per_s", "peak_rss", "tokens_per_s_with_shared_prefixes", "tokens_per_s_without_compiler")
         over = " | ".join(f"{ratio[key]:.2f}x" if key in ratio else "-" for key in wide) if ratio else " | | | "
         losses = ", ".join(f"{loss:.3f}" for loss in said["losses"][name].values())
@@ -314,6 +393,8 @@ def table(said: dict[str, Any]) -> str:
         lines.append(f"| {name} | {side['tokens_per_s']:.0f} | {memory} | {losses} | {over} |")
     for name, reason in said["failed"].items():
         lines.append(f"| {name} | - | {' '.join(reason.split())[:120]} | | | | | |")
+    for name, reasons in said["refused"].items():
+        lines.append(f"| {name} | refused | {reasons[0][:120]} | | | | | |")
     return "\n".join(lines)
 
 
@@ -349,9 +430,9 @@ def _sound(ours: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def _say(name: str, number: int, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def _say(name: str, number: int, ours: Result, theirs: Result, refused: list[str]) -> None:
     """A line of progress on stderr."""
-    said = theirs.get("failed") or objection(ours, theirs) or f"{rate(ours):.0f} against {rate(theirs):.0f} tokens/s"
+    said = theirs.get("failed") or "; ".join(refused) or f"{rate(ours):.0f} against {rate(theirs):.0f} tokens/s"
     print(f"pair {number + 1}, {name}: {said}", file=sys.stderr)
 
 

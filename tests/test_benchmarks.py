@@ -53,16 +53,6 @@ def test_first_token_of_a_row_gets_no_label() -> None:
     assert (row.labels, row.supervised_tokens) == ([-100, -100, 7], 1)
 
 
-def test_only_the_same_work_counts() -> None:
-    import train
-
-    ours = {"tokens": [10, 12], "supervised_tokens": [4, 5], "losses": [2.0, 1.9]}
-    assert train.objection(ours, {**ours, "losses": [2.019, 9.0]}) == ""
-    assert "differs" in train.objection(ours, {**ours, "losses": [2.021, 1.9]})
-    assert "differs" in train.objection(ours, {**ours, "losses": [float("nan"), 1.9]})
-    assert "tokens" in train.objection(ours, {**ours, "supervised_tokens": [4, 4]})
-
-
 def test_ratios_are_medians_of_pairs() -> None:
     import train
 
@@ -237,3 +227,57 @@ def test_learning_from_use_is_measured_on_what_nobody_chose() -> None:
     assert until_rollback(None, random.Random(0), most=300) == 0
     found = learn_rollback.quantile(list(range(1, 101)), 0.5)
     assert found["low"] < found["estimate"] < found["high"]
+
+
+def test_threshold_of_a_peer_is_chosen_on_rows_that_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sartor's side takes texts alone: no hint of what kind of rows they are."""
+    import inspect
+
+    import dedup
+    import dedup_peers
+    from dedup_sets import Truth
+
+    monkeypatch.setitem(dedup.THRESHOLDS, "rensa", (0.9, 0.5))
+    monkeypatch.setitem(dedup.PEERS, "rensa", lambda texts, threshold: [0, 0] if threshold == 0.5 else [0, 1])
+    chosen, tried = dedup.choose_thresholds(["rensa"], Truth(["a", "a"], [0, 0]))
+    assert chosen == {"rensa": 0.5} and tried["rensa"]["0.9"] < tried["rensa"]["0.5"] == 1
+    assert list(inspect.signature(dedup_peers.sartor).parameters) == ["texts"]
+
+
+def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed loop would ask once during the stall; here all who were due ask, and their wait is counted from then."""
+    import asyncio
+
+    import chaos_load
+    from chaos_load import Load, Reply
+
+    stall_s, rate_per_s, last = 0.4, 50.0, 0.6
+    began = time.monotonic()
+
+    async def stalled(http: object, model: str, prompt: str, tokens: int, stream: bool) -> Reply:
+        sent = time.monotonic()
+        await asyncio.sleep(max(0.0, began + stall_s - sent))
+        return Reply(model, prompt, sent, time.monotonic(), model, "hello")
+
+    async def work() -> Load:
+        load = Load("http://127.0.0.1:9", "", 4, rate_per_s)
+        load.known = {("faq", prompt): "hello" for prompt in chaos_load.PROMPTS}
+        async with load.running(["faq"]):
+            await asyncio.sleep(last)
+            await load.answered_until(time.monotonic())
+        return load
+
+    monkeypatch.setattr(chaos_load, "ask", stalled)
+    load = asyncio.run(work())
+    waited = [reply for reply in load.replies if reply.latency_s > 0.05]
+    assert len(waited) >= 5 and max(reply.latency_s for reply in waited) > 0.2
+    assert not any(reply.wrong for reply in load.replies) and not load.pending
+    times = [next(chaos_load.arrivals(rate_per_s, seed=3)) for _ in range(2)]
+    assert times[0] == times[1], "the same seed, the same times"
+
+
+def test_p99_is_a_latency_that_was_measured() -> None:
+    import chaos
+
+    assert chaos.nearest_rank([0.1 * place for place in range(1, 201)], 0.99) == pytest.approx(19.8)
+    assert chaos.nearest_rank([0.5], 0.99) == 0.5

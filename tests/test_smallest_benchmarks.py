@@ -31,10 +31,10 @@ PARTS_OF_OTHERS = {
 KEYS = {
     "ablation": "ablation layers machine.processor",
     "bad_adapters": "releases checks.signature good",
-    "chaos": "faults others_success base_bit_equal admitted_bad bad_adapters lost_in_flight promotions recovery_s requests wall_s",
+    "chaos": "mutants p99_s slowest_s offered_per_s faults others_success base_bit_equal admitted_bad bad_adapters lost_in_flight promotions recovery_s requests wall_s",
     "collaborate": "rows.held_out sides.single sides.checked sides.vote over.checked.vote vote_members specialist_s wall_s",
     "defaults": "sets.banking77.default sets.banking77.best sets.textile.fraction sets.documents.seeds machine",
-    "dedup": "sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
+    "dedup": "chosen chosen_on sets.edit_1.precision sets.edit_1.recall sets.edit_1.b_cubed sets.febrl1.rows_per_s peers.datasketch peers.rensa "
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
     "edge": "cap_bytes peak_bytes predicted_error update_points update_points_survived attacks attacks_refused delta_fraction "
     "peers predictions same_losses_under_the_cap",
@@ -69,7 +69,7 @@ KEYS = {
     "savings": "shared_prefix_ratio frozen_prefix_ratio frozen_prefix_ratio_top_6 shared.proof.gradient frozen.top_10.proof.loss",
     "scaling": "by_rows by_rank lines.rows.r_squared lines.rank.slope",
     "secure_sum": "state error client_s coordinator_s upload_bytes_per_parameter failure_bound",
-    "serve": "ratios.mixed_over_same ratios.llama_cpp ratios.peft ratios.one_at_a_time tokens_per_s curve exact.fp32.equal "
+    "serve": "llama_settings llama_build losses.llama_q4_0 losses.llama_q4 agreement ratios.mixed_over_same ratios.llama_cpp ratios.peft ratios.one_at_a_time tokens_per_s curve exact.fp32.equal "
     "agrees open_loop adapter_bytes attach_s",
     "spoken_rows": "train eval words clips voices",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "
@@ -77,7 +77,8 @@ KEYS = {
     "mitigation.metric_cost",
     "synth_audit": "audit.planted_caught mitigation.gap_after mitigation.worst release",
     "synth_lift": "lift.estimate lift.without lift.draws",
-    "train": "tokens_per_s peak_rss_bytes roofline_fraction shared_prefix_ratio frozen_prefix_ratio ratios losses.sartor unsloth "
+    "train": "tokens_per_s peak_rss_bytes roofline_fraction shared_prefix_ratio frozen_prefix_ratio ratios ratios_best refused "
+    "agreement losses.sartor unsloth "
     "trl trl_bf16 llamafactory litgpt mlx",
     "whisper": "clips wer encoder_ms.1 short_windows ctranslate2",
 }

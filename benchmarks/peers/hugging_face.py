@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from protocol import TARGETS, Job, Unable, Watch
+from protocol import TARGETS, Job, Unable, Watch, watch_gradients
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -56,7 +56,7 @@ def in_order(trainer: type) -> type:
 
 
 def settings(job: Job, *, bf16: bool) -> dict[str, Any]:
-    """TrainingArguments for the job: nothing saved, nothing reported, nothing recomputed."""
+    """TrainingArguments for the job: nothing saved, nothing reported, nothing recomputed; the job's own settings on top."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="sartor-peer-"),
         "per_device_train_batch_size": job.rows_per_update,
@@ -80,6 +80,7 @@ def settings(job: Job, *, bf16: bool) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": 0,
+        **job.settings.get("trainer", {}),
     }
 
 
@@ -107,10 +108,25 @@ def sft(job: Job, watch: Watch, model: Any, tokenizer: Any, *, bf16: bool, **mor
         callbacks=[clock(watch)],
         **more,
     )
-    if job.start:
-        begin_from(trainer.model, job.start)
+    begin(trainer.model, job, watch)
     trainer.train()
     return trainer
+
+
+def begin(model: Any, job: Job, watch: Watch) -> None:
+    """Give a PeftModel the factors with which every side begins, and watch the gradients of its factors B."""
+    if job.start:
+        begin_from(model, job.start)
+    watch_gradients(lora_b(model), watch)
+
+
+def lora_b(model: Any) -> dict[str, Any]:
+    """The factors B of a PeftModel by the name of their module."""
+    return {
+        name.partition(".lora_B.")[0].removeprefix("base_model.model."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_B." in name
+    }
 
 
 def begin_from(model: Any, start: str) -> None:

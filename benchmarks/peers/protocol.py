@@ -1,14 +1,20 @@
 """What every side of benchmarks/train.py speaks: a job comes as one JSON file, the result goes into another.
 
-Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.json`, so this module needs nothing but Python.
-A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
+Each side's `run.py` is run by its own interpreter as `run.py JOB.json RESULT.json`, so this module needs nothing but
+Python. A side that cannot run writes `{"failed": "<reason>"}` and the traceback; it never just dies.
 
     job      {base, dtype, device, rank, alpha, learning_rate, clip_norm, compile, limit_s,
-              updates: [[{ids, learnt}, ...], ...], start?, held_out?: [{ids, learnt}, ...], adapter?, rounds_first?}
-    result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], peak_rss_bytes, versions, ...}
+              updates: [[{ids, learnt}, ...], ...], start, settings?: {kind: {option: value}}, is_reference?,
+              held_out?: [{ids, learnt}, ...], adapter?, rounds_first?}
+    result   {seconds: [...], losses: [...], tokens: [...], supervised_tokens: [...], b_gradients: {module: norm},
+              peak_rss_bytes, versions, ...}
 
-A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so its lists
-may be shorter; two updates it always makes.
+`b_gradients` has, for each adapted linear module by its name in transformers, the norm of the gradient of its factor B
+at update 1, before clipping. Every side begins with the factors A of `start` and with B = 0, so the sides' norms must
+agree.
+
+A list of the result has an entry per update. A side that is slow ends after the update in which `limit_s` is over, so
+its lists may be shorter; two updates it always makes.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -59,9 +65,12 @@ class Row:
 class Job:
     """The work. `dtype`: `float32`, `bfloat16`, or `auto` for the side's own choice; `compile`: its compiler on.
 
-    Of fidelity.py. start: a safetensors file with the factors A that every side begins with, by module name. Of Sartor's
-    side alone: held_out, rows whose loss is taken after the last update; adapter, where it is written then; rounds_first,
-    whether the frozen product is rounded before the low-rank term is added, as numerics 1 did.
+    start: a safetensors file with the factors A that every side begins with, by module name. settings: documented options
+    of the peer, by kind (`trainer`: of its trainer's arguments).
+
+    Of Sartor's side alone: is_reference, whether only losses and gradients are wanted; held_out, rows whose loss is taken
+    after the last update; adapter, where it is written then; rounds_first, whether the frozen product is rounded before
+    the low-rank term is added, as numerics 1 did.
     """
 
     base: str
@@ -75,6 +84,8 @@ class Job:
     limit_s: float
     updates: list[list[Row]]
     start: str = ""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    is_reference: bool = False
     held_out: list[Row] = field(default_factory=list)
     adapter: str = ""
     rounds_first: bool = False
@@ -108,6 +119,8 @@ class Watch:
         self.limit_s = limit_s
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.b_gradients: dict[str, float] = {}
+        self.hooks: list[Any] = []
         self._last: float | None = None
 
     @property
@@ -125,7 +138,25 @@ class Watch:
             raise RuntimeError("Watch.update before Watch.start")
         now = time.perf_counter()
         self.seconds.append(now - self._last)
+        while self.hooks:
+            self.hooks.pop().remove()
         self._last = now
+
+
+def watch_gradients(factors: Mapping[str, Any], watch: Watch) -> None:
+    """Note the norm of the gradient of each torch parameter at the first update, before it is clipped.
+
+    factors: the factors B by the name of their module. Where an update is computed in parts, the last part's norm stands:
+    that of the sum.
+    """
+
+    def hook_of(name: str) -> Callable[[Any], None]:
+        def note(parameter: Any) -> None:
+            watch.b_gradients[name] = float(parameter.grad.float().norm())
+
+        return note
+
+    watch.hooks += [factor.register_post_accumulate_grad_hook(hook_of(name)) for name, factor in factors.items()]
 
 
 def main(train: Callable[[Job, Watch], dict[str, Any]], packages: tuple[str, ...]) -> None:
@@ -173,6 +204,7 @@ def _checked(job: Job, watch: Watch) -> dict[str, Any]:
     return {
         "seconds": watch.seconds,
         "losses": watch.losses,
+        "b_gradients": watch.b_gradients,
         "tokens": [sum(len(row.ids) for row in rows) for rows in done],
         "supervised_tokens": [sum(row.supervised_tokens for row in rows) for rows in done],
         "peak_rss_bytes": peak_rss_bytes(),

@@ -25,12 +25,13 @@ SHORTEST, LONGEST, SUPERVISED = 40, 104, 0.43  # tokens of a synthetic row, and 
 
 
 def main() -> None:
-    """Write {base, rows, updates}."""
+    """Write {base, rows, updates, start}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--base", default=model_refs.STARTER)
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--rows-per-update", type=int, required=True)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=0)
     arguments = parser.parse_args()
     ref = model_refs.locate_base(arguments.base)
@@ -44,7 +45,8 @@ def main() -> None:
     step = arguments.rows_per_update
     base = plain_base(ref.path, arguments.out.parent / "base", arguments.layers)
     updates = [rows[place : place + step] for place in range(0, count, step)]
-    arguments.out.write_text(json.dumps({"base": str(base), "rows": kind, "updates": updates}))
+    start = write_start(base, arguments.out.parent / "start.safetensors", arguments.rank)
+    arguments.out.write_text(json.dumps({"base": str(base), "rows": kind, "updates": updates, "start": str(start)}))
 
 
 def real_rows(base: Path, count: int) -> list[dict[str, Any]]:
@@ -93,6 +95,29 @@ def plain_base(base: Path, out: Path, layers: int) -> Path:
         _cut(base, out, layers)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     return out
+
+
+def write_start(base: Path, file: Path, rank: int) -> Path:
+    """Write the factors A with which every side begins: (rank, inputs) by module, uniform as peft draws them."""
+    import torch
+    from protocol import TARGETS
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for weights in sorted(base.glob("*.safetensors")):
+        with safe_open(weights, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a dictionary
+                module = name.removesuffix(".weight")
+                if name.endswith(".weight") and module.rpartition(".")[2] in TARGETS:
+                    inputs[module] = opened.get_slice(name).get_shape()[1]
+    factors = {
+        module: (torch.rand(rank, inputs[module], generator=generator) * 2 - 1) / inputs[module] ** 0.5
+        for module in sorted(inputs)
+    }
+    save_file(factors, file)
+    return file
 
 
 def _cut(base: Path, out: Path, layers: int) -> None:

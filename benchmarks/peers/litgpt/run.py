@@ -34,7 +34,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
 
     if job.compile:
         raise protocol.Unable("litgpt's finetune_lora compiles nothing")
-    dtype = "float32" if job.dtype == "auto" else job.dtype
+    dtype = job.settings.get("precision", {}).get("dtype") or ("float32" if job.dtype == "auto" else job.dtype)
     folder = _converted(job, dtype)
     logger = _logger(watch)
     precision = {"float32": "32-true", "bfloat16": "bf16-true"}[dtype]
@@ -45,6 +45,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     mark_only_lora_as_trainable(model)
     model = fabric.setup_module(model)
     load_checkpoint(fabric, model, folder / "lit_model.pth", strict=False)
+    _begin(job, watch, model)
     optimizer = fabric.setup_optimizers(_optimizer(job, model))
     lora.fit(
         fabric=fabric,
@@ -65,6 +66,46 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     )  # fmt: skip
     shutil.rmtree(folder)
     return {"dtype": f"torch.{dtype}", "trained": sum(part.numel() for part in model.parameters() if part.requires_grad)}
+
+
+# litgpt's module -> transformers' modules, whose factors lie one after the other in it
+MODULES = {
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.proj": ("self_attn.o_proj",),
+    "mlp.fc_1": ("mlp.gate_proj",),
+    "mlp.fc_2": ("mlp.up_proj",),
+    "mlp.proj": ("mlp.down_proj",),
+}
+
+
+def _begin(job: protocol.Job, watch: protocol.Watch, model: Any) -> None:
+    """Give the factors A the values that every side begins with, and watch the gradients of the factors B."""
+    import torch
+    from safetensors.torch import load_file
+
+    start = load_file(job.start) if job.start else {}
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        layer, _, part = name.rpartition(".h.")[2].partition(".")
+        if part not in MODULES:
+            raise protocol.Unable(f"litgpt adapts {name}, which has no counterpart in transformers")
+        names = [f"model.layers.{layer}.{other}" for other in MODULES[part]]
+        if start:
+            with torch.no_grad():
+                module.lora_A.copy_(torch.cat([start[other] for other in names]))
+        lengths = list(module.qkv_shapes) if len(names) > 1 else [len(module.lora_B)]
+        watch.hooks.append(module.lora_B.register_post_accumulate_grad_hook(_note_of(watch, names, lengths)))
+
+
+def _note_of(watch: protocol.Watch, names: list[str], lengths: list[int]) -> Any:
+    """A hook that notes the gradient norm of each module of `names`, whose rows lie one after the other in one factor."""
+
+    def note(parameter: Any) -> None:
+        for other, gradient in zip(names, parameter.grad.float().split(lengths), strict=True):
+            watch.b_gradients[other] = float(gradient.norm())
+
+    return note
 
 
 def _converted(job: protocol.Job, dtype: str) -> Path:

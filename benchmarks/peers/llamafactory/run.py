@@ -34,6 +34,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     is_bf16 = job.dtype == "bfloat16" or (job.dtype == "auto" and job.device != "cpu")
     said = hugging_face.settings(job, bf16=is_bf16)
     checkpointing = said.pop("gradient_checkpointing")
+    beginning = _beginning(job, watch)
     run_exp(
         {
             **said,
@@ -52,9 +53,20 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
             "disable_shuffling": True,
             "disable_gradient_checkpointing": not checkpointing,
         },
-        callbacks=[hugging_face.clock(watch)],
+        callbacks=[beginning, hugging_face.clock(watch)],
     )
     return {"dtype": "torch.bfloat16" if is_bf16 else "torch.float32"}
+
+
+def _beginning(job: protocol.Job, watch: protocol.Watch) -> Any:
+    """A callback that gives the model the job's first factors when the training begins."""
+    from transformers import TrainerCallback
+
+    class Beginning(TrainerCallback):
+        def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+            hugging_face.begin(model, job, watch)
+
+    return Beginning()
 
 
 def _stand_in(name: str) -> None:

@@ -42,6 +42,8 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         model, len(model.layers), {"rank": job.rank, "scale": job.alpha / job.rank, "dropout": 0.0, "keys": None}
     )
 
+    _begin(model, job)
+
     class Clock(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             watch.losses.append(float(train_info["train_loss"]))
@@ -58,7 +60,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     )
     run(
         model,
-        _optimizer(job),
+        _optimizer(job, watch),
         [],
         args=arguments,
         loss=_loss,
@@ -68,12 +70,32 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     return {"dtype": str(dtype), "blas": _preload(), "trained": _size(model)}
 
 
-def _optimizer(job: protocol.Job) -> Any:
+def _begin(model: Any, job: protocol.Job) -> None:
+    """Give the factors A, which are (in, rank) here, the values that every side begins with."""
+    import mlx.core as mx
+
+    if not job.start:
+        return
+    factors = mx.load(job.start)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_a"):
+            if name not in factors:
+                raise protocol.Unable(f"{job.start} has no factors of {name}")
+            module.lora_a = factors[name].T
+
+
+def _optimizer(job: protocol.Job, watch: protocol.Watch) -> Any:
     """AdamW as torch computes it, with the clipping that mlx-lm's trainer lacks."""
+    import mlx.core as mx
     import mlx.optimizers as optim
+    from mlx.utils import tree_flatten
 
     class Clipped(optim.AdamW):
         def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+            if not watch.b_gradients:
+                for name, gradient in tree_flatten(gradients):
+                    if name.endswith(".lora_b"):
+                        watch.b_gradients[name.removesuffix(".lora_b")] = float(mx.linalg.norm(gradient.astype(mx.float32)))
             clipped, _ = optim.clip_grad_norm(gradients, job.clip_norm)
             return super().apply_gradients(clipped, parameters)
 

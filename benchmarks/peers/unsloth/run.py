@@ -20,6 +20,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         os.environ["UNSLOTH_FORCE_CPU"] = "1"
     if job.compile:
         os.environ["UNSLOTH_CPU_COMPILE"] = "1"
+    os.environ.update(job.settings.get("environment", {}))
     import unsloth  # before trl and transformers, which it changes  # isort: skip
     import torch
 

@@ -93,7 +93,7 @@ def _common(ids: Sequence[int], beginning: Sequence[int]) -> int:
     return length if length >= SHARED_TOKENS else 0
 
 
-def common_beginning(recipe: Recipe, path: LossBackend, rows: Sequence[TokenizedExample]) -> Sequence[int]:
+def common_beginning(recipe: ResolvedRecipe, path: LossBackend, rows: Sequence[TokenizedExample]) -> Sequence[int]:
     """Return the tokens that nine of ten rows begin with, as a template's system prompt; none where nothing is shared.
 
     Micro-batches are cut by what they compute, and of common beginnings that is one: `packing.micro_batches`.

@@ -1,0 +1,108 @@
+"""Run a benchmark and write benchmarks/results/NAME.json, from which the scoreboard is made.
+
+    python benchmarks/scoreboard/record.py benchmarks/NAME.py --json [OPTION ...]
+
+The file has the command, the commit, the machine, and the benchmark's JSON as `result`; or `not_run`, the reason, if
+it failed or its 60 minutes ended before it did: then the same command goes on. A result of this very code and command
+is not measured again (`--again` does).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+import parts  # noqa: E402
+
+RESULTS = Path(os.environ.get("SARTOR_BENCH_RESULTS") or ROOT / "benchmarks" / "results")
+
+
+def main() -> None:
+    """Run the program that the command line names; exit as it does, but with 0 where the same command only has to go on."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--again"]
+    if not arguments:
+        sys.exit(f"usage: {Path(sys.argv[0]).name} benchmarks/NAME.py --json [OPTION ...]")
+    program = Path(arguments[0])
+    file = RESULTS / f"{program.stem}.json"
+    code = parts.digest_of_code()
+    if "--again" not in sys.argv and (earlier := read_record(file)) and is_current(earlier, arguments, code):
+        print(f"{program.stem}: {file} is of this code and command; --again measures anew", file=sys.stderr)
+        print(json.dumps(earlier["result"]))
+        return
+    record, status = run(arguments)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**record, "code": code}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(json.dumps(record.get("result", {"not_run": record.get("not_run")})))
+    sys.exit(0 if status == parts.UNFINISHED else status)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Return what a results file holds; empty if there is none."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def is_current(record: dict[str, Any], arguments: list[str], code: str) -> bool:
+    """Whether a record has a result of this code and command."""
+    return "result" in record and record["command"] == arguments and record.get("code") == code
+
+
+def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
+    """Run a benchmark; return its record and its exit status."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    record: dict[str, Any] = {
+        "command": arguments,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "wall_s": round(time.monotonic() - began, 1),
+    }
+    lines = done.stdout.splitlines()
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        result = None
+    if done.returncode == parts.UNFINISHED:
+        record["not_run"] = "unfinished when its minutes were over; the same command goes on"
+    elif isinstance(result, dict):
+        # a benchmark may exit with another status than 0 to say that a target was missed: its figures were measured
+        record["result"], record["exit_status"] = result, done.returncode
+    else:
+        record["not_run"] = f"exit code {done.returncode}, and no JSON on the last line"
+    return record, done.returncode
+
+
+def commit() -> str:
+    """Return the commit of the checkout, with `+` if files differ from it; empty where there is no git."""
+    command = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*command, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures hold for."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {"processor": processor, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Scoreboard of every target that an issue states: docs/development/scoreboard.md, from results files alone.
+
+    python benchmarks/scoreboard/scoreboard.py            # writes the page
+    python benchmarks/scoreboard/scoreboard.py --check    # exits 1 if the page is not what would be written
+
+targets.toml has a table a target. Figures come from benchmarks/results/NAME.json, which record.py writes; a target
+without such a file is "not run here", and one that no benchmark measures says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+TARGETS = HERE / "targets.toml"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "development" / "scoreboard.md"
+NOT_RUN = "not run here"
+COLUMNS = ("item", "target", "limit", "measured", "state", "from, or why not")
+TAKES = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) / len(values)}
+HEAD = """\
+# Scoreboard
+
+Every target of an open issue that has a figure: met, not met, or not run and why. `make scoreboard` writes this page from
+`benchmarks/scoreboard/targets.toml` and from the files that `make bench` wrote to `benchmarks/results`; no figure is typed by
+hand, and a test compares the page with what would be written.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A figure that an issue asks for.
+
+    item: of the issue. program: the benchmark that measures it, empty where none does; then `why` has the reason.
+    value: path in its JSON, dotted, `*` for every key or element. take: of several values, of TAKES. Of at_least, at_most and
+    equals one is set.
+    """
+
+    issue: int
+    item: str
+    text: str
+    program: str = ""
+    value: str = ""
+    take: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+    equals: float | bool | None = None
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.at_least, self.at_most, self.equals) if limit is not None]
+        if self.program and (not self.value or len(limits) != 1):
+            raise ValueError(f"{self.text}: a target of a program needs a value and one of at_least, at_most, equals")
+        if not self.program and not self.why:
+            raise ValueError(f"{self.text}: no program measures it, and why does not say why")
+        if self.take and self.take not in TAKES:
+            raise ValueError(f"{self.text}: take is {self.take!r}, none of {', '.join(TAKES)}")
+
+    @property
+    def limit(self) -> str:
+        """The limit as the page shows it."""
+        if self.equals is not None:
+            return f"= {show(self.equals)}"
+        if self.at_least is not None:
+            return f">= {show(self.at_least)}"
+        return f"<= {show(self.at_most)}" if self.at_most is not None else ""
+
+    def is_met(self, value: float) -> bool:
+        """Whether a measured value reaches the limit."""
+        if self.equals is not None:
+            return value == self.equals
+        return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a target stands. state: met, not met, not run here, not measured."""
+
+    target: Target
+    state: str
+    measured: str
+    source: str
+
+
+def read_targets(file: Path = TARGETS) -> list[Target]:
+    """Return the targets of a file. Raises ValueError for one that nothing could be compared with."""
+    return [Target(**table) for table in tomllib.loads(file.read_text(encoding="utf-8"))["target"]]
+
+
+def values_at(result: Any, path: str) -> Iterator[Any]:
+    """Yield what stands at a dotted path of a JSON value; `*` is every key or element. Nothing where there is no such key."""
+    name, _, rest = path.partition(".")
+    if not path:
+        yield result
+    elif name == "*":
+        for inner in result.values() if isinstance(result, dict) else result if isinstance(result, list) else []:
+            yield from values_at(inner, rest)
+    elif isinstance(result, dict) and name in result:
+        yield from values_at(result[name], rest)
+
+
+def standing_of(target: Target, results: Path = RESULTS) -> Standing:
+    """Compare a target with its results file."""
+    if not target.program:
+        return Standing(target, "not measured", "", target.why)
+    file = results / f"{target.program}.json"
+    if not file.is_file():
+        return Standing(target, NOT_RUN, "", target.why or f"no {target.program}.json in benchmarks/results")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if "result" not in record:
+        return Standing(target, NOT_RUN, "", record["not_run"])
+    values = [value for value in values_at(record["result"], target.value) if isinstance(value, int | float)]
+    source = f"`{' '.join(record['command'])}`, {record['commit'] or 'no commit'}, {record['machine']['processor']}"
+    if not values:
+        absent = record["result"].get("absent", {})
+        reason = next((absent[part] for part in target.value.split(".") if part in absent), "the result has no such key")
+        return Standing(target, NOT_RUN, "", f"{reason}; {source}")
+    if len(values) > 1 and not target.take:
+        raise ValueError(f"{target.text}: {len(values)} values at {target.value}, and take says none of {', '.join(TAKES)}")
+    value = TAKES[target.take](values) if target.take else values[0]
+    return Standing(target, "met" if target.is_met(value) else "**not met**", show(value), source)
+
+
+def show(value: float | bool | None) -> str:
+    """Return a number as the page has it."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
+
+
+def page(standings: list[Standing]) -> str:
+    """Return the page's text."""
+    lines = [HEAD]
+    counts = {state: sum(one.state == state for one in standings) for state in ("met", "**not met**", NOT_RUN, "not measured")}
+    lines.append(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; {len(standings)} targets.\n")
+    for issue in dict.fromkeys(one.target.issue for one in standings):
+        lines += [f"## Issue {issue}\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for one in standings:
+            if one.target.issue == issue:
+                cells = (one.target.item, one.target.text, one.target.limit, one.measured, one.state, one.source)
+                lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is not what would be written")
+    arguments = parser.parse_args()
+    text = page([standing_of(target) for target in read_targets()])
+    if not arguments.check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is not what its results say: make scoreboard")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Benchmarks go on where a call ended, end in time, and are recorded; the scoreboard says what their results say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PROGRAM = """
+import argparse, sys, time
+sys.path.insert(0, {benchmarks!r})
+import parts, smallest
+from results import print_result
+parser = argparse.ArgumentParser()
+parser.add_argument("--json", action="store_true")
+parser.add_argument("--seconds", type=float, default=0.0)
+smallest.add_argument(parser)
+arguments = parser.parse_args()
+def compute(number):
+    with open("calls.txt", "a") as file:
+        file.write(str(number))
+    return {{number: number}}
+results = [parts.run(f"part {{number}}", lambda: compute(number)) for number in (1, 2)]
+results.append(parts.run("slow", lambda: time.sleep(arguments.seconds)))
+print_result({{"results": results[:2]}})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "scoreboard"))
+
+
+def call(folder: Path, *options: str, record: bool = False) -> subprocess.CompletedProcess[str]:
+    (folder / "small.py").write_text(PROGRAM.format(benchmarks=str(BENCHMARKS)))
+    recorder = [str(BENCHMARKS / "scoreboard" / "record.py")] if record else []
+    command = [sys.executable, *recorder, str(folder / "small.py"), "--json", *options]
+    environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(folder / "results")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_second_call_takes_over_finished_parts(tmp_path: Path) -> None:
+    first, second = (call(tmp_path, "--work", "work") for _ in range(2))
+    assert (tmp_path / "calls.txt").read_text() == "12", first.stderr + second.stderr
+    assert first.stdout == second.stdout and json.loads(second.stdout) == {"results": [{"1": 1}, {"2": 2}]}
+    assert "part 1: 0.0 s" in first.stderr and "part 1: of an earlier call" in second.stderr
+    call(tmp_path, "--work", "work", "--seconds", "0.01")
+    assert (tmp_path / "calls.txt").read_text() == "1212", "other options, other parts"
+
+
+def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
+    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01")
+    assert done.returncode == 75 and done.stdout == ""
+    assert "in the part 'slow': the same command goes on" in done.stderr
+
+
+def test_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
+    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01", record=True)
+    record = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert done.returncode == 0, "the same command only has to go on"
+    assert "result" not in record and "unfinished" in record["not_run"]
+    assert json.loads(call(tmp_path, record=True).stdout)["results"]
+    record = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert record["result"]["results"] == [{"1": 1}, {"2": 2}] and record["machine"]["cores"] and "commit" in record
+
+
+def target(**changes: Any) -> Any:
+    import scoreboard
+
+    fields = {"issue": 20, "item": "A1", "text": "fraction", "program": "defaults", "value": "sets.*.fraction", "take": "min"}
+    return scoreboard.Target(**{**fields, "at_least": 0.97, **changes})
+
+
+@pytest.mark.parametrize(
+    ("record", "state"),
+    [
+        ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.99}}}}, "met"),
+        ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.96}}}}, "**not met**"),
+        ({"result": {"absent": {"sets": "not asked for"}}}, "not run here"),
+        ({"not_run": "exit code 1"}, "not run here"),
+    ],
+)
+def test_standing_is_what_the_results_file_says(record: dict[str, Any], state: str, tmp_path: Path) -> None:
+    import scoreboard
+
+    assert scoreboard.standing_of(target(), tmp_path).state == "not run here"
+    common = {"command": ["benchmarks/defaults.py"], "commit": "abc", "machine": {"processor": "x"}}
+    (tmp_path / "defaults.json").write_text(json.dumps({**common, **record}))
+    assert scoreboard.standing_of(target(), tmp_path).state == state
+
+
+@pytest.mark.parametrize("changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}])
+def test_target_that_nothing_could_be_compared_with_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="fraction"):
+        target(**changes)
+
+
+def test_page_is_what_the_results_say() -> None:
+    command = [sys.executable, str(BENCHMARKS / "scoreboard" / "scoreboard.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_benchmark_can_be_called_with_a_folder_for_its_parts() -> None:
+    """`make bench` gives each `--work`; five had such an option before, for parts of their own."""
+    programs = [file for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    parts_of_others = {"serve_sides", "serve_work", "learn_rows"}
+    lacking = [file.stem for file in programs if "smallest.add_argument(" not in file.read_text(encoding="utf-8")]
+    assert set(lacking) == parts_of_others
