@@ -17,6 +17,7 @@ from sartor.core import evaluation_ledger
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, GateError, ModelError, SignatureError, SourceError
 from sartor.evaluate.audit import probes
+from sartor.release.export import export_formats
 
 
 def test_the_report_has_metrics_with_intervals_rows_and_a_page(adapter: Path) -> None:
@@ -51,6 +52,14 @@ def test_report_says_how_often_its_rows_were_evaluated(tmp_path: Path, adapter: 
     assert (chosen["evaluations_known"], chosen["adapters_known"]) == (2, 1)
     assert chosen["rows_digest"] == one.as_json()["chosen"]["rows_digest"]
     assert chosen["sentence"] in (two.report.path / "report.html").read_text() and chosen["sentence"] in lines
+
+
+def test_card_of_an_export_says_how_often_the_rows_were_evaluated(release: Path) -> None:  # noqa: F811
+    artifact = open_artifact(release)
+    lines = export_formats._choice_lines(artifact)
+    assert len(lines) == 2 and "at least 1 evaluation of these rows known on this machine since" in lines[1]
+    shutil.rmtree(release / "report")  # as in a Release from before
+    assert export_formats._choice_lines(artifact) == []
 
 
 def test_damaged_ledger_of_evaluations_stops_before_the_model(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

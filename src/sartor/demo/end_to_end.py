@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +66,27 @@ class DemoResult:
     def table(self) -> list[tuple[str, str]]:
         """The small table at the end."""
         summary = self.as_json()
-        forgetting = summary["forgetting"]
-        forgot = forgetting.get("skipped") or (
-            f"{forgetting['difference']:+.3f} nats per token, in [{forgetting['low']:+.3f}, {forgetting['high']:+.3f}], "
-            f"{forgetting['probe'].replace('_', ' ')}"
-        )
+        worst = summary["forgetting"]
+        worst_name = f" ({worst['probe'].replace('_', ' ')})" if "probe" in worst else ""
         gain = summary["gain"]
         return [
             ("base exact match", f"{summary['base']['exact_match']:.2f}"),
             ("tuned exact match", f"{summary['tuned']['exact_match']:.2f}"),
             ("gain, 95 % interval", f"{gain['estimate']:+.2f}, in [{gain['low']:+.2f}, {gain['high']:+.2f}]"),
-            ("forgetting, worst probe", forgot),
+            ("forgetting on chitchat", _forgetting_text(self.evaluated.report.manifest["probes"]["small_talk"])),
+            ("forgetting, worst probe", f"{_forgetting_text(worst)}{worst_name}"),
             ("rows trained, evaluated", f"{summary['rows']['train']:,}, {summary['rows']['evaluated']:,}"),
             ("parameters trained", f"{summary['trainable_fraction']:.2%}"),
             ("tuning", f"{summary['tune_s']:.0f} s, {summary['tokens_per_s']:,.0f} tokens/s"),
             ("everything", f"{summary['wall_s']:.0f} s"),
         ]
+
+
+def _forgetting_text(probe: Mapping[str, Any]) -> str:
+    """A probe's difference with its interval, or why it has none."""
+    if "skipped" in probe:
+        return str(probe["skipped"])
+    return f"{probe['difference']:+.3f} nats per token, in [{probe['low']:+.3f}, {probe['high']:+.3f}]"
 
 
 def demo(
