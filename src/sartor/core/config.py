@@ -139,7 +139,7 @@ def _describe(cls: type, prefix: str, seen: dict[tuple[type, ...], str]) -> Iter
         if "[]" in prefix and tuple(members) in seen:
             yield _Described(name, f"{declared}, options as of {seen[tuple(members)]}", text)
             continue
-        if not members or _is_list(hint) or _literals(hint):
+        if not members or _is_list(hint) or (field.default == "auto" and "auto" in _literals(hint)):
             yield _Described(name, declared, text)
         dotted_name = f"{name}[]" if _is_list(hint) else name
         if members and "[]" in prefix:

@@ -58,7 +58,7 @@ class LiftResult:
 def prove(
     synthetic: Path | str,
     reality: Path | str,
-    recipe: Recipe | Mapping[str, Any] | Path | str,
+    recipe: Recipe | Path | str,
     out: Path | str,
     *,
     scorer: str = "",
@@ -82,12 +82,13 @@ def prove(
         check_output_free(out / name, replace=replace)
     combined, added, left_out = _together(real, synthetic_artifact, out / "with", replace)
     tuned, scored, metric = {}, {}, scorer
+    shared: Recipe | Mapping[str, Any] | Path | str = recipe
     for name, dataset in (("without", real), ("with", combined)):
         notice(f"tuning {name} synthetic rows")
-        chosen = recipes.load(recipe, ["--data.path", str(dataset.path)])
+        chosen = recipes.load(shared, ["--data.path", str(dataset.path)])
         tuned[name] = tune(chosen, out / f"adapter-{name}", replace=replace, show=False, notice=notice)
         # what `auto` came to on the real rows holds for both
-        recipe = tuned[name].adapter.manifest["recipe"]
+        shared = tuned[name].adapter.manifest["recipe"]
         report = evaluate(
             out / f"adapter-{name}",
             out=out / f"report-{name}",
