@@ -24,10 +24,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import smallest
 import torch
@@ -121,17 +122,14 @@ class Measuring:
 def timed_evaluation(adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool) -> dict[str, Any]:
     """One `sartor evaluate`: seconds, its metrics and its rows."""
     way = Measuring(is_paired=is_paired)
-    evaluation.measure_models, before = way, evaluation.measure_models  # type: ignore[assignment]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.monotonic()
-            out = Path(folder) / "report"
-            report = sartor.evaluate(adapter, data=rows_file, out=out, metrics=metrics, most_rows=rows, notice=notice).report
-            whole_s = time.monotonic() - began
-            table = sorted(parquet_io.read_file(report.path / "rows.parquet"), key=lambda row: str(row["id"]))
-            return {"s": whole_s, "measuring_s": way.seconds, "metrics": report.manifest["metrics"], "rows": table}
-    finally:
-        evaluation.measure_models = before
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "measure_models", way):
+        began = time.monotonic()
+        report = evaluation.evaluate(
+            adapter, data=rows_file, out=Path(folder) / "report", metrics=metrics, most_rows=rows, notice=notice
+        ).report
+        whole_s = time.monotonic() - began
+        table = sorted(parquet_io.read_file(report.path / "rows.parquet"), key=lambda row: str(row["id"]))
+        return {"s": whole_s, "measuring_s": way.seconds, "metrics": report.manifest["metrics"], "rows": table}
 
 
 def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -146,9 +144,15 @@ def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def measure_set(adapter: Path, rows_file: Path, rows: int, pairs: int) -> dict[str, Any]:
     """The figures of one set."""
-    old, new, ended = [], [], []
+    old: list[dict[str, Any]] = []
+    new: list[dict[str, Any]] = []
+    ended: list[dict[str, Any]] = []
+    turns: list[tuple[list[dict[str, Any]], bool, tuple[str, ...]]] = [
+        (old, False, ()),
+        (new, True, ()),
+        (ended, True, ("exact_match", "loss")),
+    ]
     for index in range(pairs):
-        turns = [(old, False, ()), (new, True, ()), (ended, True, ("exact_match", "loss"))]
         for results, is_paired, metrics in turns if index % 2 == 0 else reversed(turns):
             results.append(timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired))
             notice(f"{'new' if is_paired else 'old'} way {metrics or ''}: {results[-1]['s']:.1f} s")
@@ -186,15 +190,9 @@ def measure_set(adapter: Path, rows_file: Path, rows: int, pairs: int) -> dict[s
     }
 
 
-@contextmanager
-def computing_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Open bases in `dtype` in this block; None leaves it to the machine."""
-    before = base_module.best_dtype
-    base_module.best_dtype = (lambda device: dtype) if dtype else before  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        base_module.best_dtype = before
+def computing_in(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """A block in which bases are opened in `dtype`; None leaves it to the machine."""
+    return mock.patch.object(base_module, "best_dtype", lambda device: dtype) if dtype else nullcontext()
 
 
 def main() -> None:

@@ -231,7 +231,8 @@ class _PairedBatch:
         budget = max(STEP_TOKENS - len(self._writing), PAGE_TOKENS)
         self._join(budget)
         chunks: list[tuple[_Reading, list[int]]] = []
-        runs, places = [], []
+        runs: list[TokenRun] = []
+        places: list[tuple[int, int]] = []
         for reading in self._reading:
             ids = reading.ids[reading.read : reading.read + budget]
             if not ids:
