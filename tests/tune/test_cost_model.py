@@ -334,6 +334,14 @@ def test_micro_batches_are_those_of_the_trainer_where_rows_share_a_beginning() -
     assert cost_model.common_beginning(recipe_of(), path, rows) == ()
 
 
+def test_heaviest_micro_batch_is_one_that_the_budget_reads() -> None:
+    recipe = recipe_of(budget={"updates": 2}, optimizer={"batch_tokens": 256})
+    updates = cost_model.simulate_updates(recipe, LOADS, Counters())
+    assert cost_model.epoch(recipe, LOADS) == updates
+    longer = recipe_of(budget={"epochs": 2}, optimizer={"batch_tokens": 256})
+    assert sum(map(len, cost_model.epoch(longer, LOADS))) == len(LOADS)
+
+
 def test_a_time_interval_is_never_wider_than_a_factor_of_two() -> None:
     samples = [TimedBatch(BatchLoad(100, 0, 100), seconds, None) for seconds in (1.0, 5.0)]
     model = cost_model.time_model(samples, 0.0)

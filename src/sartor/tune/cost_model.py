@@ -10,6 +10,7 @@ allowances are, and what they were measured on: docs/decisions/004-forecast.md.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -324,7 +325,9 @@ class MemoryModel:
         """What is held beyond `resident_bytes` while a micro-batch is computed, under this or a changed shape."""
         shape = shape or self.shape
         weight_change_bytes = shape.linear_bytes - self.shape.linear_bytes + 4 * (shape.trainable - self.shape.trainable)
-        return self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
+        grown = self.scale * shape.activation_bytes(load) + (shape.state_bytes + weight_change_bytes)
+        # where an update is one micro-batch its gradients come as its activations go
+        return replace(grown, low=grown.low - 4 * shape.trainable)
 
     def needs(self, load: BatchLoad, shape: ModelShape | None = None) -> Interval:
         """Memory held at once from here on: what has to fit."""
@@ -463,12 +466,18 @@ def micro_batches(update: Sequence[BatchLoad], capacity: int) -> Iterator[BatchL
 
 
 def epoch(recipe: ResolvedRecipe, loads: Sequence[BatchLoad]) -> list[list[BatchLoad]]:
-    """The updates of the first epoch."""
-    lengths, n_rows, result = [load.tokens for load in loads], 0, []
+    """The updates of the first epoch, or of the part of it that the budget reads.
+
+    With a rehearsal, whose rows stand among `loads`, the run's order is another, and all of them count.
+    """
+    lengths, n_rows, n_tokens, result = [load.tokens for load in loads], 0, 0, []
+    budget, is_ordered = recipe.budget, not recipe.data.rehearsal.path
+    max_updates, max_tokens = budget.updates or math.inf, budget.tokens or math.inf
     for indices in sampler.iterate_updates(lengths, recipe.optimizer.batch_tokens, recipe.seed):
         result.append([loads[index] for index in indices])
         n_rows += len(indices)
-        if n_rows == len(loads):
+        n_tokens += sum(lengths[index] for index in indices)
+        if n_rows == len(loads) or (is_ordered and (len(result) >= max_updates or n_tokens >= max_tokens)):
             break
     return result
 
