@@ -14,6 +14,7 @@ import pytest
 import curate_option_probes
 import edge_option_probes
 import federate_option_probes
+import round_option_probes
 import sartor
 import serving_option_probes
 import synthesize_option_probes
@@ -223,11 +224,15 @@ PROBES: tuple[Probe, ...] = (
     *serving_option_probes.PROBES,
     *edge_option_probes.PROBES,
     *federate_option_probes.PROBES,
+    *round_option_probes.PROBES,
     *tune_option_probes.PROBES,
 )
 
 
-@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.option)
+@pytest.mark.parametrize(
+    "probe",
+    [pytest.param(probe, id=probe.option, marks=[pytest.mark.circle] * probe.is_slow) for probe in PROBES],
+)
 def test_option_changes_what_is_observed(probe: Probe, request: pytest.FixtureRequest) -> None:
     first, again, second = probe.outcomes(Workspace(request))
     assert first == again, "the probe varies by itself"

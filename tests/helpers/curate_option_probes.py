@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 import sartor
 from dedup_rows import edited, texts
 from media_files import scene, tone
-from option_probes import Observer, Probe, Workspace, probes_of
+from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import example, row, step_of
 from sample_data import write_jsonl
 from sartor.core.artifacts import open_artifact
@@ -742,7 +742,7 @@ PROBES: tuple[Probe, ...] = (
     *MEANING_PROBES,
     *GROUP_PROBES,
     *MEDIA_PROBES,
-    *CURATION_PROBES,
-    *INBOX_PROBES,
-    *DEDUP_PROBES,
+    *with_marks(CURATION_PROBES, repeats=False),
+    *with_marks(INBOX_PROBES, repeats=False),
+    *with_marks(DEDUP_PROBES, repeats=False),
 )

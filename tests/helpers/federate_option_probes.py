@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from option_probes import Observer, Probe, Workspace, probes_of
+from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import example
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import GuardError, SartorError
@@ -118,6 +118,11 @@ def _resolved(values: Any, workspace: Workspace) -> Any:
     return rules.noise, rules.most_examples, rules.clip
 
 
+def _loaded(values: Any, workspace: Workspace) -> Any:
+    """Whether a recipe is taken, by its rounds."""
+    return load({"base": "tiny", **values}).rounds
+
+
 PRIVATE = {"epsilon": 5.0}
 OF_ROWS = {"epsilon": 50.0, "level": "example", "batch_rows": 4}
 
@@ -136,6 +141,17 @@ ROUND_PROBES = (
             "robust": (None, "median"),
             "seed": (0, 1),
         },
+    ),
+    *probes_of(
+        "Ranked",
+        lambda values, workspace: _loaded({"method": values}, workspace),
+        {"dropout": (0.0, 0.1), "start": ("", "adapter")},
+        may_refuse=True,
+    ),
+    Probe(
+        "FederateRecipe.personal",
+        (None, {"rank": 2, "updates": 1}),
+        lambda value, workspace: _simulated({"personal": value} if value else {}, workspace),
     ),
     Probe("FederateRecipe.mode", ({"rounds": 2}, {"rounds": 2, "mode": "alternate"}), _simulated),
     *probes_of("LocalTraining", _part("local"), {"updates": (1, 3), "epochs": (1, 2)}),
@@ -175,4 +191,4 @@ ROUND_PROBES = (
     ),
 )
 
-PROBES: tuple[Probe, ...] = (*RULE_PROBES, *SHARD_PROBES, *ROUND_PROBES)
+PROBES: tuple[Probe, ...] = (*RULE_PROBES, *SHARD_PROBES, *with_marks(ROUND_PROBES, is_slow=True))

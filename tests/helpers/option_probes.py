@@ -49,17 +49,22 @@ Observer = Callable[[Any, Workspace], Any]
 class Probe(NamedTuple):
     """Two values of an option and their observer.
 
-    may_refuse: a value may end in a SartorError, whose text is then what is observed.
+    may_refuse: a value may end in a SartorError, whose text is then what is observed. is_slow: of the tier `circle`.
+    repeats: the first value is observed twice; not where that is dear and other tests show that it repeats.
     """
 
     option: str
     values: tuple[Any, Any]
     observe: Observer
     may_refuse: bool = False
+    is_slow: bool = False
+    repeats: bool = True
 
     def outcomes(self, workspace: Workspace) -> list[Any]:
         """Return what is seen of the first value, of the first again, and of the second."""
-        return [self._outcome(value, workspace) for value in (self.values[0], *self.values)]
+        first = self._outcome(self.values[0], workspace)
+        again = self._outcome(self.values[0], workspace) if self.repeats else first
+        return [first, again, self._outcome(self.values[1], workspace)]
 
     def _outcome(self, value: Any, workspace: Workspace) -> Any:
         if not self.may_refuse:
@@ -77,3 +82,8 @@ def probes_of(
     return tuple(
         Probe(f"{cls}.{name}", ({name: first}, {name: second}), observe, may_refuse) for name, (first, second) in values.items()
     )
+
+
+def with_marks(probes: tuple[Probe, ...], **marks: bool) -> tuple[Probe, ...]:
+    """Return the probes with other marks: `is_slow`, `repeats`."""
+    return tuple(probe._replace(**marks) for probe in probes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import sartor
 from endpoint_server import EndpointServer, serving
-from option_probes import Observer, Probe, Workspace, probes_of
+from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import document, row, step_of
 from sample_data import write_jsonl
 from sartor.core.config import load
@@ -299,4 +299,4 @@ TEACHER_PROBES = (
     *probes_of("Price", _price, {"input": (1000.0, 2000.0), "output": (0.0, 1000.0), "most": (0.0, 1e-9)}),
 )
 
-PROBES: tuple[Probe, ...] = (*WAY_PROBES, *RUN_PROBES, *TEACHER_PROBES)
+PROBES: tuple[Probe, ...] = (*WAY_PROBES, *with_marks(RUN_PROBES, repeats=False), *TEACHER_PROBES)

@@ -283,4 +283,15 @@ TUNE_PROBES = (
     ),
 )
 
-PROBES: tuple[Probe, ...] = TUNE_PROBES
+# runs on composed bases, and those whose checkpoints or features are counted, take a second and more each
+DEAR = (
+    "Align.",
+    "Recipe.align",
+    "Checkpoints.",
+    "Recipe.checkpoints",
+    "Compute.reuse_frozen",
+    "Compute.cache_gb",
+    "Kto.",
+    "Dpo.",
+)
+PROBES: tuple[Probe, ...] = tuple(probe._replace(is_slow=probe.option.startswith(DEAR), repeats=False) for probe in TUNE_PROBES)

@@ -161,6 +161,9 @@ class FederateRecipe:
             raise ConfigError("the base is composed; rounds tune text bases", "base: starter")
         if self.method.dropout:
             raise ConfigError(f"method.dropout is {self.method.dropout}; a client's work is repeatable", "dropout: 0.0")
+        if self.method.start:
+            problem = f"method.start is {self.method.start!r}; the first round begins with fresh factors"
+            raise ConfigError(problem, 'start: ""; or sartor tune, whose method.start goes on from an Adapter')
         self._check_sum()
         if self.privacy and self.privacy.level == "example":
             self._check_rows(self.privacy)
