@@ -6,11 +6,21 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import warm
+
 pytestmark = pytest.mark.services
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A server of its own: that of the session has another environment if an earlier test changed this process's."""
+    with warm.commands(tmp_path_factory.mktemp("own-warm") / "bin") as environment:
+        yield environment
 
 
 def run(commands: dict[str, str], *command: str, **more: str) -> subprocess.CompletedProcess[str]:

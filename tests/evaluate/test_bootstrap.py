@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from sartor.core.splits import LEAST_GROUPS
 from sartor.evaluate import bootstrap
 from sartor.evaluate.scorers import exact_match, f1
 
@@ -121,7 +122,7 @@ def test_replies_are_told_as_exactly_as_by_mcnemar() -> None:
 def test_under_six_groups_nothing_can_be_told(count: int) -> None:
     found = bootstrap.paired_bootstrap([0.0] * count, [1.0] * count, [str(number) for number in range(count)])
     assert (found.low, found.high, found.verdict()) == (-1.0, 1.0, "cannot tell")
-    assert bootstrap.groups_needed(found.difference, found.low, found.high, count) >= bootstrap.LEAST_GROUPS == 6
+    assert bootstrap.groups_needed(found.difference, found.low, found.high, count) >= LEAST_GROUPS == 6
 
 
 @pytest.mark.parametrize("chance", [0.1, 0.5, 0.8])

@@ -10,8 +10,8 @@ import pytest
 
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
+from sartor.core.splits import LEAST_GROUPS
 from sartor.evaluate import training_facts
-from sartor.evaluate.bootstrap import LEAST_GROUPS
 from training_examples import example, facts
 
 

@@ -121,6 +121,8 @@ def serve(address: Path) -> None:
                     asked = (line, os.pidfd_open(pid), pid)
                     waiting.register(line, selectors.EVENT_READ, asked)
                     waiting.register(asked[1], selectors.EVENT_READ, asked)
+            elif waiting.get_map().get(key.fd) is not key:  # the fork's end, in the same turn, closed its line
+                continue
             elif key.fileobj is key.data[0]:
                 _hear(waiting, *key.data)
             else:
@@ -141,7 +143,9 @@ def _forked(line: socket.socket, ours: tuple[Any, ...]) -> int | None:
         head, files, _, _ = socket.recv_fds(line, 8, MOST_FILES)
         said = b""
         while len(said) < int.from_bytes(head, "big"):
-            said += line.recv(1 << 20)
+            if not (more := line.recv(1 << 20)):
+                raise ConnectionError  # whoever asked was killed in the middle
+            said += more
     except OSError:
         line.close()
         return None
@@ -217,7 +221,8 @@ def _hear(waiting: selectors.BaseSelector, line: socket.socket, process: int, pi
         said = line.recv(1)
     except OSError:
         said = b""
-    os.kill(pid, said[0] if said else signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(pid, said[0] if said else signal.SIGKILL)
     if not said:
         waiting.unregister(line)
 

@@ -16,6 +16,7 @@ import retrain_gain
 from sartor.core import parquet_io
 from sartor.core.errors import ArtifactError
 from sartor.core.records import Example, Message
+from sartor.core.splits import least_groups
 from sartor.core.statistics import clopper_pearson_upper, lower_bound
 from sartor.evaluate import bootstrap
 from sartor.learn import gain_test, look_ledger, promotion_checks, training_data
@@ -147,7 +148,7 @@ def test_a_smaller_level_has_a_wider_interval_and_needs_more_groups() -> None:
     base, tuned, groups = [0.0] * 60, [1.0, 0.0, 0.0] * 20, [str(index) for index in range(60)]
     usual, strict = (bootstrap.paired_bootstrap(base, tuned, groups, tail=tail) for tail in (0.025, 0.0005))
     assert usual == bootstrap.paired_bootstrap(base, tuned, groups) and strict.low < usual.low
-    assert (bootstrap.least_groups(0.025), bootstrap.least_groups(0.0005)) == (6, 11)
+    assert (least_groups(0.025), least_groups(0.0005)) == (6, 11)
     few = bootstrap.paired_bootstrap([0.0] * 9, [1.0] * 9, groups[:9], tail=0.0005)
     assert (few.low, few.high) == (-1.0, 1.0)
 

@@ -16,6 +16,18 @@ from typing import Any
 
 from sartor.core.records import Example, digest
 
+# Of fewer groups what none of them showed may still be there in one of ten
+FEW_GROUPS = 40
+
+
+def least_groups(tail: float = 0.025) -> int:
+    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of 32."""
+    return math.ceil(-math.log2(tail))
+
+
+# that a two-sided 95 % interval needs to exclude anything
+LEAST_GROUPS = least_groups()
+
 
 def group_of(row: Example) -> str:
     """Return the group of a row that is measured: its own group, or else a name for all that the model is shown.

@@ -9,6 +9,7 @@ OUT/               the Dataset, in one rename
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -35,6 +36,7 @@ from sartor.core.errors import ConfigError, MissingError, SartorError, SourceErr
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
 from sartor.core.processes import WorkerPool
 from sartor.core.records import canonical, digest
+from sartor.core.row_warnings import RowWarning, dataset_warnings
 from sartor.curate import augmentation, curation_outcome
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedup
@@ -56,6 +58,11 @@ class Curated:
     dataset: Artifact
     found: int
     wall_s: float
+
+    @functools.cached_property
+    def warnings(self) -> list[RowWarning]:
+        """What the rows lack to learn from them and to measure on them."""
+        return dataset_warnings(parquet_io.read_examples(self.dataset))
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -100,6 +107,7 @@ class Curated:
             "forms": _forms(manifest["sources"]),
             "splits": manifest["counts"]["splits"],
             "steps": manifest["steps"],
+            "warnings": [asdict(warning) for warning in self.warnings],
             "digest": manifest["digest"],
             "parts_found": self.found,
             "wall_s": round(self.wall_s, 3),
@@ -114,7 +122,8 @@ class Curated:
             for kind, facts in fields["steps"].items()
         ]
         names = ("dataset", "read", *(["made"] if self.made else []), "kept", "dropped", "splits", "licences", "forms")
-        last = [("card", str(self.dataset.path / "card.html")), ("rows_per_s", fields["rows_per_s"])]
+        warnings = [("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.warnings]
+        last = [*warnings, ("card", str(self.dataset.path / "card.html")), ("rows_per_s", fields["rows_per_s"])]
         return [*((name, fields[name]) for name in names), *steps, *last]
 
 

@@ -23,13 +23,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, least_groups
+
 SETS = 9_999
 CONFIDENCE = 0.95
 _TAIL = (1 - CONFIDENCE) / 2
 # Of so many groups a mean lies between the lowest and the highest
 AGREEING_GROUPS = 13
-# Of fewer groups what none of them showed may still be there in one of ten
-FEW_GROUPS = 40
 # Groups whose differences are within so much of the range of scores say the same
 NEAR = 0.05
 # Up to so many groups every set of them is looked at; up to so many the drawn sets are kept for the next comparison
@@ -40,16 +40,7 @@ _STEP = 1e-4
 _ALIKE = 1e-6
 # So many drawn sets lie beyond the end of an interval at least: for rarer ends more sets are drawn
 _BEYOND = 20
-
-
-def least_groups(tail: float = _TAIL) -> int:
-    """Return the fewest groups that can reach a one-sided level: of five, all better, the flip of all signs is one of 32."""
-    return math.ceil(-math.log2(tail))
-
-
-LEAST_GROUPS = least_groups()
-
-# ... and the interval of so few reaches as far as the scores allow, which is taken to be this at least
+# The interval of fewer groups than `LEAST_GROUPS` reaches as far as the scores allow, which is taken to be this at least
 LEAST_WIDTH = 1.0
 
 Array = NDArray[np.float64]

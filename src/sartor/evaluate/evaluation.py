@@ -22,6 +22,7 @@ from sartor.core.artifacts import Artifact, check_output_free, open_artifact, wr
 from sartor.core.errors import ArtifactError, AssetError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
+from sartor.core.row_warnings import evaluation_warnings
 from sartor.core.splits import group_of, group_of_stored
 from sartor.evaluate import bootstrap, report_page
 from sartor.evaluate.audit import audit as run
@@ -55,7 +56,7 @@ class Evaluated:
         manifest = self.report.manifest
         keys = (
             "primary", "metrics", "label", "modalities", "ablation", "forgetting", "audit", "rows", "groups", "left_out",
-            "wall_s",
+            "warnings", "wall_s",
         )  # fmt: skip
         return {"report": str(self.report.path), **{key: manifest[key] for key in keys}}
 
@@ -131,7 +132,11 @@ def _measure(
 
     Raises ConfigError, before a model is opened, for a label, a scorer or a favourable outcome that the rows lack.
     """
-    _measures(eval_set, label).check(scorer or "exact_match")
+    asked_measures = _measures(eval_set, label)
+    asked_measures.check(scorer or "exact_match")
+    warnings = evaluation_warnings(asked_measures.classes_or_references, asked_measures.groups)
+    for warning in warnings:
+        notice(str(warning))
     if audit_options:
         outcomes_of([row.reply for row in eval_set.examples], label, audit_options.favourable)
     base, model = open_tuned(adapter, notice)
@@ -146,6 +151,7 @@ def _measure(
     facts = {
         "base": base.as_manifest(),
         "primary": primary,
+        "warnings": [dataclasses.asdict(warning) for warning in warnings],
         "metrics": {name: dataclasses.asdict(comparison) for name, comparison in comparisons.items()},
         "label": label,
         "modalities": modalities(eval_set.examples),

@@ -75,6 +75,11 @@ class MetricSet:
         self.classes = sorted({str(self.labels[index]) for index in self.labelled})
 
     @property
+    def classes_or_references(self) -> list[str]:
+        """The class of each labelled row; without labels, each reference."""
+        return [str(self.labels[index]) for index in self.labelled] or self.references
+
+    @property
     def names(self) -> list[str]:
         """The metrics of replies that these rows have."""
         return [*SCORERS, *(["wer"] if self.transcripts else []), *(OF_LABELS if self.labelled else ())]

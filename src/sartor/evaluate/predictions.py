@@ -15,7 +15,7 @@ import torch
 
 from sartor.core import parquet_io, records, reply_markup
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ArtifactError, ConfigError, SourceError
+from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
 from sartor.curate.sources.planner import read_all
@@ -174,10 +174,19 @@ def reply_limit(base: Base, examples: Sequence[Example]) -> int:
 
 
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
-    """All that is measured of one side. field: where a reply names a class; empty where none is asked for."""
+    """Return all that is measured of one side. field: where a reply names a class; empty where none is asked for.
+
+    Raises ModelError where a loss is NaN or infinite: such a model has no scores.
+    """
     with model_side(model, tuned=tuned):
         generations = replies(base, model, eval_set, reply_limit(base, eval_set.examples))
         loss, tokens = losses(base, model, [base.chat.encode(example, eval_set.folder) for example in eval_set.examples])
+    if bad_rows := [index for index, mean in enumerate(loss) if not math.isfinite(mean)]:
+        raise ModelError(
+            f"the {'tuned model' if tuned else 'base'} computes no finite loss for {len(bad_rows)} of {len(loss)} rows, "
+            f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
+            "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
+        )
     texts = [base.chat.decode(item.ids) for item in generations]
     confidence = (
         [_confidence(base.chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]

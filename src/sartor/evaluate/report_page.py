@@ -43,6 +43,10 @@ def render(
         f"<h1>{escape(str(report['name']))}</h1>",
         f"<p class=lead>{escape(_lead(report, adapter))}</p>",
         headlines(_headlines(report, run)),
+        *(
+            f"<p><strong>Warning:</strong> {escape(warning['problem'])}. {escape(warning['remedy'])}.</p>"
+            for warning in report["warnings"]
+        ),
         "<h2>Base against tuned, on rows held out by group</h2>",
         _intervals(report),
         _metric_table(report),

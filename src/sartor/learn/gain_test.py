@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sartor.core.splits import group_of_stored
+from sartor.core.splits import group_of_stored, least_groups
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison, FlipTest
 
@@ -151,7 +151,7 @@ def _shares(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) -> dic
 def _can_tell(kind: str, rows: Sequence[Row], looks: Mapping[str, int], share: float) -> bool:
     """Whether so many groups can reach the level at all; of ratings so many of good replies, and of bad ones."""
     chosen, look = _choose_rows(rows, looks)
-    fewest = bootstrap.least_groups(share * level_of_look(look))
+    fewest = least_groups(share * level_of_look(look))
     if kind != "ratings":
         return len({group_of_stored(row) for row in chosen}) >= fewest
     good, bad = ({group_of_stored(row) for row in chosen if sign * row.get("rating", 0) > 0} for sign in (1, -1))

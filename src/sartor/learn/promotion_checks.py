@@ -20,9 +20,9 @@ from typing import Any
 
 from sartor.core.confidence_sequences import FailureRate, log_evidence
 from sartor.core.errors import GateError
-from sartor.core.splits import group_of_stored
+from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, group_of_stored
 from sartor.evaluate import bootstrap
-from sartor.evaluate.bootstrap import FEW_GROUPS, LEAST_GROUPS, Comparison
+from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.limits import Check
 from sartor.evaluate.reply_labels import known_fields, label_of
 from sartor.learn import gain_test

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sartor.evaluate.bootstrap import LEAST_GROUPS, Comparison, paired_bootstrap
+from sartor.core.splits import LEAST_GROUPS
+from sartor.evaluate.bootstrap import Comparison, paired_bootstrap
 from sartor.models.packing import TokenizedExample
 
 

@@ -45,7 +45,8 @@ from sartor.core.licences.compliance import USES, Objection, Use
 from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
-from sartor.evaluate.bootstrap import LEAST_GROUPS, groups_needed
+from sartor.core.splits import LEAST_GROUPS
+from sartor.evaluate.bootstrap import groups_needed
 from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of

@@ -24,6 +24,7 @@ from sartor.core.errors import ConfigError, HealthError, SourceError, StoreError
 from sartor.core.filesystem import FileSystem
 from sartor.core.records import Example
 from sartor.core.resource_limits import ResourceLimits
+from sartor.core.splits import LEAST_GROUPS
 from sartor.edge.owner import private_tuning
 from sartor.edge.owner.encrypted_rows import LIMIT_BYTES, EncryptedRowStore
 from sartor.edge.owner.local_adapters import LocalAdapter, LocalAdapterStore, active_adapter, digest_of, shipped
@@ -31,7 +32,7 @@ from sartor.edge.owner.private_tuning import Tune
 from sartor.edge.store.version_pointers import Installed
 from sartor.edge.tuning.tuner_process import LOGITS_BYTES, adapted, load_factors
 from sartor.edge.tuning.tuning_job import TuningJob
-from sartor.evaluate.bootstrap import LEAST_GROUPS, LEAST_WIDTH
+from sartor.evaluate.bootstrap import LEAST_WIDTH
 from sartor.models import kernels
 from sartor.models.chat import ChatTokenizer
 from sartor.models.fast_tokenizer import FastTokenizer

@@ -1,0 +1,106 @@
+"""Warnings about rows that are too few or too uniform to learn from or to measure on.
+
+A warning refuses nothing: a small set can be meant. It names what is missing, with its numbers, and what would do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sartor.core.records import Example
+from sartor.core.splits import FEW_GROUPS, LEAST_GROUPS, split_group
+
+# Replies are labels where none is longer
+MAX_LABEL_CHARS = 60
+# Of a larger set the first rows are looked at: a label that is spelt in two ways recurs
+MAX_ROWS = 20_000
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class RowWarning:
+    """reason: `few_rows`, `few_groups`, `one_reply` or `spellings`. problem: with its numbers. remedy: what would do."""
+
+    reason: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"warning: {self.problem}; {self.remedy}"
+
+
+def dataset_warnings(examples: Iterable[Example]) -> list[RowWarning]:
+    """Return what a Dataset's rows lack, of the first MAX_ROWS."""
+    rows = [example for example in itertools.islice(examples, MAX_ROWS) if not example.is_document]
+    groups = {split_group(row) for row in rows}
+    held_out = {split_group(row) for row in rows if row.split == "eval"}
+    warnings = []
+    if rows and len(groups) < 2 * LEAST_GROUPS:
+        problem = f"{_count(len(rows), 'row')} of {_count(len(groups), 'group')} cannot both teach and measure"
+        remedy = (
+            f"add rows: an interval needs {LEAST_GROUPS} held-out groups, a useful one {FEW_GROUPS}, beside those to learn from"
+        )
+        warnings.append(RowWarning("few_rows", problem, remedy))
+    elif rows and 0 < len(held_out) < LEAST_GROUPS:
+        problem = (
+            f"{_count(len(held_out), 'group')} of {len(groups)} held out: no interval excludes anything below {LEAST_GROUPS}"
+        )
+        fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
+        warnings.append(RowWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
+    return warnings + reply_warnings([_reply(row) for row in rows])
+
+
+def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[RowWarning]:
+    """Return what rows to evaluate on lack. replies, groups: (N,) the references and the group of each row."""
+    warnings = []
+    if (count := len(set(groups))) < LEAST_GROUPS:
+        problem = (
+            f"the {_count(len(groups), 'row')} are in {_count(count, 'group')}, and rows of one group are right or wrong "
+            f"together: no interval excludes anything below {LEAST_GROUPS} groups"
+        )
+        remedy = f"give rows of {LEAST_GROUPS} groups or more, {FEW_GROUPS} for a useful interval"
+        warnings.append(RowWarning("few_groups", problem, remedy))
+    return warnings + reply_warnings(replies)
+
+
+def reply_warnings(replies: Sequence[str]) -> list[RowWarning]:
+    """Return what replies say of themselves: all are one, or labels stand in two spellings."""
+    counts = Counter(replies)
+    if len(replies) > 1 and len(counts) == 1:
+        problem = f"all {len(replies)} replies are {_quoted(replies[0])}: a model that always says so is right on every row"
+        return [RowWarning("one_reply", problem, "add rows with other replies")]
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for reply, _ in counts.most_common():
+        spellings[_label_key(reply)].append(reply)
+    if max(map(len, counts), default=0) > MAX_LABEL_CHARS:
+        return []  # free text
+    several = [variants for variants in spellings.values() if len(variants) > 1]
+    if not several:
+        return []
+    examples = "; ".join(
+        " and ".join(f"{_quoted(variant)} ({counts[variant]})" for variant in variants) for variants in several[:_LISTED]
+    )
+    subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
+    problem = f"{subject} in more than one spelling: {examples}"
+    return [RowWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0])}")]
+
+
+def _reply(row: Example) -> str:
+    return row.messages[-1].text
+
+
+def _label_key(reply: str) -> str:
+    """Fold what a person takes for the same label: case, blanks, underscores and hyphens between words, a final full stop."""
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip(" .")
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= MAX_LABEL_CHARS else f"{text[:MAX_LABEL_CHARS]}...")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,68 @@
+"""What a set of rows lacks is said with numbers and a remedy; a sound set is warned of nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import sartor
+from sample_data import write_jsonl
+from sartor.core.row_warnings import RowWarning, evaluation_warnings, reply_warnings
+
+LABELS = ["refund", "delivery", "complaint"]
+
+
+def curate_warnings(folder: Path, replies: list[str], eval_fraction: float = 0.25) -> list[RowWarning]:
+    rows = [{"question": f"question {number}", "answer": reply} for number, reply in enumerate(replies)]
+    source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    recipe = {"sources": [source], "split": {"eval_fraction": eval_fraction}}
+    curated = sartor.curate(recipe, folder / "dataset")
+    assert [warning["reason"] for warning in curated.as_json()["warnings"]] == [item.reason for item in curated.warnings]
+    return curated.warnings
+
+
+def test_sound_rows_have_no_warning(tmp_path: Path) -> None:
+    assert curate_warnings(tmp_path, LABELS * 20) == []
+
+
+def test_five_rows_are_too_few(tmp_path: Path) -> None:
+    (warning,) = curate_warnings(tmp_path, [*LABELS, "other", "none"])
+    assert warning.reason == "few_rows" and "5 rows of 5 groups" in warning.problem and "6 held-out groups" in warning.remedy
+
+
+def test_few_held_out_groups_name_the_fraction_that_does(tmp_path: Path) -> None:
+    (warning,) = curate_warnings(tmp_path, LABELS * 10, eval_fraction=0.1)
+    assert warning.reason == "few_groups" and "3 groups of 30" in warning.problem
+    assert "split.eval_fraction: 0.2" in warning.remedy
+
+
+def test_one_class_teaches_nothing(tmp_path: Path) -> None:
+    (warning,) = curate_warnings(tmp_path, ["refund"] * 60)
+    assert warning.reason == "one_reply" and "all 60 replies are 'refund'" in warning.problem
+
+
+def test_labels_in_two_spellings_are_named_with_counts(tmp_path: Path) -> None:
+    replies = LABELS * 20 + ["Refund", "refund.", "DELIVERY"]
+    (warning,) = curate_warnings(tmp_path, replies)
+    assert warning.reason == "spellings" and "2 labels stand in more than one spelling" in warning.problem
+    assert "'refund' (20) and 'Refund' (1) and 'refund.' (1)" in warning.problem and "'refund'" in warning.remedy
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        ["a sentence that is far too long to be a label, whatever else it may be said to be"] * 5 + ["Yes", "yes"],
+        ["card_arrival", "card arrival time"] * 10,
+        ["3", "-3"] * 10,
+        ["1.5", "15", "1,5"] * 10,
+    ],
+)
+def test_what_is_no_spelling_is_not_named(replies: list[str]) -> None:
+    assert reply_warnings(replies) == []
+
+
+def test_evaluation_rows_need_six_groups() -> None:
+    replies = LABELS * 2
+    assert evaluation_warnings(replies, list("abcdef")) == []
+    assert [warning.reason for warning in evaluation_warnings(replies, list("abcdee"))] == ["few_groups"]

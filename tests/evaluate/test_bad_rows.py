@@ -1,0 +1,84 @@
+"""Rows that cannot be measured well: each is refused or warned of with what is missing and what would do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sartor
+from sample_data import ROWS, write_jsonl
+from sartor.core import parquet_io
+from sartor.core.artifacts import open_artifact, write_artifact
+from sartor.core.errors import ModelError, SourceError
+from sartor.core.lineage import ancestry
+
+
+def chat_rows(count: int, reply: str = "", group: str = "") -> list[dict[str, Any]]:
+    """New rows that no Dataset of the tests has."""
+    fields = {"group": group} if group else {}
+    return [
+        {"question": f"open window number {number}", "answer": reply or f"open:{number}", **fields} for number in range(count)
+    ]
+
+
+def test_rows_that_were_all_trained_on_are_refused(adapter: Path, tmp_path: Path) -> None:
+    trained = [row for row in ROWS if row not in held_out_rows(adapter)]
+    with pytest.raises(SourceError) as error:
+        sartor.evaluate(adapter, data=write_jsonl(tmp_path / "trained.jsonl", trained))
+    assert f"'trained_on': {len(trained)}" in error.value.problem and "not trained on" in error.value.remedy
+
+
+def held_out_rows(adapter: Path) -> list[dict[str, Any]]:
+    (dataset,) = ancestry.find_parents(open_artifact(adapter, "adapter"), "dataset")
+    prompts = {row.prompt[0].text for row in parquet_io.read_examples(dataset, "eval")}
+    return [row for row in ROWS if row["messages"][0]["content"] in prompts]
+
+
+def test_rows_of_one_group_are_warned_of(adapter: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    file = write_jsonl(tmp_path / "one.jsonl", chat_rows(8, group="ward 3"))
+    report = sartor.evaluate(adapter, data=file, notice=lines.append).report
+    (warning,) = report.manifest["warnings"]
+    assert warning["reason"] == "few_groups" and "8 rows are in 1 group" in warning["problem"]
+    assert "6 groups or more" in warning["remedy"] and any(line.startswith("warning: ") for line in lines)
+    comparison = report.manifest["metrics"]["exact_match"]
+    assert (comparison["low"], comparison["high"]) == (-1.0, 1.0)
+    assert "8 rows are in 1 group" in (report.path / "report.html").read_text()
+
+
+def test_rows_of_one_class_are_warned_of(adapter: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "same.jsonl", chat_rows(8, reply="refund"))
+    (warning,) = sartor.evaluate(adapter, data=file).report.manifest["warnings"]
+    assert warning["reason"] == "one_reply" and "all 8 replies are 'refund'" in warning["problem"]
+
+
+def test_reply_of_no_length_is_left_out_and_counted(adapter: Path, tmp_path: Path) -> None:
+    rows = [*chat_rows(8), {"question": "close the window", "answer": ""}]
+    report = sartor.evaluate(adapter, data=write_jsonl(tmp_path / "empty.jsonl", rows)).report
+    assert report.manifest["left_out"] == {"empty_answer": 1} and report.manifest["rows"] == 8
+    with pytest.raises(SourceError) as error:
+        sartor.evaluate(adapter, data=write_jsonl(tmp_path / "none.jsonl", rows[-1:]), out=tmp_path / "report")
+    assert "empty_answer" in error.value.problem
+
+
+def test_scores_that_are_no_numbers_are_refused(adapter: Path, tmp_path: Path) -> None:
+    def fill(folder: Path) -> Mapping[str, Any]:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(adapter / name, folder)
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = next(name for name in weights if "v_proj.lora_B" in name)
+        save_file({**weights, name: torch.full_like(weights[name], 3e38)}, folder / "adapter_model.safetensors")
+        return open_artifact(adapter, "adapter").manifest
+
+    broken = write_artifact(tmp_path / "broken", "adapter", fill)
+    documents = [{"text": f"a document about window {number}"} for number in range(8)]  # of chats the reply is refused first
+    with pytest.raises(ModelError) as error:
+        sartor.evaluate(broken.path, data=write_jsonl(tmp_path / "rows.jsonl", documents))
+    assert "the tuned model computes no finite loss for 8 of 8 rows" in error.value.problem
+    assert "lower optimizer.learning_rate" in error.value.remedy and not (tmp_path / "broken-report").exists()
