@@ -133,8 +133,8 @@ class LlamaCpp(Side):
 
     def __init__(self, folder: Path, threads: int, file: Path) -> None:
         self.folder, self.file, self.threads = folder, file, threads or 1
-        # of the smallest size, whose times say nothing, two are tried
-        self.tried = LLAMA_OPTIONS if threads else LLAMA_OPTIONS[:2]
+        # of the smallest size, whose times say nothing, one is tried
+        self.tried = LLAMA_OPTIONS if threads else LLAMA_OPTIONS[:1]
         self.files: list[str] = []
 
     def attach(self, count: int) -> dict[str, Any]:
@@ -174,8 +174,10 @@ class LlamaCpp(Side):
             rates[options] = made / (time.perf_counter() - began)
         if not rates:
             raise RuntimeError("llama.cpp's server ran with none of its options")
-        self.server, self.options = None, max(rates, key=rates.__getitem__)
-        self.server = self._start()
+        fastest = max(rates, key=rates.__getitem__)
+        if fastest != self.options or self.server is None:
+            self.server, self.options = None, fastest
+            self.server = self._start()
         tried = {f"flash attention {flash}, KV cache {cache}": round(rate, 1) for (flash, cache), rate in rates.items()}
         return {"chosen": dict(zip(("flash_attention", "kv_cache"), self.options, strict=True)), "tokens_per_s": tried}
 

@@ -60,7 +60,7 @@ def is_current(record: dict[str, Any], arguments: list[str], code: str) -> bool:
 def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
     """Run a benchmark; return its record and its exit status."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     record: dict[str, Any] = {
         "command": arguments,
         "commit": commit(),
