@@ -77,8 +77,7 @@ def test_scores_that_are_no_numbers_are_refused(adapter: Path, tmp_path: Path) -
         return open_artifact(adapter, "adapter").manifest
 
     broken = write_artifact(tmp_path / "broken", "adapter", fill)
-    documents = [{"text": f"a document about window {number}"} for number in range(8)]  # of chats the reply is refused first
+    documents = [{"text": f"a document about window {number}"} for number in range(8)]
     with pytest.raises(ModelError) as error:
         sartor.evaluate(broken.path, data=write_jsonl(tmp_path / "rows.jsonl", documents))
-    assert "the tuned model computes no finite loss for 8 of 8 rows" in error.value.problem
-    assert "lower optimizer.learning_rate" in error.value.remedy and not (tmp_path / "broken-report").exists()
+    assert "finite" in error.value.problem and "tune again" in error.value.remedy and not (tmp_path / "broken-report").exists()
