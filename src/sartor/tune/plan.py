@@ -43,6 +43,14 @@ _MOST_PASSES, _WIDE = 5, 0.3
 
 
 @dataclass(frozen=True)
+class PlanAdvice:
+    """What `auto` came to, by option, and what is likely to disappoint."""
+
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    warnings: Sequence[PlanWarning] = ()
+
+
+@dataclass(frozen=True)
 class TuningPlan:
     """A forecast. Intervals are None where a refusal left nothing to time; cost is None without a price.
 
@@ -60,8 +68,7 @@ class TuningPlan:
     device: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
     refusals: Sequence[preflight.Refusal] = ()
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    warnings: Sequence[PlanWarning] = ()
+    advice: PlanAdvice = field(default_factory=PlanAdvice)
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON. tokens, supervised_tokens: those that the run reads, as `tune` counts them."""
@@ -80,8 +87,8 @@ class TuningPlan:
             "path_reason": self.path and self.path.reason,
             "left_out": dict(self.left_out),
             "machine": {**machine_facts(), "device": self.device},
-            "settings": {name: setting.as_json() for name, setting in self.settings.items()},
-            "warnings": [vars(warning) for warning in self.warnings],
+            "settings": {name: setting.as_json() for name, setting in self.advice.settings.items()},
+            "warnings": [vars(warning) for warning in self.advice.warnings],
             "refusals": [vars(refusal) for refusal in self.refusals],
         }
 
@@ -100,9 +107,12 @@ class TuningPlan:
             ("trains", f"{self.trainable:,} parameters"),
             *([("micro-batch", f"{self.settled.micro_batch_tokens:,} tokens: {self.settled.reason}")] if self.settled else []),
             *([("path", f"{self.path.name}: {self.path.reason}")] if self.path else []),
-            *((f"auto {name}", f"{value_text(setting.value)}: {setting.reason}") for name, setting in self.settings.items()),
+            *(
+                (f"auto {name}", f"{value_text(setting.value)}: {setting.reason}")
+                for name, setting in self.advice.settings.items()
+            ),
             *(("left out", f"{count:,} rows, {reason}") for reason, count in self.left_out.items()),
-            *(("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.warnings),
+            *(("warning", f"{warning.problem}\n  try: {warning.remedy}") for warning in self.advice.warnings),
             *(("refused", f"{refusal.problem}\n  try: {refusal.remedy}") for refusal in self.refusals),
         ]
 
@@ -141,7 +151,7 @@ def plan(
         *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
         *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
     ]
-    forecast = replace(forecast, settings=settings, warnings=warnings)
+    forecast = replace(forecast, advice=PlanAdvice(settings, warnings))
     if forecast.time_s is None:
         return forecast
     held_out = dataset.manifest["counts"]["splits"].get("eval", 0) or len(data.held_out)
