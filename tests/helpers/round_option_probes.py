@@ -16,6 +16,7 @@ from sartor.federate.flower import flower_client, flower_coordinator
 from sartor.federate.flower.flower_client import ClientOptions
 from sartor.federate.flower.flower_coordinator import CoordinatorOptions
 from sartor.federate.flower.round_driver import RoundOptions
+from sartor.federate.privacy.accountant import PrivacyBudget, calibrated
 from sartor.federate.recipe import load as load_recipe
 from sartor.federate.rounds.round_manifest import UpdateRules, read_manifest
 from sartor.federate.rounds.transport import run_round
@@ -75,6 +76,12 @@ ROUND_PROBES = (
     ),
     Probe("RoundOptions.cohort", ({}, {"cohort": list(House(4).names)}), _round),
     *probes_of("UpdateRules", _rules, {"clip": (1.0, 0.001), "most_examples": (10, 1), "mode": ("private", "inspectable")}),
+)
+
+BUDGET_PROBES = probes_of(
+    "PrivacyBudget",
+    lambda values, workspace: calibrated(PrivacyBudget(**{"epsilon": 5.0, "delta": 1e-5, **values}), 3),
+    {"epsilon": (5.0, 1.0), "delta": (1e-5, 1e-7)},
 )
 
 # --- enrolment
@@ -150,4 +157,4 @@ ENROLMENT_PROBES = (
     ),
 )
 
-PROBES: tuple[Probe, ...] = (*ROUND_PROBES, *ENROLMENT_PROBES)
+PROBES: tuple[Probe, ...] = (*ROUND_PROBES, *BUDGET_PROBES, *ENROLMENT_PROBES)
