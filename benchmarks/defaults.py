@@ -283,7 +283,12 @@ class Runs:
         """Tune and measure once."""
         recipe: dict[str, Any] = {
             "base": {"text": "starter", "image": self.options.tower} if self.training_set.is_picture else "starter",
-            "data": {"path": str(self._dataset()), "eval_rows": HELD_OUT if not self.training_set.reply_tokens else 8},
+            # a piece of a document is one row, also in the tokens of a small vocabulary
+            "data": {
+                "path": str(self._dataset()),
+                "eval_rows": HELD_OUT if not self.training_set.reply_tokens else 8,
+                "max_length_tokens": 4 * DOCUMENT_CHARACTERS,
+            },
             "evaluations": 1,
             "seed": seed,
         }
