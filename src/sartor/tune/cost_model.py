@@ -201,6 +201,8 @@ LADDER = (128, 256, 512, 1024, 2048)
 TIME_ALLOWANCE, MEMORY_ALLOWANCE = 0.2, 0.15
 # An interval whose high end is over twice its low one tells nobody what to do
 MOST_HALF_WIDTH = 0.33
+# By how much the peak of opening a base and choosing its path differs from one process to the next
+PAST_PEAK_ALLOWANCE = 0.03
 # The scale of the formula where nothing was measured: it is off by that much from one architecture to another
 UNMEASURED = (0.6, 1.0, 1.6)
 # Of the fast path, which keeps of a token and layer 3 widths (input, attention's output, middle), queries, keys and values
@@ -335,9 +337,14 @@ class MemoryModel:
         estimate, high = estimate + self.kernel_bytes / 2, high + self.kernel_bytes
         return Interval(grown.estimate + estimate, grown.low + low, grown.high + high)
 
-    def peak(self, load: BatchLoad) -> Interval:
-        """Peak of the whole process: what was held while the base was opened counts too."""
-        return self.needs(load).at_least(self.past_peak_bytes)
+    def peak(self, load: BatchLoad, *, is_other_process: bool = False) -> Interval:
+        """Peak of the whole process: what was held while the base was opened counts too.
+
+        is_other_process: whether it is opened again in another process, whose heap differs by PAST_PEAK_ALLOWANCE.
+        """
+        needs, slack = self.needs(load), PAST_PEAK_ALLOWANCE if is_other_process else 0.0
+        ends = (self.past_peak_bytes * factor for factor in (1, 1 - slack, 1 + slack))
+        return Interval(*map(max, (needs.estimate, needs.low, needs.high), ends))
 
     def fits(self, load: BatchLoad, shape: ModelShape | None = None) -> bool:
         """Whether the high end stays within the limit."""

@@ -197,7 +197,7 @@ def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDat
             _count_by_minutes(counters, times, recipe, loads)
     return TuningPlan(
         time_s=duration,
-        peak_memory_bytes=memory.peak(settled.load),
+        peak_memory_bytes=memory.peak(settled.load, is_other_process=True),
         cost=duration * (price_h / 3600) if duration and price_h is not None else None,
         counters=counters,
         trainable=shape.trainable,
