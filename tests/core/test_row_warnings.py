@@ -8,12 +8,12 @@ import pytest
 
 import sartor
 from sample_data import write_jsonl
-from sartor.core.row_warnings import RowWarning, evaluation_warnings, reply_warnings
+from sartor.core.row_warnings import DataWarning, evaluation_warnings, reply_warnings
 
 LABELS = ["refund", "delivery", "complaint"]
 
 
-def curate_warnings(folder: Path, replies: list[str], eval_fraction: float = 0.25) -> list[RowWarning]:
+def curate_warnings(folder: Path, replies: list[str], eval_fraction: float = 0.25) -> list[DataWarning]:
     rows = [{"question": f"question {number}", "answer": reply} for number, reply in enumerate(replies)]
     source = {"path": str(write_jsonl(folder / "rows.jsonl", rows)), "licence": "CC0-1.0"}
     recipe = {"sources": [source], "split": {"eval_fraction": eval_fraction}}

@@ -157,7 +157,8 @@ def test_an_adapter_is_the_same_when_opened(base: Base, folder: Path, tuned: Cal
         with again.disable_adapter():
             assert (path.losses(rows(fresh))[0] - before).abs().max() <= 1e-4
         assert (path.losses(rows(fresh))[0] - wanted).abs().max() <= 1e-4
-    assert (found - wanted).abs().max() <= 1e-6
+    # four units in the last place of an fp32 loss: which sums a processor takes first depends on where tensors lie
+    assert ((found - wanted).abs() <= 4 * torch.finfo(torch.float32).eps * wanted).all()
     assert (wanted - before).abs().max() > 1e-3
 
 

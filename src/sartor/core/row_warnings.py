@@ -22,8 +22,8 @@ _LISTED = 3
 
 
 @dataclass(frozen=True)
-class RowWarning:
-    """reason: `few_rows`, `few_groups`, `one_reply` or `spellings`. problem: with its numbers. remedy: what would do."""
+class DataWarning:
+    """reason: a word, such as `few_rows` or `spellings`. problem: with its numbers. remedy: what would do."""
 
     reason: str
     problem: str
@@ -33,7 +33,7 @@ class RowWarning:
         return f"warning: {self.problem}; {self.remedy}"
 
 
-def dataset_warnings(examples: Iterable[Example]) -> list[RowWarning]:
+def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
     """Return what a Dataset's rows lack, of the first MAX_ROWS."""
     rows = [example for example in itertools.islice(examples, MAX_ROWS) if not example.is_document]
     groups = {split_group(row) for row in rows}
@@ -44,17 +44,17 @@ def dataset_warnings(examples: Iterable[Example]) -> list[RowWarning]:
         remedy = (
             f"add rows: an interval needs {LEAST_GROUPS} held-out groups, a useful one {FEW_GROUPS}, beside those to learn from"
         )
-        warnings.append(RowWarning("few_rows", problem, remedy))
+        warnings.append(DataWarning("few_rows", problem, remedy))
     elif rows and 0 < len(held_out) < LEAST_GROUPS:
         problem = (
             f"{_count(len(held_out), 'group')} of {len(groups)} held out: no interval excludes anything below {LEAST_GROUPS}"
         )
         fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
-        warnings.append(RowWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
+        warnings.append(DataWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
     return warnings + reply_warnings([_reply(row) for row in rows])
 
 
-def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[RowWarning]:
+def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[DataWarning]:
     """Return what rows to evaluate on lack. replies, groups: (N,) the references and the group of each row."""
     warnings = []
     if (count := len(set(groups))) < LEAST_GROUPS:
@@ -63,16 +63,16 @@ def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[R
             f"together: no interval excludes anything below {LEAST_GROUPS} groups"
         )
         remedy = f"give rows of {LEAST_GROUPS} groups or more, {FEW_GROUPS} for a useful interval"
-        warnings.append(RowWarning("few_groups", problem, remedy))
+        warnings.append(DataWarning("few_groups", problem, remedy))
     return warnings + reply_warnings(replies)
 
 
-def reply_warnings(replies: Sequence[str]) -> list[RowWarning]:
+def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
     """Return what replies say of themselves: all are one, or labels stand in two spellings."""
     counts = Counter(replies)
     if len(replies) > 1 and len(counts) == 1:
         problem = f"all {len(replies)} replies are {_quoted(replies[0])}: a model that always says so is right on every row"
-        return [RowWarning("one_reply", problem, "add rows with other replies")]
+        return [DataWarning("one_reply", problem, "add rows with other replies")]
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for reply, _ in counts.most_common():
         spellings[_label_key(reply)].append(reply)
@@ -86,7 +86,7 @@ def reply_warnings(replies: Sequence[str]) -> list[RowWarning]:
     )
     subject = "1 label stands" if len(several) == 1 else f"{len(several)} labels stand"
     problem = f"{subject} in more than one spelling: {examples}"
-    return [RowWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0])}")]
+    return [DataWarning("spellings", problem, f"write each in one spelling, such as {_quoted(several[0][0])}")]
 
 
 def _reply(row: Example) -> str:

@@ -36,7 +36,7 @@ from sartor.core.errors import ConfigError, MissingError, SartorError, SourceErr
 from sartor.core.filesystem import DISK_FULL, make_parent, writer_lock
 from sartor.core.processes import WorkerPool
 from sartor.core.records import canonical, digest
-from sartor.core.row_warnings import RowWarning, dataset_warnings
+from sartor.core.row_warnings import DataWarning, dataset_warnings
 from sartor.curate import augmentation, curation_outcome
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.passes import Passes, PassState, evidence_of, with_final_dedup
@@ -60,7 +60,7 @@ class Curated:
     wall_s: float
 
     @functools.cached_property
-    def warnings(self) -> list[RowWarning]:
+    def warnings(self) -> list[DataWarning]:
         """What the rows lack to learn from them and to measure on them."""
         return dataset_warnings(parquet_io.read_examples(self.dataset))
 
@@ -428,7 +428,10 @@ def _key(unit: chunk_reader.InputChunk) -> str:
 
 def _recipe_fields(recipe: CurateRecipe) -> dict[str, Any]:
     """The recipe as the manifest has it: without what changes nothing in the Dataset."""
-    return {name: value for name, value in config.dump(recipe).items() if name != "workers"}
+    fields = {name: value for name, value in config.dump(recipe).items() if name != "workers"}
+    if not recipe.split.test_fraction:  # the manifest of a Dataset without such a split is what it was before there were any
+        del fields["split"]["test_fraction"]
+    return fields
 
 
 def _size(part: Path | None) -> int:

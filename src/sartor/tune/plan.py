@@ -16,6 +16,7 @@ import torch
 
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import ConfigError, SourceError
+from sartor.core.row_warnings import DataWarning
 from sartor.models import kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
@@ -26,7 +27,6 @@ from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeMo
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.evaluation_forecast import EVALUATED_ROWS, forecast_evaluation
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of
-from sartor.tune.plan_warnings import PlanWarning
 from sartor.tune.preference_training import reached_pairs
 from sartor.tune.recipe import Recipe, ResolvedRecipe
 from sartor.tune.recipe import load as load_recipe
@@ -47,7 +47,7 @@ class PlanAdvice:
     """What `auto` came to, by option, and what is likely to disappoint."""
 
     settings: Mapping[str, Setting] = field(default_factory=dict)
-    warnings: Sequence[PlanWarning] = ()
+    warnings: Sequence[DataWarning] = ()
 
 
 @dataclass(frozen=True)

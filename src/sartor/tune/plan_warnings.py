@@ -11,7 +11,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +18,7 @@ from sartor.core import assets, parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ExtraError
 from sartor.core.records import Example
+from sartor.core.row_warnings import DataWarning
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
@@ -37,16 +37,7 @@ PIECE_CHARACTERS, PIECES = 300, 4
 ROWS_READ = 200
 
 
-@dataclass(frozen=True)
-class PlanWarning:
-    """One of the words above, the problem with its values, and what to change."""
-
-    reason: str
-    problem: str
-    remedy: str
-
-
-def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iterator[PlanWarning]:
+def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iterator[DataWarning]:
     """Warn of fewer than LEAST_UPDATES updates. updates: of the whole run. epoch_tokens: of the training rows."""
     if updates >= LEAST_UPDATES:
         return
@@ -63,10 +54,10 @@ def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iter
         remedies.append(f"budget.epochs={epochs}")
     remedies.append("more rows")
     problem = f"the run makes {updates} updates; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
-    yield PlanWarning(FEW_UPDATES, problem, "; or ".join(remedies))
+    yield DataWarning(FEW_UPDATES, problem, "; or ".join(remedies))
 
 
-def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) -> Iterator[PlanWarning]:
+def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) -> Iterator[DataWarning]:
     """Warn of rows in a language that the base does not know. path: of the model before its first update.
 
     Languages are told by fastText; without that package nothing is warned of, and English never is.
@@ -82,7 +73,7 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
         f"the rows' language is {code!r}, in which this base has {rows / reference:.1f} times the loss a letter that it has on "
         f"English small talk ({rows:.2f} against {reference:.2f} nats; warned from {UNKNOWN_RATIO:g} times on)"
     )
-    yield PlanWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
+    yield DataWarning(LANGUAGE, problem, "a base that knows the language (base: owner/model), or rows in English")
 
 
 def _texts(dataset: Artifact) -> list[str]:
