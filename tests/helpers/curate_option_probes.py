@@ -64,7 +64,9 @@ def decided_in(step: Any, rows: Sequence[Example], folder: Path) -> StepResult:
     }
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
-    result: StepResult = step.decide(StepInput(table, list(SOURCES), lambda numbers: [rows[number] for number in numbers]))
+    result: StepResult = step.decide(
+        StepInput(table, list(SOURCES), lambda numbers: [rows[number] for number in numbers], folder)
+    )
     return result
 
 
