@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sartor.core.artifacts import Artifact
 from sartor.core.records import Example, digest
 
 # splits that no tuning learns from. `eval` may be looked at as often as one likes; `test` is for the release alone
@@ -96,9 +95,9 @@ def _media(row: Example) -> str:
     return f"media:{digest(media)[:16]}" if media else ""
 
 
-def test_rows(dataset: Artifact) -> int:
+def test_rows(manifest: Mapping[str, Any]) -> int:
     """Return the number of rows in a Dataset's test split, as its manifest counts them."""
-    return int(dataset.manifest.get("counts", {}).get("splits", {}).get(TEST, 0))
+    return int(manifest.get("counts", {}).get("splits", {}).get(TEST, 0))
 
 
 def is_of_groups(row: Example, groups: Collection[str]) -> bool:

@@ -62,7 +62,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
                 "sartor index DIR finds it; or give --data FILE",
             )
         if split == TEST:  # a retrained version's own Dataset has none; the one that it descends from may
-            datasets = [step for step in ancestry.find_all(adapter, "dataset") if test_rows(step)] or datasets
+            datasets = [step for step in ancestry.find_all(adapter, "dataset") if test_rows(step.manifest)] or datasets
         examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split), datasets[0].path
         if not examples and split == TEST:
             raise SourceError(

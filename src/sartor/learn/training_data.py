@@ -185,7 +185,7 @@ def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Exam
 
 def _test_groups(dataset: Artifact) -> set[str]:
     """Groups of the rows that the live version's Dataset, or one that it was made of, keeps for the release."""
-    datasets = [item for item in (dataset, *ancestry.find_all(dataset, "dataset")) if test_rows(item)]
+    datasets = [item for item in (dataset, *ancestry.find_all(dataset, "dataset")) if test_rows(item.manifest)]
     rows = (row for item in datasets for row in parquet_io.read_examples(item, TEST))
     return {group for row in rows for group in (split_group(row), prompt_group(row))}
 

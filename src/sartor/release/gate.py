@@ -420,12 +420,13 @@ def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = Gat
 def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
     """Whether the Report is of the test split, where the Adapter's own Dataset has one; no check where it has none."""
     dataset = ancestry.find_parent(adapter, "dataset")
-    if dataset is None or not test_rows(dataset):
+    rows = test_rows(dataset.manifest) if dataset else 0
+    if dataset is None or not rows:
         return {}
     chosen = report.get("chosen", {}).get("sentence", "how often they were looked at is not known")
     if report.get("split") == TEST:
-        return {"test": Check("pass", f"measured on {report['rows']} of {test_rows(dataset)} rows of the test split; {chosen}")}
-    detail = f"{dataset.path.name} keeps {test_rows(dataset)} rows for the release, and the Report is not of them; {chosen}"
+        return {"test": Check("pass", f"measured on {report['rows']} of {rows} rows of the test split; {chosen}")}
+    detail = f"{dataset.path.name} keeps {rows} rows for the release, and the Report is not of them; {chosen}"
     return {
         "test": Check("fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out")
     }

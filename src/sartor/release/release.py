@@ -140,7 +140,7 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
 def _report_to_release(adapter: Artifact, reports: Sequence[Path]) -> Path:
     """The newest Report; where the Dataset has a test split, the newest of those on it."""
     dataset = ancestry.find_parent(adapter, "dataset")
-    if dataset is None or not test_rows(dataset):
+    if dataset is None or not test_rows(dataset.manifest):
         return reports[0]
     return next((path for path in reports if read_manifest(path, ("report",)).get("split") == TEST), reports[0])
 

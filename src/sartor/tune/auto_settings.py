@@ -21,7 +21,7 @@ from sartor.core import assets, config
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.home import folder
-from sartor.curate.pipeline import curate
+from sartor.core.lazy_import import import_module
 from sartor.models.base import Base
 from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset
@@ -200,7 +200,9 @@ def asset_dataset(path: str) -> Artifact:
             return open_artifact(out, "dataset")
         except ArtifactError:
             source = {"path": f"{path}/*.jsonl", "licence": asset.licence, "use": ["commercial"]}
-            curate({"sources": [source], "split": {"eval_fraction": 0.0}}, out, replace=out.exists())
+            # of all runs the first one on a machine alone needs the curator
+            pipeline = import_module("sartor.curate.pipeline")
+            pipeline.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, out, replace=out.exists())
             return open_artifact(out, "dataset")
 
 
