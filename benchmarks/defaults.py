@@ -377,9 +377,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(SETS), help="by default all; at the smallest size one of each kind")
     parser.add_argument("--rows", type=int, default=1000, help="most training rows of a set, but for the one of 5,000")
     parser.add_argument("--work", type=Path, default=Path("defaults-work"), help="finished runs; a second call goes on")
-    parser.add_argument("--minutes", type=float, default=60, help="no run is begun that would not end in these")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     names = arguments.sets or list(SMALL_SETS if arguments.small else SETS)

@@ -199,7 +199,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of banking77 and restaurant8k")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of each set")

@@ -40,6 +40,8 @@ DATA = ROOT.parent / "shared" / "data"
 ROWS, INTENTS, PICTURES = 400, 20, 24
 BATCH_TOKENS = {"documents": 2048, "textile": 512, "home-intents": 1024}
 SIZING_TOKENS, LEAST_UPDATES = 2000, 4
+# no run is begun later than this fraction of --minutes, at whose end the call is stopped
+LATEST_BEGIN = 0.9
 # at the smallest size
 SMALL_TOKENS, SMALL_ROWS = 600, 40
 QWEN, QWEN_LAYERS = "qwen2", 12
@@ -92,12 +94,11 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
-    smallest.add_argument(parser)
+    smallest.add_argument(parser, has_work=True)
     parser.add_argument("--work", help="a folder for the results of single runs; what is there is not done again")
     parser.add_argument("--data", type=Path, default=DATA, help="a folder with banking77, snips and restaurant8k")
     parser.add_argument("--only", action="append", default=[], help="runs whose name has this in it; may be repeated")
     parser.add_argument("--seconds", type=float, default=75.0, help="of a run, about")
-    parser.add_argument("--minutes", type=float, default=55.0, help="no run is begun after so many")
     parser.add_argument("--others", type=float, default=0.2, help="CPUs that other processes may use where a time is compared")
     return parser.parse_args()
 
@@ -111,7 +112,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         file = work / f"{run.name}.json"
         if not file.is_file():
             problem = problem_of(run, arguments.data)
-            if not problem and time.monotonic() - began > arguments.minutes * 60:
+            if not problem and time.monotonic() - began > LATEST_BEGIN * arguments.minutes * 60:
                 problem = "not begun within --minutes: the same command with the same --work goes on"
             if problem:
                 absent[run.name] = problem
