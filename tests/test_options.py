@@ -14,12 +14,14 @@ import pytest
 import curate_option_probes
 import edge_option_probes
 import federate_option_probes
+import learning_option_probes
 import round_option_probes
 import sartor
 import serving_option_probes
 import synthesize_option_probes
 import team_option_probes
 import tune_option_probes
+import validate_option_probes
 from curate_option_probes import decided_in, removals_of
 from declared_options import declared_options
 from option_probes import Probe, Workspace
@@ -226,6 +228,8 @@ PROBES: tuple[Probe, ...] = (
     *federate_option_probes.PROBES,
     *round_option_probes.PROBES,
     *tune_option_probes.PROBES,
+    *validate_option_probes.PROBES,
+    *learning_option_probes.PROBES,
 )
 
 

@@ -28,6 +28,12 @@ class ValidationLimits:
     group_outcome: float = option(0.1, "change of the gap between a group's outcome rate and the others'")
     outside: float = option(0.01, "fraction of real rows that are as far from the others as a row that is named as outside")
 
+    def __post_init__(self) -> None:
+        for name, limit in vars(self).items():
+            if not 0 <= limit <= 1:
+                default = getattr(ValidationLimits, name)
+                raise ConfigError(f"{name} is {limit}; it must be between 0 and 1", f"limits.{name}: {default}")
+
 
 @dataclass(frozen=True)
 class ValidateOptions:
