@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from edge_jobs import job, rows
 from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import example
+from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import GuardError, SartorError
 from sartor.core.filesystem import file_digest
+from sartor.core.model_refs import BaseRef
+from sartor.core.signing import keygen
+from sartor.edge.tuning import memory_plan
+from sartor.edge.tuning.budgeted_tuning import FallbackTuning
 from sartor.federate.recipe import load
 from sartor.federate.robust_aggregation import Krum, MultiKrum, NormBound, Screened, Trimmed
+from sartor.federate.tuning import personal_adapters
 from sartor.federate.tuning.client_shards import Shards
+from sartor.federate.tuning.edge_client import DeviceFile, EdgeTask, devices_of
 from sartor.federate.tuning.simulation import resolve_rules, simulate
 from sartor.federate.updates import Update
 from tune_option_probes import dataset
@@ -191,4 +201,124 @@ ROUND_PROBES = (
     ),
 )
 
-PROBES: tuple[Probe, ...] = (*RULE_PROBES, *SHARD_PROBES, *with_marks(ROUND_PROBES, is_slow=True))
+# --- versions of clients' own
+
+
+def _personal(values: Any, workspace: Workspace) -> Any:
+    """The ranks, updates and rate that each client's tuning gets, and what it is compared with; nothing is tuned."""
+    calls: list[Any] = []
+    lengths = [10, 12, 14, 16]
+    rows = SimpleNamespace(train=[SimpleNamespace(ids=[0] * length, example_id=str(length)) for length in lengths], held_out=[])
+
+    def tuned(rows: Any, start: Any, ranks: Any, budget: Any, rate: float) -> Any:
+        calls.append((len(rows.train), start, budget.updates, rate))
+        return {}, {}
+
+    def open_stack(resident: Any, shared: Any, rank: int) -> Any:
+        calls.append(rank)
+        return SimpleNamespace(tuned=tuned, start="shared", fresh="fresh", personal_ranks=slice(0, rank))
+
+    recipe = load({"base": "tiny", "optimizer": {"batch_tokens": 16}, "personal": values})
+    clients = SimpleNamespace(rows={"a": rows, "b": rows}, held_out=[], resident=SimpleNamespace(write=lambda *tensors: None))
+    artifact = SimpleNamespace(path=workspace.folder(), id="id")
+    stubs: dict[str, Any] = {
+        "load_file": lambda path: {},
+        "write_artifact": lambda out, kind, fill, replace: artifact if fill(out) else artifact,
+        "examples_of": lambda clients: {},
+        "own_rows": lambda clients, name, examples: SimpleNamespace(encoded=[]),
+    }
+    for name, stub in stubs.items():
+        workspace.patch.setattr(personal_adapters, name, stub)
+    workspace.patch.setattr(personal_adapters.StackedAdapter, "open", open_stack)
+    workspace.patch.setattr(personal_adapters.catalogue, "register", lambda adapter: None)
+    workspace.patch.setattr(personal_adapters.PersonalTuning, "_fingerprint", lambda tuning, name: {"recipe": {}})
+    workspace.patch.setattr(personal_adapters.PersonalTuning, "_facts", lambda tuning, name, updates, losses: {"run": {}})
+    workspace.patch.setattr(personal_adapters.benefit_report, "report", lambda benefits: {})
+    workspace.patch.setattr(personal_adapters.benefit_report, "ClientBenefit", lambda *arguments: "")
+    assert recipe.personal
+    personal_adapters.personalise(clients, artifact, recipe, recipe.personal, again=True, notice=lambda line: None)  # type: ignore[arg-type]
+    return calls
+
+
+PERSONAL_PROBES = (
+    *probes_of("PersonalRanks", _personal, {"rank": (8, 4), "learning_rate": (None, 1e-2), "compare": (False, True)}),
+    *probes_of("PersonalRanks", _personal, {"epochs": (1, 3), "updates": (1, 5)}),
+)
+
+# --- devices
+
+
+def _devices(values: Any, workspace: Workspace) -> Any:
+    """Two devices, by their Datasets and stores; or why they cannot both take part."""
+    folder = workspace.folder()
+    for index, device in enumerate(({"data": "one", "store": "one"}, {"data": "two", "store": "two", **values})):
+        (folder / f"{index}.yaml").write_text(json.dumps({**device, "key": "key"}))
+    return sorted(devices_of([folder / "0.yaml", folder / "1.yaml"]))
+
+
+class _Begun(Exception):
+    """A device's work began."""
+
+
+def _device_task(values: Any, workspace: Workspace, base: Path) -> EdgeTask:
+    """A device's part of a round, with a key."""
+    folder = workspace.folder()
+    if not (workspace.path / "key").exists():
+        keygen(workspace.path / "key")
+    options = {"data": "rows", "store": str(folder / "store"), "key": "key", **values}
+    options["key"] = str(workspace.path / options["key"])
+    ref = BaseRef("tiny", base, "d" * 64, "MIT")
+    return EdgeTask(config.load(DeviceFile, options), None, "r" * 64, ref, rows())  # type: ignore[arg-type]
+
+
+def _begun(values: Any, workspace: Workspace) -> Any:
+    """Whether a device begins a round's work, or why it declines."""
+
+    def attempt(tuning: Any, plan: Any, limits: Any) -> Any:
+        raise _Begun
+
+    workspace.patch.setattr(FallbackTuning, "_attempt", attempt)
+    # what an empty process takes is measured by starting one
+    workspace.patch.setattr(memory_plan, "floor", lambda: memory_plan.MemoryBaseline(1_000_000, True))
+    base = workspace.fixture("tiny_base")
+    task = _device_task(values, workspace, base)
+    work = job(base, workspace.folder(), 2)
+    task.device.work.mkdir(parents=True)
+    (task.device.work / "pace.json").write_text(json.dumps({"start_s": 4.0, "tokens_per_s": 10.0}))
+    settings = load({"base": "tiny", "local": {"updates": 3}})
+    try:
+        workspace.patch.setattr(EdgeTask, "_tokens", lambda task, settings: 1000)
+        task._check_time(work, settings, workspace.path)  # type: ignore[arg-type]
+        task._tuned(work)
+    except _Begun:
+        return "begun"
+
+
+def _stored(values: Any, workspace: Workspace) -> Any:
+    """The base and the adapter in a device's store."""
+    base = workspace.folder()
+    (base / "model.safetensors").write_bytes(b"0" * 4000)
+    task = _device_task(values, workspace, base)
+    manifest = SimpleNamespace(run="run", number=1, work=SimpleNamespace(shared="s" * 64))
+    stored = task._stored(manifest, {"weight": np.zeros(1000, np.float32)})  # type: ignore[arg-type]
+    return [sorted(file.name for file in folder.iterdir()) for folder in stored]
+
+
+DEVICE_PROBES = (
+    *probes_of("DeviceFile", _devices, {"data": ("two", "three"), "store": ("two", "one")}, may_refuse=True),
+    *probes_of(
+        "DeviceFile",
+        _begun,
+        {"key": ("key", "nowhere"), "memory_bytes": (0, 2_000_000), "disk_bytes": (0, 1000), "wall_s": (0.0, 60.0)},
+        may_refuse=True,
+    ),
+    *probes_of("DeviceFile", _stored, {"store_bytes": (0, 1000)}, may_refuse=True),
+)
+
+PROBES: tuple[Probe, ...] = (
+    *PERSONAL_PROBES,
+    *DEVICE_PROBES,
+    *RULE_PROBES,
+    *SHARD_PROBES,
+    *with_marks(ROUND_PROBES, is_slow=True),
+)
