@@ -4,42 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import openai_fake
 import serving
 from dispatch_fakes import FakeCrew, admit, dispatching, registry
 from dispatch_fakes import asked as dispatched
 from dispatch_fakes import team as team_of
 from option_probes import Probe, Workspace, probes_of
+from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import load
 from sartor.core.errors import SartorError
+from sartor.core.model_refs import locate_base
 from sartor.core.records import Feedback
-from sartor.inference.engine import GenerateCall
+from sartor.core.signing import keygen, open_private, sign
+from sartor.inference import llamacpp_engine
+from sartor.inference.engine import EngineInfo, GenerateCall
+from sartor.serving.admission import admission
+from sartor.serving.admission.admission import AdmissionContext
 from sartor.serving.commands import vllm_launch
 from sartor.serving.dispatch.agent_admin import AgentAdmin
 from sartor.serving.feedback_intake import FeedbackIntake
+from sartor.serving.http import startup
 from sartor.serving.http.auth_middleware import RequestGate
 from sartor.serving.http.server import HttpServer, bind, check_bind
 from sartor.serving.http.speech_service import SpeechService
 from sartor.serving.plans.plan_log import DayFiles, PlanLog
+from sartor.serving.routing import agent_classifier, exemplars
+from sartor.serving.routing.exemplars import ExemplarPrompt, Exemplars, Gain
+from sartor.serving.routing.router import AutoRouter
 from sartor.serving.team_config import (
     AgentOptions,
     FeedbackTerms,
     Http,
+    LlamaCppOptions,
     LocalEngineOptions,
     McpTerms,
     OpenAiEngineOptions,
     RequestLimits,
     Rollout,
+    Routing,
     SpeechOptions,
     Team,
     WorkerOptions,
 )
 from sartor.serving.tool_loop import ToolServers
+from sartor.serving.types import EmbeddingResult
 from sartor.serving.workers.supervisor import Supervisor
 from sartor.serving.workers.worker_main import open_engine
 from sartor.serving.workers.worker_pool import Hooks, WorkerSlots
@@ -497,7 +513,156 @@ def _vllm(values: Any, workspace: Workspace) -> Any:
     return command.argv, dict(command.environment)
 
 
+class _LlamaCppServer:
+    """A server of llama.cpp that computes nothing."""
+
+    def __init__(self, file: Path, adapters: Any, bounds: Any) -> None:
+        self.file, self.bounds = file, bounds
+
+
+def _taken(engine: Any) -> int:
+    """How many of six calls an engine takes that works on none."""
+    for count in range(6):
+        try:
+            engine.submit(GenerateCall(f"c{count}", "", text="hello"))
+        except SartorError:
+            return count
+    return 6
+
+
+def _llamacpp(values: Any, workspace: Workspace) -> Any:
+    """The file and the slots that a server of llama.cpp is started with, and how many calls wait."""
+    base, folder = workspace.fixture("tiny_base"), workspace.folder()
+    workspace.patch.setattr(llamacpp_engine, "LlamaCppServer", _LlamaCppServer)
+    workspace.patch.setattr(llamacpp_engine, "check_tokens", lambda server, chat: None)
+    file = llamacpp_engine.f16_file(locate_base(str(base)))
+    shutil.copyfile(file, folder / "other.gguf")
+    options = load(LlamaCppOptions, values)
+    if options.gguf:
+        options = replace(options, gguf=str(folder / options.gguf))
+    engine = open_engine({"engine": {"kind": "llamacpp", **vars(options)}, "base": str(base)})
+    try:
+        server = engine._inner  # type: ignore[attr-defined]
+        return server.file.name, server.bounds.rows, engine.about.rows, _taken(engine)
+    finally:
+        engine.close()
+
+
+def _remote(values: Any, workspace: Workspace) -> Any:
+    """How many calls are sent side by side to a server, and how many wait."""
+    with openai_fake.serving(openai_fake.Fake()) as server:
+        options = load(OpenAiEngineOptions, {"url": server.url, **values})
+        engine = open_engine({"engine": {"kind": "openai", **vars(options)}, "base": str(workspace.fixture("tiny_base"))})
+        try:
+            return engine.about.rows, _taken(engine)
+        finally:
+            engine.close()
+
+
+def _trusted(values: Any, workspace: Workspace) -> Any:
+    """Who may have signed what a team serves."""
+    folder = workspace.folder()
+    for name in ("ours", "theirs"):
+        keygen(folder / name)
+    (folder / MANIFESTS["release"]).write_bytes(b"release")
+    (folder / "signature").write_text(sign(b"release", open_private(folder / "ours")))
+    team = Team(base=str(workspace.fixture("tiny_base")), trust=str(folder / values["trust"]) if values["trust"] else "")
+    context = AdmissionContext.of(team, EngineInfo("local", "tiny", "b", "t", 512, 4))
+    try:
+        return bool(admission._signer(folder, folder, context.trust))
+    except SartorError as error:
+        return type(error).__name__, error.problem.partition(":")[0]
+
+
+# --- who answers a request that names nobody
+
+GENERAL = exemplars.general()
+
+
+class _Embedder:
+    """Vectors by which words there are."""
+
+    async def embed(self, texts: Any, encoder: str) -> EmbeddingResult:
+        """Embed texts by three words."""
+        return EmbeddingResult([[float(word in text) + 0.01 for word in ("switch", "lamp", "the")] for text in texts])
+
+
+def _small_talk(workspace: Workspace) -> list[str]:
+    """Have a router know a few general prompts alone, and return those."""
+    talk = {kind: prompts[:3] for kind, prompts in GENERAL.items()}
+    workspace.patch.setattr(exemplars, "general", lambda: talk)
+    workspace.patch.setattr(agent_classifier, "general", lambda: talk)
+    return [prompt.text for prompts in talk.values() for prompt in prompts]
+
+
+def _routed(values: Any, workspace: Workspace) -> Any:
+    """The encoder and the threshold of a router of one agent, of whose prompts some are small talk; and what it makes of one."""
+    talk = _small_talk(workspace)
+    own = [f"switch {word} the {thing}" for thing in ("lamp", "fan", "oven", "radio") for word in ("on", "off", "over")]
+    prompts = tuple(ExemplarPrompt(f"home:{index}", text) for index, text in enumerate([*own, *talk[:6]]))
+    agent = Exemplars(prompts[::2], prompts[1::2], gain=Gain(False, "no gain"))
+
+    async def work() -> Any:
+        router = AutoRouter(_Embedder(), load(Routing, values), workspace.folder())  # type: ignore[arg-type]
+        fitted = await router._fit_one({"home": agent}, (router._encoders() or ["tfidf"])[0])
+        await router.close()
+        return fitted.space.encoder, round(fitted.threshold, 4), dict(fitted.unproven)
+
+    return asyncio.run(work())
+
+
+class _Opened(Exception):
+    """The router of a team that is being opened."""
+
+
+def _team_router(values: Any, workspace: Workspace) -> Any:
+    """Which encoders the router of a served team looks at."""
+
+    class Crew(FakeCrew):
+        about = EngineInfo("local", "tiny", "b", "t", 512, 4)
+
+        async def start(self) -> None:
+            """Start nothing."""
+
+        async def close(self) -> None:
+            """End nothing."""
+
+    def opened(*arguments: Any, router: Any, receipts: Any) -> Any:
+        raise _Opened(router._encoders())
+
+    workspace.patch.setattr(startup, "Supervisor", lambda team: Crew())
+    workspace.patch.setattr(startup, "Dispatcher", opened)
+    team = load(Team, {"base": "tiny", "state": str(workspace.folder()), "http": {"port": 0}, "router": values})
+
+    async def work() -> None:
+        async with startup.build_services(team):
+            pass
+
+    try:
+        asyncio.run(work())
+    except _Opened as team_opened:
+        return team_opened.args
+
+
+ROUTER_PROBES = (
+    Probe("Team.router", ({"encoder": "tfidf"}, {"encoder": "base"}), _team_router),
+    *probes_of("Routing", _routed, {"encoder": ("tfidf", "base"), "lift": ("measured", "ignored")}),
+    *probes_of(
+        "Routing",
+        lambda values, workspace: _routed({"encoder": "tfidf", "risk": 1.0, **values}, workspace),
+        {"target": (0.0, 1.0)},
+    ),
+    *probes_of(
+        "Routing",
+        lambda values, workspace: _routed({"encoder": "tfidf", "target": 0.0, **values}, workspace),
+        {"risk": (1.0, 0.0)},
+    ),
+)
+
 ENGINE_PROBES = (
+    *probes_of("LlamaCppOptions", _llamacpp, {"gguf": ("", "other.gguf"), "rows": (4, 2), "waiting": (256, 3)}),
+    *probes_of("OpenAiEngineOptions", _remote, {"rows": (64, 2), "waiting": (1024, 3)}),
+    *probes_of("Team", _trusted, {"trust": ("ours", "theirs")}),
     *probes_of("WorkerOptions", _workers, {"count": (1, 3), "spare": (1, 0)}),
     *probes_of("WorkerOptions", _slots, {"memory_bytes": (0, 100), "start_s": (120.0, 1.0), "hang_s": (20.0, 1.0)}),
     *probes_of(
@@ -523,5 +688,6 @@ PROBES: tuple[Probe, ...] = (
     *RECORD_PROBES,
     *AGENT_PROBES,
     *SPEECH_PROBES,
+    *ROUTER_PROBES,
     *ENGINE_PROBES,
 )

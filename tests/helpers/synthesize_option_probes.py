@@ -8,13 +8,15 @@ from typing import Any
 
 import sartor
 from endpoint_server import EndpointServer, serving
+from media_files import sound
 from option_probes import Observer, Probe, Workspace, probes_of, with_marks
 from rows import document, row, step_of
 from sample_data import write_jsonl
 from sartor.core.config import load
 from sartor.synthesize.answer_cache import AnswerCache
 from sartor.synthesize.generator import TeacherRequest
-from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, Templates
+from sartor.synthesize.generators import local_generators
+from sartor.synthesize.generators.local_generators import Counterfactual, SlotSubstitution, SpokenQuestions, Templates
 from sartor.synthesize.generators.prompted_generators import Questions, Scenarios, Structured
 from sartor.synthesize.generators.rewrite_generators import Extend, Harder, Persona, Preference, Vary
 from sartor.synthesize.openai_teacher import RequestThrottle
@@ -61,6 +63,21 @@ def _asked(cls: type, **base: Any) -> Observer:
     return observe
 
 
+def _spoken(values: Any, workspace: Workspace) -> Any:
+    """Recordings of the seeds' questions, whose pitch tells the voice and whose length the speed; and who is spoken of."""
+
+    def say_all(texts: Any, voice: str, speed: float, folder: Path) -> list[Path]:
+        files = [folder / f"{voice}-{speed}-{index}.wav" for index in range(len(texts))]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.write_bytes(sound(0.1 / speed, pitch=200.0 + len(voice)))
+        return files
+
+    workspace.patch.setattr(local_generators, "say_all", say_all)
+    spoken = step_of(SpokenQuestions, **values).make(SEEDS, 0, workspace.folder())
+    return [getattr(item, "row", item) for item in spoken]
+
+
 PER_ROW = {"per_row": (1, 2), "rows": (0, 1)}
 SLOTS = {"city": ["Rome", "Oslo", "Berlin"]}
 LIGHTS: dict[str, Any] = {"prompts": ["turn on the {room} light"], "reply": "{room}", "slots": {"room": ["hall", "attic"]}}
@@ -89,6 +106,7 @@ WAY_PROBES = (
             "count": (0, 1),
         },
     ),
+    *probes_of("SpokenQuestions", _spoken, {"voice": ("espeak", "espeak:de"), "speeds": ([1.0], [0.8, 1.2]), "rows": (0, 1)}),
     *(probe for cls in (Vary, Extend, Harder, Persona, Preference) for probe in probes_of(cls.__name__, _asked(cls), PER_ROW)),
     *probes_of("Persona", _asked(Persona), {"personas": (["a baker"], ["a nurse"])}),
     *probes_of("Preference", _asked(Preference), {"flaws": (["is rude"], ["is late"])}),

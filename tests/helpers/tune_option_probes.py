@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import sartor
 from media_files import png, sound
@@ -13,8 +16,10 @@ from option_probes import Observer, Probe, Workspace, probes_of
 from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
+from sartor.models.base import open_base
+from sartor.tune import model_setup
 from sartor.tune.cost_model import BatchLoad, shape_of
-from sartor.tune.recipe import load
+from sartor.tune.recipe import Targets, load
 
 PAIRS = [
     {"prompt": f"switch {room} {word}", "chosen": f"{word}:{room}", "rejected": f"{room}, {word}"}
@@ -192,6 +197,29 @@ def _cached(values: Any, workspace: Workspace) -> Any:
     return sum(len(files) for folder, _, files in os.walk(home) if "features" in folder)
 
 
+def _native_parts(values: Any, workspace: Workspace) -> Any:
+    """The modules of a native multi-modal base that a recipe's targets name."""
+    import tiny_native
+
+    folder = _shared(workspace) / "llava"
+    if not folder.is_dir():
+        tiny_native.write("llava", folder)
+    base = open_base(str(folder), bits=32, device=torch.device("cpu"))
+    return sorted(model_setup._parts(base, Targets(**values)).linear)
+
+
+def _from_hub(values: Any, workspace: Workspace) -> Any:
+    """The plan on a base of a hub that is played by its cache: a model with two revisions of unlike sizes."""
+    hub = workspace.folder() / "hub"
+    cached = hub / "models--owner--model"
+    (cached / "refs").mkdir(parents=True)
+    for commit, branch, base in (("1" * 40, "main", "BASE"), ("2" * 40, "other", "OTHER BASE")):
+        shutil.copytree(_made(base, workspace), cached / "snapshots" / commit)
+        (cached / "refs" / branch).write_text(commit)
+    workspace.patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    return _planned({"base": {"name": "owner/model", **values}}, workspace)
+
+
 TOO_LONG = {"max_length_tokens": 42}
 PAIRS_AND_TALK = {"path": "dataset:pairs", "rehearsal": {"path": "dataset:talk", "fraction": 0.5}}
 COMPOSED: dict[str, Any] = {
@@ -259,12 +287,14 @@ TUNE_PROBES = (
         ),
         {"modules": ("all-linear", ["q_proj"]), "layers": ("all", "top-1")},
     ),
+    *probes_of("Targets", _native_parts, {"tower": ("none", "all-linear")}),
     *probes_of("Targets", _targets(_planned, **COMPOSED), {"projector": ("full", "none")}, may_refuse=True),
     *probes_of("Compute", _part("compute", _planned), {"path": ("auto", "general")}),
     *probes_of("Compute", _part("compute", _memory), {"recompute": (False, True)}),
     *probes_of("Compute", _part("compute", _tuned), {"share_prefixes": (True, False)}),
     *probes_of("Compute", _cached, {"reuse_frozen": (True, False), "cache_gb": (8.0, 0.0)}),
     *probes_of("Checkpoints", _saved, {"every_minutes": (0.0, 5.0), "keep": (2, 3)}),
+    *probes_of("BaseChoice", _from_hub, {"revision": ("", "other")}),
     *probes_of("BaseChoice", _part("base", _planned), {"name": ("BASE", "OTHER BASE")}),
     *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"bits": (32, 16)}),
     *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"licence": ("MIT", "Apache-2.0")}),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_native
 from sartor.core import assets, model_refs
-from sartor.core.errors import HubError, ModelError
+from sartor.core.errors import ConfigError, HubError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.models.base import machine_facts, open_base, open_chat
 from sartor.models.hardware import best_device, best_dtype
@@ -205,6 +205,12 @@ def test_a_hub_name_that_is_cached_opens_offline(base: Path, tmp_path: Path, mon
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     opened = open_base("owner/model")
     assert (opened.ref.name, opened.ref.digest) == ("owner/model", model_refs.files_digest(base))
+
+
+def test_a_revision_of_what_is_no_hub_model_is_refused(base: Path) -> None:
+    for name in ("starter", str(base)):
+        with pytest.raises(ConfigError, match="base.revision is 'v1', and .* has no revisions"):
+            model_refs.locate_base(name, "v1")
 
 
 # --- dtype

@@ -25,7 +25,7 @@ import yaml
 
 from sartor.core import assets, gguf_header
 from sartor.core.artifacts import kind_of
-from sartor.core.errors import ExtraError, HubError, ModelError, missing_package
+from sartor.core.errors import ConfigError, ExtraError, HubError, ModelError, missing_package
 from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
 from sartor.core.licences.spdx import UNKNOWN
@@ -69,8 +69,12 @@ class BaseRef:
 def locate_base(name: str, revision: str = "", licence: str = "") -> BaseRef:
     """The base that `name` means. `licence` overrides what the base's own files state.
 
-    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched.
+    Raises ModelError for a directory or file that holds no usable model, HubError when a hub name cannot be fetched, and
+    ConfigError for a revision of what has none.
     """
+    if revision and (name in (STARTER, WHISPER) or Path(name).expanduser().exists()):
+        problem = f"base.revision is {revision!r}, and {name} has no revisions: it is no model of the hub"
+        raise ConfigError(problem, "leave base.revision out, or name a hub model (owner/model)")
     if name in (STARTER, WHISPER):
         entry = assets.entry(name)
         identity = digest({"asset": [file.sha256 for file in entry.files], "converter": CONVERTER_VERSION})
