@@ -24,8 +24,10 @@ import tune_option_probes
 import validate_option_probes
 from curate_option_probes import decided_in, removals_of
 from declared_options import declared_options
+from dispatch_fakes import no_fsync
 from option_probes import Probe, Workspace
 from rows import applied, example, row, step_of
+from sample_data import recipe_on
 from sartor.core.errors import SartorError
 from sartor.core.records import Example
 from sartor.curate.steps.answer_quality import ChatQuality
@@ -35,6 +37,8 @@ from sartor.curate.steps.regex_rules import RegexRules
 from sartor.curate.steps.text_cleaning import Markup, RepairText
 from sartor.curate.steps.text_duplicates import ExactDuplicates
 from sartor.curate.steps.text_filters import Length, Repetition
+
+__all__ = ["no_fsync"]
 
 OTHER_HARDWARE = Path(__file__).parent / "options_for_other_hardware.txt"
 
@@ -272,20 +276,19 @@ def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("option", TUNE_PROBES)
-def test_option_of_tuning_changes_the_plan(option: str, dataset: Path, tiny_base: Path) -> None:
-    from sample_data import recipe_on
-
-    recipe = recipe_on(dataset, tiny_base)
-    plans = [sartor.plan(_merged(recipe, changes)) for changes in TUNE_PROBES[option]]
+def test_option_of_tuning_changes_the_plan(option: str, request: pytest.FixtureRequest, dataset: Path, tiny_base: Path) -> None:
+    recipe, workspace = recipe_on(dataset, tiny_base), Workspace(request)
+    plans = [tune_option_probes.plan_of(_merged(recipe, changes), workspace) for changes in TUNE_PROBES[option]]
     seen = [(plan.counters, plan.trainable, plan.settled, plan.left_out, plan.as_json()["refusals"]) for plan in plans]
     if option == "StopCriteria.minutes":
         seen = [plan.as_json()["time_s"] for plan in plans]
     assert seen[0] != seen[1], f"{option} changes nothing"
 
 
-def test_options_of_tuning_change_the_weights(dataset: Path, tiny_base: Path, tmp_path: Path) -> None:
-    from sample_data import recipe_on
-
+def test_options_of_tuning_change_the_weights(
+    dataset: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
     recipe = {**recipe_on(dataset, tiny_base), "budget": {"updates": 3}}
 
     def weights(name: str, changes: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dispatch_fakes import FakeCrew, admit
-from option_probes import Probe, Workspace, probes_of
+from option_probes import Probe, Workspace, beside_default, probes_of
 from rows import example
 from sample_data import ROWS, write_jsonl
 from sartor.core.confidence_sequences import FailureRate
@@ -261,7 +261,7 @@ def _personal(values: Any, workspace: Workspace) -> Any:
     """The rows of a user's tuning, and its ranks, budget, rate and seed; nothing is tuned."""
     folder = workspace.folder()
     _stub_tuning(folder, workspace)
-    team = load(Team, {"base": "tiny", "state": str(folder), "personal": values.get("personal", {})})
+    team = load(Team, {"base": "tiny", "state": str(folder)})
     file = write_jsonl(folder / "other.jsonl", ROWS[:9])
     inbox = FeedbackStore(folder / "inbox")
     for index in range(16):
@@ -269,7 +269,7 @@ def _personal(values: Any, workspace: Workspace) -> Any:
     registry = Registry.open(team.registry_url)
     registry.add(AgentVersion("faq", "1", "/faq-1", "id", "faq-1"))
     registry.close()
-    options = {"agent": "faq", "user": "ada", **{name: value for name, value in values.items() if name != "personal"}}
+    options = {"agent": "faq", "user": "ada", **values}
     if options.get("data") == "file":
         options["data"] = str(file)
     try:
@@ -280,16 +280,21 @@ def _personal(values: Any, workspace: Workspace) -> Any:
         return error.problem
 
 
-_defaults: list[Any] = []
-
-
-def _default_or_other(values: Any, workspace: Workspace) -> Any:
-    """The same; of the default options once for all probes."""
-    if values:
-        return _personal(values, workspace)
-    if not _defaults:
-        _defaults.append(_personal({}, workspace))
-    return _defaults[0]
+def _own_ranks(values: Any, workspace: Workspace) -> Any:
+    """How many ranks a tuning has that names no number of them."""
+    opened: list[int] = []
+    release = SimpleNamespace(path=workspace.path, manifest={"base": {"digest": "d"}})
+    _stub_tuning(workspace.path, workspace)
+    workspace.patch.setattr(
+        personal_tuning.StackedAdapter,
+        "open",
+        lambda resident, shared, rank: opened.append(rank) or _Stack(resident.recipe, rank),
+    )
+    workspace.patch.setattr(personal_tuning, "encode_rows", lambda dataset, recipe, chat: SimpleNamespace(train=[None]))
+    team = SimpleNamespace(base="tiny", personal=load(PersonalTerms, values))
+    context = SimpleNamespace(options=PersonalOptions("faq", "ada"), release=release, team=team, live=None)
+    personal_tuning._prepare(context, SimpleNamespace(path=workspace.path), print)  # type: ignore[arg-type]
+    return opened
 
 
 def _accepted(values: Any, workspace: Workspace) -> Any:
@@ -332,20 +337,21 @@ def _proof(values: Any, workspace: Workspace) -> Any:
 
 
 PERSONAL_PROBES = (
-    Probe("PersonalOptions.user", ({"user": "ada"}, {"user": "ben"}), _personal),
-    *(
-        Probe(f"{cls}.{name}", ({}, other), _default_or_other, repeats=False)
-        for cls, name, other in (
-            ("PersonalOptions", "agent", {"agent": "home"}),
-            ("PersonalOptions", "data", {"data": "file"}),
-            ("PersonalOptions", "rank", {"rank": 4}),
-            ("PersonalOptions", "epochs", {"epochs": 2.0}),
-            ("PersonalOptions", "learning_rate", {"learning_rate": 1e-4}),
-            ("PersonalOptions", "eval_fraction", {"eval_fraction": 0.5}),
-            ("PersonalOptions", "seed", {"seed": 1}),
-            ("PersonalTerms", "rank", {"personal": {"rank": 3}}),
-        )
+    *beside_default(
+        "PersonalOptions",
+        _personal,
+        {
+            "user": "ben",
+            "agent": "home",
+            "data": "file",
+            "rank": 4,
+            "epochs": 2.0,
+            "learning_rate": 1e-4,
+            "eval_fraction": 0.5,
+            "seed": 1,
+        },
     ),
+    Probe("PersonalTerms.rank", ({"rank": 2}, {"rank": 3}), _own_ranks),
     *probes_of("PersonalTerms", _accepted, {"most_worse": (0.05, 0.001), "most_elsewhere": (0.1, 0.001)}),
     *probes_of("PersonalTerms", _loaded, {"held": (16, 2)}),
     *probes_of("PersonalTerms", _proof, {"backups": ([], ["tape 7"])}),

@@ -87,3 +87,26 @@ def probes_of(
 def with_marks(probes: tuple[Probe, ...], **marks: bool) -> tuple[Probe, ...]:
     """Return the probes with other marks: `is_slow`, `repeats`."""
     return tuple(probe._replace(**marks) for probe in probes)
+
+
+def beside_default(
+    cls: str, observe: Observer, others: Mapping[str, Any], *, may_refuse: bool = False, is_slow: bool = False
+) -> tuple[Probe, ...]:
+    """Return probes of options of one class against its default options, `{option: the other value}`.
+
+    The defaults are observed twice by the first probe, which shows that they repeat, and once for all others.
+    """
+    outcomes: list[Any] = []
+
+    def observed(values: Any, workspace: Workspace) -> Any:
+        if values:
+            return observe(values, workspace)
+        if len(outcomes) > 1:
+            return outcomes[0]
+        outcomes.append(observe({}, workspace))
+        return outcomes[-1]
+
+    return tuple(
+        Probe(f"{cls}.{name}", ({}, {name: other}), observed, may_refuse, is_slow, repeats=index == 0)
+        for index, (name, other) in enumerate(others.items())
+    )

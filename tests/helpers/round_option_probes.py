@@ -15,7 +15,7 @@ import yaml
 
 from clock import Clock
 from federating import COORDINATOR, write_keys
-from option_probes import Probe, Workspace, probes_of
+from option_probes import Probe, Workspace, beside_default, probes_of
 from round_parties import START, House
 from sartor.core.config import load
 from sartor.core.errors import MissingError, SartorError
@@ -137,18 +137,6 @@ def _driven(values: Any, workspace: Workspace) -> Any:
     )
 
 
-_defaults: list[Any] = []
-
-
-def _default_or_other(values: Any, workspace: Workspace) -> Any:
-    """The same; of the file without further options once for all probes."""
-    if values:
-        return _driven(values, workspace)
-    if not _defaults:
-        _defaults.append(_driven({}, workspace))
-    return _defaults[0]
-
-
 FACTORS = {"layer.lora_A.weight": np.ones((2, 3), np.float32), "layer.lora_B.weight": np.ones((3, 2), np.float32)}
 
 
@@ -179,10 +167,11 @@ def _lora(values: Any, workspace: Workspace) -> Any:
 
 
 DRIVER_PROBES = (
-    *probes_of("RoundDriverOptions", _driven, {"rounds": (1, 2)}),
-    *(
-        Probe(f"RoundDriverOptions.{name}", ({}, {name: value}), _default_or_other, repeats=False)
-        for name, value in {
+    *beside_default(
+        "RoundDriverOptions",
+        _driven,
+        {
+            "rounds": 2,
             "run": "other",
             "key": "nowhere",
             "roster": "empty",
@@ -190,7 +179,7 @@ DRIVER_PROBES = (
             "start": "other.tensors",
             "name": "ward-0001",
             "round": {"task": "pull", "cohort": list(House(4).names), "rules": RULES, "stage_s": 0, "work_s": 0},
-        }.items()
+        },
     ),
     *probes_of("RoundDriverOptions", _course, {"lora": (None, LoraOptions("freeze_a"))}),
     *probes_of(

@@ -17,7 +17,7 @@ import serving
 from dispatch_fakes import FakeCrew, admit, dispatching, registry
 from dispatch_fakes import asked as dispatched
 from dispatch_fakes import team as team_of
-from option_probes import Probe, Workspace, probes_of
+from option_probes import Probe, Workspace, beside_default, probes_of
 from sartor.core.artifacts import MANIFESTS
 from sartor.core.config import load
 from sartor.core.errors import SartorError
@@ -346,13 +346,11 @@ AGENT_PROBES = (
         _tools_of,
         may_refuse=True,
     ),
-    *probes_of("Rollout", _promoted, {"canary_fraction": (0.0, 0.2)}),
-    *probes_of(
-        "Rollout",
-        lambda values, workspace: _promoted({"canary_fraction": 0.2, **values}, workspace),
-        {"shadow_fraction": (0.0, 0.3)},
+    *beside_default("Rollout", _promoted, {"canary_fraction": 0.2}),
+    *beside_default(
+        "Rollout", lambda values, workspace: _promoted({"canary_fraction": 0.2, **values}, workspace), {"shadow_fraction": 0.3}
     ),
-    Probe("Team.rollout", ({}, {"canary_fraction": 0.2}), _promoted),
+    Probe("Team.rollout", ({}, {"canary_fraction": 0.2}), _promoted, repeats=False),
     Probe(
         "Team.agents",
         (("faq",), ("faq", "home")),
@@ -646,7 +644,11 @@ def _team_router(values: Any, workspace: Workspace) -> Any:
 
 ROUTER_PROBES = (
     Probe("Team.router", ({"encoder": "tfidf"}, {"encoder": "base"}), _team_router),
-    *probes_of("Routing", _routed, {"encoder": ("tfidf", "base"), "lift": ("measured", "ignored")}),
+    *beside_default(
+        "Routing",
+        lambda values, workspace: _routed({"encoder": "tfidf", **values}, workspace),
+        {"encoder": "base", "lift": "ignored"},
+    ),
     *probes_of(
         "Routing",
         lambda values, workspace: _routed({"encoder": "tfidf", "risk": 1.0, **values}, workspace),

@@ -12,7 +12,7 @@ from typing import Any
 import media_files
 import serving
 from clock import Clock
-from option_probes import Observer, Probe, Workspace, probes_of
+from option_probes import Observer, Probe, Workspace, beside_default, probes_of
 from plan_fakes import DIGEST, FakeReplies, asked, opened, planned, told
 from sartor.core.config import load
 from sartor.core.errors import SartorError
@@ -428,16 +428,16 @@ MACHINE_PROBES = (
     *probes_of("RequestLimits", _queue, {"per_agent": (64, 3)}),
     *probes_of("RequestLimits", _request_rates, {"requests_per_minute": (0, 5), "tokens_per_minute": (0, 1000)}),
     *probes_of("FeedbackTerms", _feedback_rates, {"per_minute": (0, 5), "per_day": (0, 7)}),
-    *probes_of(
+    *beside_default(
         "Rollout",
         _rollout,
         {
-            "least_requests": (20, 100),
-            "error_margin": (0.05, 0.9),
-            "latency_factor": (2.0, 9.0),
-            "format_margin": (0.05, 0.9),
-            "feedback_margin": (0.1, 0.9),
-            "canary_requests": (0, 40),
+            "least_requests": 100,
+            "error_margin": 0.9,
+            "latency_factor": 9.0,
+            "format_margin": 0.9,
+            "feedback_margin": 0.9,
+            "canary_requests": 40,
         },
     ),
     *probes_of("Rollout", _watch, {"watch_s": (3600.0, 50.0)}),

@@ -14,11 +14,13 @@ import sartor
 from media_files import png, sound
 from option_probes import Observer, Probe, Workspace, probes_of
 from sample_data import ROWS, recipe_on, write_jsonl
+from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
 from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.cost_model import BatchLoad, shape_of
+from sartor.tune.plan import TuningPlan
 from sartor.tune.recipe import Targets, load
 
 PAIRS = [
@@ -118,13 +120,18 @@ def _recipe(changes: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     return recipe
 
 
+def _key(recipe: dict[str, Any]) -> str:
+    """The recipe with its defaults: what says the same is one key."""
+    return json.dumps(config.dump(load(recipe)), sort_keys=True)
+
+
 _runs: dict[str, Any] = {}
 
 
 def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
     """Weights, losses and licence of a run; runs of one recipe are made once, since the probes of weights show that they repeat."""
     recipe = _recipe(changes, workspace)
-    key = json.dumps(recipe, sort_keys=True)
+    key = _key(recipe)
     if key not in _runs:
         workspace.patch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
         out = workspace.folder() / "adapter"
@@ -137,9 +144,22 @@ def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
     return _runs[key]
 
 
+_plans: dict[str, TuningPlan] = {}
+
+
+def plan_of(recipe: dict[str, Any], workspace: Workspace) -> TuningPlan:
+    """Return the plan of a recipe, made once; nothing but times and memory comes from micro-batches, so few are run."""
+    key = _key(recipe)
+    if key not in _plans:
+        workspace.patch.setattr("sartor.tune.plan._MOST_PASSES", 2)
+        workspace.patch.setattr("sartor.tune.plan.forecast_evaluation", lambda model, rows, count: None)
+        _plans[key] = sartor.plan(recipe)
+    return _plans[key]
+
+
 def _planned(changes: dict[str, Any], workspace: Workspace) -> Any:
     """What a plan foresees, but for time and memory, which are measured."""
-    plan = sartor.plan(_recipe(changes, workspace)).as_json()
+    plan = plan_of(_recipe(changes, workspace), workspace).as_json()
     return {name: plan[name] for name in ("tokens", "trainable", "path", "left_out", "refusals", "updates")}
 
 
