@@ -85,25 +85,25 @@ def _stale(values: Any, workspace: Workspace) -> Any:
 
 
 ROUND_PROBES = (
-    *probes_of(
+    *beside_default(
         "RoundOptions",
         _round,
         {
-            "task": ("pull", "push"),
-            "settings": (None, {"rate": 0.05}),
-            "rules": (RULES, {**RULES, "clip": 0.001}),
-            "trained": ([], ["tail.weight"]),
-            "base": ("", "b" * 64),
-            "recipe": ("", "c" * 64),
-            "degree": (0, 2),
-            "threshold": (0, 5),
-            "stage_s": (300, 200),
-            "work_s": (3600, 100),
-            "length_s": (86_400, 50_000),
+            "task": "push",
+            "settings": {"rate": 0.05},
+            "rules": {**RULES, "clip": 0.001},
+            "trained": ["tail.weight"],
+            "base": "b" * 64,
+            "recipe": "c" * 64,
+            "degree": 2,
+            "threshold": 5,
+            "stage_s": 200,
+            "work_s": 100,
+            "length_s": 50_000,
+            "cohort": list(House(4).names),
         },
     ),
-    Probe("RoundOptions.cohort", ({}, {"cohort": list(House(4).names)}), _round),
-    *probes_of("UpdateRules", _rules, {"clip": (1.0, 0.001), "most_examples": (10, 1), "mode": ("private", "inspectable")}),
+    *beside_default("UpdateRules", _rules, {"clip": 0.001, "most_examples": 1, "mode": "inspectable"}),
     *probes_of("UpdateRules", _noised, {"noise": (0.0, 1.0)}),
     *probes_of("UpdateRules", _stale, {"stale_rounds": (0, 1)}),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from option_probes import Probe, Workspace, probes_of, with_marks
+from option_probes import Probe, Workspace, beside_default, probes_of, with_marks
 from rows import row
 from sartor.core.config import load
 from sartor.core.records import Example
@@ -111,20 +111,21 @@ VALIDATE_PROBES = (
         repeats=False,
     ),
     *probes_of("ValidationLimits", _outside, {"outside": (0.0, 0.9)}),
-    *probes_of(
+    *beside_default(
         "ValidateOptions",
         _judged,
         {
-            "alpha": (0.05, 0.001),
-            "limits": ({"mmd": 0.0}, {"mmd": 1.0}),
-            "permutations": (199, 299),
-            "label": ("json:decision", "json:risk"),
-            "group": ([], ["name_origin"]),
-            "seed": (0, 1),
+            "alpha": 0.001,
+            "limits": {"mmd": 1.0},
+            "permutations": 299,
+            "label": "json:risk",
+            "group": ["name_origin"],
+            "seed": 1,
+            "encoder": "nowhere",
         },
+        may_refuse=True,
     ),
     *probes_of("ValidateOptions", _drawn, {"most_rows": (1000, 50)}),
-    *probes_of("ValidateOptions", _judged, {"encoder": ("tfidf", "nowhere")}, may_refuse=True),
 )
 
 # --- audits
@@ -171,20 +172,15 @@ def _audited(values: Any, workspace: Workspace) -> Any:
 
 JSON_REPLIES = ('{"risk": "low"}', '{"risk": "high"}')
 AUDIT_PROBES = (
-    *probes_of(
+    *beside_default(
         "AuditOptions",
         lambda values, workspace: _audited({"templates": False, **values}, workspace),
-        {"benchmarks": (True, False), "favourable": ((), ("denied",))},
+        {"benchmarks": False, "favourable": ("denied",), "templates": True},
     ),
-    *probes_of(
+    *beside_default(
         "AuditOptions",
         lambda values, workspace: _audited({"replies": JSON_REPLIES, "templates": False, **values}, workspace),
-        {"label": ("", "risk")},
-    ),
-    *probes_of(
-        "AuditOptions",
-        lambda values, workspace: sorted(_audited(values, workspace)["bias"]["templates"]),
-        {"templates": (False, True)},
+        {"label": "risk"},
     ),
 )
 
