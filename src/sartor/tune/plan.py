@@ -147,10 +147,8 @@ def plan(
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     model = inject_recipe_adapter(resolved, base)
     forecast = _forecast(resolved, base, model, data, price_h)
-    warnings = [
-        *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
-        *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
-    ]
+    path, updates = forecast.path, forecast.counters.updates
+    warnings = plan_warnings.run_warnings(resolved, dataset, base, path, updates, data.tokens) if path else []
     forecast = replace(forecast, advice=PlanAdvice(settings, warnings))
     if forecast.time_s is None:
         return forecast

@@ -1,4 +1,4 @@
-"""Warnings of a plan: the run would begin, and its result is likely to disappoint.
+"""Warnings of `plan` and of the first lines of `tune`: the run begins, and its result is likely to disappoint.
 
 few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which the base
 predicts text far worse than English small talk.
@@ -19,6 +19,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ExtraError
 from sartor.core.records import Example
 from sartor.core.row_warnings import DataWarning
+from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
@@ -35,6 +36,16 @@ REFERENCE_LANGUAGE = "en"
 # Text is measured in pieces of about so many characters, so that short rows have a context too
 PIECE_CHARACTERS, PIECES = 300, 4
 ROWS_READ = 200
+
+
+def run_warnings(
+    recipe: ResolvedRecipe, dataset: Artifact, base: Base, path: LossBackend, updates: int | None, epoch_tokens: int
+) -> list[DataWarning]:
+    """Return all warnings of a run. path: of the model before its first update. updates: None where they are not known."""
+    return [
+        *(few_updates(recipe, updates, epoch_tokens) if updates is not None else ()),
+        *(unknown_language(dataset, base.chat, path) if base.media is None else ()),
+    ]
 
 
 def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iterator[DataWarning]:

@@ -21,9 +21,10 @@ from sartor.core.filesystem import writer_lock
 from sartor.core.licences import compliance
 from sartor.core.lineage import ancestry
 from sartor.core.processes import DeferredSignals
+from sartor.core.row_warnings import DataWarning
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
-from sartor.tune import auto_settings, preflight
+from sartor.tune import auto_settings, plan_warnings, preflight
 from sartor.tune import resume as resumption
 from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
@@ -152,11 +153,15 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                         notice(line)
                 notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.forecast.line)
+                warnings = _warnings(context, run)
+                saver.facts = {**unchanging, "warnings": warnings}
+                for warning in warnings:
+                    notice(str(DataWarning(**warning)))
                 if context.prove:
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
-                facts = _facts(context, run)  # here, since drawing and writing are no part of the tuning
+                facts = _facts(context, run, warnings)  # here, since drawing and writing are no part of the tuning
             plot_losses(journal.lines, temp_folder / "loss.png")
             adapters.write_adapter(model, temp_folder, base.ref.name)
         return facts
@@ -188,7 +193,19 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
+def _warnings(context: TuningContext, run: TrainingRun) -> list[dict[str, str]]:
+    """Return the warnings of `plan`; of a resumed run those that its checkpoint holds."""
+    checkpoint = context.resume_state.checkpoint
+    if checkpoint and "warnings" in checkpoint.manifest:
+        return list(checkpoint.manifest["warnings"])
+    if checkpoint:  # of a Sartor that had none; the model has learnt since, so its losses tell nothing of the base
+        return []
+    dataset, updates = context.parents[0], run.forecast.updates
+    warnings = plan_warnings.run_warnings(context.recipe, dataset, context.base, run.path, updates, context.data.tokens)
+    return [dict(vars(warning)) for warning in warnings]
+
+
+def _facts(context: TuningContext, run: TrainingRun, warnings: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, total = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
@@ -224,6 +241,7 @@ def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
             "packed": run.path.name != "one-row",
             "packing_difference_nats": run.path.packing_difference,
             "proof": run.proof,
+            "warnings": warnings,
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
