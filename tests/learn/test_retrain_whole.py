@@ -15,7 +15,7 @@ import sartor
 import tiny
 from release_fixtures import quiet_gates
 from sample_data import write_jsonl
-from sartor.core.parquet_io import read_examples
+from sartor.core.parquet_io import read_examples, read_file
 from sartor.core.records import Feedback, FeedbackAuthor
 from sartor.learn import look_ledger, retrain, training_data
 from sartor.learn.run_record import RetrainContext, RunRecord, list_runs, live_version
@@ -47,9 +47,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "own.jsonl", [row(f"switch on {place}", "1") for place in PLACES])
     pairs = [(f"{do} the {place}", said) for do, said in (("switch on", "1"), ("close up", "0")) for place in PLACES]
     write_jsonl(folder / "held.jsonl", [row(*pair) for pair in pairs])
+    write_jsonl(folder / "last.jsonl", [row(f"dim the {place}", "1") for place in PLACES])
     sources = [
         {"path": str(folder / f"{name}.jsonl"), "licence": "CC0-1.0", "split": split}
-        for name, split in (("own", "train"), ("held", "eval"))
+        for name, split in (("own", "train"), ("held", "eval"), ("last", ""))
     ]
     recipe = {
         "base": str(base),
@@ -61,9 +62,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         quiet(patch)
         patch.setenv("SARTOR_HOME", str(folder / "home"))
-        sartor.curate({"sources": sources, "workers": 1}, folder / "own")
+        split = {"eval_fraction": 0.0, "test_fraction": 0.9}
+        sartor.curate({"sources": sources, "split": split, "workers": 1}, folder / "own")
         sartor.tune(recipe, folder / "adapter", show=False)
-        sartor.evaluate(folder / "adapter")
+        sartor.evaluate(folder / "adapter", split="test")
         sartor.keygen(folder / "keys")
         release = {"name": "door", "version": "1.0", "key": folder / "keys", "out": folder / "door-1.0"}
         sartor.release(folder / "adapter", **release, waivers=WAIVED)
@@ -132,6 +134,12 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert {row.reply for row in train} == {"0", "1"}
     release = sartor.verify(work.folder / "release", key=made / "keys" / "sartor.pub").release
     assert release.manifest["name"] == "door"
+    # the test split of the live version's Dataset is looked at once, by the version that passed all the rest
+    assert release.manifest["gate"]["test"]["outcome"] == "pass"
+    tested = sartor.open(work.folder / "test-report")
+    assert release.manifest["metrics"] == tested.manifest["metrics"]
+    last = {row.prompt[-1].text for row in read_examples(sartor.open(made / "own"), "test")}
+    assert {item["prompt"] for item in read_file(tested.path / "rows.parquet")} == last and len(last) == 11
     lines = (release.path / "router" / "exemplars.jsonl").read_text().splitlines()
     texts = {json.loads(line)["text"] for line in lines}
     assert {f"switch on {place}" for place in PLACES} <= texts and "close up kitchen" in texts | {
@@ -173,7 +181,7 @@ def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> Non
     assert found.checks and found.checks["gain over live"] == "fail" and found.checks["slice:.=0"] == "pass"
     # a control would cost another tuning and could change nothing
     assert "slice:.=1" in list_runs(team.parent / ".team", "door")[0].facts("control")["skipped"]
-    assert not (Path(found.folder) / "release").exists()
+    assert not (Path(found.folder) / "release").exists() and not (Path(found.folder) / "test-report").exists()
     assert sartor.list_agents(team).rows[0]["versions"] == ["1.0"]
 
 

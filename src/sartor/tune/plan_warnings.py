@@ -53,18 +53,18 @@ def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iter
     if updates >= LEAST_UPDATES:
         return
     batch, remedies = recipe.optimizer.batch_tokens, []
-    smaller = batch
-    while smaller // 2 >= SMALLEST_BATCH and updates * batch < LEAST_UPDATES * smaller:
+    smaller, is_counted = batch, recipe.budget.updates is not None
+    while not is_counted and smaller // 2 >= SMALLEST_BATCH and updates * batch < LEAST_UPDATES * smaller:
         smaller //= 2
     if smaller < batch:
         remedies.append(f"optimizer.batch_tokens={smaller}")
-    if recipe.budget.updates is not None:
+    if is_counted:
         remedies.append(f"budget.updates={LEAST_UPDATES}")
     else:
         epochs = math.ceil(LEAST_UPDATES / max(epoch_tokens / batch, 1))
-        remedies.append(f"budget.epochs={epochs}")
-    remedies.append("more rows")
-    problem = f"the run makes {updates} updates; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
+        remedies += [f"budget.epochs={epochs}", "more rows"]
+    plural = "" if updates == 1 else "s"
+    problem = f"the run makes {updates} update{plural}; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
     yield DataWarning(FEW_UPDATES, problem, "; or ".join(remedies))
 
 
@@ -134,5 +134,6 @@ def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBacke
     for piece in pieces:
         ids = chat.tokenizer(piece, add_special_tokens=False)["input_ids"]
         rows.append(TokenizedExample(list(ids), [True] * len(ids)))
-    losses = [float(path.losses([row])[0].sum()) for row in rows if len(row.ids) > 1]
-    return sum(losses) / max(sum(character.isalpha() for piece in pieces for character in piece), 1)
+    rows = [row for row in rows if len(row.ids) > 1]
+    loss = float(path.losses(rows)[0].sum()) if rows else 0.0
+    return loss / max(sum(character.isalpha() for piece in pieces for character in piece), 1)
