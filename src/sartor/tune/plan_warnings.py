@@ -1,4 +1,4 @@
-"""Warnings of `plan` and of the first lines of `tune`: the run begins, and its result is likely to disappoint.
+"""Warnings of `plan` and `tune`: the run begins, and its result is likely to disappoint.
 
 few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which the base
 predicts text far worse than English small talk.
