@@ -16,13 +16,16 @@ import tiny
 from release_fixtures import quiet_gates
 from sample_data import write_jsonl
 from sartor.core.parquet_io import read_examples, read_file
-from sartor.core.records import Feedback, FeedbackAuthor
+from sartor.core.records import Feedback, FeedbackAuthor, Message
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.learn import look_ledger, retrain, training_data
 from sartor.learn.run_record import RetrainContext, RunRecord, list_runs, live_version
 from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "yard", "shed")
+# prompts of the test split
+LAST = tuple(f"dim the {place}" for place in PLACES[:8])
 WAIVED = tuple(sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting"))
 
 
@@ -47,10 +50,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "own.jsonl", [row(f"switch on {place}", "1") for place in PLACES])
     pairs = [(f"{do} the {place}", said) for do, said in (("switch on", "1"), ("close up", "0")) for place in PLACES]
     write_jsonl(folder / "held.jsonl", [row(*pair) for pair in pairs])
-    write_jsonl(folder / "last.jsonl", [row(f"dim the {place}", "1") for place in PLACES])
     sources = [
         {"path": str(folder / f"{name}.jsonl"), "licence": "CC0-1.0", "split": split}
-        for name, split in (("own", "train"), ("held", "eval"), ("last", ""))
+        for name, split in (("own", "train"), ("held", "eval"))
     ]
     recipe = {
         "base": str(base),
@@ -62,8 +64,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         quiet(patch)
         patch.setenv("SARTOR_HOME", str(folder / "home"))
-        split = {"eval_fraction": 0.0, "test_fraction": 0.9}
-        sartor.curate({"sources": sources, "split": split, "workers": 1}, folder / "own")
+        curated = sartor.curate({"sources": sources, "workers": 1}, folder / "curated").dataset
+        rows = list(read_examples(curated))
+        last = [
+            sartor.Example((Message.of("user", text), Message.of("assistant", "1")), rows[0].origins, split="test")
+            for text in LAST
+        ]
+        write_dataset_from(folder / "own", [curated], [*rows, *last], step={"last": {}})
         sartor.tune(recipe, folder / "adapter", show=False)
         sartor.evaluate(folder / "adapter", split="test")
         sartor.keygen(folder / "keys")
@@ -138,8 +145,7 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert release.manifest["gate"]["test"]["outcome"] == "pass"
     tested = sartor.open(work.folder / "test-report")
     assert release.manifest["metrics"] == tested.manifest["metrics"]
-    last = {row.prompt[-1].text for row in read_examples(sartor.open(made / "own"), "test")}
-    assert {item["prompt"] for item in read_file(tested.path / "rows.parquet")} == last and len(last) == 11
+    assert {item["prompt"] for item in read_file(tested.path / "rows.parquet")} == set(LAST)
     lines = (release.path / "router" / "exemplars.jsonl").read_text().splitlines()
     texts = {json.loads(line)["text"] for line in lines}
     assert {f"switch on {place}" for place in PLACES} <= texts and "close up kitchen" in texts | {

@@ -15,7 +15,7 @@ from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.core.lineage import ancestry
 from sartor.core.resource_limits import limit_data
-from sartor.core.splits import TEST, group_of
+from sartor.core.splits import group_of
 from sartor.evaluate.evaluation import compare_with_live, likelihoods, write_beside
 from sartor.evaluate.evaluation import evaluate as measure
 from sartor.learn import look_ledger, promotion_checks, training_data, triggers
@@ -241,7 +241,7 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
     adapter, report = Path(job.run.facts("tune")["adapter"]), job.at("report")
     if ancestry.test_datasets(open_artifact(adapter, "adapter")):
         report = job.at("test-report")
-        _measure(job, adapter, report, TEST)
+        _measure(job, adapter, report, "test")
     sign(
         adapter, name=live.manifest["name"], version=version, key=job.rules.key,
         report=report, out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
