@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, numerics, records
+from sartor.core import catalogue, config, evaluation_ledger, numerics, records
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import writer_lock
@@ -27,6 +27,7 @@ from sartor.tune import auto_settings, preflight
 from sartor.tune import resume as resumption
 from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
+from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
@@ -144,6 +145,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
             with TrainingLog(temp_folder / "log.jsonl", show=show, **earlier_log) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, context.data, journal, saver, resolved)
+                if recipe.weights == "best" and context.data.held_out:
+                    run.selection = CheckpointSelection(base.chat, context.data.held_out)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
@@ -156,13 +159,21 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
-                facts = _facts(context, run)  # here, since drawing and writing are no part of the tuning
+                selection = run.keep_best_weights()
+                if selection:
+                    notice(f"weights of update {selection['update']}: {selection['reason']}")
+                facts = _facts(context, run, selection)  # here, since drawing and writing are no part of the tuning
             plot_losses(journal.lines, temp_folder / "loss.png")
             adapters.write_adapter(model, temp_folder, base.ref.name)
         return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
+    if selection := adapter.manifest["run"].get("selection"):
+        # each evaluation that a choice was among is a look at these rows; the last two words of the id are its update
+        row_ids = [row.example_id for row in context.data.held_out]
+        for evaluation in selection["evaluations"]:
+            evaluation_ledger.record_evaluation(f"{adapter.id} after update {evaluation['update']}", row_ids, "eval")
     return adapter
 
 
@@ -188,7 +199,7 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
+def _facts(context: TuningContext, run: TrainingRun, selection: dict[str, Any] | None) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, total = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
@@ -224,6 +235,7 @@ def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
             "packed": run.path.name != "one-row",
             "packing_difference_nats": run.path.packing_difference,
             "proof": run.proof,
+            **({"selection": selection} if selection else {}),
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},
