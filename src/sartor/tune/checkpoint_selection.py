@@ -1,4 +1,4 @@
-"""Choose the weights that an Adapter gets: the last, or an earlier evaluation's if better beyond chance.
+"""Choose the weights of an Adapter: the last, or an earlier evaluation's if better beyond chance.
 
 At each evaluation every held-out row that is watched gets a score: whether the greedy reply is the reference, or, where
 replies are long, its loss. Who takes the best of K evaluations has chosen by the noise of those rows. So the best earlier
