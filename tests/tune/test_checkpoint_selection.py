@@ -15,7 +15,7 @@ import sartor
 from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 from sartor.core import evaluation_ledger
 from sartor.core.artifacts import open_artifact, read_manifest
-from sartor.core.errors import ConfigError
+from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.records import Message
 from sartor.evaluate.evaluation import evaluate, open_tuned
 from sartor.inference.engine import Sampling
@@ -171,3 +171,10 @@ def test_preferences_have_no_best_weights(tune_recipe: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="objective is kto") as error:
         sartor.plan({**tune_recipe, "objective": {"kind": "kto"}, "weights": "best"})
     assert error.value.remedy == "weights: last"
+
+
+def test_a_damaged_ledger_is_found_before_the_first_update(tmp_path: Path, best_recipe: dict[str, Any]) -> None:
+    evaluation_ledger.ledger_file().write_text("{}\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="ledger of evaluations"):
+        tune(best_recipe, tmp_path / "a")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.checkpoints").exists()

@@ -70,7 +70,7 @@ def tune(
     losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
-    (Dataset), ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that
+    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that
     could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
@@ -123,6 +123,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
+    if recipe.weights == "best":
+        evaluation_ledger.check_ledger()  # before time is spent on looks that it could not count
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
     unchanging = {
