@@ -65,7 +65,10 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
     plan = sartor.plan(recipe).as_json()
     manifest = tune(recipe, tmp_path / "a", notice=notices.append).adapter.manifest
     assert manifest["settings"] == plan["settings"]
-    assert sorted(manifest["settings"]) == ["data.rehearsal", "optimizer.batch_tokens", "optimizer.learning_rate"]
+    assert sorted(manifest["settings"]) == [
+        "data.rehearsal", "evaluations", "optimizer.batch_tokens", "optimizer.learning_rate", "weights",
+    ]  # fmt: skip
+    assert manifest["recipe"]["weights"] == "best" and len(manifest["run"]["selection"]["evaluations"]) == 2
     assert manifest["recipe"]["optimizer"] | {"learning_rate": 1e-3, "batch_tokens": 256} == manifest["recipe"]["optimizer"]
     assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
     assert manifest["parents"][1]["role"] == "rehearsal"
@@ -109,7 +112,10 @@ def test_of_an_older_run_the_numbers_are_taken_over() -> None:
         4096,
         None,
     ]
-    named = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}}, {})
+    choices = map(old.setting, (auto_settings.WEIGHTS, auto_settings.EVALUATIONS))
+    assert [choice and choice.value for choice in choices] == ["last", 2]
+    named = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}, "weights": "best"}, {})
+    assert named.setting(auto_settings.WEIGHTS) is None
     assert named.setting(auto_settings.BATCH_TOKENS) is None
 
 

@@ -86,6 +86,8 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     recipe["objective"] = {"kind": leg}
     recipe["budget"] = {"epochs": EPOCHS}
+    # the gain is tested on the held-out rows, by which nothing may be chosen before
+    recipe["weights"] = "last"
     if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}

@@ -21,7 +21,7 @@ from sartor.models import kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, run_forecast, sampler
+from sartor.tune import auto_settings, checkpoint_selection, cost_model, plan_warnings, preflight, run_forecast, sampler
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
@@ -262,7 +262,8 @@ def run_seconds(
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
     held_out = total(load_of(row, beginning) for row in data.held_out)
-    evaluations_s = recipe.evaluations * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
+    passes = recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out)
+    evaluations_s = passes * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
     if updates is None:
         assert limit_s is not None

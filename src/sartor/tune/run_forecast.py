@@ -15,7 +15,7 @@ import torch
 
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
-from sartor.tune import cost_model, preflight
+from sartor.tune import checkpoint_selection, cost_model, preflight
 from sartor.tune.cost_model import (
     FORWARD_FRACTION,
     TIME_ALLOWANCE,
@@ -140,7 +140,7 @@ def foresee(
         settled,
         memory.peak(settled.load),
         counters.tokens if is_counted else None,
-        recipe.evaluations * sum(row.tokens for row in data.held_out),
+        recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out) * sum(row.tokens for row in data.held_out),
         recipe.budget.minutes and recipe.budget.minutes * 60,
         updates=counters.updates if is_counted else None,
     )
