@@ -70,7 +70,7 @@ def tune(
     losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
-    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a proof that fails),
+    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a failed proof),
     SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
