@@ -71,9 +71,8 @@ def tune(
     losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
-    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a proof that
-    fails), SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a
-    full disk).
+    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a failed proof),
+    SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
@@ -165,7 +164,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
-                selection = _keep_best_weights(run, notice)
+                selection = run.keep_best_weights(notice)
                 facts = _facts(context, run, warnings, selection)  # drawing and writing are no part of the tuning
             plot_losses(journal.lines, temp_folder / "loss.png")
             adapters.write_adapter(model, temp_folder, base.ref.name)
@@ -173,12 +172,15 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
-    if selection := adapter.manifest["run"].get("selection"):
-        # each evaluation that a choice was among is a look at these rows; the last two words of the id are its update
-        row_ids = [row.example_id for row in context.data.held_out]
-        for evaluation in selection["evaluations"]:
-            evaluation_ledger.record_evaluation(f"{adapter.id} after update {evaluation['update']}", row_ids, "eval")
+    _record_looks(adapter, context.data)
     return adapter
+
+
+def _record_looks(adapter: Artifact, data: TokenizedDataset) -> None:
+    """Write each evaluation that the weights were chosen among to the ledger: it is a look at these rows."""
+    row_ids = [row.example_id for row in data.held_out]
+    for evaluation in adapter.manifest["run"].get("selection", {}).get("evaluations", []):
+        evaluation_ledger.record_evaluation(f"{adapter.id} after update {evaluation['update']}", row_ids, "eval")
 
 
 def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
@@ -217,14 +219,6 @@ def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[
     for warning in warnings:
         notice(str(warning))
     return [dict(vars(warning)) for warning in warnings]
-
-
-def _keep_best_weights(run: TrainingRun, notice: Notice) -> dict[str, Any] | None:
-    """Keep the weights that the held-out rows choose, and print why; None where the last are kept unasked."""
-    selection = run.keep_best_weights()
-    if selection:
-        notice(f"weights of update {selection['update']}: {selection['reason']}")
-    return selection
 
 
 def _facts(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as Folder
 from typing import Any, Protocol
@@ -172,7 +172,7 @@ class TrainingRun:
                 raise StoppedError(problem, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
-    def keep_best_weights(self) -> dict[str, Any] | None:
+    def keep_best_weights(self, notice: Callable[[str], object]) -> dict[str, Any] | None:
         """Give the model the weights of the evaluation that is chosen; return why it was. None where there is no choice."""
         if not self.selection or not self.selection.candidates:
             return None
@@ -182,6 +182,7 @@ class TrainingRun:
                 for name, parameter in self.named.items():
                     parameter.copy_(self.selection.weights[name])
             self.losses["eval"] = chosen.loss
+        notice(f"weights of update {chosen.update}: {facts['reason']}")
         return facts
 
     def _rehearsal_rows(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
