@@ -43,12 +43,12 @@ def test_language_rows_are_forty_sentences_of_many_intents() -> None:
 def test_rows_go_through_both_models_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, model = open_tuned(open_artifact(adapter))
     calls: list[int] = []
-    measure = forgetting_probes.losses
+    measure = forgetting_probes.measure_losses
     monkeypatch.setattr(
-        forgetting_probes, "losses", lambda base, model, rows: calls.append(len(rows)) or measure(base, model, rows)
+        forgetting_probes, "measure_losses", lambda base, model, rows: calls.append(len(rows)) or measure(base, model, rows)
     )
     results = forgetting_probes.measure_probes(base, model)
-    assert calls == [86, 86]
+    assert calls == [86]
     assert {name: result["rows"] for name, result in results.items()} == {"small_talk": 6, "arithmetic": 40, "language": 40}
     assert all(result["low"] <= result["difference"] <= result["high"] for result in results.values())
     worst = forgetting_probes.worst_probe(results)

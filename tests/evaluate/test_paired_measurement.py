@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from sartor.core.errors import ModelError
 from sartor.core.records import Example, Message
 from sartor.evaluate import paired_measurement
 from sartor.evaluate.metrics import MetricSet
-from sartor.evaluate.paired_measurement import measure_models
-from sartor.evaluate.predictions import HeldOut, measure_model
+from sartor.evaluate.paired_measurement import measure_losses, measure_models
+from sartor.evaluate.predictions import HeldOut, losses, measure_model, model_side
 from sartor.inference.local import paired_replies
 from sartor.inference.local.paired_replies import PairedRow, shared_beginnings
 from sartor.models import adapters
@@ -57,6 +58,21 @@ def pair(tiny_base: Path, tmp_path: Path) -> tuple[Base, Any]:
 
 def plain(base: Base, model: Any, eval_set: HeldOut, field: str = "") -> list[Any]:
     return [measure_model(base, model, eval_set, field, tuned=tuned) for tuned in (False, True)]
+
+
+def test_losses_of_both_are_those_of_each(pair: tuple[Base, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a conversation all its replies count; a row without a learnt token has a loss of 0."""
+    base, model = pair
+    encoded = [base.chat.encode(example) for example in ROWS]
+    encoded.append(replace(encoded[0], learnt=[False] * len(encoded[0].ids)))
+    together = measure_losses(base, model, encoded)
+    for tuned, means in enumerate(together):
+        with model_side(model, tuned=bool(tuned)):
+            assert means == pytest.approx(losses(base, model, encoded)[0], rel=1e-4)
+    assert together[0] != together[1] and together[0][-1] == 0.0
+    assert measure_losses(base, model, []) == ([], [])
+    monkeypatch.setattr(paired_replies, "open_compiled", lambda *_: None)
+    assert measure_losses(base, model, encoded)[1] == pytest.approx(together[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("step_tokens", [256, 7])

@@ -266,6 +266,7 @@ TUNE_PROBES = (
             "budget": ({"updates": 2}, {"updates": 3}),
             "optimizer": ({"learning_rate": 1e-2}, {"learning_rate": 1e-3}),
             "evaluations": (1, 2),
+            "weights": ("last", "best"),
             "base": ("BASE", "OTHER BASE"),
         },
     ),

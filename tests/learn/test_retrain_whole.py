@@ -15,14 +15,17 @@ import sartor
 import tiny
 from release_fixtures import quiet_gates
 from sample_data import write_jsonl
-from sartor.core.parquet_io import read_examples
-from sartor.core.records import Feedback, FeedbackAuthor
+from sartor.core.parquet_io import read_examples, read_file
+from sartor.core.records import Feedback, FeedbackAuthor, Message
+from sartor.curate.dataset_writer import write_dataset_from
 from sartor.learn import look_ledger, retrain, training_data
 from sartor.learn.run_record import RetrainContext, RunRecord, list_runs, live_version
 from sartor.serving.registry.server_presence import ServerPresence
 from sartor.serving.team_config import load
 
 PLACES = ("kitchen", "hall", "attic", "garage", "patio", "office", "cellar", "porch", "den", "loft", "yard", "shed")
+# prompts of the test split
+LAST = tuple(f"dim the {place}" for place in PLACES[:8])
 WAIVED = tuple(sartor.Waiver(check, "A. Tester", "a tiny random base") for check in ("gain", "forgetting"))
 
 
@@ -61,9 +64,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         quiet(patch)
         patch.setenv("SARTOR_HOME", str(folder / "home"))
-        sartor.curate({"sources": sources, "workers": 1}, folder / "own")
+        curated = sartor.curate({"sources": sources, "workers": 1}, folder / "curated").dataset
+        rows = list(read_examples(curated))
+        last = [
+            sartor.Example((Message.of("user", text), Message.of("assistant", "1")), rows[0].origins, split="test")
+            for text in LAST
+        ]
+        write_dataset_from(folder / "own", [curated], [*rows, *last], step={"last": {}})
         sartor.tune(recipe, folder / "adapter", show=False)
-        sartor.evaluate(folder / "adapter")
+        sartor.evaluate(folder / "adapter", split="test")
         sartor.keygen(folder / "keys")
         release = {"name": "door", "version": "1.0", "key": folder / "keys", "out": folder / "door-1.0"}
         sartor.release(folder / "adapter", **release, waivers=WAIVED)
@@ -132,6 +141,11 @@ def test_corrections_become_a_better_version_that_is_signed_and_tried(team: Path
     assert {row.reply for row in train} == {"0", "1"}
     release = sartor.verify(work.folder / "release", key=made / "keys" / "sartor.pub").release
     assert release.manifest["name"] == "door"
+    # the test split of the live version's Dataset is looked at once, by the version that passed all the rest
+    assert release.manifest["gate"]["test"]["outcome"] == "pass"
+    tested = sartor.open(work.folder / "test-report")
+    assert release.manifest["metrics"] == tested.manifest["metrics"]
+    assert {item["prompt"] for item in read_file(tested.path / "rows.parquet")} == set(LAST)
     lines = (release.path / "router" / "exemplars.jsonl").read_text().splitlines()
     texts = {json.loads(line)["text"] for line in lines}
     assert {f"switch on {place}" for place in PLACES} <= texts and "close up kitchen" in texts | {
@@ -173,7 +187,7 @@ def test_what_breaks_a_slice_is_refused_before_it_is_released(team: Path) -> Non
     assert found.checks and found.checks["gain over live"] == "fail" and found.checks["slice:.=0"] == "pass"
     # a control would cost another tuning and could change nothing
     assert "slice:.=1" in list_runs(team.parent / ".team", "door")[0].facts("control")["skipped"]
-    assert not (Path(found.folder) / "release").exists()
+    assert not (Path(found.folder) / "release").exists() and not (Path(found.folder) / "test-report").exists()
     assert sartor.list_agents(team).rows[0]["versions"] == ["1.0"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 import sartor
 from release_fixtures import PASSES, keys, probe  # noqa: F401
 from sample_data import ROWS, recipe_on, write_jsonl
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError, GateError, SourceError
 from sartor.core.parquet_io import read_examples, read_file
 from sartor.core.records import Example, Message
 from sartor.core.splits import split_group
+from sartor.evaluate.predictions import held_out
 from sartor.learn import training_data
 from sartor.models.base import open_chat
+from sartor.release.gate import check_test
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.recipe import Recipe
 
@@ -104,11 +107,42 @@ def test_dataset_without_a_test_split_says_so(adapter: Path) -> None:
         sartor.evaluate(adapter, split="test", data=adapter)
 
 
+def retrained_dataset(folder: Path, live: Artifact, texts: Sequence[str]) -> Artifact:
+    """What a retrain writes from corrections of these prompts, all answered with `no`."""
+    origins = (sartor.Origin("inbox:x", "1"),)
+    rows = [Example((Message.of("user", text), Message.of("assistant", "no")), origins, split="train") for text in texts]
+    training_data._write(folder, [live, live], rows, [])
+    return open_artifact(folder)
+
+
 def test_retrain_learns_no_row_of_a_test_group(tmp_path: Path, split_dataset: Path) -> None:
-    dataset, origins = open_artifact(split_dataset), (sartor.Origin("inbox:x", "1"),)
-    tested = next(read_examples(dataset, "test"))
-    corrected = Example((*tested.prompt, Message.of("assistant", "no")), origins, split="train")
-    fresh = Example((Message.of("user", "new"), Message.of("assistant", "on")), origins, split="train")
-    training_data._write(tmp_path / "data", [dataset, dataset], [corrected, fresh], [])
-    rows = list(read_examples(open_artifact(tmp_path / "data")))
-    assert [row.prompt[-1].text for row in rows] == ["new"]
+    """Also where the test split is that of a Dataset two retrains before."""
+    dataset = open_artifact(split_dataset)
+    tested = next(read_examples(dataset, "test")).prompt[-1].text
+    first = retrained_dataset(tmp_path / "first", dataset, [tested, "new"])
+    second = retrained_dataset(tmp_path / "second", first, [tested, "newer"])
+    for written, text in ((first, "new"), (second, "newer")):
+        assert [row.prompt[-1].text for row in read_examples(written)] == [text]
+
+
+def test_gate_asks_a_retrained_version_for_its_ancestor_split(tmp_path: Path, split_dataset: Path) -> None:
+    dataset = open_artifact(split_dataset)
+    retrained = retrained_dataset(tmp_path / "data", dataset, ["new"])
+    plain = retrained_dataset(tmp_path / "plain", retrained_dataset(tmp_path / "far", dataset, ["far"]), ["near"])
+
+    def adapter(name: str, *parents: dict[str, str]) -> Artifact:
+        return write_artifact(tmp_path / name, "adapter", lambda part: {"parents": list(parents)})
+
+    for name, parent in (("retrained", retrained), ("again", plain)):
+        version = adapter(name, parent.as_parent())
+        assert check_test(version, {"split": "test", "rows": 10})["test"].outcome == "pass"
+        refused = check_test(version, {"split": "eval"})["test"]
+        assert refused.outcome == "fail" and "dataset keeps 10 rows for the release" in refused.detail
+        rows = held_out(version, None, 200, tmp_path, "test").examples
+        assert {row.id for row in rows} == {row.id for row in read_examples(dataset, "test")}
+    # rows that were only rehearsed, and what was learnt before for another task, keep nothing for this release
+    other = write_jsonl(tmp_path / "other.jsonl", ROWS[:4])
+    own = sartor.curate({"sources": [{"path": str(other)}]}, tmp_path / "own").dataset
+    rehearsed = adapter("rehearsed", own.as_parent(), {**dataset.as_parent(), "role": "rehearsal"})
+    started = adapter("started", own.as_parent(), open_artifact(tmp_path / "retrained").as_parent())
+    assert check_test(rehearsed, {"split": "eval"}) == check_test(started, {"split": "eval"}) == {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import sartor
-from killed_tuning import WEIGHTS, killed, tune
+from killed_tuning import SETTINGS, WEIGHTS, killed, tune
 from sample_data import write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import read_manifest
@@ -65,12 +65,17 @@ def test_settings_are_planned_and_saved_with_reasons(tmp_path: Path, tune_recipe
     plan = sartor.plan(recipe).as_json()
     manifest = tune(recipe, tmp_path / "a", notice=notices.append).adapter.manifest
     assert manifest["settings"] == plan["settings"]
-    assert sorted(manifest["settings"]) == ["data.rehearsal", "optimizer.batch_tokens", "optimizer.learning_rate"]
+    assert sorted(manifest["settings"]) == [
+        "data.rehearsal", "evaluations", "optimizer.batch_tokens", "optimizer.learning_rate", "weights",
+    ]  # fmt: skip
+    assert manifest["recipe"]["weights"] == "best" and len(manifest["run"]["selection"]["evaluations"]) == 2
     assert manifest["recipe"]["optimizer"] | {"learning_rate": 1e-3, "batch_tokens": 256} == manifest["recipe"]["optimizer"]
     assert any(line.startswith("optimizer.batch_tokens auto: 256 (") for line in notices)
     assert manifest["parents"][1]["role"] == "rehearsal"
     assert [warning["reason"] for warning in plan["warnings"]] == [plan_warnings.FEW_UPDATES]
     assert "budget.updates=50" in plan["warnings"][0]["remedy"]
+    assert manifest["run"]["warnings"] == plan["warnings"]
+    assert f"warning: {plan['warnings'][0]['problem']}; {plan['warnings'][0]['remedy']}" in notices
 
 
 def test_an_objective_that_is_not_measured_has_the_old_numbers(tmp_path: Path, tune_recipe: dict[str, Any]) -> None:
@@ -107,8 +112,31 @@ def test_of_an_older_run_the_numbers_are_taken_over() -> None:
         4096,
         None,
     ]
-    named = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}}, {})
+    choices = map(old.setting, (auto_settings.WEIGHTS, auto_settings.EVALUATIONS))
+    assert [choice and choice.value for choice in choices] == ["last", 2]
+    named = auto_settings.EarlierRun({"optimizer": {"batch_tokens": 4096}, "weights": "best"}, {})
+    assert named.setting(auto_settings.WEIGHTS) is None
     assert named.setting(auto_settings.BATCH_TOKENS) is None
+
+
+def test_warnings_change_no_weight_and_survive_a_kill(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass through the base moves no generator (dropout is on); a resumed run repeats it not, and warns the same."""
+    recipe = {**tune_recipe, **SETTINGS, "budget": {"updates": 3}}
+    tune(recipe, tmp_path / "english")
+    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: "de")
+    monkeypatch.setattr(plan_warnings, "UNKNOWN_RATIO", 0.1)
+    whole = tune(recipe, tmp_path / "whole").adapter.manifest["run"]["warnings"]
+    assert [warning["reason"] for warning in whole] == [plan_warnings.FEW_UPDATES, plan_warnings.LANGUAGE]
+    killed(monkeypatch, recipe, tmp_path / "a", update=2)
+    monkeypatch.setattr(plan_warnings, "run_warnings", None)  # a call would raise
+    notices: list[str] = []
+    resumed = tune(recipe, tmp_path / "a", resume=True, notice=notices.append)
+    assert resumed.adapter.manifest["run"]["warnings"] == whole
+    assert sum(line.startswith("warning: ") for line in notices) == 2
+    weights = {name: (tmp_path / name / WEIGHTS).read_bytes() for name in ("english", "whole", "a")}
+    assert len(set(weights.values())) == 1
 
 
 @pytest.mark.parametrize(("language", "ratio", "count"), [("de", 1.9, 1), ("de", 1.2, 0), ("en", 1.9, 0), ("", 1.9, 0)])

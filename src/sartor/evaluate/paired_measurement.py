@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sartor.evaluate.metrics import ModelOutputs
-from sartor.evaluate.predictions import HeldOut, measure_model, reply_limit, reply_outputs
+from sartor.evaluate.predictions import HeldOut, losses, measure_model, model_side, reply_limit, reply_outputs
 from sartor.inference.generate import Generation, check_context
 from sartor.inference.local import paired_replies
 from sartor.inference.local.paired_replies import PairedRow, ReplyLimits, paired_row
@@ -77,6 +77,24 @@ def measure_models(
         generations = [side[row].generation or Generation([], "stop") for row in reply_rows]
         outputs.append(reply_outputs(chat, generations, loss, tokens, field))
     return outputs
+
+
+def measure_losses(base: Base, model: Any, encoded: Sequence[TokenizedExample]) -> tuple[list[float], list[float]]:
+    """Nats per supervised token of each row under the base, and under the tuned model; 0 of a row without such tokens.
+
+    In one batch where the compiled kernels fit, as `measure_models`. Raises ModelError when logits are not finite there.
+    """
+    rows = [paired_row(example, 0) for example in encoded]
+    decoder = paired_replies.open_pair(model, rows, 0) if rows else None
+    if decoder is None:
+        sides = []
+        for tuned in (False, True):
+            with model_side(model, tuned=tuned):
+                sides.append(losses(base, model, encoded)[0] if rows else [])
+        return sides[0], sides[1]
+    results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()))
+    before, after = ([math.fsum(row.nats) / max(len(row.nats), 1) for row in side] for side in results)
+    return before, after
 
 
 def _paired_rows(

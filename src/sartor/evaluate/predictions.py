@@ -18,7 +18,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Drop, Example
-from sartor.core.splits import TEST, test_rows
+from sartor.core.splits import TEST
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate.metrics import ModelOutputs
@@ -62,7 +62,7 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
                 "sartor index DIR finds it; or give --data FILE",
             )
         if split == TEST:  # a retrained version's own Dataset has none; the one that it descends from may
-            datasets = [step for step in ancestry.find_all(adapter, "dataset") if test_rows(step.manifest)] or datasets
+            datasets = ancestry.test_datasets(adapter) or datasets
         examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split), datasets[0].path
         if not examples and split == TEST:
             raise SourceError(
@@ -97,7 +97,8 @@ def _held_out_of(
     which are those of the rehearsal and of what the Adapter went on from. Media lie below the first one.
     """
     examples = {example.id: example for dataset in datasets for example in parquet_io.read_examples(dataset, split)}
-    trained_on = _trained_on(training_datasets) & set(examples) if len(training_datasets) > 1 else set()
+    is_own = [item.id for item in training_datasets] == [item.id for item in datasets]
+    trained_on = set() if is_own and len(datasets) == 1 else _trained_on(training_datasets) & set(examples)
     if trained_on:
         left_out["trained_on"] = len(trained_on)
     return [example for name, example in examples.items() if name not in trained_on]

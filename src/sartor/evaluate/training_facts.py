@@ -20,6 +20,7 @@ from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example, Message
+from sartor.core.splits import TEST
 from sartor.curate.steps.personal_data import PersonalData
 from sartor.evaluate.reply_labels import is_json
 from sartor.text.encoders import counts, rarity
@@ -111,6 +112,8 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
             seen.add(example.id)
             is_rehearsal = all(origin.source in rehearsed for origin in example.origins)
             (facts.rehearse if is_rehearsal else facts.add)(example)
+    for dataset in ancestry.test_datasets(adapter):  # a Report on them records replies to their prompts
+        facts.prompts |= {example.id: example.prompt for example in parquet_io.read_examples(dataset, TEST)}
     return facts
 
 

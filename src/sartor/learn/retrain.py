@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sartor.core import numerics, parquet_io
 from sartor.core.artifacts import kind_of, open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
+from sartor.core.lineage import ancestry
 from sartor.core.resource_limits import limit_data
 from sartor.core.splits import group_of
 from sartor.evaluate.evaluation import compare_with_live, likelihoods, write_beside
@@ -85,6 +86,8 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     recipe["objective"] = {"kind": leg}
     recipe["budget"] = {"epochs": EPOCHS}
+    # the gain is tested on the held-out rows, by which nothing may be chosen before
+    recipe["weights"] = "last"
     if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}
@@ -105,22 +108,27 @@ def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 def evaluate(job: RetrainContext) -> Mapping[str, Any]:
     """report/ the new adapter against the base; beside.parquet the live version on the same rows; and the held-out ratings."""
     adapter, out = Path(job.run.facts("tune")["adapter"]), job.at("report")
-    numerics_change = _numerics_difference(out)
-    if numerics_change:  # the live version answers by this version's arithmetic
-        job.notice(f"{out} is measured anew: made by {numerics_change}")
-    if numerics_change or kind_of(out) != "report":
-        manifest = job.live().manifest
-        label = open_artifact(Path(job.run.record.live.release) / "report", "report").manifest["label"]
-        measure(
-            adapter, out=out, scorer=manifest["primary"], label=label, most_rows=job.rules.gate.rows, notice=job.notice,
-            replace=bool(numerics_change),
-        )  # fmt: skip
+    _measure(job, adapter, out, "eval")
     comparison = compare_with_live(adapter, out, job.run.record.live.release, job.notice)
     write_beside(job.at(look_ledger.SCORES_FILE), comparison)
     liked = _liked(job, adapter)
     rows = {"compared": [row["id"] for row in comparison.table], "ratings": [row["id"] for row in liked["ratings"]]}
     look_ledger.record_look(job.run, rows)
     return {"report": str(out), "metric": comparison.metric, "rows": len(comparison.table), **liked}
+
+
+def _measure(job: RetrainContext, adapter: Path, out: Path, split: Literal["eval", "test"]) -> None:
+    """Write the Report of `adapter` on a split, by the live version's scorer and label, unless it stands there."""
+    numerics_change = _numerics_difference(out)
+    if numerics_change:  # the live version answers by this version's arithmetic
+        job.notice(f"{out} is measured anew: made by {numerics_change}")
+    elif kind_of(out) == "report":
+        return
+    label = open_artifact(Path(job.run.record.live.release) / "report", "report").manifest["label"]
+    measure(
+        adapter, out=out, split=split, scorer=job.live().manifest["primary"], label=label, most_rows=job.rules.gate.rows,
+        notice=job.notice, replace=bool(numerics_change),
+    )  # fmt: skip
 
 
 def _numerics_difference(report: Path) -> str:
@@ -220,7 +228,10 @@ def rows_by_kind(job: RetrainContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def release(job: RetrainContext) -> Mapping[str, Any]:
-    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version."""
+    """release/: the Adapter through the gate of every Release, under the rules of the live one, signed as its next version.
+
+    Where the gate asks for the test split, test-report/ is measured on it here, of a version that passed everything before.
+    """
     live, out = job.live(), job.at("release")
     existing = [entry.version for entry in read_registry(job.team).versions.values() if entry.agent == job.agent]
     if kind_of(out) == "release":  # killed between the Release and the record
@@ -229,9 +240,13 @@ def release(job: RetrainContext) -> Mapping[str, Any]:
     rules = job.at("gate.yaml")
     if live_rules := live.manifest.get("rules"):
         rules.write_text(live_rules["text"], encoding="utf-8")
+    adapter, report = Path(job.run.facts("tune")["adapter"]), job.at("report")
+    if ancestry.test_datasets(open_artifact(adapter, "adapter")):
+        report = job.at("test-report")
+        _measure(job, adapter, report, "test")
     sign(
-        Path(job.run.facts("tune")["adapter"]), name=live.manifest["name"], version=version, key=job.rules.key,
-        report=job.at("report"), out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
+        adapter, name=live.manifest["name"], version=version, key=job.rules.key,
+        report=report, out=out, waivers=job.wishes.waivers, use=live.manifest.get("use", "commercial"),
         rules=rules if live_rules else None,
     )  # fmt: skip
     return {"release": str(out), "version": version}

@@ -418,15 +418,20 @@ def check_forgetting(forgetting: Mapping[str, Any], limit: ForgettingLimit = Gat
 
 
 def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]:
-    """Whether the Report is of the test split, where the Adapter's own Dataset has one; no check where it has none."""
-    dataset = ancestry.find_parent(adapter, "dataset")
-    rows = test_rows(dataset.manifest) if dataset else 0
-    if dataset is None or not rows:
+    """Whether the Report is of the test split of the Adapter's Dataset, or of one that this descends from.
+
+    No check where there is no test split.
+    """
+    datasets = ancestry.test_datasets(adapter)
+    rows = sum(test_rows(dataset.manifest) for dataset in datasets)
+    if not rows:
         return {}
     chosen = report.get("chosen", {}).get("sentence", "how often they were looked at is not known")
     if report.get("split") == TEST:
         return {"test": Check("pass", f"measured on {report['rows']} of {rows} rows of the test split; {chosen}")}
-    detail = f"{dataset.path.name} keeps {rows} rows for the release, and the Report is not of them; {chosen}"
+    names = " and ".join(dataset.path.name for dataset in datasets)
+    verb = "keeps" if len(datasets) == 1 else "keep"
+    detail = f"{names} {verb} {rows} rows for the release, and the Report is not of them; {chosen}"
     return {
         "test": Check("fail", detail, f"sartor evaluate {adapter.path} --split test, once, for the adapter that is to go out")
     }

@@ -23,7 +23,7 @@ from sartor.core.errors import ConfigError, GateError, HubError, ModelError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import Use
 from sartor.core.lineage import ancestry
-from sartor.core.splits import TEST, test_rows
+from sartor.core.splits import TEST
 from sartor.curate.review.review_store import open_items as items_to_review
 from sartor.evaluate import limits as verdicts
 from sartor.evaluate import training_facts
@@ -138,9 +138,8 @@ def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
 
 
 def _report_to_release(adapter: Artifact, reports: Sequence[Path]) -> Path:
-    """The newest Report; where the Dataset has a test split, the newest of those on it."""
-    dataset = ancestry.find_parent(adapter, "dataset")
-    if dataset is None or not test_rows(dataset.manifest):
+    """The newest Report; where the gate asks for the test split, the newest of those on it."""
+    if not ancestry.test_datasets(adapter):
         return reports[0]
     return next((path for path in reports if read_manifest(path, ("report",)).get("split") == TEST), reports[0])
 

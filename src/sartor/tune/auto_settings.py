@@ -23,18 +23,22 @@ from sartor.core.errors import ArtifactError
 from sartor.core.home import folder
 from sartor.core.lazy_import import import_module
 from sartor.models.base import Base
+from sartor.tune.checkpoint_selection import natural_metric
 from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 ASSET = "asset:"
 SMALL_TALK = "asset:small-talk"
 LEARNING_RATE, BATCH_TOKENS, BUDGET, REHEARSAL = "optimizer.learning_rate", "optimizer.batch_tokens", "budget", "data.rehearsal"
+WEIGHTS, EVALUATIONS = "weights", "evaluations"
 # A batch is the largest power of two in this range that leaves so many updates an epoch
 SMALLEST_BATCH, LARGEST_BATCH, UPDATES_PER_EPOCH = 256, 4096, 64
 # Epochs until there are so many updates; the projector of a composed base begins untrained
 UPDATES, COMPOSED_UPDATES, MAX_EPOCHS = 200, 700, 10
 # Rate of full fine-tuning at a width of 2,000, and its course with the width; LoRA takes ten times that
 FULL_RATE, REFERENCE_WIDTH, WIDTH_EXPONENT, LORA_OVER_FULL, MAX_RATE = 5e-5, 2000, 0.78, 10, 1e-3
+# Evaluations to choose the best weights among, and of a run that keeps its last
+CHOSEN_EVALUATIONS, PLAIN_EVALUATIONS = 4, 2
 # Of the objectives for which nothing was measured: the numbers that stood here before there were rules
 UNMEASURED = {LEARNING_RATE: 2e-4, BATCH_TOKENS: 4096, BUDGET: StopCriteria(epochs=1.0), REHEARSAL: Rehearsal()}
 
@@ -67,6 +71,9 @@ class EarlierRun:
 
     def setting(self, name: str) -> Setting | None:
         """The earlier run's value of an option that was `auto` there; None for one that its recipe named, or does not have."""
+        if name in (WEIGHTS, EVALUATIONS) and WEIGHTS not in self.recipe:
+            older: Any = "last" if name == WEIGHTS else self.recipe.get("evaluations", PLAIN_EVALUATIONS)
+            return Setting(older, "as the run that is resumed has it, of a Sartor that kept the last weights")
         if self.settings is not None and name not in self.settings:
             return None
         value: Any = self.recipe
@@ -132,6 +139,11 @@ def resolve(
     for name in auto_options(recipe):
         taken_over = earlier.setting(name) if earlier else None
         settings[name] = taken_over or _choose(name, recipe, data, base, settings)
+    if recipe.weights == "auto":
+        settings[WEIGHTS] = (earlier and earlier.setting(WEIGHTS)) or _weights(recipe, data)
+    if recipe.evaluations == "auto":
+        weights = settings[WEIGHTS].value if WEIGHTS in settings else recipe.weights
+        settings[EVALUATIONS] = (earlier and earlier.setting(EVALUATIONS)) or _evaluations(weights)
     plain = config.dump(recipe)
     for name, setting in settings.items():
         *path, last = name.split(".")
@@ -155,6 +167,26 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
         return learning_rate(int(base.model.get_input_embeddings().weight.shape[1]))
     chosen = settings[BATCH_TOKENS].value if BATCH_TOKENS in settings else recipe.optimizer.batch_tokens
     return budget(data.tokens, [row.tokens for row in data.train], int(chosen), is_composed=base.media is not None)
+
+
+def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
+    if not isinstance(recipe.objective, Sft):
+        return Setting("last", f"of the objective {recipe.objective.kind} no default is measured")
+    if not auto_options(recipe):
+        return Setting("last", "the recipe itself names rate, batch and budget")
+    if not data.held_out:
+        return Setting("last", "no row is held out")
+    if recipe.evaluations != "auto" and recipe.evaluations < 2:
+        return Setting("last", f"{recipe.evaluations} evaluations leave no choice")
+    if natural_metric(data.held_out) == "loss":
+        return Setting("last", "the replies are too long to generate some at each evaluation")
+    return Setting("best", f"an earlier evaluation's if better beyond chance, by replies to {len(data.held_out)} held-out rows")
+
+
+def _evaluations(weights: str) -> Setting:
+    if weights == "best":
+        return Setting(CHOSEN_EVALUATIONS, "to choose the best weights among")
+    return Setting(PLAIN_EVALUATIONS, "in the middle and at the end")
 
 
 def batch_tokens(epoch_tokens: int) -> Setting:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from sartor.core.artifacts import open_artifact
+from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.row_warnings import DataWarning
 from sartor.models import kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
-from sartor.tune import auto_settings, cost_model, plan_warnings, preflight, run_forecast, sampler
+from sartor.tune import auto_settings, checkpoint_selection, cost_model, plan_warnings, preflight, run_forecast, sampler
 from sartor.tune.auto_settings import Setting, value_text
 from sartor.tune.cost_model import BatchLoad, Interval, MicroBatchChoice, TimeModel, TimingProbe, load_of, take, total
 from sartor.tune.dataset_encoding import encode_rows
@@ -146,19 +146,17 @@ def plan(
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     model = inject_recipe_adapter(resolved, base)
-    forecast = _forecast(resolved, base, model, data, price_h)
-    warnings = [
-        *plan_warnings.few_updates(resolved, forecast.counters.updates, data.tokens),
-        *(plan_warnings.unknown_language(dataset, base.chat, forecast.path) if forecast.path and not base.media else ()),
-    ]
-    forecast = replace(forecast, advice=PlanAdvice(settings, warnings))
+    forecast = _forecast(resolved, dataset, base, model, data, price_h)
+    forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
     if forecast.time_s is None:
         return forecast
     held_out = dataset.manifest["counts"]["splits"].get("eval", 0) or len(data.held_out)
     return replace(forecast, evaluation_s=forecast_evaluation(model, data.held_out, min(held_out, EVALUATED_ROWS)))
 
 
-def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDataset, price_h: float | None) -> TuningPlan:
+def _forecast(
+    recipe: ResolvedRecipe, dataset: Artifact, base: Base, model: Any, data: TokenizedDataset, price_h: float | None
+) -> TuningPlan:
     # they are compiled once on a machine: `tune` finds them, so that is no part of its time
     if recipe.compute.path == "auto":
         kernels.choose_kernels(base.device)
@@ -184,17 +182,20 @@ def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDat
         memory = _probe(probe, memory, recipe, data, loads)
     settled = cost_model.choose_micro_batch(memory, recipe, loads)
     refusals.extend(preflight.check_memory(memory, recipe, loads))
-    duration = None
+    duration, warnings = None, list[DataWarning]()
     if can_time:
         times = cost_model.time_model(probe.samples, probe.optimizer_seconds())
+        if updates is None:
+            _count_by_minutes(counters, times, recipe, loads)
+        began = time.monotonic()
+        warnings = plan_warnings.run_warnings(recipe, dataset, base, path, counters.updates, data.tokens)
+        start_s += time.monotonic() - began  # `tune` looks for them too
         # the reference is computed before the first update, once
         start_s += times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION
         # what `tune` measures its memory by
         max_tokens = run_forecast.PROBE_FRACTION * counters.tokens if updates is not None else None
         start_s += sum(times.seconds(probe.load_of(group)) for group in run_forecast.calibration_batches(sequences, max_tokens))
         duration = run_seconds(times, recipe, updates, settled.micro_batch_tokens, data, start_s, beginning)
-        if updates is None:
-            _count_by_minutes(counters, times, recipe, loads)
     return TuningPlan(
         time_s=duration,
         peak_memory_bytes=memory.peak(settled.load, is_other_process=True),
@@ -206,6 +207,7 @@ def _forecast(recipe: ResolvedRecipe, base: Base, model: Any, data: TokenizedDat
         device=str(base.device),
         left_out={reason: len(ids) for reason, ids in data.left_out.items()},
         refusals=refusals,
+        advice=PlanAdvice(warnings=warnings),
     )
 
 
@@ -260,7 +262,8 @@ def run_seconds(
 ) -> Interval:
     """Seconds of the tuning loop: its start, updates and evaluations, up to the budget's minutes."""
     held_out = total(load_of(row, beginning) for row in data.held_out)
-    evaluations_s = recipe.evaluations * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
+    passes = recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out)
+    evaluations_s = passes * times.seconds(held_out) * cost_model.FORWARD_FRACTION if data.held_out else 0.0
     limit_s = recipe.budget.minutes and recipe.budget.minutes * 60
     if updates is None:
         assert limit_s is not None

@@ -1,4 +1,4 @@
-"""Warnings of a plan: the run would begin, and its result is likely to disappoint.
+"""Warnings of `plan` and `tune`: the run begins, and its result is likely to disappoint.
 
 few_updates: fewer optimiser updates than a loss takes to fall. unknown_language: the rows are in a language in which the base
 predicts text far worse than English small talk.
@@ -19,6 +19,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ExtraError
 from sartor.core.records import Example
 from sartor.core.row_warnings import DataWarning
+from sartor.models.base import Base
 from sartor.models.chat import ChatTokenizer
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
@@ -37,23 +38,33 @@ PIECE_CHARACTERS, PIECES = 300, 4
 ROWS_READ = 200
 
 
+def run_warnings(
+    recipe: ResolvedRecipe, dataset: Artifact, base: Base, path: LossBackend, updates: int | None, epoch_tokens: int
+) -> list[DataWarning]:
+    """Return all warnings of a run. path: of the model before its first update. updates: None where they are not known."""
+    return [
+        *(few_updates(recipe, updates, epoch_tokens) if updates is not None else ()),
+        *(unknown_language(dataset, base.chat, path) if base.media is None else ()),
+    ]
+
+
 def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iterator[DataWarning]:
     """Warn of fewer than LEAST_UPDATES updates. updates: of the whole run. epoch_tokens: of the training rows."""
     if updates >= LEAST_UPDATES:
         return
     batch, remedies = recipe.optimizer.batch_tokens, []
-    smaller = batch
-    while smaller // 2 >= SMALLEST_BATCH and updates * batch < LEAST_UPDATES * smaller:
+    smaller, is_counted = batch, recipe.budget.updates is not None
+    while not is_counted and smaller // 2 >= SMALLEST_BATCH and updates * batch < LEAST_UPDATES * smaller:
         smaller //= 2
     if smaller < batch:
         remedies.append(f"optimizer.batch_tokens={smaller}")
-    if recipe.budget.updates is not None:
+    if is_counted:
         remedies.append(f"budget.updates={LEAST_UPDATES}")
     else:
         epochs = math.ceil(LEAST_UPDATES / max(epoch_tokens / batch, 1))
-        remedies.append(f"budget.epochs={epochs}")
-    remedies.append("more rows")
-    problem = f"the run makes {updates} updates; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
+        remedies += [f"budget.epochs={epochs}", "more rows"]
+    plural = "" if updates == 1 else "s"
+    problem = f"the run makes {updates} update{plural}; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
     yield DataWarning(FEW_UPDATES, problem, "; or ".join(remedies))
 
 
@@ -123,5 +134,6 @@ def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBacke
     for piece in pieces:
         ids = chat.tokenizer(piece, add_special_tokens=False)["input_ids"]
         rows.append(TokenizedExample(list(ids), [True] * len(ids)))
-    losses = [float(path.losses([row])[0].sum()) for row in rows if len(row.ids) > 1]
-    return sum(losses) / max(sum(character.isalpha() for piece in pieces for character in piece), 1)
+    rows = [row for row in rows if len(row.ids) > 1]
+    loss = float(path.losses(rows)[0].sum()) if rows else 0.0
+    return loss / max(sum(character.isalpha() for piece in pieces for character in piece), 1)

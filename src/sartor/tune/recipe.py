@@ -304,11 +304,21 @@ class Recipe:
     align: Align = option(Align(), "how a composed base begins")
     compute: Compute = option(Compute(), "how the work is done")
     checkpoints: Checkpoints = option(Checkpoints(), "when state is saved")
-    evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")
+    evaluations: Literal["auto"] | int = option(
+        "auto",
+        "how often the held-out loss is measured, evenly, the last time at the end; auto: 4 for the best weights, else 2",
+    )
+    weights: Literal["auto", "best", "last"] = option(
+        "auto",
+        "which the Adapter gets: of the best evaluation, if beyond chance, or of the last update; auto: best of defaults",
+    )
     seed: int = option(0, "seed of the row order, the adapter's start and dropout")
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "evaluations", "seed")
+        _at_least(self, 0, "seed", *(["evaluations"] if self.evaluations != "auto" else []))
+        if self.weights == "best" and not isinstance(self.objective, Sft):
+            problem = f"the best weights are chosen by replies, and the objective is {self.objective.kind}"
+            raise ConfigError(problem, "weights: last")
 
 
 @dataclass(frozen=True)
@@ -318,6 +328,8 @@ class ResolvedRecipe(Recipe):
     data: ResolvedData = option(REQUIRED, "which Dataset")
     budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
     optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there")
+    evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")
+    weights: Literal["best", "last"] = option("last", "which the Adapter gets: of the best evaluation, or of the last update")
 
 
 def load(recipe: Recipe | Mapping[str, Any] | Path | str, flags: Sequence[str] = ()) -> Recipe:

@@ -15,7 +15,7 @@ import torch
 
 from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
-from sartor.tune import cost_model, preflight
+from sartor.tune import checkpoint_selection, cost_model, preflight
 from sartor.tune.cost_model import (
     FORWARD_FRACTION,
     TIME_ALLOWANCE,
@@ -37,7 +37,10 @@ TIMED_UPDATES = 4
 
 @dataclass
 class RunForecast:
-    """What a run of `tune` is expected to cost: memory before its first update, time after a few."""
+    """What a run of `tune` is expected to cost: memory before its first update, time after a few.
+
+    updates: of the whole run; None where minutes are its only limit.
+    """
 
     settled: MicroBatchChoice
     memory: Interval
@@ -45,6 +48,7 @@ class RunForecast:
     evaluated_tokens: int
     limit_s: float | None
     time: Interval | None = None
+    updates: int | None = None
 
     def __post_init__(self) -> None:
         self._seconds: list[float] = []
@@ -136,6 +140,7 @@ def foresee(
         settled,
         memory.peak(settled.load),
         counters.tokens if is_counted else None,
-        recipe.evaluations * sum(row.tokens for row in data.held_out),
+        recipe.evaluations * checkpoint_selection.passes(recipe, data.held_out) * sum(row.tokens for row in data.held_out),
         recipe.budget.minutes and recipe.budget.minutes * 60,
+        updates=counters.updates if is_counted else None,
     )

@@ -14,19 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core import catalogue, config, numerics, records
+from sartor.core import catalogue, config, evaluation_ledger, numerics, records
 from sartor.core.artifacts import Artifact, open_artifact, write_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import writer_lock
 from sartor.core.licences import compliance
 from sartor.core.lineage import ancestry
 from sartor.core.processes import DeferredSignals
+from sartor.core.row_warnings import DataWarning
 from sartor.models import adapters
 from sartor.models.base import Base, machine_facts
-from sartor.tune import auto_settings, preflight
+from sartor.tune import auto_settings, plan_warnings, preflight
 from sartor.tune import resume as resumption
 from sartor.tune.auto_settings import Setting
 from sartor.tune.checkpoint import CheckpointState, Saver, clear, folder_of, full_disk, sweep
+from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.dataset_encoding import encode_rows
 from sartor.tune.model_setup import calibrate, inject_recipe_adapter, open_recipe_base, rehearsal_of, start_of
 from sartor.tune.preference_training import PreferenceRun
@@ -69,8 +71,8 @@ def tune(
     losses and every gradient of the first update with the plain computation, without shared prefixes and stored activations.
 
     Raises ConfigError (recipe, taken `out`, a checkpoint of another recipe, Dataset, base or arithmetic), ArtifactError
-    (Dataset), ModelError (base; a loss that is not finite or has exploded; a proof that fails), SourceError (no row that
-    could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
+    (Dataset; a damaged ledger of evaluations), ModelError (base; a loss that is not finite or has exploded; a failed proof),
+    SourceError (no row that could be learnt from), StoppedError (SIGTERM or Ctrl-C, after a save), MissingError (a full disk).
     """
     recipe = load_recipe(recipe)
     out = Path(out).absolute()
@@ -122,6 +124,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
+    if recipe.weights == "best":
+        evaluation_ledger.check_ledger()  # before time is spent on looks that it could not count
     environment = resumption.environment(base)
     replaces = checkpoint.manifest["replaces"] if checkpoint else resumption.standing_id(out) if replace else ""
     unchanging = {
@@ -144,6 +148,8 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
             with TrainingLog(temp_folder / "log.jsonl", show=show, **earlier_log) as journal:
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, context.data, journal, saver, resolved)
+                if recipe.weights == "best" and context.data.held_out:
+                    run.selection = CheckpointSelection(base.chat, context.data.held_out)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
@@ -152,18 +158,29 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                         notice(line)
                 notice(f"path {run.path.name}: {run.path.reason}")
                 notice(run.forecast.line)
+                warnings = _warnings(context, run, notice)
+                saver.facts = {**unchanging, "warnings": warnings}
                 if context.prove:
                     notice(run.prove())
                 with DeferredSignals(notice) as signals:
                     run.train(signals)
-                facts = _facts(context, run)  # here, since drawing and writing are no part of the tuning
+                selection = run.keep_best_weights(notice)
+                facts = _facts(context, run, warnings, selection)  # drawing and writing are no part of the tuning
             plot_losses(journal.lines, temp_folder / "loss.png")
             adapters.write_adapter(model, temp_folder, base.ref.name)
         return facts
 
     adapter = write_artifact(out, "adapter", fill, replace=replace or bool(replaces))
     catalogue.register(adapter)
+    _record_looks(adapter, context.data)
     return adapter
+
+
+def _record_looks(adapter: Artifact, data: TokenizedDataset) -> None:
+    """Write each evaluation that the weights were chosen among to the ledger: it is a look at these rows."""
+    row_ids = [row.example_id for row in data.held_out]
+    for evaluation in adapter.manifest["run"].get("selection", {}).get("evaluations", []):
+        evaluation_ledger.record_evaluation(f"{adapter.id} after update {evaluation['update']}", row_ids, "eval")
 
 
 def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
@@ -188,7 +205,28 @@ def describe(data: TokenizedDataset, base: Base, model: Any) -> Iterator[str]:
         yield "the base has no chat template; a plain one is used (models/chat.py)"
 
 
-def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
+def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[dict[str, str]]:
+    """Print and return the warnings of `plan`; of a resumed run those that its checkpoint holds.
+
+    A checkpoint of an older Sartor has none: the model has learnt since, so its losses tell nothing of the base.
+    """
+    checkpoint, updates = context.resume_state.checkpoint, run.forecast.updates
+    if checkpoint:
+        warnings = [DataWarning(**fields) for fields in checkpoint.manifest.get("warnings", [])]
+    else:
+        dataset = context.parents[0]
+        warnings = plan_warnings.run_warnings(context.recipe, dataset, context.base, run.path, updates, context.data.tokens)
+    for warning in warnings:
+        notice(str(warning))
+    return [dict(vars(warning)) for warning in warnings]
+
+
+def _facts(
+    context: TuningContext,
+    run: TrainingRun,
+    warnings: Sequence[Mapping[str, str]],
+    selection: dict[str, Any] | None,
+) -> dict[str, Any]:
     """The manifest of the Adapter."""
     trained, total = adapters.trainable(run.model)
     counters, wall_s = run.counters, run.journal.wall_s
@@ -224,6 +262,8 @@ def _facts(context: TuningContext, run: TrainingRun) -> dict[str, Any]:
             "packed": run.path.name != "one-row",
             "packing_difference_nats": run.path.packing_difference,
             "proof": run.proof,
+            "warnings": warnings,
+            **({"selection": selection} if selection else {}),
         },
         "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers", "peft")},

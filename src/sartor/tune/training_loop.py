@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as Folder
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from sartor.models.losses.loss_backend import LossBackend, LossOptions, measure_
 from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, run_forecast, sampler
 from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
+from sartor.tune.checkpoint_selection import Candidate, CheckpointSelection
 from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
@@ -113,12 +114,16 @@ class TrainingRun:
         self.scaler = optimizers.scaler(base.dtype, base.device)
         self.counters = Counters()
         self.losses: dict[str, float | None] = {"first": None, "last": None, "eval": None}
+        # nats per supervised token of each held-out row, when it was last measured
+        self.row_losses: list[float] = []
         self.proof: dict[str, float] | None = None
         self.position, self.rehearsal_position = sampler.START, sampler.RehearsalPosition()
         # what the objective says of the update that was last computed, beside its loss
         self.objective_facts: dict[str, float] = {}
         count = recipe.evaluations if data.held_out else 0
         self.evaluation_points = [(index + 1) / count for index in range(count)]
+        # of a run that keeps the best weights; None: the last are kept
+        self.selection: CheckpointSelection | None = None
         # MKL may use fewer threads than it has when the machine is busy, and then adds in another order; a number that
         # is set, even to what it is, holds
         torch.set_num_threads(torch.get_num_threads())
@@ -167,6 +172,19 @@ class TrainingRun:
                 raise StoppedError(problem, "the same command with --resume goes on there", int(signals.received))
         self.model.eval()
 
+    def keep_best_weights(self, notice: Callable[[str], object]) -> dict[str, Any] | None:
+        """Give the model the weights of the evaluation that is chosen; return why it was. None where there is no choice."""
+        if not self.selection or not self.selection.candidates:
+            return None
+        chosen, facts = self.selection.choose()
+        if chosen is not self.selection.candidates[-1]:
+            with torch.no_grad():
+                for name, parameter in self.named.items():
+                    parameter.copy_(self.selection.weights[name])
+            self.losses["eval"] = chosen.loss
+        notice(f"weights of update {chosen.update}: {facts['reason']}")
+        return facts
+
     def _rehearsal_rows(self, own_tokens: int) -> tuple[list[packing.TokenizedExample], sampler.RehearsalPosition]:
         """(rows of the rehearsal that go with an update, the place behind them)."""
         rows, fraction = self.data.rehearsal, self.recipe.data.rehearsal.fraction
@@ -209,6 +227,9 @@ class TrainingRun:
             "resolved": asdict(self.resolved),
             "path": self.path.name,
         }
+        if self.selection:
+            weights, facts["candidates"] = self.selection.state()
+            tensors |= {f"best.{name}": tensor for name, tensor in weights.items()}
         return {**tensors, **rng.tensors()}, facts
 
     def save(self) -> None:
@@ -248,6 +269,9 @@ class TrainingRun:
                 sampler.Position(**rehearsal_fields["position"]), rehearsal_fields["owed"]
             )
         self.losses, self.evaluation_points = dict(facts["losses"]), list(facts["evaluation_points"])
+        if self.selection:
+            weights = {name: tensors[f"best.{name}"] for name in self.named if f"best.{name}" in tensors}
+            self.selection.restore(weights, facts["candidates"])
         RandomState.read(tensors, facts["rng"]).put_back(self.base.device)
 
     def _cut(self, rows: Sequence[packing.TokenizedExample]) -> list[list[packing.TokenizedExample]]:
@@ -354,22 +378,30 @@ class TrainingRun:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """The objective's loss on the held-out rows."""
+        """The objective's loss on the held-out rows, and the replies to them where those choose the weights."""
         self.model.eval()
         loss, facts = self._loss_of(self.data.held_out)
-        self.model.train()
         if not math.isfinite(loss):
             problem = f"after update {self.counters.updates} the loss of the held-out rows is {loss}"
             raise ModelError(problem, "lower optimizer.learning_rate and start over with --replace")
         self.losses["eval"] = loss
+        if self.selection:
+            is_reply_scored = self.selection.metric == "exact_match"
+            scores = self.selection.score_replies(self.model) if is_reply_scored else [-loss for loss in self.row_losses]
+            candidate = Candidate(self.counters.updates, loss, scores)
+            self.selection.add(candidate, self.named)
+            facts |= {"exact_match": candidate.score} if is_reply_scored else {}
+        self.model.train()
         self.journal.note(update=self.counters.updates, eval_loss=loss, **facts)
 
     def _loss_of(self, rows: Sequence[packing.TokenizedExample]) -> tuple[float, dict[str, float]]:
         """(loss per supervised token of rows, what else is said of them). Call under no_grad."""
         total, count = 0.0, 0
+        self.row_losses = []
         for micro in self._cut(rows):
             losses, _ = self.path.losses(micro)
             total, count = total + float(losses.sum()), count + len(losses)
+            self.row_losses += [float(row.mean()) for row in losses.split([row.supervised_tokens for row in micro])]
         return total / max(count, 1), {}
 
 

@@ -23,6 +23,7 @@ from sartor.core.licences import compliance
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.lineage import origin_index
 from sartor.core.parquet_io import column, example_of, numbers, to_index_array, to_string_array
+from sartor.core.splits import test_rows
 
 ABSENT = "not in this Dataset"
 COPIES = "evidence/copies.parquet"  # (id, parent, step, changes) of rows that a step of curation made of others
@@ -235,6 +236,23 @@ def find_parents(artifact: Artifact, kind: str) -> list[Artifact]:
     opened = [open_artifact(step.path) for step in walk(artifact) if step.id in parent_ids and step.state == "opened"]
     nearest = None if parent_ids else find_parent(artifact, kind)
     return opened or ([nearest] if nearest else [])
+
+
+def test_datasets(artifact: Artifact) -> list[Artifact]:
+    """Return the Datasets whose test rows a release of the artefact has to be measured on; none where there is no test split.
+
+    They are its own Datasets with a test split; where none has one, as of a retrained version, the nearest of those that its
+    Datasets were made of. Rehearsal does not count, nor does what a version learnt that the tuning went on from: that can be
+    another task.
+    """
+    level = find_parents(artifact, "dataset")
+    while level:
+        if with_rows := [dataset for dataset in level if test_rows(dataset.manifest)]:
+            return with_rows
+        derived = [dataset for dataset in level if any(parent["kind"] == "dataset" for parent in dataset.manifest["parents"])]
+        parents = {parent.id: parent for dataset in derived for parent in find_parents(dataset, "dataset")}
+        level = list(parents.values())
+    return []
 
 
 def inspect(path: Path | str, *, example: str = "") -> dict[str, Any]:

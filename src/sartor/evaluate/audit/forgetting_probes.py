@@ -22,7 +22,7 @@ from sartor.core.records import Example, Message, Origin
 from sartor.core.splits import group_of
 from sartor.evaluate import bootstrap
 from sartor.evaluate.audit import probes
-from sartor.evaluate.predictions import losses, model_side
+from sartor.evaluate.paired_measurement import measure_losses
 from sartor.models.base import Base
 from sartor.models.packing import TokenizedExample
 
@@ -115,7 +115,7 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
         encoded_by_probe[name] = encoded
         groups[name] = [group_by_id[row.example_id] for row in encoded]
     all_rows = [row for encoded in encoded_by_probe.values() for row in encoded]
-    before, after = (_side_losses(base, model, all_rows, tuned=tuned) for tuned in (False, True))
+    before, after = measure_losses(base, model, all_rows)
     start = 0
     for name, encoded in encoded_by_probe.items():
         part = slice(start, start + len(encoded))
@@ -135,14 +135,6 @@ def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExa
         except SourceError as error:
             problem = error.problem
     return encoded, problem
-
-
-def _side_losses(base: Base, model: Any, rows: Sequence[TokenizedExample], *, tuned: bool) -> list[float]:
-    if not rows:
-        return []
-    with model_side(model, tuned=tuned):
-        means, _ = losses(base, model, rows)
-    return means
 
 
 def worst_probe(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
