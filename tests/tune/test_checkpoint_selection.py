@@ -165,6 +165,10 @@ def test_a_score_is_whether_the_reply_is_the_reference(tmp_path: Path, tiny_base
         for reference in (reply, [*reply[:-1], first, stop], [stop])
     ]
     assert CheckpointSelection(chat, rows).score_replies(model) == [1.0, 0.0, 0.0]
+    # a long prompt beside a long reply would not fit together; each row does
+    context = model.config.max_position_embeddings
+    long_row = TokenizedExample([first] * (context - 1) + [stop], [False] * (context - 1) + [True])
+    assert CheckpointSelection(chat, [*rows, long_row]).score_replies(model)[1:3] == [0.0, 0.0]
 
 
 def test_preferences_have_no_best_weights(tune_recipe: dict[str, Any]) -> None:

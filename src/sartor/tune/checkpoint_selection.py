@@ -8,6 +8,7 @@ at LEVEL / (K - 1), Bonferroni's correction for having chosen among the earlier 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import generate
+from sartor.inference.generate import context_tokens, generate
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune.recipe import ResolvedRecipe
@@ -84,7 +85,9 @@ class CheckpointSelection:
         replies = [last_reply(row) for row in self.rows]
         prompts = [prompt for prompt, _ in replies]
         references = [self._text(reply) for _, reply in replies]
-        sampling = Sampling(max(len(reply) for _, reply in replies) + _SPARE_TOKENS)
+        longest = max(len(reply) for _, reply in replies) + _SPARE_TOKENS
+        room = (context_tokens(model) or math.inf) - max(map(len, prompts))
+        sampling = Sampling(int(max(min(longest, room), 1)))
         generations = generate(
             model, prompts, stop=self.chat.stops, pad=self.chat.pad, sampling=sampling, batch_rows=_BATCH_ROWS
         )

@@ -310,7 +310,7 @@ class Recipe:
     )
     weights: Literal["auto", "best", "last"] = option(
         "auto",
-        "which the Adapter gets: of the best evaluation, if beyond chance, or of the last update; auto: best of defaults",
+        "last: of the last update; best: of an earlier evaluation where that is better beyond chance; auto: auto_settings.py",
     )
     seed: int = option(0, "seed of the row order, the adapter's start and dropout")
 
