@@ -175,7 +175,10 @@ def _gate(rules: dict[str, Any], workspace: Workspace) -> Any:
         "recipe": {},
         "base": {"name": "tiny", "licence": "MIT"},
     }
-    adapter, dataset = Artifact(workspace.path, {**facts, "licence": "MIT"}), Artifact(workspace.path, {"kind": "dataset"})
+    adapter, dataset = (
+        Artifact(workspace.path, {**facts, "licence": "MIT"}),
+        Artifact(workspace.path, {"kind": "dataset", "parents": []}),
+    )
     workspace.patch.setattr("sartor.release.release.ancestry.find_parent", lambda artifact, kind: dataset)
     report = _report(workspace)
     gain = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.2, "high": 0.6}

@@ -161,6 +161,8 @@ def _signed(values: Any, workspace: Workspace) -> Any:
     read: list[str] = []
     workspace.patch.setattr(retrain, "sign", lambda adapter, key, **more: read.append(Path(key).read_text()))
     workspace.patch.setattr(retrain, "read_registry", lambda team: SimpleNamespace(versions={}))
+    workspace.patch.setattr(retrain, "open_artifact", lambda path, kind: None)
+    workspace.patch.setattr(retrain.ancestry, "test_datasets", lambda adapter: [])
     live = SimpleNamespace(manifest={"version": "1", "name": "faq"})
     retrain.release(_job(workspace, {"key": str(workspace.path / values["key"])}, live=lambda: live))
     return read

@@ -19,6 +19,7 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
 from sartor.models.base import open_base
 from sartor.tune import model_setup
+from sartor.tune.checkpoint_selection import CheckpointSelection
 from sartor.tune.cost_model import BatchLoad, TimedBatch, TimingProbe, shape_of
 from sartor.tune.plan import TuningPlan
 from sartor.tune.recipe import Targets, load
@@ -144,6 +145,16 @@ def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
     return _runs[key]
 
 
+def _chosen(values: Any, workspace: Workspace) -> Any:
+    """The weights of a run whose replies are right at the first of two evaluations, and wrong at the second."""
+
+    def score_replies(selection: CheckpointSelection, model: Any) -> list[float]:
+        return [float(not selection.candidates)] * len(selection.rows)
+
+    workspace.patch.setattr(CheckpointSelection, "score_replies", score_replies)
+    return _tuned({"evaluations": 2, **values}, workspace)
+
+
 _plans: dict[str, TuningPlan] = {}
 
 
@@ -266,10 +277,10 @@ TUNE_PROBES = (
             "budget": ({"updates": 2}, {"updates": 3}),
             "optimizer": ({"learning_rate": 1e-2}, {"learning_rate": 1e-3}),
             "evaluations": (1, 2),
-            "weights": ("last", "best"),
             "base": ("BASE", "OTHER BASE"),
         },
     ),
+    *probes_of("Recipe", _chosen, {"weights": ("last", "best")}),
     Probe("Recipe.objective", ({"data": "dataset:pairs"}, {"data": "dataset:pairs", "objective": "dpo"}), _tuned),
     Probe("Recipe.compute", ({}, {"compute": {"path": "general"}}), _planned),
     Probe("Recipe.checkpoints", ({"keep": 1}, {"keep": 3}), _saved),
