@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 import sartor
 from dedup_rows import edited, texts
 from media_files import scene, tone
-from option_probes import Observer, Probe, Workspace, probes_of, with_marks
+from option_probes import Observer, Probe, Workspace, beside_default, probes_of, with_marks
 from rows import example, row, step_of
 from sample_data import write_jsonl
 from sartor.core.artifacts import open_artifact
@@ -271,15 +271,10 @@ MEANING_PROBES = (
         {"encoder": ("tfidf", "no-such-folder")},
         may_refuse=True,
     ),
-    *probes_of(
+    *beside_default(
         "SuspiciousLabels",
         _set_observer(SuspiciousLabels, labelled_rows, encoder="tfidf"),
-        {
-            "label": ("auto", "json:sure"),
-            "queue_fraction": (0.25, 0.75),
-            "action": ("review", "drop"),
-            "seed": (0, 1),
-        },
+        {"label": "json:sure", "queue_fraction": 0.75, "action": "drop", "seed": 1},
     ),
     *probes_of(
         "SuspiciousLabels",

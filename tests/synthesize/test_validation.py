@@ -414,3 +414,11 @@ def test_rows_of_few_units_are_not_tested() -> None:
 def test_the_same_seed_gives_the_same_verdicts() -> None:
     one, other = (run(talk(60, 1), talk(60, 2), []).as_json() for _ in range(2))
     assert {**one, "wall_s": 0} == {**other, "wall_s": 0}
+
+
+def test_a_limit_below_zero_is_refused_and_one_above_all_effects_passes() -> None:
+    for limit in (-0.1, float("nan")):
+        with pytest.raises(ConfigError, match="span is .*; it must be at least 0"):
+            ValidationLimits(span=limit)
+    found = citation_check.consistency({0: "it is not there"}, 1, ["row"], ValidationLimits(span=5.0))
+    assert corrected_results([found], 0.05)[0].verdict == "pass"

@@ -111,7 +111,7 @@ def consistency(fault_by_row: Mapping[int, str], citing: int, ids: Sequence[str]
     if not citing:
         return not_tested("span", limits.span, "no row cites a span")
     part = len(fault_by_row) / citing
-    p = float(stats.binomtest(len(fault_by_row), citing, limits.span, alternative="greater").pvalue)
+    p = float(stats.binomtest(len(fault_by_row), citing, min(limits.span, 1.0), alternative="greater").pvalue)
     detail = f"{len(fault_by_row)} of {citing} cited spans do not hold"
     rows = tuple(ids[index] for index in sorted(fault_by_row))[:SHOWN_ROWS]
     return StatisticResult("span", part, part, limits.span, p, detail, rows)

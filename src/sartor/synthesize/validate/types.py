@@ -30,9 +30,9 @@ class ValidationLimits:
 
     def __post_init__(self) -> None:
         for name, limit in vars(self).items():
-            if not 0 <= limit <= 1:
+            if not limit >= 0:
                 default = getattr(ValidationLimits, name)
-                raise ConfigError(f"{name} is {limit}; it must be between 0 and 1", f"limits.{name}: {default}")
+                raise ConfigError(f"{name} is {limit}; it must be at least 0", f"limits.{name}: {default}")
 
 
 @dataclass(frozen=True)
