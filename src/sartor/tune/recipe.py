@@ -308,11 +308,11 @@ class Recipe:
         "auto",
         "how often the held-out loss is measured, evenly, the last time at the end; auto: 4 for the best weights, else 2",
     )
+    seed: int = option(0, "seed of the row order, the adapter's start and dropout")
     weights: Literal["auto", "best", "last"] = option(
         "auto",
         "last: of the last update; best: of an earlier evaluation where that is better beyond chance; auto: auto_settings.py",
     )
-    seed: int = option(0, "seed of the row order, the adapter's start and dropout")
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", *(["evaluations"] if self.evaluations != "auto" else []))
