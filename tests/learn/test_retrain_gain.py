@@ -63,14 +63,14 @@ def test_what_people_corrected_and_nobody_held_out_is_promoted() -> None:
 @pytest.mark.circle
 @pytest.mark.parametrize("scenario", [retrain_gain.NO_GAIN, retrain_gain.RESTLESS])
 def test_without_gain_over_many_series(scenario: retrain_gain.Scenario) -> None:
-    result = retrain_gain.false_promotions(400, scenario)
-    assert result["high"] <= 0.05 and clopper_pearson_upper(result["gain_shown"], 400, 0.95) <= 0.05, result
+    result = retrain_gain.false_promotions(200, scenario)
+    assert result["high"] <= 0.05 and clopper_pearson_upper(result["gain_shown"], 200, 0.95) <= 0.05, result
 
 
 @pytest.mark.circle
 @pytest.mark.parametrize("look", [1, 2, 3])
 def test_power_over_many_retrains(look: int) -> None:
-    assert retrain_gain.power(200, retrain_gain.GAIN, look)["low"] >= 0.8
+    assert retrain_gain.power(100, retrain_gain.GAIN, look)["low"] >= 0.8
 
 
 def test_the_levels_of_all_looks_sum_to_the_level_of_one_row() -> None:
