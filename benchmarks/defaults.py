@@ -1,14 +1,16 @@
 """How near the default rate, batch and budget come to the best of a grid, on sets that the rules were not chosen on.
 
     python benchmarks/defaults.py --data ../shared/data --work defaults-work [--sets snips textile] [--minutes 60] [--json]
+    python benchmarks/defaults.py --defaults-only --json    # the defaults alone: a run a set, which the others go on from
     python benchmarks/defaults.py --small --json    # made-up rows, a tiny base: shows that everything runs
 
 Each set is tuned at 12 points (rate {1, 2, 5, 10}e-4 x batch {256, 1,024, 4,096}) with one seed, and as the defaults would
 have it; every run of a set has the epochs and the rehearsal of the defaults, so that rate and batch alone differ. The best
 point and the defaults are then tuned with three other seeds: the best was chosen on none of them.
 
-The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the documents, whose
-texts are long, the loss of those rows. A finished run stands in --work, and a call that runs out of --minutes ends; the
+All runs make one evaluation, at the end, so that the last weights are kept: what is compared is rate, batch, budget and
+rehearsal. The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the documents,
+whose texts are long, the loss of those rows. A finished run stands in --work, and a call that runs out of --minutes ends; the
 next one goes on. banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
 
 sets {name: {default, best, fraction, seeds}}   means over the seeds; fraction: default over best, of losses best over
@@ -73,6 +75,7 @@ class Options:
     tower: str = "efficientnet-lite0"
     recipe: dict[str, Any] = field(default_factory=dict)
     deadline: float = float("inf")
+    has_defaults_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,9 @@ def measure(name: str, options: Options) -> dict[str, Any]:
     runs = Runs(training_set, folder, options)
     default = runs.value("default", {}, 0)
     settings = json.loads((folder / "default-0.json").read_text(encoding="utf-8"))["settings"]
+    measure_name = "exact_match" if training_set.reply_tokens else "loss"
+    if options.has_defaults_only:
+        return {"default": default, "measure": measure_name, "settings": settings, "rows": runs.counts()}
     # every point has the defaults' passes over the rows and their rehearsal
     shared = {"budget": settings["budget"]["value"], "rehearsal": settings["data.rehearsal"]["value"]}
     points = options.few_points if training_set.is_large else options.points
@@ -232,7 +238,7 @@ def measure(name: str, options: Options) -> dict[str, Any]:
         **means,
         "fraction": over / under if under else float(over >= under),
         "seeds": seeds,
-        "measure": "loss" if is_loss else "exact_match",
+        "measure": measure_name,
         "best_point": best,
         "settings": settings,
         "grid": {"default": default, **grid},
@@ -376,6 +382,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of banking77, snips, ...")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), help="by default all; at the smallest size one of each kind")
     parser.add_argument("--rows", type=int, default=1000, help="most training rows of a set, but for the one of 5,000")
+    parser.add_argument("--defaults-only", action="store_true", help="one run a set, by the defaults, with seed 0")
     parser.add_argument("--work", type=Path, default=Path("defaults-work"), help="finished runs; a second call goes on")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     smallest.add_argument(parser, has_work=True)
@@ -386,7 +393,13 @@ def main() -> None:
         if arguments.small:
             options = small_options(Path(folder))
         else:
-            options = Options(arguments.data, arguments.work.absolute(), arguments.rows, deadline=deadline)
+            options = Options(
+                arguments.data,
+                arguments.work.absolute(),
+                arguments.rows,
+                deadline=deadline,
+                has_defaults_only=arguments.defaults_only,
+            )
         results = dict(measured(names, options))
     absent = {name: f"not asked for: --sets {name}" for name in SETS if name not in names}
     absent |= {name: result for name, result in results.items() if isinstance(result, str)}
