@@ -6,6 +6,7 @@
 An adapter is tuned on `--train-rows` rows of each set, its answers are held-out rows of the set's own test file. Then the old
 way and the new one take turns, `--pairs` times, on the same rows in one process. `ratios` are of the seconds of the whole
 `sartor evaluate` (opening the base, replies, losses, forgetting, intervals), `measuring_ratios` of replies and losses alone.
+In the old way the probes of forgetting go through each side by itself too.
 `exact_match_ratios`: the same for the new way with `--metrics exact_match loss`, where a reply ends as soon as it cannot match.
 
 `replies_differ`: rows whose replies are not the same text, of base and tuned; `largest_loss_difference` in nats a token;
@@ -38,9 +39,8 @@ import sartor
 from sartor.core import parquet_io
 from sartor.evaluate import evaluation
 from sartor.evaluate.paired_measurement import measure_models
-from sartor.evaluate.predictions import HeldOut, measure_model
+from sartor.inference.local import paired_replies
 from sartor.models import base as base_module
-from sartor.models.base import Base
 
 SETS = ("banking77", "restaurant8k")
 CLOSE = 1e-4
@@ -102,34 +102,26 @@ def tuned_adapter(work: Path, data: Path, name: str, train_rows: int) -> tuple[P
     return adapter, float(json.loads(seconds_file.read_text()))
 
 
-class Measuring:
-    """Replies and losses by one of the ways, timed. Put in the place of `evaluation.measure_models`."""
+def timed_evaluation(adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool) -> dict[str, Any]:
+    """One `sartor evaluate`: seconds, its metrics and its rows. Without the paired engine each side is measured by itself."""
+    measuring_s = 0.0
 
-    def __init__(self, *, is_paired: bool) -> None:
-        self._is_paired = is_paired
-        self.seconds = 0.0
-
-    def __call__(self, base: Base, model: Any, eval_set: HeldOut, field: str, **options: Any) -> Any:
+    def measure(*arguments: Any, **options: Any) -> Any:
+        nonlocal measuring_s
         began = time.monotonic()
-        if self._is_paired:
-            outputs = measure_models(base, model, eval_set, field, **options)
-        else:
-            outputs = [measure_model(base, model, eval_set, field, tuned=tuned) for tuned in (False, True)]
-        self.seconds = time.monotonic() - began
+        outputs = measure_models(*arguments, **options)
+        measuring_s = time.monotonic() - began
         return outputs
 
-
-def timed_evaluation(adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool) -> dict[str, Any]:
-    """One `sartor evaluate`: seconds, its metrics and its rows."""
-    way = Measuring(is_paired=is_paired)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "measure_models", way):
+    way = nullcontext() if is_paired else mock.patch.object(paired_replies, "open_pair", lambda *arguments: None)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "measure_models", measure), way:
         began = time.monotonic()
         report = evaluation.evaluate(
             adapter, data=rows_file, out=Path(folder) / "report", metrics=metrics, most_rows=rows, notice=notice
         ).report
         whole_s = time.monotonic() - began
         table = sorted(parquet_io.read_file(report.path / "rows.parquet"), key=lambda row: str(row["id"]))
-        return {"s": whole_s, "measuring_s": way.seconds, "metrics": report.manifest["metrics"], "rows": table}
+        return {"s": whole_s, "measuring_s": measuring_s, "metrics": report.manifest["metrics"], "rows": table}
 
 
 def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
