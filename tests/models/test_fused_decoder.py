@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +234,7 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
 ) -> None:
     monkeypatch.setenv("SARTOR_KERNELS", str(tmp_path))
     monkeypatch.setattr(cpu, "_compilers", lambda: (compiler,))
+    monkeypatch.setitem(sys.modules, "ziglang", None)
     cpu.load.cache_clear()
     try:
         path = fast_path(tuned("llama", torch.float32), rows(20, 9))
@@ -238,6 +242,31 @@ def test_without_a_compiler_torchs_operations_serve_and_say_so(
         assert ("no C++ compiler" if compiler is None else "false failed") in path.reason
     finally:
         cpu.load.cache_clear()
+
+
+def test_the_compiler_of_a_package_serves_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`python -m ziglang c++`, here a package of that name that calls g++ and notes how it was called."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    package, calls = tmp_path / "packages" / "ziglang", tmp_path / "calls"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        f"import subprocess, sys\nopen({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
+        "sys.exit(subprocess.run(['g++', *sys.argv[2:]]).returncode)\n"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("SARTOR_KERNELS", str(tmp_path))
+    monkeypatch.setattr(cpu, "_compilers", lambda: ("no-such-compiler",))
+    cpu.load.cache_clear()
+    try:
+        assert cpu.difference(cpu.load()) == ""
+    finally:
+        cpu.load.cache_clear()
+    lines = calls.read_text().splitlines()
+    assert len(lines) == 4 and all(line.startswith("c++ ") for line in lines)
+    assert "-fopenmp" not in " ".join(lines[1:]).split()  # zig's has no runtime of OpenMP
 
 
 def test_kernels_that_compute_something_else_are_found_out() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -59,7 +60,8 @@ def floor() -> MemoryBaseline:
 def _floor(cache_folder: str) -> MemoryBaseline:
     versions = [importlib.metadata.version(name) for name in ("torch", "sartor")]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), "no compiler")
+    pip_compiler = "ziglang" if importlib.util.find_spec("ziglang") else "no compiler"
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), pip_compiler)
     key = " ".join([str(SCHEMA), *versions, _sources(), platform.python_version(), platform.machine(), threads, compiler])
     file = Path(cache_folder) / "floor.json"
     try:

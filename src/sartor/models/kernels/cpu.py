@@ -1,9 +1,10 @@
 """C++ kernels compiled on this machine, called by ctypes.
 
-No build step at install. A missing or failing compiler costs speed, never function: `load` then says why and the caller
-takes `Eager`. The library goes to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds
-the digest of the source, the compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has
-loaded, since two pools would fight for cores.
+No build step at install. The compiler is the system's, or zig's C++ compiler where `pip install 'sartor[compiler]'` brought
+it. A missing or failing one costs speed, never function: `load` then says why and the caller takes `Eager`. The library goes
+to SARTOR_HOME/kernels (or the directory that SARTOR_KERNELS names) under a name that holds the digest of the source, the
+compiler and its flags, and the processor; it uses the very OpenMP runtime that torch has loaded, since two pools would fight
+for cores.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +37,8 @@ SOURCES = {
 }
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", "paged_attention.h"))
 # No -ffast-math: it would let a NaN pass for a number.
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+# OpenMP's loops for vectors alone: threads are begun by the runtime's own entry point (simd.h), which needs no compiler's help.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp-simd")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
@@ -200,22 +204,22 @@ def load() -> CpuKernels:
 
 
 def _library() -> Path:
-    compiler = next((executable for name in _compilers() if name and (executable := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
-        raise NoKernels("no C++ compiler is installed (g++ or clang++)")
+        raise NoKernels("no C++ compiler is installed: apt-get install g++, or pip install 'sartor[compiler]'")
     runtime, machine = _openmp(), _machine_flags()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
     options = [*FLAGS, *(option for extra_flags in SOURCES.values() for option in extra_flags), *machine]
-    parts = [*texts, compiler, version, str(runtime), *options, platform.machine(), _processor()]
+    parts = [*texts, *compiler, version, str(runtime), *options, platform.machine(), _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
-        _compile([compiler, *FLAGS, *machine], runtime, library)
+        _compile(compiler, [*FLAGS, *machine], runtime, library)
     return library
 
 
-def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> None:
+def _compile(compiler: Sequence[str], flags: Sequence[str], runtime: Path | None, library: Path) -> None:
     """Two steps, so that the linker takes torch's OpenMP and not the compiler's own; the name is given by a rename."""
     # durable, though it is a cache: a library that a power cut cut short would be loaded, and crash the process
     with tempfile.TemporaryDirectory(dir=library.parent) as part, create_file_atomic(library) as unfinished:
@@ -223,14 +227,24 @@ def _compile(command: Sequence[str], runtime: Path | None, library: Path) -> Non
         linked = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else ["-fopenmp"]
         sources = zip(SOURCES.items(), unlinked, strict=True)
         compiled = [
-            [*command, *extra_flags, "-c", str(source), "-o", object_file] for (source, extra_flags), object_file in sources
+            [*compiler, *flags, *extra_flags, "-c", str(source), "-o", object_file]
+            for (source, extra_flags), object_file in sources
         ]
-        for step in (*compiled, [command[0], "-shared", *unlinked, *linked, "-o", str(unfinished)]):
+        for step in (*compiled, [*compiler, "-shared", *unlinked, *linked, "-o", str(unfinished)]):
             completed = subprocess.run(step, capture_output=True, text=True, check=False)
             if completed.returncode:
-                raise NoKernels(
-                    f"{command[0]} failed: {completed.stderr.strip().splitlines()[-1] if completed.stderr else 'no message'}"
-                )
+                lines = completed.stderr.strip().splitlines() or ["no message"]
+                message = next((line for line in lines if "error" in line), lines[-1])
+                raise NoKernels(f"{Path(compiler[-1]).name} failed: {message}")
+
+
+def _compiler() -> list[str] | None:
+    """The command of the first compiler that is here: $CXX, the system's, zig's of the package `ziglang`; None without one."""
+    for name in _compilers():
+        if name and (executable := shutil.which(name)):
+            return [executable]
+    # the first call builds zig's standard library, which takes a minute or two
+    return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
 
 
 def _compilers() -> tuple[str, ...]:

@@ -349,12 +349,11 @@ template <class Op, class Look, class T> void walk(const Model& m, const Batch& 
   Scratch scratch{memory};
   Room room = rooms<Op, Look, T>(m, b.tokens, b.rank, scratch);
   Stages stages(m.layers * 13 + 1, threads);
-#pragma omp parallel num_threads(threads)
-  {
+  in_parallel(threads, [&](Long own, Long) {
     Op::begin();
-    Walk<Op, Look, T>(m, b, room, stages, omp_get_thread_num()).all();
+    Walk<Op, Look, T>(m, b, room, stages, own).all();
     Op::end();
-  }
+  });
 }
 
 // logits (tokens, vocabulary) of x (tokens, width); best (tokens): where the largest stands, -1 if any is not finite
@@ -367,10 +366,9 @@ void head(const Model& m, const float* x, Long tokens, float* logits, Long* best
   std::vector<float> tops(pieces * tokens);
   std::vector<Long> places(pieces * tokens);
   Stages stages(2, threads);
-#pragma omp parallel num_threads(threads)
-  {
+  in_parallel(threads, [&](Long own, Long) {
     Op::begin();
-    Worker worker{stages, omp_get_thread_num()};
+    Worker worker{stages, own};
     std::vector<float> line(m.width);
     worker.share(tokens, [&](Long t) {
       rms_norm(x + t * m.width, static_cast<const T*>(m.norm), line.data(), m.width, float(m.eps), float(m.offset));
@@ -390,7 +388,7 @@ void head(const Model& m, const float* x, Long tokens, float* logits, Long* best
       }
     });
     Op::end();
-  }
+  });
   for (Long t = 0; t < tokens; ++t) {
     best[t] = places[t];
     float top = tops[t];

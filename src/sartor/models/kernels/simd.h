@@ -7,12 +7,17 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+
+extern "C" {
+void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
 
 namespace {
 
@@ -103,12 +108,18 @@ inline float hyperbolic(float y) {
 }
 inline double hyperbolic(double y) { return std::tanh(y); }
 
+// body(own, count) in `threads` threads, of which `own` is one of `count`. The region is begun by the entry point of the OpenMP
+// runtime that torch has loaded (libgomp's, which LLVM's has as well) and not by a pragma: so any compiler will do, also one
+// that comes without a runtime, as zig's does.
+template <class F> void in_parallel(int threads, F body) {
+  auto run = [](void* data) { (*static_cast<F*>(data))(Long(omp_get_thread_num()), Long(omp_get_num_threads())); };
+  GOMP_parallel(run, &body, unsigned(threads), 0);
+}
+
 template <class F> void over_rows(Long rows, int threads, F body) {
-#pragma omp parallel num_threads(threads)
-  {
-    Long count = omp_get_num_threads(), own = omp_get_thread_num();
+  in_parallel(threads, [&](Long own, Long count) {
     for (Long row = rows * own / count; row < rows * (own + 1) / count; ++row) body(row);
-  }
+  });
 }
 
 }  // namespace

@@ -396,16 +396,14 @@ template <class C, class F> void over_tasks(const Geometry<C>& g, int threads, b
     most = std::max(most, reach);
     ends[i] = total += g.length[i] * (g.first[i] + g.length[i] / 2 + 1) + 2 * reach;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    Long count = omp_get_num_threads(), own = omp_get_thread_num();
+  in_parallel(threads, [&](Long own, Long count) {
     Scratch<C> scratch(most, g.width, backward);
     for (Long task = 0; task < g.groups * g.segments; ++task) {
       Long group = task / g.segments, segment = task % g.segments;
       Long done = group * total + ends[segment] - 1;
       if (done * count / (total * g.groups) == own) body(segment, group, own, scratch);
     }
-  }
+  });
 }
 
 template <class T, class C = Compute<T>>
