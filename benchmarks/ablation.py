@@ -5,7 +5,8 @@
 
 One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update; each way
 alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over the way without.
-`--write` puts the table between the markers `<!-- ablation -->` and `<!-- /ablation -->` of a file.
+With the package ziglang (`sartor[compiler]`) there is a line for kernels that its compiler made. `--write` puts the table
+between the markers `<!-- ablation -->` and `<!-- /ablation -->` of a file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.util
 import platform
 import statistics
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import savings
 import smallest
@@ -28,6 +31,8 @@ import torch
 from results import print_result
 
 from sartor.models import packing as batches
+from sartor.models.kernels import cpu
+from sartor.models.kernels.cpu import CpuKernels
 from sartor.models.kernels.reference import ReferenceKernels
 from sartor.models.losses import loss_backend, transformers_backend
 from sartor.models.losses.fused_decoder import FusedDecoder
@@ -82,6 +87,9 @@ class Ways:
         """(what is left out, the whole path, the way without it)."""
         whole = self.of(self.fast, self.rows)
         yield "C++ kernels (torch's own operations instead)", whole, self.of(self.eager, self.rows)
+        if importlib.util.find_spec("ziglang"):
+            zig = FusedDecoder(without_peft(self.model), kernels_by_zig())
+            yield "the system's compiler (the package ziglang's instead)", whole, self.of(zig, self.rows)
         yield (
             "the C++ attention alone (torch's instead)",
             whole,
@@ -106,6 +114,12 @@ class Ways:
             self.of(self.fast, self.common, share=True),
             self.of(self.fast, self.common),
         )
+
+
+def kernels_by_zig() -> CpuKernels:
+    """The C++ kernels as a machine without a system's compiler gets them (`pip install 'sartor[compiler]'`)."""
+    with mock.patch.object(cpu, "_compilers", lambda: ()):
+        return cpu.load.__wrapped__()
 
 
 def seconds(way: Way, trained: list[Any]) -> float:

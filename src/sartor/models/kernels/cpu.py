@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -40,6 +41,9 @@ HEADERS = tuple(Path(__file__).with_name(name) for name in ("simd.h", "gemm.h", 
 # OpenMP's loops for vectors alone: threads are begun by the runtime's own entry point (simd.h), which needs no compiler's help.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp-simd")
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+
+
+_LOG = logging.getLogger("sartor.kernels")
 
 
 class NoKernels(Exception):
@@ -215,6 +219,8 @@ def _library() -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = Path(os.environ.get("SARTOR_KERNELS") or folder("kernels")) / f"native-{name}.so"
     if not library.is_file():
+        if "ziglang" in compiler:  # its first call builds its standard library
+            _LOG.warning("compiling kernels with the package ziglang, once on this machine; it takes minutes")
         _compile(compiler, [*FLAGS, *machine], runtime, library)
     return library
 
@@ -243,7 +249,6 @@ def _compiler() -> list[str] | None:
     for name in _compilers():
         if name and (executable := shutil.which(name)):
             return [executable]
-    # the first call builds zig's standard library, which takes a minute or two
     return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
 
 
