@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import torch
 from results import print_result
@@ -118,8 +119,11 @@ def tops(layers: int) -> list[int]:
 
 def measure(layers: int, pairs: int, prove: bool) -> dict[str, Any]:
     """Both savings. With too few `layers` none is frozen below those that are adapted, and `absent` names the ratio."""
-    shared = shared_prefix(layers, pairs, prove)
-    frozen = {top: frozen_prefix(top, layers, pairs, prove) for top in tops(layers)}
+    shared = parts.run("shared prefixes", lambda: shared_prefix(layers, pairs, prove))
+    frozen = {
+        top: parts.run(f"frozen activations, top {top} layers", lambda top=top: frozen_prefix(top, layers, pairs, prove))
+        for top in tops(layers)
+    }
     names = {10: "frozen_prefix_ratio", 6: "frozen_prefix_ratio_top_6"}
     return {
         "shared_prefix_ratio": shared.pop("shared_prefix_ratio"),
