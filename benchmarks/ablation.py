@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import parts
 import savings
 import smallest
 import tables
@@ -60,12 +61,12 @@ class Ways:
     def of(self, fast: FusedDecoder, examples: list[batches.TokenizedExample], share: bool = False) -> Way:
         return lambda: fast.losses(batches.pack(examples, self.device, share=share)).mean()
 
-    def mixed(self, parts: tuple[str, ...]) -> ReferenceKernels:
-        """The path's kernels, with torch's operations for these parts, forward and backward."""
+    def mixed(self, operations: tuple[str, ...]) -> ReferenceKernels:
+        """The path's kernels, with torch's for these operations, forward and backward."""
         torchs = {
             name: getattr(ReferenceKernels, name)
-            for part in parts
-            for name in (part, f"{part}_backward")
+            for operation in operations
+            for name in (operation, f"{operation}_backward")
             if hasattr(ReferenceKernels, name)
         }
         made: ReferenceKernels = copy.copy(self.fast.kernels)
@@ -136,15 +137,18 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
     ways = Ways(layers)
     lines = []
     for name, whole, without in ways.apart():
-        found, each = savings.ratio(lambda a=whole: seconds(a, ways.trained), lambda b=without: seconds(b, ways.trained), pairs)
+        found, each = parts.run(
+            name,
+            lambda a=whole, b=without: savings.ratio(lambda: seconds(a, ways.trained), lambda: seconds(b, ways.trained), pairs),
+        )
         lines.append({"without": name, "ratio": found, "of_each_pair": each})
     whole = ways.of(ways.fast, ways.rows)
     for top in savings.tops(layers):
-        found = savings.frozen_prefix(top, layers, pairs, prove=False)
         name = f"frozen activations from disk, later epochs, with the top {top} layers adapted"
+        found = parts.run(name, lambda top=top: savings.frozen_prefix(top, layers, pairs, prove=False))
         lines.append({"without": name, "ratio": found["ratio"], "of_each_pair": found["of_each_pair"]})
     tokens = sum(len(row.ids) for row in ways.rows)
-    took = statistics.median(seconds(whole, ways.trained) for _ in range(pairs))
+    took = parts.run("nothing", lambda: statistics.median(seconds(whole, ways.trained) for _ in range(pairs)))
     lines.insert(0, {"without": "nothing", "ratio": 1.0, "tokens_per_s": round(tokens / took, 1)})
     return lines
 
