@@ -11,12 +11,14 @@ often an effect, in standard deviations of a group's difference, is told.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import parts
 import smallest
 from numpy.typing import NDArray
 from results import print_result
@@ -113,6 +115,16 @@ def false_percent(method: Interval, name: str, count: int, trials: int) -> float
     return round(100 * max(sum(low > 0 for low, _ in ends), sum(high < 0 for _, high in ends)) / trials, 2)
 
 
+def false_percents(method: str, name: str, groups: Sequence[int], trials: int) -> dict[str, float]:
+    """Return `false_percent` of a method and a distribution, by number of groups."""
+    return {str(count): false_percent(METHODS[method], name, count, trials) for count in groups}
+
+
+def power_percents(method: str, effect: float, groups: Sequence[int], trials: int) -> dict[str, float]:
+    """Return `power_percent` of a method and an effect, by number of groups."""
+    return {str(count): power_percent(METHODS[method], effect, count, trials) for count in groups}
+
+
 def power_percent(method: Interval, effect: float, count: int, trials: int) -> float:
     """Per cent of trials that tell an effect of normal differences."""
     rng = np.random.default_rng(count)
@@ -134,14 +146,20 @@ def main() -> None:
     said: dict[str, Any] = {
         "false_verdicts": {
             method: {
-                name: {count: false_percent(METHODS[method], name, count, asked.trials) for count in asked.groups}
+                name: parts.run(
+                    f"{method}: false verdicts, {name}",
+                    functools.partial(false_percents, method, name, asked.groups, asked.trials),
+                )
                 for name in DRAWS
             }
             for method in asked.methods
         },
         "power": {
             method: {
-                str(effect): {count: power_percent(METHODS[method], effect, count, asked.trials) for count in asked.groups}
+                str(effect): parts.run(
+                    f"{method}: power, effect {effect}",
+                    functools.partial(power_percents, method, effect, asked.groups, asked.trials),
+                )
                 for effect in EFFECTS
             }
             for method in asked.methods
