@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import smallest
 from numpy.typing import NDArray
 from results import print_result
@@ -235,13 +236,16 @@ def main() -> None:
     asked = parser.parse_args()
     series, trials = (10, 4) if asked.small else (asked.series, asked.series // 3)
     began = time.monotonic()
+    drawn_anew, larger_change = replace(GAIN, held_out_change=1.0), replace(NO_GAIN, change=2 * CHANGE)
     result: dict[str, Any] = {
-        "false_promotions": false_promotions(series, NO_GAIN),
-        "false_promotions_restless": false_promotions(series, RESTLESS),
-        "power": {str(look): power(trials, GAIN, look) for look in (1, 2, 3, 5)},
-        "power_all_drawn_anew": power(trials, replace(GAIN, held_out_change=1.0)),
-        "feedback_power": power(trials, FEEDBACK_GAIN),
-        "larger_change": false_promotions(trials, replace(NO_GAIN, change=2 * CHANGE)),
+        "false_promotions": parts.run("false promotions", lambda: false_promotions(series, NO_GAIN)),
+        "false_promotions_restless": parts.run("restless", lambda: false_promotions(series, RESTLESS)),
+        "power": {
+            str(look): parts.run(f"power at look {look}", lambda look=look: power(trials, GAIN, look)) for look in (1, 2, 3, 5)
+        },
+        "power_all_drawn_anew": parts.run("power, all drawn anew", lambda: power(trials, drawn_anew)),
+        "feedback_power": parts.run("power of feedback", lambda: power(trials, FEEDBACK_GAIN)),
+        "larger_change": parts.run("larger change", lambda: false_promotions(trials, larger_change)),
     }
     print_result({**result, "wall_s": round(time.monotonic() - began, 1)})
 
