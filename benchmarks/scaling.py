@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import smallest
 from results import print_result
 
@@ -130,11 +131,14 @@ def main() -> None:
         seconds(folder, base, sizes.rows[0], 8)  # warms up
         by_rows, by_rank = [], []
         for rows in sizes.rows:
-            took, tokens = seconds(folder, base, rows, 16)
+            took, tokens = parts.run(f"{rows} rows", lambda rows=rows: seconds(folder, base, rows, 16))
             by_rows.append({"rows": rows, "seconds": took, "tokens": tokens, "per_row": took / rows})
         for rank in sizes.ranks:
-            took = min(seconds(folder, base, sizes.rank_rows, rank)[0] for _ in range(sizes.repeats))
-            by_rank.append({"rank": rank, "seconds": took})
+            runs = parts.run(
+                f"rank {rank}",
+                lambda rank=rank: [seconds(folder, base, sizes.rank_rows, rank)[0] for _ in range(sizes.repeats)],
+            )
+            by_rank.append({"rank": rank, "seconds": min(runs)})
     if arguments.plot:
         plot(arguments.plot, by_rows, by_rank)
     fits = {
