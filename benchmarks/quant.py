@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import torch
 from results import last_line, print_result
@@ -177,30 +178,46 @@ def fresh(case: str, name: str, bits: Any, tokens: int = 16) -> dict[str, Any]:
     return said
 
 
+def memory_runs(large: str, tokens: int, repeats: int, shape: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the runs of the case `memory` on the 1.1B base, in NF4 and in bf16. large: its folder; empty to write it."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not large:
+            write_large(Path(folder), shape)
+        bits_by_kind = {"nf4": 4, "bf16": 16}
+        return {
+            kind: [fresh("memory", large or folder, bits, tokens) for _ in range(repeats)]
+            for kind, bits in bits_by_kind.items()
+        }
+
+
 def median_of(runs: list[dict[str, Any]], key: str) -> float:
     return statistics.median(run[key] for run in runs)
 
 
 def measure(base: str, pairs: int, tokens: int, large: str, shape: dict[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
-    weights = {bits: fresh("bytes", base, bits)["linear_bytes"] for bits in (4, 8, 16)}
+    weights = {
+        bits: parts.run(f"bytes, {bits} bits", lambda bits=bits: fresh("bytes", base, bits)["linear_bytes"])
+        for bits in (4, 8, 16)
+    }
     said["linear_bytes_over_bf16"] = {"nf4": round(weights[4] / weights[16], 4), "int8": round(weights[8] / weights[16], 4)}
-    with tempfile.TemporaryDirectory() as made:
-        if not large:
-            write_large(Path(made), shape)
-        few = {bits: [fresh("memory", large or made, bits, tokens) for _ in range(min(pairs, 2))] for bits in (4, 16)}
-    said["memory_1b"] = {"nf4": few[4][-1], "bf16": few[16][-1]}
-    said["peak_rss_over_bf16"] = round(median_of(few[4], "peak_bytes") / median_of(few[16], "peak_bytes"), 3)
+    few = parts.run("memory", lambda: memory_runs(large, tokens, min(pairs, 2), shape))
+    said["memory_1b"] = {kind: runs[-1] for kind, runs in few.items()}
+    said["peak_rss_over_bf16"] = round(median_of(few["nf4"], "peak_bytes") / median_of(few["bf16"], "peak_bytes"), 3)
     steps: dict[Any, list[dict[str, Any]]] = {"auto": [], 4: [], 8: []}
-    for _ in range(pairs):  # alternating: what else the machine does falls on each alike
-        for bits, runs in steps.items():
-            runs.append(fresh("step", base, bits))
+    for pair in range(pairs):  # alternating: what else the machine does falls on each alike
+        round_of_steps = parts.run(f"step, round {pair + 1}", lambda: [fresh("step", base, bits) for bits in steps])
+        for runs, step in zip(steps.values(), round_of_steps, strict=True):
+            runs.append(step)
     said["step"] = {str(bits): runs[-1] | {"step_s": round(median_of(runs, "step_s"), 3)} for bits, runs in steps.items()}
     plain = steps["auto"]
     for bits, kind in quantization.KINDS.items():
         ratios = [run["step_s"] / other["step_s"] for run, other in zip(steps[bits], plain, strict=True)]
         said[f"step_{kind}_over_auto"] = round(statistics.median(ratios), 3)
-    said["learning"] = {kind: fresh("learning", base, bits) for bits, kind in quantization.KINDS.items()}
+    said["learning"] = {
+        kind: parts.run(f"learning, {kind}", lambda bits=bits: fresh("learning", base, bits))
+        for bits, kind in quantization.KINDS.items()
+    }
     said["targets"] = {
         "linear_bytes_at_most_0.32": said["linear_bytes_over_bf16"]["nf4"] <= 0.32,
         "peak_rss_at_most_0.6": said["peak_rss_over_bf16"] <= 0.6,
