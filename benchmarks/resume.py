@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import parts
 import smallest
 from results import last_line, print_result
 
@@ -354,15 +355,21 @@ def main() -> None:
         print_result(serve(arguments.side, arguments.seed, SMALL.get(arguments.side, FULL) if arguments.small else FULL))
         return
     began = time.monotonic()
-    said = ours("sartor", arguments.seed, arguments.small)
-    said["general"] = ours("sartor_general", arguments.seed, arguments.small)
+    said = parts.run("sartor", lambda: ours("sartor", arguments.seed, arguments.small))
+    said["general"] = parts.run("sartor_general", lambda: ours("sartor_general", arguments.seed, arguments.small))
     python, said["absent"] = peer_python(), {}
     if arguments.small:
         said["absent"]["trl"] = smallest.LEFT_OUT
     elif not python.exists():
         said["absent"]["trl"] = f"there is no {python}; {TRL_HELP}"
     said["trl"] = (
-        {"failed": said["absent"]["trl"]} if said["absent"] else in_its_python(str(python), "trl", arguments.seed, False)
+        {"failed": said["absent"]["trl"]}
+        if said["absent"]
+        else parts.run(
+            "trl",
+            lambda: in_its_python(str(python), "trl", arguments.seed, False),
+            is_final=lambda result: "failed" not in result,
+        )
     )
     said["wall_s"] = round(time.monotonic() - began, 1)
     said["machine"] = {"processor": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()}
