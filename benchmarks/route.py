@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import route_sets as sets
 import route_team
 import smallest
@@ -268,7 +269,7 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
     began, crew, rules = time.monotonic(), Crew(arguments.vectors), Routing(encoder="minilm")
     draws = []
     for seed in range(arguments.seed, arguments.seed + arguments.draws):
-        draws.append(measured(seed, crew, rules, arguments.foreign))
+        draws.append(parts.run(f"draw {seed}", lambda seed=seed: measured(seed, crew, rules, arguments.foreign)))
         crew.keep()
         if not arguments.json:
             print(
@@ -278,11 +279,17 @@ def everything(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     found = {**(mean(draws) if draws else {}), "bins": BINS}
     found["peers"] = {name: mean([one["peers"][name] for one in draws]) for name in (draws[0]["peers"] if draws else {})}
-    found |= {"draws": draws, "curve": {one: curve(arguments.sizes, one, crew, rules) for one in arguments.encoders}}
+    curves = {
+        encoder: parts.run(f"curve, {encoder}", lambda encoder=encoder: curve(arguments.sizes, encoder, crew, rules))
+        for encoder in arguments.encoders
+    }
+    found |= {"draws": draws, "curve": curves}
     crew.keep()
     found["absent"] = {}
     if arguments.team:
-        found["team"] = route_team.measured(arguments.team, crew, arguments.rounds, arguments.chitchat)
+        found["team"] = parts.run(
+            "team", lambda: route_team.measured(arguments.team, crew, arguments.rounds, arguments.chitchat)
+        )
     else:
         found["absent"]["team"] = "not asked for: --team DIR, which examples/team/up.sh makes"
     machine = {"processor": platform.machine(), "python": platform.python_version()}
