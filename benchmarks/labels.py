@@ -12,6 +12,7 @@ random intent. The reply is the intent's name or a JSON object with it and its s
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import random
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import smallest
 from results import print_result
 from sklearn.metrics import roc_auc_score
@@ -160,18 +162,24 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for encoder in arguments.encoder or ["tfidf", "minilm"]:
         for how in arguments.how or ["equal", "natural", "demo"]:
             for seed in range(arguments.seeds):
-                rows = sample(arguments.rows, arguments.language, how, 100 + seed)
-                replies = [dict(reply) for _, reply in rows]
-                flipped = flip(replies, arguments.flipped, seed)
-                bare = seed % 2 == 1
-                said = [reply["intent"] if bare else json.dumps(reply, ensure_ascii=False) for reply in replies]
-                step = SuspiciousLabels(encoder=encoder, queue_fraction=1.0)
-                prompts = [prompt for prompt, _ in rows]
-                found = measure(step, list(zip(prompts, said, strict=True)), flipped)
-                runs.append({"how": how, "language": arguments.language, "seed": seed, "rows": len(rows), **found})
+                label = f"{encoder}, {how}, seed {seed}"
+                runs.append(parts.run(label, functools.partial(measure_seed, arguments, encoder, how, seed)))
                 if not arguments.json:
                     print(runs[-1])
     return runs
+
+
+def measure_seed(arguments: argparse.Namespace, encoder: str, how: str, seed: int) -> dict[str, Any]:
+    """Measure one seed of an encoder and a way of drawing."""
+    rows = sample(arguments.rows, arguments.language, how, 100 + seed)
+    replies = [dict(reply) for _, reply in rows]
+    flipped = flip(replies, arguments.flipped, seed)
+    bare = seed % 2 == 1
+    said = [reply["intent"] if bare else json.dumps(reply, ensure_ascii=False) for reply in replies]
+    step = SuspiciousLabels(encoder=encoder, queue_fraction=1.0)
+    prompts = [prompt for prompt, _ in rows]
+    found = measure(step, list(zip(prompts, said, strict=True)), flipped)
+    return {"how": how, "language": arguments.language, "seed": seed, "rows": len(rows), **found}
 
 
 if __name__ == "__main__":
