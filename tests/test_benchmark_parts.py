@@ -12,6 +12,21 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+# programs that are one part -> why
+ONE_PART = {
+    "bad_adapters": "writes files of seconds",
+    "chaos": "faults are done to one served team, whose state they share",
+    "collaborate": "--out has the specialist and every answer",
+    "federate_robust": "a minute",
+    "norms": "seconds",
+    "packing": "a minute",
+    "personal": "minutes",
+    "preferences": "minutes, on one base that is made for them",
+    "revoke": "minutes, on one Dataset that is made for them",
+    "secure_sum": "one round",
+    "serve": "a round has every side, which are processes that stay open",
+    "spoken_rows": "writes files",
+}
 PROGRAM = """
 import argparse, sys, time
 sys.path.insert(0, {benchmarks!r})
@@ -53,6 +68,30 @@ def test_second_call_takes_over_finished_parts(tmp_path: Path) -> None:
     assert "part 1: 0.0 s" in first.stderr and "part 1: of an earlier call" in second.stderr
     call(tmp_path, "--work", "work", "--seconds", "0.01")
     assert (tmp_path / "calls.txt").read_text() == "1212", "other options, other parts"
+
+
+def test_second_call_of_a_program_measures_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import intervals
+    import parts
+
+    command = ["intervals.py", "--trials", "2", "--groups", "5", "--methods", "sartor", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(parts, "_watch", lambda call: None)
+    monkeypatch.setattr(parts, "_call", parts.Call())  # put back after the test
+    intervals.main()
+    first = json.loads(capsys.readouterr().out)
+
+    def measure_again(each: Any) -> tuple[float, float]:
+        raise AssertionError("measured twice")
+
+    monkeypatch.setitem(intervals.METHODS, "sartor", measure_again)
+    intervals.main()
+    captured = capsys.readouterr()
+    second = json.loads(captured.out)
+    assert {**first, "wall_s": 0} == {**second, "wall_s": 0}
+    assert captured.err.count("of an earlier call") == len(intervals.DRAWS) + len(intervals.EFFECTS)
 
 
 def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
@@ -112,5 +151,8 @@ def test_every_benchmark_can_be_called_with_a_folder_for_its_parts() -> None:
     """`make bench` gives each `--work`; five had such an option before, for parts of their own."""
     programs = [file for file in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
     parts_of_others = {"serve_sides", "serve_work", "learn_rows"}
-    lacking = [file.stem for file in programs if "smallest.add_argument(" not in file.read_text(encoding="utf-8")]
-    assert set(lacking) == parts_of_others
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in programs}
+    lacking = {name for name, text in texts.items() if "smallest.add_argument(" not in text}
+    assert lacking == parts_of_others
+    undivided = {name for name, text in texts.items() if "parts.run(" not in text and "has_work=True" not in text}
+    assert undivided - parts_of_others == set(ONE_PART)
