@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import platform
 import random
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import parts
 import smallest
 import torch
 from results import print_result
@@ -134,20 +136,30 @@ def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure_set(adapter: Path, rows_file: Path, rows: int, pairs: int) -> dict[str, Any]:
-    """The figures of one set."""
-    old: list[dict[str, Any]] = []
-    new: list[dict[str, Any]] = []
-    ended: list[dict[str, Any]] = []
-    turns: list[tuple[list[dict[str, Any]], bool, tuple[str, ...]]] = [
-        (old, False, ()),
-        (new, True, ()),
-        (ended, True, ("exact_match", "loss")),
+def measure_turn(adapter: Path, rows_file: Path, rows: int, *, is_reversed: bool) -> dict[str, dict[str, Any]]:
+    """Every way once, one after the other."""
+    ways: list[tuple[str, bool, tuple[str, ...]]] = [
+        ("old", False, ()),
+        ("new", True, ()),
+        ("ended", True, ("exact_match", "loss")),
     ]
-    for index in range(pairs):
-        for results, is_paired, metrics in turns if index % 2 == 0 else reversed(turns):
-            results.append(timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired))
-            notice(f"{'new' if is_paired else 'old'} way {metrics or ''}: {results[-1]['s']:.1f} s")
+    results = {}
+    for way, is_paired, metrics in reversed(ways) if is_reversed else ways:
+        results[way] = timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired)
+        notice(f"{'new' if is_paired else 'old'} way {metrics or ''}: {results[way]['s']:.1f} s")
+    return results
+
+
+def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int) -> dict[str, Any]:
+    """The figures of one set."""
+    turns = [
+        parts.run(
+            f"{name}, pair {index + 1}",
+            functools.partial(measure_turn, adapter, rows_file, rows, is_reversed=index % 2 == 1),
+        )
+        for index in range(pairs)
+    ]
+    old, new, ended = ([turn[way] for turn in turns] for way in ("old", "new", "ended"))
 
     def ratios(others: Sequence[dict[str, Any]], key: str) -> list[float]:
         return [round(before[key] / after[key], 2) for before, after in zip(old, others, strict=True)]
@@ -197,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of each set")
     parser.add_argument("--train-rows", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder whose Adapters are used again; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="folder of finished parts, whose Adapters are used again")
     parser.add_argument("--bf16", action="store_true", help="compute the base in bf16 (one pair tells how many replies differ)")
     arguments = parser.parse_args()
     rows, train_rows, pairs = (6, 12, 1) if arguments.small else (arguments.rows, arguments.train_rows, arguments.pairs)
@@ -212,7 +224,7 @@ def main() -> None:
             rows_file = work / f"{name}-test.jsonl"
             rows_file.write_text("".join(json.dumps(row) + "\n" for row in read_set(data, name, "test", rows)))
             with computing_in(torch.bfloat16 if arguments.bf16 else None):
-                result["sets"][name] = {"tune_s": tune_s, **measure_set(adapter, rows_file, rows, pairs)}
+                result["sets"][name] = {"tune_s": tune_s, **measure_set(name, adapter, rows_file, rows, pairs)}
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "bf16": arguments.bf16}
     print_result({**result, "machine": machine, "wall_s": round(time.monotonic() - began, 1)})
     if not arguments.bf16 and any(
