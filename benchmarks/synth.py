@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parts
 import smallest
 import synth_rows
 from results import print_result
@@ -62,6 +63,15 @@ class Case:
     sides: ValidationSamples
 
 
+@dataclass(frozen=True)
+class Run:
+    """A case of a set with its plant, and the tests that failed in it."""
+
+    name: str
+    plant: str
+    failed: list[str]
+
+
 class Remembered:
     """An encoder that has read all texts of a set at once: to fit it anew for every run is most of the work."""
 
@@ -91,33 +101,41 @@ def cases_of(name: str, asked: argparse.Namespace) -> list[Case]:
     return found
 
 
-def failures(asked: argparse.Namespace) -> list[tuple[Case, list[str]]]:
-    """Every run of every set, and the tests that failed in it."""
+def failures(asked: argparse.Namespace) -> list[Run]:
+    """Every run of every set."""
     found = []
     for name in SETS:
-        cases = cases_of(name, asked)
-        remembered = Remembered(asked.encoder, cases)
-        register_encoder(remembered.name, lambda known=remembered: known)  # type: ignore[misc]
-        for case in cases:
-            how = ValidateOptions(encoder=remembered.name, permutations=asked.permutations, seed=case.seed)
-            found.append((case, [test.name for test in verdicts(case.sides, how) if test.verdict == "fail"]))
+        pairs = parts.run(f"runs of {name}", lambda name=name: failures_of(name, asked))
+        found += [Run(name, plant, failed) for plant, failed in pairs]
         notice(f"{name}: {heard(found, name)}")
     return found
 
 
-def heard(runs: list[tuple[Case, list[str]]], name: str) -> str:
+def failures_of(name: str, asked: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """(plant, the tests that failed) of every run of a set."""
+    cases = cases_of(name, asked)
+    remembered = Remembered(asked.encoder, cases)
+    register_encoder(remembered.name, lambda: remembered)
+    pairs = []
+    for case in cases:
+        how = ValidateOptions(encoder=remembered.name, permutations=asked.permutations, seed=case.seed)
+        pairs.append((case.plant, [test.name for test in verdicts(case.sides, how) if test.verdict == "fail"]))
+    return pairs
+
+
+def heard(runs: list[Run], name: str) -> str:
     """Of a set, by plant: in how many runs a test failed that is meant for it, or any where nothing is planted."""
     counts: dict[str, list[bool]] = {}
-    for case, failed in runs:
-        if case.name == name:
-            meant = set(failed) if case.plant == NOTHING else PLANTS[case.plant][1] & set(failed)
-            counts.setdefault(case.plant or "nothing planted", []).append(bool(meant))
+    for run in runs:
+        if run.name == name:
+            meant = set(run.failed) if run.plant == NOTHING else PLANTS[run.plant][1] & set(run.failed)
+            counts.setdefault(run.plant or "nothing planted", []).append(bool(meant))
     return ", ".join(f"{plant} {sum(hits)}/{len(hits)}" for plant, hits in counts.items())
 
 
-def false_alarm(runs: list[tuple[Case, list[str]]]) -> dict[str, Any]:
+def false_alarm(runs: list[Run]) -> dict[str, Any]:
     """Sets in which nothing is planted: fraction of runs with any failure, and which tests those were."""
-    quiet = [(case.name, failed) for case, failed in runs if case.plant == NOTHING]
+    quiet = [(run.name, run.failed) for run in runs if run.plant == NOTHING]
     return {
         "false_alarm": _part([bool(failed) for _, failed in quiet]),
         "runs": len(quiet),
@@ -126,17 +144,16 @@ def false_alarm(runs: list[tuple[Case, list[str]]]) -> dict[str, Any]:
     }
 
 
-def power(runs: list[tuple[Case, list[str]]]) -> dict[str, Any]:
+def power(runs: list[Run]) -> dict[str, Any]:
     """Planted faults: fraction of runs in which a test that is meant for the fault fails, and any test at all."""
     said: dict[str, Any] = {"power": {}, "by_set": {}, "any_test": {}, "runs": {}}
     for plant, (changes, meant) in PLANTS.items():
         hits = {
-            name: [bool(meant & set(failed)) for case, failed in runs if (case.plant, case.name) == (plant, name)]
-            for name in changes
+            name: [bool(meant & set(run.failed)) for run in runs if (run.plant, run.name) == (plant, name)] for name in changes
         }
         said["power"][plant] = _part([hit for some in hits.values() for hit in some])
         said["by_set"][plant] = {name: _part(some) for name, some in hits.items()}
-        said["any_test"][plant] = _part([bool(failed) for case, failed in runs if case.plant == plant])
+        said["any_test"][plant] = _part([bool(run.failed) for run in runs if run.plant == plant])
         said["runs"][plant] = sum(len(some) for some in hits.values())
     return said
 
