@@ -17,6 +17,7 @@ with `--out` exits 5 for each and writes no Dataset. `benchmarks/synth.py` has `
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import random
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import yaml
 from results import print_result
@@ -149,7 +151,13 @@ def _options(seed: int) -> dict[str, Any]:
     return {"seed": seed, **size.options}
 
 
-def lifted(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any]:
+def lifted(seed: int, base: str, updates: int) -> dict[str, Any]:
+    """One draw of 60 rows, from generation to proof, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return lifted_in(Path(folder), seed, base, updates)
+
+
+def lifted_in(folder: Path, seed: int, base: str, updates: int) -> dict[str, Any]:
     """One draw of 60 rows, from generation to proof."""
     reality = real(folder, seed)
     made = generate(folder, reality, seed)
@@ -179,8 +187,7 @@ def measure(
         vars(size).update(vars(SMALL))
     each = []
     for seed in range(first, first + (seeds if seeds < 10 else 1)):
-        with tempfile.TemporaryDirectory() as folder:
-            each.append(lifted(Path(folder), seed, base, size.updates or updates))
+        each.append(parts.run(f"lift, seed {seed}", functools.partial(lifted, seed, base, size.updates or updates)))
         notice(json.dumps(each[-1]))
     return {**each[0]["gain"], "without": each[0]["without"], "with": each[0]["with"], "draws": each}
 
