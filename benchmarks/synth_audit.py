@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import yaml
 from results import print_result
@@ -214,7 +215,9 @@ def measured(bench: Bench, seeds: Sequence[int], kinds: Sequence[str]) -> list[d
     """Of each seed {seed, kind: what was found}."""
     each = []
     for seed in seeds:
-        each.append({"seed": seed, **{kind: vars(bench.audited(bench.tuned(kind, seed), seed)) for kind in kinds}})
+        label = f"{', '.join(kinds)}, seed {seed}"
+        found = parts.run(label, lambda seed=seed: {kind: vars(bench.audited(bench.tuned(kind, seed), seed)) for kind in kinds})
+        each.append({"seed": seed, **found})
         print(json.dumps(each[-1]), file=sys.stderr, flush=True)
     return each
 
@@ -297,7 +300,7 @@ def main() -> None:
         if "mitigation" in asked.parts:
             found["mitigation"] = mitigated(each)
         if "release" in asked.parts:
-            found["release"] = at_the_gate(bench, asked.first)
+            found["release"] = parts.run("release", lambda: at_the_gate(bench, asked.first))
     why = smallest.LEFT_OUT if asked.small else "not asked for: --parts"
     found["absent"] = {part: why for part in PARTS if part not in asked.parts}
     print_result(found)
