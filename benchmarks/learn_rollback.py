@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import parts
 import smallest
 from results import print_result
 from scipy.stats import binom
@@ -86,12 +87,15 @@ def measure(runs: int = 100, seed: int = 0) -> dict[str, Any]:
     """{drift: {median, p95, missed, too_soon}} of so many runs each; and how often one that does not drift is sent back."""
     said: dict[str, Any] = {}
     for drift in DRIFTS:
-        found = [until_rollback(drift, random.Random(f"{seed}{drift}{run}")) for run in range(runs)]
+        found = parts.run(
+            f"drift: {drift.name}",
+            lambda drift=drift: [until_rollback(drift, random.Random(f"{seed}{drift}{run}")) for run in range(runs)],
+        )
         hits = sorted(count for count in found if count > 0)
         said[drift.name] = {"missed": found.count(0), "too_soon": sum(count < 0 for count in found)}
         if hits:
             said[drift.name] |= {"median": quantile(hits, 0.5), "p95": quantile(hits, 0.95)}
-    calm = [until_rollback(None, random.Random(f"{seed}calm{run}"), 2000) for run in range(runs)]
+    calm = parts.run("no drift", lambda: [until_rollback(None, random.Random(f"{seed}calm{run}"), 2000) for run in range(runs)])
     return {
         "drifts": said,
         "false_rollbacks": {"of": runs, "requests": 2000, "count": sum(count < 0 for count in calm)},
