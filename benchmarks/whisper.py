@@ -26,6 +26,7 @@ from typing import Any
 import ablation
 import jiwer
 import numpy as np
+import parts
 import smallest
 import torch
 from results import print_result
@@ -146,6 +147,12 @@ def timed(way: Callable[[], Any]) -> Iterator[float]:
         yield time.perf_counter() - began
 
 
+def clocked(transcribe: Callable[[], Sequence[str]]) -> tuple[list[str], float]:
+    """Texts, and the seconds that they took."""
+    began = time.perf_counter()
+    return list(transcribe()), time.perf_counter() - began
+
+
 def absent(is_small: bool) -> dict[str, str]:
     """Why the original is not compared with; empty if it is."""
     if is_small:
@@ -161,30 +168,30 @@ def measure(most: int, *, with_short: bool, missing: dict[str, str]) -> dict[str
     found = found[:: max(1, len(found) // most)] if most else found
     speech = open_speech_to_text(whisper_conversion.NAME, torch.device("cpu"))
     wanted, sounds = [text for _, text in found], [read_sound(file, speech.rate) for file, _ in found]
-    said: dict[str, Any] = {"machine": ablation.machine(), "encoder_ms": encoder_ms(speech)}
-    began = time.perf_counter()
-    ours = speech.transcribe(sounds)
+    said: dict[str, Any] = {"machine": ablation.machine(), "encoder_ms": parts.run("encoder", lambda: encoder_ms(speech))}
+    ours, our_s = parts.run("ours", lambda: clocked(lambda: speech.transcribe(sounds)))
     said |= {
         "clips": len(found),
         "seconds": round(sum(map(len, sounds)) / speech.rate, 1),
         "wer": wer(wanted, ours),
-        "wall_s": {"ours": round(time.perf_counter() - began, 1)},
+        "wall_s": {"ours": round(our_s, 1)},
         "versions": {name: importlib.metadata.version(name) for name in ("transformers", "soxr", "jiwer")},
         "absent": missing,
     }
     if not missing:
-        began = time.perf_counter()
-        theirs = by_original(speech, sounds)
+        theirs, their_s = parts.run("the original", lambda: clocked(lambda: by_original(speech, sounds)))
         said["equal"] = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(found)
         said["unequal"] = [file.stem for (file, _), a, b in zip(found, ours, theirs, strict=True) if a != b]
         said["wer_original"] = wer(wanted, theirs)
-        said["wall_s"]["original"] = round(time.perf_counter() - began, 1)
+        said["wall_s"]["original"] = round(their_s, 1)
         said["versions"]["ctranslate2"] = importlib.metadata.version("ctranslate2")
     if with_short:
         few = slice(None, None, max(1, len(found) // SHORT_CLIPS))
         said["short_windows"] = {"clips": len(wanted[few]), "30 s": {"wer": wer(wanted[few], ours[few]), "alike": 1.0}}
         for after_s in AFTER_S:
-            texts, alike = by_short_windows(speech, sounds[few], after_s)
+            texts, alike = parts.run(
+                f"windows of clip + {after_s:g} s", lambda after_s=after_s: by_short_windows(speech, sounds[few], after_s)
+            )
             said["short_windows"][f"clip + {after_s:g} s"] = {"wer": wer(wanted[few], texts), "alike": alike}
     return said
 
