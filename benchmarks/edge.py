@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import torch
 import train as peers_side
@@ -109,11 +110,15 @@ def main() -> None:
         work = Work(Path(folder), plan.updates or arguments.updates, plan.store)
         said: dict[str, Any] = {"predictions": predictions(work, plan.configs)}
         said["predicted_error"] = max(one["error"] for one in said["predictions"])
-        said |= cap(work, plan.base, arguments.bisections if plan.bisections is None else plan.bisections)
-        said["delta_fraction"] = delta_fraction(work, plan.base)
-        said["peers"] = {name: peer(work, name, said["cap_bytes"]) for name in asked}
+        bisections = arguments.bisections if plan.bisections is None else plan.bisections
+        said |= parts.run("cap", lambda: cap(work, plan.base, bisections))
+        said["delta_fraction"] = parts.run("delta", lambda: delta_fraction(work, plan.base))
+        said["peers"] = {
+            name: parts.run(f"peer {name}", lambda name=name: peer(work, name, said["cap_bytes"]), is_final=is_measured)
+            for name in asked
+        }
         if not arguments.tuning_only:
-            said |= updates_and_attacks(Path(folder), plan)
+            said |= parts.run("updates and attacks", lambda: updates_and_attacks(Path(folder), plan))
     said["absent"] = {name: f"not asked for: --peers {name}" for name in PEERS if name not in asked}
     if arguments.tuning_only:
         said["absent"] |= dict.fromkeys(("updates", "attacks"), "not asked for: --tuning-only")
@@ -226,17 +231,22 @@ def predictions(work: Work, configs: tuple[Config, ...]) -> list[dict[str, Any]]
     """Predicted and measured peaks."""
     found = []
     for config in configs:
-        job = work.job(config)
-        planner = Planner(job)
-        rung = MemorySetting(config.rung, config.learning or planner.shape.layers, config.row_tokens * config.rows_at_once)
-        predicted, used = sum(planner.predict_peak(rung).values()), ran(job, rung, MUCH)
-        if used.exit_code:
-            sys.exit(f"{config} ended with {used}: {Path(job.out).with_name('stderr.txt').read_text()[-400:]}")
-        work.unlimited[config] = job
-        error = round(abs(predicted - used.peak_bytes) / used.peak_bytes, 4)
-        found.append({**vars(config), "predicted_bytes": predicted, "peak_bytes": used.peak_bytes, "error": error})
+        found.append(parts.run(f"prediction of {config}", lambda config=config: prediction(work, config)))
         print(found[-1], file=sys.stderr)
     return found
+
+
+def prediction(work: Work, config: Config) -> dict[str, Any]:
+    """Predicted and measured peak of one config."""
+    job = work.job(config)
+    planner = Planner(job)
+    rung = MemorySetting(config.rung, config.learning or planner.shape.layers, config.row_tokens * config.rows_at_once)
+    predicted, used = sum(planner.predict_peak(rung).values()), ran(job, rung, MUCH)
+    if used.exit_code:
+        sys.exit(f"{config} ended with {used}: {Path(job.out).with_name('stderr.txt').read_text()[-400:]}")
+    work.unlimited[config] = job
+    error = round(abs(predicted - used.peak_bytes) / used.peak_bytes, 4)
+    return {**vars(config), "predicted_bytes": predicted, "peak_bytes": used.peak_bytes, "error": error}
 
 
 def cap(work: Work, base: str, bisections: int) -> dict[str, Any]:
@@ -309,6 +319,11 @@ def peer(work: Work, name: str, cap_bytes: int) -> dict[str, Any]:
         )
         found[what] = {"peak_bytes": used.peak_bytes, "ended": "failed" not in said, "why": said.get("failed", "")}
     return found
+
+
+def is_measured(result: dict[str, Any]) -> bool:
+    """Whether a peer is installed."""
+    return "failed" not in result
 
 
 def updates_and_attacks(folder: Path, plan: Plan) -> dict[str, int]:
