@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import norms
+import parts
 import smallest
 from results import print_result
 
 import sartor
+from sartor.core import records
 from sartor.models import adapters
 from sartor.models.base import machine_facts, open_base
 from sartor.release.export import export_formats, parity
@@ -44,6 +46,11 @@ def measured(path: Path, key: Path | None, kinds: Sequence[str]) -> dict[str, Fi
     work.traces = parity.trace(base, work.model, parity.choose(release, base.chat))
     with tempfile.TemporaryDirectory() as folder:
         return {found.form: found for found in export_formats.write_gguf(work, Path(folder)).figures.values()}
+
+
+def as_json(figures: dict[str, Figures]) -> dict[str, dict[str, Any]]:
+    """Figures by form as parts.py keeps them."""
+    return {form: vars(values) for form, values in figures.items()}
 
 
 def note(line: object) -> None:
@@ -104,7 +111,11 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
     releases = {}
     for path in options.releases:
         note(f"{path.name} ...")
-        releases[path.name] = measured(path, options.key, options.kinds.split(","))
+        digest = records.digest(verify(path, key=options.key).release.manifest)
+        figures = parts.run(
+            f"{path.name} {digest[:12]}", lambda path=path: as_json(measured(path, options.key, options.kinds.split(",")))
+        )
+        releases[path.name] = {form: Figures(**values) for form, values in figures.items()}
         note(json.dumps(summary({path.name: releases[path.name]})))
     first = {name: next(iter(found.values())) for name, found in releases.items()}
     return {
