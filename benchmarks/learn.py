@@ -32,6 +32,7 @@ from typing import Any
 import learn_personal
 import learn_rollback
 import learn_rows
+import parts
 import smallest
 from learn_rows import KEYS, KNOWN, UNKNOWN
 from results import print_result
@@ -140,23 +141,23 @@ def named(draws: int) -> dict[str, Any]:
     return said
 
 
-def measure(folder: Path, parts: Sequence[str], is_small: bool) -> dict[str, Any]:
+def measure(folder: Path, names: Sequence[str], is_small: bool) -> dict[str, Any]:
     """Every part that is asked for, by the keys of INTERFACES."""
     own: dict[str, Callable[[], Any]] = {
-        "corrections": lambda: corrections(folder),
-        "poisoned": lambda: poisoned(folder),
-        "broken_slice": lambda: broken_slice(folder),
+        "corrections": lambda: parts.run("corrections", lambda: corrections(folder)),
+        "poisoned": lambda: parts.run("poisoned", lambda: poisoned(folder)),
+        "broken_slice": lambda: parts.run("broken_slice", lambda: broken_slice(folder)),
         "rollback": lambda: learn_rollback.measure(size.runs),
     }
-    found = {name: own[name]() for name in PARTS if name in own and name in parts}
+    found = {name: own[name]() for name in PARTS if name in own and name in names}
     if "poisoned" in found:
         found["poisoned_promoted"] = found["poisoned"]["decision"] in ("promoted", "canary", "candidate")
     if "rollback" in found:
         found["rollback_requests"] = found["rollback"]["drifts"][STATED]["p95"]["high"]
-    if {"personal", "deleted"} & set(parts):
-        more = learn_personal.measure(is_small)
+    if {"personal", "deleted"} & set(names):
+        more = parts.run("personal", lambda: learn_personal.measure(is_small))
         found |= {"personal": more["personal"], "deleted_found": more["deleted_found"]}
-    found["absent"] = {part: f"not asked for: --parts {part}" for part in PARTS if part not in parts}
+    found["absent"] = {part: f"not asked for: --parts {part}" for part in PARTS if part not in names}
     return found
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line; progress goes to stderr anyway")
     smallest.add_argument(parser, has_work=True)
-    parser.add_argument("--work", type=Path, help="folder that keeps the live specialist for another run")
+    parser.add_argument("--work", type=Path, help="folder of the live specialist and of finished parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     asked = parser.parse_args()
     began = time.monotonic()
