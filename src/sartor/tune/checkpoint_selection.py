@@ -12,15 +12,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sartor.core.lazy_import import import_module
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import context_tokens, generate
-from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune.recipe import ResolvedRecipe
+
+if TYPE_CHECKING:
+    from sartor.models.chat import ChatTokenizer
 
 Metric = Literal["exact_match", "loss"]
 LEVEL = 0.05
@@ -82,13 +84,15 @@ class CheckpointSelection:
 
     def score_replies(self, model: Any) -> list[float]:
         """1.0 for each row to which the greedy reply of `model`, in eval mode, is the reference, else 0.0."""
+        # devices load this module, tune without transformers, and reply to nothing
+        generate = import_module("sartor.inference.generate")
         replies = [last_reply(row) for row in self.rows]
         prompts = [prompt for prompt, _ in replies]
         references = [self._text(reply) for _, reply in replies]
         longest = max(len(reply) for _, reply in replies) + _SPARE_TOKENS
-        room = (context_tokens(model) or math.inf) - max(map(len, prompts))
+        room = (generate.context_tokens(model) or math.inf) - max(map(len, prompts))
         sampling = Sampling(int(max(min(longest, room), 1)))
-        generations = generate(
+        generations = generate.generate(
             model, prompts, stop=self.chat.stops, pad=self.chat.pad, sampling=sampling, batch_rows=_BATCH_ROWS
         )
         texts = [self._text(generation.ids) for generation in generations]
