@@ -35,7 +35,7 @@ _BATCH_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointScore:
     """An evaluation. loss: nats per supervised token of all rows. scores: of each row, the higher the better."""
 
     update: int
@@ -79,7 +79,7 @@ class CheckpointSelection:
 
     def __init__(self, chat: ChatTokenizer, rows: Sequence[TokenizedExample]) -> None:
         self.chat, self.rows, self.metric = chat, rows, natural_metric(rows)
-        self.candidates: list[Candidate] = []
+        self.candidates: list[CheckpointScore] = []
         self.weights: dict[str, torch.Tensor] = {}
 
     def score_replies(self, model: Any) -> list[float]:
@@ -101,7 +101,7 @@ class CheckpointSelection:
     def _text(self, ids: Sequence[int]) -> str:
         return self.chat.decode([token for token in ids if token not in self.chat.stops]).strip()
 
-    def add(self, candidate: Candidate, weights: dict[str, torch.Tensor]) -> None:
+    def add(self, candidate: CheckpointScore, weights: dict[str, torch.Tensor]) -> None:
         """Take note of an evaluation; of two that are equal the later one is the better."""
         best = self._best_earlier([*self.candidates, candidate])
         self.candidates.append(candidate)
@@ -109,10 +109,10 @@ class CheckpointSelection:
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     @staticmethod
-    def _best_earlier(candidates: Sequence[Candidate]) -> Candidate:
+    def _best_earlier(candidates: Sequence[CheckpointScore]) -> CheckpointScore:
         return max(candidates, key=lambda candidate: (candidate.score, candidate.update))
 
-    def choose(self) -> tuple[Candidate, dict[str, Any]]:
+    def choose(self) -> tuple[CheckpointScore, dict[str, Any]]:
         """Return the evaluation whose weights are kept, and why: the key `selection` of an Adapter's run.
 
         After the last evaluation; `weights` are those of the one that is returned if it is not the last.
@@ -140,7 +140,7 @@ class CheckpointSelection:
 
     def restore(self, weights: dict[str, torch.Tensor], candidates: Sequence[dict[str, Any]]) -> None:
         """Become what `state` returned."""
-        self.weights, self.candidates = weights, [Candidate(**candidate) for candidate in candidates]
+        self.weights, self.candidates = weights, [CheckpointScore(**candidate) for candidate in candidates]
 
 
 def sign_test_p_value(better: Sequence[float], worse: Sequence[float]) -> float:
