@@ -25,7 +25,7 @@ from sartor.models.base import open_base
 from sartor.models.packing import TokenizedExample
 from sartor.tune.checkpoint_selection import (
     LEVEL,
-    Candidate,
+    CheckpointScore,
     CheckpointSelection,
     last_reply,
     natural_metric,
@@ -39,7 +39,7 @@ def selection(*scores: list[float]) -> CheckpointSelection:
     chosen: Any = None
     result = CheckpointSelection(chosen, rows)
     for index, row_scores in enumerate(scores, 1):
-        result.add(Candidate(10 * index, 1.0, row_scores), {})
+        result.add(CheckpointScore(10 * index, 1.0, row_scores), {})
     return result
 
 

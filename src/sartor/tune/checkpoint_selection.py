@@ -12,15 +12,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sartor.core.lazy_import import import_module
 from sartor.inference.engine import Sampling
-from sartor.inference.generate import context_tokens, generate
-from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune.recipe import ResolvedRecipe
+
+if TYPE_CHECKING:
+    from sartor.models.chat import ChatTokenizer
 
 Metric = Literal["exact_match", "loss"]
 LEVEL = 0.05
@@ -33,7 +35,7 @@ _BATCH_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointScore:
     """An evaluation. loss: nats per supervised token of all rows. scores: of each row, the higher the better."""
 
     update: int
@@ -77,18 +79,20 @@ class CheckpointSelection:
 
     def __init__(self, chat: ChatTokenizer, rows: Sequence[TokenizedExample]) -> None:
         self.chat, self.rows, self.metric = chat, rows, natural_metric(rows)
-        self.candidates: list[Candidate] = []
+        self.candidates: list[CheckpointScore] = []
         self.weights: dict[str, torch.Tensor] = {}
 
     def score_replies(self, model: Any) -> list[float]:
         """1.0 for each row to which the greedy reply of `model`, in eval mode, is the reference, else 0.0."""
+        # devices load this module, tune without transformers, and reply to nothing
+        generate = import_module("sartor.inference.generate")
         replies = [last_reply(row) for row in self.rows]
         prompts = [prompt for prompt, _ in replies]
         references = [self._text(reply) for _, reply in replies]
         longest = max(len(reply) for _, reply in replies) + _SPARE_TOKENS
-        room = (context_tokens(model) or math.inf) - max(map(len, prompts))
+        room = (generate.context_tokens(model) or math.inf) - max(map(len, prompts))
         sampling = Sampling(int(max(min(longest, room), 1)))
-        generations = generate(
+        generations = generate.generate(
             model, prompts, stop=self.chat.stops, pad=self.chat.pad, sampling=sampling, batch_rows=_BATCH_ROWS
         )
         texts = [self._text(generation.ids) for generation in generations]
@@ -97,7 +101,7 @@ class CheckpointSelection:
     def _text(self, ids: Sequence[int]) -> str:
         return self.chat.decode([token for token in ids if token not in self.chat.stops]).strip()
 
-    def add(self, candidate: Candidate, weights: dict[str, torch.Tensor]) -> None:
+    def add(self, candidate: CheckpointScore, weights: dict[str, torch.Tensor]) -> None:
         """Take note of an evaluation; of two that are equal the later one is the better."""
         best = self._best_earlier([*self.candidates, candidate])
         self.candidates.append(candidate)
@@ -105,10 +109,10 @@ class CheckpointSelection:
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     @staticmethod
-    def _best_earlier(candidates: Sequence[Candidate]) -> Candidate:
+    def _best_earlier(candidates: Sequence[CheckpointScore]) -> CheckpointScore:
         return max(candidates, key=lambda candidate: (candidate.score, candidate.update))
 
-    def choose(self) -> tuple[Candidate, dict[str, Any]]:
+    def choose(self) -> tuple[CheckpointScore, dict[str, Any]]:
         """Return the evaluation whose weights are kept, and why: the key `selection` of an Adapter's run.
 
         After the last evaluation; `weights` are those of the one that is returned if it is not the last.
@@ -136,7 +140,7 @@ class CheckpointSelection:
 
     def restore(self, weights: dict[str, torch.Tensor], candidates: Sequence[dict[str, Any]]) -> None:
         """Become what `state` returned."""
-        self.weights, self.candidates = weights, [Candidate(**candidate) for candidate in candidates]
+        self.weights, self.candidates = weights, [CheckpointScore(**candidate) for candidate in candidates]
 
 
 def sign_test_p_value(better: Sequence[float], worse: Sequence[float]) -> float:

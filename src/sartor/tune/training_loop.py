@@ -23,7 +23,7 @@ from sartor.models.losses.loss_backend import LossBackend, LossOptions, measure_
 from sartor.models.media_tokens import embedding_of
 from sartor.tune import objectives, optimizers, run_forecast, sampler
 from sartor.tune.checkpoint import Checkpoint, RandomState, Saver, seed_all
-from sartor.tune.checkpoint_selection import Candidate, CheckpointSelection
+from sartor.tune.checkpoint_selection import CheckpointScore, CheckpointSelection
 from sartor.tune.recipe import ResolvedOptimizer, ResolvedRecipe, StopCriteria
 from sartor.tune.tokenized_dataset import TokenizedDataset, all_sequences, lessons
 from sartor.tune.training_log import TrainingLog
@@ -388,7 +388,7 @@ class TrainingRun:
         if self.selection:
             is_reply_scored = self.selection.metric == "exact_match"
             scores = self.selection.score_replies(self.model) if is_reply_scored else [-loss for loss in self.row_losses]
-            candidate = Candidate(self.counters.updates, loss, scores)
+            candidate = CheckpointScore(self.counters.updates, loss, scores)
             self.selection.add(candidate, self.named)
             facts |= {"exact_match": candidate.score} if is_reply_scored else {}
         self.model.train()
