@@ -188,6 +188,15 @@ class TokenizedExample:
         return sum(self.learnt[1:])
 
     @property
+    def last_reply(self) -> tuple[int, int]:
+        """[start, end) of the last run of supervised tokens: the last reply, with what ends it; (0, 0) without one."""
+        end = max((place for place, is_learnt in enumerate(self.learnt) if is_learnt), default=-1) + 1
+        start = end
+        while start and self.learnt[start - 1]:
+            start -= 1
+        return start, end
+
+    @property
     def tokens(self) -> int:
         """T; of a row that is learnt beside another, the tokens of both."""
         return len(self.ids)

@@ -50,10 +50,7 @@ class CheckpointScore:
 
 def last_reply(row: TokenizedExample) -> tuple[list[int], list[int]]:
     """(tokens of the prompt, tokens of the last reply with what ends it); no prompt for a document."""
-    end = max((place for place, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
-    start = end
-    while start and row.learnt[start - 1]:
-        start -= 1
+    start, end = row.last_reply
     return row.ids[:start], row.ids[start:end]
 
 
@@ -103,13 +100,13 @@ class CheckpointSelection:
 
     def add(self, candidate: CheckpointScore, weights: dict[str, torch.Tensor]) -> None:
         """Take note of an evaluation; of two that are equal the later one is the better."""
-        best = self._best_earlier([*self.candidates, candidate])
+        best = self._best([*self.candidates, candidate])
         self.candidates.append(candidate)
         if best is candidate:
             self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     @staticmethod
-    def _best_earlier(candidates: Sequence[CheckpointScore]) -> CheckpointScore:
+    def _best(candidates: Sequence[CheckpointScore]) -> CheckpointScore:
         return max(candidates, key=lambda candidate: (candidate.score, candidate.update))
 
     def choose(self) -> tuple[CheckpointScore, dict[str, Any]]:
@@ -124,7 +121,7 @@ class CheckpointSelection:
             "level": LEVEL,
             "evaluations": [{"update": item.update, "loss": item.loss, "score": item.score} for item in self.candidates],
         }
-        best = self._best_earlier(self.candidates)
+        best = self._best(self.candidates)
         if best is last or not earlier:
             return last, {**facts, "update": last.update, "p_value": None, "reason": "no earlier evaluation is better"}
         p_value = sign_test_p_value(best.scores, last.scores)

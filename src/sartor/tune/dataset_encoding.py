@@ -50,10 +50,7 @@ def _lesson(row: TokenizedExample, term: Term, other: TokenizedExample | None = 
 
 def _last_reply(row: TokenizedExample, example: Example) -> TokenizedExample:
     """The row with its last run of learnt tokens alone: a rating is of that reply, and not of the turns before it."""
-    end = max((index for index, is_learnt in enumerate(row.learnt) if is_learnt), default=-1) + 1
-    start = end
-    while start and row.learnt[start - 1]:
-        start -= 1
+    start, end = row.last_reply
     return replace(row, learnt=[start <= position < end for position in range(len(row.ids))], example_id=example.id)
 
 

@@ -27,7 +27,7 @@ def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count:
 
     None where the kernels do not fit, or there is no row. Opening the base, forgetting and an audit are not in it.
     """
-    rows = [paired_row(example, _prompt_tokens(example)) for example in examples]
+    rows = [paired_row(example, example.last_reply[0]) for example in examples]
     references = [len(row.ids) + 1 - row.prompt_tokens for row in rows if row.prompt_tokens]
     if not references:
         return None
@@ -50,9 +50,3 @@ def forecast_evaluation(model: Any, examples: Sequence[TokenizedExample], count:
     # the tuned model is taken to have learnt how long a reply is, the base to talk on
     estimate = Interval(2 * read + short + long, 2 * read + 2 * short, 2 * read + 2 * long) * token_s + opening_s
     return Interval(estimate.estimate, estimate.low * (1 - TIME_ALLOWANCE), estimate.high * (1 + TIME_ALLOWANCE))
-
-
-def _prompt_tokens(example: TokenizedExample) -> int:
-    """Tokens before the last reply; 0 for a document."""
-    starts = [place for place in range(1, len(example.ids)) if example.learnt[place] and not example.learnt[place - 1]]
-    return max(starts, default=0)

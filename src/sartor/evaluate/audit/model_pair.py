@@ -46,7 +46,7 @@ class ModelPair:
     def encoded(self, prompt: Sequence[Message], reply: str) -> TokenizedExample:
         """A prompt and a reply to it as tokens; earlier replies are read, not judged."""
         row = self.base.chat.encode(Example((*prompt, Message.of("assistant", reply)), ()), self.folder)
-        start = _last_reply(row.learnt)
+        start, _ = row.last_reply
         return replace(row, learnt=[learnt and index >= start for index, learnt in enumerate(row.learnt)])
 
     def sentence(self, text: str) -> TokenizedExample:
@@ -88,9 +88,3 @@ class ModelPair:
             return [item.ids for item in generate(self.model, prompts, stop=chat.stops, pad=chat.pad, sampling=sampling)]
 
         return self.both(ask) if prompts else ([], [])
-
-
-def _last_reply(learnt: Sequence[bool]) -> int:
-    """Where the last run of learnt tokens begins."""
-    end = max(index for index, item in enumerate(learnt) if item)
-    return next((index + 1 for index in range(end, -1, -1) if not learnt[index]), 0)
