@@ -3,9 +3,10 @@
 Memory is held by a cgroup of the command's own (v2 or v1), where this process may make one (root, or a delegated tree). Its
 limit counts page cache too, which the kernel takes back before it kills: so what is bounded is anonymous and shared memory,
 and that is what `peak_bytes` says. Under v1 a command that writes faster than its disk takes may be killed for pages that are
-not on disk yet: v1 slows no writer down for its own group (cgroup-v1/memory.rst); `fdatasync` between writes does. Elsewhere RLIMIT_DATA holds, which is weaker: it counts what is reserved of private memory,
-and neither shared memory nor what children take together. Time is held by signals: SIGTERM, at which a tuning saves what it
-has, and SIGKILL after GRACE_S.
+not on disk yet: v1 slows no writer down for its own group (cgroup-v1/memory.rst); `fdatasync` between writes does.
+
+Elsewhere RLIMIT_DATA holds, which is weaker: it counts what is reserved of private memory, and neither shared memory nor what
+children take together. Time is held by signals: SIGTERM, at which a tuning saves what it has, and SIGKILL after GRACE_S.
 """
 
 from __future__ import annotations
