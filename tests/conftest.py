@@ -34,6 +34,7 @@ gc.disable()
 
 # files of a minute and more with few tests (--durations): begun first, so that no worker waits for the other at the end
 LONGEST_FILES = (
+    "test_smallest_benchmarks.py",
     "federate/test_flower.py",
     "test_docs.py",
     "test_edge_example.py",
