@@ -104,10 +104,12 @@ async def disturbed(disturbance: Awaitable[None]) -> AsyncIterator[None]:
 
 
 async def signals(crew: Supervisor, number: signal.Signals, every_s: float) -> None:
-    """To any worker, at random moments."""
+    """To any worker, at random moments. They are as far apart as a worker takes to start, or no call would ever be answered."""
     rng = random.Random(7)
     while True:
-        await asyncio.sleep(rng.uniform(0.3, 1.7) * every_s)
+        began = time.monotonic()
+        await until(lambda: pids(crew, "answers"))
+        await asyncio.sleep(rng.uniform(0.3, 1.7) * max(every_s, time.monotonic() - began))
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(rng.choice(pids(crew, "answers", "spare")), number)
 
