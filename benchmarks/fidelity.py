@@ -140,8 +140,8 @@ def measure(folder: Path, peers: dict[str, Side], arguments: argparse.Namespace)
 
 
 def names(arguments: argparse.Namespace) -> list[str]:
-    """Return the sets' names; of a file, its path."""
-    return [*SETS, *map(str, arguments.data)]
+    """Return the sets' names; of a file, its path. At the smallest size there is one set."""
+    return [*list(SETS)[: 1 if arguments.small else None], *map(str, arguments.data)]
 
 
 def gaps_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
