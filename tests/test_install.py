@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ pytestmark = pytest.mark.services
 def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "v")], check=True)
     python = str(tmp_path / "v/bin/python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", str(ROOT)], check=True, capture_output=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", str(ROOT)], check=True, capture_output=True)
     listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
     assert "sartor" in listed and "torch" not in listed and "transformers" not in listed
     (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 3)
@@ -36,13 +34,20 @@ def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
 
 
 def test_all_extras_resolve_together() -> None:
-    """Beside what `make .venv/.dev` installed in one go: every extra but studio, which alone is resolved here."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", f"{ROOT}[all]"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--quiet",
+        "--report",
+        "-",
+        f"{ROOT}[all]",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    to_install = [package["metadata"]["name"].lower() for package in json.loads(done.stdout)["install"]]
-    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    names = done.stdout.lower()
     for package in ("torch", "transformers", "peft", "flwr", "gradio", "ray", "bitsandbytes", "tuf", "hassil"):
-        assert package in installed or package in to_install, package
-    broken = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
-    assert broken.returncode == 0, broken.stdout
+        assert f'"name": "{package}"' in names
