@@ -72,43 +72,24 @@ class AudioClip:
         return AudioClip(soxr.resample(self.samples, self.rate, rate), rate)
 
     def encoded(self, form: str) -> bytes:
-        """The bytes of a file: see Encoder."""
-        encoder = AudioEncoder(form)
-        encoder.add(self)
-        return encoder.end()
+        """The bytes of a file of one of FORMATS.
 
-
-class AudioEncoder:
-    """A file of one of FORMATS, made in memory a sound at a time; all have one rate."""
-
-    def __init__(self, form: str) -> None:
-        self._form = FORMATS[form]
-        self._bytes = io.BytesIO()
-        self._file: soundfile.SoundFile | None = None
-
-    def add(self, sound: AudioClip) -> None:
-        """One more. Raises ConfigError where libsndfile here cannot write the form, ExtraError where soxr is absent."""
-        sound = sound.at(self._form.rate or sound.rate)
-        if not self._form.container:
-            self._bytes.write(sound.samples.astype("<i2").tobytes())
-            return
+        Raises ConfigError where libsndfile here cannot write the form, ExtraError where soxr is absent.
+        """
+        file_format = FORMATS[form]
+        sound = self.at(file_format.rate or self.rate)
+        if not file_format.container:
+            return sound.samples.astype("<i2").tobytes()
+        buffer = io.BytesIO()
+        file_options: Any = {"format": file_format.container, "subtype": file_format.subtype}
         try:
-            if self._file is None:
-                self._file = self._open(sound.rate)
-            self._file.write(sound.samples)
+            # closed before the buffer can go: libsndfile writes a file's end when it is closed, from a destructor too
+            with soundfile.SoundFile(buffer, "w", sound.rate, 1, **file_options) as file:
+                file.write(sound.samples)
         except (soundfile.LibsndfileError, ValueError) as error:
             remedy = "wav can; or install a newer soundfile"
-            raise ConfigError(f"{self._form.name} cannot be written here: {error}", remedy) from None
-
-    def _open(self, rate: int) -> soundfile.SoundFile:
-        file_options: Any = {"format": self._form.container, "subtype": self._form.subtype}
-        return soundfile.SoundFile(self._bytes, "w", rate, 1, **file_options)
-
-    def end(self) -> bytes:
-        """The whole file."""
-        if self._file is not None:
-            self._file.close()
-        return self._bytes.getvalue()
+            raise ConfigError(f"{file_format.name} cannot be written here: {error}", remedy) from None
+        return buffer.getvalue()
 
 
 def join_clips(sounds: Sequence[AudioClip]) -> AudioClip:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from sartor.core.errors import BusyError, ConfigError, ExtraError, UnknownAgentError
 from sartor.media.speech import tts_engines
-from sartor.media.speech.audio_encoding import AudioClip, AudioEncoder
+from sartor.media.speech.audio_encoding import AudioClip, join_clips
 from sartor.media.speech.text_normalization import spoken
 from sartor.media.speech.tts_engines import open_voice
 from sartor.media.speech.voice import SpeechTerms, TtsVoice, lower_priority
@@ -94,10 +94,9 @@ class SpeechService:
         """All of it, as the bytes of a file."""
         with self._slot():
             spoken_form = await self.aside(lambda: spoken(text))
-            encoder = AudioEncoder(form)
-            for piece in await self.aside(lambda: voice.cut(spoken_form.text, speed)):
-                await self.aside(functools.partial(_add, encoder, voice, piece, speed))
-            return SpokenText(spoken_form.text, await self.aside(encoder.end))
+            pieces = await self.aside(lambda: voice.cut(spoken_form.text, speed))
+            clips = [await self.aside(functools.partial(voice.speak, piece, speed)) for piece in pieces]
+            return SpokenText(spoken_form.text, await self.aside(lambda: join_clips(clips).encoded(form)))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """The result of some work in a thread of the voices."""
@@ -120,10 +119,6 @@ class SpeechService:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for voice in self._voices.values():
             await asyncio.to_thread(voice.close)
-
-
-def _add(encoder: AudioEncoder, voice: TtsVoice, piece: str, speed: float) -> None:
-    encoder.add(voice.speak(piece, speed))
 
 
 def _default(voice: str) -> str:
