@@ -309,7 +309,29 @@ def test_directory_never_replaces_a_file_or_a_link(tmp_path: Path, replace: bool
     assert names(tmp_path / "mine") == ["f"]
 
 
-def test_concurrent_directory_writers_end_with_one_whole(tmp_path: Path) -> None:
+def test_a_name_that_another_writer_takes_in_between_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "d", os.replace
+
+    def rename_after_another_writer(source: Path, target: Path) -> None:
+        if not path.exists():
+            path.mkdir()
+            (path / "theirs").touch()
+        rename(source, target)
+
+    monkeypatch.setattr("sartor.core.filesystem.os.replace", rename_after_another_writer)
+    with create_directory_atomic(path, replace=True) as part:
+        (part / "ours").touch()
+    assert names(tmp_path) == ["d"]
+    assert names(path) == ["ours"]
+
+
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_concurrent_directory_writers_end_with_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
+) -> None:
+    if not has_exchange:
+        monkeypatch.setattr("sartor.core.filesystem._exchange", lambda one, other: False)
+
     def write(number: int) -> None:
         for _ in range(10):
             with create_directory_atomic(tmp_path / "d", replace=True) as part:

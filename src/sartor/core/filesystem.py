@@ -87,15 +87,30 @@ def rename_directory_durably(part: Path, path: Path, *, replace: bool = False) -
     fsync_tree(part)
     if path.is_symlink() or path.is_file():
         raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(path))
-    if not replace or not path.exists() or not any(path.iterdir()):
-        os.replace(part, path)
-    elif not _exchange(part, path):
+    while not _take_directory_name(part, path, replace=replace):
+        if _exchange(part, path):
+            break
         # Two renames; a kill between them leaves the old directory under its `.part-` name. macOS, old kernels.
         old = part.with_name(part.name + "-old")
-        os.replace(path, old)
-        os.replace(part, path)
+        with suppress(FileNotFoundError):  # another writer has moved it
+            os.replace(path, old)
         shutil.rmtree(old, ignore_errors=True)
     fsync_directory(path.parent)
+
+
+def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
+    """Rename to a name that is free or that an empty directory has; false where a directory with something in it has it.
+
+    It is tried instead of looked up, since another writer may take the name in between. Raises OSError, without `replace`
+    for such a directory too.
+    """
+    try:
+        os.replace(part, path)
+    except OSError as error:
+        if replace and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):  # the last is what Windows says
+            return False
+        raise
+    return True
 
 
 def temporary_path(path: Path) -> Path:
