@@ -30,7 +30,6 @@ LATER_S = 2.5
 SHOWN = (*MUTATIONS, "truncated", "wrong shape", "another base", "another chat template", "unsigned", "NaN")
 SLOW_CLIENTS = 4
 DAY_S = 86_400
-CALM_CHANGE_S = 0.2  # between a few changes: else none of them is seen by a reply
 
 
 @dataclass
@@ -367,7 +366,8 @@ async def promotions(scene: Scene) -> Outcome:
             else:
                 slips.append(f"{verb}: HTTP {said.status_code} {said.text[:120]}")
             if scene.home.is_small:
-                await asyncio.sleep(CALM_CHANGE_S)
+                # of a few changes each is to be seen by a reply, however slow the machine
+                await scene.load.all_well_after(time.monotonic(), [SECOND], PATIENCE_S)
             if turn == scene.changes // 2 and not scene.home.is_small:
                 os.kill(await scene.server.answering(), signal.SIGKILL)
     took_s = time.monotonic() - moment
