@@ -28,6 +28,7 @@ MINUTES = 60.0
 HEARTBEAT_S = 60.0
 HERE = Path(__file__).resolve().parent
 CODE = (HERE, HERE.parent / "src")
+DIGESTED = ("*.py", "*.cpp", "*.h", "*.toml", "*.txt")
 
 
 @dataclass
@@ -88,10 +89,10 @@ def run(label: str, compute: Callable[[], Any], *, is_final: Callable[[Any], boo
 
 
 def digest_of_code() -> str:
-    """Return the digest of Sartor's sources and of the benchmarks."""
+    """Return the digest of Sartor's sources and of the benchmarks, with what their peers install (requirements.txt)."""
     digest = hashlib.sha256()
     for folder in CODE:
-        for file in sorted(file for suffix in ("*.py", "*.cpp", "*.h", "*.toml") for file in folder.rglob(suffix)):
+        for file in sorted(file for suffix in DIGESTED for file in folder.rglob(suffix)):
             digest.update(file.relative_to(HERE.parent).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

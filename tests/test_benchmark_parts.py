@@ -94,6 +94,41 @@ def test_second_call_of_a_program_measures_nothing_twice(
     assert captured.err.count("of an earlier call") == len(intervals.DRAWS) + len(intervals.EFFECTS)
 
 
+def test_call_that_ends_between_two_sides_measures_the_pair_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds that were measured hours apart are no pair."""
+    import argparse
+
+    import parts
+    import train
+
+    monkeypatch.setattr(parts, "_call", parts.Call(folder=tmp_path))
+    sides: list[str] = []
+
+    def run(folder: Path, side: Any, *_: Any) -> dict[str, Any]:
+        sides.append(side.folder)
+        if len(sides) == 2:
+            raise KeyboardInterrupt
+        return {"side": side.folder}
+
+    monkeypatch.setattr(train, "run", run)
+    pair = ("trl", 0, tmp_path, train.PEERS["trl"], {}, argparse.Namespace())
+    with pytest.raises(KeyboardInterrupt):
+        train.run_pair(*pair)
+    assert train.run_pair(*pair) == train.run_pair(*pair) == ({"side": "sartor"}, {"side": "trl"})
+    assert sides == ["sartor", "trl"] * 2
+
+
+def test_requirements_of_a_peer_are_part_of_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import parts
+
+    monkeypatch.setattr(parts, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(parts, "CODE", (tmp_path,))
+    (tmp_path / "requirements.txt").write_text("trl==1.0")
+    before = parts.digest_of_code()
+    (tmp_path / "requirements.txt").write_text("trl==1.1")
+    assert parts.digest_of_code() != before
+
+
 def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
     done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01")
     assert done.returncode == 75 and done.stdout == ""
