@@ -204,21 +204,20 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
-    smallest.add_argument(parser, has_work=True)
+    smallest.add_argument(parser, has_work=True, selections=("sets", "pairs"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of banking77 and restaurant8k")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of each set")
     parser.add_argument("--train-rows", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder of finished parts, whose Adapters are used again")
+    parser.add_argument("--work", type=Path, help="folder of finished parts and Adapters, kept by code and options")
     parser.add_argument("--bf16", action="store_true", help="compute the base in bf16 (one pair tells how many replies differ)")
     arguments = parser.parse_args()
     rows, train_rows, pairs = (6, 12, 1) if arguments.small else (arguments.rows, arguments.train_rows, arguments.pairs)
     began = time.monotonic()
     result: dict[str, Any] = {"sets": {}}
     with tempfile.TemporaryDirectory() as folder, smallest.home(arguments.small, "chitchat"):
-        work = arguments.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
+        work = parts.work_folder(Path(folder))
         data = write_small_sets(Path(folder) / "sets") if arguments.small else arguments.data
         for name in arguments.sets[:1] if arguments.small else arguments.sets:
             adapter, tune_s = tuned_adapter(work, data, name, train_rows)

@@ -5,7 +5,7 @@
 With `--work DIR` the result of a part stands in DIR under the program's options and the digest of the code, so that
 the same command goes on where an earlier call ended, and a change of the code begins anew. A call ends after
 `--minutes` (60): between two parts, or in the midst of one, whose processes are ended. It then exits with UNFINISHED,
-and the same command goes on.
+and the same command goes on. A program that keeps results by itself does so in `work_folder`.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ def run(label: str, compute: Callable[[], Any], *, is_final: Callable[[Any], boo
         temporary.write_text(json.dumps({"part": label, "result": result}), encoding="utf-8")
         temporary.replace(file)
     return result
+
+
+def work_folder(temporary: Path) -> Path:
+    """Return where a program keeps files of its own for a later call: below `--work`, by its options and the code; made.
+
+    temporary: the folder of a call without `--work`.
+    """
+    folder = _call.folder or temporary
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.absolute()
 
 
 def digest_of_code() -> str:
