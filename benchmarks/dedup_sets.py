@@ -18,6 +18,7 @@ from typing import Literal
 from sartor.core import assets
 
 WORDS = 200
+LETTER_WORDS = 120
 BOILERPLATE = 300
 
 
@@ -131,8 +132,10 @@ def templates(count: int, rng: random.Random, pool: list[str], vocabulary: list[
     """Hard negatives: 40 letters of 120 words, filled in with other facts: a quarter of their words, and a few numbers."""
     letters = []
     for _ in range(40):
-        words = " ".join(rng.sample(pool, 12)).split()[:120]
-        letters.append((words, sorted(rng.sample(range(0, 118, 3), 15))))
+        words = " ".join(rng.sample(pool, 12)).split()
+        while len(words) < LETTER_WORDS:  # chitchat's sentences are short
+            words += rng.choice(pool).split()
+        letters.append((words[:LETTER_WORDS], sorted(rng.sample(range(0, LETTER_WORDS - 2, 3), 15))))
     rows = []
     for number in range(count):
         words, slots = letters[number % len(letters)]

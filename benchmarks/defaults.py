@@ -10,8 +10,9 @@ point and the defaults are then tuned with three other seeds: the best was chose
 
 All runs make one evaluation, at the end, so that the last weights are kept: what is compared is rate, batch, budget and
 rehearsal. The measure is the exact match of greedy replies on up to 200 held-out rows; of construction-faq and the documents,
-whose texts are long, the loss of those rows. A finished run stands in --work, and a call that runs out of --minutes ends; the
-next one goes on. banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
+whose texts are long, the loss of those rows. A finished run stands in --work, by the code and the options but --sets and
+--defaults-only. A call that runs out of --minutes ends with exit code 75 and names its `unfinished` sets; the next one goes on.
+banking77 and construction-faq are those that the rules were chosen on (docs/decisions/028-defaults.md).
 
 sets {name: {default, best, fraction, seeds}}   means over the seeds; fraction: default over best, of losses best over
                                                 default; seeds: {default: [...], best: [...]}
@@ -34,6 +35,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import parts
 import smallest
 from results import print_result
 
@@ -368,7 +370,7 @@ def small_options(folder: Path) -> Options:
 
 
 def measured(names: list[str], options: Options) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(name, figures or why there are none) of each set."""
+    """(name, figures or what is missing for lack of time) of each set."""
     for name in names:
         try:
             yield name, measure(name, options)
@@ -385,7 +387,7 @@ def main() -> None:
     parser.add_argument("--defaults-only", action="store_true", help="one run a set, by the defaults, with seed 0")
     parser.add_argument("--work", type=Path, default=Path("defaults-work"), help="finished runs; a second call goes on")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    smallest.add_argument(parser, has_work=True)
+    smallest.add_argument(parser, has_work=True, selections=("sets", "defaults_only"))
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     names = arguments.sets or list(SMALL_SETS if arguments.small else SETS)
@@ -395,17 +397,17 @@ def main() -> None:
         else:
             options = Options(
                 arguments.data,
-                arguments.work.absolute(),
+                parts.work_folder(arguments.work),
                 arguments.rows,
                 deadline=deadline,
                 has_defaults_only=arguments.defaults_only,
             )
         results = dict(measured(names, options))
     absent = {name: f"not asked for: --sets {name}" for name in SETS if name not in names}
-    absent |= {name: result for name, result in results.items() if isinstance(result, str)}
+    late = {name: result for name, result in results.items() if isinstance(result, str)}
     sets = {name: result for name, result in results.items() if isinstance(result, dict)}
-    machine = machine_facts()
-    print_result({"sets": sets, "absent": absent, "machine": machine}, indent=None if arguments.json else 1)
+    result = {"sets": sets, "absent": absent | late, "unfinished": list(late), "machine": machine_facts()}
+    print_result(result, indent=None if arguments.json else 1)
 
 
 if __name__ == "__main__":

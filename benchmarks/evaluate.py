@@ -11,7 +11,8 @@ In the old way the probes of forgetting go through each side by itself too.
 
 `replies_differ`: rows whose replies are not the same text, of base and tuned; `largest_loss_difference` in nats a token;
 `scores_differ`: metrics, of every metric and both sides, that are not equal to 1e-4. The program exits with 1 if an fp32
-reply or score differs. `--bf16` computes the base in bf16, where other shapes of products round otherwise; there it only tells.
+reply or score differs. The base computes in fp32, with `--bf16` in bf16, where other shapes of products round otherwise; there
+the program only tells.
 """
 
 from __future__ import annotations
@@ -194,36 +195,35 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
     }
 
 
-def computing_in(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """A block in which bases are opened in `dtype`; None leaves it to the machine."""
-    return mock.patch.object(base_module, "best_dtype", lambda device: dtype) if dtype else nullcontext()
+def computing_in(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """A block in which bases are opened in `dtype`, whatever the machine multiplies natively."""
+    return mock.patch.object(base_module, "best_dtype", lambda device: dtype)
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="(always: the last line is one JSON object)")
-    smallest.add_argument(parser, has_work=True)
+    smallest.add_argument(parser, has_work=True, selections=("sets", "pairs"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of banking77 and restaurant8k")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--rows", type=int, default=200, help="held-out rows of each set")
     parser.add_argument("--train-rows", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="folder of finished parts, whose Adapters are used again")
+    parser.add_argument("--work", type=Path, help="folder of finished parts and Adapters, kept by code and options")
     parser.add_argument("--bf16", action="store_true", help="compute the base in bf16 (one pair tells how many replies differ)")
     arguments = parser.parse_args()
     rows, train_rows, pairs = (6, 12, 1) if arguments.small else (arguments.rows, arguments.train_rows, arguments.pairs)
     began = time.monotonic()
     result: dict[str, Any] = {"sets": {}}
     with tempfile.TemporaryDirectory() as folder, smallest.home(arguments.small, "chitchat"):
-        work = arguments.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
+        work = parts.work_folder(Path(folder))
         data = write_small_sets(Path(folder) / "sets") if arguments.small else arguments.data
         for name in arguments.sets[:1] if arguments.small else arguments.sets:
             adapter, tune_s = tuned_adapter(work, data, name, train_rows)
             rows_file = work / f"{name}-test.jsonl"
             rows_file.write_text("".join(json.dumps(row) + "\n" for row in read_set(data, name, "test", rows)))
-            with computing_in(torch.bfloat16 if arguments.bf16 else None):
+            with computing_in(torch.bfloat16 if arguments.bf16 else torch.float32):
                 result["sets"][name] = {"tune_s": tune_s, **measure_set(name, adapter, rows_file, rows, pairs)}
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "bf16": arguments.bf16}
     print_result({**result, "machine": machine, "wall_s": round(time.monotonic() - began, 1)})

@@ -28,6 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 import tables
 from peers import venvs
@@ -62,9 +63,7 @@ def main() -> None:
         smallest.home(arguments.small, "home-intents", "construction-faq", layers=SMALL_LAYERS),
         tempfile.TemporaryDirectory(prefix="sartor-fidelity-") as temporary,
     ):
-        folder = Path(arguments.work or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        result = measure(folder, peers, arguments)
+        result = measure(parts.work_folder(Path(temporary)), peers, arguments)
     why = smallest.LEFT_OUT if arguments.small else "not asked for: --peers trl_bf16,unsloth"
     result["absent"] |= {name: why for name in PEERS if name not in peers}
     if arguments.write:
@@ -76,14 +75,14 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
-    smallest.add_argument(parser, has_work=True)
+    smallest.add_argument(parser, has_work=True, selections=("peers", "data", "seeds", "pairs", "serve"))
     parser.add_argument("--peers", default=",".join(PEERS), help="empty for Sartor alone")
     parser.add_argument("--data", type=Path, action="append", default=[], help="a further set: a CSV with text and category")
     parser.add_argument("--updates", type=int, default=24)
     parser.add_argument("--update-tokens", type=int, default=1024, help="about: as many rows an update as come nearest to it")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3, help="of bf16 and rounded_first, for speed_ratio")
-    parser.add_argument("--work", help="a folder for results of single sides; what is there is not done again")
+    parser.add_argument("--work", help="a folder for results of single sides, kept by code and options")
     parser.add_argument("--write", type=Path, help="put the table between the markers of this file (docs/speed.md)")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

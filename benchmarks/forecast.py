@@ -11,7 +11,9 @@ many as take about --seconds; what they take is read off the run before on the s
 `runs` is how many were tuned; `memory_inside` and `time_inside` how many of them stayed in the 90 % interval of `plan`;
 `widest` the largest high end over low end. `intervals` has the exact 95 % interval (Clopper-Pearson) of both fractions.
 A time is only compared where other processes took at most --others CPUs on average while the run was planned and tuned.
-`time_runs` counts those. A run that was not tuned is named under `absent`.
+`time_runs` counts those. A run that was not tuned is named under `absent`, and so is a time that was not compared. `unfinished`
+names the runs that the same command will tune later: those that were not begun within --minutes, and those whose machine was
+busy, which --work does not keep. The exit code is then 75.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import parts
 import smallest
 from results import ROOT, last_line, print_result
 
@@ -85,17 +88,15 @@ def main() -> None:
         smallest.home(arguments.small, "home-intents", "construction-faq"),
         tempfile.TemporaryDirectory(prefix="sartor-forecast-") as temporary,
     ):
-        work = Path(arguments.work or temporary).absolute()
-        work.mkdir(parents=True, exist_ok=True)
-        print_result(measure(work, arguments))
+        print_result(measure(parts.work_folder(Path(temporary)), arguments))
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line (always so)")
-    smallest.add_argument(parser, has_work=True)
-    parser.add_argument("--work", help="a folder for the results of single runs; what is there is not done again")
+    smallest.add_argument(parser, has_work=True, selections=("only", "others"))
+    parser.add_argument("--work", help="a folder for the results of single runs, kept by code and options")
     parser.add_argument("--data", type=Path, default=DATA, help="a folder with banking77, snips and restaurant8k")
     parser.add_argument("--only", action="append", default=[], help="runs whose name has this in it; may be repeated")
     parser.add_argument("--seconds", type=float, default=75.0, help="of a run, about")
@@ -105,26 +106,41 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan and tune what is not in `work` yet; return the JSON object."""
-    began, absent = time.monotonic(), {}
+    began, absent, unfinished = time.monotonic(), dict[str, str](), list[str]()
     runs = [run for run in (SMALL_RUNS if arguments.small else RUNS) if matches(run, arguments.only)]
     results: list[dict[str, Any]] = []
     for index, run in enumerate(runs, 1):
         file = work / f"{run.name}.json"
-        if not file.is_file():
-            problem = problem_of(run, arguments.data)
-            if not problem and time.monotonic() - began > LATEST_BEGIN * arguments.minutes * 60:
-                problem = "not begun within --minutes: the same command with the same --work goes on"
-            if problem:
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if result is None or not is_idle(result, arguments):
+            if problem := problem_of(run, arguments.data):
                 absent[run.name] = problem
+                continue
+            if time.monotonic() - began > LATEST_BEGIN * arguments.minutes * 60:
+                absent[run.name] = "not begun within --minutes: the same command with the same --work goes on"
+                unfinished.append(run.name)
                 continue
             print(f"{index} of {len(runs)}: {run.name} ...", file=sys.stderr)
             result = plan_and_tune(run, work, results, arguments)
-            file.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        results.append(json.loads(file.read_text(encoding="utf-8")))
-        print(f"{index} of {len(runs)}: {line_of(results[-1], arguments.others)}", file=sys.stderr)
+            if is_idle(result, arguments):
+                file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            else:
+                absent[f"{run.name}.time"] = (
+                    f"other processes used {result['others_cpus']:.2f} CPUs: the same command tunes again"
+                )
+                unfinished.append(run.name)
+        results.append(result)
+        print(f"{index} of {len(runs)}: {line_of(result, arguments)}", file=sys.stderr)
     if not results:
-        sys.exit(f"no run: {absent or 'none has that name'}")
-    return summarise(results, arguments) | {"absent": absent}
+        print(f"no run: {absent or 'none has that name'}", file=sys.stderr)
+        sys.exit(parts.UNFINISHED if unfinished else 1)
+    return summarise(results, arguments) | {"absent": absent, "unfinished": unfinished}
+
+
+def is_idle(result: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    """Return whether the machine did little else during a run, so that its time can be compared."""
+    # times of the smallest size say nothing
+    return bool(arguments.small or result["others_cpus"] <= arguments.others)
 
 
 def matches(run: PlannedRun, parts: Sequence[str]) -> bool:
@@ -213,20 +229,19 @@ def _children_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def line_of(result: dict[str, Any], others: float) -> str:
+def line_of(result: dict[str, Any], arguments: argparse.Namespace) -> str:
     """Return a line for a person."""
     memory, duration = result["memory"], result["time"]
-    is_idle = result["others_cpus"] <= others
     return (
         f"{result['run']}: memory {memory['actual'] / 1e9:.2f} GB in {memory['low'] / 1e9:.2f}..{memory['high'] / 1e9:.2f}: "
         f"{memory['inside']}; time {duration['actual']:.0f} s in {duration['low']:.0f}..{duration['high']:.0f}: "
-        f"{duration['inside'] if is_idle else 'not compared'} (others used {result['others_cpus']:.2f} CPUs)"
+        f"{duration['inside'] if is_idle(result, arguments) else 'not compared'} (others used {result['others_cpus']:.2f} CPUs)"
     )
 
 
 def summarise(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     """Return counts and their intervals."""
-    timed = [result for result in results if result["others_cpus"] <= arguments.others or arguments.small]
+    timed = [result for result in results if is_idle(result, arguments)]
     memory_inside = sum(result["memory"]["inside"] for result in results)
     time_inside = sum(result["time"]["inside"] for result in timed)
     widths = [result["memory"]["width"] for result in results] + [result["time"]["width"] for result in timed]

@@ -5,7 +5,7 @@
 With `--work DIR` the result of a part stands in DIR under the program's options and the digest of the code, so that
 the same command goes on where an earlier call ended, and a change of the code begins anew. A call ends after
 `--minutes` (60): between two parts, or in the midst of one, whose processes are ended. It then exits with UNFINISHED,
-and the same command goes on.
+and the same command goes on. A program that keeps results by itself does so in `work_folder`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MINUTES = 60.0
 HEARTBEAT_S = 60.0
 HERE = Path(__file__).resolve().parent
 CODE = (HERE, HERE.parent / "src")
+DIGESTED = ("*.py", "*.cpp", "*.h", "*.toml", "*.txt")
 
 
 @dataclass
@@ -87,11 +88,21 @@ def run(label: str, compute: Callable[[], Any], *, is_final: Callable[[Any], boo
     return result
 
 
+def work_folder(temporary: Path) -> Path:
+    """Return where a program keeps files of its own for a later call: below `--work`, by its options and the code; made.
+
+    temporary: the folder of a call without `--work`.
+    """
+    folder = _call.folder or temporary
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.absolute()
+
+
 def digest_of_code() -> str:
-    """Return the digest of Sartor's sources and of the benchmarks."""
+    """Return the digest of Sartor's sources and of the benchmarks, with what their peers install (requirements.txt)."""
     digest = hashlib.sha256()
     for folder in CODE:
-        for file in sorted(file for suffix in ("*.py", "*.cpp", "*.h", "*.toml") for file in folder.rglob(suffix)):
+        for file in sorted(file for suffix in DIGESTED for file in folder.rglob(suffix)):
             digest.update(file.relative_to(HERE.parent).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

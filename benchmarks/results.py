@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import parts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,11 +30,17 @@ def undefined(value: Any, path: str = "") -> Iterator[str]:
 
 
 def print_result(result: dict[str, Any], *, indent: int | None = None) -> None:
-    """Print a result as JSON. Exits with 1 if a value of it is null or no number: a figure that is absent is named instead."""
+    """Print a result as JSON.
+
+    Exits with 1 if a value of it is null or no number: a figure that is absent is named instead. Exits with UNFINISHED
+    after printing if `unfinished` of the result names what the same command will measure in a later call.
+    """
     if paths := list(undefined(result)):
         print(json.dumps(result, default=str), file=sys.stderr)
         sys.exit(f"not measured: {', '.join(paths)}")
     print(json.dumps(result, indent=indent, allow_nan=False), flush=True)
+    if result.get("unfinished"):
+        sys.exit(parts.UNFINISHED)
 
 
 def run_tests(python: str, file: Path, keyword: str = "") -> dict[str, bool]:

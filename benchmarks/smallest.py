@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,25 @@ NO_RESULT = {"work", "minutes", "json", "write"}
 LEFT_OUT = "left out at the smallest size"
 
 
-def add_argument(parser: argparse.ArgumentParser, *aliases: str, has_work: bool = False) -> None:
+def add_argument(
+    parser: argparse.ArgumentParser, *aliases: str, has_work: bool = False, selections: Sequence[str] = ()
+) -> None:
     """Add `--small` (and other names under which a script has had it), `--work` and `--minutes`.
 
     When the command line is parsed, the clock of the call starts (parts.py). has_work: whether the script adds `--work` itself.
+    selections: options that choose among results and change none, so that calls with other values share what is kept.
     """
     parser.add_argument("--small", *aliases, action="store_true", help=HELP)
     if not has_work:
         parser.add_argument("--work", type=Path, help="folder of finished parts, from which the same command goes on")
     parser.add_argument("--minutes", type=float, default=parts.MINUTES, help="end the call after so many")
-    parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[assignment]
+    parser.parse_args = functools.partial(_parse, parser.parse_args, {*NO_RESULT, *selections})  # type: ignore[assignment]
 
 
-def _parse(parse: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
+def _parse(parse: Callable[..., argparse.Namespace], no_result: set[str], *arguments: Any) -> argparse.Namespace:
     """Parse a command line and start the clock of the call."""
     options = parse(*arguments)
-    values = {name: value for name, value in vars(options).items() if name not in NO_RESULT}
+    values = {name: value for name, value in vars(options).items() if name not in no_result}
     work = Path(options.work) if options.work else None
     parts.begin(Path(sys.argv[0]).stem, values, work, options.minutes)
     return options

@@ -171,12 +171,12 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
     runs = Runs()
     for number in range(arguments.pairs):
         if not peers:
-            runs.ours.append(_sound(run_part("sartor alone", number, folder, SARTOR, work, arguments)))
+            alone = parts.run(f"pair {number + 1}, sartor alone", lambda: _sound(run(folder, SARTOR, work, arguments)))
+            runs.ours.append(alone)
         for name, peer in peers.items():
             if name in runs.failed or name in runs.refused:
                 continue
-            ours = _sound(run_part(f"sartor beside {name}", number, folder, SARTOR, work, arguments))
-            theirs = run_part(name, number, folder, peer, work, arguments)
+            ours, theirs = run_pair(name, number, folder, peer, work, arguments)
             runs.ours.append(ours)
             if "failed" in theirs:
                 runs.failed[name] = theirs["failed"]
@@ -186,9 +186,16 @@ def measure(folder: Path, work: dict[str, Any], peers: dict[str, Side], argument
     return runs
 
 
-def run_part(label: str, number: int, folder: Path, side: Side, work: dict[str, Any], arguments: argparse.Namespace) -> Result:
-    """`run` as a part of the benchmark, which a later call takes over."""
-    return dict(parts.run(f"pair {number + 1}, {label}", lambda: run(folder, side, work, arguments), is_final=is_success))
+def run_pair(
+    name: str, number: int, folder: Path, peer: Side, work: dict[str, Any], arguments: argparse.Namespace
+) -> tuple[Result, Result]:
+    """Return Sartor's result and a peer's, one run after the other. They are one part: a later call takes over both or none."""
+    ours, theirs = parts.run(
+        f"pair {number + 1}, sartor and {name}",
+        lambda: [_sound(run(folder, SARTOR, work, arguments)), run(folder, peer, work, arguments)],
+        is_final=lambda pair: is_success(pair[1]),
+    )
+    return ours, theirs
 
 
 def is_success(result: Result) -> bool:

@@ -94,6 +94,41 @@ def test_second_call_of_a_program_measures_nothing_twice(
     assert captured.err.count("of an earlier call") == len(intervals.DRAWS) + len(intervals.EFFECTS)
 
 
+def test_call_that_ends_between_two_sides_measures_the_pair_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds that were measured hours apart are no pair."""
+    import argparse
+
+    import parts
+    import train
+
+    monkeypatch.setattr(parts, "_call", parts.Call(folder=tmp_path))
+    sides: list[str] = []
+
+    def run(folder: Path, side: Any, *_: Any) -> dict[str, Any]:
+        sides.append(side.folder)
+        if len(sides) == 2:
+            raise KeyboardInterrupt
+        return {"side": side.folder}
+
+    monkeypatch.setattr(train, "run", run)
+    pair = ("trl", 0, tmp_path, train.PEERS["trl"], {}, argparse.Namespace())
+    with pytest.raises(KeyboardInterrupt):
+        train.run_pair(*pair)
+    assert train.run_pair(*pair) == train.run_pair(*pair) == ({"side": "sartor"}, {"side": "trl"})
+    assert sides == ["sartor", "trl"] * 2
+
+
+def test_requirements_of_a_peer_are_part_of_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import parts
+
+    monkeypatch.setattr(parts, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(parts, "CODE", (tmp_path,))
+    (tmp_path / "requirements.txt").write_text("trl==1.0")
+    before = parts.digest_of_code()
+    (tmp_path / "requirements.txt").write_text("trl==1.1")
+    assert parts.digest_of_code() != before
+
+
 def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
     done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01")
     assert done.returncode == 75 and done.stdout == ""
@@ -110,6 +145,109 @@ def test_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     assert record["result"]["results"] == [{"1": 1}, {"2": 2}] and record["machine"]["cores"] and "commit" in record
 
 
+PARTIAL = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import results
+results.print_result({{"sets": {{"a": 1}}, "absent": {{"b": "the minutes are over"}}, "unfinished": ["b"]}})
+"""
+
+
+def test_partial_result_is_recorded_as_not_run_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "partial.py").write_text(PARTIAL.format(benchmarks=str(BENCHMARKS)))
+    command = [sys.executable, str(BENCHMARKS / "scoreboard" / "record.py"), str(tmp_path / "partial.py")]
+    environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0 and json.loads(done.stdout)["sets"] == {"a": 1}
+        assert "--again" not in done.stderr, "it was taken for a finished result"
+    record = json.loads((tmp_path / "partial.json").read_text())
+    assert "unfinished when its call ended: b" in record["not_run"] and record["result"]["sets"] == {"a": 1}
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, program: Any, work: Path, *options: str) -> None:
+    """Set a benchmark's command line, with the clock put back after the test."""
+    import parts
+
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", "--json", "--work", str(work), *options])
+    monkeypatch.setattr(parts, "_watch", lambda call: None)
+    monkeypatch.setattr(parts, "_call", parts.Call())
+
+
+def test_kept_results_are_of_one_code_and_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import forecast
+    import parts
+
+    folders = []
+    for options in ((), ("--only", "snips"), ("--seconds", "5")):
+        begin(monkeypatch, forecast, tmp_path, *options)
+        forecast.parse_arguments()
+        folders.append(parts.work_folder(tmp_path))
+    assert folders[0] == folders[1] != folders[2] and {folder.parent for folder in folders} == {tmp_path}
+    monkeypatch.setattr(parts, "digest_of_code", lambda: "another code")
+    forecast.parse_arguments()
+    assert parts.work_folder(tmp_path) not in folders
+
+
+def test_forecast_tunes_again_what_a_busy_machine_slowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import forecast
+    import parts
+
+    interval = {"actual": 2.0, "low": 1.0, "high": 3.0, "inside": True, "width": 3.0}
+    tuned: list[str] = []
+    others = {"construction-faq-starter-16": 0.9, "construction-faq-starter-32": 0.0}
+
+    def plan_and_tune(run: Any, *_: Any) -> dict[str, Any]:
+        tuned.append(run.name)
+        measured = dict.fromkeys(("time", "memory", "memory_of_tune"), interval)
+        return {"run": run.name, "others_cpus": others[run.name], **measured}
+
+    monkeypatch.setattr(forecast, "plan_and_tune", plan_and_tune)
+    begin(monkeypatch, forecast, tmp_path, "--only", "construction-faq")
+    with pytest.raises(SystemExit) as ended:
+        forecast.main()
+    result = json.loads(capsys.readouterr().out)
+    assert ended.value.code == parts.UNFINISHED and result["unfinished"] == ["construction-faq-starter-16"]
+    assert (result["runs"], result["time_runs"]) == (2, 1) and list(result["absent"]) == ["construction-faq-starter-16.time"]
+    others["construction-faq-starter-16"] = 0.1
+    forecast.main()
+    result = json.loads(capsys.readouterr().out)
+    assert (result["time_runs"], result["absent"], result["unfinished"]) == (2, {}, [])
+    assert tuned == ["construction-faq-starter-16", "construction-faq-starter-32", "construction-faq-starter-16"]
+
+
+def test_forecast_without_time_for_a_run_is_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import forecast
+    import parts
+
+    begin(monkeypatch, forecast, tmp_path, "--only", "construction-faq", "--minutes", "0")
+    with pytest.raises(SystemExit) as ended:
+        forecast.main()
+    assert ended.value.code == parts.UNFINISHED
+
+
+def test_defaults_out_of_time_are_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import defaults
+    import parts
+
+    def measure(name: str, options: Any) -> dict[str, Any]:
+        if name == "textile":
+            raise defaults.OutOfTimeError
+        return {"default": 0.5}
+
+    monkeypatch.setattr(defaults, "measure", measure)
+    begin(monkeypatch, defaults, tmp_path, "--sets", "snips", "textile")
+    with pytest.raises(SystemExit) as ended:
+        defaults.main()
+    result = json.loads(capsys.readouterr().out)
+    assert ended.value.code == parts.UNFINISHED and result["unfinished"] == ["textile"] and list(result["sets"]) == ["snips"]
+    assert "minutes are over" in result["absent"]["textile"] and "not asked for" in result["absent"]["documents"]
+
+
 def target(**changes: Any) -> Any:
     import scoreboard
 
@@ -123,6 +261,8 @@ def target(**changes: Any) -> Any:
         ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.99}}}}, "met"),
         ({"result": {"sets": {"a": {"fraction": 0.98}, "b": {"fraction": 0.96}}}}, "**not met**"),
         ({"result": {"absent": {"sets": "not asked for"}}}, "not run here"),
+        ({"result": {"sets": {"a": {"fraction": 0.98}}, "absent": {"b": "no time"}, "unfinished": ["b"]}}, "not run here"),
+        ({"result": {"sets": {"a": {"fraction": 0.98}}}, "not_run": "unfinished"}, "not run here"),
         ({"not_run": "exit code 1"}, "not run here"),
     ],
 )

@@ -244,6 +244,32 @@ def test_threshold_of_a_peer_is_chosen_on_rows_that_are_not_scored(monkeypatch: 
     assert list(inspect.signature(dedup_peers.sartor).parameters) == ["texts"]
 
 
+def test_letters_of_short_sentences_have_words_for_every_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve of chitchat's sentences often have fewer words than a letter."""
+    import dedup_sets
+
+    short = [" ".join(f"w{number}" for number in range(index, index + 6)) for index in range(400)]
+    monkeypatch.setattr(dedup_sets, "sentences", lambda source: short)
+    letters = dedup_sets.planted(8, source="chitchat")["templates"]
+    assert {len(text.split()) for text in letters.texts[:8]} == {dedup_sets.LETTER_WORDS}
+    assert letters == dedup_sets.planted(8, source="chitchat")["templates"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_computes_in_the_dtype_asked_for(dtype: torch.dtype, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the machine multiplies another natively."""
+    import evaluate
+
+    from sartor.core.artifacts import open_artifact
+    from sartor.evaluate.evaluation import open_tuned
+    from sartor.models import base as base_module
+
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    monkeypatch.setattr(base_module, "best_dtype", lambda device: other)
+    with evaluate.computing_in(dtype):
+        assert open_tuned(open_artifact(adapter, "adapter"))[0].dtype == dtype
+
+
 def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A closed loop would ask once during the stall; here all who were due ask, and their wait is counted from then."""
     import asyncio

@@ -212,7 +212,10 @@ def _checked(job: Job, watch: Watch) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held, loading included."""
+    """Return the most memory that this process has held, loading included.
+
+    Not for Sartor's side, whose `tune` resets the counter: `sartor.models.hardware.peak_bytes` there.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

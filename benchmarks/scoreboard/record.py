@@ -3,8 +3,8 @@
     python benchmarks/scoreboard/record.py benchmarks/NAME.py --json [OPTION ...]
 
 The file has the command, the commit, the machine, and the benchmark's JSON as `result`; or `not_run`, the reason, if
-it failed or its 60 minutes ended before it did: then the same command goes on. A result of this very code and command
-is not measured again (`--again` does).
+it failed or its 60 minutes ended before it did: then the same command goes on, and `result` is what it had measured by
+then, if it printed that. A finished result of this very code and command is not measured again (`--again` does).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def is_current(record: dict[str, Any], arguments: list[str], code: str) -> bool:
-    """Whether a record has a result of this code and command."""
-    return "result" in record and record["command"] == arguments and record.get("code") == code
+    """Whether a record has a finished result of this code and command."""
+    return "result" in record and "not_run" not in record and record["command"] == arguments and record.get("code") == code
 
 
 def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
@@ -74,7 +74,10 @@ def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
     except (IndexError, ValueError):
         result = None
     if done.returncode == parts.UNFINISHED:
-        record["not_run"] = "unfinished when its minutes were over; the same command goes on"
+        names = (result.get("unfinished") or []) if isinstance(result, dict) else []
+        missing = f": {', '.join(map(str, names))}" if names else ""
+        record["not_run"] = f"unfinished when its call ended{missing}; the same command goes on"
+        record |= {"result": result} if names else {}
     elif isinstance(result, dict):
         # a benchmark may exit with another status than 0 to say that a target was missed: its figures were measured
         record["result"], record["exit_status"] = result, done.returncode

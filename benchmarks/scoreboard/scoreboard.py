@@ -115,8 +115,11 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
     if not file.is_file():
         return Standing(target, NOT_RUN, "", target.why or f"no {target.program}.json in benchmarks/results")
     record = json.loads(file.read_text(encoding="utf-8"))
-    if "result" not in record:
+    if "not_run" in record:
         return Standing(target, NOT_RUN, "", record["not_run"])
+    # the least, the most or a count of some members says nothing of all
+    if unfinished := record["result"].get("unfinished"):
+        return Standing(target, NOT_RUN, "", f"unfinished: {', '.join(unfinished)}")
     values = [value for value in values_at(record["result"], target.value) if isinstance(value, int | float)]
     source = f"`{' '.join(record['command'])}`, {record['commit'] or 'no commit'}, {record['machine']['processor']}"
     if not values:

@@ -22,6 +22,7 @@ from sartor.models import hardware
 from sartor.models.losses import transformers_backend
 from sartor.models.packing import TokenizedExample
 from sartor.tune import cost_model, preflight
+from sartor.tune import plan as plan_module
 from sartor.tune.cost_model import BatchLoad, Interval, MemoryModel, ModelShape, TimedBatch, TimingProbe, load_of
 from sartor.tune.plan import device_named, hourly
 from sartor.tune.recipe import ResolvedRecipe
@@ -91,6 +92,22 @@ def test_a_plan_leaves_no_file(tmp_path: Path, tune_recipe: dict[str, Any], monk
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "sartor-home" not in path.parts}
     sartor.plan(tune_recipe)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "sartor-home" not in path.parts} == before
+
+
+def test_plan_of_a_small_base_forgets_a_larger_ones_peak(
+    tmp_path: Path, tune_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both in one process, as a notebook has them."""
+    import tiny
+
+    if not hardware.restart_peak(torch.device("cpu")):
+        pytest.skip("this system's /proc/self/clear_refs cannot be written")
+    monkeypatch.setattr(plan_module, "_PROBE_S", 0.1)
+    monkeypatch.setattr(plan_module, "forecast_evaluation", lambda model, rows, count: None)
+    larger = tiny.write_base(tmp_path / "larger", hidden_size=512, intermediate_size=16384)
+    plans = [sartor.plan({**tune_recipe, "base": str(base)}).as_json() for base in (larger, tune_recipe["base"])]
+    large, small = (plan["peak_memory_bytes"] for plan in plans)
+    assert small["high"] < large["low"] - 5e7, (small, large)
 
 
 def test_without_a_price_there_is_no_cost_and_a_price_has_a_unit(tune_recipe: dict[str, Any]) -> None:
@@ -278,6 +295,9 @@ def test_growth_below_the_allocators_noise_says_nothing() -> None:
         device, resident_bytes, left_bytes = torch.device("cpu"), GB, 0
         path = SimpleNamespace(name="general")
 
+        def peak_bytes(self) -> int:
+            return GB
+
     load = BatchLoad(1000, 400, 70_000, 70_000)
     expected = STARTER.activation_bytes(load) + 4 * STARTER.trainable
     fake: Any = Fake()
@@ -294,6 +314,9 @@ def test_code_of_unmet_lengths_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> N
         device, resident_bytes, left_bytes = torch.device("cpu"), GB, 10**7
         path = SimpleNamespace(name="fast")
         samples: tuple[TimedBatch, ...] = ()
+
+        def peak_bytes(self) -> int:
+            return GB
 
     fake: Any = Fake()
     monkeypatch.setattr(hardware, "cached_batch_shapes", lambda: 18)

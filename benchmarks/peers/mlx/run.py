@@ -4,6 +4,10 @@ Its own loss wants one span of answer per row, and its own batches are sorted by
 trainer from outside: a mask per token, and the job's order, padded to multiples of 32 as it pads. fp32, since mlx's CPU backend
 has no fast bf16 product. The wheel mlx-cpu brings netlib's reference BLAS (2 GFLOP/s on two Zen 3 cores): where the system has
 OpenBLAS (Debian: libopenblas0-pthread), or MLX_BLAS names its file, that is loaded first, as who knows of this would do.
+
+Its trainer computes an update inside `mx.compile`, where no value can be read: the gradients of the factors B come from one
+uncompiled pass over the first batch, before the trainer runs. Its evaluation gets no rows. Not run in this form: the machine on
+which it was written has no mlx.
 """
 
 import ctypes.util
@@ -43,6 +47,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     )
 
     _begin(model, job)
+    _note_gradients(model, job, watch)
 
     class Clock(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
@@ -58,13 +63,15 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
         steps_per_save=10**9,
         adapter_file=Path(tempfile.mkdtemp(prefix="sartor-peer-")) / "adapters.safetensors",
     )
+    # it evaluates before its first and its last update, through the same `iterate_batches`
     run(
         model,
-        _optimizer(job, watch),
+        _optimizer(job),
+        job.updates,
         [],
         args=arguments,
         loss=_loss,
-        iterate_batches=lambda **_: _batches(job, watch),
+        iterate_batches=lambda dataset, **_: _batches(dataset, watch) if dataset else iter(()),
         training_callback=Clock(),
     )
     return {"dtype": str(dtype), "blas": _preload(), "trained": _size(model)}
@@ -84,39 +91,51 @@ def _begin(model: Any, job: protocol.Job) -> None:
             module.lora_a = factors[name].T
 
 
-def _optimizer(job: protocol.Job, watch: protocol.Watch) -> Any:
-    """AdamW as torch computes it, with the clipping that mlx-lm's trainer lacks."""
+def _note_gradients(model: Any, job: protocol.Job, watch: protocol.Watch) -> None:
+    """Note the norm of the gradient of each factor B over the first batch, before clipping. No weight moves."""
     import mlx.core as mx
-    import mlx.optimizers as optim
+    import mlx.nn as nn
     from mlx.utils import tree_flatten
+
+    _, gradients = nn.value_and_grad(model, _loss)(model, *_batch(job.updates[0]))
+    for name, gradient in tree_flatten(gradients):
+        if name.endswith(".lora_b"):
+            watch.b_gradients[name.removesuffix(".lora_b")] = float(mx.linalg.norm(gradient.astype(mx.float32)))
+
+
+def _optimizer(job: protocol.Job) -> Any:
+    """AdamW as torch computes it, with the clipping that mlx-lm's trainer lacks."""
+    import mlx.optimizers as optim
 
     class Clipped(optim.AdamW):
         def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-            if not watch.b_gradients:
-                for name, gradient in tree_flatten(gradients):
-                    if name.endswith(".lora_b"):
-                        watch.b_gradients[name.removesuffix(".lora_b")] = float(mx.linalg.norm(gradient.astype(mx.float32)))
             clipped, _ = optim.clip_grad_norm(gradients, job.clip_norm)
             return super().apply_gradients(clipped, parameters)
 
     return Clipped(learning_rate=job.learning_rate, weight_decay=0.0, bias_correction=True)
 
 
-def _batches(job: protocol.Job, watch: protocol.Watch) -> Iterator[tuple[Any, Any]]:
-    """(B, 1 + L) tokens and (B, L) mask of the tokens that are learnt, per update; the first one starts `watch`."""
+def _batches(updates: list[list[protocol.Row]], watch: protocol.Watch) -> Iterator[tuple[Any, Any]]:
+    """Yield the batch of each update; the first one starts `watch`."""
+    for index, rows in enumerate(updates):
+        batch = _batch(rows)
+        if index == 0:
+            watch.start()
+        yield batch
+
+
+def _batch(rows: list[protocol.Row]) -> tuple[Any, Any]:
+    """Return (B, 1 + L) tokens and (B, L) mask of the tokens that are learnt."""
     import mlx.core as mx
     import numpy as np
 
-    for place, rows in enumerate(job.updates):
-        longest = max(len(row.ids) for row in rows)
-        width = 1 + PAD_TO * ((longest + PAD_TO - 1) // PAD_TO)
-        ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width - 1), bool)
-        for line, row in enumerate(rows):
-            ids[line, : len(row.ids)] = row.ids
-            mask[line, : len(row.ids) - 1] = row.learnt[1:]
-        if place == 0:
-            watch.start()
-        yield mx.array(ids), mx.array(mask)
+    longest = max(len(row.ids) for row in rows)
+    width = 1 + PAD_TO * ((longest + PAD_TO - 1) // PAD_TO)
+    ids, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width - 1), bool)
+    for line, row in enumerate(rows):
+        ids[line, : len(row.ids)] = row.ids
+        mask[line, : len(row.ids) - 1] = row.learnt[1:]
+    return mx.array(ids), mx.array(mask)
 
 
 def _loss(model: Any, batch: Any, mask: Any) -> tuple[Any, Any]:

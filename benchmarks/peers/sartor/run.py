@@ -27,7 +27,7 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     """Every update of the job, and then what its matrix products alone would take."""
     import torch
 
-    from sartor.models import adapters, packing
+    from sartor.models import adapters, hardware, packing
     from sartor.models.kernels.reference import ReferenceKernels
     from sartor.models.losses import loss_backend, transformers_backend
     from sartor.models.losses.fused_decoder import FusedDecoder
@@ -43,14 +43,16 @@ def train(job: protocol.Job, watch: protocol.Watch) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder)
     model, dtype = tuned["model"], str(tuned["model"].get_input_embeddings().weight.dtype)
-    result = {"path": tuned["path"], "path_reason": tuned["path_reason"], "dtype": dtype}
+    # `tune` lets the system's counter begin anew (/proc/self/clear_refs), and keeps the peak before that
+    peak = {"peak_rss_bytes": hardware.peak_bytes()}
+    result = {"path": tuned["path"], "path_reason": tuned["path_reason"], "dtype": dtype, **peak}
     examples = [row for rows in updates for row in rows]
     if job.held_out:
         path = transformers_backend.choose_loss_backend(
             model.eval(), examples, model.device, loss_backend.LossOptions(share=False)
         )
         return result | {"held_out": _held_out(job, path, model)}
-    result |= {"trained": adapters.trainable(model)[0], "peak_rss_bytes": protocol.peak_rss_bytes()}
+    result |= {"trained": adapters.trainable(model)[0]}
     if job.is_reference:
         return result
     result |= _roofline(job, watch, model)

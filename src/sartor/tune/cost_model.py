@@ -126,9 +126,20 @@ def take(rows: Sequence[TokenizedExample], tokens: int) -> list[TokenizedExample
 class TimingProbe:
     """Forward and backward of micro-batches, timed; gradients, random numbers and the model's mode are put back."""
 
-    def __init__(self, path: LossBackend, model: Any, device: torch.device, beginning: Sequence[int] = ()) -> None:
-        """beginning: tokens that rows share (`common_beginning`)."""
+    def __init__(
+        self,
+        path: LossBackend,
+        model: Any,
+        device: torch.device,
+        beginning: Sequence[int] = (),
+        *,
+        is_peak_restarted: bool = False,
+    ) -> None:
+        """beginning: tokens that rows share (`common_beginning`). is_peak_restarted: whether `hardware.restart_peak` was called
+        before the base was opened, so that what the process held before that is no part of `peak_bytes`.
+        """
         self.path, self.model, self.device, self.beginning = path, model, device, beginning
+        self.is_peak_restarted, self._past_peak_bytes = is_peak_restarted, 0
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # else a micro-batch would fill what the choice of the path has left free in the heap, and seem to need nothing
         hardware.release_free_memory()
@@ -136,6 +147,12 @@ class TimingProbe:
         # what the last micro-batch has left behind: code of products of its length, buffers that grew
         self.left_bytes = 0
         self.samples: list[TimedBatch] = []
+
+    def peak_bytes(self) -> int:
+        """Return the most memory held so far: since the peak was restarted for the base, else by this process."""
+        if not self.is_peak_restarted:
+            return hardware.peak_bytes(self.device)
+        return max(self._past_peak_bytes, hardware.recent_peak_bytes(self.device))
 
     def settle(self) -> None:
         """Count what the last micro-batch has left behind as held, and no longer as its activations."""
@@ -148,6 +165,7 @@ class TimingProbe:
     def run(self, rows: Sequence[TokenizedExample], *, warm_up: bool = False) -> float:
         """Seconds of one micro-batch over `rows`. `warm_up` leaves its time out of `samples`."""
         with self._untouched():
+            self._past_peak_bytes = self.peak_bytes()
             is_measured = hardware.restart_peak(self.device)
             start_s = time.monotonic()
             losses, weights = self.path.losses(rows)
@@ -365,11 +383,10 @@ def memory_model(shape: ModelShape, probe: TimingProbe) -> MemoryModel:
         # the heaviest sample is the nearest to what will be run
         estimate = ratios[-1]
         low, high = min(ratios) * (1 - MEMORY_ALLOWANCE), max(ratios) * (1 + MEMORY_ALLOWANCE)
-    past_peak_bytes = hardware.peak_bytes(probe.device)
     return MemoryModel(
         shape,
         probe.resident_bytes,
-        past_peak_bytes,
+        probe.peak_bytes(),
         Interval(estimate, low, high),
         resident_bytes + available.bytes,
         available.bound,

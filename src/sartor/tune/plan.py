@@ -5,6 +5,7 @@ It writes nothing and trains nothing.
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError, SourceError
 from sartor.core.row_warnings import DataWarning
-from sartor.models import kernels
+from sartor.models import hardware, kernels
 from sartor.models.base import Base, machine_facts
 from sartor.models.hardware import best_device
 from sartor.models.losses.loss_backend import LossBackend
@@ -136,6 +137,10 @@ def plan(
     torch_device = device_named(device) if device else None
     if refusals := list(preflight.of_base(recipe, torch_device)):
         return TuningPlan(device=str(torch_device or best_device()), refusals=refusals)
+    # what this process held before, as for the plan of a larger base, is no part of this run's peak
+    gc.collect()
+    hardware.release_free_memory()
+    is_peak_restarted = hardware.restart_peak(torch_device or best_device())
     base = open_recipe_base(recipe, notice, torch_device)
     try:
         recipe, rehearsal_setting = auto_settings.choose_rehearsal(recipe, dataset, base)
@@ -146,7 +151,7 @@ def plan(
     calibrate(base, data)
     resolved, settings = auto_settings.resolve(recipe, data, base, rehearsal_setting)
     model = inject_recipe_adapter(resolved, base)
-    forecast = _forecast(resolved, dataset, base, model, data, price_h)
+    forecast = _forecast(resolved, dataset, base, model, data, price_h, is_peak_restarted=is_peak_restarted)
     forecast = replace(forecast, advice=replace(forecast.advice, settings=settings))
     if forecast.time_s is None:
         return forecast
@@ -155,7 +160,14 @@ def plan(
 
 
 def _forecast(
-    recipe: ResolvedRecipe, dataset: Artifact, base: Base, model: Any, data: TokenizedDataset, price_h: float | None
+    recipe: ResolvedRecipe,
+    dataset: Artifact,
+    base: Base,
+    model: Any,
+    data: TokenizedDataset,
+    price_h: float | None,
+    *,
+    is_peak_restarted: bool,
 ) -> TuningPlan:
     # they are compiled once on a machine: `tune` finds them, so that is no part of its time
     if recipe.compute.path == "auto":
@@ -172,7 +184,8 @@ def _forecast(
     counters = Counters()
     updates = cost_model.simulate_updates(recipe, loads, counters, rehearsal_loads)
     loads += rehearsal_loads
-    probe, shape = TimingProbe(path, model, base.device, beginning), cost_model.shape_of(model, recipe)
+    probe = TimingProbe(path, model, base.device, beginning, is_peak_restarted=is_peak_restarted)
+    shape = cost_model.shape_of(model, recipe)
     refusals = list(preflight.of_rows(recipe, base.chat, data))
     memory = cost_model.memory_model(shape, probe)
     smallest = take(sequences, 1)
