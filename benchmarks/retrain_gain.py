@@ -156,7 +156,8 @@ class Agent:
         ]
         new = self._tuned(self.corrections, scenario.change, scenario.feedback_gain)
         other = self._tuned(self.corrections, scenario.control_change)
-        other &= self.rng.random(len(other)) >= scenario.control_loss
+        if scenario.control_loss:
+            other &= self.rng.random(len(other)) >= scenario.control_loss
         feedback = [
             _row(row_id, live, after) | {"control": float(control)}
             for row_id, live, after, control in zip(self.corrections.ids, self.corrections.live, new, other, strict=True)

@@ -84,7 +84,8 @@ def _held_out(values: Any, workspace: Workspace) -> Any:
     rows = [example(f"q{index}", "a", index) for index in range(30)]
     workspace.patch.setattr(training_data.parquet_io, "read_examples", lambda dataset, split: rows)
     workspace.patch.setattr(training_data.look_ledger, "count_looks", lambda run: Counter())
-    return len(training_data._held_out(_job(workspace, {"gate": values}), None, []))  # type: ignore[arg-type]
+    dataset: Any = SimpleNamespace(manifest={})
+    return len(training_data._held_out(_job(workspace, {"gate": values}), dataset, []))
 
 
 GATE_PROBES = (
