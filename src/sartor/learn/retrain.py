@@ -80,9 +80,13 @@ def tune(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
-    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
-    manifest = open_artifact(job.run.record.live.release, "release").path / "sartor.json"
-    recipe = training_data.read_recipe(manifest)
+    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes.
+
+    A batch that `auto` chose by the rows of a whole Dataset is chosen again by those of the leg sft, which are far fewer; one
+    that a person named stays.
+    """
+    live = open_artifact(job.run.record.live.release, "release")
+    recipe = training_data.read_recipe(live.path / "sartor.json")
     recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     recipe["objective"] = {"kind": leg}
     recipe["budget"] = {"epochs": EPOCHS}
@@ -91,6 +95,9 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}
+    # rehearsal and evaluations of the live recipe are resolved, and the weights are named: nothing else is chosen anew
+    if leg == "sft" and training_data.is_auto_batch(live):
+        recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": "auto"}
     return merge_options(recipe, job.rules.tuning or {})
 
 
@@ -156,7 +163,7 @@ def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
 def control(job: RetrainContext) -> Mapping[str, Any]:
     """control-LEG/: the live version tuned on rehearsal rows alone, where only feedback could show a gain; its scores.
 
-    It has as many updates as the new version, at the same rate. `skipped` says why there is none.
+    It has as many updates as the new version, of as many tokens, at the same rate. `skipped` says why there is none.
     """
     if job.run.done("gate"):  # of a Sartor before the control
         return {"skipped": "the gate has decided"}
@@ -166,8 +173,10 @@ def control(job: RetrainContext) -> Mapping[str, Any]:
     start = Path(job.run.record.live.release)
     for leg in job.run.facts("tune")["legs"]:
         out, data = job.at(f"control-{leg['leg']}"), training_data.write_control_data(job, leg["leg"])
-        updates = open_artifact(leg["adapter"], "adapter").manifest["run"]["updates"]
+        tuned = open_artifact(leg["adapter"], "adapter").manifest
+        updates, batch_tokens = tuned["run"]["updates"], tuned["recipe"]["optimizer"]["batch_tokens"]
         recipe = {**recipe_of(job, "sft", start), "budget": {"updates": updates}}
+        recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": batch_tokens}
         recipe["data"] = {**recipe["data"], "path": str(data)}
         job.notice(f"tuning the control: {updates} updates on {data}, going on from {start}")
         train(recipe, out, resume=True, show=False, notice=job.notice)
