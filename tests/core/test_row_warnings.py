@@ -56,10 +56,46 @@ def test_labels_in_two_spellings_are_named_with_counts(tmp_path: Path) -> None:
         ["card_arrival", "card arrival time"] * 10,
         ["3", "-3"] * 10,
         ["1.5", "15", "1,5"] * 10,
+        ["5", ".5"] * 10,
     ],
 )
 def test_what_is_no_spelling_is_not_named(replies: list[str]) -> None:
     assert reply_warnings(replies) == []
+
+
+def test_rows_that_call_differently_are_not_one_reply(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"light {number} on"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"type": "function", "function": {"name": "on", "arguments": {"light": number}}}],
+                },
+            ]
+        }
+        for number in range(60)
+    ]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    assert sartor.curate({"sources": [source], "split": {"eval_fraction": 0.25}}, tmp_path / "dataset").warnings == []
+
+
+def test_rehearsal_does_not_hide_that_own_rows_are_few(tmp_path: Path) -> None:
+    own = [{"question": f"question {number}", "answer": "yes"} for number in range(5)]
+    talk = [{"question": f"small talk {number}", "answer": f"reply {number}"} for number in range(200)]
+    sources = [
+        {"path": str(write_jsonl(tmp_path / "own.jsonl", own)), "licence": "CC0-1.0"},
+        {"path": str(write_jsonl(tmp_path / "talk.jsonl", talk)), "licence": "CC0-1.0", "rehearsal": True},
+    ]
+    curated = sartor.curate({"sources": sources}, tmp_path / "dataset")
+    assert [warning.reason for warning in curated.warnings] == ["few_rows", "one_reply"]
+
+
+def test_few_documents_are_warned_of(tmp_path: Path) -> None:
+    rows = [{"text": f"a page about machine {number}"} for number in range(5)]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    assert [warning.reason for warning in sartor.curate({"sources": [source]}, tmp_path / "dataset").warnings] == ["few_rows"]
 
 
 def test_evaluation_rows_need_six_groups() -> None:

@@ -34,6 +34,20 @@ def test_rows_that_were_all_trained_on_are_refused(adapter: Path, tmp_path: Path
     assert f"'trained_on': {len(trained)}" in error.value.problem and "not trained on" in error.value.remedy
 
 
+@pytest.mark.parametrize(("group", "remedy"), [("", "split.eval_fraction of 0.2 or more"), ("ward 3", "rows of other groups")])
+def test_rows_of_which_none_can_be_held_out_say_what_would_do(
+    tmp_path: Path, tune_recipe: dict[str, Any], group: str, remedy: str
+) -> None:
+    """A tenth of five rows is none, and one group is never parted: `eval_fraction above 0` would not help."""
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", chat_rows(5, group=group))), "licence": "CC0-1.0"}
+    sartor.curate({"sources": [source]}, tmp_path / "few")
+    recipe = {**tune_recipe, "data": {"path": str(tmp_path / "few")}, "budget": {"updates": 1}}
+    sartor.tune(recipe, tmp_path / "adapter", show=False)
+    with pytest.raises(SourceError, match="holds out no row in the split eval") as error:
+        sartor.evaluate(tmp_path / "adapter")
+    assert remedy in error.value.remedy and "5 rows" in error.value.problem
+
+
 def held_out_rows(adapter: Path) -> list[dict[str, Any]]:
     (dataset,) = ancestry.find_parents(open_artifact(adapter, "adapter"), "dataset")
     prompts = {row.prompt[0].text for row in parquet_io.read_examples(dataset, "eval")}

@@ -50,6 +50,14 @@ def test_exact_match_is_decided_by_the_first_difference(reply: str, decided: boo
     assert SCORERS["exact_match"].is_decided(reply, "yes") is decided
 
 
+def test_reasoning_that_has_not_ended_decides_nothing() -> None:
+    measures = MetricSet(["yes"], ["a"], ".")
+    for reply in ("", "<", "<think>", "<think>no", "<think>no</think>", "<think>no</think>\nye"):
+        assert not measures.is_decided(0, reply, ["exact_match", "accuracy"]), reply
+    assert measures.is_decided(0, "<think>yes</think>no", ["exact_match"]) and measures.is_decided(0, "<b>", ["exact_match"])
+    assert measures.is_decided(0, "<think>", ["loss"])
+
+
 def test_label_in_json_is_decided_by_the_first_character() -> None:
     measures = MetricSet(['{"a": 1}', "no label"], ["g", "h"], "a")
     assert not measures.is_decided(0, ' {"b', ["accuracy"]) and measures.is_decided(0, "The", ["accuracy", "ece"])

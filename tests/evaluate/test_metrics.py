@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import unicodedata
 from typing import Any
 
 import jiwer
@@ -16,7 +17,7 @@ from sartor.core.errors import ConfigError
 from sartor.evaluate import bootstrap
 from sartor.evaluate.metrics import MetricSet, ModelOutputs
 from sartor.evaluate.reply_labels import label_of, span_of
-from sartor.evaluate.scorers import rouge_l, spoken, word_errors
+from sartor.evaluate.scorers import f1, rouge_l, spoken, word_errors
 
 CLASSES = ["stop", "mend", "go"]
 
@@ -110,6 +111,30 @@ def test_word_errors_are_those_of_jiwer(seed: int) -> None:
         counted.substitutions + counted.deletions + counted.insertions,
         len(wanted.split()),
     )
+
+
+def test_words_keep_their_marks_and_accents_their_letters() -> None:
+    assert word_errors("की", "कि") == (1, 1) and rouge_l("की", "कि") == 0.0
+    assert word_errors("हिन्दी भाषा", "हिन्दी भाषा") == (0, 2)
+    decomposed = unicodedata.normalize("NFD", "café olé")
+    assert f1(decomposed, "café olé") == 1.0 and word_errors(decomposed, "café olé") == (0, 2)
+
+
+def test_characters_are_the_words_of_scripts_without_spaces() -> None:
+    assert word_errors("你好吗", "你好吧") == (1, 3)
+    assert f1("今日は晴れです", "今日は雨です") == pytest.approx(10 / 13)
+    assert f1("แมวดำ", "แมวขาว") > 0
+    assert word_errors("안녕 하세요", "안녕 하세요") == (0, 2), "Korean has spaces"
+
+
+def test_reasoning_before_an_answer_is_not_scored() -> None:
+    measures = MetricSet(["yes", "no"], ["a", "b"], labels=["yes", "no"], field=".")
+    thought = ModelOutputs(["<think>\nno?\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"])
+    scores = measures.by_row(thought)
+    assert scores["exact_match"] == [1.0, 0.0] == scores["accuracy"] and scores["f1"] == [1.0, 0.0]
+    opened = ModelOutputs(["no?</think>yes", "yes</think>no"], is_opened=True)
+    assert measures.by_row(opened)["exact_match"] == [1.0, 1.0]
+    assert ModelOutputs(["<think> never ended", "a</think>b"]).answers == ["<think> never ended", "a</think>b"]
 
 
 def test_what_is_heard_has_no_case_and_no_punctuation() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sartor.evaluate.predictions import _confidence, _spelling
+from sartor.core.records import Example, Message
+from sartor.evaluate.predictions import SPARE_TOKENS, _confidence, _spelling, opens_reasoning, reply_limit, reply_outputs
 from sartor.evaluate.reply_labels import span_of
 from sartor.inference.generate import Generation
 from sartor.models.base import Base, open_base
@@ -32,8 +33,38 @@ def test_confidence_is_the_product_over_them(base: Base) -> None:
     ids = base.chat.tokens(TEXT)
     logprobs = [-0.01 * (place + 1) for place in range(len(ids))]
     first, last = _spelling(base.chat, ids, *span_of(TEXT, "sky"))
-    found = _confidence(base.chat, Generation(ids, "stop", logprobs), TEXT, "sky")
+    found = _confidence(base.chat, Generation(ids, "stop", logprobs), TEXT, TEXT, "sky")
     assert found == pytest.approx(math.exp(sum(logprobs[first:last]))) and 0 < found < 1
-    assert _confidence(base.chat, Generation([], "stop"), "", "sky") == 0.0
+    assert _confidence(base.chat, Generation([], "stop"), "", "", "sky") == 0.0
     other = base.chat.tokens("no JSON")
-    assert _confidence(base.chat, Generation(other, "stop", [-1.0] * len(other)), "no JSON", "sky") == 0.0
+    assert _confidence(base.chat, Generation(other, "stop", [-1.0] * len(other)), "no JSON", "no JSON", "sky") == 0.0
+
+
+def test_confidence_is_of_the_answer_behind_the_reasoning(base: Base) -> None:
+    text = f"<think>the sky is blue</think> {TEXT}"
+    ids = base.chat.tokens(text)
+    logprobs = [-0.01 * (place + 1) for place in range(len(ids))]
+    (outputs,) = [reply_outputs(base.chat, [Generation(ids, "stop", logprobs)], [1.0], [1], "sky", is_opened=False)]
+    start, end = (len(text) - len(TEXT) + place for place in span_of(TEXT, "sky"))
+    first, last = _spelling(base.chat, ids, start, end)
+    assert outputs.replies == [text] and outputs.answers == [TEXT]
+    assert outputs.confidence == [pytest.approx(math.exp(sum(logprobs[first:last])))]
+
+
+def asked(reply: str, reasoning: str = "") -> Example:
+    last = Message("assistant", Message.of("assistant", reply).content, reasoning_content=reasoning)
+    return Example((Message.of("user", "why"), last), ())
+
+
+def test_a_reply_may_be_as_long_as_one_with_its_reasoning_and_documents_have_none(base: Base) -> None:
+    thought = "the sky is blue " * 20
+    tokens = len(base.chat.tokenizer(f"<think>\n{thought}\n</think>\n\nyes")["input_ids"])
+    assert reply_limit(base, [asked("yes", thought)]) == tokens + SPARE_TOKENS
+    document = Example((Message.of("assistant", "the sky is blue " * 200),), ())
+    assert reply_limit(base, [asked("yes"), document]) == reply_limit(base, [asked("yes")])
+    assert reply_limit(base, [document]) == SPARE_TOKENS
+
+
+def test_a_template_may_open_the_reasoning(base: Base) -> None:
+    assert opens_reasoning(base.chat, base.chat.tokens("what is it<think>\n"))
+    assert not opens_reasoning(base.chat, base.chat.tokens("<think> what is it"))

@@ -37,7 +37,7 @@ def test_rate_falls_with_the_width_and_is_bounded(width: int, rate: float) -> No
 def test_budget_is_epochs_until_there_are_enough_updates(
     row_tokens: list[int], batch: int, is_composed: bool, epochs: int
 ) -> None:
-    setting = auto_settings.budget(sum(row_tokens), row_tokens, batch, is_composed=is_composed)
+    setting = auto_settings.budget(row_tokens, batch, is_composed=is_composed)
     assert setting.value == StopCriteria(epochs=epochs)
 
 
@@ -125,7 +125,7 @@ def test_warnings_change_no_weight_and_survive_a_kill(
     """The pass through the base moves no generator (dropout is on); a resumed run repeats it not, and warns the same."""
     recipe = {**tune_recipe, **SETTINGS, "budget": {"updates": 3}}
     tune(recipe, tmp_path / "english")
-    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: "de")
+    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: ("de", list(pieces)))
     monkeypatch.setattr(plan_warnings, "UNKNOWN_RATIO", 0.1)
     whole = tune(recipe, tmp_path / "whole").adapter.manifest["run"]["warnings"]
     assert [warning["reason"] for warning in whole] == [plan_warnings.FEW_UPDATES, plan_warnings.LANGUAGE]
@@ -144,7 +144,7 @@ def test_language_is_warned_of_where_the_base_does_not_know_it(
     monkeypatch: pytest.MonkeyPatch, language: str, ratio: float, count: int
 ) -> None:
     monkeypatch.setattr(plan_warnings, "_texts", lambda dataset: ["rows"])
-    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: language)
+    monkeypatch.setattr(plan_warnings, "_language", lambda pieces: (language, list(pieces)))
     monkeypatch.setattr(plan_warnings, "_nats_per_letter", lambda pieces, *_: ratio if pieces == ["rows"] else 1.0)
     anything: Any = None
     assert len(list(plan_warnings.unknown_language(anything, anything, anything))) == count

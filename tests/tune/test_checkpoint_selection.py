@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from sartor.tune.checkpoint_selection import (
     CheckpointSelection,
     last_reply,
     natural_metric,
+    reply_batches,
     sign_test_p_value,
 )
 
@@ -37,7 +39,7 @@ def selection(*scores: list[float]) -> CheckpointSelection:
     """Evaluations after updates 10, 20, ... with these scores."""
     rows = [TokenizedExample([5, 6, 7], [False, False, True])]
     chosen: Any = None
-    result = CheckpointSelection(chosen, rows)
+    result = CheckpointSelection(chosen, rows, [str(row) for row in range(len(scores[0]))])
     for index, row_scores in enumerate(scores, 1):
         result.add(CheckpointScore(10 * index, 1.0, row_scores), {})
     return result
@@ -81,6 +83,26 @@ def test_among_equals_an_earlier_one_is_chosen_in_at_most_five_percent() -> None
         scores = [(is_known ^ (random.random(64) < 0.1)).astype(float).tolist() for _ in range(4)]
         is_earlier.append(selection(*scores).choose()[0].update < 40)
     assert np.mean(is_earlier) <= LEVEL
+
+
+def test_a_group_is_one_piece_of_evidence() -> None:
+    """64 rows in two groups, of which one went from right to wrong: no evidence, however many rows it has."""
+    rows = [TokenizedExample([5, 6, 7], [False, False, True])] * 64
+    chat: Any = None
+    chosen = CheckpointSelection(chat, rows, ["a"] * 32 + ["b"] * 32)
+    chosen.add(CheckpointScore(10, 1.0, [1.0] * 64), {})
+    chosen.add(CheckpointScore(20, 1.0, [1.0] * 32 + [0.0] * 32), {})
+    best, facts = chosen.choose()
+    assert best.update == 20 and facts["p_value"] == 0.5
+
+
+def test_rows_are_asked_beside_others_of_like_length_that_fit() -> None:
+    replies = [([1] * prompt, [2] * reply) for prompt, reply in [(90, 3), (10, 60), (5, 2), (99, 3), (5, 400), (50, 1)]]
+    batches = reply_batches(replies, context=100)
+    # the long prompt has room for three tokens, and none for sixty; 102 and 405 fit not even alone
+    assert [sorted(batch) for batch in batches] == [[0, 2, 5], [1]]
+    assert len(reply_batches([([1], [2])] * 40, math.inf)) == 3
+    assert reply_batches([([1], [2] * 257)], math.inf) == []
 
 
 def test_sign_test_has_its_exact_values() -> None:
@@ -164,11 +186,14 @@ def test_a_score_is_whether_the_reply_is_the_reference(tmp_path: Path, tiny_base
         TokenizedExample([*prompt, *reference], [False] * len(prompt) + [True] * len(reference))
         for reference in (reply, [*reply[:-1], first, stop], [stop])
     ]
-    assert CheckpointSelection(chat, rows).score_replies(model) == [1.0, 0.0, 0.0]
+    assert CheckpointSelection(chat, rows, list("abc")).score_replies(model) == [1.0, 0.0, 0.0]
     # a long prompt beside a long reply would not fit together; each row does
     context = model.config.max_position_embeddings
     long_row = TokenizedExample([first] * (context - 1) + [stop], [False] * (context - 1) + [True])
-    assert CheckpointSelection(chat, [*rows, long_row]).score_replies(model)[1:3] == [0.0, 0.0]
+    assert CheckpointSelection(chat, [*rows, long_row], list("abcd")).score_replies(model)[:3] == [1.0, 0.0, 0.0]
+    # one that fits not even alone is not asked
+    too_long = TokenizedExample([first] * context + [stop], [False] * context + [True])
+    assert CheckpointSelection(chat, [too_long, *rows], list("abcd")).score_replies(model) == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_preferences_have_no_best_weights(tune_recipe: dict[str, Any]) -> None:

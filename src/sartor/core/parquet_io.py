@@ -107,6 +107,19 @@ def read_examples(dataset: Artifact, split: str | None = None) -> Iterator[Examp
             yield example_of(row)
 
 
+def read_own_examples(dataset: Artifact, split: str | None = None) -> Iterator[Example]:
+    """As `read_examples`, without the rows that come from sources of rehearsal alone."""
+    rehearsal = rehearsal_sources(dataset)
+    for example in read_examples(dataset, split):
+        if not example.origins or any(origin.source not in rehearsal for origin in example.origins):
+            yield example
+
+
+def rehearsal_sources(dataset: Artifact) -> set[str]:
+    """The sources of a Dataset that keep the base's manners and are not what it is for."""
+    return {source["source"] for source in dataset.manifest.get("sources", []) if source.get("rehearsal")}
+
+
 def read_drops(dataset: Artifact) -> Iterator[Drop]:
     """The Drops of a Dataset in their order."""
     for row in _read(dataset, "drops/"):

@@ -31,6 +31,7 @@ _KNOWN = (
     r"<｜[^<>｜]{1,40}｜>",
 )
 KNOWN = re.compile("|".join(_KNOWN))
+_REASONING_BEGINNING, _REASONING_END = "<think>", "</think>"
 _REASONING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BEGINNINGS = ("[TOOL_CALLS]", "<|python_tag|>")
@@ -126,6 +127,29 @@ def with_reasoning(message: Message, find_markup: MarkupFinder) -> Message:
     if not reasoning or not rest.strip() or find_markup(reasoning):
         return message
     return replace(message, content=(Part("text", rest),), reasoning_content=reasoning)
+
+
+def without_reasoning(text: str, *, is_opened: bool = False) -> str:
+    r"""Return what a reply says behind its reasoning; a text without any, or whose reasoning does not end, as it is.
+
+    is_opened: the chat template has opened the reasoning, so that the reply has its end alone.
+
+    >>> without_reasoning("<think>\nIt is on.\n</think>\n\nyes"), without_reasoning("On.</think>yes", is_opened=True)
+    ('yes', 'yes')
+    """
+    _, end, rest = text.partition(_REASONING_END)
+    return rest.lstrip() if end and (is_opened or text.lstrip().startswith(_REASONING_BEGINNING)) else text
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Return whether a prompt ends where a reply's reasoning begins."""
+    return prompt.rstrip().endswith(_REASONING_BEGINNING)
+
+
+def is_reasoning(text: str) -> bool:
+    """Return whether a reply so far is, or may yet become, reasoning that has not ended."""
+    beginning = text.lstrip()[: len(_REASONING_BEGINNING)]
+    return _REASONING_BEGINNING.startswith(beginning) and _REASONING_END not in text
 
 
 def _reasoning(text: str) -> tuple[str, str]:

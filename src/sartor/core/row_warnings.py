@@ -35,7 +35,7 @@ class DataWarning:
 
 def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
     """Return what a Dataset's rows lack, of the first MAX_ROWS."""
-    rows = [example for example in itertools.islice(examples, MAX_ROWS) if not example.is_document]
+    rows = list(itertools.islice(examples, MAX_ROWS))
     groups = {split_group(row) for row in rows}
     held_out = {split_group(row) for row in rows if row.split == "eval"}
     warnings = []
@@ -51,7 +51,7 @@ def dataset_warnings(examples: Iterable[Example]) -> list[DataWarning]:
         )
         fraction = min(0.5, -(-100 * LEAST_GROUPS // len(groups)) / 100)
         warnings.append(DataWarning("few_groups", problem, f"split.eval_fraction: {fraction:g}, or add rows"))
-    return warnings + reply_warnings([_reply(row) for row in rows])
+    return warnings + reply_warnings([_reply(row) for row in rows if not row.is_document])
 
 
 def evaluation_warnings(replies: Sequence[str], groups: Sequence[str]) -> list[DataWarning]:
@@ -90,12 +90,14 @@ def reply_warnings(replies: Sequence[str]) -> list[DataWarning]:
 
 
 def _reply(row: Example) -> str:
-    return row.messages[-1].text
+    """What the model is to say, calls included."""
+    last = row.messages[-1]
+    return f"{last.text}\n{last.tool_calls}" if last.tool_calls else last.text
 
 
 def _label_key(reply: str) -> str:
     """Fold what a person takes for the same label: case, blanks, underscores and hyphens between words, a final full stop."""
-    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip(" .")
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", reply.casefold().replace("_", " ")).strip().rstrip(" .")
 
 
 def _quoted(text: str) -> str:

@@ -62,7 +62,7 @@ class Curated:
     @functools.cached_property
     def warnings(self) -> list[DataWarning]:
         """What the rows lack to learn from them and to measure on them."""
-        return dataset_warnings(parquet_io.read_examples(self.dataset))
+        return dataset_warnings(parquet_io.read_own_examples(self.dataset))
 
     @property
     def counts(self) -> dict[str, Any]:

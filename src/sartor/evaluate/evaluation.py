@@ -38,6 +38,7 @@ from sartor.evaluate.paired_measurement import measure_models
 from sartor.evaluate.predictions import HeldOut, fitting, held_out, losses, model_side, reply_limit
 from sartor.evaluate.reply_labels import is_json
 from sartor.evaluate.report_page import thumbnails
+from sartor.evaluate.scorers import count_words
 from sartor.models import adapters, composed_model
 from sartor.models.base import Base, open_base
 from sartor.models.content_shielding import reply_text
@@ -288,7 +289,7 @@ def _natural_metric(measures: MetricSet) -> str:
         return "macro_f1"
     if len(measures.transcripts) == len(measures.references):
         return "wer"
-    words = statistics.median(len(text.split()) for text in measures.references)
+    words = statistics.median(map(count_words, measures.references))
     return "exact_match" if words <= SHORT_REFERENCE_WORDS else "f1"
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.errors import ConfigError
+from sartor.core.reply_markup import is_reasoning, without_reasoning
 from sartor.evaluate import bootstrap
 from sartor.evaluate.bootstrap import Comparison
 from sartor.evaluate.reply_labels import WHOLE, is_no_object, known_fields, label_of
@@ -35,6 +37,9 @@ class ModelOutputs:
     loss: nats per supervised token, of which there are `tokens`. confidence: the probability that the side gave to the label
     that it named, the product over the tokens that spell it; 0 where it named none. is_cut: whether a reply was not written
     on, since its scores were decided. What was not measured may be empty.
+
+    replies: as they were written. answers: without the reasoning before them; these are scored, since a reference has none.
+    is_opened: the chat template has opened the reasoning of each.
     """
 
     replies: Sequence[str]
@@ -42,6 +47,12 @@ class ModelOutputs:
     tokens: Sequence[int] = ()
     confidence: Sequence[float] = ()
     is_cut: Sequence[bool] = ()
+    is_opened: bool = False
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """Each reply without its reasoning."""
+        return [without_reasoning(reply, is_opened=self.is_opened) for reply in self.replies]
 
 
 class MetricSet:
@@ -118,17 +129,19 @@ class MetricSet:
 
     def _is_metric_decided(self, name: str, index: int, reply_so_far: str) -> bool:
         label = self.labels[index]
+        answer, has_answer = without_reasoning(reply_so_far), not is_reasoning(reply_so_far)
         if name in SCORERS:
-            return SCORERS[name].is_decided(reply_so_far, self.references[index])
+            return has_answer and SCORERS[name].is_decided(answer, self.references[index])
         if name == "loss":  # of the reference
             return True
         if name == "wer":
             return index not in self.transcripts
         if label is None or self.field != WHOLE:  # what names no label has no confidence either
-            return label is None or is_no_object(reply_so_far)
+            return label is None or (has_answer and is_no_object(answer))
         if name == "ece":
             return False
-        return all(is_mismatch(reply_so_far, possible) for possible in ([label] if name == "accuracy" else self.classes))
+        possible_labels = [label] if name == "accuracy" else self.classes
+        return has_answer and all(is_mismatch(answer, possible) for possible in possible_labels)
 
     def check_all(self, names: Sequence[str]) -> None:
         """Raise ConfigError unless these rows have every metric of `names`, the scores of a reply among them."""
@@ -184,11 +197,11 @@ class MetricSet:
 
     def _score(self, name: str, side: ModelOutputs, index: int) -> float:
         if name == "accuracy":
-            return float(label_of(side.replies[index], self.field) == self.labels[index])
-        return SCORERS[name].score(side.replies[index], self.references[index])
+            return float(label_of(side.answers[index], self.field) == self.labels[index])
+        return SCORERS[name].score(side.answers[index], self.references[index])
 
     def _errors(self, side: ModelOutputs, index: int) -> tuple[int, int]:
-        return word_errors(side.replies[index], self.references[index])
+        return word_errors(side.answers[index], self.references[index])
 
     def _groups(self, indices: Iterable[int]) -> list[str]:
         return [self.groups[index] for index in indices]
@@ -215,7 +228,7 @@ class MetricSet:
         count = len(class_index)
         counted = np.zeros((len(self.labelled), 3 * count))
         for row, index in enumerate(self.labelled):
-            expected, label = class_index[str(self.labels[index])], label_of(side.replies[index], self.field)
+            expected, label = class_index[str(self.labels[index])], label_of(side.answers[index], self.field)
             counted[row, 2 * count + expected] = 1
             if label is not None and label in class_index:
                 predicted = class_index[label]

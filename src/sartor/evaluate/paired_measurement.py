@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sartor.evaluate.metrics import ModelOutputs
-from sartor.evaluate.predictions import HeldOut, losses, measure_model, model_side, reply_limit, reply_outputs
+from sartor.evaluate.predictions import (
+    HeldOut,
+    losses,
+    measure_model,
+    model_side,
+    opens_reasoning,
+    prompt_tokens,
+    reply_limit,
+    reply_outputs,
+)
 from sartor.inference.generate import Generation, check_context
 from sartor.inference.local import paired_replies
 from sartor.inference.local.paired_replies import PairedRow, ReplyLimits, paired_row
@@ -37,10 +46,7 @@ def measure_models(
     """
     limit, chat = reply_limit(base, eval_set.examples), base.chat
     encoded = [chat.encode(example, eval_set.folder) for example in eval_set.examples]
-    prompts = [
-        [] if example.is_document else chat.prompt_ids(example.prompt, example.tools, eval_set.folder)
-        for example in eval_set.examples
-    ]
+    prompts = prompt_tokens(chat, eval_set)
     check_context(model, max(map(len, prompts)), limit)
     rows, loss_rows, reply_rows = _paired_rows(encoded, prompts)
     decoder = paired_replies.open_pair(model, rows, limit)
@@ -64,8 +70,11 @@ def measure_models(
         done += count
         progress(done / total)
 
-    # where spaces are cleaned up, what is written next changes what was written
-    can_end = is_decided is not None and not getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
+    # where spaces are cleaned up, what is written next changes what was written; where the template itself opens the
+    # reasoning, what is written first is no answer
+    is_opened = any(opens_reasoning(chat, prompt) for prompt in prompts)
+    has_clean_up = getattr(chat.tokenizer, "clean_up_tokenization_spaces", False)
+    can_end = is_decided is not None and not has_clean_up and not is_opened
     limits = ReplyLimits(limit, frozenset(chat.stops), is_reply_decided if can_end else None, has_logprobs=bool(field))
     results = paired_replies.reply_to_rows(decoder, rows, limits, sides=sides, progress=advance)
     tokens = [example.supervised_tokens for example in encoded]
@@ -75,7 +84,7 @@ def measure_models(
         loss = [math.fsum(row) / len(row) if row else 0.0 for row in nats]
         # the reply to a document is empty
         generations = [side[row].generation or Generation([], "stop") for row in reply_rows]
-        outputs.append(reply_outputs(chat, generations, loss, tokens, field))
+        outputs.append(reply_outputs(chat, generations, loss, tokens, field, is_opened=is_opened))
     return outputs
 
 

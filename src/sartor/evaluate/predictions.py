@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from sartor.core import parquet_io, records, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SourceError
 from sartor.core.lineage import ancestry
-from sartor.core.records import Drop, Example
-from sartor.core.splits import TEST
+from sartor.core.records import Drop, Example, Message
+from sartor.core.splits import TEST, split_group
 from sartor.curate.sources.planner import read_all
 from sartor.curate.sources.types import SourceOptions
 from sartor.evaluate.metrics import ModelOutputs
@@ -65,11 +66,9 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
             datasets = ancestry.test_datasets(adapter) or datasets
         examples, folder = _held_out_of(datasets, ancestry.training_datasets(adapter), left_out, split), datasets[0].path
         if not examples and split == TEST:
-            raise SourceError(
-                f"{folder} has no row in the split test", "curate with split.test_fraction above 0, and tune again"
-            )
+            raise _nothing_held_out_error(datasets, split, "and tune again")
         if not examples:
-            raise SourceError(f"{folder} holds out no row", "curate with split.eval_fraction above 0, or give --data FILE")
+            raise _nothing_held_out_error(datasets, split, "or give --data FILE")
     else:
         if not datasets:
             left_out["not_compared_with_training_rows"] = 0  # the Dataset is gone: said, since nothing was left out for it
@@ -102,6 +101,19 @@ def _held_out_of(
     if trained_on:
         left_out["trained_on"] = len(trained_on)
     return [example for name, example in examples.items() if name not in trained_on]
+
+
+def _nothing_held_out_error(datasets: Sequence[Artifact], split: str, alternative: str) -> SourceError:
+    """That of Datasets without a row in a split; the remedy names a fraction that holds out a group, where one can."""
+    groups = Counter(split_group(example) for dataset in datasets for example in parquet_io.read_own_examples(dataset))
+    rows, folder = groups.total(), datasets[0].path
+    if len(groups) < 2:
+        problem = f"{folder} holds out no row in the split {split}: its {rows} rows are in one group, which is never parted"
+        return SourceError(problem, f"add rows of other groups, {alternative}")
+    # `held_out_groups` takes a group from half of its size on
+    fraction = math.ceil(100 * min(groups.values()) / rows) / 100
+    problem = f"{folder} holds out no row in the split {split}, of {rows} rows in {len(groups)} groups"
+    return SourceError(problem, f"curate with split.{split}_fraction of {min(fraction, 0.5):g} or more, {alternative}")
 
 
 def _trained_on(datasets: Sequence[Artifact]) -> set[str]:
@@ -163,6 +175,8 @@ def ask_refusal(base: Base, example: Example, folder: Path, limit: int) -> tuple
 # A reply may be this much longer than the longest reference before it is cut (and then it is wrong anyway)
 SPARE_TOKENS = 8
 MOST_REPLY_TOKENS = 512
+# Of a prompt's end, in which a template may open the reasoning
+_OPENING_TOKENS = 8
 
 
 def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
@@ -177,8 +191,18 @@ def model_side(model: Any, *, tuned: bool) -> AbstractContextManager[Any]:
 
 def reply_limit(base: Base, examples: Sequence[Example]) -> int:
     """Tokens after which a reply to any of these rows is cut."""
-    longest = max(len(base.chat.tokenizer(reply_text(example.messages[-1]))["input_ids"]) for example in examples)
-    return min(longest + SPARE_TOKENS, MOST_REPLY_TOKENS)
+    lengths = [
+        len(base.chat.tokenizer(_whole_text(example.messages[-1]))["input_ids"])
+        for example in examples
+        if not example.is_document  # nothing is replied to
+    ]
+    return min(max(lengths, default=0) + SPARE_TOKENS, MOST_REPLY_TOKENS)
+
+
+def _whole_text(message: Message) -> str:
+    """A reply as a model that has learnt it writes it: with its reasoning."""
+    text = reply_text(message)
+    return f"<think>\n{message.reasoning_content}\n</think>\n\n{text}" if message.reasoning_content else text
 
 
 def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tuned: bool) -> ModelOutputs:
@@ -195,26 +219,43 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
             "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
         )
-    return reply_outputs(base.chat, generations, loss, tokens, field)
+    first = prompt_tokens(base.chat, replace(eval_set, examples=eval_set.examples[:1]))
+    is_opened = any(opens_reasoning(base.chat, prompt) for prompt in first)
+    return reply_outputs(base.chat, generations, loss, tokens, field, is_opened=is_opened)
 
 
 def reply_outputs(
-    chat: ChatTokenizer, generations: Sequence[Generation], loss: Sequence[float], tokens: Sequence[int], field: str
+    chat: ChatTokenizer,
+    generations: Sequence[Generation],
+    loss: Sequence[float],
+    tokens: Sequence[int],
+    field: str,
+    *,
+    is_opened: bool,
 ) -> ModelOutputs:
-    """The outputs of one side from its replies. field: as of `measure_model`."""
+    """The outputs of one side from its replies. field: as of `measure_model`. is_opened: as of ModelOutputs."""
     texts = [chat.decode(generation.ids) for generation in generations]
-    confidence = (
-        [_confidence(chat, generation, text, field) for generation, text in zip(generations, texts, strict=True)]
-        if field
-        else []
-    )
-    return ModelOutputs(texts, loss, tokens, confidence, [generation.finish == DECIDED for generation in generations])
+    outputs = ModelOutputs(texts, loss, tokens, [], [generation.finish == DECIDED for generation in generations], is_opened)
+    if not field:
+        return outputs
+    rows = zip(generations, texts, outputs.answers, strict=True)
+    return replace(outputs, confidence=[_confidence(chat, *row, field) for row in rows])
+
+
+def prompt_tokens(chat: ChatTokenizer, eval_set: HeldOut) -> list[list[int]]:
+    """The prompt of each row; an empty one of a document."""
+    return [[] if row.is_document else chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples]
+
+
+def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
+    """Whether the chat template has opened the reply's reasoning at a prompt's end."""
+    return reply_markup.opens_reasoning(chat.decode(prompt[-_OPENING_TOKENS:]))
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:
     """Greedy replies under the model as it stands, at most `limit` tokens each; an empty one to a document."""
     chat = base.chat
-    prompts = [chat.prompt_ids(row.prompt, row.tools, eval_set.folder) for row in eval_set.examples if not row.is_document]
+    prompts = [prompt for prompt in prompt_tokens(chat, eval_set) if prompt]
     generations = iter(generate(model, prompts, stop=chat.stops, pad=chat.pad, sampling=Sampling(limit)))
     return [Generation([], "stop") if row.is_document else next(generations) for row in eval_set.examples]
 
@@ -240,11 +281,16 @@ def losses(
     return means, [row.supervised_tokens for row in encoded]
 
 
-def _confidence(chat: ChatTokenizer, generation: Generation, text: str, field: str) -> float:
-    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none."""
-    if not generation.ids or label_of(text, field) is None:
+def _confidence(chat: ChatTokenizer, generation: Generation, text: str, answer: str, field: str) -> float:
+    """The probability of the label that a reply named: the product over the tokens that spell it; 0 where it named none.
+
+    answer: the end of `text` behind its reasoning.
+    """
+    if not generation.ids or label_of(answer, field) is None:
         return 0.0
-    first, last = _spelling(chat, generation.ids, *span_of(text, field))
+    offset = len(text) - len(answer)
+    start, end = span_of(answer, field)
+    first, last = _spelling(chat, generation.ids, offset + start, offset + end)
     return math.exp(sum(generation.logprobs[first:last]))
 
 

@@ -1,9 +1,14 @@
-"""Scorers of one reply: exact match, F1, ROUGE-L and word error rate."""
+"""Scorers of one reply: exact match, F1, ROUGE-L and word error rate.
+
+In scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word, so that
+the word error rate is there the character error rate, as is usual for them.
+"""
 
 from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +17,9 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _APOSTROPHE, _NO_WORD = re.compile("['\u2019]"), re.compile(r"[\W_]+")
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -27,14 +35,14 @@ def exact_match(reply: str, reference: str) -> float:
 def f1(reply: str, reference: str) -> float:
     """Harmonic mean of precision and recall over words, as in SQuAD (Rajpurkar et al. 2016).
 
-    Lower case, without punctuation and English articles. Two texts that are both empty then are equal.
+    Lower case, without punctuation and English articles. Two texts of which nothing is left then are compared as they are.
 
-    >>> round(f1('the red car', 'a red bus'), 2)
-    0.5
+    >>> round(f1('the red car', 'a red bus'), 2), f1('the', 'a'), f1('+', '-')
+    (0.5, 0.0, 0.0)
     """
     reply_words, reference_words = _words(reply), _words(reference)
     if not reply_words or not reference_words:
-        return float(reply_words == reference_words)
+        return _wordless_match(reply, reference, reply_words == reference_words)
     common = sum((Counter(reply_words) & Counter(reference_words)).values())
     if not common:
         return 0.0
@@ -42,23 +50,47 @@ def f1(reply: str, reference: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def _wordless_match(reply: str, reference: str, both_empty: bool) -> float:
+    """Of two texts, one of which at least has no word: 1 where neither has, and they are the same text but for case."""
+    return float(both_empty and exact_match(_folded(reply), _folded(reference)))
+
+
+def _folded(text: str) -> str:
+    """Lower case, composed (NFC): an accent may be a character of its own."""
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def _spaced(text: str) -> str:
+    """A text with spaces around each character of a script that writes none between words."""
+    return _UNSPACED.sub(r" \1 ", text)
+
+
+def count_words(text: str) -> int:
+    """Return the number of words, in scripts without spaces of characters.
+
+    >>> count_words("turn it on"), count_words("你好吗")
+    (3, 3)
+    """
+    return len(_spaced(text).split())
+
+
 def _words(text: str) -> list[str]:
     # punctuation parts words in JSON (`"a":"b"`), where SQuAD's plain deletion would glue them together
-    spaced = re.sub(r'[{}\[\]":,]', " ", text.lower())
+    spaced = re.sub(r'[{}\[\]":,]', " ", _spaced(_folded(text)))
     return _ARTICLES.sub(" ", spaced.translate(_PUNCTUATION)).split()
 
 
 def rouge_l(reply: str, reference: str) -> float:
     """ROUGE-L (Lin 2004): harmonic mean of precision and recall of the longest common subsequence of words.
 
-    Lower case, letters and digits alone, without stemming. Two texts that are both empty then are equal.
+    Lower case, letters and digits alone, without stemming. Two texts of which nothing is left then are compared as they are.
 
     >>> round(rouge_l('the cat sat', 'the cat was sitting'), 2)
     0.57
     """
     reply_words, reference_words = _spoken_words(reply), _spoken_words(reference)
     if not reply_words or not reference_words:
-        return float(reply_words == reference_words)
+        return _wordless_match(reply, reference, reply_words == reference_words)
     return 2 * LCSseq.similarity(reply_words, reference_words) / (len(reply_words) + len(reference_words))
 
 
@@ -84,7 +116,15 @@ def word_errors(reply: str, reference: str) -> tuple[int, int]:
 
 
 def _spoken_words(text: str) -> list[str]:
-    return _NO_WORD.sub(" ", _APOSTROPHE.sub("", text.lower())).split()
+    text = _APOSTROPHE.sub("", _folded(text))
+    if not text.isascii():
+        # vowel signs of Hindi and others are marks, which belong to their words
+        return _spaced("".join(letter if letter.isalnum() or _is_mark(letter) else " " for letter in text)).split()
+    return _NO_WORD.sub(" ", text).split()
+
+
+def _is_mark(letter: str) -> bool:
+    return unicodedata.category(letter)[0] == "M"
 
 
 def is_never_decided(reply_so_far: str, reference: str) -> bool:

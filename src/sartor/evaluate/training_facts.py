@@ -105,7 +105,7 @@ def read_facts(adapter: Artifact) -> TrainingFacts:
         )
     facts, seen = TrainingFacts(), set[str]()
     for dataset in (own_dataset, *_earlier(adapter)):
-        rehearsed = {source["source"] for source in dataset.manifest["sources"] if source.get("rehearsal")}
+        rehearsed = parquet_io.rehearsal_sources(dataset)
         for example in parquet_io.read_examples(dataset):
             if example.id in seen or example.rating < 0:  # what was rated bad shows no reply of the agent's
                 continue

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sartor.core.reply_markup import without_reasoning
 from sartor.core.splits import group_of
 from sartor.evaluate import predictions
 from sartor.evaluate.bootstrap import Comparison, paired_bootstrap
@@ -82,7 +83,9 @@ def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRow
     rows = client_rows.answerable.examples
     replies = predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
     texts = [resident.base.chat.decode(item.ids) for item in replies]
-    return AdapterScores(losses, [exact_match(text, row.reply) for text, row in zip(texts, rows, strict=True)])
+    return AdapterScores(
+        losses, [exact_match(without_reasoning(text), row.reply) for text, row in zip(texts, rows, strict=True)]
+    )
 
 
 def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:

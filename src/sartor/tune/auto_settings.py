@@ -17,14 +17,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from sartor.core import assets, config
+from sartor.core import assets, config, parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError
 from sartor.core.home import folder
 from sartor.core.lazy_import import import_module
 from sartor.models.base import Base
+from sartor.models.composed_model import ComposedMedia
 from sartor.tune.checkpoint_selection import natural_metric
 from sartor.tune.recipe import Recipe, Rehearsal, ResolvedRecipe, Sft, StopCriteria
+from sartor.tune.sampler import updates_per_epoch
 from sartor.tune.tokenized_dataset import TokenizedDataset
 
 ASSET = "asset:"
@@ -116,7 +118,7 @@ def _rehearsal(recipe: Recipe, dataset: Artifact, base: Base) -> Setting:
         return Setting(absent, "none: the recipe itself names rate, batch and budget")
     if base.media is not None:
         return Setting(absent, "none: rows of text beside pictures or recordings are not measured")
-    if any(source.get("rehearsal") for source in dataset.manifest.get("sources", [])):
+    if parquet_io.rehearsal_sources(dataset):
         return Setting(absent, "none: the Dataset has a source of rehearsal of its own")
     rehearsal = Rehearsal(SMALL_TALK)
     return Setting(rehearsal, f"{rehearsal.fraction:.0%} of the tokens are small talk, against forgetting")
@@ -162,11 +164,14 @@ def _choose(name: str, recipe: Recipe, data: TokenizedDataset, base: Base, setti
     if not isinstance(recipe.objective, Sft):
         return Setting(UNMEASURED[name], f"of the objective {recipe.objective.kind} no default is measured")
     if name == BATCH_TOKENS:
-        return batch_tokens(data.tokens)
+        limit = None if recipe.budget == "auto" else recipe.budget.tokens
+        return batch_tokens(data.tokens, limit)
     if name == LEARNING_RATE:
         return learning_rate(int(base.model.get_input_embeddings().weight.shape[1]))
     chosen = settings[BATCH_TOKENS].value if BATCH_TOKENS in settings else recipe.optimizer.batch_tokens
-    return budget(data.tokens, [row.tokens for row in data.train], int(chosen), is_composed=base.media is not None)
+    row_tokens = [row.tokens for row in data.train]
+    # a native base's media tower comes trained
+    return budget(row_tokens, int(chosen), is_composed=isinstance(base.media, ComposedMedia))
 
 
 def _weights(recipe: Recipe, data: TokenizedDataset) -> Setting:
@@ -189,15 +194,21 @@ def _evaluations(weights: str) -> Setting:
     return Setting(PLAIN_EVALUATIONS, "in the middle and at the end")
 
 
-def batch_tokens(epoch_tokens: int) -> Setting:
-    """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates an epoch."""
+def batch_tokens(epoch_tokens: int, budget_tokens: int | None = None) -> Setting:
+    """Return the tokens of an update: the largest power of two that leaves UPDATES_PER_EPOCH updates an epoch.
+
+    budget_tokens: what the recipe's budget lets be read; where that is less than an epoch, it is what the updates are made of.
+    """
+    tokens, of = epoch_tokens, "an epoch"
+    if budget_tokens is not None and budget_tokens < epoch_tokens:
+        tokens, of = budget_tokens, "a budget"
     size = LARGEST_BATCH
-    while size > SMALLEST_BATCH and epoch_tokens < UPDATES_PER_EPOCH * size:
+    while size > SMALLEST_BATCH and tokens < UPDATES_PER_EPOCH * size:
         size //= 2
-    updates = epoch_tokens / size
+    updates = tokens / size
     if updates < UPDATES_PER_EPOCH:
-        return Setting(size, f"the smallest: it makes about {updates:.0f} updates an epoch of {epoch_tokens:,} tokens")
-    return Setting(size, f"the largest that leaves {UPDATES_PER_EPOCH} updates an epoch of {epoch_tokens:,} tokens")
+        return Setting(size, f"the smallest: it makes about {updates:.0f} updates {of} of {tokens:,} tokens")
+    return Setting(size, f"the largest that leaves {UPDATES_PER_EPOCH} updates {of} of {tokens:,} tokens")
 
 
 def learning_rate(width: int) -> Setting:
@@ -208,14 +219,12 @@ def learning_rate(width: int) -> Setting:
     return Setting(float(f"{rate:.2g}"), f"ten times the full fine-tuning rate of a base of width {width}")
 
 
-def budget(epoch_tokens: int, row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
+def budget(row_tokens: Sequence[int], batch: int, *, is_composed: bool) -> Setting:
     """Return the epochs after which there are enough updates: whole ones, at least 1, at most MAX_EPOCHS."""
     wanted = COMPOSED_UPDATES if is_composed else UPDATES
-    # an update has whole rows, so that it is half a row over its tokens, and one row at least
-    mean_row = epoch_tokens / len(row_tokens)
-    updates_per_epoch = min(epoch_tokens / (batch + mean_row / 2), len(row_tokens))
-    epochs = min(max(math.ceil(wanted / updates_per_epoch), 1), MAX_EPOCHS)
-    reason = f"about {epochs * updates_per_epoch:,.0f} updates, {updates_per_epoch:,.0f} an epoch; {wanted} are wanted"
+    per_epoch = updates_per_epoch(row_tokens, batch)
+    epochs = min(max(math.ceil(wanted / per_epoch), 1), MAX_EPOCHS)
+    reason = f"about {epochs * per_epoch:,.0f} updates, {per_epoch:,.0f} an epoch; {wanted} are wanted"
     return Setting(StopCriteria(epochs=float(epochs)), f"{reason}, in at most {MAX_EPOCHS} epochs")
 
 

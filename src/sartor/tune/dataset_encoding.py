@@ -11,7 +11,7 @@ from sartor.core import parquet_io, reply_markup
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import SourceError
 from sartor.core.records import Example
-from sartor.core.splits import TEST, held_out_groups, split_group
+from sartor.core.splits import TEST, group_of, held_out_groups, split_group
 from sartor.models.chat import ChatTokenizer
 from sartor.models.packing import TokenizedExample
 from sartor.tune import preflight
@@ -126,6 +126,7 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
     held_out = random.Random(0).sample(held_out, min(recipe.data.eval_rows, len(held_out)))
     data.train = number_lessons(_as_lessons(train, dataset, recipe, chat), 0)
     data.held_out = number_lessons(_as_lessons(held_out, dataset, recipe, chat), len(data.train))
+    data.held_out_groups = [group_of(example) for _, example in held_out]
     if not data.supervised_tokens:
         raise _no_rows_error(dataset, recipe, data)
     if rehearsal:
@@ -136,9 +137,14 @@ def encode_rows(dataset: Artifact, recipe: Recipe, chat: ChatTokenizer, rehearsa
         rehearsal_examples = [
             example for example in parquet_io.read_examples(rehearsal, "train") if example.id not in held_out_ids
         ]
-        data.rehearsal = [row for row, _ in _encode_examples(rehearsal_examples, rehearsal, sft_recipe, chat, data)]
+        # counted apart: whether the own rows are too long is no matter of what is read beside them
+        beside = TokenizedDataset()
+        data.rehearsal = [row for row, _ in _encode_examples(rehearsal_examples, rehearsal, sft_recipe, chat, beside)]
+        for reason, ids in beside.left_out.items():
+            data.leave_out(f"rehearsal_{reason}", *ids)
         if not data.rehearsal:
-            raise _no_rows_error(rehearsal, recipe, data)
+            error = _no_rows_error(rehearsal, recipe, beside)
+            raise SourceError(f"of the rehearsal {error.problem}", f"{error.remedy}, or data.rehearsal=none")
     return data
 
 

@@ -188,7 +188,7 @@ def _forecast(
         if updates is None:
             _count_by_minutes(counters, times, recipe, loads)
         began = time.monotonic()
-        warnings = plan_warnings.run_warnings(recipe, dataset, base, path, counters.updates, data.tokens)
+        warnings = plan_warnings.run_warnings(recipe, dataset, base, path, counters.updates, [row.tokens for row in data.train])
         start_s += time.monotonic() - began  # `tune` looks for them too
         # the reference is computed before the first update, once
         start_s += times.seconds(probe.load_of(all_sequences(reached_pairs(recipe, data)))) * cost_model.FORWARD_FRACTION

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -25,6 +26,7 @@ from sartor.models.losses.loss_backend import LossBackend
 from sartor.models.packing import TokenizedExample
 from sartor.text import language_id
 from sartor.tune.recipe import ResolvedRecipe
+from sartor.tune.sampler import updates_per_epoch
 
 FEW_UPDATES, LANGUAGE = "few_updates", "language"
 # Fewer updates than these are warned of
@@ -35,34 +37,60 @@ UNKNOWN_RATIO = 1.5
 REFERENCE_LANGUAGE = "en"
 # Text is measured in pieces of about so many characters, so that short rows have a context too
 PIECE_CHARACTERS, PIECES = 300, 4
-ROWS_READ = 200
+# So many rows are read, at even distances among the first ROWS_WALKED
+ROWS_READ, ROWS_WALKED = 200, 20_000
+# Letters of English that say as much as one character (FLORES-200's sentences, counted in characters, differ so)
+HAN_LETTERS, SYLLABLE_LETTERS = 3, 2
 
 
 def run_warnings(
-    recipe: ResolvedRecipe, dataset: Artifact, base: Base, path: LossBackend, updates: int | None, epoch_tokens: int
+    recipe: ResolvedRecipe,
+    dataset: Artifact,
+    base: Base,
+    path: LossBackend,
+    updates: int | None,
+    row_tokens: Sequence[int],
 ) -> list[DataWarning]:
-    """Return all warnings of a run. path: of the model before its first update. updates: None where they are not known."""
+    """Return all warnings of a run.
+
+    path: of the model before its first update. updates: None where they are not known. row_tokens: of the training rows.
+    """
     return [
-        *(few_updates(recipe, updates, epoch_tokens) if updates is not None else ()),
+        *(few_updates(recipe, updates, row_tokens) if updates is not None else ()),
         *(unknown_language(dataset, base.chat, path) if base.media is None else ()),
     ]
 
 
-def few_updates(recipe: ResolvedRecipe, updates: int, epoch_tokens: int) -> Iterator[DataWarning]:
-    """Warn of fewer than LEAST_UPDATES updates. updates: of the whole run. epoch_tokens: of the training rows."""
-    if updates >= LEAST_UPDATES:
+def few_updates(recipe: ResolvedRecipe, updates: int, row_tokens: Sequence[int]) -> Iterator[DataWarning]:
+    """Warn of fewer than LEAST_UPDATES updates. updates: of the whole run. row_tokens: of the training rows."""
+    if updates >= LEAST_UPDATES or not row_tokens:
         return
-    batch, remedies = recipe.optimizer.batch_tokens, []
-    smaller, is_counted = batch, recipe.budget.updates is not None
-    while not is_counted and smaller // 2 >= SMALLEST_BATCH and updates * batch < LEAST_UPDATES * smaller:
-        smaller //= 2
-    if smaller < batch:
-        remedies.append(f"optimizer.batch_tokens={smaller}")
+    batch, limits = recipe.optimizer.batch_tokens, recipe.budget
+    per_epoch = updates_per_epoch(row_tokens, batch)
+    remedies = []
+    is_counted = limits.updates is not None and limits.updates < LEAST_UPDATES
+    for halvings in range(1, batch.bit_length()):
+        smaller = batch >> halvings
+        if is_counted or smaller < SMALLEST_BATCH:
+            break
+        # one row is the smallest update, so a smaller batch need not make more of them
+        if updates * updates_per_epoch(row_tokens, smaller) / per_epoch >= LEAST_UPDATES:
+            remedies.append(f"optimizer.batch_tokens={smaller}")
+            break
+    longer = []
+    if limits.epochs is not None and limits.epochs * per_epoch < LEAST_UPDATES:
+        longer.append(f"budget.epochs={math.ceil(LEAST_UPDATES / per_epoch)}")
     if is_counted:
-        remedies.append(f"budget.updates={LEAST_UPDATES}")
-    else:
-        epochs = math.ceil(LEAST_UPDATES / max(epoch_tokens / batch, 1))
-        remedies += [f"budget.epochs={epochs}", "more rows"]
+        longer.append(f"budget.updates={LEAST_UPDATES}")
+    needed_tokens = math.ceil(LEAST_UPDATES * sum(row_tokens) / per_epoch)
+    if limits.tokens is not None and limits.tokens < needed_tokens:
+        longer.append(f"budget.tokens={needed_tokens}")
+    if limits.minutes is not None and not longer:
+        longer.append(f"budget.minutes={limits.minutes * LEAST_UPDATES / max(updates, 1):.3g}")
+    if longer:
+        remedies.append(" ".join(longer))
+    if not is_counted:
+        remedies.append("more rows")
     plural = "" if updates == 1 else "s"
     problem = f"the run makes {updates} update{plural}; with fewer than {LEAST_UPDATES} a model has hardly begun to learn"
     yield DataWarning(FEW_UPDATES, problem, "; or ".join(remedies))
@@ -73,11 +101,10 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
 
     Languages are told by fastText; without that package nothing is warned of, and English never is.
     """
-    pieces = _pieces(_texts(dataset))
-    code = _language(pieces)
+    code, pieces = _language(_pieces(_texts(dataset)))
     if not code or language_id.are_kin(code, REFERENCE_LANGUAGE):
         return
-    rows, reference = (_nats_per_letter(text, chat, path) for text in (pieces, _pieces(_small_talk())))
+    rows, reference = (_nats_per_letter(_spread(text), chat, path) for text in (pieces, _pieces(_small_talk())))
     if rows < UNKNOWN_RATIO * reference:
         return
     problem = (
@@ -88,8 +115,10 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
 
 
 def _texts(dataset: Artifact) -> list[str]:
-    """The users' turns of the first rows; of rows without one, the text that is learnt."""
-    examples = itertools.islice(parquet_io.read_examples(dataset, "train"), ROWS_READ)
+    """The users' turns of rows from the whole Dataset; of rows without one, the text that is learnt. Rehearsal is left out."""
+    count = int(dataset.manifest["counts"]["splits"].get("train", 0))
+    step = max(math.ceil(min(count, ROWS_WALKED) / ROWS_READ), 1)
+    examples = itertools.islice(parquet_io.read_own_examples(dataset, "train"), 0, ROWS_WALKED, step)
     return [text for example in examples if (text := _user_text(example))]
 
 
@@ -104,7 +133,7 @@ def _small_talk() -> list[str]:
 
 
 def _pieces(texts: Sequence[str]) -> list[str]:
-    """Texts laid end to end, in up to PIECES pieces of PIECE_CHARACTERS and more."""
+    """Texts laid end to end, in pieces of PIECE_CHARACTERS and more."""
     pieces, piece = [], ""
     for text in texts:
         piece = f"{piece}\n{text}" if piece else text
@@ -113,18 +142,25 @@ def _pieces(texts: Sequence[str]) -> list[str]:
             piece = ""
     if piece and not pieces:
         pieces.append(piece)
-    return pieces[:PIECES]
+    return pieces
 
 
-def _language(pieces: Sequence[str]) -> str:
-    """The language of more than half of the pieces; empty if there is none, or no package that tells it."""
+def _spread(pieces: Sequence[str]) -> list[str]:
+    """PIECES of the pieces, at even distances."""
+    return [pieces[len(pieces) * index // PIECES] for index in range(PIECES)] if len(pieces) > PIECES else list(pieces)
+
+
+def _language(pieces: Sequence[str]) -> tuple[str, list[str]]:
+    """The language of more than half of the pieces, and those; empty if there is none, or no package that tells it."""
     try:
         detect = language_id.detector()
     except ExtraError:
-        return ""
-    codes = Counter(detect(piece).code for piece in pieces)
-    code, count = max(codes.items(), key=lambda item: item[1], default=("", 0))
-    return code if 2 * count > len(pieces) else ""
+        return "", []
+    codes = [detect(piece).code for piece in pieces]
+    code, count = max(Counter(codes).items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count <= len(pieces):
+        return "", []
+    return code, [piece for piece, spoken in zip(pieces, codes, strict=True) if spoken == code]
 
 
 @torch.no_grad()
@@ -136,4 +172,21 @@ def _nats_per_letter(pieces: Sequence[str], chat: ChatTokenizer, path: LossBacke
         rows.append(TokenizedExample(list(ids), [True] * len(ids)))
     rows = [row for row in rows if len(row.ids) > 1]
     loss = float(path.losses(rows)[0].sum()) if rows else 0.0
-    return loss / max(sum(character.isalpha() for piece in pieces for character in piece), 1)
+    return loss / max(sum(map(letters, pieces)), 1)
+
+
+def letters(text: str) -> int:
+    """Return about how many letters of an alphabet would say the same.
+
+    >>> letters("hello 42"), letters("你好"), letters("かな"), letters("नमस्ते")
+    (5, 6, 4, 6)
+    """
+    return sum(map(_letters_of, text))
+
+
+def _letters_of(character: str) -> int:
+    if unicodedata.category(character)[0] not in "LM":  # M: signs of vowels, as Hindi and Thai write them
+        return 0
+    if unicodedata.east_asian_width(character) not in "WF":
+        return 1
+    return HAN_LETTERS if unicodedata.name(character, "").startswith("CJK") else SYLLABLE_LETTERS

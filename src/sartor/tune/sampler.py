@@ -49,6 +49,13 @@ def iterate_updates(lengths: Sequence[int], batch_tokens: int, seed: int, start:
         position = Position(position.epoch + 1)
 
 
+def updates_per_epoch(row_tokens: Sequence[int], batch_tokens: int) -> float:
+    """About how many updates `iterate_updates` makes of an epoch: one has whole rows, so that it is half a row over."""
+    epoch_tokens = sum(row_tokens)
+    mean_row = epoch_tokens / len(row_tokens)
+    return min(epoch_tokens / (batch_tokens + mean_row / 2), len(row_tokens))
+
+
 @functools.lru_cache(maxsize=4)
 def _shuffled(count: int, seed: int) -> list[int]:
     order = list(range(count))

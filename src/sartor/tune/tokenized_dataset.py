@@ -54,8 +54,9 @@ def lessons(rows: Iterable[TokenizedExample]) -> list[PreferenceExample]:
 class TokenizedDataset:
     """A Dataset as tokens: what is trained on, what is held out, and what was left out with the reason.
 
-    lengths: tokens of every sequence that the template took, also of those that are too long. rehearsal: rows of another
-    Dataset that are read beside the training rows; no epoch counts them.
+    lengths: tokens of every sequence that the template took, also of those that are too long. held_out_groups: (held-out
+    rows,) the group of each. rehearsal: rows of another Dataset that are read beside the training rows; no epoch counts them,
+    and `lengths` does not.
     """
 
     train: list[TokenizedExample] = field(default_factory=list)
@@ -63,6 +64,7 @@ class TokenizedDataset:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     rehearsal: list[TokenizedExample] = field(default_factory=list)
+    held_out_groups: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

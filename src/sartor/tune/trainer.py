@@ -149,7 +149,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
                 kind = TrainingRun if isinstance(recipe.objective, Sft) else PreferenceRun
                 run = kind(recipe, base, model, context.data, journal, saver, resolved)
                 if recipe.weights == "best" and context.data.held_out:
-                    run.selection = CheckpointSelection(base.chat, context.data.held_out)
+                    run.selection = CheckpointSelection(base.chat, context.data.held_out, context.data.held_out_groups)
                 if checkpoint:
                     run.restore(checkpoint)
                     notice(f"going on after update {checkpoint.update}, from {checkpoint.path}")
@@ -215,7 +215,9 @@ def _warnings(context: TuningContext, run: TrainingRun, notice: Notice) -> list[
         warnings = [DataWarning(**fields) for fields in checkpoint.manifest.get("warnings", [])]
     else:
         dataset = context.parents[0]
-        warnings = plan_warnings.run_warnings(context.recipe, dataset, context.base, run.path, updates, context.data.tokens)
+        warnings = plan_warnings.run_warnings(
+            context.recipe, dataset, context.base, run.path, updates, [row.tokens for row in context.data.train]
+        )
     for warning in warnings:
         notice(str(warning))
     return [dict(vars(warning)) for warning in warnings]

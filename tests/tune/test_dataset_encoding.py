@@ -1,0 +1,54 @@
+"""Rows of a Dataset as tokens: rehearsal beside them is counted apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sample_data import write_jsonl
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import SourceError
+from sartor.models.base import open_chat
+from sartor.tune import preflight
+from sartor.tune.dataset_encoding import encode_rows
+
+
+def curated(folder: Path, name: str, replies: list[str]) -> Artifact:
+    rows = [{"prompt": f"{name} {number}", "completion": reply} for number, reply in enumerate(replies)]
+    source = {"path": str(write_jsonl(folder / f"{name}.jsonl", rows)), "licence": "CC0-1.0"}
+    return sartor.curate({"sources": [source], "split": {"eval_fraction": 0.0}}, folder / name).dataset
+
+
+def recipe(max_tokens: int) -> Any:
+    return sartor.load_recipe({"base": "starter", "data": {"path": "d", "max_length_tokens": max_tokens}})
+
+
+def test_rehearsal_neither_hides_nor_makes_rows_that_are_too_long(tmp_path: Path, tiny_base: Path) -> None:
+    chat = open_chat(tiny_base)
+    own = curated(tmp_path, "own", ["yes"] * 70 + ["a long reply " * 60] * 30)
+    talk = curated(tmp_path, "talk", ["hello"] * 250 + ["a long story " * 60] * 20)
+    data = encode_rows(own, recipe(64), chat, talk)
+    assert len(data.lengths) == 100 and len(data.rehearsal) == 250
+    assert {reason: len(ids) for reason, ids in data.left_out.items()} == {"too_long": 30, "rehearsal_too_long": 20}
+    (refusal,) = preflight.of_lengths(data.lengths, recipe(64))
+    assert "30 of 100 rows (30%)" in refusal.problem
+    short = curated(tmp_path, "short", ["yes"] * 10)
+    assert not list(preflight.of_lengths(encode_rows(short, recipe(64), chat, talk).lengths, recipe(64)))
+
+
+def test_rehearsal_of_which_nothing_fits_is_named(tmp_path: Path, tiny_base: Path) -> None:
+    own, talk = curated(tmp_path, "own", ["yes"] * 10), curated(tmp_path, "talk", ["a long story " * 60] * 20)
+    with pytest.raises(SourceError, match="of the rehearsal no training row") as error:
+        encode_rows(own, recipe(64), open_chat(tiny_base), talk)
+    assert error.value.remedy.endswith("or data.rehearsal=none")
+
+
+def test_every_held_out_row_has_its_group(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [{"prompt": f"row {number}", "completion": "yes", "group": f"g{number % 20}"} for number in range(60)]
+    source = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "licence": "CC0-1.0"}
+    dataset = sartor.curate({"sources": [source], "split": {"eval_fraction": 0.2}}, tmp_path / "dataset").dataset
+    data = encode_rows(dataset, recipe(64), open_chat(tiny_base))
+    assert len(data.held_out_groups) == len(data.held_out) == 12 and len(set(data.held_out_groups)) == 4

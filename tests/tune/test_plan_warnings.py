@@ -1,0 +1,106 @@
+"""Remedies of too few updates do what they say; the language of rows is told from all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sample_data import write_jsonl
+from sartor.core import config
+from sartor.core.artifacts import open_artifact
+from sartor.tune import plan_warnings
+from sartor.tune.plan_warnings import LEAST_UPDATES, few_updates
+from sartor.tune.recipe import ResolvedRecipe
+from sartor.tune.sampler import iterate_updates
+
+RECIPE: dict[str, Any] = {
+    "base": "starter",
+    "data": {"path": "d"},
+    "optimizer": {"learning_rate": 1e-3, "batch_tokens": 256},
+    "weights": "last",
+    "evaluations": 2,
+}
+
+
+def resolved(budget: dict[str, Any], batch: int) -> ResolvedRecipe:
+    return config.load(
+        ResolvedRecipe, {**RECIPE, "budget": budget, "optimizer": {**RECIPE["optimizer"], "batch_tokens": batch}}
+    )
+
+
+def updates_of(recipe: ResolvedRecipe, row_tokens: list[int]) -> int:
+    """Updates that the sampler makes until the first limit of the budget; minutes are none."""
+    limits, count, tokens, epochs = recipe.budget, 0, 0, 0.0
+    for indices in iterate_updates(row_tokens, recipe.optimizer.batch_tokens, seed=0):
+        is_over = (limits.updates and count >= limits.updates) or (limits.tokens and tokens >= limits.tokens)
+        if is_over or (limits.epochs and epochs >= limits.epochs - 1e-9):
+            return count
+        count, tokens = count + 1, tokens + sum(row_tokens[index] for index in indices)
+        epochs += len(indices) / len(row_tokens)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch", "row_tokens"),
+    [
+        ({"epochs": 10.0}, 256, [800] * 4),  # each row is an update: no smaller batch makes more
+        ({"epochs": 1.0}, 256, [240] * 45),
+        ({"epochs": 3.0}, 4096, [50] * 400),
+        ({"tokens": 4000}, 512, [60] * 500),
+        ({"updates": 12}, 256, [60] * 500),
+        ({"updates": 100, "epochs": 1.0}, 256, [60] * 100),
+        ({"updates": 20, "epochs": 1.0}, 256, [60] * 100),
+    ],
+)
+def test_every_remedy_of_few_updates_makes_enough(budget: dict[str, Any], batch: int, row_tokens: list[int]) -> None:
+    recipe = resolved(budget, batch)
+    updates = updates_of(recipe, row_tokens)
+    assert updates < LEAST_UPDATES
+    (warning,) = few_updates(recipe, updates, row_tokens)
+    remedies = [remedy for remedy in warning.remedy.split("; or ") if remedy != "more rows"]
+    assert remedies
+    for remedy in remedies:
+        changed = config.load(ResolvedRecipe, config.dump(recipe), [f"--{change}" for change in remedy.split()])
+        assert updates_of(changed, row_tokens) >= 0.9 * LEAST_UPDATES, remedy
+
+
+def test_minutes_are_lengthened_by_what_they_lack() -> None:
+    (warning,) = few_updates(resolved({"minutes": 2.0}, 256), 10, [256] * 1000)
+    assert warning.remedy == "budget.minutes=10; or more rows"
+
+
+def test_enough_updates_are_not_warned_of() -> None:
+    assert not list(few_updates(resolved({"epochs": 1.0}, 256), LEAST_UPDATES, [256] * LEAST_UPDATES))
+
+
+def test_texts_come_from_the_whole_dataset_and_not_from_rehearsal(tmp_path: Path) -> None:
+    own = [{"prompt": f"fråga nummer {index} om huset", "completion": "svar"} for index in range(900)]
+    talk = [{"prompt": f"small talk {index}", "completion": "hello"} for index in range(300)]
+    sources = [
+        {"path": str(write_jsonl(tmp_path / "a_talk.jsonl", talk)), "licence": "CC0-1.0", "rehearsal": True},
+        {"path": str(write_jsonl(tmp_path / "own.jsonl", own)), "licence": "CC0-1.0"},
+    ]
+    sartor.curate({"sources": sources, "split": {"eval_fraction": 0.0}}, tmp_path / "dataset")
+    texts = plan_warnings._texts(open_artifact(tmp_path / "dataset"))
+    assert 100 <= len(texts) <= plan_warnings.ROWS_READ
+    assert all("fråga" in text for text in texts)
+    numbers = [int(text.split()[2]) for text in texts]
+    assert min(numbers) < 100 and max(numbers) > 700
+
+
+def test_language_is_that_of_most_pieces_and_they_alone_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        plan_warnings.language_id, "detector", lambda: lambda text: type("Found", (), {"code": text.partition(" ")[0]})
+    )
+    assert plan_warnings._language(["sv a", "en b", "sv c"]) == ("sv", ["sv a", "sv c"])
+    assert plan_warnings._language(["sv a", "en b"]) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("hello, 42", 5), ("你好吗", 9), ("ひらがな", 8), ("한국", 4), ("हिन्दी", 6), ("", 0)]
+)
+def test_a_character_counts_as_the_letters_that_say_as_much(text: str, count: int) -> None:
+    assert plan_warnings.letters(text) == count
