@@ -146,7 +146,7 @@ def _trained(values: Any, workspace: Workspace) -> Any:
     recipe = {"base": "tiny", "data": {"path": "rows"}, "method": {"rank": 4}, "optimizer": {"learning_rate": 1e-3}}
     workspace.patch.setattr(retrain, "open_artifact", lambda path, kind: SimpleNamespace(path=Path(path)))
     workspace.patch.setattr(training_data, "read_recipe", lambda manifest: recipe)
-    workspace.patch.setattr(training_data, "is_auto_batch", lambda release: False)
+    workspace.patch.setattr(retrain, "is_auto_batch", lambda release: False)
     received: list[Any] = []
     done = SimpleNamespace(adapter=SimpleNamespace(path="a", manifest={"run": {"loss": {}}}))
     workspace.patch.setattr(retrain, "train", lambda recipe, out, **more: received.append(recipe) or done)

@@ -114,7 +114,8 @@ def _check_private(url: str, report: str, private: bool) -> None:
 def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> str:
     """Report that the staged version is about to be tried: a device that it takes off the network could not report that later.
 
-    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what cannot be sent is no fault of the version.
+    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what cannot be
+    sent is no fault of the version.
     """
     staged = store.staged(name)
     if not report or not options.key or staged is None:

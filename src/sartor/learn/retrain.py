@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from sartor.release.release import release as sign
 from sartor.serving.commands.agent_commands import add_agent, promote_agent
 from sartor.serving.registry import server_presence
 from sartor.serving.team_config import Retraining, Team, load
+from sartor.tune.auto_settings import BATCH_TOKENS
 from sartor.tune.trainer import tune as train
 
 # what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
@@ -96,9 +98,21 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}
     # rehearsal and evaluations of the live recipe are resolved, and the weights are named: nothing else is chosen anew
-    if leg == "sft" and training_data.is_auto_batch(live):
+    if leg == "sft" and is_auto_batch(live):
         recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": "auto"}
     return merge_options(recipe, job.rules.tuning or {})
+
+
+def is_auto_batch(release: Artifact) -> bool:
+    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it over."""
+    batch_tokens = training_data.read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
+    earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
+    for item in (release, *earlier):
+        manifest = json.loads((item.path / "sartor.json").read_text(encoding="utf-8"))
+        setting = manifest.get("settings", {}).get(BATCH_TOKENS)  # an older Sartor has no settings
+        if setting and setting["value"] == batch_tokens:
+            return True
+    return False
 
 
 def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from sartor.curate.sources.feedback_inbox import of_folder
 from sartor.curate.sources.types import InboxTerms
 from sartor.learn import look_ledger, promotion_checks, triggers
 from sartor.learn.run_record import RetrainContext
-from sartor.tune.auto_settings import BATCH_TOKENS
 
 STEP = "retrain"
 FEEDBACK, FOLDERS = "feedback", {"sft": "data", "kto": "ratings"}
@@ -166,18 +165,6 @@ def read_recipe(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} says no recipe: {error}", "restore the Release from a copy") from None
-
-
-def is_auto_batch(release: Artifact) -> bool:
-    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it over."""
-    batch_tokens = read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
-    earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
-    for item in (release, *earlier):
-        manifest = json.loads((item.path / "sartor.json").read_text(encoding="utf-8"))
-        setting = manifest.get("settings", {}).get(BATCH_TOKENS)  # an older Sartor has no settings
-        if setting and setting["value"] == batch_tokens:
-            return True
-    return False
 
 
 def _inbox(job: RetrainContext) -> Path:
