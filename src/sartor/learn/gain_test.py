@@ -6,14 +6,14 @@ Three kinds of rows may show a gain. Only of one the live version is a fair oppo
     feedback    corrections, chosen because the live version failed on them     against the control, and the live version
     ratings     replies that the live version gave itself, and people rated     against the control, and the live version
 
-On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that the live
-version gave is less likely under any other version. So both are held against a control: the live version, tuned as
-often and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets corrections that
-the live version has learnt since they were held out, which the new version rehearses. So a claim has to show a gain over
-both, each at its whole level: a version without a gain over one of the two is refused by that one.
+On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that the
+live version gave is less likely under any other version. So both are held against a control: the live version, tuned as often
+and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets corrections that the
+live version has learnt since they were held out, which the new version rehearses. So a claim has to show a gain over both,
+each at its whole level: a version without a gain over one of the two is refused by that one.
 
-Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that makes every
-reply less likely moves it by nothing.
+Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that makes
+every reply less likely moves it by nothing.
 
 The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983): between the kinds by SHARES, and
 between looks, 6 / (pi^2 k^2) for look k, which sums to 1. So a row, however often retrains look at it, makes versions without

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import numerics, parquet_io
-from sartor.core.artifacts import kind_of, open_artifact
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.core.lineage import ancestry
 from sartor.core.resource_limits import limit_data
