@@ -19,6 +19,8 @@ false_promotions    series without a gain in which any version was promoted; `hi
 false_promotions_restless   the same, where as many outcomes change on the held-out rows as on feedback
 power               retrains of a version whose held-out accuracy is 0.1 higher on 300 rows: promoted at the k-th look
 feedback_power      a version that learnt what people corrected (120 a retrain), and is as good as the live one elsewhere
+learnt_before       false promotions where the live version has learnt the held-out corrections of earlier retrains, and the
+                    control forgets a fifth of them: the new version is as good as the live one, and better than the control
 larger_change       false promotions where the new version changes twice as many outcomes as the control: a limit
 """
 
@@ -47,6 +49,8 @@ from sartor.serving.team_config import NotWorse
 
 LOOKS = 4
 CHANGE = 0.3
+# accuracy of a live version on the held-out corrections of earlier retrains, of which it learnt others
+LEARNT = 0.6
 # of those who rate a reply: who is content mostly says nothing
 BAD_RATINGS = 0.7
 INTENTS = 10
@@ -59,7 +63,8 @@ class Scenario:
 
     held_out: rows. corrections, ratings: of a retrain. gain: of held-out accuracy; feedback_gain: part of the failures on
     corrections that are mended. change: part of the outcomes on feedback that is drawn again; control_change: by the control;
-    held_out_change: on held-out rows, of which a version is surer.
+    held_out_change: on held-out rows, of which a version is surer. learnt: held-out corrections of earlier retrains, of which
+    the live version has LEARNT right; control_loss: part of them that the control forgets.
     """
 
     held_out: int = 200
@@ -70,6 +75,8 @@ class Scenario:
     change: float = CHANGE
     control_change: float = CHANGE
     held_out_change: float = 0.03
+    learnt: int = 0
+    control_loss: float = 0.0
     looks: int = LOOKS
 
 
@@ -96,6 +103,10 @@ class Agent:
         chances = self._chances(scenario.held_out)
         ids = [f"own-{index}" for index in range(scenario.held_out)]
         self.held_out.add(ids, chances, self.rng.random(len(chances)) < chances)
+        learnt = np.full(scenario.learnt, LEARNT)
+        self.corrections.add(
+            [f"learnt-{index}" for index in range(scenario.learnt)], learnt, self.rng.random(len(learnt)) < learnt
+        )
 
     def retrain(self) -> Judgement:
         """Collect feedback, draw a new version and let the gate judge it."""
@@ -145,6 +156,8 @@ class Agent:
         ]
         new = self._tuned(self.corrections, scenario.change, scenario.feedback_gain)
         other = self._tuned(self.corrections, scenario.control_change)
+        if scenario.control_loss:
+            other &= self.rng.random(len(other)) >= scenario.control_loss
         feedback = [
             _row(row_id, live, after) | {"control": float(control)}
             for row_id, live, after, control in zip(self.corrections.ids, self.corrections.live, new, other, strict=True)
@@ -224,6 +237,7 @@ def power(trials: int, scenario: Scenario, look: int = 1) -> dict[str, Any]:
 NO_GAIN = Scenario()
 RESTLESS = replace(NO_GAIN, held_out_change=CHANGE)
 GAIN = Scenario(held_out=300, gain=0.1, held_out_change=CHANGE)
+LEARNT_BEFORE = Scenario(corrections=0, ratings=0, change=0.1, control_change=0.1, learnt=150, control_loss=0.2)
 FEEDBACK_GAIN = Scenario(held_out=300, feedback_gain=0.8, held_out_change=0.01)
 
 
@@ -245,6 +259,7 @@ def main() -> None:
         },
         "power_all_drawn_anew": parts.run("power, all drawn anew", lambda: power(trials, drawn_anew)),
         "feedback_power": parts.run("power of feedback", lambda: power(trials, FEEDBACK_GAIN)),
+        "learnt_before": parts.run("learnt before", lambda: false_promotions(series, LEARNT_BEFORE)),
         "larger_change": parts.run("larger change", lambda: false_promotions(trials, larger_change)),
     }
     print_result({**result, "wall_s": round(time.monotonic() - began, 1)})

@@ -410,6 +410,34 @@ def test_trial_that_a_newer_version_ends_is_deferred(world: World, trusting: Non
     assert outcomes == ["pass", "deferred", "started"]
 
 
+def test_device_on_a_long_trial_is_not_silent(world: World, trusting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It syncs every five days and does not confirm for 20: one pending device, of which no report is refused."""
+    given, url, start = options(world, starts=9), world.repository.as_uri(), int(time.time())
+    devices = world.folder / "devices"
+    devices.mkdir()
+    (devices / "box-1.pub").write_bytes((world.folder / "device-key" / "sartor.pub").read_bytes())
+    verbs.sync(url, "home", given)
+    add(world, "1.1", 100)
+    with gathering() as seen:
+        for day in (0, 5, 10, 15, 20):
+            monkeypatch.setattr(time, "time", lambda day=day: start + day * 86_400)
+            done = verbs.sync(url, "home", given, report=seen.url)
+            assert done["trial"] and bool(done["reported"]) is bool(day)
+            counted = fleet_monitor.tally([body for _, _, body in seen.requests], world.repository, devices)
+            votes = of(counted, "1.1").votes
+            assert (votes.pending, votes.decided, counted.refused) == (1, 0, {})
+        assert len(seen.requests) == 5
+        with ReleaseStore(given.store) as store:
+            store.confirm("home")
+        done = verbs.sync(url, "home", given, report=seen.url)
+    assert done["reported"] == [{"version": "1.1", "outcome": "pass", "reason": ""}]
+    counted = fleet_monitor.tally([body for _, _, body in seen.requests], world.repository, devices)
+    assert (of(counted, "1.1").passed, of(counted, "1.1").votes.pending, counted.refused) == (1, 0, {})
+    # a copy is still counted as one
+    copies = [seen.requests[0][2], *(body for _, _, body in seen.requests)]
+    assert fleet_monitor.tally(copies, world.repository, devices).refused == {"replayed": 1}
+
+
 def test_start_that_cannot_be_reported_is_no_fault_of_the_version(world: World, trusting: None) -> None:
     said: list[str] = []
     given = options(world)

@@ -84,7 +84,8 @@ def _held_out(values: Any, workspace: Workspace) -> Any:
     rows = [example(f"q{index}", "a", index) for index in range(30)]
     workspace.patch.setattr(training_data.parquet_io, "read_examples", lambda dataset, split: rows)
     workspace.patch.setattr(training_data.look_ledger, "count_looks", lambda run: Counter())
-    return len(training_data._held_out(_job(workspace, {"gate": values}), None, []))  # type: ignore[arg-type]
+    dataset: Any = SimpleNamespace(manifest={})
+    return len(training_data._held_out(_job(workspace, {"gate": values}), dataset, []))
 
 
 GATE_PROBES = (
@@ -145,6 +146,7 @@ def _trained(values: Any, workspace: Workspace) -> Any:
     recipe = {"base": "tiny", "data": {"path": "rows"}, "method": {"rank": 4}, "optimizer": {"learning_rate": 1e-3}}
     workspace.patch.setattr(retrain, "open_artifact", lambda path, kind: SimpleNamespace(path=Path(path)))
     workspace.patch.setattr(training_data, "read_recipe", lambda manifest: recipe)
+    workspace.patch.setattr(retrain, "is_auto_batch", lambda release: False)
     received: list[Any] = []
     done = SimpleNamespace(adapter=SimpleNamespace(path="a", manifest={"run": {"loss": {}}}))
     workspace.patch.setattr(retrain, "train", lambda recipe, out, **more: received.append(recipe) or done)

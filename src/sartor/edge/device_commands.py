@@ -76,7 +76,7 @@ def sync(
     if report:
         device_reports.check_id(options.id)
     health = options.checked()
-    announced = False
+    announced = ""
 
     def announce_and_check(path: Path) -> None:
         nonlocal announced
@@ -90,14 +90,14 @@ def sync(
         try:
             synced = bring(store, url, name, device, announce_and_check, again=again)
         except HealthError:
-            _report_due(store, name, options, report, notice)
+            _report_due(store, name, options, report, announced, notice)
             raise
-        reports = _report_due(store, name, options, report, notice)
+        reports = _report_due(store, name, options, report, announced, notice)
         current = store.current(name)
     check_fields = _check_fields(health)
     if check_fields["not_checked"]:
         notice(f"the release's own check prompts: {check_fields['not_checked']}")
-    return {**_sync_fields(synced, current), **check_fields, "announced": announced, "reported": reports}
+    return {**_sync_fields(synced, current), **check_fields, "announced": bool(announced), "reported": reports}
 
 
 def _check_private(url: str, report: str, private: bool) -> None:
@@ -111,33 +111,40 @@ def _check_private(url: str, report: str, private: bool) -> None:
         raise ConfigError(f"--private lets no packet leave, and {report} is on a network", "--report DIR, or none")
 
 
-def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> bool:
+def _announce(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> str:
     """Report that the staged version is about to be tried: a device that it takes off the network could not report that later.
 
-    Raises nothing: it is called within the health check, and what cannot be sent is no fault of the version.
+    Returns the version; empty if nothing was sent. Raises nothing: it is called within the health check, and what cannot be
+    sent is no fault of the version.
     """
     staged = store.staged(name)
     if not report or not options.key or staged is None:
-        return False
+        return ""
     try:
         key = signing.open_private(options.key)
         outbox = device_reports.Outbox(options.id, key, report, options.store / _TRUST)
         outbox.send_started(name, staged.version)
     except SartorError as error:
         notice(f"not reported: {error.problem}")
-        return False
+        return ""
     except OSError as error:
         notice(f"not reported: {error}")
-        return False
-    return True
+        return ""
+    return staged.version
 
 
-def _report_due(store: ReleaseStore, name: str, options: DeviceOptions, report: str, notice: Notice) -> list[dict[str, str]]:
-    """Reports that are due. One that cannot be sent is a notice: the sync itself is done, and the next says it again."""
+def _report_due(
+    store: ReleaseStore, name: str, options: DeviceOptions, report: str, announced: str, notice: Notice
+) -> list[dict[str, str]]:
+    """Send the reports that are due, and return them. One that cannot be sent is a notice: the next sync sends it again.
+
+    announced: version whose start this sync has reported already.
+    """
     if not report or not options.key:
         return []
     try:
-        sent_reports = device_reports.send_due(store, name, options.id, options.key, report, options.store / _TRUST)
+        trust = options.store / _TRUST
+        sent_reports = device_reports.send_due(store, name, options.id, options.key, report, trust, announced=announced)
     except MissingError as error:
         notice(f"not reported: {error.problem}")
         return []

@@ -3,13 +3,17 @@
 Three kinds of rows may show a gain. Only of one the live version is a fair opponent:
 
     held_out    rows of the live version's own Dataset, chosen by nobody        against the live version
-    feedback    corrections, chosen because the live version failed on them     against the control
-    ratings     replies that the live version gave itself, and people rated     against the control
+    feedback    corrections, chosen because the live version failed on them     against the control, and the live version
+    ratings     replies that the live version gave itself, and people rated     against the control, and the live version
 
 On rows where the live version failed any version with other faults looks better (regression to the mean). A reply that the
-live version gave is less likely under any other version. So both are held against a control: the live version, tuned as
-often and at the same rate on rehearsal rows alone. Of ratings it is the margin that counts, the mean log-likelihood of good
-replies less that of bad ones: a change that makes every reply less likely moves it by nothing.
+live version gave is less likely under any other version. So both are held against a control: the live version, tuned as often
+and at the same rate on rehearsal rows alone. The control alone is no fair opponent either: it forgets corrections that the
+live version has learnt since they were held out, which the new version rehearses. So a claim has to show a gain over both,
+each at its whole level: a version without a gain over one of the two is refused by that one.
+
+Of ratings it is the margin that counts, the mean log-likelihood of good replies less that of bad ones: a change that makes
+every reply less likely moves it by nothing.
 
 The level is divided twice (Bonferroni 1936, unequal parts as in Rosenthal & Rubin 1983): between the kinds by SHARES, and
 between looks, 6 / (pi^2 k^2) for look k, which sums to 1. So a row, however often retrains look at it, makes versions without
@@ -45,7 +49,7 @@ class Claim:
     """A comparison that may show a gain.
 
     opponent: LIVE or CONTROL. rows: those compared. look: 1 where none of them was looked at before. level: one-sided.
-    result: None where the control was not measured.
+    result: None where the control was not measured. over_live: of a claim against the control; None before it is judged.
     """
 
     kind: str
@@ -54,11 +58,17 @@ class Claim:
     look: int
     level: float
     result: Comparison | None = None
+    over_live: Comparison | None = None
 
     @property
     def is_gain(self) -> bool:
-        """Whether the interval at this level lies above 0."""
-        return self.result is not None and math.isfinite(self.result.difference) and self.result.low > 0
+        """Whether the interval at this level lies above 0; of a claim against the control that over the live version too."""
+        return _is_above_zero(self.result) and self.may_be_gain
+
+    @property
+    def may_be_gain(self) -> bool:
+        """Whether a comparison with the control can still show a gain: the live version is beaten, or the only opponent."""
+        return self.opponent == LIVE or _is_above_zero(self.over_live)
 
     @property
     def confidence(self) -> float:
@@ -72,7 +82,16 @@ class Claim:
         }  # fmt: skip
         if self.result is None:
             return fields
-        return {**fields, "estimate": self.result.difference, "low": self.result.low, "high": self.result.high}
+        over_live = {} if self.over_live is None else {"over_live": _interval(self.over_live)}
+        return {**fields, **_interval(self.result), **over_live}
+
+
+def _interval(result: Comparison) -> dict[str, float]:
+    return {"estimate": result.difference, "low": result.low, "high": result.high}
+
+
+def _is_above_zero(result: Comparison | None) -> bool:
+    return result is not None and math.isfinite(result.difference) and result.low > 0
 
 
 def level_of_look(look: int) -> float:
@@ -96,7 +115,11 @@ def plan_claims(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int]) ->
 def judge_claims(claims: Sequence[Claim]) -> list[Claim]:
     """Return the claims with their results, as far as their opponent was measured on their rows."""
     return [
-        replace(claim, result=_compare(claim)) if all(claim.opponent in row for row in claim.rows) else claim
+        replace(
+            claim,
+            result=_compare(claim, claim.opponent) if all(claim.opponent in row for row in claim.rows) else None,
+            over_live=_compare(claim, LIVE) if claim.opponent == CONTROL else None,
+        )
         for claim in claims
     ]
 
@@ -125,12 +148,12 @@ def _margin(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3])
 
 
-def _compare(claim: Claim) -> Comparison:
+def _compare(claim: Claim, opponent: str) -> Comparison:
     rows = claim.rows
     if claim.kind == "ratings":
-        return rating_margins(rows, claim.opponent, claim.level)
+        return rating_margins(rows, opponent, claim.level)
     return bootstrap.paired_bootstrap(
-        [row[claim.opponent] for row in rows],
+        [row[opponent] for row in rows],
         [row["new"] for row in rows],
         [group_of_stored(row) for row in rows],
         tail=claim.level,

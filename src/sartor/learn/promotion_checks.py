@@ -2,7 +2,8 @@
 
 Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
 were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
-alone: a gain there is one over a control (`gain_test`), and only the first can show that nothing else suffered.
+alone: a gain there is one over a control and over the live version (`gain_test`), and only the first can show that nothing
+else suffered.
 
 Each key is held against all others by the monitors' own evidence (`core/confidence_sequences.py`), both ways. A key
 that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides
@@ -73,11 +74,11 @@ class Judgement:
             return f"{self.decisive.kind} shows the gain"
         if others := [name for name in failed if name != GAIN]:
             return f"refused anyway: {', '.join(others)}"
-        untested = [claim.kind for claim in self.claims if claim.result is None]
+        untested = [claim for claim in self.claims if claim.result is None]
         if not untested:
             return "no held-out feedback of enough groups that a control could be compared on"
-        if untested == ["feedback"] and self.comparisons["feedback"].difference <= 0:
-            return "no better than the live version on feedback"
+        if not any(claim.may_be_gain for claim in untested):
+            return f"no better than the live version on {', '.join(claim.kind for claim in untested)}"
         return ""
 
 
@@ -121,8 +122,11 @@ def format_claim(claim: Claim) -> str:
     """A tested claim in a line."""
     if claim.result is None:
         return f"{claim.kind}: not compared with the {claim.opponent}"
-    opponent = "" if claim.opponent == gain_test.LIVE else " over the control"
-    return f"{claim.kind}{opponent}: {format_comparison(claim.result)} ({claim.confidence:.2%} interval, look {claim.look})"
+    level = f"({claim.confidence:.2%} interval, look {claim.look})"
+    if claim.over_live is None:
+        return f"{claim.kind}: {format_comparison(claim.result)} {level}"
+    results = f"{format_comparison(claim.result)}, and over the live version: {format_comparison(claim.over_live)}"
+    return f"{claim.kind} over the control: {results} {level}"
 
 
 def not_worse(comparison: Comparison, margin: float) -> Check:

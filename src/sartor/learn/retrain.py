@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sartor.core import numerics, parquet_io
-from sartor.core.artifacts import kind_of, open_artifact
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.errors import AdmissionError, ConfigError, ConflictError, GateError, LicenceError
 from sartor.core.lineage import ancestry
 from sartor.core.resource_limits import limit_data
@@ -37,6 +38,7 @@ from sartor.release.release import release as sign
 from sartor.serving.commands.agent_commands import add_agent, promote_agent
 from sartor.serving.registry import server_presence
 from sartor.serving.team_config import Retraining, Team, load
+from sartor.tune.auto_settings import BATCH_TOKENS
 from sartor.tune.trainer import tune as train
 
 # what the tuning of the live version is changed by, unless `retrain.tuning` says otherwise: few rows, seen twice. A third time
@@ -80,9 +82,13 @@ def tune(job: RetrainContext) -> Mapping[str, Any]:
 
 
 def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
-    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes."""
-    manifest = open_artifact(job.run.record.live.release, "release").path / "sartor.json"
-    recipe = training_data.read_recipe(manifest)
+    """The tuning recipe of a leg: the live version's own, gentler, and what `retrain.tuning` changes.
+
+    A batch that `auto` chose by the rows of a whole Dataset is chosen again by those of the leg sft, which are far fewer; one
+    that a person named stays.
+    """
+    live = open_artifact(job.run.record.live.release, "release")
+    recipe = training_data.read_recipe(live.path / "sartor.json")
     recipe["data"] = {**recipe["data"], "path": str(job.at(training_data.FOLDERS[leg])), "rows": 0}
     recipe["objective"] = {"kind": leg}
     recipe["budget"] = {"epochs": EPOCHS}
@@ -91,7 +97,22 @@ def recipe_of(job: RetrainContext, leg: str, start: Path) -> dict[str, Any]:
     if not recipe["method"].get("start"):  # that of a version which was retrained itself is gentle already
         recipe["optimizer"] = {**recipe["optimizer"], "learning_rate": recipe["optimizer"]["learning_rate"] * GENTLE}
     recipe["method"] = {**recipe["method"], "start": str(start)}
+    # rehearsal and evaluations of the live recipe are resolved, and the weights are named: nothing else is chosen anew
+    if leg == "sft" and is_auto_batch(live):
+        recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": "auto"}
     return merge_options(recipe, job.rules.tuning or {})
+
+
+def is_auto_batch(release: Artifact) -> bool:
+    """Whether `auto` chose the batch of a Release: in its own tuning, or in one that it goes on from and took it over."""
+    batch_tokens = training_data.read_recipe(release.path / "sartor.json")["optimizer"]["batch_tokens"]
+    earlier = [item for kind in ("adapter", "release") for item in ancestry.find_all(release, kind)]
+    for item in (release, *earlier):
+        manifest = json.loads((item.path / "sartor.json").read_text(encoding="utf-8"))
+        setting = manifest.get("settings", {}).get(BATCH_TOKENS)  # an older Sartor has no settings
+        if setting and setting["value"] == batch_tokens:
+            return True
+    return False
 
 
 def merge_options(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +177,7 @@ def _liked(job: RetrainContext, adapter: Path) -> dict[str, Any]:
 def control(job: RetrainContext) -> Mapping[str, Any]:
     """control-LEG/: the live version tuned on rehearsal rows alone, where only feedback could show a gain; its scores.
 
-    It has as many updates as the new version, at the same rate. `skipped` says why there is none.
+    It has as many updates as the new version, of as many tokens, at the same rate. `skipped` says why there is none.
     """
     if job.run.done("gate"):  # of a Sartor before the control
         return {"skipped": "the gate has decided"}
@@ -166,8 +187,10 @@ def control(job: RetrainContext) -> Mapping[str, Any]:
     start = Path(job.run.record.live.release)
     for leg in job.run.facts("tune")["legs"]:
         out, data = job.at(f"control-{leg['leg']}"), training_data.write_control_data(job, leg["leg"])
-        updates = open_artifact(leg["adapter"], "adapter").manifest["run"]["updates"]
+        tuned = open_artifact(leg["adapter"], "adapter").manifest
+        updates, batch_tokens = tuned["run"]["updates"], tuned["recipe"]["optimizer"]["batch_tokens"]
         recipe = {**recipe_of(job, "sft", start), "budget": {"updates": updates}}
+        recipe["optimizer"] = {**recipe["optimizer"], "batch_tokens": batch_tokens}
         recipe["data"] = {**recipe["data"], "path": str(data)}
         job.notice(f"tuning the control: {updates} updates on {data}, going on from {start}")
         train(recipe, out, resume=True, show=False, notice=job.notice)

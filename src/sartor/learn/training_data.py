@@ -1,7 +1,8 @@
 """Training data from feedback, with rehearsal rows.
 
     feedback/     Dataset: what the inbox held of the agent when the retrain began, as curate reads it; a quarter held out
-    data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and corrections
+    data/         Dataset: corrections and rehearsal to train on; held out are the live version's own rows and corrections,
+                  as many as the gate compares on
     ratings/      Dataset: rated replies and rehearsal to train on; the same rows held out
 
 Held-out ratings stay in feedback/: a rated reply is no reference to be compared with.
@@ -171,16 +172,53 @@ def _inbox(job: RetrainContext) -> Path:
 
 
 def _held_out(job: RetrainContext, dataset: Artifact, corrections: Sequence[Example]) -> list[Example]:
-    """Held-out corrections, and of the live version's own held-out rows as many as the gate asks; the same for every leg.
+    """Held-out corrections and own rows, in all as many as the gate asks for; the same for every leg.
 
+    Corrections have at most half of the places, and more where there are too few own rows: only those tell what would suffer.
     Rows that fewer retrains have looked at come first: they tell more.
     """
-    looks = look_ledger.count_looks(job.run)
-    held_out = [row for row in corrections if row.split == "eval"]
-    ids = {row.id for row in held_out}
-    dataset_rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating and row.id not in ids]
-    dataset_rows.sort(key=lambda row: (looks[row.id], hashlib.sha256(row.id.encode()).digest()))
-    return [*held_out, *dataset_rows[: max(job.rules.gate.rows - len(held_out), 0)]]
+    looks, most_rows = look_ledger.count_looks(job.run), job.rules.gate.rows
+    rows = {row.id: row for row in (*own_held_out(dataset), *(row for row in corrections if row.split == "eval"))}
+    by_look = sorted(rows.values(), key=lambda row: (looks[row.id], hashlib.sha256(row.id.encode()).digest()))
+    correction_ids = {row.id for row in corrections}
+    feedback = [row for row in by_look if row.id in correction_ids or _is_feedback(row)]
+    own = [row for row in by_look if row.id not in correction_ids and not _is_feedback(row)]
+    chosen = feedback[: max(most_rows // 2, most_rows - len(own))]
+    return [*chosen, *own[: most_rows - len(chosen)]]
+
+
+def own_held_out(dataset: Artifact) -> list[Example]:
+    """Return what a live version's Dataset holds out, with the rows for which earlier retrains had no place.
+
+    The Dataset of a retrain has as many rows as its gate asked for. The others are read from the Dataset that the retrains
+    began with, as far as it still stands, but for those of a group that was trained on since.
+    """
+    rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating]
+    ancestors = ancestry.find_all(dataset, "dataset") if _is_of_retrain(dataset) else []
+    first = _before_retrains(dataset, ancestors)
+    if first is dataset:
+        return rows
+    ids = {row.id for row in rows}
+    trained = (row for item in (dataset, *ancestors) for row in parquet_io.read_examples(item, "train"))
+    trained_groups = {group for row in trained for group in (split_group(row), prompt_group(row))}
+    earlier = (row for row in parquet_io.read_examples(first, "eval") if not row.rating and row.id not in ids)
+    return [*rows, *(row for row in earlier if not is_of_groups(row, trained_groups))]
+
+
+def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifact:
+    """Return the Dataset that the retrains began with; the last one on the way there whose parent does not stand any more."""
+    by_id = {item.id: item for item in ancestors}
+    while _is_of_retrain(dataset):
+        parent = by_id.get(dataset.manifest["parents"][-1]["id"])  # behind the feedback
+        if parent is None:
+            break
+        dataset = parent
+    return dataset
+
+
+def _is_of_retrain(dataset: Artifact) -> bool:
+    """Whether a retrain wrote the Dataset, and no later step."""
+    return list((dataset.manifest.get("recipe") or {}).get("derived", ())) == [STEP]
 
 
 def _test_groups(dataset: Artifact) -> set[str]:

@@ -5,8 +5,9 @@
 
 The reason is a word of a closed list: what the device's own prompts were, and what was answered, stays on the device. What is
 to be said follows from the store: a version that is refused failed, the current one passed once its trial is over. `started`
-goes out before a version is checked and made current, so that the publisher notices a device that is never heard of again;
-`deferred` takes it back where nothing became of that: its check could not be made, or a newer version took its place.
+goes out before a version is checked and made current, so that the publisher notices a device that is never heard of again,
+and again at each later sync of its trial: a device that is heard of is not silent, however long the trial is. `deferred`
+takes it back where nothing became of that: its check could not be made, or a newer version took its place.
 """
 
 from __future__ import annotations
@@ -84,8 +85,11 @@ def check_id(device: str) -> None:
         raise ConfigError(f"{device!r:.80} is no id that can report", "--device: lower-case letters, digits, '.', '_' and '-'")
 
 
-def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str]) -> Iterator[Report]:
-    """What is to be said of `name` and was not yet; `outcomes`: version -> outcome."""
+def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str], *, announced: str = "") -> Iterator[Report]:
+    """Yield the reports on `name` that were not sent yet, and `started` for a current version on trial.
+
+    outcomes: version -> outcome that was sent last. announced: version whose start this sync has reported already.
+    """
     now, ring = int(time.time()), ring_of(device)
     for version, reason in store.refused(name).items():
         if outcomes.get(version) != "fail":
@@ -94,19 +98,23 @@ def due(store: ReleaseStore, name: str, device: str, outcomes: dict[str, str]) -
     for version, outcome in outcomes.items():
         if outcome == "started" and version not in store.refused(name) and not (current and current.version == version):
             yield Report(device, name, version, ring, "deferred", "", now)
+    if current and current.trial and current.version != announced:
+        yield Report(device, name, current.version, ring, "started", "", now)
     if current and not current.trial and outcomes.get(current.version) != "pass":
         yield Report(device, name, current.version, ring, "pass", "", now)
 
 
-def send_due(store: ReleaseStore, name: str, device: str, key: Path, destination: str, folder: Path) -> list[Report]:
-    """Sign and send what is to be said, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
+def send_due(
+    store: ReleaseStore, name: str, device: str, key: Path, destination: str, folder: Path, *, announced: str = ""
+) -> list[Report]:
+    """Sign and send the reports of `due`, to a folder or by POST to an http(s) address; what was sent stands in `folder`.
 
-    Raises MissingError where it cannot be sent: the next sync says it again.
+    Returns the reports that were sent. Raises MissingError where it cannot be sent: the next sync says it again.
     """
     check_id(device)
     outbox = Outbox(device, signing.open_private(key), destination, folder)
     sent = []
-    for report in due(store, name, device, outbox.outcomes(name)):
+    for report in due(store, name, device, outbox.outcomes(name), announced=announced):
         outbox.send(report)
         sent.append(report)
     return sent

@@ -198,8 +198,12 @@ def _contents(folder: Path) -> Iterator[bytes]:
 def _votes(
     reports: Iterable[bytes], offers: dict[tuple[str, str], Offer], devices: Path, refused: Counter[str]
 ) -> dict[tuple[str, str, str], Report]:
-    """(name, version, device) -> that device's newest report."""
+    """(name, version, device) -> that device's newest report.
+
+    A device on trial reports its start at each sync: those reports differ by their time, and count once without a refusal.
+    """
     votes: dict[tuple[str, str, str], Report] = {}
+    undecided: set[Report] = set()
     for content in reports:
         try:
             report, signature = device_reports.read_report(content)
@@ -211,8 +215,11 @@ def _votes(
             continue
         key = (report.name, report.version, report.device)
         earlier = votes.get(key)
-        if earlier is not None and (report.outcome in UNDECIDED) == (earlier.outcome in UNDECIDED):
+        is_repeated_outcome = earlier is not None and not {report.outcome, earlier.outcome} & set(UNDECIDED)
+        if is_repeated_outcome or report in undecided:
             refused["replayed"] += 1  # a copy of it, or what that device said before
+        if report.outcome in UNDECIDED:
+            undecided.add(report)
         if earlier is None or _weight(report) > _weight(earlier):
             votes[key] = report
     return votes
