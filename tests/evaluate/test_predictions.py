@@ -68,3 +68,4 @@ def test_a_reply_may_be_as_long_as_one_with_its_reasoning_and_documents_have_non
 def test_a_template_may_open_the_reasoning(base: Base) -> None:
     assert opens_reasoning(base.chat, base.chat.tokens("what is it<think>\n"))
     assert not opens_reasoning(base.chat, base.chat.tokens("<think> what is it"))
+    assert opens_reasoning(base.chat, [-3, -2, *base.chat.tokens("<think>")]) and not opens_reasoning(base.chat, [-3, -2])

@@ -249,7 +249,8 @@ def prompt_tokens(chat: ChatTokenizer, eval_set: HeldOut) -> list[list[int]]:
 
 def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
     """Whether the chat template has opened the reply's reasoning at a prompt's end."""
-    return reply_markup.opens_reasoning(chat.decode(prompt[-_OPENING_TOKENS:]))
+    # ids of media are below 0
+    return reply_markup.opens_reasoning(chat.decode([token for token in prompt[-_OPENING_TOKENS:] if token >= 0]))
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:
