@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -323,6 +324,18 @@ def test_a_name_that_another_writer_takes_in_between_is_replaced(tmp_path: Path,
         (part / "ours").touch()
     assert names(tmp_path) == ["d"]
     assert names(path) == ["ours"]
+
+
+def test_a_directory_that_cannot_be_renamed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no loop: EACCES says nothing of a directory that is there."""
+
+    def refused(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "no", str(source))
+
+    monkeypatch.setattr("sartor.core.filesystem.os.replace", refused)
+    with pytest.raises(PermissionError), create_directory_atomic(tmp_path / "d", replace=True) as part:
+        (part / "new").touch()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])

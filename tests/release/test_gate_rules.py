@@ -54,6 +54,12 @@ def test_a_reply_that_cannot_be_read_offends(tmp_path: Path, reply: str) -> None
     assert found.outcome == "fail" and "(0 by what they say, 1 unreadable)" in found.detail
 
 
+@pytest.mark.parametrize("beginning", ["<think>\nIt is critical.\n</think>\n\n", "It is critical.\n</think>\n\n"])
+def test_reasoning_before_an_answer_is_not_judged(tmp_path: Path, beginning: str) -> None:
+    replies = [beginning + json.dumps(reply) for reply in WANTED]
+    assert judged(report(tmp_path, replies), forbid=None, require={"action": "stop"}).outcome == "pass"
+
+
 def test_what_is_required_must_be_there(tmp_path: Path) -> None:
     replies: list[Any] = [{"action": "wait"}, *WANTED[1:]]
     assert judged(report(tmp_path, replies)).outcome == "pass"

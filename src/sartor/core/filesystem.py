@@ -107,7 +107,9 @@ def _take_directory_name(part: Path, path: Path, *, replace: bool) -> bool:
     try:
         os.replace(part, path)
     except OSError as error:
-        if replace and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES):  # the last is what Windows says
+        is_taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        # Windows says EACCES of a directory that is there, and of other things as well
+        if replace and (is_taken or (os.name == "nt" and path.is_dir())):
             return False
         raise
     return True

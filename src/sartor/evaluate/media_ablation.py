@@ -126,12 +126,13 @@ def ablate(
         indices = [index for index in indices if not ask_refusal(base, shuffled_rows[index], eval_set.folder, limit)[0]]
         if not indices:
             continue
-        subset, full_subset = measures.of(indices), ModelOutputs([full.replies[index] for index in indices])
-        shuffled_outputs = ModelOutputs(
-            _texts(base, model, HeldOut([shuffled_rows[index] for index in indices], eval_set.folder), limit)
-        )
+        subset = measures.of(indices)
+        full_subset = ModelOutputs([full.replies[index] for index in indices], is_opened=full.is_opened)
+        shuffled_set = HeldOut([shuffled_rows[index] for index in indices], eval_set.folder)
+        shuffled_outputs = ModelOutputs(_texts(base, model, shuffled_set, limit), is_opened=full.is_opened)
         blank_rows = [blanked(eval_set.examples[index], kind, eval_set.folder) for index in indices]
-        blank_outputs = ModelOutputs(_texts(base, model, HeldOut(blank_rows, eval_set.folder), limit))
+        blank_texts = _texts(base, model, HeldOut(blank_rows, eval_set.folder), limit)
+        blank_outputs = ModelOutputs(blank_texts, is_opened=full.is_opened)
         name = metric if metric in subset.names else WHOLE
         costs = {
             metric_name: {

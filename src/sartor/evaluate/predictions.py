@@ -219,8 +219,7 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
             "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
         )
-    first = prompt_tokens(base.chat, replace(eval_set, examples=eval_set.examples[:1]))
-    is_opened = any(opens_reasoning(base.chat, prompt) for prompt in first)
+    is_opened = template_opens_reasoning(base.chat, eval_set)
     return reply_outputs(base.chat, generations, loss, tokens, field, is_opened=is_opened)
 
 
@@ -251,6 +250,12 @@ def opens_reasoning(chat: ChatTokenizer, prompt: Sequence[int]) -> bool:
     """Whether the chat template has opened the reply's reasoning at a prompt's end."""
     # ids of media are below 0
     return reply_markup.opens_reasoning(chat.decode([token for token in prompt[-_OPENING_TOKENS:] if token >= 0]))
+
+
+def template_opens_reasoning(chat: ChatTokenizer, eval_set: HeldOut) -> bool:
+    """Whether the chat template opens the reasoning of replies: it does so of each or of none, so that one prompt tells."""
+    asked = [row for row in eval_set.examples if not row.is_document][:1]
+    return any(opens_reasoning(chat, prompt) for prompt in prompt_tokens(chat, replace(eval_set, examples=asked)))
 
 
 def replies(base: Base, model: Any, eval_set: HeldOut, limit: int) -> list[Generation]:

@@ -133,7 +133,9 @@ def write_control_data(job: RetrainContext, leg: str) -> Path:
 def ids_of_feedback(job: RetrainContext) -> set[str]:
     """Return the ids of the corrections, of which a version erred; also of those that an earlier retrain held out."""
     feedback = parquet_io.read_examples(open_artifact(job.at(FEEDBACK), "dataset"))
-    held_out = parquet_io.read_examples(job.own_rows(), "eval")
+    # a row for which an earlier retrain had no place stands in this one's own Datasets alone
+    datasets = [job.own_rows(), *(open_artifact(job.at(FOLDERS[leg]), "dataset") for leg in job.run.facts("curate")["legs"])]
+    held_out = (row for dataset in datasets for row in parquet_io.read_examples(dataset, "eval"))
     return {row.id for row in feedback if not row.rating} | {row.id for row in held_out if _is_feedback(row)}
 
 
@@ -191,7 +193,8 @@ def own_held_out(dataset: Artifact) -> list[Example]:
     """Return what a live version's Dataset holds out, with the rows for which earlier retrains had no place.
 
     The Dataset of a retrain has as many rows as its gate asked for. The others are read from the Dataset that the retrains
-    began with, as far as it still stands, but for those of a group that was trained on since.
+    began with, as far as it still stands, but for those of a group that was trained on since, and for those with pictures or
+    recordings, whose files the later Datasets do not have.
     """
     rows = [row for row in parquet_io.read_examples(dataset, "eval") if not row.rating]
     ancestors = ancestry.find_all(dataset, "dataset") if _is_of_retrain(dataset) else []
@@ -202,7 +205,11 @@ def own_held_out(dataset: Artifact) -> list[Example]:
     trained = (row for item in (dataset, *ancestors) for row in parquet_io.read_examples(item, "train"))
     trained_groups = {group for row in trained for group in (split_group(row), prompt_group(row))}
     earlier = (row for row in parquet_io.read_examples(first, "eval") if not row.rating and row.id not in ids)
-    return [*rows, *(row for row in earlier if not is_of_groups(row, trained_groups))]
+    return [*rows, *(row for row in earlier if not _has_media(row) and not is_of_groups(row, trained_groups))]
+
+
+def _has_media(row: Example) -> bool:
+    return any(part.media for message in row.messages for part in message.content)
 
 
 def _before_retrains(dataset: Artifact, ancestors: Sequence[Artifact]) -> Artifact:

@@ -83,9 +83,9 @@ def score_adapter(resident: SharedBase, adapter: Tensors, client_rows: ClientRow
     rows = client_rows.answerable.examples
     replies = predictions.replies(resident.base, resident.model, client_rows.answerable, client_rows.limit) if rows else []
     texts = [resident.base.chat.decode(item.ids) for item in replies]
-    return AdapterScores(
-        losses, [exact_match(without_reasoning(text), row.reply) for text, row in zip(texts, rows, strict=True)]
-    )
+    is_opened = predictions.template_opens_reasoning(resident.base.chat, client_rows.answerable)
+    answers = [without_reasoning(text, is_opened=is_opened) for text in texts]
+    return AdapterScores(losses, [exact_match(answer, row.reply) for answer, row in zip(answers, rows, strict=True)])
 
 
 def report(benefits: Mapping[str, ClientBenefit]) -> dict[str, Any]:

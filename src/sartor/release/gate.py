@@ -45,6 +45,7 @@ from sartor.core.licences.compliance import USES, Objection, Use
 from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
+from sartor.core.reply_markup import without_reasoning
 from sartor.core.splits import LEAST_GROUPS, TEST, test_rows
 from sartor.evaluate.bootstrap import groups_needed
 from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
@@ -158,7 +159,7 @@ def _judge(rule: SliceRule, table: Sequence[Mapping[str, Any]]) -> Check:
 def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
     if cut := sum(bool(row.get("tuned_is_cut")) for row in rows):
         return Check("fail", f"{cut} of {len(rows)} replies were not written to their end", "sartor evaluate without --metrics")
-    verdicts = [rule.verdict(row["tuned_reply"]) for row in rows]
+    verdicts = [rule.verdict(_answer(row["tuned_reply"])) for row in rows]
     wrong, unreadable = verdicts.count("wrong"), verdicts.count("unreadable")
     offending = wrong + unreadable
     detail = (
@@ -170,6 +171,11 @@ def _offences(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:
         return Check("pass", detail)
     first = next(row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict != "right")
     return Check("fail", f"{detail}; the first is row {first}", "give more rows of this slice, or tune longer")
+
+
+def _answer(reply: str) -> str:
+    """A reply of a Report without its reasoning, which a chat template may have opened."""
+    return without_reasoning(reply, is_opened="<think>" not in reply)
 
 
 def _floor(rule: SliceRule, rows: Sequence[Mapping[str, Any]]) -> Check:

@@ -115,11 +115,10 @@ def unknown_language(dataset: Artifact, chat: ChatTokenizer, path: LossBackend) 
 
 
 def _texts(dataset: Artifact) -> list[str]:
-    """The users' turns of rows from the whole Dataset; of rows without one, the text that is learnt. Rehearsal is left out."""
-    count = int(dataset.manifest["counts"]["splits"].get("train", 0))
-    step = max(math.ceil(min(count, ROWS_WALKED) / ROWS_READ), 1)
-    examples = itertools.islice(parquet_io.read_own_examples(dataset, "train"), 0, ROWS_WALKED, step)
-    return [text for example in examples if (text := _user_text(example))]
+    """The users' turns of rows at even distances; of rows without one, the text that is learnt. Rehearsal is left out."""
+    walked = list(itertools.islice(parquet_io.read_own_examples(dataset, "train"), ROWS_WALKED))
+    step = max(math.ceil(len(walked) / ROWS_READ), 1)
+    return [text for example in walked[::step] if (text := _user_text(example))]
 
 
 def _user_text(example: Example) -> str:

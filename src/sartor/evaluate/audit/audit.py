@@ -12,7 +12,6 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.lineage import ancestry
 from sartor.core.records import Example
-from sartor.core.reply_markup import without_reasoning
 from sartor.evaluate import training_facts
 from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
 from sartor.evaluate.audit.counterfactual_bias import Outcomes, Paired, outcomes_of
@@ -102,9 +101,7 @@ def _own_blocks(sides: ModelPair, paired: Paired, outcomes: Outcomes, limit: int
             for labels in outcomes.looked_at
         }
     else:
-        reply_labels = [
-            [label_of(without_reasoning(text), outcomes.field) for text in texts] for texts in sides.replies(prompts, limit)
-        ]
+        reply_labels = [[label_of(text, outcomes.field) for text in texts] for texts in sides.answers(prompts, limit)]
         by_outcome = {
             labels: np.array([[float(label in labels) for label in side_labels] for side_labels in reply_labels]).reshape(shape)
             for labels in outcomes.looked_at

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sartor.core.records import Example, Message
-from sartor.evaluate.predictions import SPARE_TOKENS, ask_refusal, losses, model_side
+from sartor.core.reply_markup import without_reasoning
+from sartor.evaluate.predictions import SPARE_TOKENS, ask_refusal, losses, model_side, opens_reasoning
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import context_tokens, generate
 from sartor.models.base import Base
@@ -77,6 +78,16 @@ class ModelPair:
         chat = self.base.chat
         continuations = self.continued([chat.prompt_ids(prompt, "", self.folder) for prompt in prompts], most_tokens)
         return [chat.decode(ids) for ids in continuations[0]], [chat.decode(ids) for ids in continuations[1]]
+
+    def answers(self, prompts: Sequence[Sequence[Message]], most_tokens: int) -> tuple[list[str], list[str]]:
+        """Greedy replies of both sides, without their reasoning."""
+        chat = self.base.chat
+        is_opened = bool(prompts) and opens_reasoning(chat, chat.prompt_ids(prompts[0], "", self.folder))
+        before, after = self.replies(prompts, most_tokens)
+        return (
+            [without_reasoning(text, is_opened=is_opened) for text in before],
+            [without_reasoning(text, is_opened=is_opened) for text in after],
+        )
 
     def continued(self, prompts: Sequence[Sequence[int]], most_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
         """The tokens with which both sides go on, greedily, to their end, `most_tokens`, or the end of the context."""
