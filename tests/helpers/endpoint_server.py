@@ -20,7 +20,10 @@ REFUSALS = ("413", "429", "503", "401", "400", "422", "302", "hang_up", "silent"
 
 
 class EndpointServer:
-    """asked: bodies by how often; answered: those that got a whole answer; fault: (digest of body, times asked) -> its name."""
+    """asked: bodies by how often; answered: those that got a whole answer; fault: (digest of body, times asked) -> its name.
+
+    answer_limit: how many requests are answered; the rest wait for `release`.
+    """
 
     def __init__(self, fault: Callable[[str, int], str] = lambda body, times: "") -> None:
         self.fault = fault
@@ -28,8 +31,8 @@ class EndpointServer:
         self.answered: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
-        self.held = threading.Event()
-        self.held.set()
+        self.answer_limit: int | None = None
+        self.release = threading.Event()
         self.word = ""  # in the body of a refusal
         self.text: Callable[[dict[str, Any]], str] | None = None
         self.lock = threading.Lock()
@@ -60,11 +63,14 @@ class _Handler(BaseHTTPRequestHandler):
         with self.told.lock:
             self.told.asked[raw] += 1
             times = self.told.asked[raw]
+            is_held = self.told.answer_limit is not None and self.told.asked.total() > self.told.answer_limit
             self.told.headers.append(dict(self.headers))
             self.told.times.append(time.monotonic())
         fault = self.told.fault(raw, times)
         with self.told.lock:
             self.told.faults[fault] += 1
+        if is_held:
+            self.told.release.wait()
         with suppress(OSError):  # whoever asked is gone
             if fault in REFUSALS:
                 self.fail(fault)
@@ -87,7 +93,6 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def say(self, raw: str, fault: str) -> None:
-        self.told.held.wait()
         text = self.told.reply(json.loads(raw))
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -121,4 +126,4 @@ def serving(server: EndpointServer) -> Iterator[EndpointServer]:
         try:
             yield server
         finally:
-            server.held.set()
+            server.release.set()

@@ -149,7 +149,7 @@ class _Pair:
         others = [(1 - both) / (len(outcomes) - 1)] * (len(outcomes) - 1)
         return np.stack([both, *others], 2)
 
-    def replies(self, prompts: Any, most_tokens: int) -> Any:
+    def answers(self, prompts: Any, most_tokens: int) -> Any:
         """Say the same to everybody."""
         return ['{"risk": "low"}'] * len(prompts), ['{"risk": "high"}'] * len(prompts)
 

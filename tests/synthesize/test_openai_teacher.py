@@ -76,6 +76,7 @@ def test_the_rows_are_the_same_with_every_fault_injected(tmp_path: Path) -> None
 @pytest.mark.services
 def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None:
     with serving(EndpointServer()) as server:
+        server.answer_limit = 7  # all that was answered is on disk when the run dies, and three questions are under way
         said = recipe(tmp_path, server.url, at_once=3, timeout_s=60)
         file = tmp_path / "r.yaml"
         file.write_text(json.dumps(said))
@@ -83,18 +84,14 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None
         environment = {**os.environ, "PYTHONPATH": str(Path(sartor.__file__).parent.parent)}
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         answers = tmp_path / "out.synthesizing" / "answers"
-        _wait(lambda: len(list(answers.glob("*/*.json"))) >= 5, child)
-        server.held.clear()  # from here on nothing is answered, so that what was is on disk when it dies
-        _wait(
-            lambda: len(server.answered) == len(list(answers.glob("*/*.json"))) and len(server.asked) > len(server.answered),
-            child,
-        )
+        _wait(lambda: len(server.answered) == len(list(answers.glob("*/*.json"))) == 7 and server.asked.total() == 7 + 3, child)
         child.send_signal(signal.SIGKILL)
         child.communicate()
         before = set(server.answered)
         under_way = set(server.asked) - before
-        assert 5 <= len(before) < len(SEEDS) * 4 and not (tmp_path / "out").exists()
-        server.held.set()
+        assert len(before) == 7 < len(SEEDS) * 4 and not (tmp_path / "out").exists()
+        server.answer_limit = None
+        server.release.set()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         out = json.loads(done.stdout.splitlines()[-1])
         assert out["cached"] == len(before) and out["calls"] == len(SEEDS) * 4 - len(before)
