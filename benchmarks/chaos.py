@@ -118,6 +118,8 @@ async def run(path: Path, plan: Plan, only: str) -> dict[str, Any]:
         await peace(home, server, load)
         again = {} if plan.is_small else await limited(home, server, load)
         await load.fit_rate(ALL)
+        if plan.is_small:  # the tests' machine may be many times slower a minute later
+            load.rate_per_s = min(load.rate_per_s, 0.5)
         scene = Scene(home, server, load, clock, plan.changes, plan.bad, plan.mutants)
         chosen = [fault for fault in FAULTS if only in fault.name and (not plan.faults or fault.name in plan.faults)]
         faults, replies = await suffer(scene, chosen)

@@ -245,7 +245,7 @@ class Server:
     async def change(self, agent: str, verb: str, **asked: Any) -> httpx.Response:
         """What the admin asks for."""
         async with client(self.url, self.admin) as http:
-            return await http.post(f"/v1/agents/{agent}/{verb}", json=asked)
+            return await http.post(f"/v1/agents/{agent}/{verb}", json=asked, timeout=600)
 
 
 def _is_worker(child: psutil.Process) -> bool:

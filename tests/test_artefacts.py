@@ -331,10 +331,10 @@ def served(frozen: Path) -> Iterator[httpx.Client]:
         line = server.stdout.readline()
         assert line, (frozen / "log").read_text()[-4000:]
         try:
-            with httpx.Client(base_url=json.loads(line)["address"], timeout=60) as client:
+            with httpx.Client(base_url=json.loads(line)["address"], timeout=600) as client:
                 yield client
             server.send_signal(signal.SIGTERM)
-            assert server.wait(60) == 143
+            assert server.wait(600) == 143
         finally:
             server.kill()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,14 +59,14 @@ def call(folder: Path, *options: str, record: bool = False) -> subprocess.Comple
     recorder = [str(BENCHMARKS / "scoreboard" / "record.py")] if record else []
     command = [sys.executable, *recorder, str(folder / "small.py"), "--json", *options]
     environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(folder / "results")}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_second_call_takes_over_finished_parts(tmp_path: Path) -> None:
     first, second = (call(tmp_path, "--work", "work") for _ in range(2))
     assert (tmp_path / "calls.txt").read_text() == "12", first.stderr + second.stderr
     assert first.stdout == second.stdout and json.loads(second.stdout) == {"results": [{"1": 1}, {"2": 2}]}
-    assert "part 1: 0.0 s" in first.stderr and "part 1: of an earlier call" in second.stderr
+    assert re.search(r"part 1: \d+\.\d s", first.stderr) and "part 1: of an earlier call" in second.stderr
     call(tmp_path, "--work", "work", "--seconds", "0.01")
     assert (tmp_path / "calls.txt").read_text() == "1212", "other options, other parts"
 
@@ -130,13 +131,13 @@ def test_requirements_of_a_peer_are_part_of_the_digest(tmp_path: Path, monkeypat
 
 
 def test_call_ends_in_the_midst_of_a_part_when_its_minutes_are_over(tmp_path: Path) -> None:
-    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01")
+    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.05")
     assert done.returncode == 75 and done.stdout == ""
     assert "in the part 'slow': the same command goes on" in done.stderr
 
 
 def test_record_says_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
-    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.01", record=True)
+    done = call(tmp_path, "--work", "work", "--seconds", "50", "--minutes", "0.05", record=True)
     record = json.loads((tmp_path / "results" / "small.json").read_text())
     assert done.returncode == 0, "the same command only has to go on"
     assert "result" not in record and "unfinished" in record["not_run"]
@@ -158,7 +159,7 @@ def test_partial_result_is_recorded_as_not_run_and_goes_on(tmp_path: Path) -> No
     command = [sys.executable, str(BENCHMARKS / "scoreboard" / "record.py"), str(tmp_path / "partial.py")]
     environment = {**os.environ, "SARTOR_BENCH_RESULTS": str(tmp_path)}
     for _ in range(2):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0 and json.loads(done.stdout)["sets"] == {"a": 1}
         assert "--again" not in done.stderr, "it was taken for a finished result"
     record = json.loads((tmp_path / "partial.json").read_text())

@@ -197,7 +197,7 @@ def test_chaos_makes_a_clock_jump_and_numbers_no_numbers_and_nothing_else(tmp_pa
         for offset_s in (0, 86_400, -86_400):
             clock.jump(offset_s)
             *nans, wall, monotonic = told()
-            assert nans == [0, 0] and abs(wall - time.time() - offset_s) < 5 and abs(monotonic - time.monotonic()) < 5
+            assert nans == [0, 0] and abs(wall - time.time() - offset_s) < 600 and abs(monotonic - time.monotonic()) < 600
         try:
             places = chaos_tools.poison(child.pid, np.random.default_rng(3).standard_normal(64))
         except PermissionError:
@@ -278,11 +278,12 @@ def test_arrivals_do_not_wait_for_a_server_that_stands_still(monkeypatch: pytest
     from chaos_load import Load, Reply
 
     stall_s, rate_per_s, last = 0.4, 50.0, 0.6
-    began = time.monotonic()
+    began: list[float] = []
 
     async def stalled(http: object, model: str, prompt: str, tokens: int, stream: bool) -> Reply:
         sent = time.monotonic()
-        await asyncio.sleep(max(0.0, began + stall_s - sent))
+        began.append(sent)  # the stall begins with the first request
+        await asyncio.sleep(max(0.0, began[0] + stall_s - sent))
         return Reply(model, prompt, sent, time.monotonic(), model, "hello")
 
     async def work() -> Load:

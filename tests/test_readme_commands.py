@@ -23,7 +23,7 @@ INSTALLS = ("pip install", "make demo", "make quick")
 NOT_ON_THE_TINY_BASE = {
     "--speak": "its replies have no words",
 }
-START_S = 120
+START_S = 600
 
 
 def scripts(body: str) -> list[str]:
@@ -82,5 +82,5 @@ def test_readme_commands_succeed(tmp_path: Path, tiny_base: Path, commands: dict
     finally:
         for server in servers:
             server.terminate()
-            server.wait(60)
+            server.wait(600)
     assert (work / "adapters/faq-1.1").is_dir() and (work / "store").is_dir() and (work / "adapters/homes").is_dir()

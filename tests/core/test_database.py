@@ -53,7 +53,11 @@ def test_what_is_no_url_of_ours_is_refused_in_the_words_of_the_form() -> None:
         assert caught.value.remedy.startswith("shelf: ")
 
 
-def test_changes_follow_each_other_and_one_that_fails_changes_nothing(form: Form, tmp_path: Path) -> None:
+def test_changes_follow_each_other_and_one_that_fails_changes_nothing(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "SYNCHRONOUS", "off")  # on a slow disk one of two writers waits for long
+    monkeypatch.setattr(database, "BUSY_S", 120.0)
     opened = [open_database(f"sqlite:///{tmp_path}/notes.sqlite", form) for _ in range(2)]
 
     def rise(one: database.Database) -> None:

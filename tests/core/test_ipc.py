@@ -97,12 +97,12 @@ def unchecked(path: Path, adapter: str) -> None:
 @pytest.fixture
 def parent() -> Iterator[Parent]:
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(60)
     thread = threading.Thread(target=worker_main.run, args=(scripted.Scripted(), Channel(theirs), unchecked))
     thread.start()
     yield Parent(ours)
     ours.close()
-    thread.join(10)
+    thread.join(60)
     theirs.close()
     assert not thread.is_alive(), "the end of the connection ends the worker"
 
@@ -122,8 +122,8 @@ def test_a_worker_answers_calls_and_asks(parent: Parent) -> None:
 
 def test_replies_go_on_while_texts_are_embedded(parent: Parent) -> None:
     """And a few texts do not wait for many."""
-    parent.say({"op": "embed", "texts": ["SLOW" * 200] * 4, "encoder": "base", "ask": 1}, call("hello", tokens=20))
-    parent.say({"op": "embed", "texts": ["ab"], "encoder": "base", "ask": 2})
+    many = {"op": "embed", "texts": ["SLOW" * 200] * 4, "encoder": "base", "ask": 1}
+    parent.say(many, call("hello", tokens=20), {"op": "embed", "texts": ["ab"], "encoder": "base", "ask": 2})
     said = parent.until("event", "done")
     assert {"answer": 2, "vectors": [[1.0, 2.0]], "tokens": 2, "cut": []} in said
     assert not any(item.get("answer") == 1 for item in said)
@@ -200,12 +200,12 @@ def test_open_frame_limits_the_recordings_of_a_worker(monkeypatch: pytest.Monkey
         monkeypatch.setattr(worker_main.resource_limits, name, lambda: None)
     opening = Supervisor(scripted.team(media=MediaLimits(seconds=7.0)), scripted.COMMAND).opening()
     ours, theirs = socket.socketpair()
-    ours.settimeout(10)
+    ours.settimeout(60)
     thread = threading.Thread(target=worker_main.serve, args=(theirs, lambda said: scripted.Scripted(), unchecked))
     with ours, theirs:
         thread.start()
         Parent(ours).say({"op": "open", **opening})
         Parent(ours).until("op", "ready")
         ours.close()
-        thread.join(10)
+        thread.join(60)
     assert audio._longest["seconds"] == 7.0

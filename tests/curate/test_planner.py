@@ -132,14 +132,16 @@ def test_the_form_is_the_files_even_where_a_piece_holds_another(tmp_path: Path, 
     assert rows.plan.files[0].form == "messages"
 
 
-def test_digests_follow_content_and_what_the_source_says_and_not_the_place(tmp_path: Path) -> None:
+def test_digests_follow_content_and_what_the_source_says_and_not_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "a.jsonl", [{"text": "a"}])
-    os.chdir(tmp_path / "one")
+    monkeypatch.chdir(tmp_path / "one")
     before = plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest
     other_licence = plan_reading([SourceOptions("a.jsonl", licence="MIT")], 1 << 20).chunks[0].digest
-    os.chdir(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
     assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest == before != other_licence
     write_jsonl(tmp_path / "two" / "a.jsonl", [{"text": "b"}])
     assert plan_reading([SourceOptions("a.jsonl")], 1 << 20).chunks[0].digest != before

@@ -93,5 +93,5 @@ def test_an_asset_is_listed_as_installed_and_opens_at_once(said: dict[str, Any],
     assert listed["starter"] and listed["home-intents"] and len(listed) == len(assets.entries())
     began = time.monotonic()
     run("assets", "install", "starter")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert folder("assets").is_dir()

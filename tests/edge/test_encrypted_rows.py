@@ -452,7 +452,9 @@ def test_a_real_kill_at_every_operation(tmp_path: Path) -> None:
 # many at once
 
 
-def test_two_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_two_that_write_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sartor.edge.owner.encrypted_rows.LOCK_S", 300.0)  # a slow disk
+
     def write(number: int) -> None:
         diary = opened(tmp_path)
         for place in range(5):

@@ -76,8 +76,8 @@ def test_a_recipe_that_a_device_cannot_follow_is_refused(
 def test_killed_and_started_again_it_ends_at_the_same_bits_and_loads_neither_transformers_nor_peft(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    whole = job(tiny_base, tmp_path / "whole", recipe={"budget": {"updates": 60}})
-    cut = job(tiny_base, tmp_path / "cut", recipe={"budget": {"updates": 60}})
+    whole = job(tiny_base, tmp_path / "whole", recipe={"budget": {"updates": 300}})
+    cut = job(tiny_base, tmp_path / "cut", recipe={"budget": {"updates": 300}})
     code = (
         "import sys\nfrom sartor.edge.tuning.tuner_process import main\ncode = main(sys.argv[1:])\n"
         "assert not {'transformers', 'peft'} & set(sys.modules)\nsys.exit(code)"

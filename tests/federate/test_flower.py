@@ -109,7 +109,7 @@ def tell(story: Story) -> None:
     story.took_s["the rest, and the second round"] = round(time.monotonic() - since, 1)
     story.refused = fleet.said("node-stranger")
     story.asked = {
-        f"{name} {said.decode()}": ask(fleet.socket(name), said, 5).content for name in WARDS for said in (b"", b"no message")
+        f"{name} {said.decode()}": ask(fleet.socket(name), said, 60).content for name in WARDS for said in (b"", b"no message")
     }
 
 

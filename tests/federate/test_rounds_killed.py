@@ -22,7 +22,7 @@ def kills(root: Path, who: str, each: int, comes_back: bool = True) -> list[tupl
     script = Path(killed_round.__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(script), str(root), who, str(each), str(int(comes_back))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr
     *found, last = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     assert last[1] == "", "the last one lived to the end"

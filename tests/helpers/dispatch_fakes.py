@@ -202,7 +202,7 @@ async def said(dispatch: Dispatcher, request: AgentRequest) -> tuple[str, str, E
 
 async def until(holds: Callable[[], Any]) -> None:
     """Wait, as briefly as can be, for what other tasks and threads do."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():
             await asyncio.sleep(0.001)
 

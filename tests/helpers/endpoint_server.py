@@ -33,6 +33,7 @@ class EndpointServer:
         self.headers: list[dict[str, str]] = []
         self.answer_limit: int | None = None
         self.release = threading.Event()
+        self.silent_s = 0.6  # of the fault `silent`: longer than the client waits
         self.word = ""  # in the body of a refusal
         self.text: Callable[[dict[str, Any]], str] | None = None
         self.lock = threading.Lock()
@@ -79,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def fail(self, fault: str) -> None:
         if fault in ("hang_up", "silent"):
-            time.sleep(0.6 if fault == "silent" else 0)
+            time.sleep(self.told.silent_s if fault == "silent" else 0)
             self.connection.close()
             return
         self.send_response(int(fault))

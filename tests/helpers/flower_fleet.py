@@ -220,7 +220,7 @@ class Fleet:
         """SIGTERM, and how it ended."""
         process = self.running.pop(name)
         process.terminate()
-        return process.wait(120)
+        return process.wait(600)
 
     def socket(self, name: str) -> Path:
         """Where a ward's trainer answers."""
@@ -231,7 +231,7 @@ class Fleet:
         self.start("link", "flower-superlink", "--host", "127.0.0.1", "--port", str(self.port), "--database", "link.db",
                    "--enable-supernode-auth", "--ssl-ca-certfile", f"{certs}/ca.crt", "--ssl-certfile", f"{certs}/server.pem",
                    "--ssl-keyfile", f"{certs}/server.key", "--disable-runtime-dependency-installation")  # fmt: skip
-        until(self._listens, 120, self.said("link"))
+        until(self._listens, 600, self.said("link"))
 
     def _listens(self) -> bool:
         with socket.socket() as end:
@@ -285,15 +285,18 @@ class Fleet:
             return subprocess.Popen(("flwr", *arguments), cwd=self.folder, env=self.environment, stdout=log, stderr=log)
 
     def run(self) -> None:
-        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(300) == 0, self.said(
+        assert self.flwr("run", "./app", "loop", "--run-config", f'lead="{self.folder}/lead.yaml"').wait(900) == 0, self.said(
             "flwr"
         )
 
     def kill_server_app(self) -> None:
-        found = [process for process in self._processes() if "flwr-serverapp" in (process / "cmdline").read_text()]
+        found = []
+        for process in self._processes():
+            with contextlib.suppress(OSError):  # a ClientApp that has ended meanwhile
+                if "flwr-serverapp" in (process / "cmdline").read_text():
+                    os.kill(int(process.name), signal.SIGKILL)
+                    found.append(process)
         assert found, "no ServerApp runs"
-        for process in found:
-            os.kill(int(process.name), signal.SIGKILL)
 
     def _processes(self) -> Iterator[Path]:
         """Everything that was started for this fleet: SuperExecs have sessions of their own, and outlive who started them."""

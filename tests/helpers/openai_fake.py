@@ -100,7 +100,7 @@ class _Answers(BaseHTTPRequestHandler):
                 if place == self.fake.cut_after:
                     return None
                 if self.fake.hold and place:
-                    self.fake.hold.wait(10)
+                    self.fake.hold.wait(60)
                 self._event(
                     {"choices": [{"index": 0, "text": piece, "finish_reason": None, **self.fake.extra.get(str(place), {})}]}
                 )

@@ -24,9 +24,6 @@ def postgres() -> Iterator[str]:
     pytest.importorskip("psycopg", reason="pip install 'psycopg[binary]'")
     if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
         pytest.skip("apt-get install postgresql, and its bin directory into PATH")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     home = Path(tempfile.mkdtemp(prefix="sartor-postgres-"))
     (home / "password").write_text(os.environ["DB_PASSWORD"])
     user: dict[str, Any] = {}
@@ -35,12 +32,18 @@ def postgres() -> Iterator[str]:
         for path in (home, home / "password"):
             shutil.chown(path, "nobody")
     options: dict[str, Any] = {"check": True, "capture_output": True, "cwd": home, **user}
-    data, at = home / "data", f"-p {port} -k {home} -c listen_addresses=127.0.0.1"
+    data = home / "data"
     try:
         subprocess.run(["initdb", "-D", data, "-U", "team", "-A", "scram-sha-256", f"--pwfile={home}/password"], **options)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        at = f"-p {port} -k {home} -c listen_addresses=127.0.0.1"
         options.pop("capture_output")  # the server would keep the pipe open
         subprocess.run(
-            ["pg_ctl", "-D", data, "-o", at, "-l", home / "log", "-w", "start"], stdout=subprocess.DEVNULL, **options
+            ["pg_ctl", "-D", data, "-o", at, "-l", home / "log", "-w", "-t", "600", "start"],
+            stdout=subprocess.DEVNULL,
+            **options,
         )
         try:
             yield f"postgresql+psycopg://team:${{DB_PASSWORD}}@127.0.0.1:{port}/postgres"

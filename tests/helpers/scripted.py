@@ -3,7 +3,7 @@
     Supervisor(scripted.team(), scripted.COMMAND)      workers that hold it
     scripted.reply_of(call)                            the text that any of them must give
 
-A prompt that holds DIE, HANG, GROW, NAN or WAIT does that once the reply has two tokens (DIE0 at once). An adapter is a directory with
+A prompt that holds DIE, HANG, GROW, NAN or WAIT does that once the reply has two tokens (DIE0 at once; GROW9 nine times). An adapter is a directory with
 a file `behaviour`: `ok`, or what attaching it does (`error`, `die`, `hang`), or what its calls do (`nan`, `poison`, `moody`:
 another reply in each process).
 """
@@ -31,7 +31,7 @@ _GROWTH_BYTES = 8 << 20
 
 def team(step_s: float = 0.002, rows: int = 4, open_s: float = 0.0, **changes: Any) -> teams.Team:
     """A team of it. The base's name says how long a step takes, its digest, and how long the engine takes to open."""
-    quick = {"backoff_s": 0.01, "backoff_most_s": 0.05, "start_s": 20.0, "hang_s": 2.0, "restarts": 100}
+    quick = {"backoff_s": 0.01, "backoff_most_s": 0.05, "start_s": 120.0, "hang_s": 2.0, "restarts": 100}
     workers = teams.WorkerOptions(**{**quick, **changes.pop("workers", {})})
     return teams.Team(base=f"{step_s} digest {open_s}", engine=teams.LocalEngineOptions(rows=rows), workers=workers, **changes)
 
@@ -141,7 +141,7 @@ class Scripted:
             return []
         if row.behaviour == "poison" or "DIE0" in prompt:
             _misbehave("DIE")
-        if "GROW" in prompt:
+        if "GROW" in prompt and not ("GROW9" in prompt and len(row.grown) == 9):
             row.grown.append(bytearray(os.urandom(1024) * (_GROWTH_BYTES // 1024)))
         if row.said == BAD_AT:
             if row.behaviour == "nan" or "NAN" in prompt:

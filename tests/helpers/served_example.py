@@ -29,7 +29,7 @@ def served(name: str, folder: Path, base: Path, commands: Mapping[str, str]) -> 
         assert line, (folder / "log.txt").read_text()[-4000:]
         yield folder / "team", json.loads(line)["address"]
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 143, (folder / "log.txt").read_text()[-4000:]
+        assert server.wait(600) == 143, (folder / "log.txt").read_text()[-4000:]
 
 
 def run_blocks(name: str, folder: Path, address: str, commands: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SMALL = (sys.executable, str(Path(__file__).with_name("tool_server.py")))
@@ -17,7 +17,7 @@ def serve(state: Path, base: str, *flags: str) -> Iterator[tuple[subprocess.Pope
     """The process, and the file of its log. Killed at the end, if it still runs."""
     state.mkdir()
     members = "agents: [{name: nobody, release: nowhere}]"
-    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0}}\n{members}\n")
+    (state / "team.yaml").write_text(f"base: {base}\nworkers: {{count: 1, spare: 0, start_s: 600, hang_s: 300}}\n{members}\n")
     command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json", *flags]
     with (state / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=state, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -29,8 +29,11 @@ def serve(state: Path, base: str, *flags: str) -> Iterator[tuple[subprocess.Pope
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        with suppress(OSError):  # a thread that has ended since
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def address(process: subprocess.Popen[str]) -> str:

@@ -235,11 +235,11 @@ def running(server: HttpServer) -> Iterator[str]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert is_ready.wait(10), "the server did not start"
+        assert is_ready.wait(120), "the server did not start"
         yield address[0]
     finally:
         loop.call_soon_threadsafe(server.stop)
-        thread.join(15)
+        thread.join(120)
         assert not thread.is_alive(), "the server did not end"
 
 

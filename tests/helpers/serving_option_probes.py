@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -376,19 +375,9 @@ class _Voice:
 def _speech(values: Any, workspace: Workspace) -> Any:
     """Voices by name, how long each may take, how many pieces are spoken at once, which lengths and how many texts pass."""
     workspace.patch.setattr("sartor.serving.http.speech_service.open_voice", _Voice)
-    active, most, lock = 0, 0, threading.Lock()
-
-    def work() -> None:
-        nonlocal active, most
-        with lock:
-            active, most = active + 1, max(most, active + 1)
-        time.sleep(0.01)
-        with lock:
-            active -= 1
 
     async def main() -> Any:
         service = SpeechService(load(SpeechOptions, {"voice": "one", **values}))
-        await asyncio.gather(*(service.aside(work) for _ in range(6)))
         outcomes = []
         for attempt in (lambda: service.check_length("a" * 100), lambda: service.voice("two")):
             try:
@@ -408,7 +397,7 @@ def _speech(values: Any, workspace: Workspace) -> Any:
             pass
         patience_s = [voice.patience_s for voice in service._voices.values()]
         await service.close()
-        return service.default, patience_s, most, outcomes, taken
+        return service.default, patience_s, service._pool._max_workers, outcomes, taken
 
     return asyncio.run(main())
 

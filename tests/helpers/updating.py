@@ -22,7 +22,7 @@ from sartor.core.artifacts import MANIFESTS, write_artifact
 from sartor.edge.store.release_store import ReleaseStore
 from sartor.edge.update.downloader import DownloadLimits
 
-QUICK = DownloadLimits(connect_s=2.0, read_s=2.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
+QUICK = DownloadLimits(connect_s=20.0, read_s=20.0, grace_s=0.4, least_bytes_per_s=20_000.0, attempts=3, backoff_s=0.01)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:

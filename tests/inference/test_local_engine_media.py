@@ -29,7 +29,7 @@ class Slow(Fake):
     gate = threading.Event()
 
     def features(self, content: bytes) -> torch.Tensor:
-        assert self.gate.wait(20)
+        assert self.gate.wait(120)
         return super().features(content)
 
 

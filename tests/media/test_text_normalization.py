@@ -77,7 +77,7 @@ def test_what_is_not_said_as_it_stands_is_counted(written: str, said: str, left_
 def test_no_text_takes_long(unit: str) -> None:
     began = time.monotonic()
     spoken(unit * (20_000 // len(unit)))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_json_as_deep_as_it_may_be_is_said_to_be_there() -> None:

@@ -105,9 +105,9 @@ def _no_package(name: str) -> str:
 def test_a_program_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play_espeak(tmp_path, f"echo $$ > {tmp_path}/pid\nexec sleep 60", monkeypatch)
     began = time.monotonic()
-    with pytest.raises(DeadlineError, match=r"0\.3 s"):
-        open_voice("espeak", SpeechTerms(patience_s=0.3)).say("hello")
-    assert time.monotonic() - began < 5
+    with pytest.raises(DeadlineError, match=r"3 s"):
+        open_voice("espeak", SpeechTerms(patience_s=3.0)).say("hello")
+    assert time.monotonic() - began < 50
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -120,7 +120,7 @@ def test_a_program_that_ends_early_is_an_error(tmp_path: Path, monkeypatch: pyte
 
 
 def test_who_speaks_in_the_background_lets_others_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    play_espeak(tmp_path, "sleep 0.2; head -c 44 /dev/zero; nice; printf xxxx", monkeypatch)
+    play_espeak(tmp_path, "sleep 2; head -c 44 /dev/zero; nice; printf xxxx", monkeypatch)
     own = os.getpriority(os.PRIO_PROCESS, 0)
     said = open_voice("espeak", SpeechTerms(nice=7)).speak("hello", 1.0)
     assert said.samples.tobytes().startswith(str(min(own + 7, 19)).encode())
@@ -151,11 +151,13 @@ def test_piper_is_one_process_until_it_is_asked_for_another_speed(tmp_path: Path
 def test_a_piper_that_dies_or_hangs_is_an_error_and_the_next_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr("sartor.media.speech.tts_engines.START_S", 1.0)
+    start_s = "sartor.media.speech.tts_engines.START_S"
+    monkeypatch.setattr(start_s, 1.0 if error is DeadlineError else 60.0)
     name = play_piper(tmp_path, f"if not pathlib.Path({str(tmp_path)!r}, 'well').exists():\n    {body}\n" + SAYS, monkeypatch)
     voice = open_voice(name, SpeechTerms(patience_s=0.5))
     with pytest.raises(error):
         voice.say("hello")
+    monkeypatch.setattr(start_s, 60.0)
     (tmp_path / "well").touch()
     assert voice.say("hello").seconds > 0.2
     voice.close()
@@ -179,7 +181,7 @@ def test_threads_take_turns_with_piper(tmp_path: Path, monkeypatch: pytest.Monke
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     voice.close()
     assert found == {count: 1500 * count + 3200 for count in range(1, 9)}
 

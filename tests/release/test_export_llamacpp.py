@@ -146,7 +146,7 @@ r._in_a_process({{}})"""
     # stands for a llama.cpp that is at work: the same module, which waits where it would open a model
     (tmp_path / "slow").write_text(
         f"#!{sys.executable}\nimport threading, time, sartor.release.export.llamacpp_process as l\n"
-        "threading.Thread(target=l._go_with_the_parent, daemon=True).start()\ntime.sleep(60)\n"
+        "threading.Thread(target=l._go_with_the_parent, daemon=True).start()\ntime.sleep(600)\n"
     )
     (tmp_path / "slow").chmod(0o755)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -157,4 +157,4 @@ r._in_a_process({{}})"""
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert psutil.wait_procs(children, timeout=300)[1] == []

@@ -301,7 +301,7 @@ def test_norms_that_two_threads_keep_at_once_are_whole(
     both, replace = threading.Barrier(2), os.replace
 
     def together(part: Path, file: Path) -> None:
-        both.wait(timeout=10)
+        both.wait(timeout=120)
         replace(part, file)
 
     monkeypatch.setattr(os, "replace", together)
@@ -469,7 +469,13 @@ def test_a_real_worker_tries_what_is_to_be_admitted_and_tells_one_adapter_from_a
         draft.facts["canaries"] = [{"messages": [turn], "reply": text} for turn, text in zip(asked, replies, strict=True)]
     engine = LocalEngineOptions(rows=2, cache_tokens=512)
     key = str(maker.public)
-    team = Team(base=str(tiny_base), engine=engine, state=str(tmp_path / "state"), trust=key, workers=WorkerOptions(spare=0))
+    team = Team(
+        base=str(tiny_base),
+        engine=engine,
+        state=str(tmp_path / "state"),
+        trust=key,
+        workers=WorkerOptions(spare=0, start_s=600.0, hang_s=300.0),
+    )
 
     async def run() -> tuple[admission.Admitted, AdmissionError]:
         crew = Supervisor(team)

@@ -49,10 +49,21 @@ def test_every_route_keeps_to_the_openapi(tmp_path: Path) -> None:
     house = serving.house(keys=serving.KEYS, replies=replies, speech=SpeechService(SpeechOptions()))
     server = HttpServer(house, serving.team(tmp_path / "state"), log=RequestLog(log))
     with serving.running(server) as url:
-        (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json").json())))
+        (tmp_path / "openapi.json").write_text(json.dumps(narrowed(httpx.get(f"{url}/openapi.json", timeout=300).json())))
         command = [program, "run", "openapi.json", "--url", url, "-H", "Authorization: Bearer key-both", "--no-color"]
-        settings = ["--phases", "fuzzing", "-n", str(EXAMPLES), "--seed", "1", "--exclude-checks", LEFT_OUT]
-        done = subprocess.run([*command, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        settings = [
+            "--phases",
+            "fuzzing",
+            "-n",
+            str(EXAMPLES),
+            "--seed",
+            "1",
+            "--request-timeout",
+            "120",
+            "--exclude-checks",
+            LEFT_OUT,
+        ]
+        done = subprocess.run([*command, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(replies.asked) > EXAMPLES // 2, "hardly any request was answered"
     assert [line for line in log.lines if line["event"] == "bug"] == []

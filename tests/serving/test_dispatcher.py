@@ -517,7 +517,7 @@ def test_what_is_being_promoted_is_not_let_go_of_by_a_reload_meanwhile(tmp_path:
             loop, bring_in = asyncio.get_running_loop(), made.bring_in
 
             def late(*asked: Any, **options: Any) -> Any:
-                asyncio.run_coroutine_threadsafe(dispatch.served.reload(), loop).result(5)
+                asyncio.run_coroutine_threadsafe(dispatch.served.reload(), loop).result(60)
                 return bring_in(*asked, **options)
 
             monkeypatch.setattr(made, "bring_in", late)

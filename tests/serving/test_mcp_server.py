@@ -40,7 +40,7 @@ def asked(
         from mcp.client.streamable_http import streamable_http_client
 
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        async with httpx2.AsyncClient(headers=headers, timeout=10) as http:
+        async with httpx2.AsyncClient(headers=headers, timeout=120) as http:
             transport = streamable_http_client(url + path, http_client=http)
             async with Client(transport, mode="legacy" if old else "auto") as client:
                 return await work(client)
@@ -137,7 +137,7 @@ def test_the_door_and_the_body_are_checked_before_the_protocol(tmp_path: Path) -
     accept = {"accept": "application/json, text/event-stream"}
     house = serving.house(keys=serving.KEYS)
     server = HttpServer(house, made(tmp_path, limits={"body_bytes": 1000}), log=RequestLog(serving.Log()))
-    with serving.running(server) as url, httpx.Client(base_url=url, headers=accept) as client:
+    with serving.running(server) as url, httpx.Client(base_url=url, headers=accept, timeout=120) as client:
         good = {"authorization": "Bearer key-faq"}
         assert client.post("/mcp", json=call).status_code == 401
         assert client.post("/mcp/home", json=call, headers=good).status_code == 403

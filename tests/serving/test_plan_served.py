@@ -75,7 +75,7 @@ def test_a_plan_is_served_logged_and_made_again(tiny_base: Path, tmp_path: Path)
             assert lost.status_code == 200 and "nobody-at-all is left out of members.1" in lost.headers["x-sartor-reason"]
             assert "nobody-at-all" in client.get("/health").json()["troubles"]["lost"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        assert process.wait(120) == 143
     team = state / "team.yaml"
     team.write_text(json.dumps({"base": str(tiny_base), "plans": PLANS}))
     checked = sartor.verify_receipt(state / "receipt.json", team=team).as_json()

@@ -38,6 +38,12 @@ from sartor.serving.team_config import RequestLimits, Team, load
 from sartor.serving.types import FinishedReply
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk is waited for; the two tests of it have a patience of their own."""
+    monkeypatch.setattr(receipts, "PATIENCE_S", 120.0)
+
+
 @pytest.fixture
 def team(tmp_path: Path) -> Team:
     (tmp_path / "team.yaml").write_text("base: starter\n")
@@ -124,17 +130,17 @@ def test_many_replies_that_end_together_share_one_fsync(book: ReceiptLog, monkey
 
     def slow(descriptor: int) -> None:
         entered.set()
-        assert gate.wait(10)
+        assert gate.wait(60)
         synced.append(descriptor)
         fsync(descriptor)
 
     monkeypatch.setattr(receipts.os, "fsync", slow)
-    monkeypatch.setattr(receipts, "PATIENCE_S", 10)
+    monkeypatch.setattr(receipts, "PATIENCE_S", 60)
     with ThreadPoolExecutor(21) as threads:
         written = [threads.submit(book.write, given("many0"))]
-        assert entered.wait(10)
+        assert entered.wait(60)
         written += [threads.submit(book.write, given(f"many{number}")) for number in range(1, 21)]
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 60
         while book._queue.qsize() < 20 and time.monotonic() < ends:
             time.sleep(0.001)
         gate.set()
@@ -147,7 +153,7 @@ def test_many_replies_that_end_together_share_one_fsync(book: ReceiptLog, monkey
 def test_a_slow_disk_keeps_no_reply_waiting_for_long(book: ReceiptLog, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(receipts, "PATIENCE_S", 0.01)
-    monkeypatch.setattr(receipts.os, "fsync", lambda descriptor: gate.wait(5))
+    monkeypatch.setattr(receipts.os, "fsync", lambda descriptor: gate.wait(60))
     book.write(given())
     assert book.read("r1") is None
     gate.set()
@@ -472,8 +478,10 @@ WRITER = """
 import sys, dataclasses
 sys.path[:] = {path!r}
 from receipt_fakes import ABOUT, given
+from sartor.serving import receipts
 from sartor.serving.receipts import ReceiptLog
 from sartor.serving.team_config import Team
+receipts.PATIENCE_S = 120.0  # what is acknowledged is on disk, however slow it is
 book = ReceiptLog.of(Team(base="starter", state={state!r}), lambda: ABOUT)
 number = 0
 while True:

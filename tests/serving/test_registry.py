@@ -407,8 +407,10 @@ class TestMachine(Machine.TestCase):
 
 RACE = """
 import sys
-from sartor.serving.registry.registry import Registry
+from sartor.core import database
 from sartor.core.errors import ConflictError
+from sartor.serving.registry.registry import Registry
+database.SYNCHRONOUS = "off"  # of three that write at once one waits long for a slow disk
 url, mine = sys.argv[1:]
 registry = Registry.open(url)
 print("ready", flush=True)

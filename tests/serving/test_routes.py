@@ -208,7 +208,7 @@ def test_the_front_keeps_the_deadline_itself(tmp_path: Path, stream: bool, monke
     replies = serving.Replies(hold=asyncio.Event())
 
     async def main() -> Any:
-        async with serving.client(serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 1.0})) as client:
+        async with serving.client(serving.house(replies=replies), serving.team(tmp_path, limits={"deadline_s": 5.0})) as client:
             return await client.post(COMPLETIONS, json=chat(stream=stream))
 
     answer = asyncio.run(main())

@@ -35,7 +35,7 @@ def call(prompt: str, adapter: str = "", tokens: int = 8) -> GenerateCall:
     return GenerateCall("c", adapter, text=prompt, sampling=Sampling(max_tokens=tokens))
 
 
-async def asked(crew: Supervisor, one: GenerateCall, deadline_s: float = 30.0) -> str:
+async def asked(crew: Supervisor, one: GenerateCall, deadline_s: float = 300.0) -> str:
     """The whole reply of an agent that is named as its adapter. Raises the error that it ends with."""
     text = ""
     async for event in await crew.reply(one, f"{one.adapter}@1" if one.adapter else "base", deadline_s):
@@ -77,7 +77,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-async def until(condition: Callable[[], Any], within_s: float = 20.0) -> None:
+async def until(condition: Callable[[], Any], within_s: float = 120.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.01)
@@ -129,7 +129,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
 
 def test_sigstop_under_load_and_in_a_spare(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"hang_s": 0.4}) as crew:
+        async with running(tmp_path) as crew:
             async with disturbed(signals(crew, signal.SIGSTOP, 1.0)):
                 while crew.health()["ends"].get("hangs", 0) < 2:
                     await load(crew, calls=4)
@@ -144,14 +144,15 @@ def test_sigstop_under_load_and_in_a_spare(tmp_path: Path) -> None:
 
 def test_new_calls_go_to_the_spare_while_a_worker_says_nothing(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"hang_s": 8.0}) as crew:
+        async with running(tmp_path, workers={"hang_s": 60.0}) as crew:
             await until(lambda: pids(crew, "spare"))
             (stopped,) = pids(crew, "answers")
             os.kill(stopped, signal.SIGSTOP)
-            await asyncio.sleep(2.5)  # it owes an answer to a ping since a second
+            (silent,) = [slot.worker for slot in crew._slots._slots if slot.worker and slot.worker.pid == stopped]
+            await until(lambda: silent.is_quiet(1.5))
             began, one = time.monotonic(), call("hello", "a")
             assert await asked(crew, one) == scripted.reply_of(one)
-            assert time.monotonic() - began < 3.0
+            assert time.monotonic() - began < 30.0
             os.kill(stopped, signal.SIGCONT)
             await until(lambda: len(pids(crew, "answers")) == len(pids(crew, "spare")) == 1)
             await load(crew, calls=2)
@@ -162,13 +163,13 @@ def test_new_calls_go_to_the_spare_while_a_worker_says_nothing(tmp_path: Path) -
 
 def test_a_worker_that_stops_while_it_starts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one whose engine takes longer to open says that it lives, and is not."""
-    monkeypatch.setattr("sartor.serving.workers.worker_pool.SILENT_START_S", 4.0)
+    monkeypatch.setattr("sartor.serving.workers.worker_pool.SILENT_START_S", 15.0)
 
     async def scene() -> None:
-        async with running(tmp_path, workers={"start_s": 60.0}, open_s=5.0) as crew:
+        async with running(tmp_path, workers={"start_s": 120.0}, open_s=17.0) as crew:
             await until(lambda: pids(crew, "spare"))
             assert not crew.health()["ends"]
-        async with running(tmp_path / "quick", workers={"start_s": 60.0}) as crew:
+        async with running(tmp_path / "quick", workers={"start_s": 120.0}) as crew:
             await until(lambda: pids(crew, "spare"))
             os.kill(pids(crew, "spare")[0], signal.SIGKILL)
             await until(lambda: pids(crew, "starting"))
@@ -181,11 +182,10 @@ def test_a_worker_that_stops_while_it_starts_is_replaced(tmp_path: Path, monkeyp
 
 def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.05) as crew:
+        async with running(tmp_path, workers={"memory_bytes": 100 << 20}, step_s=0.05) as crew:
             first = pids(crew, "answers")
-            greedy = call(
-                "GROW", "a", 9
-            )  # 72 MiB: with the interpreter's own more than the limit, not 1.5 times it (_FAR_ABOVE)
+            # 72 MiB: with the interpreter's own more than the limit, not 1.5 times it (_FAR_ABOVE)
+            greedy = call("GROW9", "a", 60)
             grown = asyncio.ensure_future(asked(crew, greedy))
             await until(lambda: pids(crew, "retiring"))
             await load(crew, ("b", "c"), clients=2, calls=2)
@@ -199,7 +199,7 @@ def test_a_worker_above_its_memory_is_recycled_when_its_rows_have_ended(tmp_path
 @pytest.mark.parametrize("workers", [{"count": 2, "spare": 0}, {"count": 1, "spare": 1}])
 def test_every_worker_is_replaced_and_no_reply_suffers(tmp_path: Path, workers: dict[str, int]) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={**workers, "hang_s": 0.4}, limits=RequestLimits(deadline_s=30.0)) as crew:
+        async with running(tmp_path, workers=dict(workers), limits=RequestLimits(deadline_s=300.0)) as crew:
             first = pids(crew)
             await asyncio.gather(load(crew, clients=4, calls=6), crew.renew())
             assert len(first) == 2 and not any(alive(pid) for pid in first), "with all that was in their memory"
@@ -211,7 +211,7 @@ def test_every_worker_is_replaced_and_no_reply_suffers(tmp_path: Path, workers: 
 
 def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"memory_bytes": 100 << 20, "hang_s": 0.4}, step_s=0.01) as crew:
+        async with running(tmp_path, workers={"memory_bytes": 100 << 20}, step_s=0.01) as crew:
             greedy = asyncio.ensure_future(asked(crew, call("GROW", "a", 1000)))
             await load(crew, ("b", "c", "d"), clients=3, calls=30)
             with pytest.raises(ModelError, match="died"):
@@ -226,7 +226,7 @@ def test_a_call_that_takes_far_too_much_memory_fails_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("spare", [1, 0])
 def test_a_poison_call_fails_and_nobody_else(tmp_path: Path, prompt: str, spare: int) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"spare": spare, "hang_s": 0.4}) as crew:
+        async with running(tmp_path, workers={"spare": spare}) as crew:
             poison = asyncio.ensure_future(asked(crew, call(prompt, "a")))
             await load(crew, clients=8, calls=6)
             with pytest.raises(ModelError, match="died"):
@@ -259,7 +259,8 @@ def test_a_poison_agent_is_taken_out_of_service_and_nobody_else(tmp_path: Path) 
     """All of its calls kill: two workers die with others beside them, the rest of its calls are made alone until its breaker opens."""
 
     async def scene() -> None:
-        async with running(tmp_path, (*AGENTS, "x-poison")) as crew:
+        breaker = CircuitBreakerOptions(window_s=600.0, open_s=600.0)
+        async with running(tmp_path, (*AGENTS, "x-poison"), breaker=breaker) as crew:
             ends: list[str] = []
 
             async def attack() -> None:
@@ -301,7 +302,7 @@ def test_clients_faults_and_deadlines_blame_nobody(tmp_path: Path) -> None:
             with pytest.raises(DeadlineError):
                 await asked(crew, call("hello", "a", 10_000), deadline_s=0)
             with pytest.raises(ModelError, match="no whole reply"):
-                await asked(crew, call("hello", "a", 10_000), deadline_s=0.2)
+                await asked(crew, call("hello", "a", 10_000), deadline_s=3.0)
             assert crew.health()["agents"] == {} and crew.health()["counts"] == {"late": 2}
             crew.blame("a@1", "not the form that it was trained for")
             with pytest.raises(UnavailableError, match="not the form"):
@@ -313,16 +314,15 @@ def test_clients_faults_and_deadlines_blame_nobody(tmp_path: Path) -> None:
 def test_a_flood_of_one_agent_delays_no_other(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path, rows=4, limits=RequestLimits(per_agent=20)) as crew:
-            flood = [asyncio.ensure_future(asked(crew, call(f"{turn}", "a", 200))) for turn in range(20)]
+            flood = [asyncio.ensure_future(asked(crew, call(f"{turn}", "a", 100_000), 600)) for turn in range(20)]
             await asyncio.sleep(0)
             with pytest.raises(BusyError) as caught:
                 await asked(crew, call("one more", "a"))
             assert caught.value.retry_after_s > 0
             for turn in range(10):
-                one, began = call(f"{turn}", "b", 10), time.monotonic()
+                one = call(f"{turn}", "b", 10)
                 assert await asked(crew, one) == scripted.reply_of(one)
-                assert time.monotonic() - began < 0.3  # ten steps take 0.02 s, and a reply of the flood 0.4 s
-            assert sum(not task.done() for task in flood) >= 8
+            assert not any(task.done() for task in flood), "ten tokens waited for 100,000"
             for task in flood:
                 task.cancel()
             await asyncio.gather(*flood, return_exceptions=True)
@@ -334,7 +334,7 @@ def test_a_flood_of_one_agent_delays_no_other(tmp_path: Path) -> None:
 def test_a_client_that_takes_nothing_is_cut_off_and_hinders_nobody(tmp_path: Path) -> None:
     async def scene() -> None:
         limits = RequestLimits(slow_client_s=0.3)
-        async with running(tmp_path, workers={"hang_s": 0.4}, limits=limits) as crew:
+        async with running(tmp_path, limits=limits) as crew:
             slow = await crew.reply(call("hello", "a", 100_000), "a@1", 60)
             await load(crew)
             await until(lambda: crew.health()["counts"].get("slow_clients"))
@@ -379,7 +379,7 @@ def test_adapters_that_do_not_load(tmp_path: Path) -> None:
     """One that is refused is; one whose loading kills or hangs takes workers with it, and no call."""
 
     async def scene() -> None:
-        async with running(tmp_path, workers={"hang_s": 0.4}) as crew:
+        async with running(tmp_path) as crew:
             for behaviour, problem in (
                 ("error", "does not fit"),
                 ("die", "workers died while"),
@@ -418,9 +418,12 @@ def test_an_adapter_that_went_bad_on_disk_hurts_its_agent_alone(tmp_path: Path) 
     asyncio.run(scene())
 
 
-def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -> None:
+def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"start_s": 2.0}) as crew:
+        async with running(tmp_path) as crew:
+            trial = crew._trial_worker
+            monkeypatch.setattr(trial, "_start", lambda worker: worker.start(120.0))
+            monkeypatch.setattr(trial, "_start_s", 5.0)  # of silence, once it has started
             workers = pids(crew)
             calls = [replace(call("hello", "new"), id="1"), replace(call("hello"), id="2"), replace(call("NAN", "new"), id="3")]
 
@@ -434,7 +437,7 @@ def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -
             for behaviour, problem in (
                 ("error", "not fit"),
                 ("die", "ended"),
-                ("hang", "nothing for 2 s"),
+                ("hang", "nothing for 5 s"),
                 ("poison", "ended"),
             ):
                 with pytest.raises(ModelError, match=problem):
@@ -447,7 +450,7 @@ def test_probation_tells_what_an_adapter_does_and_hurts_nobody(tmp_path: Path) -
 def test_detach_waits_for_live_calls_and_yields_to_a_new_attach(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path) as crew:
-            one = call("hello", "a", 60)
+            one = call("hello", "a", 1000)
             for again in (True, False):
                 reply = asyncio.ensure_future(asked(crew, one))
                 await until(lambda: crew.health()["workers"][0]["live"] + crew.health()["workers"][1]["live"])
@@ -484,7 +487,7 @@ def test_embeddings_survive_a_death(tmp_path: Path) -> None:
 
 def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with running(tmp_path, workers={"spare": 0, "restarts": 2, "window_s": 2.0}) as crew:
+        async with running(tmp_path, workers={"spare": 0, "restarts": 2, "window_s": 15.0}) as crew:
             waiting = asyncio.ensure_future(asked(crew, call("hello", "a", 100_000)))
             while crew.health()["workers"][0]["state"] != "given up":
                 with contextlib.suppress(ProcessLookupError, IndexError):
@@ -492,7 +495,7 @@ def test_too_many_deaths_give_up_for_a_while(tmp_path: Path) -> None:
                 await asyncio.sleep(0.05)
             with pytest.raises((UnavailableError, ModelError), match="more than 2 times"):
                 await waiting
-            with pytest.raises(UnavailableError, match="ask again in 2 s"):
+            with pytest.raises(UnavailableError, match="ask again in 15 s"):
                 await asked(crew, call("hello", "a"))
             await until(lambda: pids(crew, "answers", "spare"))
             assert await asked(crew, call("hello", "a")) == scripted.reply_of(call("hello", "a"))
@@ -520,10 +523,10 @@ def test_a_crew_that_cannot_start_says_why(changes: dict[str, Any], command: tup
 def test_draining_lets_replies_end_and_takes_no_more(tmp_path: Path) -> None:
     async def scene() -> None:
         async with running(tmp_path) as crew:
-            one, endless = call("hello", "a", 60), await crew.reply(call("endless", "b", 100_000), "b@1", 60)
+            one, endless = call("hello", "a", 500), await crew.reply(call("endless", "b", 100_000), "b@1", 60)
             reply = asyncio.ensure_future(asked(crew, one))
             await until(lambda: sum(row["live"] for row in crew.health()["workers"]) == 2)
-            closing = asyncio.ensure_future(crew.close(drain_s=0.5))
+            closing = asyncio.ensure_future(crew.close(drain_s=15.0))
             await asyncio.sleep(0)
             with pytest.raises(UnavailableError, match="is stopping"):
                 await asked(crew, call("late", "a"))

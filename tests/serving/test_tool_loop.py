@@ -50,7 +50,7 @@ class Scripted:
 
 
 def team(tmp_path: Path, **changes: Any) -> Team:
-    terms = {"timeout_s": 15.0, **changes}
+    terms = {"timeout_s": 120.0, **changes}
     server = ToolServer("small", SMALL, **terms)
     return serving.team(tmp_path, agents=(AgentOptions("faq", "faq", tools=("small",)),), tools=(server,))
 
@@ -105,7 +105,7 @@ def test_what_goes_wrong_is_told_to_the_agent_and_in_the_reason(tmp_path: Path) 
 
 
 def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tmp_path: Path) -> None:
-    made, replies = team(tmp_path, timeout_s=6.0), Scripted([[("dies", {})]])
+    made, replies = team(tmp_path), Scripted([[("dies", {})]])
 
     async def main() -> tuple[AgentReply, str, str]:
         box = ToolServers(made)
@@ -116,11 +116,11 @@ def test_a_tool_that_hangs_or_dies_costs_its_result_alone_and_is_opened_again(tm
                 AgentRequest("faq", ({"role": "user", "content": "q"},), deadline_s=1.0)
             )
             answer = await ToolCallingAgent(replies, box, made).open(AgentRequest("faq", ({"role": "user", "content": "q"},)))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(240):
                 while True:
                     await asyncio.sleep(0.1)
                     if not any(name == "tools small" for name in box.troubles) and server.is_open:
-                        return answer, late.reason, await server.call("double", {"number": 4}, 6)
+                        return answer, late.reason, await server.call("double", {"number": 4}, 120)
         finally:
             await box.close()
 
@@ -149,9 +149,9 @@ def test_tools_of_an_address_are_called_with_the_key_that_the_environment_has(
     async def main(port: int) -> list[str]:
         url, said = f"http://127.0.0.1:{port}/mcp", []
         for name in ("SMALL_TOKEN", "WRONG_TOKEN", "NO_TOKEN"):
-            server = McpConnection(ToolServer("small", url=url, token_env=name), tmp_path)
+            server = McpConnection(ToolServer("small", url=url, token_env=name, timeout_s=120.0), tmp_path)
             await server.start()
-            said.append(await server.call("double", {"number": 21}, 6) if server.is_open else str(server.troubles))
+            said.append(await server.call("double", {"number": 21}, 120) if server.is_open else str(server.troubles))
             await server.close()
         return said
 
@@ -166,20 +166,22 @@ def test_an_address_that_goes_away_is_a_trouble_until_it_is_back(tmp_path: Path,
 
     async def main() -> tuple[str, str]:
         with by_http() as (process, port):
-            server = McpConnection(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            server = McpConnection(
+                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0), tmp_path
+            )
             await server.start()
-            before = await server.call("double", {"number": 4}, 6)
+            before = await server.call("double", {"number": 4}, 120)
             process.kill()
             process.wait()
             with pytest.raises(UnavailableError, match="the tool double failed"):
-                await server.call("double", {"number": 3}, 6)
+                await server.call("double", {"number": 3}, 120)
         while server.is_open:
             await asyncio.sleep(0.01)
         with by_http(port):
             async with asyncio.timeout(60):
                 while not server.is_open:
                     await asyncio.sleep(0.1)
-            after = await server.call("double", {"number": 4}, 6)
+            after = await server.call("double", {"number": 4}, 120)
             await server.close()
         return before, after
 
@@ -191,12 +193,14 @@ def test_a_server_that_is_closed_while_it_breaks_off_is_closed(tmp_path: Path, m
 
     async def main() -> None:
         with by_http() as (process, port):
-            server = McpConnection(ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN"), tmp_path)
+            server = McpConnection(
+                ToolServer("small", url=f"http://127.0.0.1:{port}/mcp", token_env="SMALL_TOKEN", timeout_s=120.0), tmp_path
+            )
             await server.start()
             process.kill()
             process.wait()
             with pytest.raises(UnavailableError):
-                await server.call("double", {"number": 3}, 6)
+                await server.call("double", {"number": 3}, 120)
             async with asyncio.timeout(20):  # at once: a cancellation reaches the package while it closes the session
                 await server.close()
 

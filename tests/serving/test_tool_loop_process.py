@@ -22,7 +22,7 @@ def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(t
     tools = json.dumps([{"name": "small", "command": SMALL}, {"name": "absent", "command": ["/no/such/program"]}])
     with serve(tmp_path / "state", str(tiny_base), "--tools", tools, "--mcp.serve", "true") as (process, _):
         url = address(process)
-        troubles = httpx.get(f"{url}/health").json()["troubles"]
+        troubles = httpx.get(f"{url}/health", timeout=120).json()["troubles"]
         assert "is no JSON Schema" in troubles["tools small.broken"] and "No such file" in troubles["tools absent"]
 
         async def ask() -> Any:
@@ -33,7 +33,7 @@ def test_a_server_opens_its_tools_says_what_is_wrong_with_them_and_answers_mcp(t
 
         said = asyncio.run(ask())
         assert not said.is_error and said.meta["sartor/agent"].startswith("base@")
-        receipt = httpx.get(f"{url}/v1/receipts/{said.meta['sartor/receipt']}").json()
+        receipt = httpx.get(f"{url}/v1/receipts/{said.meta['sartor/receipt']}", timeout=120).json()
         assert receipt["agent"] == said.meta["sartor/agent"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 143
+        assert process.wait(120) == 143

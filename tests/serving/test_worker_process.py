@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,14 @@ def look(held: WorkerSlots, child: WorkerProcess, how: str) -> None:
     if how == "renewed":
         held._outdated.add(child)
         held._slots[1:] = []
-    if how.startswith("hangs"):
-        child._pending_answers[1] = asyncio.get_running_loop().create_future()
-        child.heard_at -= 31.0 if how == "hangs in start" else 11.0
-    for _ in range(2):
-        held._watch(place, child, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        now = time.monotonic()
+        patch.setattr(time, "monotonic", lambda: now)
+        if how.startswith("hangs"):
+            child._pending_answers[1] = asyncio.get_running_loop().create_future()
+            child.heard_at = now - (31.0 if how == "hangs in start" else 11.0)
+        for _ in range(2):
+            held._watch(place, child, 0.0)
 
 
 @pytest.mark.parametrize("how", MADE)

@@ -55,7 +55,7 @@ def content(made: Any) -> list[Any]:
 
 def test_the_rows_are_the_same_with_every_fault_injected(tmp_path: Path) -> None:
     with serving(EndpointServer()) as calm:
-        without = sartor.synthesize(recipe(tmp_path, calm.url), tmp_path / "calm")
+        without = sartor.synthesize(recipe(tmp_path, calm.url, timeout_s=5.0), tmp_path / "calm")
 
     def fault(body: str, times: int) -> str:
         place = int(hashlib.sha256(body.encode()).hexdigest()[:8], 16)
@@ -63,7 +63,10 @@ def test_the_rows_are_the_same_with_every_fault_injected(tmp_path: Path) -> None
 
     with serving(EndpointServer(fault)) as broken:
         told: list[str] = []
-        made = sartor.synthesize(recipe(tmp_path, broken.url, at_once=8), tmp_path / "broken", notice=told.append)
+        broken.silent_s = 7.0
+        made = sartor.synthesize(
+            recipe(tmp_path, broken.url, at_once=8, timeout_s=5.0), tmp_path / "broken", notice=told.append
+        )
     assert content(made) == content(without)
     assert made.dropped == without.dropped
     assert set(FAULTS) <= set(broken.faults), "every fault was injected"
@@ -106,7 +109,7 @@ def test_a_killed_run_goes_on_and_pays_for_nothing_twice(tmp_path: Path) -> None
 
 
 def _wait(until: Any, child: Any) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not until():
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < end
@@ -213,10 +216,10 @@ def test_pace_holds_requests_and_tokens_of_a_minute() -> None:
 
 def test_retry_after_is_obeyed_by_all(tmp_path: Path) -> None:
     with serving(EndpointServer(lambda body, times: "429" if times == 1 else "")) as server:
-        teacher = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(3, 5.0, 5.0), 1)
+        teacher = EndpointTeacher(Access(server.url, "m"), RequestThrottle(), Patience(3, 60.0, 60.0), 1)
         began = time.monotonic()
         teacher.answer(TeacherQuestion((("user", "a"),)))
-        assert 0.05 <= time.monotonic() - began < 4, "as long as the endpoint says, not the pause of 5 s"
+        assert 0.05 <= time.monotonic() - began < 50, "as long as the endpoint says, not the pause of 60 s"
 
 
 @pytest.mark.parametrize(("value", "least", "most"), [("7", 7, 7), ("x", 0, 0), ("", 0, 0), ("-3", 0, 0), ("1e9", 600, 600)])

@@ -478,8 +478,8 @@ def wait_for(process: subprocess.Popen[str], condition: Any) -> None:
 
 @pytest.fixture
 def slow(tmp_path: Path, recipe: dict[str, Any]) -> tuple[Path, str]:
-    """A recipe of sixty updates, and the sha256 of its adapter (made in this process, which has as many threads)."""
-    longer = {**recipe, "budget": {"updates": 60}}
+    """A recipe of 150 updates, and the sha256 of its adapter (made in this process, which has as many threads)."""
+    longer = {**recipe, "budget": {"updates": 150}}
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(longer))
     tune(longer, tmp_path / "whole")
     return tmp_path / "t.yaml", file_digest(tmp_path / "whole" / WEIGHTS)
@@ -491,7 +491,8 @@ def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path
     file, whole = slow
     folder = folder_of(out)
     inside = 0
-    for least in (3, 20, 41):
+    # A kill that comes after the save it was meant for counts for nothing: there are several.
+    for least in (3, 9, 15, 21, 27, 33, 39) if inside_save else (3, 20, 41):
         process = start(file, out, "--resume")
 
         def reached(least: int = least) -> bool:
@@ -505,7 +506,7 @@ def test_sigkill_and_resume_give_the_same_bits(slow: tuple[Path, str], out: Path
     assert process.returncode == -signal.SIGKILL
     assert inside or not inside_save
     process = start(file, out, "--resume")
-    assert process.communicate(timeout=120) and process.returncode == 0
+    assert process.communicate(timeout=600) and process.returncode == 0
     assert file_digest(out / WEIGHTS) == whole
     assert sorted(path.name for path in out.parent.glob("*a*") if path.name.startswith(("a", ".a"))) == ["a"]
 
@@ -517,13 +518,13 @@ def test_a_signal_from_outside_ends_cleanly(slow: tuple[Path, str], out: Path, s
     process = start(file, out)
     wait_for(process, lambda: folder_of(out).is_dir())
     process.send_signal(number)
-    said, told = process.communicate(timeout=60)
+    said, told = process.communicate(timeout=600)
     assert process.returncode == 128 + number, told
     assert "finished and saved" in told
     error = json.loads(said.splitlines()[-1])["error"]
     assert error["kind"] == "StoppedError" and "--resume" in error["remedy"]
     process = start(file, out, "--resume")
-    assert process.communicate(timeout=120) and process.returncode == 0
+    assert process.communicate(timeout=600) and process.returncode == 0
     assert file_digest(out / WEIGHTS) == whole
 
 

@@ -82,7 +82,8 @@ class DocumentReader:
                 page = reply["line"] + 1
                 fault = MalformedRow(reply["reason"], reply["detail"]) if "reason" in reply else None
                 yield str(reply["line"]), fault or {"text": reply["text"]}
-            code = process.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
+                code = process.wait(1)
         finally:
             if not is_complete:
                 self._end()
