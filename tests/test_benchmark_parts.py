@@ -276,6 +276,23 @@ def test_standing_is_what_the_results_file_says(record: dict[str, Any], state: s
     assert scoreboard.standing_of(target(), tmp_path).state == state
 
 
+def test_figure_of_a_part_or_of_another_processor_is_shown_and_not_compared(tmp_path: Path) -> None:
+    import scoreboard
+
+    result = {"result": {"sets": {"a": {"fraction": 0.98}}}, "commit": "abc"}
+    common = {**result, "command": ["benchmarks/defaults.py"], "machine": {"processor": "x", "flags": ["avx2"]}}
+    file = tmp_path / "defaults.json"
+    for record, needs, why in (
+        ({**common, "command": ["benchmarks/defaults.py", "--sets=snips"]}, "", "of a part alone (--sets=snips)"),
+        (common, "avx512_bf16", "a processor with avx512_bf16"),
+        (common, "avx2", ""),
+    ):
+        file.write_text(json.dumps(record))
+        standing = scoreboard.standing_of(target(needs=needs), tmp_path)
+        assert standing.measured == "0.98" and why in standing.source
+        assert standing.state == ("not run here" if why else "met")
+
+
 @pytest.mark.parametrize("changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}])
 def test_target_that_nothing_could_be_compared_with_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="fraction"):

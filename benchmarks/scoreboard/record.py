@@ -99,12 +99,14 @@ def commit() -> str:
 
 def machine() -> dict[str, Any]:
     """Return what the figures hold for."""
-    processor = platform.processor() or platform.machine()
+    processor, flags = platform.processor() or platform.machine(), list[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return {"processor": processor, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
+        facts = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        processor = next((value.strip() for name, _, value in facts if name.startswith("model name")), processor)
+        flags = next((value.split() for name, _, value in facts if name.startswith("flags")), flags)
+    matrix_flags = [flag for flag in flags if flag.startswith(("avx512_bf16", "avx512_vnni", "avx512f", "amx_", "avx2"))]
+    return {"processor": processor, "flags": matrix_flags, "cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)}
 
 
 if __name__ == "__main__":
