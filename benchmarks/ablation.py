@@ -5,8 +5,9 @@
 
 One process, the starter base, rank 16 on all linear layers, 14 rows (about 1,024 tokens, 43 % supervised) an update; each way
 alternates with the whole path, and its ratio is the median of pairs: tokens per second, the whole path over the way without.
-With the package ziglang (`sartor[compiler]`) there is a line for kernels that its compiler made. `--write` puts the table
-between the markers `<!-- ablation -->` and `<!-- /ablation -->` of a file.
+With the package ziglang (`sartor[compiler]`) there is a line for kernels that its compiler made. `profile` says where the
+time of a whole update goes: fractions, by torch.profiler. `--write` puts the table between the markers `<!-- ablation -->`
+and `<!-- /ablation -->` of a file.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ from sartor.models.losses.fused_decoder import FusedDecoder
 from sartor.models.losses.transformers_backend import packing, without_peft
 
 Way = Callable[[], torch.Tensor]
+KERNEL, PRODUCTS, OTHERS = "kernel: ", "matrix products", "torch's operations that are each below 1 %"
+MATRIX_PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "addbmm")} | {
+    "mkldnn::_linear_pointwise"
+}
 
 
 class Ways:
@@ -153,6 +158,37 @@ def measure(layers: int, pairs: int) -> list[dict[str, Any]]:
     return lines
 
 
+def profile(ways: Ways, updates: int) -> dict[str, float]:
+    """Fractions of an update's wall time (forward and backward): matrix products, each C++ kernel, torch's other operations
+    (each from 1 %), and what is between them (Python, autograd's bookkeeping).
+    """
+    whole = ways.of(ways.fast, ways.rows)
+    seconds(whole, ways.trained)
+    kernels, made = ways.fast.kernels, copy.copy(ways.fast.kernels)
+    names = [name for name in dir(ReferenceKernels) if not name.startswith("_") and callable(getattr(kernels, name))]
+    made.__class__ = type("Named", (type(kernels),), {name: _named(getattr(type(kernels), name), name) for name in names})
+    way = ways.of(FusedDecoder(without_peft(ways.model), made), ways.rows)
+    seconds(way, ways.trained)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        wall_s = sum(seconds(way, ways.trained) for _ in range(updates))
+    fractions: dict[str, float] = {}
+    for event in profiler.key_averages():
+        fraction = event.self_cpu_time_total / 1e6 / wall_s
+        is_named = event.key.startswith(KERNEL) or fraction >= 0.01
+        group = PRODUCTS if event.key in MATRIX_PRODUCTS else event.key if is_named else OTHERS
+        fractions[group] = fractions.get(group, 0.0) + fraction
+    fractions["between them"] = 1.0 - sum(fractions.values())
+    return {name: round(part, 4) for name, part in sorted(fractions.items(), key=lambda item: -item[1])}
+
+
+def _named(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with torch.profiler.record_function(KERNEL + name):
+            return method(*arguments, **options)
+
+    return call
+
+
 def table(lines: list[dict[str, Any]], said: dict[str, Any]) -> str:
     """Markdown."""
     rows = ["| left out | whole path over the way without it | pairs |", "|---|---|---|"]
@@ -182,10 +218,12 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table into this file")
     arguments = parser.parse_args()
     with smallest.home(arguments.small, layers=savings.SMALL_LAYERS):
-        lines, said = measure(arguments.layers, 1 if arguments.small else arguments.pairs), machine()
+        pairs = 1 if arguments.small else arguments.pairs
+        lines, said = measure(arguments.layers, pairs), machine()
+        fractions = parts.run("profile", lambda: profile(Ways(arguments.layers), pairs))
     if arguments.write:
         tables.write(arguments.write, "ablation", table(lines, said))
-    print_result({"ablation": lines, "layers": arguments.layers or "all", "machine": said})
+    print_result({"ablation": lines, "profile": fractions, "layers": arguments.layers or "all", "machine": said})
 
 
 if __name__ == "__main__":
