@@ -105,10 +105,10 @@ def test_a_16_bit_base_has_no_quantised_layer(tiny_base: Path) -> None:
 
 
 @pytest.mark.services
-def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path) -> None:
+def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path, tiny_base: Path) -> None:
     """Pages of a mapped file count as resident: reading bf16 weights must not cost what they weigh."""
     path = tmp_path / "wide"
-    settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+    settings = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 8}
     with torch.device("meta"):
         model = tiny.model(**settings, dtype=torch.bfloat16)
     model.config.save_pretrained(str(path))
@@ -117,16 +117,22 @@ def test_opening_does_not_hold_the_base_a_second_time(tmp_path: Path) -> None:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     total = sum(part.numel() * 2 for part in weights.values())
     code = (
-        "import sys, torch, bitsandbytes, transformers.models.llama.modeling_llama\n"
+        "import sys, torch\n"
         "from sartor.models.base import open_base\n"
-        "status = lambda: dict(line.split(':', 1) for line in open('/proc/self/status'))\n"  # of this program: its own peak
-        "before = int(status()['VmRSS'].split()[0])\n"
+        "def memory(name):\n"
+        "    status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        "    return int(status[name].split()[0]) * 1024\n"
+        "open_base(sys.argv[2], bits=4, device=torch.device('cpu'))\n"  # what is imported counts for nothing
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak begins anew
+        "before = memory('VmRSS')\n"
         "open_base(sys.argv[1], bits=4, device=torch.device('cpu'))\n"
-        "print((int(status()['VmHWM'].split()[0]) - before) * 1024)\n"
+        "print(memory('VmHWM') - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code, str(path), str(tiny_base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert total > 1e8
-    assert int(done.stdout) < 0.7 * total  # the 4-bit weights, one layer on its way, and the allocator's slack
+    above = int(done.stdout)
+    assert 0.2 * total < above < 0.7 * total  # the 4-bit weights, one layer on its way, and the allocator's slack
 
 
 @BITS
