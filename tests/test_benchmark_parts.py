@@ -290,7 +290,7 @@ def test_figure_of_a_part_or_of_another_processor_is_shown_and_not_compared(tmp_
         file.write_text(json.dumps(record))
         standing = scoreboard.standing_of(target(needs=needs), tmp_path)
         assert standing.measured == "0.98" and why in standing.source
-        assert standing.state == ("not run here" if why else "met")
+        assert standing.state == ("not compared" if why else "met")
 
 
 @pytest.mark.parametrize("changes", [{"at_least": None}, {"at_most": 1.0}, {"program": ""}, {"take": "best"}, {"value": ""}])

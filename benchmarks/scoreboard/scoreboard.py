@@ -24,6 +24,8 @@ TARGETS = HERE / "targets.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "development" / "scoreboard.md"
 NOT_RUN = "not run here"
+NOT_COMPARED = "not compared"
+STATES = ("met", "**not met**", NOT_COMPARED, NOT_RUN, "not measured")
 # options by which a program measures less than its targets are of
 NARROWER = {"--small", "--quick", "--sets", "--only", "--rows", "--train-rows", "--defaults-only", "--layers", "--updates"}
 COLUMNS = ("item", "target", "limit", "measured", "state", "from, or why not")
@@ -31,9 +33,9 @@ TAKES = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) 
 HEAD = """\
 # Scoreboard
 
-Every target of an open issue that has a figure: met, not met, or not run and why. `make scoreboard` writes this page from
-`benchmarks/scoreboard/targets.toml` and from the files that `make bench` wrote to `benchmarks/results`; no figure is typed by
-hand, and a test compares the page with what would be written.
+Every target of an open issue that has a figure: met, not met, not compared (measured on a part, or on another processor), or
+not run and why. `make scoreboard` writes this page from `benchmarks/scoreboard/targets.toml` and from the files that `make
+bench` wrote to `benchmarks/results`; no figure is typed by hand, and a test compares the page with what would be written.
 """
 
 
@@ -86,7 +88,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a target stands. state: met, not met, not run here, not measured."""
+    """Where a target stands. state: one of STATES, the last for what no benchmark measures."""
 
     target: Target
     state: str
@@ -134,9 +136,9 @@ def standing_of(target: Target, results: Path = RESULTS) -> Standing:
         raise ValueError(f"{target.text}: {len(values)} values at {target.value}, and take says none of {', '.join(TAKES)}")
     value = TAKES[target.take](values) if target.take else values[0]
     if narrower := [option for option in record["command"] if option.partition("=")[0] in NARROWER]:
-        return Standing(target, NOT_RUN, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
+        return Standing(target, NOT_COMPARED, show(value), f"of a part alone ({' '.join(narrower)}): {source}")
     if target.needs and target.needs not in record["machine"].get("flags", ()):
-        return Standing(target, NOT_RUN, show(value), f"the target is of a processor with {target.needs}: {source}")
+        return Standing(target, NOT_COMPARED, show(value), f"the target is of a processor with {target.needs}: {source}")
     return Standing(target, "met" if target.is_met(value) else "**not met**", show(value), source)
 
 
@@ -148,7 +150,7 @@ def show(value: float | bool | None) -> str:
 def page(standings: list[Standing]) -> str:
     """Return the page's text."""
     lines = [HEAD]
-    counts = {state: sum(one.state == state for one in standings) for state in ("met", "**not met**", NOT_RUN, "not measured")}
+    counts = {state: sum(one.state == state for one in standings) for state in STATES}
     lines.append(", ".join(f"{count} {state}" for state, count in counts.items()) + f"; {len(standings)} targets.\n")
     for issue in dict.fromkeys(one.target.issue for one in standings):
         lines += [f"## Issue {issue}\n", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

@@ -186,7 +186,7 @@ def sync(
         memory_bytes: the health check's memory limit; 0 is none
         limit_bytes: what the store may take of the disk; 0 is no bound
         again: also a version that was refused here
-        report: folder or http(s) address for a signed report of pass or fail; nothing is sent without it
+        report: folder or http(s) address for signed reports (started, then pass, fail or deferred); nothing is sent without it
         key: directory of the device's key, which signs reports (sartor keygen DIR)
         private: refuse every address that is on a network
     """

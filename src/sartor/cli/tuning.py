@@ -35,7 +35,7 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
 
 @app.command
 def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
-    """What `tune` would cost, before it is spent: time and peak memory with intervals, and what it would be refused for.
+    """What `tune` would cost, before it is spent: time, peak memory and an evaluation with intervals, warnings, refusals.
 
     A refusal is an answer: the command lists it under `refusals` and exits 0. `tune` raises it.
 

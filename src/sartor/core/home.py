@@ -2,7 +2,8 @@
 
 By default it is the platform's cache folder. It holds
 
-    assets/  bases/  towers/  keys/  trusted/  revoked/  catalogue.sqlite  digests.sqlite  evaluations.jsonl
+    assets/  bases/  towers/  rehearsal/  features/  activations/  kernels/  edge/  keys/  trusted/  revoked/
+    catalogue.sqlite  digests.sqlite  evaluations.jsonl
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paired bootstrap over groups.
+"""Intervals over groups by an exact test of flipped signs.
 
 The test flips the signs of whole groups (Fisher 1935). Flipping the groups of a set J turns the sum of all differences to
 or below 0 exactly where the difference on J alone is not above 0. So the values that the test does not reject lie between

@@ -13,7 +13,7 @@ from sartor.core.errors import ConfigError
 from sartor.evaluate.group_gap_tests import MOST_CHANCE, needed_blocks
 from sartor.text.demographics.group_terms import KINDS, groups
 
-# Nats per token by which the chitchat probe may get worse (docs/decisions/003-demo-rows.md has what was seen).
+# Nats per token by which the worst probe of forgetting may get worse (docs/decisions/003-demo-rows.md and 026-chosen.md).
 FORGETTING_LIMIT_NATS = 0.5
 # A gap of rates that fails the four-fifths rule whatever the highest rate is.
 TELLING_GAP = 0.2
@@ -36,7 +36,7 @@ class GainLimit:
 class ForgettingLimit:
     """What tuning may cost elsewhere."""
 
-    at_most: float = option(FORGETTING_LIMIT_NATS, "nats per token of the probe, at the upper end of the interval")
+    at_most: float = option(FORGETTING_LIMIT_NATS, "nats per token of the worst probe, at the upper end of its interval")
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
         raise ModelError(
             f"the {'tuned model' if tuned else 'base'} computes no finite loss for {len(bad_rows)} of {len(loss)} rows, "
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
-            "tune again with a lower optimizer.learning_rate" if tuned else "use base.bits: 32, or another base",
+            "tune again with a lower optimizer.learning_rate" if tuned else "another base",
         )
     is_opened = template_opens_reasoning(base.chat, eval_set)
     return reply_outputs(base.chat, generations, loss, tokens, field, is_opened=is_opened)

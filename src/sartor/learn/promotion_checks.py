@@ -1,9 +1,9 @@
 """Comparison of a new version with the live one.
 
-Two kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, and `feedback`, corrections that
-were not trained on. The second were chosen because the live version erred on them, so it is behind on them by the choosing
-alone: a gain there is one over a control and over the live version (`gain_test`), and only the first can show that nothing
-else suffered.
+Three kinds of rows are compared: `held_out`, which the live version's own Dataset holds out, `feedback`, corrections that were
+not trained on, and `ratings`, replies that people rated. The second were chosen because the live version erred on them, so it
+is behind on them by the choosing alone: a gain there is one over a control and over the live version (`gain_test`), and only
+the first can show that nothing else suffered.
 
 Each key is held against all others by the monitors' own evidence (`core/confidence_sequences.py`), both ways. A key
 that is named has done nothing wrong for sure: whoever asks harder questions is unlike the others. A person decides

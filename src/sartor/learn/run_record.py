@@ -46,7 +46,9 @@ class Live:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a retrain. stages: facts by name, in the order in which they were done. gain: {estimate, low, high}."""
+    """What is known of a retrain. stages: facts by name, in the order in which they were done. gain: as
+    `Claim.as_json` has it.
+    """
 
     agent: str
     number: int
@@ -270,9 +272,9 @@ def resolve_trial(team: Team, run: RunRecord) -> None:
 def next_version(version: str, existing: Collection[str]) -> str:
     """The next version after one: its last number raised by one, further where that is taken.
 
-    >>> bumped("1.9", ["1.10"])
+    >>> next_version("1.9", ["1.10"])
     '1.11'
-    >>> bumped("first", [])
+    >>> next_version("first", [])
     'first.1'
     """
     match = re.fullmatch(r"(.*?)(\d+)(\D*)", version)

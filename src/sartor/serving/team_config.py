@@ -180,7 +180,7 @@ class LocalEngineOptions:
     waiting: int = option(256, "calls that may wait; above it the answer is 429")
     cache_tokens: int = option(32_768, "tokens of all prompts and replies held as keys and values, reused prefixes included")
     threads: int = option(0, "threads of a worker; 0 is all cores, shared by the workers")
-    bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights, as in a tuning recipe")
+    bits: Literal[4, 8, 16, "auto"] = option("auto", "of the base's weights: 4, 8, 16, or auto as in a tuning recipe")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
       update-00000042/
         checkpoint.json       schema, fingerprint, environment, numerics, position, counters, ...; sha256 of the others;
                               digest of itself
-        state.safetensors     adapter.*  optimizer.*  rng.*
+        state.safetensors     adapter.*  optimizer.*  rng.*  best.* (of weights: best)  reference (of dpo and kto)
         log.jsonl             the journal up to there
       .update-00000043.part-.../   a save that a kill cut short: never read, removed by the next run
 

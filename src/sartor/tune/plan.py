@@ -1,6 +1,6 @@
 """Verb plan: forecast of time and memory, and reasons for a refusal.
 
-It writes nothing and trains nothing.
+It writes no artefact and trains nothing; what is fetched, converted or compiled for the first time stays in SARTOR_HOME.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def _at_least(value: Any, minimum: int, *names: str) -> None:
 class BaseChoice:
     """Which pretrained weights. With `image` or `audio` it is composed: a text base that reads media through frozen towers."""
 
-    name: str = option("", "starter, a directory in transformers' layout, or a hub name (owner/model)")
+    name: str = option("", "starter, a directory in transformers' layout, a GGUF file, or a hub name (owner/model)")
     text: str = option("", "the text base of a composed one: another word for `name`")
     image: str = option("", "image tower: efficientnet-lite0, or a vision encoder as a directory or hub name")
     audio: str = option("", "audio tower: whisper-tiny-en, or a Whisper as a directory or hub name")
@@ -66,7 +66,9 @@ class Data:
 
     path: str = option(REQUIRED, "directory of a Dataset that `sartor curate` wrote")
     eval_fraction: float = option(0.1, "fraction held out by group, if the Dataset itself holds out nothing")
-    eval_rows: int = option(64, "most held-out rows whose loss is measured while tuning")
+    eval_rows: int = option(
+        64, "most held-out rows that are watched while tuning: their loss, and with weights: best the replies to them"
+    )
     max_length_tokens: int = option(1024, "a longer row is left out and counted: a cut one would lose its answer")
     rows: int = option(0, "at most this many training rows; 0 takes all")
     too_long_fraction: float = option(0.1, "the run is refused if more of the rows than this are too long")
@@ -306,7 +308,7 @@ class Recipe:
     checkpoints: Checkpoints = option(Checkpoints(), "when state is saved")
     evaluations: Literal["auto"] | int = option(
         "auto",
-        "how often the held-out loss is measured, evenly, the last time at the end; auto: 4 for the best weights, else 2",
+        "how often the held-out rows are measured, evenly, the last time at the end; auto: 4 for the best weights, else 2",
     )
     seed: int = option(0, "seed of the row order, the adapter's start and dropout")
     weights: Literal["auto", "best", "last"] = option(
@@ -328,7 +330,7 @@ class ResolvedRecipe(Recipe):
     data: ResolvedData = option(REQUIRED, "which Dataset")
     budget: StopCriteria = option(StopCriteria(epochs=1.0), "when to stop")
     optimizer: ResolvedOptimizer = option(ResolvedOptimizer(), "how it gets there")
-    evaluations: int = option(2, "how often the held-out loss is measured, evenly, the last time at the end")
+    evaluations: int = option(2, "how often the held-out rows are measured, evenly, the last time at the end")
     weights: Literal["best", "last"] = option("last", "which the Adapter gets: of the best evaluation, or of the last update")
 
 

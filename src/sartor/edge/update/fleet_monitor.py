@@ -1,8 +1,9 @@
 """Halts or widens a rollout by device reports.
 
 A vote counts if it is signed by the key that is enrolled for its device, `DEVICES/ID.pub`, if the version was offered to that
-device, and if it is that device's newest on this version. What does not count is counted by why. A device that reported that
-it starts a version and has said nothing of it for `silent_after_days` counts as failed; one that started nothing, as nothing.
+device, and if it is what counts of that device on this version: its newest outcome, else its newest report. What does not
+count is counted by why. A device that reported that it starts a version and has said nothing of it for `silent_after_days`
+counts as failed; one that started nothing, as nothing.
 
 The fraction of failures has a confidence sequence (`core/confidence_sequences.py`), so the reports may be looked at as often as
 one likes. A version is halted if it fails in more than `halt_above` of the devices even at the lower end; it is widened if it
