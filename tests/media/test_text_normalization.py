@@ -75,9 +75,9 @@ def test_what_is_not_said_as_it_stands_is_counted(written: str, said: str, left_
     "unit", ["*a **b ", "[", "> ", "`", "<", "- ", "| a", "![a](", "a_", "http://", "&#x", "(", "{", '{"a":', "👩‍"]
 )
 def test_no_text_takes_long(unit: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     spoken(unit * (20_000 // len(unit)))
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 5
 
 
 def test_json_as_deep_as_it_may_be_is_said_to_be_there() -> None:

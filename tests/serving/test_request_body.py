@@ -171,9 +171,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             for name, body in HOSTILE.items():
                 path = "/v1/completions" if isinstance(body, dict) and "prompt" in body else COMPLETIONS
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
-                began = time.monotonic()
+                began = time.process_time()  # of all threads; other processes do not count
                 answer = await client.post(path, content=content)
-                found[name] = (answer, time.monotonic() - began)
+                found[name] = (answer, time.process_time() - began)
                 assert (await client.post(COMPLETIONS, json=chat())).status_code == 200, name
             return {**found, "log": client.log.lines}
 
@@ -189,7 +189,7 @@ def test_a_hostile_request_is_refused_with_a_remedy(answers: dict[str, Any], nam
     assert 400 <= answer.status_code < 500, answer.text
     assert error["message"] and error["remedy"] and error["type"] and error["code"]
     assert len(error["message"]) < 600
-    assert took_s < 30
+    assert took_s < 3
 
 
 def test_what_was_refused_stands_in_no_log(answers: dict[str, Any]) -> None:
@@ -242,9 +242,9 @@ def test_depth_does_not_depend_on_the_pieces_that_are_scanned(text: str, piece: 
 
 @pytest.mark.parametrize("body", [b'\\"' * 500_000, b'"' * 500_001, b'"\\' * 500_000, b"[" * 1_000_000, b'"' + b"\\" * 999_999])
 def test_the_scan_of_a_body_is_linear(body: bytes) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     nested(body)
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 2
 
 
 async def trickle(*chunks: bytes) -> AsyncIterator[bytes]:
