@@ -8,6 +8,8 @@ way and the new one take turns, `--pairs` times, on the same rows in one process
 `sartor evaluate` (opening the base, replies, losses, forgetting, intervals), `measuring_ratios` of replies and losses alone.
 In the old way the probes of forgetting go through each side by itself too.
 `exact_match_ratios`: the same for the new way with `--metrics exact_match loss`, where a reply ends as soon as it cannot match.
+Both are of the first evaluation of a base on a machine. `later_ratios` and `exact_match_later_ratios` are of any later one,
+which knows what the base scores in the probes (`evaluate/audit/forgetting_probes.py`).
 
 `replies_differ`: rows whose replies are not the same text, of base and tuned; `largest_loss_difference` in nats a token;
 `scores_differ`: metrics, of every metric and both sides, that are not equal to 1e-4. The program exits with 1 if an fp32
@@ -41,6 +43,7 @@ from results import print_result
 import sartor
 from sartor.core import parquet_io
 from sartor.evaluate import evaluation
+from sartor.evaluate.audit import forgetting_probes
 from sartor.evaluate.paired_measurement import measure_models
 from sartor.inference.local import paired_replies
 from sartor.models import base as base_module
@@ -105,8 +108,13 @@ def tuned_adapter(work: Path, data: Path, name: str, train_rows: int) -> tuple[P
     return adapter, float(json.loads(seconds_file.read_text()))
 
 
-def timed_evaluation(adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool) -> dict[str, Any]:
-    """One `sartor evaluate`: seconds, its metrics and its rows. Without the paired engine each side is measured by itself."""
+def timed_evaluation(
+    adapter: Path, rows_file: Path, rows: int, metrics: Sequence[str], *, is_paired: bool, probes: Path
+) -> dict[str, Any]:
+    """One `sartor evaluate`: seconds, its metrics and its rows. Without the paired engine each side is measured by itself.
+
+    probes: folder of the losses of bases that are known.
+    """
     measuring_s = 0.0
 
     def measure(*arguments: Any, **options: Any) -> Any:
@@ -117,14 +125,17 @@ def timed_evaluation(adapter: Path, rows_file: Path, rows: int, metrics: Sequenc
         return outputs
 
     way = nullcontext() if is_paired else mock.patch.object(paired_replies, "open_pair", lambda *arguments: None)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "measure_models", measure), way:
+    kept = mock.patch.object(forgetting_probes, "folder", lambda name: probes)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluation, "measure_models", measure), way, kept:
         began = time.monotonic()
         report = evaluation.evaluate(
             adapter, data=rows_file, out=Path(folder) / "report", metrics=metrics, most_rows=rows, notice=notice
         ).report
         whole_s = time.monotonic() - began
         table = sorted(parquet_io.read_file(report.path / "rows.parquet"), key=lambda row: str(row["id"]))
-        return {"s": whole_s, "measuring_s": measuring_s, "metrics": report.manifest["metrics"], "rows": table}
+        probe_losses = {name: probe for name, probe in report.manifest["probes"].items() if "skipped" not in probe}
+        scores = {**report.manifest["metrics"], **probe_losses}
+        return {"s": whole_s, "measuring_s": measuring_s, "metrics": scores, "rows": table}
 
 
 def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -138,7 +149,7 @@ def scores_differ(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def measure_turn(adapter: Path, rows_file: Path, rows: int, *, is_reversed: bool) -> dict[str, dict[str, Any]]:
-    """Every way once, one after the other."""
+    """Every way once, one after the other; the new one twice, as the first evaluation of its base and as a later one."""
     ways: list[tuple[str, bool, tuple[str, ...]]] = [
         ("old", False, ()),
         ("new", True, ()),
@@ -146,8 +157,10 @@ def measure_turn(adapter: Path, rows_file: Path, rows: int, *, is_reversed: bool
     ]
     results = {}
     for way, is_paired, metrics in reversed(ways) if is_reversed else ways:
-        results[way] = timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired)
-        notice(f"{'new' if is_paired else 'old'} way {metrics or ''}: {results[way]['s']:.1f} s")
+        with tempfile.TemporaryDirectory() as folder:
+            for name in [way, f"later_{way}"] if is_paired else [way]:
+                results[name] = timed_evaluation(adapter, rows_file, rows, metrics, is_paired=is_paired, probes=Path(folder))
+                notice(f"{name} way {metrics or ''}: {results[name]['s']:.1f} s")
     return results
 
 
@@ -160,7 +173,9 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
         )
         for index in range(pairs)
     ]
-    old, new, ended = ([turn[way] for turn in turns] for way in ("old", "new", "ended"))
+    old, new, later, ended, later_ended = (
+        [turn[way] for turn in turns] for way in ("old", "new", "later_new", "ended", "later_ended")
+    )
 
     def ratios(others: Sequence[dict[str, Any]], key: str) -> list[float]:
         return [round(before[key] / after[key], 2) for before, after in zip(old, others, strict=True)]
@@ -173,12 +188,17 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
         "new_s": [round(result["s"], 1) for result in new],
         "ratios": ratios(new, "s"),
         "ratio": statistics.median(ratios(new, "s")),
+        "later_s": [round(result["s"], 1) for result in later],
+        "later_ratios": ratios(later, "s"),
+        "later_ratio": statistics.median(ratios(later, "s")),
         "measuring_old_s": [round(result["measuring_s"], 1) for result in old],
         "measuring_new_s": [round(result["measuring_s"], 1) for result in new],
         "measuring_ratios": ratios(new, "measuring_s"),
         "measuring_ratio": statistics.median(ratios(new, "measuring_s")),
         "exact_match_ratios": ratios(ended, "s"),
         "exact_match_ratio": statistics.median(ratios(ended, "s")),
+        "exact_match_later_ratios": ratios(later_ended, "s"),
+        "exact_match_later_ratio": statistics.median(ratios(later_ended, "s")),
         "exact_match_measuring_ratio": statistics.median(ratios(ended, "measuring_s")),
         "cut_replies": sum(row.get("base_is_cut", False) + row.get("tuned_is_cut", False) for row in ended[0]["rows"]),
         "replies_differ": {
@@ -188,7 +208,11 @@ def measure_set(name: str, adapter: Path, rows_file: Path, rows: int, pairs: int
         "largest_loss_difference": max(
             abs(before[f"{side}_loss"] - after[f"{side}_loss"]) for before, after in row_pairs for side in ("base", "tuned")
         ),
-        "scores_differ": [*scores_differ(old[0], new[0]), *(f"ended {name}" for name in scores_differ(old[0], ended[0]))],
+        "scores_differ": [
+            f"{way} {name}"
+            for way, result in (("new", new), ("later", later), ("ended", ended), ("later ended", later_ended))
+            for name in scores_differ(old[0], result[0])
+        ],
         "scores": {
             name: {side: round(metric[side], 6) for side in ("base", "tuned")} for name, metric in new[0]["metrics"].items()
         },

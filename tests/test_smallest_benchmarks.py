@@ -38,7 +38,7 @@ KEYS = {
     "peers.semhash throughput.rows_per_s memory.bytes_per_row boilerplate",
     "edge": "cap_bytes peak_bytes predicted_error update_points update_points_survived attacks attacks_refused delta_fraction "
     "peers predictions same_losses_under_the_cap",
-    "evaluate": "sets.banking77.ratio sets.banking77.measuring_ratio sets.banking77.exact_match_ratio sets.banking77.scores.f1.tuned "
+    "evaluate": "sets.banking77.ratio sets.banking77.measuring_ratio sets.banking77.exact_match_ratio sets.banking77.later_ratio sets.banking77.scores.f1.tuned "
     "sets.banking77.replies_differ.tuned sets.banking77.tune_s",
     "federate": "untuned local_only federated centralised over_local.estimate over_local.low over_local.high "
     "over_centralised.estimate exactness_error upload_bytes_per_parameter epsilon malicious malicious_refused byzantine factors "

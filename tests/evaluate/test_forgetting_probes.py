@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from release_fixtures import probe  # noqa: F401
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import AssetError
+from sartor.core.home import folder
 from sartor.core.splits import group_of
 from sartor.evaluate.audit import forgetting_probes, probes
 from sartor.evaluate.evaluation import open_tuned
 from sartor.evaluate.limits import ForgettingLimit
+from sartor.models.base import Base
 from sartor.release.gate import check_forgetting
 
 FIVE = {"base": 1.0, "tuned": 1.1, "difference": 0.1, "low": 0.0, "high": 0.2}
@@ -40,20 +44,99 @@ def test_language_rows_are_forty_sentences_of_many_intents() -> None:
     assert all(re.fullmatch(r"[A-ZÄÖÜ].*[.?]", row.reply) for row in rows)
 
 
-def test_rows_go_through_both_models_once(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, model = open_tuned(open_artifact(adapter))
-    calls: list[int] = []
+@pytest.fixture
+def measured_sides(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[bool]]]:
+    """(rows, sides) of each measuring of losses for the probes."""
+    calls: list[tuple[int, list[bool]]] = []
     measure = forgetting_probes.measure_losses
-    monkeypatch.setattr(
-        forgetting_probes, "measure_losses", lambda base, model, rows: calls.append(len(rows)) or measure(base, model, rows)
-    )
+
+    def recorded(base: Base, model: Any, rows: Sequence[Any], *, sides: Sequence[bool] = (False, True)) -> list[list[float]]:
+        calls.append((len(rows), list(sides)))
+        return measure(base, model, rows, sides=sides)
+
+    monkeypatch.setattr(forgetting_probes, "measure_losses", recorded)
+    return calls
+
+
+def test_rows_go_through_both_models_once(adapter: Path, measured_sides: list[tuple[int, list[bool]]]) -> None:
+    base, model = open_tuned(open_artifact(adapter))
     results = forgetting_probes.measure_probes(base, model)
-    assert calls == [86]
+    assert measured_sides == [(86, [False, True])]
     assert {name: result["rows"] for name, result in results.items()} == {"small_talk": 6, "arithmetic": 40, "language": 40}
     assert all(result["low"] <= result["difference"] <= result["high"] for result in results.values())
     worst = forgetting_probes.worst_probe(results)
     assert worst["high"] == max(result["high"] for result in results.values())
     assert worst["unit"] == "nats per token" and results[worst["probe"]]["high"] == worst["high"]
+
+
+def test_losses_of_the_base_are_kept(adapter: Path, measured_sides: list[tuple[int, list[bool]]]) -> None:
+    """The next evaluation measures the tuned model alone, with the same results; other rows are measured on both sides."""
+    base, model = open_tuned(open_artifact(adapter))
+    first = forgetting_probes.measure_probes(base, model)
+    assert forgetting_probes.measure_probes(base, model) == first
+    assert measured_sides == [(86, [False, True]), (86, [True])]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: text[:-40],
+        lambda text: b"[]",
+        lambda text: re.sub(rb'"losses":\[[^,]*,', b'"losses":[', text),
+        lambda text: re.sub(rb'"losses":\[[^,]*,', b'"losses":[NaN,', text),
+        lambda text: re.sub(rb'"losses":\[[^,]*,', b'"losses":["1",', text),
+        lambda text: re.sub(rb'"key":"...', b'"key":"aaa', text),
+    ],
+    ids=["empty", "torn", "no object", "a row less", "not finite", "no number", "of something else"],
+)
+def test_damaged_losses_are_measured_anew(
+    adapter: Path, measured_sides: list[tuple[int, list[bool]]], damage: Callable[[bytes], bytes]
+) -> None:
+    base, model = open_tuned(open_artifact(adapter))
+    first = forgetting_probes.measure_probes(base, model)
+    (file,) = folder("probes").glob("*.json")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    assert forgetting_probes.measure_probes(base, model) == first
+    assert [sides for _, sides in measured_sides] == [[False, True]] * 2
+    assert file.read_bytes() == whole
+
+
+def test_losses_of_another_base_template_or_dtype_are_not_taken(
+    adapter: Path, measured_sides: list[tuple[int, list[bool]]]
+) -> None:
+    base, model = open_tuned(open_artifact(adapter))
+    forgetting_probes.measure_probes(base, model)
+    facts = base.as_manifest()
+    for key, value in (
+        ("digest", "0" * 64),
+        ("template_digest", "0" * 64),
+        ("dtype", "bfloat16"),
+        ("bits", 4),
+        ("numerics", 9),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Base, "as_manifest", lambda _, key=key, value=value: facts | {key: value})
+            forgetting_probes.measure_probes(base, model)
+    assert [sides for _, sides in measured_sides] == [[False, True]] * 6
+    with pytest.MonkeyPatch.context() as patch:  # of one that was copied to another place they are
+        patch.setattr(Base, "as_manifest", lambda _: facts | {"name": "elsewhere"})
+        forgetting_probes.measure_probes(base, model)
+    assert measured_sides[-1][1] == [True]
+
+
+def test_home_that_cannot_be_written_to_stops_nothing(
+    adapter: Path, measured_sides: list[tuple[int, list[bool]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(forgetting_probes, "write_file_atomic", refused)
+    base, model = open_tuned(open_artifact(adapter))
+    assert forgetting_probes.measure_probes(base, model) == forgetting_probes.measure_probes(base, model)
+    assert [sides for _, sides in measured_sides] == [[False, True]] * 2
 
 
 def test_probe_that_was_not_measured_leaves_no_worst(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 By default it is the platform's cache folder. It holds
 
-    assets/  bases/  towers/  rehearsal/  features/  activations/  kernels/  edge/  keys/  trusted/  revoked/
+    assets/  bases/  towers/  rehearsal/  features/  activations/  probes/  kernels/  edge/  keys/  trusted/  revoked/
     catalogue.sqlite  digests.sqlite  evaluations.jsonl
 """
 

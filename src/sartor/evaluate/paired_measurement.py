@@ -88,22 +88,23 @@ def measure_models(
     return outputs
 
 
-def measure_losses(base: Base, model: Any, encoded: Sequence[TokenizedExample]) -> tuple[list[float], list[float]]:
-    """Nats per supervised token of each row under the base, and under the tuned model; 0 of a row without such tokens.
+def measure_losses(
+    base: Base, model: Any, encoded: Sequence[TokenizedExample], *, sides: Sequence[bool] = (False, True)
+) -> list[list[float]]:
+    """Nats per supervised token of each row under each side (whether tuned); 0 of a row without such tokens.
 
     In one batch where the compiled kernels fit, as `measure_models`. Raises ModelError when logits are not finite there.
     """
     rows = [paired_row(example, 0) for example in encoded]
     decoder = paired_replies.open_pair(model, rows, 0) if rows else None
     if decoder is None:
-        sides = []
-        for tuned in (False, True):
+        side_losses = []
+        for tuned in sides:
             with model_side(model, tuned=tuned):
-                sides.append(losses(base, model, encoded)[0] if rows else [])
-        return sides[0], sides[1]
-    results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()))
-    before, after = ([math.fsum(row.nats) / max(len(row.nats), 1) for row in side] for side in results)
-    return before, after
+                side_losses.append(losses(base, model, encoded)[0] if rows else [])
+        return side_losses
+    results = paired_replies.reply_to_rows(decoder, rows, ReplyLimits(0, frozenset()), sides=sides)
+    return [[math.fsum(row.nats) / max(len(row.nats), 1) for row in side] for side in results]
 
 
 def _paired_rows(

@@ -6,19 +6,31 @@
 
 The forms were fixed before anything was measured with them (docs/decisions/026-chosen.md). The gate takes the worst: each
 has to stay under the limit, so no correction for three of them is needed.
+
+A base says the same to them in every evaluation, so its losses are kept:
+
+    SARTOR_HOME/probes/<key>.json     key: digest of what they depend on (`_losses_key`); losses: nats per token of each row
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
+import json
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sartor.core.errors import AssetError, SourceError
-from sartor.core.records import Example, Message, Origin
+from sartor.core.filesystem import write_file_atomic
+from sartor.core.home import folder
+from sartor.core.records import Example, Message, Origin, canonical, digest
 from sartor.core.splits import group_of
 from sartor.evaluate import bootstrap
 from sartor.evaluate.audit import probes
@@ -96,7 +108,8 @@ PROBES: Mapping[str, Callable[[], list[Example]]] = {
 def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
     """Return of each probe its rows and the five numbers of a Comparison; `skipped` says why one has none.
 
-    The rows of all probes go through base and tuned model together.
+    The rows of all probes go through base and tuned model together; through the tuned one alone where the base's losses are
+    known.
     """
     results: dict[str, dict[str, Any]] = {}
     encoded_by_probe: dict[str, list[TokenizedExample]] = {}
@@ -115,7 +128,7 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
         encoded_by_probe[name] = encoded
         groups[name] = [group_by_id[row.example_id] for row in encoded]
     all_rows = [row for encoded in encoded_by_probe.values() for row in encoded]
-    before, after = measure_losses(base, model, all_rows)
+    before, after = _measure_sides(base, model, all_rows)
     start = 0
     for name, encoded in encoded_by_probe.items():
         part = slice(start, start + len(encoded))
@@ -124,6 +137,36 @@ def measure_probes(base: Base, model: Any) -> dict[str, dict[str, Any]]:
         comparison = bootstrap.paired_bootstrap(before[part], after[part], groups[name], tokens, is_bounded=False)
         results[name] = {"rows": len(encoded), **dataclasses.asdict(comparison)}
     return {name: results[name] for name in PROBES}
+
+
+def _measure_sides(base: Base, model: Any, encoded: Sequence[TokenizedExample]) -> tuple[list[float], list[float]]:
+    """Losses of the base, kept from an earlier evaluation where there was one, and of the tuned model."""
+    key = _losses_key(base, encoded)
+    try:
+        file = folder("probes") / f"{key}.json"
+        known = json.loads(file.read_bytes())
+        losses = known["losses"]
+        is_known = known["key"] == key and len(losses) == len(encoded) and all(map(math.isfinite, losses))
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not to be read: measured anew
+        is_known = False
+    if is_known:
+        return losses, measure_losses(base, model, encoded, sides=[True])[0]
+    before, after = measure_losses(base, model, encoded)
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs the next evaluation some time
+        write_file_atomic(folder("probes") / f"{key}.json", canonical({"key": key, "losses": before}))
+    return before, after
+
+
+def _losses_key(base: Base, encoded: Sequence[TokenizedExample]) -> str:
+    """Digest of all that a base's losses depend on: what it is, how and by which code it computes, and the rows' tokens.
+
+    Its name and its licence are not among them.
+    """
+    facts = {name: value for name, value in base.as_manifest().items() if name not in ("name", "licence")}
+    rows = [[list(row.ids), [int(is_learnt) for is_learnt in row.learnt]] for row in encoded]
+    versions = {name: importlib.metadata.version(name) for name in ("sartor", "torch", "transformers")}
+    processor = torch.backends.cpu.get_cpu_capability()
+    return digest([facts, rows, versions, str(base.device), processor, torch.get_num_threads()])
 
 
 def _encode_rows(base: Base, rows: Sequence[Example]) -> tuple[list[TokenizedExample], str]:
