@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 import warm
@@ -20,8 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two cores, and tests run beside each other: several OpenMP pools that spin for the same cores slow each other by far.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests have homes of their own; the compiled kernels are the machine's, made once for all of them.
-os.environ.setdefault("SARTOR_KERNELS", str(Path(__file__).parent.parent / ".pytest_cache" / "kernels"))
+# Tests have homes of their own; the compiled kernels are the machine's, named by source, flags and compiler, and made once.
+os.environ.setdefault("SARTOR_KERNELS", str(platformdirs.user_cache_path("sartor") / "kernels"))
 Path(os.environ["SARTOR_KERNELS"]).mkdir(parents=True, exist_ok=True)
 
 # fixtures of updates, which tests of several folders ask for; and which skips CI allows

@@ -29,6 +29,7 @@ from sartor.federate.rounds.round_journal import RoundJournal
 from sartor.serving.api_keys import ApiKeyStore
 from sartor.serving.team_config import load
 from sartor.tune.checkpoint import open_checkpoint
+from server_process import serve_command
 
 sys.path.append(str(Path(__file__).parent / "artefacts"))
 import make  # noqa: E402
@@ -323,7 +324,7 @@ def test_a_registry_is_read(frozen: Path, run: Shell) -> None:
 
 @contextmanager
 def served(frozen: Path) -> Iterator[httpx.Client]:
-    command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json"]
+    command = serve_command()
     with (frozen / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=frozen, stdout=subprocess.PIPE, stderr=log, text=True)
     with server:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import warm
+from server_process import serve_command
 
 pytestmark = pytest.mark.services
 
@@ -74,3 +75,17 @@ def test_a_signal_to_it_is_one_to_the_fork(commands: dict[str, str], tmp_path: P
             return
         time.sleep(0.05)
     pytest.fail("the fork is still there")
+
+
+def test_workers_of_a_server_are_forks_as_well(commands: dict[str, str]) -> None:
+    """Also of a `sartor serve` that is no fork, if it is started by the helper's command."""
+    shim = str(Path(commands["PATH"].split(os.pathsep)[0]) / "python")
+    code = "from sartor.serving.workers.supervisor import WORKER; print(WORKER[0])"
+    assert run(commands, "python", "-c", code).stdout == f"{shim}\n"
+    assert serve_command(commands)[-6] == shim
+
+
+def test_flower_starts_its_clients_as_forks(commands: dict[str, str]) -> None:
+    done = run(commands, "flwr-clientapp", "--no-such-option")
+    assert done.returncode == 2 and "--runtime-api-address" in done.stderr
+    assert (Path(commands["PATH"].split(os.pathsep)[0]) / "flwr-clientapp").exists()

@@ -36,6 +36,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "frozen" / "record.json"
 REMEDY = "if the change is meant: python tools/freeze.py --write, and commit tests/frozen/record.json with it"
@@ -134,7 +136,7 @@ def in_artefacts(script: str) -> Facts:
         root = Path(folder) / "set"
         make = [sys.executable, str(ROOT / "tests" / "artefacts" / "make.py"), "unpack", str(root)]
         subprocess.run(make, check=True)
-        kernels = os.environ.get("SARTOR_KERNELS") or str(ROOT / ".pytest_cache" / "kernels")
+        kernels = os.environ.get("SARTOR_KERNELS") or str(platformdirs.user_cache_path("sartor") / "kernels")
         Path(kernels).mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,

@@ -167,7 +167,7 @@ class Apart:
 class Fleet:
     """Everything in one folder. What was started for it is known by its FLWR_HOME, also what outlived who started it.
 
-    commands: conftest.py's, for our own commands; Flower's start as always.
+    commands: conftest.py's, for our own commands and for the ClientApps; Flower's other programs start as always.
     """
 
     folder: Path
@@ -188,14 +188,8 @@ class Fleet:
 
     @property
     def environment(self) -> dict[str, str]:
-        own = {"FLWR_HOME": str(self.folder / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        own |= {"SARTOR_HOME": str(self.folder / "sartor-home"), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-        return {**os.environ, **ENVIRONMENT, **own, "PYTHONUNBUFFERED": "1"}
-
-    @property
-    def warm(self) -> dict[str, str]:
-        own = {name: value for name, value in self.environment.items() if name != "PYTHONUNBUFFERED"}
-        return {**own, **self.commands}
+        own = {"FLWR_HOME": str(self.folder / "home"), "SARTOR_HOME": str(self.folder / "sartor-home")}
+        return {**os.environ, **ENVIRONMENT, **self.commands, **own, "PYTHONUNBUFFERED": "1"}
 
     def start(self, name: str, *command: str, **how: Any) -> None:
         how = {"cwd": self.folder, "env": self.environment, **how}
@@ -253,13 +247,13 @@ class Fleet:
         heard = ["--hear", str(self.apart.user), "--group", str(self.apart.user)] if name == APART else []
         self.start(f"client-{name}", "sartor", "federate", "client", str(recipe), "--dataset", f"data/{name}", "--name", name,
                    "--key", f"enrolled/{name}", "--roster", "enrolled/roster", "--socket", str(self.socket(name)),
-                   "--journal", f"enrolled/{name}.sqlite", *heard, "--json", env=self.warm)  # fmt: skip
+                   "--journal", f"enrolled/{name}.sqlite", *heard, "--json")  # fmt: skip
 
     def coordinator(self, recipe: Path, *more: str) -> None:
         """The command of the coordinator."""
         self.start("coordinator", "sartor", "federate", "coordinator", str(recipe), "--key", f"enrolled/{COORDINATOR}",
                    "--roster", "enrolled/roster", "--out", "adapter", "--link", "loop", "--licence", "CC-BY-4.0",
-                   "--stage-s", "900", "--json", *more, env=self.warm)  # fmt: skip
+                   "--stage-s", "900", "--json", *more)  # fmt: skip
 
     def enrol(self) -> None:
         """Keys as the command makes them, and the roster of them."""

@@ -2,9 +2,10 @@
 
 A `sartor` that tunes imports torch, transformers and peft for seven seconds; pages and examples start hundreds. So the tests
 put a folder first in PATH whose `sartor` and `python` are small: each asks one server, which has imported everything, to fork,
-and hands it its arguments, folder, environment and open files, also those that `pass_fds` left open. What runs in the fork is the real command, and what is started
-by it (workers of `sartor serve`, `sys.executable`) starts as always. A command whose environment has another value of what
-libraries read while they are imported starts as always, too.
+and hands it its arguments, folder, environment and open files, also those that `pass_fds` left open. What runs in the fork is
+the real command, and what it starts by `sys.executable` starts as always. A command whose environment has another value of what
+libraries read while they are imported starts as always, too. The workers of a `sartor serve` that is such a fork are forks as
+well, and so is each `flwr-clientapp`, of which Flower starts one for every message.
 
     with warm.commands(folder) as variables: subprocess.run(["bash", "-c", "sartor --help"], env={**os.environ, **variables})
 
@@ -38,9 +39,11 @@ from typing import Any
 
 # what libraries read while they are imported
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "PYTORCH", "OMP_", "MKL_", "OPENBLAS_", "POLARS_", "PYTHON", "LD_", "CUDA")
-# peft sets it in any process that imports it, so a test that does would leave all later commands cold
-NOT_COMPARED = "TORCHINDUCTOR_CACHE_DIR"
+# peft sets the first in any process that imports it, so a test that does would leave all later commands cold; of the second
+# a fork does as it says
+NOT_COMPARED = ("TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+FLOWER_CLIENT = "flwr-clientapp"
 MOST_FILES = 32  # that a command is handed: its own three, and what its parent left open for it
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # Flower's apps and alembic's scripts are run by those, and `__main__` is a command: to import one is to run it
@@ -50,8 +53,8 @@ CLIENT = '''#!{python} -ISE
 import array, json, os, signal, socket, sys
 
 real, address, known = {real!r}, {address!r}, {known!r}
-here = {{name: value for name, value in os.environ.items() if name.startswith({prefixes!r}) and name != {left_out!r}}}
-takes = {name!r} == "sartor" or (len(sys.argv) > 1 and (sys.argv[1] in ("-c", "-m") or not sys.argv[1].startswith("-")))
+here = {{name: value for name, value in os.environ.items() if name.startswith({prefixes!r}) and name not in {left_out!r}}}
+takes = not {name!r}.startswith("python") or (len(sys.argv) > 1 and (sys.argv[1] in ("-c", "-m") or not sys.argv[1].startswith("-")))
 line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 try:
     if here != known or not takes:
@@ -85,8 +88,8 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True)
     address, real = folder / "s", Path(sysconfig.get_path("scripts"))
     inside = {**os.environ, **OFFLINE}
-    known = {name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name != NOT_COMPARED}
-    for name in ("sartor", "python", "python3"):
+    known = {name: value for name, value in inside.items() if name.startswith(READ_AT_IMPORT) and name not in NOT_COMPARED}
+    for name in ("sartor", "python", "python3", FLOWER_CLIENT):
         fields = {"python": sys.executable, "real": str(real / name), "address": str(address), "known": known}
         text = CLIENT.format(
             **fields, prefixes=READ_AT_IMPORT, left_out=NOT_COMPARED, name=name, signals=[int(one) for one in FORWARDED]
@@ -102,7 +105,10 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
 
 def serve(address: Path) -> None:
     """Fork for everybody who asks, until the process that began this is gone."""
+    # the command of a worker is made when serving is imported
+    own, sys.executable = sys.executable, str(address.with_name("python"))
     _import_all()
+    sys.executable = own
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"{address}.new")
@@ -149,6 +155,9 @@ def _forked(line: socket.socket, ours: tuple[Any, ...]) -> int | None:
     except OSError:
         line.close()
         return None
+    *command, numbers = json.loads(said)
+    if command[0] == FLOWER_CLIENT:
+        importlib.import_module("flwr.supernode.cli")  # for this one and all later ones
     pid = os.fork()
     if pid:
         for file in files:
@@ -156,7 +165,6 @@ def _forked(line: socket.socket, ours: tuple[Any, ...]) -> int | None:
         return pid
     for one in (*ours, line):
         one.close()
-    *command, numbers = json.loads(said)
     # first out of the way: a file may have come by a number that is another's
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD, 3 + max(*files, *numbers)) for file in files]
     for file in files:
@@ -174,6 +182,8 @@ def _run(name: str, real: str, arguments: list[str], folder: str, environment: d
     os.environ.update(environment)
     os.chdir(folder)
     os.umask(umask)
+    if "PYTHONUNBUFFERED" in environment:
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     code = 1
     try:
         _command(name, real, arguments)()
@@ -204,6 +214,11 @@ def _command(name: str, real: str, arguments: list[str]) -> Callable[[], object]
 
         sys.argv = [real, *arguments]
         return lambda: sys.exit(sartor_main())
+    if name == FLOWER_CLIENT:
+        from flwr.supernode.cli import flwr_clientapp
+
+        sys.argv = [real, *arguments]
+        return flwr_clientapp
     what, *more = arguments
     if what == "-c":
         sys.argv, sys.path[0] = ["-c", *more[1:]], ""

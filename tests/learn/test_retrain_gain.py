@@ -98,7 +98,7 @@ def test_ratings_need_a_margin_over_both() -> None:
 
 
 @pytest.mark.circle
-@pytest.mark.parametrize(("scenario", "count"), [(retrain_gain.NO_GAIN, 120), (retrain_gain.RESTLESS, 200)])
+@pytest.mark.parametrize(("scenario", "count"), [(retrain_gain.NO_GAIN, 60), (retrain_gain.RESTLESS, 200)])
 def test_without_gain_over_many_series(scenario: retrain_gain.Scenario, count: int) -> None:
     """The fewer series, the harder the bound."""
     result = retrain_gain.false_promotions(count, scenario)
@@ -108,7 +108,7 @@ def test_without_gain_over_many_series(scenario: retrain_gain.Scenario, count: i
 @pytest.mark.circle
 @pytest.mark.parametrize("look", [1, 2, 3])
 def test_power_over_many_retrains(look: int) -> None:
-    assert retrain_gain.power(100, retrain_gain.GAIN, look)["low"] >= 0.8
+    assert retrain_gain.power(40, retrain_gain.GAIN, look)["low"] >= 0.8
 
 
 def test_the_levels_of_all_looks_sum_to_the_level_of_one_row() -> None:

@@ -8,10 +8,9 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ import sartor
 from postgres_server import postgres
 from sartor.serving import api_keys
 from sartor.serving.api_keys import FRESH_S, STALE_S
+from server_process import serve_command
 
 # What a request may take while the registry is lost; a server that waits for it takes minutes
 PATIENCE_S = 25.0
@@ -35,6 +35,7 @@ class TeamFolder:
 
     folder: Path
     base: str
+    commands: Mapping[str, str]
     registry: str = ""
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class TeamFolder:
 
     @contextmanager
     def serving(self) -> Iterator[httpx.Client]:
-        command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json"]
+        command = serve_command(self.commands)
         with (self.folder / "log").open("a") as log:
             process = subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=log, text=True)
         with process:
@@ -115,8 +116,8 @@ def change(file: Path, statement: str) -> None:
 
 
 @pytest.mark.services
-def test_sqlite_server_whose_keys_are_emptied_stays_shut(tiny_base: Path, tmp_path: Path) -> None:
-    team = TeamFolder(tmp_path / "team", str(tiny_base))
+def test_sqlite_server_whose_keys_are_emptied_stays_shut(tiny_base: Path, tmp_path: Path, commands: dict[str, str]) -> None:
+    team = TeamFolder(tmp_path / "team", str(tiny_base), commands)
 
     def lose_registry() -> None:
         for file in team.file.parent.glob("registry.sqlite*"):
@@ -136,12 +137,12 @@ def rows(url: str) -> Iterator[Any]:
 
 @pytest.mark.services
 def test_postgres_server_whose_keys_are_emptied_stays_shut(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict[str, str]
 ) -> None:
     """Both servers of a team refuse; one keeps its state directory while the registry is emptied, one the other way round."""
     monkeypatch.setenv("DB_PASSWORD", "s3cret")
     with postgres() as url:
-        team = TeamFolder(tmp_path / "team", str(tiny_base), url)
+        team = TeamFolder(tmp_path / "team", str(tiny_base), commands, url)
 
         def empty(*tables: str) -> None:
             with rows(url) as connection:
@@ -151,7 +152,7 @@ def test_postgres_server_whose_keys_are_emptied_stays_shut(
         empty("keys", "events", "generation")
         with team.serving() as client:
             refuses_everybody(client, "")
-        other = TeamFolder(tmp_path / "other", str(tiny_base), url)
+        other = TeamFolder(tmp_path / "other", str(tiny_base), commands, url)
         with other.serving() as client:
             refuses_everybody(client, "")
 
@@ -202,13 +203,14 @@ def processes_of(url: str) -> list[int]:
 @pytest.mark.alone
 @pytest.mark.services
 def test_keys_hold_for_a_minute_while_the_registry_is_lost(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: dict[str, str]
 ) -> None:
     """SQLite is moved away and a key revoked in it; Postgres hangs, so that nothing ever fails there and nothing answers."""
     monkeypatch.setenv("DB_PASSWORD", "s3cret")
     with ExitStack() as stack:
         url = stack.enter_context(postgres())
-        files, server = TeamFolder(tmp_path / "files", str(tiny_base)), TeamFolder(tmp_path / "server", str(tiny_base), url)
+        files = TeamFolder(tmp_path / "files", str(tiny_base), commands)
+        server = TeamFolder(tmp_path / "server", str(tiny_base), commands, url)
         watches = [Watch(stack.enter_context(team.serving()), key) for team in (files, server) for key in (team.key(),)]
         assert [ask(watch.client, watch.key).status_code for watch in watches] == [200, 200]
         change(files.file, "pragma wal_checkpoint(truncate)")

@@ -39,9 +39,9 @@ def posted(client: httpx.Client, model: str, **fields: Any) -> httpx.Response:
 
 @pytest.mark.services
 @pytest.mark.alone
-def test_a_plan_is_served_logged_and_made_again(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_plan_is_served_logged_and_made_again(tiny_base: Path, tmp_path: Path, commands: dict[str, str]) -> None:
     state = tmp_path / "state"
-    with serve(state, str(tiny_base), "--plans", json.dumps(PLANS)) as (process, _):
+    with serve(state, str(tiny_base), "--plans", json.dumps(PLANS), commands=commands) as (process, _):
         with httpx.Client(base_url=address(process), timeout=60) as client:
             listed = {model["id"]: model["root"] for model in client.get("/v1/models").json()["data"]}
             version = listed["checked"]

@@ -6,7 +6,6 @@ import io
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import soundfile
 from composing import Seeing
 from media_files import audio_part, silence, sound
 from sartor.serving.team_config import MediaLimits
+from server_process import serve_command
 
 MOST_ABOVE_IDLE = 64 << 20
 
@@ -32,7 +32,7 @@ def hearing(folder: Path) -> Iterator[tuple[httpx.Client, list[int]]]:
     lines = [f"base: {made.base}", f"trust: {made.maker.public}", "workers: {count: 1, spare: 0, start_s: 600, hang_s: 300}",
              "speech: {voice: 'off'}", "limits: {deadline_s: 500}", "agents: [{name: ear, release: ear-1.0}]"]  # fmt: skip
     (folder / "team.yaml").write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json"]
+    command = serve_command()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
     with process:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from composing import Seeing
 from media_files import audio_part, bomb, image_part, noise, png, sound
 from sartor.core.errors import ArtifactError
 from sartor.inference.engine import PROJECTORS
+from server_process import serve_command
 
 TEXT = "what colour is the sky"
 PICTURE, OTHER, CLIP = png(220), png(30, 60), sound(0.4)
@@ -28,7 +28,7 @@ PICTURE, OTHER, CLIP = png(220), png(30, 60), sound(0.4)
 @contextmanager
 def serving(folder: Path, lines: list[str]) -> Iterator[str]:
     (folder / "team.yaml").write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "sartor", "serve", "team.yaml", "--port", "0", "--json"]
+    command = serve_command()
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True)
     with process:
