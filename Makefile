@@ -53,11 +53,14 @@ assets: $(VENV)/.dev  ## what the slow tiers read
 test-default: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# those files alone that hold such tests: to collect all of them takes most of a minute
+FILES_WITH = $$(grep -rlE 'mark\.($(1))' tests --include='test_*.py')
+
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone" $(call FILES_WITH,circle|services|browser)
 
 test-alone: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone"
+	$(BIN)/python -m pytest -q --durations 10 -m "(circle or services or browser) and alone" $(call FILES_WITH,alone)
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check src tests benchmarks examples tools

@@ -75,9 +75,17 @@ def test_make_bench_runs_every_benchmark_without_the_core_type() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here: apt-get install make")
 def test_make_test_is_every_tier_in_order() -> None:
     lines = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    tiers = [line.partition("pytest -q ")[2] for line in lines if "pytest -q" in line]
+    tiers = [line.partition("pytest -q ")[2].partition(" $(grep")[0] for line in lines if "pytest -q" in line]
     assert tiers == [
         "-n 2 --dist worksteal",
         '-n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m "(circle or services or browser) and not alone"',
         '--durations 10 -m "(circle or services or browser) and alone"',
     ]
+
+
+def test_marks_of_the_slow_tiers_stand_in_the_files_of_their_tests() -> None:
+    """The Makefile collects the files that name such a mark alone: one that came from elsewhere would never be run."""
+    marks = re.compile(r"mark\.(circle|services|browser|alone)\b")
+    elsewhere = [file for file in ROOT.glob("tests/**/*.py") if not file.name.startswith("test_")]
+    assert [str(file) for file in elsewhere if marks.search(file.read_text(encoding="utf-8"))] == []
+    assert not re.search(r"add_marker|pytestmark", (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
