@@ -455,7 +455,7 @@ def test_a_damaged_starter_is_made_again_every_time(request: pytest.FixtureReque
     shutil.copytree(mine.path, ref.path)
     whole = file_digest(ref.path / WEIGHTS)
     # more than once: what the first repair sets aside must not stand in the way of the next
-    for harm in (lambda: flip(ref.path / WEIGHTS, 100_000_000), lambda: stamp(ref, {"files": {}})):
+    for harm in (lambda: flip(ref.path / WEIGHTS, 100_000_000), lambda: stamp(ref, {"files": {}}), lambda: stamp(ref, [])):
         harm()
         said: list[str] = []
         assert open_base(model_refs.STARTER, notice=said.append).ref == ref
