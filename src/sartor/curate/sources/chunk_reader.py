@@ -8,7 +8,6 @@ stands in a chunk as a refusal, so that it is a counted Drop in its place.
 from __future__ import annotations
 
 import io
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.errors import SourceError
-from sartor.core.records import Drop, Example, MalformedRow, Origin, SkippedRow
+from sartor.core.records import Drop, Example, MalformedRow, Message, Origin, SkippedRow
 from sartor.core.splits import conversation_group
 from sartor.curate.sources import documents, file_formats, media_files, row_formats, row_readers, source_files
 from sartor.curate.sources import feedback_inbox as inbox
@@ -34,7 +33,7 @@ class InputFile:
     """One file as it was when the run was planned.
 
     `caption` is the text file beside a picture or recording; `label` a caption that is known already. With a `refusal`
-    (reason, detail) the file is one Drop.
+    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8.
     """
 
     path: str
@@ -46,6 +45,7 @@ class InputFile:
     caption: InputFile | None = None
     label: str = ""
     refusal: tuple[str, str] = ("", "")
+    encoding: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,10 @@ def _file_of_json(value: dict[str, Any]) -> InputFile:
 
 
 def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items() if key != "path"}
+    if isinstance(value, dict):  # a file in UTF-8 has the digest that it had before encodings were known
+        return {
+            key: _without_paths(inner) for key, inner in value.items() if key != "path" and (key, inner) != ("encoding", "")
+        }
     return [_without_paths(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -167,13 +169,15 @@ def _raw(
             yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes)
         elif file.kind in ("text", "markdown"):
             note_counts: Counter[str] = Counter()
-            yield from documents.read_text_document(file.path, file.sha256, file.kind, chunk.most_bytes, note_counts)
+            yield from documents.read_text_document(
+                file.path, file.sha256, file.kind, chunk.most_bytes, note_counts, file.encoding
+            )
             notes.update({(file.name, note): count for note, count in note_counts.items()})
         else:
             with open_regular(file.path) as stream:
                 piece = chunk.piece or FilePiece(0, file.bytes, 1, -1)
                 _check_unchanged(stream, file, piece)
-                yield from row_readers.rows(stream, file.kind, piece, chunk.most_bytes)
+                yield from row_readers.encoded_rows(stream, file.kind, piece, chunk.most_bytes, file.encoding)
     except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
@@ -198,7 +202,7 @@ def _captioned(file: InputFile, most_bytes: int) -> Any:
     if file.caption is None:
         return row
     with open_regular(file.caption.path) as stream:
-        document = row_readers.read_document(stream, most_bytes)
+        document = row_readers.read_document(stream, most_bytes, file.caption.encoding)
     if isinstance(document, MalformedRow):
         return MalformedRow(document.reason, f"the caption {file.caption.name!r}: {document.detail}")
     text, raw = document
@@ -237,10 +241,15 @@ class _ChunkReader:
                 if file.kind == inbox.FORM:
                     form = row_formats.detect_row_format(row) or ""
                 if not form:
-                    raise MalformedRow("unknown_form", f"no known form has these fields: {_fields(row)}")
-                if form == row_formats.CAPTIONED and self.source.prompt:
-                    row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
+                    raise row_formats.unknown_form(row)
+                if isinstance(row, dict):
+                    row = row_formats.rename_columns(row, self.source.fields.by_name())
+                    if form == row_formats.CAPTIONED and self.source.prompt:
+                        row = {"prompt": self.source.prompt, **row}
                 example = row_formats.parse_row(row, form, origin, store_media)
+                if self.source.system and form != "text" and example.messages[0].role != "system":
+                    system = Message.of("system", self.source.system)
+                    example = replace(example, messages=(system, *example.messages))
                 _check_text(example)
             except MalformedRow as fault:
                 # what people said stands in the inbox, from which it can be taken out again
@@ -283,7 +292,3 @@ def _check_text(example: Example) -> None:
     texts = [part.text for message in example.messages + example.rejected for part in message.content]
     if any("\0" in text for text in [*texts, example.group]):
         raise MalformedRow("nul_bytes", "the row holds NUL characters")
-
-
-def _fields(row: Any) -> str:
-    return ", ".join(itertools.islice(sorted(map(str, row)), 8)) if isinstance(row, dict) else type(row).__name__

@@ -32,10 +32,10 @@ FILE_S = 300
 MODULES = {"html": "selectolax", "pdf": "pypdf"}
 
 
-def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str]) -> Read:
+def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str], encoding: str = "") -> Read:
     """The one row of a text or Markdown file. Front matter is taken off, and counted."""
     with open_regular(path) as stream:
-        document = row_readers.read_document(stream, most_bytes)
+        document = row_readers.read_document(stream, most_bytes, encoding)
     if isinstance(document, MalformedRow):
         yield "1", document
         return

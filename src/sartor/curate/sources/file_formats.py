@@ -177,8 +177,8 @@ def not_text(head: bytes) -> MalformedRow | None:
     """Whether the head of a file shows that it is no text at all (one bad line alone does not)."""
     if not head:
         return MalformedRow("empty_file", "the file is empty")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return MalformedRow("not_utf8", "the file is UTF-16; save it as UTF-8")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, half of whose bytes are zeros
+        return None
     control = sum(byte < 32 and byte not in b"\t\n\r\f\b\x1b" for byte in head)
     if control > len(head) // 10:
         problem = f"{control} of the first {len(head)} bytes are control characters; this is no text file"

@@ -13,11 +13,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.records import Drop, Example, MalformedRow
+from sartor.curate.sources import encodings, feedback_lines, file_formats, row_formats, row_readers, source_files
 from sartor.curate.sources import feedback_inbox as inbox
-from sartor.curate.sources import feedback_lines, file_formats, row_formats, row_readers, source_files
 from sartor.curate.sources.chunk_reader import InputChunk, InputFile, chunk_of_json, read_chunk
 from sartor.curate.sources.row_readers import FilePiece
 from sartor.curate.sources.safe_paths import SourceFile, open_regular, safe_name
@@ -45,8 +46,12 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
     for index, source in enumerate(map(source_files.with_licence, sources)):
         if source_files.scheme(source.path) in ("sql", "hub"):
             facts = source_files.query_facts(source)
-            head = source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS)
-            form = source_files.form_of(head)
+            head = list(source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS))
+            if columns := source.fields.by_name():
+                source_files.check_columns(columns, head, source.path)
+            form = source_files.form_of(
+                (line, row_formats.rename_columns(row, columns) if isinstance(row, dict) else row) for line, row in head
+            )
             plan.files.append(replace(facts, form=form or "unknown"))
             plan.chunks.append(InputChunk(len(plan.chunks), index, _rows_digest(source), form, max_row_bytes))
             continue
@@ -78,12 +83,16 @@ def _inbox_file(source_file: SourceFile, most_bytes: int) -> InputFile:
 
 def _rows_digest(source: SourceOptions) -> str:
     """Digest of what a source says of its rows: with another licence or question they are other rows."""
-    return records.digest([source.path, source.licence, source.date, source.prompt, source.captions])[:16]
+    facts: list[Any] = [source.path, source.licence, source.date, source.prompt, source.captions]
+    # where nothing is said of these the digest is that of before they were options
+    if source.system or source.encoding or source.fields.by_name():
+        facts.append([source.system, source.encoding, source.fields.by_name()])
+    return records.digest(facts)[:16]
 
 
 def _facts(source: SourceOptions, file: InputFile) -> FileFacts:
     form = file.form or "unknown"
-    return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form)
+    return FileFacts(source.path, file.name, file.sha256, file.bytes, source.licence, source.use, form, file.encoding)
 
 
 @dataclass
@@ -132,7 +141,7 @@ def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFil
         if file.path in caption_paths:
             continue
         if kind not in file_formats.MEDIA_KINDS or file.refusal[0]:
-            yield _inspect(file, kind, most_bytes, of_media=file.path in tables)
+            yield _inspect(file, kind, most_bytes, of_media=file.path in tables, source=source)
         elif file.path not in table_media:
             caption_files = [
                 by_path.get(path) or SourceFile(path, _name_beside(file, path)) for path in captions.get(file.path, ())
@@ -140,8 +149,13 @@ def _surveyed(source: SourceOptions, most_bytes: int) -> Iterator[tuple[InputFil
             yield _with_caption(file, kind, source, caption_files), []
 
 
-def _inspect(source_file: SourceFile, kind: str, most_bytes: int, *, of_media: bool) -> tuple[InputFile, list[FilePiece]]:
-    """A file that is no media: digest, form, pieces; or why it is not read."""
+def _inspect(
+    source_file: SourceFile, kind: str, most_bytes: int, *, of_media: bool, source: SourceOptions | None = None
+) -> tuple[InputFile, list[FilePiece]]:
+    """A file that is no media: digest, encoding, form, pieces; or why it is not read.
+
+    source: what is said of its columns and its encoding. Raises ConfigError where no row has a column that it names.
+    """
     file = InputFile(source_file.path, source_file.name, kind, refusal=source_file.refusal)
     refusal = source_file.refusal if source_file.refusal[0] else file_formats.format_refusal(source_file.path)
     if refusal:
@@ -151,16 +165,34 @@ def _inspect(source_file: SourceFile, kind: str, most_bytes: int, *, of_media: b
             if (fault := row_readers.head_fault(stream, source_file.path, kind)) is not None:
                 raise fault
             sha256, size, pieces = survey(stream, kind)
-            file = replace(file, sha256=sha256, bytes=size)
+            file = replace(file, sha256=sha256, bytes=size, encoding=_encoding(stream, kind, source))
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            rows = itertools.chain.from_iterable(row_readers.rows(stream, kind, piece, most_bytes) for piece in pieces)
-            head = itertools.islice(rows, source_files.HEAD_ROWS)
+            if file.encoding:
+                pieces = [FilePiece(0, size, 1, -1)]
+            rows = itertools.chain.from_iterable(
+                row_readers.encoded_rows(stream, kind, piece, most_bytes, file.encoding) for piece in pieces
+            )
+            head = list(itertools.islice(rows, source_files.HEAD_ROWS))
+            if source is not None and (columns := source.fields.by_name()):
+                source_files.check_columns(columns, head, file.name)
+                head = [
+                    (line, row_formats.rename_columns(row, columns) if isinstance(row, dict) else row) for line, row in head
+                ]
             return replace(file, form=source_files.form_of(head, of_media=of_media)), pieces
     except MalformedRow as problem:
         return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
         return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}")), []
+
+
+def _encoding(stream: BinaryIO, kind: str, source: SourceOptions | None) -> str:
+    """The encoding of a text file, empty for UTF-8: what its source says, or what is found."""
+    if kind not in (*_TABLE_KINDS, "text", "markdown") or kind == "parquet":
+        return ""
+    if source is not None and source.encoding:
+        return "" if source.encoding == encodings.UTF8 else source.encoding
+    return encodings.detect_encoding(stream)
 
 
 def _size(source_file: SourceFile) -> int:
@@ -186,7 +218,7 @@ def _tables(files: Sequence[SourceFile], most_bytes: int) -> tuple[set[str], set
         folder = os.path.dirname(file.path)
         with open_regular(file.path) as stream:
             whole = FilePiece(0, table_file.bytes, 1, -1)
-            for _, row in row_readers.rows(stream, table_file.kind, whole, most_bytes):
+            for _, row in row_readers.encoded_rows(stream, table_file.kind, whole, most_bytes, table_file.encoding):
                 name = row.get("file_name") if isinstance(row, dict) else None
                 path = os.path.normpath(os.path.join(folder, name)) if isinstance(name, str) else ""
                 if path in media_paths:
@@ -244,7 +276,8 @@ def _caption(source_file: SourceFile) -> InputFile:
         if (fault := row_readers.head_fault(stream, source_file.path, kind)) is not None:
             raise MalformedRow(fault.reason, f"the caption {source_file.name!r}: {fault.detail}")
         sha256, size, _ = survey(stream, kind)
-    return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption")
+        encoding = encodings.detect_encoding(stream)
+    return InputFile(source_file.path, source_file.name, kind, sha256, size, form="caption", encoding=encoding)
 
 
 __all__ = ["FileFacts", "InputFile", "ReadPlan", "InputChunk", "plan_reading", "read_chunk", "read_all", "chunk_of_json"]

@@ -126,6 +126,13 @@ _SHAREGPT_ROLES = {
     "function": "tool",
 }
 
+# What is read of a row besides the fields of its form
+_ASIDE = ("system", "input", "group", "rating", "label", "weight", "tools", "file_name", "image", "images", "audio", "audios")
+FIELDS = frozenset((*(key for keys in FORMS.values() for key in keys), *CAPTIONS, *DATES, *_ASIDE))
+
+# forms whose system prompt may stand in a field of its own
+_SYSTEM_BESIDE = ("prompt_completion", "rated", "question_answer", "preference")
+
 Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the dataset
 
 
@@ -135,6 +142,44 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
         return CAPTIONED
     fitting = (form for form, keys in FORMS.items() if all(row.get(key) is not None for key in keys))
     return next((form for form in fitting if form != "rated" or _stated_rating(row) is not None), None)
+
+
+def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with its columns under Sartor's names. columns: Sartor's name -> the column.
+
+    A number or a truth value in a column that is named is taken as text, as a table shows it. A column that is named and stands
+    twice, or another column that has the name already, is a MalformedRow: one would hide the other.
+    """
+    if not columns:
+        return row
+    renamed = {key: value for key, value in row.items() if key not in columns.values()}
+    for field, column in columns.items():
+        if f"{column} (2)" in row:
+            raise MalformedRow("duplicate_columns", f"the column {column!r}, which is taken for `{field}`, stands there twice")
+        if column != field and field in renamed and renamed[field] is not None:
+            raise MalformedRow(
+                "duplicate_columns", f"the row has a column `{field}` besides {column!r}, which is taken for it; rename one"
+            )
+        value = row.get(column)
+        if isinstance(value, (int, float)) and field not in ("rating", "weight", "date"):
+            value = str(value)
+        if value is not None:
+            renamed[field] = value
+    return renamed
+
+
+def unknown_form(row: Any) -> MalformedRow:
+    """Why a row has no form: its fields, the forms that there are, and what names its columns."""
+    if not isinstance(row, Mapping):
+        return MalformedRow("unknown_form", f"the row is a {type(row).__name__}, not an object with fields")
+    names = [str(key) for key in row]
+    forms = "; ".join(dict.fromkeys(", ".join(keys) for keys in FORMS.values()))
+    prompt, completion = (*names, "COLUMN", "COLUMN")[:2]
+    return MalformedRow(
+        "unknown_form",
+        f"no known form has these fields: {', '.join(sorted(names)[:8])}; known are: {forms}; "
+        f"say which column holds what: fields: {{prompt: {prompt}, completion: {completion}}}",
+    )
 
 
 def caption_field(row: Mapping[str, Any]) -> str:
@@ -153,6 +198,8 @@ def parse_row(row: Any, form: str, origin: Origin, media: Media) -> Example:
     }:  # of a file's replies some may be rated
         raise _other_form(row, form)
     messages, rejected = _PARSERS[form](row, media)
+    if form in _SYSTEM_BESIDE and row.get("system") and messages and messages[0].role != "system":
+        messages = (Message.of("system", _text(row, "system")), *messages)
     _check_turns(messages, form)
     if rejected:
         _check_turns(messages[:-1] + rejected, form)
@@ -228,7 +275,7 @@ def _other_form(row: Mapping[str, Any], form: str) -> MalformedRow:
         missing = [key for key in keys if row.get(key) is None]
         return MalformedRow("missing_field", f"the row has no {' and no '.join(missing)}")
     if detected_form is None:
-        return MalformedRow("unknown_form", f"no known form has the fields {sorted(map(str, row))[:8]}")
+        return unknown_form(row)
     return MalformedRow("mixed_form", f"the row is in the form {detected_form!r}, the file in {form!r}")
 
 

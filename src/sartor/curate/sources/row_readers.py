@@ -18,7 +18,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sartor.core.records import MalformedRow
-from sartor.curate.sources import file_formats
+from sartor.curate.sources import encodings, file_formats, row_formats
 from sartor.curate.sources.safe_paths import open_regular
 
 Read = Iterator[tuple[str, Any]]
@@ -229,12 +229,23 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             continue
         if names is None:
             names = [name.strip() for name in row]
-            if duplicates := sorted(name for name, count in Counter(names).items() if count > 1 and name):
-                detail = f"the header names {', '.join(map(repr, duplicates[:5]))} more than once; one would hide the other"
+            if repeated := sorted(name for name in row_formats.FIELDS if names.count(name) > 1):
+                detail = f"the header names {', '.join(map(repr, repeated[:5]))} more than once; one would hide the other"
                 yield _span(first, source.number), MalformedRow("duplicate_columns", f"{detail}; no row is read")
                 return
+            names = _numbered(names)
             continue
         yield _span(first, source.number), _csv_row(names, row)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The names of a header; one that stands there again has its number behind it, so that none hides another."""
+    counts: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        counts[name] += 1
+        numbered.append(f"{name} ({counts[name]})" if name and counts[name] > 1 else name)
+    return numbered
 
 
 def _bad_csv(error: csv.Error, count: int) -> MalformedRow:
@@ -270,18 +281,19 @@ def _span(first: int, last: int) -> str:
     return str(first) if last <= first else f"{first}-{last}"
 
 
-def read_document(stream: BinaryIO, most_bytes: int) -> tuple[str, bytes] | MalformedRow:
-    """The text of a whole file and the bytes it was read from."""
+def read_document(stream: BinaryIO, most_bytes: int, encoding: str = "") -> tuple[str, bytes] | MalformedRow:
+    """The text of a whole file and the bytes it was read from. encoding: where it is not UTF-8."""
     raw = stream.read(most_bytes + 1)
     if len(raw) > most_bytes:
         size = stream.seek(0, io.SEEK_END)
         return MalformedRow("oversize_row", f"the file has {size:,} bytes; the limit is {most_bytes:,} (max_row_bytes)")
-    if b"\0" in raw:
-        return MalformedRow("nul_bytes", f"the file holds {raw.count(0)} NUL bytes")
     try:
-        return raw.decode("utf-8-sig"), raw
+        text = raw.decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
-        return MalformedRow("not_utf8", f"byte {error.start + 1} of the file is not UTF-8")
+        return MalformedRow("not_utf8", f"byte {error.start + 1} of the file is not {encoding or 'UTF-8'}")
+    if "\0" in text:
+        return MalformedRow("nul_bytes", f"the file holds {text.count(chr(0))} NUL bytes")
+    return text, raw
 
 
 BATCH_ROWS = 1024
@@ -439,15 +451,27 @@ def read_rows(file: Path, most_bytes: int) -> Read:
         with open_regular(file) as stream:
             if (fault := head_fault(stream, file.name, kind)) is not None:
                 yield "1", fault
-            elif kind in ("text", "markdown"):
-                document = read_document(stream, most_bytes)
+                return
+            encoding = "" if kind == "parquet" else encodings.detect_encoding(stream)
+            if kind in ("text", "markdown"):
+                document = read_document(stream, most_bytes, encoding)
                 yield "1", document if isinstance(document, MalformedRow) else {"text": document[0]}
             else:
-                yield from rows(stream, kind, FilePiece(0, stream.seek(0, os.SEEK_END), 1, -1), most_bytes)
+                piece = FilePiece(0, encodings.size_of(stream), 1, -1)
+                yield from encoded_rows(stream, kind, piece, most_bytes, encoding)
     except MalformedRow as fault:
         yield "1", fault
     except OSError as error:
         yield "1", MalformedRow("unreadable_file", f"{error.strerror or error}")
+
+
+def encoded_rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int, encoding: str) -> Read:
+    """`rows` of a file in an encoding that is not UTF-8; empty where it is."""
+    if not encoding:
+        yield from rows(stream, kind, piece, most_bytes)
+        return
+    with encodings.as_utf8(stream, encoding) as recoded:
+        yield from rows(recoded, kind, FilePiece(0, encodings.size_of(recoded), 1, -1), most_bytes)
 
 
 def rows(stream: BinaryIO, kind: str, piece: FilePiece, most_bytes: int) -> Read:

@@ -7,10 +7,11 @@ the whole file again.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,10 @@ FEEDBACK = "LicenseRef-feedback"
 
 @dataclass
 class FileFacts:
-    """What the manifest says of one input file. `notes` counts what was noticed in it and is no reason for a Drop."""
+    """What the manifest says of one input file. `notes` counts what was noticed in it and is no reason for a Drop.
+
+    encoding: of text that is not UTF-8.
+    """
 
     source: str
     path: str
@@ -39,6 +43,7 @@ class FileFacts:
     licence: str
     use: tuple[str, ...]
     form: str = "unknown"
+    encoding: str = ""
     read: int = 0
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -117,6 +122,25 @@ def _hub(source: SourceOptions) -> Any:
             f"the dataset {name!r} could not be fetched: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
             "check the name and the network, or download it elsewhere and give its Parquet files",
         ) from None
+
+
+def check_columns(columns: Mapping[str, str], head: Iterable[tuple[str, Any]], table: str) -> None:
+    """Raise ConfigError where none of the first rows of a table has a column that its source names."""
+    known = list(dict.fromkeys(str(key) for _, row in head if isinstance(row, dict) for key in row))
+    for name, column in columns.items():
+        if f"{column} (2)" in known:
+            problem = f"fields.{name}: {table} has the column {column!r} more than once; one would hide the other"
+            raise ConfigError(problem, "give each of them a name of its own")
+        if column in known or not known:
+            continue
+        closest = difflib.get_close_matches(column, known, 1) or difflib.get_close_matches(
+            column.casefold(), [key.casefold() for key in known], 1
+        )
+        suggestion = next((key for key in known if closest and key.casefold() == closest[0].casefold()), known[0])
+        raise ConfigError(
+            f"fields.{name}: {table} has no column {column!r}; its columns are {', '.join(map(repr, known[:12]))}",
+            f"fields: {{{name}: {suggestion}}}",
+        )
 
 
 def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:

@@ -10,6 +10,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences.compliance import Consent, Use
 from sartor.core.licences.spdx import UNKNOWN, checked
+from sartor.curate.sources.encodings import UTF8, canonical_name
 from sartor.curate.sources.row_formats import iso_date
 
 
@@ -43,6 +44,32 @@ class InboxTerms:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Columns of a table whose names are not Sartor's; empty where they are. Other columns keep their names."""
+
+    prompt: str = option("", "column of what is asked, Frage")
+    completion: str = option("", "column of the answer that is learnt, Antwort")
+    system: str = option("", "column of the system prompt")
+    chosen: str = option("", "column of the better of two answers")
+    rejected: str = option("", "column of the worse of two answers")
+    messages: str = option("", "column of a whole conversation, a list of turns as JSON")
+    text: str = option("", "column of a text that is learnt without a question")
+    group: str = option("", "column of what belongs together and is held out together: a customer, a document")
+    rating: str = option("", "column of the rating of an answer, from -1 to 1")
+    weight: str = option("", "column of the weight of a row")
+    date: str = option("", "column of the date of a row")
+
+    def __post_init__(self) -> None:
+        columns = [column for column in self.by_name().values()]
+        if repeated := next((column for column in columns if columns.count(column) > 1), ""):
+            raise ConfigError(f"fields: the column {repeated!r} is named for two fields", "name it for one of them")
+
+    def by_name(self) -> dict[str, str]:
+        """Sartor's field -> the column, of those that are named."""
+        return {field.name: column for field in fields(self) if (column := getattr(self, field.name))}
+
+
+@dataclass(frozen=True)
 class Owned:
     """Where rows come from, and what their owner allows."""
 
@@ -63,6 +90,9 @@ class SourceOptions(Owned):
     rehearsal: bool = option(False, "general talk that keeps the base's manners: never held out, and not what an agent is for")
     date: str = option("", "ISO date of the rows that carry none")
     prompt: str = option("", "the question put to each image or audio file that has a caption")
+    fields: Columns = option(Columns(), "of a table whose columns have other names: which column holds what")
+    system: str = option("", "system prompt of each row that has none")
+    encoding: str = option("", "of text that is not UTF-8: cp1252, utf-16; empty finds it, or reads nothing where it is unsure")
     captions: Literal["beside", "folder"] = option(
         "beside", "what a media file shows is said by a table or text file beside it, or by its folder's name"
     )
@@ -71,6 +101,11 @@ class SourceOptions(Owned):
     def __post_init__(self) -> None:
         if self.date and not iso_date(self.date):
             raise ConfigError(f"date is {self.date!r}; it must be a date in ISO 8601", "date: 2026-01-31")
+        if self.encoding:
+            try:
+                object.__setattr__(self, "encoding", canonical_name(self.encoding))
+            except LookupError:
+                raise ConfigError(f"there is no encoding {self.encoding!r}", f"encoding: cp1252, or {UTF8}") from None
         if self.rehearsal:
             if self.split == "eval":
                 raise ConfigError(f"{self.path} is rehearsal and held out; it cannot be both", "leave out split: eval")

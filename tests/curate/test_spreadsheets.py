@@ -1,0 +1,223 @@
+"""Tables as spreadsheets write them: other column names, code pages, semicolons, quoted line breaks, duplicate headers."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sartor.core.config import load
+from sartor.core.errors import ConfigError
+from sartor.core.records import Drop, Example, MalformedRow
+from sartor.curate.sources import encodings
+from sartor.curate.sources.planner import plan_reading, read_all
+from sartor.curate.sources.types import Columns, SourceOptions
+
+LINES = {
+    "de": ("Wie öffne ich ein Konto?", "Gehen Sie zur nächsten Filiale, bitte."),
+    "fr": ("Comment ouvrir un compte ?", "Allez à l'agence la plus proche, s'il vous plaît."),
+    "sv": ("Hur öppnar jag ett konto?", "Gå till närmaste kontor, även på söndagar."),
+    "cs": ("Jak si otevřu účet?", "Zajděte prosím na nejbližší pobočku."),
+    "pl": ("Jak założyć konto?", "Proszę przyjść do najbliższego oddziału."),
+    "ru": ("Как открыть счёт?", "Приходите в отделение банка."),
+    "ja": ("口座を開くにはどうすればよいですか", "お近くの支店にお越しください。"),
+}
+CODE_PAGES = [
+    *[("de", page) for page in ("cp1252", "iso-8859-15", "cp850", "mac-roman", "utf-16", "utf-8-sig")],
+    *[("fr", page) for page in ("cp1252", "cp850", "mac-roman")],
+    *[("sv", page) for page in ("cp1252", "cp850")],
+    *[("cs", page) for page in ("cp1250", "iso-8859-2")],
+    *[("pl", page) for page in ("cp1250", "iso-8859-2")],
+    *[("ru", page) for page in ("cp1251", "koi8-r", "cp866", "utf-16")],
+    *[("ja", page) for page in ("shift-jis", "euc-jp", "utf-16")],
+]
+FIELDS = Columns(prompt="Frage", completion="Antwort")
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Frage", "Antwort"), delimiter: str = ";") -> str:
+    """A CSV file as a spreadsheet writes it."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\r\n")
+    writer.writerows([header, *rows])
+    return text.getvalue()
+
+
+def examples(file: Path, **options: Any) -> list[Example | Drop]:
+    return list(read_all(SourceOptions(path=str(file), **options), 1 << 20, file.parent / "media"))
+
+
+@pytest.mark.parametrize(("language", "code_page"), CODE_PAGES)
+def test_code_page_is_found(language: str, code_page: str, tmp_path: Path) -> None:
+    """Every row is read as it was written, and the plan names the code page."""
+    prompt, answer = LINES[language]
+    rows = [(f"{prompt} {number}", f"{answer}\n{number}") for number in range(20)]
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table(rows).encode(code_page))
+    source = SourceOptions(path=str(file), fields=FIELDS)
+    (facts,) = plan_reading([source], 1 << 20).files
+    assert facts.encoding == "" if code_page == "utf-8-sig" else facts.encoding not in ("", "utf-8")
+    found = examples(file, fields=FIELDS)
+    assert [(row.messages[0].text, row.messages[1].text) for row in found if isinstance(row, Example)] == rows
+
+
+@pytest.mark.parametrize("raw", ["Café au lait;ja".encode("cp1252"), "Shoe;10 €".encode("cp1252"), bytes(range(128, 256))])
+def test_nothing_is_read_where_the_code_page_is_unsure(raw: bytes, tmp_path: Path) -> None:
+    """Not even the rows in ASCII: those with umlauts would be missing. The remedy can be typed and reads all of them."""
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"Frage;Antwort\r\nhow;so\r\n" + raw + b"\r\n")
+    (drop,) = examples(file, fields=FIELDS)
+    assert isinstance(drop, Drop) and drop.reason == "unknown_encoding"
+    assert "encoding: cp" in drop.detail
+    found = examples(file, fields=FIELDS, encoding="latin-1")
+    assert isinstance(found[0], Example) and found[0].messages[0].text == "how"
+    if raw[:1] != b"\x80":
+        assert isinstance(found[1], Example) and found[1].messages[0].text == raw.decode("latin-1").split(";")[0]
+
+
+def test_a_broken_row_of_a_utf8_file_is_dropped_alone(tmp_path: Path) -> None:
+    rows = table([(f"Wie öffne ich {number}?", "so") for number in range(30)]).encode()
+    file = tmp_path / "rows.csv"
+    file.write_bytes(rows + b"kaputt \xff;so\r\n")
+    found = examples(file, fields=FIELDS)
+    assert [type(row) for row in found] == [Example] * 30 + [Drop]
+    assert isinstance(found[-1], Drop) and found[-1].reason == "not_utf8"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.txt", "rows.md", "rows.tsv"])
+def test_every_text_format_is_read_by_its_code_page(name: str, tmp_path: Path) -> None:
+    texts = {
+        "rows.jsonl": '{"question": "Wie öffne ich ein Konto?", "answer": "Gehen Sie zur nächsten Filiale."}\n' * 3,
+        "rows.json": '[{"question": "Wie öffne ich ein Konto?", "answer": "Gehen Sie zur nächsten Filiale."}]',
+        "rows.txt": "Wie öffne ich ein Konto? Gehen Sie zur nächsten Filiale.",
+        "rows.md": "# Wie öffne ich ein Konto?\n\nGehen Sie zur nächsten Filiale.\n",
+        "rows.tsv": "question\tanswer\nWie öffne ich ein Konto?\tGehen Sie zur nächsten Filiale.\n",
+    }
+    file = tmp_path / name
+    file.write_bytes(texts[name].encode("cp1252"))
+    found = examples(file)
+    assert found and all(isinstance(row, Example) for row in found), found
+    assert "nächsten Filiale" in found[0].messages[-1].text  # type: ignore[union-attr]
+
+
+def test_large_file_in_a_code_page_is_read_whole(tmp_path: Path) -> None:
+    """Its first umlaut stands behind the first megabyte; it is one piece, however many rows it has."""
+    rows = [(f"question {number}", "x" * 400) for number in range(24_000)] + [LINES["de"]] * 20
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table(rows).encode("cp1252"))
+    plan = plan_reading([SourceOptions(path=str(file), fields=FIELDS)], 1 << 20)
+    assert plan.files[0].encoding == "cp1252" and plan.files[0].bytes > 9_000_000
+    found = examples(file, fields=FIELDS)
+    assert len(found) == len(rows)
+    assert isinstance(found[-1], Example) and found[-1].messages[0].text == LINES["de"][0]
+
+
+def test_character_that_the_code_page_lacks_drops_its_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table([LINES["de"]]).encode("cp1252") + b"kaputt \x81;so\r\n")
+    found = examples(file, fields=FIELDS, encoding="cp1252")
+    assert isinstance(found[0], Example)
+    assert isinstance(found[1], Drop) and found[1].reason == "not_utf8"
+
+
+def test_encoding_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no encoding 'cp9999'"):
+        SourceOptions(path="x.csv", encoding="cp9999")
+    assert SourceOptions(path="x.csv", encoding="UTF8").encoding == encodings.UTF8
+
+
+def test_utf8_can_be_declared_for_a_file_with_broken_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"Frage;Antwort\r\nhow;so\r\nkaputt \xe4;so\r\n")
+    found = examples(file, fields=FIELDS, encoding="utf-8")
+    assert [type(row) for row in found] == [Example, Drop]
+
+
+def test_columns_are_named_and_a_constant_system_prompt_is_put_before(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_text(table([("Was?", "Das.", "7")], ("Frage", "Antwort", "Kunde")), encoding="utf-8")
+    fields = Columns(prompt="Frage", completion="Antwort", group="Kunde")
+    (row,) = examples(file, fields=fields, system="Du hilfst.")
+    assert isinstance(row, Example)
+    assert [(turn.role, turn.text) for turn in row.messages] == [
+        ("system", "Du hilfst."),
+        ("user", "Was?"),
+        ("assistant", "Das."),
+    ]
+    assert row.group == "7"
+
+
+def test_system_prompt_of_a_row_goes_before_the_constant_one(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_text(table([("Was?", "Das.", "Kurz."), ("Wer?", "Er.", "")], ("Frage", "Antwort", "Ton")), encoding="utf-8")
+    found = examples(file, fields=Columns(prompt="Frage", completion="Antwort", system="Ton"), system="Lang.")
+    assert [row.messages[0].text for row in found if isinstance(row, Example)] == ["Kurz.", "Lang."]
+
+
+def test_number_in_a_named_column_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"utterance": "switch it on", "intent": 3}\n')
+    (row,) = examples(file, fields=Columns(prompt="utterance", completion="intent"))
+    assert isinstance(row, Example) and row.reply == "3"
+
+
+def test_column_that_is_not_there_names_the_closest(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_text(table([("Was?", "Das.")]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="no column 'frage'; its columns are 'Frage', 'Antwort'") as caught:
+        examples(file, fields=Columns(prompt="frage", completion="Antwort"))
+    assert caught.value.remedy == "fields: {prompt: Frage}"
+
+
+def test_unknown_form_names_the_known_ones_and_the_option(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_text(table([("Was?", "Das.")]), encoding="utf-8")
+    (drop,) = examples(file)
+    assert isinstance(drop, Drop) and drop.reason == "unknown_form"
+    assert "question, answer" in drop.detail and "fields: {prompt: Frage, completion: Antwort}" in drop.detail
+
+
+def test_duplicate_header_harms_only_what_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_text(table([("Was?", "Das.", "a", "b")], ("Frage", "Antwort", "Notiz", "Notiz")), encoding="utf-8")
+    (row,) = examples(file, fields=FIELDS)
+    assert isinstance(row, Example) and row.reply == "Das."
+    file.write_text(table([("Was?", "Das.", "b")], ("Frage", "Antwort", "Frage")), encoding="utf-8")
+    with pytest.raises(ConfigError, match="'Frage' more than once"):
+        examples(file, fields=FIELDS)
+    file.write_text(table([("Was?", "Das.", "b")], ("question", "answer", "question")), encoding="utf-8")
+    (drop,) = examples(file)
+    assert isinstance(drop, Drop) and drop.reason == "duplicate_columns"
+
+
+def test_column_that_another_field_would_hide_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "old", "Frage": "new", "Antwort": "so"}\n')
+    (drop,) = examples(file, fields=FIELDS)
+    assert isinstance(drop, Drop) and drop.reason == "duplicate_columns"
+    with pytest.raises(ConfigError, match="'Frage' is named for two fields"):
+        Columns(prompt="Frage", completion="Frage")
+
+
+def test_recipe_of_a_spreadsheet_makes_a_dataset(tmp_path: Path) -> None:
+    """The recipe's own spelling, the manifest's facts, and another mapping makes another Dataset."""
+    file = tmp_path / "faq.csv"
+    file.write_bytes(
+        table([(f"Wie öffne ich Konto {number}?", f"Über die App, Nummer {number}.") for number in range(40)]).encode("cp1252")
+    )
+    source = {"path": str(file), "licence": "CC-BY-4.0", "fields": {"prompt": "Frage", "completion": "Antwort"}}
+    made = sartor.curate({"sources": [source]}, tmp_path / "data").dataset
+    (facts,) = made.manifest["sources"]
+    assert (facts["encoding"], facts["form"], facts["read"]) == ("cp1252", "prompt_completion", 40)
+    assert load(SourceOptions, source).fields == FIELDS
+
+
+def test_recoding_keeps_every_character(tmp_path: Path) -> None:
+    text = "".join(chr(number) for number in range(32, 0x2000)) * 40
+    with encodings.as_utf8(io.BytesIO(text.encode("utf-16")), "utf-16") as stream:
+        assert stream.read().decode() == text
+    with pytest.raises(MalformedRow):
+        encodings.detect_encoding(io.BytesIO(bytes(range(128, 256)) * 3))
