@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 # pyproject's `all` without studio, which no test needs; tests/test_packaging.py holds the two together
-TESTED := tune,demo,hub,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
+TESTED := tune,demo,hub,office,quant,ray,static,multimodal,serve,mcp,otel,llamacpp,edge,federated
 
 .PHONY: demo quick test assets test-default test-slow test-alone check bench bench-small bench-peers scoreboard docs clean
 .DEFAULT_GOAL := demo

@@ -33,7 +33,7 @@ class InputFile:
     """One file as it was when the run was planned.
 
     `caption` is the text file beside a picture or recording; `label` a caption that is known already. With a `refusal`
-    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8.
+    (reason, detail) the file is one Drop. `encoding` is that of text that is not UTF-8; `sheet` is the one named of a workbook.
     """
 
     path: str
@@ -46,6 +46,7 @@ class InputFile:
     label: str = ""
     refusal: tuple[str, str] = ("", "")
     encoding: str = ""
+    sheet: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,11 @@ def _file_of_json(value: dict[str, Any]) -> InputFile:
 
 
 def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):  # a file in UTF-8 has the digest that it had before encodings were known
+    if isinstance(value, dict):  # a file in UTF-8 has the digest that it had before encodings and sheets were known
         return {
-            key: _without_paths(inner) for key, inner in value.items() if key != "path" and (key, inner) != ("encoding", "")
+            key: _without_paths(inner)
+            for key, inner in value.items()
+            if key != "path" and not (key in ("encoding", "sheet") and inner == "")
         }
     return [_without_paths(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
@@ -166,7 +169,7 @@ def _raw(
         if file.kind in file_formats.MEDIA_KINDS:
             yield "1", _captioned(file, chunk.most_bytes)
         elif file.kind in documents.MODULES:
-            yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes)
+            yield from document_reader.read(file.path, file.sha256, file.kind, chunk.most_bytes, file.sheet)
         elif file.kind in ("text", "markdown"):
             note_counts: Counter[str] = Counter()
             yield from documents.read_text_document(
@@ -233,6 +236,8 @@ class _ChunkReader:
         form = file.form
         group = file.name if file.kind == "pdf" else ""
         store_media, date = partial(self._store_media, file), row_formats.iso_date(self.source.date)
+        if columns := self.source.fields.by_name():
+            rows = row_formats.renamed_rows(rows, columns)
         for line, row in rows:
             origin = Origin(self.source.path, f"{file.name}:{line}", self.source.licence, date=date)
             try:
@@ -242,10 +247,8 @@ class _ChunkReader:
                     form = row_formats.detect_row_format(row) or ""
                 if not form:
                     raise row_formats.unknown_form(row)
-                if isinstance(row, dict):
-                    row = row_formats.rename_columns(row, self.source.fields.by_name())
-                    if form == row_formats.CAPTIONED and self.source.prompt:
-                        row = {"prompt": self.source.prompt, **row}
+                if form == row_formats.CAPTIONED and self.source.prompt:
+                    row = {"prompt": self.source.prompt, **row} if isinstance(row, dict) else row
                 example = row_formats.parse_row(row, form, origin, store_media)
                 if self.source.system and form != "text" and example.messages[0].role != "system":
                     system = Message.of("system", self.source.system)

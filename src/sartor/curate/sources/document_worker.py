@@ -1,6 +1,6 @@
-"""Child process that extracts text from HTML and PDF.
+"""Child process that reads HTML, PDF, workbooks and documents of Office.
 
-Both formats come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and a tree of
+All of these come from strangers, and no parser of them is safe from every file: pypdf follows what the file says, and a tree of
 nested elements takes a WHATWG parser quadratic time. Here memory and processor time have a limit that the system holds, and
 nothing can be written. Requests are lines of JSON on stdin, replies lines of JSON on stdout.
 """
@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sartor.core.records import MalformedRow
+from sartor.curate.sources import office_files
 from sartor.curate.sources.safe_paths import open_regular
 
-MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20}  # of a file
+MOST_BYTES = {"pdf": 256 << 20, "html": 32 << 20, "xlsx": 256 << 20, "docx": 256 << 20}  # of a file
 MOST_MEMORY = 3 << 30  # of this process
 MOST_CPU_S = 120  # for a file
 MOST_PAGES = 20_000
@@ -168,7 +169,7 @@ def _error_text(error: BaseException) -> str:
 
 
 def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Replies to one request: {line, text} or {line, reason, detail} for each row of the file."""
+    """Replies to one request: {line, text}, {line, row} or {line, reason, detail} for each row of the file."""
     try:
         with open_regular(request["path"]) as stream:
             raw = stream.read((max_bytes := MOST_BYTES[request["kind"]]) + 1)
@@ -176,20 +177,44 @@ def answer(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise MalformedRow("oversize_file", f"the limit of a {request['kind']} file is {max_bytes:,} bytes")
         if hashlib.sha256(raw).hexdigest() != request["sha256"]:
             raise MalformedRow("changed_file", "the file was changed after the run began")
-        rows = pdf_pages(raw) if request["kind"] == "pdf" else iter([(1, html_text(raw))])
-        for line, text in rows:
-            if isinstance(text, str) and len(text) > request["most"]:
-                text = MalformedRow(
-                    "oversize_row", f"{len(text):,} characters; the limit is {request['most']:,} (max_row_bytes)"
-                )
-            fault = {"reason": text.reason, "detail": text.detail} if isinstance(text, MalformedRow) else {"text": text}
-            yield {"line": line, **fault}
+        for line, row in _rows(raw, request):
+            size = len(row) if isinstance(row, str) else 0
+            if isinstance(row, dict):
+                size = sum(map(len, row.values()))
+            if size > request["most"]:
+                row = MalformedRow("oversize_row", f"{size:,} characters; the limit is {request['most']:,} (max_row_bytes)")
+            if isinstance(row, MalformedRow):
+                yield {"line": line, "reason": row.reason, "detail": row.detail}
+            else:
+                yield {"line": line, "text" if isinstance(row, str) else "row": row}
     except MalformedRow as fault:
         yield {"line": 1, "reason": fault.reason, "detail": fault.detail}
     except OSError as error:
         yield {"line": 1, "reason": "unreadable_file", "detail": str(error.strerror or error)}
     except MemoryError:
         yield {"line": 1, "reason": f"{request['kind']}_bomb", "detail": f"reading it takes more than {MOST_MEMORY:,} bytes"}
+
+
+def _rows(raw: bytes, request: dict[str, Any]) -> Iterator[tuple[int, str | dict[str, Any] | MalformedRow]]:
+    """(line, text or row) of a file. Raises MalformedRow for one that is not read at all."""
+    kind = request["kind"]
+    if kind == "pdf":
+        yield from pdf_pages(raw)
+    elif kind == "html":
+        yield 1, html_text(raw)
+    else:
+        office_files.check_package(raw, kind)
+        number = 0
+        try:
+            if kind == "docx":
+                yield 1, office_files.document_text(raw)
+                return
+            for number, row in office_files.workbook_rows(raw, request["sheet"]):
+                yield number, row
+        except (MalformedRow, MemoryError, GeneratorExit):
+            raise
+        except Exception as error:  # both libraries raise many kinds on broken files
+            yield number + 1, MalformedRow(f"bad_{kind}", f"not a .{kind} file that can be read: {_error_text(error)}")
 
 
 def _limit() -> Any:

@@ -1,6 +1,6 @@
-"""Text, Markdown, HTML and PDF documents as rows of the form `text`.
+"""Text, Markdown, HTML, PDF and Office documents as rows of the form `text`, and the rows of workbooks.
 
-Plain text and Markdown are read here, HTML and PDF by a guarded process (`document_worker.py`).
+Plain text and Markdown are read here, the others by a guarded process (`document_worker.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sartor.curate.sources.safe_paths import open_regular
 _FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*\r?\n)*?\1[ \t]*(?:\r?\n|\Z)")
 PAGE_S = 60  # without a word from the reading process: it is ended
 FILE_S = 300
-MODULES = {"html": "selectolax", "pdf": "pypdf"}
+MODULES = {"html": "selectolax", "pdf": "pypdf", "xlsx": "openpyxl", "docx": "docx"}
+_PACKAGES = {"docx": "python-docx"}  # where the package has another name than its module
 
 
 def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes: Counter[str], encoding: str = "") -> Read:
@@ -50,7 +51,7 @@ def read_text_document(path: str, sha256: str, kind: str, most_bytes: int, notes
 
 
 class DocumentReader:
-    """The process that reads HTML and PDF, started when first needed and again after it was ended. Use it in a `with`."""
+    """The process that reads what MODULES names, started when first needed and again after it was ended. Use it in a `with`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,14 +63,18 @@ class DocumentReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def read(self, path: str, sha256: str, kind: str, most_bytes: int) -> Read:
-        """Rows of an HTML file (one) or a PDF (one a page, the line is the page number). Raises ExtraError."""
+    def read(self, path: str, sha256: str, kind: str, most_bytes: int, sheet: str = "") -> Read:
+        """Rows of an HTML file or a document (one), a PDF (one a page, the line is the page number) or a workbook.
+
+        sheet: of a workbook; empty for the first that holds anything. Raises ExtraError.
+        """
         if importlib.util.find_spec(MODULES[kind]) is None:
-            raise missing_package(MODULES[kind])
+            extra = "office" if kind in ("xlsx", "docx") else None
+            raise missing_package(_PACKAGES.get(kind, MODULES[kind]), *([extra] if extra else []))
         if self._process is not None and self._process.poll() is not None:
             self._end()
         process = self._process or self._start()
-        request = {"path": path, "sha256": sha256, "kind": kind, "most": most_bytes}
+        request = {"path": path, "sha256": sha256, "kind": kind, "most": most_bytes, "sheet": sheet}
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a process that is gone has no reply either
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -81,7 +86,7 @@ class DocumentReader:
                     return
                 page = reply["line"] + 1
                 fault = MalformedRow(reply["reason"], reply["detail"]) if "reason" in reply else None
-                yield str(reply["line"]), fault or {"text": reply["text"]}
+                yield str(reply["line"]), fault or reply.get("row") or {"text": reply["text"]}
             with contextlib.suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
                 code = process.wait(1)
         finally:

@@ -26,6 +26,9 @@ KINDS: dict[str, str] = {
     ".htm": "html",
     ".xhtml": "html",
     ".pdf": "pdf",
+    ".xlsx": "xlsx",
+    ".xlsm": "xlsx",
+    ".docx": "docx",
     ".png": "image",
     ".jpg": "image",
     ".jpeg": "image",
@@ -42,8 +45,9 @@ KINDS: dict[str, str] = {
 }
 TEXT_KINDS = ("jsonl", "json", "csv", "text", "markdown", "html")
 MEDIA_KINDS = ("image", "audio")
-# Never opened: what an archive holds is not bounded by its size. (An office file is a zip archive.)
-_OFFICE = (".docx", ".docm", ".xlsx", ".xlsm", ".pptx", ".odt", ".ods", ".odp", ".epub")
+OFFICE = (".xlsx", ".xlsm", ".docx")
+# Never opened: what an archive holds is not bounded by its size. (Of Office's files, which are zip archives, two are.)
+_OFFICE = (".docm", ".pptx", ".odt", ".ods", ".odp", ".epub")
 _PACKED = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".br", ".z", ".7z", ".rar", ".tar")
 ARCHIVES = frozenset((*_OFFICE, *_PACKED, ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg", ".cab"))
 
@@ -96,6 +100,9 @@ _SUFFIX_HOLDS: dict[str, tuple[str, ...]] = {
     ".opus": ("Ogg",),
     ".mp3": ("MP3",),
     ".pdf": ("PDF",),
+    ".xlsx": ("zip archive",),
+    ".xlsm": ("zip archive",),
+    ".docx": ("zip archive",),
     ".parquet": ("Parquet",),
     ".html": ("HTML",),
     ".htm": ("HTML",),
@@ -112,6 +119,11 @@ def kind_of(name: str) -> str:
 def format_refusal(name: str) -> tuple[str, str] | None:
     """(reason, detail) for a name whose file is never read."""
     suffix, kind = os.path.splitext(name)[1].lower(), kind_of(name)
+    if os.path.basename(name).startswith("~$"):
+        return (
+            "lock_file",
+            "Office keeps it beside a file that is open, and it holds no rows; close that file",
+        )
     if kind == "archive":
         remedy = "save it as text, HTML or PDF" if suffix in _OFFICE else "unpack it yourself and name the folder"
         return "archive", f"archives ({suffix}) are not opened; {remedy}"
@@ -157,6 +169,9 @@ def mismatch(name: str, head: bytes) -> MalformedRow | None:
     holds = _SUFFIX_HOLDS.get(suffix, ())
     if format_name in holds or not format_name:
         return None
+    if suffix in OFFICE and format_name == "old Office file":
+        detail = f"the file asks for a password, or is an old Office file called {suffix}; save it as {suffix} without one"
+        return MalformedRow("encrypted", detail)
     return MalformedRow(
         "format_mismatch", f"the file is called {suffix} and is in truth: {format_name}; give it its own extension"
     )
@@ -167,7 +182,7 @@ def must_be(name: str, head: bytes) -> MalformedRow | None:
     suffix = os.path.splitext(name)[1].lower()
     if (fault := mismatch(name, head)) is not None:
         return fault
-    if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf") and not sniff(head):
+    if KINDS.get(suffix) in (*MEDIA_KINDS, "pdf", "xlsx", "docx") and not sniff(head):
         holds = _SUFFIX_HOLDS[suffix][0]
         return MalformedRow("format_mismatch", f"the file is called {suffix}, and does not begin as a {holds} file does")
     return None

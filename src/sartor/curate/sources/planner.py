@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from sartor.core import records
 from sartor.core.records import Drop, Example, MalformedRow
-from sartor.curate.sources import encodings, feedback_lines, file_formats, row_formats, row_readers, source_files
+from sartor.curate.sources import documents, encodings, feedback_lines, file_formats, row_formats, row_readers, source_files
 from sartor.curate.sources import feedback_inbox as inbox
 from sartor.curate.sources.chunk_reader import InputChunk, InputFile, chunk_of_json, read_chunk
 from sartor.curate.sources.row_readers import FilePiece
@@ -47,11 +47,7 @@ def plan_reading(sources: Sequence[SourceOptions], max_row_bytes: int) -> ReadPl
         if source_files.scheme(source.path) in ("sql", "hub"):
             facts = source_files.query_facts(source)
             head = list(source_files.query_rows(source, max_row_bytes, source_files.HEAD_ROWS))
-            if columns := source.fields.by_name():
-                source_files.check_columns(columns, head, source.path)
-            form = source_files.form_of(
-                (line, row_formats.rename_columns(row, columns) if isinstance(row, dict) else row) for line, row in head
-            )
+            form = source_files.form_of(head, source, source.path)
             plan.files.append(replace(facts, form=form or "unknown"))
             plan.chunks.append(InputChunk(len(plan.chunks), index, _rows_digest(source), form, max_row_bytes))
             continue
@@ -156,7 +152,9 @@ def _inspect(
 
     source: what is said of its columns and its encoding. Raises ConfigError where no row has a column that it names.
     """
-    file = InputFile(source_file.path, source_file.name, kind, refusal=source_file.refusal)
+    sheet = source_files.sheet_of(source.path)[1] if source is not None else ""
+    name = f"{source_file.name}#{sheet}" if sheet else source_file.name
+    file = InputFile(source_file.path, name, kind, refusal=source_file.refusal, sheet=sheet)
     refusal = source_file.refusal if source_file.refusal[0] else file_formats.format_refusal(source_file.path)
     if refusal:
         return replace(file, bytes=_size(source_file), refusal=refusal), []
@@ -166,20 +164,20 @@ def _inspect(
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size, encoding=_encoding(stream, kind, source))
+            if kind == "xlsx":
+                with documents.DocumentReader() as reader:
+                    sheet_rows = reader.read(file.path, sha256, kind, most_bytes, sheet)
+                    head = list(itertools.islice(sheet_rows, source_files.HEAD_ROWS))
+                return replace(file, form=source_files.form_of(head, source, file.name)), []
             if kind not in _TABLE_KINDS:
                 return replace(file, form="text"), []
-            if file.encoding:
-                pieces = [FilePiece(0, size, 1, -1)]
+            if file.encoding or (source is not None and source.fields.conversation):
+                pieces = [FilePiece(0, size, 1, -1)]  # no piece may end in the midst of a conversation
             rows = itertools.chain.from_iterable(
                 row_readers.encoded_rows(stream, kind, piece, most_bytes, file.encoding) for piece in pieces
             )
             head = list(itertools.islice(rows, source_files.HEAD_ROWS))
-            if source is not None and (columns := source.fields.by_name()):
-                source_files.check_columns(columns, head, file.name)
-                head = [
-                    (line, row_formats.rename_columns(row, columns) if isinstance(row, dict) else row) for line, row in head
-                ]
-            return replace(file, form=source_files.form_of(head, of_media=of_media)), pieces
+            return replace(file, form=source_files.form_of(head, source, file.name, of_media=of_media)), pieces
     except MalformedRow as problem:
         return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail)), []
     except OSError as error:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -109,6 +110,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "rated": ("prompt", "completion"),  # and a rating, which `detect` looks at
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
+    "label_studio": ("data", "annotations"),
+    "argilla": ("fields", "responses"),
     "text": ("text",),
 }
 # A table of media: `file_name` and one of these. Only a file called metadata.* is one (ImageFolder's convention): elsewhere a
@@ -132,6 +135,15 @@ FIELDS = frozenset((*(key for keys in FORMS.values() for key in keys), *CAPTIONS
 
 # forms whose system prompt may stand in a field of its own
 _SYSTEM_BESIDE = ("prompt_completion", "rated", "question_answer", "preference")
+
+# who speaks in a table with one row a turn, as the field and its exports spell it; any two others are told by who speaks last
+_TURN_ROLES = {
+    **{role: role for role in ROLES},
+    **_SHAREGPT_ROLES,
+    "customer": "user",
+    "bot": "assistant",
+    "agent": "assistant",
+}
 
 Media = Callable[[str, str], str]  # (kind, path or data URL) -> path below the dataset
 
@@ -166,6 +178,74 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
         if value is not None:
             renamed[field] = value
     return renamed
+
+
+def renamed_rows(rows: Iterator[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Rows of a table under Sartor's names (`rename_columns`), of one with one row a turn as one row a conversation."""
+
+    def renamed() -> Iterator[tuple[str, Any]]:
+        for line, row in rows:
+            try:
+                yield line, rename_columns(row, columns) if isinstance(row, dict) else row
+            except MalformedRow as fault:
+                yield line, fault
+
+    return merge_turns(renamed()) if "conversation" in columns else renamed()
+
+
+def merge_turns(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Rows of a table with one row a turn, with columns `conversation, role, content`, as one row a conversation.
+
+    Its turns stand one behind another; what else its first row says (group, weight) is said of the whole. A row that cannot be
+    read takes its conversation with it, since the turns behind it would answer something else.
+    """
+    lines: list[str] = []
+    turns: list[Mapping[str, Any]] = []
+    fault: MalformedRow | None = None
+    ended: set[str] = set()
+
+    def conversation() -> tuple[str, Any]:
+        span = lines[0] if len(lines) == 1 else f"{lines[0].split('-')[0]}-{lines[-1].split('-')[-1]}"
+        if fault is not None:
+            return span, MalformedRow(fault.reason, f"a turn of the conversation: {fault.detail}")
+        first = {key: value for key, value in turns[0].items() if key not in ("conversation", "role", "content")}
+        senders = [str(turn["role"]) for turn in turns]
+        if all(sender.casefold() in _TURN_ROLES for sender in senders):
+            said = [
+                {"role": _TURN_ROLES[sender.casefold()], "content": turn.get("content")}
+                for sender, turn in zip(senders, turns, strict=True)
+            ]
+        else:
+            said = [{"sender": sender, "text": turn.get("content")} for sender, turn in zip(senders, turns, strict=True)]
+        return span, {**first, "messages": said}
+
+    for line, row in rows:
+        if isinstance(row, Mapping) and row.get("conversation") is not None and row.get("role") is not None:
+            name = str(row["conversation"])
+            if turns and name != str(turns[0]["conversation"]):
+                yield conversation()
+                ended.add(str(turns[0]["conversation"]))
+                lines, turns, fault = [], [], None
+            lines.append(line)
+            turns.append(row)
+            if name in ended:
+                fault = MalformedRow(
+                    "split_conversation", f"{name[:40]!r} has turns further up; sort the table by conversation"
+                )
+        elif turns:
+            lines.append(line)
+            fault = (
+                row if isinstance(row, MalformedRow) else MalformedRow("missing_field", "a row names no conversation or role")
+            )
+        else:
+            yield (
+                line,
+                row
+                if isinstance(row, MalformedRow)
+                else MalformedRow("missing_field", "the row names no conversation or role"),
+            )
+    if turns:
+        yield conversation()
 
 
 def unknown_form(row: Any) -> MalformedRow:
@@ -354,6 +434,75 @@ def _prompt_completion(row: Mapping[str, Any], media: Media) -> tuple[tuple[Mess
     return _prompt(row, media) + _answer(row["completion"], "completion", media), ()
 
 
+def _label_studio(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """A task of Label Studio's JSON export: its text, and what the annotators who ended it say of it."""
+    data, annotations = row["data"], row["annotations"]
+    if not isinstance(data, Mapping) or not isinstance(annotations, Sequence) or isinstance(annotations, str):
+        raise MalformedRow("bad_field", "`data` or `annotations` is not as Label Studio exports it")
+    answers = [
+        _label_studio_answer(annotation.get("result"))
+        for annotation in annotations
+        if isinstance(annotation, Mapping) and not annotation.get("was_cancelled")
+    ]
+    prompt = data.get("text") if isinstance(data.get("text"), str) else _only_text(data, "data")
+    return _annotated(str(prompt), [answer for answer in answers if answer])
+
+
+def _label_studio_answer(result: Any) -> str:
+    """What one annotator says: classes and texts as they are, spans as JSON."""
+    said: list[str] = []
+    spans: list[dict[str, Any]] = []
+    for item in result if isinstance(result, Sequence) and not isinstance(result, str) else ():
+        value = item.get("value") if isinstance(item, Mapping) else None
+        if not isinstance(value, Mapping):
+            continue
+        if isinstance(value.get("labels"), list) and "start" in value:
+            spans.append({key: value[key] for key in ("start", "end", "text", "labels") if key in value})
+        for key in ("choices", "text", "rating"):
+            if key in value and "start" not in value:
+                said += [str(one) for one in (value[key] if isinstance(value[key], list) else [value[key]])]
+    if spans:
+        said.append(json.dumps(sorted(spans, key=lambda span: str(span)), ensure_ascii=False, sort_keys=True))
+    return ", ".join(said)
+
+
+def _argilla(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """A record of an Argilla dataset (`records.to_json`): its one text, and the submitted responses to its one question."""
+    fields, responses = row["fields"], row["responses"]
+    if not isinstance(fields, Mapping) or not isinstance(responses, Mapping):
+        raise MalformedRow("bad_field", "`fields` or `responses` is not as Argilla exports it")
+    answered = {name: said for name, said in responses.items() if isinstance(said, Sequence) and said}
+    if len(answered) > 1:
+        names = ", ".join(map(str, answered))
+        raise MalformedRow("bad_field", f"several questions are answered ({names}); export one, or name it: fields.completion")
+    answers = [
+        value if isinstance(value := one.get("value"), str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+        for said in answered.values()
+        for one in said
+        if isinstance(one, Mapping) and one.get("status", "submitted") == "submitted"
+    ]
+    return _annotated(_only_text(fields, "fields"), answers)
+
+
+def _only_text(values: Mapping[str, Any], name: str) -> str:
+    texts = {key: value for key, value in values.items() if isinstance(value, str)}
+    if len(texts) != 1:
+        names = ", ".join(map(str, texts)) or "none"
+        raise MalformedRow("bad_field", f"`{name}` holds {len(texts)} texts ({names}), and it is not said which one is asked")
+    return next(iter(texts.values()))
+
+
+def _annotated(prompt: str, answers: Sequence[str]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """A row that people labelled: what most of them say. Raises MalformedRow where none ended it or no answer has most."""
+    counts = Counter(answers).most_common(2)
+    if not counts:
+        raise MalformedRow("not_labelled", "nobody has submitted an answer")
+    if len(counts) > 1 and counts[0][1] == counts[1][1]:
+        detail = f"{counts[0][1]} say {counts[0][0][:60]!r}, as many {counts[1][0][:60]!r}"
+        raise MalformedRow("annotators_disagree", detail)
+    return (Message.of("user", prompt), Message.of("assistant", counts[0][0])), ()
+
+
 def _question_answer(row: Mapping[str, Any], media: Media) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     return (_question(row, _text(row, "question"), media), Message.of("assistant", _text(row, "answer"))), ()
 
@@ -373,6 +522,8 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], Media], tuple[tuple[Message, ..
     "rated": _prompt_completion,
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
+    "label_studio": _label_studio,
+    "argilla": _argilla,
     "text": _text_row,
     CAPTIONED: _captioned,
 }

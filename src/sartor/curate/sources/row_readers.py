@@ -495,7 +495,7 @@ def head_fault(stream: BinaryIO, name: str, kind: str) -> MalformedRow | None:
     fault = file_formats.must_be(name, head) if head else None
     if fault is None and kind in file_formats.TEXT_KINDS:
         fault = file_formats.not_text(head)
-    if fault is None and kind in ("pdf", *file_formats.MEDIA_KINDS) and not head:
+    if fault is None and kind in ("pdf", "xlsx", "docx", *file_formats.MEDIA_KINDS) and not head:
         fault = MalformedRow("empty_file", "the file is empty")
     if fault is None and kind == "parquet":
         fault = parquet_error(stream, stream.seek(0, os.SEEK_END))

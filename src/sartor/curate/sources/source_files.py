@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from sartor.curate.sources.types import SourceOptions
 # Rows looked at to find a file's form: the commonest one among them is the file's.
 HEAD_ROWS = 50
 FEEDBACK = "LicenseRef-feedback"
+_SHEET = re.compile(r"(.+\.xls[xm])#(.+)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass
@@ -65,10 +67,16 @@ def with_licence(source: SourceOptions) -> SourceOptions:
     return replace(source, licence=assets.entry(_asset(source.path)[0]).licence) if scheme(source.path) == "asset" else source
 
 
+def sheet_of(path: str) -> tuple[str, str]:
+    """(path of the file, name of the sheet) of `file.xlsx#Sheet`; no sheet where none is named."""
+    found = _SHEET.fullmatch(path)
+    return (found[1], found[2]) if found else (path, "")
+
+
 def files_of(source: SourceOptions) -> list[SourceFile]:
     """The files of a source. An asset is installed first. Raises ConfigError, AssetError."""
     if scheme(source.path) != "asset":
-        return safe_paths.find_files(source.path.removeprefix("inbox:"))
+        return safe_paths.find_files(sheet_of(source.path.removeprefix("inbox:"))[0])
     name, inner = _asset(source.path)
     folder = assets.install(name)
     if inner.startswith("/") or ".." in Path(inner).parts:
@@ -124,9 +132,9 @@ def _hub(source: SourceOptions) -> Any:
         ) from None
 
 
-def check_columns(columns: Mapping[str, str], head: Iterable[tuple[str, Any]], table: str) -> None:
+def _check_columns(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], table: str) -> None:
     """Raise ConfigError where none of the first rows of a table has a column that its source names."""
-    known = list(dict.fromkeys(str(key) for _, row in head if isinstance(row, dict) for key in row))
+    known = list(dict.fromkeys(str(key) for row in rows for key in row))
     for name, column in columns.items():
         if f"{column} (2)" in known:
             problem = f"fields.{name}: {table} has the column {column!r} more than once; one would hide the other"
@@ -143,10 +151,18 @@ def check_columns(columns: Mapping[str, str], head: Iterable[tuple[str, Any]], t
         )
 
 
-def form_of(rows: Iterable[tuple[str, Any]], *, of_media: bool = False) -> str:
-    """The commonest form among some rows; empty where none has one."""
+def form_of(head: Iterable[tuple[str, Any]], source: SourceOptions | None, table: str, *, of_media: bool = False) -> str:
+    """The commonest form among the first rows of a table, by the columns that its source names; empty where none has one.
+
+    Raises ConfigError where a column that is named is not there, or stands there twice.
+    """
+    columns = source.fields.by_name() if source is not None else {}
+    rows = list(head)
+    _check_columns(columns, [row for _, row in rows if isinstance(row, dict)], table)
     counts = Counter(
-        form for _, row in rows if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
+        form
+        for _, row in row_formats.renamed_rows(iter(rows), columns)
+        if isinstance(row, dict) and (form := row_formats.detect_row_format(row, of_media=of_media))
     )
     return counts.most_common(1)[0][0] if counts else ""
 

@@ -54,6 +54,9 @@ class Columns:
     rejected: str = option("", "column of the worse of two answers")
     messages: str = option("", "column of a whole conversation, a list of turns as JSON")
     text: str = option("", "column of a text that is learnt without a question")
+    conversation: str = option("", "column of a conversation's number, in a table with one row a turn; with role and content")
+    role: str = option("", "column of who speaks, in a table with one row a turn")
+    content: str = option("", "column of what is said, in a table with one row a turn")
     group: str = option("", "column of what belongs together and is held out together: a customer, a document")
     rating: str = option("", "column of the rating of an answer, from -1 to 1")
     weight: str = option("", "column of the weight of a row")
@@ -63,6 +66,11 @@ class Columns:
         columns = [column for column in self.by_name().values()]
         if repeated := next((column for column in columns if columns.count(column) > 1), ""):
             raise ConfigError(f"fields: the column {repeated!r} is named for two fields", "name it for one of them")
+        if 0 < sum(map(bool, (self.conversation, self.role, self.content))) < 3:
+            raise ConfigError(
+                "fields: a table with one row a turn needs conversation, role and content",
+                "fields: {conversation: id, role: sender, content: text}",
+            )
 
     def by_name(self) -> dict[str, str]:
         """Sartor's field -> the column, of those that are named."""
@@ -73,7 +81,9 @@ class Columns:
 class Owned:
     """Where rows come from, and what their owner allows."""
 
-    path: str = option(REQUIRED, "a file, a folder, a glob pattern, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR")
+    path: str = option(
+        REQUIRED, "a file, a folder, a glob pattern, FILE.xlsx#SHEET, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR"
+    )
     licence: str = option(UNKNOWN, "SPDX licence expression of this source; LicenseRef-NAME for terms of your own")
     use: tuple[Use, ...] = option((), "what the source may be used for; empty lets the licence alone decide")
     share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")

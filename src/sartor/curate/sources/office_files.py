@@ -1,0 +1,149 @@
+"""Rows of a workbook (.xlsx) and the text of a document (.docx), within the process of `document_worker.py`.
+
+Both are zip archives of XML (ECMA-376). Before a parser sees one, its members are counted, what they unfold to is held against
+the file's size, and a document type, in which entities could be declared, is refused: Office writes none.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sartor.core.records import MalformedRow
+
+MOST_MEMBERS = 10_000
+MOST_UNFOLDED = 1 << 30  # bytes of all members
+MOST_RATIO = 200  # unfolded bytes for one of the file: sheets of repeated text reach 40
+MOST_ROWS = 1_048_576  # of a sheet, Excel's own limit
+_HEAD_BYTES = 4096
+
+
+def check_package(raw: bytes, kind: str) -> None:
+    """Raise MalformedRow for a zip archive that is none of Office's, is encrypted, or unfolds beyond a limit."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as package:
+            members = package.infolist()
+            unfolded = sum(member.file_size for member in members)
+            if len(members) > MOST_MEMBERS or unfolded > MOST_UNFOLDED or unfolded > MOST_RATIO * max(len(raw), 1 << 16):
+                detail = f"{len(members):,} members that unfold to {unfolded:,} bytes, of a file of {len(raw):,}"
+                raise MalformedRow(f"{kind}_bomb", detail)
+            if any(member.flag_bits & 1 for member in members):
+                raise MalformedRow("encrypted", "the file asks for a password; save it without one")
+            part = "xl/workbook.xml" if kind == "xlsx" else "word/document.xml"
+            if part not in package.namelist():
+                raise MalformedRow(f"bad_{kind}", f"the archive has no {part}: it is no .{kind} file")
+            for member in members:
+                if member.filename.endswith((".xml", ".rels")):
+                    with package.open(member) as stream:
+                        head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
+                    if b"<!DOCTYPE" in head or b"<!ENTITY" in head:
+                        raise MalformedRow(f"{kind}_bomb", f"{member.filename} declares a document type; Office writes none")
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+        raise MalformedRow(f"bad_{kind}", f"not a whole .{kind} file: {error}") from None
+
+
+def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
+    """(row number from 1, its cells by the names in the first row) of a sheet: `sheet`, or the first that holds anything.
+
+    Cells are the values that Excel showed last, never formulas; dates are ISO 8601. Other sheets with rows are named by one
+    MalformedRow each, so that none is left out unseen.
+    """
+    import openpyxl
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # styles and extensions that openpyxl does not know
+        workbook = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True, keep_links=False)
+    sheets = workbook.worksheets
+    names = [one.title for one in sheets]
+    if sheet and sheet not in names:
+        yield 1, MalformedRow("no_sheet", f"the workbook has no sheet {sheet!r}; it has {', '.join(map(repr, names[:12]))}")
+        return
+    filled = [one for one in sheets if any(True for _ in _filled_rows(one))]
+    if not filled:
+        yield 1, MalformedRow("empty_file", "no sheet of the workbook holds a cell")
+        return
+    chosen = workbook[sheet] if sheet else filled[0]
+    header: list[str] | None = None
+    for number, cells in _filled_rows(chosen):
+        if number > MOST_ROWS:
+            yield number, MalformedRow("oversize_file", f"more than {MOST_ROWS:,} rows; the rest is not read")
+            return
+        if header is None:
+            header = _header(cells)
+            continue
+        yield number, _row(header, cells)
+    for other in filled if not sheet else ():
+        if other.title != chosen.title:
+            detail = f"the sheet {chosen.title!r} is read, {other.title!r} is not; name it: FILE.xlsx#{other.title}"
+            yield 1, MalformedRow("unread_sheet", detail)
+
+
+def _filled_rows(sheet: Any) -> Iterator[tuple[int, Sequence[Any]]]:
+    for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+        if any(cell is not None and cell != "" for cell in cells):
+            yield number, cells
+
+
+def _header(cells: Sequence[Any]) -> list[str]:
+    """Names of the columns; one that stands there again has its number behind it, as in a CSV file."""
+    counts: Counter[str] = Counter()
+    names = []
+    for cell in cells:
+        name = str(_cell(cell)).strip()
+        counts[name] += 1
+        names.append(f"{name} ({counts[name]})" if name and counts[name] > 1 else name)
+    return names
+
+
+def _row(header: Sequence[str], cells: Sequence[Any]) -> dict[str, Any] | MalformedRow:
+    row = {}
+    for index, cell in enumerate(cells):
+        value = _cell(cell)
+        if value == "":
+            continue
+        name = header[index] if index < len(header) else ""
+        if not name:
+            return MalformedRow("field_count", f"column {index + 1} has a cell, and the first row no name for it")
+        if cell in _ERRORS:
+            return MalformedRow("cell_error", f"the cell of {name[:40]!r} shows {cell}, an error of its formula")
+        row[name] = value
+    return row
+
+
+_ERRORS = ("#DIV/0!", "#N/A", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!")
+
+
+def _cell(value: Any) -> str:
+    """A cell as text: what a spreadsheet shows of it, without a currency or a number of digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "TRUE" if value else "FALSE"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        is_day = isinstance(value, datetime.datetime) and value.time() == datetime.time()
+        return value.date().isoformat() if is_day and isinstance(value, datetime.datetime) else value.isoformat()
+    return str(value).replace("\r\n", "\n").replace("_x000D_", "")
+
+
+def document_text(raw: bytes) -> str:
+    """The paragraphs and tables of a document in their order: a line each, cells of a table row behind tabs."""
+    import docx
+
+    document = docx.Document(io.BytesIO(raw))
+    lines = []
+    for block in document.iter_inner_content():
+        if hasattr(block, "rows"):
+            lines += ["\t".join(cell.text.strip() for cell in row.cells) for row in block.rows]
+        else:
+            lines.append(block.text)
+    text = "\n".join(lines).strip()
+    if not text:
+        raise MalformedRow("no_text", "the document holds no text, perhaps a picture of one")
+    return text
