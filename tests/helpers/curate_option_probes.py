@@ -24,9 +24,9 @@ from sartor.core.artifacts import open_artifact
 from sartor.core.errors import GuardError
 from sartor.core.licences import compliance
 from sartor.core.parquet_io import read_drops, read_examples
-from sartor.core.records import Example, Feedback, FeedbackAuthor, Message, Origin, Part
+from sartor.core.records import Drop, Example, Feedback, FeedbackAuthor, Message, Origin, Part
 from sartor.curate.sources import chunk_reader, planner
-from sartor.curate.sources.types import InboxTerms, SourceOptions
+from sartor.curate.sources.types import Columns, InboxTerms, SourceOptions
 from sartor.curate.step import StepInput, StepResult
 from sartor.curate.steps.answer_quality import ChatQuality
 from sartor.curate.steps.contamination import Contamination
@@ -582,7 +582,73 @@ def _picture_rows(folder: Path) -> list[dict[str, Any]]:
     return [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]} for content in parts]
 
 
+def _table(values: Any, workspace: Workspace) -> Any:
+    """What becomes of a table whose columns have names of their own, in a code page of its own."""
+    lines = [
+        {
+            **{name: f"{name} {index}" for name in ("Frage", "Antwort", "Besser", "Schlechter", "Ton", "Kunde", "Text")},
+            **{"Note": -1 if index else 1, "Gewicht": 2, "Tag": "2024-01-01", "Verlauf": _said(index), "Fall": index // 2},
+            **{"Wer": "user" if index % 2 == 0 else "bot", "Umlaut": "Größe", "Rolle": "user"},
+        }
+        for index in range(4)
+    ]
+    file = workspace.folder() / "table.jsonl"
+    file.write_bytes("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("cp1252"))
+    fields = Columns(prompt="Umlaut", completion="Antwort")
+    source = SourceOptions(str(file), **{"encoding": "cp1252", "fields": fields, **values})
+    found = planner.read_all(source, 1 << 20, file.parent / "media")
+    return [
+        each.id if isinstance(each, Drop) else (each.id, each.group, each.rating, each.weight, each.origins[0].date)
+        for each in found
+    ]
+
+
+def _said(index: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"u{index}"}, {"role": "assistant", "content": f"a{index}"}]
+
+
+def _columns(values: Any, workspace: Workspace) -> Any:
+    base = {"prompt": "Frage", "completion": "Antwort"}
+    if "chosen" in values or "rejected" in values:
+        base = {"prompt": "Frage", "chosen": "Besser", "rejected": "Schlechter"}
+    if "messages" in values or "text" in values:
+        base = {}
+    if {"conversation", "role", "content"} & set(values):
+        base = {"conversation": "Fall", "role": "Wer", "content": "Text"}
+    return _table({"fields": Columns(**{**base, **values})}, workspace)
+
+
 CURATION_PROBES = (
+    *probes_of(
+        "SourceOptions",
+        _table,
+        {
+            "fields": (Columns(prompt="Frage", completion="Antwort"), Columns(prompt="Antwort", completion="Frage")),
+            "system": ("", "Be brief."),
+            "encoding": ("cp1252", "cp850"),
+        },
+    ),
+    *probes_of(
+        "Columns",
+        _columns,
+        {
+            "prompt": ("Frage", "Kunde"),
+            "completion": ("Antwort", "Kunde"),
+            "system": ("", "Ton"),
+            "chosen": ("Besser", "Kunde"),
+            "rejected": ("Schlechter", "Kunde"),
+            "messages": ("", "Verlauf"),
+            "text": ("Text", "Kunde"),
+            "conversation": ("Fall", "Kunde"),
+            "role": ("Wer", "Rolle"),
+            "content": ("Text", "Kunde"),
+            "group": ("", "Kunde"),
+            "rating": ("", "Note"),
+            "weight": ("", "Gewicht"),
+            "date": ("", "Tag"),
+        },
+        may_refuse=True,
+    ),
     *probes_of("Split", _split, {"eval_fraction": (0.3, 0.6), "by": ("group", "prompt")}),
     *probes_of(
         "CurateRecipe",
