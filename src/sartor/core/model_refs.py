@@ -195,6 +195,8 @@ def _stated_licence(path: Path) -> str:
     except yaml.YAMLError:
         fields = None
     licence = fields.get("license") if isinstance(fields, dict) else None
+    if licence == "other" and isinstance(fields, dict):  # then the card names it in a field of its own
+        licence = fields.get("license_name") or licence
     return _spdx(licence[0] if isinstance(licence, list) and len(licence) == 1 else licence)
 
 

@@ -337,7 +337,7 @@ def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refu
     text = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     removable = [name for name in refused if name != base_source]
     if len(removable) < len(refused):
-        text.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
+        text.append("state what you may use the base for (base.use: [commercial] in the tuning recipe), or tune another")
     if removable:
         path = dataset.path if dataset else "DATASET"
         text.append(
@@ -443,9 +443,13 @@ def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]
     }
 
 
-def check_licence(adapter: Artifact, use: Use) -> Check:
-    """Whether the licences of sources and base permit the use."""
+def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
+    """Whether the licences of sources and base permit the use, and the name of what goes out; none is looked at if empty."""
     refusals, remedy = licence_refusals(adapter, use)
+    name_objection = compliance.name_objection(compliance.made_from(adapter.manifest), name) if name else ""
+    if name_objection and use != "internal":
+        refusals.append(name_objection)
+        remedy = "; ".join(filter(None, (remedy, f"--name llama-{name}")))
     return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
 
 

@@ -97,7 +97,7 @@ def release(
     out = Path(out) if out else adapter.path.with_name(f"{name}-{version}")
     check_output_free(out.absolute(), replace=replace)
     evidence = _report_of(adapter, report)
-    gate_checks = gate(adapter, evidence, waivers, use, gate_rules, open_items)
+    gate_checks = gate(adapter, evidence, waivers, use, gate_rules, open_items, name)
     if failed := {check: result for check, result in gate_checks.items() if result.holds_back}:
         lines = "; ".join(f"{check}: {result.detail}" for check, result in failed.items())
         remedies = [result.remedy or "tune or curate again" for result in failed.values()]
@@ -151,15 +151,19 @@ def gate(
     use: Use = "commercial",
     gate_rules: GateRules | None = None,
     open_items: OpenItems = items_to_review,
+    name: str = "",
 ) -> dict[str, Check]:
-    """Every check of the gate. Raises ConfigError for a waiver of a check that does not exist, or without name or reason."""
+    """Every check of the gate. name: under which the Release is to go out.
+
+    Raises ConfigError for a waiver of a check that does not exist, or without name or reason.
+    """
     manifest, limits = report.manifest, gate_rules.limits if gate_rules else GateLimits()
     primary = manifest["primary"]
     dataset = ancestry.find_parent(adapter, "dataset")
     result = {
         "gain": checks.check_gain(primary, manifest["metrics"][primary], limits.gain, manifest.get("groups", 0)),
         "forgetting": checks.check_forgetting(manifest["forgetting"], limits.forgetting),
-        "licence": checks.check_licence(adapter, use),
+        "licence": checks.check_licence(adapter, use, name),
         **checks.check_test(adapter, manifest),
         **checks.check_modality(adapter, manifest),
         **attacked.check_privacy(adapter),

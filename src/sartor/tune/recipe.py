@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sartor.core import config
 from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
+from sartor.core.licences.compliance import Use
 
 
 def _at_least(value: Any, minimum: int, *names: str) -> None:
@@ -32,6 +33,9 @@ class BaseChoice:
         "4 is NF4, 8 is int8 (both bitsandbytes), 16 is bf16, 32 is fp32; auto is bf16 where the hardware has it, else fp32",
     )
     licence: str = option("", "SPDX licence of the base, where its own files state none")
+    use: tuple[Use, ...] = option(
+        (), "what you may use the base for, where its licence leaves that to you: commercial, research"
+    )
 
     def __post_init__(self) -> None:
         if bool(self.name) == bool(self.text):

@@ -234,7 +234,7 @@ def _facts(
     counters, wall_s = run.counters, run.journal.wall_s
     base = context.base
     return {
-        "base": base.as_manifest(),
+        "base": base.as_manifest() | ({"use": list(context.recipe.base.use)} if context.recipe.base.use else {}),
         "recipe": config.dump(context.recipe),
         "settings": {name: setting.as_json() for name, setting in context.settings.items()},
         "parents": [parent.as_parent() | _role(parent, index) for index, parent in enumerate(context.parents)],

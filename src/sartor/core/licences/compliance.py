@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, get_args
@@ -117,22 +117,49 @@ def made_from(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What an artefact was made from: sources of which a row was kept, and the base, where there is one, as one more."""
     sources = [source for source in manifest.get("sources", []) if source.get("kept", 1)]
     base = manifest.get("base")
-    return [*sources, {"source": base_source(base), "licence": base["licence"]}] if base else sources
+    if not base:
+        return sources
+    return [*sources, {"source": base_source(base), "licence": base["licence"], "use": base.get("use", ())}]
+
+
+_BASE = "base "
 
 
 def base_source(base: Mapping[str, Any]) -> str:
     """Return the name under which a base stands among the sources."""
-    return f"base {base['name']}"
+    return f"{_BASE}{base['name']}"
+
+
+def name_objection(sources: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Return why a derived work may not go out under a name; empty where it may."""
+    demanding = sorted(
+        {
+            f"{licence} of {terms.source}"
+            for terms in map(terms_of, sources)
+            for licence in _choose([terms.licence])[terms.licence]
+            if "llama-name" in _family(licence).duties
+        }
+    )
+    if not demanding or name.lower().startswith("llama"):
+        return ""
+    return f"{_names(demanding)} demands a name that begins with 'Llama', and {name!r} does not"
 
 
 def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", today: str = "") -> list[Objection]:
     """Why these sources do not permit a use; empty when they do. `today` (ISO) is the clock's unless given."""
     today = today or datetime.datetime.now(datetime.UTC).date().isoformat()
     findings = []
+    bases = {
+        _family(licence).name
+        for terms in map(terms_of, sources)
+        if terms.source.startswith(_BASE)
+        for branch in alternatives(terms.licence)
+        for licence in branch
+    }
     for source in sources:
         terms = terms_of(source)
         branches = [
-            [reason for licence in sorted(branch) for reason in _objections_to(licence, use, terms)]
+            [reason for licence in sorted(branch) for reason in _objections_to(licence, use, terms, bases)]
             for branch in sorted(alternatives(terms.licence), key=_preference)
         ]
         reasons = min(branches, key=len) + _objections_of(terms, use, today)
@@ -140,7 +167,8 @@ def objections(sources: Sequence[Mapping[str, Any]], use: str = "commercial", to
     return list(dict.fromkeys(findings))
 
 
-def _objections_to(licence: str, use: str, terms: LicenceTerms) -> list[str]:
+def _objections_to(licence: str, use: str, terms: LicenceTerms, bases: Collection[str] = ()) -> list[str]:
+    """bases: families of the licences of what is tuned: a model's outputs may improve models of its own family."""
     family = _family(licence)
     if family is NOTHING:
         return ["states no licence" if licence == UNKNOWN else "is licensed to nobody (NONE)"]
@@ -148,6 +176,10 @@ def _objections_to(licence: str, use: str, terms: LicenceTerms) -> list[str]:
         # the owner's declaration is all that there is to go by; _objections_of holds `use` against it
         return [] if terms.use else [f"is {licence}, whose terms Sartor does not know, and declares no `use`"]
     result = []
+    if family.outputs == "no" and not terms.source.startswith(_BASE) and family.name not in bases:
+        result.append(f"is {licence}: what such a model says may improve no other model")
+    if family.condition and use in _COMMERCIAL and not any(use in _COVERS.get(declared, ()) for declared in terms.use):
+        result.append(f"is {licence}: {family.condition}; whether that holds is for you to state by `use: [commercial]`")
     if not family.commercial and use in _COMMERCIAL:
         result.append(
             f"is {licence}, which forbids commercial use" + (" (as work inside a firm is)" if use == "internal" else "")

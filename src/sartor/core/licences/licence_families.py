@@ -2,6 +2,10 @@
 
 A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
 in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.
+
+The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name: lfm1.0`), which
+stands here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words, Llama 2 and 3.0 in quotations
+of the clauses named, the others in summaries by third parties. A later text under the same name needs a new look. No legal advice.
 """
 
 from __future__ import annotations
@@ -11,7 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Obligation = Literal["attribution", "notice", "share-alike", "weak share-alike", "network"]
+Obligation = Literal[
+    "attribution", "notice", "share-alike", "weak share-alike", "network",
+    "llama-name", "built-with-llama", "built-with-llama-3", "built-with-qwen", "use-policy", "changes",
+]  # fmt: skip
 # What a person who hands out the derived work has to do
 DUTIES: dict[Obligation, str] = {
     "attribution": "credit the authors, name the licence, say what was changed",
@@ -19,6 +26,12 @@ DUTIES: dict[Obligation, str] = {
     "share-alike": "hand a derived work out under these same terms only",
     "weak share-alike": "hand changes of the licensed files themselves out under these same terms",
     "network": "the same towards those who use it over a network",
+    "llama-name": "give the model that is handed out a name that begins with 'Llama'",
+    "built-with-llama": "show 'Built with Llama' on a page, an interface or the documentation of what contains it",
+    "built-with-llama-3": "show 'Built with Meta Llama 3' on a page, an interface or the documentation of what contains it",
+    "built-with-qwen": "show 'Built with Qwen' or 'Improved using Qwen' in the documentation of the model that is handed out",
+    "use-policy": "bind whoever gets it to the licence's use restrictions, give them a copy of the licence and its notice",
+    "changes": "say in changed files that you changed them",
 }
 
 
@@ -27,6 +40,8 @@ class LicenceFamily:
     """One row. `rank` orders families from what permits everything (1) to what permits nothing (0).
 
     `derived`: whether a derived work may be made and handed out (`yes`), made but not handed out (`kept`), or not made.
+    `outputs`: whether other models may be trained on what such a model says. `condition`: what has to hold for a commercial
+    use that no table can know, so that whoever uses it states it by `use`.
     """
 
     name: str
@@ -37,6 +52,8 @@ class LicenceFamily:
     commercial: bool = True
     derived: Literal["yes", "kept", "no"] = "yes"
     category: str = ""
+    outputs: Literal["yes", "no"] = "yes"
+    condition: str = ""
 
     @property
     def demands_own_terms(self) -> bool:
@@ -47,8 +64,45 @@ class LicenceFamily:
 UNKNOWN_TERMS = LicenceFamily("unknown terms", "", 0.05, "neither this table nor ScanCode's index says what it permits")
 NOTHING = LicenceFamily("no licence", "NOASSERTION|NONE", 0.0, "without a licence copyright reserves every use")
 
+_MONTHLY_USERS = "section 2: whoever had over 700 million monthly users at its release asks Meta for a licence"
+_REVENUE = "commercial use is free below 10 million USD of revenue a year (LFM Open License 1.0)"
+
+_NOT_IN_THE_EU = "its use policy gives no rights in multimodal models to who is at home in the EU"
+_LLAMA: tuple[Obligation, ...] = ("notice", "use-policy", "built-with-llama", "llama-name")
+
 FAMILIES = (
     NOTHING,
+    LicenceFamily("own data", r"LicenseRef-own", 0.95, "yours: nobody else reserves a use"),
+    LicenceFamily("Llama 2", r"LicenseRef-(?:scancode-)?llama-?2\b.*", 0.55,
+                  f"community licence of 2023-07-18, 1.b.iii-v; its outputs may improve no other model; {_MONTHLY_USERS}",
+           ("notice", "use-policy"), outputs="no"),
+    LicenceFamily("Llama 3.0", r"LicenseRef-(?:meta-)?llama-?3(?:-0)?(?:-(?:community-)?licen[cs]e.*)?", 0.54,
+                  f"community licence of 2024-04-18, 1.b.i-v; its outputs may improve no other model; {_MONTHLY_USERS}",
+           ("notice", "use-policy", "built-with-llama-3", "llama-name"), outputs="no"),
+    LicenceFamily("Llama 3.1", r"LicenseRef-(?:scancode-)?llama-?3[.-]1\b.*", 0.57,
+                  f"community licence of 2024-07-23, 1.b; {_MONTHLY_USERS}", _LLAMA),
+    LicenceFamily("Llama 3.2", r"LicenseRef-(?:scancode-)?llama-?3[.-]2\b.*", 0.57,
+                  f"community licence of 2024-09-25, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}", _LLAMA),
+    LicenceFamily("Llama 3.3", r"LicenseRef-(?:scancode-)?llama-?3[.-]3\b.*", 0.57,
+                  f"community licence of 2024-12-06, 1.b; {_MONTHLY_USERS}", _LLAMA),
+    LicenceFamily("Llama 4", r"LicenseRef-(?:scancode-)?llama-?4\b.*", 0.56,
+                  f"community licence of 2025-04-05, 1.b; {_MONTHLY_USERS}; {_NOT_IN_THE_EU}", _LLAMA),
+    LicenceFamily("Gemma", r"LicenseRef-(?:scancode-)?gemma\b.*", 0.58,
+                  "terms of use, 3.1: their restrictions (3.2) bind whoever gets a derived model",
+           ("notice", "use-policy", "changes")),
+    LicenceFamily("Qwen, research", r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)-research\b.*", 0.22,
+                  "research licence: non-commercial purposes only",
+           ("notice", "built-with-qwen"), commercial=False),
+    LicenceFamily("Qwen", r"LicenseRef-(?:tongyi-)?(?:qwen|qianwen)(?:-licen[cs]e.*)?", 0.62,
+                  "Qwen licence agreement: whoever has over 100 million monthly users asks for a licence",
+           ("notice", "built-with-qwen", "changes")),
+    LicenceFamily("Mistral, research", r"LicenseRef-(?:mrl|mnpl|mistral-ai-(?:research|non-production))\b.*", 0.21,
+                  "research and non-production licences: no commercial purpose",
+           ("notice", "use-policy"), commercial=False),
+    LicenceFamily("LFM", r"LicenseRef-lfm.*", 0.5, _REVENUE, ("notice", "changes"), condition=_REVENUE),
+    LicenceFamily("OpenRAIL", r"LicenseRef-(?:.*-)?(?:open-?rail.*|(?:bigscience|bigcode)-.*rail.*)", 0.53,
+                  "paragraphs 4 and 5: the restrictions of Attachment A bind whoever gets a derived model",
+           ("notice", "use-policy", "changes")),
     LicenceFamily("public domain", r"CC0-.*|CC-PDDC|CC-PDM-.*|PDDL-.*|Unlicense.*|0BSD|MIT-0|WTFPL|DL-DE-ZERO-.*|.*-PD", 1.0,
            "every right is waived, or no condition is set", category="Public Domain"),
     LicenceFamily("non-commercial, no derivatives, 4.0", r"CC-BY-NC-ND-4\.0", 0.1,

@@ -16,6 +16,7 @@ from sartor.core.errors import ConfigError
 
 UNKNOWN = "NOASSERTION"  # SPDX's word for a licence that nobody stated
 NOBODY = "NONE"  # and its word for one that was never given
+OWN = "LicenseRef-own"  # what `own` stands for: rows that are yours
 _REF = re.compile(r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+$")
 # An expression is a line in a recipe. More ways to choose than these are a mistake, or an attack on whoever multiplies them.
 MOST_CHARACTERS, MOST_ALTERNATIVES = 1000, 64
@@ -28,6 +29,8 @@ def checked(expression: str) -> str:
 
     Raises ConfigError for what is no SPDX expression, naming the known id that is nearest.
     """
+    if expression.strip().lower() == "own":
+        return OWN
     if expression.strip().upper() in ("", UNKNOWN, NOBODY):
         return expression.strip().upper() or UNKNOWN
     if len(expression) > MOST_CHARACTERS:

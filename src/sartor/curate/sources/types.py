@@ -84,7 +84,9 @@ class Owned:
     path: str = option(
         REQUIRED, "a file, a folder, a glob pattern, FILE.xlsx#SHEET, sql:URL#QUERY, asset:NAME/PATH, hub:NAME, or inbox:DIR"
     )
-    licence: str = option(UNKNOWN, "SPDX licence expression of this source; LicenseRef-NAME for terms of your own")
+    licence: str = option(
+        UNKNOWN, "own for rows that are yours; else the SPDX licence expression of this source, or LicenseRef-NAME"
+    )
     use: tuple[Use, ...] = option((), "what the source may be used for; empty lets the licence alone decide")
     share_alike: bool = option(False, "its owner demands that a derived work carries the same terms")
     non_commercial: bool = option(False, "its owner forbids commercial use, whatever the licence says")
