@@ -106,6 +106,7 @@ _NAMES = {
     "spoken": "sartor.media.speech.text_normalization:spoken",
     "prove": "sartor.synthesize.synthetic_lift:prove",
     "synthesize": "sartor.synthesize",
+    "tailor": "sartor.quickstart.tailor:tailor",
     "tune": "sartor.tune",
     "validate": "sartor.synthesize.validate.validation:validate",
     "verify": "sartor.release.release:verify",

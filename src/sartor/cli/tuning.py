@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from cyclopts import Parameter, Token
 
 import sartor
 from sartor.cli.app import REPLACE, Flags, app, notice
+from sartor.core.errors import ConfigError
 
 
 def _in_order(kind: object, tokens: Sequence[Token]) -> tuple[tuple[str, str], ...]:
@@ -31,6 +33,66 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
         replace: replace what an earlier demo left there
     """
     return sartor.demo(out, limit=limit, replace=replace, notice=notice)
+
+
+def _asked(question: str) -> str:
+    """What a person at the terminal answers; the question goes where notices go."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def _fields(kind: object, tokens: Sequence[Token]) -> dict[str, str]:
+    """`prompt=Frage,completion=Antwort` as Sartor's field -> the column; a comma in a column's name is doubled."""
+    fields = {}
+    for part in ",".join(token.value for token in tokens).replace(",,", "\0").split(","):
+        name, mark, column = part.partition("=")
+        if not mark or not column.strip():
+            raise ConfigError(
+                f"--fields {part.replace(chr(0), ',')!r} is no NAME=COLUMN", "--fields prompt=Frage,completion=Antwort"
+            )
+        fields[name.strip()] = column.strip().replace("\0", ",")
+    return fields
+
+
+@app.command
+def tailor(
+    data: Annotated[tuple[str, ...], Parameter(negative="")],
+    /,
+    *,
+    name: str,
+    base: str = "starter",
+    out: Path | None = None,
+    fields: Annotated[dict[str, str] | None, Parameter(converter=_fields, accepts_keys=False)] = None,
+    system: str = "",
+    licence: str = "",
+    test: Path | None = None,
+    minutes: float = 0.0,
+    key: Path | None = None,
+    require_release: REPLACE = False,
+    replace: REPLACE = False,
+) -> Any:
+    """Own data -> a tested specialist: curate, plan, tune, evaluate and release, with settings that follow from the data.
+
+    Exit 0 once adapter and report stand, whatever the gate says. A command that was stopped goes on where it was.
+
+    Args:
+        data: files, folders, FILE.xlsx#SHEET, or sources of a curation recipe (hub:NAME, sql:URL#QUERY)
+        name: name of the specialist
+        base: starter, a directory in transformers' layout, a GGUF file, or a hub name
+        out: directory of everything that is made; by default ./NAME
+        fields: columns with other names: prompt=Frage,completion=Antwort; at a terminal you are asked
+        system: system prompt of every row that has none
+        licence: of the rows: own, or an SPDX licence; without one there is no release
+        test: a file of rows to measure on, instead of some that are held out
+        minutes: end within so many; 0 takes what the settings need
+        key: private key that signs, or its directory; by default one of this machine, made once
+        require_release: exit 5 where the gate holds the release back
+        replace: make everything anew
+    """
+    return sartor.tailor(
+        data, name=name, base=base, out=out, fields=fields, system=system, licence=licence, test=test, minutes=minutes, key=key,
+        require_release=require_release, replace=replace, ask=_asked if sys.stdin.isatty() else None, notice=notice,
+    )  # fmt: skip
 
 
 @app.command

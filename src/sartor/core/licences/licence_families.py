@@ -3,9 +3,10 @@
 A licence belongs to the first row whose pattern fits its whole SPDX id; one that fits none, to the row of the category
 in which ScanCode's index (shipped with `license-expression`) files it; any other has unknown terms.
 
-The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name: lfm1.0`), which stands
-here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words, Llama 2 and 3.0 in quotations of the
-clauses named, the others in summaries by third parties. A later text under the same name needs a new look. No legal advice.
+The licences of models have no SPDX id: model cards name them as they like (`llama3.2`, `gemma`, `license_name: lfm1.0`), which
+stands here as LicenseRef-NAME. Read on 2026-11-29: Llama 3.2, Gemma and OpenRAIL in their own words, Llama 2 and 3.0 in
+quotations of the clauses named, the others in summaries by third parties. A later text under the same name needs a new look.
+No legal advice.
 """
 
 from __future__ import annotations

@@ -164,24 +164,37 @@ def _inspect(
                 raise fault
             sha256, size, pieces = survey(stream, kind)
             file = replace(file, sha256=sha256, bytes=size, encoding=_encoding(stream, kind, source))
-            if kind == "xlsx":
-                with documents.DocumentReader() as reader:
-                    sheet_rows = reader.read(file.path, sha256, kind, most_bytes, sheet)
-                    head = list(itertools.islice(sheet_rows, source_files.HEAD_ROWS))
-                return replace(file, form=source_files.form_of(head, source, file.name)), []
-            if kind not in _TABLE_KINDS:
+            if kind not in (*_TABLE_KINDS, "xlsx"):
                 return replace(file, form="text"), []
             if file.encoding or (source is not None and source.fields.conversation):
                 pieces = [FilePiece(0, size, 1, -1)]  # no piece may end in the midst of a conversation
-            rows = itertools.chain.from_iterable(
-                row_readers.encoded_rows(stream, kind, piece, most_bytes, file.encoding) for piece in pieces
-            )
-            head = list(itertools.islice(rows, source_files.HEAD_ROWS))
+            head = _head_rows(stream, file, pieces, most_bytes)
             return replace(file, form=source_files.form_of(head, source, file.name, of_media=of_media)), pieces
     except MalformedRow as problem:
         return replace(file, bytes=_size(source_file), refusal=(problem.reason, problem.detail)), []
     except OSError as error:
         return replace(file, bytes=_size(source_file), refusal=("unreadable_file", f"{error.strerror or error}")), []
+
+
+def columns_of(source: SourceOptions, most_bytes: int) -> list[str]:
+    """Names of the columns of the first table of a source, in their order; empty where it has none that can be read."""
+    for file, pieces in _surveyed(source, most_bytes):
+        if file.refusal[0] or file.kind not in (*_TABLE_KINDS, "xlsx"):
+            continue
+        with open_regular(file.path) as stream:
+            head = _head_rows(stream, file, pieces, most_bytes)
+        return list(dict.fromkeys(str(key) for _, row in head if isinstance(row, dict) for key in row))
+    return []
+
+
+def _head_rows(stream: BinaryIO, file: InputFile, pieces: Sequence[FilePiece], most_bytes: int) -> list[tuple[str, Any]]:
+    """The first rows of a table, by which its form is found."""
+    if file.kind == "xlsx":
+        with documents.DocumentReader() as reader:
+            rows = reader.read(file.path, file.sha256, file.kind, most_bytes, file.sheet)
+            return list(itertools.islice(rows, source_files.HEAD_ROWS))
+    pieces_rows = (row_readers.encoded_rows(stream, file.kind, piece, most_bytes, file.encoding) for piece in pieces)
+    return list(itertools.islice(itertools.chain.from_iterable(pieces_rows), source_files.HEAD_ROWS))
 
 
 def _encoding(stream: BinaryIO, kind: str, source: SourceOptions | None) -> str:

@@ -1,0 +1,1 @@
+"""The first hour: own data to a tested specialist by one command."""

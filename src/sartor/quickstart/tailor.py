@@ -1,0 +1,399 @@
+"""Verb tailor: own data to a tested specialist by one command.
+
+    DATA -> OUT/data (Dataset) -> OUT/adapter (Adapter) -> OUT/report (Report) -> OUT/NAME-1.0 (Release, if the gate passes)
+
+Each stage is the verb that one could call oneself, and its recipe stands beside its result: OUT/curate.yaml, OUT/tune.yaml. A
+command that was stopped or killed goes on where it was, to the same digests: what is finished is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sartor.core import signing
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.config import is_valid_name, load
+from sartor.core.errors import ConfigError, GateError
+from sartor.core.filesystem import write_file_atomic
+from sartor.core.home import folder
+from sartor.core.licences.spdx import UNKNOWN, checked
+from sartor.core.records import Example
+from sartor.curate.pipeline import curate
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.sources.planner import columns_of, plan_reading, read_all
+from sartor.curate.sources.types import Columns, SourceOptions
+from sartor.evaluate.evaluation import evaluate
+from sartor.release.gate import Check
+from sartor.release.release import gate, release
+from sartor.tune.plan import TuningPlan, plan
+from sartor.tune.trainer import tune
+
+Notice = Callable[[str], object]
+Ask = Callable[[str], str]
+VERSION = "1.0"
+_FACTS, _SCHEMA = "tailor.json", 1
+# Held out of few rows, so that an interval can tell something, and of many, where more would only be taken from training
+_FRACTION, _HELD_OUT_ROWS = 0.2, 300
+# Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing, writing
+_RESERVE_S, _LEAST_TUNING_S = 20.0, 20.0
+_PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
+
+
+@dataclass(frozen=True)
+class Tailored:
+    """What `tailor` made. released: None where the gate held it back; checks: what the gate found."""
+
+    dataset: Artifact
+    adapter: Artifact
+    report: Artifact
+    released: Artifact | None
+    checks: Mapping[str, Check]
+    recipes: Mapping[str, str]
+    next_steps: Sequence[str]
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {
+            "dataset": str(self.dataset.path),
+            "adapter": str(self.adapter.path),
+            "report": str(self.report.path),
+            "release": str(self.released.path) if self.released else None,
+            "gate": {name: check.outcome for name, check in self.checks.items()},
+            "recipes": dict(self.recipes),
+            "metrics": self.report.manifest["metrics"],
+            "forgetting": self.report.manifest["forgetting"],
+            "next": list(self.next_steps),
+            "wall_s": round(self.wall_s, 1),
+        }
+
+    def table(self) -> list[tuple[str, Any]]:
+        """The same for a person."""
+        manifest = self.report.manifest
+        primary = manifest["metrics"][manifest["primary"]]
+        name = manifest["primary"].replace("_", " ")
+        counts = self.dataset.manifest["counts"]["splits"]
+        return [
+            ("rows", f"{counts.get('train', 0):,} to learn from, {manifest['rows']:,} held out and measured"),
+            (name, f"{primary['base']:.3f} -> {primary['tuned']:.3f}, gain in [{primary['low']:+.3f}, {primary['high']:+.3f}]"),
+            *((f"gate: {check}", f"{result.outcome}: {result.detail}") for check, result in self.checks.items()),
+            ("adapter", str(self.adapter.path)),
+            ("report", str(self.report.path / "report.html")),
+            ("release", str(self.released.path) if self.released else "none: the gate holds it back"),
+            *(("next" if index == 0 else "", step) for index, step in enumerate(self.next_steps)),
+        ]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was asked for, as it is kept in OUT/tailor.json. data, test: absolute paths, or the sources that have a scheme."""
+
+    data: tuple[str, ...]
+    name: str
+    base: str
+    fields: Mapping[str, str]
+    system: str
+    licence: str
+    test: str
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Sources of the curation recipe."""
+        shared: dict[str, Any] = {"licence": self.licence or UNKNOWN}
+        if self.fields:
+            shared["fields"] = dict(self.fields)
+        if self.system:
+            shared["system"] = self.system
+        sources = [{"path": path, **shared} for path in self.data]
+        return [*sources, *([{"path": self.test, **shared, "split": "eval"}] if self.test else [])]
+
+
+def tailor(
+    data: Path | str | Sequence[Path | str],
+    *,
+    name: str,
+    base: str = "starter",
+    out: Path | str | None = None,
+    fields: Mapping[str, str] | None = None,
+    system: str = "",
+    licence: str = "",
+    test: Path | str | None = None,
+    minutes: float = 0.0,
+    key: Path | str | None = None,
+    require_release: bool = False,
+    replace: bool = False,
+    ask: Ask | None = None,
+    show: bool = True,
+    notice: Notice = lambda line: None,
+) -> Tailored:
+    """Make a tested specialist of own data: curate, plan, tune, evaluate, and release if the gate passes.
+
+    data: files, folders, or sources as a curation recipe names them. out: directory of everything that is made, `./NAME` by
+    default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
+    expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held out.
+    minutes: for the whole command; 0 takes what the settings need. key: signs; by default a key of this machine. ask: puts a
+    question to a person (columns, licence); None where nobody is there. require_release: a held-back Release is an error.
+
+    Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with `require_release`,
+    and what the verbs raise. Called again with the same options, it goes on where it was stopped.
+    """
+    start_time = time.monotonic()
+    if minutes < 0:
+        raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
+    out = (Path(out) if out else Path(name)).absolute()
+    job = _job(data, name, base, fields or {}, system, licence, test)
+    if replace:
+        _clear(out, job, everything=True)
+    job = _recall(out, job, ask=ask, notice=notice)
+
+    dataset = _curated(out, job, notice)
+    if not (out / "tune.yaml").is_file():
+        _write_yaml(out / "tune.yaml", _tuning(job, out, minutes, start_time, notice))
+    adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
+    notice(f"adapter  {adapter.path}")
+    report = _made_of(out / "report", "report", adapter)
+    if report is None:
+        report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
+    notice(f"report   {report.path / 'report.html'}")
+    checks = gate(adapter, report, (), name=name)
+    released = _made_of(out / f"{name}-{VERSION}", "release", adapter)
+    if released is None and not any(check.holds_back for check in checks.values()):
+        signer = Path(key) if key else _machine_key(notice)
+        folder_of_release = out / f"{name}-{VERSION}"
+        released = release(
+            adapter.path, name=name, version=VERSION, key=signer, report=report.path, out=folder_of_release, replace=True
+        ).release
+    result = Tailored(
+        dataset=dataset,
+        adapter=adapter,
+        report=report,
+        released=released,
+        checks=checks,
+        recipes={"curate": str(out / "curate.yaml"), "tune": str(out / "tune.yaml")},
+        next_steps=_next_steps(job, adapter, released, checks),
+        wall_s=time.monotonic() - start_time,
+    )
+    if require_release and released is None:
+        lines = "; ".join(f"{check}: {found.detail}" for check, found in checks.items() if found.holds_back)
+        raise GateError(f"the gate holds {adapter.path} back: {lines}", "; ".join(result.next_steps))
+    return result
+
+
+def _job(
+    data: Path | str | Sequence[Path | str],
+    name: str,
+    base: str,
+    fields: Mapping[str, str],
+    system: str,
+    licence: str,
+    test: Path | str | None,
+) -> _Job:
+    """The job of a call. Raises ConfigError for a bad name, no data, a field or a licence that there is not."""
+    if not is_valid_name(name):
+        problem = f"the name {name!r:.80} may hold up to 128 lower-case letters, digits, '.', '_' and '-'"
+        raise ConfigError(problem, "--name faq")
+    paths = [data] if isinstance(data, (str, Path)) else list(data)
+    if not paths:
+        raise ConfigError("no data is named", f"sartor tailor rows.csv --name {name}")
+    return _Job(
+        data=tuple(_absolute(path) for path in paths),
+        name=name,
+        base=base,
+        fields=load(Columns, dict(fields)).by_name(),
+        system=system,
+        licence=checked(licence) if licence else "",
+        test=_absolute(test) if test else "",
+    )
+
+
+def _clear(out: Path, job: _Job, *, everything: bool = False) -> None:
+    """Remove what an earlier call made below `out` from rows that are not those of this one. everything: and its facts."""
+    files = ["tune.yaml", "curate.yaml", *([_FACTS] if everything else [])]
+    for name in files:
+        (out / name).unlink(missing_ok=True)
+    for name in ("data", "data.curating", "adapter", "adapter.checkpoints", "report", f"{job.name}-{VERSION}"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
+    """The Dataset. Where the recipe is not the one that stands there (a licence is stated now), all is made anew."""
+    recipe, file = _curation(job), out / "curate.yaml"
+    if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != recipe:
+        _clear(out, job)
+        _write_yaml(file, recipe)
+    curated = curate(file, out / "data", resume=True, notice=notice)
+    notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped {curated.dropped or 'none'}")
+    for warning in curated.dataset.manifest.get("warnings", ()):
+        notice(f"warning  {warning['problem']}\n         try: {warning['remedy']}")
+    return curated.dataset
+
+
+def _tuning(job: _Job, out: Path, minutes: float, start_time: float, notice: Notice) -> dict[str, Any]:
+    """The tuning recipe, once its plan is told. Raises what would stop the tuning, and ConfigError for too few minutes."""
+    recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
+    forecast = plan(recipe, notice=notice)
+    for refusal in forecast.refusals:
+        raise refusal.error
+    for line, value in forecast.table():
+        if line in _PLAN_LINES:
+            notice(f"plan     {line}: {value}")
+    if minutes:
+        recipe |= _within(forecast, minutes, time.monotonic() - start_time)
+    return recipe
+
+
+def _absolute(path: Path | str) -> str:
+    """A path as it is found from anywhere; a source with a scheme (hub:, sql:, asset:) as it is."""
+    text = str(path)
+    if text.startswith(("hub:", "sql:", "asset:", "inbox:")):
+        return text
+    return str(Path(text).expanduser().absolute())
+
+
+def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice) -> _Job:
+    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of another one."""
+    file = out / _FACTS
+    if not file.is_file():
+        job = _answered(job, ask, notice)
+        _write_facts(file, job)
+        return job
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        kept = _Job(**{**known["job"], "data": tuple(known["job"]["data"])})
+        if known["schema"] != _SCHEMA:
+            raise ValueError("another schema")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} is damaged", "--replace makes everything anew") from None
+    # what was asked for at a terminal then is not asked again; a licence may be stated later
+    job = changed(job, fields=job.fields or kept.fields, licence=job.licence or kept.licence)
+    differing = [name for name, value in _as_json(job).items() if value != _as_json(kept)[name] and name != "licence"]
+    if differing:
+        problem = f"{out} was made with another {' and '.join(differing)}"
+        raise ConfigError(problem, "--replace makes it anew; or --out DIR for another one")
+    if kept.licence and job.licence != kept.licence:
+        raise ConfigError(f"{out} was made of rows under {kept.licence}, not {job.licence}", "--replace makes it anew")
+    _write_facts(file, job)
+    return job
+
+
+def _write_facts(file: Path, job: _Job) -> None:
+    content = {"schema": _SCHEMA, "job": _as_json(job)}
+    write_file_atomic(file, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def _as_json(job: _Job) -> dict[str, Any]:
+    return {**asdict(job), "data": list(job.data)}
+
+
+def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
+    """Ask a person which columns to read, where no known form fits, and for the licence."""
+    fields, licence = dict(job.fields), job.licence
+    for one in job.sources():
+        source = load(SourceOptions, {**one, "fields": fields})
+        files = plan_reading([source], CurateRecipe.max_row_bytes).files
+        if fields or not files or any(file.form != "unknown" for file in files):
+            continue
+        columns = columns_of(source, CurateRecipe.max_row_bytes)
+        if not columns:
+            continue  # curate names what is wrong with each file
+        name = Path(source.path).name
+        if ask is None:
+            prompt, completion = (*columns, "COLUMN")[:2]
+            raise ConfigError(
+                f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or completion",
+                f"--fields prompt={prompt},completion={completion}",
+            )
+        notice(f"{name} has the columns {', '.join(columns)}")
+        fields = {
+            "prompt": _choose(ask, "Which column holds what is asked?", columns),
+            "completion": _choose(ask, "Which column holds the answer?", columns),
+        }
+    if not licence and ask is not None:
+        said = ask("Whose are these rows? `own`, an SPDX licence such as CC-BY-4.0, or nothing to decide later: ").strip()
+        licence = checked(said) if said else ""
+    return changed(job, fields=fields, licence=licence)
+
+
+def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
+    for _ in range(5):
+        said = ask(f"{question} [{', '.join(columns)}]: ").strip()
+        if said in columns:
+            return said
+    raise ConfigError(f"none of the answers is one of {', '.join(columns)}", f"--fields prompt={columns[0]},completion=COLUMN")
+
+
+def _curation(job: _Job) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"sources": job.sources()}
+    fraction = 0.0
+    if not job.test:
+        rows = 0
+        with tempfile.TemporaryDirectory() as media:
+            for source in job.sources():
+                options = load(SourceOptions, source)
+                read = read_all(options, CurateRecipe.max_row_bytes, Path(media))
+                rows += sum(isinstance(row, Example) for row in read)
+        fraction = _FRACTION if rows * _FRACTION <= _HELD_OUT_ROWS else round(_HELD_OUT_ROWS / rows, 4)
+    recipe["split"] = {"eval_fraction": fraction}
+    return recipe
+
+
+def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str, Any]:
+    """The budget of a tuning that ends in time for the evaluation; nothing where the whole fits. Raises ConfigError."""
+    assert forecast.time_s is not None
+    evaluation_s = forecast.evaluation_s.high if forecast.evaluation_s else 60.0
+    left_s = minutes * 60 - elapsed_s - evaluation_s - _RESERVE_S
+    if forecast.time_s.high <= left_s:
+        return {}
+    if left_s < _LEAST_TUNING_S:
+        other_s = elapsed_s + evaluation_s + _RESERVE_S
+        problem = f"{minutes:g} minutes are too few: reading and measuring alone take about {other_s:.0f} s"
+        raise ConfigError(problem, f"--minutes {math.ceil((other_s + forecast.time_s.high) / 60)}")
+    return {"budget": {"minutes": round(left_s / 60, 2)}}
+
+
+def _made_of(path: Path, kind: str, adapter: Artifact) -> Artifact | None:
+    """What an earlier call made of this Adapter; None where it did not come to it."""
+    if kind_of(path) != kind:
+        return None
+    artifact = open_artifact(path, kind)
+    return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
+
+
+def _machine_key(notice: Notice) -> Path:
+    """The key of this machine, made once, and trusted here alone."""
+    path = folder("keys") / "default"
+    if not (path / "sartor.key").is_file():
+        signing.keygen(path, trust=True)
+        notice(f"key      {path}: made now, and trusted on this machine alone; --key DIR signs with another one")
+    return path
+
+
+def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]) -> list[str]:
+    if released is not None:
+        path = released.path
+        return [f'sartor ask {path} "..."', f"sartor verify {path}", f"sartor export {path} --to gguf --out {job.name}-gguf"]
+    steps = [f'sartor ask {adapter.path} "..."']
+    for name, check in checks.items():
+        if not check.holds_back:
+            continue
+        if name == "licence" and not job.licence:
+            steps.append(
+                "the same command with --licence own, if the rows are yours; or with their licence, --licence CC-BY-4.0"
+            )
+        elif check.remedy:
+            steps.append(f"{name}: {check.remedy}")
+    return steps
+
+
+def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
+    write_file_atomic(file, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).encode())
