@@ -96,6 +96,24 @@ def tailor(
 
 
 @app.command
+def doctor() -> Any:
+    """What this machine can do, and what to install for the rest."""
+    return sartor.doctor()
+
+
+@app.command
+def init(data: str, *, out: Path = Path(), replace: REPLACE = False) -> Any:
+    """Write a commented curate.yaml and tune.yaml for your data, to change and to run.
+
+    Args:
+        data: file, folder, or source of a curation recipe
+        out: directory of the two files
+        replace: replace files that stand there
+    """
+    return sartor.init(data, out=out, replace=replace, notice=notice)
+
+
+@app.command
 def plan(recipe: Path, *flags: Flags, device: str = "", price: str = "") -> Any:
     """What `tune` would cost, before it is spent: time, peak memory and an evaluation with intervals, warnings, refusals.
 
@@ -230,12 +248,12 @@ def ask(
     speak: Path | None = None,
     voice: str = "espeak",
 ) -> Any:
-    """One reply of a Release or a team, and the training examples nearest to the question.
+    """One reply of a Release, an Adapter or a team, and the training examples nearest to the question.
 
     The Release's own sampling holds unless a flag says otherwise.
 
     Args:
-        release: the Release, which is verified first; or the YAML file of a team
+        release: the Release, which is verified first; an Adapter, whose replies are marked; or the YAML file of a team
         prompt: the question; may be left out beside media that say it all
         media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
         agent: of a team: name, name@version, base, or auto, which chooses

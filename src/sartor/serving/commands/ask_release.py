@@ -1,4 +1,4 @@
-"""Verb ask for one Release."""
+"""Verb ask for one Release, or for an Adapter that no gate has passed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sartor.core.artifacts import open_artifact
+from sartor.core.errors import ConfigError
 from sartor.core.records import Message
+from sartor.evaluate import training_facts
 from sartor.evaluate.evaluation import open_tuned
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
@@ -26,24 +29,34 @@ def ask(
 ) -> AskReply:
     """Answer one prompt, with media where it is a Question, by a Release, after verifying it (`key` and `base` as in `verify`).
 
-    The Release's own system prompt goes first, and its own sampling holds but for the options given. Raises what
-    `verify` raises, ConfigError for an empty prompt, RequestError for media that the Release does not read, MediaError.
+    The Release's own system prompt goes first, and its own sampling holds but for the options given. An Adapter answers by its
+    directory's name, with the system prompt that most of its rows have; its bytes are checked, nobody has signed them, and the
+    reply is marked as unreleased. Raises what `verify` raises, ConfigError for an empty prompt, RequestError for media that
+    the Release does not read, MediaError.
     """
     question = as_prompt(prompt)
     question.check(question.kinds, "")
-    verified = verify_release(release, key=key, base=base)
-    manifest = verified.release.manifest
-    agent = f"{manifest['name']}@{manifest['version']}"
-    opened, model = open_tuned(verified.release, notice, base)
+    artifact = open_artifact(release, ("release", "adapter"))
+    is_released = artifact.kind == "release"
+    if is_released:
+        verified = verify_release(release, key=key, base=base)
+        manifest = artifact.manifest
+        agent, reason = f"{manifest['name']}@{manifest['version']}", f"asked by name; signed by {verified.signer}"
+        system, defaults = manifest["system_prompt"], manifest["sampling"]
+    else:
+        if key is not None:
+            raise ConfigError(f"{artifact.path} is an Adapter, which nobody has signed", "leave --key out, or ask its Release")
+        agent, reason = artifact.path.name, "asked by its directory; unreleased: no gate has passed it"
+        system, defaults = training_facts.read_facts(artifact).system_prompt, {"temperature": 0.0, "max_tokens": 256}
+        notice(f"{artifact.path} is an Adapter, and no Release: nothing vouches for what it says")
+    opened, model = open_tuned(artifact, notice, base)
     chat = opened.chat
     question.check(chat.media.kinds if chat.media else (), agent)
-    system = manifest["system_prompt"]
     messages = [*([Message.of("system", system)] if system else []), question.message]
     if not isinstance(sampling, Sampling):
-        sampling = Sampling(**{**manifest["sampling"], **(sampling or {})})
+        sampling = Sampling(**{**defaults, **(sampling or {})})
     generated = generate(model, [chat.prompt_ids(messages)], stop=chat.stops, pad=chat.pad, sampling=sampling)[0]
-    nearest, note = nearest_examples(verified.release, question.text, top)
-    reason = f"asked by name; signed by {verified.signer}"
+    nearest, note = nearest_examples(artifact, question.text, top)
     return AskReply(
         question.text,
         chat.decode(generated.ids),
@@ -53,4 +66,5 @@ def ask(
         nearest,
         note,
         media=question.media_digests(),
+        is_released=is_released,
     )

@@ -128,7 +128,7 @@ class AskReply:
     """One answer. `nearest` are training Examples like the prompt; `nearest_note` says why when there are none.
 
     receipt: the id of its receipt, where one is kept. spoken: the file that it was spoken into, if it was. media: of what was
-    asked beside the prompt, kind and sha256.
+    asked beside the prompt, kind and sha256. is_released: false of an Adapter's, which no gate has passed.
     """
 
     prompt: str
@@ -141,6 +141,7 @@ class AskReply:
     receipt: str | None = None
     spoken: SpokenFile | None = None
     media: list[dict[str, str]] = field(default_factory=list)
+    is_released: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """The command's JSON."""
@@ -148,7 +149,9 @@ class AskReply:
         note = {"nearest_note": self.nearest_note} if self.nearest_note else {}
         spoken = {"spoken": asdict(self.spoken)} if self.spoken else {}
         media = {"media": self.media} if self.media else {}
-        return {**fields, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest, **note, **spoken, **media}
+        unreleased = {} if self.is_released else {"unreleased": True}
+        said = {**fields, "reason": self.reason, "receipt": self.receipt, "nearest": self.nearest}
+        return {**said, **note, **spoken, **media, **unreleased}
 
 
 def nearest_examples(release: Artifact, prompt: str, top: int) -> tuple[list[dict[str, Any]], str]:

@@ -1,0 +1,93 @@
+"""Verb init: a commented curation recipe and tuning recipe for one's own data, to change and to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sartor.core.errors import ConfigError
+from sartor.core.filesystem import write_file_atomic
+from sartor.curate.recipe import CurateRecipe
+from sartor.curate.sources.planner import columns_of, plan_reading
+from sartor.curate.sources.types import SourceOptions
+
+Notice = Callable[[str], object]
+_CURATE = """\
+# What is read, and what is done to it. `sartor curate --help` lists every option; run it with
+#   sartor curate {curate} --out data/{name}
+sources:
+  - path: {path}
+    licence: NOASSERTION  # own, or the SPDX licence of the rows; as it stands the gate lets nothing out
+{fields}    # system: You answer questions about ...   # put before each row that has no system prompt
+steps:
+  - exact_duplicates  # the same rows once
+  # - near_duplicates                          # rows that differ in a word or two
+  # - {{language: [en]}}                         # other languages are dropped
+  # - {{length: {{min_words: 3}}}}
+  # - personal_data                            # names, addresses, numbers are masked
+split:
+  eval_fraction: 0.1  # held out, to measure on
+"""
+_TUNE = """\
+# How a base is tuned. What is left out follows from rows and base, and is printed with reasons; run it with
+#   sartor plan {tune}
+#   sartor tune {tune} --out adapters/{name}
+base: starter  # 135 million parameters; or a directory, a GGUF file, a hub name
+data: data/{name}
+# method: {{kind: lora, rank: 16}}
+# optimizer: {{learning_rate: 1.0e-3, batch_tokens: 256}}
+# budget: {{epochs: 3}}                        # or updates, tokens, minutes
+"""
+
+
+@dataclass(frozen=True)
+class Initialized:
+    """The two recipes."""
+
+    curate: Path
+    tune: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {"curate": str(self.curate), "tune": str(self.tune)}
+
+
+def init(data: Path | str, *, out: Path | str = ".", replace: bool = False, notice: Notice = lambda line: None) -> Initialized:
+    """Write `curate.yaml` and `tune.yaml` for `data` into the directory `out`, with comments on what could be changed.
+
+    A table of columns that Sartor does not know gets lines that name its own. Raises ConfigError where `data` is not there or
+    one of the files is.
+    """
+    out = Path(out)
+    files = out / "curate.yaml", out / "tune.yaml"
+    if (taken := [file for file in files if file.exists()]) and not replace:
+        raise ConfigError(f"{taken[0]} is there already", "--replace, or --out DIR")
+    source = SourceOptions(path=str(data))
+    form = next((file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), "")
+    columns = [] if form else columns_of(source, CurateRecipe.max_row_bytes)
+    name = Path(str(data).partition("#")[0]).stem.lower().replace(" ", "-") or "rows"
+    names = {"curate": files[0], "tune": files[1], "name": name}
+    text = _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names)
+    write_file_atomic(files[0], text.encode())
+    write_file_atomic(files[1], _TUNE.format(**names).encode())
+    notice(f"form     {form or 'not known'}{': name the columns in ' + str(files[0]) if columns else ''}")
+    return Initialized(*files)
+
+
+def _field_lines(columns: Sequence[str]) -> str:
+    if not columns:
+        return "    # fields: {prompt: COLUMN, completion: COLUMN}  # where columns have names of their own\n"
+    prompt, completion = (*columns, "COLUMN")[:2]
+    listed = ", ".join(columns[:12])
+    return (
+        f"    # the columns are: {listed}\n"
+        f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are right\n"
+    )
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar."""
+    plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "").replace(" ", "")
+    return text if plain.isalnum() and not text[:1].isdigit() and text.strip() == text else "'" + text.replace("'", "''") + "'"

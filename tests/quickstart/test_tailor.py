@@ -1,0 +1,208 @@
+"""sartor tailor on the tests' tiny base: what it makes, how it goes on, what it says before time is spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sartor
+from sartor.cli import main
+from sartor.core.errors import ConfigError, GateError, StoppedError
+from sartor.quickstart import tailor as verb
+
+HEADER = "Frage;Antwort\r\n"
+ROWS = [(f"Wie öffne ich Konto {number}?", f"Über die App, Weg {number % 3}.") for number in range(40)]
+
+
+def table(folder: Path, encoding: str = "utf-8-sig") -> Path:
+    file = folder / "faq.csv"
+    file.write_bytes((HEADER + "".join(f"{prompt};{answer}\r\n" for prompt, answer in ROWS)).encode(encoding))
+    return file
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture of the losses, and a plan without a timed probe."""
+    monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+
+
+FIELDS = {"prompt": "Frage", "completion": "Antwort"}
+
+
+def tailored(folder: Path, base: Path, **options: Any) -> verb.Tailored:
+    said = {"fields": FIELDS, "licence": "own", **options}
+    return sartor.tailor(table(folder), name="faq", base=str(base), out=folder / "faq", show=False, **said)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
+def test_spreadsheet_becomes_an_adapter_with_a_report(encoding: str, tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    """The gate of a random base holds it back, and the command still ends well and says what can be done."""
+    table(tmp_path, encoding)
+    lines: list[str] = []
+    file = tmp_path / "faq.csv"
+    made = sartor.tailor(
+        file,
+        name="faq",
+        base=str(tiny_base),
+        out=tmp_path / "faq",
+        fields=FIELDS,
+        licence="own",
+        show=False,
+        notice=lines.append,
+    )
+    said = made.as_json()
+    assert set(said) == {
+        "dataset", "adapter", "report", "release", "gate", "recipes", "metrics", "forgetting", "next", "wall_s",
+    }  # fmt: skip
+    assert said["release"] is None and said["gate"]["licence"] == "pass" and said["gate"]["gain"] != "pass"
+    assert said["next"][0] == f'sartor ask {tmp_path}/faq/adapter "..."'
+    assert made.dataset.manifest["counts"]["splits"] == {"train": 32, "eval": 8}
+    assert made.dataset.manifest["sources"][0]["encoding"] == ("" if encoding == "utf-8-sig" else encoding)
+    assert any(line.startswith("plan     time") for line in lines)
+    recipe = yaml.safe_load((tmp_path / "faq" / "tune.yaml").read_text())
+    assert recipe == {"base": str(tiny_base), "data": str(tmp_path / "faq" / "data")}
+    reply = sartor.ask(tmp_path / "faq" / "adapter", "Wie öffne ich Konto 3?", sampling={"max_tokens": 2})
+    assert reply.as_json()["unreleased"] is True and "unreleased" in reply.reason
+
+
+def test_second_call_makes_nothing_again(tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tailored(tmp_path, tiny_base)
+    monkeypatch.setattr(verb, "plan", lambda *_, **__: pytest.fail("planned again"))
+    monkeypatch.setattr(verb, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    again = tailored(tmp_path, tiny_base)
+    assert (again.dataset.id, again.adapter.id, again.report.id) == (first.dataset.id, first.adapter.id, first.report.id)
+
+
+@pytest.mark.parametrize("stage", ["plan", "tune", "evaluate", "gate"])
+def test_call_that_was_stopped_goes_on(
+    stage: str, tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the digests of a call that was not."""
+    whole = tailored(tmp_path, tiny_base)
+    (tmp_path / "faq").rename(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopped(*_: Any, **__: Any) -> Any:
+            raise StoppedError("stopped", "again", 15)
+
+        patch.setattr(verb, stage, stopped)
+        with pytest.raises(StoppedError):
+            tailored(tmp_path, tiny_base)
+    made = tailored(tmp_path, tiny_base)
+    files = ("adapter_model.safetensors", "adapter_config.json")
+    assert [(made.adapter.path / file).read_bytes() for file in files] == [
+        (tmp_path / "whole" / "adapter" / file).read_bytes() for file in files
+    ]
+    assert made.dataset.manifest["digest"] == whole.dataset.manifest["digest"]
+    assert made.report.manifest["metrics"] == whole.report.manifest["metrics"]
+
+
+def test_licence_may_be_stated_later(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    """The gate's open check names what states it; the same command with it makes the Dataset anew."""
+    first = tailored(tmp_path, tiny_base, licence="")
+    assert first.checks["licence"].holds_back
+    assert any("--licence own" in step for step in first.next_steps)
+    second = tailored(tmp_path, tiny_base, licence="own")
+    assert not second.checks["licence"].holds_back and second.dataset.licence == "LicenseRef-own"
+    with pytest.raises(ConfigError, match="LicenseRef-own, not MIT"):
+        tailored(tmp_path, tiny_base, licence="MIT")
+
+
+def test_released_if_the_gate_passes(tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the key of this machine, which is made once and trusted here alone."""
+    from sartor.evaluate.limits import Check
+    from sartor.release import release as releasing
+
+    passed = {name: Check("pass", "as a test has it") for name in ("gain", "forgetting", "licence")}
+    for module in (verb, releasing):
+        monkeypatch.setattr(module, "gate", lambda *_, **__: passed)
+    lines: list[str] = []
+    made = sartor.tailor(
+        table(tmp_path), name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, licence="own", show=False,
+        notice=lines.append,
+    )  # fmt: skip
+    assert made.released is not None and made.as_json()["release"] == str(tmp_path / "faq" / "faq-1.0")
+    assert sartor.verify(made.released.path).as_json()["valid"]
+    assert sum("keys/default" in line for line in lines) == 1
+    again = tailored(tmp_path, tiny_base)
+    assert again.released is not None and again.released.id == made.released.id
+
+
+def test_required_release_is_an_error_where_it_is_held_back(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    with pytest.raises(GateError, match="holds .* back: gain"):
+        tailored(tmp_path, tiny_base, require_release=True)
+    assert (tmp_path / "faq" / "report" / "report.html").is_file()
+
+
+def test_unknown_columns_are_said_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has the columns 'Frage', 'Antwort'") as caught:
+        sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq")
+    assert caught.value.remedy == "--fields prompt=Frage,completion=Antwort"
+    assert not (tmp_path / "faq").exists()
+
+
+def test_person_at_a_terminal_is_asked(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    answers = iter(["Fragen", "Frage", "Antwort", "own"])
+    questions: list[str] = []
+
+    def ask(question: str) -> str:
+        questions.append(question)
+        return next(answers)
+
+    made = tailored(tmp_path, tiny_base, fields=None, licence="", ask=ask)
+    assert len(questions) == 4 and made.checks["licence"].outcome == "pass"
+    assert tailored(tmp_path, tiny_base, fields=None, licence="", ask=ask).adapter.id == made.adapter.id, "asked once"
+
+
+def test_other_options_need_another_directory(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    tailored(tmp_path, tiny_base)
+    with pytest.raises(ConfigError, match="was made with another system"):
+        tailored(tmp_path, tiny_base, system="Du hilfst.")
+    made = tailored(tmp_path, tiny_base, system="Du hilfst.", replace=True)
+    assert made.dataset.manifest["counts"]["splits"] == {"train": 32, "eval": 8}
+
+
+def test_own_test_rows_are_the_ones_that_are_measured(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    test = tmp_path / "test.jsonl"
+    rows = [{"Frage": f"Was kostet Konto {number}?", "Antwort": "Nichts."} for number in range(9)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = tailored(tmp_path, tiny_base, test=test)
+    assert made.dataset.manifest["counts"]["splits"] == {"train": 40, "eval": 9} and made.report.manifest["rows"] == 9
+
+
+def test_too_few_minutes_are_said_before_the_tuning(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    with pytest.raises(ConfigError, match="minutes are too few") as caught:
+        tailored(tmp_path, tiny_base, minutes=0.2)
+    assert caught.value.remedy.startswith("--minutes ")
+    assert not (tmp_path / "faq" / "adapter").exists()
+    assert tailored(tmp_path, tiny_base, minutes=10).adapter.path.is_dir(), "and the same directory takes more"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"name": "Über FAQ"}, "the name"),
+        ({"minutes": -1}, "above 0"),
+        ({"fields": {"promt": "Frage"}}, "promt"),
+        ({"licence": "Llama"}, "Llama"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        sartor.tailor(table(tmp_path), **{"name": "faq", "out": tmp_path / "faq", **options})
+    assert not (tmp_path / "faq").exists()
+
+
+def test_command_line(tmp_path: Path, tiny_base: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tailor", str(table(tmp_path)), "--name", "faq", "--base", str(tiny_base), "--out", str(tmp_path / "faq")]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--fields", "prompt=Frage,completion=Antwort", "--licence", "own", "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == str(tmp_path / "faq" / "adapter")
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--fields", "prompt"])
+    assert ended.value.code == 2 and "is no NAME=COLUMN" in capsys.readouterr().err
