@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, Group
 
 import sartor
 from sartor.cli import data, edge, federate, personal, review, serving, tuning
@@ -45,6 +45,37 @@ RECIPES = {
     "tune": ("Recipe", "the recipe"),
     "validate": ("ValidateOptions", "the file that --options names"),
 }
+
+
+# heading of `sartor --help` -> an example, and the commands that stand below it, in this order
+GROUPS = {
+    "Start here": (
+        "sartor tailor faq.csv --name faq --fields prompt=Frage,completion=Antwort --licence own",
+        ("tailor", "ask", "init", "doctor", "demo", "assets"),
+    ),
+    "Data": (
+        "sartor curate curate.yaml --out data/faq",
+        ("curate", "dedup", "rethreshold", "bias", "review", "synthesize", "validate"),
+    ),
+    "Train": ("sartor tune tune.yaml --out adapters/faq", ("plan", "tune")),
+    "Check and release": (
+        "sartor release adapters/faq --name faq --version 1.0 --key keys",
+        ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke"),
+    ),
+    "Serve and learn": ("sartor serve team.yaml", ("serve", "agents", "receipt", "retrain", "personal")),
+    "Devices": ("sartor edge sync https://updates.example --store store", ("edge",)),
+    "Federation": ("sartor federate simulate federate.yaml --out adapters/shared", ("federate",)),
+}
+
+
+def _group_commands() -> None:
+    for index, (title, (example, commands)) in enumerate(GROUPS.items()):
+        group = Group(title, help=example, sort_key=index)
+        for name in commands:
+            app[name].group = (group,)
+
+
+_group_commands()
 
 
 def _add_options(command: str) -> None:
