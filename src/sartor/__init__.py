@@ -28,6 +28,7 @@ _NAMES = {
     "check_personal_proof": "sartor.learn.user_erasure:check_proof",
     "forget_personal": "sartor.learn.user_erasure:forget_personal",
     "list_personal": "sartor.learn.user_data:list_personal",
+    "show": "sartor.quickstart.show:show",
     "show_personal": "sartor.learn.user_data:show_personal",
     "tune_personal": "sartor.learn.personal_tuning:tune_personal",
     "add_agent": "sartor.serving.commands.agent_commands:add_agent",

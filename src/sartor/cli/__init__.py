@@ -51,7 +51,7 @@ RECIPES = {
 GROUPS = {
     "Start here": (
         "sartor tailor faq.csv --name faq --fields prompt=Frage,completion=Antwort --licence own",
-        ("tailor", "ask", "init", "doctor", "demo", "assets"),
+        ("tailor", "ask", "show", "init", "doctor", "demo", "assets"),
     ),
     "Data": (
         "sartor curate curate.yaml --out data/faq",
@@ -142,6 +142,11 @@ def _show(result: Any, as_json: bool) -> None:
     payload = result if isinstance(result, dict) else result.as_json()
     if as_json:
         _print([json.dumps(payload, ensure_ascii=False)])
+        return
+    if hasattr(result, "draw") and sys.stdout.isatty():
+        from rich.console import Console
+
+        result.draw(Console())
         return
     rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in payload.items()]
     width = max(len(name) for name, _ in rows)

@@ -102,6 +102,23 @@ def doctor() -> Any:
 
 
 @app.command
+def show(
+    path: Path,
+    *,
+    rows: Annotated[int, Parameter(name=("--rows", "-n"))] = 5,
+    split: Literal["train", "eval", "test", "dropped"] = "train",
+) -> Any:
+    """Rows of a Dataset with what is learnt of them, losses of an Adapter, rows of a Report with both replies.
+
+    Args:
+        path: a Dataset, an Adapter or a Report
+        rows: so many are shown; 0 for none
+        split: of a Dataset: which rows, or those that were dropped, with reasons
+    """
+    return sartor.show(path, rows=rows, split=split)
+
+
+@app.command
 def init(data: str, *, out: Path = Path(), replace: REPLACE = False) -> Any:
     """Write a commented curate.yaml and tune.yaml for your data, to change and to run.
 

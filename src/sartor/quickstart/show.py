@@ -1,0 +1,177 @@
+"""Verb show: rows of a Dataset with what is learnt of them, losses of an Adapter, rows of a Report with both replies."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sartor.core import parquet_io
+from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.errors import ConfigError
+from sartor.core.records import Example, Message
+
+ROWS = 5
+_LEARNT, _READ = "bold green", "dim"
+_CURVE_WIDTH, _CURVE = 60, "▁▂▃▄▅▆▇█"
+_LONGEST = 2000  # characters of a turn or a reply that are shown
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an artefact holds: facts about the whole, and some of its rows."""
+
+    artifact: Artifact
+    facts: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {"kind": self.artifact.kind, "path": str(self.artifact.path), **self.facts, "rows": list(self.rows)}
+
+    def table(self) -> list[tuple[str, Any]]:
+        """The same for a person, where no terminal draws it."""
+        lines = [(key.replace("_", " "), value) for key, value in self.facts.items()]
+        return [*lines, *(("row", row) for row in self.rows)]
+
+    def draw(self, console: Console) -> None:
+        """Print it to a terminal: what is learnt is green, what is only read is dim."""
+        console.print(Text(f"{self.artifact.kind} {self.artifact.path}", style="bold"))
+        for key, value in self.facts.items():
+            console.print(Text(f"{key.replace('_', ' ')}: ", style="cyan"), Text(_plain(value)), sep="")
+        for row in self.rows:
+            console.print(_panel(row))
+
+
+def show(path: Path | str, *, rows: int = ROWS, split: Literal["train", "eval", "test", "dropped"] = "train") -> Shown:
+    """Look at a Dataset, an Adapter or a Report. rows: so many are shown; 0 for none. split: of a Dataset.
+
+    Raises ArtifactError for what is none of them, ConfigError for a number of rows below 0.
+    """
+    if rows < 0:
+        raise ConfigError(f"rows is {rows}; it must be 0 or more", "-n 5")
+    artifact = open_artifact(path, ("dataset", "adapter", "report"))
+    if artifact.kind == "dataset":
+        return _dataset(artifact, rows, split)
+    return _adapter(artifact) if artifact.kind == "adapter" else _report(artifact, rows)
+
+
+def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
+    manifest = dataset.manifest
+    reasons = Counter(drop.reason for drop in parquet_io.read_drops(dataset))
+    facts = {
+        "rows_by_split": manifest["counts"]["splits"],
+        "licence": manifest["licence"],
+        "dropped": dict(reasons.most_common()),
+        "sources": [
+            f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})" for source in manifest["sources"]
+        ],
+        "warnings": [warning["problem"] for warning in manifest.get("warnings", ())],
+    }
+    if split == "dropped":
+        drops = itertools.islice(parquet_io.read_drops(dataset), count)
+        return Shown(
+            dataset, facts, [{"locator": drop.locator, "reason": drop.reason, "detail": drop.detail} for drop in drops]
+        )
+    examples = itertools.islice(parquet_io.read_examples(dataset, split), count)
+    return Shown(dataset, facts, [_example(example) for example in examples])
+
+
+def _example(example: Example) -> dict[str, Any]:
+    """A row with its turns, and of each whether it is learnt: what the assistant says is, by every template."""
+    turns = [{"role": turn.role, "text": _text(turn), "learnt": turn.role == "assistant"} for turn in example.messages]
+    rejected = {"rejected": _text(example.rejected[-1])} if example.rejected else {}
+    locators = [origin.locator for origin in example.origins]
+    return {"id": example.id, "locators": locators, "group": example.group, "turns": turns, **rejected}
+
+
+def _text(turn: Message) -> str:
+    parts = [part.text if part.kind == "text" else f"<{part.kind} {part.media}>" for part in turn.content]
+    return "".join([*parts, *([f"\n{turn.tool_calls}"] if turn.tool_calls else [])])[:_LONGEST]
+
+
+def _adapter(adapter: Artifact) -> Shown:
+    manifest = adapter.manifest
+    run = manifest.get("run", {})
+    settings = manifest.get("settings", {})
+    facts = {
+        "base": manifest["base"]["name"],
+        "licence": manifest["licence"],
+        "loss": run.get("loss", {}),
+        "curve": "".join(_curve(adapter)),
+        "updates": run.get("updates"),
+        "tokens": run.get("tokens"),
+        "settings": {name: f"{setting['value']} ({setting['reason']})" for name, setting in settings.items()},
+        "warnings": [warning["problem"] for warning in run.get("warnings", ())],
+    }
+    return Shown(adapter, {name: value for name, value in facts.items() if value not in (None, "", {}, [])}, [])
+
+
+def _curve(adapter: Artifact) -> Iterator[str]:
+    """The training loss as a line of blocks, the highest the tallest."""
+    file = adapter.path / "log.jsonl"
+    if not file.is_file():
+        return
+    losses = [row["loss"] for _, row in _lines(file) if isinstance(row.get("loss"), (int, float))]
+    width = min(_CURVE_WIDTH, len(losses))
+    means = [losses[len(losses) * index // width : len(losses) * (index + 1) // width] for index in range(width)]
+    levels = [sum(part) / len(part) for part in means if part]
+    low, high = min(levels, default=0.0), max(levels, default=0.0)
+    for level in levels:
+        yield _CURVE[round((level - low) / (high - low) * (len(_CURVE) - 1)) if high > low else 0]
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    from sartor.curate.sources.row_readers import read_rows
+
+    return ((line, row) for line, row in read_rows(file, 1 << 20) if isinstance(row, dict))
+
+
+def _report(report: Artifact, count: int) -> Shown:
+    """Rows on which the tuned model lost most against the base go first: they are what one wants to see."""
+    manifest = report.manifest
+    metrics = {
+        name: f"{metric['base']:.3f} -> {metric['tuned']:.3f}, difference in [{metric['low']:+.3f}, {metric['high']:+.3f}]"
+        for name, metric in manifest["metrics"].items()
+    }
+    facts = {"rows_measured": manifest["rows"], "groups": manifest["groups"], "primary": manifest["primary"], **metrics}
+    table = list(parquet_io.read_file(report.path / "rows.parquet"))
+    primary = manifest["primary"]
+
+    def lost(row: Mapping[str, Any]) -> float:
+        base, tuned = row.get(f"base_{primary}"), row.get(f"tuned_{primary}")
+        return float(base) - float(tuned) if base is not None and tuned is not None else 0.0
+
+    worst = sorted(table, key=lost, reverse=True)[:count]
+    keys = ("id", "prompt", "reference", "base_reply", "tuned_reply")
+    facts["page"] = str(report.path / "report.html")
+    return Shown(report, facts, [{key: row.get(key) for key in keys} for row in worst])
+
+
+def _panel(row: Mapping[str, Any]) -> RenderableType:
+    if "turns" in row:
+        body = [Text(f"{turn['role']}: {turn['text']}", style=_LEARNT if turn["learnt"] else _READ) for turn in row["turns"]]
+        return Panel(Group(*body), title=", ".join(row["locators"]), title_align="left")
+    if "detail" in row:
+        return Panel(Text(str(row["detail"])), title=f"{row['locator']}: {row['reason']}", title_align="left")
+    table = Table(show_header=False, box=None)
+    for key, value in row.items():
+        style = "green" if key == "tuned_reply" and value == row.get("reference") else ""
+        table.add_row(key.replace("_", " "), Text(str(value)[:_LONGEST], style=style))
+    return Panel(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_plain, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
