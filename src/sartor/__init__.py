@@ -36,6 +36,7 @@ _NAMES = {
     "ask": "sartor.serving.commands.ask_release:ask",
     "ask_team": "sartor.serving.commands.ask_team:ask_team",
     "bias": "sartor.curate.bias_report:bias",
+    "chat": "sartor.quickstart.chat:chat",
     "curate": "sartor.curate",
     "dedup": "sartor.curate.dedup.dedup_files:dedup",
     "demo": "sartor.demo",

@@ -102,6 +102,34 @@ def doctor() -> Any:
 
 
 @app.command
+def chat(
+    target: str,
+    *,
+    agent: str = "auto",
+    key: str = "",
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+) -> None:
+    """Talk to a base, an Adapter, a Release, a team or a server. /compare, /why, /save FILE, /image FILE, /audio FILE, /quit.
+
+    Args:
+        target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team, or a URL
+        agent: of a team or a server: name, name@version, base, or auto, which chooses
+        key: of a server: its API key
+        temperature: 0 is greedy
+        max_tokens: longest reply
+        seed: of the sampling
+    """
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    sartor.chat(target, sys.stdin, _say, agent=agent, key=key, sampling=sampling, notice=notice)
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+@app.command
 def show(
     path: Path,
     *,

@@ -250,6 +250,15 @@ def _measures(eval_set: HeldOut, label: str) -> MetricSet:
 def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> tuple[Base, Any]:
     """The base that an Adapter or Release is bound to, and the model with the adapter on it.
 
+    Raises what `open_bound_base` raises.
+    """
+    base = open_bound_base(adapter, notice, base_name)
+    return base, adapters.open_adapter(base.model, adapter.path)
+
+
+def open_bound_base(adapter: Artifact, notice: Notice = lambda line: None, base_name: str = "") -> Base:
+    """The base that an Adapter or Release is bound to, with its towers.
+
     `base_name` gives another place of the same base. Raises ModelError when the base there is not the one that the
     adapter was tuned on, or its chat template differs.
     """
@@ -261,7 +270,7 @@ def open_tuned(adapter: Artifact, notice: Notice = lambda line: None, base_name:
     if towers := composed_model.read_towers(adapter.path):
         names = {kind: tower.name for kind, tower in towers.items()}
         base = composed_model.compose_base(base, composed_model.open_towers(names, base.device, notice))
-    return base, adapters.open_adapter(base.model, adapter.path)
+    return base
 
 
 def check_base(adapter: Artifact, digest: str, template_digest: str, name: str) -> None:

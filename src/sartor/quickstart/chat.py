@@ -1,0 +1,311 @@
+"""Verb chat: talk to a base, an Adapter, a Release, a team or a server in the terminal.
+
+    /compare         the base answers beside it, from here on (again: no longer)
+    /why             training rows nearest to the last question
+    /save FILE       the conversation as a row that `curate` reads
+    /image FILE, /audio FILE     go before the next question
+    /new             begin anew           /quit, or the end of input
+
+A line that ends with a backslash goes on in the next one. Replies come as they are written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.errors import ConfigError, SartorError, UnavailableError
+from sartor.core.ipc import error_of
+from sartor.core.lazy_import import import_module
+from sartor.core.records import Part
+from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
+from sartor.media.content_parts import kinds_in
+from sartor.serving.commands.ask_types import nearest_examples, read_media
+
+Notice = Callable[[str], object]
+Write = Callable[[str], object]
+_HELP = "/compare  /why  /save FILE  /image FILE  /audio FILE  /new  /quit"
+_CALL = "c"
+_NEAREST = 3
+
+
+class Partner(Protocol):
+    """Who answers. name: as the prompt shows it. artifact: whose rows `/why` looks at, None where it has none here."""
+
+    name: str
+    artifact: Artifact | None
+
+    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+        """The reply to a conversation, piece by piece. Raises SartorError; by_base: of the base without its adapter."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+class LocalPartner:
+    """A base, with an adapter on it or none, in this process."""
+
+    def __init__(self, target: str, sampling: Sampling, notice: Notice) -> None:
+        from sartor.inference.local.local_engine import LocalEngine
+        from sartor.models.base import open_base
+
+        artifact = open_artifact(target, ("adapter", "release")) if kind_of(Path(target)) else None
+        self.artifact, self._sampling, self._adapter, self._system = artifact, sampling, BASE, ""
+        if artifact is None:
+            self.name, base = Path(target).name, open_base(target, notice=notice)
+        else:
+            from sartor.evaluate import training_facts
+            from sartor.evaluate.evaluation import open_bound_base
+
+            manifest = artifact.manifest
+            if artifact.kind == "release":
+                from sartor.release.release import verify_release
+
+                verify_release(artifact.path)
+                self.name, self._system = f"{manifest['name']}@{manifest['version']}", manifest["system_prompt"]
+            else:
+                self.name = f"{artifact.path.name} (unreleased)"
+                self._system = training_facts.read_facts(artifact).system_prompt
+            base = open_bound_base(artifact, notice)
+        self._engine = LocalEngine(base, rows=1)
+        if artifact is not None:
+            self._adapter = artifact.id
+            self._engine.attach(self._adapter, artifact.path)
+
+    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+        """See Partner."""
+        if self._system and not by_base:
+            messages = [{"role": "system", "content": self._system}, *messages]
+        call = GenerateCall(_CALL, BASE if by_base else self._adapter, tuple(messages), sampling=self._sampling)
+        self._engine.submit(call)
+        try:
+            while self._engine.busy:
+                for event in self._engine.step():
+                    if isinstance(event, TextDelta):
+                        yield event.text
+                    elif isinstance(event, ReplyFailed):
+                        raise error_of(event.kind, event.problem, event.remedy)
+        finally:
+            self._engine.cancel(_CALL)
+            while self._engine.busy:
+                self._engine.step()
+
+    def close(self) -> None:
+        """See Partner."""
+        self._engine.close()
+
+
+class TeamPartner:
+    """A team of a YAML file, with one worker of its own."""
+
+    artifact = None
+
+    def __init__(self, file: Path, agent: str, sampling: Mapping[str, Any], notice: Notice) -> None:
+        from sartor.serving.commands.ask_team import without_http
+        from sartor.serving.http.startup import build_services
+        from sartor.serving.team_config import load
+
+        self.name, self._agent, self._sampling = agent, agent, sampling
+        self._loop, self._stack = asyncio.new_event_loop(), AsyncExitStack()
+        notice(f"opening the team of {file}")
+        self._services: Any = self._loop.run_until_complete(
+            self._stack.enter_async_context(build_services(without_http(load(file))))
+        )
+
+    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+        """See Partner."""
+        from sartor.serving.types import AgentRequest
+
+        request = AgentRequest("base" if by_base else self._agent, tuple(messages), sampling=self._sampling)
+        pieces = self._pieces(request)
+        while True:
+            try:
+                yield self._loop.run_until_complete(anext(pieces))
+            except StopAsyncIteration:
+                return
+
+    async def _pieces(self, request: Any) -> AsyncIterator[str]:
+        answer = await self._services.replies.open(request)
+        self.name = answer.agent
+        async with aclosing(cast(Any, answer.events)) as events:
+            async for event in cast(AsyncIterator[TextDelta | ReplyDone | ReplyFailed], events):
+                if isinstance(event, TextDelta):
+                    yield event.text
+                elif isinstance(event, ReplyFailed):
+                    raise error_of(event.kind, event.problem, event.remedy)
+
+    def close(self) -> None:
+        """See Partner."""
+        self._loop.run_until_complete(self._stack.aclose())
+        self._loop.close()
+
+
+class ServerPartner:
+    """A server with OpenAI's API: Sartor's own, or another."""
+
+    artifact = None
+
+    def __init__(self, url: str, agent: str, key: str, sampling: Mapping[str, Any]) -> None:
+        self._httpx = import_module("httpx")
+        self.name, self._agent, self._sampling = agent, agent, dict(sampling)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = self._httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=300)
+
+    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+        """See Partner."""
+        body = {"model": "base" if by_base else self._agent, "messages": messages, "stream": True, **self._sampling}
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    error = json.loads(answer.read() or b"{}").get("error", {})
+                    problem = error.get("message") or f"the server answers {answer.status_code}"
+                    raise UnavailableError(problem, error.get("remedy") or "look at the server's log")
+                for line in answer.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        for choice in json.loads(line[6:]).get("choices", []):
+                            yield choice.get("delta", {}).get("content") or ""
+        except (self._httpx.HTTPError, ValueError) as error:
+            raise UnavailableError(f"the server cannot be reached: {error}", "check the address and that it runs") from None
+
+    def close(self) -> None:
+        """See Partner."""
+        self._client.close()
+
+
+def open_partner(
+    target: str, *, agent: str = "auto", key: str = "", sampling: Mapping[str, Any] | None = None, notice: Notice
+) -> Partner:
+    """Who answers as `target`: a URL, the YAML file of a team, an Adapter or a Release, else a base.
+
+    agent: of a team or a server. key: of a server. Raises what opening it raises.
+    """
+    chosen = {name: value for name, value in (sampling or {}).items() if value is not None}
+    if target.startswith(("http://", "https://")):
+        return ServerPartner(target, agent, key, chosen)
+    if Path(target).is_file() and Path(target).suffix in (".yaml", ".yml"):
+        return TeamPartner(Path(target), agent, chosen, notice)
+    return LocalPartner(target, Sampling(**{"temperature": 0.0, "max_tokens": 512, **chosen}), notice)
+
+
+@dataclass
+class Chat:
+    """A conversation. write: takes what a person is to read, as it comes."""
+
+    partner: Partner
+    write: Write
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    media: list[Part] = field(default_factory=list)
+    compares: bool = False
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.partner.close()
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Answer lines until there are no more, or one is /quit. An error ends a reply, not the conversation."""
+        self.write(f"{self.partner.name}: {_HELP}\n")
+        pending = ""
+        for line in lines:
+            text = pending + line.rstrip("\n")
+            if text.endswith("\\"):
+                pending = text[:-1] + "\n"
+                continue
+            pending = ""
+            if text.strip() == "/quit":
+                return
+            try:
+                if text.startswith("/"):
+                    self.command(text)
+                elif text.strip() or self.media:
+                    self.answer(text)
+            except SartorError as error:
+                self.write(f"{error.kind}: {error.problem}\n  try: {error.remedy}\n")
+
+    def command(self, text: str) -> None:
+        """A line that begins with a slash. Raises ConfigError for one that there is not."""
+        name, _, value = text.strip().partition(" ")
+        if name == "/compare":
+            self.compares = not self.compares
+            self.write(f"the base answers {'beside it' if self.compares else 'no longer'}\n")
+        elif name == "/why":
+            self._why()
+        elif name == "/save":
+            self._save(value.strip())
+        elif name in ("/image", "/audio"):
+            self.media.append(read_media("image" if name == "/image" else "audio", value.strip()))
+        elif name == "/new":
+            self.messages.clear()
+            self.media.clear()
+        else:
+            raise ConfigError(f"there is no {name}", _HELP)
+
+    def answer(self, text: str) -> None:
+        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was."""
+        content: Any = text
+        if self.media:
+            parts = [{"type": part.kind, part.kind: part.media} for part in self.media]
+            content = [*parts, *([{"type": "text", "text": text}] if text.strip() else [])]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        if self.compares:
+            self.write("base> ")
+            for piece in self.partner.reply(messages, by_base=True):
+                self.write(piece)
+            self.write("\n")
+        self.write(f"{self.partner.name}> ")
+        reply = ""
+        for piece in self.partner.reply(messages):
+            reply += piece
+            self.write(piece)
+        self.write("\n")
+        self.messages = [*messages, {"role": "assistant", "content": reply}]
+        self.media = []
+
+    def _why(self) -> None:
+        if self.partner.artifact is None:
+            raise ConfigError(
+                f"{self.partner.name} has no rows that could be looked at here", "chat with an Adapter or a Release"
+            )
+        asked = next((turn["content"] for turn in reversed(self.messages) if turn["role"] == "user"), "")
+        text = asked if isinstance(asked, str) else " ".join(part.get("text", "") for part in asked)
+        nearest, note = nearest_examples(self.partner.artifact, text, _NEAREST)
+        for row in nearest:
+            self.write(f"{row['score']:.2f}  {row['prompt']!r} -> {row['reply']!r}  ({row['locator']}, {row['licence']})\n")
+        if note:
+            self.write(f"{note}\n")
+
+    def _save(self, file: str) -> None:
+        """Append the conversation to a file of rows, whole: a reply that is wrong is to be mended there."""
+        if not file or not self.messages:
+            problem = "there is nothing to save yet" if file else "/save needs a file"
+            raise ConfigError(problem, "/save rows.jsonl")
+        if kinds_in(tuple(self.messages)):
+            raise ConfigError("a conversation with pictures or recordings is not saved", "/new, and ask with text alone")
+        with Path(file).expanduser().open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        self.write(f"saved in {file}: {len(self.messages)} turns\n")
+
+
+def chat(
+    target: str,
+    lines: Iterable[str],
+    write: Write,
+    *,
+    agent: str = "auto",
+    key: str = "",
+    sampling: Mapping[str, Any] | None = None,
+    notice: Notice = lambda line: None,
+) -> None:
+    """Talk: `lines` are what a person types, `write` takes what comes back. Raises what opening `target` raises."""
+    with Chat(open_partner(target, agent=agent, key=key, sampling=sampling, notice=notice), write) as conversation:
+        conversation.run(lines)

@@ -1,0 +1,124 @@
+"""sartor chat: what a person types, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sartor
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import ModelError
+from sartor.quickstart import chat as verb
+from sartor.quickstart.chat import Chat
+
+
+class Echo:
+    """A partner that says what it was asked, a word at a time."""
+
+    name = "echo"
+    artifact: Artifact | None = None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[dict[str, Any]], bool]] = []
+        self.is_closed = False
+
+    def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+        self.asked.append((messages, by_base))
+        text = messages[-1]["content"]
+        if text == "fail":
+            yield "half a re"
+            raise ModelError("a logit is not finite", "another adapter")
+        for word in str(text).split():
+            yield f"{word.upper()} "
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def talk(*lines: str) -> tuple[Echo, Chat, str]:
+    partner, written = Echo(), list[str]()
+    with Chat(partner, written.append) as conversation:
+        conversation.run(f"{line}\n" for line in lines)
+    assert partner.is_closed
+    return partner, conversation, "".join(written)
+
+
+def test_conversation_goes_on_from_what_was_said() -> None:
+    partner, conversation, written = talk("hello there", "", "and you")
+    assert "echo> HELLO THERE \n" in written and len(partner.asked) == 2
+    assert [turn["role"] for turn in partner.asked[1][0]] == ["user", "assistant", "user"]
+    assert conversation.messages[-1] == {"role": "assistant", "content": "AND YOU "}
+
+
+def test_line_with_a_backslash_goes_on_in_the_next() -> None:
+    partner, _, _ = talk("one\\", "two", "/quit", "never asked")
+    assert [messages[-1]["content"] for messages, _ in partner.asked] == ["one\ntwo"]
+
+
+def test_base_answers_beside_it_until_told_otherwise() -> None:
+    partner, _, written = talk("/compare", "hi", "/compare", "ho")
+    assert [by_base for _, by_base in partner.asked] == [True, False, False]
+    assert "base> HI \necho> HI \n" in written
+
+
+def test_failed_reply_leaves_the_conversation_as_it_was() -> None:
+    _, conversation, written = talk("hi", "fail", "ho")
+    assert "ModelError: a logit is not finite\n  try: another adapter" in written
+    assert [turn["content"] for turn in conversation.messages] == ["hi", "HI ", "ho", "HO "]
+
+
+def test_saved_conversation_is_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    talk("hi", f"/save {file}", "ho", f"/save {file}")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [len(row["messages"]) for row in rows] == [2, 4]
+    made = sartor.curate({"sources": [{"path": str(file)}], "split": {"eval_fraction": 0.0}}, tmp_path / "data")
+    assert made.kept == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/save", "needs a file"),
+        ("/save x.jsonl", "nothing to save"),
+        ("/why", "no rows"),
+        ("/foo", "there is no /foo"),
+        ("/image no.png", "cannot be read"),
+    ],
+)
+def test_command_that_cannot_be_done_says_why(line: str, said: str) -> None:
+    partner, _, written = talk(line, "hi")
+    assert said in written and len(partner.asked) == 1
+
+
+def test_new_forgets_what_was_said() -> None:
+    partner, _, _ = talk("hi", "/new", "ho")
+    assert len(partner.asked[1][0]) == 1
+
+
+def test_adapter_answers_in_pieces_and_its_base_beside_it(adapter: Path) -> None:
+    """The whole is what `ask` says; /why names rows of its Dataset."""
+    written: list[str] = []
+    lines = ["what colour is the sky", "/compare", "what colour is the sky", "/why"]
+    sartor.chat(str(adapter), [f"{line}\n" for line in lines], written.append, sampling={"max_tokens": 6})
+    text = "".join(written)
+    asked = sartor.ask(adapter, lines[0], sampling={"max_tokens": 6}).reply
+    assert f"adapter (unreleased)> {asked}\n" in text and "base> " in text
+    assert "CC-BY-4.0)" in text and len(written) > 8
+
+
+def test_base_alone_answers(tiny_base: Path) -> None:
+    written: list[str] = []
+    sartor.chat(str(tiny_base), ["hi\n"], written.append, sampling={"max_tokens": 3})
+    assert written[0].startswith(f"{tiny_base.name}: /compare") and f"{tiny_base.name}> " in written
+
+
+def test_server_that_is_not_there_is_said() -> None:
+    written: list[str] = []
+    sartor.chat("http://127.0.0.1:9", ["hi\n"], written.append)
+    assert "the server cannot be reached" in "".join(written)
+    assert verb.ServerPartner("http://127.0.0.1:9/v1/", "auto", "", {})._client.base_url == "http://127.0.0.1:9"

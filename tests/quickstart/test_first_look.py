@@ -1,0 +1,68 @@
+"""sartor doctor, init and show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sartor
+from sartor.cli import main
+from sartor.core.errors import ArtifactError, ConfigError
+from sartor.quickstart import doctor as doctors
+
+
+def test_doctor_says_what_is_here_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sartor.doctor().as_json()
+    assert {"cpu", "bf16", "memory_bytes", "gpu", "compiler", "assets", "extras", "cache_bytes", "advice"} <= set(found)
+    assert found["cpu"]["cores"] >= 1 and found["memory_bytes"] > 1 << 28 and found["extras"]["tune"]["installed"]
+    monkeypatch.setattr(doctors, "missing_by_extra", lambda: {"tune": ["torch"], "serve": []})
+    monkeypatch.setattr(doctors.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctors.importlib.util, "find_spec", lambda name: None)
+    found = sartor.doctor().as_json()
+    assert found["advice"][0].startswith("pip install 'sartor[tune]'") and "g++" in found["advice"][1]
+    assert found["compiler"] is None and found["gpu"] is None
+
+
+def test_doctor_knows_every_extra() -> None:
+    assert {"tune", "serve", "office", "edge", "federated", "quant", "hub"} <= set(doctors.missing_by_extra())
+
+
+def test_init_names_the_columns_of_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "faq.csv"
+    file.write_bytes(b"Frage;Antwort\r\n" + b"".join(f"Wie öffne ich {n}?;So {n}.\r\n".encode("cp1252") for n in range(20)))
+    made = sartor.init(file, out=tmp_path / "recipes")
+    recipe = yaml.safe_load(made.curate.read_text())
+    assert recipe["sources"][0]["fields"] == {"prompt": "Frage", "completion": "Antwort"}
+    assert sartor.curate(made.curate, tmp_path / "data").kept == 20
+    tuning = yaml.safe_load(made.tune.read_text())
+    assert tuning == {"base": "starter", "data": "data/faq"} and sartor.load_recipe(made.tune)
+    with pytest.raises(ConfigError, match="is there already"):
+        sartor.init(file, out=tmp_path / "recipes")
+    assert sartor.init(file, out=tmp_path / "recipes", replace=True) == made
+
+
+def test_init_of_a_known_form_leaves_columns_out(rows_file: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(sartor.init(rows_file, out=tmp_path / "recipes").curate.read_text())
+    assert "fields" not in recipe["sources"][0]
+
+
+def test_show_a_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = sartor.show(dataset, rows=2).as_json()
+    assert shown["kind"] == "dataset" and len(shown["rows"]) == 2
+    assert [turn["learnt"] for turn in shown["rows"][0]["turns"]][-2:] == [False, True]
+    assert sartor.show(dataset, rows=3, split="dropped").as_json()["rows"] == []
+    with pytest.raises(SystemExit) as ended:
+        main(["show", str(dataset), "-n", "1", "--json"])
+    assert ended.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 1
+
+
+def test_show_an_adapter_and_what_is_none(adapter: Path, rows_file: Path) -> None:
+    facts = sartor.show(adapter).as_json()
+    assert facts["loss"]["first"] > 0 and set(facts["curve"]) <= set("▁▂▃▄▅▆▇█") and facts["rows"] == []
+    with pytest.raises(ArtifactError):
+        sartor.show(rows_file)
+    with pytest.raises(ConfigError, match="0 or more"):
+        sartor.show(adapter, rows=-1)
