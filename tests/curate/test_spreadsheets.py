@@ -12,7 +12,7 @@ import pytest
 import sartor
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example, MalformedRow
+from sartor.core.records import Drop, Example
 from sartor.curate.sources import encodings
 from sartor.curate.sources.planner import plan_reading, read_all
 from sartor.curate.sources.types import Columns, SourceOptions
@@ -64,7 +64,27 @@ def test_code_page_is_found(language: str, code_page: str, tmp_path: Path) -> No
     assert [(row.messages[0].text, row.messages[1].text) for row in found if isinstance(row, Example)] == rows
 
 
-@pytest.mark.parametrize("raw", ["Café au lait;ja".encode("cp1252"), "Shoe;10 €".encode("cp1252"), bytes(range(128, 256))])
+@pytest.mark.parametrize(
+    ("text", "code_page"),
+    [
+        ("What\u2019s parcel {0}?;It\u2019s \u201cbig\u201d \u2013 and heavy.", "cp1252"),
+        ("What\u2019s parcel {0}?;It\u2019s \u201cbig\u201d.", "mac-roman"),
+        ("What does parcel {0} cost?;It costs \u00a3{0}.", "cp1252"),
+        ("What does parcel {0} cost?;It costs \u00a3{0}.", "cp850"),
+        ("Preis {0} \u20ac;ja", "cp1252"),
+        ("Wie \u00f6ffne ich {0}?;So {0}.", "cp1252"),
+    ],
+)
+def test_few_characters_that_are_not_ascii(text: str, code_page: str, tmp_path: Path) -> None:
+    """English with curly quotes, prices, a single umlaut: signs alone decide, or the language of the words around."""
+    file = tmp_path / "rows.csv"
+    file.write_bytes("".join(["Frage;Antwort\n", *(text.format(number) + "\n" for number in range(20))]).encode(code_page))
+    found = examples(file, fields=FIELDS)
+    assert isinstance(found[0], Example)
+    assert f"{found[0].messages[0].text};{found[0].messages[1].text}" == text.format(0)
+
+
+@pytest.mark.parametrize("raw", ["Gr\u00f6\u00dfe;ja".encode("cp1252"), bytes(range(128, 256)), b"\xe4\xf6;x"])
 def test_nothing_is_read_where_the_code_page_is_unsure(raw: bytes, tmp_path: Path) -> None:
     """Not even the rows in ASCII: those with umlauts would be missing. The remedy can be typed and reads all of them."""
     file = tmp_path / "rows.csv"
@@ -219,5 +239,3 @@ def test_recoding_keeps_every_character(tmp_path: Path) -> None:
     text = "".join(chr(number) for number in range(32, 0x2000)) * 40
     with encodings.as_utf8(io.BytesIO(text.encode("utf-16")), "utf-16") as stream:
         assert stream.read().decode() == text
-    with pytest.raises(MalformedRow):
-        encodings.detect_encoding(io.BytesIO(bytes(range(128, 256)) * 3))

@@ -7,8 +7,12 @@ would give other text and is nearly as likely, nothing of the file is read: rows
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
+import re
 import tempfile
+import unicodedata
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from sartor.core.records import MalformedRow
@@ -20,10 +24,26 @@ _SAMPLE_BYTES = 64 << 10
 _BLOCK_BYTES = 1 << 20
 _SPOOL_BYTES = 32 << 20
 # chardet's confidence is low for any Latin code page. Below the first it has found nothing; the best code page that gives other
-# text must lie below the second, as a part of it. Measured on 9 languages in 21 code pages: 0.11 and more, 0.98 and less
-_LEAST_CONFIDENCE, _MOST_OF_BEST = 0.06, 0.99
-# of code pages that give the same text of the sample, the commonest goes first: it may hold other characters further on
-_COMMONEST = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1257", "cp850", "cp852", "cp866", "cp932", "gb18030")
+# text must lie below the second, as a part of it (docs/decisions/031-encodings.md)
+_LEAST_CONFIDENCE, _MOST_OF_BEST = 0.03, 0.995
+# Encodings that programs of today write. Of those that give the same text of a sample the one named first is taken: it may
+# hold other characters further on
+_KNOWN = (
+    "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "cp850", "cp852",
+    "cp866", "cp437", "cp737", "cp862", "cp932", "gb18030", "big5", "cp949", "euc_jp", "shift_jis", "euc_kr", "koi8-r",
+    "koi8-u", "mac-roman", "mac-latin2", "mac-cyrillic", "mac-greek", "mac-turkish", "iso8859-1", "iso8859-15", "iso8859-2", "iso8859-5",
+    "iso8859-7", "iso8859-8", "iso8859-9", "iso8859-16",
+)  # fmt: skip
+# Characters beside letters that office programs put into text of any language
+_TYPOGRAPHIC = frozenset(
+    "\u2018\u2019\u201a\u201c\u201d\u201e\u2013\u2014\u2026\u2022\u2122\u20ac\xa0\xa2\xa3\xa5\xa7\xa9"
+    "\xab\xae\xb0\xb1\xb2\xb3\xb4\xb7\xbb\xbc\xbd\xbe\xd7"
+)
+# a sign other than an apostrophe or a dash within a word, or one that closes before a word: it was a letter elsewhere
+_SIGN_AS_LETTER = re.compile(
+    "[A-Za-z][^\\x00-\\x7f\u2019\u2013\u2014\u2026\xa0\xb7][A-Za-z]|(?<![A-Za-z])[\u201d\xbb\u2122][A-Za-z]"
+)
+_WESTERN = ("cp1252", "mac-roman", "cp850")
 
 
 def canonical_name(encoding: str) -> str:
@@ -65,26 +85,60 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
 
 
 def _code_page(sample: bytes) -> str:
-    import chardet
-
-    found = []
-    for candidate in chardet.detect_all(sample, ignore_threshold=True):
-        name = candidate["encoding"]
-        try:
-            found.append((canonical_name(name), sample.decode(name), candidate["confidence"]))
-        except (LookupError, TypeError, UnicodeDecodeError):
-            continue
+    """The code page of lines that are not UTF-8. Raises MalformedRow where more than one would do."""
+    if page := _typographic_page(sample):
+        return page
+    found = list(_candidates(sample))
     if found:
         best, text, confidence = found[0]
         other = next((candidate for candidate in found if candidate[1] != text), None)
         if confidence >= _LEAST_CONFIDENCE and (other is None or other[2] <= _MOST_OF_BEST * confidence):
-            same_text = [name for name, other_text, _ in found if other_text == text]
-            return next((name for name in _COMMONEST if name in same_text), best)
-    likely = list(dict.fromkeys(name for name, _, _ in found if name in _COMMONEST)) or ["cp1252"]
+            same_text = {name for name, other_text, _ in found if other_text == text}
+            return next((name for name in _KNOWN if name in same_text), best)
+    likely = [name for name in _KNOWN if name in {candidate for candidate, _, _ in found}] or ["cp1252"]
     problem = f"the file is not UTF-8, and its code page cannot be told: it may be {' or '.join(likely[:3])}"
-    raise MalformedRow(
-        "unknown_encoding", f"{problem}; name it in the source, encoding: {likely[0]}, or save the file as UTF-8"
-    )
+    raise MalformedRow("unknown_encoding", f"{problem}; say which, encoding: {likely[0]}, or save the file as UTF-8")
+
+
+def _typographic_page(sample: bytes) -> str:
+    """The Western code page in which all that is not ASCII are signs where signs stand, as in English with curly quotes.
+
+    Empty where there is none, or more than one.
+    """
+    texts: dict[str, str] = {}
+    for page in _WESTERN:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = sample.decode(page)
+            is_typographic = all(character in _TYPOGRAPHIC for character in text if not character.isascii())
+            if is_typographic and not _SIGN_AS_LETTER.search(text):
+                texts.setdefault(text, page)
+    return next(iter(texts.values())) if len(texts) == 1 else ""
+
+
+def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
+    """(name, text, confidence) of encodings, the likeliest first, whose text is in the language that they were found for."""
+    import chardet
+
+    from sartor.text.language_id import detector
+
+    identify = detector()
+    for candidate in chardet.detect_all(sample, ignore_threshold=True):
+        try:
+            name = canonical_name(candidate["encoding"])
+            text = sample.decode(name)
+        except (LookupError, TypeError, UnicodeDecodeError):
+            continue
+        is_plain = not any("\x80" <= character <= "\x9f" for character in text)  # control characters, which no text has
+        if name in _KNOWN and is_plain and not _mixes_scripts(text) and identify(text).code == candidate["language"]:
+            yield name, text, candidate["confidence"]
+
+
+def _mixes_scripts(text: str) -> bool:
+    """Whether a word has Latin letters and others: a letter of another code page in a Latin word gives it away."""
+    for word in set(re.findall(r"[^\W\d_]+", text)):
+        if not word.isascii() and len({unicodedata.name(letter, "?").split()[0] == "LATIN" for letter in word}) > 1:
+            return True
+    return False
 
 
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
