@@ -31,8 +31,8 @@ _LEAST_CONFIDENCE, _MOST_OF_BEST = 0.03, 0.995
 _KNOWN = (
     "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "cp850", "cp852",
     "cp866", "cp437", "cp737", "cp862", "cp932", "gb18030", "big5", "cp949", "euc_jp", "shift_jis", "euc_kr", "koi8-r",
-    "koi8-u", "mac-roman", "mac-latin2", "mac-cyrillic", "mac-greek", "mac-turkish", "iso8859-1", "iso8859-15", "iso8859-2", "iso8859-5",
-    "iso8859-7", "iso8859-8", "iso8859-9", "iso8859-16",
+    "koi8-u", "mac-roman", "mac-latin2", "mac-cyrillic", "mac-greek", "mac-turkish", "iso8859-1", "iso8859-15", "iso8859-2",
+    "iso8859-5", "iso8859-7", "iso8859-8", "iso8859-9", "iso8859-16",
 )  # fmt: skip
 # Characters beside letters that office programs put into text of any language
 _TYPOGRAPHIC = frozenset(
