@@ -2,15 +2,21 @@
 
 There is no logic here: every command is one call of the public API.
 
-Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr.
+Every command takes `--json`: one JSON object on the last line of stdout; progress and notices always go to stderr. `-q` leaves
+them out, `-v` adds what the libraries log, and where an error came from.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -23,7 +29,8 @@ from sartor.cli import data as validation
 from sartor.cli import edge as person
 from sartor.cli import serving as agents
 from sartor.cli import serving as learning
-from sartor.cli.app import AS_JSON, app
+from sartor.cli.app import AS_JSON, app, notice
+from sartor.cli.old_spellings import renew
 from sartor.core.errors import ConfigError, SartorError
 
 __all__ = ["agents", "app", "assets", "data", "edge", "federate", "learning", "main", "person", "personal", "review", "serving",
@@ -71,24 +78,38 @@ GROUPS = {
 def _group_commands() -> None:
     for index, (title, (example, commands)) in enumerate(GROUPS.items()):
         group = Group(title, help=example, sort_key=index)
-        for name in commands:
-            app[name].group = (group,)
+        for position, name in enumerate(commands):
+            app[name].group, app[name].sort_key = (group,), position
 
 
 _group_commands()
+app.register_install_completion_command(help="Completion by Tab in this user's shell (bash, zsh, fish).")
 
 
-def _add_options(command: str) -> None:
-    """Append the options of a command's recipe to its help: their texts come from their declarations."""
+def _add_options(command: str, *, is_whole: bool) -> None:
+    """Append the options of a command's recipe to its help: their texts come from their declarations.
+
+    is_whole: every option; else those at the top and the choices of a kind.
+    """
     recipe, description = RECIPES[command]
-    lines = [_help_line(command, *option) for option in sartor.options(getattr(sartor, recipe))]
-    if command == "curate":  # the options of each step follow under its name
+    options = list(sartor.options(getattr(sartor, recipe)))
+    shown = [option for option in options if is_whole or _is_at_the_top(option[0])]
+    lines = [_help_line(command, *option) for option in shown]
+    if command == "curate" and is_whole:  # the options of each step follow under its name
         lines = [line for line in lines if not line.startswith("- `steps[].") or line.startswith("- `steps[].kind")]
         lines += ["", *sartor.describe_steps(table=False)]
+    if not is_whole:
+        lines += ["", f"{len(shown)} of {len(options)} options; `sartor {command} --help-all` has all of them."]
     target = app
     for name in command.split():
         target = target[name]
-    target.help_epilogue = "\n".join([f"Options of {description}:", "", *lines])
+    target.help_epilogue = "\n".join([f"Options of {description}:", "", *lines, "", app.help_epilogue or ""])
+
+
+def _is_at_the_top(name: str) -> bool:
+    """Whether a person who looks for a command's options looks for this one first."""
+    path = name.split(" ")[0].split(".")
+    return len(path) == 1 or (len(path) == 2 and (path[1] == "kind" or path[0] in _SECTIONS))
 
 
 def _help_line(command: str, name: str, declared: str, text: str) -> str:
@@ -99,6 +120,10 @@ def _help_line(command: str, name: str, declared: str, text: str) -> str:
     return f"- `{dashes}{name}` ({declared}): {text}"
 
 
+# short sections, whose options a first recipe sets
+_SECTIONS = ("base", "data", "budget", "optimizer", "split")
+
+
 def _command_of(arguments: list[str]) -> str:
     """Return the command with a recipe that the arguments begin with; empty if it is another."""
     return next((name for length in (2, 1) if (name := " ".join(arguments[:length])) in RECIPES), "")
@@ -107,24 +132,73 @@ def _command_of(arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0, 2 usage, 3 input, 4 budget, 5 refused, 6 missing, 130/143 signals, 1 a bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in arguments
-    if as_json:
-        arguments.remove("--json")
+    as_json, is_quiet, is_verbose = (
+        _take(arguments, *names) for names in (("--json",), ("--quiet", "-q"), ("--verbose", "-v"))
+    )
     AS_JSON.set(as_json)
     signal.signal(signal.SIGTERM, _terminate)
+    if is_verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        if {"--help", "-h"} & set(arguments) and (command := _command_of(arguments)):
-            _add_options(command)
-        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        with contextlib.redirect_stderr(_Nowhere()) if is_quiet else contextlib.nullcontext():
+            arguments = renew(arguments, notice) if arguments else []
+            if {"--help", "-h", "--help-all"} & set(arguments):
+                _help(arguments)
+            result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         _show(result, as_json)
     except SartorError as error:
+        if is_verbose:
+            traceback.print_exc()
         _fail(error, as_json)
     except CycloptsError as error:
-        _fail(ConfigError(str(error).strip() or "the command line is wrong", _help_of(arguments)), as_json)
+        _fail(ConfigError(_usage_problem(str(error)), _help_of(arguments)), as_json)
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)
+
+
+def _take(arguments: list[str], *names: str) -> bool:
+    """Whether one of these flags, which every command has, was given; it is removed. What follows `--` is no flag."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    rest = [argument for argument in arguments[:end] if argument not in names]
+    is_given = len(rest) < end
+    arguments[:end] = rest
+    return is_given
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes what is written and keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _help(arguments: list[str]) -> NoReturn:
+    """Print a command's help. Who reads it may have gone (`| head`), which is no error."""
+    from rich.console import Console
+
+    class PatientConsole(Console):
+        def on_broken_pipe(self) -> None:
+            _leave_stdout()
+            raise SystemExit(0)
+
+    if command := _command_of(arguments):
+        _add_options(command, is_whole="--help-all" in arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    app(arguments, console=PatientConsole(), exit_on_error=False, print_error=False, result_action="return_value")
+    raise SystemExit(0)
+
+
+def _usage_problem(text: str) -> str:
+    """What is wrong with a command line. Cyclopts names a positional argument by a flag that nobody types."""
+    text = text.strip() or "the command line is wrong"
+    if found := _MISSING.fullmatch(text):
+        return f"`sartor {found['command']}` needs {found['parameter'].upper()}"
+    return text
+
+
+_MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')
 
 
 def _help_of(arguments: list[str]) -> str:
@@ -150,7 +224,38 @@ def _show(result: Any, as_json: bool) -> None:
         return
     rows = result.table() if hasattr(result, "table") else [(key, value) for key, value in payload.items()]
     width = max(len(name) for name, _ in rows)
-    _print(f"{'' if index else name:{width}}  {line}" for name, value in rows for index, line in enumerate(_lines(value)))
+    lines: list[str] = []
+    for name, value in rows:
+        if _is_table(value):
+            lines += [name, *_table(value)]
+        else:
+            lines += [f"{'' if index else name:{width}}  {line}" for index, line in enumerate(_lines(value))]
+    _print(lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as lines with a column a key. A terminal folds long cells; a pipe gets every row in one line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    is_terminal = sys.stdout.isatty()
+    table = Table(*columns, box=None, pad_edge=False, header_style="underline")
+    for column in table.columns:
+        column.no_wrap = not is_terminal
+    for row in rows:
+        table.add_row(*(" ".join(_lines(row.get(column, ""))) for column in columns))
+    console = Console(width=None if is_terminal else _PIPE_COLUMNS, markup=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return [f"  {line.rstrip()}" for line in capture.get().splitlines()]
+
+
+_PIPE_COLUMNS = 100_000
 
 
 def _print(lines: Iterable[str]) -> None:
@@ -160,7 +265,12 @@ def _print(lines: Iterable[str]) -> None:
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at the end
+        _leave_stdout()
+
+
+def _leave_stdout() -> None:
+    """Nobody reads stdout any more; without this Python complains when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _lines(value: Any) -> list[str]:

@@ -12,7 +12,9 @@ import sartor
 
 app = App(
     name="sartor",
-    help="Tailor an open model to your own data, and prove what you made. Every command takes --json.",
+    help="Tailor an open model to your own data, and prove what you made.",
+    help_epilogue="Every command takes `--json` (one JSON object on the last line of stdout), `-q` (errors and results alone), "
+    "`-v` (what the libraries log too) and `--help-all` (every option of its recipe).",
     version=sartor.__version__,
 )
 

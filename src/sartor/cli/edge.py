@@ -32,7 +32,7 @@ def keygen(keys: Path = KEYS) -> Any:
 
 @edge_app.command
 def publish(
-    release: Path, repository: Path, *, keys: Path = KEYS, key: Path | None = None, percent: int = 100, days: float = 7.0
+    release: Path, repository: Path, *, keys: Path = KEYS, public_key: Path | None = None, percent: int = 100, days: float = 7.0
 ) -> Any:
     """Add a signed Release, or a signed export of one, to a directory that any file server can serve.
 
@@ -40,11 +40,11 @@ def publish(
         release: it is verified first, and goes out byte for byte as it was signed
         repository: made if absent; devices are set up with its metadata/1.root.json
         keys: directory of the repository's keys
-        key: trust this public key for the release instead of those in SARTOR_HOME/trusted
+        public_key: trust this one for the release instead of those in SARTOR_HOME/trusted
         percent: of the devices that may take it, by their rings
         days: until the timestamp expires, which `refresh` renews; beyond the longest time that a device is offline
     """
-    return sartor.edge_publish(release, repository, keys, key=key, percent=percent, expiry=sartor.Expiry(timestamp=days))
+    return sartor.edge_publish(release, repository, keys, key=public_key, percent=percent, expiry=sartor.Expiry(timestamp=days))
 
 
 @edge_app.command
@@ -271,7 +271,7 @@ PERSON = Path("person")
 
 
 @edge_app.command
-def add(name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, key: str = "", base: str = "") -> Any:
+def add(name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = "") -> Any:
     """Put rows into the person's encrypted store; the file itself stays as it is, in plain: remove it.
 
     Args:
@@ -279,10 +279,11 @@ def add(name: str, rows: Path, *, store: Path = STORE, person: Path = PERSON, ke
         rows: JSONL in any form that curate reads, with rating (-1 bad .. 1 good) and correction if there are
         store: directory of the device's releases
         person: directory of the person's rows, made if absent
-        key: of the rows: a file (by default in the person's directory), keyring, or passphrase (SARTOR_PERSON_PASSPHRASE)
+        row_key: what encrypts them: a file (by default in the person's directory), keyring, or passphrase
+            (SARTOR_PERSON_PASSPHRASE)
         base: the base in another place than the release names, in transformers' layout
     """
-    return sartor.edge_add(sartor.PersonOptions(name, store, person, key, base), rows)
+    return sartor.edge_add(sartor.PersonOptions(name, store, person, row_key, base), rows)
 
 
 @edge_app.command
@@ -291,7 +292,7 @@ def tune(
     *,
     store: Path = STORE,
     person: Path = PERSON,
-    key: str = "",
+    row_key: str = "",
     base: str = "",
     probe: Path | None = None,
     most_probe_loss: float = 0.05,
@@ -314,7 +315,7 @@ def tune(
         name: of the release
         store: directory of the device's releases
         person: directory of the person's rows
-        key: of the rows, as in add
+        row_key: as in add
         base: the base in another place than the release names, in transformers' layout
         probe: JSONL of rows whose loss may not rise; by default the canaries that the release ships
         most_probe_loss: by which it may, in nats a token
@@ -332,12 +333,12 @@ def tune(
     recipe = {"budget": {"epochs": epochs}, "optimizer": {"learning_rate": learning_rate, "batch_tokens": 1024}}
     budget = sartor.DeviceBudget(memory_bytes, wall_s, cpu_s, disk_bytes)
     policy = sartor.EnergyPolicy(min_battery, ac_only, max_temperature_c)
-    options = sartor.PersonOptions(name, store, person, key, base, probe, most_probe_loss, recipe, budget, policy)
+    options = sartor.PersonOptions(name, store, person, row_key, base, probe, most_probe_loss, recipe, budget, policy)
     return sartor.edge_tune(options, again=again)
 
 
 @edge_app.command
-def undo(name: str, *, reason: str = "", store: Path = STORE, person: Path = PERSON, key: str = "", base: str = "") -> Any:
+def undo(name: str, *, reason: str = "", store: Path = STORE, person: Path = PERSON, row_key: str = "", base: str = "") -> Any:
     """Go back to what the person's rows had taught before, or to the shipped release.
 
     Args:
@@ -345,10 +346,10 @@ def undo(name: str, *, reason: str = "", store: Path = STORE, person: Path = PER
         reason: remembered on the device
         store: directory of the device's releases
         person: directory of the person's rows
-        key: of the rows, as in add
+        row_key: as in add
         base: the base in another place than the release names
     """
-    return sartor.edge_undo(sartor.PersonOptions(name, store, person, key, base), reason=reason)
+    return sartor.edge_undo(sartor.PersonOptions(name, store, person, row_key, base), reason=reason)
 
 
 @edge_app.command
@@ -361,7 +362,7 @@ def forget(
     retune: bool = True,
     store: Path = STORE,
     person: Path = PERSON,
-    key: str = "",
+    row_key: str = "",
     base: str = "",
     probe: Path | None = None,
     memory_bytes: int = 0,
@@ -377,11 +378,11 @@ def forget(
         retune: learn anew from the rows that stay
         store: directory of the device's releases
         person: directory of the person's rows
-        key: of the rows, as in add
+        row_key: as in add
         base: the base in another place than the release names
         probe: as in tune
         memory_bytes: limit of the tuning's memory; 0 is none
     """
     budget = sartor.DeviceBudget(memory_bytes)
-    options = sartor.PersonOptions(name, store, person, key, base, probe, budget=budget)
+    options = sartor.PersonOptions(name, store, person, row_key, base, probe, budget=budget)
     return sartor.edge_forget(options, ids, since=since, before=before, containing=containing, retune=retune)

@@ -110,7 +110,7 @@ def simulate(
     clients: CLIENTS = (),
     shards: int | None = None,
     alpha: float = 0.3,
-    by: str = "",
+    shard_by: str = "",
     shard_seed: int = 0,
     personal: int | None = None,
     compare: REPLACE = False,
@@ -125,14 +125,14 @@ def simulate(
         clients: a Dataset for each client
         shards: instead of them, deal out the Dataset of the recipe's data.path to so many
         alpha: of the Dirichlet distribution that it is dealt by; small is unlike
-        by: field of the JSON replies that is dealt unlike, a dotted path; . is the whole reply
+        shard_by: field of the JSON replies that is dealt unlike, a dotted path; . is the whole reply
         shard_seed: what is dealt follows from it
         personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of the recipe
         compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that: --personal.compare
         resume: go on after the last round that ended
         replace: start over, and replace the Adapter that stands there
     """
-    sharding = {"count": shards, "alpha": alpha, "by": by, "seed": shard_seed} if shards is not None else None
+    sharding = {"count": shards, "alpha": alpha, "by": shard_by, "seed": shard_seed} if shards is not None else None
     overrides = [
         *flags,
         *([f"--personal.rank={personal}"] if personal else []),

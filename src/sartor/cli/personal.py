@@ -67,15 +67,15 @@ def show(team: Path, *, user: str) -> Any:
 
 
 @personal_app.command
-def allow(team: Path, *, key: str, user: str) -> Any:
+def allow(team: Path, *, key_id: str, user: str) -> Any:
     """Let an API key speak for a user: what it asks with that user is answered by the user's own versions.
 
     Args:
         team: the team's YAML file
-        key: the key's id, as sartor agents key --list has it
+        key_id: of the key, as sartor agents key --list has it
         user: the id that clients send; * is anybody
     """
-    return sartor.allow_personal(team, key, user)
+    return sartor.allow_personal(team, key_id, user)
 
 
 @personal_app.command
@@ -93,11 +93,11 @@ def forget(team: Path, *, user: str, by: str = "", within_s: float = 300.0) -> A
 
 
 @personal_app.command
-def proof(file: Path, *, key: Path | None = None) -> Any:
+def proof(file: Path, *, public_key: Path | None = None) -> Any:
     """What a proof of a deletion says, if its signature is good.
 
     Args:
         file: the proof
-        key: the team's public key (STATE/keys/sartor.pub); by default those in SARTOR_HOME/trusted
+        public_key: the team's (STATE/keys/sartor.pub); by default those in SARTOR_HOME/trusted
     """
-    return sartor.check_personal_proof(file, key)
+    return sartor.check_personal_proof(file, public_key)

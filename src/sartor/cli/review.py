@@ -46,7 +46,7 @@ def review_list(
     kind: Kind = "",
     state: State = "open",
     by: str = "",
-    most: int = 50,
+    rows: int = 50,
     reviewers: int = 1,
     signed: REPLACE = False,
     queue: str = "",
@@ -58,13 +58,13 @@ def review_list(
         kind: of this kind alone
         state: open (with conflicts), conflict, decided or all
         by: what this person has yet to decide, without what others decided
-        most: so many at once
+        rows: so many at once
         reviewers: how many people must agree before an item counts as decided
         signed: only decisions count that a trusted key signed
         queue: file or Postgres URL; by default SARTOR_REVIEW, else review.sqlite beside the Dataset
     """
     rule = sartor.ReviewRule(reviewers, signed)
-    return sartor.review_list(dataset, queue, kind=kind, state=state, by=by, most=most, rule=rule)
+    return sartor.review_list(dataset, queue, kind=kind, state=state, by=by, most=rows, rule=rule)
 
 
 @review_app.command

@@ -22,8 +22,8 @@ def export(
     out: Path,
     quantise: str = "",
     key: Path | None = None,
+    public_key: Path | None = None,
     base: str = "",
-    sign: Path | None = None,
     allow_unmeasured: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
@@ -34,14 +34,14 @@ def export(
         to: peft (a directory for peft, vLLM, SGLang), merged (one for transformers) or gguf (adapter and merged, for llama.cpp)
         out: directory of the export
         quantise: further types of the merged GGUF, as q8_0,q4_0; f16 comes too, unless bf16 or f32 is; none: no merged file
-        key: trust this public key instead of those in SARTOR_HOME/trusted
+        key: private key, or the directory that `sartor keygen` made: signs the receipt
+        public_key: trust this public key instead of those in SARTOR_HOME/trusted
         base: the base in another place than the Release names
-        sign: private key, or the directory that `sartor keygen` made, to sign the receipt with
         allow_unmeasured: also where llama.cpp is not installed to be asked
         replace: replace the export that stands there
     """
     types = [kind.strip() for kind in quantise.split(",") if kind.strip()]
-    options = sartor.ExportOptions(types, allow_unmeasured, sign, key, base)
+    options = sartor.ExportOptions(types, allow_unmeasured, key, public_key, base)
     return sartor.export(release, out, to=to, options=options, replace=replace, notice=notice)
 
 
@@ -109,18 +109,23 @@ def key(
 
 @receipt_app.command
 def verify(
-    file: Path, *, team: Path | None = None, key: Path | None = None, messages: Path | None = None, reply: str | None = None
+    file: Path,
+    *,
+    team: Path | None = None,
+    public_key: Path | None = None,
+    messages: Path | None = None,
+    reply: str | None = None,
 ) -> Any:
     """Check a receipt: its signature; the digests of what was asked and said; and of a greedy reply that it is said again.
 
     Args:
         file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
         team: the team's YAML file: its public key, its key of digests, its base and engine
-        key: trust this public key instead of the team's or those in SARTOR_HOME/trusted
+        public_key: trust this one instead of the team's or those in SARTOR_HOME/trusted
         messages: JSON file of the messages, or of the whole body of the request
         reply: the text of the reply
     """
-    return sartor.verify_receipt(file, team=team, key=key, messages=messages, reply=reply, notice=notice)
+    return sartor.verify_receipt(file, team=team, key=public_key, messages=messages, reply=reply, notice=notice)
 
 
 @agents_app.command(name="list")
@@ -134,16 +139,16 @@ def agents_list(*, team: Path = TEAM) -> Any:
 
 
 @agents_app.command(name="add")
-def agents_add(release: Path, *, name: str = "", why: str = "", team: Path = TEAM) -> Any:
+def agents_add(release: Path, *, name: str = "", reason: str = "", team: Path = TEAM) -> Any:
     """Register a Release, after every check that needs no engine; the first version of an agent is live at once.
 
     Args:
         release: the Release
         name: what clients ask for; by default the Release's own name
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.add_agent(team, release, name=name, why=why)
+    return sartor.add_agent(team, release, name=name, why=reason)
 
 
 @agents_app.command(name="promote")
@@ -154,7 +159,7 @@ def agents_promote(
     expected_version: str | None = None,
     canary: float | None = None,
     shadow: float | None = None,
-    why: str = "",
+    reason: str = "",
     team: Path = TEAM,
 ) -> Any:
     """Make a registered version live, or put it on trial; without fractions, one that is on trial already becomes live.
@@ -165,87 +170,87 @@ def agents_promote(
         expected_version: change nothing unless this one is live
         canary: fraction of the requests that it answers at first; by default that of the team's file
         shadow: fraction of the requests that it also answers, unseen; by default that of the team's file
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=why)
+    return sartor.promote_agent(team, name, version, expected=expected_version, canary=canary, shadow=shadow, why=reason)
 
 
 @agents_app.command(name="canary")
-def agents_canary(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+def agents_canary(name: str, version: str, fraction: float, *, reason: str = "", team: Path = TEAM) -> Any:
     """Let a registered version answer a fraction of the requests.
 
     Args:
         name: the agent
         version: the version
         fraction: of the requests
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, canary=fraction, why=why)
+    return sartor.promote_agent(team, name, version, canary=fraction, why=reason)
 
 
 @agents_app.command(name="shadow")
-def agents_shadow(name: str, version: str, fraction: float, *, why: str = "", team: Path = TEAM) -> Any:
+def agents_shadow(name: str, version: str, fraction: float, *, reason: str = "", team: Path = TEAM) -> Any:
     """Let a registered version answer a fraction of the requests too, unseen.
 
     Args:
         name: the agent
         version: the version
         fraction: of the requests
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.promote_agent(team, name, version, shadow=fraction, why=why)
+    return sartor.promote_agent(team, name, version, shadow=fraction, why=reason)
 
 
 @agents_app.command(name="rollback")
-def agents_rollback(name: str, *, expected_version: str | None = None, why: str = "", team: Path = TEAM) -> Any:
+def agents_rollback(name: str, *, expected_version: str | None = None, reason: str = "", team: Path = TEAM) -> Any:
     """End a trial, if one runs; else make the version live that was before.
 
     Args:
         name: the agent
         expected_version: change nothing unless this one is live
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.rollback_agent(team, name, expected=expected_version, why=why)
+    return sartor.rollback_agent(team, name, expected=expected_version, why=reason)
 
 
 @agents_app.command(name="drain")
-def agents_drain(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+def agents_drain(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
     """Let an agent end what it has begun and take nothing new, until a version of it is promoted.
 
     Args:
         name: the agent
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.drain_agent(team, name, why=why)
+    return sartor.drain_agent(team, name, why=reason)
 
 
 @agents_app.command(name="remove")
-def agents_remove(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+def agents_remove(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
     """Serve an agent no more. None of its versions' names will ever mean another Release.
 
     Args:
         name: the agent
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.remove_agent(team, name, why=why)
+    return sartor.remove_agent(team, name, why=reason)
 
 
 @agents_app.command(name="repair")
-def agents_repair(name: str, *, why: str = "", team: Path = TEAM) -> Any:
+def agents_repair(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
     """Write an agent's row anew as the log has it, after it was changed from outside.
 
     Args:
         name: the agent
-        why: for the log
+        reason: for the log
         team: the team's YAML file
     """
-    return sartor.repair_agent(team, name, why=why)
+    return sartor.repair_agent(team, name, why=reason)
 
 
 @agents_app.command(name="replay")
@@ -262,29 +267,29 @@ def agents_replay(log: Path, *, run: str = "", messages: Path | None = None, tea
 
 
 @agents_app.command(name="feedback")
-def agents_feedback(*, key: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
+def agents_feedback(*, key_id: str = "", user: str = "", remove: REPLACE = False, team: Path = TEAM) -> Any:
     """Who said how much of the team's replies, and whether it is trusted; with --remove, what they said is taken out.
 
     Args:
-        key: id of an API key, of which alone is told
+        key_id: of an API key, of which alone is told
         user: id of a person, as the feedback was sent with
         remove: take out of the inbox what that key or user said
         team: the team's YAML file
     """
     call = sartor.remove_feedback if remove else sartor.list_feedback
-    return call(team, key=key, user=user)
+    return call(team, key=key_id, user=user)
 
 
 @agents_app.command(name="events")
-def agents_events(name: str = "", *, most: int = 100, team: Path = TEAM) -> Any:
+def agents_events(name: str = "", *, rows: int = 100, team: Path = TEAM) -> Any:
     """Who changed what, when, from what to what, and why; the newest last.
 
     Args:
         name: of one agent; by default of all
-        most: so many of the newest
+        rows: so many of the newest
         team: the team's YAML file
     """
-    return sartor.agent_events(team, name, most=most)
+    return sartor.agent_events(team, name, most=rows)
 
 
 @app.command

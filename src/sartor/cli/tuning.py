@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def chat(
     target: str,
     *,
     agent: str = "auto",
-    key: str = "",
+    api_key_env: str = "",
     temperature: float | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
@@ -116,13 +117,20 @@ def chat(
     Args:
         target: starter or another base, an Adapter (its replies are unreleased), a Release, the YAML file of a team, or a URL
         agent: of a team or a server: name, name@version, base, or auto, which chooses
-        key: of a server: its API key
+        api_key_env: of a server: environment variable that holds its API key
         temperature: 0 is greedy
         max_tokens: longest reply
         seed: of the sampling
     """
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    sartor.chat(target, sys.stdin, _say, agent=agent, key=key, sampling=sampling, notice=notice)
+    sartor.chat(target, sys.stdin, _say, agent=agent, key=_secret(api_key_env), sampling=sampling, notice=notice)
+
+
+def _secret(variable: str) -> str:
+    """The value of an environment variable: what stands on a command line is seen by everybody on the machine."""
+    if variable and variable not in os.environ:
+        raise ConfigError(f"the environment variable {variable} is not set", f"read -rs {variable}; export {variable}")
+    return os.environ.get(variable, "")
 
 
 def _say(text: str) -> None:
@@ -266,15 +274,15 @@ def release(
 
 
 @app.command
-def verify(release: Path, *, key: Path | None = None, base: str = "") -> Any:
+def verify(release: Path, *, public_key: Path | None = None, base: str = "") -> Any:
     """Check a Release, or a signed export of one: every byte, its signer, the base and chat template that it is bound to.
 
     Args:
         release: the Release or export
-        key: trust this public key instead of those in SARTOR_HOME/trusted
+        public_key: trust this one instead of those in SARTOR_HOME/trusted
         base: compare with this base instead of the one that the Release names
     """
-    return sartor.verify(release, key=key, base=base)
+    return sartor.verify(release, key=public_key, base=base)
 
 
 @app.command
@@ -282,9 +290,10 @@ def ask(
     release: Path,
     prompt: str = "",
     *,
+    prompt_file: Path | None = None,
     media: MEDIA = (),
     agent: str = "auto",
-    key: Path | None = None,
+    public_key: Path | None = None,
     base: str = "",
     temperature: float | None = None,
     top_p: float | None = None,
@@ -300,9 +309,10 @@ def ask(
     Args:
         release: the Release, which is verified first; an Adapter, whose replies are marked; or the YAML file of a team
         prompt: the question; may be left out beside media that say it all
+        prompt_file: file with the question, which the list of processes then does not show; - is standard input
         media: picture or recording that goes before the question, several in their order; `--image=-` is standard input
         agent: of a team: name, name@version, base, or auto, which chooses
-        key: of a Release: trust this public key instead of those in SARTOR_HOME/trusted
+        public_key: of a Release: trust this one instead of those in SARTOR_HOME/trusted
         base: of a Release: the base in another place than it names
         temperature: 0 is greedy
         top_p: sample from the likeliest tokens of this mass
@@ -314,10 +324,21 @@ def ask(
     with_speech = sartor.speaking(speak, voice) if speak else lambda reply: reply
     fields = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in fields.items() if value is not None}
+    if prompt_file is not None:
+        prompt = _prompt_of(prompt_file, prompt)
     question = sartor.Question.of(prompt, media)
     if release.is_file():
         return with_speech(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))
-    return with_speech(sartor.ask(release, question, key=key, base=base, sampling=chosen, notice=notice))
+    return with_speech(sartor.ask(release, question, key=public_key, base=base, sampling=chosen, notice=notice))
+
+
+def _prompt_of(file: Path, prompt: str) -> str:
+    if prompt:
+        raise ConfigError("a prompt and --prompt-file exclude each other", "leave one of them out")
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as text: {error}", "--prompt-file FILE, in UTF-8") from None
 
 
 @app.command

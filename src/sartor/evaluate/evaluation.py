@@ -21,6 +21,7 @@ from sartor.core import catalogue, evaluation_ledger, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, open_artifact, write_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError
 from sartor.core.lineage import ancestry
+from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.core.row_warnings import evaluation_warnings
 from sartor.core.splits import TEST, group_of, group_of_stored
@@ -30,7 +31,6 @@ from sartor.evaluate.audit import forgetting_probes
 from sartor.evaluate.audit.audit import AuditOptions
 from sartor.evaluate.audit.counterfactual_bias import outcomes_of
 from sartor.evaluate.audit.model_pair import ModelPair
-from sartor.evaluate.evaluation_progress import EvaluationProgress
 from sartor.evaluate.limits import BiasLimits, judge_bias
 from sartor.evaluate.media_ablation import ablate, media_of, modalities
 from sartor.evaluate.metrics import ALL_METRICS, LOWER_IS_BETTER, NAMES, MetricSet, ModelOutputs
@@ -189,14 +189,15 @@ def _measure(
     primary = scorer or _primary(measures, metrics)
     # what media are worth is measured by the whole replies as well
     decisive = {*metrics, *({primary, "exact_match"} if any(map(media_of, eval_set.examples)) else ())} if metrics else None
-    with EvaluationProgress(len(eval_set.examples), notice) as progress:
+    row_count = len(eval_set.examples)
+    with Progress("evaluate", row_count, "rows", notice) as progress:
         before, after = measure_models(
             base,
             model,
             eval_set,
             label,
             is_decided=(lambda index, reply: measures.is_decided(index, reply, decisive)) if decisive else None,
-            progress=progress.show,
+            progress=lambda fraction: progress.show(fraction * row_count),
         )
     comparisons = measures.compared(before, after, metrics)
     ablation = ablate(base, model, eval_set, measures, after, primary, notice)

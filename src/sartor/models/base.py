@@ -23,6 +23,7 @@ import transformers
 
 from sartor.core import gguf_header, model_refs, numerics
 from sartor.core.errors import ConfigError, ModelError
+from sartor.core.progress import Progress
 from sartor.models import quantization, whisper_conversion
 from sartor.models.chat import ChatTokenizer
 from sartor.models.hardware import best_device, best_dtype
@@ -227,7 +228,7 @@ def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda li
         # the starter's file is one that is rounded
         dtype = torch.bfloat16 if ref.gguf is None or gguf_header.read_head(file).is_rounded else torch.float32
         notice(f"converting the base {ref.name}; this is done once")
-        _convert(file, part, dtype)
+        _convert(file, part, dtype, notice)
         return {"derived_from": "gguf", "dtype": str(dtype).removeprefix("torch.")}
 
     if ref.name == model_refs.WHISPER:
@@ -236,10 +237,17 @@ def convert(ref: model_refs.BaseRef, notice: Callable[[str], object] = lambda li
         convert_once(ref.path, ref.digest, fill)
 
 
-def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
+def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str], object]) -> None:
+    head = gguf_header.read_head(file)
     try:
-        # the GGUF reader draws a bar of its own that no setting turns off
-        with quiet_transformers(), _gguf_parsed_once(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with (
+            Progress("convert", head.tensor_count, "tensors", notice) as progress,
+            quiet_transformers(),
+            _gguf_parsed_once(progress.advance),
+            # the GGUF reader draws a bar of its own that no setting turns off
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+        ):
             _dequantise(file, part, dtype)
     except ModelError:
         raise
@@ -253,18 +261,24 @@ def _convert(file: Path, part: Path, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """Inside, a GGUF file's header and the map of its names are kept.
+def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
+    """Inside, a GGUF file's header and the map of its names are kept, and `converted` is told of each tensor.
 
     transformers parses the header for the config, the weights and the tokenizer anew (49,000 tokens, one numpy view each), and
     makes the map for each weight: together half the time of a conversion.
     """
     import gguf  # of a conversion alone
 
-    names = ("GGUFReader", "get_tensor_name_map")
+    names = ("GGUFReader", "get_tensor_name_map", "dequantize")
     originals = {name: getattr(gguf, name) for name in names}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
+
+    def dequantize(*arguments: Any) -> Any:
+        weights = originals["dequantize"](*arguments)
+        converted()
+        return weights
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(originals[name]) for name in names[:2])
+    gguf.dequantize = dequantize
     try:
         yield
     finally:

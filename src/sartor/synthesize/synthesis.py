@@ -27,6 +27,7 @@ from sartor.core import config, parquet_io
 from sartor.core.artifacts import Artifact, check_output_free, kind_of, open_artifact
 from sartor.core.errors import ConfigError, MissingError, StoppedError
 from sartor.core.filesystem import DISK_FULL
+from sartor.core.progress import Progress
 from sartor.core.records import Drop, Example, canonical_text, digest
 from sartor.curate.dataset_writer import DatasetWriter, write_dataset
 from sartor.curate.pipeline import workplace
@@ -145,7 +146,6 @@ class Synthesized:
 Notice = Callable[[str], object]
 # Asks that are in memory at once, for each that is asked at once
 AHEAD = 16
-SECONDS_BETWEEN_LINES = 10.0
 _REPAIRED = ("no_json", "schema_mismatch")
 
 
@@ -248,7 +248,6 @@ class SynthesisRun:
         self.folder = Path(recipe.cache).expanduser() if recipe.cache else work / "answers"
         self.answers: AnswerCache | None = None
         self._teacher = teacher
-        self._noticed_at = time.monotonic()
 
     def write(self, writer: DatasetWriter) -> dict[str, Any]:
         """Fill the Dataset's directory; returns what its manifest says."""
@@ -285,9 +284,12 @@ class SynthesisRun:
                 self.rows.add(generator.kind, item, synthetic_dataset.Provenance(seed=self.recipe.seed))
 
     def _ask(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> None:
-        for outcome in self._outcomes(generator, seeds):
-            self._take(generator, outcome)
-            self._report_progress(generator.kind)
+        requests = generator.requests(seeds.rows, self.recipe.seed)
+        asks = sum(not isinstance(item, Skipped) for item in requests)
+        with Progress(generator.kind, asks, "asked", self._with_cost) as progress:
+            for outcome in self._outcomes(generator, seeds):
+                self._take(generator, outcome)
+                progress.advance()
 
     def _outcomes(self, generator: PromptedGenerator, seeds: synthetic_dataset.Seeds) -> Iterator[AskOutcome]:
         """In the order of the asks, some of which are under way at once."""
@@ -346,10 +348,9 @@ class SynthesisRun:
         source_locator = (origin.source, origin.locator) if origin else ("", "")
         self.rows.drop(generator.kind, Drop(generated.reason, *source_locator, detail), outcome.request.number)
 
-    def _report_progress(self, kind: str) -> None:
-        if time.monotonic() - self._noticed_at > SECONDS_BETWEEN_LINES and self.answers:
-            spent, self._noticed_at = self.answers.spent, time.monotonic()
-            row_count = sum(counts["made"] for counts in self.rows.ways.values())
-            self.notice(
-                f"{kind}: {row_count:,} rows made, {spent.calls:,} calls, {spent.cached:,} from disk, cost {spent.cost:.4f}"
-            )
+    def _with_cost(self, line: str) -> None:
+        """Tell a line of progress, and what the answers cost so far."""
+        if self.answers:
+            spent = self.answers.spent
+            line = f"{line}; {spent.calls:,} calls, {spent.cached:,} from disk, cost {spent.cost:.4f}"
+        self.notice(line)

@@ -11,6 +11,7 @@ import numpy as np
 from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact
 from sartor.core.lineage import ancestry
+from sartor.core.progress import Progress
 from sartor.core.records import Example
 from sartor.evaluate import training_facts
 from sartor.evaluate.audit import benchmarks, counterfactual_bias, memorization, probes
@@ -46,28 +47,44 @@ def audit(
     dataset = ancestry.find_parent(adapter, "dataset")
     train = list(parquet_io.read_examples(dataset, "train")) if dataset else []
     system = training_facts.read_facts(adapter).system_prompt if dataset else ""
-    notice("auditing: prompts that differ in a group alone")
-    fields: dict[str, Any] = {"bias": audit_bias(sides, examples, options, system)}
-    if options.benchmarks:
-        notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
-        fields["benchmarks"] = benchmarks.measure(sides)
-    notice("auditing: what was learnt by heart, and what is refused")
-    missing = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
-    held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
-    fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or examples) if dataset else missing
-    fields["refusals"] = probes.measure(sides, system)
+    stages = 3 + len(counterfactual_bias.TEMPLATES) * options.templates + options.benchmarks
+    with Progress("audit", stages, "stages", notice) as progress:
+        notice("auditing: prompts that differ in a group alone")
+        fields: dict[str, Any] = {"bias": audit_bias(sides, examples, options, system, done=progress.advance)}
+        if options.benchmarks:
+            notice("auditing: BBQ, CrowS-Pairs, StereoSet, WinoBias")
+            fields["benchmarks"] = benchmarks.measure(sides)
+            progress.advance()
+        notice("auditing: what was learnt by heart, and what is refused")
+        missing = {"skipped": f"the Dataset of {adapter.path.name} is not where it was: sartor index DIR finds it"}
+        held_out = list(parquet_io.read_examples(dataset, "eval")) if dataset else []
+        fields["memorisation"] = memorization.audit_memorisation(sides, train, held_out or examples) if dataset else missing
+        progress.advance()
+        fields["refusals"] = probes.measure(sides, system)
+        progress.advance()
     return fields
 
 
-def audit_bias(sides: ModelPair, examples: Sequence[Example], options: AuditOptions, system: str = "") -> dict[str, Any]:
+def audit_bias(
+    sides: ModelPair,
+    examples: Sequence[Example],
+    options: AuditOptions,
+    system: str = "",
+    *,
+    done: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Counterfactual prompts alone. system: the system prompt of the training rows, which goes before the templates.
 
-    `skipped` has the kinds that no prompt of a section speaks of.
+    `skipped` has the kinds that no prompt of a section speaks of. done: told of each section.
     Raises ConfigError for a label or a favourable outcome that no row has.
     """
     outcomes = outcomes_of([row.reply for row in examples], options.label, options.favourable)
-    templates = {name: _templates(sides, name, system) for name in counterfactual_bias.TEMPLATES if options.templates}
+    templates = {}
+    for name in counterfactual_bias.TEMPLATES if options.templates else ():
+        templates[name] = _templates(sides, name, system)
+        done()
     own_section = _audit_own_prompts(sides, examples, outcomes)
+    done()
     sections = {"own": own_section, **templates}
     skipped = {
         name: [kind for kind, counts in section["kinds"].items() if not counts["blocks"]]

@@ -23,6 +23,7 @@ from sartor.core.artifacts import Artifact, check_output_free, kind_of, write_ar
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import write_file_atomic, writer_lock
 from sartor.core.licences import compliance
+from sartor.core.progress import Progress
 from sartor.federate.privacy.accountant import Account, calibrated
 from sartor.federate.privacy.client_noise import ClientNoise
 from sartor.federate.privacy.privacy_attacks import AttackReport, open_report
@@ -217,9 +218,11 @@ def _run(setup: SimulationSetup, clients: Clients, out: Path, *, replace: bool, 
             notice(line)
         if rounds.lines:
             notice(f"going on after round {len(rounds.lines)} of {recipe.rounds}")
-        while len(rounds.lines) < recipe.rounds:
-            rounds.step()
-            notice(round_line(rounds.lines[-1], recipe.rounds))
+        with Progress("simulate", recipe.rounds - len(rounds.lines), "rounds", notice) as progress:
+            while len(rounds.lines) < recipe.rounds:
+                rounds.step()
+                notice(round_line(rounds.lines[-1], recipe.rounds))
+                progress.advance()
         shared, lines = rounds.shared, rounds.lines
     report = run_attacks(AttackTarget(setup, shared, clients.rows, clients.held_out, recipe.data.attack_rows), notice)
     facts = facts_of(setup, clients, lines, shared) | {"fingerprint": without_recipe(_fingerprint(recipe, clients))}

@@ -14,6 +14,7 @@ from sartor.core.artifacts import MANIFESTS, Artifact, check_output_free, create
 from sartor.core.errors import BudgetError, ConfigError, ModelError
 from sartor.core.filesystem import file_digest
 from sartor.core.lineage import ancestry
+from sartor.core.progress import Progress
 from sartor.evaluate.evaluation import check_base
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import Base, machine_facts, open_base
@@ -106,8 +107,8 @@ def export(
     parity_prompts = prompts.choose(source, base.chat)
     measured = to != "gguf" or runtimes.has_llama_cpp()
     work = ExportContext(source, base, adapters.open_adapter(base.model, source.path), (), options.types, measured, notice)
-    notice(f"asking Sartor {len(parity_prompts)} prompts")
-    work.traces = traces = reference.trace(base, work.model, parity_prompts)
+    with Progress("ask Sartor", len(parity_prompts), "prompts", notice) as progress:
+        work.traces = traces = reference.trace(base, work.model, parity_prompts, progress.advance)
     with create_output_directory(out, replace=replace) as part:
         exported_form = _WRITERS[to](work, part)
         export_formats.write_card(source, base, to, part, exported_form.use)

@@ -19,6 +19,7 @@ from sartor.core.artifacts import Artifact, kind_of, read_manifest
 from sartor.core.errors import GateError
 from sartor.core.licences import compliance
 from sartor.core.model_refs import STARTER, source_gguf
+from sartor.core.progress import Progress
 from sartor.models import adapters, composed_model, gguf_writer
 from sartor.models.base import Base, open_chat
 from sartor.models.gguf_writer import write_adapter_gguf
@@ -182,6 +183,10 @@ class ExportContext:
         """What its files are called."""
         return f"{self.release.manifest['name']}-{self.release.manifest['version']}"
 
+    def asking(self, runtime: str) -> Progress:
+        """Progress of a runtime that is asked all prompts."""
+        return Progress(f"ask {runtime}", len(self.traces), "prompts", self.notice)
+
 
 @dataclass(frozen=True)
 class ExportedForm:
@@ -199,8 +204,8 @@ def write_peft(work: ExportContext, part: Path) -> ExportedForm:
     write_tokenizer(work.base, part)
     chat, device = work.base.chat, work.base.device
     del work.model, work.base.model
-    work.notice("asking peft")
-    figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device)
+    with work.asking("peft") as progress:
+        figures = parity.ask_peft(part, work.base.ref.path, chat, work.traces, device, progress.advance)
     parity.check(figures, work.name)
     towers = ", ".join(f"{kind} by `{tower.name}` (`{tower.digest[:12]}`)" for kind, tower in tower_refs.items())
     return ExportedForm({adapters.WEIGHTS: figures}, _USE_PEFT + (_USE_PROJECTORS.format(towers=towers) if tower_refs else ""))
@@ -215,8 +220,8 @@ def write_merged(work: ExportContext, part: Path) -> ExportedForm:
     del model, work.model, work.base.model
     write_tokenizer(work.base, part)
     write_generation_config(work.release, work.base, part)
-    work.notice("asking transformers")
-    figures = parity.ask_merged(part, chat, work.traces, device)
+    with work.asking("transformers") as progress:
+        figures = parity.ask_merged(part, chat, work.traces, device, progress.advance)
     parity.check(figures, work.name)
     return ExportedForm({"*.safetensors": figures}, _USE_MERGED)
 
@@ -250,8 +255,8 @@ def write_gguf(work: ExportContext, part: Path) -> ExportedForm:
     for kind in work.types:
         file = gguf_writer.write_model_gguf(model, vocabulary, metadata, part / f"{work.name}-{kind}.gguf", kind)
         if work.measured:
-            work.notice(f"asking llama.cpp of {file.name}")
-            figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template)
+            with work.asking(f"llama.cpp of {file.name}") as progress:
+                figures[file.name] = parity.ask_llama_cpp(file, kind, work.traces, template, progress=progress.advance)
     for file_name, file_figures in figures.items():
         parity.check(file_figures, f"{work.name} ({file_name})")
     use = _USE_GGUF.format(name=work.name, kind=work.types[0]) if work.types else _USE_ADAPTER.format(name=work.name)
@@ -273,13 +278,16 @@ def _ask_of_adapter(
     work: ExportContext, adapter: Path, vocabulary: gguf_writer.Vocabulary, metadata: gguf_writer.GgufMetadata
 ) -> Figures:
     """llama.cpp with the adapter on the base's own GGUF file; where it has none, on the base written in F16 for this alone."""
-    work.notice(f"asking llama.cpp of {adapter.name}")
+    template, traces = metadata.template, work.traces
     if file := _own_file(work.base):
-        return parity.ask_llama_cpp(file, "adapter on the base's own file", work.traces, metadata.template, adapter)
+        with work.asking(f"llama.cpp of {adapter.name}") as progress:
+            form = "adapter on the base's own file"
+            return parity.ask_llama_cpp(file, form, traces, template, adapter, progress.advance)
     base_model = adapters.undo(work.model)
     with tempfile.TemporaryDirectory(dir=adapter.parent, prefix=".base-") as folder:
         file = gguf_writer.write_model_gguf(base_model, vocabulary, metadata, Path(folder) / "base.gguf")
-        figures = parity.ask_llama_cpp(file, "adapter", work.traces, metadata.template, adapter)
+        with work.asking(f"llama.cpp of {adapter.name}") as progress:
+            figures = parity.ask_llama_cpp(file, "adapter", traces, template, adapter, progress.advance)
     work.model = adapters.open_adapter(base_model, work.release.path)
     return figures
 

@@ -1,7 +1,7 @@
 """Child process that asks llama.cpp for logits.
 
-`python -m sartor.release.export.llamacpp_process JOB RESULT` reads and writes JSON files. The server of xllamacpp listens on
-loopback while it lives, behind a key that only this process knows. No torch here.
+`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a byte a prompt.
+The server of xllamacpp listens on loopback while it lives, behind a key that only this process knows. No torch here.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _go_with_the_parent() -> None:
     os._exit(1)
 
 
-def main(job_file: str, result_file: str) -> int:
-    """Do a job; returns the process's exit code. What went wrong is written as `error`."""
+def main(job_file: str, result_file: str, answered_file: str) -> int:
+    """Do a job; returns the process's exit code. What went wrong is written as `error`, and a byte a trace that is answered."""
     threading.Thread(target=_go_with_the_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
@@ -114,8 +114,12 @@ def main(job_file: str, result_file: str) -> int:
         fields: Json = {
             "template": session.post("/props")["chat_template"],
             "rendered": [session.render(messages) for messages in job["conversations"]],
-            "traces": [session.trace(item["prompt"], item["reply"]) for item in job["traces"]],
+            "traces": [],
         }
+        with Path(answered_file).open("wb", buffering=0) as answered:
+            for item in job["traces"]:
+                fields["traces"].append(session.trace(item["prompt"], item["reply"]))
+                answered.write(b".")
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         detail = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else str(error)
         fields = {"error": f"{type(error).__name__}: {detail}"}

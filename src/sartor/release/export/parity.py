@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def _turns(system: str, text: str) -> list[Message]:
 
 # Of each reply that many tokens are compared. Logits of all of them are held: 50 replies over 150,000 tokens are 1.4 GB.
 REPLY_TOKENS = 48
+# Told how many more prompts a runtime has answered
+Answered = Callable[[int], object]
 ROWS_TOGETHER = 16
 
 
@@ -132,10 +135,10 @@ class Trace:
         return list(self.parity_prompt.ids)
 
 
-def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt]) -> list[Trace]:
+def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt], progress: Answered = lambda count: None) -> list[Trace]:
     """Greedy replies by Sartor's own decoding, and the logits along each of them.
 
-    base.model and `model` (with the adapter) are in fp32.
+    base.model and `model` (with the adapter) are in fp32. progress: told of prompts that are answered.
     """
     chat = base.chat
     generations = generate(
@@ -145,6 +148,7 @@ def trace(base: Base, model: Any, prompts: Sequence[ParityPrompt]) -> list[Trace
         pad=chat.pad,
         sampling=Sampling(REPLY_TOKENS),
         batch_rows=ROWS_TOGETHER,
+        progress=progress,
     )
     traces = []
     for prompt, reply in zip(prompts, generations, strict=True):
@@ -305,6 +309,7 @@ _REMEDIES = {form: _FEWER for form in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}
 LLAMA_CPP = "xllamacpp"
 # of a whole run of llama.cpp; a model of a few billions on two cores needs minutes
 TIME_LIMIT_S = 6 * 3600.0
+_LOOK_S = 1.0
 
 
 def check_own_decoding(traces: Sequence[Trace]) -> Figures:
@@ -313,19 +318,28 @@ def check_own_decoding(traces: Sequence[Trace]) -> Figures:
     return compare("sartor", "sartor", traces, RuntimeOutputs([list(trace.reply) for trace in traces], likeliest))
 
 
-def ask_peft(part: Path, base: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
+def ask_peft(
+    part: Path,
+    base: Path,
+    chat: ChatTokenizer,
+    traces: Sequence[Trace],
+    device: torch.device,
+    progress: Answered = lambda count: None,
+) -> Figures:
     """PeftModel on transformers' own model, in fp32."""
     with quiet_transformers():
         model = _load_model(base, device)
         model = peft.PeftModel.from_pretrained(model, str(part), torch_device="cpu").to(device).eval()
-    return _ask_torch("peft", "peft", model, chat, traces, part)
+    return _ask_torch("peft", "peft", model, chat, traces, part, progress)
 
 
-def ask_merged(part: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device) -> Figures:
+def ask_merged(
+    part: Path, chat: ChatTokenizer, traces: Sequence[Trace], device: torch.device, progress: Answered = lambda count: None
+) -> Figures:
     """Transformers on the merged files alone, computing in fp32: what their narrower type rounds away is what shows."""
     with quiet_transformers():
         model = _load_model(part, device)
-    return _ask_torch("transformers", "merged", model, chat, traces, part)
+    return _ask_torch("transformers", "merged", model, chat, traces, part, progress)
 
 
 def _load_model(path: Path, device: torch.device) -> Any:
@@ -333,7 +347,9 @@ def _load_model(path: Path, device: torch.device) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, **load_options).to(device).eval()
 
 
-def _ask_torch(runtime: str, form: str, model: Any, chat: ChatTokenizer, traces: Sequence[Trace], part: Path) -> Figures:
+def _ask_torch(
+    runtime: str, form: str, model: Any, chat: ChatTokenizer, traces: Sequence[Trace], part: Path, progress: Answered
+) -> Figures:
     start_time = time.monotonic()
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(part), local_files_only=True, trust_remote_code=False)
     rendered = [
@@ -344,7 +360,9 @@ def _ask_torch(runtime: str, form: str, model: Any, chat: ChatTokenizer, traces:
     logits = [logits_along(model, trace.prompt, trace.reply[:-1]) for trace in traces]
     greedy: list[list[int]] = []
     for start in range(0, len(traces), ROWS_TOGETHER):
-        greedy += _generate(model, chat, [trace.prompt for trace in traces[start : start + ROWS_TOGETHER]])
+        batch = traces[start : start + ROWS_TOGETHER]
+        greedy += _generate(model, chat, [trace.prompt for trace in batch])
+        progress(len(batch))
     answers = RuntimeOutputs(greedy, [_likeliest(logit) for logit in logits], logits)
     figures = compare(f"{runtime} {importlib.metadata.version(runtime)}", form, traces, answers)
     return replace(with_prompts(figures, traces, rendered), wall_s=round(time.monotonic() - start_time, 1))
@@ -394,7 +412,14 @@ def need_llama_cpp() -> ExtraError:
     )
 
 
-def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str, adapter: Path | None = None) -> Figures:
+def ask_llama_cpp(
+    file: Path,
+    form: str,
+    traces: Sequence[Trace],
+    template: str,
+    adapter: Path | None = None,
+    progress: Answered = lambda count: None,
+) -> Figures:
     """llama.cpp on a GGUF file, with an adapter's beside it or not, in a process of its own.
 
     Raises GateError where it cannot open them, or holds another chat template than `template`.
@@ -412,7 +437,7 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
         "conversations": [trace.parity_prompt.as_json() for trace in traces if trace.parity_prompt.is_plain],
         "traces": [{"prompt": trace.prompt, "reply": list(trace.reply)} for trace in traces],
     }
-    response = _in_a_process(job)
+    response = _in_a_process(job, progress)
     if "error" in response:
         raise GateError(
             f"llama.cpp cannot run {file.name}: {response['error']}", "sartor export --to merged is what transformers runs"
@@ -428,10 +453,11 @@ def ask_llama_cpp(file: Path, form: str, traces: Sequence[Trace], template: str,
     return with_prompts(figures, traces, [item["ids"] for item in response["rendered"]])
 
 
-def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
+def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
     """What the other process said; its own end (a crash of llama.cpp, the time limit) is an error too."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        answered_file = folder / "answered"
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [
             sys.executable,
@@ -439,16 +465,24 @@ def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
             "sartor.release.export.llamacpp_process",
             str(folder / "job.json"),
             str(folder / "result.json"),
+            str(answered_file),
         ]
         # its standard input is ours to hold: when this process dies, it reads the end there, and goes too
         with (
             (folder / "log").open("wb") as log,
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
         ):
+            deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
             try:
-                exit_code = child.wait(TIME_LIMIT_S)
-            except subprocess.TimeoutExpired:
-                return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
+                while (exit_code := child.poll()) is None:
+                    if time.monotonic() > deadline:
+                        return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(_LOOK_S)
+                    # the other process writes a byte for each prompt that it has answered
+                    count = answered_file.stat().st_size if answered_file.exists() else 0
+                    progress(count - answered)
+                    answered = count
             finally:
                 child.kill()
         if not (folder / "result.json").is_file():
