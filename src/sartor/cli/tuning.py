@@ -67,6 +67,7 @@ def tailor(
     system: str = "",
     licence: str = "",
     test: Path | None = None,
+    encoding: str = "",
     minutes: float = 0.0,
     key: Path | None = None,
     require_release: REPLACE = False,
@@ -85,14 +86,16 @@ def tailor(
         system: system prompt of every row that has none
         licence: of the rows: own, or an SPDX licence; without one there is no release
         test: a file of rows to measure on, instead of some that are held out
+        encoding: code page of the files (cp1252, utf-16), where it is not found
         minutes: end within so many; 0 takes what the settings need
         key: private key that signs, or its directory; by default one of this machine, made once
         require_release: exit 5 where the gate holds the release back
         replace: make everything anew
     """
     return sartor.tailor(
-        data, name=name, base=base, out=out, fields=fields, system=system, licence=licence, test=test, minutes=minutes, key=key,
-        require_release=require_release, replace=replace, ask=_asked if sys.stdin.isatty() else None, notice=notice,
+        data, name=name, base=base, out=out, fields=fields, system=system, licence=licence, test=test, encoding=encoding,
+        minutes=minutes, key=key, require_release=require_release, replace=replace,
+        ask=_asked if sys.stdin.isatty() else None, notice=notice,
     )  # fmt: skip
 
 

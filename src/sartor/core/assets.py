@@ -38,7 +38,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One file of a registry, `pypi` or `debian`: package, version, sha256, bytes. Of `sartor`, one that came with this package."""
+    """One file of a registry: `pypi` or `debian`, package, version, sha256, bytes. `sartor`: it came with this package."""
 
     registry: str
     package: str

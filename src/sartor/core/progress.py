@@ -1,12 +1,19 @@
-"""Progress of long work on stderr, with the time left."""
+"""Progress of long work on stderr, with the time left.
+
+`Progress` is one piece of work. Where several pieces are one command (`sartor tailor`), `WholeProgress` shows them as one: what
+reports to a Progress inside of it moves the whole.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
+_WHOLE: ContextVar[WholeProgress | None] = ContextVar("whole_progress", default=None)
 
 
 class Progress:
@@ -16,17 +23,11 @@ class Progress:
     """
 
     def __init__(self, what: str, total: float, unit: str, notice: Callable[[str], object]) -> None:
-        # rich takes 0.1 s to import, which no import of this module by a short command has to wait for
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
         self._what, self._total, self._unit, self._notice = what, total, unit, notice
         self.done = 0.0
+        self._whole = _WHOLE.get()
         self._is_live = sys.stderr.isatty()
-        columns = [TextColumn(what), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn()]
-        self._bars = Bars(*columns, console=Console(stderr=True), disable=not self._is_live, transient=True)
-        self._task = self._bars.add_task(what, total=total, count=self._count(0))
+        self._bars, self._task = _bars(what, self._count(0), is_shown=self._is_live and self._whole is None)
         self._began = self._last_notice = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -39,12 +40,15 @@ class Progress:
     def show(self, done: float) -> None:
         """Tell how much of `total` is done."""
         self.done = done
-        self._bars.update(self._task, completed=done, count=self._count(done))
+        fraction = min(done / self._total, 1.0) if self._total else 1.0
+        if self._whole is not None:
+            self._whole.show(self._what, fraction, self._count(done))
+            return
+        self._bars.update(self._task, completed=fraction, count=self._count(done))
         now = time.monotonic()
         if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
-            fraction = min(done / self._total, 1.0) if self._total else 1.0
             remaining_s = (now - self._began) * (1 - fraction) / max(fraction, 1e-6)
-            self._notice(f"{self._what}  {self._count(done)}, {fraction:.0%}, about {remaining_s:.0f} s left")
+            self._notice(f"{self._what}  {self._count(done)}, {fraction:.0%}, about {_duration(remaining_s)} left")
             self._last_notice = now
 
     def advance(self, by: float = 1.0) -> None:
@@ -53,3 +57,67 @@ class Progress:
 
     def _count(self, done: float) -> str:
         return f"{round(done):,} of {round(self._total):,} {self._unit}"
+
+
+class WholeProgress:
+    """Several pieces of work as one. Use as a context manager.
+
+    seconds: what each piece, by the `what` of its Progress, is foreseen to take; others change nothing. A piece that is slower
+    or faster than foreseen moves the time that is left for those behind it, since the machine is the same.
+    """
+
+    def __init__(self, what: str, seconds: Mapping[str, float], notice: Callable[[str], object]) -> None:
+        self._what, self._notice = what, notice
+        self._seconds = dict(seconds)
+        self._done = dict.fromkeys(seconds, 0.0)
+        self._is_live = sys.stderr.isatty()
+        self._bars, self._task = _bars(what, "", is_shown=self._is_live)
+        self._began = self._last_notice = time.monotonic()
+
+    def __enter__(self) -> WholeProgress:
+        self._token = _WHOLE.set(self)
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+        _WHOLE.reset(self._token)
+
+    def show(self, what: str, fraction: float, text: str) -> None:
+        """Tell how far a piece is, 0 to 1, and what of it."""
+        if what not in self._seconds:
+            return
+        for earlier in self._seconds:
+            if earlier == what:
+                break
+            self._done[earlier] = 1.0
+        self._done[what] = fraction
+        total_s = sum(self._seconds.values())
+        done_s = sum(self._seconds[name] * part for name, part in self._done.items())
+        self._bars.update(self._task, completed=done_s / max(total_s, 1e-6), count=f"{what}: {text}")
+        now = time.monotonic()
+        if not self._is_live and now - self._last_notice > SECONDS_BETWEEN_LINES:
+            pace = (now - self._began) / max(done_s, 1e-6)
+            left = _duration((total_s - done_s) * pace)
+            self._notice(f"{self._what}  {what}: {text}; {done_s / max(total_s, 1e-6):.0%} of all, about {left} left")
+            self._last_notice = now
+
+
+def whole_progress() -> WholeProgress | None:
+    """What the work that runs is a piece of, if it is one."""
+    return _WHOLE.get()
+
+
+def _bars(what: str, count: str, *, is_shown: bool) -> tuple[Any, Any]:
+    """(bar of rich, its task). rich takes 0.1 s to import, which no short command that imports this has to wait for."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = [TextColumn(what), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn()]
+    bars = Bars(*columns, console=Console(stderr=True), disable=not is_shown, transient=True)
+    return bars, bars.add_task(what, total=1.0, count=count)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -8,35 +8,44 @@ command that was stopped or killed goes on where it was, to the same digests: wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sartor.core import signing
+from sartor.core import assets, signing
 from sartor.core.artifacts import Artifact, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
+from sartor.core.model_refs import STARTER
+from sartor.core.progress import WholeProgress
 from sartor.core.records import Example
+from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
 from sartor.curate.sources.types import Columns, SourceOptions
+from sartor.evaluate.bootstrap import Comparison, groups_needed
 from sartor.evaluate.evaluation import evaluate
+from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.release.gate import Check
 from sartor.release.release import gate, release
+from sartor.tune import preflight
 from sartor.tune.plan import TuningPlan, plan
+from sartor.tune.recipe import Checkpoints
 from sartor.tune.trainer import tune
 
 Notice = Callable[[str], object]
@@ -47,18 +56,37 @@ _FACTS, _SCHEMA = "tailor.json", 1
 _FRACTION, _HELD_OUT_ROWS = 0.2, 300
 # Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing, writing
 _RESERVE_S, _LEAST_TUNING_S = 20.0, 20.0
+# Of an evaluation that no forecast is made of
+_EVALUATION_S = 60.0
+# What tuning and evaluation read beside the rows and the base
+_ASSETS = ("small-talk", "chitchat")
 _PLAN_LINES = ("time", "evaluation", "peak memory", "reads", "trains", "left out", "warning")
+
+
+class Evidence(Enum):
+    """What the held-out rows say of the tuned model."""
+
+    BETTER = "better"
+    NOT_ENOUGH = "not enough evidence"
+    NO_DIFFERENCE = "no difference"
+    WORSE = "worse"
 
 
 @dataclass(frozen=True)
 class Tailored:
-    """What `tailor` made. released: None where the gate held it back; checks: what the gate found."""
+    """What `tailor` made. released: None where the gate held it back; checks: what the gate found.
+
+    more_rows: so many more held-out rows, of other groups, would decide if the gain stays as it is; 0 where it is decided, or
+    where no number of rows would.
+    """
 
     dataset: Artifact
     adapter: Artifact
     report: Artifact
     released: Artifact | None
     checks: Mapping[str, Check]
+    evidence: Evidence
+    more_rows: int
     recipes: Mapping[str, str]
     next_steps: Sequence[str]
     wall_s: float
@@ -74,6 +102,7 @@ class Tailored:
             "recipes": dict(self.recipes),
             "metrics": self.report.manifest["metrics"],
             "forgetting": self.report.manifest["forgetting"],
+            "evidence": {"verdict": self.evidence.value, "more_rows": self.more_rows},
             "next": list(self.next_steps),
             "wall_s": round(self.wall_s, 1),
         }
@@ -87,12 +116,20 @@ class Tailored:
         return [
             ("rows", f"{counts.get('train', 0):,} to learn from, {manifest['rows']:,} held out and measured"),
             (name, f"{primary['base']:.3f} -> {primary['tuned']:.3f}, gain in [{primary['low']:+.3f}, {primary['high']:+.3f}]"),
+            ("evidence", self._evidence_text()),
             *((f"gate: {check}", f"{result.outcome}: {result.detail}") for check, result in self.checks.items()),
             ("adapter", str(self.adapter.path)),
             ("report", str(self.report.path / "report.html")),
             ("release", str(self.released.path) if self.released else "none: the gate holds it back"),
             *(("next" if index == 0 else "", step) for index, step in enumerate(self.next_steps)),
         ]
+
+
+    def _evidence_text(self) -> str:
+        if self.evidence is Evidence.NOT_ENOUGH and self.more_rows:
+            return f"{self.evidence.value}, which is not worse: about {self.more_rows} more held-out rows would decide"
+        is_verdict = self.evidence in (Evidence.BETTER, Evidence.WORSE)
+        return f"{self.evidence.value} than the base" if is_verdict else self.evidence.value
 
 
 @dataclass(frozen=True)
@@ -106,6 +143,7 @@ class _Job:
     system: str
     licence: str
     test: str
+    encoding: str = ""
 
     def sources(self) -> list[dict[str, Any]]:
         """Sources of the curation recipe."""
@@ -114,6 +152,8 @@ class _Job:
             shared["fields"] = dict(self.fields)
         if self.system:
             shared["system"] = self.system
+        if self.encoding:
+            shared["encoding"] = self.encoding
         sources = [{"path": path, **shared} for path in self.data]
         return [*sources, *([{"path": self.test, **shared, "split": "eval"}] if self.test else [])]
 
@@ -128,6 +168,7 @@ def tailor(
     system: str = "",
     licence: str = "",
     test: Path | str | None = None,
+    encoding: str = "",
     minutes: float = 0.0,
     key: Path | str | None = None,
     require_release: bool = False,
@@ -141,8 +182,9 @@ def tailor(
     data: files, folders, or sources as a curation recipe names them. out: directory of everything that is made, `./NAME` by
     default. fields: Sartor's field -> the column. system: the system prompt of every row. licence: `own`, or an SPDX
     expression; without one the gate holds the Release back. test: rows to measure on, in place of some that are held out.
-    minutes: for the whole command; 0 takes what the settings need. key: signs; by default a key of this machine. ask: puts a
-    question to a person (columns, licence); None where nobody is there. require_release: a held-back Release is an error.
+    encoding: code page of the files, where it is not found. minutes: for the whole command; 0 takes what the settings need.
+    key: signs; by default a key of this machine. ask: puts a question to a person (columns, licence); None where nobody is
+    there. require_release: a held-back Release is an error.
 
     Raises ConfigError (options, unknown columns, `out` of another call, too few minutes), GateError with `require_release`,
     and what the verbs raise. Called again with the same options, it goes on where it was stopped.
@@ -151,20 +193,20 @@ def tailor(
     if minutes < 0:
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
-    job = _job(data, name, base, fields or {}, system, licence, test)
+    job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
     if replace:
         _clear(out, job, everything=True)
     job = _recall(out, job, ask=ask, notice=notice)
 
+    _fetch(job, notice)
     dataset = _curated(out, job, notice)
-    if not (out / "tune.yaml").is_file():
-        _write_yaml(out / "tune.yaml", _tuning(job, out, minutes, start_time, notice))
-    adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
-    notice(f"adapter  {adapter.path}")
-    report = _made_of(out / "report", "report", adapter)
-    if report is None:
-        report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
-    notice(f"report   {report.path / 'report.html'}")
+    with _planned(out, job, minutes, start_time, notice):
+        adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
+        notice(f"adapter  {adapter.path}")
+        report = _made_of(out / "report", "report", adapter)
+        if report is None:
+            report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
+        notice(f"report   {report.path / 'report.html'}")
     checks = gate(adapter, report, (), name=name)
     released = _made_of(out / f"{name}-{VERSION}", "release", adapter)
     if released is None and not any(check.holds_back for check in checks.values()):
@@ -173,12 +215,15 @@ def tailor(
         released = release(
             adapter.path, name=name, version=VERSION, key=signer, report=report.path, out=folder_of_release, replace=True
         ).release
+    evidence, more_rows = _evidence(report)
     result = Tailored(
         dataset=dataset,
         adapter=adapter,
         report=report,
         released=released,
         checks=checks,
+        evidence=evidence,
+        more_rows=more_rows,
         recipes={"curate": str(out / "curate.yaml"), "tune": str(out / "tune.yaml")},
         next_steps=_next_steps(job, adapter, released, checks),
         wall_s=time.monotonic() - start_time,
@@ -238,8 +283,21 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     return curated.dataset
 
 
-def _tuning(job: _Job, out: Path, minutes: float, start_time: float, notice: Notice) -> dict[str, Any]:
-    """The tuning recipe, once its plan is told. Raises what would stop the tuning, and ConfigError for too few minutes."""
+def _fetch(job: _Job, notice: Notice) -> None:
+    """Fetch what every run needs before time is spent on the rest. Raises AssetError where there is no network for it."""
+    for name in (STARTER, *_ASSETS) if job.base == STARTER else _ASSETS:
+        assets.install(name, notice=notice)
+
+
+@contextlib.contextmanager
+def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> Iterator[None]:
+    """Write the tuning recipe, once its plan is told; inside, tuning and evaluation are one progress.
+
+    Raises what would stop the tuning, and ConfigError for too few minutes. A run that is gone on with is not planned again.
+    """
+    if (out / "tune.yaml").is_file():
+        yield
+        return
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
@@ -247,9 +305,15 @@ def _tuning(job: _Job, out: Path, minutes: float, start_time: float, notice: Not
     for line, value in forecast.table():
         if line in _PLAN_LINES:
             notice(f"plan     {line}: {value}")
+    preflight.check_disk(out, forecast.trainable, Checkpoints.keep)
     if minutes:
         recipe |= _within(forecast, minutes, time.monotonic() - start_time)
-    return recipe
+    _write_yaml(out / "tune.yaml", recipe)
+    assert forecast.time_s is not None
+    evaluation_s = forecast.evaluation_s.estimate if forecast.evaluation_s else _EVALUATION_S
+    tuning_s = 60 * recipe["budget"]["minutes"] if "budget" in recipe else forecast.time_s.estimate
+    with WholeProgress("tailor", {"tune": tuning_s, "evaluate": evaluation_s}, notice):
+        yield
 
 
 def _absolute(path: Path | str) -> str:
@@ -350,7 +414,7 @@ def _curation(job: _Job) -> dict[str, Any]:
 def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str, Any]:
     """The budget of a tuning that ends in time for the evaluation; nothing where the whole fits. Raises ConfigError."""
     assert forecast.time_s is not None
-    evaluation_s = forecast.evaluation_s.high if forecast.evaluation_s else 60.0
+    evaluation_s = forecast.evaluation_s.high if forecast.evaluation_s else _EVALUATION_S
     left_s = minutes * 60 - elapsed_s - evaluation_s - _RESERVE_S
     if forecast.time_s.high <= left_s:
         return {}
@@ -367,6 +431,24 @@ def _made_of(path: Path, kind: str, adapter: Artifact) -> Artifact | None:
         return None
     artifact = open_artifact(path, kind)
     return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
+
+
+def _evidence(report: Artifact) -> tuple[Evidence, int]:
+    """What the Report says of the gain, and how many more held-out rows would decide."""
+    manifest = report.manifest
+    primary, name = manifest["metrics"][manifest["primary"]], manifest["primary"]
+    higher_is_better = name not in LOWER_IS_BETTER
+    verdict = Comparison(**primary).verdict(higher_is_better=higher_is_better)
+    if verdict != "cannot tell":
+        return Evidence(verdict), 0
+    difference, groups = primary["difference"], manifest["groups"]
+    if not difference:
+        return Evidence.NO_DIFFERENCE, max(0, LEAST_GROUPS - groups)
+    if (difference > 0) != higher_is_better:
+        return Evidence.NOT_ENOUGH, 0
+    needed = groups_needed(difference, primary["low"], primary["high"], groups)
+    # of groups with several rows each a new row is not a new group
+    return Evidence.NOT_ENOUGH, math.ceil((needed - groups) * manifest["rows"] / groups)
 
 
 def _machine_key(notice: Notice) -> Path:

@@ -7,14 +7,16 @@ forecast says that it fits.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from sartor.core import config, model_refs
-from sartor.core.errors import BudgetError, ConfigError, SartorError, SourceError
+from sartor.core.errors import BudgetError, ConfigError, MissingError, SartorError, SourceError
 from sartor.models import hardware
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.packing import TokenizedExample
@@ -28,6 +30,11 @@ MEMORY, TOO_LONG, UNSUPERVISED, PAD, END = "memory", "cut_answers", "nothing_sup
 _BYTES_PER_WEIGHT: dict[Any, float] = {4: 0.5 + 4 / 64, 8: 1.05, 16: 2.0, 32: 4.0}
 _KEPT_FRACTION = 0.99
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+# Floats that a checkpoint holds of a trained parameter: itself, and two moments of the optimiser
+_CHECKPOINT_FLOATS = 3
+_DISK_RESERVE_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -242,3 +249,16 @@ def _none_fits(model: MemoryModel, recipe: ResolvedRecipe, loads: Sequence[Batch
     shape = replace(model.shape, recompute=True)
     needed_bytes = model.needs(choose_micro_batch(model, recipe, loads, shape).load, shape).high
     return f"a machine on which {needed_bytes / 1e9:.2f} GB can be had, or a smaller base"
+
+
+def check_disk(out: Path, trainable: int, kept_checkpoints: int) -> None:
+    """Raise MissingError where the disk of `out` has no room for the checkpoints of a run and its Adapter.
+
+    trainable: parameters. One checkpoint more than is kept stands there while it is written.
+    """
+    floats = trainable * (1 + _CHECKPOINT_FLOATS * (kept_checkpoints + 1))
+    needed = 4 * floats + _DISK_RESERVE_BYTES
+    folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        problem = f"a run writes up to {needed / 1e6:,.0f} MB beside {out}, and {free / 1e6:,.0f} MB are free in {folder}"
+        raise MissingError(problem, f"df -h {folder}, and free some; or --out DIR on another disk; or checkpoints.keep: 1")

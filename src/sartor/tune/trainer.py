@@ -124,6 +124,7 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
         notice(line)
     for refusal in preflight.of_rows(recipe, base.chat, context.data):
         raise refusal.error
+    preflight.check_disk(out.absolute(), adapters.trainable(model)[0], recipe.checkpoints.keep)
     if recipe.weights == "best":
         evaluation_ledger.check_ledger()  # before time is spent on looks that it could not count
     environment = resumption.environment(base)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sartor.core.progress import whole_progress
 from sartor.models import hardware
 
 
@@ -26,7 +27,9 @@ class TrainingLog:
         self._stream.writelines(json.dumps(line) + "\n" for line in self.lines)
         self._began = time.monotonic() - wall_s
         columns = [TextColumn("tune"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn()]
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not show, transient=False)
+        self._whole = whole_progress()
+        is_shown = show and self._whole is None
+        self._progress = Progress(*columns, console=Console(stderr=True), disable=not is_shown, transient=False)
         self._task = self._progress.add_task("tune", total=1.0, said="first update ...")
 
     def __enter__(self) -> TrainingLog:
@@ -58,6 +61,8 @@ class TrainingLog:
         """Move the progress line: loss, speed, memory, time left."""
         text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {hardware.peak_bytes() / 1e9:.1f} GB"
         self._progress.update(self._task, completed=min(fraction, 1.0), said=text)
+        if self._whole is not None:
+            self._whole.show("tune", min(fraction, 1.0), text)
 
 
 def plot_losses(lines: list[dict[str, Any]], file: Path) -> None:
