@@ -8,7 +8,7 @@ from typing import Any, Literal
 from cyclopts import App
 
 import sartor
-from sartor.cli.app import REPLACE, Flags, app, notice
+from sartor.cli.app import AS_JSON, REPLACE, Flags, app, notice
 from sartor.core.errors import ConfigError
 
 
@@ -114,13 +114,23 @@ def rethreshold(path: Path, *, threshold: float, out: Path, replace: REPLACE = F
 
 
 @app.command
-def inspect(path: Path, *, example: str = "") -> Any:
+def inspect(path: Path, *, example: str = "", summary: REPLACE = False) -> Any:
     """What an artefact is, its licence, and the walk back to its sources; one row of a Dataset; or a base and its markup.
 
     Args:
         path: the artefact; or a base (`starter`, a directory, a GGUF file): which tokens no text of a user can spell
         example: id of a row: its origins, what it was made from, the steps that changed it, its duplicates
+        summary: fill the EU AI Office's public summary of training content, in Markdown, as far as the lineage knows
     """
+    if summary and example:
+        raise ConfigError("--summary is of the whole, and --example of a row", f"sartor inspect {path} --summary")
+    if summary:
+        filled = sartor.training_summary(path)
+        if AS_JSON.get():
+            return filled
+        print(filled.text)
+        notice(f"{filled.open_points} places are marked '{filled.mark}'")
+        return None
     return sartor.inspect(path, example=example)
 
 
@@ -166,8 +176,21 @@ def assets_list() -> Any:
 @assets_app.command(name="install")
 def assets_install(name: str) -> Any:
     """Download one asset with pip or apt-get, check its digest, unpack it into the cache."""
-    path = sartor.install(name)
+    path = sartor.install(name, notice=notice)
     return {"assets": [{"name": name, "installed": True, "path": str(path)}]}
+
+
+@assets_app.command(name="prune")
+def assets_prune(*, cache: REPLACE = False, dry_run: REPLACE = False) -> Any:
+    """Remove what no command needs any more: assets of older versions, and with --cache what is made again when it is used.
+
+    Keys, trusted keys, the catalogue and the ledger of evaluations are never touched.
+
+    Args:
+        cache: also converted bases and towers, kept features and activations, probes and kernels
+        dry_run: only say what would go, and how many bytes
+    """
+    return sartor.prune(cache=cache, dry_run=dry_run)
 
 
 @app.command

@@ -16,12 +16,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -198,3 +200,52 @@ def _run(command: list[str], remedy: str, cwd: Path | None = None, variables: Ma
         raise AssetError(
             f"`{' '.join(command[:4])} ... {command[-1]}` failed: {message}", f"check the network, then run it again; {remedy}"
         )
+
+
+# Folders of SARTOR_HOME whose content is made again when it is used
+_CACHES = ("bases", "towers", "rehearsal", "features", "activations", "probes", "kernels")
+
+
+_SECONDS_UNTIL_A_REST = 86_400
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, or would be: path -> bytes."""
+
+    removed: Mapping[str, int]
+    is_dry_run: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The command's JSON."""
+        return {"removed": dict(self.removed), "bytes": sum(self.removed.values()), "dry_run": self.is_dry_run}
+
+    def table(self) -> list[tuple[str, Any]]:
+        """The same for a person."""
+        verb = "would go" if self.is_dry_run else "removed"
+        lines = [f"{path}: {size / 1e6:,.1f} MB" for path, size in self.removed.items()]
+        return [(verb, lines), ("in all", f"{sum(self.removed.values()) / 1e6:,.1f} MB")]
+
+
+def prune(*, cache: bool = False, dry_run: bool = False) -> Pruned:
+    """Remove assets that `assets.toml` lists no more, and rests of downloads. cache: also what is made again when it is used.
+
+    A hidden directory is one that a process fills; it is taken for a rest when nothing has changed in it for a day.
+    """
+    current = {asset.directory for asset in entries().values()}
+    doomed = [path for path in folder("assets").iterdir() if path.is_dir() and path not in current]
+    if cache:
+        doomed += [path for name in _CACHES for path in folder(name).iterdir() if path.suffix != ".wait"]
+    newest = time.time() - _SECONDS_UNTIL_A_REST
+    doomed = [path for path in doomed if not path.name.startswith(".") or path.stat().st_mtime < newest]
+    removed = {}
+    for path in sorted(doomed):
+        removed[str(path)] = _bytes_below(path)
+        if not dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Pruned(removed, dry_run)
+
+
+def _bytes_below(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat(follow_symlinks=False).st_size for file in files if file.is_file())

@@ -124,7 +124,6 @@ class Tailored:
             *(("next" if index == 0 else "", step) for index, step in enumerate(self.next_steps)),
         ]
 
-
     def _evidence_text(self) -> str:
         if self.evidence is Evidence.NOT_ENOUGH and self.more_rows:
             return f"{self.evidence.value}, which is not worse: about {self.more_rows} more held-out rows would decide"
