@@ -106,6 +106,7 @@ _NAMES = {
     "rollback_agent": "sartor.serving.commands.agent_commands:rollback_agent",
     "say_many": "sartor.media.speech.batch_synthesis:say_many",
     "serve": "sartor.serving.http.startup:serve",
+    "serve_adapter": "sartor.serving.commands.serve_adapter:serve_adapter",
     "speaking": "sartor.serving.commands.spoken_reply:speaking",
     "spoken": "sartor.media.speech.text_normalization:spoken",
     "prune": "sartor.core.assets:prune",

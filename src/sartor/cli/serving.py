@@ -47,19 +47,22 @@ def export(
 
 @app.command
 def serve(team: Path, *flags: Flags, host: str = "", port: int | None = None) -> None:
-    """Serve a team over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end before it does.
+    """Serve a team or one Adapter over HTTP, as OpenAI's API has it, until SIGTERM or Ctrl-C; running replies end first.
 
     One line on stdout says the address once it answers; the log, a JSON object a line, goes to stderr. Options of the team
     can be given as flags (--limits.deadline_s 30). Exits 143 on SIGTERM and 130 on Ctrl-C.
 
     Args:
-        team: the team's YAML file
+        team: the team's YAML file; or the directory of one Release, or of an Adapter, which answers as NAME@unreleased
         host: address to listen on, instead of http.host; beyond this machine only with keys (`sartor agents key`)
         port: instead of http.port; 0 takes a free one
     """
     overrides = [*(["--http.host", host] if host else []), *(["--http.port", str(port)] if port is not None else [])]
     try:
-        sartor.serve(team, [*flags, *overrides], ready=_ready)
+        if team.is_dir():
+            sartor.serve_adapter(team, [*flags, *overrides], ready=_ready, notice=notice)
+        else:
+            sartor.serve(team, [*flags, *overrides], ready=_ready)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

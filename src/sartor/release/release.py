@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from sartor.core import catalogue, model_refs, signing
 from sartor.core.artifacts import (
     MANIFESTS,
@@ -35,6 +37,7 @@ from sartor.release.gate import GateRules, open_rules
 
 # How many items of a Dataset wait for a person
 OpenItems = Callable[[Artifact], int]
+_SAMPLING = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256}
 _COPIED = ("adapter_config.json", "adapter_model.safetensors", "sartor.json")
 # of an adapter that reads media, and of a federated one
 _SOME_HAVE = {"projectors.safetensors", attacked.FILE}
@@ -123,6 +126,45 @@ def release(
     return Released(released)
 
 
+UNRELEASED = "unreleased"
+_UNGATED = Waiver("", "sartor serve", "an Adapter that is tried out; no gate has passed it")
+
+
+def seal_unreleased(adapter: Artifact, out: Path, name: str, private: Ed25519PrivateKey) -> Artifact:
+    """An Adapter in the form of a Release of the version `unreleased`, for a server of its own: nothing vouches for it.
+
+    Every check of the gate is waived, and says by whom. `private` must be a key that no machine trusts.
+    """
+    training = training_facts.read_facts(adapter)
+    checks = ("gain", "forgetting", "licence")
+    facts = {
+        "name": name,
+        "version": UNRELEASED,
+        "use": "internal",
+        "base": adapter.manifest["base"],
+        "sampling": _SAMPLING,
+        "parents": [adapter.as_parent()],
+        "sources": adapter.manifest["sources"],
+        "licence": adapter.licence,
+        "obligations": compliance.obligations(compliance.made_from(adapter.manifest)),
+        "gate": {check: {"outcome": "waived", "detail": _UNGATED.reason} for check in checks},
+        "waivers": [{**asdict(_UNGATED), "check": check} for check in checks],
+        "versions": adapter.manifest["versions"],
+        "system_prompt": training.system_prompt,
+        "tools": training.most_tools,
+        "format": training.format,
+        "canaries": [],
+    }
+    with create_output_directory(out) as part:
+        for file in (*_COPIED, *sorted(_SOME_HAVE & set(adapter.manifest["files"]))):
+            shutil.copyfile(adapter.path / file, part / file)
+        facts["exemplars"] = training_facts.write_exemplars(training, part, 0)
+        manifest = seal(part, "release", facts)
+        document = (part / MANIFESTS["release"]).read_bytes()
+        (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")
+    return Artifact(out.absolute(), manifest)
+
+
 def _report_of(adapter: Artifact, report: Path | str | None) -> Artifact:
     if report is None:
         reports = catalogue.children(adapter.id, "report")
@@ -195,7 +237,7 @@ def _facts(
         "name": name,
         "version": version,
         "base": adapter.manifest["base"],
-        "sampling": {"temperature": 0.0, "top_p": 1.0, "max_tokens": 256},
+        "sampling": _SAMPLING,
         "parents": [adapter.as_parent(), report.as_parent()],
         "sources": adapter.manifest["sources"],
         "licence": adapter.licence,

@@ -1,7 +1,7 @@
 """Child process that asks llama.cpp for logits.
 
-`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a byte a prompt.
-The server of xllamacpp listens on loopback while it lives, behind a key that only this process knows. No torch here.
+`python -m sartor.release.export.llamacpp_process JOB RESULT ANSWERED` reads and writes JSON files; ANSWERED gets a byte for
+each prompt. The server of xllamacpp listens on loopback while it lives, behind a key that only this process knows. No torch.
 """
 
 from __future__ import annotations
