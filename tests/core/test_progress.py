@@ -1,0 +1,60 @@
+"""Progress with the time left: of one piece of work, and of several as one."""
+
+from __future__ import annotations
+
+import pytest
+
+from sartor.core import progress
+from sartor.core.progress import Progress, WholeProgress
+
+
+class Clock:
+    """Seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock.monotonic)
+    return clock
+
+
+def test_a_line_every_ten_seconds_says_what_is_left(clock: Clock) -> None:
+    lines: list[str] = []
+    with Progress("export", 40, "prompts", lines.append) as work:
+        for _ in range(10):
+            clock.now += 3
+            work.advance()
+    # a quarter of it took 30 s
+    assert lines[0] == "export  4 of 40 prompts, 10%, about 108 s left" and len(lines) == 2
+
+
+def test_pieces_are_one_work(clock: Clock) -> None:
+    """Tuning was foreseen to take 100 s and takes twice that: so will what comes after it."""
+    lines: list[str] = []
+    with WholeProgress("tailor", {"tune": 100.0, "evaluate": 50.0}, lines.append):
+        with Progress("tune", 10, "updates", lines.append) as tuning:
+            clock.now += 100
+            tuning.show(5)
+        with Progress("evaluate", 20, "rows", lines.append) as evaluation:
+            clock.now += 150
+            evaluation.show(10)
+        with Progress("fetch", 1, "MB", lines.append) as other:
+            clock.now += 20
+            other.show(1)
+    assert lines == [
+        "tailor  tune: 5 of 10 updates; 33% of all, about 3 min left",
+        "tailor  evaluate: 10 of 20 rows; 83% of all, about 50 s left",
+    ]
+    assert progress.whole_progress() is None
+
+
+def test_nothing_to_do_is_done(clock: Clock) -> None:
+    with Progress("audit", 0, "stages", pytest.fail) as work:
+        work.show(0)
