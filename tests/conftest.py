@@ -41,7 +41,7 @@ LONGEST_FILES = (
     "test_edge_example.py",
     "demo/test_end_to_end.py",
     "test_install.py",
-    "test_readme_commands.py",
+    "test_tour_commands.py",
     "test_frozen.py",
     "test_team.py",
     "test_planted_bias.py",

@@ -16,7 +16,9 @@ from sartor.core import artifacts, errors
 
 ROOT = Path(__file__).parent.parent
 SRC = Path(sartor.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+SOURCE_MAP = (ROOT / "docs/development/source-map.md").read_text(encoding="utf-8")
+INDEX = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+INSTALL = (ROOT / "docs/install.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 ERRORS = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
@@ -90,8 +92,8 @@ def test_kinds_of_artefacts_are_named_with_their_manifests() -> None:
         assert f"`{manifest}`" in FORMATS
 
 
-def test_readme_map_has_every_package_and_no_file_that_is_gone() -> None:
-    drawn = block_with(README, "src/sartor/")
+def test_source_map_has_every_package_and_no_file_that_is_gone() -> None:
+    drawn = block_with(SOURCE_MAP, "src/sartor/")
     parts = [
         path.name for path in SRC.iterdir() if path.suffix in ("", ".py", ".toml", ".jsonl") and path.name != "__pycache__"
     ]
@@ -101,9 +103,15 @@ def test_readme_map_has_every_package_and_no_file_that_is_gone() -> None:
     assert sorted(named - known) == []
 
 
-def test_readme_leads_to_every_page() -> None:
-    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
-    assert [page for page in pages if f"docs/{page}" not in README] == []
+def test_index_leads_to_every_page_and_the_readme_to_the_index() -> None:
+    pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]
+    assert [page for page in pages if f"({page})" not in INDEX] == []
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
 
 
 def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
@@ -123,5 +131,5 @@ def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
 def test_extras_that_all_leaves_out_are_said() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     everything = set(re.fullmatch(r"sartor\[(.+)\]", extras["all"][0])[1].split(","))
-    said = re.search(r"`all` is every\s+extra but ([^.]+)\.", README)[1]
+    said = re.search(r"`all` is every\s+extra but ([^.]+)\.", INSTALL)[1]
     assert set(re.findall(r"`(\w+)`", said)) == set(extras) - everything - {"all"}

@@ -251,10 +251,11 @@ def test_commands_in_a_pages_blocks_can_be_typed(page: Path) -> None:
         app.parse_args(words, exit_on_error=False, print_error=False)
 
 
-def test_readme_names_every_extra_and_every_public_command() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_install_page_names_every_extra_and_the_tour_every_public_command() -> None:
+    text = (ROOT / "docs/install.md").read_text(encoding="utf-8")
     installed = {extra.strip() for match in EXTRA.finditer(text) for extra in match[1].split(",")}
     assert [extra for extra in EXTRAS if extra not in installed and f"`{extra}`" not in text] == []
+    text = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
     verbs = {name for name in commands() if " " not in name}
     assert [verb for verb in verbs if not re.search(rf"(sartor |`){verb}\b", text)] == []
 
@@ -282,10 +283,9 @@ def _choices() -> Iterator[tuple[str, str, str]]:
                 yield name.split(" ")[1], declared, text
 
 
-def test_limits_of_the_readme_deny_no_feature() -> None:
+def test_page_of_limits_denies_no_feature() -> None:
     """Sentences that once stood there beside the feature."""
-    limits = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Limits\n")[2].partition("\n## ")[0]
-    assert limits
+    limits = (ROOT / "docs/limits.md").read_text(encoding="utf-8")
     for denied in ("`rejected` reply is not used", "do not work together", "LoRA with supervised fine-tuning,", "first cut"):
         assert denied not in " ".join(limits.split())
 

@@ -40,6 +40,7 @@ KEYS = {
     "peers predictions same_losses_under_the_cap",
     "evaluate": "sets.banking77.ratio sets.banking77.measuring_ratio sets.banking77.exact_match_ratio sets.banking77.later_ratio sets.banking77.scores.f1.tuned "
     "sets.banking77.replies_differ.tuned sets.banking77.tune_s",
+    "families": "families table rows machine.processor",
     "federate": "untuned local_only federated centralised over_local.estimate over_local.low over_local.high "
     "over_centralised.estimate exactness_error upload_bytes_per_parameter epsilon malicious malicious_refused byzantine factors "
     "personal.all",

@@ -1,4 +1,4 @@
-"""The circle tier: README's commands in their order, those that the docs test passes over among them, end in success as written.
+"""The circle tier: commands of docs/tour.md in order, those that the docs test passes over among them, succeed as written.
 
 On the tiny base in place of `starter`; a command of which the tiny base makes nothing is named below with the reason.
 """
@@ -33,9 +33,9 @@ def scripts(body: str) -> list[str]:
     return [line for line in body.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
 
 
-def readme_steps(base: Path) -> Iterator[tuple[str, str, str]]:
+def steps_of_the_tour(base: Path) -> Iterator[tuple[str, str, str]]:
     """(file to write, program, text) of each block, in order."""
-    for info, file, body in blocks(ROOT / "README.md"):
+    for info, file, body in blocks(ROOT / "docs/tour.md"):
         body = re.sub(r"\bstarter\b", str(base), body)
         if file:
             yield file, "", body
@@ -52,7 +52,7 @@ def wait_until_listening(output: Path, server: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
-def test_readme_commands_succeed(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
+def test_commands_of_the_tour_succeed(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
     own = tmp_path / "home"
     own.mkdir()
     for name in ("assets", "kernels"):
@@ -63,7 +63,7 @@ def test_readme_commands_succeed(tmp_path: Path, tiny_base: Path, commands: dict
     work.mkdir()
     servers = []
     try:
-        for file, program, text in readme_steps(tiny_base):
+        for file, program, text in steps_of_the_tour(tiny_base):
             if file:
                 (work / file).write_text(text, encoding="utf-8")
                 continue
