@@ -1,5 +1,7 @@
 """Every block of README and docs runs, in order, page by page, offline on the tiny base; what does not run is counted.
 
+Pages show `starter`, which a reader can type. The tests put the tiny base's directory in its place.
+
 ```python / ```bash       run in the page's own folder; blocks of a page share files
 ```bash no-run            needs a registry, the real base, CUDA or root: not run here, but counted
 <!-- file: NAME -->       the yaml block that follows is written to NAME
@@ -21,6 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # The blocks that are not run: the number may fall, and a new one must be counted here on purpose.
 MOST_NOT_RUN = 15
 
+
+# The base by its name: no part of a path or another word, and not the asset that is installed
+STARTER = re.compile(r"(?<![\w/.-])(?<!install )starter(?![\w/.-])")
 
 # Ten seconds to half a minute of real runs on one page: not for the inner loop
 SLOW = {
@@ -58,8 +63,9 @@ SLOW = {
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
-    environment = {**os.environ, **commands, "TINY_BASE": str(tiny_base)}
+    environment = {**os.environ, **commands}
     for number, (info, file, body) in enumerate(blocks(page), 1):
+        body = STARTER.sub(str(tiny_base), body)
         if file:
             (tmp_path / file).write_text(body, encoding="utf-8")
         if info not in RUN:

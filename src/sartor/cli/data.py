@@ -22,9 +22,9 @@ def curate(
     resume: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Sources -> Dataset: read, clean, de-duplicate, hold out. Options of the recipe can be given as flags.
+    """Sources -> Dataset: read, clean, remove duplicates, hold out. Options of the recipe can be given as flags.
 
-    A run of the same recipe that was interrupted is gone on with.
+    An interrupted run of the same recipe resumes automatically.
 
     Args:
         recipe: YAML file, `sources:` alone is enough
@@ -42,7 +42,7 @@ def curate(
 def synthesize(recipe: Path, *flags: Flags, out: Path, resume: REPLACE = False, replace: REPLACE = False) -> Any:
     """Rows, documents or nothing -> a Dataset of synthetic rows, which nobody has validated yet.
 
-    A run of the same recipe that was interrupted is gone on with: what the teacher answered is not asked again.
+    An interrupted run of the same recipe resumes automatically, and asks the teacher nothing twice.
 
     Args:
         recipe: YAML file: `ways:`, and as they need them `sources:` and `teacher:`

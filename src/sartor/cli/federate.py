@@ -124,8 +124,8 @@ def simulate(
         out: directory of the new Adapter
         clients: a Dataset for each client
         shards: instead of them, deal out the Dataset of the recipe's data.path to so many
-        alpha: of the Dirichlet distribution that it is dealt by; small is unlike
-        shard_by: field of the JSON replies that is dealt unlike, a dotted path; . is the whole reply
+        alpha: Dirichlet concentration for splitting rows among clients; smaller means more uneven clients
+        shard_by: field of the JSON replies whose values are split unevenly, a dotted path; . is the whole reply
         shard_seed: what is dealt follows from it
         personal: after the rounds each client tunes so many ranks of its own, into OUT.personal: --personal.rank of the recipe
         compare: and is compared with its rows alone, and with all clients' rows as one, both tuned for that: --personal.compare

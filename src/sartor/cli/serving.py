@@ -27,7 +27,9 @@ def export(
     allow_unmeasured: REPLACE = False,
     replace: REPLACE = False,
 ) -> Any:
-    """Release -> what other runtimes load, with a receipt of how alike it answers; one that does not is not written.
+    """Export a Release for peft, vLLM, transformers or llama.cpp.
+
+    The export is compared with the original and refused if the answers differ; its receipt has the figures.
 
     Args:
         release: the Release; it is verified first
@@ -119,7 +121,7 @@ def verify(
     messages: Path | None = None,
     reply: str | None = None,
 ) -> Any:
-    """Check a receipt: its signature; the digests of what was asked and said; and of a greedy reply that it is said again.
+    """Check a receipt: its signature; with the messages and the reply, their digests; of a greedy reply, the text, made again.
 
     Args:
         file: what GET /v1/receipts/ID answered, or JSON of it under `receipt`, with the `messages` and the `reply`
@@ -234,7 +236,7 @@ def agents_drain(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
 
 @agents_app.command(name="remove")
 def agents_remove(name: str, *, reason: str = "", team: Path = TEAM) -> Any:
-    """Serve an agent no more. None of its versions' names will ever mean another Release.
+    """Remove an agent. Its version names are never reused.
 
     Args:
         name: the agent
@@ -310,7 +312,7 @@ def retrain(
     by: str = "",
     reason: str = "",
 ) -> Any:
-    """Feedback -> a new version of an agent, on trial, or a refusal with reasons. One that was killed is gone on with.
+    """Feedback -> a new version of an agent, on trial, or a refusal with reasons. An interrupted retrain resumes.
 
     A refusal is an answer: `decision` says it and the command exits 0. Options of the team can be given as flags
     (--retrain.every_hours 24).
@@ -322,8 +324,8 @@ def retrain(
         watch: look every minute, and retrain whoever is due, until a signal ends it
         promote: where nobody serves the team, make a better version live at once
         anyway: with less feedback than retrain.at_least asks for
-        believe: id of a key whose ratings are right though they are unlike everybody else's; also several
-        ignore: id of a key of which nothing is to be learnt; also several
+        believe: trust the ratings of this API key (its id) even though they disagree with everyone else's; also several
+        ignore: learn nothing from this API key (its id); also several
         waive: let a failed check of the Release's gate pass; needs --by and --reason, which are signed in
         by: who waives
         reason: why
