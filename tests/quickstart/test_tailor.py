@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 import sartor
+from release_fixtures import probe_rows
 from sartor.cli import main
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, StoppedError
+from sartor.evaluate.audit import probes
 from sartor.quickstart import tailor as verb
 
 HEADER = "Frage;Antwort\r\n"
@@ -28,8 +30,10 @@ def table(folder: Path, encoding: str = "utf-8-sig") -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No picture of the losses, and a plan without a timed probe."""
+    """No picture of the losses, and nothing is fetched."""
     monkeypatch.setattr("sartor.tune.trainer.plot_losses", lambda lines, file: file.touch())
+    monkeypatch.setattr(verb, "_ASSETS", ("small-talk",))
+    monkeypatch.setattr(probes, "chitchat_rows", probe_rows)
 
 
 FIELDS = {"prompt": "Frage", "completion": "Antwort"}

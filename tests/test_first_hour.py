@@ -1,0 +1,52 @@
+"""README's six lines for one's own data, as they stand, from a spreadsheet's CSV to a chat: on the tiny base, as commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from doc_blocks import blocks
+from sartor.core.home import home
+
+pytestmark = pytest.mark.circle
+ROOT = Path(__file__).parent.parent
+ROWS = [(f"Wie öffne ich das Konto Nummer {number}?", f"Über die App, Menü {number % 5}.") for number in range(300)]
+TALK = "Wie öffne ich das Konto Nummer 7?\n/why\n/compare\nUnd Nummer 8?\n/save talk.jsonl\n/quit\n"
+
+
+def readme_commands() -> list[str]:
+    """`sartor` lines of the block that names `tailor`, without their comments."""
+    [body] = [body for info, _, body in blocks(ROOT / "README.md") if "sartor tailor" in body]
+    return [line.partition("  #")[0].strip() for line in body.splitlines() if line.startswith("sartor ")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
+def test_a_spreadsheet_becomes_a_chat(encoding: str, tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
+    own, work = tmp_path / "home", tmp_path / "work"
+    own.mkdir()
+    work.mkdir()
+    for name in ("assets", "kernels"):
+        (home() / name).mkdir(exist_ok=True)
+        (own / name).symlink_to(home() / name)
+    lines = ["Frage;Antwort", *(f"{question};{answer}" for question, answer in ROWS)]
+    (work / "faq.csv").write_bytes("\r\n".join(lines).encode(encoding))
+    environment = {**os.environ, **commands, "SARTOR_HOME": str(own)}
+    doctor, tailor, chat = readme_commands()
+
+    def run(command: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=work, env=environment, input=typed, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    assert "processor" in run(doctor).stdout
+    made = run(f"{tailor} --base {tiny_base}")
+    assert "plan     time" in made.stderr and "report.html" in made.stdout
+    assert ("cp1252" in made.stderr) == (encoding == "cp1252"), "the code page that was found is named"
+    said = run(chat, TALK).stdout
+    assert "(unreleased)>" in said and "base> " in said and "Konto" in said
+    assert (work / "talk.jsonl").read_text().count('"role": "assistant"') == 2
