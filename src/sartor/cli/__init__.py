@@ -195,7 +195,7 @@ def _usage_problem(text: str) -> str:
     text = text.strip() or "the command line is wrong"
     if found := _MISSING.fullmatch(text):
         return f"`sartor {found['command']}` needs {found['parameter'].upper()}"
-    return text
+    return text.partition(" Available commands:")[0]  # of which it lists the first eight
 
 
 _MISSING = re.compile(r'Command "(?P<command>[^"]+)" parameter --(?P<parameter>[\w-]+) requires an argument\.')

@@ -10,7 +10,15 @@ from cyclopts import App, Parameter
 
 import sartor
 
+
+def _shown_default(value: object) -> str | None:
+    """What the help says of a default; nothing of one that says nothing."""
+    return None if value is None or value in ("", (), False) else str(value)
+
+
 app = App(
+    # without `--empty-waive` beside `--waive`
+    default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
     name="sartor",
     help="Tailor an open model to your own data, and prove what you made.",
     help_epilogue="Every command takes `--json` (one JSON object on the last line of stdout), `-q` (errors and results alone), "
