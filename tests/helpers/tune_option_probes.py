@@ -17,6 +17,7 @@ from sample_data import ROWS, recipe_on, write_jsonl
 from sartor.core import config
 from sartor.core.artifacts import open_artifact
 from sartor.core.filesystem import file_digest
+from sartor.core.licences import compliance
 from sartor.models.base import open_base
 from sartor.tune import model_setup
 from sartor.tune.checkpoint_selection import CheckpointSelection
@@ -130,7 +131,7 @@ _runs: dict[str, Any] = {}
 
 
 def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
-    """Weights, losses and licence of a run; runs of one recipe are made once, since the probes of weights show that they repeat."""
+    """Weights, losses, licence and permitted uses of a run; runs of one recipe are made once, since the probes of weights show that they repeat."""
     recipe = _recipe(changes, workspace)
     key = _key(recipe)
     if key not in _runs:
@@ -141,7 +142,7 @@ def _tuned(changes: dict[str, Any], workspace: Workspace) -> Any:
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses = [(line.get("loss"), line.get("eval_loss")) for line in lines]
         files = {name: file_digest(out / name) for name in manifest["files"] if name.endswith(".safetensors")}
-        _runs[key] = files, losses, manifest["licence"]
+        _runs[key] = files, losses, manifest["licence"], compliance.permitted(compliance.made_from(manifest))
     return _runs[key]
 
 
@@ -338,6 +339,7 @@ TUNE_PROBES = (
     *probes_of("BaseChoice", _part("base", _planned), {"name": ("BASE", "OTHER BASE")}),
     *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"bits": (32, 16)}),
     *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"licence": ("MIT", "Apache-2.0")}),
+    *probes_of("BaseChoice", _part("base", _tuned, base={"name": "BASE"}), {"use": ([], ["research"])}),
     *probes_of("BaseChoice", _part("base", _planned), {"text": ("BASE", "OTHER BASE")}),
     *probes_of(
         "BaseChoice",
