@@ -57,6 +57,8 @@ EXCEPTIONS = {
     ("cli/tuning.py:release", "arguments"): "a command's arguments are its flags",
     ("cli/tuning.py:ask", "arguments"): "a command's arguments are its flags",
     ("cli/serving.py:export", "arguments"): "a command's arguments are its flags",
+    ("cli/tuning.py:tailor", "arguments"): "a command's arguments are its flags",
+    ("cli/edge.py:ask", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:sync", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:watch", "arguments"): "a command's arguments are its flags",
     ("cli/federate.py:client", "arguments"): "a command's arguments are its flags",
@@ -71,6 +73,7 @@ EXCEPTIONS = {
     ("cli/edge.py:forget", "arguments"): "a command's arguments are its flags",
     ("curate/bias_report.py:bias", "arguments"): "a verb's arguments are its command's flags",
     ("synthesize/synthetic_lift.py:prove", "arguments"): "a verb's arguments are its command's flags",
+    ("quickstart/tailor.py:tailor", "arguments"): "a verb's arguments are its command's flags",
     ("evaluate/evaluation.py:evaluate", "arguments"): "a verb's arguments are its command's flags",
     ("release/release.py:release", "arguments"): "a verb's arguments are its command's flags",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 import sartor
+from sartor.core.errors import ConfigError
 
 
 def _shown_default(value: object) -> str | None:
@@ -38,3 +40,15 @@ AS_JSON: ContextVar[bool] = ContextVar("as_json", default=False)
 def notice(line: str) -> None:
     """A line for the person who waits."""
     print(line, file=sys.stderr, flush=True)
+
+
+def prompt_of(prompt: str, file: Path | None) -> str:
+    """A prompt that was typed, or that stands in a file (`-`: standard input), where no list of processes shows it."""
+    if file is None:
+        return prompt
+    if prompt:
+        raise ConfigError("a prompt and --prompt-file exclude each other", "leave one of them out")
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as text: {error}", "--prompt-file FILE, in UTF-8") from None

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 import sartor
-from sartor.cli.app import REPLACE, app, notice
+from sartor.cli.app import REPLACE, app, notice, prompt_of
+from sartor.core.errors import ConfigError
 
 edge_app = App(name="edge", help="Devices: signed updates that cannot break them, rings, health checks, what the fleet says.")
 app.command(edge_app)
@@ -251,20 +252,31 @@ def verify(*, store: Path = STORE) -> Any:
 
 @edge_app.command
 def ask(
-    name: str, prompt: str, *, store: Path = STORE, base: str = "", max_tokens: int | None = None, person: Path | None = None
+    name: str,
+    prompt: str = "",
+    *,
+    prompt_file: Path | None = None,
+    store: Path = STORE,
+    base: str = "",
+    max_tokens: int | None = None,
+    person: Path | None = None,
 ) -> Any:
     """One reply of the current version, by llama.cpp for a GGUF export. On trial, a reply confirms that the version works.
 
     Args:
         name: of the release
         prompt: the question
+        prompt_file: file with the question, which the list of processes then does not show; - is standard input
         store: directory of the device's releases
         base: the base in another place than the release names; for an export's adapter, the base's GGUF file
         max_tokens: longest reply
         person: directory of a person's rows: what was learnt from them answers, if it fits the version
     """
     chosen = {"max_tokens": max_tokens} if max_tokens is not None else {}
-    return sartor.edge_ask(store, name, prompt, base=base, sampling=chosen, person=person or "")
+    question = prompt_of(prompt, prompt_file)
+    if not question.strip():
+        raise ConfigError("there is no question", f'sartor edge ask {name} "..."')
+    return sartor.edge_ask(store, name, question, base=base, sampling=chosen, person=person or "")
 
 
 PERSON = Path("person")

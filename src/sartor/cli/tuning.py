@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, Token
 
 import sartor
-from sartor.cli.app import REPLACE, Flags, app, notice
+from sartor.cli.app import REPLACE, Flags, app, notice, prompt_of
 from sartor.core.errors import ConfigError
 
 
@@ -327,21 +327,10 @@ def ask(
     with_speech = sartor.speaking(speak, voice) if speak else lambda reply: reply
     fields = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     chosen = {name: value for name, value in fields.items() if value is not None}
-    if prompt_file is not None:
-        prompt = _prompt_of(prompt_file, prompt)
-    question = sartor.Question.of(prompt, media)
+    question = sartor.Question.of(prompt_of(prompt, prompt_file), media)
     if release.is_file():
         return with_speech(sartor.ask_team(release, question, agent=agent, sampling=chosen, notice=notice))
     return with_speech(sartor.ask(release, question, key=public_key, base=base, sampling=chosen, notice=notice))
-
-
-def _prompt_of(file: Path, prompt: str) -> str:
-    if prompt:
-        raise ConfigError("a prompt and --prompt-file exclude each other", "leave one of them out")
-    try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as text: {error}", "--prompt-file FILE, in UTF-8") from None
 
 
 @app.command
