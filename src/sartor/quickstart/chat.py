@@ -25,9 +25,15 @@ from sartor.core.errors import ConfigError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
 from sartor.core.lazy_import import import_module
 from sartor.core.records import Part
+from sartor.evaluate import training_facts
 from sartor.inference.engine import BASE, GenerateCall, ReplyDone, ReplyFailed, Sampling, TextDelta
 from sartor.media.content_parts import kinds_in
+from sartor.release.release import verify_release
+from sartor.serving.commands.ask_team import without_http
 from sartor.serving.commands.ask_types import nearest_examples, read_media
+from sartor.serving.http.startup import build_services
+from sartor.serving.team_config import load
+from sartor.serving.types import AgentRequest
 
 Notice = Callable[[str], object]
 Write = Callable[[str], object]
@@ -55,28 +61,21 @@ class LocalPartner:
     """A base, with an adapter on it or none, in this process."""
 
     def __init__(self, target: str, sampling: Sampling, notice: Notice) -> None:
-        from sartor.inference.local.local_engine import LocalEngine
-        from sartor.models.base import open_base
-
         artifact = open_artifact(target, ("adapter", "release")) if kind_of(Path(target)) else None
         self.artifact, self._sampling, self._adapter, self._system = artifact, sampling, BASE, ""
         if artifact is None:
-            self.name, base = Path(target).name, open_base(target, notice=notice)
+            self.name, base = Path(target).name, import_module("sartor.models.base").open_base(target, notice=notice)
         else:
-            from sartor.evaluate import training_facts
-            from sartor.evaluate.evaluation import open_bound_base
-
             manifest = artifact.manifest
             if artifact.kind == "release":
-                from sartor.release.release import verify_release
-
                 verify_release(artifact.path)
                 self.name, self._system = f"{manifest['name']}@{manifest['version']}", manifest["system_prompt"]
             else:
                 self.name = f"{artifact.path.name} (unreleased)"
                 self._system = training_facts.read_facts(artifact).system_prompt
-            base = open_bound_base(artifact, notice)
-        self._engine = LocalEngine(base, rows=1)
+            base = import_module("sartor.evaluate.evaluation").open_bound_base(artifact, notice)
+        # torch is loaded by these three modules, and a conversation with a server or a team needs none here
+        self._engine = import_module("sartor.inference.local.local_engine").LocalEngine(base, rows=1)
         if artifact is not None:
             self._adapter = artifact.id
             self._engine.attach(self._adapter, artifact.path)
@@ -110,10 +109,6 @@ class TeamPartner:
     artifact = None
 
     def __init__(self, file: Path, agent: str, sampling: Mapping[str, Any], notice: Notice) -> None:
-        from sartor.serving.commands.ask_team import without_http
-        from sartor.serving.http.startup import build_services
-        from sartor.serving.team_config import load
-
         self.name, self._agent, self._sampling = agent, agent, sampling
         self._loop, self._stack = asyncio.new_event_loop(), AsyncExitStack()
         notice(f"opening the team of {file}")
@@ -123,8 +118,6 @@ class TeamPartner:
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
         """See Partner."""
-        from sartor.serving.types import AgentRequest
-
         request = AgentRequest("base" if by_base else self._agent, tuple(messages), sampling=self._sampling)
         pieces = self._pieces(request)
         while True:

@@ -18,6 +18,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message
+from sartor.curate.sources.row_readers import read_rows
 
 ROWS = 5
 _LEARNT, _READ = "bold green", "dim"
@@ -130,8 +131,6 @@ def _curve(adapter: Artifact) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    from sartor.curate.sources.row_readers import read_rows
-
     return ((line, row) for line, row in read_rows(file, 1 << 20) if isinstance(row, dict))
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from sartor.core.records import MalformedRow
+from sartor.text.language_id import detector
 
 UTF8 = "utf-8"
 # Of lines that are not ASCII, so many at most may be broken in a file that is UTF-8 all the same; such rows are dropped alone
@@ -118,8 +119,6 @@ def _typographic_page(sample: bytes) -> str:
 def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
     """(name, text, confidence) of encodings, the likeliest first, whose text is in the language that they were found for."""
     import chardet
-
-    from sartor.text.language_id import detector
 
     identify = detector()
     for candidate in chardet.detect_all(sample, ignore_threshold=True):
