@@ -21,7 +21,7 @@ from doc_blocks import RUN, blocks
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # The blocks that are not run: the number may fall, and a new one must be counted here on purpose.
-MOST_NOT_RUN = 15
+MOST_NOT_RUN = 21
 
 
 # The base by its name: no part of a path or another word, and not the asset that is installed
@@ -100,6 +100,108 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# A newcomer's question, the heading that answers it, a word of the answer. No heading of README, which is rewritten more often.
+QUESTIONS = (
+    ("How do I install it?", "docs/install.md#install", "pip install '.[tune,office]'"),
+    ("Which extra do I need?", "docs/install.md#extras", "`serve`"),
+    ("What do I type first, with a table of my own?", "docs/first-specialist.md#from-a-table-to-a-specialist", "sartor tailor"),
+    ("My columns have other names: what now?", "docs/first-specialist.md#columns-with-other-names", "--fields"),
+    ("Does it read Excel and Word?", "docs/first-specialist.md#excel-word-and-other-files", ".xlsx"),
+    ("My CSV is not UTF-8: are the umlauts right?", "docs/curation.md#encodings", "encoding: cp1252"),
+    ("Which forms may a row have? Several turns, tools?", "docs/curation.md#forms-of-a-row", "`messages`"),
+    ("Which licence do I state for my own data?", "docs/licences.md#rows-that-are-yours", "licence: own"),
+    ("May I release an adapter of Llama or Gemma?", "docs/licences.md#bases", "needs no waiver"),
+    ("Which base models can I take?", "docs/recipes.md#which-base", "OWNER/MODEL"),
+    ("How long will it take, how much memory?", "docs/first-specialist.md#time-and-memory", "--minutes"),
+    ("I have no GPU: does it work?", "docs/install.md#without-a-gpu", "CPU"),
+    ("How do I use my GPU?", "docs/install.md#with-a-gpu", "CUDA"),
+    ("What do the printed lines mean? How good is it?", "docs/first-specialist.md#what-is-printed", "95 % interval"),
+    ("Why was it not released?", "docs/first-specialist.md#if-the-gate-holds-it-back", "cannot tell"),
+    ("Can I release it without a shown gain?", "docs/first-specialist.md#release-all-the-same", "--waive gain"),
+    ("How do I ask it one question?", "docs/first-specialist.md#ask-it", "sartor ask"),
+    ("How do I chat with it, beside its base?", "docs/first-specialist.md#talk-to-it", "/compare"),
+    ("How do I look at rows, losses and wrong replies?", "docs/first-specialist.md#look-at-it", "sartor show"),
+    ("How do I put it behind an address?", "docs/serving.md#a-team", "sartor serve"),
+    ("Does the openai client work?", "docs/serving.md#asking", "openai.OpenAI"),
+    ("How do I run it in llama.cpp?", "docs/export.md#gguf", "--to gguf"),
+    ("How do I run it in vLLM or transformers?", "docs/export.md#export-other-runtimes", "vLLM"),
+    ("It was interrupted: is the work lost?", "docs/first-specialist.md#stopped-or-killed", "same command again"),
+    ("How do I free disk space, or remove it all?", "docs/install.md#disk-space-and-removing-it", "SARTOR_HOME"),
+    ("Does it work offline?", "docs/install.md#without-a-network", "assets install"),
+    ("Does my data leave the machine?", "docs/install.md#what-uses-the-network", "no telemetry"),
+    ("Are names and numbers of people masked?", "docs/curation.md#personal-data", "`personal_data`"),
+    ("Why were rows dropped?", "docs/curation.md#why-a-row-is-dropped", "`unknown_form`"),
+    ("I have better and worse answers: DPO?", "docs/objectives.md#from-ratings-and-pairs-to-an-adapter", "dpo"),
+    ("Can it learn from pictures?", "docs/multimodal.md#from-pictures-to-a-release", "efficientnet-lite0"),
+    ("Can it hear?", "docs/multimodal.md#images-and-audio", "whisper-tiny-en"),
+    ("How do I bring in a new version, and go back?", "docs/agents.md#changing-what-is-live", "rollback"),
+    ("How do I update devices?", "docs/edge-publish.md#sync", "sartor edge sync"),
+    (
+        "How do several sites train together without sharing rows?",
+        "docs/federate-run.md#3-the-client",
+        "sartor federate client",
+    ),
+    ("How does it learn from corrections?", "docs/retrain.md#an-example", "sartor retrain"),
+    ("A customer wants a row removed: what does it touch?", "docs/curation.md#what-a-source-or-a-row-reaches", "sartor revoke"),
+    ("Where does this model come from?", "docs/curation.md#where-an-artefact-comes-from", "sartor inspect"),
+    ("An error: what does it mean?", "docs/errors.md#errors", "remedy"),
+    ("Which exit codes are there, for a script?", "docs/command-line.md#exit-codes", "| 5 |"),
+    ("How do I use it from Python?", "docs/python.md#a-verb-is-a-function", "sartor.load_recipe"),
+    ("Which environment variables does it read?", "docs/command-line.md#environment-variables", "SARTOR_KEY_PASSPHRASE"),
+    ("What is a Drop, a tower, a nat?", "docs/glossary.md#our-words-and-the-fields", "| Drop |"),
+    ("How do I contribute?", "CONTRIBUTING.md#contributing", "make quick"),
+)
+
+
+def sections(page: Path) -> dict[str, str]:
+    """What stands below each heading, by its address on GitHub; below the page's title up to the first heading alone."""
+    parts: list[tuple[int, str, list[str]]] = []
+    is_code = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        is_code ^= line.startswith("```")
+        if not is_code and (heading := re.match(r"(#+) (.+)", line)):
+            parts.append((len(heading[1]), slug(heading[2]), []))
+        elif parts:
+            parts[-1][2].append(line)
+    found = {}
+    for index, (level, name, lines) in enumerate(parts):
+        text = list(lines)
+        for below, _, more in parts[index + 1 :]:
+            if level == 1 or below <= level:
+                break
+            text += more
+        found.setdefault(name, "\n".join(text).strip())
+    return found
+
+
+def slug(heading: str) -> str:
+    """The address that GitHub gives a heading."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(("question", "address", "word"), QUESTIONS, ids=[question for question, _, _ in QUESTIONS])
+def test_a_newcomers_question_has_its_answer(question: str, address: str, word: str) -> None:
+    page, _, anchor = address.partition("#")
+    answers = sections(ROOT / page)
+    assert anchor in answers, f"{page} has no heading #{anchor}"
+    assert len(answers[anchor]) > 80
+    assert word in answers[anchor], question
+
+
+def test_there_are_forty_questions_and_no_answer_is_in_the_readme() -> None:
+    assert len(QUESTIONS) >= 40
+    assert not [address for _, address, _ in QUESTIONS if address.startswith("README.md")]
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            linked = page.parent / target if target else page
+            if linked.suffix == ".md":
+                assert anchor in sections(linked), f"{page.name} links to {target}#{anchor}"
 
 
 def test_nothing_is_left_to_be_filled() -> None:

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 import sartor
-from sartor.cli import app
+from sartor.cli import GROUPS, app
+from sartor.cli.old_spellings import _RENAMED
 from sartor.core import artifacts, errors
+from sartor.core.licences import licence_families
 
 ROOT = Path(__file__).parent.parent
 SRC = Path(sartor.__file__).parent
 SOURCE_MAP = (ROOT / "docs/development/source-map.md").read_text(encoding="utf-8")
-INDEX = (ROOT / "docs/README.md").read_text(encoding="utf-8")
 INSTALL = (ROOT / "docs/install.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
@@ -103,15 +104,54 @@ def test_source_map_has_every_package_and_no_file_that_is_gone() -> None:
     assert sorted(named - known) == []
 
 
-def test_index_leads_to_every_page_and_the_readme_to_the_index() -> None:
-    pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]
-    assert [page for page in pages if f"({page})" not in INDEX] == []
-    assert "(docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_readme_leads_to_the_index_and_is_read_in_one_sitting() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(docs/README.md)" in text and len(text.splitlines()) <= 150
 
 
-def test_readme_is_read_in_one_sitting() -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 150
+def test_index_leads_to_every_page() -> None:
+    folder = ROOT / "docs"
+    pages = [path.relative_to(folder).as_posix() for path in (*folder.glob("*.md"), *folder.glob("development/*.md"))]
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [page for page in pages if page != "README.md" and f"]({page})" not in index] == []
+
+
+def cells(page: str, head: str) -> list[list[str]]:
+    """Rows of a page's table, by how its head begins."""
+    table = (ROOT / page).read_text(encoding="utf-8").partition(head)[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
+
+
+def test_licence_page_has_the_families_and_duties_of_the_code() -> None:
+    written = [
+        (row[0], row[-3], row[-2], tuple(re.findall(r"`([^`]+)`", row[-1])))
+        for row in cells("docs/licences.md", "| family | covers |")
+    ]
+    families = [
+        (family.name, "yes" if family.commercial else "no", family.derived, family.duties)
+        for family in licence_families.FAMILIES
+    ]
+    assert written == families
+    assert {row[0].strip("`"): row[1] for row in cells("docs/licences.md", "| duty | what")} == licence_families.DUTIES
+
+
+def test_command_line_page_has_groups_and_renamed_flags_of_the_code() -> None:
+    page = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    for title, (_, commands) in GROUPS.items():
+        assert f"| {title} | {', '.join(f'`{command}`' for command in commands)} |" in page
+    lines = {tuple(re.split(r"  +", line)[:3]) for line in block_with(page, "command ").splitlines()[1:]}
+    renamed = {
+        (command.replace("agents", "agents (every command)") if command == "agents" else command, old, new)
+        for command, flags in _RENAMED.items()
+        for old, new in flags.items()
+    }
+    assert lines == renamed | {("export", "--key", "--public-key")}
+
+
+def test_installation_page_has_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for row in cells("docs/install.md", "| extra | brings") for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == set(extras) - {"all"}
 
 
 def test_tokens_of_a_picture_are_those_that_are_charged() -> None:
