@@ -71,6 +71,7 @@ EXCEPTIONS = {
     ("cli/edge.py:tune", "arguments"): "a command's arguments are its flags",
     ("cli/personal.py:tune", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:forget", "arguments"): "a command's arguments are its flags",
+    ("curate/sources/types.py:Columns", "fields"): "a field for each column that a row may have",
     ("curate/bias_report.py:bias", "arguments"): "a verb's arguments are its command's flags",
     ("synthesize/synthetic_lift.py:prove", "arguments"): "a verb's arguments are its command's flags",
     ("quickstart/tailor.py:tailor", "arguments"): "a verb's arguments are its command's flags",

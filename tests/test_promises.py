@@ -33,7 +33,7 @@ COMMAND = re.compile(r"(?<![\w.'/-])sartor ([a-z][\w-]*)(?: ([a-z][\w-]*))?([^`\
 FLAG = re.compile(r"(?<![\w<-])--[a-zA-Z][\w.-]*\w")
 BLOCK = re.compile(r"^```(?:bash|sh)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-EVERYWHERE = {"--help", "--json", "--version"}
+EVERYWHERE = {"--help", "--help-all", "--json", "--quiet", "--verbose", "--version"}
 # flags of other programs, which remedies and pages name
 FOREIGN = {
     "--head": "ray start",

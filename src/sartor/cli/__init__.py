@@ -70,7 +70,7 @@ GROUPS = {
         ("evaluate", "keygen", "release", "verify", "export", "inspect", "index", "revoke"),
     ),
     "Serve and learn": ("sartor serve team.yaml", ("serve", "agents", "receipt", "retrain", "personal")),
-    "Devices": ("sartor edge sync https://updates.example --store store", ("edge",)),
+    "Devices": ("sartor edge sync https://updates.example faq --device box-17 --root root.json", ("edge",)),
     "Federation": ("sartor federate simulate federate.yaml --out adapters/shared", ("federate",)),
 }
 

@@ -108,11 +108,12 @@ def install(
     asset = entry(name)
     with FileLock(folder("assets") / f".{name}.wait"):
         if not asset.is_installed:
-            with create_output_directory(asset.directory) as part:
-                total_mb = sum(file.bytes for file in asset.files) / 1e6
-                with Progress(f"fetch {name}", total_mb, "MB", notice) as progress:
-                    for file in asset.files:
-                        _fetch_into(asset, file, part, fetch or _download, progress)
+            with (
+                create_output_directory(asset.directory) as part,
+                Progress(f"fetch {name}", sum(file.bytes for file in asset.files) / 1e6, "MB", notice) as progress,
+            ):
+                for file in asset.files:
+                    _fetch_into(asset, file, part, fetch or _download, progress)
                 missing = [path for path in asset.paths if not (part / path).is_file()]
                 if missing:
                     raise AssetError(f"the asset {name!r} lacks {missing[0]}", "report this: assets.toml is wrong")

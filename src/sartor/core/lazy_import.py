@@ -32,6 +32,7 @@ _EXTRAS = {
     "datasets": "hub",
     "fastapi": "serve",
     "h11": "serve",
+    "httpx": "serve",
     "prometheus_client": "serve",
     "pydantic": "serve",
     "starlette": "serve",

@@ -212,7 +212,7 @@ def _from_hub(name: str, revision: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise missing_package("huggingface_hub", "tune") from None
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except (ExtraError, KeyboardInterrupt):

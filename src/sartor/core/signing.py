@@ -109,7 +109,7 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
     """
     if not signature_file.is_file():
         raise SignatureError(
-            f"{signature_file.parent} has no signature", "sartor release signs an adapter, sartor export --sign KEY an export"
+            f"{signature_file.parent} has no signature", "sartor release signs an adapter, sartor export --key KEY an export"
         )
     try:
         signature = json.loads(signature_file.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def check_signature(
         names = ", ".join(sorted(by_id)) or "nobody"
         raise SignatureError(
             f"{file} is signed by {identity}, whom this machine does not trust (it trusts {names})",
-            f"if you know that key, put its .pub into {folder('trusted')} or give it with --key",
+            f"if you know that key, put its .pub into {folder('trusted')} or give it with --public-key",
         )
     try:
         by_id[identity].verify(base64.b64decode(signature["signature"], validate=True), document)

@@ -193,7 +193,7 @@ def _key(options: PersonOptions) -> KeySource:
         return Keyring()
     if options.key == "passphrase":
         if not (passphrase := os.environ.get(PASSPHRASE_VARIABLE, "")):
-            raise ConfigError(f"{PASSPHRASE_VARIABLE} is not set", "set it to the passphrase, or --key FILE")
+            raise ConfigError(f"{PASSPHRASE_VARIABLE} is not set", "set it to the passphrase, or --row-key FILE")
         return Passphrase(passphrase)
     return FileKey(Path(options.key) if options.key else options.folder / "device.key")
 

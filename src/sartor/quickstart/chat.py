@@ -163,15 +163,20 @@ class ServerPartner:
                     problem = error.get("message") or f"the server answers {answer.status_code}"
                     raise UnavailableError(problem, error.get("remedy") or "look at the server's log")
                 for line in answer.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        for choice in json.loads(line[6:]).get("choices", []):
-                            yield choice.get("delta", {}).get("content") or ""
+                    yield from _text_of_event(line)
         except (self._httpx.HTTPError, ValueError) as error:
             raise UnavailableError(f"the server cannot be reached: {error}", "check the address and that it runs") from None
 
     def close(self) -> None:
         """See Partner."""
         self._client.close()
+
+
+def _text_of_event(line: str) -> Iterator[str]:
+    """What a line of a streamed answer adds to the reply."""
+    if line.startswith("data: ") and line != "data: [DONE]":
+        for choice in json.loads(line[6:]).get("choices", []):
+            yield choice.get("delta", {}).get("content") or ""
 
 
 def open_partner(

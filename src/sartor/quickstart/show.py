@@ -18,6 +18,7 @@ from sartor.core import parquet_io
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message
+from sartor.core.row_warnings import dataset_warnings
 from sartor.curate.sources.row_readers import read_rows
 
 ROWS = 5
@@ -75,7 +76,7 @@ def _dataset(dataset: Artifact, count: int, split: str) -> Shown:
         "sources": [
             f"{source['source']} ({source.get('encoding') or 'utf-8'}, {source['form']})" for source in manifest["sources"]
         ],
-        "warnings": [warning["problem"] for warning in manifest.get("warnings", ())],
+        "warnings": [warning.problem for warning in dataset_warnings(parquet_io.read_own_examples(dataset))],
     }
     if split == "dropped":
         drops = itertools.islice(parquet_io.read_drops(dataset), count)

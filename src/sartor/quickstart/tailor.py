@@ -277,8 +277,8 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
         _write_yaml(file, recipe)
     curated = curate(file, out / "data", resume=True, notice=notice)
     notice(f"data     {curated.dataset.path}: {curated.kept:,} rows kept, dropped {curated.dropped or 'none'}")
-    for warning in curated.dataset.manifest.get("warnings", ()):
-        notice(f"warning  {warning['problem']}\n         try: {warning['remedy']}")
+    for warning in curated.warnings:
+        notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     return curated.dataset
 
 

@@ -51,6 +51,7 @@ from sartor.evaluate.bootstrap import groups_needed
 from sartor.evaluate.limits import BiasLimits, Check, ForgettingLimit, GainLimit, GateLimits, MemorisationLimits, ReviewLimit
 from sartor.evaluate.metrics import LOWER_IS_BETTER
 from sartor.evaluate.reply_labels import known_fields, label_of, text_of
+from sartor.release import notices
 
 CONFIDENCE = 0.95
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -444,13 +445,22 @@ def check_test(adapter: Artifact, report: Mapping[str, Any]) -> dict[str, Check]
 
 
 def check_licence(adapter: Artifact, use: Use, name: str = "") -> Check:
-    """Whether the licences of sources and base permit the use, and the name of what goes out; none is looked at if empty."""
+    """Whether the licences of sources and base permit the use, and what goes out has the name and the texts that they demand.
+
+    name: none is looked at if empty.
+    """
     refusals, remedy = licence_refusals(adapter, use)
     name_objection = compliance.name_objection(compliance.made_from(adapter.manifest), name) if name else ""
     if name_objection and use != "internal":
         refusals.append(name_objection)
         remedy = "; ".join(filter(None, (remedy, f"--name llama-{name}")))
-    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use", remedy)
+    problem, fix = notices.missing_texts(adapter.manifest)
+    if problem and use != "internal":
+        refusals.append(problem)
+        remedy = "; ".join(filter(None, (remedy, fix)))
+    wanted = notices.sentences(adapter.manifest)
+    written = f"; {notices.FILE} will say {' and '.join(map(repr, wanted))}" if wanted else ""
+    return Check("fail" if refusals else "pass", "; ".join(refusals) or f"{adapter.licence} permits {use} use{written}", remedy)
 
 
 def check_review(items: int, limit: ReviewLimit | None, where: str) -> dict[str, Check]:

@@ -33,6 +33,7 @@ from sartor.evaluate.limits import Check, GateLimits, ReviewLimit
 from sartor.release import gate as attacked
 from sartor.release import gate as checks
 from sartor.release import gate as permission
+from sartor.release import notices
 from sartor.release.gate import GateRules, open_rules
 
 # How many items of a Dataset wait for a person
@@ -118,6 +119,7 @@ def release(
             shutil.copyfile(adapter.path / file, part / file)
         shutil.copytree(evidence.path, part / "report", ignore=shutil.ignore_patterns(".*"))
         facts["exemplars"] = training_facts.write_exemplars(training, part, exemplars)
+        notices.write_notice(facts, adapter.licence, part, notices.base_folder(facts))
         manifest = seal(part, "release", facts)
         document = (part / MANIFESTS["release"]).read_bytes()
         (part / "signature").write_text(signing.sign(document, private), encoding="utf-8")

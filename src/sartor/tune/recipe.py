@@ -165,7 +165,7 @@ class Sft:
 class Dpo:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) of rows with a rejected reply."""
 
-    beta: float = option(0.1, "how dear it is to leave the reference: the larger, the closer it stays")
+    beta: float = option(0.1, "penalty for moving away from the reference model: higher stays closer")
     label_smoothing: float = option(
         0.0, "fraction of the pairs, below 0.5, that may stand the wrong way round (conservative dpo)"
     )
@@ -184,7 +184,7 @@ class Dpo:
 class Kto:
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) of rated rows; a pair is a good and a bad."""
 
-    beta: float = option(0.1, "how dear it is to leave the reference: the larger, the closer it stays")
+    beta: float = option(0.1, "penalty for moving away from the reference model: higher stays closer")
     desirable_weight: float = option(1.0, "lambda_D: weight of rows rated good")
     undesirable_weight: float = option(1.0, "lambda_U: weight of rows rated bad")
     divergence: Literal["estimate", "none"] = option(
@@ -260,7 +260,7 @@ class Align:
 
     fraction: float = option(0.2, "of the budget, 0..1; a text base has no such phase")
     learning_rate: float = option(1e-3, "rate of the projector in it; later it has that of the optimizer, times `later`")
-    later: float = option(1.0, "the projector's rate after it, in rates of the optimizer")
+    later: float = option(1.0, "learning rate of the projector after alignment, as a multiple of optimizer.learning_rate")
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1 or self.learning_rate <= 0 or self.later < 0:

@@ -19,6 +19,7 @@ from sartor.core.licences.licence_families import (
     NOTHING,
     UNKNOWN_TERMS,
     LicenceFamily,
+    Obligation,
     accepts,
     family_of,
     targets,
@@ -286,6 +287,14 @@ def _common_target(licences: Sequence[str]) -> bool:
     """Whether one licence satisfies every one of these share-alike ones."""
     bases = [without_exception(licence) for licence in licences]
     return any(all(accepts(licence, target) for licence in bases) for base in bases for target in targets(base))
+
+
+def duties_by_licence(sources: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Obligation, ...]]:
+    """Each licence that these sources are used under, and its duties."""
+    all_terms = [terms_of(source) for source in sources]
+    chosen = _choose(terms.licence for terms in all_terms)
+    licences = sorted({licence for terms in all_terms for licence in chosen[terms.licence]})
+    return {licence: _family(licence).duties for licence in licences}
 
 
 def obligations(sources: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -38,13 +38,17 @@ def check_package(raw: bytes, kind: str) -> None:
             if part not in package.namelist():
                 raise MalformedRow(f"bad_{kind}", f"the archive has no {part}: it is no .{kind} file")
             for member in members:
-                if member.filename.endswith((".xml", ".rels")):
-                    with package.open(member) as stream:
-                        head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
-                    if b"<!DOCTYPE" in head or b"<!ENTITY" in head:
-                        raise MalformedRow(f"{kind}_bomb", f"{member.filename} declares a document type; Office writes none")
+                if member.filename.endswith((".xml", ".rels")) and _declares_a_type(package, member):
+                    raise MalformedRow(f"{kind}_bomb", f"{member.filename} declares a document type; Office writes none")
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise MalformedRow(f"bad_{kind}", f"not a whole .{kind} file: {error}") from None
+
+
+def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Whether an XML file of the archive could define entities, which may unfold without end."""
+    with package.open(member) as stream:
+        head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
+    return b"<!DOCTYPE" in head or b"<!ENTITY" in head
 
 
 def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:

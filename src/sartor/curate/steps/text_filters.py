@@ -40,7 +40,7 @@ class Repetition:
 
     scale: float = option(1.0, "factor on Gopher's limits: above 1 is laxer, 0.5 is twice as strict")
     min_words: int = option(50, "words from which on the fractions hold; a shorter text goes for a loop alone")
-    loop: int = option(8, "times in a row that one to eight words may not be said in a text of which that is half")
+    loop: int = option(8, "a text is dropped if a phrase of 1 to 8 words is repeated so often in a row and makes up half of it")
     field: Field = option("replies", FIELD_TEXT)
     kind: Literal["repetition"] = "repetition"
 

@@ -19,6 +19,7 @@ from sartor.evaluate.evaluation import check_base
 from sartor.models import adapters, composed_model, hardware
 from sartor.models.base import Base, machine_facts, open_base
 from sartor.models.gguf_writer import TYPES
+from sartor.release import notices
 from sartor.release.export import export_formats
 from sartor.release.export import parity as prompts
 from sartor.release.export import parity as reference
@@ -112,7 +113,7 @@ def export(
     with create_output_directory(out, replace=replace) as part:
         exported_form = _WRITERS[to](work, part)
         export_formats.write_card(source, base, to, part, exported_form.use)
-        export_formats.write_notice(source, base, part)
+        notices.write_notice(source.manifest, source.licence, part, base.ref.path)
         export_formats.readable(part)
         facts = _facts(source, to, part)
         parity = {

@@ -6,9 +6,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from safetensors import safe_open
 from sartor.core import model_refs
 from sartor.core.artifacts import Artifact, kind_of, read_manifest
 from sartor.core.errors import GateError
-from sartor.core.licences import compliance
 from sartor.core.model_refs import STARTER, source_gguf
 from sartor.core.progress import Progress
 from sartor.models import adapters, composed_model, gguf_writer
@@ -31,7 +30,6 @@ from sartor.release.export.parity import Figures, Trace
 _TOKENIZER = re.compile(
     r"(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken)$"
 )
-_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying).*$", re.IGNORECASE)
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -110,43 +108,6 @@ def write_card(release: Artifact, base: Base, form: str, part: Path, use: str) -
         "",
     ]
     (part / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def write_notice(release: Artifact, base: Base, part: Path) -> None:
-    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
-    manifest = release.manifest
-    sources = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
-    obligations = compliance.obligations(sources) or ["nothing"]
-    rows = [
-        f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
-        for source in sources
-    ]
-    lines = [
-        f"# Licences of {manifest['name']} {manifest['version']}",
-        "",
-        f"Together: {release.licence}. Meant for {manifest.get('use', 'commercial')} use.",
-        "",
-        "What whoever hands it on has to do:",
-        "",
-        *(f"- {line}" for line in obligations),
-        "",
-        "Made from:",
-        "",
-        *rows,
-        "",
-    ]
-    (part / "NOTICE.md").write_text("\n".join(lines), encoding="utf-8")
-    for file in sorted(base.ref.path.iterdir()):
-        if file.is_file() and _LEGAL.match(file.name):
-            shutil.copyfile(file, part / f"base-{file.name}")
-
-
-def _short(source: Mapping[str, Any]) -> str:
-    """A source without the folders of the machine that it was read on."""
-    if not source.get("path"):
-        return str(source["source"])
-    name = PurePath(str(source["source"])).name
-    return name if name == PurePath(source["path"]).name else f"{name}/{source['path']}"
 
 
 def readable(part: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -472,20 +471,27 @@ def _in_a_process(job: dict[str, Any], progress: Answered) -> dict[str, Any]:
             (folder / "log").open("wb") as log,
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log) as child,
         ):
-            deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
             try:
-                while (exit_code := child.poll()) is None:
-                    if time.monotonic() > deadline:
-                        return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(_LOOK_S)
-                    # the other process writes a byte for each prompt that it has answered
-                    count = answered_file.stat().st_size if answered_file.exists() else 0
-                    progress(count - answered)
-                    answered = count
+                exit_code = _wait(child, answered_file, progress)
+            except subprocess.TimeoutExpired:
+                return {"error": f"it was not done in {TIME_LIMIT_S:.0f} s"}
             finally:
                 child.kill()
         if not (folder / "result.json").is_file():
             log_lines = (folder / "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
             return {"error": f"its process ended with {exit_code}: {' | '.join(log_lines)[-300:]}"}
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+
+def _wait(child: subprocess.Popen[bytes], answered_file: Path, progress: Answered) -> int:
+    """The exit code of the other process, which writes a byte for each prompt that it has answered. Raises TimeoutExpired."""
+    deadline, answered = time.monotonic() + TIME_LIMIT_S, 0
+    while True:
+        try:
+            return child.wait(_LOOK_S)
+        except subprocess.TimeoutExpired:
+            count = answered_file.stat().st_size if answered_file.exists() else 0
+            progress(count - answered)
+            answered = count
+            if time.monotonic() > deadline:
+                raise

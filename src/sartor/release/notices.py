@@ -1,0 +1,123 @@
+"""Notices that go out with a Release and with an export: licences, what each demands, sentences that one prescribes.
+
+Sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence agreement,
+read on 2026-11-29 (`core/licences/licence_families.py`). No legal advice.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from sartor.core import model_refs
+from sartor.core.errors import HubError, ModelError
+from sartor.core.licences import compliance
+from sartor.core.licences.licence_families import Obligation
+
+FILE = "NOTICE.md"
+_LEGAL = re.compile(r"(licen[cs]e|notice|use_policy|copying).*$", re.IGNORECASE)
+# duty -> the sentence that its licence wants to be shown
+_SENTENCES: Mapping[Obligation, str] = {
+    "built-with-llama": "Built with Llama",
+    "built-with-llama-3": "Built with Meta Llama 3",
+    "built-with-qwen": "Built with Qwen",
+}
+# pattern of a licence -> the notice that has to be kept with copies
+_NOTICES = (
+    (r"LicenseRef-.*llama-?2\b.*", "Llama 2 is licensed under the LLAMA 2 Community License, "
+     "Copyright (c) Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*llama-?3[.-]1\b.*", "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*llama-?3[.-]2\b.*", "Llama 3.2 is licensed under the Llama 3.2 Community License, "
+     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*llama-?3[.-]3\b.*", "Llama 3.3 is licensed under the Llama 3.3 Community License, "
+     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*llama-?3\b.*", "Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*llama-?4\b.*", "Llama 4 is licensed under the Llama 4 Community License, "
+     "Copyright © Meta Platforms, Inc. All Rights Reserved."),
+    (r"LicenseRef-.*gemma\b.*",
+     "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
+)  # fmt: skip
+
+
+def sentences(manifest: Mapping[str, Any]) -> list[str]:
+    """What the licences of an artefact's sources and base want to be written, word for word."""
+    duties = compliance.duties_by_licence(compliance.made_from(manifest))
+    lines = []
+    for licence, duties_of_licence in duties.items():
+        lines += [_SENTENCES[duty] for duty in duties_of_licence if duty in _SENTENCES]
+        lines += [text for pattern, text in _NOTICES if re.fullmatch(pattern, licence, re.IGNORECASE)][:1]
+    return list(dict.fromkeys(lines))
+
+
+def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Why the use restrictions of a base are not passed on, and what would do: (problem, remedy), empty where they are.
+
+    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside the base;
+    of a base that is not on this machine nothing can be said.
+    """
+    base = manifest["base"]
+    duties = compliance.duties_by_licence([{"source": compliance.base_source(base), "licence": base["licence"]}])
+    binding = sorted(licence for licence, of_licence in duties.items() if "use-policy" in of_licence)
+    folder = base_folder(manifest)
+    if not binding or folder is None or legal_texts(folder):
+        return "", ""
+    problem = (
+        f"{' and '.join(binding)} binds whoever gets it to its use restrictions, and no copy of its text stands in {folder}"
+    )
+    return problem, f"save the text of the licence as {folder / 'LICENSE'}: it then goes out with the Release"
+
+
+def base_folder(manifest: Mapping[str, Any]) -> Path | None:
+    """The directory of the base that an artefact was tuned on; None where it is not on this machine."""
+    try:
+        folder = model_refs.locate_base(manifest["base"]["name"]).path
+    except (ModelError, HubError):
+        return None
+    return folder if folder.is_dir() else None
+
+
+def legal_texts(folder: Path) -> list[Path]:
+    """Licences, notices and use policies that stand beside a base."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and _LEGAL.match(file.name)]
+
+
+def write_notice(manifest: Mapping[str, Any], licence: str, part: Path, base: Path | None) -> None:
+    """NOTICE.md: every licence that this was made from, and what each demands of who hands it on; texts beside the base too."""
+    sources = [{**source, "source": _short(source)} for source in compliance.made_from(manifest)]
+    obligations = compliance.obligations(sources) or ["nothing"]
+    rows = [
+        f"- {source['source']}: {source['licence']}" + (f", sha256 {source['sha256']}" if source.get("sha256") else "")
+        for source in sources
+    ]
+    wanted = sentences(manifest)
+    lines = [
+        f"# Licences of {manifest['name']} {manifest['version']}",
+        "",
+        *(line for sentence in wanted for line in (sentence, "")),
+        f"Together: {licence}. Meant for {manifest.get('use', 'commercial')} use.",
+        "",
+        "What whoever hands it on has to do:",
+        "",
+        *(f"- {line}" for line in obligations),
+        "",
+        "Made from:",
+        "",
+        *rows,
+        "",
+    ]
+    (part / FILE).write_text("\n".join(lines), encoding="utf-8")
+    for file in legal_texts(base) if base else ():
+        shutil.copyfile(file, part / f"base-{file.name}")
+
+
+def _short(source: Mapping[str, Any]) -> str:
+    """A source without the folders of the machine that it was read on."""
+    if not source.get("path"):
+        return str(source["source"])
+    name = PurePath(str(source["source"])).name
+    return name if name == PurePath(source["path"]).name else f"{name}/{source['path']}"
