@@ -277,8 +277,9 @@ def _gguf_parsed_once(converted: Callable[[], object]) -> Iterator[None]:
         converted()
         return weights
 
-    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(originals[name]) for name in names[:2])
-    gguf.dequantize = dequantize
+    for name in names[:2]:
+        setattr(gguf, name, functools.cache(originals[name]))
+    setattr(gguf, names[2], dequantize)
     try:
         yield
     finally:

@@ -106,7 +106,7 @@ class LocalPartner:
 class TeamPartner:
     """A team of a YAML file, with one worker of its own."""
 
-    artifact = None
+    artifact: Artifact | None = None
 
     def __init__(self, file: Path, agent: str, sampling: Mapping[str, Any], notice: Notice) -> None:
         self.name, self._agent, self._sampling = agent, agent, sampling
@@ -145,7 +145,7 @@ class TeamPartner:
 class ServerPartner:
     """A server with OpenAI's API: Sartor's own, or another."""
 
-    artifact = None
+    artifact: Artifact | None = None
 
     def __init__(self, url: str, agent: str, key: str, sampling: Mapping[str, Any]) -> None:
         self._httpx = import_module("httpx")

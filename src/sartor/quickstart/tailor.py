@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from sartor.core import assets, signing
-from sartor.core.artifacts import Artifact, kind_of, open_artifact
+from sartor.core.artifacts import Artifact, Kind, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load
 from sartor.core.errors import ConfigError, GateError
 from sartor.core.filesystem import write_file_atomic
@@ -40,15 +40,15 @@ from sartor.curate.sources.planner import columns_of, plan_reading, read_all
 from sartor.curate.sources.types import Columns, SourceOptions
 from sartor.evaluate.bootstrap import Comparison, groups_needed
 from sartor.evaluate.evaluation import evaluate
+from sartor.evaluate.limits import Check
 from sartor.evaluate.metrics import LOWER_IS_BETTER
-from sartor.release.gate import Check
 from sartor.release.release import gate, release
 from sartor.tune import preflight
 from sartor.tune.plan import TuningPlan, plan
 from sartor.tune.recipe import Checkpoints
 from sartor.tune.trainer import tune
 
-Notice = Callable[[str], object]
+Notice = Callable[[str], None]
 Ask = Callable[[str], str]
 VERSION = "1.0"
 _FACTS, _SCHEMA = "tailor.json", 1
@@ -424,7 +424,7 @@ def _within(forecast: TuningPlan, minutes: float, elapsed_s: float) -> dict[str,
     return {"budget": {"minutes": round(left_s / 60, 2)}}
 
 
-def _made_of(path: Path, kind: str, adapter: Artifact) -> Artifact | None:
+def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
     """What an earlier call made of this Adapter; None where it did not come to it."""
     if kind_of(path) != kind:
         return None

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sartor.core.artifacts import Artifact, open_artifact
+from sartor.core.artifacts import Artifact, Kind, open_artifact
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.lineage import ancestry
 
 TO_STATE = "to be stated by you"
-_KINDS = ("dataset", "adapter", "release")
+_KINDS: tuple[Kind, ...] = ("dataset", "adapter", "release")
 # The template's ranges of text, by tokens
 _TEXT_RANGES = ((10**9, "less than 1 billion tokens"), (10**13, "1 billion to 10 trillion tokens"))
 _LARGEST_TEXT = "more than 10 trillion tokens"

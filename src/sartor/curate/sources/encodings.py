@@ -123,7 +123,7 @@ def _candidates(sample: bytes) -> Iterator[tuple[str, str, float]]:
     identify = detector()
     for candidate in chardet.detect_all(sample, ignore_threshold=True):
         try:
-            name = canonical_name(candidate["encoding"])
+            name = canonical_name(candidate["encoding"] or "")
             text = sample.decode(name)
         except (LookupError, TypeError, UnicodeDecodeError):
             continue
