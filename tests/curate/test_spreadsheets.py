@@ -239,3 +239,19 @@ def test_recoding_keeps_every_character(tmp_path: Path) -> None:
     text = "".join(chr(number) for number in range(32, 0x2000)) * 40
     with encodings.as_utf8(io.BytesIO(text.encode("utf-16")), "utf-16") as stream:
         assert stream.read().decode() == text
+
+
+def test_code_page_that_was_found_is_told_and_stands_in_the_card(tmp_path: Path) -> None:
+    rows = "".join(f"Wie öffne ich Konto {number}?;Über die App, für {number} Euro.\r\n" for number in range(20))
+    (tmp_path / "faq.csv").write_bytes(("question;answer\r\n" + rows).encode("cp1252"))
+    lines: list[str] = []
+    made = sartor.curate({"sources": [str(tmp_path / "faq.csv")]}, tmp_path / "data", notice=lines.append)
+    assert any("faq.csv is read as cp1252" in line for line in lines)
+    assert (
+        "cp1252" in (made.dataset.path / "card.html").read_text()
+        and "code page" in (made.dataset.path / "card.html").read_text()
+    )
+    lines.clear()
+    named = {"sources": [{"path": str(tmp_path / "faq.csv"), "encoding": "cp1252"}]}
+    sartor.curate(named, tmp_path / "named", notice=lines.append)
+    assert not any("is read as" in line for line in lines), "nobody asked to be told what was said"

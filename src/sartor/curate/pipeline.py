@@ -346,6 +346,11 @@ class CurationRun:
     def run(self, strict: bool) -> PassState:
         """Every pass, the split, and the copies of training rows."""
         self.planned = planner.plan_reading(self.recipe.sources, self.recipe.max_row_bytes)
+        for file in self.planned.files:
+            if file.encoding and not self.declared[file.source].encoding:
+                self.notice(
+                    f"{file.path} is read as {file.encoding}; `encoding: CODE-PAGE` of the source reads it by another one"
+                )
         tasks = [
             ShardTask(Path(), _key(unit), self.work_folder, (), (), unit, self.recipe.sources[unit.source], strict)
             for unit in self.planned.chunks

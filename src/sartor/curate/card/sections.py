@@ -342,7 +342,7 @@ def _made_from(contents: Contents) -> Iterator[Block]:
 
 
 def _source_table(contents: Contents) -> Table:
-    head = ("file", "licence", "terms", "form", "read", "kept", "sha256")
+    head = ("file", "licence", "terms", "form", "code page", "read", "kept", "sha256")
     rows: list[Sequence[Line]] = []
     for file in contents.sources[:_FILES_SHOWN]:
         rows.append(
@@ -351,12 +351,13 @@ def _source_table(contents: Contents) -> Table:
                 QuotedText(str(file.get("licence") or UNKNOWN), 80),
                 QuotedText(_terms(file), 160, prose=True),
                 QuotedText(str(file.get("form") or ""), 40),
+                QuotedText(str(file.get("encoding") or ""), 40),
                 _count(file.get("read")),
                 _count(file.get("kept")),
                 QuotedText(str(file.get("sha256") or "")[:12]),
             )
         )
-    return _without_empty(Table(head, rows, frozenset({4, 5})))
+    return _without_empty(Table(head, rows, frozenset({5, 6})))
 
 
 def _without_empty(table: Table) -> Table:
