@@ -334,7 +334,7 @@ def ask(
 
 def _prompt_of(file: Path, prompt: str) -> str:
     if prompt:
-        raise ConfigError("a prompt and --prompt-file exclude each other", "leave one of them out")
+        raise ConfigError("a prompt and --prompt-file exclude each other", f"sartor ask RELEASE --prompt-file {file}")
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
