@@ -210,7 +210,9 @@ def remove_feedback(team: Team | Path | str, *, key: str = "", user: str = "") -
     ConfigError where neither is given, MissingError where the disk does not take it.
     """
     if not key and not user:
-        raise ConfigError("neither a key nor a user is named", "--key ID, as `sartor agents feedback` lists it, or --user ID")
+        raise ConfigError(
+            "neither a key nor a user is named", "--key-id ID, as `sartor agents feedback` lists it, or --user ID"
+        )
     loaded_team, feedback_filter = _feedback_filter(team, key, user)
     removed = _inbox(loaded_team).remove(feedback_filter.is_by)
     places = [line.location for line in removed if line.feedback]

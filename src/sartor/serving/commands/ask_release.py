@@ -45,7 +45,9 @@ def ask(
         system, defaults = manifest["system_prompt"], manifest["sampling"]
     else:
         if key is not None:
-            raise ConfigError(f"{artifact.path} is an Adapter, which nobody has signed", "leave --key out, or ask its Release")
+            raise ConfigError(
+                f"{artifact.path} is an Adapter, which nobody has signed", "leave --public-key out, or ask its Release"
+            )
         agent, reason = artifact.path.name, "asked by its directory; unreleased: no gate has passed it"
         system, defaults = training_facts.read_facts(artifact).system_prompt, {"temperature": 0.0, "max_tokens": 256}
         notice(f"{artifact.path} is an Adapter, and no Release: nothing vouches for what it says")
