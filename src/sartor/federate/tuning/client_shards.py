@@ -46,7 +46,9 @@ class Shards:
         """
         members = _members(examples)
         if self.by and all(label_of(example.reply, self.by) is None for example in examples):
-            raise ConfigError(f"no reply has the field {self.by!r}", "--by FIELD of the JSON replies, or . for the whole reply")
+            raise ConfigError(
+                f"no reply has the field {self.by!r}", "--shard-by FIELD of the JSON replies, or . for the whole reply"
+            )
         sizes = {group: len(rows) for group, rows in members.items()}
         owners = self._owners(self._of_label(members), sizes)
         return {row.id: owners[group] for group, rows in members.items() for row in rows}
