@@ -34,7 +34,7 @@ def test_a_plain_install_brings_no_torch_and_curates(tmp_path: Path) -> None:
         [sartor, "tune", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "a")], capture_output=True, text=True
     )
     assert done.returncode == 6
-    assert "pip install 'sartor[tune]'" in done.stderr and "Traceback" not in done.stderr
+    assert f"-m pip install '{ROOT}[tune]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_all_extras_resolve_together() -> None:

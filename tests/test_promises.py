@@ -47,6 +47,8 @@ FOREIGN = {
     "--lora-modules": "vllm serve",
     "--lora-paths": "SGLang",
     "--extra-index-url": "pip",
+    "--force-download": "hf download",
+    "--local-dir": "hf download",
     "--option": "any option, in a remedy",
 }
 
@@ -303,7 +305,8 @@ def test_a_planted_extra_is_found(text: str, wrong: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("sartor trace adapters/faq", 1), ("sartor edge fly", 1), ("sartor tune r.yaml --nproc 2", 1), ("sartor verify DIR --key K", 0),
+    [("sartor trace adapters/faq", 1), ("sartor edge fly", 1), ("sartor tune r.yaml --nproc 2", 1),
+     ("sartor verify DIR --public-key K", 0),
      ("sartor tune r.yaml --out a --method.rank 8; sartor evaluate a --label x", 0), ("sartor assets install nothing", 0)],
 )  # fmt: skip
 def test_a_planted_command_is_found(text: str, count: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import sartor
 from sartor.core.errors import ConfigError, ExtraError
+from sartor.core.installation import install_command
 from sartor.core.records import Drop, Example
 from sartor.curate.sources import documents
 from sartor.curate.sources.planner import plan_reading, read_all
@@ -181,7 +182,7 @@ def test_without_the_extra_it_is_named(name: str, package: str, tmp_path: Path, 
     monkeypatch.setattr(documents.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ExtraError, match=package) as caught:
         rows_of(tmp_path / name)
-    assert caught.value.remedy == "pip install 'sartor[office]'"
+    assert caught.value.remedy == install_command("office")
 
 
 def test_a_stream_is_read_from_memory_alone(tmp_path: Path) -> None:

@@ -536,7 +536,7 @@ def test_the_tuners_own_process_does_it_and_a_stopped_one_goes_on(shop: Shop) ->
         return False
 
     stopping = private_tuning.tune_in_process(ResourceLimits(), has_begun)
-    with pytest.raises(BusyError, match="it goes on"):
+    with pytest.raises(BusyError, match="goes on where it was"):
         shop.personal(tune=stopping).adapt()
     done = shop.personal(tune=None).adapt()
     assert done.delta and done.facts["resumed_at"] and done.facts["used"]["exit_code"] == 0

@@ -129,9 +129,9 @@ def test_an_update_that_cannot_fit_is_refused_before_it_begins(disk: MemoryDisk)
 def test_the_remedy_of_a_limit_is_enough(disk: MemoryDisk) -> None:
     with pytest.raises(BudgetError) as raised:
         ReleaseStore(FOLDER, limit_bytes=used(disk) + 10, disk=disk).make_room(NAME, sizes("1.1"))
-    enough = re.search(r"to ([\d,]+)", raised.value.remedy)
+    enough = re.search(r"--limit-bytes (\d+)", raised.value.remedy)
     assert enough
-    store = ReleaseStore(FOLDER, limit_bytes=int(enough[1].replace(",", "")), disk=disk)
+    store = ReleaseStore(FOLDER, limit_bytes=int(enough[1]), disk=disk)
     install(store, "1.1", disk)
     assert version_of(store.current(NAME)) == "1.1"
 

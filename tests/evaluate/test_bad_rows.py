@@ -94,4 +94,8 @@ def test_scores_that_are_no_numbers_are_refused(adapter: Path, tmp_path: Path) -
     documents = [{"text": f"a document about window {number}"} for number in range(8)]
     with pytest.raises(ModelError) as error:
         sartor.evaluate(broken.path, data=write_jsonl(tmp_path / "rows.jsonl", documents))
-    assert "finite" in error.value.problem and "tune again" in error.value.remedy and not (tmp_path / "broken-report").exists()
+    assert (
+        "finite" in error.value.problem
+        and "--optimizer.learning_rate" in error.value.remedy
+        and not (tmp_path / "broken-report").exists()
+    )

@@ -122,7 +122,7 @@ def test_many_runs_by_closed_form() -> None:
     found = privacy_attacks.many_runs([1.0] * 100, [0.0] * 100, 0.0, threshold=0.5)
     assert found.epsilon_low == pytest.approx(math.log((1 - high) / high), rel=1e-6) and found.right == 200
     assert privacy_attacks.many_runs([1.0, 0.0] * 50, [1.0, 0.0] * 50, DELTA, 0.5).epsilon_low == 0
-    with pytest.raises(ConfigError, match="both are needed"):
+    with pytest.raises(ConfigError, match="0 runs with the row and 1 without"):
         privacy_attacks.many_runs([], [1.0], 0.0, 0.5)
 
 

@@ -153,7 +153,7 @@ def test_a_huge_prompt_is_not_read_to_its_end(form: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(kind, "__call__", counting)
     with pytest.raises(RequestError, match="may have 512") as told:
         prompt_ids(chat, call, 512)
-    assert read == [FIRST_CHARACTERS * 512] and told.value.remedy == "shorten the prompt"
+    assert read == [FIRST_CHARACTERS * 512] and told.value.remedy == "send a prompt of fewer than 512 tokens"
 
 
 def test_a_long_text_of_few_tokens_is_read() -> None:

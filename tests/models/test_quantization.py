@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import sartor
 import tiny
 from sartor.core.errors import ConfigError, ExtraError, ModelError
+from sartor.core.installation import install_command
 from sartor.models import adapters, packing, quantization
 from sartor.models.base import Base, open_base
 from sartor.models.losses import loss_backend, transformers_backend
@@ -90,7 +91,7 @@ def test_without_bitsandbytes_the_extra_is_named(tiny_base: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ExtraError, match="bitsandbytes") as caught:
         opened(tiny_base, 4)
-    assert "sartor[quant]" in caught.value.remedy
+    assert caught.value.remedy == install_command("quant")
 
 
 def test_a_device_that_cannot_is_refused(tiny_base: Path) -> None:

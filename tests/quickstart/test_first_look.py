@@ -11,6 +11,7 @@ import yaml
 import sartor
 from sartor.cli import main
 from sartor.core.errors import ArtifactError, ConfigError
+from sartor.core.installation import install_command
 from sartor.quickstart import doctor as doctors
 
 
@@ -22,7 +23,7 @@ def test_doctor_says_what_is_here_and_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctors.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctors.importlib.util, "find_spec", lambda name: None)
     found = sartor.doctor().as_json()
-    assert found["advice"][0].startswith("pip install 'sartor[tune]'") and "g++" in found["advice"][1]
+    assert found["advice"][0].startswith(install_command("tune")) and "g++" in found["advice"][1]
     assert found["compiler"] is None and found["gpu"] is None
 
 

@@ -547,7 +547,7 @@ def test_a_damaged_registry_is_unavailable_to_the_admin_and_the_agents_go_on(tmp
             (tmp_path / "state" / "registry.sqlite").write_bytes(b"not a database" * 1000)
             with pytest.raises(UnavailableError, match="damaged") as caught:
                 await roster.promote("home", "", "3", "4")
-            assert "copy" in caught.value.remedy
+            assert "cp BACKUP " in caught.value.remedy
             assert [(await said(dispatch, asked(name)))[0] for name in ("faq", "home")] == ["faq@1", "home@4"]
 
     run(work())

@@ -58,9 +58,9 @@ plans:
 @pytest.mark.parametrize(
     ("plans", "problem", "remedy"),
     [
-        ([{**CHECKED, "name": "home"}], "'home', which another has", "another name"),
-        ([{**CHECKED, "name": "auto"}], "'auto', which another has", "another name"),
-        ([CHECKED, CHECKED], "'checked', which another has", "another name"),
+        ([{**CHECKED, "name": "home"}], "'home', which another has", "name: home-plan"),
+        ([{**CHECKED, "name": "auto"}], "'auto', which another has", "name: auto-plan"),
+        ([CHECKED, CHECKED], "'checked', which another has", "name: checked-plan"),
         ([{**CHECKED, "name": "A b"}], "cannot be a plan's name", "small letters"),
         ([{**CHECKED, "steps": "checked"}], "comes back to itself: checked -> checked", "name an agent instead of 'checked'"),
         (
@@ -72,8 +72,8 @@ plans:
         ([{"name": "p", "kind": "sequence", "steps": "home", "mend": "home"}], "no check", "check: [json]"),
         ([{"name": "p", "kind": "parallel", "members": ["home"]}], "members names 1; at least 2", "members: [base, base]"),
         ([{"name": "p", "kind": "sequence", "steps": []}], "steps names 0", "steps: [base]"),
-        ([{**CHECKED, "budget": {"tokens": 0}}], "tokens is 0", "leave it out"),
-        ([{**CHECKED, "check": [{"pattern": "("}]}], "no regular expression", "mend the pattern"),
+        ([{**CHECKED, "budget": {"tokens": 0}}], "tokens is 0", "budget: {tokens: 8192"),
+        ([{**CHECKED, "check": [{"pattern": "("}]}], "no regular expression", "pattern: '"),
         ([{**CHECKED, "check": [{"json": {"schema": {"type": "lamp"}}}]}], "no JSON Schema", "2020-12"),
         ([{**CHECKED, "mend": {"agent": "home", "times": 0}}], "mend.times is 0", "times: 1"),
         ([{**CHECKED, "mind": "home"}], "no option 'plans[0].mind'; 'mend' was probably meant", "mend"),

@@ -212,7 +212,7 @@ def test_a_full_disk_costs_receipts_that_are_counted_and_leaves_whole_lines(
     monkeypatch.setattr(receipts.os, "write", fuller)
     with pytest.raises(MissingError, match="No space left") as caught:
         book.write(given("during"))
-    assert caught.value.remedy == "free some space" and book.lost == 1 and "No space" in book.problem
+    assert caught.value.remedy.startswith("df -h ") and book.lost == 1 and "No space" in book.problem
     monkeypatch.setattr(receipts.os, "write", write)
     book.write(given("after"))
     assert (book.lost, book.problem) == (1, "")

@@ -152,7 +152,10 @@ async def no_worker() -> WorkerProcess:
 def test_an_end_that_is_certain_condemns_a_call_at_once(how: str) -> None:
     (failed,), counts = asyncio.run(deaths(how))
     assert failed == ReplyFailed(
-        "c", "ModelError", f"the workers that made this reply of a@1 died: {TEXTS[how]}", "change the request"
+        "c",
+        "ModelError",
+        f"the workers that made this reply of a@1 died: {TEXTS[how]}",
+        "send another prompt: this one is not tried again",
     )
     assert counts == {"made_again": 1, "condemned": 1}
 

@@ -47,7 +47,7 @@ def prompt_of(prompt: str, file: Path | None) -> str:
     if file is None:
         return prompt
     if prompt:
-        raise ConfigError("a prompt and --prompt-file exclude each other", "leave one of them out")
+        raise ConfigError("a prompt and --prompt-file exclude each other", f"--prompt-file {file}, without a prompt")
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

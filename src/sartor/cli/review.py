@@ -32,7 +32,9 @@ def review(dataset: Path, *, list: REPLACE = False, accept: str = "", reject: st
         queue: file or Postgres URL; by default SARTOR_REVIEW, else review.sqlite beside the Dataset
     """
     if bool(accept) + bool(reject) + list > 1:
-        raise ConfigError("--list, --accept and --reject exclude each other", "one at a time")
+        raise ConfigError(
+            "--list, --accept and --reject exclude each other", f"sartor review {dataset} --list, or one of the others alone"
+        )
     if accept or reject:
         opinion = sartor.Opinion("accept" if accept else "reject", by)
         return sartor.review_decide(dataset, [accept or reject], opinion, queue)

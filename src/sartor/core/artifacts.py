@@ -97,7 +97,10 @@ def create_output_directory(path: Path, *, replace: bool = False) -> Iterator[Pa
                 check_output_free(path, replace=replace)
         except OSError as error:
             if error.errno in DISK_FULL:
-                raise MissingError(f"the disk is full: {path} could not be written", "free some space") from error
+                raise MissingError(
+                    f"the disk is full: {path} could not be written",
+                    f"df -h {path.parent} shows the full disk: remove something there, or give an --out on another one",
+                ) from error
             raise
 
 
@@ -152,11 +155,13 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
     kind = kind_of(path)
     if kind is None:
         problem = "there is nothing" if not path.exists() else "there is no artefact of Sartor"
-        raise ArtifactError(f"{problem} at {path}; {_a(expected)} was expected", "check the path, or make it again")
+        raise ArtifactError(
+            f"{problem} at {path}; {_a(expected)} was expected", f"ls {path.parent}; sartor index DIR finds what was moved"
+        )
     if kind not in kinds:
         raise ArtifactError(f"{path} is {_a(kind)}, not {_a(expected)}", f"give the path of {_a(expected)}")
     file = path / MANIFESTS[kind]
-    remedy = "make it again from its recipe, or restore it from a copy"
+    remedy = _remake_command(kind, path)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -179,6 +184,22 @@ def read_manifest(path: Path, kinds: Sequence[str] = tuple(MANIFESTS)) -> dict[s
             remedy,
         )
     return manifest
+
+
+# kind -> what makes one again
+_MAKERS = {
+    "dataset": "sartor curate RECIPE",
+    "adapter": "sartor tune RECIPE",
+    "report": "sartor evaluate ADAPTER",
+    "release": "sartor release ADAPTER --name NAME --version VERSION --key KEYS",
+    "export": "sartor export RELEASE --to FORM",
+    "duplicates": "sartor dedup FILE...",
+}
+
+
+def _remake_command(kind: str, path: Path) -> str:
+    """Return the commands that bring a damaged artefact back: by making it again, or from a copy."""
+    return f"{_MAKERS[kind]} --out {path} --replace; or cp -r BACKUP/. {path}"
 
 
 def _lists_files(files: Any) -> bool:
@@ -206,7 +227,7 @@ def check_file(artifact: Artifact, name: str) -> None:
     """Check one file of an artefact against its manifest. Raises ArtifactError with what differs."""
     root, entry = artifact.path, artifact.manifest["files"][name]
     file = root / name
-    remedy = "make it again from its recipe, or restore it from a copy"
+    remedy = _remake_command(artifact.kind, root)
     if not file.resolve().is_relative_to(root.resolve()):
         raise ArtifactError(f"{root} lists {name!r}, which lies outside it", remedy)
     if not file.is_file():
@@ -228,7 +249,7 @@ def _check_files(artifact: Artifact) -> None:
     for file in sorted(root.rglob("*")):
         name = file.relative_to(root).as_posix()
         if file.is_file() and name not in allowed and not file.name.startswith("."):
-            raise ArtifactError(f"{root} holds {name!r}, which its manifest does not list", f"move {file} elsewhere")
+            raise ArtifactError(f"{root} holds {name!r}, which its manifest does not list", f"mv {file} ELSEWHERE")
 
 
 def _a(kind: str) -> str:

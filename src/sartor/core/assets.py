@@ -32,6 +32,7 @@ from sartor.core.errors import AssetError, ConfigError
 from sartor.core.filesystem import file_digest
 from sartor.core.home import folder
 from sartor.core.progress import Progress
+from sartor.core.remedies import REPORT
 
 # An archive may not unpack to more than this: the largest asset holds about 150 MB.
 MOST_BYTES = 1 << 30
@@ -116,7 +117,7 @@ def install(
                     _fetch_into(asset, file, part, fetch or _download, progress)
                 missing = [path for path in asset.paths if not (part / path).is_file()]
                 if missing:
-                    raise AssetError(f"the asset {name!r} lacks {missing[0]}", "report this: assets.toml is wrong")
+                    raise AssetError(f"the asset {name!r} lacks {missing[0]}", REPORT)
     return asset.directory
 
 
@@ -166,10 +167,10 @@ def unpack(archive: Path, directory: Path) -> None:
     with zipfile.ZipFile(archive) as zipped:
         size = sum(info.file_size for info in zipped.infolist())
         if size > MOST_BYTES:
-            raise AssetError(f"{archive.name} would unpack to {size:,} bytes; the limit is {MOST_BYTES:,}", "do not use it")
+            raise AssetError(f"{archive.name} would unpack to {size:,} bytes; the limit is {MOST_BYTES:,}", REPORT)
         for info in zipped.infolist():
             if not (directory / info.filename).resolve().is_relative_to(directory.resolve()):
-                raise AssetError(f"{archive.name} holds the path {info.filename!r}, outside its folder", "do not use it")
+                raise AssetError(f"{archive.name} holds the path {info.filename!r}, outside its folder", REPORT)
         zipped.extractall(directory)
 
 
@@ -186,7 +187,10 @@ def _download(file: PackageFile, directory: Path) -> Path:
         _run(["apt-get", "download", f"{file.package}={file.version}"], "run `apt-get update` (Debian only)", directory)
     files = [path for path in directory.iterdir() if path.is_file()]
     if len(files) != 1:
-        raise AssetError(f"{file.package} {file.version}: {len(files)} files were downloaded, not one", "try again")
+        raise AssetError(
+            f"{file.package} {file.version}: {len(files)} files were downloaded, not one",
+            "sartor assets install NAME, once more: the next download begins in an empty folder",
+        )
     return files[0]
 
 

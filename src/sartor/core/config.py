@@ -43,7 +43,10 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if isinstance(key, str) and key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice", "keep one of the two")
+                raise ConfigError(
+                    f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice",
+                    f"delete that line, or the earlier `{key}:`",
+                )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -61,9 +64,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"there is no recipe at {path}", "check the path") from None
+        raise ConfigError(
+            f"there is no recipe at {path}",
+            f"ls {path.parent} shows what is there; sartor init DATA writes a curate.yaml and a tune.yaml",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}", "give a UTF-8 YAML file") from None
+        raise ConfigError(
+            f"{path} cannot be read as text: {error}",
+            f"ls -l {path}; of another encoding: iconv -f CP1252 -t UTF-8 {path} > recipe.yaml",
+        ) from None
     try:
         data = yaml.load(text, _UniqueKeys)  # a SafeLoader: builds plain values only
     except ConfigError as error:
@@ -71,7 +80,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         position = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{position} is not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
+        raise ConfigError(
+            f"{path}{position} is not YAML: {getattr(error, 'problem', error)}",
+            "write it as `key: value`, indented by spaces; quote a value that holds `: `, ` #` or begins with a sign",
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {_name_of(data)}, not a mapping of options", "write `key: value` lines")
     return data

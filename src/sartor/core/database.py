@@ -29,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 
 from sartor.core import records
 from sartor.core.errors import ArtifactError, BusyError, ConfigError, MissingError, SartorError, missing_package
+from sartor.core.installation import upgrade_command
 
 BUSY_S = 5.0
 # A change that was told survives a power cut
@@ -133,7 +134,7 @@ class Database:
         except CommandError:
             raise ArtifactError(
                 f"the {self.form.noun} {self.name} has the form {revision!r}, which this version of Sartor does not know",
-                "open it with the version of Sartor that wrote it last",
+                upgrade_command(),
             ) from None
 
     def _opening(self) -> AbstractContextManager[Any]:
@@ -145,7 +146,10 @@ class Database:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             return FileLock(f"{file}.lock").acquire(timeout=OPEN_S)
         except Timeout:
-            raise BusyError(f"another process has been opening {file} for {OPEN_S:.0f} s", "end it, or wait") from None
+            raise BusyError(
+                f"another process has been opening {file} for {OPEN_S:.0f} s",
+                f"fuser {file} names it; the same command again once it has ended, or after kill PID",
+            ) from None
         except OSError as error:
             raise ConfigError(f"{file} cannot be made: {error.strerror}", "give a directory that can be written to") from None
 
@@ -182,24 +186,36 @@ class Database:
 
     def _fault(self, error: BaseException | None) -> SartorError:
         """What a driver's error means to whoever runs the team."""
-        message = str(error)
+        message, file = str(error), self._engine.url.database or ""
         for name, value in self._secrets.items():
-            message = message.replace(value, f"${{{name}}}")
+            message, file = (text.replace(value, f"${{{name}}}") for text in (message, file))
         code = getattr(error, "sqlite_errorcode", 0)  # of sqlite3's errors only
         primary = code & 0xFF
         subject = f"the {self.form.noun} {self.name}"
         if primary in _BUSY:
-            return BusyError(f"{subject} is locked by another process: {message}", "try again", BUSY_S)
+            return BusyError(
+                f"{subject} is locked by another process: {message}",
+                f"fuser {file} names it; the same command again once it has ended",
+                BUSY_S,
+            )
         if primary in _DAMAGED or (
             primary == sqlite3.SQLITE_ERROR and message.startswith("no such")
         ):  # written over, or emptied
-            return ArtifactError(f"{subject} is damaged: {message}", "restore it from a copy, or move it away and start anew")
+            return ArtifactError(
+                f"{subject} is damaged: {message}", f"cp BACKUP {file}; or mv {file} ELSEWHERE, and start anew"
+            )
         if primary == sqlite3.SQLITE_READONLY or (primary == sqlite3.SQLITE_CANTOPEN and not self._is_there()):
             return ConfigError(f"{subject} cannot be written to: {message}", "give a directory that can be written to")
         if code in _FULL or primary == sqlite3.SQLITE_FULL or "53100" in str(getattr(error, "sqlstate", "")):
-            return MissingError(f"the disk of {subject} is full: {message}; nothing was changed", "free some space")
+            return MissingError(
+                f"the disk of {subject} is full: {message}; nothing was changed",
+                "df -h shows the full disk; remove files from it, then the same command again",
+            )
         return MissingError(
-            f"{subject} cannot be used: {message}; nothing was changed", "see whether its disk or server is there"
+            f"{subject} cannot be used: {message}; nothing was changed",
+            f"ls -l {file}; then the same command again"
+            if self._is_sqlite
+            else "start the database server; then the same command again",
         )
 
     def _is_there(self) -> bool:
@@ -223,9 +239,17 @@ def scrub_file(file: Path) -> str:
             connection.execute("vacuum")
             is_busy = next(connection.execute("pragma wal_checkpoint(truncate)"))[0]
         except sqlite3.OperationalError as error:
-            raise BusyError(f"{file} is used by another process: {error}", "try again", BUSY_S) from None
+            raise BusyError(
+                f"{file} is used by another process: {error}",
+                f"fuser {file} names it; stop it, then the same command again",
+                BUSY_S,
+            ) from None
     if is_busy:
-        raise BusyError(f"the write-ahead log of {file} is read by another process", "try again", BUSY_S)
+        raise BusyError(
+            f"the write-ahead log of {file} is read by another process",
+            f"fuser {file} names it; stop it, then the same command again",
+            BUSY_S,
+        )
     return "rewritten without free pages (vacuum), write-ahead log emptied"
 
 

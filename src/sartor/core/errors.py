@@ -41,6 +41,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sartor.core.installation import install_command
+
 _IN_MEMORY = re.compile(r"<_io\.\w+ object at 0x[0-9a-f]+>")
 
 
@@ -267,8 +269,7 @@ class HubError(MissingError):
 
 def missing_package(module: str, extra: str = "") -> ExtraError:
     """The error for a package that is absent, to raise where its import failed. Without `extra` it is of the plain install."""
-    remedy = f"pip install 'sartor[{extra}]'" if extra else f"install Sartor anew, or pip install {module}"
-    return ExtraError(f"this needs the Python package {module!r}, which is not installed", remedy)
+    return ExtraError(f"this needs the Python package {module!r}, which is not installed", install_command(extra))
 
 
 def decoder_message(error: Exception, file: Path | None = None) -> str:

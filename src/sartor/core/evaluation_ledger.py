@@ -29,7 +29,7 @@ _LEDGER = LineLedger(
     "ledger of evaluations",
     1,
     lambda line: isinstance(line["rows"], list) and all(isinstance(line[key], str) for key in ("digest", "adapter", "time")),
-    "restore {file} from a copy; or remove it: evaluations are then counted anew, and the ones before are unknown",
+    "cp BACKUP {file}; or rm {file}: evaluations are then counted anew, and the ones before are unknown",
 )
 
 

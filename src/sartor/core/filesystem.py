@@ -268,7 +268,10 @@ class FileSystem:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise BusyError(f"another process writes to the store at {path.parent}", "wait until it is done") from None
+            raise BusyError(
+                f"another process writes to the store at {path.parent}",
+                f"fuser {path} names it; the same command again once it has ended",
+            ) from None
         return lock.release
 
     # of the above

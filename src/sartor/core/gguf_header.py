@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sartor.core.errors import ModelError
+from sartor.core.remedies import restore_command
 
 MAGIC = b"GGUF"
 F32, F16 = 0, 1
@@ -54,7 +55,7 @@ def read_head(file: Path, arrays: Collection[str] = ()) -> GgufHeader:
         with file.open("rb") as stream:
             return _head(stream, arrays)
     except (EOFError, ValueError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is no whole GGUF file: {error}", "get the file again, and compare its sha256") from None
+        raise ModelError(f"{file} is no whole GGUF file: {error}", restore_command(file)) from None
 
 
 def _head(stream: BinaryIO, arrays: Collection[str]) -> GgufHeader:

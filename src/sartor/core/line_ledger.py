@@ -10,6 +10,7 @@ from typing import Any
 
 from sartor.core.errors import ArtifactError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.installation import upgrade_command
 
 Line = dict[str, Any]
 
@@ -26,7 +27,7 @@ class LineLedger:
     noun: str
     schema: int
     is_whole: Callable[[Line], bool]
-    remedy_template: str = "restore {file} from a copy"
+    remedy_template: str = "cp BACKUP {file}"
 
     def read_lines(self, file: Path) -> list[Line]:
         """Return the lines; none where there is no file. Raises ArtifactError where one cannot be read: none is left out."""
@@ -37,7 +38,7 @@ class LineLedger:
             schemas = {line["schema"] for line in lines}
             if schemas - {self.schema}:
                 problem = f"{file} has lines of schema {sorted(schemas)}; this reads {self.schema}"
-                raise ArtifactError(problem, "use a newer Sartor")
+                raise ArtifactError(problem, upgrade_command())
             if not all(self.is_whole(line) for line in lines):
                 raise ValueError("a line lacks a value")
         except (OSError, ValueError, KeyError, TypeError) as error:

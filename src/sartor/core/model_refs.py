@@ -30,6 +30,7 @@ from sartor.core.filesystem import file_digest
 from sartor.core.home import folder, home
 from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.records import digest
+from sartor.core.remedies import restore_command
 
 STARTER, WHISPER = "starter", "whisper-tiny-en"
 # Raised when `models/base.py` writes other bytes for the same asset: adapters bind to the digest.
@@ -103,7 +104,10 @@ def _local(name: str, path: Path, licence: str) -> BaseRef:
     if (kind := kind_of(path)) not in (None, "export"):
         raise ModelError(f"{path} is a Sartor {kind}, not a base", "give the base that it was made from: sartor inspect")
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json, so it is no model in transformers' layout", "check the path of the base")
+        raise ModelError(
+            f"{path} has no config.json, so it is no model in transformers' layout",
+            f"ls {path}; base: a directory with config.json, a GGUF file, a hub name or starter",
+        )
     if not list(path.glob("*.safetensors")):
         pickled = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
         weights = f"only pickled weights ({pickled[0].name}), which can run code when read" if pickled else "no weights"
@@ -176,7 +180,7 @@ def _template_in(file: Path) -> str:
         if isinstance(template, list):  # several named templates: transformers uses the one called default
             template = {item["name"]: item["template"] for item in template}.get("default")
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is not a whole JSON file of a tokenizer: {error}", "restore it from a copy") from None
+        raise ModelError(f"{file} is not a whole JSON file of a tokenizer: {error}", restore_command(file)) from None
     return str(template or "")
 
 
@@ -304,4 +308,6 @@ def _model_type(path: Path) -> str:
     try:
         return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path / 'config.json'} is no config of a model: {error}", "restore it from a copy") from None
+        raise ModelError(
+            f"{path / 'config.json'} is no config of a model: {error}", restore_command(path / "config.json")
+        ) from None

@@ -139,7 +139,10 @@ def read_file(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(ROWS_PER_GROUP):
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"{path} is not readable Parquet: {error}", "curate it again") from None
+        raise ArtifactError(
+            f"{path} is not readable Parquet: {error}",
+            "make it again: sartor curate RECIPE --out DATASET --replace; a Report by sartor evaluate ADAPTER --replace",
+        ) from None
 
 
 def example_row(example: Example) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sartor.core.errors import SourceError
+from sartor.core.installation import upgrade_command
 
 PartKind = Literal["text", "image", "audio"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -235,7 +236,7 @@ class Feedback:
         TypeError for no record.
         """
         if record.get("schema") not in (FEEDBACK_SCHEMA - 1, FEEDBACK_SCHEMA):
-            raise SourceError(f"feedback of schema {record.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", "a newer Sartor")
+            raise SourceError(f"feedback of schema {record.get('schema')!r}; this reads {FEEDBACK_SCHEMA}", upgrade_command())
         fields = {key: value for key, value in record.items() if key != "schema"}
         by = FeedbackAuthor(**fields.pop("by", {}))
         return cls(**{**fields, "messages": tuple(fields["messages"]), "by": by})

@@ -47,7 +47,7 @@ class ResourceLimits:
 
     def __post_init__(self) -> None:
         if min(self.memory_bytes, self.wall_s, self.cpu_s) < 0:
-            raise BudgetError(f"a limit is below 0: {self}", "give 0 for none")
+            raise BudgetError(f"a limit is below 0: {self}", "0 is no limit: --memory-bytes 0 --wall-s 0 --cpu-s 0")
         if 0 < self.memory_bytes < LEAST_BYTES:
             raise BudgetError(
                 f"{self.memory_bytes:,} bytes of memory hold no Python with torch",

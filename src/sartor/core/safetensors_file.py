@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sartor.core.errors import ModelError
+from sartor.core.remedies import restore_command
 
 # bytes of an element
 SIZES = {
@@ -61,7 +62,7 @@ class SafetensorsEntry:
         pieces = list(self.pieces())
         array = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
         if array.size != self.count:
-            raise ModelError(f"{self.file} is cut inside {self.name}", "get the file again")
+            raise ModelError(f"{self.file} is cut inside {self.name}", restore_command(self.file))
         return array.reshape(self.shape)
 
 

@@ -71,7 +71,8 @@ def open_private(path: Path) -> Ed25519PrivateKey:
         raise ConfigError(f"{file} {state}", f"{'un' if passphrase else ''}set {PASSPHRASE_VARIABLE}") from None
     except ValueError:
         raise ConfigError(
-            f"{file} is no PEM private key, or the passphrase is wrong", "give the key that keygen made"
+            f"{file} is no PEM private key, or the passphrase is wrong",
+            f"--key DIR, as sartor keygen DIR made it; or export {PASSPHRASE_VARIABLE}=...",
         ) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"{file} is not an Ed25519 key", "sartor keygen DIR makes one")
@@ -84,7 +85,7 @@ def open_public(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(file.read_bytes())
     except (OSError, ValueError):
-        raise ConfigError(f"{file} is no PEM public key", "give the sartor.pub that keygen made") from None
+        raise ConfigError(f"{file} is no PEM public key", "--public-key DIR/sartor.pub, as sartor keygen DIR made it") from None
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigError(f"{file} is not an Ed25519 key", "give the sartor.pub that keygen made")
     return key
@@ -109,7 +110,8 @@ def check(document: bytes, signature_file: Path, trusted: Iterable[Ed25519Public
     """
     if not signature_file.is_file():
         raise SignatureError(
-            f"{signature_file.parent} has no signature", "sartor release signs an adapter, sartor export --key KEY an export"
+            f"{signature_file.parent} has no signature",
+            "sartor release signs an Adapter; sartor export --key KEYS signs an export",
         )
     try:
         signature = json.loads(signature_file.read_text(encoding="utf-8"))
@@ -123,7 +125,7 @@ def check_signature(
 ) -> str:
     """`check` for a signature that was read already. Errors name the `file` that it stood in, and `subject` it should sign."""
     if not _is_signature(signature):
-        raise SignatureError(f"{file} is not a signature of Sartor", "get it again from its maker")
+        raise SignatureError(f"{file} is not a signature of Sartor", f"get {file} again from who signed it")
     keys = list(_trusted_here() if trusted is None else trusted)
     identity = signature["key_id"]
     if identity in revoked_ids():

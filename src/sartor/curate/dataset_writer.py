@@ -298,7 +298,10 @@ def write_dataset_from(
     """
     rows, dropped = _merge_equal(examples), list(drops)
     if not rows:
-        raise SourceError(f"no row of {', '.join(str(parent.path) for parent in parents)} is left", "less strict limits")
+        raise SourceError(
+            f"no row of {', '.join(str(parent.path) for parent in parents)} is left",
+            "sartor validate with larger --limits..., or sartor bias --mitigate reweight, which drops no row",
+        )
 
     def fill(writer: DatasetWriter) -> dict[str, Any]:
         writer.example_file(rows)

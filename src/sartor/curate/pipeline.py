@@ -397,7 +397,10 @@ class CurationRun:
             f"{read_count} rows read, {copy_count} made, {writer.row_count} kept, {dropped_count} dropped"
         )
         if not writer.row_count:
-            raise SourceError(_nothing_kept(read_count, writer.folder), "mend the rows or the sources")
+            raise SourceError(
+                _nothing_kept(read_count, writer.folder),
+                "sartor curate RECIPE --out DIR --strict stops at the first row that is dropped, and says why",
+            )
         writer.set_aside(curation_outcome.set_aside_rows(removed, masks))
         writer.media(self.work_folder / "media")
         for name, table in evidence_of(state):

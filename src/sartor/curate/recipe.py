@@ -59,5 +59,6 @@ class CurateRecipe:
             raise ConfigError(problem, f"put {' and '.join(dict.fromkeys(copying))} last")
         if repeated := next((kind for kind in copying if copying.count(kind) > 1), ""):
             raise ConfigError(
-                f"steps: {repeated} stands twice; its copies are made of the rows, not of copies", "more copies of one"
+                f"steps: {repeated} stands twice; its copies are made of the rows, not of copies",
+                f"one {repeated} with more copies, as {{kind: {repeated}, copies: 4}}",
             )

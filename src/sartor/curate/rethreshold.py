@@ -58,7 +58,10 @@ def _steps(recipe: CurateRecipe, old: Artifact) -> tuple[NearDuplicates, Sequenc
     """The step, and the row steps behind it."""
     positions = [index for index, step in enumerate(recipe.steps) if isinstance(step, NearDuplicates)]
     if len(positions) != 1 or not (old.path / "evidence" / "near_duplicates.parquet").is_file():
-        raise ConfigError(f"{old.path} was not made with near_duplicates, or with several", "curate again")
+        raise ConfigError(
+            f"{old.path} was not made with near_duplicates, or with several",
+            "sartor curate RECIPE --out DATASET --replace, with one step {kind: near_duplicates, threshold: 0.7}",
+        )
     later = recipe.steps[positions[0] + 1 :]
     others = [step.kind for step in later if needs_all_rows(step) and not isinstance(step, ExactDuplicates)]
     if others:

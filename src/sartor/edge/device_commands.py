@@ -241,7 +241,10 @@ def verify(store: Path | str) -> dict[str, Any]:
         releases = [(item.name, item.current.files.values()) for item in states(release_store.folder) if item.current]
         broken = [name for name, digests in releases if not all(map(release_store.has, digests))]
     if broken:
-        raise StoreError(f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it", "sync")
+        raise StoreError(
+            f"{', '.join(broken)}: the current version is damaged, and nothing here can mend it",
+            f"sartor edge sync URL {broken[0]} --device ID --root 1.root.json --store {store}",
+        )
     return {"damaged": damaged, "mended": mended}
 
 

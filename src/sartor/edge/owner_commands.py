@@ -172,7 +172,10 @@ def _receipt_fields(receipt: Receipt, receipt_file: Path) -> dict[str, Any]:
 def _base(options: PersonOptions, release: Path) -> Path:
     """The release's base in transformers' layout. Raises ModelError for another one, MissingError where it is not here."""
     if not (release / "release.json").is_file():
-        raise ModelError(f"{options.name} is an export here, and a person teaches a Release alone", "publish the Release")
+        raise ModelError(
+            f"{options.name} is an export here, and a person teaches a Release alone",
+            "sartor edge publish RELEASE REPOSITORY, with the Release and no export of it",
+        )
     fields = json.loads((release / "release.json").read_bytes())["base"]
     base_ref = model_refs.locate_base(options.base or fields["name"])
     if base_ref.digest != fields["digest"]:
@@ -193,7 +196,10 @@ def _key(options: PersonOptions) -> KeySource:
         return Keyring()
     if options.key == "passphrase":
         if not (passphrase := os.environ.get(PASSPHRASE_VARIABLE, "")):
-            raise ConfigError(f"{PASSPHRASE_VARIABLE} is not set", "set it to the passphrase, or --row-key FILE")
+            raise ConfigError(
+                f"{PASSPHRASE_VARIABLE} is not set",
+                f"read -rs {PASSPHRASE_VARIABLE}; export {PASSPHRASE_VARIABLE}; or --row-key FILE",
+            )
         return Passphrase(passphrase)
     return FileKey(Path(options.key) if options.key else options.folder / "device.key")
 
@@ -203,7 +209,10 @@ def _read_rows(file: Path) -> list[tuple[Example, dict[str, Any]]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file} cannot be read: {error}", "a JSONL file in UTF-8") from None
+        raise SourceError(
+            f"{file} cannot be read: {error}",
+            f"ls -l {file}; of another encoding: iconv -f CP1252 -t UTF-8 {file} > rows.jsonl",
+        ) from None
     return [_parse_row(f"{file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -107,7 +107,9 @@ def evaluate(
     start_time = time.monotonic()
     adapter = open_artifact(path, ("adapter", "release"))
     if data and split == TEST:
-        raise ConfigError("--data and --split test name two sets of rows", "leave one of them out")
+        raise ConfigError(
+            "--data and --split test name two sets of rows", "--data FILE without --split, or --split test without --data"
+        )
     suffix = "test-report" if split == TEST else "report"
     out = Path(out) if out else adapter.path.with_name(f"{adapter.path.name}-{suffix}")
     check_output_free(out.absolute(), replace=replace)

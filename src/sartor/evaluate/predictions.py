@@ -80,7 +80,8 @@ def held_out(adapter: Artifact, data: Path | None, most_rows: int, media: Path, 
         examples = [example for example in examples if example.rating >= 0]
         if not examples:
             raise SourceError(
-                f"all {bad_count} rows were rated bad, and so show no reply to be like", "give rows of good replies"
+                f"all {bad_count} rows were rated bad, and so show no reply to be like",
+                '--data FILE with rows of "rating": 0 or above',
             )
     # a fixed sample: the same rows in every run, whatever their order
     examples.sort(key=lambda example: hashlib.sha256(example.id.encode()).digest())
@@ -131,7 +132,8 @@ def _rows_of(data: Path, datasets: Sequence[Artifact], folder: Path) -> tuple[li
     if trained_count := len(all_examples) - len(examples):
         left_out["trained_on"] = trained_count
     if not examples:
-        remedy = "give rows that were not trained on" if trained_count else "mend the rows, or give others"
+        reads = "were not trained on" if trained_count else "have a form that sartor curate reads"
+        remedy = f"--data FILE with rows that {reads}"
         raise SourceError(f"no row of {data} can be used ({left_out or 'it is empty'})", remedy)
     return examples, left_out
 
@@ -217,7 +219,9 @@ def measure_model(base: Base, model: Any, eval_set: HeldOut, field: str, *, tune
         raise ModelError(
             f"the {'tuned model' if tuned else 'base'} computes no finite loss for {len(bad_rows)} of {len(loss)} rows, "
             f"the first of which is {eval_set.examples[bad_rows[0]].id}: its sums are NaN or infinite",
-            "tune again with a lower optimizer.learning_rate" if tuned else "another base",
+            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4"
+            if tuned
+            else "base: starter, or another",
         )
     is_opened = template_opens_reasoning(base.chat, eval_set)
     return reply_outputs(base.chat, generations, loss, tokens, field, is_opened=is_opened)

@@ -32,7 +32,10 @@ class LocalTraining:
         if self.updates is None and self.epochs is None:
             object.__setattr__(self, "epochs", 1)
         if self.updates is not None and self.epochs is not None:
-            raise ConfigError(f"both updates {self.updates} and epochs {self.epochs} are given", "one of the two")
+            raise ConfigError(
+                f"both updates {self.updates} and epochs {self.epochs} are given",
+                f"local: {{updates: {self.updates}}} or local: {{epochs: {self.epochs}}}",
+            )
         for name, value, maximum in (("updates", self.updates, MOST_UPDATES), ("epochs", self.epochs, MOST_EPOCHS)):
             if value is not None and not 1 <= value <= maximum:
                 raise ConfigError(f"{name} is {value}; it must be in 1..{maximum}", f"{name}: 1")

@@ -110,7 +110,10 @@ def cohort(updates: Sequence[Update], like: Tensors) -> None:
     if len({update.client for update in updates}) < len(updates):
         names = [update.client for update in updates]
         duplicate = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"client {duplicate!r} sent two updates for one round", "take the first of them")
+        raise InputError(
+            f"client {duplicate!r} sent two updates for one round",
+            f"keep the first update of {duplicate} and leave out the others",
+        )
 
 
 def mean(updates: Sequence[Update]) -> dict[str, Array]:

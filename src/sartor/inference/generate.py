@@ -174,7 +174,8 @@ def _check_finite(logits: torch.Tensor) -> None:
 def broken_logits() -> ModelError:
     """The error for logits that are infinite or no numbers."""
     return ModelError(
-        "the model's logits are not finite: its weights or the adapter are broken", "tune again, or use another base"
+        "the model's logits are not finite: its weights or the adapter are broken",
+        "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, or another base",
     )
 
 

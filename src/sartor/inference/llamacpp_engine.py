@@ -32,6 +32,8 @@ from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError, UnavailableError
 from sartor.core.gguf_header import read_head
 from sartor.core.home import folder
+from sartor.core.installation import install_command
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import BASE, EngineInfo, Event, Finish, GenerateCall, Logprob, TextEmbedding
 from sartor.inference.llamacpp_server import PLAIN, Bounds, LlamaCppServer, embeddings
 from sartor.inference.prompts import PromptReader, open_reader
@@ -157,7 +159,9 @@ class LlamaCppEngine(StreamEngine):
     def open_reply(self, call: GenerateCall) -> StreamedReply:
         """See StreamEngine."""
         if call.adapter != BASE and call.adapter not in self._adapters:
-            raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
+            raise ModelError(
+                f"no adapter {call.adapter[:12]} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+            )
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     def begin(self, reply: StreamedReply) -> bool:
@@ -206,8 +210,10 @@ class LlamaCppEngine(StreamEngine):
                     if reply.is_ended:
                         return
         except httpx.HTTPError as error:
-            raise UnavailableError(f"llama.cpp's server broke off: {str(error) or type(error).__name__}", "ask again") from None
-        raise UnavailableError("llama.cpp's server ended a reply without its end", "ask again")
+            raise UnavailableError(
+                f"llama.cpp's server broke off: {str(error) or type(error).__name__}", REQUEST_AGAIN
+            ) from None
+        raise UnavailableError("llama.cpp's server ended a reply without its end", REQUEST_AGAIN)
 
     def _body(self, reply: StreamedReply) -> dict[str, Any]:
         call, sampling = reply.call, reply.call.sampling
@@ -244,7 +250,7 @@ class LlamaCppEngine(StreamEngine):
             reply.cached = int((fields.get("timings") or {}).get("cache_n", reply.cached))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnavailableError(
-                f"llama.cpp's server sent an event of another form: {error!r}", "check its version"
+                f"llama.cpp's server sent an event of another form: {error!r}", install_command("llamacpp")
             ) from None
         if fields.get("stop"):  # its logprobs are those of the whole reply, told before
             end_events = reply.end(_ENDS.get(str(fields.get("stop_type")), "stop"))
@@ -290,7 +296,10 @@ def _logprob(item: Mapping[str, Any], max_top: int) -> Logprob:
 
 
 def _detached_error() -> ModelError:
-    return ModelError("the adapter was taken out of service", "ask for another version")
+    return ModelError(
+        "the adapter was taken out of service",
+        '"model": the agent\'s name without @VERSION; sartor agents list shows what is served',
+    )
 
 
 def _server_error(body: bytes) -> RequestError | UnavailableError:
@@ -301,5 +310,5 @@ def _server_error(body: bytes) -> RequestError | UnavailableError:
     except (ValueError, KeyError, TypeError):
         code, message = 500, repr(body[:200])
     if 400 <= code < 500:
-        return RequestError(f"llama.cpp refuses the call: {message}", "change the request")
-    return UnavailableError(f"llama.cpp's server failed: {message}", "ask again")
+        return RequestError(f"llama.cpp refuses the call: {message}", "send the request without what that message names")
+    return UnavailableError(f"llama.cpp's server failed: {message}", REQUEST_AGAIN)

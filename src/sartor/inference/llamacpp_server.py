@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ModelError, UnavailableError, missing_package
+from sartor.core.installation import install_command
+from sartor.core.remedies import REPORT, REQUEST_AGAIN
 
 ASK_S = 60.0
 # llama.cpp's own defaults would cut the distribution. Temperature goes before top_p, as in our engine.
@@ -58,11 +60,14 @@ class LlamaCppServer:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=limit_s) as answer:
                 fields = json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise UnavailableError(f"llama.cpp refuses {route}: {error.read()[:300]!r}", "see what it says") from None
+            raise UnavailableError(
+                f"llama.cpp refuses {route}: {error.read()[:300]!r}",
+                f"{install_command('llamacpp')}; if it is refused all the same: {REPORT}",
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise UnavailableError(f"llama.cpp does not answer {route}: {error}", "ask again") from None
+            raise UnavailableError(f"llama.cpp does not answer {route}: {error}", REQUEST_AGAIN) from None
         if not isinstance(fields, dict):
-            raise UnavailableError(f"llama.cpp answers {route} with {str(fields)[:80]!r}", "check its version")
+            raise UnavailableError(f"llama.cpp answers {route} with {str(fields)[:80]!r}", install_command("llamacpp"))
         return fields
 
 
@@ -103,5 +108,6 @@ def _started(params: Any) -> Any:
     except RuntimeError as error:
         files = [params.model.path, *(adapter.path for adapter in params.lora_adapters)]
         raise ModelError(
-            f"llama.cpp does not start with {', '.join(files)}: {error}", "check these files, and free memory"
+            f"llama.cpp does not start with {', '.join(files)}: {error}",
+            f"ls -l {' '.join(files)}; free -h; or fewer engine.rows in the team's file",
         ) from None

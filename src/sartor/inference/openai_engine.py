@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError, UnavailableError
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import BASE, EngineInfo, Event, GenerateCall, Logprob, TextDelta, TextEmbedding
 from sartor.inference.prompts import PromptReader, open_reader
 from sartor.inference.streaming_engine import StreamedReply, StreamEngine, events_of, json_object
@@ -83,7 +84,10 @@ class OpenAiServer:
             adapters = {str(model["id"]): str(model.get("root") or "") for model in models if model.get("parent")}
             return RemoteModelInfo(str(base["id"]), str(base.get("owned_by") or ""), int(size), adapters)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UnavailableError(f"{self.url}/models is not of OpenAI's form: {error!r}", "check engine.url") from None
+            raise UnavailableError(
+                f"{self.url}/models is not of OpenAI's form: {error!r}",
+                "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
+            ) from None
 
     def load(self, adapter: str, path: Path) -> None:
         """vLLM's run-time route, under the adapter's digest. Raises ModelError where the server refuses it."""
@@ -91,7 +95,8 @@ class OpenAiServer:
             self._ask("POST", "/load_lora_adapter", {"lora_name": adapter, "lora_path": str(path.resolve())})
         except RequestError as error:
             raise ModelError(
-                f"{self.url} does not load the adapter in {path}: {error.problem}", "read the server's log"
+                f"{self.url} does not load the adapter in {path}: {error.problem}",
+                "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, or engine.loads_adapters: false in the team's file",
             ) from None
 
     def unload(self, adapter: str) -> None:
@@ -111,7 +116,8 @@ class OpenAiServer:
         text = str(fields.get("prompt", fields.get("content", _PROBE)))
         if text.strip() != _PROBE.strip():
             raise ModelError(
-                f"{self.url} reads {text!r} where the base's tokenizer wrote {_PROBE!r}", "serve the team's base there"
+                f"{self.url} reads {text!r} where the base's tokenizer wrote {_PROBE!r}",
+                f"curl {self.url}/models shows its base: start it with the team's, or set base: in the team's file",
             )
 
     def llamacpp_adapters(self) -> list[int]:
@@ -139,7 +145,8 @@ class OpenAiServer:
                 response = client.request(method, url, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UnavailableError(
-                f"{url} cannot be reached: {str(error) or type(error).__name__}", "start the server"
+                f"{url} cannot be reached: {str(error) or type(error).__name__}",
+                f"curl -i {url} until it answers; engine.url in the team's file names the server",
             ) from None
         if response.status_code != 200:
             raise to_sartor_error(response.status_code, response.content, url)
@@ -154,8 +161,10 @@ def to_sartor_error(status: int, body: bytes, url: str) -> SartorError:
     if status == 404:
         return ModelError(problem, "serve that base or adapter there; sartor agents list")
     if status == 429:
-        return BusyError(problem, "ask again later")
-    return RequestError(problem, "change the request") if 400 <= status < 500 else UnavailableError(problem, "ask again")
+        return BusyError(problem, "send the request again in some seconds, or fewer at once: engine.rows in the team's file")
+    if 400 <= status < 500:
+        return RequestError(problem, "send the request without what that message names")
+    return UnavailableError(problem, REQUEST_AGAIN)
 
 
 def _message(body: bytes) -> str:
@@ -218,14 +227,22 @@ class RemoteEngine(StreamEngine):
     def detach(self, adapter: str) -> None:
         """Forget an adapter; the server unloads what was loaded at run time."""
         if adapter != BASE and (name := self._names.pop(adapter, "")):
-            self.fail(adapter, ModelError("the adapter was taken out of service", "ask for another version"))
+            self.fail(
+                adapter,
+                ModelError(
+                    "the adapter was taken out of service",
+                    '"model": the agent\'s name without @VERSION; sartor agents list shows what is served',
+                ),
+            )
             if self._loads and name == adapter:
                 self._server.unload(adapter)
 
     def open_reply(self, call: GenerateCall) -> StreamedReply:
         """See StreamEngine."""
         if call.adapter not in self._names:
-            raise ModelError(f"no adapter {call.adapter[:12]} is attached", "attach it first")
+            raise ModelError(
+                f"no adapter {call.adapter[:12]} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+            )
         return StreamedReply(call, self._reader.prompt(call), self._reader.constraint(call, loose=True))
 
     async def read(self, reply: StreamedReply) -> AsyncGenerator[Event]:
@@ -259,9 +276,11 @@ class RemoteEngine(StreamEngine):
                         yield piece
         except httpx.HTTPError as error:
             problem = f"{server.url} broke off: {str(error) or type(error).__name__}"
-            raise UnavailableError(problem, "check that the server runs") from None
+            raise UnavailableError(
+                problem, f"curl -i {server.url}/models says whether it runs; then send the request again"
+            ) from None
         if not finish:
-            raise UnavailableError(f"{server.url} ended a reply without its end", "ask again")
+            raise UnavailableError(f"{server.url} ended a reply without its end", REQUEST_AGAIN)
         for event in reply.end("length" if finish == "length" else "stop"):
             yield event
 
@@ -311,7 +330,10 @@ def _read(reply: StreamedReply, fields: Mapping[str, Any]) -> tuple[TextDelta | 
         text, logprobs = str(choice["text"]), _logprobs(choice.get("logprobs") or {}, reply.call.top_logprobs)
         finish = str(choice.get("finish_reason") or "")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UnavailableError(f"the server sent an event of another form: {error!r}", "check engine.url") from None
+        raise UnavailableError(
+            f"the server sent an event of another form: {error!r}",
+            "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
+        ) from None
     return (reply.piece(text, len(logprobs) or 1, logprobs), finish) if text or logprobs else (None, finish)
 
 

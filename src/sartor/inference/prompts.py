@@ -20,6 +20,7 @@ import transformers
 from sartor.core import model_refs
 from sartor.core.errors import ModelError, RequestError, SourceError
 from sartor.core.records import ROLES, Message, Part
+from sartor.core.remedies import restore_command
 from sartor.core.reply_markup import with_reasoning
 from sartor.inference.constrained_decoding import Constraint, Grammar
 from sartor.inference.engine import GenerateCall
@@ -102,7 +103,7 @@ def _check_length(chat: ChatTokenizer, opened: Opened, max_tokens: int) -> None:
             raise RequestError(
                 f"the prompt has {len(text)} characters, and its first {min(start + size, len(text))} are {n_tokens} tokens "
                 f"already; prompt and reply together may have {max_tokens}",
-                "shorten the prompt",
+                f"send a prompt of fewer than {max_tokens} tokens",
             )
 
 
@@ -262,7 +263,7 @@ class PromptReader:
         if len(ids) >= self.context_tokens:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens; prompt and reply together may have {self.context_tokens}",
-                "shorten the prompt",
+                f"leave {len(ids) - self.context_tokens + 1} tokens or more out of the prompt",
             )
         return ids
 
@@ -300,7 +301,9 @@ def open_reader(base: str, max_tokens: int) -> PromptReader:
         trained = int(config["max_position_embeddings"])
         int(config["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{ref.path / 'config.json'} is not whole: {error}", "restore it from a copy") from None
+        raise ModelError(
+            f"{ref.path / 'config.json'} is not whole: {error}", restore_command(ref.path / "config.json")
+        ) from None
     return PromptReader(ref, open_chat(ref.path, _generation(ref.path)), config, min(trained, max_tokens))
 
 

@@ -109,7 +109,10 @@ class StreamEngine(ABC):
     def submit(self, call: GenerateCall) -> None:
         """Queue a call."""
         if len(self._waiting) >= self._max_waiting:
-            raise BusyError(f"{len(self._waiting)} calls wait; at most {self._max_waiting} may", "ask again later")
+            raise BusyError(
+                f"{len(self._waiting)} calls wait; at most {self._max_waiting} may",
+                "send it again after the seconds of Retry-After, or raise engine.waiting in the team's file",
+            )
         self._waiting.append(self.open_reply(call))
 
     def cancel(self, call: str) -> None:
@@ -221,7 +224,10 @@ def json_object(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise UnavailableError(f"the server sent {content[:80]!r} where a JSON object was due", "check what listens there")
+        raise UnavailableError(
+            f"the server sent {content[:80]!r} where a JSON object was due",
+            "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
+        )
     return value
 
 
@@ -233,6 +239,9 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
         for line in lines:
             yield line
         if len(buffer) > _LONGEST:
-            raise UnavailableError(f"the server sent a line of more than {_LONGEST} bytes", "check what listens there")
+            raise UnavailableError(
+                f"the server sent a line of more than {_LONGEST} bytes",
+                "engine.url: http://HOST:PORT/v1 of vLLM, SGLang or llama-server",
+            )
     if buffer:
         yield buffer

@@ -44,7 +44,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
         _check(tool, index)
     names = [name_of(tool) for tool in tools]
     if duplicate := next((name for name in names if names.count(name) > 1), ""):
-        raise RequestError(f"two tools have the name {duplicate!r}", "give each its own name")
+        raise RequestError(f"two tools have the name {duplicate!r}", f'"name": "{duplicate}_2" for one of them')
     if (size := len(json.dumps(tools))) > MOST_BYTES:
         raise RequestError(f"the tools have {size} bytes; at most {MOST_BYTES} are read", "declare those that fit the request")
     return tuple(tools)
@@ -89,7 +89,8 @@ def read_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[tuple[
         )
     if not tools or (choice != "required" and name not in names):
         raise RequestError(
-            f"tool_choice asks for {name or 'a tool'!r:.80} and the declared tools are {names}", "declare it in tools"
+            f"tool_choice asks for {name or 'a tool'!r:.80} and the declared tools are {names}",
+            'declare it in "tools", or "tool_choice": "auto"',
         )
     return tuple(tools), "*" if choice == "required" else str(name)
 
@@ -103,7 +104,9 @@ def reply_schema(call: GenerateCall) -> str:
         return call.schema
     callable_tools = [tool for tool in call.tools if call.must_call in ("*", name_of(tool))]
     if not callable_tools:
-        raise RequestError(f"the tool {call.must_call!r} must be called and is not declared", "declare it in tools")
+        raise RequestError(
+            f"the tool {call.must_call!r} must be called and is not declared", 'declare it in "tools", or "tool_choice": "auto"'
+        )
     if len(callable_tools) == 1:
         return json.dumps(_form(callable_tools[0], "#"))
     return json.dumps({"anyOf": [_form(tool, f"#/anyOf/{index}") for index, tool in enumerate(callable_tools)]})

@@ -292,10 +292,16 @@ def _prepare(context: _TuningContext, dataset: Artifact, notice: Notice) -> tupl
     shared = {name: value.float().numpy() for name, value in load_file(context.release.path / WEIGHTS).items()}
     stack = StackedAdapter.open(resident, shared, options.rank or context.team.personal.rank)
     if mismatched := sorted(set(shared) ^ set(stack.fresh)):
-        raise ConfigError(f"{context.live.name} adapts other modules than its config says: {mismatched[0]}", "tune it anew")
+        raise ConfigError(
+            f"{context.live.name} adapts other modules than its config says: {mismatched[0]}",
+            "sartor tune RECIPE --out ADAPTER --replace, release it, then sartor agents promote NAME VERSION",
+        )
     rows = encode_rows(dataset, recipe, resident.base.chat)
     if not rows.train:
-        raise SourceError("no row of that user can be learnt from", "look at the rows")
+        raise SourceError(
+            "no row of that user can be learnt from",
+            "sartor personal show TEAM --user USER lists them; --data FILE gives others",
+        )
     return stack, rows
 
 

@@ -90,7 +90,8 @@ def judge(kinds: Mapping[str, Sequence[Row]], looks: Mapping[str, int], rules: N
     """
     if len(kinds["held_out"]) < 2:
         raise GateError(
-            "the live version's Dataset holds out too few rows to tell what would suffer", "curate with eval_fraction"
+            "the live version's Dataset holds out too few rows to tell what would suffer",
+            "sartor curate RECIPE --out DATASET --replace --split.eval_fraction 0.1, then tune and release on it",
         )
     comparisons = {kind: of_rows(rows) for kind, rows in kinds.items() if len(rows) > 1}
     claims = gain_test.judge_claims(gain_test.plan_claims(kinds, looks))

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, UnknownAgentError
 from sartor.core.filesystem import write_file_atomic, writer_lock
+from sartor.core.installation import upgrade_command
 from sartor.core.lineage import ancestry
 from sartor.release.release import Waiver
 from sartor.serving.commands.agent_commands import add_agent
@@ -68,7 +69,7 @@ class Record:
     def from_json(cls, payload: Mapping[str, Any]) -> Record:
         """Raises ArtifactError for another schema, KeyError or TypeError for no record."""
         if payload.get("schema") != SCHEMA:
-            raise ArtifactError(f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+            raise ArtifactError(f"a retrain of schema {payload.get('schema')!r}; this reads {SCHEMA}", upgrade_command())
         fields = {key: value for key, value in payload.items() if key != "schema"}
         return cls(**{**fields, "live": Live(**fields["live"])})
 
@@ -202,7 +203,9 @@ class RetrainContext:
         live = self.run.record.live
         release = open_artifact(live.release, "release")
         if release.id != live.release_id:
-            raise ArtifactError(f"{live.release} is no longer the Release {live.release_id[:16]}", "restore it from a copy")
+            raise ArtifactError(
+                f"{live.release} is no longer the Release {live.release_id[:16]}", f"cp -r BACKUP/. {live.release}"
+            )
         return release
 
     def own_rows(self) -> Artifact:

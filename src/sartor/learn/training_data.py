@@ -166,7 +166,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} says no recipe: {error}", "restore the Release from a copy") from None
+        raise ArtifactError(f"{file} says no recipe: {error}", f"cp BACKUP/{file.name} {file}") from None
 
 
 def _inbox(job: RetrainContext) -> Path:

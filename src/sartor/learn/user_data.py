@@ -145,7 +145,7 @@ def _in_columns(file: Path, needles: SearchTerms) -> bool:
     try:
         table = pq.read_table(file)
     except (OSError, ValueError) as error:
-        raise MissingError(f"not read as Parquet: {error}", "look into it") from None
+        raise MissingError(f"not read as Parquet: {error}", f"rm {file}, if nothing needs it") from None
     for column in table.columns:
         for chunk in column.chunks:
             if any(needles.are_in(buffer) for buffer in chunk.buffers() if buffer is not None and buffer.size):

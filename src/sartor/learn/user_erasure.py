@@ -124,11 +124,12 @@ def check_proof(file: Path | str, key: Path | str | None = None) -> dict[str, An
 def _raise_for(file: Path, unconfirmed: Sequence[int], scan: ScanResult) -> None:
     if unconfirmed:
         problem = f"everything was removed, but the servers {unconfirmed} have not confirmed that they let go; {file} says so"
-        raise BusyError(problem, "stop them, or wait; then forget the user again", WITHIN_S)
+        raise BusyError(problem, "stop those servers, then sartor personal forget TEAM --user USER again", WITHIN_S)
     if scan.found or scan.unread:
         files = ", ".join([*scan.found, *scan.unread][:5])
         raise RefusedError(
-            f"words of that user are still in, or could not be looked for in: {files}; {file} names all", "remove them"
+            f"words of that user are still in, or could not be looked for in: {files}; {file} names all",
+            "rm FILE, for each, then sartor personal forget TEAM --user USER",
         )
 
 

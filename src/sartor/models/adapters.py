@@ -147,7 +147,10 @@ def merge(model: Any) -> Any:
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise ModelError(f"the merged weights are not finite: {str(error).splitlines()[0]}", "tune it again") from None
+        raise ModelError(
+            f"the merged weights are not finite: {str(error).splitlines()[0]}",
+            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4",
+        ) from None
 
 
 def trainable(model: Any) -> tuple[int, int]:
@@ -237,7 +240,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path / WEIGHTS} cannot be read: {error}", _REMEDY) from None
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"the adapter {path} holds values that are not finite, in {name}", "tune it again")
+            raise ModelError(
+                f"the adapter {path} holds values that are not finite, in {name}",
+                "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4",
+            )
     return weights
 
 

@@ -24,6 +24,7 @@ import transformers
 from sartor.core import gguf_header, model_refs, numerics
 from sartor.core.errors import ConfigError, ModelError
 from sartor.core.progress import Progress
+from sartor.core.remedies import restore_command
 from sartor.models import quantization, whisper_conversion
 from sartor.models.chat import ChatTokenizer
 from sartor.models.hardware import best_device, best_dtype
@@ -145,7 +146,10 @@ def open_chat(path: Path, generation_config: Any = None) -> ChatTokenizer:
             str(path), local_files_only=True, trust_remote_code=False, mistral_format=False
         )
     except Exception as error:  # tokenizers raises its own, undocumented kinds
-        raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
+        raise ModelError(
+            f"{path} has no usable tokenizer: {first_line(error)}",
+            f"transformers.AutoTokenizer.from_pretrained('OWNER/MODEL').save_pretrained({str(path)!r})",
+        ) from None
     return ChatTokenizer(tokenizer, _stops(generation_config))
 
 
@@ -181,12 +185,12 @@ def _load(path: Path, config: Any, kind: Any, bits: int | str, device: torch.dev
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
             problem = first_line(error)
     if problem:
-        raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", "check that its files are whole")
+        raise ModelError(f"{path} cannot be opened as a causal language model: {problem}", restore_command(path))
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", []))
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} of the model's weights (the first is {missing[0]}); they would be random",
-            "check that its safetensors files are whole",
+            restore_command(path),
         )
     if bits in quantization.KINDS and quantization.bits_of(model) != bits:
         raise ModelError(f"{path} has no linear layer that could be held in {bits} bits", "base.bits: 16")
@@ -205,7 +209,7 @@ def _config(path: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a cut file, an unknown architecture: each its own kind
         problem = f"{path} cannot be opened as a causal language model: {first_line(error)}"
-        raise ModelError(problem, "check that its files are whole") from None
+        raise ModelError(problem, restore_command(path)) from None
     config = native_loading.thinker(config)
     if config.is_encoder_decoder and not native_loading.is_whisper(config):
         # of which transformers would open the decoder alone, deaf to what the encoder reads
@@ -256,7 +260,7 @@ def _convert(file: Path, part: Path, dtype: torch.dtype, notice: Callable[[str],
             raise
         raise ModelError(
             f"{file} cannot be converted: {first_line(error)}",
-            "check that the file is whole; else give the model as a directory with *.safetensors",
+            f"{restore_command(file)}; or base: a directory with *.safetensors",
         ) from None
 
 
@@ -295,7 +299,7 @@ def _dequantise(file: Path, part: Path, dtype: torch.dtype) -> None:
     )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{file} lacks {len(missing)} of the model's weights, the first is {missing[0]}", "get the whole file again"
+            f"{file} lacks {len(missing)} of the model's weights, the first is {missing[0]}", restore_command(file)
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(**load_options)
     model = transformers.AutoModelForCausalLM.from_config(source.config, dtype=dtype)

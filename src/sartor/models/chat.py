@@ -65,7 +65,10 @@ class ChatTokenizer:
         if isinstance(self.template, dict):
             self.template = self.template["default"]
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no end-of-sequence token, so no reply could end", "set eos_token in its config")
+            raise ModelError(
+                "the tokenizer has no end-of-sequence token, so no reply could end",
+                '"eos_token": "</s>" (the base\'s own) in its tokenizer_config.json',
+            )
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = added | {token_id for token_id in tokenizer.all_special_ids if token_id is not None}
         stops = {tokenizer.eos_token_id, *extra_stops}

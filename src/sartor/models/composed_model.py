@@ -257,7 +257,10 @@ def read_towers(folder: Path) -> dict[str, TowerEntry]:
         with safetensors.safe_open(folder / FILE, "pt") as opened:  # type: ignore[no-untyped-call]
             metadata = opened.metadata() or {}
         if TOWERS_KEY not in metadata:
-            raise ModelError(f"{folder / FILE} says {sorted(metadata)}; this reads {TOWERS_KEY!r}", "tune it again")
+            raise ModelError(
+                f"{folder / FILE} says {sorted(metadata)}; this reads {TOWERS_KEY!r}",
+                "sartor tune RECIPE --out ADAPTER --replace",
+            )
         return {kind: TowerEntry(**fields) for kind, fields in json.loads(metadata[TOWERS_KEY]).items()}
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / FILE} cannot be read: {error}", _REMEDY) from None
@@ -278,7 +281,10 @@ def load_projectors(media: ComposedMedia, folder: Path) -> None:
     tensors = load_file(folder / FILE)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ModelError(f"{folder / FILE} holds values that are not finite, in {name}", "tune it again")
+            raise ModelError(
+                f"{folder / FILE} holds values that are not finite, in {name}",
+                "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4",
+            )
     try:
         media.projectors.load_state_dict(tensors)
     except RuntimeError as error:

@@ -18,6 +18,7 @@ import jinja2.sandbox
 import tokenizers
 
 from sartor.core.errors import ModelError
+from sartor.core.remedies import restore_command
 
 
 class FastTokenizer:
@@ -32,7 +33,9 @@ class FastTokenizer:
             template = folder / "chat_template.jinja"
             self.chat_template = template.read_text(encoding="utf-8") if template.is_file() else fields.get("chat_template")
         except Exception as error:  # tokenizers' own errors have no common base but Exception
-            raise ModelError(f"the tokenizer below {folder} is not whole: {error}", "restore its files from a copy") from None
+            raise ModelError(
+                f"the tokenizer below {folder} is not whole: {error}", restore_command(folder / "tokenizer.json")
+            ) from None
         self._inner.no_padding()
         self._inner.no_truncation()
         self._special_tokens = {name: _text(fields.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}

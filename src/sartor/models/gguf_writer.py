@@ -29,6 +29,7 @@ from peft.utils.other import get_pattern_key
 from sartor.core.errors import ConfigError, ModelError
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.records import Message
+from sartor.core.remedies import restore_command
 from sartor.models import adapters
 from sartor.models.chat import ChatTokenizer
 
@@ -147,7 +148,10 @@ def write_adapter_gguf(adapter: Path, base: Path | Mapping[str, Any], out: Path,
         for module, (a, b) in sorted(factors.items()):
             name = layout.name(f"{module}.weight")
             if name.startswith("token_embd") or (name.startswith("output.") and layout.config.get("tie_word_embeddings")):
-                raise ModelError(f"the adapter changes {module}, which is the embedding", "leave it out of method.targets")
+                raise ModelError(
+                    f"the adapter changes {module}, which is the embedding",
+                    "sartor tune RECIPE --out ADAPTER --replace, with method: {targets: all-linear}",
+                )
             correction = scales[module] * len(a) / alpha
             b = layout.ordered(f"{module}.weight", b if correction == 1 else b * np.float32(correction))
             writer.add_tensor(f"{name}.lora_a", a, raw_dtype=ADAPTER_TYPE)
@@ -208,9 +212,12 @@ def _pairs(adapter: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, tupl
         results.setdefault(module, {})[_SIDES[suffix]] = tensor.float().numpy()
     for module, pair in results.items():
         if len(pair) < 2 or len(pair["lora_a"]) != pair["lora_b"].shape[1]:
-            raise ModelError(f"the factors A and B of {module} in {adapter} do not belong together", "tune it again")
+            raise ModelError(
+                f"the factors A and B of {module} in {adapter} do not belong together",
+                "sartor tune RECIPE --out ADAPTER --replace",
+            )
     if not results:
-        raise ModelError(f"the adapter {adapter} holds no factors", "tune it again")
+        raise ModelError(f"the adapter {adapter} holds no factors", "sartor tune RECIPE --out ADAPTER --replace")
     return {module: (pair["lora_a"], pair["lora_b"]) for module, pair in results.items()}
 
 
@@ -257,7 +264,7 @@ def from_file(file: Path, rows: int) -> Vocabulary:
             pairs.append((key, field.contents(), field.types[0]))
     tokens: list[str] = next((value for key, value, _ in pairs if key == gguf.Keys.Tokenizer.LIST), [])
     if len(tokens) != rows:
-        raise ModelError(f"{file} has {len(tokens)} tokens, and the base {rows} rows of embedding", "get the file again")
+        raise ModelError(f"{file} has {len(tokens)} tokens, and the base {rows} rows of embedding", restore_command(file))
     return Vocabulary(tuple(pairs))
 
 
@@ -425,7 +432,10 @@ def _stored_as(name: str, value: torch.Tensor, kind: Type) -> Type:
 def _packed(name: str, value: np.ndarray[Any, Any], kind: Type) -> np.ndarray[Any, Any]:
     largest = float(np.abs(value).max(initial=0))
     if not math.isfinite(largest):
-        raise ModelError(f"the merged weights are not finite, in {name}", "tune again")
+        raise ModelError(
+            f"the merged weights are not finite, in {name}",
+            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4",
+        )
     if kind == Type.F16 and largest > _LARGEST_F16:
         raise ModelError(f"{name} holds {largest:.3g}, and F16 ends at {_LARGEST_F16:g}", "--quantise bf16")
     packed: np.ndarray[Any, Any] = gguf.quants.quantize(np.ascontiguousarray(value), kind)

@@ -37,7 +37,10 @@ def virtual_ids(key: int, count: int) -> list[int]:
     True
     """
     if count > MOST_TOKENS:
-        raise SourceError(f"one media file has {count} tokens; {MOST_TOKENS} can be read", "cut it into parts")
+        raise SourceError(
+            f"one media file has {count} tokens; {MOST_TOKENS} can be read",
+            "ffmpeg -i RECORDING -f segment -segment_time 30 PART%03d.flac; of a picture: scale it down",
+        )
     return [-1 - (key << PLACE_BITS | index) for index in range(count)]
 
 
@@ -55,7 +58,10 @@ def content_of(part: Part, folder: Path | None) -> bytes:
     if part.media.startswith(content_parts.SCHEME):
         return content_parts.bytes_of(part.media, part.kind)
     if folder is None:
-        raise SourceError(f"the {part.kind} {part.media[:60]!r} is a path, and no folder is known", "give a data URL")
+        raise SourceError(
+            f"the {part.kind} {part.media[:60]!r} is a path, and no folder is known",
+            f'"data:{part.kind}/...;base64,..." in place of the path',
+        )
     try:
         return (folder / part.media).read_bytes()
     except OSError as error:

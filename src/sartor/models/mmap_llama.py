@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from sartor.core.artifacts import create_output_directory
 from sartor.core.errors import ModelError
 from sartor.core.filesystem import write_file_atomic
+from sartor.core.remedies import restore_command
 from sartor.models.losses.lora_linear import LoraLinear, MappedLinear
 from sartor.models.tensor_files import write_tensors
 
@@ -95,7 +96,7 @@ def _narrow_tensors(base: Path) -> Iterator[tuple[str, torch.Tensor]]:
         except ModelError:
             raise
         except Exception as error:  # safetensors' own errors have no common base but Exception
-            raise ModelError(f"{file} is not whole: {error}", "restore it from a copy") from None
+            raise ModelError(f"{file} is not whole: {error}", restore_command(file)) from None
 
 
 def _narrow_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,7 +104,10 @@ def _narrow_tensor(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
         yield name, tensor
         return
     if tensor.numel() % BLOCK:
-        raise ModelError(f"{name} has {tensor.numel():,} weights, and 4 bits want whole blocks of {BLOCK}", "keep its 16 bits")
+        raise ModelError(
+            f"{name} has {tensor.numel():,} weights, and 4 bits want whole blocks of {BLOCK}",
+            "tune_within_budget(..., narrow=None), which keeps the 16 bits",
+        )
     codes, scales = quantize_nf4(tensor)
     yield f"{name}.codes", codes.view(len(tensor), -1)
     yield f"{name}.scales", scales
@@ -254,7 +258,10 @@ class MappedLlama(torch.nn.Module):
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
-            raise ModelError(f"the base's files hold no {name}", "restore them from a copy")
+            raise ModelError(
+                f"the base's files hold no {name}",
+                "cp -r BACKUP/. BASE, or fetch the base anew: hf download OWNER/MODEL --force-download",
+            )
         return self._tensors[name]
 
 
@@ -269,7 +276,7 @@ def _config(folder: Path) -> Any:
         fields.setdefault("attention_dropout", 0.0)
         fields.setdefault("tie_word_embeddings", False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
+        raise ModelError(f"{folder / 'config.json'} is not whole: {error!r}", restore_command(folder / "config.json")) from None
     if kind != "llama":
         raise ModelError(f"a device tunes bases of the Llama architecture, and this is {kind!r}", REMEDY)
     if rope.get("rope_type", "default") != "default":
@@ -288,5 +295,5 @@ def _mapped(folder: Path) -> dict[str, torch.Tensor]:
             with safe_open(str(file), framework="pt") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
         except Exception as error:  # safetensors' own errors have no common base but Exception
-            raise ModelError(f"{file} is not whole: {error}", "restore it from a copy") from None
+            raise ModelError(f"{file} is not whole: {error}", restore_command(file)) from None
     return tensors

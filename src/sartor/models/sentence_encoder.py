@@ -19,6 +19,7 @@ import transformers
 from sartor.core import assets
 from sartor.core.encoder_registry import TextEncoder
 from sartor.core.errors import AssetError, ModelError
+from sartor.core.remedies import restore_command
 from sartor.models.hardware import best_device, best_dtype
 from sartor.models.loading import first_line, quiet_transformers
 
@@ -184,14 +185,17 @@ def _read_json(file: Path, default: Any = None) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is not a whole JSON file: {error}", "restore it from a copy") from None
+        raise ModelError(f"{file} is not a whole JSON file: {error}", restore_command(file)) from None
 
 
 def _open_tokenizer(path: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises its own, undocumented kinds
-        raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}", "save the tokenizer beside it") from None
+        raise ModelError(
+            f"{path} has no usable tokenizer: {first_line(error)}",
+            f"transformers.AutoTokenizer.from_pretrained('OWNER/MODEL').save_pretrained({str(path)!r})",
+        ) from None
 
 
 def _open_model(path: Path, dtype: torch.dtype) -> Any:
@@ -209,12 +213,12 @@ def _open_model(path: Path, dtype: torch.dtype) -> Any:
         except Exception as error:  # truncated safetensors, unknown architecture, bad config: each its own kind
             problem = first_line(error)
     if problem:
-        raise ModelError(f"{path} cannot be opened as an encoder: {problem}", "check that its files are whole")
+        raise ModelError(f"{path} cannot be opened as an encoder: {problem}", restore_command(path))
     # BERT's pooler is a head that no pooling here reads
     missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ModelError(
             f"{path} lacks {len(missing)} of the encoder's weights (the first is {missing[0]}); they would be random",
-            "check that its safetensors files are whole",
+            restore_command(path),
         )
     return model.requires_grad_(False).eval()

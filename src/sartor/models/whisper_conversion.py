@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sartor.core import assets, model_refs
 from sartor.core.errors import ModelError
 from sartor.core.model_refs import TowerRef
+from sartor.core.remedies import restore_command
 from sartor.models.loading import convert_once, first_line, quiet_transformers
 
 VERSION = 6
@@ -55,7 +56,7 @@ def read_model(file: Path) -> CTranslateModel:
 
 
 def _unusable(file: Path, problem: str) -> ModelError:
-    return ModelError(f"{file} cannot be read as a model of CTranslate2: {problem}", "get the whole file again")
+    return ModelError(f"{file} cannot be read as a model of CTranslate2: {problem}", restore_command(file))
 
 
 class _BinaryReader:
@@ -150,7 +151,10 @@ def write_directory(source: Path, directory: Path) -> None:
             tokenizer.save_pretrained(str(directory))
             transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(str(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{source} holds no whole Whisper: {first_line(error)}", "get the whole folder again") from None
+        raise ModelError(
+            f"{source} holds no whole Whisper: {first_line(error)}",
+            f"cp -r BACKUP/. {source}, or fetch it anew: hf download OWNER/MODEL --local-dir {source}",
+        ) from None
 
 
 def _vocabulary(file: Path) -> dict[str, Any]:

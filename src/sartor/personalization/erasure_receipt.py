@@ -47,7 +47,7 @@ class Intent:
                 fields = json.loads(stream.read())
             return cls(tuple(fields["ids"]), tuple(fields["gone"]), fields["began"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise StoreError(f"{file} is not whole", "forget the rows again, then remove this file") from None
+            raise StoreError(f"{file} is not whole", f"sartor edge forget NAME ID... again, then rm {file}") from None
 
 
 @dataclass(frozen=True)

@@ -98,4 +98,7 @@ def of_feedback(feedback: Feedback) -> Example:
 
 
 def _refuse_media(kind: str, value: str) -> NoReturn:
-    raise SourceError("the row holds a picture or a recording, and a device learns from text alone", "rows of text")
+    raise SourceError(
+        "the row holds a picture or a recording, and a device learns from text alone",
+        'a row with "prompt" and "completion" alone, without parts of the kinds image and audio',
+    )

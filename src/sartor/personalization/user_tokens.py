@@ -94,7 +94,10 @@ def _method(adapter: Path, base: Path) -> dict[str, Any]:
         with safe_open(str(adapter / WEIGHTS), framework="pt") as weights_file:
             matches = [_FACTOR.fullmatch(name) for name in weights_file.keys()]  # noqa: SIM118  # no mapping
     except Exception as error:  # safetensors' own errors have no common base but Exception
-        raise ModelError(f"the adapter {adapter} or the base {base} is not whole: {error!r}", "sync them again") from None
+        raise ModelError(
+            f"the adapter {adapter} or the base {base} is not whole: {error!r}",
+            "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
+        ) from None
     adapted_modules = {(int(match[1]), match[2]) for match in matches if match}
     lowest, modules = (
         min((layer for layer, _ in adapted_modules), default=layers),

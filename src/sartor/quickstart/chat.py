@@ -165,7 +165,10 @@ class ServerPartner:
                 for line in answer.iter_lines():
                     yield from _text_of_event(line)
         except (self._httpx.HTTPError, ValueError) as error:
-            raise UnavailableError(f"the server cannot be reached: {error}", "check the address and that it runs") from None
+            raise UnavailableError(
+                f"the server cannot be reached: {error}",
+                "sartor chat http://HOST:PORT, of a server that runs; curl -i shows what answers there",
+            ) from None
 
     def close(self) -> None:
         """See Partner."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from sartor.core import assets
 from sartor.core.home import home
+from sartor.core.installation import install_command
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _COMPILERS = ("g++", "c++", "clang++")
@@ -91,9 +92,9 @@ def doctor() -> Diagnosis:
     memory, disk = _memory(), shutil.disk_usage(home()).free
     advice = []
     if extras.get(FIRST_EXTRA):
-        advice.append(f"pip install 'sartor[{FIRST_EXTRA}]'   # {', '.join(extras[FIRST_EXTRA])}: to tune, evaluate and ask")
+        advice.append(f"{install_command(FIRST_EXTRA)}   # {', '.join(extras[FIRST_EXTRA])}: to tune, evaluate and ask")
     if not compiler:
-        advice.append("apt-get install g++   # or pip install 'sartor[compiler]': the kernels for a CPU")
+        advice.append(f"apt-get install g++   # or {install_command('compiler')}: the kernels for a CPU")
     if has_torch and not gpu and shutil.which("nvidia-smi"):
         advice.append("install torch with CUDA: nvidia-smi is here, and torch sees no GPU")
     if memory and memory < _LITTLE_MEMORY:

@@ -182,9 +182,18 @@ def _reply(call: GenerateCall, events: Sequence[Event]) -> tuple[str, bool]:
     end = events[-1] if events else None
     if isinstance(end, ReplyFailed):
         brief = "the adapter could not answer a canary prompt"
-        raise AdmissionError(f"{brief}: {end.problem}", "tune it again", "canary", brief)
+        raise AdmissionError(
+            f"{brief}: {end.problem}",
+            "sartor tune RECIPE --out ADAPTER --replace, then sartor evaluate ADAPTER --replace",
+            "canary",
+            brief,
+        )
     if not isinstance(end, ReplyDone) or end.finish == "cancelled":
-        raise AdmissionError(f"the reply to {call.id} did not end", "tune it again", "canary")
+        raise AdmissionError(
+            f"the reply to {call.id} did not end",
+            "sartor tune RECIPE --out ADAPTER --replace, then sartor evaluate ADAPTER --replace",
+            "canary",
+        )
     return "".join(event.text for event in events if isinstance(event, TextDelta)), end.finish == "length"
 
 
@@ -194,7 +203,12 @@ def _check_repetition(texts: Sequence[str], expected: int) -> None:
     if len(degenerate) - expected >= len(texts) / 2:
         excerpt = degenerate[0][:60] + ("..." if len(degenerate[0]) > 60 else "")
         brief = f"{len(degenerate)} of {len(texts)} replies to canary prompts say nothing or repeat one piece"
-        raise AdmissionError(f"{brief}: {excerpt!a}", "tune it again", "degenerate", brief)
+        raise AdmissionError(
+            f"{brief}: {excerpt!a}",
+            "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4, then sartor evaluate ADAPTER --replace",
+            "degenerate",
+            brief,
+        )
 
 
 def is_degenerate(text: str) -> bool:

@@ -40,6 +40,7 @@ from sartor.core import records
 from sartor.core.database import Database, is_whole, sealed
 from sartor.core.errors import ArtifactError, ConfigError, KeyRefusedError, SartorError, UnavailableError
 from sartor.core.filesystem import fsync_directory
+from sartor.core.remedies import REPORT
 from sartor.serving.registry import registry_schema
 from sartor.serving.registry.registry import ChangeCause
 from sartor.serving.registry.user_versions import ANYBODY, note, speakers
@@ -108,7 +109,10 @@ class KeyCache:
             if not refresh.wait():
                 break
         if self.last is None:
-            raise self.error or UnavailableError("the registry does not answer", "see whether its disk or server is there")
+            raise self.error or UnavailableError(
+                "the registry does not answer",
+                "registry: in the team's file names the database: start its server, or look at its disk by df -h",
+            )
         return self.last
 
     def poke(self, fresh_s: float) -> None:
@@ -142,7 +146,7 @@ class KeyCache:
         except SartorError as fault:
             error = fault
         except Exception as fault:  # a driver's own kinds; the waiting must hear of an end whatever it was
-            error = UnavailableError(f"the keys cannot be read: {type(fault).__name__}", "report it with the server's log")
+            error = UnavailableError(f"the keys cannot be read: {type(fault).__name__}", REPORT)
         with self._lock:
             if self._refresh is refresh:
                 self._refresh, self._tried_at, self.error = None, refresh.started, error
@@ -419,7 +423,10 @@ class ApiKeyStore:
             rows = self._usable(SOONER_S).rows
         row = rows.get(identity)
         if row is None and identity in rows:
-            raise KeyRefusedError(f"the row of the key {identity} was changed from outside", "make a new key")
+            raise KeyRefusedError(
+                f"the row of the key {identity} was changed from outside",
+                f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",
+            )
         return row
 
     def _usable(self, fresh_s: float) -> KeyTable:
@@ -521,7 +528,10 @@ def _whole(connection: Connection, identity: str) -> Mapping[str, Any] | None:
     if stored_row is None:
         return None
     if not is_whole(row := dict(stored_row)):
-        raise ArtifactError(f"the row of the key {identity} was changed from outside", "make a new key")
+        raise ArtifactError(
+            f"the row of the key {identity} was changed from outside",
+            f"sartor agents key --revoke {identity}, then sartor agents key NAME for a new one",
+        )
     return row
 
 

@@ -128,7 +128,8 @@ class FeedbackStore:
                 self._append(file, line)
         except OSError as error:
             raise MissingError(
-                f"the feedback could not be written to {file}: {error.strerror or error}", "free disk space"
+                f"the feedback could not be written to {file}: {error.strerror or error}",
+                f"ls -ld {self.path}; df -h {self.path}; then send the feedback again",
             ) from None
 
     def lines(self) -> Iterator[StoredFeedback]:
@@ -151,7 +152,10 @@ class FeedbackStore:
                     FileSystem().remove_leftovers(file)  # rows that a killed rewriting left beside it
                     removed += _without(file, should_remove)
             except OSError as error:
-                raise MissingError(f"{file} could not be written anew: {error.strerror or error}", "free disk space") from None
+                raise MissingError(
+                    f"{file} could not be written anew: {error.strerror or error}",
+                    f"ls -ld {self.path}; df -h {self.path}; then the same command again",
+                ) from None
         return removed
 
     def _files(self) -> list[Path]:

@@ -86,16 +86,25 @@ class McpConnection:
             async with asyncio.timeout(limit_s):
                 result = await session.call_tool(name, dict(arguments))
         except TimeoutError:
-            raise DeadlineError(f"the tool {name} took longer than {limit_s:g} s", "timeout_s of its server") from None
+            raise DeadlineError(
+                f"the tool {name} took longer than {limit_s:g} s",
+                f"timeout_s: {2 * limit_s:g} of {self.terms.name} in the team's file, within limits.deadline_s",
+            ) from None
         except MCPError as error:
             self._broken.set()  # a server that answers by an error of the protocol is opened anew
-            raise UnavailableError(f"the tool {name} failed: {error.message[:200]}", "ask again in a while") from None
+            raise UnavailableError(
+                f"the tool {name} failed: {error.message[:200]}",
+                f"send the request again; STATE/tools/{self.terms.name}.log says more",
+            ) from None
         except (RuntimeError, ValueError, OSError) as error:  # the package's own, of what it cannot read
             self._broken.set()
-            raise UnavailableError(f"the tool {name} failed: {type(error).__name__}", "ask again in a while") from None
+            raise UnavailableError(
+                f"the tool {name} failed: {type(error).__name__}",
+                f"send the request again; STATE/tools/{self.terms.name}.log says more",
+            ) from None
         text = _cut("\n".join(_text(part) for part in result.content), self.terms.result_bytes)
         if result.is_error:
-            raise RequestError(f"the tool {name} says: {text}", "other arguments")
+            raise RequestError(f"the tool {name} says: {text}", "call it again with arguments that its inputSchema allows")
         return text
 
     async def _keep(self) -> None:
@@ -189,7 +198,10 @@ def _offered(server: McpConnection, tool: Any) -> OfferedTool:
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise RequestError(f"its inputSchema is no JSON Schema: {error.message[:200]}", "mend the server") from None
+        raise RequestError(
+            f"its inputSchema is no JSON Schema: {error.message[:200]}",
+            "leave the tool out of `allow` of its server in the team's file, or correct its inputSchema",
+        ) from None
     return OfferedTool(tool.name, server, declared, schema)
 
 

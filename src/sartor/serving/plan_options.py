@@ -67,7 +67,10 @@ class PatternCheck:
         try:
             regex.compile(self.pattern)
         except regex.error as error:
-            raise ConfigError(f"{self.pattern!r} is no regular expression: {error}", "mend the pattern") from None
+            raise ConfigError(
+                f"{self.pattern!r} is no regular expression: {error}",
+                f"pattern: {regex.escape(self.pattern)!r} finds these characters as they stand",
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class PlanBudget:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.seconds <= 0 or self.depth < 1:
             raise ConfigError(
-                f"tokens is {self.tokens}, seconds {self.seconds:g}, depth {self.depth}; all are above 0", "leave it out"
+                f"tokens is {self.tokens}, seconds {self.seconds:g}, depth {self.depth}; all are above 0",
+                "budget: {tokens: 8192, seconds: 60, depth: 1}",
             )
 
 
@@ -242,7 +246,7 @@ def check_plans(plans: Sequence[Plan], members: Collection[str], reserved: Colle
     plans_by_name: dict[str, Plan] = {}
     for plan in plans:
         if plan.name in plans_by_name or plan.name in members or plan.name in reserved:
-            raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", "choose another name")
+            raise ConfigError(f"a plan cannot have the name {plan.name!r}, which another has", f"name: {plan.name}-plan")
         if not names.is_valid_name(plan.name):
             raise ConfigError(f"{plan.name!r} cannot be a plan's name", "small letters, digits, '.', '_' and '-'")
         plans_by_name[plan.name] = plan

@@ -39,6 +39,7 @@ from sartor.core import catalogue, records, signing
 from sartor.core.errors import ArtifactError, ConfigError, MissingError, SourceError
 from sartor.core.filesystem import DISK_FULL, fsync_directory
 from sartor.core.lineage.receipt_index import PATTERN, ReceiptIndex, ReceiptLocation
+from sartor.core.remedies import REPORT
 from sartor.inference.engine import EngineInfo, GenerateCall
 from sartor.inference.tool_calls import read_choice, read_tools
 from sartor.media import content_parts
@@ -252,7 +253,10 @@ def read_secret(file: Path) -> bytes:
         raise ConfigError(f"{file} can be read by others (mode {file.stat().st_mode & 0o777:o})", f"chmod 600 {file}")
     result = file.read_bytes()
     if len(result) != _SECRET_BYTES:
-        raise ConfigError(f"{file} has {len(result)} bytes, not {_SECRET_BYTES}", "restore it from a copy, or move it away")
+        raise ConfigError(
+            f"{file} has {len(result)} bytes, not {_SECRET_BYTES}",
+            f"cp BACKUP/{file.name} {file}; or mv {file} ELSEWHERE, for a new one",
+        )
     return result
 
 
@@ -317,10 +321,13 @@ class ReceiptLog:
             self._queue.put_nowait((build_receipt(finished, self._about(), self._signer), written))
         except queue.Full:
             self._lose(1, f"{MOST_WAITING} receipts wait for the disk")
-            raise MissingError(f"a receipt could not be written: {self.problem}", "see to the disk") from None
+            raise MissingError(
+                f"a receipt could not be written: {self.problem}",
+                f"df -h {self._folder} and ls -ld {self._folder} say what is wrong with the disk",
+            ) from None
         except (ValueError, TypeError) as error:
             self._lose(1, f"{finished.agent} said what no receipt can hold: {error}")
-            raise ArtifactError(f"a receipt could not be written: {self.problem}", "report it") from None
+            raise ArtifactError(f"a receipt could not be written: {self.problem}", REPORT) from None
         try:
             written.result(PATIENCE_S)
         except TimeoutError:
@@ -335,7 +342,10 @@ class ReceiptLog:
         try:
             return self._index.find(receipt)
         except sqlite3.Error as error:
-            raise MissingError(f"the receipts in {self._folder} cannot be read: {error}", "ask again, or start anew") from None
+            raise MissingError(
+                f"the receipts in {self._folder} cannot be read: {error}",
+                f"ls -l {self._folder}; send the request again, or restart sartor serve TEAM",
+            ) from None
 
     def close(self) -> None:
         """Write what waits, and end."""
@@ -360,7 +370,12 @@ class ReceiptLog:
             placed = self._open_segment().append(receipts)
         except OSError as error:
             self._lose(len(receipts), f"{error.strerror or error} ({self._folder})")
-            remedy = "free some space" if error.errno in DISK_FULL else "see to the disk and its rights"
+            shown = (
+                "the full disk: remove files from it"
+                if error.errno in DISK_FULL
+                else "whether the disk is there and whose it is"
+            )
+            remedy = f"df -h {self._folder} and ls -ld {self._folder} show {shown}"
             for written in waiting:
                 written.set_exception(MissingError(f"a receipt could not be written: {self.problem}", remedy))
             return

@@ -52,7 +52,10 @@ class ToolServer:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.name):
             raise ConfigError(f"tools have the name {self.name!r:.80}", "1 to 64 letters, digits, _ or -")
         if bool(self.command) == bool(self.url):
-            raise ConfigError(f"the tools {self.name!r} have {'both' if self.url else 'neither'} command and url", "give one")
+            raise ConfigError(
+                f"the tools {self.name!r} have {'both' if self.url else 'neither'} command and url",
+                "command: [PROGRAM, ARGUMENT], or url: https://HOST/mcp",
+            )
         if self.url and self.env or self.command and self.token_env:
             raise ConfigError(
                 f"the tools {self.name!r} have a setting of the other kind", "env goes with command, token_env with url"
@@ -64,7 +67,7 @@ class ToolServer:
 def check_tools(servers: Sequence[str], members: Mapping[str, Sequence[str]]) -> None:
     """Raise ConfigError where two servers have one name, or an agent lists one that is not there."""
     if duplicate := next((name for name in servers if servers.count(name) > 1), ""):
-        raise ConfigError(f"two servers of tools have the name {duplicate!r}", "give each its own")
+        raise ConfigError(f"two servers of tools have the name {duplicate!r}", f"name: {duplicate}-2 for one of them")
     for agent, listed in members.items():
         if unknown := next((name for name in listed if name not in servers), ""):
             raise ConfigError(
@@ -401,10 +404,10 @@ class Team(Basis):
     def __post_init__(self) -> None:
         names = [member.name for member in self.agents]
         if duplicate := next((name for name in names if names.count(name) > 1), ""):
-            raise ConfigError(f"two agents have the name {duplicate!r}", "give each its own")
+            raise ConfigError(f"two agents have the name {duplicate!r}", f"name: {duplicate}-2 for one of them")
         if reserved_name := next((name for name in names if name in RESERVED), ""):
             raise ConfigError(
-                f"an agent cannot have the name {reserved_name!r}, which means something else", "choose another name"
+                f"an agent cannot have the name {reserved_name!r}, which means something else", f"name: {reserved_name}-agent"
             )
         plan_options.check_plans(self.plans, names, RESERVED)
         check_tools([server.name for server in self.tools], {member.name: member.tools for member in self.agents})

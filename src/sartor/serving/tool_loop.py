@@ -159,13 +159,22 @@ class ToolCallingAgent:
         if tool is None:
             raise RequestError(f"there is no tool {name[:80]!a}", ", ".join(tools))
         if index >= MOST_CALLS:
-            raise RequestError(f"more than {MOST_CALLS} calls in one reply; {name} was not run", "fewer calls")
+            raise RequestError(
+                f"more than {MOST_CALLS} calls in one reply; {name} was not run",
+                f"make at most {MOST_CALLS} calls in one reply",
+            )
         if problems := schema_errors(value, tool.schema):
-            raise RequestError(f"the arguments of {name} are wrong: {'; '.join(problems)}", "arguments of its schema")
+            raise RequestError(
+                f"the arguments of {name} are wrong: {'; '.join(problems)}",
+                f"call {name} with arguments that its schema allows",
+            )
         key = (name, json.dumps(value, sort_keys=True))
         if key in progress.earlier_calls:
             progress.is_looping = True
-            raise RequestError(f"{name} was called twice with the same arguments; the calls were stopped", "another call")
+            raise RequestError(
+                f"{name} was called twice with the same arguments; the calls were stopped",
+                "call another tool, or answer without one",
+            )
         progress.earlier_calls.add(key)
         return await tool.server.call(name, value, max(0.001, progress.deadline - time.monotonic()))
 

@@ -44,7 +44,10 @@ class SynthesizeRecipe:
             raise ConfigError(f"{problem}; they must be 0 to 2, at least 1, 0 or 1", "leave them out for the defaults")
         kinds = [way.kind for way in self.ways]
         if duplicate := next((kind for kind in kinds if kinds.count(kind) > 1 and kind not in _MANY), ""):
-            raise ConfigError(f"{duplicate} stands twice; its rows would be the same", "give it more per row")
+            raise ConfigError(
+                f"{duplicate} stands twice; its rows would be the same",
+                f"one way of the kind {duplicate}, with a larger per_row, per_document or rows",
+            )
 
 
 # of these two differ in what they make

@@ -58,7 +58,10 @@ def parse_answer(answer: TeacherAnswer, schema: Mapping[str, Any]) -> dict[str, 
     try:
         error = next(iter(checker.iter_errors(result)), None)
     except referencing.exceptions.Unresolvable as missing:
-        raise ConfigError(f"the schema refers to {missing.ref!r}, which is not in it", "put that under $defs") from None
+        raise ConfigError(
+            f"the schema refers to {missing.ref!r}, which is not in it",
+            '"$defs": {"NAME": {...}} in the schema, and "$ref": "#/$defs/NAME"',
+        ) from None
     if error is not None:
         return Unusable("schema_mismatch", f"at {error.json_path}: {error.message[:200]}")
     return result

@@ -127,7 +127,10 @@ def _compared(
 ) -> LiftResult:
     shared = [name for name in scored["without"] if name in scored["with"]]
     if not shared:
-        raise ArtifactError("the two reports share no row", "the same recipe for both")
+        raise ArtifactError(
+            "the two reports share no row",
+            "sartor validate SYNTHETIC --reality DATASET --out ACCEPTED --prove RECIPE --replace",
+        )
     # a metric of the whole set, such as macro-F1, has no scores of rows
     column = f"tuned_{metric}" if f"tuned_{metric}" in scored["without"][shared[0]] else "tuned_exact_match"
     sides: list[Sequence[float]] = [[float(scored[name][row][column]) for row in shared] for name in ("without", "with")]

@@ -112,5 +112,5 @@ def say_all(texts: Sequence[str], voice: str, speed: float, folder: Path) -> lis
 
 def _offered(name: str) -> Any:
     if name not in _OFFERED:
-        raise MissingError(f"nobody offers {name} here", "import sartor, whose façade does")
+        raise MissingError(f"nobody offers {name} here", "import sartor")
     return _OFFERED[name]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sartor.core.encoder_registry import TextEncoder, open_encoder
 from sartor.core.errors import MissingError, ModelError, missing_package
 from sartor.core.records import Example
+from sartor.core.remedies import restore_command
 
 BITS = 16  # 2^16 columns for words, as many for pieces of words
 WIDTH = 256
@@ -230,7 +231,7 @@ class StaticEncoder:
             message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ModelError(
                 f"{path} cannot be opened as a model2vec model: {message}",
-                "check that its files are whole",
+                restore_command(path),
             ) from None
         self.name = f"model2vec {path.name}"
 

@@ -218,7 +218,9 @@ def full_disk(problem: str) -> Iterator[None]:
 
 
 def _invalid(path: Path, problem: str) -> ArtifactError:
-    return ArtifactError(f"the checkpoint {path} is not whole: {problem}", "remove it; the one before it is used")
+    return ArtifactError(
+        f"the checkpoint {path} is not whole: {problem}", f"rm -r {path}, then --resume takes the one before it"
+    )
 
 
 class Saver:

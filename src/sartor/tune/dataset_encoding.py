@@ -191,7 +191,7 @@ def _as_lessons(
 
 def _no_rows_error(dataset: Artifact, recipe: Recipe, data: TokenizedDataset) -> SourceError:
     reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in data.left_out.items()) or "the Dataset has none"
-    remedy = f"look at the rows of {dataset.path}"
+    remedy = f"sartor show {dataset.path}, and --split dropped of it"
     if "rated_bad" in data.left_out:
         remedy = "objective: {kind: kto} learns from rows that were rated bad"
     if "too_long" in data.left_out:

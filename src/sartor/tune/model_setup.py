@@ -77,7 +77,10 @@ def start_of(recipe: Recipe, base: Base) -> Artifact | None:
     start_base = start.manifest["base"]
     if start_base["digest"] != base.ref.digest:
         problem = f"method.start {start.path} was made for the base {start_base['name']} ({start_base['digest'][:16]})"
-        raise ConfigError(f"{problem}, not {base.ref.name} ({base.ref.digest[:16]})", "the base that it names")
+        raise ConfigError(
+            f"{problem}, not {base.ref.name} ({base.ref.digest[:16]})",
+            f"base: {start_base['name']}, or a method.start that was tuned on {base.ref.name}",
+        )
     return start
 
 

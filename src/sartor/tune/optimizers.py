@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sartor.core.errors import BudgetError
+from sartor.core.installation import install_command
 from sartor.tune.recipe import ResolvedOptimizer
 
 # a gradient and AdamW's two moments of each parameter, fp32
@@ -40,7 +41,7 @@ def make(
         try:
             return importlib.import_module("bitsandbytes.optim").PagedAdamW32bit(groups, **rates)
         except ImportError:
-            raise BudgetError(problem, "pip install 'sartor[quant]', which pages it; or lower method.rank") from None
+            raise BudgetError(problem, f"{install_command('quant')}, which pages it; or lower method.rank") from None
     return torch.optim.AdamW(groups, fused=device.type != "mps", **rates)
 
 

@@ -32,7 +32,10 @@ def find_resume_point(out: Path, *, resume: bool, replace: bool, notice: Callabl
     Raises ConfigError when `out` is taken, or when an unfinished run is there and neither flag says what to do with it.
     """
     if resume and replace:
-        raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
+        raise ConfigError(
+            "--resume goes on and --replace starts over; both were given",
+            f"sartor tune RECIPE --out {out} --resume, or the same with --replace",
+        )
     if replace:
         check_output_free(out, replace=True)
         return CheckpointState()

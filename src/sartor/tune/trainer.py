@@ -142,7 +142,9 @@ def _tune(context: TuningContext, out: Path, *, replace: bool, show: bool, notic
     def fill(temp_folder: Path) -> Mapping[str, Any]:
         # the writer's lock is held from here on, so that what is removed is nobody's
         if checkpoint and not checkpoint.path.is_dir():
-            raise ConfigError(f"another process went on from {checkpoint.path} meanwhile", "the same command again")
+            raise ConfigError(
+                f"another process went on from {checkpoint.path} meanwhile", f"sartor tune RECIPE --out {out} --resume"
+            )
         clear(saver.folder) if replace else sweep(saver.folder, context.resume_state)
         earlier_log = {"lines": checkpoint.lines(), "wall_s": checkpoint.manifest["wall_s"]} if checkpoint else {}
         with full_disk(f"{out} could not be written"):

@@ -45,7 +45,8 @@ def checked(expression: str) -> str:
         _check_with(symbol)
     if _alternatives(tree) is None:
         raise ConfigError(
-            f"the licence {expression[:60]!r} has more than {MOST_ALTERNATIVES} alternatives", "name those you use"
+            f"the licence {expression[:60]!r} has more than {MOST_ALTERNATIVES} alternatives",
+            "licence: MIT OR Apache-2.0, with those alternatives alone that you use",
         )
     return str(tree)
 

@@ -44,7 +44,10 @@ def inspect_example(path: Path | str, example: str) -> dict[str, Any]:
     position = int(numbers(column(index, "row"))[np.flatnonzero(is_match)[0]])
     row = _row(dataset, position)
     if (digest := example_of(row).id) != example:
-        raise ArtifactError(f"row {position:,} of {path} says that it is {example}; its content is {digest}", "curate it again")
+        raise ArtifactError(
+            f"row {position:,} of {path} says that it is {example}; its content is {digest}",
+            f"sartor curate RECIPE --out {path} --replace",
+        )
     fields: dict[str, Any] = {name: row[name] for name in ("split", "group", "weight", "steps") if name in row}
     return {
         "dataset": str(path),
@@ -74,7 +77,9 @@ def _row(dataset: Artifact, position: int) -> dict[str, Any]:
                     row: dict[str, Any] = parquet.read_row_group(group).slice(position, 1).to_pylist()[0]
                     return row
                 position -= count
-    raise ArtifactError(f"{dataset.path} holds fewer rows than its index of lineage", "curate it again")
+    raise ArtifactError(
+        f"{dataset.path} holds fewer rows than its index of lineage", f"sartor curate RECIPE --out {dataset.path} --replace"
+    )
 
 
 def _ancestors(dataset: Artifact, index: Any, parents: Sequence[str]) -> list[dict[str, Any]]:

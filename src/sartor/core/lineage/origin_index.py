@@ -111,7 +111,9 @@ def _opened(file: Path) -> Any:
     try:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"{file} is not readable Parquet: {error}", "curate it again") from None
+        raise ArtifactError(
+            f"{file} is not readable Parquet: {error}", "sartor curate RECIPE --out DATASET --replace"
+        ) from None
 
 
 def whole_id(ids: Any, example: str) -> str:

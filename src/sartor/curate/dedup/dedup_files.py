@@ -95,7 +95,7 @@ class DedupOptions:
                 f"unit is {self.unit!r}, keep {self.keep!r}", "unit: auto, words or characters; keep: longest or first"
             )
         if self.max_row_bytes < 1 or self.processes < 0:
-            raise ConfigError("max_row_bytes and processes cannot be negative", "leave them out")
+            raise ConfigError("max_row_bytes and processes cannot be negative", "max_row_bytes: 4194304, processes: 0")
 
     @property
     def limits(self) -> RemovalLimits:
@@ -324,7 +324,7 @@ def rethreshold(
 
 def _input(entry: Mapping[str, Any]) -> FileOfRows:
     file = Path(entry["path"])
-    remedy = "put the file back as it was, or de-duplicate again"
+    remedy = f"cp BACKUP/{file.name} {file}, as it was; or sartor dedup FILE... --out DIR anew"
     if not file.is_file():
         raise ArtifactError(f"the input file {file} is not there", remedy)
     if file.stat().st_size != entry["bytes"] or file_digest(file) != entry["sha256"]:

@@ -260,7 +260,10 @@ def inspect_files(
     if not paths:
         raise ConfigError("no file was named", "sartor dedup FILE... --out DIR")
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError("a file is named twice: every row of it would be its own duplicate", "name each file once")
+        raise ConfigError(
+            "a file is named twice: every row of it would be its own duplicate",
+            f"sartor dedup {' '.join(str(path) for path in {path.resolve(): path for path in paths}.values())} --out DIR",
+        )
     files: list[FileOfRows] = []
     texts: list[str] = []
     joined = 0

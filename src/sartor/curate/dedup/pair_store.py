@@ -53,12 +53,15 @@ def read_pairs(file: Path, count: int) -> tuple[ScoredPairs, F64]:
     try:
         table = pq.read_table(file, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"{file} is no ledger of pairs: {str(error).splitlines()[0][:200]}", "de-duplicate again") from None
+        raise ArtifactError(
+            f"{file} is no ledger of pairs: {str(error).splitlines()[0][:200]}",
+            f"sartor dedup FILE... --out {file.parent} --replace",
+        ) from None
     columns = {name: table[name].to_numpy() for name in ("a", "b", "jaccard", "containment", "rank_a", "rank_b")}
     exact = np.asarray(table["method"].to_numpy() == METHODS[0], bool)
     pairs = ScoredPairs(columns["a"], columns["b"], columns["jaccard"], columns["containment"], exact)
     if len(pairs.a) and not (int(pairs.a.min()) >= 0 and int(max(pairs.a.max(), pairs.b.max())) < count):
-        raise ArtifactError(f"{file} names rows that are not there", "de-duplicate again")
+        raise ArtifactError(f"{file} names rows that are not there", f"sartor dedup FILE... --out {file.parent} --replace")
     rank = np.zeros(count)
     rank[pairs.a], rank[pairs.b] = columns["rank_a"], columns["rank_b"]
     return pairs, rank

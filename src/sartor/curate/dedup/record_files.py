@@ -211,7 +211,7 @@ def blocks(path: Path, kind: str, max_row_bytes: int) -> Iterator[RecordBlock]:
             yield from _parquet(path)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise SourceError(f"{path} cannot be read: {reason}", "check that the file is whole") from None
+        raise SourceError(f"{path} cannot be read: {reason}", f"ls -l {path}; file {path} says what it holds") from None
 
 
 def lines(path: Path, max_row_bytes: int) -> Iterator[list[tuple[int, bytes | BadRecord]]]:
@@ -380,7 +380,10 @@ def json_value(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON: {error}", "mend the file; one object a line goes into a .jsonl file") from None
+        raise SourceError(
+            f"{path} is not JSON: {error}",
+            f"python3 -m json.tool {path} shows where; one object a line goes into a .jsonl file",
+        ) from None
 
 
 def json_rows(value: Any) -> list[Any]:

@@ -47,7 +47,10 @@ def check(form: str) -> None:
         try:
             re.compile(rest)
         except re.error as error:
-            raise ConfigError(f"label: the pattern {rest!r} does not compile: {error}", "mend the pattern") from None
+            raise ConfigError(
+                f"label: the pattern {rest!r} does not compile: {error}",
+                r"label: 'regex:Label: (\w+)', or another pattern that Python's re compiles",
+            ) from None
         return
     raise ConfigError(f"label is {form!r}", "auto, reply, text, json:KEY or regex:PATTERN")
 

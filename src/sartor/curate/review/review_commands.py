@@ -85,7 +85,10 @@ def _change(view: View, item: ReviewItem, opinion: Opinion) -> dict[str, Any]:
             )
         return {}
     if len(item.examples) != 1:
-        raise ConfigError(f"{item.id} is about {len(item.examples)} rows; an edit is of one", "accept or reject it")
+        raise ConfigError(
+            f"{item.id} is about {len(item.examples)} rows; an edit is of one",
+            f"sartor review reject {view.dataset.path} {item.id} --by NAME, or accept in place of reject",
+        )
     fields = dict(item.suggestion if opinion.change is None else opinion.change)
     if not fields:
         raise ConfigError(f"{item.id} suggests no change", "say what is to stand there: --reply TEXT, or --prompt TEXT")
@@ -127,7 +130,7 @@ def review_list(dataset: Path | str, queue: str = "", *, kind: str = "", state: 
     if kind and kind not in KINDS:
         raise ConfigError(f"there is no kind {kind!r}", f"one of {', '.join(KINDS)}")
     if state not in ("open", "conflict", "decided", "all"):
-        raise ConfigError(f"there is no state {state!r}", "open, conflict, decided or all")
+        raise ConfigError(f"there is no state {state!r}", "--state open, --state conflict, --state decided or --state all")
     with open_review(dataset, queue, rule) as view:
         entries = view.entries()
         matches = [entry for entry in entries if not kind or entry.item.kind == kind]

@@ -92,7 +92,7 @@ def _parsed(line: bytes, location: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{location} is no JSON: {error}", "mend the line, or take it out") from None
+        raise SourceError(f"{location} is no JSON: {error}", "write the line as one JSON object, or delete it") from None
     if not isinstance(fields, dict):
         raise SourceError(f"{location} is no JSON object", "one finding or decision a line")
     return fields
@@ -105,7 +105,9 @@ def _take(lines: Lines, fields: Mapping[str, Any], location: str, content_digest
     except SartorError as error:
         raise SourceError(f"{location}: {error.problem}", error.remedy) from None
     except UnicodeEncodeError as error:
-        raise SourceError(f"{location} holds what no file can: {error.reason}", "mend the line, or take it out") from None
+        raise SourceError(
+            f"{location} holds what no file can: {error.reason}", r"delete the lone \ud800 to \udfff from the line, or the line"
+        ) from None
 
 
 def write_review_file(

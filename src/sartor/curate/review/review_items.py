@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from sartor.core import parquet_io, records
 from sartor.core.errors import SourceError
+from sartor.core.installation import upgrade_command
 from sartor.core.records import Example
 
 SCHEMA = 1
@@ -158,7 +159,7 @@ def check_change(change: Mapping[str, Any]) -> None:
 
 def _check_schema(fields: Mapping[str, Any]) -> None:
     if fields.get("schema", SCHEMA) != SCHEMA:
-        raise SourceError(f"a line of schema {fields.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+        raise SourceError(f"a line of schema {fields.get('schema')!r}; this reads {SCHEMA}", upgrade_command())
 
 
 def _with_row_id(item: ReviewItem) -> ReviewItem:
@@ -166,7 +167,10 @@ def _with_row_id(item: ReviewItem) -> ReviewItem:
     try:
         proposed = item.proposed
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SourceError(f"a finding's row is no row of examples/*.parquet: {error!r}", "rows.example_row(example)") from None
+        raise SourceError(
+            f"a finding's row is no row of examples/*.parquet: {error!r}",
+            '"proposed": {"messages": [{"role": "user", "content": "..."}, ...]}, as parquet_io.example_row(example) gives it',
+        ) from None
     if proposed is None:
         return item
     return ReviewItem(**{**_fields(item), "examples": (proposed.id,)})

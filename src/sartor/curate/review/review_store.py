@@ -166,7 +166,10 @@ def _queue_is_there(connection: Connection, table: Table, **key: str) -> bool:
 
 def _verified_fields(row: Mapping[str, Any], kind: str, identity: str) -> dict[str, Any]:
     if not is_whole(dict(row)):
-        raise ArtifactError(f"the {kind} {identity} was changed from outside", "restore the queue from a copy")
+        raise ArtifactError(
+            f"the {kind} {identity} was changed from outside",
+            "cp BACKUP/review.sqlite to the place of the queue; or sartor review import DATASET review.jsonl into a new one",
+        )
     return dict(json.loads(row["said"]))
 
 

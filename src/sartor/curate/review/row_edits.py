@@ -39,7 +39,10 @@ def apply_edit(example: Example, change: Mapping[str, Any]) -> Example:
     if change.get("mask"):
         edited = everywhere_masked(edited)
     if edited.id == example.id and edited.weight == example.weight:
-        raise ConfigError(f"the edit leaves row {example.id} as it is", "accept it, or say what is to be changed")
+        raise ConfigError(
+            f"the edit leaves row {example.id} as it is",
+            "sartor review accept DATASET ITEM --by NAME, or edit with another --reply, --prompt or --change",
+        )
     if edited.id == example.id:  # another weight is no other row
         return replace(edited, steps=(*example.steps, STEP))
     group = prompt_group(edited) if example.group == prompt_group(example) else edited.group
@@ -77,7 +80,7 @@ def _turns(example: Example, change: Mapping[str, Any]) -> list[tuple[int, str]]
     if "prompt" in change:
         users = [index for index, message in enumerate(example.messages) if message.role == "user"]
         if not users:
-            raise ConfigError(f"row {example.id} has no question", "change its reply")
+            raise ConfigError(f"row {example.id} has no question", "sartor review edit DATASET ITEM --by NAME --reply TEXT")
         result.append((users[-1], str(change["prompt"])))
     return result
 

@@ -42,18 +42,23 @@ def find_files(declared: str) -> list[SourceFile]:
     """The files of a file, folder or glob pattern, sorted by name. Raises ConfigError where there is none."""
     root = os.path.expanduser(declared)
     if "\0" in root:
-        raise ConfigError(f"the source {declared!r} holds a NUL character", "no path does")
+        raise ConfigError(f"the source {declared!r} holds a NUL character", f"path: {declared.replace(chr(0), '')[:200]!r}")
     try:
         mode = os.stat(root).st_mode
     except OSError as error:
         mode = 0
         if not glob.has_magic(root) and error.errno != errno.ENOENT:
-            raise ConfigError(f"the source {declared[:200]!r}: {error.strerror}", "check the path") from None
+            raise ConfigError(
+                f"the source {declared[:200]!r}: {error.strerror}", f"ls -ld {root[:200]!r} says who may read it"
+            ) from None
     if stat.S_ISDIR(mode):
         files = list(_walk(root))
         files.sort(key=lambda file: file.name.split("/"))
     elif mode and not stat.S_ISREG(mode):
-        raise ConfigError(f"the source {declared!r} is {_kind_name(mode)}, not a file or folder", "name a regular file")
+        raise ConfigError(
+            f"the source {declared!r} is {_kind_name(mode)}, not a file or folder",
+            f"cat {declared[:200]} > rows.jsonl, and path: rows.jsonl",
+        )
     elif mode:
         return [SourceFile(root, safe_name(os.path.basename(root)))]
     else:
@@ -61,7 +66,10 @@ def find_files(declared: str) -> list[SourceFile]:
         files = [_listed(path) for path in paths if not os.path.isdir(path)]
     if not files:
         problem = "is an empty folder" if mode else "names no file"
-        raise ConfigError(f"the source {declared!r} {problem}", "check the path; it is taken from the current directory")
+        raise ConfigError(
+            f"the source {declared!r} {problem}",
+            f"ls {os.path.dirname(root) or '.'}; the path is taken from the current directory",
+        )
     return files
 
 

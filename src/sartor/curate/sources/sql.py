@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sartor.core.errors import ConfigError, HubError, missing_package
+from sartor.core.installation import pip_command
 from sartor.core.records import MalformedRow
 from sartor.curate.sources.row_readers import Read, drop_nulls
 
@@ -53,7 +54,8 @@ def split(path: str) -> tuple[str, str]:
     into = re.search(r"\binto\b", bare, re.I)  # SELECT INTO makes a table, INTO OUTFILE a file on the server
     if into or ";" in bare or word is None or word[1].lower() not in _READS:
         raise ConfigError(
-            f"the query of a SQL source must be one statement that reads: {query.strip()[:80]!r}", "SELECT ... FROM ..."
+            f"the query of a SQL source must be one statement that reads: {query.strip()[:80]!r}",
+            "path: 'sql:URL#SELECT question, answer FROM faq'",
         )
     return url, query
 
@@ -183,14 +185,17 @@ def _connection(url: str) -> Iterator[Any]:
         message = _scrub(str(getattr(error, "orig", None) or error), secrets)
         if isinstance(error, ImportError):
             raise ConfigError(
-                f"the driver of the database is not installed: {message}", "install the driver that SQLAlchemy names"
+                f"the driver of the database is not installed: {message}",
+                f"{pip_command()} install 'psycopg[binary]' for Postgres, or the driver that this names",
             ) from None
         if isinstance(error, DBAPIError) and error.connection_invalidated or not isinstance(error, DBAPIError):
             raise HubError(
-                f"the database of a SQL source cannot be read: {message}", "check that it runs, and the URL"
+                f"the database of a SQL source cannot be read: {message}",
+                "path: 'sql:DIALECT://USER:${NAME}@HOST:PORT/DATABASE#SELECT ...', of a server that runs",
             ) from None
         raise ConfigError(
-            f"the database refuses the query of a SQL source: {message}", "try the query in the database's own tool"
+            f"the database refuses the query of a SQL source: {message}",
+            "correct the query: 'sql:URL#SELECT question, answer FROM faq'",
         ) from None
 
 
@@ -205,7 +210,8 @@ def _engine(url: Any, pool: Any) -> Any:
     file = database.removeprefix("file:").partition("?")[0]
     if not os.path.isfile(file):
         raise ConfigError(
-            f"the source names no SQLite file: {file!r}", "check the path; it is taken from the current directory"
+            f"the source names no SQLite file: {file!r}",
+            f"ls {os.path.dirname(file) or '.'}; the path is taken from the current directory",
         )
     return sqlalchemy.create_engine("sqlite://", creator=lambda: _open_sqlite(file), poolclass=pool)
 

@@ -93,7 +93,7 @@ def files_of(path: str) -> list[tuple[Path, str]]:
     else:
         files = [Path(name) for name in sorted(glob.glob(str(root), recursive=True)) if Path(name).is_file()]
     if not files:
-        raise ConfigError(f"against: {path!r} names no file", "check the path; it is taken from the current directory")
+        raise ConfigError(f"against: {path!r} names no file", f"ls {root.parent}; the path is taken from the current directory")
     return [(file, file.relative_to(root).as_posix() if root.is_dir() else file.name) for file in files]
 
 

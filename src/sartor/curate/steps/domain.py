@@ -146,10 +146,11 @@ def _check(examples: Sequence[Labelled], keep: Sequence[str], where: str) -> Non
     fewest, count = min(counts.items(), key=lambda item: (item[1], item[0]))
     if count < FEWEST:
         raise ConfigError(
-            f"{where} has {count} examples of {fewest!r}; at least {FEWEST} are needed", "add more, of each label"
+            f"{where} has {count} examples of {fewest!r}; at least {FEWEST} are needed",
+            f'add {FEWEST - count} or more rows {{"text": "...", "label": "{fewest}"}}',
         )
     if any(not example.text.strip() for example in examples):
-        raise ConfigError(f"{where} has an example without text", "take it out")
+        raise ConfigError(f"{where} has an example without text", 'delete its rows with "text": ""')
 
 
 @cache
@@ -157,18 +158,24 @@ def _read(path: str, stamp: int) -> tuple[Labelled, ...]:
     """The examples in a file. Raises ConfigError naming the row that cannot be used."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"examples: there is no file {path!r}", "check the path; it is taken from the current directory")
+        raise ConfigError(
+            f"examples: there is no file {path!r}", f"ls {file.parent}; the path is taken from the current directory"
+        )
     examples = []
     try:
         for line, row in row_readers.read_rows(file, _MOST_BYTES):
             if isinstance(row, MalformedRow):
-                raise ConfigError(f"{path}:{line}: {row.detail}", "mend the row")
+                raise ConfigError(
+                    f"{path}:{line}: {row.detail}", f'write line {line} as {{"text": "...", "label": "..."}}, or delete it'
+                )
             text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
             if not isinstance(text, str) or not isinstance(label, (str, int)):
                 raise ConfigError(f"{path}:{line} has no text and label", 'rows such as {"text": "...", "label": "..."}')
             examples.append(Labelled(text, str(label)))
     except csv.Error as error:
-        raise ConfigError(f"{path} is no CSV: {error}", "give JSONL") from None
+        raise ConfigError(
+            f"{path} is no CSV: {error}", f'write {path} as JSONL instead: {{"text": "...", "label": "..."}} on each line'
+        ) from None
     return tuple(examples)
 
 

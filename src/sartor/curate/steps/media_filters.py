@@ -104,7 +104,10 @@ class Audio:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_seconds <= self.max_seconds:
-            raise ConfigError(f"min_seconds {self.min_seconds:g} is above max_seconds {self.max_seconds:g}", "swap them")
+            raise ConfigError(
+                f"min_seconds {self.min_seconds:g} is above max_seconds {self.max_seconds:g}",
+                f"min_seconds: {max(0.0, self.max_seconds):g}, max_seconds: {max(0.0, self.min_seconds):g}",
+            )
         if not self.silence_db < 0:
             raise ConfigError(f"silence_db is {self.silence_db:g}; full scale is 0, so it must be below", "silence_db: -60")
         if self.max_clipped < 0 or self.max_clipped > 1:

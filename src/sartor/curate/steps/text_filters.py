@@ -234,7 +234,10 @@ class Length:
 
     def __post_init__(self) -> None:
         if self.min_words > self.max_words:
-            raise ConfigError(f"min_words {self.min_words} is above max_words {self.max_words}", "swap them")
+            raise ConfigError(
+                f"min_words {self.min_words} is above max_words {self.max_words}",
+                f"min_words: {self.max_words}, max_words: {self.min_words}",
+            )
 
     def open(self, folder: Path) -> RowFunction:
         """See RowStep."""

@@ -224,9 +224,9 @@ class AdapterTuner:
         def check(path: Path) -> None:
             stored_ids = {row.id for row in self.diary.rows()}
             if not {row.example_id for row in material.train} <= stored_ids:
-                raise StoreError("rows that it was tuned on were forgotten meanwhile", "adapt again")
+                raise StoreError("rows that it was tuned on were forgotten meanwhile", f"sartor edge tune {self.settings.name}")
             if digest_of(shipped(self.store, self.settings.name)) != digest_of(release):
-                raise StoreError("another release was shipped meanwhile", "adapt again")
+                raise StoreError("another release was shipped meanwhile", f"sartor edge tune {self.settings.name}")
 
         return self.locals.put(files, fields, check)
 

@@ -35,6 +35,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sartor.core import records
 from sartor.core.errors import BudgetError, BusyError, ConfigError, MissingError, SourceError, StoreError
 from sartor.core.filesystem import DISK_FULL, FileSystem, PrivateFileSystem
+from sartor.core.installation import upgrade_command
 from sartor.core.records import Example
 from sartor.edge.owner.row_keys import KEY_BYTES, NONCE_BYTES, KeySource, unwrap, wrap
 from sartor.personalization.user_rows import UserRow, example_of, now
@@ -80,7 +81,10 @@ class _StoreState:
         try:
             plaintext = records.canonical(row.as_json())
         except UnicodeEncodeError:
-            raise SourceError("the row holds half of a surrogate pair, which no file can", "leave the character out") from None
+            raise SourceError(
+                "the row holds half of a surrogate pair, which no file can",
+                r"delete the lone \ud800 to \udfff from the line of the JSONL file, then sartor edge add NAME ROWS",
+            ) from None
         plaintext += b" " * (-len(plaintext) % PAD_BYTES)
         nonce = os.urandom(NONCE_BYTES)
         sealed = ChaCha20Poly1305(self.secret[:KEY_BYTES]).encrypt(nonce, plaintext, self._associated_data(row.id, index))
@@ -214,7 +218,8 @@ class EncryptedRowStore:
         if tail := state.lines[broken:]:
             if not _may_be_torn(tail):
                 raise StoreError(
-                    f"row {broken + 1} of {self._file} was changed, moved or brought from elsewhere", "restore it from a copy"
+                    f"row {broken + 1} of {self._file} was changed, moved or brought from elsewhere",
+                    f"cp BACKUP/{self._file.name} {self._file}",
                 )
             state.is_torn = True
             del state.lines[broken:]
@@ -232,9 +237,11 @@ class EncryptedRowStore:
         except (ValueError, KeyError, TypeError, RecursionError):
             is_ours = False
         if not is_ours:
-            raise StoreError(f"{self._file} is no diary, or its first line was changed", "restore it from a copy")
+            raise StoreError(
+                f"{self._file} is no diary, or its first line was changed", f"cp BACKUP/{self._file.name} {self._file}"
+            )
         if fields.get("schema") != SCHEMA:
-            raise StoreError(f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", "a newer Sartor")
+            raise StoreError(f"{self._file} has schema {fields.get('schema')!r}; this reads {SCHEMA}", upgrade_command())
         secret = unwrap(fields, self._source)
         # what a killed process renamed is seen and not yet durable: the key of the file before must not go first
         self._disk.sync_folder(self.folder)
@@ -244,7 +251,10 @@ class EncryptedRowStore:
 
     def _check_size(self, state: _StoreState, line: bytes) -> None:
         if len(line) > ROW_BYTES:
-            raise BudgetError(f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}", "a shorter row")
+            raise BudgetError(
+                f"the row takes {len(line):,} bytes; a row may take {ROW_BYTES:,}",
+                "cut the row into several lines of the JSONL file, then sartor edge add NAME ROWS",
+            )
         if state.size + len(line) + 1 > self.limit_bytes:
             raise BudgetError(
                 f"{self._file} holds {len(state.lines):,} rows in {state.size:,} bytes; it may take {self.limit_bytes:,}",
@@ -265,9 +275,13 @@ class EncryptedRowStore:
             except OSError as error:
                 if error.errno in DISK_FULL:
                     raise MissingError(
-                        f"the disk is full: {subject} could not be written", f"free some of {self.folder}"
+                        f"the disk is full: {subject} could not be written",
+                        f"df -h {self.folder} shows the full disk: remove something there",
                     ) from error
-                raise MissingError(f"{self._file} could not be used: {error.strerror or error}", "see to its disk") from error
+                raise MissingError(
+                    f"{self._file} could not be used: {error.strerror or error}",
+                    f"ls -ld {self.folder}; df -h {self.folder}; then the same command again",
+                ) from error
 
     def _make_folder(self) -> None:
         missing = [path for path in (self.folder, *self.folder.parents) if self._disk.stat(path) is None]

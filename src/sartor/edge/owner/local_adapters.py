@@ -53,7 +53,10 @@ def shipped(store: Path, name: str) -> Installed:
     """The release that a device was given. Raises StoreError if there is none."""
     result = installed(store, name)
     if result is None:
-        raise StoreError(f"the store {store} holds no release {name}", "sync it first")
+        raise StoreError(
+            f"the store {store} holds no release {name}",
+            f"sartor edge sync URL {name} --device ID --root 1.root.json --store {store}",
+        )
     return result
 
 
@@ -108,7 +111,10 @@ class LocalAdapterStore:
         with self._open() as store:
             undone, previous = _adapter_of(store.current(self.name)), _adapter_of(store.previous(self.name))
             if undone is None or undone.is_blank:
-                raise StoreError(f"there is no delta of {self.name} to undo", "the shipped release works alone")
+                raise StoreError(
+                    f"there is no delta of {self.name} to undo",
+                    f"sartor edge ask {self.name.removesuffix('.local')} PROMPT --store {self.store}, without --person",
+                )
             if previous:
                 store.rollback(self.name, reason)
             else:
@@ -175,5 +181,8 @@ def _adapter_of(release: Installed | None) -> LocalAdapter | None:
         if fields["schema"] != SCHEMA or fields["kind"] != "local":
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise StoreError(f"{release.path / MANIFEST} is not whole, or of another schema", "verify the store") from None
+        raise StoreError(
+            f"{release.path / MANIFEST} is not whole, or of another schema",
+            "sartor edge verify --store STORE, then sartor edge tune NAME --again",
+        ) from None
     return LocalAdapter(release.version, release.path, fields)

@@ -108,7 +108,7 @@ class OwnerModel:
         unless `again`, or until there are others. Raises BusyError where the device may not tune now, or does so already.
         """
         if reason := self._may_run():
-            raise BusyError(f"the device may not tune now: {reason}", "adapt again later", retry_after_s=600)
+            raise BusyError(f"the device may not tune now: {reason}", "sartor edge tune NAME, later", retry_after_s=600)
         with self._exclusive("adapting"), private_tuning.memory_folder(self.folder) as memory_folder:
             return self._adapting.adapt(memory_folder, again)
 
@@ -141,7 +141,10 @@ class OwnerModel:
         """
         wanted_ids = set(ids)
         if not (wanted_ids or since or before or containing):
-            raise ConfigError("nothing says which rows are to be forgotten", "ids, since, before or containing")
+            raise ConfigError(
+                "nothing says which rows are to be forgotten",
+                "sartor edge forget NAME ID..., or with --since DATE, --before DATE or --containing TEXT",
+            )
         with self._exclusive("forgetting"):
             matched_ids = tuple(
                 row.id
@@ -232,7 +235,8 @@ class OwnerModel:
         except OSError as error:
             reason = "the disk is full" if error.errno in DISK_FULL else error.strerror or str(error)
             raise MissingError(
-                f"{self.folder} could not be written: {reason}", "see to its disk; then the same call"
+                f"{self.folder} could not be written: {reason}",
+                f"ls -ld {self.folder}; df -h {self.folder}; then the same command again",
             ) from error
 
 

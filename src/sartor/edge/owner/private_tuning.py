@@ -42,7 +42,9 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
     """A folder in memory for this user alone, one per `owner`; what was left in it is removed first. See the module."""
     root_folder = next((root for root in (_roots() if roots is None else roots) if _is_in_memory(root)), None)
     if root_folder is None:
-        raise MissingError("there is no folder in memory for what may not lie on the disk", "mount a tmpfs at /dev/shm")
+        raise MissingError(
+            "there is no folder in memory for what may not lie on the disk", "sudo mount -t tmpfs tmpfs /dev/shm"
+        )
     folder = root_folder / f"sartor-{os.getuid()}-{hashlib.sha256(str(owner).encode()).hexdigest()[:16]}"
     try:
         if folder.is_symlink() or folder.exists():
@@ -52,7 +54,9 @@ def memory_folder(owner: Path, roots: Sequence[Path] | None = None) -> Iterator[
             shutil.rmtree(folder)
         folder.mkdir(mode=0o700)
     except OSError as error:
-        raise MissingError(f"{folder} could not be made: {error.strerror}", f"see to {root_folder}") from error
+        raise MissingError(
+            f"{folder} could not be made: {error.strerror}", f"ls -ld {root_folder}; df -h {root_folder}"
+        ) from error
     try:
         yield folder
     finally:
@@ -88,11 +92,19 @@ def tune_in_process(limits: ResourceLimits, stop: Callable[[], bool] = lambda: F
         job.write(file)
         usage = run([sys.executable, "-m", "sartor.edge.tuning.tuner_process", str(file)], limits, stop=stop)
         if usage.killed == "stopped":
-            raise BusyError("the tuning was stopped; what it has is saved", "adapt again, it goes on", retry_after_s=600)
+            raise BusyError(
+                "the tuning was stopped; what it has is saved", "sartor edge tune NAME goes on where it was", retry_after_s=600
+            )
         if usage.killed:
-            raise BudgetError(f"the tuning met its limit of {usage.killed}: {usage}", "a larger limit, or a smaller recipe")
+            raise BudgetError(
+                f"the tuning met its limit of {usage.killed}: {usage}",
+                "a larger --memory-bytes, --wall-s or --cpu-s, or fewer --epochs",
+            )
         if usage.exit_code:
-            raise ModelError(f"the tuning ended with exit code {usage.exit_code}", "the line above says why")
+            raise ModelError(
+                f"the tuning ended with exit code {usage.exit_code}",
+                "read the tuner's last line above; then sartor edge tune NAME goes on where it was",
+            )
         return {"used": asdict(usage), **json.loads((Path(job.out) / "run.json").read_text(encoding="utf-8"))}
 
     return tune

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sartor.core import records
 from sartor.core.errors import ConfigError, ExtraError, KeyRefusedError, MissingError, StoreError
 from sartor.core.filesystem import FileSystem, PrivateFileSystem
+from sartor.core.installation import pip_command
 
 KEY_BYTES, NONCE_BYTES = 32, 12
 # N = 2**15, r = 8, p = 3: 32 MiB, the smaller of the settings that OWASP's Password Storage Cheat Sheet holds equal
@@ -68,10 +69,11 @@ def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
     aad = {name: value for name, value in header.items() if name != "wrapped"}
     fields = aad.get("source")
     if not isinstance(fields, dict) or not isinstance(header.get("wrapped"), str):
-        raise StoreError("the header of the rows is not whole", "restore the file from a copy")
+        raise StoreError("the header of the rows is not whole", "cp BACKUP/diary to the person's directory")
     if fields.get("kind") != source.kind:
         raise KeyRefusedError(
-            f"the rows are under a key of the kind {fields.get('kind')!r:.40}, not {source.kind!r}", "give the key of that kind"
+            f"the rows are under a key of the kind {fields.get('kind')!r:.40}, not {source.kind!r}",
+            f"--row-key of the kind {fields.get('kind')!r:.40}: FILE, keyring or passphrase",
         )
     key = source.find(fields)
     try:
@@ -80,7 +82,7 @@ def unwrap(header: Mapping[str, Any], source: KeySource) -> bytes:
     except (InvalidTag, ValueError):
         raise KeyRefusedError(
             f"the {source.kind} does not open the rows: it is another one, or the header of the rows was changed",
-            "give the one that they were written with",
+            "--row-key with the one that sartor edge add had",
         ) from None
 
 
@@ -119,7 +121,7 @@ def _find_key(keys: Mapping[str, bytes], fields: Mapping[str, Any], location: st
     name = fields.get("key")
     if not isinstance(name, str) or name not in keys:
         raise KeyRefusedError(
-            f"{location} does not hold the key {name!r:.40} of these rows", "give the key that they were written with"
+            f"{location} does not hold the key {name!r:.40} of these rows", "--row-key with the one that sartor edge add had"
         )
     return keys[name]
 
@@ -144,7 +146,9 @@ class FileKey:
     def find(self, fields: Mapping[str, Any]) -> bytes:
         """See Source."""
         if self.disk.stat(self.path) is None:
-            raise KeyRefusedError(f"there is no key at {self.path}", "restore it from a copy; without it the rows are lost")
+            raise KeyRefusedError(
+                f"there is no key at {self.path}", f"cp BACKUP/{self.path.name} {self.path}; without a copy the rows are lost"
+            )
         return _find_key(self._load_keys(), fields, str(self.path))
 
     def settle(self, fields: Mapping[str, Any]) -> None:
@@ -179,7 +183,10 @@ class FileKey:
             self.disk.remove_leftovers(self.path)  # a killed writer's holds keys that were to go
             self.disk.replace(self.path, _dump(keys).encode())
         except OSError as error:
-            raise MissingError(f"the key {self.path} could not be written: {error.strerror}", "see to its disk") from error
+            raise MissingError(
+                f"the key {self.path} could not be written: {error.strerror}",
+                f"ls -ld {self.path.parent}; df -h {self.path.parent}; then the same command again",
+            ) from error
 
 
 @dataclass
@@ -223,7 +230,8 @@ class Keyring:
             package = importlib.import_module("keyring")
         except ImportError:
             raise ExtraError(
-                "this needs the Python package 'keyring', which is not installed", "pip install keyring, or a file: FileKey"
+                "this needs the Python package 'keyring', which is not installed",
+                f"{pip_command()} install keyring, or a file: FileKey",
             ) from None
         try:
             return getattr(package, call)(*arguments)
@@ -261,7 +269,7 @@ class Passphrase:
             return hashlib.scrypt(self.text.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * _MOST_SCRYPT_BYTES, dklen=KEY_BYTES)
         except (KeyError, ValueError, TypeError, OverflowError):
             raise StoreError(
-                "the header of the rows asks for a scrypt that cannot be", "restore the file from a copy"
+                "the header of the rows asks for a scrypt that cannot be", "cp BACKUP/diary to the person's directory"
             ) from None
 
     def settle(self, fields: Mapping[str, Any]) -> None:

@@ -53,7 +53,10 @@ def open_runtime(release: Path, base: str = "", delta: Path | None = None) -> It
         raise ModelError(f"no runtime of a device takes the form {artifact.manifest.get('form')!r}", "sartor export --to gguf")
     if delta:
         if artifact.kind != "release":
-            raise ModelError(f"{label_of(artifact)} is an export, which takes no person's delta", "publish the Release itself")
+            raise ModelError(
+                f"{label_of(artifact)} is an export, which takes no person's delta",
+                "sartor edge publish RELEASE REPOSITORY, with the Release and no export of it",
+            )
         artifact = replace(artifact, path=delta)
     runtime: Runtime = getattr(import_module(module), kind)(artifact, base)
     try:
@@ -80,7 +83,7 @@ def label_of(release: Artifact) -> str:
 
 
 _ANSWERS, _LOG = "answers.json", "log"
-_REMEDY = "publish a version that passes"
+_REMEDY = "sartor edge publish RELEASE REPOSITORY, with a version that passes"
 
 
 def ask_in_process(

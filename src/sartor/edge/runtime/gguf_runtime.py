@@ -87,7 +87,7 @@ def _files(export: Artifact, base: str) -> tuple[Path, list[Path]]:
         raise ModelError(
             f"the adapter is of the base {base_fields['digest'][:12]} ({base_fields['name']!r}); "
             f"{base_ref.name!r} is {base_ref.short_digest}",
-            "give the GGUF file of the base that it was tuned on",
+            "--base FILE.gguf, of the base that it was tuned on",
         )
     if base_ref.gguf is None and base_ref.name != model_refs.STARTER:
         raise ModelError(f"the base {base_ref.name!r} is no GGUF file", "give one with --base, or export with a merged file")

@@ -99,7 +99,7 @@ class Blobs:
             self.discard(digest)
             raise StoreError(
                 f"what was fetched as {digest[:16]} has the sha256 {actual_digest[:16]}; it was removed",
-                "fetch it again; if it happens again, from another mirror",
+                "sartor edge sync URL NAME --device ID --root 1.root.json, again; then with another mirror's URL",
             )
         self._disk.rename(partial_file, self.path(digest))
         self._disk.sync_folder(self.folder)
@@ -112,7 +112,9 @@ class Blobs:
     def open(self, digest: str) -> BinaryIO:
         """A whole blob to read from. Raises StoreError if there is none."""
         if not self.has(digest):
-            raise StoreError(f"the store holds no blob {digest[:16]}", "fetch it")
+            raise StoreError(
+                f"the store holds no blob {digest[:16]}", "sartor edge sync URL NAME --device ID --root 1.root.json"
+            )
         return self._disk.open(self.path(digest))
 
     def mend(self, digest: str, source: Path) -> None:
@@ -243,7 +245,10 @@ class VersionDirectories:
         self._disk.copy(source, target)
         if not self._disk.is_whole(target, digest):
             # A blob that rotted since it was checked must not get a second, newer copy.
-            raise StoreError(f"the blob {digest[:16]} is damaged", "verify the store, then fetch the blob again")
+            raise StoreError(
+                f"the blob {digest[:16]} is damaged",
+                "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
+            )
 
 
 def check_files(files: object) -> None:

@@ -110,7 +110,7 @@ class ReleaseStore:
             if error.errno not in DISK_FULL:
                 raise MissingError(
                     f"{subject} could not be written to {self.folder}: {error.strerror or error}",
-                    "see to the disk and its rights",
+                    f"ls -ld {self.folder}; df -h {self.folder}; then the same command again",
                 ) from error
             self._try_to_sweep()
             raise MissingError(
@@ -236,7 +236,10 @@ class ReleaseStore:
             )
         stored = pointer.find(version)
         if stored and stored is not pointer.staged and stored.files != dict(files):
-            raise StoreError(f"{pointer.name} {version} is installed with other files", "publish them as another version")
+            raise StoreError(
+                f"{pointer.name} {version} is installed with other files",
+                f"sartor release ADAPTER --name {pointer.name} --version NEW --key KEYS, and publish that",
+            )
         return StoredVersion(version, dict(files))
 
     def activate(self, name: str, version: str, healthy: Callable[[Path], None], *, starts: int = 0) -> None:
@@ -251,9 +254,15 @@ class ReleaseStore:
         version_pointers.check(pointer, version)
         stored = pointer.find(version)
         if stored is None:
-            raise StoreError(f"{name} {version} is not in the store", "stage it first")
+            raise StoreError(
+                f"{name} {version} is not in the store",
+                f"sartor edge sync URL {name} --device ID --root 1.root.json --store {self.folder}",
+            )
         if broken := self._trees.broken(name, stored):
-            raise StoreError(f"{name} {version} is damaged: {broken[0][0]}", "verify the store, sync, and stage it again")
+            raise StoreError(
+                f"{name} {version} is damaged: {broken[0][0]}",
+                f"sartor edge verify --store {self.folder}, then sartor edge sync URL {name} --device ID --root 1.root.json",
+            )
         try:
             healthy(self._trees.path(name, version))
         except Exception as error:
@@ -262,7 +271,11 @@ class ReleaseStore:
                 with self._writing(f"{name} {version}"):
                     self._pointers.write(version_pointers.refused(pointer, version, reason))
             stays = f"{pointer.current.version} stays current" if pointer.current else "nothing is current"
-            raise HealthError(f"{name} {version} is not healthy: {reason}; {stays}", "publish a version that passes") from error
+            raise HealthError(
+                f"{name} {version} is not healthy: {reason}; {stays}",
+                f"publish a version that passes; sartor edge sync URL {name} --device ID --root 1.root.json "
+                "--again tries this one once more",
+            ) from error
         if stored is pointer.current:
             return
         with self._writing(f"{name} {version}"):
@@ -304,13 +317,18 @@ class ReleaseStore:
         """
         pointer = self._read(name)
         if pointer.current is None or pointer.previous is None:
-            raise StoreError(f"{name} has no previous version to go back to", "publish a version that works, and sync")
+            raise StoreError(
+                f"{name} has no previous version to go back to",
+                "sartor edge sync URL NAME --device ID --root 1.root.json, once a version that works is published",
+            )
         failed, previous = pointer.current, pointer.previous
         with self._writing(f"{name} {previous.version}"):
             self._trees.mend(name, previous, failed)
             if broken := self._trees.broken(name, previous):
                 raise StoreError(
-                    f"{name} {previous.version}, the previous version, is damaged: {broken[0][0]}", "verify, and sync"
+                    f"{name} {previous.version}, the previous version, is damaged: {broken[0][0]}",
+                    f"sartor edge verify --store {self.folder}, then sartor edge sync URL {name} --device ID "
+                    "--root 1.root.json",
                 )
             self._pointers.write(version_pointers.rolled_back(pointer, reason))
         current = self.current(name)

@@ -67,7 +67,7 @@ class DiskQuota:
             return BudgetError(
                 f"{subject} needs {needed_bytes:,} bytes beside the {remaining_bytes:,} that stay; the store "
                 f"may take {self.limit_bytes:,}",
-                f"raise limit_bytes by {excess:,} to {self.limit_bytes + excess:,}, or publish a smaller release",
+                f"--limit-bytes {self.limit_bytes + excess}, {excess:,} more; or publish a smaller release",
             )
         free = self._disk.free_bytes(self._folder) + freed_bytes
         return MissingError(

@@ -30,6 +30,7 @@ from sartor.core import records
 from sartor.core.artifacts import manifest_id
 from sartor.core.errors import HealthError, StoreError
 from sartor.core.filesystem import FileSystem
+from sartor.core.installation import upgrade_command
 from sartor.edge.health_reason import HealthReason
 
 SCHEMA = 2  # 1 knew no trial
@@ -185,7 +186,7 @@ def parse(content: bytes, name: str) -> Pointer | None:
     if fields["schema"] not in (SCHEMA - 1, SCHEMA):
         raise StoreError(
             f"the pointer of {name} has schema {fields['schema']}; this version of Sartor reads {SCHEMA - 1} and {SCHEMA}",
-            "open the store with the version of Sartor that wrote it",
+            upgrade_command(),
         )
     current, previous, staged = (_parse_version(fields[key]) for key in ("current", "previous", "staged"))
     trial = fields.get("trial")

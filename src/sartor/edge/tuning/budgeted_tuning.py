@@ -396,7 +396,7 @@ def _error(stderr_file: Path, usage: ResourceUsage) -> SartorError:
     try:
         fields = json.loads(lines[-1])["error"]
         kind = getattr(errors, fields["kind"], SartorError)
-        return kind(fields["problem"], fields["remedy"]) if issubclass(kind, SartorError) else SartorError("", "")
+        return (kind if issubclass(kind, SartorError) else SartorError)(fields["problem"], fields["remedy"])
     except (IndexError, ValueError, KeyError, TypeError):
         last = lines[-1] if lines else "it said nothing"
-        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"look into {stderr_file}")
+        return ArtifactError(f"the tuner ended with {usage.exit_code}: {last}", f"tail {stderr_file} shows what it said before")

@@ -95,7 +95,9 @@ class DeviceRun(TrainingRun):
         if set(factors) != {*self.named, *frozen} or any(
             factors[name].shape != tensor.shape for name, tensor in frozen.items()
         ):
-            raise ArtifactError(f"the factors in {source} do not fit this adapter", "start over in another directory")
+            raise ArtifactError(
+                f"the factors in {source} do not fit this adapter", f"rm -r {source}, then the same command again"
+            )
         with torch.no_grad():
             for name, tensor in frozen.items():
                 tensor.copy_(factors[name])

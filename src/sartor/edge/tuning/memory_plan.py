@@ -34,6 +34,7 @@ from sartor.core import config
 from sartor.core.errors import ArtifactError, BudgetError, MissingError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
+from sartor.core.installation import install_command
 from sartor.edge.tuning.peak_memory import DeviceLoad, DeviceModelShape, MemoryMode, peak, shape_of, state_bytes, total
 from sartor.edge.tuning.tuning_job import TuningJob
 from sartor.tune.recipe import ResolvedRecipe
@@ -87,7 +88,7 @@ def _measure_baseline() -> dict[str, Any]:
         completed = subprocess.run(command, capture_output=True, text=True, check=False)
     if completed.returncode:
         problem = f"the tuner does not run on this machine: {completed.stderr.strip().splitlines()[-1:]}"
-        raise MissingError(problem, "pip install 'sartor[edge]'")
+        raise MissingError(problem, install_command("edge"))
     result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 
@@ -160,7 +161,9 @@ def rows_of(file: Path) -> TokenFileStats:
             lengths, learnt = tokens_file.get_tensor("lengths").tolist(), tokens_file.get_tensor("learnt")
             count = int(tokens_file.get_tensor("train")[0])
     except Exception as error:  # safetensors' own errors have no common base but Exception
-        raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
+        raise ArtifactError(
+            f"{file} is not whole: {error}", f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows"
+        ) from None
     densest, low = 0.0, 0
     for length in lengths[:count]:
         densest, low = max(densest, float(learnt[low : low + length].sum()) / length), low + length

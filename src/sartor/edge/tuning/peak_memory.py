@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ModelError
+from sartor.core.remedies import restore_command
 from sartor.tune.recipe import ResolvedRecipe
 
 FLOAT_BYTES = 4
@@ -113,7 +114,7 @@ def shape_of(base: Path, recipe: ResolvedRecipe) -> DeviceModelShape:
             base_bytes=sum(file.stat().st_size for file in base.glob("*.safetensors")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{base / 'config.json'} is not whole: {error!r}", "restore it from a copy") from None
+        raise ModelError(f"{base / 'config.json'} is not whole: {error!r}", restore_command(base / "config.json")) from None
 
 
 def peak(shape: DeviceModelShape, load: DeviceLoad, mode: MemoryMode, floor_bytes: int) -> dict[str, int]:

@@ -70,9 +70,14 @@ def read_tokens(file: Path) -> TokenizedDataset:
             metadata = tokens_file.metadata() or {}
             tensors = {name: tokens_file.get_tensor(name) for name in ("ids", "learnt", "lengths", "weights", "train")}
     except Exception as error:  # safetensors' own errors have no common base but Exception
-        raise ArtifactError(f"{file} is not whole: {error}", "make it again from the rows") from None
+        raise ArtifactError(
+            f"{file} is not whole: {error}", f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows"
+        ) from None
     if metadata.get("schema") != SCHEMA:
-        raise ArtifactError(f"{file} is of schema {metadata.get('schema')!r}; this Sartor reads {SCHEMA}", "make it again")
+        raise ArtifactError(
+            f"{file} is of schema {metadata.get('schema')!r}; this Sartor reads {SCHEMA}",
+            f"rm {file}, then sartor edge tune NAME: it writes it anew from the rows",
+        )
     all_rows, count = list(_rows(tensors, metadata["example_ids"].split("\n"))), int(tensors["train"][0])
     return TokenizedDataset(all_rows[:count], all_rows[count:], lengths=[len(row.ids) for row in all_rows])
 
@@ -173,11 +178,15 @@ def load_factors(model: MappedLlama, folder: Path) -> None:
     try:
         stored = load_file(str(folder / "adapter_model.safetensors"))
     except Exception as error:  # safetensors' own errors have no common base but Exception
-        raise ModelError(f"the adapter {folder} is not whole: {error}", "sync it again") from None
+        raise ModelError(
+            f"the adapter {folder} is not whole: {error}",
+            "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
+        ) from None
     shapes = {name: factor.shape for name, factor in model.factors().items()}
     if {name: factor.shape for name, factor in stored.items()} != shapes:
         raise ModelError(
-            f"the adapter {folder} has other factors than its recipe says", "its rank, targets, layers; or sync again"
+            f"the adapter {folder} has other factors than its recipe says",
+            "sartor edge verify --store STORE, then sartor edge sync URL NAME --device ID --root 1.root.json",
         )
     with torch.no_grad():
         for name, factor in model.factors().items():
@@ -220,7 +229,10 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         return _report_error(
-            BudgetError(f"memory failed: {str(error).splitlines()[0]}", "a smaller micro-batch, rank or fewer layers")
+            BudgetError(
+                f"memory failed: {str(error).splitlines()[0]}",
+                "a larger --memory-bytes of sartor edge tune, or another machine",
+            )
         )
     return 0
 

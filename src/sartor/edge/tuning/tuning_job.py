@@ -66,4 +66,4 @@ def read_job(file: Path) -> TuningJob:
         fields = json.loads(file.read_text(encoding="utf-8"))
         return TuningJob(**{**fields, "share": Share(**fields.get("share", {}))})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is no job: {error}", "write it with Job.write") from None
+        raise ConfigError(f"{file} is no job: {error}", f"TuningJob(...).write({str(file)!r})") from None

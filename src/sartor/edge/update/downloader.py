@@ -98,7 +98,9 @@ class Fetcher:
             if done() < length:
                 self._until_done(url, length, exact=True, done=done, take=take)
         except AbsentError as error:
-            raise MissingError(f"{url} is not there ({error})", "try again later, or another mirror") from None
+            raise MissingError(
+                f"{url} is not there ({error})", f"curl -I {url}; the same command again later, or with another mirror's URL"
+            ) from None
 
     def post(self, url: str, body: bytes) -> None:
         """Send a few bytes, once. Raises MissingError unless they are taken (a 2xx), ConfigError for what is no address."""
@@ -115,7 +117,9 @@ class Fetcher:
         except TransientDownloadError as error:
             raise MissingError(f"{url}: {error}", "try again later: the next sync says it again") from None
         if not 200 <= status < 300:
-            raise MissingError(f"{url} does not take it: HTTP {status}", "see what listens there") from None
+            raise MissingError(
+                f"{url} does not take it: HTTP {status}", f"curl -i {url} shows what answers; --report takes a folder, too"
+            ) from None
 
     def _until_done(self, url: str, length: int, *, exact: bool, done: Callable[[], int], take: Sink) -> None:
         failures = 0
@@ -203,7 +207,10 @@ class Fetcher:
                 return
             finally:
                 connection.close()
-        raise ArtifactError(f"{url} is the end of more than {self.limits.redirects} redirects", "give the final address")
+        raise ArtifactError(
+            f"{url} is the end of more than {self.limits.redirects} redirects",
+            f"curl -sIL {url} shows the final address: give that one",
+        )
 
 
 @contextmanager
@@ -279,7 +286,7 @@ def _next(url: str, location: str) -> str:
     old, new = urllib.parse.urlsplit(url), urllib.parse.urlsplit(target)
     safe = (new.scheme == old.scheme or new.scheme == "https") and new.hostname == old.hostname
     if not location or not safe:
-        raise ArtifactError(f"{url} redirects to {location[:200]!r}", "give the final address as the repository's")
+        raise ArtifactError(f"{url} redirects to {location[:200]!r}", f"curl -sIL {url} shows the final address: give that one")
     return target
 
 
@@ -288,7 +295,10 @@ def _body(url: str, response: http.client.HTTPResponse, offset: int, length: int
     if status in (403, 404, 410):
         raise AbsentError(f"HTTP {status}")
     if status == 416:
-        raise ArtifactError(f"{url} has no bytes after {offset:,}; {length:,} are signed", "try another mirror")
+        raise ArtifactError(
+            f"{url} has no bytes after {offset:,}; {length:,} are signed",
+            "sartor edge sync OTHER_URL NAME --device ID --root 1.root.json, with another mirror",
+        )
     if status not in (200, 206):
         raise TransientDownloadError(f"HTTP {status}")
     if (encoding := response.getheader("Content-Encoding", "identity").strip().lower()) not in ("", "identity"):
@@ -310,7 +320,8 @@ def _start(url: str, response: http.client.HTTPResponse, offset: int, length: in
     if not is_expected or not offset:
         expected = f"bytes {offset}-{length - 1}/{length}"
         raise ArtifactError(
-            f"{url} answers with the range {content_range[:80]!r}; asked was {expected!r}", "try another mirror"
+            f"{url} answers with the range {content_range[:80]!r}; asked was {expected!r}",
+            "sartor edge sync OTHER_URL NAME --device ID --root 1.root.json, with another mirror",
         )
     return offset
 

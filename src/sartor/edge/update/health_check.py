@@ -98,7 +98,9 @@ class Health:
         result = self.check(release)
         self.results.append(result)
         if not result.passed:
-            raise HealthError("; ".join(result.reasons), "publish a version that passes, or mend the prompts")
+            raise HealthError(
+                "; ".join(result.reasons), "publish a version that passes, or sartor edge sync ... --health with other prompts"
+            )
 
     def check(self, release: Path) -> Result:
         """What is wrong with a version. Raises MissingError, BudgetError where the check itself cannot be made."""
@@ -172,7 +174,9 @@ def read_prompts(file: Path) -> tuple[HealthPrompt, ...]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}", "a JSONL file of prompts") from None
+        raise ConfigError(
+            f"{file} cannot be read: {error}", f'ls -l {file}; a line is {{"prompt": "...", "expected": {{"contains": "..."}}}}'
+        ) from None
     result = tuple(_prompt(file, index, line) for index, line in enumerate(lines, 1) if line.strip())
     if not result:
         raise ConfigError(f"{file} holds no prompt", '{"prompt": "...", "expected": {"contains": "..."}}')

@@ -76,7 +76,10 @@ def publish(
         documents = _open_or_new(repository, keys, expiry)
         path = words.target_path(name, version)
         if path in documents.targets.signed.targets:
-            raise ConfigError(f"{repository} has {name} {version} already", "release it under another version")
+            raise ConfigError(
+                f"{repository} has {name} {version} already",
+                f"sartor release ADAPTER --name {name} --version NEW --key KEYS, then sartor edge publish",
+            )
         offers = offers_of(documents, name)
         files = _add_files(repository, checked)
         earlier = [(offer.version, _content(documents, repository, name, offer)) for offer in offers]
@@ -138,7 +141,10 @@ def widen(repository: Path, keys: Path, name: str, version: str, percent: int, *
     def change(offer: Offer) -> Offer:
         if offer.halted or percent < offer.percent:
             state = "is halted" if offer.halted else f"is offered to {offer.percent} % already"
-            raise ConfigError(f"{name} {version} {state}", "publish the mended release as another version, or halt this one")
+            raise ConfigError(
+                f"{name} {version} {state}",
+                f"sartor edge halt {repository} {name} {version}; or publish the release under another version",
+            )
         if percent == offer.percent:
             return offer
         return replace(offer, percent=percent, previous_percent=offer.percent)
@@ -189,7 +195,7 @@ def _open_or_new(repository: Path, keys: Path, expiry: Expiry) -> Documents:
     if (metadata / "timestamp.json").is_file():
         return Documents.open(metadata)
     if any(path.name != "metadata" for path in repository.glob("[!.]*")) and not (metadata / "1.root.json").is_file():
-        raise ConfigError(f"{repository} holds something else", "give an empty or a new directory")
+        raise ConfigError(f"{repository} holds something else", "sartor edge publish RELEASE NEW_DIRECTORY")
     return Documents.new(metadata, keys, expiry)
 
 
@@ -202,7 +208,10 @@ def _add_files(repository: Path, checked: Verified) -> dict[str, Blob]:
     for name in names:
         digest = file_digest(root / name)
         if name in manifest["files"] and digest != manifest["files"][name]["sha256"]:
-            raise ArtifactError(f"{root / name} was changed while it was published", "make the release again")
+            raise ArtifactError(
+                f"{root / name} was changed while it was published",
+                f"sartor verify {root}; if it is whole, sartor edge publish {root} {repository}",
+            )
         _add_blob(repository, root / name, digest)
         files[name] = Blob(digest, (root / name).stat().st_size)
     return files
@@ -281,7 +290,10 @@ def _find(documents: Documents, name: str, version: str) -> Offer:
         if offer.version == version:
             return offer
     available = ", ".join(offer.version for offer in offers) or "none of that name"
-    raise ConfigError(f"the repository has no {name} {version}; it has {available}", "give one of these")
+    raise ConfigError(
+        f"the repository has no {name} {version}; it has {available}",
+        f"{name} {offers[-1].version} in its place" if offers else "sartor edge publish RELEASE REPOSITORY",
+    )
 
 
 def _sweep(repository: Path, documents: Documents) -> int:

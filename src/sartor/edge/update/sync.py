@@ -176,7 +176,10 @@ def sync(
     matching_offers = sorted((offer for offer_name, offer in offers if offer_name == name), key=lambda offer: -offer.order)
     if not matching_offers:
         names = ", ".join(sorted({offer_name for offer_name, _ in offers})) or "nothing"
-        raise MissingError(f"{url} offers no {name!r}; it has {names}", "check the name, or the address")
+        raise MissingError(
+            f"{url} offers no {name!r}; it has {names}",
+            f"sartor edge sync {url} NAME --device ID --root 1.root.json, with one of those names",
+        )
     _check_clock(matching_offers)
     current = store.current(name)
     old_version, ring = current.version if current else "", words.ring_of(device.id)
@@ -246,11 +249,17 @@ def _refresh_metadata(url: str, device: SyncClient, fetcher: Fetcher) -> tuple[l
                 "the publisher runs sartor edge refresh, or the mirror is stuck in the past; is the device's clock right?",
             ) from None
         except exceptions.RepositoryError as error:
-            raise SignatureError(f"what {url} serves is not as it was signed: {error}", "try another mirror") from None
+            raise SignatureError(
+                f"what {url} serves is not as it was signed: {error}",
+                "sartor edge sync OTHER_URL NAME --device ID --root 1.root.json, with another mirror",
+            ) from None
         except exceptions.DownloadLengthMismatchError as error:
             raise ArtifactError(str(error), "try another mirror: this one is broken or lies") from None
         except exceptions.DownloadError as error:
-            raise MissingError(f"{url} serves no update repository: {error}", "check the address") from None
+            raise MissingError(
+                f"{url} serves no update repository: {error}",
+                f"curl -I {url}/metadata/timestamp.json shows whether a repository is there",
+            ) from None
         targets: Metadata[Targets] = Metadata.from_file(str(Path(temp_folder) / "targets.json"))
     named_offers = (words.offer_of(path, target.custom) for path, target in targets.signed.targets.items())
     return [item for item in named_offers if item], targets
@@ -271,11 +280,16 @@ def _read_content(url: str, name: str, offer: Offer, targets: Metadata[Targets],
     target = targets.signed.targets[words.target_path(name, offer.version)]
     document = fetcher.small(f"{url}/targets/{target.get_prefixed_paths()[0]}", target.length)
     if document is None:
-        raise MissingError(f"{url} lacks {target.path}, which it lists", "try again later, or another mirror")
+        raise MissingError(
+            f"{url} lacks {target.path}, which it lists", "the same command again later, or with another mirror's URL"
+        )
     try:
         target.verify_length_and_hashes(document)
     except exceptions.LengthOrHashMismatchError as error:
-        raise SignatureError(f"{url} serves another {target.path} than was signed: {error}", "try another mirror") from None
+        raise SignatureError(
+            f"{url} serves another {target.path} than was signed: {error}",
+            f"sartor edge sync OTHER_URL {name} --device ID --root 1.root.json, with another mirror",
+        ) from None
     return words.read_version_metadata(document, name, offer.version)
 
 
@@ -284,7 +298,10 @@ def _check_clock(offers: list[Offer]) -> None:
     newest, now = max(offer.published for offer in offers), time.time()
     if now < newest - _CLOCK_S:
         date = time.strftime("%Y-%m-%d", time.gmtime(now))
-        raise SignatureError(f"the device's clock says {date}, before the newest publication", "set the clock")
+        raise SignatureError(
+            f"the device's clock says {date}, before the newest publication",
+            "sudo timedatectl set-ntp true, or sudo date -s YYYY-MM-DD",
+        )
 
 
 def _join_pieces(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -313,4 +330,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}", "give the repository's metadata/1.root.json") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", "--root 1.root.json, from the repository's folder metadata"
+        ) from None

@@ -192,7 +192,7 @@ def _read(kind: type[T], path: Path) -> Metadata[T]:
     try:
         result: Metadata[T] = Metadata.from_bytes(path.read_bytes())
     except (OSError, DeserializationError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}", "restore the repository's metadata from a copy") from None
+        raise ArtifactError(f"{path} cannot be read: {error}", f"cp BACKUP/{path.name} {path}") from None
     if not isinstance(result.signed, kind):
-        raise ArtifactError(f"{path} is no {kind.type}", "restore the repository's metadata from a copy")
+        raise ArtifactError(f"{path} is no {kind.type}", f"cp BACKUP/{path.name} {path}")
     return result

@@ -67,7 +67,8 @@ def _judged(attack: Literal["threshold", "calibrated"], members: np.ndarray, oth
     count, other_count = len(members), len(others)
     if min(count, other_count) < 2 or not (np.isfinite(members).all() and np.isfinite(others).all()):
         raise ConfigError(
-            f"{count} members and {other_count} others; finite losses of two rows a side are the least", "give more rows"
+            f"{count} members and {other_count} others; finite losses of two rows a side are the least",
+            "split: {eval_fraction: 0.2} in the curation recipe, so that two rows or more are held out",
         )
     auc, half_width = _auc(members, others)
     thresholds = np.sort(others)[::-1]  # at the k-th so many others lie above it; how many do in truth is Beta(k + 1, rest - k)

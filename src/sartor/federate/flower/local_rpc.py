@@ -189,7 +189,10 @@ def ask(path: Path, request: bytes, wait_s: float, limits: TransferLimits | None
             content = _receive(connection, limits.most_bytes, time.monotonic() + limits.transfer_s)
             return RpcResponse(_KINDS[kind], content)
         except (OSError, KeyError) as error:
-            raise RequestError(f"the answer at {path} did not come whole: {error!r:.80}", "ask again") from None
+            raise RequestError(
+                f"the answer at {path} did not come whole: {error!r:.80}",
+                "the same call again: a request that was answered is answered from the journal",
+            ) from None
 
 
 def _send(connection: socket.socket, pieces: tuple[bytes, ...], within_s: float) -> None:
@@ -202,7 +205,9 @@ def _send(connection: socket.socket, pieces: tuple[bytes, ...], within_s: float)
 def _receive(connection: socket.socket, most_bytes: int, deadline: float) -> bytes:
     (length,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size, deadline))
     if length > most_bytes:
-        raise RequestError(f"a message of {length:,} bytes; at most {most_bytes:,} pass", "raise Limits.most_bytes")
+        raise RequestError(
+            f"a message of {length:,} bytes; at most {most_bytes:,} pass", f"TransferLimits(most_bytes={length}) on both sides"
+        )
     return _receive_exactly(connection, length, deadline)
 
 
@@ -226,7 +231,10 @@ def _pieces(connection: socket.socket, count: int, deadline: float) -> Iterator[
 
 def _check_folder(path: Path) -> None:
     if len(os.fsencode(path)) > _MOST_PATH_BYTES:
-        raise ConfigError(f"{path} has more than {_MOST_PATH_BYTES} bytes, which no socket's path may", "a shorter path")
+        raise ConfigError(
+            f"{path} has more than {_MOST_PATH_BYTES} bytes, which no socket's path may",
+            f"--socket /run/sartor/{path.name}, or another path of at most {_MOST_PATH_BYTES} bytes",
+        )
     try:
         folder = path.parent.stat()
     except OSError as error:
@@ -241,7 +249,7 @@ def _check_folder(path: Path) -> None:
 
 def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
     if not _has_peers():
-        raise MissingError("this system does not say who connects to a socket", "run the trainer on Linux")
+        raise MissingError("this system does not say who connects to a socket", "run sartor federate client on Linux")
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous_umask = os.umask(0o177)  # nobody connects before the rights are what they shall be
@@ -253,7 +261,10 @@ def _listen(path: Path, group: int | None, backlog: int) -> socket.socket:
         listener.listen(backlog)
     except OSError as error:
         listener.close()
-        raise MissingError(f"{path} cannot be listened at: {error.strerror}", "see to its folder and group") from None
+        raise MissingError(
+            f"{path} cannot be listened at: {error.strerror}",
+            f"ls -ld {path.parent}; --socket in a folder of your own, --group with a group of yours",
+        ) from None
     finally:
         os.umask(previous_umask)
     return listener
@@ -267,7 +278,7 @@ def _clear(path: Path) -> None:
     """Take away the socket of one that was killed. Raises BusyError where somebody listens, ConfigError for another file."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} is there, and is no socket", "choose another path")
+            raise ConfigError(f"{path} is there, and is no socket", f"ls -l {path}; remove it, or --socket with another path")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

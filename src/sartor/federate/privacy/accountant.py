@@ -160,7 +160,9 @@ class Account:
                 raise ValueError("another schema or kind")
             budget, spent = PrivacyBudget(**fields["budget"]), [Spending(**item) for item in fields["spent"]]
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-            raise ArtifactError(f"{self.file} is no privacy account: {error!r}", "restore it from a copy") from None
+            raise ArtifactError(
+                f"{self.file} is no privacy account: {error!r}", f"cp BACKUP/{self.file.name} {self.file}"
+            ) from None
         if budget != self.budget:
             terms = f"epsilon {budget.epsilon:g}, delta {budget.delta:g}"
             raise ConflictError(f"{self.file} was begun with {terms}; asked is {self.budget}", f"keep {terms}")
@@ -186,7 +188,8 @@ class Account:
             if recorded := [entry for entry in spent if entry.name == spending.name]:
                 if recorded != [spending]:
                     raise ConflictError(
-                        f"{spending.name} was spent as {recorded[0]}; asked is {spending}", "give this release another name"
+                        f"{spending.name} was spent as {recorded[0]}; asked is {spending}",
+                        f"name={spending.name + '-2'!r} for the Spending that differs",
                     )
                 return epsilon_of(spent, self.budget.delta)
             epsilon = epsilon_of([*spent, spending], self.budget.delta)

@@ -44,7 +44,10 @@ def discrete_gaussian(sigma: float, count: int, source: Source = os.urandom) -> 
     Raises ConfigError for a sigma that is not in 0..2^40; 0 gives zeros.
     """
     if not 0 <= sigma <= MOST_SIGMA:
-        raise ConfigError(f"the noise has sigma {sigma:g} units of the ring; it must be in 0..2^40", "a coarser step")
+        raise ConfigError(
+            f"the noise has sigma {sigma:g} units of the ring; it must be in 0..2^40",
+            "a smaller rules.noise in the recipe, or ClientNoise with a larger step",
+        )
     if not sigma:
         return np.zeros(count, np.int64)
     scale, batches, missing = math.floor(sigma) + 1, [], count
@@ -183,7 +186,7 @@ def noise_of(manifest: Manifest) -> ClientNoise:
     units = {slot.scale for slot in manifest.terms.layout if slot.name != WEIGHT}
     if len(units) != 1:
         problem = f"the tensors of the round have {len(units)} different units, and noise is fitted to one"
-        raise RoundError(problem, "terms_for makes such a layout", "noise")
+        raise RoundError(problem, "make the layout by terms_for(...), which gives all tensors one unit", "noise")
     return ClientNoise(manifest.rules.clip, manifest.rules.noise, manifest.terms.threshold, units.pop())
 
 

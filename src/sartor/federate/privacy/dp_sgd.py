@@ -127,12 +127,16 @@ def _check(model: Any, trainable: Sequence[Any], optimizer: Any) -> None:
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if optimized != {id(parameter) for parameter in trainable}:
         raise ModelError(
-            f"the optimiser moves {len(optimized)} tensors, and {len(trainable)} of the model learn", "give it just those"
+            f"the optimiser moves {len(optimized)} tensors, and {len(trainable)} of the model learn",
+            "optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad])",
         )
     for name, module in model.named_modules():
         is_trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         if is_trainable and next(module.buffers(recurse=False), None) is not None:
-            raise ModelError(f"{name} learns and keeps statistics of all rows, which nothing hides", "leave it frozen")
+            raise ModelError(
+                f"{name} learns and keeps statistics of all rows, which nothing hides",
+                f"model.get_submodule({name!r}).requires_grad_(False)",
+            )
 
 
 def _check_rows(trainable: Sequence[Any], rows: int) -> None:

@@ -91,7 +91,9 @@ def many_runs(scores_in: Sequence[float], scores_out: Sequence[float], delta: fl
     true_positives, false_positives = (int((np.asarray(scores, float) > threshold).sum()) for scores in (scores_in, scores_out))
     runs, runs_without = len(scores_in), len(scores_out)
     if not (runs and runs_without):
-        raise ConfigError(f"{runs} runs with the row and {runs_without} without", "both are needed")
+        raise ConfigError(
+            f"{runs} runs with the row and {runs_without} without", "scores_in and scores_out of one run or more each"
+        )
     low, max_epsilon = (
         _of_rates(true_positives, runs, false_positives, runs_without, delta),
         _of_rates(runs, runs, 0, runs_without, delta),

@@ -221,9 +221,13 @@ class Coordinator:
         Raises ConflictError while one is open, RoundError for one that nobody would join.
         """
         if self._open:
-            raise ConflictError(f"round {self._open.manifest.number} of {self.run} is open", "advance() until it has ended")
+            raise ConflictError(
+                f"round {self._open.manifest.number} of {self.run} is open", "coordinator.advance() until it returns False"
+            )
         if plan.rules.mode == "inspectable" and self._pool is None:
-            raise ConfigError("the plan is inspectable, and nothing here makes one of the updates", "give Coordinator its pool")
+            raise ConfigError(
+                "the plan is inspectable, and nothing here makes one of the updates", "Coordinator(..., pool=POOL)"
+            )
         packed = self._packed()
         shared = arrays.unpack_tensors(packed)
         unknown = sorted(set(plan.trained) - set(shared))
@@ -293,7 +297,11 @@ class Coordinator:
         server = self._open.server
         try:
             if self._clock() > self._open.manifest.deadline:
-                raise RoundError(f"the round's time is over at the stage {server.stage!r}", "give it more", "deadline")
+                raise RoundError(
+                    f"the round's time is over at the stage {server.stage!r}",
+                    "sartor federate coordinator ... --resume with a larger --stage-s or --work-s",
+                    "deadline",
+                )
             stage = server.close()
             if stage == "done":
                 self._finish()
@@ -366,7 +374,7 @@ class Coordinator:
     def _packed(self) -> bytes:
         content = self._journal.load(self._shared_key)
         if content is None:
-            raise ConfigError(f"the run {self.run} has no tensors", "start() gives it some")
+            raise ConfigError(f"the run {self.run} has no tensors", "coordinator.start(tensors) before the first round")
         return content
 
     @property

@@ -17,6 +17,7 @@ from typing import Literal
 
 from sartor.core.errors import BusyError, ConfigError, MissingError, StoreError
 from sartor.core.filesystem import fsync_directory
+from sartor.core.installation import upgrade_command
 
 SCHEMA = 1
 State = Literal["open", "done", "left out", "abandoned"]
@@ -168,7 +169,7 @@ class RoundJournal:
         schema = self._base.execute("PRAGMA user_version").fetchone()[0]
         if schema not in (0, SCHEMA):
             self._base.close()
-            raise StoreError(f"{self._label} has schema {schema}; this version of Sartor reads {SCHEMA}", "a newer Sartor")
+            raise StoreError(f"{self._label} has schema {schema}; this version of Sartor reads {SCHEMA}", upgrade_command())
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -189,10 +190,15 @@ class RoundJournal:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise BusyError(f"another process has {self._label} open", "wait until it has ended") from None
-            raise MissingError(f"{self._label} could not be used: {error}", "see to its disk and its rights") from error
+                raise BusyError(
+                    f"another process has {self._label} open",
+                    f"fuser {self._label} names it; the same command again once it has ended",
+                ) from None
+            raise MissingError(
+                f"{self._label} could not be used: {error}", f"ls -l {self._label}; then the same command again"
+            ) from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{self._label} is no journal, or is damaged: {error}", "restore it from a copy") from error
+            raise StoreError(f"{self._label} is no journal, or is damaged: {error}", f"cp BACKUP {self._label}") from error
 
 
 def _make(path: Path) -> None:
@@ -201,6 +207,8 @@ def _make(path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         fsync_directory(path.parent)
     except OSError as error:
-        raise MissingError(f"{path} cannot be opened: {error.strerror}", "see to its folder and its rights") from error
+        raise MissingError(
+            f"{path} cannot be opened: {error.strerror}", f"ls -ld {path.parent}; df -h {path.parent}"
+        ) from error
     if os.name == "posix" and path.stat().st_mode & 0o077:
         raise ConfigError(f"{path} can be read by others (mode {path.stat().st_mode & 0o777:o})", f"chmod 600 {path}")

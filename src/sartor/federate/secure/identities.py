@@ -71,7 +71,8 @@ class PinnedKeys:
             key.verify(signature, _DOMAIN + document)
         except InvalidSignature:
             raise SignatureError(
-                f"this message is not {name}'s: the pinned key did not sign it, or it was changed", "look at who carries it"
+                f"this message is not {name}'s: the pinned key did not sign it, or it was changed",
+                f"compare the .pub of {name} in --roster with its owner's, and replace it if they differ",
             ) from None
 
 

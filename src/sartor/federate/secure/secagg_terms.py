@@ -206,7 +206,7 @@ class SecureSumPolicy:
         if count < self.least_cohort:
             raise RoundError(
                 f"the cohort has {count} clients; this client takes part among {self.least_cohort} or more",
-                "wait for more clients",
+                f"sartor federate coordinator ... --clients with {self.least_cohort} names or more",
                 "cohort",
             )
         if name not in terms.share_indices:

@@ -62,7 +62,9 @@ class RowPrivacy:
             PrivateFileSystem().replace(folder / SECRET, os.urandom(masking_crypto.KEY_BYTES))
         secret = (folder / SECRET).read_bytes()
         if len(secret) != masking_crypto.KEY_BYTES:
-            raise ArtifactError(f"{folder / SECRET} is not the secret of a client's noise", "restore it from a copy")
+            raise ArtifactError(
+                f"{folder / SECRET} is not the secret of a client's noise", f"cp BACKUP/{SECRET} {folder / SECRET}"
+            )
         return cls(privacy, account, secret)
 
     def noise(self, settings: RoundSettings, rows: int) -> RowNoise:
@@ -140,7 +142,7 @@ def _check(resident: SharedBase) -> None:
         problem = f"the base is in {bits} bits: the gradients of single rows are taken on one that is not quantised"
         raise ConfigError(problem, "base.bits: 16")
     if resident.model.config.is_encoder_decoder:
-        raise ConfigError("the base has an encoder, which sees the padding of a batch", "a causal base")
+        raise ConfigError("the base has an encoder, which sees the padding of a batch", "base: a causal one, as starter")
 
 
 NAME = "lora"

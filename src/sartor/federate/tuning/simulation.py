@@ -122,7 +122,10 @@ def simulate(
 def check_outputs(out: Path, folder: Path, *, resume: bool, replace: bool) -> None:
     """Raise ConfigError where the output is taken, or where an unfinished run stands and it is not said what becomes of it."""
     if resume and replace:
-        raise ConfigError("--resume goes on and --replace starts over; both were given", "give one of them")
+        raise ConfigError(
+            "--resume goes on and --replace starts over; both were given",
+            f"--resume alone to go on in {folder}, or --replace alone",
+        )
     if not (resume and kind_of(out) == "adapter"):
         check_output_free(out, replace=replace)
     if folder.exists() and not (resume or replace):
@@ -149,7 +152,10 @@ def _check_devices(recipe: FederateRecipe) -> None:
     of_rows = recipe.privacy is not None and recipe.privacy.level == "example"
     for is_requested, feature in ((of_rows, "privacy of level example"), (recipe.method.ranks, "method.ranks")):
         if is_requested:
-            raise ConfigError(f"the clients are devices, whose tuner has no {feature}", "a Dataset for each client")
+            raise ConfigError(
+                f"the clients are devices, whose tuner has no {feature}",
+                "--clients DATASET..., with no device, or leave that option out of the recipe",
+            )
 
 
 def resolve_rules(recipe: FederateRecipe, shared: Tensors, clients: int, largest: int) -> UpdateRules:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from sartor.core.errors import BusyError, ConfigError, ModelError, RequestError, SartorError
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import BASE, LOCAL, EngineInfo, Event, GenerateCall, ReplyDone, ReplyFailed, TextEmbedding
 from sartor.inference.local.cpu_decoder import open_blocks
 from sartor.inference.local.kv_cache import PAGE_TOKENS, PagedKvCache
@@ -90,7 +91,7 @@ class LocalEngine:
             return
         for sequence in self._all():
             if sequence.call.adapter == adapter:
-                self._fail(sequence, ModelError("the adapter was detached while it answered", "ask again"))
+                self._fail(sequence, ModelError("the adapter was detached while it answered", REQUEST_AGAIN))
         self._media_adapters.detach(adapter)
         self._pages.forget(self._adapters.pop(adapter))
         self._blocks.factors.drop(adapter)
@@ -100,7 +101,9 @@ class LocalEngine:
         if (waiting := len(self._waiting) + len(self._media_calls)) >= self._max_waiting:
             raise BusyError(f"{waiting} calls wait already", "ask again later, or raise engine.waiting")
         if call.adapter not in self._adapters:
-            raise ModelError(f"no adapter {call.adapter[:16]!r} is attached", "attach it first")
+            raise ModelError(
+                f"no adapter {call.adapter[:16]!r} is attached", "engine.attach(adapter, PATH) before engine.submit(call)"
+            )
         if call.id in self._media_calls or any(sequence.call.id == call.id for sequence in self._all()):
             raise RequestError(f"a call with the id {call.id!r} is being answered", "give each call its own id")
         if kinds_in(call.messages):
@@ -122,7 +125,7 @@ class LocalEngine:
             del self._media_calls[call.id]
             try:
                 if call.adapter not in self._adapters:
-                    raise ModelError("the adapter was detached while it looked", "ask again")
+                    raise ModelError("the adapter was detached while it looked", REQUEST_AGAIN)
                 media = future.result()
                 self._queue(call, media.ids, media)
             except SartorError as error:
@@ -224,7 +227,11 @@ class LocalEngine:
         for index, sequence in enumerate(sequences):
             if scores.likeliest[index] < 0:
                 self._fail(
-                    sequence, ModelError("the logits are not finite: the adapter or the base is broken", "tune it again")
+                    sequence,
+                    ModelError(
+                        "the logits are not finite: the adapter or the base is broken",
+                        "sartor tune RECIPE --out ADAPTER --replace --optimizer.learning_rate 1e-4",
+                    ),
                 )
                 continue
             self._keep(sequence)

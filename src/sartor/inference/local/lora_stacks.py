@@ -155,10 +155,11 @@ def read_pairs(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, M
         results.setdefault(match["module"], {})[match["factor"]] = tensor
     pairs = {module: _pair(path, config, module, factors, shapes[module]) for module, factors in results.items()}
     if not pairs:
-        raise ModelError(f"the adapter {path} holds no factors", "tune it again")
+        raise ModelError(f"the adapter {path} holds no factors", "sartor tune RECIPE --out ADAPTER --replace")
     if missing := [module for module in shapes if module not in pairs and _is_target(config, module)]:
         raise ModelError(
-            f"the adapter {path} lacks the factors of {len(missing)} modules, the first is {missing[0]}", "tune it again"
+            f"the adapter {path} lacks the factors of {len(missing)} modules, the first is {missing[0]}",
+            "sartor tune RECIPE --out ADAPTER --replace",
         )
     return pairs
 
@@ -184,7 +185,7 @@ def _plain_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         kind, alpha = config["peft_type"], float(config.get("lora_alpha", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "tune it again") from None
+        raise ModelError(f"{path / CONFIG} is no PEFT config: {error}", "sartor tune RECIPE --out ADAPTER --replace") from None
     if kind != "LORA" or not math.isfinite(alpha):
         raise ModelError(f"the adapter {path} is {kind!r} with alpha {alpha}; the engine computes LoRA", _REMEDY)
     for name, value in config.items():
@@ -201,7 +202,9 @@ def _pair(
     path: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, torch.Tensor], shape: tuple[int, int]
 ) -> ModuleLora:
     if set(factors) != {"A", "B"}:
-        raise ModelError(f"the adapter {path} has only factor {''.join(factors)} of {module}", "tune it again")
+        raise ModelError(
+            f"the adapter {path} has only factor {''.join(factors)} of {module}", "sartor tune RECIPE --out ADAPTER --replace"
+        )
     a, b = factors["A"], factors["B"]
     rank = int(_pattern(config.get("rank_pattern"), module, config.get("r", 0)))
     if a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):

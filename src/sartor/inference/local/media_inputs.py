@@ -100,7 +100,7 @@ class MediaAdapters:
             raise BudgetError("there is no memory to look at the media", "send smaller ones, or ask again later") from None
         except Exception as error:
             problem = f"the media of the request cannot be looked at: {type(error).__name__}"
-            raise RequestError(problem, "send others, and report it with the request") from None
+            raise RequestError(problem, "send other media, and the request with this message to the maintainers") from None
         finally:
             if media := self._media.get(call.adapter):
                 media.features.let_go()

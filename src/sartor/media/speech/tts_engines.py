@@ -30,6 +30,7 @@ import numpy as np
 
 from sartor.core.assets import entry
 from sartor.core.errors import AssetError, ConfigError, ExtraError, ModelError
+from sartor.core.installation import pip_command
 from sartor.media.speech import voice
 from sartor.media.speech.audio_encoding import AudioClip, join_clips, read_wav
 from sartor.media.speech.voice import ALONE, SpeechTerms, TtsVoice
@@ -67,7 +68,7 @@ def find(name: str) -> VoiceFile:
     try:
         importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise ExtraError("piper, which speaks, is not installed", f"pip install {PACKAGE}") from None
+        raise ExtraError("piper, which speaks, is not installed", f"{pip_command()} install {PACKAGE}") from None
     return VoiceFile(name if name in ASSETS else path.stem, path, _slowness(path))
 
 
@@ -80,7 +81,9 @@ def _slowness(path: Path) -> float:
         remedy = f"put the {config_file.name} that came with the voice beside it"
         raise ModelError(f"{config_file} does not describe a voice: {error}", remedy) from None
     if not (math.isfinite(slowness) and slowness > 0):
-        raise ModelError(f"{config_file} has the length_scale {slowness}", "a number above 0")
+        raise ModelError(
+            f"{config_file} has the length_scale {slowness}", f'"inference": {{"length_scale": 1.0}} in {config_file}'
+        )
     return slowness
 
 
@@ -260,7 +263,8 @@ def _list_voices(program_path: str, option: str) -> list[str]:
         completed = subprocess.run([program_path, option], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise ExtraError(
-            f"`{program_path} {option}` does not say which voices there are: {error}", f"install {PROGRAM} anew"
+            f"`{program_path} {option}` does not say which voices there are: {error}",
+            f"sudo apt-get purge {PROGRAM} && sudo apt-get install {PROGRAM}",
         ) from None
     return [line for line in completed.stdout.decode("utf-8", "replace").splitlines()[1:] if len(line.split()) > 3]
 

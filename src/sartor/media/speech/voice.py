@@ -144,7 +144,10 @@ class TtsVoice(ABC):
                 f"a speed from {slowest:g} to {fastest:g}, or another voice",
             )
         if len(text) > MOST_CHARACTERS:
-            raise ConfigError(f"the text has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}", "say it in parts")
+            raise ConfigError(
+                f"the text has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}",
+                f"several texts of at most {MOST_CHARACTERS:,} characters, each spoken by itself",
+            )
         result = pieces(clean(text))
         if not result:
             raise ConfigError("nothing in the text can be said", "give a text with words in it")

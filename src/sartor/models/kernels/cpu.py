@@ -28,6 +28,7 @@ import torch
 
 from sartor.core.filesystem import create_file_atomic
 from sartor.core.home import folder
+from sartor.core.installation import install_command
 from sartor.models.kernels.reference import AttentionLayout, Geometry, ReferenceKernels
 from sartor.models.packing import AttentionShape, group_segments, share_prefixes
 
@@ -210,7 +211,7 @@ def load() -> CpuKernels:
 def _library() -> Path:
     compiler = _compiler()
     if compiler is None:
-        raise NoKernels("no C++ compiler is installed: apt-get install g++, or pip install 'sartor[compiler]'")
+        raise NoKernels(f"no C++ compiler is installed: apt-get install g++, or {install_command('compiler')}")
     runtime, machine = _openmp(), _machine_flags()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]

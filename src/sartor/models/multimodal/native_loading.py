@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from sartor.core.errors import ModelError
+from sartor.core.installation import pip_command
 from sartor.models.multimodal import native_loading
 
 TEKKEN = "tekken.json"
@@ -47,7 +48,8 @@ def tokenizer(path: Path) -> Any:
     result = convert_tekken_tokenizer(str(path / TEKKEN))
     if result.chat_template is None:
         raise ModelError(
-            f"mistral-common writes the chat template of {path}, and is not installed", "pip install mistral-common"
+            f"mistral-common writes the chat template of {path}, and is not installed",
+            f"{pip_command()} install mistral-common",
         )
     return result
 
@@ -79,7 +81,7 @@ def kind_of(path: Path, config: Any) -> Any:
     package = PACKAGES.get(config.model_type)
     if package and find_spec(package) is None:
         problem = f"{path} is a {config.model_type} model, for which transformers needs {package}, and it is not installed"
-        raise ModelError(problem, f"pip install {package}")
+        raise ModelError(problem, f"{pip_command()} install {package}")
     return transformers.AutoModelForMultimodalLM
 
 
@@ -110,10 +112,16 @@ def open_processor(path: Path, config: Any) -> Any:
         raise
     except ImportError as error:
         message = " ".join(str(error).split())[:300]
-        raise ModelError(f"the processor of {path} needs a package: {message}", "pip install it") from None
+        raise ModelError(
+            f"the processor of {path} needs a package: {message}",
+            f"{pip_command()} install PACKAGE, the one that this message names",
+        ) from None
     except Exception as error:  # each part of a processor raises its own kinds
         message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"{path} has no usable processor: {message}", "save the processor beside the model") from None
+        raise ModelError(
+            f"{path} has no usable processor: {message}",
+            f"transformers.AutoProcessor.from_pretrained('OWNER/MODEL').save_pretrained({str(path)!r})",
+        ) from None
 
 
 def _kind(path: Path, config: Any) -> Any:

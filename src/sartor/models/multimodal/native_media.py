@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from sartor.core.errors import MediaError, ModelError, SourceError
+from sartor.core.installation import pip_command
 from sartor.core.records import Part
 from sartor.media import audio, images
 from sartor.models.media_tokens import PLACE_BITS, content_of, embedding_of, key_of, keys_in, virtual_ids
@@ -113,7 +114,7 @@ class NativeMedia:
         self._counts[key] = tokens.count(placeholder)
         if self._counts[key] != int((model_inputs["input_ids"] == placeholder).sum()):
             problem = f"the processor does not say what it writes for {part.kind} parts"
-            raise ModelError(problem, "pip install -U transformers; or use another base")
+            raise ModelError(problem, f"{pip_command()} install -U transformers; or another base")
         virtual = iter(virtual_ids(key, self._counts[key]))
         return MediaTokens([next(virtual) if token == placeholder else token for token in tokens], text)
 
@@ -188,7 +189,10 @@ class NativeMedia:
                 return token_id
         token_ids = [token for token in getattr(processor, f"{kind}_token_ids") if token is not None]
         if len(token_ids) != 1:
-            raise ModelError(f"the processor has {len(token_ids)} placeholders for {kind}, and one is expected", "another base")
+            raise ModelError(
+                f"the processor has {len(token_ids)} placeholders for {kind}, and one is expected",
+                "base: a model of docs/multimodal.md, whose processor has one placeholder for each kind",
+            )
         return int(token_ids[0])
 
     def _decode(self, key: int, content: bytes | None) -> Any:
@@ -225,7 +229,11 @@ class NativeMedia:
         ):
             return
         problem = f"the recording has {len(sound) / rate:.1f} s, and the base's processor cuts it"
-        raise MediaError("long_audio", problem, "cut it, with its transcript")
+        raise MediaError(
+            "long_audio",
+            problem,
+            "ffmpeg -i RECORDING -f segment -segment_time 30 PART%03d.flac, each with its part of the transcript",
+        )
 
     def _process(
         self, keys: Sequence[int], ids: list[int] | None, replacements: Mapping[int, Any] = MappingProxyType({})

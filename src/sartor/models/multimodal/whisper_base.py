@@ -90,7 +90,11 @@ class WhisperMedia(NativeMedia):
         sound = audio.read_sound(content_of(part, folder), rate)
         if len(sound) > self._features.n_samples:
             problem = f"the recording has {len(sound) / rate:.1f} s, and the base hears {self._features.n_samples / rate:.0f} s"
-            raise MediaError("long_audio", problem, "cut it, with its transcript")
+            raise MediaError(
+                "long_audio",
+                problem,
+                "ffmpeg -i RECORDING -f segment -segment_time 30 PART%03d.flac, each with its part of the transcript",
+            )
         spectrogram = self._features(sound, sampling_rate=rate, return_tensors="pt").input_features
         self._cache.put(key, spectrogram, spectrogram.nbytes)
         return spectrogram  # type: ignore[no-any-return]
@@ -115,7 +119,11 @@ class WhisperChat(NativeChat):
         row = super().encode(example, folder)
         if len(row.ids) > self._max_positions:
             problem = f"the row has {len(row.ids)} tokens, and the base's decoder {self._max_positions} places"
-            raise MediaError("long_transcript", problem, "cut the recording, with its transcript")
+            raise MediaError(
+                "long_transcript",
+                problem,
+                "ffmpeg -i RECORDING -f segment -segment_time 30 PART%03d.flac, each with its part of the transcript",
+            )
         return row
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "", folder: Path | None = None) -> list[int]:
@@ -123,7 +131,8 @@ class WhisperChat(NativeChat):
         ids = super().prompt_ids(messages, tools, folder)
         if len(ids) >= self._max_positions:
             raise SourceError(
-                f"a prompt of {len(ids)} tokens leaves none of {self._max_positions} for the reply", "shorten the text"
+                f"a prompt of {len(ids)} tokens leaves none of {self._max_positions} for the reply",
+                f"leave {len(ids) - self._max_positions + 1} tokens or more out of the text",
             )
         return ids
 

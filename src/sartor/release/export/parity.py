@@ -24,6 +24,7 @@ from sartor.core.artifacts import Artifact
 from sartor.core.errors import ExtraError, GateError, SourceError, missing_package
 from sartor.core.lineage import ancestry
 from sartor.core.records import Message
+from sartor.core.remedies import REPORT
 from sartor.evaluate.predictions import held_out
 from sartor.inference.engine import Sampling
 from sartor.inference.generate import generate
@@ -442,7 +443,7 @@ def ask_llama_cpp(
             f"llama.cpp cannot run {file.name}: {response['error']}", "sartor export --to merged is what transformers runs"
         )
     if response["template"] != template:
-        raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", "report this")
+        raise GateError(f"llama.cpp finds another chat template in {file.name} than the Release is bound to", REPORT)
     answers = RuntimeOutputs(
         [item["greedy"] for item in response["traces"]], [item["likeliest"] for item in response["traces"]]
     )

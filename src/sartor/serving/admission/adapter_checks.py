@@ -25,6 +25,7 @@ from sartor.core import assets, model_refs, safetensors_file
 from sartor.core.errors import AdmissionError, AssetError, ModelError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.model_refs import Modality
+from sartor.core.remedies import restore_command
 from sartor.core.safetensors_file import FLOATS, SafetensorsEntry, Values, read_whole
 from sartor.inference.engine import PROJECTORS, EngineInfo
 
@@ -382,7 +383,9 @@ def _vocabulary(path: Path) -> int:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return int(fields.get("vocab_size") or fields.get("text_config", {}).get("vocab_size") or 0)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path}/config.json is not a whole JSON file: {error}", "restore it from a copy") from None
+        raise ModelError(
+            f"{path}/config.json is not a whole JSON file: {error}", restore_command(path / "config.json")
+        ) from None
 
 
 # What may be added to a module, as a Frobenius norm: half of the base's own weight, or, where that is small (a base that was

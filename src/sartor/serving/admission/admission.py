@@ -75,7 +75,9 @@ def _states_terms(source: Mapping[str, Any]) -> bool:
 def _check_sampling(options: Any) -> None:
     try:
         if not isinstance(options, dict) or not set(options) <= _SAMPLING:
-            raise ConfigError("it has other options than those of sampling", "")
+            raise ConfigError(
+                "it has other options than those of sampling", f"sampling: of {', '.join(sorted(_SAMPLING))} alone"
+            )
         Sampling(**options)
     except (ConfigError, TypeError) as error:
         raise _malformed("sampling", options, str(error).partition("\n")[0]) from None
@@ -397,7 +399,8 @@ def _signer(path: Path, origin: Path, trust: Path | None) -> str:
     for file, max_bytes in ((manifest, MOST_MANIFEST_BYTES), (signature, MOST_SIGNATURE_BYTES)):
         if file.stat().st_size > max_bytes:
             raise SignatureError(
-                f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {max_bytes:,} are the limit", "sign anew"
+                f"{file.name} of {origin} has {file.stat().st_size:,} bytes; {max_bytes:,} are the limit",
+                "sartor release ADAPTER --name NAME --version VERSION --key KEYS --replace",
             )
     return signing.check(manifest.read_bytes(), signature, [signing.open_public(trust)] if trust else None)
 

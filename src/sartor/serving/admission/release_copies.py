@@ -171,5 +171,11 @@ def _disk(state: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
-            raise MissingError(f"the disk is full: the adapter could not be copied to {state}", "free some space") from None
-        raise MissingError(f"the adapter could not be copied to {state}: {error}", "see to the disk and its rights") from None
+            raise MissingError(
+                f"the disk is full: the adapter could not be copied to {state}",
+                f"df -h {state} shows the full disk; remove files from it, then the same command again",
+            ) from None
+        raise MissingError(
+            f"the adapter could not be copied to {state}: {error}",
+            f"ls -ld {state}; df -h {state}; then the same command again",
+        ) from None

@@ -12,6 +12,7 @@ from typing import Any, cast
 from sartor.core.artifacts import open_artifact
 from sartor.core.errors import SartorError, UnavailableError
 from sartor.core.ipc import error_of
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.commands.ask_types import AskPrompt, AskReply, as_prompt, nearest_examples
 from sartor.serving.http.startup import build_services
@@ -62,7 +63,7 @@ async def _ask(team: Team, request: AgentRequest) -> AskReply:
         if isinstance(final_event, ReplyFailed):
             raise error_of(final_event.kind, final_event.problem, final_event.remedy)
         if final_event is None:
-            raise UnavailableError("the reply stopped before its end", "ask again")
+            raise UnavailableError("the reply stopped before its end", REQUEST_AGAIN)
         receipt = await services.receipts.find(answer.receipt)
         return AskReply(
             "", text, final_event.finish, answer.agent, answer.reason, [], receipt=answer.receipt if receipt else None

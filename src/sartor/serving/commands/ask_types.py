@@ -45,7 +45,9 @@ class AskPrompt:
         """
         files = [*media, *(("image", file) for file in images), *(("audio", file) for file in audio)]
         if sum(str(file) == STDIN for _, file in files) > 1:
-            raise ConfigError("standard input is named twice, and can be read once", "give files")
+            raise ConfigError(
+                "standard input is named twice, and can be read once", "--image FILE or --audio FILE in place of one `-`"
+            )
         return cls(text, tuple(read_media("image" if kind == "image" else "audio", file) for kind, file in files))
 
     @property

@@ -20,6 +20,8 @@ from typing import Any
 from sartor.core import catalogue, config, model_refs, records, signing
 from sartor.core.artifacts import Artifact, open_artifact
 from sartor.core.errors import ArtifactError, ConfigError, ModelError, SartorError
+from sartor.core.installation import upgrade_command
+from sartor.core.remedies import REPORT
 from sartor.inference.engine import (
     BASE,
     Engine,
@@ -133,7 +135,7 @@ def _form(receipt: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
     if receipt.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{file} has schema {receipt.get('schema')!r:.20}; this version of Sartor reads {SCHEMA}",
-            "use the version that wrote it",
+            upgrade_command(),
         )
     if not all(isinstance(receipt.get(name), dict) for name in _PARTS):
         raise ArtifactError(f"{file} lacks a part of a receipt", "give what GET /v1/receipts/ID answered, whole")
@@ -207,7 +209,8 @@ def _check_digests(evidence: _Evidence) -> str:
 
 def _mismatch(evidence: _Evidence, part: str) -> ArtifactError:
     return ArtifactError(
-        f"{part} is not what the receipt {evidence.receipt['id']} was written for", "give the words as they were"
+        f"{part} is not what the receipt {evidence.receipt['id']} was written for",
+        "--messages with the body of the request, --reply with the text of the reply, both as they were",
     )
 
 
@@ -217,7 +220,9 @@ def _check_text(evidence: _Evidence, notice: Callable[[str], object]) -> str:
     try:
         sampling = Sampling(**receipt["sampling"])
     except (ConfigError, TypeError) as error:
-        raise ArtifactError(f"the receipt has no sampling of a reply: {error}", "give it as it was") from None
+        raise ArtifactError(
+            f"the receipt has no sampling of a reply: {error}", "the file as GET /v1/receipts/ID answered it"
+        ) from None
     if reason := _not_checkable(evidence, sampling):
         return f"not checked: {reason}"
     try:
@@ -273,7 +278,8 @@ def _engine_opening(evidence: _Evidence) -> dict[str, Any]:
     name = evidence.team.base if evidence.team else str(base.get("name", ""))
     if (base_ref := model_refs.locate_base(name)).digest != base.get("digest"):
         raise ModelError(
-            f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {base_ref.short_digest}", ""
+            f"the reply was made on the base {base.get('digest')!r:.14}, and {name!r} is {base_ref.short_digest}",
+            f"--team TEAM.yaml, whose base has the digest {str(base.get('digest'))[:12]}",
         )
     return {"engine": config.dump(engine), "base": name}
 
@@ -294,7 +300,8 @@ def _regenerate(engine: Engine, evidence: _Evidence, sampling: Sampling) -> str:
         adapter = adapter_digest(evidence.release.manifest["files"])
         if adapter != evidence.receipt["adapter"]:
             raise ArtifactError(
-                f"the Release has the adapter {adapter[:16]}, the receipt {evidence.receipt['adapter'][:16]}", "report it"
+                f"the Release has the adapter {adapter[:16]}, the receipt {evidence.receipt['adapter'][:16]}",
+                f"fetch it anew by GET /v1/receipts/ID; if that says the same: {REPORT}",
             )
         engine.attach(adapter, evidence.release.path)
     call = GenerateCall(

@@ -194,7 +194,10 @@ class Dispatcher:
         for index, candidate in enumerate(selection.candidates):
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
-                raise DeadlineError(f"{request.deadline_s:g} s were over before anybody answered", "allow more time")
+                raise DeadlineError(
+                    f"{request.deadline_s:g} s were over before anybody answered",
+                    f"limits.deadline_s: {2 * request.deadline_s:g} in the team's file, or a smaller max_tokens",
+                )
             reasons = candidate.reasons
             if errors:
                 reasons = (*selection.candidates[0].reasons, Reason(ReasonKind.FAILED, errors[0].problem), *reasons)

@@ -137,7 +137,10 @@ def _openable_agent(request: AgentRequest, agents: Mapping[str, Agent], name: st
     if name not in openable:
         raise KeyRefusedError(f"this key does not open {name!r}", "send a key of that agent")
     if agents[name].state == "draining":
-        raise UnavailableError(f"{name} takes no requests: it is being drained", "ask later, or another agent")
+        raise UnavailableError(
+            f"{name} takes no requests: it is being drained",
+            f'"model": "auto", or after sartor agents promote {name} VERSION the same request again',
+        )
     if not agents[name].live and BASE_AGENT not in agents[name].fallback:
         reason = agents[name].note or "it has no version"
         raise UnavailableError(f"{name} cannot answer: {reason}", "sartor agents list says more; sartor agents add RELEASE")

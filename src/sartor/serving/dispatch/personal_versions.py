@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sartor.core.errors import SartorError, UnavailableError
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.serving.dispatch.adapter_leases import AdapterLeases
 from sartor.serving.dispatch.model_selection import Candidate, CandidateList, Reason, ReasonKind
 from sartor.serving.registry.registry_schema import Agent, AgentVersion
@@ -137,7 +138,7 @@ class UserVersionSelector:
             raise
         if version.adapter not in self._loaded:  # forgotten, or the longest unused, while it was being loaded
             self._leases.drop(version)
-            raise UnavailableError(f"{user_version.name} was let go of while it was loaded", "ask again")
+            raise UnavailableError(f"{user_version.name} was let go of while it was loaded", REQUEST_AGAIN)
 
     def _let_go(self, adapter: str) -> None:
         if adapter in self._loaded:

@@ -102,7 +102,10 @@ async def body_of(request: Request, has_media: bool = False) -> bytearray:
         async with asyncio.timeout(limit_s):
             return await state.body_reader.read_body(request.stream(), request.headers, state.max_body_bytes(has_media))
     except TimeoutError:
-        raise SlowBodyError(f"the body did not come within {limit_s:g} s", "send it at once") from None
+        raise SlowBodyError(
+            f"the body did not come within {limit_s:g} s",
+            f"send the whole body within {limit_s:g} s, or raise limits.slow_client_s in the team's file",
+        ) from None
 
 
 def build_app(state: AppState, cors: tuple[str, ...]) -> FastAPI:

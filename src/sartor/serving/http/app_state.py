@@ -74,7 +74,9 @@ class AppState:
     def person(self, user: str, header: str) -> str:
         """Whom a request names, "" for nobody. user: OpenAI's field; header: `x-sartor-user`. Raises FieldError for two."""
         if header and user and header != user:
-            raise FieldError(f"user and the header {USER_HEADER} name two persons", "send one of the two", "user")
+            raise FieldError(
+                f"user and the header {USER_HEADER} name two persons", f'"user" alone, without the header {USER_HEADER}', "user"
+            )
         return self.services.people.person_of(header or user)
 
     def allowed_person(self, person: str, header: str, principal: Principal) -> str:

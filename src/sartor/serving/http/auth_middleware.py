@@ -54,7 +54,8 @@ class RequestGate:
         """Who asks. Raises ForeignError, KeyRefusedError, BusyError, UnavailableError."""
         if self.connections() > self.limits.connections:
             raise UnavailableError(
-                f"{self.connections()} connections are open; the limit is {self.limits.connections}", "ask again in a while"
+                f"{self.connections()} connections are open; the limit is {self.limits.connections}",
+                "send it again after the seconds of Retry-After, or raise limits.connections in the team's file",
             )
         if self.lifetime.is_closing:
             raise UnavailableError(
@@ -101,7 +102,9 @@ class RequestGate:
         if not self.authenticator.has_admin:
             raise KeyRefusedError("the admin's routes are off: no admin key is set", "sartor agents key --admin")
         if not principal.is_admin:
-            raise KeyRefusedError("this is for the admin's key", "send the admin's key")
+            raise KeyRefusedError(
+                "this is for the admin's key", "Authorization: Bearer KEY, with a key that sartor agents key --admin made"
+            )
 
     def _check_foreign(self, scope: Scope, headers: Headers) -> None:
         """Without keys whoever reaches the server may ask, and a page in the user's browser reaches loopback: by its name

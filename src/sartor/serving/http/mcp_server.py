@@ -146,7 +146,10 @@ class McpServer:
     async def _answer(self, request: Request, tool: Tool, arguments: Mapping[str, Any]) -> CallToolResult:
         state, record = self._state, get_record(request)
         if problems := schema_errors(dict(arguments), tool.input_schema):
-            raise RequestError(f"the arguments of {tool.name!a} are wrong: {'; '.join(problems)}", "see its inputSchema")
+            raise RequestError(
+                f"the arguments of {tool.name!a} are wrong: {'; '.join(problems)}",
+                "call tools/list: the tool's inputSchema says which arguments it takes",
+            )
         state.services.rates.begin(record.principal.key)
         model = request.path_params.get("agent") or (arguments.get("agent", "auto") if tool.name == ASK else tool.name)
         await state.check_model(model, record.principal)

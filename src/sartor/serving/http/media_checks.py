@@ -45,7 +45,7 @@ class MediaChecker:
             problem = (
                 f"the media of requests that are being answered hold {self.held_bytes} bytes; {self._max_bytes} are allowed"
             )
-            raise BusyError(problem, "ask again in a second")
+            raise BusyError(problem, "send it again after the seconds of Retry-After")
         self.held_bytes += size
         try:
             if parts:

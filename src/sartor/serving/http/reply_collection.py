@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import Event, Logprob, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.http.http_errors import CutError, error_of
 from sartor.serving.http.request_log import RequestRecord
@@ -73,7 +74,7 @@ class ReplyGroup:
             while True:
                 event = await self._terms.lifetime.within(anext(source, None), self._deadline)
                 if event is None:
-                    raise CutError("the reply stopped before its end", "ask again")
+                    raise CutError("the reply stopped before its end", REQUEST_AGAIN)
                 if isinstance(event, ReplyFailed):
                     raise error_of(event)
                 self._terms.record.count_event(event, index % self._terms.per_prompt == 0)
@@ -82,7 +83,7 @@ class ReplyGroup:
                     yield event
                     continue
                 if event.finish == "cancelled":
-                    raise CutError("the reply was ended by the server", "ask again")
+                    raise CutError("the reply was ended by the server", REQUEST_AGAIN)
                 self._terms.keep(self.answers[index], self._requests[index], "".join(texts))
                 yield event
                 return

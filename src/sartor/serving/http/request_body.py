@@ -67,7 +67,7 @@ class BodyReader:
                 if self.held_bytes > self.max_bytes:
                     raise BusyError(
                         f"the requests that are being read hold {self.held_bytes} bytes; {self.max_bytes} are allowed",
-                        "ask again in a second",
+                        "send it again after the seconds of Retry-After",
                     )
         finally:
             self.held_bytes -= len(body)
@@ -93,7 +93,10 @@ def parse(body: bytes | bytearray) -> Any:
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not UTF-8 at byte {error.start}", "send JSON in UTF-8") from None
     if (depth := nested(body)) > MOST_NESTED:
-        raise RequestError(f"the JSON is nested {depth} deep; the limit is {MOST_NESTED}", "send a flatter value")
+        raise RequestError(
+            f"the JSON is nested {depth} deep; the limit is {MOST_NESTED}",
+            f"send objects and arrays at most {MOST_NESTED} deep",
+        )
     is_suspect = _SUSPECT.search(body) is not None
     if isinstance(body, bytearray):
         body.clear()
@@ -142,13 +145,15 @@ def _constant(name: str) -> NoReturn:
 
 def _whole(text: str) -> int:
     if len(text) > MOST_DIGITS:
-        raise RequestError(f"a number of {len(text)} digits; the limit is {MOST_DIGITS}", "send a shorter number")
+        raise RequestError(
+            f"a number of {len(text)} digits; the limit is {MOST_DIGITS}", f"send a number of at most {MOST_DIGITS} digits"
+        )
     return int(text)
 
 
 def _real(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise RequestError(f"the number {text[:MOST_DIGITS]} is too large for a double", "send a smaller number")
+        raise RequestError(f"the number {text[:MOST_DIGITS]} is too large for a double", "send a number below 1.8e308")
     return value
 
 
@@ -157,7 +162,7 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         earlier_keys: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in earlier_keys or earlier_keys.add(key))  # type: ignore[func-returns-value]
-        raise RequestError(f"the key {duplicate[:80]!a} stands twice in one object", "keep one of the two")
+        raise RequestError(f"the key {duplicate[:80]!a} stands twice in one object", "send the key once")
     return result
 
 

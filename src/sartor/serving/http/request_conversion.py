@@ -54,7 +54,7 @@ def chat_request(body: ChatRequest, limits: RequestLimits) -> AgentRequest:
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise FieldError(
             f"max_tokens is {body.max_tokens} and max_completion_tokens {body.max_completion_tokens}",
-            "send one of the two",
+            "send max_completion_tokens alone",
             "max_tokens",
         )
     declared = read_tools([tool.model_dump(exclude_none=True) for tool in body.tools or ()])
@@ -110,7 +110,9 @@ def _check_speech(body: ChatRequest) -> None:
     for index, turn in enumerate(body.messages):
         if isinstance(turn, AssistantTurn) and turn.audio is not None and turn.content is None:
             param = f"messages[{index}].audio"
-            raise FieldError(f"{param} stands without content; no speech is kept here", "send the reply's content", param)
+            raise FieldError(
+                f"{param} stands without content; no speech is kept here", '"content": what was said, as text', param
+            )
 
 
 def _sampling(body: SamplingFields, max_tokens: int | None, limits: RequestLimits) -> Mapping[str, Any]:

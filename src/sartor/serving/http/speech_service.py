@@ -106,7 +106,8 @@ class SpeechService:
     def _slot(self) -> Iterator[None]:
         if self._text_count >= self._options.waiting:
             raise BusyError(
-                f"{self._text_count} texts are spoken or wait; the limit is {self._options.waiting}", "ask again in a while"
+                f"{self._text_count} texts are spoken or wait; the limit is {self._options.waiting}",
+                "send it again after the seconds of Retry-After, or raise speech.waiting in the team's file",
             )
         self._text_count += 1
         try:

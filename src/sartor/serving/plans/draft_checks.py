@@ -168,4 +168,7 @@ def _text(source: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} cannot be read to cite from: {error}", "give a UTF-8 text file") from None
+        raise ConfigError(
+            f"{source} cannot be read to cite from: {error}",
+            f"ls -l {source}; of another encoding: iconv -f CP1252 -t UTF-8 {source} > SOURCE.txt",
+        ) from None

@@ -22,6 +22,7 @@ from typing import Any
 
 from sartor.core.errors import ArtifactError, MissingError
 from sartor.core.filesystem import fsync_directory
+from sartor.core.installation import upgrade_command
 from sartor.inference.engine import EngineInfo
 from sartor.serving.plans.plan_steps import StepLogEntry
 from sartor.serving.receipts import Digest, RequestDigestInput, team_digest
@@ -176,7 +177,7 @@ def read_runs(file: Path) -> Iterator[list[dict[str, Any]]]:
             raise ArtifactError(f"{file}, line {number} is no line of a log of plans", "give a file of STATE/plans") from None
         if schema != SCHEMA:
             problem = f"{file} has schema {schema!r:.20}; this version reads {SCHEMA}"
-            raise ArtifactError(problem, "use the version that wrote it")
+            raise ArtifactError(problem, upgrade_command())
         if not fits:
             problem = f"{file}, line {number} does not follow the one before it"
             raise ArtifactError(problem, "give the file as it was written")

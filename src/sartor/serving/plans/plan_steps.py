@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from sartor.core.errors import BudgetError, DeadlineError, SartorError, UnavailableError
 from sartor.core.ipc import error_of
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import Event, Finish, ReplyDone, ReplyFailed, TextDelta
 from sartor.serving.dispatch.model_selection import AUTO
 from sartor.serving.plan_options import Plan, PlanStep
@@ -203,7 +204,7 @@ class OpenStep:
                     raise error_of(event.kind, event.problem, event.remedy)
                 if isinstance(event, ReplyDone) and event.finish != "cancelled":
                     return StepReply(self._text, self.agent, event.finish)
-        raise UnavailableError("the reply stopped before its end", "ask again")
+        raise UnavailableError("the reply stopped before its end", REQUEST_AGAIN)
 
     def leave_out(self, error: SartorError) -> None:
         """It gave nothing that can be used. What it said until then was paid for."""

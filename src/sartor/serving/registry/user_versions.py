@@ -36,7 +36,10 @@ TUNING = "tuning"
 def user_digest(user: str, digest: Digest) -> str:
     """64 hex digits for a user's id, "" for none. Raises RequestError for one that is too long."""
     if len(user) > MOST_CHARACTERS:
-        raise RequestError(f"the user's id has {len(user)} characters; the limit is {MOST_CHARACTERS}", "a shorter id")
+        raise RequestError(
+            f"the user's id has {len(user)} characters; the limit is {MOST_CHARACTERS}",
+            f'"user" of at most {MOST_CHARACTERS} characters',
+        )
     return digest("user", user)
 
 

@@ -106,7 +106,10 @@ def read_measured_gain(release: Path) -> Gain | None:
             if row["prompt"].strip() and row.get(f"base_{column}") is not None and not row.get("media")
         ]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the Report of {release.name} cannot be read: {error}", "release it again") from None
+        raise ArtifactError(
+            f"the Report of {release.name} cannot be read: {error}",
+            "sartor evaluate ADAPTER --replace, then sartor release ADAPTER --name NAME --version NEW --key KEYS",
+        ) from None
     return Gain(check.outcome == "pass", check.detail, tuple(measured_rows))
 
 
@@ -165,7 +168,7 @@ def read_exemplars(release: Path, agent: str) -> Exemplars:
     file = release / EXEMPLARS
     if not file.is_file():
         return Exemplars()
-    remedy = "release it again"
+    remedy = "sartor release ADAPTER --name NAME --version NEW --key KEYS"
     if file.stat().st_size > MOST_BYTES:
         raise ArtifactError(f"{file} has {file.stat().st_size:,} bytes; at most {MOST_BYTES:,} are read", remedy)
     by_split: dict[str, list[ExemplarPrompt]] = {"train": [], "eval": [], OTHER: []}

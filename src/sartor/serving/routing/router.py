@@ -134,7 +134,7 @@ class AutoRouter:
         else:
             return fitted, await asyncio.to_thread(fitted.judge, texts, vectors, openable), ""
         if self._words is None:
-            raise ArtifactError(reason, "ask again")
+            raise ArtifactError(reason, '"model": the name of an agent in place of "auto"; or send the request again')
         return self._words, await asyncio.to_thread(self._words.judge, texts, None, openable), f"; by words alone ({reason})"
 
     async def _refit(self, releases: Mapping[str, Path]) -> None:

@@ -77,7 +77,9 @@ class AdapterPool:
             self._died(adapter, worker)
             if self._is_deadly(adapter):
                 problem = f"workers died while they loaded the adapter {adapter[:12]}: {error}"
-                raise ModelError(problem, "tune it again, or verify the release that it is from") from None
+                raise ModelError(
+                    problem, "sartor verify RELEASE; if it is whole, sartor tune RECIPE --out ADAPTER --replace, and release it"
+                ) from None
             return
         self._forgive(adapter)
         self.paths[adapter] = path  # from here on new workers load it, too
@@ -173,7 +175,10 @@ class TrialWorker:
                     if calls:
                         await self._wait_all(worker, ended)
             except WorkerDiedError as error:
-                raise ModelError(f"a worker that tried the adapter in {path} ended: {error}", "tune it again") from None
+                raise ModelError(
+                    f"a worker that tried the adapter in {path} ended: {error}",
+                    "sartor tune RECIPE --out ADAPTER --replace, then sartor evaluate ADAPTER --replace and release it",
+                ) from None
             finally:
                 worker.kill(WorkerEnd.CLOSED)
                 await worker.wait_exit()
@@ -183,7 +188,10 @@ class TrialWorker:
         try:
             await worker.start(self._start_s)
         except WorkerDiedError as error:
-            raise UnavailableError(f"a worker to try the adapter could not start: {error}", "see what the log says") from None
+            raise UnavailableError(
+                f"a worker to try the adapter could not start: {error}",
+                "the log on stderr says why: sartor serve TEAM 2> serve.log, then grep error serve.log",
+            ) from None
 
     @contextlib.asynccontextmanager
     async def _watched(self, worker: WorkerProcess) -> AsyncIterator[None]:

@@ -260,7 +260,9 @@ class AgentHealthTracker:
         Raises ModelError for one that has killed workers, UnavailableError when the agent is out of service.
         """
         if self._killers and _content(call) in self._killers:
-            raise ModelError(f"this request to {agent} killed the workers that took it", "change the request")
+            raise ModelError(
+                f"this request to {agent} killed the workers that took it", "send another prompt: this one is not tried again"
+            )
         return agent in self._breakers and self._breakers[agent].enter()
 
     def is_suspect(self, call: GenerateCall, agent: str) -> bool:

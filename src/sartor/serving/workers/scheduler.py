@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sartor.core.errors import DeadlineError, ModelError, SartorError, UnavailableError
+from sartor.core.remedies import REQUEST_AGAIN
 from sartor.inference.engine import BASE, Event, GenerateCall, ReplyDone, ReplyFailed, TextDelta, event_from_json
 from sartor.serving.team_config import WorkerOptions
 from sartor.serving.workers.adapter_loading import AdapterPool
@@ -109,7 +110,7 @@ class CallScheduler:
         except ReplayMismatchError:
             self.counts["differing"] += 1
             problem = "a worker died, and the reply that another made in its place was not the same"
-            self.fail(in_flight, UnavailableError(problem, "ask again"))
+            self.fail(in_flight, UnavailableError(problem, REQUEST_AGAIN))
 
     def on_worker_lost(self, worker: WorkerProcess) -> None:
         """A worker is gone."""
@@ -174,7 +175,11 @@ class CallScheduler:
         _LOG.error("a call of %s killed a worker that served nobody else: %s", in_flight.agent, reason)
         self._agent_health.condemn(in_flight)
         self.fail(
-            in_flight, ModelError(f"the workers that made this reply of {in_flight.agent} died: {reason}", "change the request")
+            in_flight,
+            ModelError(
+                f"the workers that made this reply of {in_flight.agent} died: {reason}",
+                "send another prompt: this one is not tried again",
+            ),
         )
 
     def _no_workers(self) -> UnavailableError:

@@ -103,7 +103,9 @@ class Supervisor:
         """See Crew. ModelError for a call that has killed a worker before."""
         self._refuse_when_closing()
         if call.adapter != BASE and call.adapter not in self._adapters.paths:
-            raise UnavailableError(f"the adapter of {agent} is not loaded", "promote the agent's release again")
+            raise UnavailableError(
+                f"the adapter of {agent} is not loaded", "sartor agents list, then sartor agents promote NAME VERSION"
+            )
         in_flight = self._scheduler.add(call, agent, deadline_s)
         try:
             await in_flight.wait()
@@ -132,7 +134,9 @@ class Supervisor:
                     vectors += answer["vectors"]
                     tokens += answer["tokens"]
         except TimeoutError:
-            raise DeadlineError(f"{len(texts)} texts took more than {deadline_s:g} s", "send fewer at once") from None
+            raise DeadlineError(
+                f"{len(texts)} texts took more than {deadline_s:g} s", f"send at most {max(1, len(texts) // 2)} texts a request"
+            ) from None
         finally:
             self._queues.leave(EMBEDDINGS, time.monotonic() - began)
         return EmbeddingResult(vectors, tokens, tuple(cut))
@@ -192,7 +196,10 @@ class Supervisor:
         """By a worker that answers; once more by another one when it dies. What kills two is not asked again."""
         texts_digest = records.digest([encoder, texts])
         if texts_digest in self._condemned:
-            raise ModelError("these texts killed the workers that embedded them", "send other texts")
+            raise ModelError(
+                "these texts killed the workers that embedded them",
+                "send the texts in several requests, to find the one that does it; it is not tried again",
+            )
         for _ in range(2):
             await self._slots.wait_ready()
             workers = self._slots.answering() or self._slots.ready()
@@ -201,7 +208,10 @@ class Supervisor:
             except WorkerDiedError:
                 continue
         self._condemned.append(texts_digest)
-        raise UnavailableError("two workers died while they embedded these texts", "send other texts, or fewer")
+        raise UnavailableError(
+            "two workers died while they embedded these texts",
+            "send the texts in several requests; those of this one are not tried again",
+        )
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -185,7 +185,7 @@ class _Loop:
             answer["error"] = error_as_json(error)
         except Exception as error:  # files that another program wrote, read by libraries with errors of their own
             problem = f"{request['op']} failed: {type(error).__name__}: {error}"
-            answer["error"] = error_as_json(ModelError(problem, "check the files that it names"))
+            answer["error"] = error_as_json(ModelError(problem, "ls -l the files that it names"))
         self._channel.send(answer)
 
     def _handle(self, request: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -123,7 +123,10 @@ class WorkerSlots:
                     self._ready_event.clear()
                     await self._ready_event.wait()
         except TimeoutError:
-            raise UnavailableError(f"no worker was ready within {self._rules.start_s:g} s", "see what the log says") from None
+            raise UnavailableError(
+                f"no worker was ready within {self._rules.start_s:g} s",
+                "the log on stderr says why: sartor serve TEAM 2> serve.log, then grep error serve.log",
+            ) from None
 
     async def expendable_worker(self) -> WorkerProcess:
         """A worker for what may kill it: a spare that does nothing else, if there is to be one, else any that is ready.
@@ -183,7 +186,10 @@ class WorkerSlots:
                 _LOG.error("%d workers of one place ended within %g s; next start in %.1f s", self._rules.restarts + 1,
                            self._rules.window_s, wait_s)  # fmt: skip
                 self._failed(
-                    UnavailableError(f"workers end as soon as they start: {worker.end_reason}", "see what the log says")
+                    UnavailableError(
+                        f"workers end as soon as they start: {worker.end_reason}",
+                        "the log on stderr says why: sartor serve TEAM 2> serve.log, then grep error serve.log",
+                    )
                 )
                 self._hooks.changed()
             await asyncio.sleep(wait_s)
@@ -193,7 +199,10 @@ class WorkerSlots:
         about = await worker.start(self._rules.start_s)
         first_about = self._first.result() if self._first and self._first.done() and not self._first.exception() else about
         if (about.base_digest, about.template_digest) != (first_about.base_digest, first_about.template_digest):
-            raise ModelError(f"the base {about.base} was changed on disk while it was served", "start the server again")
+            raise ModelError(
+                f"the base {about.base} was changed on disk while it was served",
+                "sartor serve TEAM, once nobody changes the base's files any more",
+            )
         worker.measure()
         limit = self._rules.memory_bytes
         if limit and worker.memory_bytes > limit:

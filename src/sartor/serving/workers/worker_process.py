@@ -136,7 +136,10 @@ class WorkerProcess:
                 )
             except OSError as error:
                 parent_end.close()
-                raise UnavailableError(f"{command[0]} cannot be started: {error}", "check the machine's limits") from None
+                raise UnavailableError(
+                    f"{command[0]} cannot be started: {error}",
+                    f"ulimit -a shows the limits of processes and memory; ls -l {command[0]}",
+                ) from None
         parent_end.setblocking(False)
         _, self._connection = await loop.create_connection(lambda: _WorkerConnection(self._on_message), sock=parent_end)
         self._end_watch = asyncio.create_task(self._watch_end(self._process, self._connection))
