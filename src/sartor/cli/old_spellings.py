@@ -1,4 +1,4 @@
-"""Flags that were renamed, so that one flag means one thing: the old spelling works, and a notice names the new one.
+"""Flags that were renamed: the old spelling works, and a notice names the new one.
 
     --key          a private key: it signs, or says who this is
     --public-key   a key that signatures are checked with

@@ -1,4 +1,4 @@
-"""Verb show: rows of a Dataset with what is learnt of them, losses of an Adapter, rows of a Report with both replies."""
+"""Verb show: rows, what is learnt of them, losses, replies of both models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices that go out with a Release and with an export: licences, what each demands, sentences that one prescribes.
+"""Notices that go out with a Release or export: licences, duties, prescribed sentences.
 
 Sentences are those of Llama's community licences (1.b.i, 1.b.iii), Gemma's terms of use (3.1) and Qwen's licence agreement,
 read on 2026-11-29 (`core/licences/licence_families.py`). No legal advice.

@@ -1,4 +1,4 @@
-"""Text, Markdown, HTML, PDF and Office documents as rows of the form `text`, and the rows of workbooks.
+"""Text, Markdown, HTML, PDF and Word documents as rows of the form `text`; rows of workbooks.
 
 Plain text and Markdown are read here, the others by a guarded process (`document_worker.py`).
 """

@@ -1,4 +1,4 @@
-"""Rows of a workbook (.xlsx) and the text of a document (.docx), within the process of `document_worker.py`.
+"""Rows of workbooks (.xlsx) and text of documents (.docx), bounded.
 
 Both are zip archives of XML (ECMA-376). Before a parser sees one, its members are counted, what they unfold to is held against
 the file's size, and a document type, in which entities could be declared, is refused: Office writes none.
