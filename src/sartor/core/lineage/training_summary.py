@@ -2,8 +2,8 @@
 
 Article 53(1)(d) of Regulation (EU) 2024/1689 (AI Act) asks it of providers of general-purpose AI models. The sections are those
 of the Commission's template of 24 July 2025 ("Explanatory Notice and Template for the Public Summary of Training Content for
-general-purpose AI models"), by what others write of it, read on 2026-11-29. What no manifest knows is marked; nothing is made up.
-It is no legal advice.
+general-purpose AI models"), by what others write of it, read on 2026-11-29. What no manifest knows is marked, and nothing is
+made up. It is no legal advice.
 """
 
 from __future__ import annotations
