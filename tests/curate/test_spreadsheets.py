@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,13 @@ def test_code_page_that_was_found_is_told_and_stands_in_the_card(tmp_path: Path)
     named = {"sources": [{"path": str(tmp_path / "faq.csv"), "encoding": "cp1252"}]}
     sartor.curate(named, tmp_path / "named", notice=lines.append)
     assert not any("is read as" in line for line in lines), "nobody asked to be told what was said"
+
+
+def test_object_in_a_named_column_is_its_json(tmp_path: Path) -> None:
+    """Slots of a booking are what the model is to say."""
+    rows = [{"text": f"A table for {n}?", "slots": {"people": str(n), "place": "Café"}} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "text", "completion": "slots"}}
+    made = sartor.curate({"sources": [source]}, tmp_path / "data")
+    replies = {example.reply for example in sartor.read_examples(made.dataset)}
+    assert made.kept == 12 and '{"people": "3", "place": "Café"}' in replies
