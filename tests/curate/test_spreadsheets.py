@@ -266,3 +266,7 @@ def test_object_in_a_named_column_is_its_json(tmp_path: Path) -> None:
     made = sartor.curate({"sources": [source]}, tmp_path / "data")
     replies = {example.reply for example in sartor.read_examples(made.dataset)}
     assert made.kept == 12 and '{"people": "3", "place": "Café"}' in replies
+    rows = [{"text": f"Play song {n}", "slots": [["song", str(n)]]} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = sartor.curate({"sources": [source]}, tmp_path / "lists")
+    assert '[["song", "3"]]' in {example.reply for example in sartor.read_examples(made.dataset)}

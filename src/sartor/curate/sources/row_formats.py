@@ -159,9 +159,9 @@ def detect_row_format(row: Mapping[str, Any], *, of_media: bool = False) -> str 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under Sartor's names. columns: Sartor's name -> the column.
 
-    A number or a truth value in a column that is named is taken as text, as a table shows it, and an object as its JSON: slots are
-    a reply. A column that is named and stands twice, or another column that has the name already, is a MalformedRow: one would
-    hide the other.
+    A number or a truth value in a column that is named is taken as text, as a table shows it, and an object, or a list of what
+    are no turns, as its JSON: slots are a reply. A column that is named and stands twice, or another column that has the name
+    already, is a MalformedRow: one would hide the other.
     """
     if not columns:
         return row
@@ -176,7 +176,7 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
         value = row.get(column)
         if isinstance(value, (int, float)) and field not in ("rating", "weight", "date"):
             value = str(value)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) or (isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)):
             value = json.dumps(value, ensure_ascii=False)
         if value is not None:
             renamed[field] = value
