@@ -2,8 +2,8 @@
 
     python tools/pictures.py demo-out/adapter demo-out/report "turn patio fans on" "set the kitchen light to blue"
 
-The page is photographed by a headless Chromium, the conversation is that of `sartor chat` with `/compare`. Look at both before you
-commit them.
+The page is photographed by a headless Chromium, the conversation is that of `sartor chat` with `/compare`. Look at both before
+you commit them.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def converse(adapter: Path, questions: list[str], file: Path) -> None:
 
 
 def main() -> None:
+    """Make both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("report", type=Path)
