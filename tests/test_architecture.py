@@ -58,7 +58,6 @@ EXCEPTIONS = {
     ("cli/tuning.py:ask", "arguments"): "a command's arguments are its flags",
     ("cli/serving.py:export", "arguments"): "a command's arguments are its flags",
     ("cli/tuning.py:tailor", "arguments"): "a command's arguments are its flags",
-    ("cli/edge.py:ask", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:sync", "arguments"): "a command's arguments are its flags",
     ("cli/edge.py:watch", "arguments"): "a command's arguments are its flags",
     ("cli/federate.py:client", "arguments"): "a command's arguments are its flags",

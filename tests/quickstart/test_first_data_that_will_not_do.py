@@ -54,7 +54,7 @@ def csv(folder: Path, rows: list[tuple[str, str]]) -> Path:
         ([(f"Question {n}?", f"Answer {n}.") for n in range(5)], "5 rows of 5 groups cannot both teach and measure"),
         ([(f"Question {n}?", "refund") for n in range(60)], "all 60 replies are 'refund'"),
         ([(f"Question {n}?", ("Refund", "refund")[n % 2]) for n in range(60)], "1 label stands in more than one spelling"),
-        ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "longer than data.max_length_tokens"),
+        ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "data.max_length_tokens="),
     ],
     ids=["five-rows", "one-class", "two-spellings", "too-long"],
 )
@@ -66,9 +66,9 @@ def test_rows_that_will_not_do(rows: list[tuple[str, str]], problem: str, tmp_pa
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "holds no rows"),
+        (b"", "the file is empty"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "encrypted"),
-        (b"PK\x03\x04 no workbook", "workbook"),
+        (b"PK\x03\x04 no workbook", "not a whole .xlsx file"),
     ],
     ids=["empty", "encrypted", "damaged"],
 )

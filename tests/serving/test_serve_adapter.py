@@ -28,7 +28,7 @@ def test_adapter_answers_as_unreleased(adapter: Path) -> None:
 
 
 def test_what_is_no_adapter_is_refused(dataset: Path) -> None:
-    with pytest.raises(ArtifactError, match="an adapter or release was expected"), team_of(dataset):
+    with pytest.raises(ArtifactError, match="is a dataset, not an adapter or release"), team_of(dataset):
         pass
 
 

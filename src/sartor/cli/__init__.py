@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             traceback.print_exc()
         _fail(error, as_json)
     except CycloptsError as error:
-        _fail(ConfigError(_usage_problem(str(error)), _help_of(arguments)), as_json)
+        _fail(ConfigError(_usage_problem(str(error), arguments), _help_of(arguments)), as_json)
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
@@ -190,10 +190,10 @@ def _help(arguments: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def _usage_problem(text: str) -> str:
+def _usage_problem(text: str, arguments: list[str]) -> str:
     """What is wrong with a command line. Cyclopts names a positional argument by a flag that nobody types."""
     text = text.strip() or "the command line is wrong"
-    if found := _MISSING.fullmatch(text):
+    if (found := _MISSING.fullmatch(text)) and f"--{found['parameter']}" not in arguments:
         return f"`sartor {found['command']}` needs {found['parameter'].upper()}"
     return text.partition(" Available commands:")[0]  # of which it lists the first eight
 

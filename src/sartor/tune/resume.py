@@ -133,8 +133,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two fingerprints, in words: `recipe method.rank: 8 -> 16`, `dataset: digest 12ab -> 34cd`."""
     lines = []
     before, after = _flat(old.get("recipe", {})), _flat(new["recipe"])
-    if "weights" in after:  # a run of before there was a choice kept the last
-        before.setdefault("weights", "last")
+    # what an option that a run is older than stood for: the last weights were kept, a base had no use of its own
+    for name, value in (("weights", "last"), ("base.use", [])):
+        if name in after:
+            before.setdefault(name, value)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not key.startswith(FREE_OPTIONS):
             lines.append(f"recipe {key}: {_format_value(before.get(key))} -> {_format_value(after.get(key))}")
