@@ -11,7 +11,7 @@ from sartor.core.artifacts import Artifact
 from sartor.release.gate import licence_refusals
 
 LEAVE_OUT = "leave out {name} and curate and tune again (sartor revoke DATASET --source {name})"
-OF_BASE = "state the licence of the base (base.licence in the tuning recipe), or tune another"
+OF_BASE = "tune a base whose licence permits it"
 PERMITTED = "--use non-commercial or research is permitted"
 
 

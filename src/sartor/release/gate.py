@@ -42,6 +42,7 @@ from sartor.core.config import REQUIRED, option
 from sartor.core.errors import ConfigError
 from sartor.core.licences import compliance
 from sartor.core.licences.compliance import USES, Objection, Use
+from sartor.core.licences.spdx import UNKNOWN
 from sartor.core.lineage import ancestry, origin_index
 from sartor.core.lineage.origin_index import Pair
 from sartor.core.records import canonical_text
@@ -311,7 +312,7 @@ def licence_refusals(adapter: Artifact, use: str) -> tuple[list[str], str]:
         return [], ""
     base = adapter.manifest.get("base")
     base_source = compliance.base_source(base) if base else ""
-    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), base_source)
+    return [*refused.values(), *clashes], _remedy(sources, dataset, list(refused), base_source, use)
 
 
 def _rows(
@@ -332,13 +333,21 @@ def _rows(
     return sample.count, f" ({sample.count:,} rows{': ' if first else ''}{first}{suffix})"
 
 
-def _remedy(sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], base_source: str) -> str:
+def _remedy(
+    sources: Sequence[Mapping[str, Any]], dataset: Artifact | None, refused: Sequence[str], base_source: str, use: str
+) -> str:
     """Uses that would pass, else what to leave out. base_source: the name of the base among the sources."""
     uses = compliance.permitted(sources)
     text = [f"--use {' or '.join(uses)} is permitted"] if uses else []
     removable = [name for name in refused if name != base_source]
     if len(removable) < len(refused):
-        text.append("state what you may use the base for (base.use: [commercial] in the tuning recipe), or tune another")
+        base = next(source for source in sources if source["source"] == base_source)
+        if base["licence"] == UNKNOWN:
+            text.append("state the licence of the base (base.licence in the tuning recipe), or tune another")
+        elif not compliance.objections([{**base, "use": [use]}], use):
+            text.append(f"state what you may use the base for (base.use: [{use}] in the tuning recipe), or tune another")
+        else:
+            text.append("tune a base whose licence permits it")
     if removable:
         path = dataset.path if dataset else "DATASET"
         text.append(
