@@ -111,7 +111,8 @@ def _typographic_page(sample: bytes) -> str:
         with contextlib.suppress(UnicodeDecodeError):
             text = sample.decode(page)
             is_typographic = all(character in _TYPOGRAPHIC for character in text if not character.isascii())
-            if is_typographic and not _SIGN_AS_LETTER.search(text):
+            # signs stand among letters; a file of signs alone is no text
+            if is_typographic and not _SIGN_AS_LETTER.search(text) and any(map(str.isalpha, text)):
                 texts.setdefault(text, page)
     return next(iter(texts.values())) if len(texts) == 1 else ""
 
