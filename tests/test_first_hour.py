@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from doc_blocks import blocks
-from sartor.core.home import home
+from own_home import environment_in
 
 pytestmark = pytest.mark.circle
 ROOT = Path(__file__).parent.parent
@@ -25,15 +24,11 @@ def readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252"])
 def test_a_spreadsheet_becomes_a_chat(encoding: str, tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
-    own, work = tmp_path / "home", tmp_path / "work"
-    own.mkdir()
+    work = tmp_path / "work"
     work.mkdir()
-    for name in ("assets", "kernels"):
-        (home() / name).mkdir(exist_ok=True)
-        (own / name).symlink_to(home() / name)
     lines = ["Frage;Antwort", *(f"{question};{answer}" for question, answer in ROWS)]
     (work / "faq.csv").write_bytes("\r\n".join(lines).encode(encoding))
-    environment = {**os.environ, **commands, "SARTOR_HOME": str(own)}
+    environment = environment_in(tmp_path / "home", commands)
     doctor, tailor, chat = readme_commands()
 
     def run(command: str, typed: str = "") -> subprocess.CompletedProcess[str]:

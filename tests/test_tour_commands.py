@@ -5,7 +5,6 @@ On the tiny base in place of `starter`; a command of which the tiny base makes n
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from doc_blocks import blocks
-from sartor.core.home import home
+from own_home import environment_in
 
 pytestmark = pytest.mark.circle
 ROOT = Path(__file__).parent.parent
@@ -53,12 +52,7 @@ def wait_until_listening(output: Path, server: subprocess.Popen[bytes]) -> None:
 
 
 def test_commands_of_the_tour_succeed(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
-    own = tmp_path / "home"
-    own.mkdir()
-    for name in ("assets", "kernels"):
-        (home() / name).mkdir(exist_ok=True)
-        (own / name).symlink_to(home() / name)
-    environment = {**os.environ, **commands, "SARTOR_HOME": str(own)}
+    environment = environment_in(tmp_path / "home", commands)
     work = tmp_path / "work"
     work.mkdir()
     servers = []

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from clock import Clock
 from sartor.core import progress
 from sartor.core.progress import Progress, WholeProgress
-
-
-class Clock:
-    """Seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(progress.time, "monotonic", clock)
     return clock
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from own_home import environment_in
 from sartor.core.artifacts import open_artifact
-from sartor.core.home import home
 
 pytestmark = pytest.mark.circle
 KILLS = 20
@@ -42,12 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_twenty_kills_end_in_the_same_digests(tmp_path: Path, tiny_base: Path, commands: dict[str, str]) -> None:
-    own = tmp_path / "home"
-    own.mkdir()
-    for name in ("assets", "kernels"):
-        (home() / name).mkdir(exist_ok=True)
-        (own / name).symlink_to(home() / name)
-    environment = {**os.environ, **commands, "SARTOR_HOME": str(own)}
+    environment = environment_in(tmp_path / "home", commands)
 
     def begin(folder: Path) -> subprocess.Popen[bytes]:
         folder.mkdir(exist_ok=True)
