@@ -27,6 +27,7 @@ ONE_PART = {
     "secure_sum": "one round",
     "serve": "a round has every side, which are processes that stay open",
     "spoken_rows": "writes files",
+    "start": "seconds",
 }
 PROGRAM = """
 import argparse, sys, time

@@ -73,6 +73,7 @@ KEYS = {
     "serve": "llama_settings llama_build losses.llama_q4_0 losses.llama_q4 agreement ratios.mixed_over_same ratios.llama_cpp ratios.peft ratios.one_at_a_time tokens_per_s curve exact.fp32.equal "
     "agrees open_loop adapter_bytes attach_s",
     "spoken_rows": "train eval words clips voices",
+    "start": "start.help.median_s start.import.least_s start.python.median_s modules",
     "synth": "false_alarm power.group_shift power.mode_collapse power.copied_seeds power.topic_drift lift.estimate lift.low "
     "lift.high audit.planted_caught audit.planted audit.clean_passed audit.clean mitigation.gap_before mitigation.gap_after "
     "mitigation.metric_cost",
