@@ -273,3 +273,31 @@ def test_code_page_may_be_named(tmp_path: Path, tiny_base: Path, quick: None) ->
     )
     example = next(sartor.read_examples(made.dataset))
     assert "ερώτηση" in example.messages[0].text and made.dataset.manifest["sources"][0]["encoding"] == "iso8859-7"
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_no_call_has_made_is_never_removed(replace: bool, tmp_path: Path) -> None:
+    """Rows in a folder `data` of the project, recipes of `sartor init`, an Adapter of somebody's own."""
+    (tmp_path / "data").mkdir()
+    file = table(tmp_path / "data")
+    options: dict[str, Any] = {"name": "faq", "out": tmp_path, "fields": FIELDS, "replace": replace}
+    with pytest.raises(ConfigError, match="stands where tailor puts what it makes"):
+        sartor.tailor(file, **options)
+    (tmp_path / "rows.csv").write_bytes(file.read_bytes())
+    with pytest.raises(ConfigError, match="tailor has not made it"):
+        sartor.tailor(tmp_path / "rows.csv", **options)
+    assert file.is_file() and not (tmp_path / "tailor.json").exists()
+
+
+def test_directory_in_the_folder_of_the_rows_is_refused(tmp_path: Path) -> None:
+    table(tmp_path)
+    with pytest.raises(ConfigError, match="would be read as rows"):
+        sartor.tailor(tmp_path, name="faq", out=tmp_path / "faq", fields=FIELDS)
+    assert not (tmp_path / "faq").exists()
+
+
+def test_replace_removes_nothing_where_there_are_no_rows(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    made = tailored(tmp_path, tiny_base)
+    with pytest.raises(ConfigError, match="names no file"):
+        sartor.tailor(tmp_path / "typo.csv", name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, replace=True)
+    assert made.adapter.path.is_dir() and made.report.path.is_dir()

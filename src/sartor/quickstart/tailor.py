@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -37,6 +38,7 @@ from sartor.core.splits import LEAST_GROUPS
 from sartor.curate.pipeline import curate
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import columns_of, plan_reading, read_all
+from sartor.curate.sources.source_files import sheet_of
 from sartor.curate.sources.types import Columns, SourceOptions
 from sartor.evaluate.bootstrap import Comparison, groups_needed
 from sartor.evaluate.evaluation import evaluate
@@ -52,6 +54,9 @@ Notice = Callable[[str], None]
 Ask = Callable[[str], str]
 VERSION = "1.0"
 _FACTS, _SCHEMA = "tailor.json", 1
+# What a call makes beside it, and makes anew: what stands there under these names is removed then
+_RECIPES = ("tune.yaml", "curate.yaml")
+_MADE = ("data", "data.curating", "adapter", "adapter.checkpoints", "report")
 # Held out of few rows, so that an interval can tell something, and of many, where more would only be taken from training
 _FRACTION, _HELD_OUT_ROWS = 0.2, 300
 # Seconds of a bounded command that are kept for what no forecast covers: opening the base a second time, signing, writing
@@ -193,9 +198,8 @@ def tailor(
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
     job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
-    if replace:
-        _clear(out, job, everything=True)
-    job = _recall(out, job, ask=ask, notice=notice)
+    _check_place(out, job)
+    job = _recall(out, job, ask=ask, notice=notice, replace=replace)
 
     _fetch(job, notice)
     dataset = _curated(out, job, notice)
@@ -260,12 +264,29 @@ def _job(
     )
 
 
-def _clear(out: Path, job: _Job, *, everything: bool = False) -> None:
-    """Remove what an earlier call made below `out` from rows that are not those of this one. everything: and its facts."""
-    files = ["tune.yaml", "curate.yaml", *([_FACTS] if everything else [])]
-    for name in files:
+def _check_place(out: Path, job: _Job) -> None:
+    """Raise ConfigError where `_clear` would remove what no call of `tailor` made, or where the rows stand in what it makes.
+
+    The facts are written before anything else: where they are not, nothing is `tailor`'s.
+    """
+    made, place = [*_MADE, f"{job.name}-{VERSION}"], out.resolve()
+    for source in filter(None, (*job.data, job.test)):
+        rows = Path(sheet_of(source)[0]).resolve()
+        if any(rows.is_relative_to(place / name) for name in made):
+            raise ConfigError(f"{source} stands where tailor puts what it makes, in {out}", f"--out {out / job.name}")
+        if rows.is_dir() and place.is_relative_to(rows):
+            problem = f"{out} lies in {source}: what is made there would be read as rows"
+            raise ConfigError(problem, f"--out {rows.parent / f'{job.name}-tailored'}")
+    taken = next((name for name in (*_RECIPES, *made) if os.path.lexists(out / name)), "")
+    if taken and not (out / _FACTS).is_file():
+        raise ConfigError(f"{out / taken} is there, and tailor has not made it", f"--out {out / job.name}")
+
+
+def _clear(out: Path, job: _Job) -> None:
+    """Remove what an earlier call made below `out` from rows that are not those of this one."""
+    for name in _RECIPES:
         (out / name).unlink(missing_ok=True)
-    for name in ("data", "data.curating", "adapter", "adapter.checkpoints", "report", f"{job.name}-{VERSION}"):
+    for name in (*_MADE, f"{job.name}-{VERSION}"):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
@@ -323,11 +344,16 @@ def _absolute(path: Path | str) -> str:
     return str(Path(text).expanduser().absolute())
 
 
-def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice) -> _Job:
-    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of another one."""
+def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: bool) -> _Job:
+    """The job with what a person was asked for, now or in an earlier call. Raises ConfigError where `out` is of another one.
+
+    replace: what an earlier call made is removed, once it is known that there are rows to make it anew of.
+    """
     file = out / _FACTS
-    if not file.is_file():
+    if replace or not file.is_file():
         job = _answered(job, ask, notice)
+        if replace:
+            _clear(out, job)
         _write_facts(file, job)
         return job
     try:
