@@ -270,3 +270,13 @@ def test_object_in_a_named_column_is_its_json(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = sartor.curate({"sources": [source]}, tmp_path / "lists")
     assert '[["song", "3"]]' in {example.reply for example in sartor.read_examples(made.dataset)}
+
+
+@pytest.mark.parametrize("text", ["中文字符，", "Привет, мир. ", "Größe und Übung. "])
+@pytest.mark.parametrize("before", range(3))
+def test_long_line_of_utf8_is_utf8(text: str, before: int) -> None:
+    """JSON on one line: a character lies in two of the blocks that are looked at."""
+    line = ("x" * before + text * (3_500_000 // len(text.encode()))).encode()
+    assert encodings.detect_encoding(io.BytesIO(b'["' + line + b'"]')) == ""
+    broken = b'["' + line[:2_000_000] + b"\xff" + line[2_000_000:] + b'"]\n' + ("ä\n" * 40).encode()
+    assert encodings.detect_encoding(io.BytesIO(broken)) == "", "one broken byte is one broken block"

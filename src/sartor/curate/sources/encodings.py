@@ -69,17 +69,25 @@ def detect_encoding(stream: BinaryIO) -> str:
 
 
 def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
-    """Lines that are not ASCII, up to _SAMPLE_BYTES, of a file that is not UTF-8; nothing of one that is."""
+    """Lines that are not ASCII, up to _SAMPLE_BYTES, of a file that is not UTF-8; nothing of one that is.
+
+    A line longer than a block is looked at block by block, and a character may lie in two of them.
+    """
     stream.seek(0)
     sample, valid, broken = bytearray(), 0, 0
+    decoder, goes_on = codecs.getincrementaldecoder(UTF8)(), False
     while line := stream.readline(_BLOCK_BYTES):
-        if line.isascii():
+        went_on, goes_on = goes_on, not line.endswith(b"\n") and len(line) == _BLOCK_BYTES
+        if line.isascii() and not decoder.getstate()[0]:
             continue
         try:
-            line.decode(UTF8)
+            decoder.decode(line, not goes_on) if went_on or goes_on else line.decode(UTF8)
             valid += 1
         except UnicodeDecodeError:
             broken += 1
+            decoder.errors = "surrogateescape"  # so that it knows with what the next block begins
+            decoder.decode(line, not goes_on)
+            decoder.errors = "strict"
         if len(sample) < _SAMPLE_BYTES:
             sample += line
     return bytes(sample[:_SAMPLE_BYTES]) if broken > _MOST_BROKEN * (valid + broken) else b""
