@@ -280,3 +280,15 @@ def test_long_line_of_utf8_is_utf8(text: str, before: int) -> None:
     assert encodings.detect_encoding(io.BytesIO(b'["' + line + b'"]')) == ""
     broken = b'["' + line[:2_000_000] + b"\xff" + line[2_000_000:] + b'"]\n' + ("ä\n" * 40).encode()
     assert encodings.detect_encoding(io.BytesIO(broken)) == "", "one broken byte is one broken block"
+
+
+KOREAN = ("계좌를 개설하려면 어떻게 해야 하나요?", "가까운 지점을 방문해 주세요.")
+CHINESE = ("我想知道如何办理银行卡的开户手续，需要什么材料？", "请携带身份证到最近的营业网点办理。")
+
+
+@pytest.mark.parametrize(("pair", "code_page"), [(LINES["ja"], "cp932"), (KOREAN, "cp949"), (CHINESE, "gb18030")])
+@pytest.mark.parametrize("before", range(4))
+def test_no_character_of_the_sample_is_cut_in_two(pair: tuple[str, str], code_page: str, before: int) -> None:
+    """Of a large file the first lines are looked at, up to the end of one."""
+    rows = [(f"{'x' * before if number == 0 else ''}{number}{pair[0]}", pair[1]) for number in range(2500)]
+    assert encodings.detect_encoding(io.BytesIO(table(rows).encode(code_page))) == code_page

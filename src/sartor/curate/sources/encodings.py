@@ -90,7 +90,15 @@ def _lines_that_are_not_utf8(stream: BinaryIO) -> bytes:
             decoder.errors = "strict"
         if len(sample) < _SAMPLE_BYTES:
             sample += line
-    return bytes(sample[:_SAMPLE_BYTES]) if broken > _MOST_BROKEN * (valid + broken) else b""
+    return _whole_lines(bytes(sample)) if broken > _MOST_BROKEN * (valid + broken) else b""
+
+
+def _whole_lines(sample: bytes) -> bytes:
+    """The lines of a sample that end within _SAMPLE_BYTES: of a character that is cut in two no code page would be right."""
+    if len(sample) <= _SAMPLE_BYTES:
+        return sample
+    end = sample.rfind(b"\n", 0, _SAMPLE_BYTES) + 1
+    return sample[: end or _SAMPLE_BYTES]
 
 
 def _code_page(sample: bytes) -> str:
