@@ -13,7 +13,7 @@ import pytest
 import sartor
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
-from sartor.core.records import Drop, Example
+from sartor.core.records import Drop, Example, MalformedRow
 from sartor.curate.sources import encodings
 from sartor.curate.sources.planner import plan_reading, read_all
 from sartor.curate.sources.types import Columns, SourceOptions
@@ -147,7 +147,11 @@ def test_character_that_the_code_page_lacks_drops_its_row(tmp_path: Path) -> Non
 def test_encoding_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="no encoding 'cp9999'"):
         SourceOptions(path="x.csv", encoding="cp9999")
+    for name in ("hex", "rot13", "zlib", "idna", "undefined"):
+        with pytest.raises(ConfigError, match="no encoding"):
+            SourceOptions(path="x.csv", encoding=name)
     assert SourceOptions(path="x.csv", encoding="UTF8").encoding == encodings.UTF8
+    assert SourceOptions(path="x.csv", encoding="EBCDIC-CP-US").encoding == "cp037"
 
 
 def test_utf8_can_be_declared_for_a_file_with_broken_rows(tmp_path: Path) -> None:
@@ -292,3 +296,19 @@ def test_no_character_of_the_sample_is_cut_in_two(pair: tuple[str, str], code_pa
     """Of a large file the first lines are looked at, up to the end of one."""
     rows = [(f"{'x' * before if number == 0 else ''}{number}{pair[0]}", pair[1]) for number in range(2500)]
     assert encodings.detect_encoding(io.BytesIO(table(rows).encode(code_page))) == code_page
+
+
+@pytest.mark.parametrize("broken", [b"\n", b"\x00\xd8\n\x00"], ids=["odd-byte", "half-of-a-pair"])
+def test_utf16_with_broken_bytes_loses_their_row_alone(broken: bytes, tmp_path: Path) -> None:
+    """`echo >> rows.csv` puts one byte behind a file of two a character."""
+    file = tmp_path / "rows.csv"
+    file.write_bytes(table([LINES["de"], LINES["de"]]).encode("utf-16") + broken)
+    found = examples(file, fields=FIELDS)
+    assert [type(row) for row in found[:2]] == [Example, Example]
+    assert all(isinstance(row, Drop) for row in found[2:])
+
+
+def test_utf16_without_its_mark_is_said() -> None:
+    with pytest.raises(MalformedRow) as caught:
+        encodings.as_utf8(io.BytesIO("口座".encode("utf-16-le")), "utf-16")
+    assert caught.value.reason == "unknown_encoding"

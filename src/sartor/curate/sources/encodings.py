@@ -48,8 +48,16 @@ _WESTERN = ("cp1252", "mac-roman", "cp850")
 
 
 def canonical_name(encoding: str) -> str:
-    """Return Python's name of an encoding, `utf-8` for all its spellings. Raises LookupError for one that it does not have."""
+    """Return Python's name of an encoding, `utf-8` for all its spellings. Raises LookupError for one that it does not have.
+
+    What turns no bytes into text (`hex`, `rot13`), or whole names alone (`idna`), is none either.
+    """
     name = codecs.lookup(encoding).name
+    try:
+        "".encode(name)  # a LookupError for what is no encoding of text
+        codecs.getincrementaldecoder(name)(_MARKED).decode(b"", True)
+    except UnicodeError:
+        raise LookupError(f"{name} is no encoding of a file") from None
     return UTF8 if name in ("utf-8", "utf-8-sig", "ascii") else name
 
 
@@ -157,17 +165,32 @@ def _mixes_scripts(text: str) -> bool:
     return False
 
 
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    """Put a byte that is not UTF-8 for what cannot be decoded. `surrogateescape` alone refuses ASCII, as half of UTF-16 is."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\udcff", error.end
+
+
+_MARKED = "sartor-marked"
+codecs.register_error(_MARKED, _mark)
+
+
 def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
     """Return a file in UTF-8 with the text of a stream in another encoding.
 
-    Bytes that the encoding does not have become bytes that are not UTF-8, so that readers find the row that holds them.
+    Bytes that the encoding does not have become bytes that are not UTF-8, so that readers find the row that holds them. Raises
+    MalformedRow for UTF-16 without the mark of its byte order.
     """
     stream.seek(0)
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+    decoder = codecs.getincrementaldecoder(encoding)(_MARKED)
     recoded = tempfile.SpooledTemporaryFile(_SPOOL_BYTES)  # noqa: SIM115
-    while block := stream.read(_BLOCK_BYTES):
-        recoded.write(decoder.decode(block).encode(UTF8, "surrogateescape"))
-    recoded.write(decoder.decode(b"", True).encode(UTF8, "surrogateescape"))
+    try:
+        while block := stream.read(_BLOCK_BYTES):
+            recoded.write(decoder.decode(block).encode(UTF8, "surrogateescape"))
+        recoded.write(decoder.decode(b"", True).encode(UTF8, "surrogateescape"))
+    except UnicodeError as error:
+        raise MalformedRow("unknown_encoding", f"the file cannot be read as {encoding}: {error}") from None
     recoded.seek(0)
     return recoded  # type: ignore[return-value]
 
