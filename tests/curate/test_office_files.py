@@ -193,3 +193,15 @@ def test_a_stream_is_read_from_memory_alone(tmp_path: Path) -> None:
     with documents.DocumentReader() as reader:
         (found,) = [row for _, row in reader.read(str(file), plan.files[0].sha256, "xlsx", 1 << 20)]
     assert found.reason == "changed_file"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"<!--" + b" " * 70_000 + b"-->", b"<!-- <x -->" + b" " * 70_000, b"<?x <x ?>" + b" " * 70_000],
+    ids=["comment", "element-in-a-comment", "element-in-an-instruction"],
+)
+def test_entities_behind_a_long_beginning_are_refused(before: bytes, tmp_path: Path) -> None:
+    file = workbook(tmp_path / "faq.xlsx", Fragen=[["Frage", "Antwort"], ["a", "b"]])
+    dtd = b'<?xml version="1.0"?>' + before + b'<!DOCTYPE x [<!ENTITY a "b">]>'
+    changed(file, "xl/worksheets/sheet1.xml", lambda content: dtd + content.split(b"?>", 1)[-1])
+    assert reasons(file, fields=FIELDS) == ["xlsx_bomb"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import re
 import warnings
 import zipfile
 from collections import Counter
@@ -20,7 +21,9 @@ MOST_MEMBERS = 10_000
 MOST_UNFOLDED = 1 << 30  # bytes of all members
 MOST_RATIO = 200  # unfolded bytes for one of the file: sheets of repeated text reach 40
 MOST_ROWS = 1_048_576  # of a sheet, Excel's own limit
-_HEAD_BYTES = 4096
+_HEAD_BYTES = 64 << 10
+_ASIDE = re.compile(rb"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)", re.DOTALL)
+_BEGINS_WITH_AN_ELEMENT = re.compile(rb"(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?\s*<[A-Za-z_:\x80-\xff]")
 
 
 def check_package(raw: bytes, kind: str) -> None:
@@ -39,16 +42,20 @@ def check_package(raw: bytes, kind: str) -> None:
                 raise MalformedRow(f"bad_{kind}", f"the archive has no {part}: it is no .{kind} file")
             for member in members:
                 if member.filename.endswith((".xml", ".rels")) and _declares_a_type(package, member):
-                    raise MalformedRow(f"{kind}_bomb", f"{member.filename} declares a document type; Office writes none")
+                    detail = f"{member.filename} declares a document type, or begins with no element; Office writes neither"
+                    raise MalformedRow(f"{kind}_bomb", detail)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
         raise MalformedRow(f"bad_{kind}", f"not a whole .{kind} file: {error}") from None
 
 
 def _declares_a_type(package: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    """Whether an XML file of the archive could define entities, which may unfold without end."""
+    """Whether an XML file of the archive could define entities, which may unfold without end.
+
+    A type stands before the first element, so that has to begin in the head, behind nothing but comments and instructions.
+    """
     with package.open(member) as stream:
         head = stream.read(_HEAD_BYTES).replace(b"\0", b"")  # UTF-16 as well
-    return b"<!DOCTYPE" in head or b"<!ENTITY" in head
+    return bool(head) and not _BEGINS_WITH_AN_ELEMENT.match(_ASIDE.sub(b"", head))
 
 
 def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] | MalformedRow]]:
