@@ -195,6 +195,15 @@ def test_a_stream_is_read_from_memory_alone(tmp_path: Path) -> None:
     assert found.reason == "changed_file"
 
 
+def test_size_that_a_sheet_states_wrongly_hides_no_row(tmp_path: Path) -> None:
+    """Some exports write A1 of every sheet."""
+    rows = [["Frage", "Antwort"], *([f"Was kostet {number}?", f"{number} Euro"] for number in range(5))]
+    file = workbook(tmp_path / "faq.xlsx", Fragen=rows)
+    changed(file, "xl/worksheets/sheet1.xml", lambda content: content.replace(b'ref="A1:B6"', b'ref="A1"'))
+    found = rows_of(file, fields=FIELDS)
+    assert [row.reply for row in found if isinstance(row, Example)] == [f"{number} Euro" for number in range(5)]
+
+
 @pytest.mark.parametrize(
     "before",
     [b"<!--" + b" " * 70_000 + b"-->", b"<!-- <x -->" + b" " * 70_000, b"<?x <x ?>" + b" " * 70_000],

@@ -70,6 +70,8 @@ def workbook_rows(raw: bytes, sheet: str) -> Iterator[tuple[int, dict[str, Any] 
         warnings.simplefilter("ignore")  # styles and extensions that openpyxl does not know
         workbook = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True, keep_links=False)
     sheets = workbook.worksheets
+    for one in sheets:
+        one.reset_dimensions()  # what a sheet says of its size is wrong where some exports wrote it: they say A1 of any
     names = [one.title for one in sheets]
     if sheet and sheet not in names:
         yield 1, MalformedRow("no_sheet", f"the workbook has no sheet {sheet!r}; it has {', '.join(map(repr, names[:12]))}")
