@@ -47,7 +47,7 @@ def family(licence: str) -> licence_families.LicenceFamily:
 
 @pytest.mark.parametrize(("card", "name"), CARDS.items())
 def test_name_on_a_model_card_is_known(card: str, name: str) -> None:
-    assert family(card).name == name
+    assert family(card).name == family(card.upper()).name == family(card.title()).name == name
 
 
 @pytest.mark.parametrize("card", ["llama", "llama5", "gemmalike", "qwenish-eula", "house", "rail"])
@@ -98,6 +98,13 @@ def test_name_that_the_licence_demands(card: str, demanded: bool) -> None:
     found = compliance.name_objection([OWN, base(card)], "faq")
     assert ("begins with 'Llama'" in found) == demanded
     assert compliance.name_objection([OWN, base(card)], "llama-faq") == ""
+
+
+def test_duties_hold_however_the_name_is_spelt() -> None:
+    """A use that is stated for terms that nobody knows permits all, so a known licence must not be taken for one."""
+    stated = base("LicenseRef-Llama-3.2", use=["commercial"])
+    assert compliance.name_objection([OWN, stated], "faq") and "Built with Llama" in " ".join(compliance.obligations([stated]))
+    assert compliance.objections([base("MRL", use=["commercial"])], "commercial")
 
 
 def test_duties_name_what_is_owed() -> None:

@@ -71,9 +71,11 @@ _REVENUE = "commercial use is free below 10 million USD of revenue a year (LFM O
 _NOT_IN_THE_EU = "its use policy gives no rights in multimodal models to who is at home in the EU"
 _LLAMA: tuple[Obligation, ...] = ("notice", "use-policy", "built-with-llama", "llama-name")
 
+OWN_DATA = LicenceFamily("own data", r"LicenseRef-own", 0.95, "yours: nobody else reserves a use")
+
 FAMILIES = (
     NOTHING,
-    LicenceFamily("own data", r"LicenseRef-own", 0.95, "yours: nobody else reserves a use"),
+    OWN_DATA,
     LicenceFamily("Llama 2", r"LicenseRef-(?:scancode-)?llama-?2\b.*", 0.55,
                   f"community licence of 2023-07-18, 1.b.iii-v; its outputs may improve no other model; {_MONTHLY_USERS}",
            ("notice", "use-policy"), outputs="no"),
@@ -150,7 +152,9 @@ FAMILIES = (
 def family_of(licence: str, category: str = "") -> LicenceFamily:
     """The row of one SPDX id (for `A WITH B`, of A: an exception permits more, so A's row is the cautious one)."""
     for family in FAMILIES:
-        if re.fullmatch(family.pattern, licence):
+        # SPDX has one spelling of its ids; model cards spell the names of their licences as they like
+        is_of_a_model = family.pattern.startswith("LicenseRef-") and family is not OWN_DATA
+        if re.fullmatch(family.pattern, licence, re.IGNORECASE if is_of_a_model else 0):
             return family
     if licence.startswith(("LicenseRef-", "DocumentRef-")):
         return UNKNOWN_TERMS
