@@ -83,3 +83,18 @@ def test_llama_wants_its_name_and_its_sentence(adapter_of: Any) -> None:
     passed = check_licence(adapter, "commercial", "llama-faq")
     assert not passed.holds_back and "NOTICE.md will say 'Built with Llama'" in passed.detail
     assert not check_licence(adapter, "internal", "faq").holds_back, "nothing is handed out"
+
+
+def test_empty_file_or_notice_alone_is_no_copy_of_the_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "base_folder", lambda manifest: tmp_path)
+    (tmp_path / "LICENSE").write_text("\n")
+    (tmp_path / "NOTICE").write_text("Gemma is provided under and subject to the Gemma Terms of Use")
+    assert "binds whoever gets it" in notices.missing_texts(manifest("gemma"))[0]
+    (tmp_path / "LICENSE").write_text("Gemma Terms of Use")
+    assert notices.missing_texts(manifest("gemma")) == ("", "")
+
+
+def test_base_is_looked_for_only_where_its_text_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base by its name on the hub would be asked for there."""
+    monkeypatch.setattr(notices, "base_folder", lambda manifest: pytest.fail("it was looked for"))
+    assert notices.missing_texts(manifest("Apache-2.0")) == ("", "")

@@ -63,8 +63,9 @@ def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
     base = manifest["base"]
     duties = compliance.duties_by_licence([{"source": compliance.base_source(base), "licence": base["licence"]}])
     binding = sorted(licence for licence, of_licence in duties.items() if "use-policy" in of_licence)
-    folder = base_folder(manifest)
-    if not binding or folder is None or legal_texts(folder):
+    folder = base_folder(manifest) if binding else None
+    # what a NOTICE file says is who made it, not what binds
+    if folder is None or any(not file.name.lower().startswith("notice") for file in legal_texts(folder)):
         return "", ""
     problem = (
         f"{' and '.join(binding)} binds whoever gets it to its use restrictions, and no copy of its text stands in {folder}"
@@ -82,8 +83,9 @@ def base_folder(manifest: Mapping[str, Any]) -> Path | None:
 
 
 def legal_texts(folder: Path) -> list[Path]:
-    """Licences, notices and use policies that stand beside a base."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and _LEGAL.match(file.name)]
+    """Licences, notices and use policies that stand beside a base, and say anything."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _LEGAL.match(file.name)]
+    return [file for file in files if file.read_bytes().strip()]
 
 
 def write_notice(manifest: Mapping[str, Any], licence: str, part: Path, base: Path | None) -> None:
