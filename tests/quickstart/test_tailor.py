@@ -136,6 +136,20 @@ def test_released_if_the_gate_passes(tmp_path: Path, tiny_base: Path, quick: Non
     assert sum("keys/default" in line for line in lines) == 1
     again = tailored(tmp_path, tiny_base)
     assert again.released is not None and again.released.id == made.released.id
+    own = sartor.keygen(tmp_path / "keys", trust=True)
+    signed = tailored(tmp_path, tiny_base, key=tmp_path / "keys")
+    assert signed.released is not None and sartor.verify(signed.released.path).signer == own["key_id"]
+    assert tailored(tmp_path, tiny_base, key=tmp_path / "keys").released.id == signed.released.id  # type: ignore[union-attr]
+    monkeypatch.setattr(verb, "gate", lambda *_, **__: passed | {"gain": Check("fail", "no longer")})
+    with pytest.raises(GateError, match="no longer"):
+        tailored(tmp_path, tiny_base, require_release=True)
+    assert tailored(tmp_path, tiny_base).as_json()["release"] is None
+
+
+def test_key_that_is_none_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no private key"):
+        sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq", fields=FIELDS, key=tmp_path / "none")
+    assert not (tmp_path / "faq").exists()
 
 
 def test_required_release_is_an_error_where_it_is_held_back(tmp_path: Path, tiny_base: Path, quick: None) -> None:

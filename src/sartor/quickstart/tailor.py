@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 
 from sartor.core import assets, signing
-from sartor.core.artifacts import Artifact, Kind, kind_of, open_artifact
+from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load
-from sartor.core.errors import ConfigError, GateError
+from sartor.core.errors import ConfigError, GateError, SignatureError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
@@ -197,6 +197,8 @@ def tailor(
     if minutes < 0:
         raise ConfigError(f"minutes is {minutes:g}; it must be above 0", "--minutes 10")
     out = (Path(out) if out else Path(name)).absolute()
+    if key:
+        signing.open_private(Path(key))  # what is wrong with it is said before time is spent
     job = changed(_job(data, name, base, fields or {}, system, licence, test), encoding=encoding)
     _check_place(out, job)
     job = _recall(out, job, ask=ask, notice=notice, replace=replace)
@@ -211,13 +213,8 @@ def tailor(
             report = evaluate(adapter.path, out=out / "report", replace=True, notice=notice).report
         notice(f"report   {report.path / 'report.html'}")
     checks = gate(adapter, report, (), name=name)
-    released = _made_of(out / f"{name}-{VERSION}", "release", adapter)
-    if released is None and not any(check.holds_back for check in checks.values()):
-        signer = Path(key) if key else _machine_key(notice)
-        folder_of_release = out / f"{name}-{VERSION}"
-        released = release(
-            adapter.path, name=name, version=VERSION, key=signer, report=report.path, out=folder_of_release, replace=True
-        ).release
+    is_held_back = any(check.holds_back for check in checks.values())
+    released = None if is_held_back else _released(out / f"{name}-{VERSION}", name, adapter, report, key, notice)
     evidence, more_rows = _evidence(report)
     result = Tailored(
         dataset=dataset,
@@ -456,6 +453,25 @@ def _made_of(path: Path, kind: Kind, adapter: Artifact) -> Artifact | None:
         return None
     artifact = open_artifact(path, kind)
     return artifact if adapter.id in {parent["id"] for parent in artifact.manifest["parents"]} else None
+
+
+def _released(path: Path, name: str, adapter: Artifact, report: Artifact, key: Path | str | None, notice: Notice) -> Artifact:
+    """The Release of an Adapter that has passed the gate: of an earlier call if the key that is asked for signed it."""
+    earlier = _made_of(path, "release", adapter)
+    if earlier is not None and (not key or _is_signed_by(earlier, Path(key))):
+        return earlier
+    signer = Path(key) if key else _machine_key(notice)
+    options: dict[str, Any] = {"name": name, "version": VERSION, "key": signer, "report": report.path}
+    return release(adapter.path, out=path, replace=True, **options).release
+
+
+def _is_signed_by(released: Artifact, key: Path) -> bool:
+    document = (released.path / MANIFESTS["release"]).read_bytes()
+    try:
+        signing.check(document, released.path / "signature", [signing.open_private(key).public_key()])
+    except SignatureError:
+        return False
+    return True
 
 
 def _evidence(report: Artifact) -> tuple[Evidence, int]:
