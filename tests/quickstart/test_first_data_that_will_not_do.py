@@ -51,12 +51,13 @@ def csv(folder: Path, rows: list[tuple[str, str]]) -> Path:
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
+        ([(f"Question {n}?", f"Answer {n}.") for n in range(2)], "none of the 2 rows can be held out to measure on"),
         ([(f"Question {n}?", f"Answer {n}.") for n in range(5)], "5 rows of 5 groups cannot both teach and measure"),
         ([(f"Question {n}?", "refund") for n in range(60)], "all 60 replies are 'refund'"),
         ([(f"Question {n}?", ("Refund", "refund")[n % 2]) for n in range(60)], "1 label stands in more than one spelling"),
         ([("Lorem ipsum dolor sit amet " * 600, f"Answer {n % 4}.") for n in range(60)], "data.max_length_tokens="),
     ],
-    ids=["five-rows", "one-class", "two-spellings", "too-long"],
+    ids=["two-rows", "five-rows", "one-class", "two-spellings", "too-long"],
 )
 def test_rows_that_will_not_do(rows: list[tuple[str, str]], problem: str, tmp_path: Path, tiny_base: Path) -> None:
     rows = [(f"{number}: {prompt}", reply) for number, (prompt, reply) in enumerate(rows)]

@@ -27,7 +27,7 @@ import yaml
 from sartor.core import assets, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load
-from sartor.core.errors import ConfigError, GateError, SignatureError
+from sartor.core.errors import ConfigError, GateError, SignatureError, SourceError
 from sartor.core.filesystem import write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
@@ -205,6 +205,7 @@ def tailor(
 
     _fetch(job, notice)
     dataset = _curated(out, job, notice)
+    _check_held_out(dataset, job)
     with _planned(out, job, minutes, start_time, notice):
         adapter = tune(out / "tune.yaml", out / "adapter", resume=True, show=show, notice=notice).adapter
         notice(f"adapter  {adapter.path}")
@@ -298,6 +299,20 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     return curated.dataset
+
+
+def _check_held_out(dataset: Artifact, job: _Job) -> None:
+    """Raise SourceError where there would be nothing to measure on once the tuning has ended."""
+    counts = dataset.manifest["counts"]
+    if counts["splits"].get("eval"):
+        return
+    if job.test:
+        problem = f"no row of {job.test} is left to measure on"
+        raise SourceError(problem, f"sartor show {dataset.path} --split dropped says why")
+    raise SourceError(
+        f"none of the {counts['kept']:,} rows can be held out to measure on: they are too few, or one group (a PDF is one)",
+        "add rows; or --test FILE --replace, with rows that are not among them",
+    )
 
 
 def _fetch(job: _Job, notice: Notice) -> None:
