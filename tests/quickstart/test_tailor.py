@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -315,3 +316,21 @@ def test_replace_removes_nothing_where_there_are_no_rows(tmp_path: Path, tiny_ba
     with pytest.raises(ConfigError, match="names no file"):
         sartor.tailor(tmp_path / "typo.csv", name="faq", base=str(tiny_base), out=tmp_path / "faq", fields=FIELDS, replace=True)
     assert made.adapter.path.is_dir() and made.report.path.is_dir()
+
+
+def test_directory_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "faq"):
+        with pytest.raises(ConfigError, match="cannot be made"):
+            sartor.tailor(table(tmp_path), name="faq", out=out, fields=FIELDS)
+        with pytest.raises(ConfigError, match="cannot be made"):
+            sartor.init(table(tmp_path), out=out)
+
+
+def test_disk_that_is_full_at_once_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verb, "write_file_atomic", full)
+    with pytest.raises(MissingError, match="tailor.json could not be written"):
+        sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq", fields=FIELDS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sartor.core.errors import ConfigError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.filesystem import make_parent, write_file_atomic
 from sartor.curate.recipe import CurateRecipe
 from sartor.curate.sources.planner import columns_of, plan_reading
 from sartor.curate.sources.types import SourceOptions
@@ -69,6 +69,7 @@ def init(data: Path | str, *, out: Path | str = ".", replace: bool = False, noti
     columns = [] if form else columns_of(source, CurateRecipe.max_row_bytes)
     name = Path(str(data).partition("#")[0]).stem.lower().replace(" ", "-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
+    make_parent(files[0])
     text = _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names)
     write_file_atomic(files[0], text.encode())
     write_file_atomic(files[1], _TUNE.format(**names).encode())

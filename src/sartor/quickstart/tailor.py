@@ -27,8 +27,8 @@ import yaml
 from sartor.core import assets, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
 from sartor.core.config import is_valid_name, load
-from sartor.core.errors import ConfigError, GateError, SignatureError, SourceError
-from sartor.core.filesystem import write_file_atomic
+from sartor.core.errors import ConfigError, GateError, MissingError, SignatureError, SourceError
+from sartor.core.filesystem import DISK_FULL, make_parent, write_file_atomic
 from sartor.core.home import folder
 from sartor.core.licences.spdx import UNKNOWN, checked
 from sartor.core.model_refs import STARTER
@@ -389,7 +389,7 @@ def _recall(out: Path, job: _Job, *, ask: Ask | None, notice: Notice, replace: b
 
 def _write_facts(file: Path, job: _Job) -> None:
     content = {"schema": _SCHEMA, "job": _as_json(job)}
-    write_file_atomic(file, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    _write(file, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def _as_json(job: _Job) -> dict[str, Any]:
@@ -534,4 +534,16 @@ def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks:
 
 
 def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
-    write_file_atomic(file, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).encode())
+    _write(file, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file below `out`. Raises ConfigError where that cannot be written to, MissingError where the disk is full."""
+    make_parent(file)
+    try:
+        write_file_atomic(file, text.encode())
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        problem = f"the disk is full: {file} could not be written"
+        raise MissingError(problem, f"df -h {file.parent}, and free some; then the same command goes on") from None
