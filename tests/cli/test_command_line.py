@@ -65,6 +65,19 @@ def test_quiet_leaves_notices_out_and_says_errors(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith("--key is called --public-key now")
 
 
+def test_nobody_is_asked_who_would_not_see_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With -q, or `2> log`: the command would wait for an answer without a word."""
+    asked: list[object] = []
+    monkeypatch.setattr("sartor.tailor", lambda *_, ask, **__: asked.append(ask) or {"made": True})
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for flags in ([], ["-q"]):
+        assert run("tailor", "rows.csv", "--name", "faq", *flags) == 0
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert run("tailor", "rows.csv", "--name", "faq") == 0
+    assert [ask is None for ask in asked] == [False, True, True]
+
+
 def test_verbose_says_where_an_error_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", str(tmp_path), "-v") == 3
     assert "Traceback" in capsys.readouterr().err

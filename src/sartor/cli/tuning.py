@@ -37,7 +37,7 @@ def demo(*, out: Path = Path("demo-out"), limit: int = 0, replace: REPLACE = Fal
 
 
 def _asked(question: str) -> str:
-    """What a person at the terminal answers; the question goes where notices go."""
+    """What a person at the terminal answers; the question goes where notices go, and is not put where nobody would see it."""
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline()
 
@@ -95,7 +95,7 @@ def tailor(
     return sartor.tailor(
         data, name=name, base=base, out=out, fields=fields, system=system, licence=licence, test=test, encoding=encoding,
         minutes=minutes, key=key, require_release=require_release, replace=replace,
-        ask=_asked if sys.stdin.isatty() else None, notice=notice,
+        ask=_asked if sys.stdin.isatty() and sys.stderr.isatty() else None, notice=notice,
     )  # fmt: skip
 
 
