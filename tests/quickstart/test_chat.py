@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import sartor
 from sartor.core.artifacts import Artifact
-from sartor.core.errors import ModelError
+from sartor.core.errors import ConfigError, ModelError
 from sartor.quickstart import chat as verb
 from sartor.quickstart.chat import Chat
 
@@ -122,3 +123,45 @@ def test_server_that_is_not_there_is_said() -> None:
     sartor.chat("http://127.0.0.1:9", ["hi\n"], written.append)
     assert "the server cannot be reached" in "".join(written)
     assert verb.ServerPartner("http://127.0.0.1:9/v1/", "auto", "", {})._client.base_url == "http://127.0.0.1:9"
+
+
+def test_address_that_is_none_is_said() -> None:
+    with pytest.raises(ConfigError, match="no address of a server"):
+        sartor.chat("http://127.0.0.1:80a0", [], print)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, b'{"error": {"message": "no key", "remedy": "a key"}}', "no key\n  try: a key"),
+        (404, b'{"error": "model not found"}', "model not found"),
+        (502, b"<html>Bad gateway</html>", "the server answers 502"),
+        (500, b"[]", "the server answers 500"),
+        (
+            200,
+            b'data: {"choices": [{"delta": {"content": "half"}}]}\n\ndata: {"error": {"message": "it broke"}}\n\n',
+            "it broke",
+        ),
+        (200, b"data: [1]\n\n", "cannot be reached"),
+    ],
+)
+def test_error_of_a_server_ends_a_reply_and_no_more(status: int, body: bytes, said: str) -> None:
+    """In OpenAI's form, as other servers write it, and behind the beginning of a reply."""
+    partner = verb.ServerPartner("http://server", "auto", "", {})
+    handler = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
+    partner._client = httpx.Client(base_url="http://server", transport=handler)
+    written: list[str] = []
+    with Chat(partner, written.append) as conversation:
+        conversation.run(["hi\n"])
+    assert said in "".join(written) and conversation.messages == []
+
+
+def test_server_s_pieces_are_a_reply() -> None:
+    partner = verb.ServerPartner("http://server", "auto", "", {})
+    body = (
+        b': ping\n\ndata: {"choices": [{"delta": {"role": "assistant"}}]}\n\ndata:{"choices": [{"delta": {"content": "so"}}]}\n\n'
+        + (b'data: {"choices": [{"delta": null}]}\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n')
+    )
+    handler = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
+    partner._client = httpx.Client(base_url="http://server", transport=handler)
+    assert "".join(partner.reply([{"role": "user", "content": "hi"}])) == "so"

@@ -151,7 +151,10 @@ class ServerPartner:
         self._httpx = import_module("httpx")
         self.name, self._agent, self._sampling = agent, agent, dict(sampling)
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._client = self._httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=300)
+        try:
+            self._client = self._httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=300)
+        except (self._httpx.InvalidURL, ValueError) as error:
+            raise ConfigError(f"{url!r} is no address of a server: {error}", "sartor chat http://127.0.0.1:8000") from None
 
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
         """See Partner."""
@@ -159,12 +162,10 @@ class ServerPartner:
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
-                    error = json.loads(answer.read() or b"{}").get("error", {})
-                    problem = error.get("message") or f"the server answers {answer.status_code}"
-                    raise UnavailableError(problem, error.get("remedy") or "look at the server's log")
+                    raise _error_in(answer.read(), f"the server answers {answer.status_code}")
                 for line in answer.iter_lines():
                     yield from _text_of_event(line)
-        except (self._httpx.HTTPError, ValueError) as error:
+        except (self._httpx.HTTPError, ValueError, AttributeError, TypeError) as error:  # the last two: another form of answer
             raise UnavailableError(
                 f"the server cannot be reached: {error}",
                 "sartor chat http://HOST:PORT, of a server that runs; curl -i shows what answers there",
@@ -176,10 +177,26 @@ class ServerPartner:
 
 
 def _text_of_event(line: str) -> Iterator[str]:
-    """What a line of a streamed answer adds to the reply."""
-    if line.startswith("data: ") and line != "data: [DONE]":
-        for choice in json.loads(line[6:]).get("choices", []):
-            yield choice.get("delta", {}).get("content") or ""
+    """What a line of a streamed answer adds to the reply. Raises UnavailableError for one that says an error."""
+    content = line.removeprefix("data:").strip()
+    if content == line.strip() or content in ("", "[DONE]"):
+        return
+    event = json.loads(content)
+    if event.get("error"):
+        raise _error_in(content.encode(), "the reply ended in an error")
+    for choice in event.get("choices") or []:
+        yield (choice.get("delta") or {}).get("content") or ""
+
+
+def _error_in(content: bytes, problem: str) -> UnavailableError:
+    """The error that a server's answer says, in OpenAI's form or as a text alone; else `problem`."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    said = body.get("error") if isinstance(body, dict) else None
+    facts = said if isinstance(said, dict) else {"message": said}
+    return UnavailableError(str(facts.get("message") or problem), str(facts.get("remedy") or "look at the server's log"))
 
 
 def open_partner(
