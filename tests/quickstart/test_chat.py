@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 import sartor
 from sartor.core.artifacts import Artifact
@@ -30,7 +31,7 @@ class Echo:
     def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
         self.asked.append((messages, by_base))
         text = messages[-1]["content"]
-        if text == "fail":
+        if text == "fail" or not isinstance(text, str):
             yield "half a re"
             raise ModelError("a logit is not finite", "another adapter")
         for word in str(text).split():
@@ -89,11 +90,24 @@ def test_saved_conversation_is_a_row(tmp_path: Path) -> None:
         ("/why", "no rows"),
         ("/foo", "there is no /foo"),
         ("/image no.png", "cannot be read"),
+        ("/image", "cannot be read"),
     ],
 )
 def test_command_that_cannot_be_done_says_why(line: str, said: str) -> None:
     partner, _, written = talk(line, "hi")
     assert said in written and len(partner.asked) == 1
+
+
+@pytest.mark.parametrize("file", ["/", "no/such/folder/rows.jsonl", "~nobody-of-that-name/rows.jsonl"])
+def test_file_that_cannot_be_written_to_ends_no_conversation(file: str) -> None:
+    partner, _, written = talk("hi", f"/save {file}", "ho")
+    assert "cannot be written to" in written and len(partner.asked) == 2
+
+
+def test_media_that_were_refused_are_not_sent_again(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    partner, conversation, _ = talk(f"/image {tmp_path / 'a.png'}", "fail", "hi")
+    assert conversation.messages[0] == {"role": "user", "content": "hi"} and len(conversation.messages) == 2
 
 
 def test_new_forgets_what_was_said() -> None:

@@ -269,10 +269,14 @@ class Chat:
             raise ConfigError(f"there is no {name}", _HELP)
 
     def answer(self, text: str) -> None:
-        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was."""
+        """Put a question, and keep it with its reply. A reply that fails leaves the conversation as it was, without its media.
+
+        Who cannot read them would refuse each question that follows, too.
+        """
         content: Any = text
-        if self.media:
-            parts = [{"type": part.kind, part.kind: part.media} for part in self.media]
+        media, self.media = self.media, []
+        if media:
+            parts = [{"type": part.kind, part.kind: part.media} for part in media]
             content = [*parts, *([{"type": "text", "text": text}] if text.strip() else [])]
         messages = [*self.messages, {"role": "user", "content": content}]
         if self.compares:
@@ -287,7 +291,6 @@ class Chat:
             self.write(piece)
         self.write("\n")
         self.messages = [*messages, {"role": "assistant", "content": reply}]
-        self.media = []
 
     def _why(self) -> None:
         if self.partner.artifact is None:
@@ -309,8 +312,11 @@ class Chat:
             raise ConfigError(problem, "/save rows.jsonl")
         if kinds_in(tuple(self.messages)):
             raise ConfigError("a conversation with pictures or recordings is not saved", "/new, and ask with text alone")
-        with Path(file).expanduser().open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        try:
+            with Path(file).expanduser().open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except (OSError, RuntimeError, UnicodeEncodeError) as error:  # RuntimeError: ~NAME of nobody
+            raise ConfigError(f"{file} cannot be written to: {error}", "/save rows.jsonl") from None
         self.write(f"saved in {file}: {len(self.messages)} turns\n")
 
 
