@@ -110,6 +110,32 @@ def test_reader_who_goes_is_no_error() -> None:
             assert (process.wait(60), process.stderr.read()) == (0, b"")
 
 
+def test_reader_who_goes_ends_what_a_command_writes_itself() -> None:
+    """`sartor inspect X --summary | head -1`, `sartor chat X | head -1`: more than a buffer, and less."""
+    for count in (1, 100_000):
+        code = f"import sartor, sartor.cli as cli\nsartor.chat = lambda *_, **__: print('x' * {count})\ncli.main()"
+        command = [sys.executable, "-c", code, "chat", "starter"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_ctrl_c_in_a_conversation_speaks_of_no_artefact(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sartor.chat", interrupted)
+    assert run("chat", "starter") == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_cells_of_a_table_are_as_they_were() -> None:
+    assert "a:id:b" in _table([{"name": "a:id:b"}])[1], "no emoji"
+
+
 def test_positional_argument_that_is_missing_is_called_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tune") == 2
     assert "`sartor tune` needs RECIPE" in capsys.readouterr().err
@@ -132,7 +158,11 @@ def test_prompt_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_secret_is_read_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CHAT_KEY", raising=False)
+    keys: list[str] = []
+    monkeypatch.setattr("sartor.chat", lambda *_, key, **__: keys.append(key))
+    monkeypatch.setenv("CHAT_KEY", "secret\r\n")
+    assert run("chat", "http://127.0.0.1:9", "--api-key-env", "CHAT_KEY") == 0 and keys == ["secret"]
+    monkeypatch.delenv("CHAT_KEY")
     assert run("chat", "http://127.0.0.1:9", "--api-key-env", "CHAT_KEY") == 2
     assert "CHAT_KEY is not set" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -155,6 +156,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted; the artefact in work was not written", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        if not _is_reader_gone():
+            raise
+        _leave_stdout()
     raise SystemExit(0)
 
 
@@ -212,6 +217,7 @@ def _terminate(signal_number: int, frame: object) -> NoReturn:
 
 def _show(result: Any, as_json: bool) -> None:
     if result is None:  # --help and --version have said it
+        _print([])
         return
     payload = result if isinstance(result, dict) else result.as_json()
     if as_json:
@@ -249,7 +255,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         column.no_wrap = not is_terminal
     for row in rows:
         table.add_row(*(" ".join(_lines(row.get(column, ""))) for column in columns))
-    console = Console(width=None if is_terminal else _PIPE_COLUMNS, markup=False, highlight=False)
+    console = Console(width=None if is_terminal else _PIPE_COLUMNS, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return [f"  {line.rstrip()}" for line in capture.get().splitlines()]
@@ -266,6 +272,13 @@ def _print(lines: Iterable[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _leave_stdout()
+
+
+def _is_reader_gone() -> bool:
+    """Whether it is stdout whose reader has gone, and not a pipe of the command's own."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is told whatever is asked for
+    return bool(poll.poll(0))
 
 
 def _leave_stdout() -> None:

@@ -126,14 +126,20 @@ def chat(
         seed: of the sampling
     """
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    sartor.chat(target, sys.stdin, _say, agent=agent, key=_secret(api_key_env), sampling=sampling, notice=notice)
+    try:
+        sartor.chat(target, sys.stdin, _say, agent=agent, key=_secret(api_key_env), sampling=sampling, notice=notice)
+    except KeyboardInterrupt:  # no artefact is in work
+        raise SystemExit(130) from None
 
 
 def _secret(variable: str) -> str:
-    """The value of an environment variable: what stands on a command line is seen by everybody on the machine."""
+    """The value of an environment variable: what stands on a command line is seen by everybody on the machine.
+
+    Without the blanks around it: a line end in a header is an error that would spell the secret out.
+    """
     if variable and variable not in os.environ:
         raise ConfigError(f"the environment variable {variable} is not set", f"read -rs {variable}; export {variable}")
-    return os.environ.get(variable, "")
+    return os.environ.get(variable, "").strip()
 
 
 def _say(text: str) -> None:
