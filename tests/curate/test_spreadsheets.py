@@ -14,7 +14,7 @@ import sartor
 from sartor.core.config import load
 from sartor.core.errors import ConfigError
 from sartor.core.records import Drop, Example, MalformedRow
-from sartor.curate.sources import encodings
+from sartor.curate.sources import encodings, row_readers
 from sartor.curate.sources.planner import plan_reading, read_all
 from sartor.curate.sources.types import Columns, SourceOptions
 
@@ -312,3 +312,21 @@ def test_utf16_without_its_mark_is_said() -> None:
     with pytest.raises(MalformedRow) as caught:
         encodings.as_utf8(io.BytesIO("口座".encode("utf-16-le")), "utf-16")
     assert caught.value.reason == "unknown_encoding"
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        (
+            "Frage;Antwort (kurz, klar, ganz)\r\nWas?;Das, und mehr.\r\n",
+            {"Frage": "Was?", "Antwort (kurz, klar, ganz)": "Das, und mehr."},
+        ),
+        ('"Frage\n(Kunde, Ort)";Antwort\r\nWas?;Das.\r\n', {"Frage\n(Kunde, Ort)": "Was?", "Antwort": "Das."}),
+        ("\ufeffsep=;\r\nFrage;Antwort\r\nWas?;Das.\r\n", {"Frage": "Was?", "Antwort": "Das."}),
+        ('prompt,completion\n"a;b","c;d"\n', {"prompt": "a;b", "completion": "c;d"}),
+        (f'a;b\n"{"x, y " * 20_000}";z\n', {"a": "x, y " * 20_000, "b": "z"}),
+    ],
+    ids=["comma-in-the-header", "line-end-in-the-header", "stated", "comma", "long"],
+)
+def test_delimiter_is_the_one_that_the_rows_have(text: str, row: dict[str, str]) -> None:
+    assert [found for _, found in row_readers.delimited(io.BytesIO(text.encode()), 1 << 20)] == [row]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -205,12 +206,17 @@ class _RowLines:
 
 
 def delimited(stream: BinaryIO, most_bytes: int) -> Read:
-    """CSV with a header. The delimiter is the commonest of , ; tab | in the header."""
+    """CSV with a header. The delimiter is that of , ; tab | by which the first rows have as many fields as the header.
+
+    Of several, or none, the commonest in the header; what a first line `sep=;` says, as Excel writes it, goes before.
+    """
     csv.field_size_limit(most_bytes)
-    head = stream.readline(min(most_bytes, 1 << 20))
+    head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     source = _RowLines(stream, most_bytes)
-    rows = csv.reader(source, delimiter=max(",;\t|", key=lambda mark: head.count(mark.encode())), strict=True)
+    if stated := _STATED_DELIMITER.match(head):
+        next(source)
+    rows = csv.reader(source, delimiter=stated[1].decode() if stated else _delimiter(head), strict=True)
     names: list[str] | None = None
     while True:
         first, source.row_bytes = source.number + 1, 0
@@ -236,6 +242,28 @@ def delimited(stream: BinaryIO, most_bytes: int) -> Read:
             names = _numbered(names)
             continue
         yield _span(first, source.number), _csv_row(names, row)
+
+
+_HEAD_BYTES, _HEAD_ROWS, _DELIMITERS = 64 << 10, 20, ",;\t|"
+_STATED_DELIMITER = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;\t|])\r?\n")
+
+
+def _delimiter(head: bytes) -> str:
+    """The delimiter of a CSV file that begins so: a header such as `Frage;Antwort (kurz, klar)` holds others, too."""
+    text = head.decode("utf-8", "replace").removeprefix("\ufeff")
+    counts = {mark: text.partition("\n")[0].count(mark) for mark in _DELIMITERS}
+    return max(_DELIMITERS, key=lambda mark: (_parts_evenly(text, mark, is_cut=len(head) == _HEAD_BYTES), counts[mark]))
+
+
+def _parts_evenly(text: str, mark: str, *, is_cut: bool) -> bool:
+    """Whether the first rows have as many fields as the header, and more than one. is_cut: the last row may not be whole."""
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=not is_cut)
+    try:
+        rows = list(itertools.islice(lines, _HEAD_ROWS))
+    except csv.Error:
+        return False
+    lengths = [len(row) for row in (rows[:-1] if is_cut and len(rows) < _HEAD_ROWS else rows) if row]
+    return len(lengths) > 1 and lengths[0] > 1 and set(lengths) == {lengths[0]}
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
