@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -43,6 +45,27 @@ def test_init_names_the_columns_of_a_table(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         sartor.init(file, out=tmp_path / "recipes")
     assert sartor.init(file, out=tmp_path / "recipes", replace=True) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("rows.csv", ("No", "Yes")),
+        ("null.csv", ("null", "1e5")),
+        ("it's: a #file.csv", ("Frage\n(Kunde)", 'Antwort: "kurz", # ja')),
+        ("Übung 1.csv", ("{Frage}", "- Antwort")),
+        ("'.csv", ("\x80\u2028a", "~")),
+    ],
+)
+def test_init_writes_yaml_of_any_name(name: str, columns: tuple[str, str], tmp_path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text, delimiter=";").writerows([columns, ("how", "so")])
+    (tmp_path / name).write_text(text.getvalue(), encoding="utf-8")
+    made = sartor.init(tmp_path / name, out=tmp_path)
+    (source,) = yaml.safe_load(made.curate.read_text(encoding="utf-8"))["sources"]
+    assert source["path"] == str(tmp_path / name)
+    assert source["fields"] == dict(zip(("prompt", "completion"), (column.strip() for column in columns), strict=True))
+    assert yaml.safe_load(made.tune.read_text(encoding="utf-8"))["data"].startswith("data/")
 
 
 def test_init_of_a_known_form_leaves_columns_out(rows_file: Path, tmp_path: Path) -> None:

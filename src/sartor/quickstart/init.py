@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sartor.core.errors import ConfigError
 from sartor.core.filesystem import make_parent, write_file_atomic
@@ -67,7 +71,7 @@ def init(data: Path | str, *, out: Path | str = ".", replace: bool = False, noti
     source = SourceOptions(path=str(data))
     form = next((file.form for file in plan_reading([source], CurateRecipe.max_row_bytes).files if file.form != "unknown"), "")
     columns = [] if form else columns_of(source, CurateRecipe.max_row_bytes)
-    name = Path(str(data).partition("#")[0]).stem.lower().replace(" ", "-") or "rows"
+    name = re.sub(r"[^\w.-]+", "-", Path(str(data).partition("#")[0]).stem.lower()).strip("-") or "rows"
     names = {"curate": files[0], "tune": files[1], "name": name}
     make_parent(files[0])
     text = _CURATE.format(path=_quoted(str(data)), fields=_field_lines(columns), **names)
@@ -81,7 +85,7 @@ def _field_lines(columns: Sequence[str]) -> str:
     if not columns:
         return "    # fields: {prompt: COLUMN, completion: COLUMN}  # where columns have names of their own\n"
     prompt, completion = (*columns, "COLUMN")[:2]
-    listed = ", ".join(columns[:12])
+    listed = ", ".join(map(_quoted, columns[:12]))  # a line end in a name would end the comment
     return (
         f"    # the columns are: {listed}\n"
         f"    fields: {{prompt: {_quoted(prompt)}, completion: {_quoted(completion)}}}  # look whether these are right\n"
@@ -89,6 +93,10 @@ def _field_lines(columns: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar."""
-    plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "").replace(" ", "")
-    return text if plain.isalnum() and not text[:1].isdigit() and text.strip() == text else "'" + text.replace("'", "''") + "'"
+    """A YAML scalar, plain where YAML would read the same of it: `No`, a usual name of a column, would be false."""
+    if re.fullmatch(r"[^\W\d_][\w ./-]*", text) and yaml.safe_load(text) == text:
+        return text
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
+
+
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
