@@ -12,9 +12,11 @@ import yaml
 
 import sartor
 from sartor.cli import main
+from sartor.core.artifacts import Artifact
 from sartor.core.errors import ArtifactError, ConfigError
 from sartor.core.installation import install_command
 from sartor.quickstart import doctor as doctors
+from sartor.quickstart import show as showing
 
 
 def test_doctor_says_what_is_here_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +83,26 @@ def test_show_a_dataset(dataset: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit) as ended:
         main(["show", str(dataset), "-n", "1", "--json"])
     assert ended.value.code == 0 and len(json.loads(capsys.readouterr().out)["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("primary", "column", "worst_first"),
+    [
+        ("exact_match", "exact_match", ["b", "c", "a"]),
+        ("wer", "wer", ["a", "c", "b"]),
+        ("macro_f1", "accuracy", ["b", "c", "a"]),
+    ],
+)
+def test_show_a_report_worst_rows_first(
+    primary: str, column: str, worst_first: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error rate that rises is a loss; of a metric of the whole set the score of its rows is looked at."""
+    scores = {"a": (0.0, 1.0), "b": (1.0, 0.0), "c": (0.5, 0.5)}
+    table = [{"id": name, f"base_{column}": base, f"tuned_{column}": tuned} for name, (base, tuned) in scores.items()]
+    monkeypatch.setattr(showing.parquet_io, "read_file", lambda file: iter(table))
+    metric = {"base": 0.5, "tuned": 0.5, "low": -1.0, "high": 1.0}
+    report = Artifact(tmp_path, {"kind": "report", "rows": 3, "groups": 3, "primary": primary, "metrics": {primary: metric}})
+    assert [row["id"] for row in showing._report(report, 3).rows] == worst_first
 
 
 def test_show_an_adapter_and_what_is_none(adapter: Path, rows_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from sartor.core.errors import ConfigError
 from sartor.core.records import Example, Message
 from sartor.core.row_warnings import dataset_warnings
 from sartor.curate.sources.row_readers import read_rows
+from sartor.evaluate.metrics import LOWER_IS_BETTER
 
 ROWS = 5
 _LEARNT, _READ = "bold green", "dim"
@@ -146,9 +148,13 @@ def _report(report: Artifact, count: int) -> Shown:
     table = list(parquet_io.read_file(report.path / "rows.parquet"))
     primary = manifest["primary"]
 
+    # of a metric of the whole set, the score of a row that it is made of
+    column, sign = {"macro_f1": "accuracy"}.get(primary, primary), -1.0 if primary in LOWER_IS_BETTER else 1.0
+
     def lost(row: Mapping[str, Any]) -> float:
-        base, tuned = row.get(f"base_{primary}"), row.get(f"tuned_{primary}")
-        return float(base) - float(tuned) if base is not None and tuned is not None else 0.0
+        base, tuned = row.get(f"base_{column}"), row.get(f"tuned_{column}")
+        loss = sign * (float(base) - float(tuned)) if base is not None and tuned is not None else 0.0
+        return loss if math.isfinite(loss) else 0.0
 
     worst = sorted(table, key=lost, reverse=True)[:count]
     keys = ("id", "prompt", "reference", "base_reply", "tuned_reply")
