@@ -334,3 +334,22 @@ def test_disk_that_is_full_at_once_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(verb, "write_file_atomic", full)
     with pytest.raises(MissingError, match="tailor.json could not be written"):
         sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq", fields=FIELDS)
+
+
+def test_rows_that_were_changed_remove_nothing(tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    """Not even where so many came that another fraction of them is held out."""
+    made = tailored(tmp_path, tiny_base)
+    more = (HEADER + "".join(f"Frage {number};Antwort {number}\r\n" for number in range(2000))).encode()
+    for content in (more, b"Frage;Antwort\r\n" + b"Was?;Das.\r\n" * 3):
+        (tmp_path / "faq.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match="another number of rows|sources that have changed"):
+            sartor.tailor(
+                tmp_path / "faq.csv",
+                name="faq",
+                base=str(tiny_base),
+                out=tmp_path / "faq",
+                fields=FIELDS,
+                licence="own",
+                show=False,
+            )
+        assert made.adapter.path.is_dir() and made.report.path.is_dir()

@@ -289,9 +289,15 @@ def _clear(out: Path, job: _Job) -> None:
 
 
 def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
-    """The Dataset. Where the recipe is not the one that stands there (a licence is stated now), all is made anew."""
+    """The Dataset. Where the recipe is not the one that stands there (a licence is stated now), all is made anew.
+
+    Raises ConfigError where the rows are not those that it was made of.
+    """
     recipe, file = _curation(job), out / "curate.yaml"
-    if not file.is_file() or yaml.safe_load(file.read_text(encoding="utf-8")) != recipe:
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if known.get("split", recipe["split"]) != recipe["split"] and (out / "data").exists():
+        raise ConfigError(f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one")
+    if known != recipe:
         _clear(out, job)
         _write_yaml(file, recipe)
     curated = curate(file, out / "data", resume=True, notice=notice)
