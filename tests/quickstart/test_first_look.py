@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_doctor_says_what_is_here_and_what_to_do(monkeypatch: pytest.MonkeyPatch
     found = sartor.doctor().as_json()
     assert found["advice"][0].startswith(install_command("tune")) and "g++" in found["advice"][1]
     assert found["compiler"] is None and found["gpu"] is None
+
+
+def test_doctor_of_a_broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the library of another CUDA: it is what the doctor is asked about."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    found = sartor.doctor().as_json()
+    assert found["gpu"] is None and any("cannot be imported" in line for line in found["advice"])
 
 
 def test_doctor_knows_every_extra() -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def doctor() -> Diagnosis:
     advice = []
     if extras.get(FIRST_EXTRA):
         advice.append(f"{install_command(FIRST_EXTRA)}   # {', '.join(extras[FIRST_EXTRA])}: to tune, evaluate and ask")
+    if importlib.util.find_spec("torch") and not has_torch:
+        advice.append(f"{install_command(FIRST_EXTRA)} --force-reinstall   # torch is installed, and cannot be imported")
     if not compiler:
         advice.append(f"apt-get install g++   # or {install_command('compiler')}: the kernels for a CPU")
     if has_torch and not gpu and shutil.which("nvidia-smi"):
@@ -152,10 +155,13 @@ def _processor() -> tuple[str, str]:
 
 
 def _gpu() -> tuple[str, bool]:
-    """(name of the GPU that torch would take, empty for none; whether torch is installed)."""
+    """(name of the GPU that torch would take, empty for none; whether torch is installed and can be imported)."""
     if importlib.util.find_spec("torch") is None:
         return "", False
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError):  # a library that it needs is missing: what is broken is what is looked for here
+        return "", False
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -175,10 +181,19 @@ def _cache() -> dict[str, int]:
     """Bytes of each folder below SARTOR_HOME that holds any."""
     sizes = {}
     for folder in sorted(path for path in home().iterdir() if path.is_dir()):
-        size = sum(file.stat(follow_symlinks=False).st_size for file in folder.rglob("*") if file.is_file())
+        size = sum(map(_bytes_of, folder.rglob("*")))
         if size:
             sizes[folder.name] = size
     return sizes
+
+
+def _bytes_of(path: Path) -> int:
+    """Bytes of a file; 0 of a directory, and of what another process has removed meanwhile."""
+    try:
+        status = path.stat(follow_symlinks=False)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def _size(count: int) -> str:
