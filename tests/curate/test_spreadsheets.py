@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import sartor
@@ -187,6 +189,14 @@ def test_number_in_a_named_column_is_text(tmp_path: Path) -> None:
     file.write_text('{"utterance": "switch it on", "intent": 3}\n')
     (row,) = examples(file, fields=Columns(prompt="utterance", completion="intent"))
     assert isinstance(row, Example) and row.reply == "3"
+
+
+def test_gap_among_numbers_is_no_answer(tmp_path: Path) -> None:
+    """pandas writes NaN of it, which is no class to learn."""
+    table_of_numbers = pa.table({"utterance": ["on", "off"], "intent": [3.0, float("nan")]})
+    pq.write_table(table_of_numbers, tmp_path / "rows.parquet")
+    row, drop = examples(tmp_path / "rows.parquet", fields=Columns(prompt="utterance", completion="intent"))
+    assert isinstance(row, Example) and isinstance(drop, Drop) and drop.reason == "missing_field"
 
 
 def test_column_that_is_not_there_names_the_closest(tmp_path: Path) -> None:

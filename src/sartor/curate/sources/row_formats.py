@@ -174,6 +174,8 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
                 "duplicate_columns", f"the row has a column `{field}` besides {column!r}, which is taken for it; rename one"
             )
         value = row.get(column)
+        if isinstance(value, float) and math.isnan(value):
+            value = None  # what pandas writes of a gap among numbers
         if isinstance(value, (int, float)) and field not in ("rating", "weight", "date"):
             value = str(value)
         elif isinstance(value, Mapping) or (isinstance(value, list) and not all(isinstance(item, Mapping) for item in value)):
