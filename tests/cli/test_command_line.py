@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sartor.cli import GROUPS, _table, app, main
+from sartor.cli.app import prompt_of
 from sartor.cli.old_spellings import _RENAMED, renew
 from sartor.core import signing
 
@@ -155,6 +156,8 @@ def test_prompt_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run("ask", "nowhere", "--prompt-file", str(tmp_path / "none.txt")) == 2
     assert "cannot be read as text" in capsys.readouterr().err
     assert run("ask", str(tmp_path), "--prompt-file", str(tmp_path / "q.txt")) == 3
+    (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfHello?")
+    assert prompt_of("", tmp_path / "q.txt") == "Hello?", "as Notepad saves it"
 
 
 def test_secret_is_read_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

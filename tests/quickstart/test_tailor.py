@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cyclopts import Token
 
 import sartor
 from release_fixtures import probe_rows
 from sartor.cli import main
+from sartor.cli.tuning import _fields
 from sartor.core.artifacts import Artifact
 from sartor.core.errors import AssetError, ConfigError, GateError, MissingError, StoppedError
 from sartor.evaluate.audit import probes
@@ -164,6 +167,16 @@ def test_unknown_columns_are_said_before_anything_is_made(tmp_path: Path) -> Non
         sartor.tailor(table(tmp_path), name="faq", out=tmp_path / "faq")
     assert caught.value.remedy == "--fields prompt=Frage,completion=Antwort"
     assert not (tmp_path / "faq").exists()
+
+
+def test_remedy_for_columns_can_be_typed(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("Frage (kurz, klar);Antwort des Kunden\nWas?;Das.\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        sartor.tailor(file, name="faq", out=tmp_path / "faq")
+    flag, value = shlex.split(caught.value.remedy)
+    assert flag == "--fields" and value == "prompt=Frage (kurz,, klar),completion=Antwort des Kunden"
+    assert _fields(dict, [Token(value=value)]) == {"prompt": "Frage (kurz, klar)", "completion": "Antwort des Kunden"}
 
 
 def test_person_at_a_terminal_is_asked(tmp_path: Path, tiny_base: Path, quick: None) -> None:

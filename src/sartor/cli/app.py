@@ -49,6 +49,6 @@ def prompt_of(prompt: str, file: Path | None) -> str:
     if prompt:
         raise ConfigError("a prompt and --prompt-file exclude each other", f"--prompt-file {file}, without a prompt")
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text: {error}", "--prompt-file FILE, in UTF-8") from None

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -418,7 +419,7 @@ def _answered(job: _Job, ask: Ask | None, notice: Notice) -> _Job:
             prompt, completion = (*columns, "COLUMN")[:2]
             raise ConfigError(
                 f"{name} has the columns {', '.join(map(repr, columns[:12]))}, and none is called prompt or completion",
-                f"--fields prompt={prompt},completion={completion}",
+                _fields_flag(prompt, completion),
             )
         notice(f"{name} has the columns {', '.join(columns)}")
         fields = {
@@ -436,7 +437,12 @@ def _choose(ask: Ask, question: str, columns: Sequence[str]) -> str:
         said = ask(f"{question} [{', '.join(columns)}]: ").strip()
         if said in columns:
             return said
-    raise ConfigError(f"none of the answers is one of {', '.join(columns)}", f"--fields prompt={columns[0]},completion=COLUMN")
+    raise ConfigError(f"none of the answers is one of {', '.join(columns)}", _fields_flag(columns[0], "COLUMN"))
+
+
+def _fields_flag(prompt: str, completion: str) -> str:
+    """The flag as a shell takes it: a comma in a column's name is doubled."""
+    return "--fields " + shlex.quote(f"prompt={prompt.replace(',', ',,')},completion={completion.replace(',', ',,')}")
 
 
 def _curation(job: _Job) -> dict[str, Any]:
