@@ -179,3 +179,18 @@ def test_server_s_pieces_are_a_reply() -> None:
     handler = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
     partner._client = httpx.Client(base_url="http://server", transport=handler)
     assert "".join(partner.reply([{"role": "user", "content": "hi"}])) == "so"
+
+
+def test_interrupt_stops_the_reply_and_not_the_conversation() -> None:
+    class Slow(Echo):
+        def reply(self, messages: list[dict[str, Any]], *, by_base: bool = False) -> Iterator[str]:
+            if messages[-1]["content"] == "long":
+                yield "on and "
+                raise KeyboardInterrupt
+            yield from super().reply(messages, by_base=by_base)
+
+    written = list[str]()
+    with Chat(Slow(), written.append) as conversation:
+        conversation.run(["long\n", "short\n"])
+    assert "the reply was stopped" in "".join(written)
+    assert [turn["content"] for turn in conversation.messages] == ["short", "SHORT "], "what was stopped is not kept"

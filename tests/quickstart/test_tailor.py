@@ -366,3 +366,13 @@ def test_rows_that_were_changed_remove_nothing(tmp_path: Path, tiny_base: Path, 
                 show=False,
             )
         assert made.adapter.path.is_dir() and made.report.path.is_dir()
+
+
+@pytest.mark.parametrize("text", ["sources: [{path: other.csv}]\n", "sources: [\n"])
+def test_recipe_that_a_person_has_changed_is_not_overwritten(text: str, tmp_path: Path, tiny_base: Path, quick: None) -> None:
+    made = tailored(tmp_path, tiny_base)
+    (tmp_path / "faq" / "curate.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        tailored(tmp_path, tiny_base)
+    assert (tmp_path / "faq" / "curate.yaml").read_text() == text and made.adapter.path.is_dir()
+    assert tailored(tmp_path, tiny_base, replace=True).adapter.path.is_dir()

@@ -247,6 +247,8 @@ class Chat:
                     self.command(text)
                 elif text.strip() or self.media:
                     self.answer(text)
+            except KeyboardInterrupt:  # of a reply that goes on too long; at the prompt it ends the conversation
+                self.write("\nthe reply was stopped\n")
             except SartorError as error:
                 self.write(f"{error.kind}: {error.problem}\n  try: {error.remedy}\n")
 

@@ -27,7 +27,7 @@ import yaml
 
 from sartor.core import assets, signing
 from sartor.core.artifacts import MANIFESTS, Artifact, Kind, kind_of, open_artifact
-from sartor.core.config import is_valid_name, load
+from sartor.core.config import is_valid_name, load, read_yaml
 from sartor.core.errors import ConfigError, GateError, MissingError, SignatureError, SourceError
 from sartor.core.filesystem import DISK_FULL, make_parent, write_file_atomic
 from sartor.core.home import folder
@@ -292,12 +292,15 @@ def _clear(out: Path, job: _Job) -> None:
 def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     """The Dataset. Where the recipe is not the one that stands there (a licence is stated now), all is made anew.
 
-    Raises ConfigError where the rows are not those that it was made of.
+    Raises ConfigError where the rows are not those that it was made of, and where a person has changed the recipe.
     """
     recipe, file = _curation(job), out / "curate.yaml"
-    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = _known_curation(file)
     if known.get("split", recipe["split"]) != recipe["split"] and (out / "data").exists():
         raise ConfigError(f"{out} was made of another number of rows", "--replace makes it anew; or --out DIR for another one")
+    if known and _without_licences(known) != _without_licences(recipe):
+        remedy = f"sartor curate {file} --out DIR curates as it says; --replace writes it and everything after it anew"
+        raise ConfigError(f"{file} is not as tailor wrote it", remedy)
     if known != recipe:
         _clear(out, job)
         _write_yaml(file, recipe)
@@ -306,6 +309,19 @@ def _curated(out: Path, job: _Job, notice: Notice) -> Artifact:
     for warning in curated.warnings:
         notice(f"warning  {warning.problem}\n         try: {warning.remedy}")
     return curated.dataset
+
+
+def _known_curation(file: Path) -> dict[str, Any]:
+    """The recipe that stands there; empty if there is none. Raises ConfigError for what is no recipe."""
+    return read_yaml(file) if file.is_file() else {}
+
+
+def _without_licences(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as far as it says which rows are read: a licence may be stated later."""
+    sources = recipe.get("sources")
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return dict(recipe)
+    return {**recipe, "sources": [{**source, "licence": ""} for source in sources]}
 
 
 def _check_held_out(dataset: Artifact, job: _Job) -> None:

@@ -57,19 +57,22 @@ def sentences(manifest: Mapping[str, Any]) -> list[str]:
 def missing_texts(manifest: Mapping[str, Any]) -> tuple[str, str]:
     """Why the use restrictions of a base are not passed on, and what would do: (problem, remedy), empty where they are.
 
-    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside the base;
-    of a base that is not on this machine nothing can be said.
+    Whoever gets a model that is made of such a base must get the text. It goes with the Release if it stands beside the base.
     """
     base = manifest["base"]
     duties = compliance.duties_by_licence([{"source": compliance.base_source(base), "licence": base["licence"]}])
     binding = sorted(licence for licence, of_licence in duties.items() if "use-policy" in of_licence)
-    folder = base_folder(manifest) if binding else None
-    # what a NOTICE file says is who made it, not what binds
-    if folder is None or any(not file.name.lower().startswith("notice") for file in legal_texts(folder)):
+    if not binding:
         return "", ""
-    problem = (
-        f"{' and '.join(binding)} binds whoever gets it to its use restrictions, and no copy of its text stands in {folder}"
-    )
+    binds = f"{' and '.join(binding)} binds whoever gets it to its use restrictions"
+    folder = base_folder(manifest)
+    if folder is None:
+        problem = f"{binds}, and the base, beside which its text would stand, is not on this machine"
+        return problem, f"put the base back as {base['name']}, with the text of its licence as LICENSE"
+    # what a NOTICE file says is who made it, not what binds
+    if any(not file.name.lower().startswith("notice") for file in legal_texts(folder)):
+        return "", ""
+    problem = f"{binds}, and no copy of its text stands in {folder}"
     return problem, f"save the text of the licence as {folder / 'LICENSE'}: it then goes out with the Release"
 
 

@@ -169,7 +169,8 @@ def _listed(sources: Iterable[Mapping[str, Any]]) -> list[str]:
         licence = TO_STATE if source["licence"] == UNKNOWN else source["licence"]
         digest = f", sha256 `{source['sha256'][:16]}`" if source.get("sha256") else ""
         rehearsal = "; read against forgetting alone" if source.get("rehearsal") else ""
-        name = source["source"] if source["source"].endswith(source["path"]) else f"{source['source']}, {source['path']}"
+        # a file without the folders of this machine: the page is for everybody
+        name = source["source"] if ":" in source["source"] else source["path"]
         lines.append(f"- `{name}`: {rows}, licence {licence}{digest}{rehearsal}")
     return lines or ["- none"]
 
