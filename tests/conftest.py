@@ -42,6 +42,8 @@ LONGEST_FILES = (
     "demo/test_end_to_end.py",
     "test_install.py",
     "test_tour_commands.py",
+    "quickstart/test_tailor_killed.py",
+    "test_first_hour.py",
     "test_frozen.py",
     "test_team.py",
     "test_planted_bias.py",
