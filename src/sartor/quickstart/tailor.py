@@ -9,6 +9,7 @@ command that was stopped or killed goes on where it was, to the same digests: wh
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -45,6 +46,7 @@ from sartor.evaluate.bootstrap import Comparison, groups_needed
 from sartor.evaluate.evaluation import evaluate
 from sartor.evaluate.limits import Check
 from sartor.evaluate.metrics import LOWER_IS_BETTER
+from sartor.models import hardware
 from sartor.release.release import gate, release
 from sartor.tune import preflight
 from sartor.tune.plan import TuningPlan, plan
@@ -353,6 +355,16 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     if (out / "tune.yaml").is_file():
         yield
         return
+    seconds = _foresee(out, job, minutes, start_time, notice)
+    # the plan has held a model, and its memory is to be the tuning's
+    gc.collect()
+    hardware.release_free_memory()
+    with WholeProgress("tailor", seconds, notice):
+        yield
+
+
+def _foresee(out: Path, job: _Job, minutes: float, start_time: float, notice: Notice) -> dict[str, float]:
+    """Tell the plan and write the tuning recipe. Returns the seconds that tuning and evaluation are foreseen to take."""
     recipe: dict[str, Any] = {"base": job.base, "data": str(out / "data")}
     forecast = plan(recipe, notice=notice)
     for refusal in forecast.refusals:
@@ -367,8 +379,7 @@ def _planned(out: Path, job: _Job, minutes: float, start_time: float, notice: No
     assert forecast.time_s is not None
     evaluation_s = forecast.evaluation_s.estimate if forecast.evaluation_s else _EVALUATION_S
     tuning_s = 60 * recipe["budget"]["minutes"] if "budget" in recipe else forecast.time_s.estimate
-    with WholeProgress("tailor", {"tune": tuning_s, "evaluate": evaluation_s}, notice):
-        yield
+    return {"tune": tuning_s, "evaluate": evaluation_s}
 
 
 def _absolute(path: Path | str) -> str:

@@ -328,4 +328,10 @@ def device_named(name: str) -> torch.device:
 def _format_interval(interval: Interval | None, unit: str) -> str:
     if interval is None:
         return "not forecast"
+    if unit == "s" and interval.high >= _MINUTES_FROM_S:
+        interval, unit = interval * (1 / 60), "min"
     return f"{interval.estimate:.3g} {unit}, 90 % in {interval.low:.3g}..{interval.high:.3g}"
+
+
+# Longer times are told in minutes
+_MINUTES_FROM_S = 180
