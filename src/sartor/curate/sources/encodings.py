@@ -190,6 +190,7 @@ def as_utf8(stream: BinaryIO, encoding: str) -> BinaryIO:
             recoded.write(decoder.decode(block).encode(UTF8, "surrogateescape"))
         recoded.write(decoder.decode(b"", True).encode(UTF8, "surrogateescape"))
     except UnicodeError as error:
+        recoded.close()
         raise MalformedRow("unknown_encoding", f"the file cannot be read as {encoding}: {error}") from None
     recoded.seek(0)
     return recoded  # type: ignore[return-value]
