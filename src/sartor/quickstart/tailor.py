@@ -558,8 +558,9 @@ def _machine_key(notice: Notice) -> Path:
 def _next_steps(job: _Job, adapter: Artifact, released: Artifact | None, checks: Mapping[str, Check]) -> list[str]:
     if released is not None:
         path = released.path
-        return [f'sartor ask {path} "..."', f"sartor verify {path}", f"sartor export {path} --to gguf --out {job.name}-gguf"]
-    steps = [f'sartor ask {adapter.path} "..."']
+        export = f"sartor export {path} --to gguf --out {job.name}-gguf"
+        return [f'sartor ask {path} "..."', f"sartor chat {path}", f"sartor serve {path}", export]
+    steps = [f'sartor ask {adapter.path} "..."', f"sartor chat {adapter.path}"]
     for name, check in checks.items():
         if not check.holds_back:
             continue
