@@ -49,3 +49,4 @@ def test_pieces_are_one_work(clock: Clock) -> None:
 def test_nothing_to_do_is_done(clock: Clock) -> None:
     with Progress("audit", 0, "stages", pytest.fail) as work:
         work.show(0)
+    assert work.done == 0
